@@ -1,0 +1,144 @@
+"""The one meeting point of the harness and the engine room: what a backend is, and how one is found.
+
+A backend is a class that fits `Backend` and one line under the entry point group `spdbench.backends`; the built-in ones
+use the same door. This module must know no backend by name, and importing it must load neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spdbench.errors import InputError, did_you_mean
+from spdbench.types import BackendKind, GenerationRequest, Span, Step
+
+if TYPE_CHECKING:
+    from spdbench.models.target import Target
+
+ENTRY_POINT_GROUP = "spdbench.backends"
+
+
+class BackendOptions(BaseModel):
+    """Base of a backend's `Options`: frozen, typed, and strict about unknown keys.
+
+    Give every field a default and a `description`: both are shown by `spdbench backends`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+@dataclass(frozen=True)
+class BackendContext:
+    """What a run gives to each of its backends.
+
+    `target` is one object for all backends of a run and loads its weights at the first touch. `drafter` is the user's
+    words (`auto`, a path, `oracle:0.8`, ...), `seed` the run's. `devices` are names such as `cpu` or `cuda:0`.
+    """
+
+    label: str
+    target: Target
+    drafter: str
+    devices: tuple[str, ...]
+    threads: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class DrafterInfo:
+    """Where the drafts come from. `synthetic` ones know the answer; `trained_tokens` 0 is an untrained head."""
+
+    id: str
+    method: str
+    synthetic: bool
+    sha256: str | None = None
+    trained_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a loaded backend is made of. `lane_bytes` are the target's bytes that each lane reads for one token."""
+
+    devices: tuple[str, ...]
+    lane_bytes: tuple[int, ...]
+    stage_layers: tuple[int, ...] = ()
+    drafter: DrafterInfo | None = None
+
+    @property
+    def lanes(self) -> int:
+        return len(self.lane_bytes)
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`."""
+
+    kind: ClassVar[BackendKind]
+    Options: ClassVar[type[BackendOptions]]
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None: ...
+
+    @property
+    def lossless(self) -> bool:
+        """True if the output is the target's own: token for token when greedy, in distribution when sampling."""
+
+    def load(self) -> None:
+        """Untimed: weights, processes, graphs, warm-up. Raises `InputError` for what the user can mend."""
+
+    def describe(self) -> BackendInfo:
+        """What was loaded; valid after `load`."""
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Untimed, before each request: what only a synthetic drafter needs. Usually does nothing."""
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        """Timed. Yields a step per event, prefill first. Closing the iterator early leaves the backend usable."""
+
+    def spans(self) -> Sequence[Span]:
+        """The last request's spans; empty for a backend that takes none."""
+
+    def close(self) -> None:
+        """Frees what `load` took. May be called twice, and after a failure."""
+
+
+def installed_backends() -> dict[str, EntryPoint]:
+    """Entry points of every installed backend by name, sorted. Nothing is imported."""
+    return {point.name: point for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)}
+
+
+def find_backend(name: str) -> type[Backend]:
+    """The class of the backend called `name`.
+
+    Raises:
+        InputError: no backend has that name, or its package does not fit `Backend`.
+    """
+    installed = installed_backends()
+    if name not in installed:
+        raise InputError(f"unknown backend '{name}'{did_you_mean(name, installed)}")
+    found = installed[name].load()
+    missing = [word for word in ("kind", "Options", "load", "describe", "prepare", "generate") if not hasattr(found, word)]
+    if missing:
+        raise InputError(f"backend '{name}' ({installed[name].value}) lacks {', '.join(missing)}: see spdbench.backend.Backend")
+    return cast(type[Backend], found)
+
+
+def parse_options(label: str, options: type[BackendOptions], given: Mapping[str, str]) -> BackendOptions:
+    """`given` (the text behind `-o LABEL.KEY=`) as this backend's typed options.
+
+    Raises:
+        InputError: a key that the backend does not know, or a value of the wrong type; names both and what is allowed.
+    """
+    known = options.model_fields
+    for key in given:
+        if key not in known:
+            raise InputError(f"-o {label}.{key}: unknown option{did_you_mean(key, known)}")
+    try:
+        return options.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "?"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"-o {label}.{key}={given.get(key, '')}: {reason}") from None

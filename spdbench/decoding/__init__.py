@@ -1,0 +1,1 @@
+"""What every method shares: sampling, verification, the autoregressive loop."""

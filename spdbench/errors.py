@@ -1,0 +1,39 @@
+"""Errors that a user can mend, and the exit code each one means.
+
+    SpdbenchError                 exit 1   something failed; the message says what
+    ├── InputError                exit 2   wrong usage or input: names file, key, value and what is allowed
+    └── NotComparableError        exit 4   results that may not stand in one table
+
+Anything else that escapes is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpdbenchError(Exception):
+    """Base of every error that spdbench raises on purpose."""
+
+    exit_code = 1
+
+
+class InputError(SpdbenchError):
+    """The user's input cannot be used as it is."""
+
+    exit_code = 2
+
+
+class NotComparableError(SpdbenchError):
+    """These results may not be compared with each other."""
+
+    exit_code = 4
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` when something close to `word` is known, followed by all that is known."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    hint = f"; did you mean '{close[0]}'?" if close else "."
+    return f"{hint} Known: {', '.join(names) or 'none'}."

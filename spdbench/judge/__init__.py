@@ -1,0 +1,1 @@
+"""Judging: results in, metrics and tables of rows out. Imports no torch."""

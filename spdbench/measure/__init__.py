@@ -1,0 +1,1 @@
+"""Measuring: the only clock, the journal, the environment."""

@@ -1,0 +1,1 @@
+"""Target models: weights, forward by layer range, KV cache, stage split."""

@@ -1,0 +1,1 @@
+"""The pipeline: which stage works on which token in which cycle."""
