@@ -1,0 +1,230 @@
+"""SPD heads on disk: the published version 11 file, and our own folder with the same tensors as safetensors.
+
+Strict: an unknown, missing or misshapen tensor is an error that names it. Source: SPD.md, section 3. Must not know how
+a head is used.
+
+    published   one file, torch.save({"state_dict": ..., "config": ...})
+    ours        config.json (the same keys, plus method, model_sha256, trained_tokens) and model.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spdbench.errors import InputError
+from spdbench.models.checkpoint import sha256_of_files
+from spdbench.models.decoder import Decoder
+from spdbench.models.layers import LayerWeights
+from spdbench_backends.spd.head import HeadWeights
+from spdbench_backends.spd.plan import FeaturePlan, default_anchors
+
+VERSION = 11
+
+
+@dataclass(frozen=True)
+class HeadFile:
+    """A head as read: its config, its tensors in the published names, and where it came from."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sha256: str
+
+    def number(self, key: str) -> int:
+        value = self.config.get(key)
+        if not isinstance(value, int):
+            raise InputError(f"{self.path}: config.{key} is {value!r}, expected a whole number")
+        return value
+
+
+def read_head(path: Path) -> HeadFile:
+    """The head in a version 11 file, or in a folder of ours.
+
+    Raises:
+        InputError: neither of the two, damaged, or of a version that is not read.
+    """
+    if path.is_dir():
+        config, tensors, file = _read_folder(path)
+    else:
+        config, tensors, file = _read_published(path)
+    if config.get("version", VERSION) != VERSION:
+        raise InputError(f"{path}: is an SPD head of version {config['version']}. Allowed: {VERSION}.")
+    return HeadFile(path, config, tensors, sha256_of_files([file]))
+
+
+def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    file = path / "model.safetensors"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return dict(config), load_file(file), file
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: is not a drafter folder, it has no {Path(error.filename or file).name}") from None
+    except Exception as error:  # safetensors raises a type of its own
+        raise InputError(f"{path}: cannot be read as a drafter ({error})") from None
+
+
+def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for broken or unsafe files
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: cannot be read as an SPD head ({first})") from None
+    if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
+        raise InputError(f"{path}: is not an SPD head: expected the keys state_dict and config")
+    return dict(content["config"]), dict(content["state_dict"]), path
+
+
+def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> HeadWeights:
+    """The head for `target` cut into `stages`.
+
+    Raises:
+        InputError: made for another hidden size, vocabulary, family or number of stages, or damaged.
+    """
+    base = target.config
+    family = file.config.get("model_type", base.family)
+    for key, found, expected in (
+        ("model_type", family, base.family),
+        ("hidden_size", file.number("hidden_size"), base.hidden_size),
+        ("vocab_size", file.number("vocab_size"), base.vocab_size),
+        ("num_stages", file.number("num_stages"), len(stages)),
+    ):
+        if found != expected:
+            mend = f"; use -o spd.stages={found}" if key == "num_stages" else ": it was made for another model"
+            raise InputError(f"{file.path}: config.{key} is {found}, but here it is {expected}{mend}")
+    if len({len(layers) for layers in stages}) != 1:
+        raise InputError(f"{file.path}: a version {VERSION} head needs even stages, not spd.stage_layers of unequal counts")
+    try:
+        plan = FeaturePlan(tuple(file.config.get("aggr_feature_bound") or ()), stages)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{file.path}: config.aggr_feature_bound: {error}") from None
+    token_ids = _draft_vocabulary(file, base.vocab_size)
+    take = _Taker(file, target)
+    head = _assemble(take, plan, target, file.number("num_spec_layers"), token_ids, file.number("draft_vocab_size"))
+    take.refuse_leftovers()
+    return replace(head, use_deepest=bool(file.config.get("trained_with_use_deepest", False)))
+
+
+def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
+    given, size = file.config.get("draft_token_ids"), file.number("draft_vocab_size")
+    if given is None:
+        if size != vocab_size:
+            raise InputError(f"{file.path}: config.draft_vocab_size is {size} but config.draft_token_ids is missing")
+        return None
+    ids = torch.as_tensor(given, dtype=torch.long)
+    sound = ids.ndim == 1 and len(ids) == size and bool((ids[1:] > ids[:-1]).all()) and 0 <= int(ids[0]) and int(ids[-1]) < vocab_size
+    if not sound:
+        raise InputError(f"{file.path}: config.draft_token_ids must be {size} ascending ids below {vocab_size}")
+    return ids
+
+
+class _Taker:
+    """Hands out a file's tensors once each, checked."""
+
+    def __init__(self, file: HeadFile, target: Decoder) -> None:
+        self._file, self._target = file, target
+        self._left = dict(file.tensors)
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        found = self._left.pop(name, None)
+        if found is None:
+            raise InputError(f"{self._file.path}: tensor {name} is missing")
+        if tuple(found.shape) != shape:
+            raise InputError(f"{self._file.path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
+        return found.to(self._target.device, self._target.dtype)
+
+    def optional(self, name: str, *shape: int) -> Tensor | None:
+        return self(name, *shape) if name in self._left else None
+
+    def refuse_leftovers(self) -> None:
+        if self._left:
+            raise InputError(f"{self._file.path}: unknown tensor {sorted(self._left)[0]} ({len(self._left)} in all)")
+
+
+def _assemble(
+    take: _Taker, plan: FeaturePlan, target: Decoder, num_layers: int, token_ids: Tensor | None, draft_vocab: int
+) -> HeadWeights:
+    width = target.config.hidden_size
+    projections = tuple(take(f"aggr_projs.{i}.weight", width, (i + 1) * width) for i in range(len(plan.anchors)))
+    layers = {index: _layer(take, target, f"spec_layers.{index}.") for index in range(num_layers)}
+    head = take("lm_head.weight", draft_vocab, width)
+    decoder = replace(target, layers=range(num_layers), weights=layers, embeddings_VM=None, head_VM=head)
+    ids = None if token_ids is None else token_ids.to(target.device)
+    return HeadWeights(plan, projections, decoder, ids, use_deepest=True)
+
+
+def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
+    """A dense layer of the base's sizes with head norms, whatever the base's family (SPD.md, section 2)."""
+    base, attention = target.config, prefix + "self_attn."
+    width, queries, kv = base.hidden_size, base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
+    sizes = (("q_proj", queries), ("k_proj", kv), ("v_proj", kv))
+    biases = [take.optional(f"{attention}{name}.bias", size) for name, size in sizes]
+    present = [bias for bias in biases if bias is not None]
+    return LayerWeights(
+        input_norm=take(prefix + "input_layernorm.weight", width),
+        qkv=torch.cat([take(f"{attention}{name}.weight", size, width) for name, size in sizes]),
+        qkv_bias=torch.cat(present) if len(present) == len(biases) else None,
+        q_norm=take(attention + "q_norm.weight", base.head_dim),
+        k_norm=take(attention + "k_norm.weight", base.head_dim),
+        out=take(attention + "o_proj.weight", width, queries),
+        out_bias=take.optional(attention + "o_proj.bias", width),
+        post_norm=take(prefix + "post_attention_layernorm.weight", width),
+        gate_up=torch.cat([take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]),
+        gate_up_bias=None,
+        down=take(prefix + "mlp.down_proj.weight", width, base.intermediate_size),
+        down_bias=None,
+        experts=None,
+        window=None,
+    )
+
+
+def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layers: int = 1) -> HeadFile:
+    """An untrained head: matrices drawn from N(0, 0.02²), norms of ones, the target's own head rows."""
+    base = target.config
+    assert target.head_VM is not None
+    generator = torch.Generator().manual_seed(seed)
+    anchors = default_anchors(base.num_layers, len(stages))
+    tensors: dict[str, Tensor] = {"lm_head.weight": target.head_VM}
+    for name, shape in _shapes(target, len(anchors), num_layers):
+        ones = name.endswith("norm.weight")
+        tensors[name] = torch.ones(shape) if ones else torch.randn(shape, generator=generator) * 0.02
+    config = {
+        "version": VERSION,
+        "hidden_size": base.hidden_size,
+        "vocab_size": base.vocab_size,
+        "draft_vocab_size": base.vocab_size,
+        "num_stages": len(stages),
+        "num_spec_layers": num_layers,
+        "num_aggr_types": len(anchors),
+        "aggr_feature_bound": list(anchors),
+        "trained_with_use_deepest": True,
+    }
+    return HeadFile(Path("random"), config, tensors, "")
+
+
+def _shapes(target: Decoder, num_anchors: int, num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of a head but its `lm_head`, by published name."""
+    base = target.config
+    width, queries, kv, ffn = base.hidden_size, base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim, base.intermediate_size
+    for i in range(num_anchors):
+        yield f"aggr_projs.{i}.weight", (width, (i + 1) * width)
+    for index in range(num_layers):
+        prefix = f"spec_layers.{index}."
+        yield f"{prefix}self_attn.q_proj.weight", (queries, width)
+        yield f"{prefix}self_attn.k_proj.weight", (kv, width)
+        yield f"{prefix}self_attn.v_proj.weight", (kv, width)
+        yield f"{prefix}self_attn.o_proj.weight", (width, queries)
+        yield f"{prefix}self_attn.q_norm.weight", (base.head_dim,)
+        yield f"{prefix}self_attn.k_norm.weight", (base.head_dim,)
+        yield f"{prefix}mlp.gate_proj.weight", (ffn, width)
+        yield f"{prefix}mlp.up_proj.weight", (ffn, width)
+        yield f"{prefix}mlp.down_proj.weight", (width, ffn)
+        yield f"{prefix}input_layernorm.weight", (width,)
+        yield f"{prefix}post_attention_layernorm.weight", (width,)

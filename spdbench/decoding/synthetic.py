@@ -1,0 +1,146 @@
+"""Drafters whose acceptance is dialled in: `oracle:P` and `forced:P` (METRICS.md, "Synthetic drafters").
+
+Decisions hang on the seed, the prompt and the position alone, so that every backend meets the same ones. Knows tokens
+and positions; must not know how a backend arranges its drafts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from spdbench.decoding.autoregressive import decode
+from spdbench.errors import InputError, did_you_mean
+from spdbench.models.decoder import Decoder
+from spdbench.types import GenerationRequest, Sampling
+
+DrafterKind = Literal["auto", "path", "oracle", "forced", "random"]
+
+
+@dataclass(frozen=True)
+class DrafterChoice:
+    """What the user asked for with `--drafter`."""
+
+    kind: DrafterKind
+    text: str
+    probability: float = 0.0
+
+    @property
+    def path(self) -> Path:
+        return Path(self.text).expanduser()
+
+
+def parse_drafter(text: str) -> DrafterChoice:
+    """`auto`, `random`, `oracle:P`, `forced:P`, or a path.
+
+    Raises:
+        InputError: none of these, or P is not a number from 0 to 1.
+    """
+    if text in ("auto", "random"):
+        return DrafterChoice("auto" if text == "auto" else "random", text)
+    kind, colon, number = text.partition(":")
+    if kind in ("oracle", "forced"):
+        try:
+            probability = float(number)
+        except ValueError:
+            probability = -1.0
+        if not 0.0 <= probability <= 1.0:
+            example = "" if colon else f" (for example {kind}:0.8)"
+            raise InputError(f"--drafter {text}: {kind} needs an acceptance from 0 to 1{example}")
+        return DrafterChoice("oracle" if kind == "oracle" else "forced", text, probability)
+    if Path(text).expanduser().exists():
+        return DrafterChoice("path", text)
+    hint = did_you_mean(kind, ("auto", "oracle:P", "forced:P", "random"))
+    raise InputError(f"--drafter {text}: no such file or folder{hint}")
+
+
+@dataclass(frozen=True)
+class SyntheticDrafts:
+    """The drafts of one request. Index t counts new tokens, t = 0 being the one that prefill gives.
+
+    `reference` is what plain decoding emits (empty for `forced`). `oracle` drafts the reference's token with
+    probability P and another one otherwise; `forced` drafts arbitrary tokens and dictates the verdict.
+    """
+
+    choice: DrafterChoice
+    seed: int
+    digest: bytes
+    reference: tuple[int, ...]
+    vocab_size: int
+    eos_ids: frozenset[int]
+
+    def token(self, index: int) -> int:
+        """The draft for new token `index`."""
+        if self.choice.kind == "forced":
+            return self._ordinary(int.from_bytes(self._hash(index, b"token")[:4], "little"))
+        if index >= len(self.reference):  # behind a wrong draft, where nothing can be right
+            return self._ordinary(index)
+        right = self.reference[index]
+        return right if self.favourable(index) else (right + 1) % self.vocab_size
+
+    def favourable(self, index: int) -> bool:
+        """The dialled decision for new token `index`: true with probability P."""
+        draw = int.from_bytes(self._hash(index, b"verdict")[:8], "little") / 2**64
+        return draw < self.choice.probability
+
+    def verdict(self, index: int) -> bool | None:
+        """What verification has to find, or None where it finds for itself."""
+        return self.favourable(index) if self.choice.kind == "forced" else None
+
+    def _hash(self, index: int, purpose: bytes) -> bytes:
+        words = b"%d:%d:" % (self.seed, index)
+        return hashlib.blake2b(words + purpose + self.digest, digest_size=8).digest()
+
+    def _ordinary(self, number: int) -> int:
+        """A token id that does not end the sequence."""
+        token = number % self.vocab_size
+        while token in self.eos_ids and len(self.eos_ids) < self.vocab_size:
+            token = (token + 1) % self.vocab_size
+        return token
+
+
+def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:
+    """Raises `InputError` for an oracle with a temperature: a sampled answer cannot be known beforehand."""
+    if choice.kind == "oracle" and not sampling.greedy:
+        raise InputError(
+            f"--drafter {choice.text} works with --temperature 0 only (given: {sampling.temperature}): "
+            "a sampled answer cannot be known beforehand. Use `random`, a trained drafter, or `forced:P`."
+        )
+
+
+def synthetic_drafts(choice: DrafterChoice, seed: int, decoder: Decoder, request: GenerationRequest) -> SyntheticDrafts:
+    """The drafts for `request`. For an oracle this decodes the reference, once however many backends ask.
+
+    Raises:
+        InputError: an oracle with a temperature.
+    """
+    require_known_answer(choice, request.sampling)
+    reference = _reference(decoder, request) if choice.kind == "oracle" else ()
+    digest = hashlib.sha256(",".join(map(str, request.prompt_ids)).encode()).digest()
+    return SyntheticDrafts(choice, seed, digest, reference, decoder.config.vocab_size, request.eos_ids)
+
+
+def _reference(decoder: Decoder, request: GenerationRequest) -> tuple[int, ...]:
+    return _decoded(_ById(decoder), request.prompt_ids, request.max_new_tokens, request.eos_ids)
+
+
+class _ById:
+    """A decoder as a cache key: the same object, not equal weights."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and other.decoder is self.decoder
+
+    def __hash__(self) -> int:
+        return id(self.decoder)
+
+
+@lru_cache(maxsize=64)
+def _decoded(decoder: _ById, prompt_ids: tuple[int, ...], limit: int, eos_ids: frozenset[int]) -> tuple[int, ...]:
+    request = GenerationRequest(prompt_ids, (), limit, Sampling(), 0, eos_ids)
+    return tuple(decode(decoder.decoder, request))

@@ -1,0 +1,124 @@
+"""Weights on disk: finds the files of a model folder, reads tensors by name, hashes them.
+
+Reads safetensors, whole or sharded, and PyTorch `.bin` files (with `weights_only`). Must not know what any tensor means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from spdbench.errors import InputError
+from spdbench.models.cache import cache_folder
+
+
+class Checkpoint:
+    """The tensors of a model folder by name. Opens lazily; `close` when all that is wanted was read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = _weight_files(directory)
+        self._stack = ExitStack()
+        self._bins: dict[Path, dict[str, torch.Tensor]] = {}
+
+    @cached_property
+    def _where(self) -> dict[str, tuple[Path, Any]]:
+        """Tensor name -> (file, open handle)."""
+        where: dict[str, tuple[Path, Any]] = {}
+        for path in self.files:
+            try:
+                if path.suffix == ".safetensors":
+                    handle: Any = self._stack.enter_context(safe_open(path, framework="pt"))
+                    names = list(handle.keys())
+                else:
+                    handle = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    names = list(handle)
+            except Exception as error:  # the reader libraries raise types of their own for broken files
+                raise InputError(f"{path}: cannot be read as weights ({error})") from None
+            where.update(dict.fromkeys(names, (path, handle)))
+        return where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor called `name`, as stored.
+
+        Raises:
+            InputError: it is not there, or has another shape.
+        """
+        if name not in self._where:
+            raise InputError(f"{self.directory}: tensor {name} is missing from the weights")
+        path, handle = self._where[name]
+        found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        if tuple(found.shape) != shape:
+            raise InputError(f"{path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
+        return found
+
+    def num_parameters(self) -> int:
+        """Numbers stored in all tensors, read from headers alone where the format has them."""
+        total = 0
+        for name, (_, handle) in self._where.items():
+            shape = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
+            total += prod(shape)
+        return total
+
+    def close(self) -> None:
+        self._stack.close()
+        self.__dict__.pop("_where", None)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = directory / index_name
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                raise InputError(f"{index}: is not a weight index (no 'weight_map')") from None
+            missing = [name for name in names if not (directory / name).exists()]
+            if missing:
+                raise InputError(f"{directory}: {missing[0]} is missing, though {index_name} names it")
+            return [directory / name for name in names]
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
+        files = sorted(directory.glob(pattern))
+        if files:
+            return files
+    raise InputError(f"{directory}: a model folder without weights (no *.safetensors, no pytorch_model.bin)")
+
+
+def sha256_of_files(files: list[Path]) -> str:
+    """sha256 over the contents of `files` in order, remembered in the cache by path, size and time of change."""
+    memo_path = cache_folder() / "hashes.json"
+    key = "|".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    try:
+        memo = json.loads(memo_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        memo = {}
+    if key not in memo:
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        memo[key] = digest.hexdigest()
+        try:
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            part = memo_path.with_suffix(".part")
+            part.write_text(json.dumps(memo), encoding="utf-8")
+            part.replace(memo_path)
+        except OSError:
+            pass  # a read-only cache costs time, not correctness
+    return str(memo[key])

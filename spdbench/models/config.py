@@ -1,0 +1,140 @@
+"""What the engine needs to know of a model: sizes, attention windows, experts. Reads `config.json`; no weights, no torch.
+
+The families here share one shape (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in what the
+fields below say. This module must not know how any of it is computed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spdbench.errors import InputError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: which layers have one, and how tokens are routed."""
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalise: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a decoder-only model. `windows[i]` is layer i's sliding window in tokens, or None."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    max_positions: int
+    tied: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    experts: Experts | None
+    eos_ids: frozenset[int]
+
+
+def read_raw_config(directory: Path) -> dict[str, Any]:
+    """`config.json` as it stands, its `model_type` checked.
+
+    Raises:
+        InputError: no config there, not JSON, or an architecture that is not supported.
+    """
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{directory}: not a model folder, it has no config.json") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from None
+    family = raw.get("model_type") if isinstance(raw, dict) else None
+    if family not in FAMILIES:
+        raise InputError(f"{path}: model_type {family!r} is not supported. Supported: {', '.join(FAMILIES)}.")
+    return dict(raw)
+
+
+def model_config(directory: Path, standard: Any) -> ModelConfig:
+    """The config of the model in `directory`; `standard` is transformers' object for it, with names made uniform.
+
+    Raises:
+        InputError: the model uses something that this engine does not compute (activation, kind of rotary positions).
+    """
+    if standard.hidden_act != "silu":
+        raise InputError(f"{directory}/config.json: hidden_act {standard.hidden_act!r} is not supported. Supported: silu.")
+    rope = standard.rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        raise InputError(f"{directory}/config.json: rope_type {rope!r} is not supported. Supported: {', '.join(ROPE_TYPES)}.")
+    heads = standard.num_attention_heads
+    return ModelConfig(
+        family=standard.model_type,
+        num_layers=standard.num_hidden_layers,
+        hidden_size=standard.hidden_size,
+        intermediate_size=standard.intermediate_size,
+        num_heads=heads,
+        num_kv_heads=standard.num_key_value_heads or heads,
+        head_dim=getattr(standard, "head_dim", None) or standard.hidden_size // heads,
+        vocab_size=standard.vocab_size,
+        norm_eps=standard.rms_norm_eps,
+        max_positions=standard.max_position_embeddings,
+        tied=bool(standard.tie_word_embeddings),
+        qk_norm=standard.model_type in ("qwen3", "qwen3_moe"),
+        windows=_windows(standard),
+        experts=_experts(standard),
+        eos_ids=_eos_ids(directory, standard),
+    )
+
+
+def _windows(standard: Any) -> tuple[int | None, ...]:
+    layers = standard.num_hidden_layers
+    window = getattr(standard, "sliding_window", None)
+    kinds = getattr(standard, "layer_types", None)
+    if window is None:
+        return (None,) * layers
+    if kinds is None:
+        return (int(window),) * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _experts(standard: Any) -> Experts | None:
+    if standard.model_type != "qwen3_moe":
+        return None
+    count = standard.num_experts
+    sparse = {
+        layer
+        for layer in range(standard.num_hidden_layers)
+        if layer not in standard.mlp_only_layers and count > 0 and (layer + 1) % standard.decoder_sparse_step == 0
+    }
+    return Experts(
+        count=count,
+        per_token=standard.num_experts_per_tok,
+        intermediate_size=standard.moe_intermediate_size,
+        normalise=bool(standard.norm_topk_prob),
+        layers=frozenset(sparse),
+    )
+
+
+def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
+    """Of a model's own generation settings only these are used; a list of ids is as good as one."""
+    try:
+        settings = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        settings = {}
+    found = settings.get("eos_token_id", standard.eos_token_id)
+    if found is None:
+        return frozenset()
+    return frozenset(found) if isinstance(found, list) else frozenset({int(found)})

@@ -1,0 +1,192 @@
+"""The target model's forward pass by layer range, with hidden states at chosen depths. Batch 1, no autograd.
+
+Loads the layers it is asked for straight from a checkpoint and computes them; must not know of files, devices' names,
+tokens' text, or what the logits are used for.
+
+Shapes: S rows, M model width, V vocabulary. Hidden state k is the output of layer k - 1, before the final norm; k = 0
+is the embedding (SPD.md, section 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear, rms_norm
+
+from spdbench.models.checkpoint import Checkpoint
+from spdbench.models.config import ModelConfig
+from spdbench.models.kv_cache import KVCache
+from spdbench.models.layers import ExpertWeights, Geometry, LayerWeights, layer_forward
+from spdbench.models.rotary import Rotary
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The layers `layers` of a model, with its embedding, final norm and head where they were loaded."""
+
+    config: ModelConfig
+    layers: range
+    geometry: Geometry
+    rotary: Rotary
+    weights: dict[int, LayerWeights]
+    embeddings_VM: Tensor | None
+    final_norm_M: Tensor | None
+    head_VM: Tensor | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def embed(self, ids_S: Tensor) -> Tensor:
+        """Hidden state 0 of the tokens: `[S, M]`."""
+        assert self.embeddings_VM is not None
+        return embedding(ids_S, self.embeddings_VM)
+
+    def forward(
+        self, hidden_SM: Tensor, start: int, cache: KVCache, layers: range | None = None, wanted: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Rows at positions `start`, `start` + 1, ... through `layers` (all by default).
+
+        Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index; index 0 is
+        taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
+        """
+        layers = self.layers if layers is None else layers
+        num_rows = hidden_SM.shape[0]
+        positions = torch.arange(start, start + num_rows, device=self.device)
+        rotary = self.rotary.at(positions, start + num_rows - 1)
+        states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
+        for layer in layers:
+            hidden_SM = layer_forward(self.weights[layer], self.geometry, layer, hidden_SM, rotary, cache)
+            if layer + 1 in wanted:
+                states[layer + 1] = hidden_SM
+        cache.advance(num_rows)
+        return hidden_SM, states
+
+    def logits(self, hidden_SM: Tensor) -> Tensor:
+        """Next-token logits `[S, V]` of the last layer's output, final norm included."""
+        assert self.final_norm_M is not None
+        assert self.head_VM is not None
+        normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), self.final_norm_M, self.config.norm_eps)
+        return linear(normed, self.head_VM)
+
+    def ids(self, token_ids: Collection[int]) -> Tensor:
+        """Token ids as a tensor where the embedding lives: `[S]`."""
+        return torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
+
+    def new_cache(self, capacity: int, layers: range | None = None) -> KVCache:
+        """An empty cache for `layers` (all by default) with room for `capacity` tokens."""
+        layers = self.layers if layers is None else layers
+        geometry = self.geometry
+        return KVCache(layers, geometry.num_kv_heads, geometry.head_dim, capacity, self.dtype, self.device)
+
+    def bytes_per_token(self, layers: range, head: bool) -> int:
+        """Bytes of weights that one token's forward through `layers` reads; with `head`, final norm and head too."""
+        total = sum(self.weights[layer].bytes_per_token() for layer in layers)
+        if head:
+            assert self.final_norm_M is not None
+            assert self.head_VM is not None
+            total += self.final_norm_M.nbytes + self.head_VM.nbytes
+        return total
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    frequencies: tuple[Tensor, float],
+    dtype: torch.dtype,
+    device: torch.device,
+    layers: range | None = None,
+) -> Decoder:
+    """Reads the decoder's layers (all by default) from `checkpoint`, in `dtype` on `device`.
+
+    Embedding and head come along with the layers that need them, the first and the last; tied ones share memory.
+
+    Raises:
+        InputError: a tensor is missing or misshapen.
+    """
+    layers = range(config.num_layers) if layers is None else layers
+    reader = _Reader(checkpoint, config, dtype, device)
+    first, last = layers.start == 0, layers.stop == config.num_layers
+    vocab_by_width = (config.vocab_size, config.hidden_size)
+    embeddings = reader.read("model.embed_tokens.weight", vocab_by_width) if first or (last and config.tied) else None
+    head = None
+    if last:
+        head = embeddings if config.tied else reader.read("lm_head.weight", vocab_by_width)
+    return Decoder(
+        config=config,
+        layers=layers,
+        geometry=Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps),
+        rotary=Rotary(*frequencies, dtype, device),
+        weights={layer: reader.layer(layer) for layer in layers},
+        embeddings_VM=embeddings,
+        final_norm_M=reader.read("model.norm.weight", (config.hidden_size,)) if last else None,
+        head_VM=head,
+        dtype=dtype,
+        device=device,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A copy in memory of our own: a mapped file's pages could be dropped in the middle of a measurement."""
+        return self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
+
+    def fused(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
+        return torch.cat([self.read(name, shape) for name, shape in zip(names, shapes, strict=True)])
+
+    def fused_bias(self, names: list[str], sizes: list[int]) -> Tensor | None:
+        """The biases of the named projections, or None where the model has none."""
+        if names[0] not in self.checkpoint:
+            return None
+        return self.fused(names, [(size,) for size in sizes])
+
+    def layer(self, index: int) -> LayerWeights:
+        config, prefix = self.config, f"model.layers.{index}."
+        attention = prefix + "self_attn."
+        width, queries = config.hidden_size, config.num_heads * config.head_dim
+        kv = config.num_kv_heads * config.head_dim
+        sparse = config.experts is not None and index in config.experts.layers
+        gate_up = [prefix + "mlp.gate_proj.", prefix + "mlp.up_proj."]
+        ffn = config.intermediate_size
+        return LayerWeights(
+            input_norm=self.read(prefix + "input_layernorm.weight", (width,)),
+            qkv=self.fused([f"{attention}{p}.weight" for p in QKV], [(queries, width), (kv, width), (kv, width)]),
+            qkv_bias=self.fused_bias([f"{attention}{p}.bias" for p in QKV], [queries, kv, kv]),
+            q_norm=self.read(attention + "q_norm.weight", (config.head_dim,)) if config.qk_norm else None,
+            k_norm=self.read(attention + "k_norm.weight", (config.head_dim,)) if config.qk_norm else None,
+            out=self.read(attention + "o_proj.weight", (width, queries)),
+            out_bias=self.fused_bias([attention + "o_proj.bias"], [width]),
+            post_norm=self.read(prefix + "post_attention_layernorm.weight", (width,)),
+            gate_up=None if sparse else self.fused([name + "weight" for name in gate_up], [(ffn, width)] * 2),
+            gate_up_bias=None if sparse else self.fused_bias([name + "bias" for name in gate_up], [ffn] * 2),
+            down=None if sparse else self.read(prefix + "mlp.down_proj.weight", (width, ffn)),
+            down_bias=None if sparse else self.fused_bias([prefix + "mlp.down_proj.bias"], [width]),
+            experts=self.experts(prefix + "mlp.") if sparse else None,
+            window=config.windows[index],
+        )
+
+    def experts(self, prefix: str) -> ExpertWeights:
+        experts = self.config.experts
+        assert experts is not None
+        width, ffn = self.config.hidden_size, experts.intermediate_size
+        gate_up, down = [], []
+        for expert in range(experts.count):
+            name = f"{prefix}experts.{expert}."
+            gate_up.append(self.fused([f"{name}gate_proj.weight", f"{name}up_proj.weight"], [(ffn, width)] * 2))
+            down.append(self.read(f"{name}down_proj.weight", (width, ffn)))
+        return ExpertWeights(
+            router=self.read(prefix + "gate.weight", (experts.count, width)),
+            gate_up=torch.stack(gate_up),
+            down=torch.stack(down),
+            per_token=experts.per_token,
+            normalise=experts.normalise,
+        )

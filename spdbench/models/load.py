@@ -1,0 +1,76 @@
+"""From what the user calls a model to a folder of weights: the embedded one, a hub id, a local folder, a GGUF file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from spdbench.errors import InputError
+from spdbench.models import embedded, hf
+from spdbench.models.cache import cache_folder
+from spdbench.models.checkpoint import Checkpoint, sha256_of_files
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk. `id` is what results call it; `sha256` that of its published weights."""
+
+    id: str
+    directory: Path
+    sha256: str
+
+
+def find_model(name: str) -> ModelFiles:
+    """Fetches or converts what is needed, once, and says so on stderr.
+
+    Raises:
+        InputError: nothing by that name can be had, or it is no model.
+    """
+    if name == embedded.NAME:
+        return _from_gguf(name, embedded.embedded_gguf())
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"-m {name}: is a file but not a .gguf; give a model folder, a GGUF file, or a hub id")
+        return _from_gguf(path.stem, path)
+    if path.is_dir():
+        return _from_folder(path.resolve().name, path)
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`.")
+    return _from_folder(name, hf.download(name))
+
+
+def _from_folder(identity: str, directory: Path) -> ModelFiles:
+    if note := hf.read_source_note(directory):
+        return ModelFiles(identity, directory, note["sha256"])
+    return ModelFiles(identity, directory, sha256_of_files(Checkpoint(directory).files))
+
+
+def _from_gguf(identity: str, file: Path) -> ModelFiles:
+    sha256 = sha256_of_files([file])
+    directory = cache_folder() / "models" / f"{file.stem}-{sha256[:12]}"
+    if not directory.exists():
+        print(f"Converting {file.name} once (about 20 s for 135M parameters) ...", file=sys.stderr, flush=True)
+        try:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))
+        except OSError as error:
+            raise InputError(f"{directory.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE") from None
+        try:
+            hf.convert_gguf(file, scratch)
+            hf.write_source_note(scratch, file.name, sha256)
+            _rename_unless_there(scratch, directory)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return ModelFiles(identity, directory, sha256)
+
+
+def _rename_unless_there(scratch: Path, directory: Path) -> None:
+    try:
+        scratch.rename(directory)
+    except OSError:
+        if not directory.exists():  # else another process converted the same file meanwhile, to the same bytes
+            raise

@@ -1,0 +1,41 @@
+"""Rotary positions: a table of cosines and sines, grown on demand, and its application to heads.
+
+Source: Su et al., RoFormer, arXiv 2104.09864, in the half-split layout that the llama family uses.
+Shapes: S rows, H heads, D head size, P positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Rotary:
+    """cos and sin by position, computed once in float32 and kept in the model's dtype."""
+
+    def __init__(self, frequencies: Tensor, factor: float, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies = frequencies.float()
+        self._factor = factor
+        self._dtype = dtype
+        self._device = device
+        self._cos_PD = self._sin_PD = torch.empty(0)
+        self._size = 0
+
+    def at(self, positions_S: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for the rows, each `[S, 1, D]`. `largest` is the greatest position, known without a look."""
+        if largest >= self._size:
+            self._grow(max(largest + 1, 2 * self._size, 512))
+        return self._cos_PD[positions_S][:, None], self._sin_PD[positions_S][:, None]
+
+    def _grow(self, size: int) -> None:
+        angles = torch.outer(torch.arange(size, dtype=torch.float32), self._frequencies.cpu())
+        angles = torch.cat((angles, angles), dim=-1)
+        self._cos_PD = (angles.cos() * self._factor).to(self._device, self._dtype)
+        self._sin_PD = (angles.sin() * self._factor).to(self._device, self._dtype)
+        self._size = size
+
+
+def rotate(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
+    """Turns each pair (d, d + D/2) of every head by its position's angle."""
+    first, second = heads_SHD.chunk(2, dim=-1)
+    return heads_SHD * cos_S1D + torch.cat((-second, first), dim=-1) * sin_S1D
