@@ -1,0 +1,75 @@
+"""From messages to token ids and back: the tokenizer's chat template, or plain completion where there is none.
+
+Works with any tokenizer that has the interface of transformers; this module imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spdbench.errors import InputError
+from spdbench.types import Message
+
+PROMPT_DATE = "01 Jan 2025"
+"""The day that templates with a date in them get to see, so that ids are the same on every day."""
+
+_FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
+
+
+class ChatFormat:
+    """The format in which one tokenizer's model expects a conversation.
+
+    `template_sha256` identifies the chat template as published; None means plain completion: the messages' texts
+    joined by newlines, after the BOS token if this tokenizer adds one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        template = getattr(tokenizer, "chat_template", None)
+        if isinstance(template, Mapping):  # several named ones, as some tool-using models have
+            template = template.get("default")
+        self._tokenizer = tokenizer
+        self._template: str | None = template or None
+        self.template_sha256 = hashlib.sha256(template.encode()).hexdigest() if template else None
+
+    @property
+    def is_chat(self) -> bool:
+        return self._template is not None
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids to feed the model so that its answer to the last message comes next.
+
+        Raises:
+            InputError: the chat template refuses these messages.
+        """
+        if self._template is None:
+            return self._encode_plain("\n".join(message["content"] for message in messages))
+        from jinja2 import TemplateError
+
+        # A template gets the date from `date_string` or from a clock of its own, which only a macro can shadow.
+        clock = _FROZEN_CLOCK if "strftime_now" in self._template else ""
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                chat_template=clock + self._template,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                date_string=PROMPT_DATE,
+            )
+        except TemplateError as error:
+            raise InputError(f"the model's chat template refuses this conversation: {error}") from None
+        return tuple(int(token) for token in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens, spaces as they are."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.
+        bos = self._tokenizer.bos_token_id
+        plain = tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+        adds_bos = bos is not None and list(self._tokenizer.encode(text))[:1] == [bos]
+        return (bos, *plain) if adds_bos and plain[:1] != (bos,) else plain

@@ -1,0 +1,169 @@
+"""Rows of a dataset on the Hugging Face hub, from its parquet files or from the hub's conversion to parquet.
+
+Honours HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_CACHE as they are at the time of the call. A hub that cannot be reached
+is not waited for: what is in the cache is used, else the source counts as unavailable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spdbench.errors import InputError, did_you_mean
+from spdbench.prompts.sources import SourceUnavailable
+
+TIMEOUT_S = 10
+CONVERTED = "refs/convert/parquet"
+DEFAULT_FOLDER = "data"
+"""Where the hub's own tools put the parquet files of the config called `default`."""
+
+PARQUET_NAME = re.compile(
+    r"(?:(?P<config>[^/]+)/)?(?P<split>[^/-]+)(?:/\d+|-\d+-of-(?P<shards>\d+)(?:-\w+)?)?\.parquet", re.ASCII
+)
+
+
+def read_dataset(
+    repo: str, config: str | None, split: str, revision: str | None, columns: Sequence[str]
+) -> tuple[list[Mapping[str, Any]], str]:
+    """Rows with `columns` of one split, and the commit they are from.
+
+    Raises:
+        SourceUnavailable: no `hub` extra, no hub, no such dataset, config or split.
+        InputError: a column that the dataset does not have, or a file that is not parquet.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise SourceUnavailable(f"needs huggingface_hub and pyarrow ({error})", "pip install 'spdbench[hub]'") from None
+    rows: list[Mapping[str, Any]] = []
+    files = _fetch(repo, config, split, revision)
+    for file in files:
+        try:
+            known = parquet.read_schema(file).names
+            for column in columns:
+                if column not in known:
+                    raise InputError(f"hub {repo} {file.name}: has no column '{column}'{did_you_mean(column, known)}")
+            rows += parquet.read_table(file, columns=list(columns)).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{file}: not a readable parquet file ({_brief(error)})") from None
+    return rows, _snapshot_of(files[0]).name
+
+
+def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> list[Path]:
+    """Local copies of the split's parquet files, in order: from the hub, else from the cache of an earlier run."""
+    try:
+        from huggingface_hub import constants
+    except ImportError as error:
+        raise SourceUnavailable(f"needs huggingface_hub and pyarrow ({error})", "pip install 'spdbench[hub]'") from None
+    revisions = (revision,) if revision else ("main", CONVERTED)
+    command = f"hf download --repo-type dataset {repo}"
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    reason = "HF_HUB_OFFLINE is set, and the cache does not hold it"
+    if not offline:
+        found: list[str] = []
+        try:
+            for name in revisions:
+                files = _download(repo, config, split, name, found)
+                if files:
+                    return files
+            held = f"; it has {', '.join(sorted(set(found)))}" if found else ""
+            reason = f"no parquet files for {config or 'default'}/{split}{held}"
+        except Exception as error:  # the client's and its HTTP library's, which has changed its name over the versions
+            reason = f"{_brief(error)} (the hub at {_endpoint() or constants.ENDPOINT})"
+    for name in revisions:
+        files = _cached(repo, config, split, name)
+        if files:
+            return files
+    raise SourceUnavailable(reason, command)
+
+
+def _download(repo: str, config: str | None, split: str, revision: str, found: list[str]) -> list[Path]:
+    """The split's files at `revision`, fetched; none if there are none. Adds every config/split seen to `found`."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    api = HfApi(endpoint=_endpoint())
+    try:
+        info = api.dataset_info(repo, revision=revision, timeout=TIMEOUT_S)
+    except RevisionNotFoundError:
+        if revision != CONVERTED:
+            raise
+        return []
+    splits = parquet_splits([sibling.rfilename for sibling in info.siblings or []])
+    found += [f"{name}/{part}" for name, part in splits]
+    return [
+        Path(
+            hf_hub_download(
+                repo,
+                name,
+                repo_type="dataset",
+                revision=revision,
+                endpoint=_endpoint(),
+                cache_dir=_cache_folder(),
+                etag_timeout=TIMEOUT_S,
+            )
+        )
+        for name in choose_files(splits, config, split)
+    ]
+
+
+def _cached(repo: str, config: str | None, split: str, revision: str) -> list[Path]:
+    """The split's files in the cache, all of its shards, or none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                repo, repo_type="dataset", revision=revision, local_files_only=True, cache_dir=_cache_folder()
+            )
+        )
+    except Exception:  # it is not in the cache, which the client tells by several exceptions
+        return []
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
+    chosen = choose_files(parquet_splits(names), config, split)
+    match = PARQUET_NAME.fullmatch(chosen[0]) if chosen else None
+    whole = match is not None and int(match["shards"] or len(chosen)) == len(chosen)
+    return [folder / name for name in chosen] if whole else []
+
+
+def parquet_splits(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
+    """(config, split) -> its files among `names`, sorted; other files are left out."""
+    splits: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(names):
+        match = PARQUET_NAME.fullmatch(name)
+        if match:
+            config = match["config"]
+            key = ("default" if config in (None, DEFAULT_FOLDER) else config, match["split"])
+            splits.setdefault(key, []).append(name)
+    return splits
+
+
+def choose_files(splits: Mapping[tuple[str, str], list[str]], config: str | None, split: str) -> list[str]:
+    """The files of `config`; without one, those of `default` or of the only config that has `split`."""
+    if config is not None:
+        return splits.get((config, split), [])
+    holders = [name for name, part in splits if part == split]
+    name = holders[0] if len(holders) == 1 else "default"
+    return splits.get((name, split), [])
+
+
+def _snapshot_of(file: Path) -> Path:
+    """The folder `.../snapshots/COMMIT` that a cached file lies in."""
+    return next(folder for folder in file.parents if folder.parent.name == "snapshots")
+
+
+def _endpoint() -> str | None:
+    # Read here, as the client reads it only once, when it is imported.
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _cache_folder() -> str | None:
+    return os.environ.get("HF_HUB_CACHE") or None
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -1,0 +1,165 @@
+"""Rows of any origin, checked and made into prompts; what is wrong with one is said with its place and value.
+
+Knows what a conversation must look like, not where it came from: that is sources.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from spdbench.errors import InputError, did_you_mean
+from spdbench.types import Prompt
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+GZIP_MAGIC = b"\x1f\x8b"
+TYPE_WORDS = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "list_type": "must be a list",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "too_short": "must not be empty",
+}
+
+
+class Part(BaseModel):
+    """Base of everything that users write in a suite: frozen, strictly typed, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text, but holds half of a surrogate pair") from None
+    return text
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return _encodable(text)
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _as_texts(value: object) -> object:
+    """A reference as a list of texts, "" for a turn that has none; an empty list is no reference."""
+    if isinstance(value, list):
+        return ["" if item is None else _number_as_text(item) for item in value] or None
+    return value if value is None else [_number_as_text(value)]
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+
+
+class Row(Part):
+    """One conversation, whatever it was written in. Numbers are taken for `id` and `reference`, as text."""
+
+    id: Annotated[Text, BeforeValidator(_number_as_text)]
+    turns: list[Text] = Field(min_length=1)
+    category: Text | None = None
+    reference: Annotated[list[Annotated[str, AfterValidator(_encodable)]] | None, BeforeValidator(_as_texts)] = None
+
+    def prompt(self, category: str) -> Prompt:
+        """The row as a prompt; `category` is for a row that names none."""
+        reference = None if self.reference is None else tuple(self.reference)
+        return Prompt(self.id, self.category or category, tuple(self.turns), reference)
+
+
+def problem(details: ErrorDetails) -> str:
+    """What pydantic found, in our words and with the value; the caller adds the place."""
+    kind, value = details["type"], details["input"]
+    if kind == "missing":
+        return "is missing"
+    reason = TYPE_WORDS.get(kind) or details["msg"].removeprefix("Value error, ")
+    reason = reason.replace("Input should be", "must be").replace("String should match", "must match")
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    return f"{reason}, not {shown}"
+
+
+def json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Pairs of place (`NAME line 3`) and object, from JSONL that may be gzipped; blank lines are skipped.
+
+    Raises:
+        InputError: the file cannot be unpacked, or a line is not UTF-8 or not a JSON object.
+    """
+    if raw.startswith(GZIP_MAGIC):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{name}: broken gzip ({error})") from None
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not UTF-8") from None
+        except RecursionError:
+            raise InputError(f"{where}: nested too deeply") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: must be a JSON object, not {line[:40].decode(errors='replace')}")
+        yield where, row
+
+
+def rows_to_prompts(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    columns: Mapping[str, str],
+    name: str,
+    category: str,
+    optional: frozenset[str] = frozenset(),
+) -> tuple[Prompt, ...]:
+    """Prompts from pairs of place and row.
+
+    `columns` maps a field of `Row` to the column that holds it; those in `optional` may be absent. Without a column
+    for ids, rows are numbered from 0. `name` is the whole source's, for a message when it is empty.
+
+    Raises:
+        InputError: no rows, a missing column, a value of the wrong type, or an id that occurs twice.
+    """
+    prompts: list[Prompt] = []
+    places: dict[str, str] = {}
+    for number, (where, row) in enumerate(rows):
+        fields: dict[str, Any] = {"id": number} if "id" not in columns else {}
+        for field, column in columns.items():
+            if column in row:
+                fields[field] = row[column]
+            elif field not in optional:
+                raise InputError(f"{where}: has no '{column}'{did_you_mean(column, row)}")
+        prompt = _checked_row(fields, where, columns).prompt(category)
+        if prompt.id in places:
+            raise InputError(f"{where}: {columns['id']} '{prompt.id}' is already that of {places[prompt.id]}")
+        places[prompt.id] = where
+        prompts.append(prompt)
+    if not prompts:
+        raise InputError(f"{name}: holds no prompts")
+    return tuple(prompts)
+
+
+def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Row:
+    """`fields` as a `Row`, one text being one turn; what is wrong is told by `where` and the name of the column."""
+    turns = fields["turns"]
+    if not isinstance(turns, str | list):
+        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {turns!r}")
+    try:
+        return Row.model_validate({**fields, "turns": [turns] if isinstance(turns, str) else turns})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field, *rest = (str(part) for part in first["loc"])
+        raise InputError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None

@@ -1,0 +1,273 @@
+"""A suite file (YAML) as a `Suite`: prompts, how to decode them, and where they came from.
+
+Checks everything that a person may have written wrongly and says so with file, key and value. Must know nothing of
+models or templates of chats, and importing it loads neither torch nor any hub code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Discriminator, Field, Tag, ValidationError
+
+from spdbench.errors import InputError, did_you_mean
+from spdbench.prompts.rows import Part, Row, Text, problem
+from spdbench.prompts.sources import (
+    PLACEHOLDER,
+    SOURCES,
+    HubSource,
+    InlineSource,
+    LmEvalSource,
+    PackageSource,
+    PathSource,
+    Place,
+    Source,
+    SourceUnavailable,
+    Template,
+)
+from spdbench.types import Prompt
+
+SHIPPED_IN = "spdbench_suites"
+
+
+class Decoding(Part):
+    """How a suite wants its prompts decoded; the command line beats it. Temperature 0 is greedy."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: not limited")
+    seed: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Prompts to measure, after the suite's own template and limit. `sha256` is of the YAML file's bytes.
+
+    `source` names the source that won in words. `model` is the suite's own target, `score` how answers are judged.
+    """
+
+    name: str
+    version: int
+    description: str
+    sha256: str
+    source: str
+    model: str | None
+    prompts: tuple[Prompt, ...]
+    decoding: Decoding
+    score: str | None
+
+
+@dataclass(frozen=True)
+class SuiteListing:
+    """A shipped suite as its file describes it. `num_prompts` is None where only the source knows."""
+
+    name: str
+    description: str
+    sources: tuple[str, ...]
+    num_prompts: int | None
+
+
+def _kind(entry: object) -> str | None:
+    kinds = [kind for kind in SOURCES if isinstance(entry, dict) and kind in entry]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+_AnySource = Annotated[
+    Annotated[PathSource, Tag("path")]
+    | Annotated[PackageSource, Tag("package")]
+    | Annotated[HubSource, Tag("hub")]
+    | Annotated[LmEvalSource, Tag("lm_eval")]
+    | Annotated[InlineSource, Tag("inline")],
+    Discriminator(
+        _kind,
+        custom_error_type="source_kind",
+        custom_error_message=f"must be a mapping with exactly one of the keys {', '.join(SOURCES)}",
+    ),
+]
+
+
+class _Prompts(Part):
+    source: list[_AnySource] = Field(min_length=1)
+    template: Template | None = None
+    limit: int | None = Field(None, ge=1)
+    category: Text | None = Field(None, description="of prompts whose source names none; default: the suite's name")
+
+
+class _SuiteFile(Part):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*$", description="goes into file names")
+    version: int = Field(ge=1)
+    description: str = ""
+    model: Text | None = None
+    prompts: _Prompts
+    decoding: Decoding = Decoding()
+    score: Text | None = None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but a key that occurs twice is an error, not a silent last word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' occurs twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def shipped_suites() -> dict[str, Path]:
+    """The suites that come with spdbench, by name."""
+    folder = Path(str(importlib.resources.files(SHIPPED_IN)))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def list_suites() -> tuple[SuiteListing, ...]:
+    """What ships, from the files alone: no source is touched."""
+    return tuple(_listing(_read(path)[0]) for path in shipped_suites().values())
+
+
+def load_suite(name_or_path: str, data: Path | None) -> Suite:
+    """The suite of that name or in that file, with the prompts of the first source that is there.
+
+    Relative paths of sources start from `data`, else from the suite file's folder.
+
+    Raises:
+        InputError: no such suite, a mistake in its file or in its data, or none of its sources is there.
+    """
+    path = _find(name_or_path)
+    if data is not None and not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder")
+    file, sha256 = _read(path)
+    place = Place(name_or_path, path.parent if data is None else data, file.prompts.category or file.name)
+    prompts, source = _first_there(file.prompts, place, path)
+    return Suite(
+        name=file.name,
+        version=file.version,
+        description=file.description,
+        sha256=sha256,
+        source=source,
+        model=file.model,
+        prompts=limit_prompts(prompts, file.prompts.limit),
+        decoding=file.decoding,
+        score=file.score,
+    )
+
+
+def limit_prompts(prompts: tuple[Prompt, ...], limit: int | None) -> tuple[Prompt, ...]:
+    """The first `limit` conversations, one category after the other; all as they are when `limit` is None.
+
+    Categories come in order of first appearance. The result keeps the round-robin order, so a smaller limit's prompts
+    are the first of a larger one's.
+
+    Raises:
+        InputError: `limit` is below 1.
+    """
+    if limit is None:
+        return prompts
+    if limit < 1:
+        raise InputError(f"--limit {limit}: must be 1 or more")
+    categories: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        categories.setdefault(prompt.category, []).append(prompt)
+    rounds = zip_longest(*categories.values())
+    return tuple(prompt for row in rounds for prompt in row if prompt is not None)[:limit]
+
+
+def _find(name_or_path: str) -> Path:
+    shipped = shipped_suites()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if os.path.isfile(path):  # unlike Path's own, these never raise, whatever the name
+        return path
+    if os.path.isdir(path):
+        raise InputError(f"{path}: is a folder; a suite is a YAML file")
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise InputError(f"{path}: no such suite file")
+    raise InputError(f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, shipped)} Or a path to a YAML file.")
+
+
+def _read(path: Path) -> tuple[_SuiteFile, str]:
+    """The checked file and the sha256 of its bytes."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        data = yaml.load(raw, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}{line}: not YAML that can be read: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not YAML that can be read: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(data, dict):
+        found = {"NoneType": "nothing", "list": "a list"}.get(type(data).__name__, type(data).__name__)
+        raise InputError(
+            f"{path}: a suite must be a mapping (name, version, prompts, ...), and this file holds {found}"
+        )
+    try:
+        return _SuiteFile.model_validate(data), hashlib.sha256(raw).hexdigest()
+    except ValidationError as error:
+        reasons = [_reason(details["loc"], problem(details), details["type"]) for details in error.errors()]
+        raise InputError("\n".join(f"{path}: {reason}" for reason in reasons)) from None
+
+
+def _reason(loc: tuple[int | str, ...], words: str, kind: str) -> str:
+    """One mistake with its key path, written as in the file; an unknown key comes with those that are known."""
+    in_source = loc[:2] == ("prompts", "source") and len(loc) > 3
+    key = ".".join(str(part) for part in (loc[:3] + loc[4:] if in_source else loc))  # loc[3] is pydantic's own tag
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{did_you_mean(str(loc[-1]), _model_at(loc[:-1]).model_fields)}"
+    return f"{key}: {words}"
+
+
+def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
+    match loc:
+        case ("prompts",):
+            return _Prompts
+        case ("prompts", "source", int(), str() as kind):
+            return SOURCES[kind]
+        case ("prompts", "source", int(), "inline", "inline", int()):
+            return Row
+        case ("decoding",):
+            return Decoding
+    return _SuiteFile
+
+
+def _first_there(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt, ...], str]:
+    """The prompts of the first source that is there, wrapped in their template, and its words."""
+    missing: list[str] = []
+    for source in part.source:
+        try:
+            loaded = source.load(place)
+        except SourceUnavailable as error:
+            missing.append(f"  {source.words}: {error.reason}\n    to get it: {error.command}")
+            continue
+        template = source.template or part.template
+        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.words
+    raise InputError("\n".join([f"{path}: none of its prompt sources is there:", *missing]))
+
+
+def _wrapped(prompt: Prompt, template: str | None) -> Prompt:
+    if template is None:
+        return prompt
+    return replace(prompt, turns=tuple(template.replace(PLACEHOLDER, turn) for turn in prompt.turns))
+
+
+def _listing(file: _SuiteFile) -> SuiteListing:
+    sources: list[Source] = list(file.prompts.source)
+    counts = [len(source.inline) for source in sources[:1] if isinstance(source, InlineSource)]
+    counts += [file.prompts.limit] if file.prompts.limit else []
+    return SuiteListing(
+        file.name, file.description, tuple(source.words for source in sources), min(counts, default=None)
+    )

@@ -1,0 +1,120 @@
+"""Messages to ids and back, with tiny tokenizers made here."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from spdbench.errors import InputError
+from spdbench.prompts.chat import PROMPT_DATE, ChatFormat
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<user>", "<assistant>"]
+HELLO = [{"role": "user", "content": "hi"}]
+TALK = [*HELLO, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "bye"}]
+
+
+def tokenizer(template: Any = None, adds: str = "") -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, one id a byte; `adds` is what it puts around a text: `bos`, `bos eos` or nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: number for number, piece in enumerate([*SPECIAL, *alphabet])}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if adds:
+        single = "<s> $A </s>" if "eos" in adds else "<s> $A"
+        inner.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    made.chat_template = template
+    return made
+
+
+def shown(chat: ChatFormat, inner: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> str:
+    return str(inner.decode(list(chat.encode(messages)), skip_special_tokens=False))
+
+
+def test_chat_template_wraps_messages_and_opens_the_answer() -> None:
+    inner = tokenizer(TEMPLATE)
+    chat = ChatFormat(inner)
+    assert chat.is_chat
+    assert shown(chat, inner, TALK) == "<user>hi</s><assistant>yes?</s><user>bye</s><assistant>"
+
+
+def test_ids_are_plain_ints_in_a_tuple() -> None:
+    ids = ChatFormat(tokenizer(TEMPLATE)).encode(HELLO)
+    assert isinstance(ids, tuple)
+    assert all(type(token) is int for token in ids)
+
+
+def test_chat_template_gets_no_second_bos() -> None:
+    inner = tokenizer("<s>" + TEMPLATE, adds="bos")
+    assert ChatFormat(inner).encode(HELLO).count(0) == 1
+
+
+def test_template_hash_is_of_the_published_text() -> None:
+    assert ChatFormat(tokenizer(TEMPLATE)).template_sha256 == hashlib.sha256(TEMPLATE.encode()).hexdigest()
+
+
+def test_of_several_templates_the_default_is_used() -> None:
+    inner = tokenizer({"default": TEMPLATE, "tool_use": "x"})
+    assert ChatFormat(inner).template_sha256 == ChatFormat(tokenizer(TEMPLATE)).template_sha256
+    assert shown(ChatFormat(inner), inner, HELLO) == "<user>hi</s><assistant>"
+    assert not ChatFormat(tokenizer({"tool_use": "x"})).is_chat
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}",
+        "{{ strftime_now('%Y-%m-%d') }}",
+        "{% set today = strftime_now('%H:%M:%S') %}{{ today }}",
+        "{% macro head() %}{{ strftime_now('%c') }}{% endmacro %}{{ head() }}",
+    ],
+)
+def test_template_with_a_date_gives_the_same_ids_on_every_day(clock: str) -> None:
+    inner = tokenizer(clock + TEMPLATE)
+    assert shown(ChatFormat(inner), inner, HELLO) == f"{PROMPT_DATE}<user>hi</s><assistant>"
+
+
+def test_template_that_refuses_a_conversation_is_told_in_its_words() -> None:
+    chat = ChatFormat(tokenizer("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(InputError, match="chat template refuses this conversation: roles must alternate"):
+        chat.encode(HELLO)
+
+
+@pytest.mark.parametrize(("adds", "expected"), [("", "hi\nyes?\nbye"), ("bos", "<s>hi\nyes?\nbye")])
+def test_without_template_turns_are_joined_and_bos_is_the_tokenizers_choice(adds: str, expected: str) -> None:
+    inner = tokenizer(adds=adds)
+    chat = ChatFormat(inner)
+    assert not chat.is_chat
+    assert chat.template_sha256 is None
+    assert shown(chat, inner, TALK) == expected
+
+
+def test_plain_completion_has_no_eos_after_which_there_is_nothing_to_say() -> None:
+    inner = tokenizer(adds="bos eos")
+    assert shown(ChatFormat(inner), inner, HELLO) == "<s>hi"
+
+
+def test_plain_text_that_begins_with_bos_gets_no_second_one() -> None:
+    inner = tokenizer(adds="bos")
+    assert ChatFormat(inner).encode([{"role": "user", "content": "<s>hi"}]).count(0) == 1
+
+
+def test_decode_leaves_out_special_tokens_and_keeps_spaces() -> None:
+    inner = tokenizer(TEMPLATE)
+    text = "It 's  here , \n\u00e9\u4e2d"
+    ids = [0, *inner.encode(text, add_special_tokens=False), 1]
+    assert ChatFormat(inner).decode(tuple(ids)) == text
