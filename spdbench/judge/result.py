@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, FinishReason
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -33,7 +37,7 @@ class SuiteInfo(Record):
 
 
 class DecodingInfo(Record):
-    max_new_tokens: int
+    max_new_tokens: int = Field(ge=1)
     temperature: float
     top_p: float
     top_k: int
@@ -47,9 +51,9 @@ class BackendRecord(Record):
     kind: BackendKind
     options: dict[str, Any]
     devices: list[str]
-    num_devices: int
+    num_devices: int = Field(ge=1)
     lossy: bool
-    lanes: int
+    lanes: int = Field(ge=1)
     lane_bytes: list[int] = Field(description="the target's bytes that each lane reads for one token, head included")
     stage_layers: list[int]
 
@@ -75,12 +79,19 @@ class DrafterRecord(Record):
 class Steps(Record):
     """Columns of equal length, one entry a step; the first step is prefill. `t_ns` counts from the request's start."""
 
-    t_ns: list[int]
-    emitted: list[int]
-    drafted: list[int]
-    judged: list[int]
-    accepted: list[int]
-    forwards: list[float]
+    t_ns: list[Count]
+    emitted: list[Count]
+    drafted: list[Count]
+    judged: list[Count]
+    accepted: list[Count]
+    forwards: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+    @model_validator(mode="after")
+    def _columns_are_equally_long(self) -> Steps:
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of different length: {lengths}")
+        return self
 
 
 class BubbleParts(Record):
@@ -104,13 +115,13 @@ class Run(Record):
     turn: int
     repeat: int
     prompt_sha256: str = Field(description="sha256 of the ids fed in, as decimal numbers joined by commas")
-    num_prompt_tokens: int
-    num_new_tokens: int
+    num_prompt_tokens: Count
+    num_new_tokens: Count
     finish_reason: FinishReason
     error: str | None = None
     output_ids: list[int]
-    ttft_s: float | None
-    decode_s: float | None
+    ttft_s: Seconds | None
+    decode_s: Seconds | None
     steps: Steps
     score: float | None = None
     bubble: BubbleParts | None = None

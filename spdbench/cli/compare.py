@@ -1,0 +1,75 @@
+"""`spdbench compare`: result files in, a comparison out. Only parses the command line, reads and writes."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spdbench.errors import InputError
+
+if TYPE_CHECKING:
+    from spdbench.render.table import Format
+
+FORMATS = ("table", "github", "latex", "csv", "json")
+
+
+@click.command("compare", short_help="Compare results: speed-ups, acceptance, outputs.")
+@click.argument("results", metavar="RESULT...", nargs=-1, required=True)
+@click.option(
+    "--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla of each table."
+)
+@click.option("--by", type=click.Choice(["category"]), help="One row for each category as well.")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print.")
+def command(results: tuple[str, ...], baseline: str | None, by: str | None, form: Format) -> None:
+    """Compare results, in one table for each suite, model, dtype, decoding and machine.
+
+    RESULT is a result file, a pattern such as 'results/quick__*.json', or a folder of result files. Everything is
+    computed anew from the runs in the files; no model is needed.
+    """
+    from rich.console import Console
+
+    from spdbench.judge.compare import compare, find_baseline
+    from spdbench.judge.pairing import read_entries
+    from spdbench.render.table import render
+
+    entries = read_entries(list(_paths(results)))
+    chosen = None if baseline is None else find_baseline(baseline, entries)
+    tables = compare(entries, chosen, by_category=by == "category")
+    _write(render(tables, form, Console(file=sys.stdout)))
+
+
+def _paths(words: Sequence[str]) -> Iterator[Path]:
+    """The files that `words` mean: themselves, what a pattern matches, or the `*.json` of a folder.
+
+    Raises:
+        InputError: a pattern or a folder gives no file.
+    """
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            found = sorted(path.glob("*.json"))
+            if not found:
+                raise InputError(f"{word}: no result files (*.json) in this folder")
+            yield from found
+        elif glob.has_magic(word) and not path.exists():
+            matches = sorted(glob.glob(word, recursive=True))
+            if not matches:
+                raise InputError(f"{word}: no file matches this pattern")
+            yield from map(Path, matches)
+        else:
+            yield path
+
+
+def _write(text: str) -> None:
+    """`text` to stdout; a reader that has had enough (`| head`) is no error."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

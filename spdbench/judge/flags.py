@@ -1,0 +1,181 @@
+"""Flags: what a reader must know before believing a number, each with one line of why and one of what to do.
+
+Pure functions from counts and records. Must not know how results are measured, paired or shown. METRICS.md, "Flags", is
+the list; those that need two results are made in `compare.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from spdbench.judge.result import BackendRecord, Divergence, DrafterRecord, Flag
+
+DISQUALIFYING = frozenset(
+    {
+        "lossy",
+        "diverged",
+        "synthetic_drafter",
+        "untrained_drafter",
+        "hardware_mismatch",
+        "prompt_mismatch",
+        "template_mismatch",
+        "unattributed",
+    }
+)
+"""A row with one of these is never shown as best."""
+
+MADE_FROM_ONE_RESULT = frozenset(
+    {
+        "lossy",
+        "diverged",
+        "synthetic_drafter",
+        "untrained_drafter",
+        "degenerate",
+        "truncated",
+        "few_prompts",
+        "noisy",
+        "slow_baseline",
+    }
+)
+"""What `flags_for` can tell, and so tells anew whenever a file is read."""
+
+MAX_CYCLE = 8
+TAIL_TOKENS = 64
+FEW_PROMPTS = 8
+NOISY_SHARE = 0.10
+SLOW_ROOFLINE_SHARE = 0.4
+
+
+def is_degenerate(output_ids: Sequence[int]) -> bool:
+    """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
+
+    A cycle counts once it has come round twice. Outputs shorter than two cycles of 8 are too short to tell.
+    """
+    tail = np.asarray(output_ids[-TAIL_TOKENS:])
+    if len(tail) < 2 * MAX_CYCLE:
+        return False
+    for period in range(1, MAX_CYCLE + 1):
+        repeated = _longest_stretch(tail[period:] == tail[:-period])
+        if repeated >= period and 2 * (repeated + period) > len(tail):
+            return True
+    return False
+
+
+def _longest_stretch(holds: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+    """Length of the longest unbroken stretch of True."""
+    breaks = np.flatnonzero(~np.concatenate(([False], holds, [False])))
+    return int(np.diff(breaks).max()) - 1
+
+
+def interval_is_noisy(value: float | None, interval: Sequence[float] | None) -> bool:
+    """True if a 95 % `interval` is wider than +-10 % of its `value`."""
+    return bool(value and interval and (interval[1] - interval[0]) / 2 > NOISY_SHARE * value)
+
+
+def disqualifies(flags: Sequence[Flag]) -> bool:
+    return any(flag.name in DISQUALIFYING for flag in flags)
+
+
+def flags_for(
+    overall: Mapping[str, Any], backend: BackendRecord, drafter: DrafterRecord | None, divergence: Divergence | None
+) -> list[Flag]:
+    """The flags that one result shows by itself; `overall` is `Summary.overall`."""
+    return [
+        *_output_flags(backend, divergence),
+        *_drafter_flags(drafter),
+        *_sample_flags(overall),
+        *_speed_flags(overall),
+    ]
+
+
+def _output_flags(backend: BackendRecord, divergence: Divergence | None) -> Iterator[Flag]:
+    if backend.lossy:
+        yield Flag(
+            name="lossy",
+            reason="its outputs are not the target model's own, by design",
+            remedy="Choose a lossless acceptance rule, or judge the answers by their score",
+        )
+    elif divergence is not None and (divergence.real or divergence.unclassified):
+        yield diverged(
+            divergence.real + divergence.unclassified,
+            divergence.identical + divergence.ties + divergence.near_ties + divergence.real + divergence.unclassified,
+            classified=not divergence.unclassified,
+        )
+
+
+def diverged(num_different: int, num_compared: int, *, classified: bool) -> Flag:
+    """The flag for outputs that are not vanilla's; `classified` if each first difference was traced to the logits."""
+    why = "by more than a tie in the logits explains" if classified else "and not every difference is shown to be a tie"
+    return Flag(
+        name="diverged",
+        reason=f"{num_different} of {num_compared} outputs differ from vanilla's, {why}",
+        remedy="Run in float32 on the CPU, where no difference has an excuse, or look closer with `spdbench audit`",
+    )
+
+
+def is_untrained(drafter: DrafterRecord) -> bool:
+    """True for a head with random weights."""
+    return drafter.id == "random" or (drafter.trained_tokens == 0 and not drafter.synthetic)
+
+
+def _drafter_flags(drafter: DrafterRecord | None) -> Iterator[Flag]:
+    if drafter is None:
+        return
+    if drafter.synthetic:
+        yield Flag(
+            name="synthetic_drafter",
+            reason=f"the drafts come from {drafter.id}, which is told the answers: its acceptance was set, not earned",
+            remedy="Read it as a what-if; use a trained drafter to learn what the method does",
+        )
+    if is_untrained(drafter):
+        yield Flag(
+            name="untrained_drafter",
+            reason="the drafter has random weights, so next to nothing is accepted",
+            remedy="Train one with `spdbench train`, or name a trained one with --drafter",
+        )
+
+
+def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    num_runs, num_prompts = overall["num_runs"], overall["num_prompts"]
+    if overall["num_degenerate"]:
+        yield Flag(
+            name="degenerate",
+            reason=f"{overall['num_degenerate']} of {num_runs} outputs end in a loop, which is easy to draft",
+            remedy="Read acceptance without them (NAME_without_degenerate), or use a model that suits the prompts",
+        )
+    if 2 * overall["num_truncated"] > num_runs:
+        yield Flag(
+            name="truncated",
+            reason=f"{overall['num_truncated']} of {num_runs} outputs were cut by the token limit",
+            remedy="Raise --max-new-tokens if answers of full length matter",
+        )
+    if num_prompts < FEW_PROMPTS:
+        yield Flag(
+            name="few_prompts",
+            reason=f"only {num_prompts} prompt{'' if num_prompts == 1 else 's'} with an answer",
+            remedy=f"Measure at least {FEW_PROMPTS} (--limit)",
+        )
+
+
+def _speed_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    if interval_is_noisy(overall["decode_tokens_per_s"], overall["decode_tokens_per_s_ci"]):
+        yield noisy("tokens/s", overall["decode_tokens_per_s"], overall["decode_tokens_per_s_ci"])
+    share = overall["roofline_share"]
+    if share is not None and share < SLOW_ROOFLINE_SHARE:
+        yield Flag(
+            name="slow_baseline",
+            reason=f"vanilla reaches {share:.0%} of what memory bandwidth allows, which flatters every speed-up",
+            remedy="Give it more --threads, another --dtype, or an idle machine",
+        )
+
+
+def noisy(name: str, value: float, interval: Sequence[float]) -> Flag:
+    half_width = (interval[1] - interval[0]) / 2 / value
+    return Flag(
+        name="noisy",
+        reason=f"the 95 % interval of {name} is +-{half_width:.0%}",
+        remedy="Add prompts (--limit) or --repeats, and leave the machine idle",
+    )

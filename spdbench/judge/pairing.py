@@ -1,0 +1,158 @@
+"""Two results side by side: which of their runs belong together, how their speed compares, whether the ids agree.
+
+Must not know tables, baselines' names or printing. METRICS.md, "Pairing" and "Intervals".
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge import stats
+from spdbench.judge.flags import MADE_FROM_ONE_RESULT, flags_for
+from spdbench.judge.metrics import summarise
+from spdbench.judge.ratios import is_failed
+from spdbench.judge.result import Result, Run, read_result
+
+RunKey = tuple[str, int, int]
+"""Prompt id, turn, repeat."""
+
+
+class RunFacts(NamedTuple):
+    """What comparing needs of a run; `output_digest` stands for its ids."""
+
+    category: str
+    prompt_sha256: str
+    decode_tokens: int
+    decode_s: float
+    output_digest: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One result to compare: the file's `head` (no runs; summary and flags made anew) and a little of each run."""
+
+    file: str
+    head: Result
+    runs: dict[RunKey, RunFacts]
+
+    @property
+    def label(self) -> str:
+        return self.head.backend.label
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Ratio of decode tokens/s to the baseline's over `num_paired` runs; the interval is None if it cannot be told."""
+
+    value: float | None
+    interval: tuple[float, float] | None
+    num_paired: int
+
+    @property
+    def difference_shown(self) -> bool | None:
+        """False if the interval holds 1.0; None without an interval."""
+        if self.interval is None:
+            return None
+        return not self.interval[0] <= 1.0 <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """How many of `num_compared` runs gave the baseline's ids, token for token."""
+
+    num_compared: int
+    num_identical: int
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Runs of two results that answer the same prompt, by key. `num_dropped` runs, of either, have no partner.
+
+    `first_prompts_differ` is true if a conversation begins differently in the two, or nothing pairs at all; a later
+    turn may differ without fault, when the answers before it did.
+    """
+
+    baseline: Entry
+    candidate: Entry
+    keys: tuple[RunKey, ...]
+    num_dropped: int
+    first_prompts_differ: bool
+
+    def speedup(self, category: str | None = None) -> Speedup:
+        """The candidate's speed-up, of one `category` or all."""
+        keys = list(self._keys(category))
+        base, mine = (_speeds(entry, keys) for entry in (self.baseline, self.candidate))
+        if not (base.sum(axis=0).all() and mine.sum(axis=0).all()):
+            return Speedup(None, None, len(keys))
+        base_tokens, base_s, mine_tokens, mine_s = np.hstack([base, mine]).sum(axis=0)
+        interval = stats.paired_ratio_interval([key[0] for key in keys], [key[2] for key in keys], base, mine)
+        return Speedup(float(mine_tokens / mine_s / (base_tokens / base_s)), interval, len(keys))
+
+    def outputs(self, category: str | None = None) -> Outputs:
+        keys = list(self._keys(category))
+        mine, base = self.candidate.runs, self.baseline.runs
+        return Outputs(len(keys), sum(mine[key].output_digest == base[key].output_digest for key in keys))
+
+    def _keys(self, category: str | None) -> Iterator[RunKey]:
+        return (key for key in self.keys if category is None or self.candidate.runs[key].category == category)
+
+
+def _speeds(entry: Entry, keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each run: [keys, 2]."""
+    facts = [entry.runs[key] for key in keys]
+    return np.array([(run.decode_tokens, run.decode_s) for run in facts], dtype=np.float64).reshape(-1, 2)
+
+
+def pair(baseline: Entry, candidate: Entry) -> Pairing:
+    """Pairs runs with the same prompt id, turn and repeat whose `prompt_sha256` agree."""
+    both = [key for key in candidate.runs if key in baseline.runs]
+    can_pair = bool(baseline.runs and candidate.runs)
+    keys = [key for key in both if candidate.runs[key].prompt_sha256 == baseline.runs[key].prompt_sha256]
+    first_turn = min((turn for _, turn, _ in both), default=0)
+    paired = set(keys)
+    return Pairing(
+        baseline=baseline,
+        candidate=candidate,
+        keys=tuple(keys),
+        num_dropped=len(baseline.runs.keys() | candidate.runs.keys()) - len(keys),
+        first_prompts_differ=can_pair and (not keys or any(key[1] == first_turn and key not in paired for key in both)),
+    )
+
+
+def entry_from(result: Result, file: str) -> Entry:
+    """`result` ready to compare. Its metrics and flags are judged anew from its runs, whatever the file says."""
+    bandwidth = result.environment.get("read_bandwidth_bytes_per_s")
+    summary = summarise(result.runs, result.backend, bandwidth if isinstance(bandwidth, int | float) else None)
+    kept = [flag for flag in result.flags if flag.name not in MADE_FROM_ONE_RESULT]
+    flags = flags_for(summary.overall, result.backend, result.drafter, result.divergence) + kept
+    head = result.model_copy(update={"runs": [], "summary": summary, "flags": flags})
+    return Entry(file, head, {run.key: _facts(run) for run in result.runs if not is_failed(run)})
+
+
+def read_entries(paths: Sequence[Path]) -> list[Entry]:
+    """The results in `paths`, one at a time in memory; a file that is named twice is read once.
+
+    Raises:
+        InputError: a file cannot be read, or is not a result.
+    """
+    unique: dict[Path, Path] = {}
+    for path in paths:
+        unique.setdefault(path.resolve(), path)
+    return [entry_from(read_result(path), str(path)) for path in unique.values()]
+
+
+def _facts(run: Run) -> RunFacts:
+    return RunFacts(
+        category=run.category,
+        prompt_sha256=run.prompt_sha256,
+        decode_tokens=run.num_new_tokens - 1,
+        decode_s=run.decode_s or 0.0,
+        output_digest=hashlib.sha256(",".join(map(str, run.output_ids)).encode()).digest(),
+    )

@@ -1,0 +1,212 @@
+"""The words in a comparison: its columns and cells, the title line, the notes below. For terminal, Markdown, LaTeX.
+
+Judges nothing and knows no output format. A line break in a cell is where it may be folded on a narrow terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spdbench.judge.compare import Row, Table
+from spdbench.judge.flags import DISQUALIFYING, is_untrained
+from spdbench.judge.result import DecodingInfo, Result
+
+EMPTY = "-"
+INTERVAL_NOTE = (
+    "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
+    "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
+)
+IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing."
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column. Where room is short, the one with the highest `leave_out` goes first; 0 always stays."""
+
+    header: str
+    cell: Callable[[Row], str]
+    leave_out: int = 0
+    numeric: bool = True
+
+
+def columns_for(table: Table) -> list[Column]:
+    """The columns that say anything in `table`; the label always comes first."""
+    return [
+        column for column in COLUMNS if not column.leave_out or any(column.cell(row) != EMPTY for row in table.rows)
+    ]
+
+
+def _metric(name: str, form: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        value = row.metrics.get(name)
+        return EMPTY if value is None else format(value, form)
+
+    return cell
+
+
+def _label(row: Row) -> str:
+    return f"{row.label}\n(lossy)" if row.head.backend.lossy else row.label
+
+
+def _drafter(row: Row) -> str:
+    drafter = row.head.drafter
+    if drafter is None:
+        return EMPTY
+    name = Path(drafter.id).name or drafter.id
+    if drafter.synthetic:
+        return f"{name}\n(synthetic)"
+    return f"{name}\n(untrained)" if is_untrained(drafter) else name
+
+
+def _speedup(row: Row) -> str:
+    speedup = row.speedup
+    if row.is_baseline:
+        return "baseline"
+    if speedup is None or speedup.value is None:
+        return EMPTY
+    if speedup.interval is None:
+        return f"{speedup.value:.2f}\n(no interval)"
+    if not speedup.difference_shown:
+        return "no difference\nshown"
+    return f"{speedup.value:.2f}\n[{speedup.interval[0]:.2f}, {speedup.interval[1]:.2f}]"
+
+
+def _acceptance(row: Row) -> str:
+    rate = row.metrics["acceptance_rate"]
+    return EMPTY if rate is None else f"{100 * rate:.1f}%"
+
+
+def _tau(row: Row) -> str:
+    """Blank for vanilla, where it is 1 by definition."""
+    return EMPTY if row.head.backend.kind == "autoregressive" else _metric("acceptance_length", ".2f")(row)
+
+
+def _per_device(row: Row) -> str:
+    """Blank with one device, where it repeats the speed-up."""
+    return EMPTY if row.head.backend.num_devices == 1 else _metric("speedup_per_device", ".2f")(row)
+
+
+def _rate(row: Row) -> str:
+    value = row.metrics["decode_tokens_per_s"]
+    return EMPTY if value is None else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+
+
+def _outputs(row: Row) -> str:
+    """How many outputs are the baseline's; without one, what the file says of vanilla's."""
+    if row.outputs is not None and row.outputs.num_compared:
+        same, compared = row.outputs.num_identical, row.outputs.num_compared
+    elif row.outputs is None and not row.is_baseline and row.category is None and row.head.divergence is not None:
+        same, compared = row.head.divergence.identical, sum(row.head.divergence.model_dump().values())
+    else:
+        return EMPTY
+    return f"{same}/{compared}\nidentical" if same == compared else f"differs\n{compared - same}/{compared}"
+
+
+COLUMNS = (
+    Column("label", _label, numeric=False),
+    Column("drafter", _drafter, numeric=False),
+    Column("tok/s", _rate),
+    Column("speed-up\n[95 %]", _speedup),
+    Column("per\ndevice", _per_device, leave_out=4),
+    Column("accept", _acceptance, leave_out=3),
+    Column("tau", _tau, leave_out=2),
+    Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=5),
+    Column("ideal", _metric("ideal_speedup", ".2f"), leave_out=1),
+    Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=6),
+    Column("score", _metric("score", ".2f"), leave_out=2),
+    Column("outputs", _outputs, numeric=False),
+)
+
+
+def by_category(table: Table) -> bool:
+    return any(row.category is not None for row in table.rows)
+
+
+def title(table: Table, *, with_hashes: bool = False) -> str:
+    """One line: suite, model, dtype, decoding, prompts, machine."""
+    head = table.head
+    suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
+    if with_hashes:
+        suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
+    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), machine(head)])
+
+
+def titles(tables: Sequence[Table]) -> list[str]:
+    """A title each; with hashes if they would otherwise look alike."""
+    plain = [title(table) for table in tables]
+    return plain if len(set(plain)) == len(plain) else [title(table, with_hashes=True) for table in tables]
+
+
+def decoding(info: DecodingInfo) -> str:
+    length = f"up to {info.max_new_tokens} new tokens"
+    if info.temperature == 0:
+        return f"greedy, {length}"
+    filters = [f"top-p {info.top_p:g}"] * (info.top_p < 1) + [f"top-k {info.top_k}"] * (info.top_k > 0)
+    return ", ".join([f"temperature {info.temperature:g}", *filters, f"seed {info.seed}", length])
+
+
+def _prompts(table: Table) -> str:
+    most = max((row.metrics["num_prompts"] for row in table.rows), default=0)
+    return f"{most} prompt{'' if most == 1 else 's'}"
+
+
+def machine(head: Result) -> str:
+    """The machine's name as far as the environment tells it, and the start of its fingerprint."""
+    found = [text for key in ("gpu", "gpus", "cpu") if (text := _device_name(head.environment.get(key)))]
+    fingerprint = str(head.environment.get("fingerprint") or "unknown machine")[:8]
+    return f"{', '.join(found)} ({fingerprint})" if found else fingerprint
+
+
+def _device_name(value: Any) -> str:
+    """The name in `value`: text, {"name" or "model": text}, or a list of such."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return str(value.get("name") or value.get("model") or "")
+    if isinstance(value, Sequence):
+        names = [name for item in value if (name := _device_name(item))]
+        return ", ".join(dict.fromkeys(names))
+    return ""
+
+
+def notes(table: Table) -> list[str]:
+    """What stands below a table: how to read it, what was left out, each flag once."""
+    found = []
+    if table.baseline is not None and any(not row.is_baseline for row in table.rows):
+        found.append(INTERVAL_NOTE.format(baseline=table.baseline))
+    if any(row.head.backend.kind == "pipeline" for row in table.rows):
+        found.append(IDEAL_NOTE)
+    best = [
+        f"{row.label} ({row.category or 'all'})" if by_category(table) else row.label for row in table.rows if row.best
+    ]
+    if best:
+        found.append(f"best: {', '.join(best)}.")
+    return [*found, *table.notes, *_divergence_notes(table), *_flag_notes(table)]
+
+
+def _divergence_notes(table: Table) -> Iterator[str]:
+    """What the first differences were, where the file says it."""
+    for label, row in {row.label: row for row in table.rows}.items():
+        classes = row.head.divergence.model_dump() if row.head.divergence else {}
+        if sum(classes.values()) > classes.get("identical", 0):
+            words = [f"{count} {name.replace('_', ' ')}" for name, count in classes.items() if count]
+            yield f"{label}, outputs against vanilla's: {', '.join(words)}."
+
+
+def _flag_notes(table: Table) -> Iterator[str]:
+    labels: dict[str, dict[str, list[str]]] = {}
+    remedies: dict[str, str] = {}
+    for row in table.rows:
+        for flag in row.flags:
+            named = labels.setdefault(flag.name, {}).setdefault(flag.reason, [])
+            if row.category is None:
+                named.append(row.label)
+            remedies.setdefault(flag.name, flag.remedy)
+    for name, by_reason in labels.items():
+        reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in by_reason.items() if who)
+        weight = "disqualifies" if name in DISQUALIFYING else "warning"
+        if reasons:
+            yield f"{name} ({weight}): {reasons}. {remedies[name]}."

@@ -1,0 +1,104 @@
+"""A comparison for programs: JSON with everything, CSV with one header and a line a row. Judges nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from spdbench.judge.compare import Row, Table
+from spdbench.render.columns import decoding, machine
+
+
+def to_json(tables: Sequence[Table]) -> str:
+    """One object: `tables`, each with its rows and every metric."""
+    return json.dumps({"tables": [_table(table) for table in tables]}, indent=2) + "\n"
+
+
+def _table(table: Table) -> dict[str, Any]:
+    head = table.head
+    return {
+        "suite": head.suite.model_dump(),
+        "model": head.model.model_dump(),
+        "decoding": head.decoding.model_dump(),
+        "environment": head.environment,
+        "baseline": table.baseline,
+        "notes": list(table.notes),
+        "rows": [_row(row) for row in table.rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    head = row.head
+    return {
+        "label": row.label,
+        "file": row.file,
+        "created": head.created,
+        "category": row.category,
+        "backend": head.backend.model_dump(),
+        "drafter": head.drafter.model_dump() if head.drafter else None,
+        "is_baseline": row.is_baseline,
+        "best": row.best,
+        "disqualified": row.disqualified,
+        "difference_shown": row.speedup.difference_shown if row.speedup else None,
+        "outputs": (
+            {"num_compared": row.outputs.num_compared, "num_identical": row.outputs.num_identical}
+            if row.outputs
+            else None
+        ),
+        "divergence": head.divergence.model_dump() if head.divergence else None,
+        "flags": [flag.model_dump() for flag in row.flags],
+        "metrics": row.metrics,
+    }
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """One header; intervals as NAME_ci_low and NAME_ci_high, lists joined by semicolons, null as an empty field."""
+    records = [_record(table, row) for table in tables for row in table.rows]
+    header = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _record(table: Table, row: Row) -> dict[str, Any]:
+    head = row.head
+    record = {
+        "suite": head.suite.name,
+        "suite_version": head.suite.version,
+        "model": head.model.id,
+        "dtype": head.model.dtype,
+        "decoding": decoding(head.decoding),
+        "machine": machine(head),
+        "label": row.label,
+        "file": row.file,
+        "category": row.category,
+        "backend": head.backend.name,
+        "kind": head.backend.kind,
+        "num_devices": head.backend.num_devices,
+        "lossy": head.backend.lossy,
+        "drafter": head.drafter.id if head.drafter else None,
+        "synthetic": head.drafter.synthetic if head.drafter else None,
+        "baseline": table.baseline,
+        "is_baseline": row.is_baseline,
+        "best": row.best,
+        "disqualified": row.disqualified,
+        "flags": ";".join(flag.name for flag in row.flags),
+        "difference_shown": row.speedup.difference_shown if row.speedup else None,
+        "outputs_compared": row.outputs.num_compared if row.outputs else None,
+        "outputs_identical": row.outputs.num_identical if row.outputs else None,
+    }
+    for name, value in row.metrics.items():
+        record |= _fields(name, value)
+    return record
+
+
+def _fields(name: str, value: Any) -> dict[str, Any]:
+    if name.endswith("_ci"):
+        low, high = value or (None, None)
+        return {f"{name}_low": low, f"{name}_high": high}
+    return {name: ";".join(map(str, value)) if isinstance(value, list) else value}

@@ -1,0 +1,137 @@
+"""A comparison for people: a terminal table that fits its width, GitHub Markdown, LaTeX; and the door to CSV and JSON.
+
+Must not judge: it shows what `judge.compare` found, in words from `columns.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Literal, get_args
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from tabulate import tabulate
+
+from spdbench.judge.compare import Row, Table
+from spdbench.render.columns import COLUMNS, Column, by_category, columns_for, notes, titles
+from spdbench.render.export import to_csv, to_json
+
+Format = Literal["table", "github", "latex", "csv", "json"]
+LEFT_ALIGNED = {"category", *(column.header for column in COLUMNS if not column.numeric)}
+FORMATS: tuple[str, ...] = get_args(Format)
+
+
+def render(tables: Sequence[Table], form: Format, console: Console) -> str:
+    """`tables` as text. Only the format `table` looks at `console`: its width, its colours, its encoding."""
+    if form == "table":
+        return _to_terminal(tables, console)
+    makers: dict[str, Callable[[Sequence[Table]], str]] = {
+        "github": _to_github,
+        "latex": _to_latex,
+        "csv": to_csv,
+        "json": to_json,
+    }
+    return makers[form](tables)
+
+
+def _to_terminal(tables: Sequence[Table], console: Console) -> str:
+    with console.capture() as captured:
+        for number, (table, heading) in enumerate(zip(tables, titles(tables), strict=True)):
+            if number:
+                console.print()
+            console.print(Text(heading, style="bold"), highlight=False)
+            _print_table(table, console)
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+
+
+def _print_table(table: Table, console: Console) -> None:
+    """The table in the roomiest layout that fits, then its notes."""
+    columns, left_out = columns_for(table), list[str]()
+    for folded, gap in ((False, 2), (True, 2), (True, 1)):
+        grid = _grid(table, columns, folded=folded, gap=gap)
+        if _width(grid, console) <= console.width:
+            break
+    while _width(grid, console) > console.width and any(column.leave_out for column in columns):
+        last = max(columns, key=lambda column: column.leave_out)
+        columns = [column for column in columns if column is not last]
+        left_out.append(_fold(last.header, folded=False))
+        grid = _grid(table, columns, folded=True, gap=1)
+    console.print(grid, highlight=False)
+    if left_out:
+        console.print(_bullet(f"left out at this width: {', '.join(left_out)} (--format csv has everything)."))
+    for line in notes(table):
+        console.print(_bullet(line), highlight=False)
+
+
+def _bullet(line: str) -> RichTable:
+    """A note whose further lines are indented."""
+    bullet = RichTable.grid(padding=(0, 1, 0, 0))
+    bullet.add_row("-", Text(line))
+    return bullet
+
+
+def _width(grid: RichTable, console: Console) -> int:
+    """Columns of text that `grid` takes if nothing has to wrap."""
+    return console.measure(grid, options=console.options.update(width=10_000)).maximum
+
+
+def _grid(table: Table, columns: Sequence[Column], *, folded: bool, gap: int) -> RichTable:
+    grid = RichTable(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold"
+    )
+    for column in columns:
+        grid.add_column(
+            _fold(column.header, folded=folded), justify="right" if column.numeric else "left", overflow="fold"
+        )
+    for category, rows in groupby(table.rows, key=lambda row: row.category):
+        if by_category(table):
+            grid.add_row(Text(category or "all", style="italic"))
+        for row in rows:
+            grid.add_row(*(Text(_fold(column.cell(row), folded=folded), style=_style(row)) for column in columns))
+        grid.add_section()
+    return grid
+
+
+def _fold(text: str, *, folded: bool) -> str:
+    return text if folded else text.replace("\n", " ").replace("/ ", "/")
+
+
+def _style(row: Row) -> str:
+    return "bold green" if row.best else "dim" if row.disqualified else ""
+
+
+def _cells(table: Table, escape: Callable[[str], str]) -> tuple[list[list[str]], list[str]]:
+    """Rows and headers of the table, each cell on one line."""
+    columns = columns_for(table)
+    rows = []
+    for row in table.rows:
+        cells = [escape(_fold(column.cell(row), folded=False)) for column in columns]
+        rows.append([escape(row.category or "all"), *cells] if by_category(table) else cells)
+    headers = [escape(_fold(column.header, folded=False)) for column in columns]
+    return rows, ["category", *headers] if by_category(table) else headers
+
+
+def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str) -> str:
+    rows, headers = _cells(table, escape)
+    aligns = ["left" if header in LEFT_ALIGNED else "right" for header in headers]
+    return tabulate(rows, headers, tablefmt=form, disable_numparse=True, colalign=aligns)
+
+
+def _to_github(tables: Sequence[Table]) -> str:
+    parts = []
+    for table, heading in zip(tables, titles(tables), strict=True):
+        grid = _tabulate(table, "pipe", lambda text: text.replace("|", "\\|"))
+        parts.append("\n".join([f"**{heading}**", "", grid, "", *(f"- {line}" for line in notes(table)), ""]))
+    return "\n".join(parts)
+
+
+def _to_latex(tables: Sequence[Table]) -> str:
+    """A booktabs tabular each; title and notes as comments, since where they go is the paper's choice."""
+    parts = []
+    for table, heading in zip(tables, titles(tables), strict=True):
+        grid = _tabulate(table, "latex_booktabs")
+        parts.append("\n".join([f"% {heading}", grid, *(f"% {line}" for line in notes(table)), ""]))
+    return "\n".join(parts)

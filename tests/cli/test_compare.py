@@ -1,0 +1,129 @@
+"""`spdbench compare` from the outside."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spdbench.cli.compare import FORMATS, command
+from spdbench.errors import InputError
+from spdbench.render.table import FORMATS as RENDERED
+from tests.builders import ORACLE, make_backend, make_result, make_run, pipeline_steps, write_result
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "results"
+VANILLA, SPD, EAGLE = (str(FIXTURES / f"{name}.json") for name in ("vanilla", "spd_oracle", "eagle_with_failure"))
+
+
+def compare(*args: str) -> Result:
+    """Runs the command; an error comes out as an exception, as the main entry would see it."""
+    return CliRunner().invoke(command, args, catch_exceptions=False)
+
+
+def refusal(*args: str) -> str:
+    with pytest.raises(InputError) as caught:
+        compare(*args)
+    return str(caught.value)
+
+
+def script(*args: str) -> list[str]:
+    return [sys.executable, "-c", "from spdbench.cli.compare import command; command()", *args]
+
+
+def test_compares_and_prints_to_stdout_only() -> None:
+    result = compare(VANILLA, SPD, EAGLE)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "oracle:0.8" in result.stdout
+    assert "4/4" in result.stdout
+
+
+def test_folder_and_pattern_mean_their_result_files() -> None:
+    everything = compare(VANILLA, SPD, EAGLE, "--format", "csv").stdout
+    for word in (str(FIXTURES), str(FIXTURES / "*.json")):
+        rows = csv.DictReader(io.StringIO(compare(word, "--format", "csv").stdout))
+        assert sorted(row["label"] for row in rows) == sorted(
+            row["label"] for row in csv.DictReader(io.StringIO(everything))
+        )
+
+
+def test_formats_of_the_command_are_those_of_the_renderer() -> None:
+    assert FORMATS == RENDERED
+    for form in FORMATS:
+        assert compare(VANILLA, SPD, "--format", form).exit_code == 0
+
+
+def test_category_rows() -> None:
+    rows = list(csv.DictReader(io.StringIO(compare(VANILLA, SPD, "--by", "category", "--format", "csv").stdout)))
+    assert [row["category"] for row in rows] == ["math", "math", "writing", "writing", "", ""]
+
+
+def test_baseline_by_label_and_by_file() -> None:
+    for baseline in ("spd", SPD):
+        tables = json.loads(compare(VANILLA, SPD, "--baseline", baseline, "--format", "json").stdout)["tables"]
+        assert tables[0]["baseline"] == "spd"
+
+
+def test_wrong_input_is_named(tmp_path: Path) -> None:
+    assert "did you mean 'vanilla'" in refusal(VANILLA, "--baseline", "vanill")
+    assert "nothing.json: cannot be read" in refusal(str(tmp_path / "nothing.json"))
+    assert "no file matches this pattern" in refusal(str(tmp_path / "*.json"))
+    assert "no result files (*.json) in this folder" in refusal(str(tmp_path))
+    (tmp_path / "half.json").write_text('{"schema": ')
+    assert "half.json: is not JSON" in refusal(VANILLA, str(tmp_path / "half.json"))
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert compare().exit_code == 2
+    assert compare(VANILLA, "--by", "colour").exit_code == 2
+    assert compare(VANILLA, "--format", "xml").exit_code == 2
+
+
+def test_width_follows_the_columns_variable_and_pipes_have_no_colour() -> None:
+    for columns in (80, 120):
+        done = subprocess.run(
+            script(VANILLA, SPD),
+            env={"COLUMNS": str(columns), "PYTHONIOENCODING": "ascii", "TERM": "xterm"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert max(map(len, done.stdout.splitlines())) <= columns
+        assert "\x1b" not in done.stdout
+        assert done.stderr == ""
+
+
+def test_label_that_the_terminal_cannot_encode_is_no_crash(tmp_path: Path) -> None:
+    path = write_result(make_result([make_run()], make_backend(label="τ")), tmp_path / "a.json")
+    done = subprocess.run(script(str(path)), env={"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_reader_that_has_had_enough_gets_no_traceback(tmp_path: Path) -> None:
+    runs = [make_run(pipeline_steps([True] * 5, 3), prompt=f"p{i}", category=f"c{i}") for i in range(200)]
+    path = write_result(make_result(runs, make_backend("pipeline"), drafter=ORACLE), tmp_path / "a.json")
+    with subprocess.Popen(
+        script(str(path), "--by", "category", "--format", "json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_compare_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from spdbench.cli.compare import command;"
+        f"assert CliRunner().invoke(command, [{VANILLA!r}, {SPD!r}]).exit_code == 0;"
+        "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,108 @@
+"""The bootstrap: what it resamples, that it covers, that it is quick and small."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spdbench.judge import stats
+
+
+def test_turns_of_one_repeat_are_one_cell() -> None:
+    columns = np.array([[1.0], [2.0], [4.0], [8.0]])
+    cells, sums = stats.sum_cells(["a", "a", "a", "b"], [0, 0, 1, 0], columns)
+    assert cells.tolist() == [0, 0, 1]
+    assert sums[:, 0].tolist() == [3.0, 4.0, 8.0]
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12))
+def test_a_resample_draws_each_conversation_with_its_own_number_of_repeats(sizes: list[int]) -> None:
+    cells = np.repeat(np.arange(len(sizes)), sizes)
+    widths = np.asarray(sizes, dtype=np.float64)[cells]
+    sums = np.stack([1 / widths, np.ones(len(cells))], axis=1)
+    totals = stats.resample_sums(cells, sums, resamples=50)
+    assert totals[:, 0] == pytest.approx(np.full(50, len(sizes))), "as many conversations as there are"
+    assert totals[:, 1].min() >= min(sizes) * len(sizes)
+    assert totals[:, 1].max() <= max(sizes) * len(sizes)
+
+
+def test_resampled_means_centre_on_the_data_with_the_spread_theory_gives() -> None:
+    rng = np.random.default_rng(1)
+    values = rng.normal(10, 2, 60)
+    totals = stats.resample_sums(np.arange(60), np.stack([values, np.ones(60)], axis=1))
+    means = totals[:, 0] / totals[:, 1]
+    assert means.mean() == pytest.approx(values.mean(), abs=0.02)
+    assert means.std() == pytest.approx(values.std() / np.sqrt(60), rel=0.05)
+
+
+def test_repeats_add_their_own_spread() -> None:
+    cells = np.repeat(np.arange(40), 2)
+    sums = np.stack([np.tile([0.0, 2.0], 40), np.ones(80)], axis=1)
+    totals = stats.resample_sums(cells, sums)
+    assert (totals[:, 0] / totals[:, 1]).std() == pytest.approx(1 / np.sqrt(80), rel=0.05), (
+        "conversations are all alike"
+    )
+
+
+def test_same_seed_gives_the_same_interval_in_any_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells, sums = np.arange(30), np.random.default_rng(0).random((30, 2))
+    whole = stats.resample_sums(cells, sums, resamples=200)
+    assert np.array_equal(whole, stats.resample_sums(cells, sums, resamples=200))
+    monkeypatch.setattr(stats, "MAX_DRAWS_AT_ONCE", 700)
+    assert np.allclose(whole, stats.resample_sums(cells, sums, resamples=200))
+
+
+def test_pairing_takes_out_what_baseline_and_candidate_share() -> None:
+    rng = np.random.default_rng(2)
+    seconds = rng.lognormal(0, 1, 50)
+    baseline = np.stack([np.full(50, 100.0), seconds], axis=1)
+    candidate = np.stack([np.full(50, 100.0), seconds / 2], axis=1)
+    names = [str(index) for index in range(50)]
+    assert stats.paired_ratio_interval(names, [0] * 50, baseline, candidate) == pytest.approx((2.0, 2.0))
+
+
+def test_one_conversation_has_no_interval() -> None:
+    ones = np.ones((3, 2))
+    assert stats.paired_ratio_interval(["a"] * 3, [0, 1, 2], ones, ones) is None
+
+
+def test_nothing_but_nan_has_no_interval() -> None:
+    assert stats.percentile_interval(np.full(10, np.nan)) is None
+
+
+def test_ninety_five_per_cent_intervals_cover_about_that_often() -> None:
+    """40 conversations of 3 repeats: speed 2.0, spread between conversations and between repeats."""
+    rng = np.random.default_rng(3)
+    names, repeats = [str(index // 3) for index in range(120)], [index % 3 for index in range(120)]
+    hits, trials = 0, 200
+    for trial in range(trials):
+        effect = np.repeat(rng.normal(0, 0.2, 40), 3)
+        tokens = np.full(120, 64.0)
+        baseline = np.stack([tokens, rng.lognormal(0, 0.05, 120)], axis=1)
+        candidate = np.stack([tokens, np.exp(effect - 0.02) * rng.lognormal(0, 0.05, 120) / 2], axis=1)
+        low, high = stats.paired_ratio_interval(names, repeats, baseline, candidate, resamples=500, seed=trial) or (
+            0,
+            0,
+        )
+        hits += low <= 2.0 <= high
+    assert 0.90 <= hits / trials <= 0.985
+
+
+@pytest.mark.parametrize(("num_conversations", "num_repeats", "seconds"), [(80, 3, 1.0), (10_000, 1, 15.0)])
+def test_bootstrap_is_quick_and_small(num_conversations: int, num_repeats: int, seconds: float) -> None:
+    """0.06 s and 1.3 s on two cores; the limits leave room for a busy machine."""
+    cells = np.repeat(np.arange(num_conversations), num_repeats)
+    sums = np.ones((len(cells), 4))
+    tracemalloc.start()
+    started = time.perf_counter()
+    stats.resample_sums(cells, sums)
+    taken, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert taken < seconds
+    assert peak < 100_000_000

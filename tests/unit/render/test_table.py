@@ -1,0 +1,220 @@
+"""Tables that can be read: on a terminal of any width, in a pipe, in Markdown, LaTeX, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from spdbench.judge.compare import Table, compare
+from spdbench.judge.pairing import Entry, entry_from
+from spdbench.judge.result import Divergence, DrafterRecord, Run
+from spdbench.render.table import FORMATS, Format, render
+from spdbench.types import BackendKind
+from tests.builders import (
+    MS,
+    ORACLE,
+    RANDOM,
+    TRAINED,
+    chunk_steps,
+    failed_run,
+    make_backend,
+    make_result,
+    make_run,
+    pipeline_steps,
+    vanilla_steps,
+)
+
+CATEGORIES = ("math", "summarization")
+
+
+def entry(
+    kind: BackendKind, drafter: DrafterRecord | None = None, *, runs: list[Run] | None = None, **more: Any
+) -> Entry:
+    steps = {
+        "autoregressive": vanilla_steps(9, step_ns=20 * MS),
+        "draft_verify": chunk_steps([1, 4, 4], step_ns=25 * MS),
+        "pipeline": pipeline_steps([True] * 8, 3, step_ns=20 * MS),
+    }[kind]
+    made = runs or [make_run(steps, prompt=f"p{i}", category=CATEGORIES[i % 2]) for i in range(10)]
+    names = {name: more.pop(name) for name in ("label", "lossy", "num_devices") if name in more}
+    result = make_result(made, make_backend(kind, **names), drafter=drafter, **more)
+    return entry_from(result, f"{result.backend.label}.json")
+
+
+def demo() -> list[Entry]:
+    """What `make demo` compares."""
+    return [entry("autoregressive"), entry("pipeline", ORACLE)]
+
+
+def everything() -> list[Entry]:
+    return [*demo(), entry("draft_verify", TRAINED), entry("draft_verify", RANDOM, label="medusa", lossy=True)]
+
+
+def show(tables: list[Table], form: Format = "table", width: int = 80, *, colour: bool = False) -> str:
+    console = Console(
+        width=width, file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None
+    )
+    return render(tables, form, console)
+
+
+def grid(text: str) -> list[str]:
+    """The lines from the table's rule to its last row."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("──"))
+    end = next(index for index, line in enumerate(lines) if line.startswith("- "))
+    return lines[start:end]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("entries", [demo, everything], ids=["demo", "everything"])
+def test_nothing_is_wider_than_the_terminal(entries: Any, width: int) -> None:
+    for by_category in (False, True):
+        text = show(compare(entries(), by_category=by_category), width=width)
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_demo_fits_80_columns_with_nothing_left_out() -> None:
+    text = show(compare(demo()))
+    assert "left out" not in text
+    for header in ("label", "drafter", "tok/s", "speed-up", "accept", "cycle", "ideal", "TTFT", "outputs"):
+        assert header in text
+
+
+def test_a_wide_terminal_has_one_line_a_row() -> None:
+    text = show(compare(demo()), width=120)
+    assert len(grid(text)) == 3
+    assert "oracle:0.8 (synthetic)" in text
+    assert "10/10 identical" in text
+
+
+def test_columns_go_by_rank_when_room_is_short_and_the_note_says_so() -> None:
+    text = show(compare(everything()), width=60)
+    assert max(map(len, text.splitlines())) <= 60
+    assert "left out at this width: TTFT s, tok/cycle" in text
+    assert "[95 %]" in text
+    assert "outputs" in text
+
+
+def test_a_label_too_long_for_the_terminal_is_folded_not_cut() -> None:
+    label = "supercalifragilisticexpialidocious"
+    text = show(compare([entry("autoregressive", label=label)]), width=40)
+    assert max(map(len, text.splitlines())) <= 40
+    assert "".join(line.split()[0] for line in grid(text)[1:]) == label
+
+
+def test_synthetic_untrained_and_lossy_are_said_in_the_table_itself() -> None:
+    body = "\n".join(grid(show(compare(everything()), width=140)))
+    assert "oracle:0.8 (synthetic)" in body
+    assert "random (untrained)" in body
+    assert "medusa (lossy)" in body
+
+
+def test_interval_that_holds_one_is_printed_as_no_difference_shown() -> None:
+    runs = [make_run(vanilla_steps(9, step_ns=(18 + 4 * (i % 2)) * MS), prompt=f"p{i}") for i in range(10)]
+    text = show(compare([entry("autoregressive"), entry("autoregressive", label="again", runs=runs)]), width=120)
+    assert "no difference shown" in text
+
+
+def test_without_a_baseline_speedups_stay_blank_and_the_note_says_why() -> None:
+    text = show(compare([entry("pipeline", ORACLE)]))
+    assert "No baseline in this table" in text
+    assert "interval" not in text
+
+
+def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
+    text = show(compare(demo()), width=200)
+    assert text.splitlines()[0] == (
+        "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine-)"
+    )
+
+
+def test_sampling_is_named_in_the_title() -> None:
+    text = show(compare([entry("autoregressive", temperature=0.7)]), width=200)
+    assert "temperature 0.7, seed 0, up to 64 new tokens" in text
+
+
+def test_each_flag_is_explained_once_with_its_remedy() -> None:
+    slow = [entry("pipeline", ORACLE, label=name) for name in ("two", "three")]
+    text = " ".join(show(compare([entry("autoregressive"), *slow])).split())
+    assert text.count("synthetic_drafter (disqualifies)") == 1
+    assert "two, three: the drafts come from oracle:0.8" in text
+    assert "use a trained drafter" in text
+
+
+def test_failed_runs_and_divergence_classes_are_told() -> None:
+    runs = [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(9)]
+    classes = Divergence(identical=8, ties=0, near_ties=1, real=0, unclassified=0)
+    broken = entry("draft_verify", TRAINED, runs=[*runs, failed_run("p9")], divergence=classes)
+    text = show(compare([entry("autoregressive"), broken]), width=120)
+    assert "eagle: 1 of 10 runs failed." in text
+    assert "eagle, outputs against vanilla's: 8 identical, 1 near ties." in text
+
+
+def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
+    text = show(compare([entry("autoregressive", label="[red]a|b")]))
+    assert "[red]a|b" in text
+    assert "[red]a\\|b" in show(compare([entry("autoregressive", label="[red]a|b")]), "github")
+
+
+def test_no_colour_without_a_terminal() -> None:
+    assert "\x1b[" not in show(compare(everything()))
+    assert "\x1b[" in show(compare(everything()), colour=True)
+
+
+def test_tables_that_look_alike_show_their_hashes() -> None:
+    first, other = entry("autoregressive"), entry("autoregressive")
+    head = other.head.model_copy(update={"model": other.head.model.model_copy(update={"sha256": "f" * 64})})
+    text = show(compare([first, Entry("b.json", head, other.runs)]), width=200)
+    assert "smollm2 (mmmmmmmm)" in text
+    assert "smollm2 (ffffffff)" in text
+
+
+def test_github_has_one_row_a_label_and_notes_as_a_list() -> None:
+    lines = show(compare(everything()), "github").splitlines()
+    assert lines[0].startswith("**quick v1 | smollm2")
+    assert sum(line.startswith("| ") for line in lines) == 5
+    assert any(line.startswith("- synthetic_drafter") for line in lines)
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_latex_is_escaped_and_its_notes_are_comments() -> None:
+    text = show(compare(everything()), "latex")
+    assert "\\begin{tabular}" in text
+    assert "95 \\%" in text
+    outside = text.split("\\end{tabular}")[1].strip().splitlines()
+    assert all(line.startswith("% ") for line in outside)
+
+
+def test_csv_has_one_header_over_all_tables_and_every_metric() -> None:
+    text = show(compare([*demo(), entry("autoregressive", suite="gsm8k")], by_category=True), "csv")
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert [(row["suite"], row["label"], row["category"]) for row in rows[-3:]] == [
+        ("gsm8k", "vanilla", "math"),
+        ("gsm8k", "vanilla", "summarization"),
+        ("gsm8k", "vanilla", ""),
+    ]
+    spd = next(row for row in rows if row["label"] == "spd" and not row["category"])
+    assert float(spd["speedup"]) == pytest.approx(0.8)
+    assert float(spd["speedup_ci_low"]) == pytest.approx(0.8)
+    assert spd["synthetic"] == "True"
+    assert spd["acceptance_length"] == ""
+    assert text.count("acceptance_rate_macro") == 1
+
+
+def test_json_is_one_object_with_every_metric_and_flag() -> None:
+    tables = json.loads(show(compare(demo()), "json"))["tables"]
+    spd = tables[0]["rows"][1]
+    assert spd["metrics"]["speedup"] == pytest.approx(0.8)
+    assert spd["outputs"] == {"num_compared": 10, "num_identical": 10}
+    assert spd["disqualified"]
+    assert [flag["name"] for flag in spd["flags"]] == ["synthetic_drafter"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_shows_a_result_of_failures_only(form: Format) -> None:
+    assert show(compare([entry("autoregressive", runs=[failed_run()])], by_category=True), form)
