@@ -119,9 +119,13 @@ def find_backend(name: str) -> type[Backend]:
     if name not in installed:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, installed)}")
     found = installed[name].load()
-    missing = [word for word in ("kind", "Options", "load", "describe", "prepare", "generate") if not hasattr(found, word)]
+    missing = [
+        word for word in ("kind", "Options", "load", "describe", "prepare", "generate") if not hasattr(found, word)
+    ]
     if missing:
-        raise InputError(f"backend '{name}' ({installed[name].value}) lacks {', '.join(missing)}: see spdbench.backend.Backend")
+        raise InputError(
+            f"backend '{name}' ({installed[name].value}) lacks {', '.join(missing)}: see spdbench.backend.Backend"
+        )
     return cast(type[Backend], found)
 
 

@@ -26,11 +26,19 @@ def attend(queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: in
         return scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None]).view(1, num_heads * head_dim)
     if num_rows == num_slots and (window is None or window >= num_slots):
         out = scaled_dot_product_attention(
-            queries_SHD.transpose(0, 1)[None], keys_KTD[None], values_KTD[None], is_causal=True, enable_gqa=num_heads != num_kv
+            queries_SHD.transpose(0, 1)[None],
+            keys_KTD[None],
+            values_KTD[None],
+            is_causal=True,
+            enable_gqa=num_heads != num_kv,
         )
         return out[0].transpose(0, 1).reshape(num_rows, num_heads * head_dim)
     group = num_heads // num_kv
-    folded = queries_SHD.view(num_rows, num_kv, group, head_dim).permute(1, 2, 0, 3).reshape(1, num_kv, group * num_rows, head_dim)
+    folded = (
+        queries_SHD.view(num_rows, num_kv, group, head_dim)
+        .permute(1, 2, 0, 3)
+        .reshape(1, num_kv, group * num_rows, head_dim)
+    )
     mask_ST = causal_mask(num_rows, num_slots, window, queries_SHD.device)
     out = scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None], attn_mask=mask_ST.repeat(group, 1))
     return out.view(num_kv, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)

@@ -1,6 +1,6 @@
 """Weights on disk: finds the files of a model folder, reads tensors by name, hashes them.
 
-Reads safetensors, whole or sharded, and PyTorch `.bin` files (with `weights_only`). Must not know what any tensor means.
+Reads safetensors, whole or sharded, and PyTorch `.bin` files (`weights_only`). Must not know what any tensor means.
 """
 
 from __future__ import annotations

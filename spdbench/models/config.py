@@ -1,4 +1,4 @@
-"""What the engine needs to know of a model: sizes, attention windows, experts. Reads `config.json`; no weights, no torch.
+"""What the engine needs to know of a model: sizes, attention windows, experts. Reads `config.json`; no torch.
 
 The families here share one shape (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in what the
 fields below say. This module must not know how any of it is computed.
@@ -75,10 +75,14 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
         InputError: the model uses something that this engine does not compute (activation, kind of rotary positions).
     """
     if standard.hidden_act != "silu":
-        raise InputError(f"{directory}/config.json: hidden_act {standard.hidden_act!r} is not supported. Supported: silu.")
+        raise InputError(
+            f"{directory}/config.json: hidden_act {standard.hidden_act!r} is not supported. Supported: silu."
+        )
     rope = standard.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
-        raise InputError(f"{directory}/config.json: rope_type {rope!r} is not supported. Supported: {', '.join(ROPE_TYPES)}.")
+        raise InputError(
+            f"{directory}/config.json: rope_type {rope!r} is not supported. Supported: {', '.join(ROPE_TYPES)}."
+        )
     heads = standard.num_attention_heads
     return ModelConfig(
         family=standard.model_type,
@@ -100,7 +104,7 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
 
 
 def _windows(standard: Any) -> tuple[int | None, ...]:
-    layers = standard.num_hidden_layers
+    layers = int(standard.num_hidden_layers)
     window = getattr(standard, "sliding_window", None)
     kinds = getattr(standard, "layer_types", None)
     if window is None:

@@ -34,7 +34,11 @@ def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
                 config = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            if not isinstance(config, dict) or config.get("method") != method or config.get("model_sha256") != model.sha256:
+            if (
+                not isinstance(config, dict)
+                or config.get("method") != method
+                or config.get("model_sha256") != model.sha256
+            ):
                 continue
             if stages is None or config.get("num_stages") == stages:
                 return path.parent

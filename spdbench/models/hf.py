@@ -90,7 +90,12 @@ def download(repo: str) -> Path:
         InputError: the hub cannot be reached and the model is not in its cache, or it has no such model.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     patterns = [*WEIGHT_PATTERNS, *TEXT_PATTERNS]
     try:
@@ -100,7 +105,9 @@ def download(repo: str) -> Path:
                 patterns.append("pytorch_model*.bin")
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except RepositoryNotFoundError:
-        raise InputError(f"-m {repo}: the hub has no model of that name, or it needs a login (`hf auth login`)") from None
+        raise InputError(
+            f"-m {repo}: the hub has no model of that name, or it needs a login (`hf auth login`)"
+        ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         try:
             return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))

@@ -65,7 +65,9 @@ class LayerWeights:
         total = sum(tensor.nbytes for tensor in _tensors(self))
         if self.experts is not None:
             share = self.experts.per_token / self.experts.router.shape[0]
-            total += self.experts.router.nbytes + round((self.experts.gate_up.nbytes + self.experts.down.nbytes) * share)
+            total += self.experts.router.nbytes + round(
+                (self.experts.gate_up.nbytes + self.experts.down.nbytes) * share
+            )
         return total
 
 
@@ -77,14 +79,19 @@ def _tensors(weights: LayerWeights) -> Iterator[Tensor]:
 
 
 def layer_forward(
-    weights: LayerWeights, geometry: Geometry, layer: int, hidden_SM: Tensor, rotary: tuple[Tensor, Tensor], cache: KVCache
+    weights: LayerWeights,
+    geometry: Geometry,
+    layer: int,
+    hidden_SM: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: KVCache,
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
     num_rows = hidden_SM.shape[0]
     heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
     normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), weights.input_norm, geometry.norm_eps)
     qkv = linear(normed, weights.qkv, weights.qkv_bias).view(num_rows, heads + 2 * kv_heads, head_dim)
-    queries, keys, values = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    queries, keys, values = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     if weights.q_norm is not None and weights.k_norm is not None:
         queries = rms_norm(queries, (head_dim,), weights.q_norm, geometry.norm_eps)
         keys = rms_norm(keys, (head_dim,), weights.k_norm, geometry.norm_eps)
@@ -110,7 +117,7 @@ def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
         weights_SN = weights_SN / weights_SN.sum(dim=-1, keepdim=True)
     weights_SN = weights_SN.to(normed_SM.dtype)
     out = torch.zeros_like(normed_SM)
-    for expert in chosen_SN.unique().tolist():
+    for expert in torch.unique(chosen_SN).tolist():
         rows, ranks = (chosen_SN == expert).nonzero(as_tuple=True)
         gate, up = linear(normed_SM[rows], experts.gate_up[expert]).chunk(2, dim=-1)
         out.index_add_(0, rows, linear(silu(gate) * up, experts.down[expert]) * weights_SN[rows, ranks, None])

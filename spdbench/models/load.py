@@ -39,7 +39,9 @@ def find_model(name: str) -> ModelFiles:
     if path.is_dir():
         return _from_folder(path.resolve().name, path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`.")
+        raise InputError(
+            f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`."
+        )
     return _from_folder(name, hf.download(name))
 
 
@@ -58,7 +60,9 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             directory.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))
         except OSError as error:
-            raise InputError(f"{directory.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE") from None
+            raise InputError(
+                f"{directory.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE"
+            ) from None
         try:
             hf.convert_gguf(file, scratch)
             hf.write_source_note(scratch, file.name, sha256)

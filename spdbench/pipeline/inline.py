@@ -70,7 +70,9 @@ class InlinePipeline:
         for stage, node in cycle.work():
             layers = self._stages[stage]
             hidden_SM = self._inputs.pop(node.id)
-            hidden_SM, found = self._decoder.forward(hidden_SM, node.position, self._caches[stage], layers, self._wanted)
+            hidden_SM, found = self._decoder.forward(
+                hidden_SM, node.position, self._caches[stage], layers, self._wanted
+            )
             states.append((node.position, found))
             num_layers += len(layers)
             if stage == self.num_stages - 1:

@@ -38,7 +38,9 @@ class SPD:
 
     class Options(BackendOptions):
         stages: int | None = Field(
-            None, ge=1, description="pipeline stages n; default: the drafter's, else 3 where that divides the layers, else the least divisor"
+            None,
+            ge=1,
+            description="pipeline stages n; default: the drafter's, else 3 where that divides the layers",
         )
         stage_layers: Annotated[tuple[int, ...] | None, BeforeValidator(_counts)] = Field(
             None, description="layers of each stage, e.g. 11,10,9; default: equal stages"
@@ -120,7 +122,9 @@ class SPD:
                 if options.stages not in (None, len(options.stage_layers)):
                     raise InputError(f"stages={options.stages}: stage_layers names {len(options.stage_layers)} stages.")
                 return split_by_counts(num_layers, options.stage_layers)
-            return split_evenly(num_layers, options.stages or (file.number("num_stages") if file else _usual(num_layers)))
+            return split_evenly(
+                num_layers, options.stages or (file.number("num_stages") if file else _usual(num_layers))
+            )
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None
 

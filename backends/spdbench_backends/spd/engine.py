@@ -95,7 +95,11 @@ class _Sequence:
     def _wants_draft(self, cycle: Cycle) -> bool:
         """Nothing is drafted behind an end of sequence, behind the last position, or behind an idle stage 0."""
         newest = cycle.stages[0]
-        return newest is not None and newest.token_id not in self._request.eos_ids and newest.position < self._last_position
+        return (
+            newest is not None
+            and newest.token_id not in self._request.eos_ids
+            and newest.position < self._last_position
+        )
 
     def _judge(self, logits_V: Tensor, draft: Draft, position: int) -> Verdict:
         dictated = self._drafter.dictated(position)

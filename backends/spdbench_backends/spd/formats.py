@@ -100,7 +100,9 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
             mend = f"; use -o spd.stages={found}" if key == "num_stages" else ": it was made for another model"
             raise InputError(f"{file.path}: config.{key} is {found}, but here it is {expected}{mend}")
     if len({len(layers) for layers in stages}) != 1:
-        raise InputError(f"{file.path}: a version {VERSION} head needs even stages, not spd.stage_layers of unequal counts")
+        raise InputError(
+            f"{file.path}: a version {VERSION} head needs even stages, not spd.stage_layers of unequal counts"
+        )
     try:
         plan = FeaturePlan(tuple(file.config.get("aggr_feature_bound") or ()), stages)
     except (TypeError, ValueError) as error:
@@ -119,7 +121,13 @@ def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
             raise InputError(f"{file.path}: config.draft_vocab_size is {size} but config.draft_token_ids is missing")
         return None
     ids = torch.as_tensor(given, dtype=torch.long)
-    sound = ids.ndim == 1 and len(ids) == size and bool((ids[1:] > ids[:-1]).all()) and 0 <= int(ids[0]) and int(ids[-1]) < vocab_size
+    sound = (
+        ids.ndim == 1
+        and len(ids) == size
+        and bool((ids[1:] > ids[:-1]).all())
+        and int(ids[0]) >= 0
+        and int(ids[-1]) < vocab_size
+    )
     if not sound:
         raise InputError(f"{file.path}: config.draft_token_ids must be {size} ascending ids below {vocab_size}")
     return ids
@@ -176,7 +184,9 @@ def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
         out=take(attention + "o_proj.weight", width, queries),
         out_bias=take.optional(attention + "o_proj.bias", width),
         post_norm=take(prefix + "post_attention_layernorm.weight", width),
-        gate_up=torch.cat([take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]),
+        gate_up=torch.cat(
+            [take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]
+        ),
         gate_up_bias=None,
         down=take(prefix + "mlp.down_proj.weight", width, base.intermediate_size),
         down_bias=None,
@@ -212,7 +222,12 @@ def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layer
 def _shapes(target: Decoder, num_anchors: int, num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of a head but its `lm_head`, by published name."""
     base = target.config
-    width, queries, kv, ffn = base.hidden_size, base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim, base.intermediate_size
+    width, queries, kv, ffn = (
+        base.hidden_size,
+        base.num_heads * base.head_dim,
+        base.num_kv_heads * base.head_dim,
+        base.intermediate_size,
+    )
     for i in range(num_anchors):
         yield f"aggr_projs.{i}.weight", (width, (i + 1) * width)
     for index in range(num_layers):

@@ -1,0 +1,79 @@
+"""The head of a result file, from the objects of a run. Copies facts; computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spdbench.backend import Backend, BackendOptions
+from spdbench.judge.result import BackendRecord, DecodingInfo, DrafterRecord, ModelInfo, SuiteInfo
+from spdbench.measure.assemble import ResultHead
+from spdbench.measure.runner import Workload
+from spdbench.models.target import Target
+from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.suite import Suite
+
+
+def result_head(
+    suite: Suite,
+    workload: Workload,
+    target: Target,
+    chat: ChatFormat,
+    name: str,
+    label: str,
+    backend: Backend,
+    options: BackendOptions,
+    environment: Mapping[str, Any],
+    git: str | None,
+) -> ResultHead:
+    """All of `label`'s result but its runs."""
+    info = backend.describe()
+    return ResultHead(
+        suite=SuiteInfo(
+            name=suite.name,
+            version=suite.version,
+            sha256=suite.sha256,
+            source=suite.source,
+            num_prompts=len(workload.prompts),
+        ),
+        decoding=DecodingInfo(
+            max_new_tokens=workload.max_new_tokens,
+            temperature=workload.sampling.temperature,
+            top_p=workload.sampling.top_p,
+            top_k=workload.sampling.top_k,
+            seed=workload.seed,
+            eos_ids=sorted(workload.eos_ids),
+        ),
+        backend=BackendRecord(
+            name=name,
+            label=label,
+            kind=backend.kind,
+            options=options.model_dump(mode="json"),
+            devices=list(info.devices),
+            num_devices=len(info.devices),
+            lossy=not backend.lossless,
+            lanes=info.lanes,
+            lane_bytes=list(info.lane_bytes),
+            stage_layers=list(info.stage_layers),
+        ),
+        model=ModelInfo(
+            id=target.files.id,
+            sha256=target.files.sha256,
+            dtype=target.dtype_name,
+            num_layers=target.config.num_layers,
+            num_parameters=target.num_parameters,
+            bytes=target.num_bytes,
+            template_sha256=chat.template_sha256,
+        ),
+        drafter=None
+        if info.drafter is None
+        else DrafterRecord(
+            id=info.drafter.id,
+            sha256=info.drafter.sha256,
+            method=info.drafter.method,
+            trained_tokens=info.drafter.trained_tokens,
+            synthetic=info.drafter.synthetic,
+        ),
+        environment=environment,
+        git=git,
+    )

@@ -1,0 +1,174 @@
+"""`spdbench run`: parses and checks all that can be checked before weights are loaded, then hands over to a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spdbench.cli.model_options import ModelOptions, model_options, parse_backend_options, parse_drafters, parse_labels
+from spdbench.errors import InputError
+
+if TYPE_CHECKING:
+    from spdbench.cli.session import Entrant
+    from spdbench.measure.runner import Workload
+    from spdbench.models.target import Target
+    from spdbench.prompts.chat import ChatFormat
+    from spdbench.prompts.suite import Suite
+
+DEFAULT_BACKENDS = ("vanilla", "spd")
+
+
+@click.command("run", short_help="Measure backends on a suite and compare them.")
+@click.argument("suite_name", metavar="SUITE")
+@click.option(
+    "-b",
+    "--backend",
+    "backends",
+    metavar="[LABEL=]BACKEND",
+    multiple=True,
+    help="What to measure; the first is the baseline. [default: vanilla, spd]",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Only N conversations, round-robin over categories."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    metavar="R",
+    show_default=True,
+    help="Measure every prompt R times.",
+)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=1,
+    metavar="W",
+    show_default=True,
+    help="Short untimed requests a backend beforehand.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("results"),
+    metavar="DIR",
+    show_default=True,
+    help="Where result files go.",
+)
+@click.option("--name", metavar="NAME", help="Added to the files' names, to tell runs apart.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was interrupted.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Limit of each answer. [default: the suite's]"
+)
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="0 is greedy. [default: the suite's]")
+@click.option(
+    "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), metavar="P", help="Nucleus. [default: the suite's]"
+)
+@click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="0: all tokens. [default: the suite's]")
+@click.option("--seed", type=click.IntRange(min=0), metavar="S", help="[default: the suite's, else 0]")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Where the suite's files lie.")
+@model_options
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    suite_name: str,
+    backends: tuple[str, ...],
+    limit: int | None,
+    repeats: int,
+    warmup: int,
+    results: Path,
+    name: str | None,
+    resume: bool,
+    data: Path | None,
+    chosen: ModelOptions,
+    **decoding: Any,
+) -> None:
+    """Measure backends on a suite, interleaved prompt by prompt, and compare them.
+
+    SUITE is the name of a shipped suite or a YAML file. Several -b are measured in one run on the same prompts; each
+    gets a result file.
+    """
+    from spdbench.cli.session import Session
+    from spdbench.measure.runner import Workload
+    from spdbench.prompts.suite import limit_prompts, load_suite
+
+    labels = parse_labels(backends or DEFAULT_BACKENDS)
+    entrants = _entrants(labels, chosen)
+    suite = load_suite(suite_name, data)
+    prompts = limit_prompts(suite.prompts, limit)
+    devices = _devices(chosen)
+    target = _target(suite, chosen, devices[0])
+    chat, sampling, settings = _decoding(suite, target, decoding)
+    workload = Workload(
+        prompts=prompts,
+        max_new_tokens=settings["max_new_tokens"],
+        sampling=sampling,
+        seed=settings["seed"],
+        eos_ids=target.config.eos_ids,
+        repeats=repeats,
+        warmup=warmup,
+        context_limit=target.config.max_positions,
+    )
+    _check(entrants, workload, chat)
+    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name)
+    context.exit(session.run(resume=resume))
+
+
+def _entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:
+    from spdbench.backend import find_backend, parse_options
+    from spdbench.cli.session import Entrant
+
+    options = parse_backend_options(chosen.options, list(labels))
+    drafters = parse_drafters(chosen.drafters, list(labels))
+    entrants = []
+    for label, name in labels.items():
+        cls = find_backend(name)
+        entrants.append(Entrant(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label]))
+    return entrants
+
+
+def _devices(chosen: ModelOptions) -> tuple[str, ...]:
+    """The devices asked for, all checked; by default the first GPU, or the CPU where there is none."""
+    import torch
+
+    from spdbench.models.target import find_device
+
+    torch.set_num_threads(chosen.threads)
+    devices = chosen.devices or (("cuda:0",) if torch.cuda.is_available() else ("cpu",))
+    for device in devices:
+        find_device(device)
+    return devices
+
+
+def _target(suite: Suite, chosen: ModelOptions, device: str) -> Target:
+    from spdbench.models.target import load_target
+
+    return load_target(chosen.model or suite.model or "smollm2", chosen.dtype, device)
+
+
+def _decoding(suite: Suite, target: Target, given: Mapping[str, Any]) -> tuple[ChatFormat, Any, dict[str, Any]]:
+    from spdbench.prompts.chat import ChatFormat
+    from spdbench.types import Sampling
+
+    settings = suite.decoding.model_dump() | {key: value for key, value in given.items() if value is not None}
+    sampling = Sampling(settings["temperature"], settings["top_p"], settings["top_k"])
+    return ChatFormat(target.tokenizer), sampling, settings
+
+
+def _check(entrants: Sequence[Entrant], workload: Workload, chat: ChatFormat) -> None:
+    """What can be known to be wrong before anything is loaded or written."""
+    from spdbench.decoding.synthetic import parse_drafter, require_known_answer
+
+    for entrant in entrants:
+        if entrant.cls.kind != "autoregressive":
+            require_known_answer(parse_drafter(entrant.drafter), workload.sampling)
+    for prompt in workload.prompts:
+        length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))
+        if length >= workload.context_limit:
+            raise InputError(
+                f"prompt {prompt.id}: {length} tokens leave no room in the model's context of {workload.context_limit}"
+            )

@@ -1,0 +1,227 @@
+"""One run from loading to the comparison: entrants become loaded backends with journals, journals become results.
+
+Where harness and engine are wired together; parses nothing and prints only what happened to files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from spdbench.backend import Backend, BackendContext, BackendOptions
+from spdbench.cli.heads import result_head
+from spdbench.cli.progress import progress_report
+from spdbench.decoding.audit import classify_difference
+from spdbench.judge.compare import compare
+from spdbench.judge.pairing import read_entries
+from spdbench.measure.assemble import ResultHead, write_result
+from spdbench.measure.environment import environment, git_state
+from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
+from spdbench.measure.runner import Contestant, Runner, Workload
+from spdbench.models.target import Target
+from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.suite import Suite
+from spdbench.render.table import render
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A backend as asked for: not loaded yet."""
+
+    label: str
+    name: str
+    cls: type[Backend]
+    options: BackendOptions
+    drafter: str
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where one label's files lie."""
+
+    result: Path
+    journal: Path
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run from loading to the comparison."""
+
+    suite: Suite
+    workload: Workload
+    chat: ChatFormat
+    target: Target
+    devices: tuple[str, ...]
+    threads: int
+    entrants: Sequence[Entrant]
+    results: Path
+    name: str | None
+
+    def run(self, *, resume: bool) -> int:
+        """The exit code: 1 if a prompt failed or an output is not vanilla's without excuse."""
+
+        _check_writable(self.results)
+        with ExitStack() as stack:
+            loaded = [(entrant, stack.enter_context(self._loaded(entrant))) for entrant in self.entrants]
+            heads = self._heads(loaded)
+            places = [self._places(entrant.label) for entrant in self.entrants]
+            journals = [
+                stack.enter_context(_closing(self._journal(entrant, place, resume=resume)))
+                for entrant, place in zip(self.entrants, places, strict=True)
+            ]
+            contestants = [
+                Contestant(entrant.label, backend, journal)
+                for (entrant, backend), journal in zip(loaded, journals, strict=True)
+            ]
+            report = progress_report(*self._extent(journals))
+            runner = Runner(self.workload, contestants, self.chat, self._classify, report)
+            try:
+                with report:
+                    runner.run()
+            except KeyboardInterrupt:
+                self._write_partial(places, heads, journals)
+                raise
+            return self._finish(places, heads, journals)
+
+    @contextmanager
+    def _loaded(self, entrant: Entrant) -> Iterator[Backend]:
+
+        context = BackendContext(
+            entrant.label, self.target, entrant.drafter, self.devices, self.threads, self.workload.seed
+        )
+        backend = entrant.cls(entrant.options, context)
+        try:
+            backend.load()
+            yield backend
+        finally:
+            backend.close()
+
+    def _extent(self, journals: Sequence[Journal]) -> tuple[int, int]:
+        turns = sum(len(prompt.turns) for prompt in self.workload.prompts)
+        return turns * self.workload.repeats * len(journals), sum(map(len, journals))
+
+    def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
+
+        return classify_difference(self.target.decoder, prompt, expected, found, width)
+
+    def _places(self, label: str) -> Places:
+        model = self.target.files.id.replace("/", "-")
+        parts = [self.suite.name, label, model, *([self.name] if self.name else [])]
+        stem = self.results / "__".join(parts)
+        return Places(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".journal.jsonl"))
+
+    def _journal(self, entrant: Entrant, places: Places, *, resume: bool) -> Journal:
+
+        identity = self._identity(entrant)
+        if resume and places.journal.exists():
+            return resume_journal(places.journal, identity)
+        if places.journal.exists():
+            _say(f"An unfinished run is set aside as {places.journal.name}.old; --resume would have gone on with it.")
+        return create_journal(places.journal, datetime.now(UTC).isoformat(timespec="seconds"), identity)
+
+    def _identity(self, entrant: Entrant) -> dict[str, Any]:
+        """What has to be the same for a run to go on where another stopped."""
+        workload = self.workload
+        texts = repr([(prompt.id, prompt.turns) for prompt in workload.prompts]).encode()
+        return {
+            "suite": self.suite.name,
+            "suite_sha256": self.suite.sha256,
+            "num_prompts": len(workload.prompts),
+            "prompts_sha256": hashlib.sha256(texts).hexdigest(),
+            "model": self.target.files.id,
+            "model_sha256": self.target.files.sha256,
+            "dtype": self.target.dtype_name,
+            "max_new_tokens": workload.max_new_tokens,
+            "temperature": workload.sampling.temperature,
+            "top_p": workload.sampling.top_p,
+            "top_k": workload.sampling.top_k,
+            "seed": workload.seed,
+            "repeats": workload.repeats,
+            "warmup": workload.warmup,
+            "backend": entrant.name,
+            "options": entrant.options.model_dump(mode="json"),
+            "drafter": entrant.drafter,
+            "baseline": self.entrants[0].label,
+            "backends": [other.label for other in self.entrants],
+            "devices": list(self.devices),
+            "threads": self.threads,
+        }
+
+    def _heads(self, loaded: Sequence[tuple[Entrant, Backend]]) -> list[ResultHead]:
+
+        machine, git = environment(), git_state()
+        return [
+            result_head(
+                self.suite,
+                self.workload,
+                self.target,
+                self.chat,
+                entrant.name,
+                entrant.label,
+                backend,
+                entrant.options,
+                machine,
+                git,
+            )
+            for entrant, backend in loaded
+        ]
+
+    def _write_partial(
+        self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]
+    ) -> None:
+        """On interruption: what is there so far, but never in the place of an older, finished result."""
+
+        for place, head, journal in zip(places, heads, journals, strict=True):
+            if len(journal) and not place.result.exists():
+                write_result(place.result, head, journal)
+        _say(f"Interrupted: {sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
+
+    def _finish(self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]) -> int:
+
+        bad = False
+        for place, head, journal in zip(places, heads, journals, strict=True):
+            write_result(place.result, head, journal)
+            bad = (
+                bad
+                or any(run.finish_reason == "error" for run in journal.runs())
+                or "real" in journal.outcomes.values()
+            )
+            journal.remove()
+        for place in places:
+            _say(f"Wrote {place.result}")
+        tables = compare(read_entries([place.result for place in places]), self.entrants[0].label)
+        click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
+        return 1 if bad else 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _closing(journal: Journal) -> Iterator[Journal]:
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises `InputError` now rather than after the first prompt."""
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_error(folder, error) from None

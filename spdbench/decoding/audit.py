@@ -1,0 +1,53 @@
+"""Why two greedy outputs of one model part: a tie of logits, rounding, or a real difference (METRICS.md).
+
+Feeds the model the ids up to the first difference and looks at its logits there. Must not know which backend wrote
+which output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spdbench.models.decoder import Decoder
+
+Difference = Literal["identical", "tie", "near_tie", "real"]
+
+
+@torch.inference_mode()
+def classify_difference(
+    decoder: Decoder, prompt_ids: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int
+) -> Difference:
+    """What lies behind the first id in which `found` differs from `expected`, plain decoding's own output.
+
+    A tie has equal logits for both ids. A near tie has a gap no larger than the noise floor: the largest change of a
+    logit between feeding the same prefix one token at a time and in forwards of `width` tokens, which is what the
+    other method uses. An output that ends early, or runs on, is a real difference.
+    """
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
+    if at == len(expected) == len(found):
+        return "identical"
+    if at in (len(expected), len(found)):
+        return "real"
+    prefix = [*prompt_ids, *expected[:at]]
+    plain_V = _last_logits(decoder, prefix, len(prompt_ids), 1)
+    gap = float(plain_V[expected[at]] - plain_V[found[at]])
+    if gap == 0.0:
+        return "tie"
+    wide_V = _last_logits(decoder, prefix, len(prompt_ids), width)
+    return "near_tie" if abs(gap) <= float((plain_V - wide_V).abs().max()) else "real"
+
+
+def _last_logits(decoder: Decoder, ids: Sequence[int], num_prompt: int, width: int) -> Tensor:
+    """Logits `[V]` in float32 after `ids`: the prompt in one forward, the rest `width` tokens at a time."""
+    cache = decoder.new_cache(len(ids))
+    hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids[:num_prompt])), 0, cache)
+    for start in range(num_prompt, len(ids), width):
+        chunk = ids[start : start + width]
+        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(chunk)), start, cache)
+    return decoder.logits(hidden_SM[-1:])[0].float()

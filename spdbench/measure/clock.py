@@ -1,0 +1,77 @@
+"""The only clock: one request, timed from outside the backend.
+
+TTFT is the time until the first new id is an int on the host, which implies device synchronisation; the same holds for
+every later id. Nothing but the backend's own work happens between two readings. Must not know prompts, files or
+progress bars.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from spdbench.backend import Backend
+from spdbench.judge.result import Steps
+from spdbench.types import FinishReason, GenerationRequest, Step
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit."""
+
+    output_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    ttft_s: float
+    decode_s: float
+    steps: Steps
+
+
+class IncompleteOutputError(RuntimeError):
+    """A backend stopped without an end of sequence and short of the limit: its bug, and a failed prompt."""
+
+
+def measure(backend: Backend, request: GenerationRequest) -> Measurement:
+    """Runs `request` once. What the backend commits past the cut neither counts nor takes time."""
+    ids: list[int] = []
+    rows: list[tuple[int, int, Step]] = []
+    finish: FinishReason | None = None
+    now = time.perf_counter_ns
+    start = now()
+    steps = backend.generate(request)
+    try:
+        for step in steps:
+            at = now() - start
+            kept, finish = _cut(step.token_ids, request, len(ids))
+            ids.extend(kept)
+            rows.append((at, len(kept), step))
+            if finish is not None:
+                break
+    finally:
+        if isinstance(steps, Generator):  # any other iterator ends itself
+            steps.close()
+    if finish is None:
+        raise IncompleteOutputError(
+            f"it stopped after {len(ids)} of {request.max_new_tokens} tokens, none of which ends the sequence"
+        )
+    counted = [at for at, emitted, _ in rows if emitted]
+    columns = Steps(
+        t_ns=[at for at, _, _ in rows],
+        emitted=[emitted for _, emitted, _ in rows],
+        drafted=[step.drafted for _, _, step in rows],
+        judged=[step.judged for _, _, step in rows],
+        accepted=[step.accepted for _, _, step in rows],
+        forwards=[step.forwards for _, _, step in rows],
+    )
+    return Measurement(tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns)
+
+
+def _cut(
+    token_ids: tuple[int, ...], request: GenerationRequest, num_before: int
+) -> tuple[tuple[int, ...], FinishReason | None]:
+    """The ids that count, and why generation ends with them, if it does."""
+    kept = token_ids[: request.max_new_tokens - num_before]
+    for index, token in enumerate(kept):
+        if token in request.eos_ids:
+            return kept[: index + 1], "eos"
+    return kept, "length" if num_before + len(kept) == request.max_new_tokens else None

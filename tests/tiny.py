@@ -1,0 +1,81 @@
+"""Tiny random models with a real tokenizer, made on the spot: every family, no download."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from spdbench.models.load import find_model
+from spdbench.models.target import Target
+from spdbench.types import GenerationRequest, Sampling
+
+EXTRAS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    "qwen3": {},
+    "qwen3_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_model(folder: Path, family: str = "llama", vocab_size: int = 262, seed: int = 0, **changes: Any) -> Path:
+    """A random model of `family` saved in `folder`, as a user would have it."""
+    config = AutoConfig.for_model(family, vocab_size=vocab_size, **{**SIZES, **EXTRAS[family], **changes})
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder)
+        if vocab_size >= 262:
+            make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One id a byte, and `</s>`."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def load(folder: Path, dtype: str = "float32") -> Target:
+    return Target(find_model(str(folder)), dtype, "cpu")
+
+
+def greedy(prompt_ids: tuple[int, ...], max_new_tokens: int, eos_ids: frozenset[int] = frozenset()) -> GenerationRequest:
+    return GenerationRequest(prompt_ids, (), max_new_tokens, Sampling(), 0, eos_ids)

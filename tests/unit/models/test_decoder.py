@@ -1,0 +1,131 @@
+"""The forward pass against transformers', for every family."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from spdbench.decoding.autoregressive import decode
+from spdbench.models.config import FAMILIES
+from tests import tiny
+
+PROMPT = tuple(range(7, 20))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {family: tiny.make_model(root / family, family) for family in FAMILIES}
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_output_equals_transformers_generate(folders: dict[str, Path], family: str) -> None:
+    target = tiny.load(folders[family])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = reference(folders[family]).generate(torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False)  # type: ignore[operator]
+    expected = ids[0, len(PROMPT) :].tolist()
+    assert len(set(expected)) > 5, "a model that repeats itself proves little"
+    assert list(decode(target.decoder, tiny.greedy(PROMPT, 40))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], family: str) -> None:
+    decoder = tiny.load(folders[family]).decoder
+    cache = decoder.new_cache(len(PROMPT))
+    with torch.inference_mode():
+        hidden, states = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache, wanted=range(7))
+        found = reference(folders[family])(torch.tensor([PROMPT]), output_hidden_states=True)
+    for index in range(6):
+        torch.testing.assert_close(states[index], found.hidden_states[index][0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states[6], hidden)  # before the final norm, unlike transformers' last one
+    torch.testing.assert_close(decoder.logits(hidden), found.logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_ranges_in_turn_equal_one_forward(folders: dict[str, Path], family: str) -> None:
+    decoder = tiny.load(folders[family]).decoder
+    hidden = decoder.embed(decoder.ids(PROMPT))
+    whole, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT)))
+    for layers in (range(2), range(2, 3), range(3, 6)):
+        hidden, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT), layers), layers)
+    torch.testing.assert_close(hidden, whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_rows_give_the_logits_of_one_row_at_a_time(folders: dict[str, Path], family: str) -> None:
+    decoder = tiny.load(folders[family]).decoder
+    hidden = decoder.embed(decoder.ids(PROMPT))
+    at_once, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT)))
+    cache = decoder.new_cache(len(PROMPT))
+    parts = [decoder.forward(hidden[a:b], a, cache)[0] for a, b in ((0, 4), (4, 5), (5, 9), (9, 10), (10, 13))]
+    torch.testing.assert_close(torch.cat(parts), at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stage_loads_only_its_own_layers(folders: dict[str, Path]) -> None:
+    target = tiny.load(folders["llama"])
+    middle = target.load_layers(range(2, 4))
+    assert sorted(middle.weights) == [2, 3]
+    assert middle.embeddings_VM is None
+    assert middle.head_VM is None
+    assert target.load_layers(range(4, 6)).head_VM is not None
+
+
+def test_bytes_per_token_add_up_over_stages(folders: dict[str, Path]) -> None:
+    decoder = tiny.load(folders["llama"]).decoder
+    stages = [decoder.bytes_per_token(range(s, s + 2), head=s == 4) for s in (0, 2, 4)]
+    assert sum(stages) == decoder.bytes_per_token(range(6), head=True)
+    assert decoder.head_VM is not None
+    assert stages[2] - stages[0] == decoder.head_VM.nbytes + 32 * 4
+
+
+def test_a_mixture_reads_only_the_experts_it_routes_to(folders: dict[str, Path]) -> None:
+    layer = tiny.load(folders["qwen3_moe"]).decoder.weights[0]
+    assert layer.experts is not None
+    everything = layer.experts.gate_up.nbytes + layer.experts.down.nbytes
+    assert layer.bytes_per_token() < everything
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)
+def test_scaled_rotary_positions_match_transformers(tmp_path: Path, rope: dict[str, object]) -> None:
+    folder = tiny.make_model(tmp_path, "llama", rope_parameters=rope)
+    with torch.inference_mode():
+        expected = reference(folder)(torch.tensor([PROMPT])).logits[0]
+    decoder = tiny.load(folder).decoder
+    hidden, _ = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, decoder.new_cache(len(PROMPT)))
+    torch.testing.assert_close(decoder.logits(hidden), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_stays_near_float32(folders: dict[str, Path], dtype: str) -> None:
+    full, low = tiny.load(folders["llama"]).decoder, tiny.load(folders["llama"], dtype).decoder
+    logits = []
+    for decoder in (full, low):
+        hidden, _ = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, decoder.new_cache(len(PROMPT)))
+        logits.append(decoder.logits(hidden).float())
+    assert (logits[0] - logits[1]).abs().mean() < 0.05 * logits[0].abs().mean()

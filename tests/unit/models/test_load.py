@@ -1,0 +1,167 @@
+"""From a model's name to weights, and every way in which that fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spdbench.errors import InputError
+from spdbench.models.checkpoint import Checkpoint, sha256_of_files
+from spdbench.models.load import find_model
+from spdbench.models.target import find_device, load_target
+from tests import tiny
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path, own_cache: Path) -> Path:  # noqa: ARG001 - the cache is the point
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_local_folder_is_called_by_its_name_and_hashed(copy: Path) -> None:
+    files = find_model(str(copy))
+    assert files.id == "model"
+    assert files.sha256 == sha256_of_files([copy / "model.safetensors"])
+    assert len(files.sha256) == 64
+
+
+def test_a_changed_weight_changes_the_hash_in_spite_of_the_memo(copy: Path) -> None:
+    before = find_model(str(copy)).sha256
+    tensors = load_file(copy / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, copy / "model.safetensors", {"format": "pt"})
+    assert find_model(str(copy)).sha256 != before
+
+
+def test_sharded_and_bin_weights_load_like_one_file(copy: Path, tmp_path: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    names = sorted(tensors)
+    sharded = Path(shutil.copytree(copy, tmp_path / "sharded"))
+    (sharded / "model.safetensors").unlink()
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: tensors[name] for name in part}, sharded / f"part{number}.safetensors", {"format": "pt"})
+        index.update(dict.fromkeys(part, f"part{number}.safetensors"))
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    old = Path(shutil.copytree(copy, tmp_path / "old"))
+    (old / "model.safetensors").unlink()
+    torch.save(tensors, old / "pytorch_model.bin")
+    for folder in (sharded, old):
+        found = tiny.load(folder).decoder
+        assert torch.equal(found.weights[5].qkv, tiny.load(copy).decoder.weights[5].qkv)
+
+
+def test_a_pickle_that_would_run_code_is_refused(copy: Path, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        tiny.load(copy).decoder  # noqa: B018
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="a model folder without weights"):
+        find_model(str(copy))
+
+
+def test_a_shard_that_the_index_names_is_missing(copy: Path) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(InputError, match=r"gone\.safetensors is missing"):
+        find_model(str(copy))
+
+
+def test_a_truncated_weight_file(copy: Path) -> None:
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match="cannot be read as weights"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+def test_a_missing_and_a_misshapen_tensor_are_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.3.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name][:, :5].contiguous()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{name} has shape \[32, 5\], expected \[32, 48\]"):
+        tiny.load(copy).decoder  # noqa: B018
+    save_file({k: v for k, v in tensors.items() if k != name}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+def test_an_unsupported_architecture_names_those_supported(copy: Path) -> None:
+    edit_config(copy, model_type="mamba")
+    with pytest.raises(InputError, match=r"'mamba' is not supported. Supported: llama, mistral, qwen2, qwen3, qwen3_moe"):
+        tiny.load(copy)
+
+
+def test_unsupported_details_are_named(copy: Path) -> None:
+    edit_config(copy, hidden_act="gelu")
+    with pytest.raises(InputError, match="hidden_act 'gelu'"):
+        tiny.load(copy)
+    edit_config(copy, hidden_act="silu", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(InputError, match="rope_type 'dynamic'"):
+        tiny.load(copy)
+
+
+def test_remote_code_is_never_run(copy: Path) -> None:
+    edit_config(copy, auto_map={"AutoConfig": "evil.Config"}, model_type="evil")
+    (copy / "evil.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(InputError, match="'evil' is not supported"):
+        tiny.load(copy)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nonsense", "a/b/c"])
+def test_a_name_that_is_nothing_says_what_is_allowed(name: str) -> None:
+    with pytest.raises(InputError, match="no such folder or file, and not a hub id"):
+        find_model(name)
+
+
+def test_a_file_that_is_not_gguf(tmp_path: Path, own_cache: Path) -> None:  # noqa: ARG001
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match=r"not a \.gguf"):
+        find_model(str(tmp_path / "notes.txt"))
+    (tmp_path / "fake.gguf").write_text("hello")
+    with pytest.raises(InputError, match="is not a GGUF file"):
+        find_model(str(tmp_path / "fake.gguf"))
+
+
+def test_a_folder_without_config(tmp_path: Path, own_cache: Path) -> None:  # noqa: ARG001
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load_target(str(tmp_path), "float32", "cpu")
+
+
+def test_a_list_of_end_of_sequence_ids_is_read(copy: Path) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
+    assert tiny.load(copy).config.eos_ids == {3, 5}
+
+
+def test_parameters_are_counted_from_headers(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    assert Checkpoint(copy).num_parameters() == sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["cuda:9", "gpu", "cuda:x", "cpu:0"])
+def test_a_device_that_is_not_there_says_which_are(name: str) -> None:
+    if torch.cuda.is_available() and name == "cuda:9" and torch.cuda.device_count() > 9:
+        pytest.skip("this machine has ten GPUs")
+    with pytest.raises(InputError, match=r"--devices .* Allowed: cpu"):
+        find_device(name)
+
+
+def test_an_unknown_dtype() -> None:
+    with pytest.raises(InputError, match="--dtype int8: not supported. Allowed: bfloat16, float32, float16"):
+        load_target("smollm2", "int8", "cpu")

@@ -1,0 +1,41 @@
+"""Stage splits that work, and the messages of those that do not."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spdbench.errors import InputError
+from spdbench.models.partition import split_by_counts, split_evenly
+
+
+def test_even_split() -> None:
+    assert split_evenly(30, 3) == (range(10), range(10, 20), range(20, 30))
+
+
+def test_explicit_counts() -> None:
+    assert split_by_counts(10, [5, 1, 4]) == (range(5), range(5, 6), range(6, 10))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_stages_cover_every_layer_once_in_order(counts: list[int]) -> None:
+    stages = split_by_counts(sum(counts), counts)
+    assert [layer for stage in stages for layer in stage] == list(range(sum(counts)))
+
+
+def test_seven_stages_of_thirty_layers_is_an_error_that_names_what_works() -> None:
+    with pytest.raises(InputError, match=r"stages=7: 30 layers .* Allowed: 1, 2, 3, 5, 6, 10, 15, 30; or give stage_layers"):
+        split_evenly(30, 7)
+
+
+@pytest.mark.parametrize("stages", [0, 31])
+def test_more_stages_than_layers_is_an_error(stages: int) -> None:
+    with pytest.raises(InputError, match=f"stages={stages}"):
+        split_evenly(30, stages)
+
+
+@pytest.mark.parametrize(("counts", "why"), [([10, 10], "adds up to 20"), ([30, 0], "at least one"), ([], "at least one")])
+def test_counts_that_do_not_fit(counts: list[int], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        split_by_counts(30, counts)
