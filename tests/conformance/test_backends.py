@@ -1,0 +1,232 @@
+"""One body of tests that every registered backend has to pass, on a tiny random model.
+
+A new backend is covered by being installed. What it drafts with is dialled from never right to always right.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from spdbench.backend import Backend, BackendContext, find_backend, installed_backends, parse_options
+from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.sampling import warp
+from spdbench.models.decoder import Decoder
+from spdbench.models.target import Target
+from spdbench.types import GenerationRequest, Sampling, Step
+from tests import tiny
+from tests.chisquare import p_value
+
+PROMPT = tuple(range(30, 41))
+OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
+    "spd": ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"})
+}
+DRAFTERS = ("oracle:0", "oracle:0.7", "oracle:1", "random")
+
+
+def cases() -> Iterator[tuple[str, dict[str, str], str]]:
+    for name in installed_backends():
+        drafters = ("auto",) if find_backend(name).kind == "autoregressive" else DRAFTERS
+        for options, drafter in product(OPTIONS.get(name, ({},)), drafters):
+            if not (drafter == "random" and "stage_layers" in options):  # heads exist for even stages only
+                yield name, options, drafter
+
+
+CASES = [pytest.param(*case, id=f"{case[0]}-{'-'.join(case[1].values())}-{case[2]}") for case in cases()]
+ONE_OF_EACH = [case for case in CASES if case.values[2] in ("auto", "oracle:0.7")]
+
+
+def load(target: Target, name: str, options: dict[str, str], drafter: str) -> Backend:
+    cls = find_backend(name)
+    context = BackendContext(name, target, drafter, ("cpu",), 1, seed=0)
+    backend = cls(parse_options(name, cls.Options, options), context)
+    backend.load()
+    return backend
+
+
+def run(backend: Backend, request: GenerationRequest) -> list[Step]:
+    backend.prepare(request)
+    return list(backend.generate(request))
+
+
+def ids(steps: list[Step]) -> list[int]:
+    return [token for step in steps for token in step.token_ids]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model: Path) -> Target:
+    return tiny.load(tiny_model)
+
+
+def plain(target: Target, request: GenerationRequest) -> list[int]:
+    return list(decode(target.decoder, request))
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_greedy_output_is_the_targets_own(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    request = tiny.greedy(PROMPT, 40)
+    assert ids(run(load(target, name, options, drafter), request)) == plain(target, request)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_counts_balance(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    steps = run(backend, tiny.greedy(PROMPT, 40))
+    first, rest = steps[0], steps[1:]
+    assert (len(first.token_ids), first.drafted, first.judged, first.accepted) == (1, 0, 0, 0)
+    assert first.forwards == len(PROMPT)
+    for step in rest:
+        assert 0 <= step.accepted <= step.judged <= step.drafted
+        assert step.forwards > 0
+        if backend.kind == "draft_verify":
+            assert len(step.token_ids) == step.accepted + 1
+        if backend.kind == "pipeline":
+            assert step.drafted == step.judged == len(step.token_ids)
+    if drafter == "oracle:1":
+        assert sum(s.accepted for s in rest) == sum(s.judged for s in rest) > 0
+    if drafter == "oracle:0":
+        assert sum(s.accepted for s in rest) == 0 < sum(s.judged for s in rest)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_pipelines_obey_the_cycle_formula(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    if backend.kind != "pipeline":
+        pytest.skip("not a pipeline")
+    cycles = run(backend, tiny.greedy(PROMPT, 40))[1:]
+    verdicts = [step.accepted for step in cycles if step.judged]
+    lanes = backend.describe().lanes
+    assert len(cycles) == len(verdicts) + (lanes - 1) * (1 + verdicts[:-1].count(0))
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_generation_ends_at_the_first_end_of_sequence_wherever_it_falls(
+    target: Target, name: str, options: dict[str, str], drafter: str
+) -> None:
+    backend = load(target, name, options, drafter)
+    answer = plain(target, tiny.greedy(PROMPT, 30))
+    for index in (0, 1, 2, 3, 7, 20):
+        request = tiny.greedy(PROMPT, 30, frozenset({answer[index], 9999}))
+        expected = answer[: answer.index(answer[index]) + 1]
+        assert ids(run(backend, request))[: len(expected)] == expected
+        assert len(ids(run(backend, request))) - len(expected) <= _overrun(backend)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_the_limit_may_fall_anywhere(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    answer = plain(target, tiny.greedy(PROMPT, 12))
+    for limit in (1, 2, 3, 4, 7, 12):
+        found = ids(run(backend, tiny.greedy(PROMPT, limit)))
+        assert found[:limit] == answer[:limit]
+        assert len(found) - limit <= _overrun(backend)
+
+
+def _overrun(backend: Backend) -> int:
+    """A draft-verify step may commit a few tokens past the end; the runner cuts them. Others may not."""
+    return 64 if backend.kind == "draft_verify" else 0
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_a_prompt_shorter_than_the_pipeline(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    request = tiny.greedy(PROMPT[:1], 20)
+    assert ids(run(load(target, name, options, drafter), request)) == plain(target, request)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), CASES)
+def test_closing_early_leaves_the_backend_usable(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    request = tiny.greedy(PROMPT, 30)
+    for num_steps in (1, 3, 8):
+        backend.prepare(request)
+        steps = backend.generate(request)
+        for _ in range(num_steps):
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+    assert ids(run(backend, request)) == plain(target, request)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
+def test_token_ids_are_python_ints(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    assert {type(token) for token in ids(run(load(target, name, options, drafter), tiny.greedy(PROMPT, 9)))} == {int}
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
+def test_close_may_be_called_twice_and_before_load(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    backend.close()
+    backend.close()
+    cls = find_backend(name)
+    fresh = cls(parse_options(name, cls.Options, options), BackendContext(name, target, drafter, ("cpu",), 1, seed=0))
+    fresh.close()
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
+def test_what_it_is_made_of_adds_up(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    info = load(target, name, options, drafter).describe()
+    assert sum(info.stage_layers) == target.config.num_layers
+    assert sum(info.lane_bytes) == target.decoder.bytes_per_token(range(6), head=True)
+    assert info.devices == ("cpu",)
+
+
+@pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
+def test_an_idle_backend_uses_no_cpu(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    backend = load(target, name, options, drafter)
+    run(backend, tiny.greedy(PROMPT, 10))
+    time.sleep(0.3)  # let threads that spin for a while after work settle
+    before = _cpu_seconds()
+    time.sleep(0.5)
+    assert _cpu_seconds() - before < 0.05
+    backend.close()
+
+
+def _cpu_seconds() -> float:
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return own.ru_utime + own.ru_stime
+
+
+SMALL_VOCABULARY = 5
+DRAWS = 1500
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    folder = tiny.make_model(tmp_path_factory.mktemp("small"), vocab_size=SMALL_VOCABULARY, num_hidden_layers=2, seed=4)
+    return tiny.load(folder)
+
+
+@pytest.mark.parametrize("name", list(installed_backends()))
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_p=0.9, top_k=4)], ids=["plain", "warped"])
+def test_sampled_triples_follow_the_exact_joint_distribution(small: Target, name: str, sampling: Sampling) -> None:
+    backend = load(small, name, {"stages": "2"} if name == "spd" else {}, "random")
+    prompt = (1, 2, 3)
+    expected = _joint(small.decoder, prompt, sampling)
+    counts: Counter[object] = Counter()
+    for seed in range(DRAWS):
+        request = GenerationRequest(prompt, (), 3, sampling, seed, frozenset())
+        counts[tuple(ids(run(backend, request))[:3])] += 1
+    tests = 2 * len(installed_backends())
+    assert p_value(counts, expected) > 1e-4 / tests
+
+
+def _joint(decoder: Decoder, prompt: tuple[int, ...], sampling: Sampling) -> dict[object, float]:
+    """Exact probabilities of every first three tokens."""
+
+    @torch.inference_mode()
+    def next_probabilities(prefix: tuple[int, ...]) -> list[float]:
+        hidden, _ = decoder.forward(decoder.embed(decoder.ids(prefix)), 0, decoder.new_cache(len(prefix)))
+        return [float(p) for p in warp(decoder.logits(hidden[-1:])[0], sampling)]
+
+    joint: dict[object, float] = {}
+    for a, pa in enumerate(next_probabilities(prompt)):
+        for b, pb in enumerate(next_probabilities((*prompt, a))):
+            for c, pc in enumerate(next_probabilities((*prompt, a, b))):
+                joint[(a, b, c)] = pa * pb * pc
+    return joint

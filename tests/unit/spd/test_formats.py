@@ -1,0 +1,153 @@
+"""Reading heads: the published file and our folder, strictly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spdbench.errors import InputError
+from spdbench.models.decoder import Decoder
+from spdbench.models.partition import split_by_counts, split_evenly
+from spdbench_backends.spd.drafter import HeadDrafter
+from spdbench_backends.spd.engine import generate
+from spdbench_backends.spd.formats import build_head, random_head, read_head
+from tests import tiny
+
+STAGES = split_evenly(6, 3)
+PROMPT = tuple(range(30, 41))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Decoder:
+    return tiny.load(tiny_model).decoder
+
+
+@pytest.fixture(autouse=True)
+def _no_user_cache(own_cache: Path) -> None:
+    pass
+
+
+def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+    """A version 11 file as the reference code writes it, with a draft vocabulary of every second id."""
+    head = random_head(decoder, STAGES, 5, num_layers=2)
+    ids = list(range(0, 262, 2))
+    state = {**head.tensors, "lm_head.weight": head.tensors["lm_head.weight"][ids]}
+    state.update(tensors or {})
+    full = {**head.config, "draft_vocab_size": len(ids), "draft_token_ids": ids, "model_type": "llama", **config}
+    torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}, "config": full}, path)
+    return path
+
+
+def drafts(decoder: Decoder, path: Path) -> list[tuple[int, ...]]:
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
+    return [tuple(step) for step in generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20))]  # type: ignore[misc]
+
+
+def test_a_published_head_drafts_within_its_vocabulary(decoder: Decoder, tmp_path: Path) -> None:
+    head = build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, STAGES)
+    drafter = HeadDrafter(head, 262)
+    steps = list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
+    assert sum(step.judged for step in steps) == 19
+    assert {drafter._target_id(i) for i in range(131)} == set(range(0, 262, 2))
+
+
+def test_a_folder_of_ours_is_the_same_head(decoder: Decoder, tmp_path: Path) -> None:
+    file = read_head(published(decoder, tmp_path / "head.pt"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(file.config))
+    save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, folder / "model.safetensors")
+    assert drafts(decoder, folder) == drafts(decoder, tmp_path / "head.pt")
+
+
+def test_a_file_without_version_is_version_11(decoder: Decoder, tmp_path: Path) -> None:
+    path = published(decoder, tmp_path / "head.pt")
+    content = torch.load(path, weights_only=True)
+    del content["config"]["version"]
+    torch.save(content, path)
+    build_head(read_head(path), decoder, STAGES)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"version": 12}, r"version 12. Allowed: 11"),
+        ({"hidden_size": 64}, r"config.hidden_size is 64, but here it is 32: it was made for another model"),
+        ({"vocab_size": 100}, r"config.vocab_size is 100, but here it is 262"),
+        ({"num_stages": 2}, r"config.num_stages is 2, but here it is 3; use -o spd.stages=2"),
+        ({"model_type": "qwen3"}, r"config.model_type is qwen3, but here it is llama"),
+        ({"hidden_size": None}, r"config.hidden_size is None, expected a whole number"),
+        ({"aggr_feature_bound": [0, 2, 9]}, r"aggr_feature_bound: anchor 9 lies beyond"),
+        ({"aggr_feature_bound": None}, r"aggr_feature_bound: anchors \[\] must begin with 0"),
+        ({"draft_token_ids": [5, 3]}, r"draft_token_ids must be 131 ascending ids below 262"),
+        ({"draft_token_ids": None}, r"draft_vocab_size is 131 but config.draft_token_ids is missing"),
+        ({"num_spec_layers": 1}, r"unknown tensor spec_layers.1."),
+        ({"num_spec_layers": 3}, r"tensor spec_layers.2..* is missing"),
+    ],
+)
+def test_a_head_for_something_else_says_what_differs(
+    decoder: Decoder, tmp_path: Path, change: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(InputError, match=why):
+        build_head(read_head(published(decoder, tmp_path / "head.pt", **change)), decoder, STAGES)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "why"),
+    [
+        ({"aggr_projs.1.weight": None}, r"tensor aggr_projs.1.weight is missing"),
+        ({"aggr_projs.1.weight": torch.zeros(32, 32)}, r"aggr_projs.1.weight has shape \[32, 32\], expected \[32, 64\]"),
+        ({"surprise": torch.zeros(1)}, r"unknown tensor surprise"),
+        ({"spec_layers.0.self_attn.q_norm.weight": None}, r"spec_layers.0.self_attn.q_norm.weight is missing"),
+    ],
+)
+def test_tensors_are_checked_one_by_one(decoder: Decoder, tmp_path: Path, tensors: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        build_head(read_head(published(decoder, tmp_path / "head.pt", tensors)), decoder, STAGES)
+
+
+def test_uneven_stages_have_no_published_head(decoder: Decoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs even stages"):
+        build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, split_by_counts(6, [3, 2, 1]))
+
+
+def test_files_that_are_no_heads(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(InputError, match="cannot be read as an SPD head"):
+        read_head(tmp_path / "text.pt")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="expected the keys state_dict and config"):
+        read_head(tmp_path / "other.pt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"it has no config\.json"):
+        read_head(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"it has no model\.safetensors"):
+        read_head(tmp_path / "empty")
+
+
+def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Evil(), "config": {}}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="cannot be read as an SPD head"):
+        read_head(tmp_path / "evil.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_head_trained_on_nominal_rows_is_lossless_too(decoder: Decoder, tmp_path: Path) -> None:
+    from spdbench.decoding.autoregressive import decode
+
+    path = published(decoder, tmp_path / "head.pt", trained_with_use_deepest=False)
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
+    request = tiny.greedy(PROMPT, 20)
+    ids = [token for step in generate(decoder, STAGES, drafter, request) for token in step.token_ids]
+    assert ids == list(decode(decoder, request))
