@@ -77,5 +77,7 @@ def load(folder: Path, dtype: str = "float32") -> Target:
     return Target(find_model(str(folder)), dtype, "cpu")
 
 
-def greedy(prompt_ids: tuple[int, ...], max_new_tokens: int, eos_ids: frozenset[int] = frozenset()) -> GenerationRequest:
+def greedy(
+    prompt_ids: tuple[int, ...], max_new_tokens: int, eos_ids: frozenset[int] = frozenset()
+) -> GenerationRequest:
     return GenerationRequest(prompt_ids, (), max_new_tokens, Sampling(), 0, eos_ids)

@@ -141,7 +141,9 @@ def test_a_prompt_shorter_than_the_pipeline(target: Target, name: str, options: 
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), CASES)
-def test_closing_early_leaves_the_backend_usable(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+def test_closing_early_leaves_the_backend_usable(
+    target: Target, name: str, options: dict[str, str], drafter: str
+) -> None:
     backend = load(target, name, options, drafter)
     request = tiny.greedy(PROMPT, 30)
     for num_steps in (1, 3, 8):
@@ -159,7 +161,9 @@ def test_token_ids_are_python_ints(target: Target, name: str, options: dict[str,
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
-def test_close_may_be_called_twice_and_before_load(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+def test_close_may_be_called_twice_and_before_load(
+    target: Target, name: str, options: dict[str, str], drafter: str
+) -> None:
     backend = load(target, name, options, drafter)
     backend.close()
     backend.close()

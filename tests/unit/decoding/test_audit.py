@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from spdbench.decoding.audit import classify_difference
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.decoder import Decoder
+from spdbench.models.layers import LayerWeights
+from spdbench.models.rotary import Rotary
 from tests import tiny
 
 PROMPT = tuple(range(60, 70))
@@ -48,7 +52,7 @@ def test_equal_logits_are_a_tie(decoder: Decoder) -> None:
 
 def test_a_gap_below_the_noise_floor_is_a_near_tie(decoder: Decoder) -> None:
     """In bfloat16, four tokens at a time give logits that differ from one at a time; a gap within that is no fault."""
-    low = dataclasses.replace(decoder, **_bfloat16(decoder))
+    low = _bfloat16(decoder)
     assert low.head_VM is not None
     ids = list(decode(low, tiny.greedy(PROMPT, 6)))
     twin = (ids[5] + 1) % 262
@@ -61,23 +65,21 @@ def test_a_gap_below_the_noise_floor_is_a_near_tie(decoder: Decoder) -> None:
     assert classify_difference(near, PROMPT, ids, [*ids[:5], (twin + 7) % 262], 4) == "real"
 
 
-def _bfloat16(decoder: Decoder) -> dict[str, object]:
-    from spdbench.models.layers import LayerWeights
-    from spdbench.models.rotary import Rotary
+def _bfloat16(decoder: Decoder) -> Decoder:
+    def lower(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(torch.bfloat16)
 
-    def lower(value: object) -> object:
-        return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) else value
+    def lower_layer(layer: LayerWeights) -> LayerWeights:
+        values: dict[str, Any] = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+        return LayerWeights(**{k: lower(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
-    weights = {}
-    for index, layer in decoder.weights.items():
-        values = {field.name: lower(getattr(layer, field.name)) for field in dataclasses.fields(layer)}
-        weights[index] = LayerWeights(**values)  # type: ignore[arg-type]
     frequencies = 1.0 / (10000.0 ** (torch.arange(0, 8, 2) / 8))
-    return {
-        "weights": weights,
-        "rotary": Rotary(frequencies, 1.0, torch.bfloat16, decoder.device),
-        "embeddings_VM": lower(decoder.embeddings_VM),
-        "final_norm_M": lower(decoder.final_norm_M),
-        "head_VM": lower(decoder.head_VM),
-        "dtype": torch.bfloat16,
-    }
+    return dataclasses.replace(
+        decoder,
+        weights={index: lower_layer(layer) for index, layer in decoder.weights.items()},
+        rotary=Rotary(frequencies, 1.0, torch.bfloat16, decoder.device),
+        embeddings_VM=lower(decoder.embeddings_VM),
+        final_norm_M=lower(decoder.final_norm_M),
+        head_VM=lower(decoder.head_VM),
+        dtype=torch.bfloat16,
+    )

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts, parse_drafter, require_known_answer, synthetic_drafts
+from spdbench.decoding.synthetic import (
+    DrafterChoice,
+    SyntheticDrafts,
+    parse_drafter,
+    require_known_answer,
+    synthetic_drafts,
+)
 from spdbench.errors import InputError
 from spdbench.types import Sampling
 from tests import tiny
@@ -15,7 +21,9 @@ from tests import tiny
 PROMPT = tuple(range(40, 52))
 
 
-def drafts(text: str, reference: tuple[int, ...] = tuple(range(100, 300)), digest: bytes = b"p", seed: int = 0) -> SyntheticDrafts:
+def drafts(
+    text: str, reference: tuple[int, ...] = tuple(range(100, 300)), digest: bytes = b"p", seed: int = 0
+) -> SyntheticDrafts:
     return SyntheticDrafts(parse_drafter(text), seed, digest, reference, 1000, frozenset({7}))
 
 

@@ -25,7 +25,9 @@ def test_stages_cover_every_layer_once_in_order(counts: list[int]) -> None:
 
 
 def test_seven_stages_of_thirty_layers_is_an_error_that_names_what_works() -> None:
-    with pytest.raises(InputError, match=r"stages=7: 30 layers .* Allowed: 1, 2, 3, 5, 6, 10, 15, 30; or give stage_layers"):
+    with pytest.raises(
+        InputError, match=r"stages=7: 30 layers .* Allowed: 1, 2, 3, 5, 6, 10, 15, 30; or give stage_layers"
+    ):
         split_evenly(30, 7)
 
 
@@ -35,7 +37,9 @@ def test_more_stages_than_layers_is_an_error(stages: int) -> None:
         split_evenly(30, stages)
 
 
-@pytest.mark.parametrize(("counts", "why"), [([10, 10], "adds up to 20"), ([30, 0], "at least one"), ([], "at least one")])
+@pytest.mark.parametrize(
+    ("counts", "why"), [([10, 10], "adds up to 20"), ([30, 0], "at least one"), ([], "at least one")]
+)
 def test_counts_that_do_not_fit(counts: list[int], why: str) -> None:
     with pytest.raises(InputError, match=why):
         split_by_counts(30, counts)

@@ -14,6 +14,7 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts, split_evenly
+from spdbench.types import Step
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.engine import generate
 from spdbench_backends.spd.formats import build_head, random_head, read_head
@@ -44,9 +45,9 @@ def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = 
     return path
 
 
-def drafts(decoder: Decoder, path: Path) -> list[tuple[int, ...]]:
+def drafts(decoder: Decoder, path: Path) -> list[Step]:
     drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
-    return [tuple(step) for step in generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20))]  # type: ignore[misc]
+    return list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
 
 
 def test_a_published_head_drafts_within_its_vocabulary(decoder: Decoder, tmp_path: Path) -> None:
@@ -102,7 +103,10 @@ def test_a_head_for_something_else_says_what_differs(
     ("tensors", "why"),
     [
         ({"aggr_projs.1.weight": None}, r"tensor aggr_projs.1.weight is missing"),
-        ({"aggr_projs.1.weight": torch.zeros(32, 32)}, r"aggr_projs.1.weight has shape \[32, 32\], expected \[32, 64\]"),
+        (
+            {"aggr_projs.1.weight": torch.zeros(32, 32)},
+            r"aggr_projs.1.weight has shape \[32, 32\], expected \[32, 64\]",
+        ),
         ({"surprise": torch.zeros(1)}, r"unknown tensor surprise"),
         ({"spec_layers.0.self_attn.q_norm.weight": None}, r"spec_layers.0.self_attn.q_norm.weight is missing"),
     ],

@@ -34,7 +34,13 @@ def test_uneven_stages_count_their_own_layers() -> None:
 
 @pytest.mark.parametrize(
     ("anchors", "why"),
-    [((), "begin with 0"), ((1, 2), "begin with 0"), ((0, 5, 5), "increase"), ((0, 31), "beyond"), ((0, 1, 2, 3, 4), "too many")],
+    [
+        ((), "begin with 0"),
+        ((1, 2), "begin with 0"),
+        ((0, 5, 5), "increase"),
+        ((0, 31), "beyond"),
+        ((0, 1, 2, 3, 4), "too many"),
+    ],
 )
 def test_anchors_that_cannot_be(anchors: tuple[int, ...], why: str) -> None:
     with pytest.raises(ValueError, match=why):

@@ -1,0 +1,111 @@
+"""The `spdbench` command: which commands there are, and what each way of ending means to the shell.
+
+Commands are imported when they are called, so that `--help` needs click and nothing else. Must not know what any of
+them does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from spdbench import __version__
+from spdbench.errors import SpdbenchError, did_you_mean
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
+
+
+class LazyCommand(NamedTuple):
+    """A command by the module that holds it as `command`; `help` is that command's own short help."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "run": LazyCommand("spdbench.cli.run", "Measure backends on a suite and compare them."),
+    "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
+    "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),
+    "suites": LazyCommand("spdbench.cli.suites", "List the suites that come with spdbench."),
+    "env": LazyCommand("spdbench.cli.env", "Show what results record about this machine."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are named in `COMMANDS` and imported one at a time."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(COMMANDS[cmd_name].module).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise click.UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.help) for name, command in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 fine; 1 a failed prompt or a wrong output; 2 wrong usage or input.",
+)
+@click.version_option(__version__, prog_name="spdbench")
+def spdbench() -> None:
+    """Does speculative decoding pay? Measures it against plain decoding on real prompts."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console entry point: runs one command line and leaves with its exit code."""
+    sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def run(args: Sequence[str]) -> int:
+    """Runs one command line and returns its exit code. What is nobody's mistake but ours escapes as it is."""
+    try:
+        code = _invoke(list(args))
+        sys.stdout.flush()
+        return code
+    except SpdbenchError as error:
+        click.echo(f"Error: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return BROKEN_PIPE
+
+
+def _invoke(args: list[str]) -> int:
+    # Not spdbench.main(): click would answer interrupts and broken pipes in its own way.
+    try:
+        with spdbench.make_context("spdbench", args) as context:
+            spdbench.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    return 0
+
+
+def _silence_stdout() -> None:
+    """Nobody reads stdout any more; without this, Python's last flush at exit would complain about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,122 @@
+"""What a result says about the machine and the software it was made with.
+
+Only what bears on timing, and nothing that says whose machine it is: no host or user name, no path, no environment
+variable. Must not know what is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "numpy", "safetensors")
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("spdbench", "backends", "suites", "pyproject.toml")
+PROBE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}  # several times any cache
+PROBE_PASSES = 12
+GIT_TIMEOUT_S = 10
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """The `environment` of a result. Takes a moment: the read bandwidth of `device` is measured.
+
+    `fingerprint` is equal for machines whose timings may be compared.
+    """
+    import torch
+
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    found: dict[str, Any] = {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": gpus,
+        "driver": _nvidia_driver() if gpus else None,
+        "cuda": torch.version.cuda if gpus else None,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "kernel": platform.release(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "read_bandwidth_bytes_per_s": read_bandwidth_bytes_per_s(device),
+    }
+    return {**found, "fingerprint": fingerprint(found)}
+
+
+def fingerprint(found: dict[str, Any]) -> str:
+    """16 hex digits over what makes timings comparable: processor, cores, memory, GPUs, system and torch."""
+    quarter_octaves = round(4 * math.log2(found["memory_bytes"]))  # kernels differ in how much they keep for themselves
+    same = [found[key] for key in ("cpu", "cores", "gpus", "system", "machine")]
+    text = json.dumps([*same, quarter_octaves, found["versions"]["torch"]])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_bandwidth_bytes_per_s(device: str = "cpu") -> int:
+    """How fast `device` reads memory, with torch's current threads: the best of a few passes over a large tensor."""
+    import torch
+
+    where = torch.device(device)
+    num_bytes = PROBE_BYTES[where.type]
+    data = torch.empty(num_bytes // 4, dtype=torch.float32, device=where).fill_(1.0)  # zeros might share one page
+    best_ns = min(_pass_ns(data) for _ in range(PROBE_PASSES))
+    return round(num_bytes / best_ns * 1e9)
+
+
+def _pass_ns(data: Any) -> int:
+    start = time.perf_counter_ns()
+    data.sum().item()  # waits for a GPU, too
+    return time.perf_counter_ns() - start
+
+
+def cpu_model() -> str:
+    """The processor's name as Linux knows it, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    named = re.search(r"^(?:model name|cpu model)\s*:\s*(\S.*)$", text, re.MULTILINE | re.IGNORECASE)
+    return named[1].strip() if named else platform.machine()
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", text)
+    return found[0] if found else None
+
+
+def git_state(root: Path = ROOT) -> str | None:
+    """The commit of spdbench's own checkout, with `+dirty` if its sources differ from it; None outside of one.
+
+    An installed wheel is no checkout, wherever it lies, and its user's repository is not ours to report.
+    """
+    if not ((root / ".git").exists() and (root / "pyproject.toml").exists() and (root / "spdbench").is_dir()):
+        return None
+    commit = _git(root, "rev-parse", "--short=12", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--", *(name for name in SOURCES if (root / name).exists()))
+    if not commit or changes is None:
+        return None
+    return commit + ("+dirty" if changes else "")
+
+
+def _git(root: Path, *args: str) -> str | None:
+    """What git prints, or None where there is no git or it refuses. `GIT_DIR` and the like do not lead it astray."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "--no-optional-locks", "-C", str(root), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
