@@ -1,56 +1,70 @@
-# Two commands are enough on a fresh clone: `make demo` and `make test`. Everything lands in .venv and the user's cache.
+# `make help` says what there is. Needs Python 3.11 or later and a package index, nothing else.
 
 PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+VENV ?= .venv
+LIMIT ?= 8
+MAX_NEW_TOKENS ?= 48
 
-DEMO_LIMIT  ?= 8
-DEMO_TOKENS ?= 32
+RUN := $(VENV)/bin/python -m
+INSTALL := $(RUN) pip install --quiet --constraint constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint format clean
+.PHONY: help demo test check format clean
 
-help:  ## what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+help:
+	@echo "make demo     measure vanilla and spd on the embedded model, and compare them"
+	@echo "              (LIMIT=$(LIMIT) conversations, MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) each)"
+	@echo "make test     install what the tests need, fetch the embedded model, and run all checks"
+	@echo "make check    formatting, lint, types and tests, in what is installed already"
+	@echo "make format   format the code"
+	@echo "make clean    remove $(VENV), build folders and caches; results stay"
+	@echo "PYTHON=$(PYTHON) makes $(VENV), once."
 
-demo: $(VENV)/.installed  ## measure vanilla and spd on a few prompts, and compare them
-	@$(BIN)/python -m spdbench.models.embedded
-	@$(BIN)/spdbench run quick -b vanilla -b spd -o spd.stages=3 --drafter oracle:0.8 \
-	  --limit $(DEMO_LIMIT) --max-new-tokens $(DEMO_TOKENS)
+demo: $(VENV)/.installed
+	@echo "Measuring vanilla and spd: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each, drafts from an oracle ..."
+	@$(RUN) spdbench run quick -b vanilla -b spd -o spd.stages=3 --drafter oracle:0.8 \
+		--limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
 
-test: $(VENV)/.installed-dev  ## install what tests need, then check everything
-	@$(BIN)/python -m spdbench.models.embedded
+test: $(VENV)/.installed-for-tests
+	@echo "Making the embedded model ready ..."
+	@$(RUN) spdbench.models.embedded
 	@$(MAKE) --no-print-directory check
 
-check: lint  ## format, lint, types, tests
-	@$(BIN)/python -m pytest -q
+check:
+	@echo "Checking the format ..."
+	@$(RUN) ruff format --check --quiet .
+	@echo "Linting ..."
+	@$(RUN) ruff check --quiet .
+	@echo "Checking types ..."
+	@$(RUN) mypy
+	@echo "Testing ..."
+	@$(RUN) pytest
 
-lint:
-	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make format'."; exit 1; }
-	@$(BIN)/ruff check --quiet .
-	@$(BIN)/mypy
+format:
+	@$(RUN) ruff format .
+	@$(RUN) ruff check --fix .
 
-format:  ## format the code and mend what can be mended
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
-
-clean:  ## remove the environment and what tools left; the model cache stays
+clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find spdbench backends suites tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+# What is installed is noted in a file that is older than these two as soon as one of them changes.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing torch, the biggest part (minutes) ..."
+	@$(INSTALL) torch
+	@echo "Installing spdbench and the rest ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-for-tests: $(VENV)/.installed
+	@echo "Installing what the tests need ..."
+	@$(INSTALL) --editable '.[dev,hub,humaneval,eval]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON); say which: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "spdbench needs Python 3.11 or later; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	@echo "Making $(VENV) ..."
+		{ echo "spdbench needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) -V`; say which: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@echo "Making $(VENV) with `$(PYTHON) -V` ..."
 	@$(PYTHON) -m venv $(VENV)
-
-# torch comes first and by its exact version: pip then takes a CPU build that lies at hand, where there is one.
-$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	@echo "Installing spdbench ..."
-	@$(PIP) install -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	@$(PIP) install -c constraints.txt -e .
-	@touch $@
-
-$(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing what tests need ..."
-	@$(PIP) install -c constraints.txt -e '.[dev,hub,humaneval,eval]'
-	@touch $@

@@ -6,6 +6,7 @@ Only parses and checks words; must not load a model.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,22 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args, chosen=chosen, **rest)
 
     return wrapper
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; `nan` and `inf`, which compare oddly, are no numbers here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+def check_name(name: str | None) -> None:
+    """Raises `InputError` for a --name that cannot be part of a file's name."""
+    if name is not None and not LABEL.fullmatch(name):
+        raise InputError(f"--name {name}: may hold letters, digits and .+- with single _ between; it names a file")
 
 
 def parse_labels(words: Sequence[str]) -> dict[str, str]:

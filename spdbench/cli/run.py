@@ -63,9 +63,9 @@ DEFAULT_BACKENDS = ("vanilla", "spd")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Limit of each answer. [default: the suite's]"
 )
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="0 is greedy. [default: the suite's]")
+@click.option("--temperature", type=FiniteRange(min=0), metavar="T", help="0 is greedy. [default: the suite's]")
 @click.option(
-    "--top-p", type=click.FloatRange(min=0, max=1, min_open=True), metavar="P", help="Nucleus. [default: the suite's]"
+    "--top-p", type=FiniteRange(min=0, max=1, min_open=True), metavar="P", help="Nucleus. [default: the suite's]"
 )
 @click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="0: all tokens. [default: the suite's]")
 @click.option("--seed", type=click.IntRange(min=0), metavar="S", help="[default: the suite's, else 0]")
@@ -97,6 +97,7 @@ def command(
     from spdbench.prompts.suite import limit_prompts, load_suite
 
     labels = parse_labels(backends or DEFAULT_BACKENDS)
+    check_name(name)
     entrants = _entrants(labels, chosen)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)

@@ -76,7 +76,7 @@ class Session:
             heads = self._heads(loaded)
             places = [self._places(entrant.label) for entrant in self.entrants]
             journals = [
-                stack.enter_context(_closing(self._journal(entrant, place, resume=resume)))
+                stack.enter_context(self._journal(entrant, place, resume=resume))
                 for entrant, place in zip(self.entrants, places, strict=True)
             ]
             contestants = [
@@ -206,14 +206,6 @@ class Session:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _closing(journal: Journal) -> Iterator[Journal]:
-    try:
-        yield journal
-    finally:
-        journal.close()
 
 
 def _check_writable(folder: Path) -> None:

@@ -15,9 +15,10 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, Literal, Self, cast
 
 from pydantic import ValidationError
 
@@ -34,7 +35,7 @@ class ResultsFolderError(InputError):
 
 
 class Journal:
-    """An open journal. Keeps where each line lies, never the lines."""
+    """An open journal, closed by `with`. Keeps where each line lies, never the lines."""
 
     def __init__(self, path: Path, file: RawIOBase, created: str, identity: Mapping[str, Any]) -> None:
         self.path = path
@@ -72,6 +73,12 @@ class Journal:
     def runs(self) -> Iterator[Run]:
         for line in self.lines():
             yield Run.model_validate_json(line)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         self._reader.close()
@@ -125,7 +132,8 @@ def create_journal(path: Path, created: str, identity: Mapping[str, Any]) -> Jou
         part.replace(path)
         file = _open(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise write_error(path, error) from None
     _lock(file, path)
     return Journal(path, file, created, identity)
@@ -146,12 +154,14 @@ def resume_journal(path: Path, identity: Mapping[str, Any]) -> Journal:
         with path.open("rb") as lines:
             header = _read_header(path, lines.readline())
             _check_identity(path, header["identity"], identity)
-            journal = Journal(path, file, header["created"], header["identity"])
-            whole = _read_lines(journal, lines)
+            offsets, outcomes, whole = _read_lines(path, lines)
         file.truncate(whole)
     except BaseException:
         file.close()
         raise
+    journal = Journal(path, file, header["created"], header["identity"])
+    journal.offsets.update(offsets)
+    journal.outcomes.update(outcomes)
     return journal
 
 
@@ -172,25 +182,27 @@ def _read_header(path: Path, line: bytes) -> dict[str, Any]:
         ) from None
 
 
-def _read_lines(journal: Journal, lines: IO[bytes]) -> int:
-    """Fills in what the journal holds; returns the length in bytes of its whole lines."""
+def _read_lines(path: Path, lines: IO[bytes]) -> tuple[dict[RunKey, int], dict[RunKey, Outcome], int]:
+    """Where each run lies, the outcomes, and the length in bytes of all whole lines."""
+    offsets: dict[RunKey, int] = {}
+    outcomes: dict[RunKey, Outcome] = {}
     offset = lines.tell()
     for number, line in enumerate(lines, start=2):
         if not line.endswith(b"\n"):  # cut by a kill while it was written
-            return offset
+            break
         try:
             record = json.loads(line)
             if "run" in record:
-                journal.offsets[Run.model_validate(record["run"]).key] = offset
+                offsets[Run.model_validate(record["run"]).key] = offset
             else:
                 prompt, turn, repeat, outcome = record["outcome"]
-                journal.outcomes[(prompt, turn, repeat)] = outcome
+                outcomes[(prompt, turn, repeat)] = outcome
         except (ValueError, KeyError, TypeError, ValidationError):
             raise InputError(
-                f"{journal.path}: line {number} is damaged, so it cannot be resumed. Run without --resume."
+                f"{path}: line {number} is damaged, so it cannot be resumed. Run without --resume."
             ) from None
         offset += len(line)
-    return offset
+    return offsets, outcomes, offset
 
 
 def _check_identity(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

@@ -48,7 +48,6 @@ class SPD:
         executor: Literal["inline"] = Field("inline", description="inline: all stages stepped in this process")
 
     kind: ClassVar[BackendKind] = "pipeline"
-    lossless = True
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
         self._options = cast(SPD.Options, options)
@@ -58,6 +57,11 @@ class SPD:
         self._head: HeadWeights | None = None
         self._info: DrafterInfo | None = None
         self._prepared: tuple[GenerationRequest, PipelineDrafter] | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Dictated verdicts are for timing; what they let through is not the target's own."""
+        return not self._context.drafter.startswith("forced:")
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter

@@ -1,0 +1,308 @@
+"""`spdbench run` from the command line to the files, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from spdbench.judge.result import Result, json_schema, read_result
+from tests.cli.run_helpers import Said, spdbench, write_suite
+
+
+@pytest.fixture(autouse=True)
+def _cache(own_cache: Path) -> None:
+    pass
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Runs:
+    return Runs(tiny_model, tmp_path)
+
+
+class Runs:
+    """`spdbench run` on the tiny model, results in a folder of the test's own."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.folder = folder
+        self.results = folder / "results"
+        self.model = model
+
+    def __call__(self, *words: str | Path, suite: Path | None = None) -> Said:
+        suite = suite or write_suite(self.folder)
+        common = ("-m", self.model, "--dtype", "float32", "--results", self.results, "--threads", "1")
+        return spdbench("run", suite, *common, *words)
+
+    def result(self, label: str, suite: str = "mini") -> Result:
+        return read_result(self.results / f"{suite}__{label}__{self.model.name}.json")
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.results.iterdir()) if self.results.exists() else []
+
+
+def test_two_backends_give_two_valid_results_and_a_table(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    said = run("-b", "vanilla", "-b", "spd", "-o", "spd.stages=3", "--drafter", "oracle:0.8")
+    assert said.code == 0, said.err
+    assert run.files() == ["mini__spd__tiny-llama.json", "mini__vanilla__tiny-llama.json"]
+    for name in run.files():
+        jsonschema.validate(json.loads((run.results / name).read_text()), json_schema())
+    assert "4/4 identical" in said.out
+    assert "oracle:0.8" in said.out
+    assert "synthetic" in said.out
+    assert "Wrote" in said.err
+    assert "Wrote" not in said.out
+
+
+def test_results_say_what_was_measured(run: Runs) -> None:
+    run(
+        "-b",
+        "vanilla",
+        "-b",
+        "spd",
+        "-o",
+        "spd.stage_layers=3,2,1",
+        "--drafter",
+        "oracle:1",
+        "--seed",
+        "5",
+        "--limit",
+        "2",
+    )
+    result = run.result("spd")
+    assert result.backend.stage_layers == [3, 2, 1]
+    assert result.backend.lanes == 3
+    assert sum(result.backend.lane_bytes) == sum(run.result("vanilla").backend.lane_bytes)
+    assert (result.decoding.seed, result.suite.num_prompts, len(result.runs)) == (5, 2, 2)
+    assert result.divergence is not None
+    assert (result.divergence.identical, result.divergence.real) == (2, 0)
+    assert result.drafter is not None
+    assert result.drafter.synthetic
+    assert result.model.num_layers == 6
+    assert len(result.model.sha256) == 64
+    assert [flag.name for flag in result.flags if flag.name == "synthetic_drafter"]
+    assert result.summary.overall["acceptance_rate"] == 1.0
+    assert result.run_key != run.result("vanilla").run_key
+
+
+def test_one_backend_in_several_ways(run: Runs) -> None:
+    words = (
+        "-b",
+        "two=spd",
+        "-o",
+        "two.stages=2",
+        "-b",
+        "three=spd",
+        "-o",
+        "three.stages=3",
+        "--drafter",
+        "oracle:0.5",
+    )
+    said = run(*words, "--drafter", "three=oracle:1")
+    assert said.code == 0, said.err
+    assert run.result("two").backend.options["stages"] == 2
+    drafters = [run.result(label).drafter for label in ("two", "three")]
+    assert [drafter.id for drafter in drafters if drafter] == ["oracle:0.5", "oracle:1"]
+    assert run.result("two").divergence is None  # no vanilla here to compare with
+
+
+def test_without_backends_vanilla_and_spd_are_measured(run: Runs) -> None:
+    assert run("--drafter", "oracle:1").code == 0
+    assert len(run.files()) == 2
+    assert run.result("spd").backend.stage_layers == [2, 2, 2]
+
+
+def test_conversations_share_the_baselines_answers(run: Runs) -> None:
+    suite = write_suite(run.folder, turns=3)
+    run("-b", "vanilla", "-b", "spd", "--drafter", "random", "--repeats", "2", suite=suite)
+    vanilla, spd = run.result("vanilla"), run.result("spd")
+    assert len(vanilla.runs) == 4 * 3 * 2
+    assert {r.key: r.prompt_sha256 for r in vanilla.runs} == {r.key: r.prompt_sha256 for r in spd.runs}
+    assert {r.key: r.output_ids for r in vanilla.runs} == {r.key: r.output_ids for r in spd.runs}
+
+
+def test_sampling_is_reproducible_by_seed(run: Runs) -> None:
+    outputs = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        run("-b", "vanilla", "--temperature", "1", "--seed", seed, "--name", name)
+        outputs.append(
+            [r.output_ids for r in read_result(run.results / f"mini__vanilla__tiny-llama__{name}.json").runs]
+        )
+    assert outputs[0] == outputs[1] != outputs[2]
+
+
+def test_forced_verdicts_are_lossy_and_never_compared(run: Runs) -> None:
+    assert run("--drafter", "forced:0.7").code == 0
+    result = run.result("spd")
+    assert result.backend.lossy
+    assert result.divergence is None
+
+
+def test_a_new_run_replaces_the_old_result_only_at_its_end(run: Runs) -> None:
+    run("-b", "vanilla")
+    before = run.result("vanilla").created
+    assert run("-b", "vanilla", "--temperature", "-1").code == 2
+    assert run.result("vanilla").created == before
+
+
+def test_resuming_a_finished_or_missing_journal_is_a_fresh_run(run: Runs) -> None:
+    assert run("-b", "vanilla", "--resume").code == 0
+    assert len(run.result("vanilla").runs) == 4
+
+
+BAD = [
+    (("-b", "spdd"), "unknown backend 'spdd'; did you mean 'spd'?"),
+    (("-o", "spd.stagez=3"), "-o spd.stagez: unknown option; did you mean 'stages'?"),
+    (("-o", "spd.stages=many"), "-o spd.stages=many: "),
+    (("-o", "sdp.stages=3"), "no backend here has the label 'sdp'; did you mean 'spd'?"),
+    (("-o", "stages=3"), "expected LABEL.KEY=VALUE"),
+    (("-o", "spd.stages=4", "--drafter", "oracle:1"), "-o spd.stages=4: 6 layers cannot be split into 4 equal stages"),
+    (("-o", "spd.stage_layers=3,4", "--drafter", "oracle:1"), "adds up to 7 layers, but the model has 6"),
+    (("-o", "spd.stage_layers=3,x", "--drafter", "oracle:1"), "-o spd.stage_layers"),
+    (("-o", "spd.executor=magic"), "-o spd.executor=magic: Input should be 'inline'"),
+    (("--drafter", "oracle:0.8", "--temperature", "0.7"), "oracle:0.8 works with --temperature 0 only (given: 0.7)"),
+    (("--drafter", "oracle:2"), "oracle needs an acceptance from 0 to 1"),
+    (("--drafter", "/nowhere/head.pt"), "no such file or folder"),
+    (("--drafter", "dps=oracle:1"), "no backend here has the label 'dps'"),
+    ((), "--drafter auto: no trained spd drafter for tiny-llama is installed"),
+    (("-b", "vanilla", "-b", "vanilla"), "the label 'vanilla' is taken"),
+    (("-b", "a/b=vanilla"), "a label is made of letters"),
+    (("--temperature", "-1"), "'--temperature'"),
+    (("--temperature", "nan"), "--temperature"),
+    (("--limit", "0"), "'--limit'"),
+    (("--top-p", "0"), "'--top-p'"),
+    (("--max-new-tokens", "0"), "'--max-new-tokens'"),
+    (("--devices", "cuda:9"), "--devices cuda:9: this machine has"),
+    (("--devices", "tpu"), "--devices tpu: not a device"),
+    (("--dtype", "int8"), "'--dtype'"),
+    (("--data", "/nowhere"), "/nowhere"),
+    (("--name", "a/b"), "--name a/b"),
+]
+
+
+@pytest.mark.parametrize(("words", "why"), BAD, ids=[" ".join(words) or "no drafter" for words, _ in BAD])
+def test_wrong_input_is_one_clear_message_and_exit_code_2(run: Runs, words: tuple[str, ...], why: str) -> None:
+    said = run(*words)
+    assert said.code == 2, said.err
+    assert why in " ".join(said.err.split())
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert run.files() == []
+
+
+def test_a_prompt_longer_than_the_context(run: Runs) -> None:
+    prompts = [{"id": "long", "category": "a", "turns": ["word " * 100]}]
+    suite = write_suite(run.folder, prompts={"source": [{"inline": prompts}]})
+    said = run("-b", "vanilla", suite=suite)
+    assert said.code == 2
+    assert "prompt long: " in said.err
+    assert "no room in the model's context of 256" in said.err
+    assert run.files() == []
+
+
+def test_a_results_folder_that_cannot_be_written(run: Runs) -> None:
+    run.results.write_text("a file")
+    said = run("-b", "vanilla")
+    assert said.code == 2
+    assert "results" in said.err
+    assert run.results.read_text() == "a file"
+
+
+def test_a_truncated_journal_that_holds_no_whole_header(run: Runs) -> None:
+    run.results.mkdir()
+    journal = run.results / "mini__vanilla__tiny-llama.journal.jsonl"
+    journal.write_text('{"journal": "spdbe')
+    said = run("-b", "vanilla", "--resume")
+    assert said.code == 2
+    assert "cannot be resumed" in said.err
+    assert run.files() == [journal.name]
+
+
+def test_a_drafter_for_another_stage_count(run: Runs) -> None:
+    import torch
+
+    from spdbench.models.partition import split_evenly
+    from spdbench_backends.spd.formats import random_head
+    from tests import tiny
+
+    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    torch.save({"state_dict": head.tensors, "config": head.config}, run.folder / "head.pt")
+    said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
+    assert said.code == 2
+    assert "config.num_stages is 2, but here it is 3; use -o spd.stages=2" in said.err
+    assert run("--drafter", run.folder / "head.pt").code == 0
+    assert run.result("spd").backend.options["stages"] is None
+    assert run.result("spd").backend.lanes == 2
+
+
+def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    from spdbench.models.load import find_model
+    from spdbench.models.partition import split_evenly
+    from spdbench_backends.spd.formats import random_head
+    from tests import tiny
+
+    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    folder = run.folder / "drafters" / "mine"
+    folder.mkdir(parents=True)
+    config = {**head.config, "method": "spd", "model_sha256": find_model(str(run.model)).sha256, "trained_tokens": 123}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(head.tensors, folder / "model.safetensors")
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(folder.parent))
+    assert run().code == 0
+    drafter = run.result("spd").drafter
+    assert drafter is not None
+    assert (drafter.id, drafter.trained_tokens, drafter.synthetic) == ("mine", 123, False)
+    assert run("-o", "spd.stages=3").code == 2
+
+
+def test_a_failed_prompt_is_exit_code_1_and_no_number(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spdbench_backends.spd.backend import SPD
+
+    original = SPD.generate
+    calls = []
+
+    def breaks_once(self: SPD, request: object) -> object:
+        calls.append(request)
+        if len(calls) == 3:
+            raise RuntimeError("stage 1 is gone")
+        return original(self, request)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SPD, "generate", breaks_once)
+    said = run("--drafter", "oracle:1")
+    assert said.code == 1
+    assert "stage 1 is gone" in said.err
+    assert "Traceback" in said.err
+    failed = [r for r in run.result("spd").runs if r.finish_reason == "error"]
+    assert len(failed) == 1
+    assert failed[0].error == "RuntimeError: stage 1 is gone"
+    assert run.result("spd").summary.overall["num_failed"] == 1
+
+
+def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from spdbench_backends.spd import engine
+
+    original = engine.judge
+
+    def accepts_too_much(*words: object) -> object:
+        verdict = original(*words)  # type: ignore[arg-type]
+        return engine.Verdict(True, words[1].token_id) if not verdict.accepted else verdict  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(engine, "judge", accepts_too_much)
+    said = run("--drafter", "oracle:0.5")
+    assert said.code == 1
+    divergence = run.result("spd").divergence
+    assert divergence is not None
+    assert divergence.real > 0
+    assert "diverged" in said.out
+
+
+def test_the_model_folder_is_left_as_it_was(run: Runs) -> None:
+    model = Path(shutil.copytree(run.model, run.folder / "mine"))
+    before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
+    spdbench("run", write_suite(run.folder), "-m", model, "-b", "vanilla", "--results", run.results)
+    assert {path: path.stat().st_mtime_ns for path in model.rglob("*")} == before

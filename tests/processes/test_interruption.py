@@ -1,0 +1,132 @@
+"""Real processes, really killed: nothing finished is lost, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from spdbench.judge.result import read_result
+from tests.cli.run_helpers import write_suite
+
+SECONDS = 60.0
+
+
+class Process:
+    """`spdbench run` on the tiny model in a process of its own."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.results = folder / "results"
+        self.journals = [self.results / f"mini__{label}__tiny-llama.journal.jsonl" for label in ("vanilla", "spd")]
+        suite = write_suite(folder, num_prompts=40, turns=2, decoding={"max_new_tokens": 40})
+        self.command = [
+            *(sys.executable, "-m", "spdbench", "run", str(suite), "-m", str(model), "--dtype", "float32"),
+            *("--threads", "1", "--drafter", "oracle:0.8", "--results", str(self.results)),
+        ]
+        self.environment = {**os.environ, "SPDBENCH_CACHE": str(folder / "cache")}
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*self.command, *words],
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def lines(self) -> int:
+        return sum(path.read_bytes().count(b'\n{"run"') for path in self.journals if path.exists())
+
+    def stop_after(self, num_runs: int, how: signal.Signals, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        deadline = time.monotonic() + SECONDS
+        while self.lines() < num_runs and process.poll() is None:
+            assert time.monotonic() < deadline, "it never got that far"
+            time.sleep(0.005)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=SECONDS)
+        return process.returncode, err
+
+    def finish(self, *words: str) -> tuple[int, str]:
+        process = self.start(*words)
+        _, err = process.communicate(timeout=SECONDS)
+        return process.returncode, err
+
+
+@pytest.fixture
+def process(tiny_model: Path, tmp_path: Path) -> Process:
+    return Process(tiny_model, tmp_path)
+
+
+def test_killed_and_resumed_every_prompt_is_there_once(process: Process) -> None:
+    for num_runs in (5, 30):
+        code, _ = process.stop_after(num_runs, signal.SIGKILL, *(["--resume"] if num_runs > 5 else []))
+        assert code == -signal.SIGKILL
+    kept = process.lines()
+    assert 30 <= kept < 160
+    assert not list(process.results.glob("*.json"))
+    first = [path.read_bytes() for path in process.journals]
+    code, err = process.finish("--resume")
+    assert code == 0, err
+    for label, before in zip(("vanilla", "spd"), first, strict=True):
+        result = read_result(process.results / f"mini__{label}__tiny-llama.json")
+        assert set(Counter(run.key for run in result.runs).values()) == {1}
+        assert len(result.runs) == 80
+        finished = [
+            json.loads(line)["run"]
+            for line in before.splitlines()
+            if line.startswith(b'{"run"') and line.endswith(b"}")
+        ]
+        assert [run.model_dump(mode="json") for run in result.runs][: len(finished)] == finished
+    assert not list(process.results.glob("*.jsonl"))
+
+
+def test_interrupted_the_part_that_is_there_becomes_a_result(process: Process) -> None:
+    code, err = process.stop_after(6, signal.SIGINT)
+    assert code == 130
+    assert "Traceback" not in err
+    assert "--resume goes on from there" in err
+    partial = read_result(process.results / "mini__vanilla__tiny-llama.json")
+    assert 3 <= len(partial.runs) < 80
+    code, err = process.finish("--resume")
+    assert code == 0, err
+    assert len(read_result(process.results / "mini__vanilla__tiny-llama.json").runs) == 80
+
+
+def test_an_interrupted_run_never_replaces_a_finished_one(process: Process) -> None:
+    assert process.finish("--limit", "2")[0] == 0
+    file = process.results / "mini__vanilla__tiny-llama.json"
+    before = file.read_bytes()
+    process.stop_after(6, signal.SIGINT)
+    assert file.read_bytes() == before
+
+
+def test_resuming_with_other_options_is_refused_and_changes_nothing(process: Process) -> None:
+    process.stop_after(4, signal.SIGKILL)
+    before = [path.read_bytes() for path in process.journals]
+    code, err = process.finish("--resume", "--max-new-tokens", "9")
+    assert code == 2
+    assert "--resume: max_new_tokens is 9" in err
+    assert "Traceback" not in err
+    assert [path.read_bytes() for path in process.journals] == before
+
+
+def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
+    first = process.start()
+    deadline = time.monotonic() + SECONDS
+    while not process.lines():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    code, err = process.finish()
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=SECONDS)
+    assert code == 2
+    assert "another run is writing this now" in err

@@ -1,0 +1,148 @@
+"""Journals: what a kill, a full disk, a damaged file and a second writer do to them."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.measure.journal import Journal, create_journal, resume_journal
+from tests.builders import make_run
+
+IDENTITY: dict[str, Any] = {"suite": "quick", "temperature": 0.0}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "quick__spd__m.journal.jsonl"
+
+
+def written(path: Path, num_runs: int = 3) -> Journal:
+    journal = create_journal(path, "2026-01-01", IDENTITY)
+    for number in range(num_runs):
+        journal.append(make_run(prompt=f"p{number}"))
+    return journal
+
+
+def test_runs_come_back_as_they_were_written(path: Path) -> None:
+    journal = written(path)
+    assert [run.prompt_id for run in journal.runs()] == ["p0", "p1", "p2"]
+    assert journal.run(("p1", 0, 0)) == make_run(prompt="p1")
+    assert ("p1", 0, 0) in journal
+    assert ("p9", 0, 0) not in journal
+
+
+def test_resuming_finds_everything_that_was_finished(path: Path) -> None:
+    journal = written(path)
+    journal.add_outcome(("p1", 0, 0), "tie")
+    journal.close()
+    again = resume_journal(path, IDENTITY)
+    assert len(again) == 3
+    assert again.outcomes == {("p1", 0, 0): "tie"}
+    assert again.created == "2026-01-01"
+    again.append(make_run(prompt="p3"))
+    assert [run.prompt_id for run in again.runs()] == ["p0", "p1", "p2", "p3"]
+
+
+def test_every_cut_of_the_file_loses_at_most_the_line_that_was_cut(path: Path) -> None:
+    written(path).close()
+    whole = path.read_bytes()
+    header = whole.index(b"\n") + 1
+    for cut in range(header, len(whole), 97):
+        path.write_bytes(whole[:cut])
+        journal = resume_journal(path, IDENTITY)
+        assert len(journal) == whole[:cut].count(b"\n") - 1
+        journal.append(make_run(prompt="new"))
+        assert [run.prompt_id for run in journal.runs()][-1] == "new"
+        journal.close()
+
+
+@pytest.mark.parametrize("header", [b"", b'{"journal": "spdb', b"hello\n", b'{"journal": "other/1"}\n', b"[]\n"])
+def test_a_broken_header_cannot_be_resumed(path: Path, header: bytes) -> None:
+    path.write_bytes(header)
+    with pytest.raises(InputError, match=r"line 1 is not a journal's header"):
+        resume_journal(path, IDENTITY)
+    assert path.read_bytes() == header
+
+
+def test_damage_in_the_middle_is_named_by_line(path: Path) -> None:
+    written(path).close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] + lines[2][:40] + b"\n" + lines[3])
+    with pytest.raises(InputError, match="line 3 is damaged"):
+        resume_journal(path, IDENTITY)
+
+
+def test_resuming_something_else_names_what_differs(path: Path) -> None:
+    written(path).close()
+    with pytest.raises(InputError, match=r"--resume: temperature is 0.7, but .* was begun with 0.0"):
+        resume_journal(path, {**IDENTITY, "temperature": 0.7})
+
+
+def test_a_new_run_sets_an_unfinished_one_aside(path: Path) -> None:
+    written(path).close()
+    before = path.read_bytes()
+    create_journal(path, "2026-01-02", IDENTITY).close()
+    assert path.with_name(path.name + ".old").read_bytes() == before
+    assert len(resume_journal(path, IDENTITY)) == 0
+
+
+def test_two_writers_cannot_share_a_journal(path: Path) -> None:
+    journal = written(path)
+    with pytest.raises(InputError, match="another run is writing this now"):
+        resume_journal(path, IDENTITY)
+    with pytest.raises(InputError, match="another run is writing this now"):
+        create_journal(path, "later", IDENTITY)
+    journal.close()
+    resume_journal(path, IDENTITY).close()
+
+
+class FullDisk:
+    """Takes ten bytes of a line, then has no room."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._room = 10
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: memoryview) -> int:
+        if not self._room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, self._room = self._room, 0
+        return int(self._file.write(data[:taken]))
+
+
+def test_a_full_disk_is_a_clear_error_and_keeps_what_was_finished(path: Path) -> None:
+    journal = written(path)
+    journal._file = FullDisk(journal._file)  # type: ignore[assignment]
+    with pytest.raises(InputError, match=r"the disk is full. What was finished is kept"):
+        journal.append(make_run(prompt="p3"))
+    journal.close()
+    assert [run.prompt_id for run in resume_journal(path, IDENTITY).runs()] == ["p0", "p1", "p2"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written .*--results"):
+        create_journal(tmp_path / "file" / "x.jsonl", "now", IDENTITY)
+
+
+def test_appending_costs_the_same_at_the_end_as_at_the_start(path: Path) -> None:
+    """Memory holds an offset a line, never a line; each append writes one line."""
+    journal = create_journal(path, "now", IDENTITY)
+    for number in range(2000):
+        journal.append(make_run(prompt=f"p{number}"))
+    size = path.stat().st_size
+    journal.append(make_run(prompt="last"))
+    assert (
+        path.stat().st_size - size
+        == len(json.dumps({"run": make_run(prompt="last").model_dump(mode="json")}, separators=(",", ":"))) + 1
+    )
+    assert all(isinstance(offset, int) for offset in journal.offsets.values())
+    journal.close()

@@ -1,0 +1,231 @@
+"""The runner: order, contexts, seeds, failures, resuming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.judge.result import Run
+from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
+from spdbench.measure.runner import Contestant, Runner, Workload
+from spdbench.types import GenerationRequest, Prompt, Sampling, Step
+from tests.mock_backend import MockBackend, Watcher, WordChat, one_by_one
+
+PROMPTS = (
+    Prompt("a", "maths", ("one", "two")),
+    Prompt("b", "code", ("three",)),
+    Prompt("c", "maths", ("four",)),
+)
+
+
+def workload(**changes: Any) -> Workload:
+    facts: dict[str, Any] = {
+        "prompts": PROMPTS,
+        "max_new_tokens": 4,
+        "sampling": Sampling(),
+        "seed": 0,
+        "eos_ids": frozenset(),
+        "repeats": 1,
+        "warmup": 0,
+        "context_limit": 100,
+    }
+    return Workload(**{**facts, **changes})
+
+
+def never(*_: Any) -> Outcome:
+    raise AssertionError("nothing differs here")
+
+
+class Bench:
+    """Two mock backends, `first` being the baseline, on journals in a folder."""
+
+    def __init__(
+        self, folder: Path, *backends: MockBackend, resume: bool = False, classify: Any = never, **changes: Any
+    ) -> None:
+        self.watcher = Watcher()
+        self.journals: list[Journal] = []
+        contestants = []
+        folder.mkdir(exist_ok=True)
+        for number, backend in enumerate(backends):
+            path = folder / f"{number}.journal.jsonl"
+            journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
+            self.journals.append(journal)
+            contestants.append(Contestant(["first", "second", "third"][number], backend, journal))
+        self.runner = Runner(workload(**changes), contestants, WordChat(), classify, self.watcher)
+
+    def run(self) -> list[Run]:
+        self.runner.run()
+        return [run for journal in self.journals for run in journal.runs()]
+
+    def close(self) -> None:
+        for journal in self.journals:
+            journal.close()
+
+
+def test_backends_take_turns_in_alternating_order(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend(), MockBackend())
+    bench.run()
+    labels = [label for label, _ in bench.watcher.seen]
+    assert labels == ["first", "second", "second", "first", "first", "second", "second", "first"]
+    keys = [key for _, key in bench.watcher.seen]
+    assert keys[::2] == keys[1::2] == [("a", 0, 0), ("a", 1, 0), ("b", 0, 0), ("c", 0, 0)]
+
+
+def test_the_first_backends_answers_are_everyones_context(tmp_path: Path) -> None:
+    other = MockBackend(lambda r: [Step((50 + i,), 0, 0, 0, 1.0) for i in range(r.max_new_tokens)], kind="draft_verify")
+    bench = Bench(tmp_path, MockBackend(), other, classify=lambda *_: "real")
+    bench.run()
+    second_turn = other.requests[1]
+    assert [message["role"] for message in second_turn.messages] == ["user", "assistant", "user"]
+    assert second_turn.messages[1]["content"] == "100 101 102 103"
+    runs = {(run.prompt_id, run.turn): run.prompt_sha256 for run in bench.journals[0].runs()}
+    assert {(run.prompt_id, run.turn): run.prompt_sha256 for run in bench.journals[1].runs()} == runs
+
+
+def test_all_backends_get_the_same_request_with_a_seed_of_its_own(tmp_path: Path) -> None:
+    first, second = MockBackend(), MockBackend()
+    Bench(tmp_path, first, second, repeats=2).run()
+    assert first.requests == second.requests
+    assert len({request.seed for request in first.requests}) == len(first.requests) == 8
+    other = MockBackend()
+    Bench(tmp_path / "other", other, seed=1, repeats=2).run()
+    assert {r.seed for r in other.requests}.isdisjoint(r.seed for r in first.requests)
+
+
+def test_repeats_share_the_context_of_the_first(tmp_path: Path) -> None:
+    count = iter(range(1000))
+    drifting = MockBackend(lambda r: [Step((next(count),), 0, 0, 0, 1.0) for _ in range(r.max_new_tokens)])
+    Bench(tmp_path, drifting, repeats=3).run()
+    second_turns = [r.prompt_ids for r in drifting.requests[3:6]]
+    assert second_turns[0] == second_turns[1] == second_turns[2]
+
+
+def test_warm_up_is_short_and_leaves_no_trace(tmp_path: Path) -> None:
+    backend = MockBackend()
+    runs = Bench(tmp_path, backend, warmup=2, max_new_tokens=20, prompts=PROMPTS[:1], context_limit=1000).run()
+    assert [r.max_new_tokens for r in backend.requests] == [8, 8, 20, 20]
+    assert len(runs) == 2
+
+
+def test_preparing_comes_before_the_clock(tmp_path: Path) -> None:
+    log: list[str] = []
+    Bench(tmp_path, MockBackend(log=log), prompts=PROMPTS[1:2]).run()
+    assert log == ["prepare", "generate", "closed"]
+
+
+def crash_on(prompt_length: int) -> Any:
+    def script(request: GenerationRequest) -> Sequence[Step]:
+        if len(request.prompt_ids) == prompt_length:
+            raise ZeroDivisionError("a bug")
+        return one_by_one(request)
+
+    return script
+
+
+def test_a_crash_fails_its_prompt_and_no_other(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend(), MockBackend(crash_on(5), kind="pipeline"))
+    bench.run()
+    failed = [run for run in bench.journals[1].runs() if run.finish_reason == "error"]
+    assert [(run.prompt_id, run.error) for run in failed] == [("b", "ZeroDivisionError: a bug")]
+    assert failed[0].output_ids == []
+    assert failed[0].ttft_s is None
+    assert "crash_on" in bench.watcher.traces[0] or "script" in bench.watcher.traces[0]
+    assert len(bench.journals[1]) == 4
+
+
+def test_a_conversation_cannot_go_on_from_a_failed_answer(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend(crash_on(3)), MockBackend())
+    bench.run()
+    errors = {run.key: run.error for run in bench.journals[1].runs() if run.error}
+    assert errors == {("a", 1, 0): "first failed in turn 0: nothing to go on from"}
+
+
+def test_an_unmendable_input_ends_the_run(tmp_path: Path) -> None:
+    def refuse(request: GenerationRequest) -> Sequence[Step]:  # noqa: ARG001
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        Bench(tmp_path, MockBackend(refuse)).run()
+
+
+def test_the_context_bounds_the_answer_and_then_the_conversation(tmp_path: Path) -> None:
+    backend = MockBackend()
+    bench = Bench(tmp_path, backend, context_limit=6, prompts=PROMPTS[:1])
+    runs = bench.run()
+    assert runs[0].num_new_tokens == 3
+    assert runs[1].error == "the conversation no longer fits into the model's context"
+    assert len(backend.requests) == 1
+
+
+def test_what_the_journal_holds_is_not_run_again(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    seen: list[GenerationRequest] = []
+
+    def dies_on_the_third(request: GenerationRequest) -> Sequence[Step]:
+        seen.append(request)
+        if len(seen) == 3:
+            raise Killed
+        return one_by_one(request)
+
+    bench = Bench(tmp_path, MockBackend(dies_on_the_third), MockBackend())
+    with pytest.raises(Killed):
+        bench.runner.run()
+    bench.close()
+    again = (MockBackend(), MockBackend())
+    bench = Bench(tmp_path, *again, resume=True)
+    runs = bench.run()
+    assert sorted(run.key for run in runs) == sorted(2 * [("a", 0, 0), ("a", 1, 0), ("b", 0, 0), ("c", 0, 0)])
+    assert len(seen) - 1 + len(again[0].requests) == 4
+
+
+def test_a_finished_run_needs_no_backend(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend())
+    bench.run()
+    bench.close()
+    untouched = MockBackend()
+    Bench(tmp_path, untouched, resume=True, warmup=3).run()
+    assert untouched.log == []
+
+
+def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp_path: Path) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def classify(*words: Any) -> Outcome:
+        asked.append(words)
+        return "near_tie"
+
+    def differs_once(request: GenerationRequest) -> Sequence[Step]:
+        wrong = len(request.prompt_ids) == 5
+        return [Step((100 + i + wrong * (i == 2),), 0, 0, 0, 2.6) for i in range(request.max_new_tokens)]
+
+    bench = Bench(tmp_path, MockBackend(), MockBackend(differs_once, kind="draft_verify"), classify=classify)
+    bench.run()
+    assert bench.journals[0].outcomes == {}
+    assert sorted(bench.journals[1].outcomes.values()) == ["identical"] * 3 + ["near_tie"]
+    ((prompt_ids, expected, found, width),) = asked
+    assert (len(prompt_ids), expected[2], found[2], width) == (5, 102, 103, 3)
+
+
+@pytest.mark.parametrize("change", ["sampling", "lossy", "no vanilla"])
+def test_outputs_that_may_differ_are_not_compared(tmp_path: Path, change: str) -> None:
+    first, second = MockBackend(), MockBackend(kind="draft_verify")
+    if change == "lossy":
+        second.lossless = False
+    if change == "no vanilla":
+        first.kind = "draft_verify"  # type: ignore[misc]
+    sampling = Sampling(0.5) if change == "sampling" else Sampling()
+    bench = Bench(tmp_path, first, second, sampling=sampling)
+    bench.run()
+    assert [journal.outcomes for journal in bench.journals] == [{}, {}]
+
+
+def test_times_never_run_backwards(tmp_path: Path) -> None:
+    for run in Bench(tmp_path, MockBackend()).run():
+        assert all(a <= b for a, b in pairwise(run.steps.t_ns))
