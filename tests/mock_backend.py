@@ -21,13 +21,10 @@ class MockBackend:
     """Yields what `script` says; keeps a log of everything asked of it."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
-    kind: BackendKind = "autoregressive"  # type: ignore[misc]
+    kind: ClassVar[BackendKind] = "autoregressive"
 
-    def __init__(
-        self, script: Script = one_by_one, kind: BackendKind = "autoregressive", log: list[str] | None = None
-    ) -> None:
+    def __init__(self, script: Script = one_by_one, log: list[str] | None = None) -> None:
         self.script = script
-        self.kind = kind  # type: ignore[misc]
         self.lossless = True
         self.log = log if log is not None else []
         self.requests: list[GenerationRequest] = []
@@ -54,6 +51,14 @@ class MockBackend:
 
     def close(self) -> None:
         self.log.append("close")
+
+
+class MockDraftVerify(MockBackend):
+    kind: ClassVar[BackendKind] = "draft_verify"
+
+
+class MockPipeline(MockBackend):
+    kind: ClassVar[BackendKind] = "pipeline"
 
 
 class WordChat:

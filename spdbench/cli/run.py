@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spdbench.cli.model_options import ModelOptions, model_options, parse_backend_options, parse_drafters, parse_labels
+from spdbench.cli.model_options import (
+    FiniteRange,
+    ModelOptions,
+    check_name,
+    model_options,
+    parse_backend_options,
+    parse_drafters,
+    parse_labels,
+)
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,140 +1,165 @@
-"""`spdbench backends`, `suites` and `env`."""
+"""`spdbench backends`, `suites` and `env`: for people at 80 columns, for programs as JSON."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import textwrap
 from importlib.metadata import EntryPoint
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from click.testing import CliRunner
 from pydantic import Field
 
+from spdbench import __version__
 from spdbench.backend import BackendOptions
 from spdbench.cli import backends, env, suites
-from spdbench.errors import InputError
+from spdbench.measure import environment as measured
+from spdbench.prompts.suite import shipped_suites
+
+WIDTH = 80
 
 
-class Loud:
-    """Shouts.
+def stdout(command: Any, *args: str) -> str:
+    result = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
 
-    And more that the list leaves out.
-    """
+
+class Odd:
+    """Takes one option of every type."""
 
     class Options(BackendOptions):
-        width: int = Field(4, description="how many")
-        ratio: float | None = Field(None, description="how much")
-        fast: bool = Field(True, description="whether")
-        mode: Literal["a", "b"] = Field("a", description="which")
-        layers: Annotated[tuple[int, ...], Field(description="each")] = (1, 2)
-        path: str = Field(description="where")
+        count: int = Field(0, description="a number " * 20)
+        one: int = Field(1)
+        rate: float = Field(0.5)
+        quiet: bool = Field(False)
+        mode: Literal["slow", "fast"] = Field("slow")
+        sizes: tuple[int, ...] = Field((3, 1))
+        words: str | None = Field(None)
+        path: str = Field(description="must be given")
 
     kind = "draft_verify"
-    lossless = True
-    load = describe = prepare = generate = None
 
-
-class Unfinished:
-    kind = "draft_verify"
+    def load(self) -> None: ...
+    def describe(self) -> None: ...
+    def prepare(self) -> None: ...
+    def generate(self) -> None: ...
 
 
 @pytest.fixture
-def strange_backends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three backends: one that works, one that lacks methods, one that cannot be imported."""
-    points = {
-        name: EntryPoint(name, value, "spdbench.backends")
-        for name, value in {
-            "loud": f"{__name__}:Loud",
-            "unfinished": f"{__name__}:Unfinished",
-            "missing": "no_such_module_anywhere:X",
-        }.items()
-    }
-    monkeypatch.setattr("spdbench.backend.installed_backends", lambda: points)
-
-
-def listed(*args: str) -> dict[str, Any]:
-    done = CliRunner().invoke(backends.command, [*args, "--json"], catch_exceptions=False)
-    return {listing["name"]: listing for listing in json.loads(done.stdout)}
-
-
-def test_shipped_backends_are_listed_with_kind_and_package() -> None:
-    found = listed()
-    assert {"vanilla", "spd"} <= found.keys()
-    assert found["vanilla"]["kind"] == "autoregressive"
-    assert found["spd"]["package"].startswith("spdbench ")
-    assert found["spd"]["description"]
-    assert all(option["help"] for option in found["spd"]["options"])
-
-
-def test_listing_imports_neither_torch_nor_transformers() -> None:
-    script = (
-        "import sys\n"
-        "from spdbench.cli.main import run\n"
-        "assert run(['backends']) == 0\n"
-        "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
-
-
-@pytest.mark.usefixtures("strange_backends")
-def test_options_are_shown_in_the_words_of_a_command_line() -> None:
-    options = listed("loud")["loud"]["options"]
-    assert [(option["key"], option["type"], option["default"]) for option in options] == [
-        ("width", "int", 4),
-        ("ratio", "float", None),
-        ("fast", "true|false", True),
-        ("mode", "a|b", "a"),
-        ("layers", "int,int,...", [1, 2]),
-        ("path", "text", None),
+def odd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`odd` and `gone` are installed and nothing else."""
+    points = [
+        EntryPoint("odd", f"{__name__}:Odd", "spdbench.backends"),
+        EntryPoint("gone", "no_such_module:Gone", "spdbench.backends"),
     ]
-    assert [option["key"] for option in options if option["required"]] == ["path"]
+    monkeypatch.setattr("spdbench.backend.entry_points", lambda group: [p for p in points if p.group == group])
 
 
-@pytest.mark.usefixtures("strange_backends")
-def test_text_gives_each_option_as_it_is_typed() -> None:
-    text = CliRunner().invoke(backends.command, ["loud"], catch_exceptions=False).stdout
-    assert text.startswith("loud  draft_verify  (from unknown)\n    Shouts.\n")
-    assert "    -o loud.layers=int,int,...  [default 1,2]\n        each\n" in text
-    assert "    -o loud.fast=true|false  [default true]\n" in text
-    assert "    -o loud.path=text  [required]\n" in text
+def test_backends_lists_what_ships_with_every_option() -> None:
+    text = stdout(backends.command)
+    assert "vanilla  autoregressive" in text
+    assert "spd  pipeline" in text
+    assert "-o spd.stages=int  [default none]" in text
+    assert "-o spd.executor=inline  [default inline]" in text
 
 
-@pytest.mark.usefixtures("strange_backends")
-def test_backend_that_cannot_be_used_is_listed_with_the_reason() -> None:
-    found = listed()
-    assert found["loud"]["error"] is None
-    assert "lacks Options, load" in found["unfinished"]["error"]
-    assert "no_such_module_anywhere:X cannot be imported: ModuleNotFoundError" in found["missing"]["error"]
+def test_backends_can_be_asked_for_one() -> None:
+    text = stdout(backends.command, "vanilla")
+    assert "vanilla" in text
+    assert "spd.stages" not in text
 
 
-def test_unknown_backend_is_named_with_the_nearest() -> None:
-    with pytest.raises(InputError, match="unknown backend 'vanila'; did you mean 'vanilla'"):
-        listed("vanila")
+def test_backends_as_json_says_the_same() -> None:
+    found = {listing["name"]: listing for listing in json.loads(stdout(backends.command, "--json"))}
+    assert {"spd", "vanilla"} <= found.keys()
+    assert found["spd"]["kind"] == "pipeline"
+    assert found["spd"]["error"] is None
+    assert found["spd"]["package"] == f"spdbench {__version__}"
+    stages = next(option for option in found["spd"]["options"] if option["key"] == "stages")
+    assert (stages["type"], stages["default"], stages["required"]) == ("int", None, False)
+    assert stages["help"]
 
 
-def test_shipped_suites_are_listed_with_their_sources() -> None:
-    done = CliRunner().invoke(suites.command, ["--json"], catch_exceptions=False)
-    found = {suite["name"]: suite for suite in json.loads(done.stdout)}
-    assert {"quick", "mtbench", "gsm8k", "humaneval"} <= found.keys()
+@pytest.mark.usefixtures("odd")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-o odd.count=int  [default 0]",
+        "-o odd.one=int  [default 1]",
+        "-o odd.rate=float  [default 0.5]",
+        "-o odd.quiet=true|false  [default false]",
+        "-o odd.mode=slow|fast  [default slow]",
+        "-o odd.sizes=int,int,...  [default 3,1]",
+        "-o odd.words=text  [default none]",
+        "-o odd.path=text  [required]",
+    ],
+)
+def test_options_are_shown_as_they_would_be_typed(line: str) -> None:
+    assert f"    {line}\n" in stdout(backends.command, "odd")
+
+
+@pytest.mark.usefixtures("odd")
+def test_a_backend_that_cannot_be_imported_is_listed_with_its_reason() -> None:
+    text = stdout(backends.command)
+    assert "gone  cannot be used" in text
+    assert "ModuleNotFoundError" in text
+    assert "odd  draft_verify" in text
+    assert longest_line(text) <= WIDTH
+
+
+@pytest.mark.parametrize("command", [backends.command, suites.command], ids=["backends", "suites"])
+def test_listings_fit_an_80_column_terminal(command: Any) -> None:
+    assert longest_line(stdout(command)) <= WIDTH
+
+
+def longest_line(text: str) -> int:
+    return max(map(len, text.splitlines()))
+
+
+def test_suites_lists_what_ships_with_its_sources() -> None:
+    text = stdout(suites.command)
+    for name in shipped_suites():
+        assert any(line.split("  ")[0] == name for line in text.splitlines()), name
+    assert "from hub openai/gsm8k" in text
+    assert "from inline" in text
+
+
+def test_suites_as_json_says_the_same() -> None:
+    found = {suite["name"]: suite for suite in json.loads(stdout(suites.command, "--json"))}
+    assert found.keys() == {"quick", "mtbench", "gsm8k", "humaneval"}
     assert found["quick"]["num_prompts"] >= 24
+    assert found["mtbench"]["num_prompts"] is None
     assert all(suite["description"] and suite["sources"] for suite in found.values())
 
 
-@pytest.mark.parametrize("command", [backends.command, suites.command, env.command])
-def test_listings_are_plain_and_fit_80_columns(command: Any) -> None:
-    done = CliRunner().invoke(command, [], catch_exceptions=False)
-    assert done.exit_code == 0
-    assert done.stdout.isascii()
-    assert "\x1b" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "PROBE_BYTES", {"cpu": 2**20, "cuda": 2**20})
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
 
 
-def test_env_says_what_a_result_would_carry() -> None:
-    done = CliRunner().invoke(env.command, ["--json"], catch_exceptions=False)
-    found = json.loads(done.stdout)
-    assert found["environment"]["read_bandwidth_bytes_per_s"] > 0
-    text = CliRunner().invoke(env.command, [], catch_exceptions=False).stdout
-    assert found["environment"]["fingerprint"] in text
-    assert found["environment"]["versions"]["torch"] in text
+@pytest.mark.usefixtures("small_probe")
+def test_env_as_json_is_what_a_result_holds() -> None:
+    found = json.loads(stdout(env.command, "--json"))
+    assert found["spdbench"]["version"] == __version__
+    assert len(found["environment"]["fingerprint"]) == 16
+    assert found["environment"]["versions"]["torch"]
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_env_is_one_fact_a_line() -> None:
+    lines = stdout(env.command).splitlines()
+    assert all(": " in line for line in lines)
+    names = [line.partition(":")[0] for line in lines]
+    assert names[0] == "spdbench"
+    assert {"cpu", "cores", "threads", "memory", "torch", "read bandwidth", "fingerprint"} <= set(names)
+    assert any(line.endswith("GB/s") for line in lines)
+
+
+def test_a_suite_of_ones_own_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.yaml").write_text(textwrap.dedent("name: own\nversion: 1\n"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert "own" not in {suite["name"] for suite in json.loads(stdout(suites.command, "--json"))}

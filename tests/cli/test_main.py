@@ -1,140 +1,198 @@
-"""The `spdbench` command itself: what it imports, and what each way of ending tells the shell."""
+"""The `spdbench` command as the shell sees it: what it loads, what it says, and how it ends."""
 
 from __future__ import annotations
 
-import importlib
-import signal
+import json
+import os
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 
 from spdbench import __version__
-from spdbench.cli import main as cli
+from spdbench.cli import main as entry
 from spdbench.errors import InputError, NotComparableError, SpdbenchError
 
-HEAVY = ("torch", "transformers", "rich", "pydantic", "numpy", "yaml", "tabulate")
+HEAVY = ("rich", "pydantic", "yaml", "torch", "transformers", "numpy", "tabulate")
+RESULTS = Path(__file__).parents[1] / "fixtures" / "results"
+LOADED = """
+import json, sys
+from spdbench.cli.main import run
+code = run(sys.argv[1:])
+print(json.dumps([code, sorted(sys.modules)]), file=sys.stderr)
+"""
+
+
+def loaded_by(*args: str) -> tuple[int, set[str]]:
+    """The exit code of a command line in a fresh process, and the modules it loaded."""
+    done = subprocess.run([sys.executable, "-c", LOADED, *args], capture_output=True, text=True, check=True)
+    code, names = json.loads(done.stderr.splitlines()[-1])
+    return code, set(names)
 
 
 def spdbench(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "spdbench", *args], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "spdbench", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def imported_by(*args: str) -> set[str]:
-    """Top-level modules that are loaded when `spdbench ARGS` is done."""
-    script = (
-        "import sys\n"
-        "from spdbench.cli.main import run\n"
-        "run(sys.argv[1:])\n"
-        "print(' '.join({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, check=True)
-    return set(done.stderr.split("\n")[-2].split())
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Replaces every command by one that raises what it is given."""
+
+    def install(error: BaseException) -> None:
+        @click.command()
+        def command() -> None:
+            raise error
+
+        monkeypatch.setattr(entry.LazyGroup, "get_command", lambda *_: command)
+
+    return install
 
 
-def ending_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The exit code of a command that raises `error`."""
-
-    @click.command("env")
-    def raises() -> None:
-        raise error
-
-    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda *_: raises)
-    return cli.run(["env"])
-
-
-def test_help_imports_click_and_nothing_heavy() -> None:
-    found = imported_by("--help")
-    assert "click" in found
-    assert not found & set(HEAVY)
-
-
-@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
-def test_help_of_every_command_answers_without_torch(command: str) -> None:
-    assert not imported_by(command, "--help") & {"torch", "transformers"}
-
-
-@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_one_line_help_in_the_table_is_the_commands_own(name: str) -> None:
-    command = importlib.import_module(cli.COMMANDS[name].module).command
-    assert (command.name, command.short_help) == (name, cli.COMMANDS[name].help)
-
-
-def test_help_lists_every_command_and_goes_to_stdout() -> None:
-    done = spdbench("--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    for name, command in cli.COMMANDS.items():
-        assert f"{name} " in done.stdout
-        assert command.help in done.stdout
-
-
-def test_version_is_the_packages(capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["--version"]) == 0
-    assert __version__ in capfd.readouterr().out
-
-
-def test_unknown_command_is_wrong_usage_and_names_the_nearest(capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(["comprae"]) == 2
-    assert "unknown command 'comprae'; did you mean 'compare'?" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("args", [[], ["--nonsense"], ["compare"], ["run", "quick", "--limit", "0"], ["suites", "x"]])
-def test_wrong_usage_is_exit_code_2_and_says_so_on_stderr(args: list[str], capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(args) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "Usage: spdbench" in err
+@pytest.mark.parametrize("args", [("--help",), ("-h",), ("--version",)])
+def test_help_and_version_load_only_click(args: tuple[str, ...]) -> None:
+    code, names = loaded_by(*args)
+    assert code == 0
+    assert "click" in names
+    assert names.isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(SpdbenchError("a"), 1), (InputError("b"), 2), (NotComparableError("c"), 4)],
+    "args",
+    [
+        ("compare", str(RESULTS / "vanilla.json"), str(RESULTS / "spd_oracle.json")),
+        ("compare", "--help"),
+        ("run", "--help"),
+        ("env", "--help"),
+        ("backends",),
+        ("suites",),
+    ],
+    ids=" ".join,
 )
-def test_error_of_ours_is_one_message_and_its_own_exit_code(
-    error: SpdbenchError, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_what_needs_no_model_loads_neither_torch_nor_transformers(args: tuple[str, ...]) -> None:
+    code, names = loaded_by(*args)
+    assert code == 0
+    assert names.isdisjoint({"torch", "transformers"})
+
+
+def test_help_names_every_command_and_what_it_does() -> None:
+    text = spdbench("--help").stdout
+    for name, command in entry.COMMANDS.items():
+        assert f"  {name} " in text
+        assert command.help in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", list(entry.COMMANDS))
+def test_a_commands_help_in_the_overview_is_its_own(name: str) -> None:
+    group = entry.LazyGroup("spdbench")
+    command = group.get_command(click.Context(group), name)
+    assert command is not None
+    assert command.short_help == entry.COMMANDS[name].help
+    assert command.name == name
+
+
+def test_version() -> None:
+    assert spdbench("--version").stdout == f"spdbench, version {__version__}\n"
+
+
+def test_no_arguments_is_wrong_usage_and_shows_the_help() -> None:
+    done = spdbench()
+    assert done.returncode == 2
+    assert "Commands:" in done.stderr
+
+
+def test_an_unknown_command_is_answered_with_the_nearest_one() -> None:
+    done = spdbench("comapre", "x.json")
+    assert done.returncode == 2
+    assert "unknown command 'comapre'; did you mean 'compare'?" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("run",), "SUITE"),
+        (("run", "quick", "--limit", "0"), "--limit"),
+        (("run", "quick", "--temperature", "-1"), "--temperature"),
+        (("run", "quick", "--no-such-option"), "--no-such-option"),
+        (("run", "quik"), "did you mean 'quick'?"),
+        (("run", "quick", "-b", "spdd"), "did you mean 'spd'?"),
+        (("run", "quick", "-o", "spd.stage=3"), "did you mean 'stages'?"),
+        (("run", "quick", "-o", "stages=3"), "LABEL.KEY=VALUE"),
+        (("compare",), "RESULT"),
+        (("compare", "no-such-file.json"), "no-such-file.json"),
+        (("backends", "vanila"), "did you mean 'vanilla'?"),
+        (("--no-such-option",), "--no-such-option"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_says_what_is_wrong_and_exits_with_2(
+    args: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ending_with(error, monkeypatch) == code
-    assert capfd.readouterr() == ("", f"Error: {error}\n")
+    monkeypatch.chdir(tmp_path)
+    assert entry.run(args) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt_is_one_line_and_exit_code_130(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("error", "code"), [(SpdbenchError, 1), (InputError, 2), (NotComparableError, 4)])
+def test_our_own_errors_are_one_line_and_an_exit_code(
+    error: type[SpdbenchError],
+    code: int,
+    failing: Callable[[BaseException], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert ending_with(KeyboardInterrupt(), monkeypatch) == 130
-    assert capfd.readouterr() == ("", "Interrupted.\n")
+    failing(error("it went wrong"))
+    with pytest.raises(SystemExit) as caught:
+        entry.main(["run"])
+    assert caught.value.code == code
+    assert capsys.readouterr() == ("", "Error: it went wrong\n")
 
 
-def test_commands_own_exit_code_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ending_with(click.exceptions.Exit(3), monkeypatch) == 3
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    failing: Callable[[BaseException], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(KeyboardInterrupt())
+    assert entry.run(["run"]) == 130
+    printed = capsys.readouterr()
+    assert printed.err.strip() == "Interrupted."
+    assert printed.out == ""
 
 
-def test_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ZeroDivisionError):
-        ending_with(ZeroDivisionError(), monkeypatch)
-
-
-def test_reader_that_stops_early_gets_silence() -> None:
-    script = f"{sys.executable} -m spdbench backends --json | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    assert done.returncode in (0, 128 + signal.SIGPIPE)  # 0 if all was written before `true` ended
-
-
-def test_broken_pipe_in_the_last_flush_is_silent_too() -> None:
+def test_a_bug_escapes_with_its_traceback_and_exit_code_1() -> None:
     script = (
-        "import os, sys\n"
-        "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
-        "from spdbench.cli.main import main\n"
-        "print('something that is still in the buffer')\n"
-        "main(['--version'])\n"
+        "import click\nfrom spdbench.cli import main\n"
+        "def broken(): raise ZeroDivisionError('a bug')\n"
+        "main.LazyGroup.get_command = lambda *_: click.Command('run', callback=broken)\n"
+        "main.main(['run'])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: a bug\n")
 
 
-def test_python_dash_m_and_the_console_script_are_the_same_command() -> None:
-    script = Path(sys.executable).with_name("spdbench")
-    done = subprocess.run([str(script), "--help"], capture_output=True, text=True, check=True)
-    assert done.stdout == spdbench("--help").stdout
+@pytest.mark.parametrize("args", ["suites", "backends", "suites --json", "--help"])
+def test_a_reader_that_has_had_enough_gets_no_traceback(args: str) -> None:
+    for reader in ("head -n 1", "true"):  # one that reads a line, one that is gone before the first
+        pipe = f"set -o pipefail; {shlex.quote(sys.executable)} -m spdbench {args} | {reader}"
+        done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, check=False)
+        assert done.returncode in (0, entry.BROKEN_PIPE)
+        assert done.stderr == ""
+
+
+def test_an_early_closed_pipe_ends_as_other_tools_do() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "spdbench", "suites"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (entry.BROKEN_PIPE, "")

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from torch import Tensor
 
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.verify import Draft
 from spdbench.judge.result import Result, json_schema, read_result
 from tests.cli.run_helpers import Said, spdbench, write_suite
 
@@ -284,15 +287,13 @@ def test_a_failed_prompt_is_exit_code_1_and_no_number(run: Runs, monkeypatch: py
 
 
 def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spdbench_backends.spd import engine
+    from spdbench.decoding.verify import Verdict, judge
 
-    original = engine.judge
+    def accepts_everything(logits: Tensor, draft: Draft, sampler: Sampler) -> Verdict:
+        judge(logits, draft, sampler)
+        return Verdict(True, draft.token_id)
 
-    def accepts_too_much(*words: object) -> object:
-        verdict = original(*words)  # type: ignore[arg-type]
-        return engine.Verdict(True, words[1].token_id) if not verdict.accepted else verdict  # type: ignore[attr-defined]
-
-    monkeypatch.setattr(engine, "judge", accepts_too_much)
+    monkeypatch.setattr("spdbench_backends.spd.engine.judge", accepts_everything)
     said = run("--drafter", "oracle:0.5")
     assert said.code == 1
     divergence = run.result("spd").divergence

@@ -71,7 +71,8 @@ def _bfloat16(decoder: Decoder) -> Decoder:
 
     def lower_layer(layer: LayerWeights) -> LayerWeights:
         values: dict[str, Any] = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-        return LayerWeights(**{k: lower(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        values.update({name: lower(value) for name, value in values.items() if isinstance(value, Tensor)})
+        return LayerWeights(**values)
 
     frequencies = 1.0 / (10000.0 ** (torch.arange(0, 8, 2) / 8))
     return dataclasses.replace(

@@ -117,7 +117,7 @@ def test_reading_faster_than_a_pass_over_the_probe_is_not_claimed(monkeypatch: p
 
 def test_processor_without_a_name_is_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "processor : 0\n")
-    monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert cpu_model() == "riscv64"
 
 

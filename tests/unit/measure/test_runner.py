@@ -14,7 +14,7 @@ from spdbench.judge.result import Run
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
 from spdbench.measure.runner import Contestant, Runner, Workload
 from spdbench.types import GenerationRequest, Prompt, Sampling, Step
-from tests.mock_backend import MockBackend, Watcher, WordChat, one_by_one
+from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 
 PROMPTS = (
     Prompt("a", "maths", ("one", "two")),
@@ -77,7 +77,7 @@ def test_backends_take_turns_in_alternating_order(tmp_path: Path) -> None:
 
 
 def test_the_first_backends_answers_are_everyones_context(tmp_path: Path) -> None:
-    other = MockBackend(lambda r: [Step((50 + i,), 0, 0, 0, 1.0) for i in range(r.max_new_tokens)], kind="draft_verify")
+    other = MockDraftVerify(lambda r: [Step((50 + i,), 0, 0, 0, 1.0) for i in range(r.max_new_tokens)])
     bench = Bench(tmp_path, MockBackend(), other, classify=lambda *_: "real")
     bench.run()
     second_turn = other.requests[1]
@@ -128,7 +128,7 @@ def crash_on(prompt_length: int) -> Any:
 
 
 def test_a_crash_fails_its_prompt_and_no_other(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, MockBackend(), MockBackend(crash_on(5), kind="pipeline"))
+    bench = Bench(tmp_path, MockBackend(), MockPipeline(crash_on(5)))
     bench.run()
     failed = [run for run in bench.journals[1].runs() if run.finish_reason == "error"]
     assert [(run.prompt_id, run.error) for run in failed] == [("b", "ZeroDivisionError: a bug")]
@@ -205,7 +205,7 @@ def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp
         wrong = len(request.prompt_ids) == 5
         return [Step((100 + i + wrong * (i == 2),), 0, 0, 0, 2.6) for i in range(request.max_new_tokens)]
 
-    bench = Bench(tmp_path, MockBackend(), MockBackend(differs_once, kind="draft_verify"), classify=classify)
+    bench = Bench(tmp_path, MockBackend(), MockDraftVerify(differs_once), classify=classify)
     bench.run()
     assert bench.journals[0].outcomes == {}
     assert sorted(bench.journals[1].outcomes.values()) == ["identical"] * 3 + ["near_tie"]
@@ -215,11 +215,8 @@ def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp
 
 @pytest.mark.parametrize("change", ["sampling", "lossy", "no vanilla"])
 def test_outputs_that_may_differ_are_not_compared(tmp_path: Path, change: str) -> None:
-    first, second = MockBackend(), MockBackend(kind="draft_verify")
-    if change == "lossy":
-        second.lossless = False
-    if change == "no vanilla":
-        first.kind = "draft_verify"  # type: ignore[misc]
+    first, second = MockDraftVerify() if change == "no vanilla" else MockBackend(), MockDraftVerify()
+    second.lossless = change != "lossy"
     sampling = Sampling(0.5) if change == "sampling" else Sampling()
     bench = Bench(tmp_path, first, second, sampling=sampling)
     bench.run()

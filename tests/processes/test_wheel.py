@@ -1,0 +1,127 @@
+"""The built wheel, away from the checkout: from an empty folder, with nothing of the source tree on the path."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("spdbench", "backends", "suites", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources: building leaves traces."""
+    work = tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, work / "source" / name)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work)]
+    subprocess.run([*build, str(work / "source")], check=True, capture_output=True)
+    [built] = work.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def folder(wheel: Path) -> Path:
+    """An empty folder with an environment next to it that holds the wheel and sees this one's dependencies."""
+    where = wheel.parent / "venv"
+    venv.create(where, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(where / "bin" / "python"), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
+    [site] = where.glob("lib/python*/site-packages")
+    # Paths in a .pth are added, but a .pth in an added folder is not read: the checkout's editable finder stays out.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    empty = wheel.parent / "empty"
+    empty.mkdir()
+    return empty
+
+
+def run(folder: Path, program: str, *args: str) -> str:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    command = [str(folder.parent / "venv" / "bin" / program), *args]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_wheel_holds_suites_schema_and_licence(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    suites = {f"spdbench_suites/{path.name}" for path in (ROOT / "suites").glob("*.yaml")}
+    assert suites
+    assert suites <= set(names)
+    assert {"spdbench/judge/result.schema.json", "spdbench/py.typed", "spdbench_backends/py.typed"} <= set(names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert any(name.endswith("/licenses/NOTICE") for name in names)
+
+
+def test_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = [path.relative_to(ROOT) for path in (ROOT / "spdbench").rglob("*.py")]
+    modules += [path.relative_to(ROOT / "backends") for path in (ROOT / "backends").rglob("*.py")]
+    assert {path.as_posix() for path in modules} <= names
+
+
+def test_wheel_brings_no_tests_and_no_generic_names_into_site_packages(wheel: Path) -> None:
+    top = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {
+        "spdbench",
+        "spdbench_backends",
+        "spdbench_suites",
+    }
+
+
+def test_installed_wheel_answers_from_an_empty_folder(folder: Path) -> None:
+    assert "compare" in run(folder, "spdbench", "--help")
+    assert "quick  (" in run(folder, "spdbench", "suites")
+    backends = run(folder, "spdbench", "backends")
+    assert "vanilla  autoregressive" in backends
+    assert "-o spd.stages=" in backends
+
+
+def test_installed_wheel_is_what_is_imported_and_has_no_git_state(folder: Path) -> None:
+    script = (
+        "import spdbench, spdbench_backends, spdbench_suites\n"
+        "from spdbench.judge.result import SCHEMA_FILE\n"
+        "from spdbench.measure.environment import git_state\n"
+        "for module in (spdbench, spdbench_backends, spdbench_suites): print(module.__file__)\n"
+        "print(SCHEMA_FILE if SCHEMA_FILE.exists() else 'no schema')\n"
+        "print(git_state())\n"
+    )
+    *files, git = run(folder, "python", "-c", script).splitlines()
+    inside = str(folder.parent / "venv")
+    assert all(file.startswith(inside) for file in files), files
+    assert git == "None"
+
+
+SUITE = """
+name: own
+version: 1
+prompts: {source: [{inline: [{id: a, turns: ["one two"]}, {id: b, turns: ["three"]}]}]}
+decoding: {max_new_tokens: 8}
+"""
+
+
+def test_installed_wheel_measures_vanilla_and_spd_with_a_suite_of_ones_own(folder: Path, tiny_model: Path) -> None:
+    (folder / "own.yaml").write_text(SUITE, encoding="utf-8")
+    options = ["-o", "spd.stages=3", "--drafter", "oracle:0.8", "--dtype", "float32"]
+    table = run(folder, "spdbench", "run", "own.yaml", "-m", str(tiny_model), *options)
+    assert "oracle:0.8" in table
+    outputs = []
+    for label in ("vanilla", "spd"):
+        result = json.loads((folder / "results" / f"own__{label}__{tiny_model.name}.json").read_text("utf-8"))
+        assert result["spdbench"]["git"] is None
+        outputs.append({measured["prompt_id"]: measured["output_ids"] for measured in result["runs"]})
+    assert outputs[0].keys() == {"a", "b"}
+    assert outputs[0] == outputs[1]

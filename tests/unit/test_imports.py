@@ -1,0 +1,123 @@
+"""Which part may import which: the harness and the engine meet in `spdbench.backend` and in the command line only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = ("spdbench", "spdbench_backends")
+
+BASE = {"types", "errors"}
+ENGINE = {"models", "decoding", "pipeline"}
+HARNESS = {"prompts", "measure", "judge", "render"}
+
+MAY_IMPORT = {
+    "version": set[str](),
+    "types": set[str](),
+    "errors": set[str](),
+    "backend": BASE,
+    "prompts": BASE,
+    "judge": BASE,
+    "render": BASE | {"judge"},
+    "measure": BASE | {"version", "backend", "prompts", "judge"},
+    "models": BASE | ENGINE,
+    "decoding": BASE | ENGINE,
+    "pipeline": BASE | ENGINE,
+    "cli": BASE | {"version", "backend"} | HARNESS,
+    "wiring": BASE | {"version", "backend", "cli", "wiring"} | HARNESS | ENGINE,
+    "__main__": {"cli"},
+    "spdbench_backends": BASE | {"backend"} | ENGINE,
+}
+"""Part -> the other parts that it may import; its own always."""
+
+WIRING = {"spdbench.cli.run", "spdbench.cli.session", "spdbench.cli.heads"}
+"""Where harness and engine are put together: the only commands' modules that know models."""
+
+NO_TORCH = {"version", "types", "errors", "backend", "prompts", "judge", "render"}
+HEAVY = {"torch", "transformers"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    found = {}
+    for base, package in ((ROOT, "spdbench"), (ROOT / "backends", "spdbench_backends")):
+        for path in sorted((base / package).rglob("*.py")):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def part_of(module: str) -> str:
+    if module in WIRING:
+        return "wiring"
+    package, *rest = module.split(".")
+    if package != "spdbench":
+        return package
+    return rest[0] if rest else "version"
+
+
+def imports(path: Path, module: str) -> Iterator[str]:
+    """Modules that `path` imports at any depth of its code, but for those that only a type checker sees."""
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            todo += node.orelse
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in MODULES else str(node.module)
+        else:
+            todo += ast.iter_child_nodes(node)
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"spdbench.judge.result", "spdbench.cli.main", "spdbench_backends.vanilla"} <= MODULES.keys()
+    assert "spdbench.models.decoder" in set(imports(MODULES["spdbench.models.target"], ""))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_part_may(module: str) -> None:
+    part = part_of(module)
+    allowed = MAY_IMPORT[part] | {part}
+    found = {name for name in imports(MODULES[module], module) if name.partition(".")[0] in OURS}
+    assert not {name for name in found if part_of(name) not in allowed}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_spdbench_never_imports_its_backends(module: str) -> None:
+    if module.startswith("spdbench."):
+        names = {name.partition(".")[0] for name in imports(MODULES[module], module)}
+        assert "spdbench_backends" not in names
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in NO_TORCH or m == "spdbench.pipeline.schedule"])
+def test_module_that_needs_no_torch_never_asks_for_it(module: str) -> None:
+    assert not {name.partition(".")[0] for name in imports(MODULES[module], module)} & HEAVY
+
+
+def test_what_judges_reads_and_schedules_really_loads_no_torch() -> None:
+    light = [module for module in MODULES if part_of(module) in NO_TORCH]
+    light += ["spdbench.pipeline.schedule", "spdbench.cli.main", "spdbench.cli.compare", "spdbench.cli.backends"]
+    light += ["spdbench_backends.vanilla", "spdbench_backends.spd.backend"]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        f"    loaded = {HEAVY} & sys.modules.keys()\n"
+        "    if loaded: sys.exit(f'{name} loads {loaded}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *light], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
