@@ -118,7 +118,12 @@ def find_backend(name: str) -> type[Backend]:
     installed = installed_backends()
     if name not in installed:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, installed)}")
-    found = installed[name].load()
+    try:
+        found = installed[name].load()
+    except Exception as error:  # somebody else's package, which may fail in any way
+        raise InputError(
+            f"backend '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     missing = [
         word for word in ("kind", "Options", "load", "describe", "prepare", "generate") if not hasattr(found, word)
     ]
@@ -143,6 +148,6 @@ def parse_options(label: str, options: type[BackendOptions], given: Mapping[str,
         return options.model_validate(dict(given))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "?"
+        key = str(first["loc"][0]) if first["loc"] else "?"
         reason = first["msg"].removeprefix("Value error, ")
         raise InputError(f"-o {label}.{key}={given.get(key, '')}: {reason}") from None

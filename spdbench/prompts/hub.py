@@ -6,16 +6,15 @@ is not waited for: what is in the cache is used, else the source counts as unava
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spdbench import hub
 from spdbench.errors import InputError, did_you_mean
 from spdbench.prompts.sources import SourceUnavailable
 
-TIMEOUT_S = 10
 CONVERTED = "refs/convert/parquet"
 DEFAULT_FOLDER = "data"
 """Where the hub's own tools put the parquet files of the config called `default`."""
@@ -49,7 +48,7 @@ def read_dataset(
                     raise InputError(f"hub {repo} {file.name}: has no column '{column}'{did_you_mean(column, known)}")
             rows += parquet.read_table(file, columns=list(columns)).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({_brief(error)})") from None
+            raise InputError(f"{file}: not a readable parquet file ({hub.brief(error)})") from None
     return rows, _snapshot_of(files[0]).name
 
 
@@ -61,9 +60,8 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
         raise SourceUnavailable(f"needs huggingface_hub and pyarrow ({error})", "pip install 'spdbench[hub]'") from None
     revisions = (revision,) if revision else ("main", CONVERTED)
     command = f"hf download --repo-type dataset {repo}"
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     reason = "HF_HUB_OFFLINE is set, and the cache does not hold it"
-    if not offline:
+    if not hub.offline():
         found: list[str] = []
         try:
             for name in revisions:
@@ -73,7 +71,7 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
             held = f"; it has {', '.join(sorted(set(found)))}" if found else ""
             reason = f"no parquet files for {config or 'default'}/{split}{held}"
         except Exception as error:  # the client's and its HTTP library's, which has changed its name over the versions
-            reason = f"{_brief(error)} (the hub at {_endpoint() or constants.ENDPOINT})"
+            reason = f"{hub.brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT})"
     for name in revisions:
         files = _cached(repo, config, split, name)
         if files:
@@ -86,9 +84,9 @@ def _download(repo: str, config: str | None, split: str, revision: str, found: l
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi(endpoint=hub.endpoint())
     try:
-        info = api.dataset_info(repo, revision=revision, timeout=TIMEOUT_S)
+        info = api.dataset_info(repo, revision=revision, timeout=hub.TIMEOUT_S)
     except RevisionNotFoundError:
         if revision != CONVERTED:
             raise
@@ -102,9 +100,9 @@ def _download(repo: str, config: str | None, split: str, revision: str, found: l
                 name,
                 repo_type="dataset",
                 revision=revision,
-                endpoint=_endpoint(),
-                cache_dir=_cache_folder(),
-                etag_timeout=TIMEOUT_S,
+                endpoint=hub.endpoint(),
+                cache_dir=hub.cache_folder(),
+                etag_timeout=hub.TIMEOUT_S,
             )
         )
         for name in choose_files(splits, config, split)
@@ -118,7 +116,7 @@ def _cached(repo: str, config: str | None, split: str, revision: str) -> list[Pa
     try:
         folder = Path(
             snapshot_download(
-                repo, repo_type="dataset", revision=revision, local_files_only=True, cache_dir=_cache_folder()
+                repo, repo_type="dataset", revision=revision, local_files_only=True, cache_dir=hub.cache_folder()
             )
         )
     except Exception:  # it is not in the cache, which the client tells by several exceptions
@@ -154,16 +152,3 @@ def choose_files(splits: Mapping[tuple[str, str], list[str]], config: str | None
 def _snapshot_of(file: Path) -> Path:
     """The folder `.../snapshots/COMMIT` that a cached file lies in."""
     return next(folder for folder in file.parents if folder.parent.name == "snapshots")
-
-
-def _endpoint() -> str | None:
-    # Read here, as the client reads it only once, when it is imported.
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-
-
-def _cache_folder() -> str | None:
-    return os.environ.get("HF_HUB_CACHE") or None
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -47,13 +47,19 @@ class Process:
 
     def stop_after(self, num_runs: int, how: signal.Signals, *words: str) -> tuple[int, str]:
         process = self.start(*words)
-        deadline = time.monotonic() + SECONDS
-        while self.lines() < num_runs and process.poll() is None:
-            assert time.monotonic() < deadline, "it never got that far"
-            time.sleep(0.005)
+        self.wait_for(num_runs, process)
         process.send_signal(how)
         _, err = process.communicate(timeout=SECONDS)
         return process.returncode, err
+
+    def wait_for(self, num_runs: int, process: subprocess.Popen[str]) -> None:
+        """Until so many requests are in the journals."""
+        deadline = time.monotonic() + SECONDS
+        while self.lines() < num_runs and process.poll() is None:
+            if time.monotonic() > deadline:
+                process.kill()
+                raise AssertionError(f"it never got that far: {process.communicate()}")
+            time.sleep(0.005)
 
     def finish(self, *words: str) -> tuple[int, str]:
         process = self.start(*words)
@@ -121,12 +127,11 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(process: Pro
 
 def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
     first = process.start()
-    deadline = time.monotonic() + SECONDS
-    while not process.lines():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    code, err = process.finish()
-    first.send_signal(signal.SIGKILL)
-    first.communicate(timeout=SECONDS)
+    try:
+        process.wait_for(1, first)
+        code, err = process.finish()
+    finally:
+        first.kill()
+        first.communicate(timeout=SECONDS)
     assert code == 2
     assert "another run is writing this now" in err

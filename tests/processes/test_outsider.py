@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-OUTSIDER = Path(__file__).parents[1] / "fixtures" / "outsider"
+ROOT = Path(__file__).parents[2]
+FIXTURES = ROOT / "tests" / "fixtures"
 
 SUITE = """
 name: greetings
@@ -28,26 +30,35 @@ decoding: {max_new_tokens: 12}
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the outsider's package installed in it."""
-    work = tmp_path_factory.mktemp("outsider")
-    source = shutil.copytree(OUTSIDER, work / "source")  # building leaves traces in the source folder
+    return install("outsider", tmp_path_factory.mktemp("outsider"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a package installed in it that cannot be imported."""
+    return install("broken_outsider", tmp_path_factory.mktemp("broken"))
+
+
+def install(package: str, work: Path) -> Path:
+    source = shutil.copytree(FIXTURES / package, work / "source")  # building leaves traces in the source folder
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(work / "site"), str(source)], check=True, capture_output=True)
     return work / "site"
 
 
-def spdbench(site: Path, folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(site), "SPDBENCH_CACHE": str(folder / "cache")}
+def spdbench(sites: Sequence[Path], folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites)), "SPDBENCH_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "spdbench", *args]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def test_outsiders_backend_is_listed_with_its_package_and_options(site: Path, tmp_path: Path) -> None:
-    done = spdbench(site, tmp_path, "backends", "outsider", "--json")
+    done = spdbench([site], tmp_path, "backends", "outsider", "--json")
     assert done.returncode == 0, done.stderr
     [listing] = json.loads(done.stdout)
     assert (listing["name"], listing["kind"]) == ("outsider", "autoregressive")
     assert listing["package"] == "spdbench-outsider 1.2.3"
-    assert listing["description"] == "Greedy decoding that reads the prompt in pieces."
+    assert listing["description"] == "One token a forward, with a loop of its own; the prompt is read in pieces."
     assert [(option["key"], option["type"], option["default"]) for option in listing["options"]] == [
         ("piece", "int", 16),
         ("mood", "calm|hasty", "calm"),
@@ -55,22 +66,24 @@ def test_outsiders_backend_is_listed_with_its_package_and_options(site: Path, tm
 
 
 def test_backend_that_cannot_be_imported_is_listed_with_the_reason_and_spoils_nothing(
-    site: Path, tmp_path: Path
+    site: Path, broken: Path, tmp_path: Path
 ) -> None:
-    done = spdbench(site, tmp_path, "backends")
+    done = spdbench([site, broken], tmp_path, "backends")
     assert done.returncode == 0, done.stderr
-    assert "broken  cannot be used  (from spdbench-outsider 1.2.3)" in done.stdout
+    assert "broken  cannot be used  (from spdbench-broken-outsider 0.3)" in done.stdout
     assert "No module named 'outsider_that_is_not_there'" in " ".join(done.stdout.split())
     for name in ("outsider", "vanilla", "spd"):
         assert f"\n{name}  " in done.stdout
 
 
 def test_outsiders_backend_runs_against_vanilla_and_gives_the_same_tokens(
-    site: Path, tmp_path: Path, tiny_model: Path
+    site: Path, broken: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     (tmp_path / "greetings.yaml").write_text(SUITE, encoding="utf-8")
-    words = ["greetings.yaml", "-m", str(tiny_model), "--dtype", "float32", "-b", "vanilla", "-b", "outsider"]
-    done = spdbench(site, tmp_path, "run", *words, "-o", "outsider.piece=3")
+    words = ["greetings.yaml", "-m", str(tiny_model), "--dtype", "float32", "--threads", "1"]
+    done = spdbench(
+        [site, broken], tmp_path, "run", *words, "-b", "vanilla", "-b", "outsider", "-o", "outsider.piece=3"
+    )
     assert done.returncode == 0, done.stderr
     vanilla, outsider = (
         json.loads((tmp_path / "results" / f"greetings__{label}__{tiny_model.name}.json").read_text(encoding="utf-8"))
@@ -83,7 +96,36 @@ def test_outsiders_backend_runs_against_vanilla_and_gives_the_same_tokens(
 
 
 def test_outsiders_wrong_option_is_the_users_mistake(site: Path, tmp_path: Path, tiny_model: Path) -> None:
-    done = spdbench(site, tmp_path, "run", "quick", "-m", str(tiny_model), "-b", "outsider", "-o", "outsider.peace=3")
+    words = ["quick", "-m", str(tiny_model), "-b", "outsider", "-o", "outsider.peace=3"]
+    done = spdbench([site], tmp_path, "run", *words)
     assert done.returncode == 2
     assert "-o outsider.peace: unknown option; did you mean 'piece'?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_outsiders_backend_is_held_to_the_same_tests_as_those_that_ship(site: Path) -> None:
+    pytest_ = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance"]
+    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}  # two threads on a tiny model only wait
+    done = subprocess.run([*pytest_, "-k", "outsider"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+def test_the_readmes_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    [line] = [line for line in text.splitlines() if line == 'mine = "mine:Mine"']
+    [suite] = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    site = tmp_path / "site"
+    (site / "mine-1.0.dist-info").mkdir(parents=True)
+    (site / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", "utf-8")
+    (site / "mine-1.0.dist-info" / "entry_points.txt").write_text(
+        "[spdbench.backends]\n" + line.replace('"', ""), "utf-8"
+    )
+    (site / "mine.py").write_text(code, "utf-8")
+    (tmp_path / "mine.yaml").write_text(suite, "utf-8")
+    words = ["mine.yaml", "-m", str(tiny_model), "--dtype", "float32", "--threads", "1", "--max-new-tokens", "12"]
+    done = spdbench([site], tmp_path, "run", *words, "-b", "vanilla", "-b", "mine", "-o", "mine.top=1")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "results" / f"mine__mine__{tiny_model.name}.json").read_text("utf-8"))
+    assert result["divergence"]["identical"] == len(result["runs"]) == 3

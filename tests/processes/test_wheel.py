@@ -50,6 +50,7 @@ def folder(wheel: Path) -> Path:
 
 def run(folder: Path, program: str, *args: str) -> str:
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env["SPDBENCH_CACHE"] = str(folder.parent / "cache")
     command = [str(folder.parent / "venv" / "bin" / program), *args]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -115,7 +116,7 @@ decoding: {max_new_tokens: 8}
 
 def test_installed_wheel_measures_vanilla_and_spd_with_a_suite_of_ones_own(folder: Path, tiny_model: Path) -> None:
     (folder / "own.yaml").write_text(SUITE, encoding="utf-8")
-    options = ["-o", "spd.stages=3", "--drafter", "oracle:0.8", "--dtype", "float32"]
+    options = ["-o", "spd.stages=3", "--drafter", "oracle:0.8", "--dtype", "float32", "--threads", "1"]
     table = run(folder, "spdbench", "run", "own.yaml", "-m", str(tiny_model), *options)
     assert "oracle:0.8" in table
     outputs = []

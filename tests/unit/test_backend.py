@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from typing import Annotated
 
 import pytest
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from spdbench.backend import BackendOptions, find_backend, installed_backends, parse_options
 from spdbench.errors import InputError
@@ -15,6 +16,7 @@ class Options(BackendOptions):
     stages: int | None = Field(None, ge=1, description="how many")
     ratio: float = Field(0.5, description="how much")
     fast: bool = Field(False, description="whether")
+    sizes: Annotated[tuple[int, ...], BeforeValidator(lambda text: text.split(","))] = Field((), description="a list")
 
     @model_validator(mode="after")
     def check(self) -> Options:
@@ -49,8 +51,16 @@ def test_class_that_does_not_fit_the_protocol_is_refused_with_what_it_lacks(monk
 
 
 def test_words_become_typed_options_and_the_rest_keeps_its_default() -> None:
-    options = parse_options("two", Options, {"stages": " 3 ", "fast": "true"})
-    assert options == Options(stages=3, ratio=0.5, fast=True)
+    options = parse_options("two", Options, {"stages": " 3 ", "fast": "true", "sizes": "3,1,2"})
+    assert isinstance(options, Options)
+    assert (options.stages, options.ratio, options.fast, options.sizes) == (3, 0.5, True, (3, 1, 2))
+
+
+def test_what_a_shipped_backend_takes_arrives_with_its_types() -> None:
+    spd = find_backend("spd").Options
+    options = parse_options("three", spd, {"stages": "3", "stage_layers": "12,10,8"}).model_dump()
+    assert (options["stages"], options["stage_layers"], options["executor"]) == (3, (12, 10, 8), "inline")
+    assert parse_options("three", spd, {"stage_layers": "8;7"}).model_dump()["stage_layers"] == (8, 7)
 
 
 def test_no_words_are_all_defaults() -> None:
@@ -58,7 +68,9 @@ def test_no_words_are_all_defaults() -> None:
 
 
 def test_unknown_key_is_named_with_its_label_and_the_nearest() -> None:
-    assert refusal(stagse="3").startswith("-o two.stagse: unknown option; did you mean 'stages'? Known: fast, ratio")
+    assert refusal(stagse="3").startswith(
+        "-o two.stagse: unknown option; did you mean 'stages'? Known: fast, ratio, sizes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +80,7 @@ def test_unknown_key_is_named_with_its_label_and_the_nearest() -> None:
         ("stages", "0", "greater than or equal to 1"),
         ("ratio", "much", "valid number"),
         ("fast", "perhaps", "valid boolean"),
+        ("sizes", "3,many", "valid integer"),
     ],
 )
 def test_wrong_value_is_named_with_label_key_and_reason(key: str, value: str, reason: str) -> None:

@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "version": set[str](),
     "types": set[str](),
     "errors": set[str](),
+    "hub": set[str](),
     "backend": BASE,
-    "prompts": BASE,
+    "prompts": BASE | {"hub"},
     "judge": BASE,
     "render": BASE | {"judge"},
     "measure": BASE | {"version", "backend", "prompts", "judge"},
-    "models": BASE | ENGINE,
+    "models": BASE | {"hub"} | ENGINE,
     "decoding": BASE | ENGINE,
     "pipeline": BASE | ENGINE,
     "cli": BASE | {"version", "backend"} | HARNESS,
@@ -39,7 +40,7 @@ MAY_IMPORT = {
 WIRING = {"spdbench.cli.run", "spdbench.cli.session", "spdbench.cli.heads"}
 """Where harness and engine are put together: the only commands' modules that know models."""
 
-NO_TORCH = {"version", "types", "errors", "backend", "prompts", "judge", "render"}
+NO_TORCH = {"version", "types", "errors", "hub", "backend", "prompts", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 
@@ -106,6 +107,11 @@ def test_spdbench_never_imports_its_backends(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in NO_TORCH or m == "spdbench.pipeline.schedule"])
 def test_module_that_needs_no_torch_never_asks_for_it(module: str) -> None:
     assert not {name.partition(".")[0] for name in imports(MODULES[module], module)} & HEAVY
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "spdbench.models.hf"])
+def test_only_one_module_knows_transformers(module: str) -> None:
+    assert "transformers" not in {name.partition(".")[0] for name in imports(MODULES[module], module)}
 
 
 def test_what_judges_reads_and_schedules_really_loads_no_torch() -> None:

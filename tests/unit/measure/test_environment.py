@@ -99,6 +99,13 @@ def test_fingerprint_hangs_on_what_changes_timing() -> None:
     assert fingerprint(MACHINE) not in prints
 
 
+def test_fingerprint_is_the_same_at_every_call(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "read_bandwidth_bytes_per_s", lambda _: 1)
+    again = environment()
+    assert again["fingerprint"] == found["fingerprint"]
+    assert again["read_bandwidth_bytes_per_s"] == 1
+
+
 def test_fingerprint_does_not_hang_on_noise() -> None:
     for change in (
         {"read_bandwidth_bytes_per_s": 31_000_000_000},

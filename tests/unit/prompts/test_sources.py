@@ -7,14 +7,10 @@ import io
 import json
 import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -31,6 +27,7 @@ from spdbench.prompts.sources import (
     SourceUnavailable,
 )
 from spdbench.types import Prompt
+from tests.stub_hub import StubHub
 
 ROW = {"question_id": 81, "category": "writing", "turns": ["one", "two"], "reference": ["a", "b"]}
 
@@ -190,79 +187,6 @@ def test_broken_package_file_is_told_with_package_and_line(package: Path) -> Non
 
 
 # Hub
-
-
-class StubHub:
-    """A hub on loopback: datasets by name, each a mapping of revision to files by name. Counts its requests."""
-
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-    def __init__(self) -> None:
-        self.datasets: dict[str, dict[str, dict[str, bytes]]] = {}
-        self.requests: list[str] = []
-        self.status = 200
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            def do_HEAD(self) -> None:
-                hub.answer(self)
-
-            def log_message(self, *_: Any) -> None: ...
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(timeout=10)
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = urlsplit(handler.path).path
-        self.requests.append(f"{handler.command} {path}")
-        if self.status != 200:
-            return self.send(handler, self.status, b"", {})
-        if path.startswith("/api/datasets/"):
-            repo, _, revision = path.removeprefix("/api/datasets/").partition("/revision/")
-            files = self.datasets.get(repo, {}).get(unquote(revision))
-            if files is None:
-                code = "RevisionNotFound" if repo in self.datasets else "RepoNotFound"
-                return self.send(handler, 404, b"", {"X-Error-Code": code})
-            siblings = [{"rfilename": name} for name in files]
-            body = json.dumps({"id": repo, "sha": self.COMMIT, "siblings": siblings}).encode()
-            return self.send(handler, 200, body, {"Content-Type": "application/json"})
-        repo, _, rest = path.removeprefix("/datasets/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        body = self.datasets[repo][unquote(revision)][name]
-        return self.send(handler, 200, body, {"ETag": f'"{name.encode().hex()}"', "X-Repo-Commit": self.COMMIT})
-
-    @staticmethod
-    def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str]) -> None:
-        handler.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        if handler.command != "HEAD":
-            handler.wfile.write(body)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    pytest.importorskip("huggingface_hub")
-    pytest.importorskip("pyarrow")
-    stub = StubHub()
-    monkeypatch.setenv("HF_ENDPOINT", stub.url)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    yield stub
-    stub.close()
 
 
 def parquet(rows: list[dict[str, Any]]) -> bytes:
