@@ -22,8 +22,10 @@ from spdbench.backend import Backend, BackendContext, BackendOptions
 from spdbench.cli.heads import result_head
 from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
+from spdbench.errors import InputError
 from spdbench.judge.compare import compare
 from spdbench.judge.pairing import read_entries
+from spdbench.judge.result import read_result
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
@@ -69,7 +71,6 @@ class Session:
 
     def run(self, *, resume: bool) -> int:
         """The exit code: 1 if a prompt failed or an output is not vanilla's without excuse."""
-
         _check_writable(self.results)
         with ExitStack() as stack:
             loaded = [(entrant, stack.enter_context(self._loaded(entrant))) for entrant in self.entrants]
@@ -95,7 +96,6 @@ class Session:
 
     @contextmanager
     def _loaded(self, entrant: Entrant) -> Iterator[Backend]:
-
         context = BackendContext(
             entrant.label, self.target, entrant.drafter, self.devices, self.threads, self.workload.seed
         )
@@ -111,7 +111,6 @@ class Session:
         return turns * self.workload.repeats * len(journals), sum(map(len, journals))
 
     def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
-
         return classify_difference(self.target.decoder, prompt, expected, found, width)
 
     def _places(self, label: str) -> Places:
@@ -121,7 +120,6 @@ class Session:
         return Places(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".journal.jsonl"))
 
     def _journal(self, entrant: Entrant, places: Places, *, resume: bool) -> Journal:
-
         identity = self._identity(entrant)
         if resume and places.journal.exists():
             return resume_journal(places.journal, identity)
@@ -158,7 +156,6 @@ class Session:
         }
 
     def _heads(self, loaded: Sequence[tuple[Entrant, Backend]]) -> list[ResultHead]:
-
         machine, git = environment(), git_state()
         return [
             result_head(
@@ -179,29 +176,35 @@ class Session:
     def _write_partial(
         self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]
     ) -> None:
-        """On interruption: what is there so far, but never in the place of an older, finished result."""
-
+        """On interruption: what is there so far, but never in the place of an older run's result."""
         for place, head, journal in zip(places, heads, journals, strict=True):
-            if len(journal) and not place.result.exists():
+            if len(journal) and (not place.result.exists() or _created(place.result) == journal.created):
                 write_result(place.result, head, journal)
         _say(f"Interrupted: {sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
 
     def _finish(self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]) -> int:
-
-        bad = False
         for place, head, journal in zip(places, heads, journals, strict=True):
             write_result(place.result, head, journal)
-            bad = (
-                bad
-                or any(run.finish_reason == "error" for run in journal.runs())
-                or "real" in journal.outcomes.values()
-            )
-            journal.remove()
-        for place in places:
             _say(f"Wrote {place.result}")
+        bad = any(_went_wrong(journal) for journal in journals)
+        for journal in journals:  # only now: until every result is there, --resume can still make them all
+            journal.remove()
         tables = compare(read_entries([place.result for place in places]), self.entrants[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
         return 1 if bad else 0
+
+
+def _went_wrong(journal: Journal) -> bool:
+    """True if a prompt failed, or an output is not vanilla's and nothing excuses it."""
+    return "real" in journal.outcomes.values() or any(run.finish_reason == "error" for run in journal.runs())
+
+
+def _created(result: Path) -> str | None:
+    """When the run began whose result this is; None if that cannot be told."""
+    try:
+        return read_result(result).created
+    except InputError:
+        return None
 
 
 def _say(line: str) -> None:
@@ -210,7 +213,6 @@ def _say(line: str) -> None:
 
 def _check_writable(folder: Path) -> None:
     """Raises `InputError` now rather than after the first prompt."""
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

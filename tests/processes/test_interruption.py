@@ -102,6 +102,8 @@ def test_interrupted_the_part_that_is_there_becomes_a_result(process: Process) -
     assert "--resume goes on from there" in err
     partial = read_result(process.results / "mini__vanilla__tiny-llama.json")
     assert 3 <= len(partial.runs) < 80
+    process.stop_after(30, signal.SIGINT, "--resume")
+    assert len(partial.runs) < len(read_result(process.results / "mini__vanilla__tiny-llama.json").runs) < 80
     code, err = process.finish("--resume")
     assert code == 0, err
     assert len(read_result(process.results / "mini__vanilla__tiny-llama.json").runs) == 80
