@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LIMIT ?= 8
-MAX_NEW_TOKENS ?= 48
+MAX_NEW_TOKENS ?= 32
 
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --constraint constraints.txt
@@ -67,4 +67,4 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "spdbench needs Python 3.11 or later, and $(PYTHON) is `$(PYTHON) -V`; say which: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@echo "Making $(VENV) with `$(PYTHON) -V` ..."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }

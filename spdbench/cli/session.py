@@ -156,7 +156,7 @@ class Session:
         }
 
     def _heads(self, loaded: Sequence[tuple[Entrant, Backend]]) -> list[ResultHead]:
-        machine, git = environment(), git_state()
+        machine, git = environment(self.devices[0]), git_state()
         return [
             result_head(
                 self.suite,
@@ -180,7 +180,7 @@ class Session:
         for place, head, journal in zip(places, heads, journals, strict=True):
             if len(journal) and (not place.result.exists() or _created(place.result) == journal.created):
                 write_result(place.result, head, journal)
-        _say(f"Interrupted: {sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
+        _say(f"{sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
 
     def _finish(self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]) -> int:
         for place, head, journal in zip(places, heads, journals, strict=True):

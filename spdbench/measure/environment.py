@@ -54,9 +54,9 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def fingerprint(found: dict[str, Any]) -> str:
-    """16 hex digits over what makes timings comparable: processor, cores, memory, GPUs, system and torch."""
+    """16 hex digits over what makes timings comparable: processor, cores, threads, memory, GPUs, system and torch."""
     quarter_octaves = round(4 * math.log2(found["memory_bytes"]))  # kernels differ in how much they keep for themselves
-    same = [found[key] for key in ("cpu", "cores", "gpus", "system", "machine")]
+    same = [found[key] for key in ("cpu", "cores", "threads", "gpus", "system", "machine")]
     text = json.dumps([*same, quarter_octaves, found["versions"]["torch"]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

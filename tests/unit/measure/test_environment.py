@@ -19,6 +19,7 @@ from spdbench.measure.environment import cpu_model, environment, fingerprint, gi
 MACHINE: dict[str, Any] = {
     "cpu": "A Processor",
     "cores": 2,
+    "threads": 2,
     "memory_bytes": 25_000_000_000,
     "gpus": [],
     "system": "Linux",
@@ -88,6 +89,7 @@ def test_fingerprint_hangs_on_what_changes_timing() -> None:
     changes: list[dict[str, Any]] = [
         {"cpu": "Another"},
         {"cores": 4},
+        {"threads": 1},
         {"memory_bytes": 50_000_000_000},
         {"gpus": ["NVIDIA H200"]},
         {"machine": "aarch64"},
