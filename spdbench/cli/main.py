@@ -6,6 +6,7 @@ them does.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -15,9 +16,12 @@ from typing import NamedTuple
 import click
 
 from spdbench import __version__
-from spdbench.errors import SpdbenchError, did_you_mean
+from spdbench.cli.interrupts import Terminated
+from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
+TERMINATED = 143  # 128 + SIGTERM
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
 
 
@@ -88,12 +92,18 @@ def run(args: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
         click.echo("Interrupted.", err=True)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except BrokenPipeError:
         _silence_stdout()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _silence_stdout()
+        click.echo(f"Error: the output cannot be written ({error.strerror}); what is in files is safe", err=True)
+        return InputError.exit_code
 
 
 def _invoke(args: list[str]) -> int:

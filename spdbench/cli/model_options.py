@@ -63,7 +63,7 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @click.option(
         "--devices", metavar="LIST", help="cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]"
     )
-    @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: one a usable core]")
+    @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: one a usable core]")
     @functools.wraps(function)
     def wrapper(
         *args: Any,
@@ -143,7 +143,7 @@ def parse_backend_options(words: Sequence[str], labels: Sequence[str]) -> dict[s
         left, equals, value = word.partition("=")
         label, dot, key = left.rpartition(".")
         if not equals or not dot or not key:
-            raise InputError(f"-o {word}: expected LABEL.KEY=VALUE, e.g. -o {next(iter(labels))}.stages=3")
+            raise InputError(f"-o {word}: expected LABEL.KEY=VALUE, LABEL being one of: {', '.join(labels)}")
         if label not in options:
             raise InputError(f"-o {word}: no backend here has the label '{label}'{did_you_mean(label, labels)}")
         options[label][key] = value

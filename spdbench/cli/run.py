@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spdbench.prompts.suite import Suite
 
 DEFAULT_BACKENDS = ("vanilla", "spd")
+COLDEST = 1e-3
 
 
 @click.command("run", short_help="Measure backends on a suite and compare them.")
@@ -164,6 +165,10 @@ def _decoding(suite: Suite, target: Target, given: Mapping[str, Any]) -> tuple[C
     from spdbench.types import Sampling
 
     settings = suite.decoding.model_dump() | {key: value for key, value in given.items() if value is not None}
+    if 0 < settings["temperature"] < COLDEST:
+        raise InputError(
+            f"--temperature {settings['temperature']}: too small to divide by; 0 is greedy, else at least {COLDEST}"
+        )
     sampling = Sampling(settings["temperature"], settings["top_p"], settings["top_k"])
     return ChatFormat(target.tokenizer), sampling, settings
 

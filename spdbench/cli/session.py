@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,13 +20,14 @@ from rich.console import Console
 
 from spdbench.backend import Backend, BackendContext, BackendOptions
 from spdbench.cli.heads import result_head
+from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
 from spdbench.errors import InputError
 from spdbench.judge.compare import compare
 from spdbench.judge.pairing import read_entries
-from spdbench.judge.result import read_result
-from spdbench.measure.assemble import ResultHead, write_result
+from spdbench.judge.result import Result, read_result
+from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
 from spdbench.measure.runner import Contestant, Runner, Workload
@@ -71,14 +72,15 @@ class Session:
 
     def run(self, *, resume: bool) -> int:
         """The exit code: 1 if a prompt failed or an output is not vanilla's without excuse."""
-        _check_writable(self.results)
+        places = [self._places(entrant.label) for entrant in self.entrants]
+        _check_writable(self.results, places)
         with ExitStack() as stack:
+            stack.enter_context(sigterm_interrupts())
             loaded = [(entrant, stack.enter_context(self._loaded(entrant))) for entrant in self.entrants]
             heads = self._heads(loaded)
-            places = [self._places(entrant.label) for entrant in self.entrants]
             journals = [
-                stack.enter_context(self._journal(entrant, place, resume=resume))
-                for entrant, place in zip(self.entrants, places, strict=True)
+                stack.enter_context(self._journal(entrant, backend, place, resume=resume))
+                for (entrant, backend), place in zip(loaded, places, strict=True)
             ]
             contestants = [
                 Contestant(entrant.label, backend, journal)
@@ -90,6 +92,7 @@ class Session:
                 with report:
                     runner.run()
             except KeyboardInterrupt:
+                ignore_from_now_on()
                 self._write_partial(places, heads, journals)
                 raise
             return self._finish(places, heads, journals)
@@ -107,8 +110,7 @@ class Session:
             backend.close()
 
     def _extent(self, journals: Sequence[Journal]) -> tuple[int, int]:
-        turns = sum(len(prompt.turns) for prompt in self.workload.prompts)
-        return turns * self.workload.repeats * len(journals), sum(map(len, journals))
+        return len(self.workload.keys()) * len(journals), sum(map(len, journals))
 
     def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
         return classify_difference(self.target.decoder, prompt, expected, found, width)
@@ -119,17 +121,48 @@ class Session:
         stem = self.results / "__".join(parts)
         return Places(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".journal.jsonl"))
 
-    def _journal(self, entrant: Entrant, places: Places, *, resume: bool) -> Journal:
-        identity = self._identity(entrant)
+    def _journal(self, entrant: Entrant, backend: Backend, places: Places, *, resume: bool) -> Journal:
+        """The journal to write to: with `resume`, one that already holds what was finished."""
+        identity = self._identity(entrant, backend)
         if resume and places.journal.exists():
-            return resume_journal(places.journal, identity)
-        if places.journal.exists():
-            _say(f"An unfinished run is set aside as {places.journal.name}.old; --resume would have gone on with it.")
-        return create_journal(places.journal, datetime.now(UTC).isoformat(timespec="seconds"), identity)
+            journal = resume_journal(places.journal, identity)
+        elif resume and places.result.exists():
+            journal = self._reopened(places, identity)
+        else:
+            unfinished = places.journal.exists()
+            journal = create_journal(places.journal, datetime.now(UTC).isoformat(timespec="seconds"), identity)
+            if unfinished:
+                _say(
+                    f"An unfinished run is set aside as {places.journal.name}.old; --resume would have gone on with it."
+                )
+            if resume:
+                _say(f"{entrant.label}: nothing to resume, so this is a new run.")
+        strangers = journal.offsets.keys() - self.workload.keys()
+        if strangers:
+            journal.close()
+            raise InputError(f"{places.journal}: holds a request that is not in this run: {min(strangers)}")
+        return journal
 
-    def _identity(self, entrant: Entrant) -> dict[str, Any]:
+    def _reopened(self, places: Places, identity: Mapping[str, Any]) -> Journal:
+        """A journal made from a result that is there already, so that a finished run resumes to itself.
+
+        Raises:
+            InputError: the result was measured with other settings.
+        """
+        done = read_result(places.result)
+        if done.run_key != run_key(identity):
+            raise InputError(
+                f"--resume: {places.result} is a finished run with other settings{_first_difference(done, identity)}. "
+                "Run without --resume to replace it, or with a --name of its own."
+            )
+        journal = create_journal(places.journal, done.created, identity)
+        for run in done.runs:
+            journal.append(run)
+        return journal
+
+    def _identity(self, entrant: Entrant, backend: Backend) -> dict[str, Any]:
         """What has to be the same for a run to go on where another stopped."""
-        workload = self.workload
+        workload, drafter = self.workload, backend.describe().drafter
         texts = repr([(prompt.id, prompt.turns) for prompt in workload.prompts]).encode()
         return {
             "suite": self.suite.name,
@@ -149,6 +182,7 @@ class Session:
             "backend": entrant.name,
             "options": entrant.options.model_dump(mode="json"),
             "drafter": entrant.drafter,
+            "drafter_sha256": drafter.sha256 if drafter else None,
             "baseline": self.entrants[0].label,
             "backends": [other.label for other in self.entrants],
             "devices": list(self.devices),
@@ -211,7 +245,22 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _check_writable(folder: Path) -> None:
+def _first_difference(done: Result, identity: Mapping[str, Any]) -> str:
+    """`: max_new_tokens 10, now 3`, or nothing where the file does not tell."""
+    facts = {
+        **done.decoding.model_dump(),
+        "suite_sha256": done.suite.sha256,
+        "num_prompts": done.suite.num_prompts,
+        "model_sha256": done.model.sha256,
+        "dtype": done.model.dtype,
+        "options": done.backend.options,
+    }
+    differ = (key for key in facts if key in identity and facts[key] != identity[key])
+    key = next(differ, None)
+    return "" if key is None else f": {key} {facts[key]}, now {identity[key]}"
+
+
+def _check_writable(folder: Path, places: Sequence[Places]) -> None:
     """Raises `InputError` now rather than after the first prompt."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,3 +268,6 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise write_error(folder, error) from None
+    for place in places:
+        if place.result.is_dir():
+            raise InputError(f"{place.result}: is a folder, where a result file has to go")

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
-from typing import IO, Any, Literal, Self, cast
+from typing import IO, Any, Literal, Self, cast, get_args
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from spdbench.errors import InputError, SpdbenchError
 from spdbench.judge.result import Run
 
 MAGIC = "spdbench.journal/1"
+RUN_START = b'{"run":'
 RunKey = tuple[str, int, int]
 Outcome = Literal["identical", "tie", "near_tie", "real", "unclassified"]
 
@@ -63,12 +64,12 @@ class Journal:
 
     def run(self, key: RunKey) -> Run:
         """One run, read back from disk."""
-        return Run.model_validate(json.loads(self._line(self.offsets[key]))["run"])
+        return Run.model_validate_json(_run_json(self._line(self.offsets[key])))
 
     def lines(self) -> Iterator[bytes]:
         """Every run as the JSON it was written in, in order of writing; constant memory."""
         for offset in self.offsets.values():
-            yield self._line(offset)[len(b'{"run":') : -1]
+            yield _run_json(self._line(offset))
 
     def runs(self) -> Iterator[Run]:
         for line in self.lines():
@@ -91,6 +92,8 @@ class Journal:
 
     def _write(self, record: Mapping[str, Any]) -> int:
         offset = self._file.seek(0, os.SEEK_END)
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise ResultsFolderError(f"{self.path}: was deleted while the run was writing it")
         line = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
         try:
             while line:  # a disk that fills up takes part of a line first
@@ -101,7 +104,12 @@ class Journal:
 
     def _line(self, offset: int) -> bytes:
         self._reader.seek(offset)
-        return self._reader.readline().rstrip(b"\n")
+        return self._reader.readline()
+
+
+def _run_json(line: bytes) -> bytes:
+    """The run inside a line as `append` writes it; anything else is not JSON afterwards."""
+    return line.removeprefix(RUN_START).removesuffix(b"}\n")
 
 
 def write_error(path: Path, error: OSError) -> SpdbenchError:
@@ -191,11 +199,12 @@ def _read_lines(path: Path, lines: IO[bytes]) -> tuple[dict[RunKey, int], dict[R
         if not line.endswith(b"\n"):  # cut by a kill while it was written
             break
         try:
-            record = json.loads(line)
-            if "run" in record:
-                offsets[Run.model_validate(record["run"]).key] = offset
+            if line.startswith(RUN_START):
+                offsets[Run.model_validate_json(_run_json(line)).key] = offset
             else:
-                prompt, turn, repeat, outcome = record["outcome"]
+                prompt, turn, repeat, outcome = json.loads(line)["outcome"]
+                if outcome not in get_args(Outcome):
+                    raise ValueError
                 outcomes[(prompt, turn, repeat)] = outcome
         except (ValueError, KeyError, TypeError, ValidationError):
             raise InputError(
@@ -218,6 +227,8 @@ def _check_identity(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) 
 def _lock(file: IO[bytes] | RawIOBase, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_ino != path.stat().st_ino:  # it was replaced between opening and locking
+            raise OSError
     except OSError:
         raise InputError(
             f"{path}: another run is writing this now; give this one a --name or other --results"

@@ -37,6 +37,11 @@ class Workload:
     warmup: int
     context_limit: int
 
+    def keys(self) -> set[RunKey]:
+        """Every request that each backend is asked."""
+        turns = ((prompt.id, turn) for prompt in self.prompts for turn in range(len(prompt.turns)))
+        return {(name, turn, repeat) for name, turn in turns for repeat in range(self.repeats)}
+
 
 class Chat(Protocol):
     """Messages to ids and back."""
@@ -96,8 +101,7 @@ class Runner:
     @property
     def num_requests(self) -> int:
         """How many requests the whole run has, over all backends."""
-        turns = sum(len(prompt.turns) for prompt in self._workload.prompts)
-        return turns * self._workload.repeats * len(self._contestants)
+        return len(self._workload.keys()) * len(self._contestants)
 
     @property
     def num_done(self) -> int:
@@ -105,9 +109,8 @@ class Runner:
 
     def run(self) -> None:
         """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt."""
-        if self.num_done == self.num_requests:
-            return
-        self._warm_up()
+        if self.num_done < self.num_requests:
+            self._warm_up()
         for number, ask in enumerate(self._asks()):
             order = self._contestants if number % 2 == 0 else self._contestants[::-1]
             for contestant in order:

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from spdbench.errors import InputError
 from spdbench.models.cache import cache_folder
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 
 class Checkpoint:
     """The tensors of a model folder by name. Opens lazily; `close` when all that is wanted was read."""
@@ -65,6 +67,8 @@ class Checkpoint:
         found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         if tuple(found.shape) != shape:
             raise InputError(f"{path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
+        if found.dtype not in FLOATS:
+            raise InputError(f"{path}: tensor {name} is {found.dtype}; only unquantised weights are supported")
         return found
 
     def num_parameters(self) -> int:
@@ -86,7 +90,9 @@ def _weight_files(directory: Path) -> list[Path]:
         if index.exists():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise InputError(f"{index}: is not a weight index (no 'weight_map')") from None
             missing = [name for name in names if not (directory / name).exists()]
             if missing:

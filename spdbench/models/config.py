@@ -65,6 +65,12 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if family not in FAMILIES:
         raise InputError(f"{path}: model_type {family!r} is not supported. Supported: {', '.join(FAMILIES)}.")
+    method = raw.get("quantization_config")
+    if method:
+        name = method.get("quant_method", "?") if isinstance(method, dict) else method
+        raise InputError(
+            f"{path}: quantised weights ({name}) are not supported. Use the unquantised model, or a GGUF file."
+        )
     return dict(raw)
 
 
@@ -84,6 +90,9 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
             f"{directory}/config.json: rope_type {rope!r} is not supported. Supported: {', '.join(ROPE_TYPES)}."
         )
     heads = standard.num_attention_heads
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
+        if getattr(standard, key) < 1:
+            raise InputError(f"{directory}/config.json: {key} is {getattr(standard, key)}, expected at least 1")
     return ModelConfig(
         family=standard.model_type,
         num_layers=standard.num_hidden_layers,
@@ -134,11 +143,13 @@ def _experts(standard: Any) -> Experts | None:
 
 def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
     """Of a model's own generation settings only these are used; a list of ids is as good as one."""
+    path = directory / "generation_config.json"
     try:
-        settings = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = {}
-    found = settings.get("eos_token_id", standard.eos_token_id)
-    if found is None:
-        return frozenset()
-    return frozenset(found) if isinstance(found, list) else frozenset({int(found)})
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = settings.get("eos_token_id", standard.eos_token_id)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(token) is int for token in ids):
+            raise TypeError(f"eos_token_id is {found!r}, expected a whole number or a list of them")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be used ({error})") from None
+    return frozenset(ids)

@@ -10,12 +10,13 @@ is the embedding (SPD.md, section 1).
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, rms_norm
 
+from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
 from spdbench.models.kv_cache import KVCache
@@ -107,6 +108,7 @@ def load_decoder(
     Raises:
         InputError: a tensor is missing or misshapen.
     """
+    whole = layers is None
     layers = range(config.num_layers) if layers is None else layers
     reader = _Reader(checkpoint, config, dtype, device)
     first, last = layers.start == 0, layers.stop == config.num_layers
@@ -115,14 +117,18 @@ def load_decoder(
     head = None
     if last:
         head = embeddings if config.tied else reader.read("lm_head.weight", vocab_by_width)
+    weights = {layer: reader.layer(layer) for layer in layers}
+    norm = reader.read("model.norm.weight", (config.hidden_size,)) if last else None
+    if whole:
+        reader.refuse_leftovers()
     return Decoder(
         config=config,
         layers=layers,
         geometry=Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps),
         rotary=Rotary(*frequencies, dtype, device),
-        weights={layer: reader.layer(layer) for layer in layers},
+        weights=weights,
         embeddings_VM=embeddings,
-        final_norm_M=reader.read("model.norm.weight", (config.hidden_size,)) if last else None,
+        final_norm_M=norm,
         head_VM=head,
         dtype=dtype,
         device=device,
@@ -135,9 +141,21 @@ class _Reader:
     config: ModelConfig
     dtype: torch.dtype
     device: torch.device
+    taken: set[str] = field(default_factory=set)
+
+    def refuse_leftovers(self) -> None:
+        """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
+        spare = {"lm_head.weight"} if self.config.tied else set()
+        left = [name for name in self.checkpoint if name not in self.taken | spare and not name.endswith(".inv_freq")]
+        if left:
+            raise InputError(
+                f"{self.checkpoint.directory}: {len(left)} tensors have no place in this model, e.g. {min(left)}; "
+                "is config.json the one that belongs to the weights?"
+            )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A copy in memory of our own: a mapped file's pages could be dropped in the middle of a measurement."""
+        self.taken.add(name)
         return self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
 
     def fused(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:

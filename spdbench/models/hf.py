@@ -21,6 +21,7 @@ from spdbench.errors import InputError
 
 WEIGHTS = ("*.safetensors",)
 OLD_WEIGHTS = ("pytorch_model*.bin",)
+SECOND_COPIES = ("consolidated*", "original/*")
 TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
@@ -31,8 +32,8 @@ def standard_config(directory: Path) -> Any:
     with _quiet():
         try:
             return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{directory}/config.json: {error}") from None
+        except Exception as error:  # transformers checks fields with libraries of its own
+            raise InputError(f"{directory}/config.json: cannot be used ({' '.join(str(error).split())})") from None
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -42,7 +43,7 @@ def load_tokenizer(directory: Path) -> Any:
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a broken tokenizer fails in as many ways as it has files
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
@@ -95,7 +96,7 @@ def download(repo: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    where = {"endpoint": hub.endpoint(), "cache_dir": hub.cache_folder()}
+    where = {"endpoint": hub.endpoint(), "cache_dir": hub.cache_folder(), "ignore_patterns": SECOND_COPIES}
     reason = "HF_HUB_OFFLINE is set"
     if not hub.offline():
         try:

@@ -151,9 +151,42 @@ def test_a_new_run_replaces_the_old_result_only_at_its_end(run: Runs) -> None:
     assert run.result("vanilla").created == before
 
 
-def test_resuming_a_finished_or_missing_journal_is_a_fresh_run(run: Runs) -> None:
-    assert run("-b", "vanilla", "--resume").code == 0
+def test_resuming_nothing_is_a_new_run_and_says_so(run: Runs) -> None:
+    said = run("-b", "vanilla", "--resume")
+    assert said.code == 0
+    assert "nothing to resume" in said.err
     assert len(run.result("vanilla").runs) == 4
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Runs) -> None:
+    words = ("-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.7")
+    run(*words)
+    before = run.result("spd")
+    assert run(*words, "--resume").code == 0
+    after = run.result("spd")
+    assert (after.runs, after.created, after.divergence) == (before.runs, before.created, before.divergence)
+    assert len(run.files()) == 2
+
+
+def test_resuming_a_finished_run_with_other_options_keeps_it(run: Runs) -> None:
+    """A finished run leaves no journal; its result alone has to tell what it was."""
+    run("-b", "vanilla")
+    before = {name: (run.results / name).read_bytes() for name in run.files()}
+    said = run("-b", "vanilla", "--max-new-tokens", "3", "--resume")
+    assert said.code == 2
+    assert "is a finished run with other settings: max_new_tokens 12, now 3" in said.err
+    assert {name: (run.results / name).read_bytes() for name in run.files()} == before
+
+
+def test_a_journal_with_a_request_of_another_run_is_refused(run: Runs) -> None:
+    run("-b", "vanilla")
+    result = run.results / "mini__vanilla__tiny-llama.json"
+    data = json.loads(result.read_text())
+    data["runs"][0]["prompt_id"] = "stranger"
+    result.write_text(json.dumps(data))
+    said = run("-b", "vanilla", "--resume")
+    assert said.code == 2
+    assert "holds a request that is not in this run: ('stranger', 0, 0)" in said.err
 
 
 BAD = [
@@ -161,7 +194,9 @@ BAD = [
     (("-o", "spd.stagez=3"), "-o spd.stagez: unknown option; did you mean 'stages'?"),
     (("-o", "spd.stages=many"), "-o spd.stages=many: "),
     (("-o", "sdp.stages=3"), "no backend here has the label 'sdp'; did you mean 'spd'?"),
-    (("-o", "stages=3"), "expected LABEL.KEY=VALUE"),
+    (("-o", "stages=3"), "expected LABEL.KEY=VALUE, LABEL being one of: vanilla, spd"),
+    (("--temperature", "1e-310"), "too small to divide by"),
+    (("--threads", "100000000000"), "'--threads'"),
     (("-o", "spd.stages=4", "--drafter", "oracle:1"), "-o spd.stages=4: 6 layers cannot be split into 4 equal stages"),
     (("-o", "spd.stage_layers=3,4", "--drafter", "oracle:1"), "adds up to 7 layers, but the model has 6"),
     (("-o", "spd.stage_layers=3,x", "--drafter", "oracle:1"), "-o spd.stage_layers"),
@@ -214,6 +249,13 @@ def test_a_results_folder_that_cannot_be_written(run: Runs) -> None:
     assert run.results.read_text() == "a file"
 
 
+def test_a_folder_in_the_place_of_a_result(run: Runs) -> None:
+    (run.results / "mini__vanilla__tiny-llama.json").mkdir(parents=True)
+    said = run("-b", "vanilla")
+    assert said.code == 2
+    assert "is a folder, where a result file has to go" in said.err
+
+
 def test_a_truncated_journal_that_holds_no_whole_header(run: Runs) -> None:
     run.results.mkdir()
     journal = run.results / "mini__vanilla__tiny-llama.journal.jsonl"
@@ -232,7 +274,7 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
     from tests import tiny
 
     head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
-    torch.save({"state_dict": head.tensors, "config": head.config}, run.folder / "head.pt")
+    torch.save({"state_dict": head.tensors, "config": head.config.model_dump()}, run.folder / "head.pt")
     said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
     assert said.code == 2
     assert "config.num_stages is 2, but here it is 3; use -o spd.stages=2" in said.err
@@ -252,7 +294,12 @@ def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, m
     head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
     folder = run.folder / "drafters" / "mine"
     folder.mkdir(parents=True)
-    config = {**head.config, "method": "spd", "model_sha256": find_model(str(run.model)).sha256, "trained_tokens": 123}
+    config = {
+        **head.config.model_dump(),
+        "method": "spd",
+        "model_sha256": find_model(str(run.model)).sha256,
+        "trained_tokens": 123,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     save_file(head.tensors, folder / "model.safetensors")
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(folder.parent))

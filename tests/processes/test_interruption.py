@@ -137,3 +137,22 @@ def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
         first.communicate(timeout=SECONDS)
     assert code == 2
     assert "another run is writing this now" in err
+
+
+def test_sigterm_is_a_ctrl_c_from_somebody_else(process: Process) -> None:
+    code, err = process.stop_after(6, signal.SIGTERM)
+    assert code == 143
+    assert "Traceback" not in err
+    assert read_result(process.results / "mini__vanilla__tiny-llama.json").runs
+
+
+def test_an_impatient_ctrl_c_does_not_cut_the_last_words_short(process: Process) -> None:
+    running = process.start()
+    process.wait_for(6, running)
+    for _ in range(5):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, err = running.communicate(timeout=SECONDS)
+    assert running.returncode == 130
+    assert "Traceback" not in err
+    assert read_result(process.results / "mini__vanilla__tiny-llama.json").runs

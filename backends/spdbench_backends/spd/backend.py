@@ -126,9 +126,7 @@ class SPD:
                 if options.stages not in (None, len(options.stage_layers)):
                     raise InputError(f"stages={options.stages}: stage_layers names {len(options.stage_layers)} stages.")
                 return split_by_counts(num_layers, options.stage_layers)
-            return split_evenly(
-                num_layers, options.stages or (file.number("num_stages") if file else _usual(num_layers))
-            )
+            return split_evenly(num_layers, options.stages or (file.config.num_stages if file else _usual(num_layers)))
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None
 
@@ -140,7 +138,7 @@ class SPD:
 
         self._head = build_head(file, self._context.target.decoder, self._stages)
         untrained = choice.kind == "random"
-        trained = 0 if untrained else file.config.get("trained_tokens")
+        trained = 0 if untrained else file.config.trained_tokens
         self._info = DrafterInfo(
             "random" if untrained else file.path.name, "spd", False, sha256=file.sha256 or None, trained_tokens=trained
         )

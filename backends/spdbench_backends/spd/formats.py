@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,20 +30,32 @@ from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 VERSION = 11
 
 
+class HeadConfig(BaseModel):
+    """The config of a head: the published keys that matter here, checked, and two of our own."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    version: int = VERSION
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    draft_vocab_size: int = Field(ge=1)
+    num_stages: int = Field(ge=1)
+    num_spec_layers: int = Field(ge=1)
+    aggr_feature_bound: list[int]
+    trained_with_use_deepest: bool = False
+    draft_token_ids: list[int] | None = None
+    model_type: str | None = None
+    trained_tokens: int | None = Field(None, ge=0)
+
+
 @dataclass(frozen=True)
 class HeadFile:
     """A head as read: its config, its tensors in the published names, and where it came from."""
 
     path: Path
-    config: dict[str, Any]
+    config: HeadConfig
     tensors: dict[str, Tensor]
     sha256: str
-
-    def number(self, key: str) -> int:
-        value = self.config.get(key)
-        if not isinstance(value, int):
-            raise InputError(f"{self.path}: config.{key} is {value!r}, expected a whole number")
-        return value
 
 
 def read_head(path: Path) -> HeadFile:
@@ -51,35 +64,46 @@ def read_head(path: Path) -> HeadFile:
     Raises:
         InputError: neither of the two, damaged, or of a version that is not read.
     """
-    if path.is_dir():
-        config, tensors, file = _read_folder(path)
-    else:
-        config, tensors, file = _read_published(path)
+    config, tensors, file = _read_folder(path) if path.is_dir() else _read_published(path)
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
+        raise InputError(f"{path}: is not an SPD head: its config and its state_dict have to be mappings")
     if config.get("version", VERSION) != VERSION:
         raise InputError(f"{path}: is an SPD head of version {config['version']}. Allowed: {VERSION}.")
-    return HeadFile(path, config, tensors, sha256_of_files([file]))
+    ids = config.get("draft_token_ids")
+    if isinstance(ids, Tensor):
+        config = {**config, "draft_token_ids": ids.tolist()}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise InputError(f"{path}: {name} is not a dense tensor of floating-point numbers")
+    try:
+        checked = HeadConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: config.{key}: {first['msg']}") from None
+    return HeadFile(path, checked, {str(name): tensor for name, tensor in tensors.items()}, sha256_of_files([file]))
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+def _read_folder(path: Path) -> tuple[object, object, Path]:
     file = path / "model.safetensors"
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return dict(config), load_file(file), file
+        return json.loads((path / "config.json").read_text(encoding="utf-8")), load_file(file), file
     except FileNotFoundError as error:
         raise InputError(f"{path}: is not a drafter folder, it has no {Path(error.filename or file).name}") from None
     except Exception as error:  # safetensors raises a type of its own
         raise InputError(f"{path}: cannot be read as a drafter ({error})") from None
 
 
-def _read_published(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], Path]:
+def _read_published(path: Path) -> tuple[object, object, Path]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for broken or unsafe files
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be read as an SPD head ({first})") from None
+    except Exception:  # torch raises many types, and its message for unsafe files advises what must not be done
+        raise InputError(
+            f"{path}: cannot be read as an SPD head: it is damaged, no torch file, or holds more than plain tensors"
+        ) from None
     if not isinstance(content, dict) or not {"state_dict", "config"} <= content.keys():
         raise InputError(f"{path}: is not an SPD head: expected the keys state_dict and config")
-    return dict(content["config"]), dict(content["state_dict"]), path
+    return content["config"], content["state_dict"], path
 
 
 def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> HeadWeights:
@@ -89,12 +113,12 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
         InputError: made for another hidden size, vocabulary, family or number of stages, or damaged.
     """
     base = target.config
-    family = file.config.get("model_type", base.family)
+    config = file.config
     for key, found, expected in (
-        ("model_type", family, base.family),
-        ("hidden_size", file.number("hidden_size"), base.hidden_size),
-        ("vocab_size", file.number("vocab_size"), base.vocab_size),
-        ("num_stages", file.number("num_stages"), len(stages)),
+        ("model_type", config.model_type or base.family, base.family),
+        ("hidden_size", config.hidden_size, base.hidden_size),
+        ("vocab_size", config.vocab_size, base.vocab_size),
+        ("num_stages", config.num_stages, len(stages)),
     ):
         if found != expected:
             mend = f"; use -o spd.stages={found}" if key == "num_stages" else ": it was made for another model"
@@ -104,33 +128,26 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
             f"{file.path}: a version {VERSION} head needs even stages, not spd.stage_layers of unequal counts"
         )
     try:
-        plan = FeaturePlan(tuple(file.config.get("aggr_feature_bound") or ()), stages)
-    except (TypeError, ValueError) as error:
+        plan = FeaturePlan(tuple(config.aggr_feature_bound), stages)
+    except ValueError as error:
         raise InputError(f"{file.path}: config.aggr_feature_bound: {error}") from None
     token_ids = _draft_vocabulary(file, base.vocab_size)
     take = _Taker(file, target)
-    head = _assemble(take, plan, target, file.number("num_spec_layers"), token_ids, file.number("draft_vocab_size"))
+    head = _assemble(take, plan, target, config.num_spec_layers, token_ids, config.draft_vocab_size)
     take.refuse_leftovers()
-    return replace(head, use_deepest=bool(file.config.get("trained_with_use_deepest", False)))
+    return replace(head, use_deepest=config.trained_with_use_deepest)
 
 
 def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
-    given, size = file.config.get("draft_token_ids"), file.number("draft_vocab_size")
-    if given is None:
+    ids, size = file.config.draft_token_ids, file.config.draft_vocab_size
+    if ids is None:
         if size != vocab_size:
             raise InputError(f"{file.path}: config.draft_vocab_size is {size} but config.draft_token_ids is missing")
         return None
-    ids = torch.as_tensor(given, dtype=torch.long)
-    sound = (
-        ids.ndim == 1
-        and len(ids) == size
-        and bool((ids[1:] > ids[:-1]).all())
-        and int(ids[0]) >= 0
-        and int(ids[-1]) < vocab_size
-    )
-    if not sound:
+    ascending = all(a < b for a, b in pairwise(ids))
+    if len(ids) != size or not ascending or ids[0] < 0 or ids[-1] >= vocab_size:
         raise InputError(f"{file.path}: config.draft_token_ids must be {size} ascending ids below {vocab_size}")
-    return ids
+    return torch.tensor(ids, dtype=torch.long)
 
 
 class _Taker:
@@ -146,6 +163,8 @@ class _Taker:
             raise InputError(f"{self._file.path}: tensor {name} is missing")
         if tuple(found.shape) != shape:
             raise InputError(f"{self._file.path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
+        if not bool(found.isfinite().all()):
+            raise InputError(f"{self._file.path}: tensor {name} holds values that are not finite")
         return found.to(self._target.device, self._target.dtype)
 
     def optional(self, name: str, *shape: int) -> Tensor | None:
@@ -205,17 +224,15 @@ def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layer
     for name, shape in _shapes(target, len(anchors), num_layers):
         ones = name.endswith("norm.weight")
         tensors[name] = torch.ones(shape) if ones else torch.randn(shape, generator=generator) * 0.02
-    config = {
-        "version": VERSION,
-        "hidden_size": base.hidden_size,
-        "vocab_size": base.vocab_size,
-        "draft_vocab_size": base.vocab_size,
-        "num_stages": len(stages),
-        "num_spec_layers": num_layers,
-        "num_aggr_types": len(anchors),
-        "aggr_feature_bound": list(anchors),
-        "trained_with_use_deepest": True,
-    }
+    config = HeadConfig(
+        hidden_size=base.hidden_size,
+        vocab_size=base.vocab_size,
+        draft_vocab_size=base.vocab_size,
+        num_stages=len(stages),
+        num_spec_layers=num_layers,
+        aggr_feature_bound=list(anchors),
+        trained_with_use_deepest=True,
+    )
     return HeadFile(Path("random"), config, tensors, "")
 
 

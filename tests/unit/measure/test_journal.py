@@ -77,6 +77,32 @@ def test_damage_in_the_middle_is_named_by_line(path: Path) -> None:
         resume_journal(path, IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"\n", b"\r\n"),
+        (b'{"run"', b'{"x":1,"run"'),
+        (b'{"run"', b'{ "run"'),
+        (b'"identical"', b'"banana"'),
+    ],
+)
+def test_what_an_editor_did_to_it_is_noticed_at_once(path: Path, old: bytes, new: bytes) -> None:
+    journal = written(path)
+    journal.add_outcome(("p1", 0, 0), "identical")
+    journal.close()
+    header, _, rest = path.read_bytes().partition(b"\n")
+    path.write_bytes(header + b"\n" + rest.replace(old, new))
+    with pytest.raises(InputError, match=r"line \d is damaged"):
+        resume_journal(path, IDENTITY)
+
+
+def test_a_journal_that_was_deleted_stops_the_run_at_once(path: Path) -> None:
+    journal = written(path)
+    path.unlink()
+    with pytest.raises(InputError, match="was deleted while the run was writing it"):
+        journal.append(make_run(prompt="p3"))
+
+
 def test_resuming_something_else_names_what_differs(path: Path) -> None:
     written(path).close()
     with pytest.raises(InputError, match=r"--resume: temperature is 0.7, but .* was begun with 0.0"):

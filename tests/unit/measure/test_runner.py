@@ -194,6 +194,18 @@ def test_a_finished_run_needs_no_backend(tmp_path: Path) -> None:
     assert untouched.log == []
 
 
+def test_outcomes_that_a_kill_left_out_are_made_up_for(tmp_path: Path) -> None:
+    backends = (MockBackend(), MockPipeline())
+    bench = Bench(tmp_path, *backends)
+    bench.run()
+    bench.close()
+    path = tmp_path / "1.journal.jsonl"
+    path.write_bytes(b"".join(line for line in path.read_bytes().splitlines(True) if b"outcome" not in line))
+    again = Bench(tmp_path, MockBackend(), MockPipeline(), resume=True)
+    again.run()
+    assert list(again.journals[1].outcomes.values()) == ["identical"] * 4
+
+
 def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 

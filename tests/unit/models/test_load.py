@@ -120,6 +120,54 @@ def test_unsupported_details_are_named(copy: Path) -> None:
         tiny.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantised weights \(fp8\) are not supported"),
+        ({"num_hidden_layers": 3}, "tensors have no place in this model"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected at least 1"),
+        ({"num_hidden_layers": "six"}, "cannot be used"),
+        ({"num_attention_heads": 0}, r"config\.json: "),
+        ({"rms_norm_eps": "x"}, "cannot be used"),
+        ({"rope_parameters": "x"}, "cannot be used"),
+    ],
+)
+def test_a_config_that_cannot_be_or_does_not_belong(copy: Path, changes: dict[str, object], why: str) -> None:
+    edit_config(copy, **changes)
+    with pytest.raises(InputError, match=why):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+def test_quantised_tensors_are_never_read_as_plain_ones(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=f"{name} is torch.float8_e4m3fn; only unquantised"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"eos_token_id": "x"}', '{"eos_token_id": [["x"]]}', '{"eos_token_id": ["x"]}', "{"]
+)
+def test_generation_settings_that_cannot_be_used(copy: Path, text: str) -> None:
+    (copy / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"generation_config\.json: cannot be used"):
+        tiny.load(copy)
+
+
+def test_a_broken_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        tiny.load(copy).tokenizer  # noqa: B018
+
+
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {}}', "{"])
+def test_a_broken_weight_index(copy: Path, text: str) -> None:
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match="is not a weight index"):
+        find_model(str(copy))
+
+
 def test_remote_code_is_never_run(copy: Path) -> None:
     edit_config(copy, auto_map={"AutoConfig": "evil.Config"}, model_type="evil")
     (copy / "evil.py").write_text("raise SystemExit('ran')")

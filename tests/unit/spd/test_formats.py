@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,13 @@ def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = 
     ids = list(range(0, 262, 2))
     state = {**head.tensors, "lm_head.weight": head.tensors["lm_head.weight"][ids]}
     state.update(tensors or {})
-    full = {**head.config, "draft_vocab_size": len(ids), "draft_token_ids": ids, "model_type": "llama", **config}
+    full = {
+        **head.config.model_dump(),
+        "draft_vocab_size": len(ids),
+        "draft_token_ids": ids,
+        "model_type": "llama",
+        **config,
+    }
     torch.save({"state_dict": {k: v for k, v in state.items() if v is not None}, "config": full}, path)
     return path
 
@@ -62,7 +67,7 @@ def test_a_folder_of_ours_is_the_same_head(decoder: Decoder, tmp_path: Path) -> 
     file = read_head(published(decoder, tmp_path / "head.pt"))
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(file.config))
+    (folder / "config.json").write_text(file.config.model_dump_json())
     save_file({name: tensor.contiguous() for name, tensor in file.tensors.items()}, folder / "model.safetensors")
     assert drafts(decoder, folder) == drafts(decoder, tmp_path / "head.pt")
 
@@ -83,9 +88,16 @@ def test_a_file_without_version_is_version_11(decoder: Decoder, tmp_path: Path) 
         ({"vocab_size": 100}, r"config.vocab_size is 100, but here it is 262"),
         ({"num_stages": 2}, r"config.num_stages is 2, but here it is 3; use -o spd.stages=2"),
         ({"model_type": "qwen3"}, r"config.model_type is qwen3, but here it is llama"),
-        ({"hidden_size": None}, r"config.hidden_size is None, expected a whole number"),
+        ({"hidden_size": None}, r"config.hidden_size: Input should be a valid integer"),
+        ({"trained_tokens": "many"}, r"config.trained_tokens: Input should be a valid integer"),
+        ({"trained_tokens": -5}, r"config.trained_tokens: Input should be greater than or equal to 0"),
+        ({"draft_token_ids": [1.5] * 131}, r"config.draft_token_ids.0: Input should be a valid integer"),
+        ({"draft_token_ids": ["1"] * 131}, r"config.draft_token_ids.0: Input should be a valid integer"),
+        ({"draft_token_ids": [], "draft_vocab_size": 0}, r"config.draft_vocab_size: Input should be greater"),
+        ({"draft_token_ids": [*range(130), 2**70]}, r"draft_token_ids must be 131 ascending ids below 262"),
+        ({"aggr_feature_bound": [0, 1.5]}, r"config.aggr_feature_bound.1: Input should be a valid integer"),
         ({"aggr_feature_bound": [0, 2, 9]}, r"aggr_feature_bound: anchor 9 lies beyond"),
-        ({"aggr_feature_bound": None}, r"aggr_feature_bound: anchors \[\] must begin with 0"),
+        ({"aggr_feature_bound": None}, r"config.aggr_feature_bound: Input should be a valid list"),
         ({"draft_token_ids": [5, 3]}, r"draft_token_ids must be 131 ascending ids below 262"),
         ({"draft_token_ids": None}, r"draft_vocab_size is 131 but config.draft_token_ids is missing"),
         ({"num_spec_layers": 1}, r"unknown tensor spec_layers.1."),
@@ -108,6 +120,12 @@ def test_a_head_for_something_else_says_what_differs(
             r"aggr_projs.1.weight has shape \[32, 32\], expected \[32, 64\]",
         ),
         ({"surprise": torch.zeros(1)}, r"unknown tensor surprise"),
+        ({"surprise": "text"}, r"surprise is not a dense tensor of floating-point numbers"),
+        ({"aggr_projs.0.weight": torch.zeros(32, 32, dtype=torch.int32)}, r"aggr_projs.0.weight is not a dense tensor"),
+        (
+            {"aggr_projs.0.weight": torch.full((32, 32), torch.nan)},
+            r"aggr_projs.0.weight holds values that are not finite",
+        ),
         ({"spec_layers.0.self_attn.q_norm.weight": None}, r"spec_layers.0.self_attn.q_norm.weight is missing"),
     ],
 )
@@ -128,6 +146,11 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="expected the keys state_dict and config"):
         read_head(tmp_path / "other.pt")
+    contents: list[dict[str, object]] = [{"state_dict": {}, "config": None}, {"state_dict": [], "config": {}}]
+    for content in contents:
+        torch.save(content, tmp_path / "shape.pt")
+        with pytest.raises(InputError, match="have to be mappings"):
+            read_head(tmp_path / "shape.pt")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"it has no config\.json"):
         read_head(tmp_path / "empty")
