@@ -160,8 +160,9 @@ def make_result(
     temperature: float = 0.0,
     machine: str = "machine-a",
     template: str | None = "t" * 64,
+    num_prompts: int | None = None,
 ) -> Result:
-    """A complete result, summary and flags included."""
+    """A result, summary and flags included; complete unless `num_prompts` says that more were asked for."""
     runs, backend = list(runs), backend or make_backend()
     summary = summarise(runs, backend, READ_BANDWIDTH)
     return Result(
@@ -174,7 +175,7 @@ def make_result(
             version=1,
             sha256=sha256(suite),
             source="inline",
-            num_prompts=len({run.prompt_id for run in runs}),
+            num_prompts=num_prompts or len({run.prompt_id for run in runs}),
         ),
         decoding=DecodingInfo(max_new_tokens=64, temperature=temperature, top_p=1.0, top_k=0, seed=0, eos_ids=[2]),
         backend=backend,

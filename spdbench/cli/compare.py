@@ -67,7 +67,7 @@ def _paths(words: Sequence[str]) -> Iterator[Path]:
 
 
 def _write(text: str) -> None:
-    """`text` to stdout; a reader that has had enough (`| head`) is no error."""
+    """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)

@@ -181,7 +181,10 @@ def _check(entrants: Sequence[Entrant], workload: Workload, chat: ChatFormat) ->
         if entrant.cls.kind != "autoregressive":
             require_known_answer(parse_drafter(entrant.drafter), workload.sampling)
     for prompt in workload.prompts:
-        length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))
+        try:
+            length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))
+        except InputError as error:
+            raise InputError(f"prompt {prompt.id}: {error}") from None
         if length >= workload.context_limit:
             raise InputError(
                 f"prompt {prompt.id}: {length} tokens leave no room in the model's context of {workload.context_limit}"

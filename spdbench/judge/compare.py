@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, NotComparableError, did_you_mean
 from spdbench.judge.flags import disqualifies, diverged, interval_is_noisy, noisy
 from spdbench.judge.pairing import Entry, Outputs, Pairing, Speedup, pair, read_entries
 from spdbench.judge.result import Flag, Result
@@ -57,7 +57,12 @@ def compare(entries: Sequence[Entry], baseline: str | Entry | None = None, *, by
 
     `baseline` is a label, looked up in each group, or an entry; by default the first autoregressive result of a group.
     An entry measured on another machine still serves, and every row judged by it is flagged `hardware_mismatch`.
+
+    Raises:
+        NotComparableError: `baseline` is an entry that did other work than every other entry.
     """
+    if isinstance(baseline, Entry):
+        _require_company(baseline, entries)
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(_workload(entry.head) + _machine(entry.head), []).append(entry)
@@ -69,6 +74,39 @@ def _with_company(groups: Iterable[list[Entry]], baseline: str | Entry | None) -
     kept = [group for group in groups if group != [baseline]]
     shown = isinstance(baseline, Entry) and any(_serves(baseline, group) for group in kept)
     return kept if shown else list(groups)
+
+
+def _require_company(baseline: Entry, entries: Sequence[Entry]) -> None:
+    """Raises if `baseline` can serve none of the others; the message tells what differs from the one most like it."""
+    others = [entry for entry in entries if entry is not baseline]
+    if not others or _serves(baseline, others):
+        return
+    like = min(others, key=lambda entry: len(_differences(baseline.head, entry.head)))
+    count = "" if len(others) == 1 else f", and no less from the other {len(others) - 1}"
+    raise NotComparableError(
+        f"--baseline {baseline.file}: differs from {like.file} in {'; '.join(_differences(baseline.head, like.head))}"
+        f"{count}. Name a result of the same suite, model, dtype and decoding."
+    )
+
+
+def _differences(base: Result, mine: Result) -> list[str]:
+    """What of `_workload` differs, each with both values."""
+    found = []
+    for name, *values in (
+        ("suite", *(f"{head.suite.name} v{head.suite.version}" for head in (base, mine))),
+        ("model", base.model.id, mine.model.id),
+    ):
+        hashes = [getattr(head, name).sha256 for head in (base, mine)]
+        if values[0] != values[1]:
+            found.append(f"{name} ({values[0]}, not {values[1]})")
+        elif hashes[0] != hashes[1]:
+            found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
+    if base.model.dtype != mine.model.dtype:
+        found.append(f"dtype ({base.model.dtype}, not {mine.model.dtype})")
+    others = mine.decoding.model_dump()
+    pairs = [(name, value, others[name]) for name, value in base.decoding.model_dump().items()]
+    changed = [f"{name} {value}, not {other}" for name, value, other in pairs if value != other]
+    return [*found, f"decoding ({', '.join(changed)})"] if changed else found
 
 
 def find_baseline(word: str, entries: Sequence[Entry]) -> str | Entry:
@@ -101,8 +139,8 @@ def _machine(head: Result) -> str:
     return repr(head.environment.get("fingerprint"))
 
 
-def _serves(baseline: Entry, group: Sequence[Entry]) -> bool:
-    return _workload(baseline.head) == _workload(group[0].head)
+def _serves(baseline: Entry, others: Sequence[Entry]) -> bool:
+    return any(_workload(baseline.head) == _workload(entry.head) for entry in others)
 
 
 def _choose(group: Sequence[Entry], baseline: str | Entry | None) -> Entry | None:
@@ -159,7 +197,10 @@ def _naming_notes(members: Sequence[Entry], names: Sequence[str], baseline: Entr
 
 
 def _run_notes(entry: Entry, name: str, pairing: Pairing | None) -> Iterator[str]:
-    overall = entry.head.summary.overall
+    overall, num_asked = entry.head.summary.overall, entry.head.suite.num_prompts
+    if entry.num_begun < num_asked:
+        begun = f"{entry.num_begun} of {num_asked} conversations"
+        yield f"{name}: {begun}; the run was interrupted, --resume finishes it."
     if overall["num_failed"]:
         yield f"{name}: {overall['num_failed']} of {overall['num_runs'] + overall['num_failed']} runs failed."
     if pairing is not None and pairing.num_dropped:

@@ -112,7 +112,7 @@ def diverged(num_different: int, num_compared: int, *, classified: bool) -> Flag
     return Flag(
         name="diverged",
         reason=f"{num_different} of {num_compared} outputs differ from vanilla's, {why}",
-        remedy="Run in float32 on the CPU, where no difference has an excuse, or look closer with `spdbench audit`",
+        remedy="Run in float32 on the CPU, where no difference has an excuse",
     )
 
 
@@ -134,7 +134,7 @@ def _drafter_flags(drafter: DrafterRecord | None) -> Iterator[Flag]:
         yield Flag(
             name="untrained_drafter",
             reason="the drafter has random weights, so next to nothing is accepted",
-            remedy="Train one with `spdbench train`, or name a trained one with --drafter",
+            remedy="Name a trained one with --drafter",
         )
 
 

@@ -22,6 +22,8 @@ from spdbench.judge.result import Result, Run, read_result
 
 RunKey = tuple[str, int, int]
 """Prompt id, turn, repeat."""
+MOST_BYTES_PER_S = 1e18
+"""A read bandwidth above this is a damaged file's."""
 
 
 class RunFacts(NamedTuple):
@@ -36,11 +38,15 @@ class RunFacts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One result to compare: the file's `head` (no runs; summary and flags made anew) and a little of each run."""
+    """One result to compare: the file's `head` (no runs; summary and flags made anew) and a little of each run.
+
+    `num_begun` conversations have a run in the file, failed ones included.
+    """
 
     file: str
     head: Result
     runs: dict[RunKey, RunFacts]
+    num_begun: int
 
     @property
     def label(self) -> str:
@@ -129,11 +135,13 @@ def pair(baseline: Entry, candidate: Entry) -> Pairing:
 def entry_from(result: Result, file: str) -> Entry:
     """`result` ready to compare. Its metrics and flags are judged anew from its runs, whatever the file says."""
     bandwidth = result.environment.get("read_bandwidth_bytes_per_s")
-    summary = summarise(result.runs, result.backend, bandwidth if isinstance(bandwidth, int | float) else None)
+    sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
+    summary = summarise(result.runs, result.backend, bandwidth if sane else None)
     kept = [flag for flag in result.flags if flag.name not in MADE_FROM_ONE_RESULT]
     flags = flags_for(summary.overall, result.backend, result.drafter, result.divergence) + kept
     head = result.model_copy(update={"runs": [], "summary": summary, "flags": flags})
-    return Entry(file, head, {run.key: _facts(run) for run in result.runs if not is_failed(run)})
+    facts = {run.key: _facts(run) for run in result.runs if not is_failed(run)}
+    return Entry(file, head, facts, len({run.prompt_id for run in result.runs}))
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:

@@ -7,21 +7,32 @@ the file's contract. This module must not know how results are measured or shown
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from operator import le
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, FinishReason
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+MAX_CHUNK = 2**20
+MAX_DEPTH = 2**16
+"""Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
 
-
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Bounds keep a damaged file from overflowing the arrays that its numbers go into.
+Count = Annotated[int, Field(ge=0, le=INT32)]
+Large = Annotated[int, Field(ge=0, le=INT64)]
+TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
+Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
+Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Forwards = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 
 
 class Record(BaseModel):
@@ -51,11 +62,11 @@ class BackendRecord(Record):
     kind: BackendKind
     options: dict[str, Any]
     devices: list[str]
-    num_devices: int = Field(ge=1)
+    num_devices: int = Field(ge=1, le=INT32)
     lossy: bool
-    lanes: int = Field(ge=1)
-    lane_bytes: list[int] = Field(description="the target's bytes that each lane reads for one token, head included")
-    stage_layers: list[int]
+    lanes: int = Field(ge=1, le=INT32)
+    lane_bytes: list[Large] = Field(description="the target's bytes that each lane reads for one token, head included")
+    stage_layers: list[Count]
 
 
 class ModelInfo(Record):
@@ -77,20 +88,39 @@ class DrafterRecord(Record):
 
 
 class Steps(Record):
-    """Columns of equal length, one entry a step; the first step is prefill. `t_ns` counts from the request's start."""
+    """Columns of equal length, one entry a step; the first step is prefill. `t_ns` counts from the request's start.
 
-    t_ns: list[Count]
-    emitted: list[Count]
-    drafted: list[Count]
-    judged: list[Count]
-    accepted: list[Count]
-    forwards: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    Time never runs backwards, and at every step accepted <= judged <= drafted.
+    """
+
+    t_ns: list[Large]
+    emitted: list[Chunk]
+    drafted: list[Depth]
+    judged: list[Depth]
+    accepted: list[Depth]
+    forwards: list[Forwards]
 
     @model_validator(mode="after")
     def _columns_are_equally_long(self) -> Steps:
         lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different length: {lengths}")
+        return self
+
+    @model_validator(mode="after")
+    def _time_runs_forwards(self) -> Steps:
+        if not all(map(le, self.t_ns, self.t_ns[1:])):
+            at = next(index for index, pair in enumerate(zip(self.t_ns, self.t_ns[1:], strict=False)) if not le(*pair))
+            raise ValueError(f"t_ns.{at + 1}: {self.t_ns[at + 1]} comes before the {self.t_ns[at]} of the step before")
+        return self
+
+    @model_validator(mode="after")
+    def _verdicts_are_of_drafts(self) -> Steps:
+        for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
+            low, high = getattr(self, fewer), getattr(self, more)
+            if not all(map(le, low, high)):
+                at = next(index for index, pair in enumerate(zip(low, high, strict=True)) if not le(*pair))
+                raise ValueError(f"{fewer}.{at}: {low[at]} is more than {more}, which is {high[at]}")
         return self
 
 
@@ -112,20 +142,20 @@ class Run(Record):
 
     prompt_id: str
     category: str
-    turn: int
-    repeat: int
+    turn: Count
+    repeat: Count
     prompt_sha256: str = Field(description="sha256 of the ids fed in, as decimal numbers joined by commas")
     num_prompt_tokens: Count
     num_new_tokens: Count
     finish_reason: FinishReason
     error: str | None = None
-    output_ids: list[int]
+    output_ids: list[TokenId]
     ttft_s: Seconds | None
     decode_s: Seconds | None
     steps: Steps
-    score: float | None = None
+    score: Annotated[float, Field(ge=-1e10, le=1e10, allow_inf_nan=False)] | None = None
     bubble: BubbleParts | None = None
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: Large | None = None
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -135,11 +165,11 @@ class Run(Record):
 class Divergence(Record):
     """How many runs equal vanilla's, and what the first difference was in the others."""
 
-    identical: int
-    ties: int
-    near_ties: int
-    real: int
-    unclassified: int
+    identical: Count
+    ties: Count
+    near_ties: Count
+    real: Count
+    unclassified: Count
 
 
 class Flag(Record):
@@ -155,6 +185,18 @@ class Summary(Record):
     by_category: dict[str, dict[str, Any]]
 
 
+def _one_run_a_key(runs: list[Run]) -> list[Run]:
+    places: dict[tuple[str, int, int], int] = {}
+    for place, run in enumerate(runs):
+        if run.key in places:
+            prompt, turn, repeat = run.key
+            raise ValueError(
+                f"entries {places[run.key]} and {place} are both prompt '{prompt}', turn {turn}, repeat {repeat}"
+            )
+        places[run.key] = place
+    return runs
+
+
 class Result(Record):
     schema_: Literal["spdbench.result/1"] = Field(alias="schema")
     created: str
@@ -166,7 +208,7 @@ class Result(Record):
     model: ModelInfo
     drafter: DrafterRecord | None
     environment: dict[str, Any]
-    runs: list[Run]
+    runs: Annotated[list[Run], AfterValidator(_one_run_a_key)]
     divergence: Divergence | None
     summary: Summary
     flags: list[Flag]
@@ -191,15 +233,33 @@ def read_result(path: Path) -> Result:
 def _why(raw: bytes, error: ValidationError) -> str:
     try:
         data = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return "is not JSON (an interrupted run leaves a .journal.jsonl; `spdbench run --resume` finishes it)"
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if not isinstance(schema, str) or not schema.startswith("spdbench.result/"):
         return "is not a spdbench result: no 'schema: spdbench.result/N' in it"
     if schema != SCHEMA:
-        return f"has schema {schema}, written by a newer spdbench; this one reads up to {SCHEMA}"
+        return f"has schema {schema[:60]}, {_age(schema)}; this one reads {SCHEMA}"
     first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+    if not first["loc"]:  # nested more deeply than our reader goes
+        return f"cannot be read ({first['msg']})"
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{_value(first['input'])}"
+
+
+def _age(schema: str) -> str:
+    """How another schema than ours came about: only a higher number is a newer one."""
+    numbers = [re.fullmatch(r"spdbench\.result/([1-9][0-9]{0,8})", text) for text in (schema, SCHEMA)]
+    found, ours = (int(match[1]) if match else 0 for match in numbers)
+    return "written by a newer spdbench" if found > ours else "which no spdbench writes"
+
+
+def _value(value: object) -> str:
+    """`, not VALUE` for a single value; nothing for a part of the file that is too large to show."""
+    if not isinstance(value, str | int | float):
+        return ""
+    shown = repr(value)
+    return f", not {shown if len(shown) <= 60 else shown[:57] + '...'}"
 
 
 def json_schema() -> dict[str, Any]:

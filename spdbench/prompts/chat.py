@@ -41,18 +41,31 @@ class ChatFormat:
         """Ids to feed the model so that its answer to the last message comes next.
 
         Raises:
-            InputError: the chat template refuses these messages.
+            InputError: the chat template refuses these messages or crashes on them, or there is nothing to feed.
         """
         if self._template is None:
-            return self._encode_plain("\n".join(message["content"] for message in messages))
+            ids = self._encode_plain("\n".join(message["content"] for message in messages))
+        else:
+            ids = self._encode_chat(messages, self._template)
+        if not ids:
+            who = "tokenizer" if self._template is None else "chat template"
+            raise InputError(f"the model's {who} makes no tokens of this conversation, so there is nothing to feed it")
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens, spaces as they are."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def _encode_chat(self, messages: Sequence[Message], template: str) -> tuple[int, ...]:
         from jinja2 import TemplateError
 
         # A template gets the date from `date_string` or from a clock of its own, which only a macro can shadow.
-        clock = _FROZEN_CLOCK if "strftime_now" in self._template else ""
+        clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
             ids = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
-                chat_template=clock + self._template,
+                chat_template=clock + template,
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
@@ -60,12 +73,10 @@ class ChatFormat:
             )
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from None
+        except Exception as error:  # a template is the model's own code and may raise anything
+            reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None
         return tuple(int(token) for token in ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens, spaces as they are."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.

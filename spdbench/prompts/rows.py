@@ -52,7 +52,12 @@ def _not_blank(text: str) -> str:
 
 
 def _number_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return value
+    try:
+        return str(value)
+    except ValueError:
+        raise ValueError("must be text or a number of reasonable length") from None
 
 
 def _as_texts(value: object) -> object:
@@ -86,8 +91,15 @@ def problem(details: ErrorDetails) -> str:
         return "is missing"
     reason = TYPE_WORDS.get(kind) or details["msg"].removeprefix("Value error, ")
     reason = reason.replace("Input should be", "must be").replace("String should match", "must match")
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-    return f"{reason}, not {shown}"
+    return f"{reason}, not {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python will not write an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -113,6 +125,8 @@ def json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]
             raise InputError(f"{where}: not UTF-8") from None
         except RecursionError:
             raise InputError(f"{where}: nested too deeply") from None
+        except ValueError:  # the one that is left: Python reads no integer that long
+            raise InputError(f"{where}: holds an integer of thousands of digits; write it as text") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be a JSON object, not {line[:40].decode(errors='replace')}")
         yield where, row
@@ -156,7 +170,7 @@ def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, st
     """`fields` as a `Row`, one text being one turn; what is wrong is told by `where` and the name of the column."""
     turns = fields["turns"]
     if not isinstance(turns, str | list):
-        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {turns!r}")
+        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {_shown(turns)}")
     try:
         return Row.model_validate({**fields, "turns": [turns] if isinstance(turns, str) else turns})
     except ValidationError as error:

@@ -58,6 +58,8 @@ def _has_placeholder(template: str) -> str:
 def _relative(path: str) -> str:
     if PurePosixPath(path).is_absolute():
         raise ValueError("must be a relative path")
+    if "\0" in path:
+        raise ValueError("must be a path, but holds a NUL character")
     return path
 
 

@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError
@@ -35,17 +35,22 @@ from spdbench.prompts.sources import (
 )
 from spdbench.types import Prompt
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 SHIPPED_IN = "spdbench_suites"
+Judge = Literal["gsm8k", "humaneval"]
+"""How answers may be scored; DESIGN.md, "Suite file"."""
 
 
 class Decoding(Part):
     """How a suite wants its prompts decoded; the command line beats it. Temperature 0 is greedy."""
 
-    max_new_tokens: int = Field(256, ge=1)
+    max_new_tokens: int = Field(256, ge=1, le=2**31 - 1)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: not limited")
-    seed: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=2**31 - 1, description="0: not limited")
+    seed: int = Field(0, ge=0, le=2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,12 @@ class _Prompts(Part):
 
 class _SuiteFile(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*$", description="goes into file names")
-    version: int = Field(ge=1)
+    version: int = Field(ge=1, le=2**31 - 1)
     description: str = ""
     model: Text | None = None
     prompts: _Prompts
     decoding: Decoding = Decoding()
-    score: Text | None = None
+    score: Judge | None = None
 
 
 class _Loader(yaml.SafeLoader):
@@ -218,17 +223,20 @@ def _read(path: Path) -> tuple[_SuiteFile, str]:
     try:
         return _SuiteFile.model_validate(data), hashlib.sha256(raw).hexdigest()
     except ValidationError as error:
-        reasons = [_reason(details["loc"], problem(details), details["type"]) for details in error.errors()]
+        reasons = [_reason(details) for details in error.errors()]
         raise InputError("\n".join(f"{path}: {reason}" for reason in reasons)) from None
 
 
-def _reason(loc: tuple[int | str, ...], words: str, kind: str) -> str:
-    """One mistake with its key path, written as in the file; an unknown key comes with those that are known."""
+def _reason(details: ErrorDetails) -> str:
+    """One mistake with its key path, as in the file; an unknown key or judge comes with those that are known."""
+    loc, kind, value = details["loc"], details["type"], details["input"]
     in_source = loc[:2] == ("prompts", "source") and len(loc) > 3
     key = ".".join(str(part) for part in (loc[:3] + loc[4:] if in_source else loc))  # loc[3] is pydantic's own tag
     if kind == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(str(loc[-1]), _model_at(loc[:-1]).model_fields)}"
-    return f"{key}: {words}"
+    if kind == "literal_error" and isinstance(value, str):
+        return f"{key}: unknown judge '{value}'{did_you_mean(value, get_args(Judge))}"
+    return f"{key}: {problem(details)}"
 
 
 def _model_at(loc: tuple[int | str, ...]) -> type[Part]:

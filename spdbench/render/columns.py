@@ -149,8 +149,19 @@ def decoding(info: DecodingInfo) -> str:
 
 
 def _prompts(table: Table) -> str:
-    most = max((row.metrics["num_prompts"] for row in table.rows), default=0)
-    return f"{most} prompt{'' if most == 1 else 's'}"
+    """How many prompts have an answer, from the row with the fewest to the one with the most, and of how many."""
+    rows = [row for row in table.rows if row.category is None]
+    counts = [row.metrics["num_prompts"] for row in rows]
+    fewest, most = min(counts, default=0), max(counts, default=0)
+    asked = max((row.head.suite.num_prompts for row in rows), default=0)
+    short = any(row.metrics["num_prompts"] < row.head.suite.num_prompts for row in rows)
+    words = f"{most}" if fewest == most else f"{fewest} to {most}"
+    total = asked if short else most
+    return (
+        f"{words} of {asked} prompt{'' if total == 1 else 's'}"
+        if short
+        else f"{words} prompt{'' if total == 1 else 's'}"
+    )
 
 
 def machine(head: Result) -> str:

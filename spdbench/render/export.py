@@ -70,6 +70,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
     record = {
         "suite": head.suite.name,
         "suite_version": head.suite.version,
+        "suite_num_prompts": head.suite.num_prompts,
         "model": head.model.id,
         "dtype": head.model.dtype,
         "decoding": decoding(head.decoding),

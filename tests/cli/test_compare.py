@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import errno
 import io
 import json
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from spdbench.cli.compare import FORMATS, command
-from spdbench.errors import InputError
+from spdbench.errors import InputError, NotComparableError
 from spdbench.render.table import FORMATS as RENDERED
 from tests.builders import ORACLE, make_backend, make_result, make_run, pipeline_steps, write_result
 
@@ -117,6 +119,22 @@ def test_reader_that_has_had_enough_gets_no_traceback(tmp_path: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+def test_full_disk_is_felt_before_the_command_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main entry answers it; at interpreter exit it would be too late for a message and an exit code."""
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError) as caught:
+            command.main([VANILLA], standalone_mode=False)
+        assert caught.value.errno == errno.ENOSPC
+
+
+def test_baseline_file_that_serves_no_table_is_exit_code_4(tmp_path: Path) -> None:
+    other = write_result(make_result([make_run()], dtype="bfloat16"), tmp_path / "other.json")
+    with pytest.raises(NotComparableError, match=r"dtype \(bfloat16, not float32\)") as caught:
+        compare(VANILLA, "--baseline", str(other))
+    assert caught.value.exit_code == 4
 
 
 def test_compare_loads_neither_torch_nor_transformers() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.compare import Row, Table, compare, find_baseline
 from spdbench.judge.pairing import Entry, entry_from, read_entries
 from spdbench.judge.result import Divergence, DrafterRecord, Run
@@ -100,6 +101,17 @@ def test_failed_runs_leave_the_pairs_and_are_told() -> None:
     table = only(compare([vanilla(), eagle(runs=[*fast_runs(9), failed_run("p9")])]))
     assert table.rows[1].metrics["num_paired"] == 9
     assert any("1 of 10 runs failed" in note for note in table.notes)
+
+
+def test_interrupted_run_does_not_look_finished() -> None:
+    table = only(compare([vanilla(num_prompts=40), eagle(num_prompts=10)]))
+    told = [note for note in table.notes if "interrupted" in note]
+    assert told == ["vanilla: 10 of 40 conversations; the run was interrupted, --resume finishes it."]
+
+
+def test_failed_conversations_are_not_missing_ones() -> None:
+    table = only(compare([vanilla(), eagle(runs=[*fast_runs(9), failed_run("p9")], num_prompts=10)]))
+    assert not any("interrupted" in note for note in table.notes)
 
 
 def test_result_with_nothing_but_failures_has_no_speedup() -> None:
@@ -208,10 +220,47 @@ def test_baseline_file_from_another_machine_serves_but_disqualifies() -> None:
     assert not row.best
 
 
-def test_baseline_file_of_other_work_leaves_speedups_blank() -> None:
-    base = vanilla(dtype="bfloat16")
-    tables = compare([base, eagle()], base)
+def test_baseline_file_that_serves_some_tables_leaves_the_others_blank() -> None:
+    base = vanilla()
+    tables = compare([base, eagle(), eagle("g.json", suite="gsm8k")], base)
     assert [table.baseline for table in tables] == ["vanilla", None]
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        ({"suite": "gsm8k"}, r"suite \(gsm8k v1, not quick v1\)"),
+        ({"dtype": "bfloat16"}, r"dtype \(bfloat16, not float32\)"),
+        ({"temperature": 0.7}, r"decoding \(temperature 0\.7, not 0\.0\)"),
+        ({"dtype": "bfloat16", "temperature": 0.7}, r"dtype \(.*\); decoding \("),
+    ],
+)
+@pytest.mark.parametrize("among_the_results", [False, True])
+def test_baseline_file_that_serves_no_table_is_not_comparable(
+    other: dict[str, Any], difference: str, among_the_results: bool
+) -> None:
+    base = vanilla("b.json", **other)
+    with pytest.raises(NotComparableError, match=rf"--baseline b\.json: differs from eagle\.json in {difference}"):
+        compare([eagle(), base] if among_the_results else [eagle()], base)
+
+
+def test_baseline_of_another_model_shows_hashes_where_names_agree() -> None:
+    base = vanilla("b.json")
+    model = base.head.model.model_copy(update={"sha256": "f" * 64})
+    base = replace(base, head=base.head.model_copy(update={"model": model}))
+    with pytest.raises(NotComparableError, match=r"in model \(smollm2 ffffffff, not mmmmmmmm\)"):
+        compare([eagle()], base)
+
+
+def test_baseline_that_serves_no_table_is_held_against_the_result_most_like_it() -> None:
+    others = [eagle("far.json", suite="gsm8k", temperature=0.7), eagle("near.json", temperature=0.7)]
+    with pytest.raises(NotComparableError, match=r"differs from near\.json .*from the other 1\."):
+        compare(others, vanilla("b.json"))
+
+
+def test_baseline_file_alone_is_its_own_table() -> None:
+    base = vanilla()
+    assert only(compare([base], base)).baseline == "vanilla"
 
 
 # Outputs

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import spdbench
+from spdbench.cli.main import COMMANDS
 from spdbench.judge.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT, is_degenerate
 from spdbench.judge.result import BackendRecord, Divergence, DrafterRecord, Run
 from tests.builders import MS, ORACLE, RANDOM, TRAINED, make_backend, make_result, make_run, vanilla_steps
@@ -67,6 +71,14 @@ def test_baseline_far_from_the_bandwidth_is_slow() -> None:
     slow = [make_run(vanilla_steps(20, step_ns=30 * MS), prompt=f"p{index}") for index in range(8)]
     assert names(slow) == {"slow_baseline"}
     assert names(slow, make_backend("pipeline")) == set()
+
+
+def test_remedies_name_no_command_that_does_not_exist() -> None:
+    folders = [Path(spdbench.__file__).parent / name for name in ("judge", "prompts", "render")]
+    text = "".join(path.read_text() for folder in folders for path in sorted(folder.glob("*.py")))
+    named = set(re.findall(r"`spdbench (\w+)", text))
+    assert "run" in named
+    assert named <= set(COMMANDS)
 
 
 def test_every_flag_says_why_and_what_to_do() -> None:

@@ -94,6 +94,28 @@ def test_template_that_refuses_a_conversation_is_told_in_its_words() -> None:
         chat.encode(HELLO)
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError: "),
+        ("{{ 'a' + 1 }}", "TypeError: "),
+        ("{{ messages[0].content.encode('utf-16', 'nosuch').decode('ascii') }}", "UnicodeDecodeError: "),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError: "),
+    ],
+)
+def test_crash_of_a_template_is_told_as_the_models(template: str, reason: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ChatFormat(tokenizer(template)).encode(HELLO)
+    assert str(caught.value).startswith(f"the model's chat template crashes on this conversation ({reason}")
+
+
+@pytest.mark.parametrize(("template", "who"), [("{# nothing #}", "chat template"), (None, "tokenizer")])
+def test_conversation_of_no_tokens_is_refused(template: str | None, who: str) -> None:
+    messages = HELLO if template else [{"role": "user", "content": ""}]
+    with pytest.raises(InputError, match=f"the model's {who} makes no tokens of this conversation"):
+        ChatFormat(tokenizer(template)).encode(messages)
+
+
 @pytest.mark.parametrize(("adds", "expected"), [("", "hi\nyes?\nbye"), ("bos", "<s>hi\nyes?\nbye")])
 def test_without_template_turns_are_joined_and_bos_is_the_tokenizers_choice(adds: str, expected: str) -> None:
     inner = tokenizer(adds=adds)

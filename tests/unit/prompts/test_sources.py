@@ -93,6 +93,10 @@ def test_path_that_is_not_there_tells_how_to_give_it(tmp_path: Path) -> None:
         (jsonl(ROW, "", "[1]"), " line 3: must be a JSON object, not [1]"),
         (b'{"question_id": "\xff"}', " line 1: not UTF-8"),
         (jsonl("[" * 200_000), " line 1: nested too deeply"),
+        (
+            b'{"question_id": ' + b"9" * 5000 + b"}",
+            " line 1: holds an integer of thousands of digits; write it as text",
+        ),
         (gzip.compress(jsonl(ROW))[:-9], ": broken gzip"),
         (b"\x1f\x8bnonsense", ": broken gzip"),
         (jsonl(ROW, {"question_id": 2, "turns": []}), " line 2: turns: must not be empty, not []"),

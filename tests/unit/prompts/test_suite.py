@@ -319,6 +319,10 @@ def test_mistake_at_the_top_is_told_with_key_and_value(tmp_path: Path, changes: 
         ({"source": [{"path": "x", "hub": "y"}]}, "prompts.source.0: must be a mapping with exactly one of the keys"),
         ({"source": ["x.jsonl"]}, "prompts.source.0: must be a mapping with exactly one of the keys"),
         ({"source": [{"path": "/x.jsonl"}]}, "prompts.source.0.path: must be a relative path, not '/x.jsonl'"),
+        (
+            {"source": [{"path": "a\0b.jsonl"}]},
+            "prompts.source.0.path: must be a path, but holds a NUL character, not 'a\\x00b.jsonl'",
+        ),
         ({"source": [{"path": ""}]}, "prompts.source.0.path: must not be empty, not ''"),
         ({"source": [{"path": "x", "promt": "y"}]}, "prompts.source.0.promt: unknown key; did you mean 'prompt'?"),
         ({"source": [INLINE, {"hub": "a/b"}]}, "prompts.source.1.prompt: is missing"),
@@ -358,6 +362,28 @@ def test_numbers_are_taken_for_ids_and_references(tmp_path: Path) -> None:
     source = {"inline": [{"id": 7, "turns": ["1 + 1?", "and 2?"], "reference": [2, 4.5]}]}
     prompt = load_suite(str(write_suite(tmp_path, prompts={"source": [source]})), None).prompts[0]
     assert (prompt.id, prompt.reference) == ("7", ("2", "4.5"))
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ("gsm8", "unknown judge 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, humaneval."),
+        ("nosuchjudge", "unknown judge 'nosuchjudge'. Known: gsm8k, humaneval."),
+        (3, "must be 'gsm8k' or 'humaneval', not 3"),
+    ],
+)
+def test_judge_that_does_not_exist_is_refused(tmp_path: Path, score: Any, expected: str) -> None:
+    path = write_suite(tmp_path, score=score)
+    assert message_of(path) == f"{path}: score: {expected}"
+
+
+def test_numbers_of_thousands_of_digits_are_refused_not_a_traceback(tmp_path: Path) -> None:
+    """YAML takes hexadecimal numbers of any length, which Python then refuses to write in decimal."""
+    huge = "0x" + "f" * 5000
+    text = "name: mine\nversion: 1\nprompts: {source: [{inline: [{id: %s, turns: [hi]}]}]}\n"
+    assert "inline.0.id: must be text or a number of reasonable length" in message_of_text(tmp_path, text % huge)
+    decoding = f"decoding: {{seed: {huge}}}\n"
+    assert "decoding.seed: " in message_of_text(tmp_path, text % "a" + decoding)
 
 
 def test_several_mistakes_are_told_together(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -133,6 +134,37 @@ def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
     )
 
 
+def heading(*entries: Entry, by_category: bool = False) -> str:
+    return show(compare(list(entries), by_category=by_category), width=200).splitlines()[0]
+
+
+def test_title_of_an_interrupted_run_says_of_how_many_prompts() -> None:
+    assert "| 10 of 40 prompts |" in heading(entry("autoregressive", num_prompts=40))
+    assert "| 10 of 40 prompts |" in heading(entry("autoregressive", num_prompts=40), by_category=True)
+
+
+def test_title_does_not_lend_the_fullest_rows_prompts_to_the_others() -> None:
+    runs = [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(4)]
+    partial = entry("draft_verify", TRAINED, runs=runs, num_prompts=10)
+    assert "| 4 to 10 of 10 prompts |" in heading(entry("autoregressive"), partial)
+    assert "| 4 to 10 prompts |" in heading(entry("autoregressive"), entry("draft_verify", TRAINED, runs=runs))
+
+
+def test_csv_and_json_tell_how_many_prompts_were_asked_for() -> None:
+    tables = compare([entry("autoregressive", num_prompts=40)])
+    row = next(csv.DictReader(io.StringIO(show(tables, "csv"))))
+    assert (row["num_prompts"], row["suite_num_prompts"]) == ("10", "40")
+    assert "vanilla: 10 of 40 conversations" in json.loads(show(tables, "json"))["tables"][0]["notes"][0]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_rendering_writes_nothing_by_itself(form: Format) -> None:
+    console = Console(file=io.StringIO())
+    assert render(compare(demo()), form, console)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""
+
+
 def test_sampling_is_named_in_the_title() -> None:
     text = show(compare([entry("autoregressive", temperature=0.7)]), width=200)
     assert "temperature 0.7, seed 0, up to 64 new tokens" in text
@@ -169,7 +201,7 @@ def test_no_colour_without_a_terminal() -> None:
 def test_tables_that_look_alike_show_their_hashes() -> None:
     first, other = entry("autoregressive"), entry("autoregressive")
     head = other.head.model_copy(update={"model": other.head.model.model_copy(update={"sha256": "f" * 64})})
-    text = show(compare([first, Entry("b.json", head, other.runs)]), width=200)
+    text = show(compare([first, replace(other, file="b.json", head=head)]), width=200)
     assert "smollm2 (mmmmmmmm)" in text
     assert "smollm2 (ffffffff)" in text
 
