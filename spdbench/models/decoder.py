@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear, rms_norm
+from torch.nn.functional import embedding
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
+from spdbench.models.kernels import Linear, gated, linear, rms_norm
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, Geometry, LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
@@ -37,7 +38,7 @@ class Decoder:
     weights: dict[int, LayerWeights]
     embeddings_VM: Tensor | None
     final_norm_M: Tensor | None
-    head_VM: Tensor | None
+    head: Linear | None
     dtype: torch.dtype
     device: torch.device
 
@@ -69,9 +70,8 @@ class Decoder:
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Next-token logits `[S, V]` of the last layer's output, final norm included."""
         assert self.final_norm_M is not None
-        assert self.head_VM is not None
-        normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), self.final_norm_M, self.config.norm_eps)
-        return linear(normed, self.head_VM)
+        assert self.head is not None
+        return self.head(rms_norm(hidden_SM, self.final_norm_M, self.config.norm_eps))
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
@@ -88,8 +88,8 @@ class Decoder:
         total = sum(self.weights[layer].bytes_per_token() for layer in layers)
         if head:
             assert self.final_norm_M is not None
-            assert self.head_VM is not None
-            total += self.final_norm_M.nbytes + self.head_VM.nbytes
+            assert self.head is not None
+            total += self.final_norm_M.nbytes + self.head.nbytes
         return total
 
 
@@ -116,7 +116,8 @@ def load_decoder(
     embeddings = reader.read("model.embed_tokens.weight", vocab_by_width) if first or (last and config.tied) else None
     head = None
     if last:
-        head = embeddings if config.tied else reader.read("lm_head.weight", vocab_by_width)
+        tied = embeddings if config.tied else None
+        head = linear(reader.read("lm_head.weight", vocab_by_width) if tied is None else tied)
     weights = {layer: reader.layer(layer) for layer in layers}
     norm = reader.read("model.norm.weight", (config.hidden_size,)) if last else None
     if whole:
@@ -129,7 +130,7 @@ def load_decoder(
         weights=weights,
         embeddings_VM=embeddings,
         final_norm_M=norm,
-        head_VM=head,
+        head=head,
         dtype=dtype,
         device=device,
     )
@@ -173,24 +174,34 @@ class _Reader:
         width, queries = config.hidden_size, config.num_heads * config.head_dim
         kv = config.num_kv_heads * config.head_dim
         sparse = config.experts is not None and index in config.experts.layers
-        gate_up = [prefix + "mlp.gate_proj.", prefix + "mlp.up_proj."]
+        gate, up, down = (f"{prefix}mlp.{name}_proj." for name in ("gate", "up", "down"))
         ffn = config.intermediate_size
         return LayerWeights(
             input_norm=self.read(prefix + "input_layernorm.weight", (width,)),
-            qkv=self.fused([f"{attention}{p}.weight" for p in QKV], [(queries, width), (kv, width), (kv, width)]),
-            qkv_bias=self.fused_bias([f"{attention}{p}.bias" for p in QKV], [queries, kv, kv]),
+            qkv=linear(
+                self.fused([f"{attention}{p}.weight" for p in QKV], [(queries, width), (kv, width), (kv, width)]),
+                self.fused_bias([f"{attention}{p}.bias" for p in QKV], [queries, kv, kv]),
+            ),
             q_norm=self.read(attention + "q_norm.weight", (config.head_dim,)) if config.qk_norm else None,
             k_norm=self.read(attention + "k_norm.weight", (config.head_dim,)) if config.qk_norm else None,
-            out=self.read(attention + "o_proj.weight", (width, queries)),
-            out_bias=self.fused_bias([attention + "o_proj.bias"], [width]),
+            out=self.linear(attention + "o_proj.", width, queries),
             post_norm=self.read(prefix + "post_attention_layernorm.weight", (width,)),
-            gate_up=None if sparse else self.fused([name + "weight" for name in gate_up], [(ffn, width)] * 2),
-            gate_up_bias=None if sparse else self.fused_bias([name + "bias" for name in gate_up], [ffn] * 2),
-            down=None if sparse else self.read(prefix + "mlp.down_proj.weight", (width, ffn)),
-            down_bias=None if sparse else self.fused_bias([prefix + "mlp.down_proj.bias"], [width]),
+            gate_up=None
+            if sparse
+            else gated(
+                self.read(gate + "weight", (ffn, width)),
+                self.read(up + "weight", (ffn, width)),
+                self.fused_bias([gate + "bias"], [ffn]),
+                self.fused_bias([up + "bias"], [ffn]),
+            ),
+            down=None if sparse else self.linear(down, width, ffn),
             experts=self.experts(prefix + "mlp.") if sparse else None,
             window=config.windows[index],
         )
+
+    def linear(self, name: str, outputs: int, inputs: int) -> Linear:
+        """`NAMEweight`, with `NAMEbias` where the model has one."""
+        return linear(self.read(name + "weight", (outputs, inputs)), self.fused_bias([name + "bias"], [outputs]))
 
     def experts(self, prefix: str) -> ExpertWeights:
         experts = self.config.experts

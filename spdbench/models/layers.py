@@ -8,14 +8,14 @@ Shapes: S rows, M model width, H query heads, K kv heads, D head size, F feed-fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear, silu
 
 from spdbench.models.attention import attend
+from spdbench.models.kernels import Gated, Linear, rms_norm
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.rotary import rotate
 
@@ -43,39 +43,30 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Query, key and value stand in one matrix, gate and up in another; biases and head norms only where they exist."""
+    """Query, key and value stand in one matrix; head norms only where they exist; either a dense feed-forward or
+    experts."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    out: Linear
     post_norm: Tensor
-    gate_up: Tensor | None
-    gate_up_bias: Tensor | None
-    down: Tensor | None
-    down_bias: Tensor | None
+    gate_up: Gated | None
+    down: Linear | None
     experts: ExpertWeights | None
     window: int | None
 
     def bytes_per_token(self) -> int:
         """Bytes that one token's forward reads: everything, but of the experts only those it is routed to."""
-        total = sum(tensor.nbytes for tensor in _tensors(self))
+        parts = (self.input_norm, self.qkv, self.q_norm, self.k_norm, self.out, self.post_norm, self.gate_up, self.down)
+        total = sum(part.nbytes for part in parts if part is not None)
         if self.experts is not None:
             share = self.experts.per_token / self.experts.router.shape[0]
             total += self.experts.router.nbytes + round(
                 (self.experts.gate_up.nbytes + self.experts.down.nbytes) * share
             )
         return total
-
-
-def _tensors(weights: LayerWeights) -> Iterator[Tensor]:
-    for field in fields(weights):
-        value = getattr(weights, field.name)
-        if isinstance(value, Tensor):
-            yield value
 
 
 def layer_forward(
@@ -87,26 +78,24 @@ def layer_forward(
     cache: KVCache,
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
-    num_rows = hidden_SM.shape[0]
+    num_rows, eps = hidden_SM.shape[0], geometry.norm_eps
     heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
-    normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), weights.input_norm, geometry.norm_eps)
-    qkv = linear(normed, weights.qkv, weights.qkv_bias).view(num_rows, heads + 2 * kv_heads, head_dim)
-    queries, keys, values = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+    normed = rms_norm(hidden_SM, weights.input_norm, eps)
+    qkv = weights.qkv(normed).view(num_rows, heads + 2 * kv_heads, head_dim)
+    turning = qkv[:, : heads + kv_heads]
     if weights.q_norm is not None and weights.k_norm is not None:
-        queries = rms_norm(queries, (head_dim,), weights.q_norm, geometry.norm_eps)
-        keys = rms_norm(keys, (head_dim,), weights.k_norm, geometry.norm_eps)
-    all_keys, all_values = cache.write(layer, rotate(keys, *rotary), values)
-    mixed = attend(rotate(queries, *rotary), all_keys, all_values, weights.window)
-    hidden_SM = hidden_SM + linear(mixed, weights.out, weights.out_bias)
-    normed = rms_norm(hidden_SM, (hidden_SM.shape[1],), weights.post_norm, geometry.norm_eps)
-    return hidden_SM + (_dense(weights, normed) if weights.experts is None else _mixture(weights.experts, normed))
-
-
-def _dense(weights: LayerWeights, normed_SM: Tensor) -> Tensor:
+        queries = rms_norm(turning[:, :heads], weights.q_norm, eps)
+        turning = torch.cat((queries, rms_norm(turning[:, heads:], weights.k_norm, eps)), dim=1)
+    turned = rotate(turning, *rotary)
+    all_keys, all_values = cache.write(layer, turned[:, heads:], qkv[:, heads + kv_heads :])
+    mixed = attend(turned[:, :heads], all_keys, all_values, weights.window)
+    hidden_SM = weights.out.plus(mixed, hidden_SM)
+    normed = rms_norm(hidden_SM, weights.post_norm, eps)
+    if weights.experts is not None:
+        return hidden_SM + _mixture(weights.experts, normed)
     assert weights.gate_up is not None
     assert weights.down is not None
-    gate, up = linear(normed_SM, weights.gate_up, weights.gate_up_bias).chunk(2, dim=-1)
-    return linear(silu(gate) * up, weights.down, weights.down_bias)
+    return weights.down.plus(weights.gate_up(normed), hidden_SM)
 
 
 def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Rotary:
-    """cos and sin by position, computed once in float32 and kept in the model's dtype."""
+    """cos and signed sin by position, computed once in float32 and kept in the model's dtype."""
 
     def __init__(self, frequencies: Tensor, factor: float, dtype: torch.dtype, device: torch.device) -> None:
         self._frequencies = frequencies.float()
@@ -29,13 +29,16 @@ class Rotary:
 
     def _grow(self, size: int) -> None:
         angles = torch.outer(torch.arange(size, dtype=torch.float32), self._frequencies.cpu())
+        signs = torch.ones(2 * angles.shape[-1])
+        signs[: angles.shape[-1]] = -1.0
         angles = torch.cat((angles, angles), dim=-1)
         self._cos_PD = (angles.cos() * self._factor).to(self._device, self._dtype)
-        self._sin_PD = (angles.sin() * self._factor).to(self._device, self._dtype)
+        self._sin_PD = (angles.sin() * self._factor * signs).to(self._device, self._dtype)
         self._size = size
 
 
 def rotate(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
-    """Turns each pair (d, d + D/2) of every head by its position's angle."""
-    first, second = heads_SHD.chunk(2, dim=-1)
-    return heads_SHD * cos_S1D + torch.cat((-second, first), dim=-1) * sin_S1D
+    """Turns each pair (d, d + D/2) of every head by its position's angle; the sines bring the signs along."""
+    num_rows, num_heads, head_dim = heads_SHD.shape
+    swapped = heads_SHD.view(num_rows, num_heads, 2, head_dim // 2).flip(2).view(heads_SHD.shape)
+    return torch.addcmul(heads_SHD * cos_S1D, swapped, sin_S1D)

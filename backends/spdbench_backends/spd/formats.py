@@ -23,6 +23,7 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import sha256_of_files
 from spdbench.models.decoder import Decoder
+from spdbench.models.kernels import gated, linear
 from spdbench.models.layers import LayerWeights
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
@@ -182,7 +183,7 @@ def _assemble(
     projections = tuple(take(f"aggr_projs.{i}.weight", width, (i + 1) * width) for i in range(len(plan.anchors)))
     layers = {index: _layer(take, target, f"spec_layers.{index}.") for index in range(num_layers)}
     head = take("lm_head.weight", draft_vocab, width)
-    decoder = replace(target, layers=range(num_layers), weights=layers, embeddings_VM=None, head_VM=head)
+    decoder = replace(target, layers=range(num_layers), weights=layers, embeddings_VM=None, head=linear(head))
     ids = None if token_ids is None else token_ids.to(target.device)
     return HeadWeights(plan, projections, decoder, ids, use_deepest=True)
 
@@ -194,21 +195,18 @@ def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
     sizes = (("q_proj", queries), ("k_proj", kv), ("v_proj", kv))
     biases = [take.optional(f"{attention}{name}.bias", size) for name, size in sizes]
     present = [bias for bias in biases if bias is not None]
+    weights = [take(f"{attention}{name}.weight", size, width) for name, size in sizes]
     return LayerWeights(
         input_norm=take(prefix + "input_layernorm.weight", width),
-        qkv=torch.cat([take(f"{attention}{name}.weight", size, width) for name, size in sizes]),
-        qkv_bias=torch.cat(present) if len(present) == len(biases) else None,
+        qkv=linear(torch.cat(weights), torch.cat(present) if len(present) == len(biases) else None),
         q_norm=take(attention + "q_norm.weight", base.head_dim),
         k_norm=take(attention + "k_norm.weight", base.head_dim),
-        out=take(attention + "o_proj.weight", width, queries),
-        out_bias=take.optional(attention + "o_proj.bias", width),
+        out=linear(take(attention + "o_proj.weight", width, queries), take.optional(attention + "o_proj.bias", width)),
         post_norm=take(prefix + "post_attention_layernorm.weight", width),
-        gate_up=torch.cat(
-            [take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]
+        gate_up=gated(
+            *(take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up"))
         ),
-        gate_up_bias=None,
-        down=take(prefix + "mlp.down_proj.weight", width, base.intermediate_size),
-        down_bias=None,
+        down=linear(take(prefix + "mlp.down_proj.weight", width, base.intermediate_size)),
         experts=None,
         window=None,
     )
@@ -217,10 +215,10 @@ def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
 def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layers: int = 1) -> HeadFile:
     """An untrained head: matrices drawn from N(0, 0.02²), norms of ones, the target's own head rows."""
     base = target.config
-    assert target.head_VM is not None
+    assert target.head is not None
     generator = torch.Generator().manual_seed(seed)
     anchors = default_anchors(base.num_layers, len(stages))
-    tensors: dict[str, Tensor] = {"lm_head.weight": target.head_VM}
+    tensors: dict[str, Tensor] = {"lm_head.weight": target.head.plain()}
     for name, shape in _shapes(target, len(anchors), num_layers):
         ones = name.endswith("norm.weight")
         tensors[name] = torch.ones(shape) if ones else torch.randn(shape, generator=generator) * 0.02

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from spdbench.decoding.audit import classify_difference
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.decoder import Decoder
-from spdbench.models.layers import LayerWeights
-from spdbench.models.rotary import Rotary
+from spdbench.models.kernels import PlainLinear
 from tests import tiny
 
 PROMPT = tuple(range(60, 70))
@@ -40,47 +37,29 @@ def test_an_output_that_ends_early_is_a_real_difference(decoder: Decoder) -> Non
     assert classify_difference(decoder, PROMPT, ids, ids[:6], 1) == "real"
 
 
+def plain_head(decoder: Decoder) -> Tensor:
+    assert decoder.head is not None
+    return decoder.head.plain().clone()
+
+
 def test_equal_logits_are_a_tie(decoder: Decoder) -> None:
-    assert decoder.head_VM is not None
     ids = list(decode(decoder, tiny.greedy(PROMPT, 3)))
-    head = decoder.head_VM.clone()
+    head = plain_head(decoder)
     twin = (ids[2] + 1) % 262
     head[twin] = head[ids[2]]
-    tied = dataclasses.replace(decoder, head_VM=head)
+    tied = dataclasses.replace(decoder, head=PlainLinear(head))
     assert classify_difference(tied, PROMPT, ids, [*ids[:2], twin], 1) == "tie"
 
 
-def test_a_gap_below_the_noise_floor_is_a_near_tie(decoder: Decoder) -> None:
+def test_a_gap_below_the_noise_floor_is_a_near_tie(tiny_model: Path) -> None:
     """In bfloat16, four tokens at a time give logits that differ from one at a time; a gap within that is no fault."""
-    low = _bfloat16(decoder)
-    assert low.head_VM is not None
+    low = tiny.load(tiny_model, "bfloat16").decoder
     ids = list(decode(low, tiny.greedy(PROMPT, 6)))
     twin = (ids[5] + 1) % 262
-    head = low.head_VM.clone()
+    head = plain_head(low)
     head[twin] = head[ids[5]]
     head[twin, 0] += 2.0**-9  # about one unit in the last place of one weight
-    near = dataclasses.replace(low, head_VM=head)
+    near = dataclasses.replace(low, head=PlainLinear(head))
     found = classify_difference(near, PROMPT, ids, [*ids[:5], twin], 4)
     assert found in ("tie", "near_tie")
     assert classify_difference(near, PROMPT, ids, [*ids[:5], (twin + 7) % 262], 4) == "real"
-
-
-def _bfloat16(decoder: Decoder) -> Decoder:
-    def lower(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(torch.bfloat16)
-
-    def lower_layer(layer: LayerWeights) -> LayerWeights:
-        values: dict[str, Any] = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-        values.update({name: lower(value) for name, value in values.items() if isinstance(value, Tensor)})
-        return LayerWeights(**values)
-
-    frequencies = 1.0 / (10000.0 ** (torch.arange(0, 8, 2) / 8))
-    return dataclasses.replace(
-        decoder,
-        weights={index: lower_layer(layer) for index, layer in decoder.weights.items()},
-        rotary=Rotary(frequencies, 1.0, torch.bfloat16, decoder.device),
-        embeddings_VM=lower(decoder.embeddings_VM),
-        final_norm_M=lower(decoder.final_norm_M),
-        head_VM=lower(decoder.head_VM),
-        dtype=torch.bfloat16,
-    )

@@ -58,7 +58,7 @@ def test_sharded_and_bin_weights_load_like_one_file(copy: Path, tmp_path: Path) 
     torch.save(tensors, old / "pytorch_model.bin")
     for folder in (sharded, old):
         found = tiny.load(folder).decoder
-        assert torch.equal(found.weights[5].qkv, tiny.load(copy).decoder.weights[5].qkv)
+        assert torch.equal(found.weights[5].qkv.plain(), tiny.load(copy).decoder.weights[5].qkv.plain())
 
 
 def test_a_pickle_that_would_run_code_is_refused(copy: Path, tmp_path: Path) -> None:
