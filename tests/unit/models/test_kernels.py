@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional
@@ -20,10 +18,9 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 
 
 @pytest.fixture
-def unpacked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch whose oneDNN operators are not there."""
     monkeypatch.setattr(kernels, "_packing_works", lambda _: False)
-    yield
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:
