@@ -78,6 +78,7 @@ def transformers_side(target: Target, prompt: tuple[int, ...], tokens: int) -> C
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = AutoModelForCausalLM.from_pretrained(target.files.directory, dtype=target.dtype).eval()
+    model.generation_config.eos_token_id = None  # both sides go on to the last token
 
     def run() -> tuple[float, list[int]]:
         inputs = torch.tensor([prompt])
@@ -86,7 +87,6 @@ def transformers_side(target: Target, prompt: tuple[int, ...], tokens: int) -> C
             ids = model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                min_new_tokens=tokens,
                 max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=0,
