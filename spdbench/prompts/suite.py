@@ -30,9 +30,9 @@ from spdbench.prompts.sources import (
     PathSource,
     Place,
     Source,
-    SourceUnavailable,
     Template,
 )
+from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 
 if TYPE_CHECKING:

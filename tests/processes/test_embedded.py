@@ -10,7 +10,6 @@ import pytest
 from scipy.stats import binom
 
 from spdbench.judge.result import Result, read_result
-from spdbench.models import embedded
 from spdbench.models.cache import cache_folder
 
 pytestmark = pytest.mark.embedded
@@ -21,7 +20,7 @@ STAGES = 3
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     """`quick` on the embedded model, as the README has it but in float32."""
     if not list((cache_folder() / "models").glob("SmolLM2*")):
-        pytest.skip(f"the embedded model is not in the cache: run `python -m {embedded.__name__}`")
+        pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
     folder = tmp_path_factory.mktemp("embedded")
     words = ["run", "quick", "-b", "vanilla", "-b", "spd", "-o", f"spd.stages={STAGES}", "--drafter", "oracle:0.8"]
     more = ["--limit", "8", "--max-new-tokens", "24", "--dtype", "float32", "--results", str(folder)]

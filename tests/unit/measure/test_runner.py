@@ -238,3 +238,10 @@ def test_outputs_that_may_differ_are_not_compared(tmp_path: Path, change: str) -
 def test_times_never_run_backwards(tmp_path: Path) -> None:
     for run in Bench(tmp_path, MockBackend()).run():
         assert all(a <= b for a, b in pairwise(run.steps.t_ns))
+
+
+def test_memory_is_told_only_of_a_backend_that_runs_alone(tmp_path: Path) -> None:
+    alone = Bench(tmp_path, MockBackend()).run()
+    assert all(10_000_000 < (run.peak_memory_bytes or 0) < 10**11 for run in alone)
+    shared = Bench(tmp_path / "shared", MockBackend(), MockPipeline()).run()
+    assert {run.peak_memory_bytes for run in shared} == {None}

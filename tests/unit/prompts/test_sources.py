@@ -24,8 +24,8 @@ from spdbench.prompts.sources import (
     PathSource,
     Place,
     Source,
-    SourceUnavailable,
 )
+from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 from tests.stub_hub import StubHub
 
