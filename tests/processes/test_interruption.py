@@ -19,6 +19,11 @@ from tests.cli.run_helpers import write_suite
 SECONDS = 60.0
 
 
+def _heed_ctrl_c() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and their children inherit that; these must not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Process:
     """`spdbench run` on the tiny model in a process of its own."""
 
@@ -40,6 +45,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=_heed_ctrl_c,
         )
 
     def lines(self) -> int:
