@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from spdbench.backend import Backend, BackendOptions
@@ -65,15 +66,7 @@ def result_head(
             bytes=target.num_bytes,
             template_sha256=chat.template_sha256,
         ),
-        drafter=None
-        if info.drafter is None
-        else DrafterRecord(
-            id=info.drafter.id,
-            sha256=info.drafter.sha256,
-            method=info.drafter.method,
-            trained_tokens=info.drafter.trained_tokens,
-            synthetic=info.drafter.synthetic,
-        ),
+        drafter=None if info.drafter is None else DrafterRecord(**asdict(info.drafter)),
         environment=environment,
         git=git,
     )

@@ -86,7 +86,7 @@ class Session:
                 Contestant(entrant.label, backend, journal)
                 for (entrant, backend), journal in zip(loaded, journals, strict=True)
             ]
-            report = progress_report(*self._extent(journals))
+            report = progress_report(len(self.workload.keys()) * len(journals), sum(map(len, journals)))
             runner = Runner(self.workload, contestants, self.chat, self._classify, report)
             try:
                 with report:
@@ -108,9 +108,6 @@ class Session:
             yield backend
         finally:
             backend.close()
-
-    def _extent(self, journals: Sequence[Journal]) -> tuple[int, int]:
-        return len(self.workload.keys()) * len(journals), sum(map(len, journals))
 
     def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
         return classify_difference(self.target.decoder, prompt, expected, found, width)

@@ -98,18 +98,10 @@ class Runner:
         self._observer = observer
         self._reference = next((c for c in contestants if c.backend.kind == "autoregressive"), None)
 
-    @property
-    def num_requests(self) -> int:
-        """How many requests the whole run has, over all backends."""
-        return len(self._workload.keys()) * len(self._contestants)
-
-    @property
-    def num_done(self) -> int:
-        return sum(len(c.journal) for c in self._contestants)
-
     def run(self) -> None:
         """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt."""
-        if self.num_done < self.num_requests:
+        keys = self._workload.keys()
+        if any(keys - contestant.journal.offsets.keys() for contestant in self._contestants):
             self._warm_up()
         for number, ask in enumerate(self._asks()):
             order = self._contestants if number % 2 == 0 else self._contestants[::-1]

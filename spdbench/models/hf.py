@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,17 +145,3 @@ def _quiet() -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def write_source_note(directory: Path, source: str, sha256: str) -> None:
-    """Remembers in a converted folder what it was made from: the hash of a model is that of its published file."""
-    note = {"source": source, "sha256": sha256}
-    (directory / "spdbench.json").write_text(json.dumps(note), encoding="utf-8")
-
-
-def read_source_note(directory: Path) -> dict[str, str] | None:
-    try:
-        note: dict[str, str] = json.loads((directory / "spdbench.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return note

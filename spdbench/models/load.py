@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def find_model(name: str) -> ModelFiles:
 
 
 def _from_folder(identity: str, directory: Path) -> ModelFiles:
-    if note := hf.read_source_note(directory):
+    if note := _read_source_note(directory):
         return ModelFiles(identity, directory, note["sha256"])
     return ModelFiles(identity, directory, sha256_of_files(Checkpoint(directory).files))
 
@@ -65,7 +66,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             ) from None
         try:
             hf.convert_gguf(file, scratch)
-            hf.write_source_note(scratch, file.name, sha256)
+            _write_source_note(scratch, file.name, sha256)
             _rename_unless_there(scratch, directory)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -78,3 +79,17 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
     except OSError:
         if not directory.exists():  # else another process converted the same file meanwhile, to the same bytes
             raise
+
+
+def _write_source_note(directory: Path, source: str, sha256: str) -> None:
+    """Remembers in a converted folder what it was made from: the hash of a model is that of its published file."""
+    note = {"source": source, "sha256": sha256}
+    (directory / "spdbench.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+def _read_source_note(directory: Path) -> dict[str, str] | None:
+    try:
+        note: dict[str, str] = json.loads((directory / "spdbench.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note

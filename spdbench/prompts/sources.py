@@ -8,6 +8,7 @@ fetch it (`SourceUnavailable`), so that the next may be tried; one that is there
 from __future__ import annotations
 
 import importlib.resources
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -68,17 +69,18 @@ Template = Annotated[str, AfterValidator(_has_placeholder)]
 RelativePath = Annotated[Text, AfterValidator(_relative)]
 
 
-class Source(Part):
+class Source(Part, ABC):
     """Base of the five kinds; the key named like `kind` tells them apart."""
 
     kind: ClassVar[str]
     template: Template | None = Field(None, description="wraps each user turn; beats the suite's own")
 
     @property
+    @abstractmethod
     def words(self) -> str:
         """The source's name for people and for the result file; never an absolute path."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, place: Place) -> Loaded:
         """The source's prompts.
 
@@ -86,7 +88,6 @@ class Source(Part):
             SourceUnavailable: it is not there; try the next one.
             InputError: it is there but cannot be used; the message names file, line and key.
         """
-        raise NotImplementedError
 
 
 class ColumnSource(Source):
