@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def attend(queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: int | None = None) -> Tensor:
-    """Causal attention of the newest S rows over all T slots, the last S of which are their own: `[S, H * D]`.
+def attend(
+    queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, mask_ST: Tensor | None, window: int | None = None
+) -> Tensor:
+    """Attention of the newest S rows over all T slots, the last S of which are their own: `[S, H * D]`.
+
+    `mask_ST` is true where a row may look; None for a single row, or where all slots are the rows' own in a chain.
 
     The G query heads that share a kv head become G rows of it, so that one small product serves them: a one-row
     attention over 1,024 slots costs a sixth of what `enable_gqa` costs on a CPU. With `window` w a row sees itself and
@@ -24,7 +28,7 @@ def attend(queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: in
             keys_KTD, values_KTD = keys_KTD[:, -window:], values_KTD[:, -window:]
         folded = queries_SHD.view(1, num_kv, num_heads // num_kv, head_dim)
         return scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None]).view(1, num_heads * head_dim)
-    if num_rows == num_slots and (window is None or window >= num_slots):
+    if mask_ST is None:
         out = scaled_dot_product_attention(
             queries_SHD.transpose(0, 1)[None],
             keys_KTD[None],
@@ -39,7 +43,6 @@ def attend(queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, window: in
         .permute(1, 2, 0, 3)
         .reshape(1, num_kv, group * num_rows, head_dim)
     )
-    mask_ST = causal_mask(num_rows, num_slots, window, queries_SHD.device)
     out = scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None], attn_mask=mask_ST.repeat(group, 1))
     return out.view(num_kv, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)
 

@@ -24,7 +24,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Checkpoint:
-    """The tensors of a model folder by name. Opens lazily; `close` when all that is wanted was read."""
+    """The tensors of a model folder by name. Opens lazily; `close` now and then on the way, for what was
+    read stays in memory until then, and at the end."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -80,6 +81,7 @@ class Checkpoint:
         return total
 
     def close(self) -> None:
+        """Lets go of the files, and of the memory that their pages take. Asking for a tensor opens them again."""
         self._stack.close()
         self.__dict__.pop("_where", None)
 

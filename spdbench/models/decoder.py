@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,10 +20,21 @@ from torch.nn.functional import embedding
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
-from spdbench.models.kernels import Linear, gated, linear, rms_norm
+from spdbench.models.kernels import Linear, PackedLinear, linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.layers import ExpertWeights, Geometry, LayerWeights, layer_forward
+from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
+from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
+from spdbench.models.steps import (
+    COMPILED_ROWS,
+    CompiledSteps,
+    Geometry,
+    HeadNorms,
+    NormWeight,
+    Steps,
+    TorchSteps,
+    can_compile,
+)
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -37,7 +49,7 @@ class Decoder:
     rotary: Rotary
     weights: dict[int, LayerWeights]
     embeddings_VM: Tensor | None
-    final_norm_M: Tensor | None
+    final_norm: NormWeight | None
     head: Linear | None
     dtype: torch.dtype
     device: torch.device
@@ -45,23 +57,28 @@ class Decoder:
     def embed(self, ids_S: Tensor) -> Tensor:
         """Hidden state 0 of the tokens: `[S, M]`."""
         assert self.embeddings_VM is not None
-        return embedding(ids_S, self.embeddings_VM)
+        return embedding(ids_S, self.embeddings_VM).to(self.dtype)
 
     def forward(
-        self, hidden_SM: Tensor, start: int, cache: KVCache, layers: range | None = None, wanted: Collection[int] = ()
+        self,
+        hidden_SM: Tensor,
+        start: int,
+        cache: KVCache,
+        layers: range | None = None,
+        wanted: Collection[int] = (),
+        tree: TreeRows | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Rows at positions `start`, `start` + 1, ... through `layers` (all by default).
+        """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), or a tree's rows from `start`.
 
         Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index; index 0 is
         taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
-        positions = torch.arange(start, start + num_rows, device=self.device)
-        rotary = self.rotary.at(positions, start + num_rows - 1)
+        place, steps = Place(self.rotary, start, num_rows, tree), self._steps(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
         for layer in layers:
-            hidden_SM = layer_forward(self.weights[layer], self.geometry, layer, hidden_SM, rotary, cache)
+            hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
             if layer + 1 in wanted:
                 states[layer + 1] = hidden_SM
         cache.advance(num_rows)
@@ -69,9 +86,9 @@ class Decoder:
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Next-token logits `[S, V]` of the last layer's output, final norm included."""
-        assert self.final_norm_M is not None
+        assert self.final_norm is not None
         assert self.head is not None
-        return self.head(rms_norm(hidden_SM, self.final_norm_M, self.config.norm_eps))
+        return self.head(self._steps(hidden_SM.shape[0]).norm(hidden_SM, self.final_norm))
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
@@ -87,10 +104,22 @@ class Decoder:
         """Bytes of weights that one token's forward through `layers` reads; with `head`, final norm and head too."""
         total = sum(self.weights[layer].bytes_per_token() for layer in layers)
         if head:
-            assert self.final_norm_M is not None
+            assert self.final_norm is not None
             assert self.head is not None
-            total += self.final_norm_M.nbytes + self.head.nbytes
+            total += self.final_norm.nbytes + self.head.nbytes
         return total
+
+    def _steps(self, num_rows: int) -> Steps:
+        compiled = self._compiled_steps
+        return compiled if compiled is not None and num_rows <= COMPILED_ROWS else self._torch_steps
+
+    @cached_property
+    def _torch_steps(self) -> TorchSteps:
+        return TorchSteps(self.geometry)
+
+    @cached_property
+    def _compiled_steps(self) -> CompiledSteps | None:
+        return CompiledSteps(self.geometry, self.dtype) if can_compile(self.dtype, self.device) else None
 
 
 def load_decoder(
@@ -113,13 +142,18 @@ def load_decoder(
     reader = _Reader(checkpoint, config, dtype, device)
     first, last = layers.start == 0, layers.stop == config.num_layers
     vocab_by_width = (config.vocab_size, config.hidden_size)
-    embeddings = reader.read("model.embed_tokens.weight", vocab_by_width) if first or (last and config.tied) else None
-    head = None
+    embeddings = head = None
+    if first or (last and config.tied):
+        embeddings = reader.read("model.embed_tokens.weight", vocab_by_width)
     if last:
-        tied = embeddings if config.tied else None
-        head = linear(reader.read("lm_head.weight", vocab_by_width) if tied is None else tied)
+        head = linear(
+            embeddings if embeddings is not None and config.tied else reader.read("lm_head.weight", vocab_by_width)
+        )
+        if config.tied and isinstance(head, PackedLinear):  # else the same numbers would be held twice
+            embeddings = reader.mapped("model.embed_tokens.weight", vocab_by_width) if first else None
+    checkpoint.close()
     weights = {layer: reader.layer(layer) for layer in layers}
-    norm = reader.read("model.norm.weight", (config.hidden_size,)) if last else None
+    norm = NormWeight(reader.read("model.norm.weight", (config.hidden_size,))) if last else None
     if whole:
         reader.refuse_leftovers()
     return Decoder(
@@ -129,7 +163,7 @@ def load_decoder(
         rotary=Rotary(*frequencies, dtype, device),
         weights=weights,
         embeddings_VM=embeddings,
-        final_norm_M=norm,
+        final_norm=norm,
         head=head,
         dtype=dtype,
         device=device,
@@ -159,6 +193,14 @@ class _Reader:
         self.taken.add(name)
         return self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
 
+    def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor as it lies in the file, in the file's dtype: for what is read by a few rows."""
+        self.taken.add(name)
+        return self.checkpoint.tensor(name, shape)
+
+    def norm(self, name: str, size: int) -> NormWeight:
+        return NormWeight(self.read(name, (size,)))
+
     def fused(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
         return torch.cat([self.read(name, shape) for name, shape in zip(names, shapes, strict=True)])
 
@@ -176,28 +218,32 @@ class _Reader:
         sparse = config.experts is not None and index in config.experts.layers
         gate, up, down = (f"{prefix}mlp.{name}_proj." for name in ("gate", "up", "down"))
         ffn = config.intermediate_size
-        return LayerWeights(
-            input_norm=self.read(prefix + "input_layernorm.weight", (width,)),
+        weights = LayerWeights(
+            input_norm=self.norm(prefix + "input_layernorm.weight", width),
             qkv=linear(
                 self.fused([f"{attention}{p}.weight" for p in QKV], [(queries, width), (kv, width), (kv, width)]),
                 self.fused_bias([f"{attention}{p}.bias" for p in QKV], [queries, kv, kv]),
             ),
-            q_norm=self.read(attention + "q_norm.weight", (config.head_dim,)) if config.qk_norm else None,
-            k_norm=self.read(attention + "k_norm.weight", (config.head_dim,)) if config.qk_norm else None,
+            head_norms=HeadNorms(
+                self.norm(attention + "q_norm.weight", config.head_dim),
+                self.norm(attention + "k_norm.weight", config.head_dim),
+            )
+            if config.qk_norm
+            else None,
             out=self.linear(attention + "o_proj.", width, queries),
-            post_norm=self.read(prefix + "post_attention_layernorm.weight", (width,)),
+            post_norm=self.norm(prefix + "post_attention_layernorm.weight", width),
             gate_up=None
             if sparse
-            else gated(
-                self.read(gate + "weight", (ffn, width)),
-                self.read(up + "weight", (ffn, width)),
-                self.fused_bias([gate + "bias"], [ffn]),
-                self.fused_bias([up + "bias"], [ffn]),
+            else linear(
+                self.fused([f"{name}weight" for name in (gate, up)], [(ffn, width)] * 2),
+                self.fused_bias([f"{name}bias" for name in (gate, up)], [ffn] * 2),
             ),
             down=None if sparse else self.linear(down, width, ffn),
             experts=self.experts(prefix + "mlp.") if sparse else None,
             window=config.windows[index],
         )
+        self.checkpoint.close()
+        return weights
 
     def linear(self, name: str, outputs: int, inputs: int) -> Linear:
         """`NAMEweight`, with `NAMEbias` where the model has one."""

@@ -8,8 +8,17 @@ Shapes: K kv heads, T slots, S new rows, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def array(tensor: Tensor) -> Any:
+    """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not know, as uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 class KVCache:
@@ -35,13 +44,21 @@ class KVCache:
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
 
+    def room(self, layer: int, num_rows: int) -> tuple[int, Any, Any]:
+        """For who writes S new rows by himself: the first free slot, and keys and values of all slots, `[K, capacity,
+        D]` each, as numpy sees them."""
+        self._check(num_rows)
+        return self.length, *self._arrays[layer - self.layers.start]
+
+    def filled(self, layer: int, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all valid slots and of S new rows behind them, each `[K, T, D]`."""
+        row, end = layer - self.layers.start, self.length + num_rows
+        return self._keys[row, :, :end], self._values[row, :, :end]
+
     def write(self, layer: int, keys_SKD: Tensor, values_SKD: Tensor) -> tuple[Tensor, Tensor]:
         """Puts S new rows behind the valid ones; returns keys and values of all slots up to them, each `[K, T, D]`."""
-        end = self.length + keys_SKD.shape[0]
-        if end > self.capacity:
-            raise IndexError(f"KV cache of {self.capacity} slots cannot hold {end}")
-        row = layer - self.layers.start
-        keys, values = self._keys[row, :, :end], self._values[row, :, :end]
+        self._check(keys_SKD.shape[0])
+        keys, values = self.filled(layer, keys_SKD.shape[0])
         keys[:, self.length :] = keys_SKD.transpose(0, 1)
         values[:, self.length :] = values_SKD.transpose(0, 1)
         return keys, values
@@ -58,7 +75,27 @@ class KVCache:
         """Forgets every slot from `mark` on; a no-op where fewer are valid, as in a stage that lags behind."""
         self.length = min(self.length, mark)
 
+    def keep(self, mark: int, chosen: Sequence[int]) -> None:
+        """Of the slots from `mark` on keeps those at the offsets `chosen`, in that order, and forgets the others.
+
+        Offsets must rise. What a tree's accepted path leaves behind; nothing moves where the path stands first.
+        """
+        if list(chosen) != list(range(len(chosen))):
+            slots = torch.tensor(chosen, device=self._keys.device) + mark
+            end = mark + len(chosen)
+            self._keys[:, :, mark:end] = self._keys[:, :, slots]
+            self._values[:, :, mark:end] = self._values[:, :, slots]
+        self.length = mark + len(chosen)
+
     def rows(self, layer: int) -> tuple[Tensor, Tensor]:
         """Valid keys and values of one layer, each `[K, length, D]`."""
-        row = layer - self.layers.start
-        return self._keys[row, :, : self.length], self._values[row, :, : self.length]
+        return self.filled(layer, 0)
+
+    def _check(self, num_rows: int) -> None:
+        if self.length + num_rows > self.capacity:
+            raise IndexError(f"KV cache of {self.capacity} slots cannot hold {self.length + num_rows}")
+
+    @cached_property
+    def _arrays(self) -> list[tuple[Any, Any]]:
+        keys, values = array(self._keys), array(self._values)
+        return [(keys[row], values[row]) for row in range(len(self.layers))]

@@ -3,7 +3,7 @@
 Serves the target's layers and those of draft modules, which are the same kind. Must not know where weights come from,
 how many layers there are, or whose they are.
 
-Shapes: S rows, M model width, H query heads, K kv heads, D head size, F feed-forward width, E experts.
+Shapes: S rows, M model width, F feed-forward width, E experts.
 """
 
 from __future__ import annotations
@@ -14,20 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from spdbench.models.attention import attend
-from spdbench.models.kernels import Gated, Linear, rms_norm
+from spdbench.models.kernels import Linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.rotary import rotate
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes that a layer's tensors are cut by."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_eps: float
+from spdbench.models.place import Place
+from spdbench.models.steps import HeadNorms, NormWeight, Steps
 
 
 @dataclass(frozen=True)
@@ -43,23 +33,22 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Query, key and value stand in one matrix; head norms only where they exist; either a dense feed-forward or
-    experts."""
+    """Query, key and value stand in one matrix, gate and up in another; head norms only where they exist; either a
+    dense feed-forward or experts."""
 
-    input_norm: Tensor
+    input_norm: NormWeight
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: HeadNorms | None
     out: Linear
-    post_norm: Tensor
-    gate_up: Gated | None
+    post_norm: NormWeight
+    gate_up: Linear | None
     down: Linear | None
     experts: ExpertWeights | None
     window: int | None
 
     def bytes_per_token(self) -> int:
         """Bytes that one token's forward reads: everything, but of the experts only those it is routed to."""
-        parts = (self.input_norm, self.qkv, self.q_norm, self.k_norm, self.out, self.post_norm, self.gate_up, self.down)
+        parts = (self.input_norm, self.qkv, self.head_norms, self.out, self.post_norm, self.gate_up, self.down)
         total = sum(part.nbytes for part in parts if part is not None)
         if self.experts is not None:
             share = self.experts.per_token / self.experts.router.shape[0]
@@ -70,32 +59,18 @@ class LayerWeights:
 
 
 def layer_forward(
-    weights: LayerWeights,
-    geometry: Geometry,
-    layer: int,
-    hidden_SM: Tensor,
-    rotary: tuple[Tensor, Tensor],
-    cache: KVCache,
+    weights: LayerWeights, steps: Steps, place: Place, layer: int, hidden_SM: Tensor, cache: KVCache
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
-    num_rows, eps = hidden_SM.shape[0], geometry.norm_eps
-    heads, kv_heads, head_dim = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim
-    normed = rms_norm(hidden_SM, weights.input_norm, eps)
-    qkv = weights.qkv(normed).view(num_rows, heads + 2 * kv_heads, head_dim)
-    turning = qkv[:, : heads + kv_heads]
-    if weights.q_norm is not None and weights.k_norm is not None:
-        queries = rms_norm(turning[:, :heads], weights.q_norm, eps)
-        turning = torch.cat((queries, rms_norm(turning[:, heads:], weights.k_norm, eps)), dim=1)
-    turned = rotate(turning, *rotary)
-    all_keys, all_values = cache.write(layer, turned[:, heads:], qkv[:, heads + kv_heads :])
-    mixed = attend(turned[:, :heads], all_keys, all_values, weights.window)
+    qkv = weights.qkv(steps.norm(hidden_SM, weights.input_norm))
+    mixed = steps.mix(qkv, weights.head_norms, weights.window, place, cache, layer)
     hidden_SM = weights.out.plus(mixed, hidden_SM)
-    normed = rms_norm(hidden_SM, weights.post_norm, eps)
+    normed_SM = steps.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:
-        return hidden_SM + _mixture(weights.experts, normed)
+        return hidden_SM + _mixture(weights.experts, normed_SM)
     assert weights.gate_up is not None
     assert weights.down is not None
-    return weights.down.plus(weights.gate_up(normed), hidden_SM)
+    return weights.down.plus(steps.gate(weights.gate_up(normed_SM)), hidden_SM)
 
 
 def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:

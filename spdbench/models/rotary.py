@@ -6,8 +6,12 @@ Shapes: S rows, H heads, D head size, P positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from spdbench.models.kv_cache import array
 
 
 class Rotary:
@@ -20,12 +24,19 @@ class Rotary:
         self._device = device
         self._cos_PD = self._sin_PD = torch.empty(0)
         self._size = 0
+        self._arrays: Any = None
 
-    def at(self, positions_S: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for the rows, each `[S, 1, D]`. `largest` is the greatest position, known without a look."""
-        if largest >= self._size:
-            self._grow(max(largest + 1, 2 * self._size, 512))
-        return self._cos_PD[positions_S][:, None], self._sin_PD[positions_S][:, None]
+    def tables(self, size: int) -> tuple[Tensor, Tensor]:
+        """cos and sin of at least the first `size` positions, each `[P, D]`."""
+        if size > self._size:
+            self._grow(max(size, 2 * self._size, 512))
+        return self._cos_PD, self._sin_PD
+
+    def arrays(self, size: int) -> Any:
+        """The same as numpy sees it."""
+        if size > self._size or self._arrays is None:
+            self._arrays = tuple(array(table) for table in self.tables(size))
+        return self._arrays
 
     def _grow(self, size: int) -> None:
         angles = torch.outer(torch.arange(size, dtype=torch.float32), self._frequencies.cpu())
@@ -35,6 +46,7 @@ class Rotary:
         self._cos_PD = (angles.cos() * self._factor).to(self._device, self._dtype)
         self._sin_PD = (angles.sin() * self._factor * signs).to(self._device, self._dtype)
         self._size = size
+        self._arrays = None
 
 
 def rotate(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import sha256_of_files
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import gated, linear
+from spdbench.models.kernels import linear
 from spdbench.models.layers import LayerWeights
+from spdbench.models.steps import HeadNorms, NormWeight
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 
@@ -197,14 +198,18 @@ def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
     present = [bias for bias in biases if bias is not None]
     weights = [take(f"{attention}{name}.weight", size, width) for name, size in sizes]
     return LayerWeights(
-        input_norm=take(prefix + "input_layernorm.weight", width),
+        input_norm=NormWeight(take(prefix + "input_layernorm.weight", width)),
         qkv=linear(torch.cat(weights), torch.cat(present) if len(present) == len(biases) else None),
-        q_norm=take(attention + "q_norm.weight", base.head_dim),
-        k_norm=take(attention + "k_norm.weight", base.head_dim),
+        head_norms=HeadNorms(
+            NormWeight(take(attention + "q_norm.weight", base.head_dim)),
+            NormWeight(take(attention + "k_norm.weight", base.head_dim)),
+        ),
         out=linear(take(attention + "o_proj.weight", width, queries), take.optional(attention + "o_proj.bias", width)),
-        post_norm=take(prefix + "post_attention_layernorm.weight", width),
-        gate_up=gated(
-            *(take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up"))
+        post_norm=NormWeight(take(prefix + "post_attention_layernorm.weight", width)),
+        gate_up=linear(
+            torch.cat(
+                [take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]
+            )
         ),
         down=linear(take(prefix + "mlp.down_proj.weight", width, base.intermediate_size)),
         experts=None,

@@ -58,3 +58,24 @@ def test_a_full_cache_refuses_more() -> None:
     append(cache, 1.0, rows=2)
     with pytest.raises(IndexError, match="2 slots cannot hold 3"):
         append(cache, 1.0)
+
+
+def test_keeping_a_path_moves_its_rows_together() -> None:
+    cache = new_cache()
+    append(cache, 1.0, rows=2)
+    mark = cache.mark()
+    append(cache, 10.0, rows=5)
+    before = [part.clone() for part in cache.rows(2)]
+    cache.keep(mark, [0, 2, 4])
+    assert cache.length == 5
+    for part, old in zip(cache.rows(2), before, strict=True):
+        assert torch.equal(part, old[:, [0, 1, 2, 4, 6]])
+
+
+def test_keeping_the_first_rows_moves_nothing() -> None:
+    cache = new_cache()
+    append(cache, 1.0, rows=4)
+    before = [part.clone() for part in cache.rows(2)]
+    cache.keep(1, [0, 1])
+    assert cache.length == 3
+    assert all(torch.equal(part, old[:, :3]) for part, old in zip(cache.rows(2), before, strict=True))

@@ -1,0 +1,272 @@
+"""What a layer does between two products, for a few rows on a CPU: compiled by numba, one call for many operators.
+
+A product over one row takes tens of microseconds; each torch operator beside it costs several more, and a layer has
+some twenty-five of them. These functions do the same arithmetic in one pass over memory each, on one thread, because
+the rows are few and the other threads wait inside the products' own pool. bfloat16 arrives as uint16 (numpy knows no
+such type), is widened to float32 for all arithmetic, and rounded to the nearest even once at the end.
+
+Must not know torch, layers or models. Importing this module needs numba; `steps` does without it where it is missing.
+
+Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, G = H / K, T slots, D head size, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+RELAXED = ("reassoc", "contract", "nsz", "arcp")
+"""Sums may be taken in any order and products contracted; not-a-number and infinity keep their meaning."""
+F = np.float32
+LOG2_E = F(1.44269504)
+LN2_HIGH, LN2_LOW = F(0.693359375), F(-2.12194440e-4)
+SMALLEST_EXPONENT = F(-87.0)
+MINUS_INFINITY = F(-np.inf)
+
+
+def compiled(function: Function, fastmath: Collection[str] = RELAXED) -> Function:
+    """`function` as machine code, kept on disk between runs where a folder can be written."""
+    flags: dict[str, Any] = {"fastmath": set(fastmath), "error_model": "numpy", "nogil": True}
+    try:
+        machine_code: Function = njit(cache=True, **flags)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        machine_code = njit(**flags)(function)
+    return machine_code
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def widen(_typing: Any, value: Any) -> Any:
+    """A bfloat16 held in a uint16, or a float32, as float32."""
+    if value == types.float32:
+        return types.float32(types.float32), lambda _context, _builder, _signature, arguments: arguments[0]
+
+    def shift(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(types.uint16), shift
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def narrow(_typing: Any, value: Any, like: Any) -> Any:
+    """A float32 in the type of `like`: itself, or the nearest bfloat16, ties to even, as a uint16."""
+    if like == types.float32:
+        return types.float32(value, like), lambda _context, _builder, _signature, arguments: arguments[0]
+
+    def rounded(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], word)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(word, 16)), ir.Constant(word, 1))
+        nearest = builder.add(builder.add(bits, ir.Constant(word, 0x7FFF)), odd)
+        return builder.trunc(builder.lshr(nearest, ir.Constant(word, 16)), ir.IntType(16))
+
+    return types.uint16(types.float32, types.uint16), rounded
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _from_bits(_typing: Any, bits: Any) -> Any:  # noqa: ARG001 - numba reads the signature
+    """The float32 that an int32's bits spell."""
+
+    def bitcast(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), bitcast
+
+
+@partial(compiled, fastmath=("contract",))
+def exponential(x: Any) -> Any:
+    """e^x in float32 to about one unit in the last place, without a call, so that a loop over it is vectorised.
+
+    x = n ln 2 + r with |r| <= ln 2 / 2; the Taylor polynomial of e^r to degree 7 errs by less than 1e-8 there; ln 2 in
+    two parts keeps n ln 2 exact, as long as the order of the terms is kept. Below -87 it stays at e^-87, which no sum
+    in float32 notices.
+    """
+    x = max(x, SMALLEST_EXPONENT)
+    n = np.floor(x * LOG2_E + F(0.5))
+    r = (x - n * LN2_HIGH) - n * LN2_LOW
+    p = F(1.0 / 5040.0)
+    p = p * r + F(1.0 / 720.0)
+    p = p * r + F(1.0 / 120.0)
+    p = p * r + F(1.0 / 24.0)
+    p = p * r + F(1.0 / 6.0)
+    p = p * r + F(0.5)
+    p = p * r + F(1.0)
+    p = p * r + F(1.0)
+    return p * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+
+
+@compiled
+def rms_norm(rows_SM: Any, weight_M: Any, eps: float, out_SM: Any) -> None:
+    """Rows over their root mean square, times the weight (Zhang and Sennrich, arXiv 1910.07467)."""
+    num_rows, width = rows_SM.shape
+    for s in range(num_rows):
+        total = F(0)
+        for m in range(width):
+            total += widen(rows_SM[s, m]) * widen(rows_SM[s, m])
+        scale = F(1) / np.sqrt(total / F(width) + F(eps))
+        for m in range(width):
+            out_SM[s, m] = narrow(widen(rows_SM[s, m]) * scale * widen(weight_M[m]), out_SM[s, m])
+
+
+@compiled
+def gate(both_S2F: Any, out_SF: Any) -> None:
+    """silu(gate) * up of rows in which the gate stands before up."""
+    num_rows, width = out_SF.shape
+    for s in range(num_rows):
+        for f in range(width):
+            x = widen(both_S2F[s, f])
+            out_SF[s, f] = narrow(x / (F(1) + exponential(-x)) * widen(both_S2F[s, width + f]), out_SF[s, f])
+
+
+@compiled
+def _turn_head(head_D: Any, norm_D: Any, eps: float, cos_D: Any, sin_D: Any, out_D: Any) -> None:
+    """One head, normalised where `norm_D` is not empty, turned by its position's angles; sines bring signs along."""
+    half = head_D.shape[0] // 2
+    if norm_D.shape[0] == 0:
+        for d in range(half):
+            low, high = widen(head_D[d]), widen(head_D[half + d])
+            out_D[d] = narrow(low * widen(cos_D[d]) + high * widen(sin_D[d]), out_D[d])
+            out_D[half + d] = narrow(high * widen(cos_D[half + d]) + low * widen(sin_D[half + d]), out_D[d])
+        return
+    total = F(0)
+    for d in range(2 * half):
+        total += widen(head_D[d]) * widen(head_D[d])
+    scale = F(1) / np.sqrt(total / F(2 * half) + F(eps))
+    for d in range(half):
+        low = widen(head_D[d]) * scale * widen(norm_D[d])
+        high = widen(head_D[half + d]) * scale * widen(norm_D[half + d])
+        out_D[d] = narrow(low * widen(cos_D[d]) + high * widen(sin_D[d]), out_D[d])
+        out_D[half + d] = narrow(high * widen(cos_D[half + d]) + low * widen(sin_D[half + d]), out_D[d])
+
+
+@compiled
+def turn(
+    qkv: Any,
+    q_norm_D: Any,
+    k_norm_D: Any,
+    eps: float,
+    positions_S: Any,
+    cos_PD: Any,
+    sin_PD: Any,
+    keys_KTD: Any,
+    values_KTD: Any,
+    slot: int,
+    queries: Any,
+) -> None:
+    """Splits `qkv` `[S, (H + 2K) D]`: turned queries, turned keys and plain values from `slot` on.
+
+    Queries come out folded, `[K, G S, D]`: the rows of all heads that share a kv head, one head after the other. Head
+    norms are empty where the model has none.
+    """
+    num_kv, _, size = keys_KTD.shape
+    num_rows = qkv.shape[0]
+    group = queries.shape[1] // num_rows
+    num_heads = num_kv * group
+    for s in range(num_rows):
+        cos_D, sin_D = cos_PD[positions_S[s]], sin_PD[positions_S[s]]
+        for h in range(num_heads):
+            at = h * size
+            folded = queries[h // group, h % group * num_rows + s]
+            _turn_head(qkv[s, at : at + size], q_norm_D, eps, cos_D, sin_D, folded)
+        for k in range(num_kv):
+            at = (num_heads + k) * size
+            _turn_head(qkv[s, at : at + size], k_norm_D, eps, cos_D, sin_D, keys_KTD[k, slot + s])
+            at += num_kv * size
+            for d in range(size):
+                values_KTD[k, slot + s, d] = qkv[s, at + d]
+
+
+@compiled
+def _softmax(scores_T: Any, begin: int, end: int) -> None:
+    """Scores from `begin` to `end` become weights that sum to one."""
+    largest, total = MINUS_INFINITY, F(0)
+    for t in range(begin, end):
+        largest = max(largest, scores_T[t])
+    for t in range(begin, end):
+        scores_T[t] = exponential(scores_T[t] - largest)
+        total += scores_T[t]
+    for t in range(begin, end):
+        scores_T[t] /= total
+
+
+@compiled
+def _mix(weights_T: Any, values_TD: Any, begin: int, end: int, out_D: Any) -> None:
+    """The weighted sum of values, added to `out_D`, four slots at a time to pass over `out_D` less often."""
+    size = out_D.shape[0]
+    fours = begin + (end - begin) // 4 * 4
+    for t in range(begin, fours, 4):
+        a, b, c, e = weights_T[t], weights_T[t + 1], weights_T[t + 2], weights_T[t + 3]
+        for d in range(size):
+            out_D[d] += (
+                a * widen(values_TD[t, d])
+                + b * widen(values_TD[t + 1, d])
+                + c * widen(values_TD[t + 2, d])
+                + e * widen(values_TD[t + 3, d])
+            )
+    for t in range(fours, end):
+        for d in range(size):
+            out_D[d] += weights_T[t] * widen(values_TD[t, d])
+
+
+@compiled
+def unfold(folded: Any, out: Any) -> None:
+    """Attention's output from `[K, G S, D]`, as the queries came, to `[S, H D]`."""
+    num_kv, folded_rows, size = folded.shape
+    num_rows = out.shape[0]
+    group = folded_rows // num_rows
+    for s in range(num_rows):
+        for k in range(num_kv):
+            for g in range(group):
+                at = (k * group + g) * size
+                for d in range(size):
+                    out[s, at + d] = folded[k, g * num_rows + s, d]
+
+
+@compiled
+def attend(
+    queries: Any, keys_KTD: Any, values_KTD: Any, slot: int, depths_S: Any, visible_SS: Any, window: int, out: Any
+) -> None:
+    """Attention of rows that stand in the slots from `slot` on, over all slots before them and some of their own.
+
+    `queries` are folded as `turn` gives them, `out` is `[S, H D]`. Row s is `depths_S[s]` positions behind the first
+    of the new rows; among the new rows it sees those that `visible_SS` allows, or itself and those before it where
+    `visible_SS` is empty. With `window` > 0 it sees so many positions, its own included.
+    """
+    num_kv, _, size = keys_KTD.shape
+    num_rows = out.shape[0]
+    group = queries.shape[1] // num_rows
+    scale = F(1) / np.sqrt(F(size))
+    is_tree = visible_SS.shape[0] > 0
+    query_D, mixed_D = np.empty(size, F), np.empty(size, F)
+    scores_T = np.empty(slot + num_rows, F)
+    for s in range(num_rows):
+        begin = max(0, slot + depths_S[s] + 1 - window) if window > 0 else 0
+        begin = min(begin, slot) if is_tree else begin
+        end = slot + num_rows if is_tree else slot + s + 1
+        for k in range(num_kv):
+            for g in range(group):
+                for d in range(size):
+                    query_D[d] = widen(queries[k, g * num_rows + s, d]) * scale
+                    mixed_D[d] = F(0)
+                for t in range(begin, end):
+                    score = F(0)
+                    for d in range(size):
+                        score += query_D[d] * widen(keys_KTD[k, t, d])
+                    scores_T[t] = score
+                if is_tree:
+                    for j in range(num_rows):
+                        if not visible_SS[s, j]:
+                            scores_T[slot + j] = MINUS_INFINITY
+                _softmax(scores_T, begin, end)
+                _mix(scores_T, values_KTD[k], begin, end, mixed_D)
+                at = (k * group + g) * size
+                for d in range(size):
+                    out[s, at + d] = narrow(mixed_D[d], out[s, at + d])

@@ -1,0 +1,110 @@
+"""Where new rows stand: their positions, whom they see, and the angles they are turned by. Worked out once a forward
+pass, on demand, for all layers. Must not know what is done with it.
+
+Shapes: S new rows, T slots, D head size, P positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spdbench.models.attention import causal_mask
+from spdbench.models.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """New rows that form a tree: how deep each stands behind the first, int64 `[S]`, and which rows of the tree it
+    sees, bool `[S, S]`: its ancestors and itself."""
+
+    depths_S: np.ndarray[Any, np.dtype[np.int64]]
+    visible_SS: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+NO_TREE = np.zeros((0, 0), dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class Place:
+    """`num_rows` rows, the first at position `start`; a chain unless `tree` says otherwise."""
+
+    rotary: Rotary
+    start: int
+    num_rows: int
+    tree: TreeRows | None = None
+    _masks: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def depths(self) -> Any:
+        """How many positions each row is behind the first: `[S]`."""
+        return np.arange(self.num_rows) if self.tree is None else self.tree.depths_S
+
+    @cached_property
+    def positions(self) -> Any:
+        """`[S]`."""
+        return self.depths + self.start
+
+    @property
+    def visible(self) -> Any:
+        """Whom of each other the rows see, `[S, S]`; empty for a chain."""
+        return NO_TREE if self.tree is None else self.tree.visible_SS
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of the rows, each `[S, 1, D]`."""
+        cos_PD, sin_PD = self.rotary.tables(self.start + self.num_rows)
+        if self.tree is None:
+            rows = slice(self.start, self.start + self.num_rows)
+            return cos_PD[rows, None], sin_PD[rows, None]
+        positions_S = torch.from_numpy(self.positions).to(cos_PD.device)
+        return cos_PD[positions_S][:, None], sin_PD[positions_S][:, None]
+
+    @cached_property
+    def angle_arrays(self) -> Any:
+        """cos and signed sin of all positions so far, as numpy sees them."""
+        return self.rotary.arrays(self.start + self.num_rows)
+
+    def mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
+        """`[S, T]`, true where a row may look, the rows being in the last S slots; None where causality says it all."""
+        key = (num_slots, window)
+        if key not in self._masks:
+            self._masks[key] = self._new_mask(num_slots, window, device)
+        return self._masks[key]
+
+    def folded_bias(self, num_slots: int, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """The same for the folded rows of `group` heads, `[G S, T]`, as what is added to scores: 0 or -infinity."""
+        key = (num_slots, window, group, dtype)
+        if key not in self._masks:
+            mask_ST = self.mask(num_slots, window, torch.device("cpu"))
+            if mask_ST is None:
+                mask_ST = causal_mask(self.num_rows, num_slots, None, torch.device("cpu"))
+            bias_ST = torch.zeros(mask_ST.shape, dtype=dtype).masked_fill_(~mask_ST, -torch.inf)
+            self._masks[key] = bias_ST.repeat(group, 1)
+        bias = self._masks[key]
+        assert bias is not None
+        return bias
+
+    def _new_mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
+        if self.tree is not None:
+            return _tree_mask(self.tree, num_slots, window).to(device)
+        if self.num_rows == 1 or (self.num_rows == num_slots and (window is None or window >= num_slots)):
+            return None
+        return causal_mask(self.num_rows, num_slots, window, device)
+
+
+def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
+    """All slots before the tree's own that are within the window of a row's position, and those it sees of the tree."""
+    num_rows = len(tree.depths_S)
+    before = num_slots - num_rows
+    mask = torch.ones(num_rows, num_slots, dtype=torch.bool)
+    if window is not None:
+        first = before + torch.from_numpy(tree.depths_S)[:, None] + 1 - window
+        mask &= torch.arange(num_slots) >= first.clamp(max=before)
+    mask[:, before:] = torch.from_numpy(tree.visible_SS)
+    return mask

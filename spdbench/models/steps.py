@@ -1,0 +1,188 @@
+"""What a layer does between its products: norms, rotation, the cache, attention, the gate. Two ways, one meaning.
+
+`TorchSteps` serves every device and any number of rows; `CompiledSteps` a few rows on a CPU, where an operator's call
+costs more than its arithmetic. Must not know of products or of where weights come from.
+
+Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import ModuleType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+from spdbench.models.attention import attend
+from spdbench.models.kv_cache import KVCache, array
+from spdbench.models.place import Place
+from spdbench.models.rotary import rotate
+
+COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+COMPILED_ROWS = 64
+"""Up to so many rows one thread does what lies between two products; more are worth torch's threads."""
+
+COMPILED_SCORES = 512
+"""Up to so many scores a head (rows times slots) attention too stays on that thread, and always for a single row."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that a layer's tensors are cut by."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+
+
+class NormWeight:
+    """The weight `[M]` of an RMS norm."""
+
+    def __init__(self, weight_M: Tensor) -> None:
+        self.weight_M = weight_M
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight_M.nbytes
+
+    @cached_property
+    def array(self) -> Any:
+        return array(self.weight_M)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of every query head and of every key head, `[D]` each."""
+
+    query: NormWeight
+    key: NormWeight
+
+    @property
+    def nbytes(self) -> int:
+        return self.query.nbytes + self.key.nbytes
+
+
+class Steps(Protocol):
+    """The steps of a layer, over rows that stand in one place."""
+
+    def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
+        """Rows over their root mean square, times the weight: `[S, M]`."""
+
+    def mix(
+        self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
+    ) -> Tensor:
+        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows."""
+
+    def gate(self, both_S2F: Tensor) -> Tensor:
+        """silu(gate) * up, gate standing before up: `[S, F]`."""
+
+
+@dataclass(frozen=True)
+class TorchSteps:
+    """The steps as torch operators."""
+
+    geometry: Geometry
+
+    def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
+        return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
+
+    def mix(
+        self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
+    ) -> Tensor:
+        heads, kv, eps = self.geometry.num_heads, self.geometry.num_kv_heads, self.geometry.norm_eps
+        split = qkv.view(qkv.shape[0], heads + 2 * kv, self.geometry.head_dim)
+        turning = split[:, : heads + kv]
+        if norms is not None:
+            queries = rms_norm(turning[:, :heads], norms.query.weight_M, eps)
+            turning = torch.cat((queries, rms_norm(turning[:, heads:], norms.key.weight_M, eps)), dim=1)
+        turned = rotate(turning, *place.angles)
+        keys_KTD, values_KTD = cache.write(layer, turned[:, heads:], split[:, heads + kv :])
+        mask_ST = place.mask(keys_KTD.shape[1], window, qkv.device)
+        return attend(turned[:, :heads], keys_KTD, values_KTD, mask_ST, window)
+
+    def gate(self, both_S2F: Tensor) -> Tensor:
+        gate, up = both_S2F.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+
+
+class CompiledSteps:
+    """The steps as compiled functions over the tensors' memory.
+
+    What a step returns holds until the same step is taken again: a pass writes to the same few buffers all the time.
+    """
+
+    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
+        functions = _compiled_functions()
+        assert functions is not None
+        self._functions = functions
+        self._geometry = geometry
+        self._dtype = dtype
+        self._no_norm = array(torch.empty(0, dtype=dtype))
+        self._buffers: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Any]] = {}
+
+    def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
+        out, out_array = self._buffer("norm", *rows_SM.shape)
+        self._functions.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
+        return out
+
+    def mix(
+        self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
+    ) -> Tensor:
+        geometry, num_rows = self._geometry, place.num_rows
+        kv, folded_rows = geometry.num_kv_heads, geometry.num_heads // geometry.num_kv_heads * num_rows
+        queries, queries_array = self._buffer("queries", kv, folded_rows, geometry.head_dim)
+        out, out_array = self._buffer("mixed", num_rows, geometry.num_heads * geometry.head_dim)
+        slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
+        q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
+        eps, angles = geometry.norm_eps, place.angle_arrays
+        self._functions.turn(
+            array(qkv), q_norm, k_norm, eps, place.positions, *angles, keys_KTD, values_KTD, slot, queries_array
+        )
+        if num_rows == 1 or num_rows * (slot + num_rows) <= COMPILED_SCORES:
+            self._functions.attend(
+                queries_array, keys_KTD, values_KTD, slot, place.depths, place.visible, window or 0, out_array
+            )
+            return out
+        keys, values = cache.filled(layer, num_rows)
+        bias = place.folded_bias(slot + num_rows, window, folded_rows // num_rows, self._dtype)
+        mixed = scaled_dot_product_attention(queries[None], keys[None], values[None], attn_mask=bias)
+        self._functions.unfold(array(mixed[0]), out_array)
+        return out
+
+    def gate(self, both_S2F: Tensor) -> Tensor:
+        out, out_array = self._buffer("gate", both_S2F.shape[0], both_S2F.shape[1] // 2)
+        self._functions.gate(array(both_S2F), out_array)
+        return out
+
+    def _buffer(self, step: str, *shape: int) -> tuple[Tensor, Any]:
+        """A tensor and its memory as numpy sees it."""
+        key = (step, shape)
+        if key not in self._buffers:
+            tensor = torch.empty(shape, dtype=self._dtype)
+            self._buffers[key] = (tensor, array(tensor))
+        return self._buffers[key]
+
+
+def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if `CompiledSteps` can serve: on a CPU, in a dtype it knows, where numba is installed."""
+    return device.type == "cpu" and dtype in COMPILED_DTYPES and _compiled_functions() is not None
+
+
+def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
+    """Rows divided by their root mean square, times the weight (Zhang and Sennrich, arXiv 1910.07467): `[S, M]`."""
+    return functional.rms_norm(rows_SM, weight_M.shape, weight_M, eps)
+
+
+@cache
+def _compiled_functions() -> ModuleType | None:
+    try:
+        from spdbench.models import compiled
+    except ImportError:  # numba is missing, or does not fit this Python or numpy
+        return None
+    return compiled
