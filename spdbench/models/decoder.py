@@ -145,13 +145,13 @@ def load_decoder(
     embeddings = head = None
     if first or (last and config.tied):
         embeddings = reader.read("model.embed_tokens.weight", vocab_by_width)
-    if last:
-        head = linear(
-            embeddings if embeddings is not None and config.tied else reader.read("lm_head.weight", vocab_by_width)
-        )
-        if config.tied and isinstance(head, PackedLinear):  # else the same numbers would be held twice
-            embeddings = reader.mapped("model.embed_tokens.weight", vocab_by_width) if first else None
+    if last and config.tied and embeddings is not None:
+        head = linear(embeddings)
+    elif last:
+        head = linear(reader.read("lm_head.weight", vocab_by_width))
     checkpoint.close()
+    if config.tied and isinstance(head, PackedLinear):  # else the same numbers would be held twice
+        embeddings = reader.mapped("model.embed_tokens.weight", vocab_by_width) if first else None
     weights = {layer: reader.layer(layer) for layer in layers}
     norm = NormWeight(reader.read("model.norm.weight", (config.hidden_size,))) if last else None
     if whole:
