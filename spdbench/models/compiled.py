@@ -232,24 +232,26 @@ def unfold(folded: Any, out: Any) -> None:
 
 @compiled
 def attend(
-    queries: Any, keys_KTD: Any, values_KTD: Any, slot: int, depths_S: Any, visible_SS: Any, window: int, out: Any
+    queries: Any, keys_KTD: Any, values_KTD: Any, slot: int, depths_S: Any, visible_SW: Any, window: int, out: Any
 ) -> None:
     """Attention of rows that stand in the slots from `slot` on, over all slots before them and some of their own.
 
     `queries` are folded as `turn` gives them, `out` is `[S, H D]`. Row s is `depths_S[s]` positions behind the first
-    of the new rows; among the new rows it sees those that `visible_SS` allows, or itself and those before it where
-    `visible_SS` is empty. With `window` > 0 it sees so many positions, its own included.
+    new slot, or behind the tree's first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows,
+    and where that is empty itself and all before it. With `window` > 0 it sees so many positions, its own included.
     """
     num_kv, _, size = keys_KTD.shape
     num_rows = out.shape[0]
     group = queries.shape[1] // num_rows
     scale = F(1) / np.sqrt(F(size))
-    is_tree = visible_SS.shape[0] > 0
+    is_tree = visible_SW.shape[0] > 0
+    width = visible_SW.shape[1] if is_tree else num_rows
+    first = slot + num_rows - width
     query_D, mixed_D = np.empty(size, F), np.empty(size, F)
     scores_T = np.empty(slot + num_rows, F)
     for s in range(num_rows):
-        begin = max(0, slot + depths_S[s] + 1 - window) if window > 0 else 0
-        begin = min(begin, slot) if is_tree else begin
+        begin = max(0, first + depths_S[s] + 1 - window) if window > 0 else 0
+        begin = min(begin, first) if is_tree else begin
         end = slot + num_rows if is_tree else slot + s + 1
         for k in range(num_kv):
             for g in range(group):
@@ -262,9 +264,9 @@ def attend(
                         score += query_D[d] * widen(keys_KTD[k, t, d])
                     scores_T[t] = score
                 if is_tree:
-                    for j in range(num_rows):
-                        if not visible_SS[s, j]:
-                            scores_T[slot + j] = MINUS_INFINITY
+                    for j in range(width):
+                        if not visible_SW[s, j]:
+                            scores_T[first + j] = MINUS_INFINITY
                 _softmax(scores_T, begin, end)
                 _mix(scores_T, values_KTD[k], begin, end, mixed_D)
                 at = (k * group + g) * size

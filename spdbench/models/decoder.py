@@ -9,7 +9,7 @@ is the embedding (SPD.md, section 1).
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -25,16 +25,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
-from spdbench.models.steps import (
-    COMPILED_ROWS,
-    CompiledSteps,
-    Geometry,
-    HeadNorms,
-    NormWeight,
-    Steps,
-    TorchSteps,
-    can_compile,
-)
+from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -75,7 +66,7 @@ class Decoder:
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
-        place, steps = Place(self.rotary, start, num_rows, tree), self._steps(num_rows)
+        place, steps = Place(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
         for layer in layers:
             hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
@@ -84,11 +75,15 @@ class Decoder:
         cache.advance(num_rows)
         return hidden_SM, states
 
+    def normed(self, hidden_SM: Tensor) -> Tensor:
+        """The last layer's output after the final norm: `[S, M]`."""
+        assert self.final_norm is not None
+        return self._choose_steps(hidden_SM.shape[0]).norm(hidden_SM, self.final_norm)
+
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Next-token logits `[S, V]` of the last layer's output, final norm included."""
-        assert self.final_norm is not None
         assert self.head is not None
-        return self.head(self._steps(hidden_SM.shape[0]).norm(hidden_SM, self.final_norm))
+        return self.head(self.normed(hidden_SM))
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
@@ -109,17 +104,9 @@ class Decoder:
             total += self.final_norm.nbytes + self.head.nbytes
         return total
 
-    def _steps(self, num_rows: int) -> Steps:
-        compiled = self._compiled_steps
-        return compiled if compiled is not None and num_rows <= COMPILED_ROWS else self._torch_steps
-
     @cached_property
-    def _torch_steps(self) -> TorchSteps:
-        return TorchSteps(self.geometry)
-
-    @cached_property
-    def _compiled_steps(self) -> CompiledSteps | None:
-        return CompiledSteps(self.geometry, self.dtype) if can_compile(self.dtype, self.device) else None
+    def _choose_steps(self) -> Callable[[int], Steps]:
+        return steps_by_rows(self.geometry, self.dtype, self.device)
 
 
 def load_decoder(

@@ -33,10 +33,10 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Query, key and value stand in one matrix, gate and up in another; head norms only where they exist; either a
-    dense feed-forward or experts."""
+    """Query, key and value stand in one matrix, gate and up in another; norms only where they exist; either a dense
+    feed-forward or experts."""
 
-    input_norm: NormWeight
+    input_norm: NormWeight | None
     qkv: Linear
     head_norms: HeadNorms | None
     out: Linear
@@ -62,8 +62,18 @@ def layer_forward(
     weights: LayerWeights, steps: Steps, place: Place, layer: int, hidden_SM: Tensor, cache: KVCache
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
-    qkv = weights.qkv(steps.norm(hidden_SM, weights.input_norm))
-    mixed = steps.mix(qkv, weights.head_norms, weights.window, place, cache, layer)
+    normed_SM = hidden_SM if weights.input_norm is None else steps.norm(hidden_SM, weights.input_norm)
+    return layer_body(weights, steps, place, layer, normed_SM, hidden_SM, cache)
+
+
+def layer_body(
+    weights: LayerWeights, steps: Steps, place: Place, layer: int, inputs_SI: Tensor, hidden_SM: Tensor, cache: KVCache
+) -> Tensor:
+    """What follows a layer's input norm: attention over `inputs_SI` and the feed-forward, added to `hidden_SM`.
+
+    Inputs are as wide as the layer's query weights read: M in a decoder, 2M in EAGLE-3's first layer.
+    """
+    mixed = steps.mix(weights.qkv(inputs_SI), weights.head_norms, weights.window, place, cache, layer)
     hidden_SM = weights.out.plus(mixed, hidden_SM)
     normed_SM = steps.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:

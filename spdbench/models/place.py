@@ -20,11 +20,15 @@ from spdbench.models.rotary import Rotary
 
 @dataclass(frozen=True)
 class TreeRows:
-    """New rows that form a tree: how deep each stands behind the first, int64 `[S]`, and which rows of the tree it
-    sees, bool `[S, S]`: its ancestors and itself."""
+    """New rows that belong to a tree.
 
-    depths_S: np.ndarray[Any, np.dtype[np.int64]]
-    visible_SS: np.ndarray[Any, np.dtype[np.bool_]]
+    `depths_S` says how many positions each row is behind the first slot of the tree. `visible_SW` says which of the
+    last W slots it sees: W = S where the whole tree is new, more where older slots belong to it as well. Every slot
+    before those is seen by all.
+    """
+
+    depths_S: Tensor
+    visible_SW: Tensor
 
 
 NO_TREE = np.zeros((0, 0), dtype=np.bool_)
@@ -32,7 +36,8 @@ NO_TREE = np.zeros((0, 0), dtype=np.bool_)
 
 @dataclass(frozen=True)
 class Place:
-    """`num_rows` rows, the first at position `start`; a chain unless `tree` says otherwise."""
+    """`num_rows` rows, the first at position `start`; a chain unless `tree` says otherwise, whose depths count from
+    there."""
 
     rotary: Rotary
     start: int
@@ -43,7 +48,7 @@ class Place:
     @cached_property
     def depths(self) -> Any:
         """How many positions each row is behind the first: `[S]`."""
-        return np.arange(self.num_rows) if self.tree is None else self.tree.depths_S
+        return np.arange(self.num_rows) if self.tree is None else self.tree.depths_S.numpy()
 
     @cached_property
     def positions(self) -> Any:
@@ -52,23 +57,28 @@ class Place:
 
     @property
     def visible(self) -> Any:
-        """Whom of each other the rows see, `[S, S]`; empty for a chain."""
-        return NO_TREE if self.tree is None else self.tree.visible_SS
+        """Which of the last W slots the rows see, `[S, W]`; empty for a chain."""
+        return NO_TREE if self.tree is None else self.tree.visible_SW.numpy()
 
     @cached_property
     def angles(self) -> tuple[Tensor, Tensor]:
         """cos and signed sin of the rows, each `[S, 1, D]`."""
-        cos_PD, sin_PD = self.rotary.tables(self.start + self.num_rows)
+        cos_PD, sin_PD = self.rotary.tables(self._end)
         if self.tree is None:
             rows = slice(self.start, self.start + self.num_rows)
             return cos_PD[rows, None], sin_PD[rows, None]
-        positions_S = torch.from_numpy(self.positions).to(cos_PD.device)
+        positions_S = self.tree.depths_S.to(cos_PD.device) + self.start
         return cos_PD[positions_S][:, None], sin_PD[positions_S][:, None]
 
     @cached_property
     def angle_arrays(self) -> Any:
         """cos and signed sin of all positions so far, as numpy sees them."""
-        return self.rotary.arrays(self.start + self.num_rows)
+        return self.rotary.arrays(self._end)
+
+    @property
+    def _end(self) -> int:
+        """More than the greatest position; known without a look at the tree, which is no deeper than it is wide."""
+        return self.start + (self.num_rows if self.tree is None else self.tree.visible_SW.shape[1])
 
     def mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
         """`[S, T]`, true where a row may look, the rows being in the last S slots; None where causality says it all."""
@@ -100,11 +110,11 @@ class Place:
 
 def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
     """All slots before the tree's own that are within the window of a row's position, and those it sees of the tree."""
-    num_rows = len(tree.depths_S)
-    before = num_slots - num_rows
-    mask = torch.ones(num_rows, num_slots, dtype=torch.bool)
+    num_rows, width = tree.visible_SW.shape
+    before = num_slots - width
+    mask = torch.ones(num_rows, num_slots, dtype=torch.bool, device=tree.visible_SW.device)
     if window is not None:
-        first = before + torch.from_numpy(tree.depths_S)[:, None] + 1 - window
-        mask &= torch.arange(num_slots) >= first.clamp(max=before)
-    mask[:, before:] = torch.from_numpy(tree.visible_SS)
+        first = before + tree.depths_S[:, None] + 1 - window
+        mask &= torch.arange(num_slots, device=mask.device) >= first.clamp(max=before)
+    mask[:, before:] = tree.visible_SW
     return mask

@@ -8,6 +8,7 @@ Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -114,7 +115,8 @@ class TorchSteps:
 class CompiledSteps:
     """The steps as compiled functions over the tensors' memory.
 
-    What a step returns holds until the same step is taken again: a pass writes to the same few buffers all the time.
+    What a step returns holds until the same step, a norm with the same weight, is taken again over as many rows: a pass
+    writes to the same buffers all the time.
     """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
@@ -124,10 +126,10 @@ class CompiledSteps:
         self._geometry = geometry
         self._dtype = dtype
         self._no_norm = array(torch.empty(0, dtype=dtype))
-        self._buffers: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Any]] = {}
+        self._buffers: dict[tuple[object, tuple[int, ...]], tuple[Tensor, Any]] = {}
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
-        out, out_array = self._buffer("norm", *rows_SM.shape)
+        out, out_array = self._buffer(weight, *rows_SM.shape)
         self._functions.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
         return out
 
@@ -160,13 +162,22 @@ class CompiledSteps:
         self._functions.gate(array(both_S2F), out_array)
         return out
 
-    def _buffer(self, step: str, *shape: int) -> tuple[Tensor, Any]:
+    def _buffer(self, step: object, *shape: int) -> tuple[Tensor, Any]:
         """A tensor and its memory as numpy sees it."""
         key = (step, shape)
         if key not in self._buffers:
             tensor = torch.empty(shape, dtype=self._dtype)
             self._buffers[key] = (tensor, array(tensor))
         return self._buffers[key]
+
+
+def steps_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Callable[[int], Steps]:
+    """From a number of rows to the steps that serve them best."""
+    torch_steps = TorchSteps(geometry)
+    if not can_compile(dtype, device):
+        return lambda _: torch_steps
+    compiled_steps = CompiledSteps(geometry, dtype)
+    return lambda num_rows: compiled_steps if num_rows <= COMPILED_ROWS else torch_steps
 
 
 def can_compile(dtype: torch.dtype, device: torch.device) -> bool:

@@ -31,11 +31,8 @@ compiled = pytest.importorskip("spdbench.models.compiled", reason="numba is not 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
 TREE = TreeRows(  # 0 -> 1, 2; 1 -> 3; 2 -> 4
-    np.array([0, 1, 1, 2, 2]),
-    np.array(
-        [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]],
-        dtype=bool,
-    ),
+    torch.tensor([0, 1, 1, 2, 2]),
+    torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]).bool(),
 )
 
 
@@ -135,6 +132,32 @@ def test_a_trees_branch_equals_the_same_tokens_in_a_row(make: type[TorchSteps], 
         return steps.mix(rows, None, window, Place(angles, 6, len(rows), tree), cache, 0)
 
     near(after_prompt(qkv, TREE)[[0, 2, 4]], after_prompt(qkv[[0, 2, 4]].clone(), None))
+
+
+@pytest.mark.parametrize("make", [TorchSteps, lambda sizes: CompiledSteps(sizes, torch.float32)])
+@pytest.mark.parametrize("scores", [0, 10_000])
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_tree_that_grows_level_by_level_equals_one_that_comes_at_once(
+    make: type[TorchSteps], scores: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps_module, "COMPILED_SCORES", scores)
+    sizes, angles = geometry(), rotary(8, torch.float32)
+    qkv, prompt = tensor(5, 80, seed=1), tensor(6, 80, seed=2)
+
+    def outputs(levels: list[int]) -> torch.Tensor:
+        steps, cache, found = make(sizes), KVCache(range(1), 2, 8, 32, torch.float32, CPU), []
+        steps.mix(prompt, None, window, Place(angles, 0, 6), cache, 0)
+        cache.advance(6)
+        begin = 0
+        for end in levels:
+            rows = TreeRows(TREE.depths_S[begin:end], TREE.visible_SW[begin:end, :end].contiguous())
+            place = Place(angles, 6, end - begin, rows)
+            found.append(steps.mix(qkv[begin:end].clone(), None, window, place, cache, 0).clone())
+            cache.advance(end - begin)
+            begin = end
+        return torch.cat(found)
+
+    near(outputs([1, 3, 5]), outputs([5]))
 
 
 def test_every_bfloat16_survives_and_float32s_round_as_in_torch() -> None:

@@ -1,0 +1,157 @@
+"""EAGLE's draft head at work on one sequence: features and tokens in, logits of the next token out.
+
+    EAGLE-3   g = fc(target features at three depths)       x = (norm(embedding), norm(g))   residual g
+              layer over x, then its own norm and head over a draft vocabulary
+    EAGLE-1/2 x = fc(embedding, target's last hidden state after its final norm)             residual x
+              layer without an input norm, then the target's head
+
+The pair (feature of position t, token of position t + 1) is draft row t. Rows of committed tokens stay in the cache
+and come from true target features; a tree's rows, which feed on the head's own output, are scratch and are forgotten
+when the next committed rows arrive.
+
+Sources: arXiv 2401.15077, 2406.16858, 2503.01840; METHODS.md A.1 and A.2. Must not know of trees' shapes, files or
+verdicts.
+
+Shapes: S rows, A aux features, T target width, M draft width, U draft vocabulary, V vocabulary, W slots of a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from spdbench.models.kernels import Linear
+from spdbench.models.kv_cache import KVCache
+from spdbench.models.layers import LayerWeights, layer_body, layer_forward
+from spdbench.models.place import Place, TreeRows
+from spdbench.models.rotary import Rotary
+from spdbench.models.steps import Geometry, NormWeight, Steps, steps_by_rows
+
+
+@dataclass(frozen=True)
+class EagleWeights:
+    """A head for one target.
+
+    `aux` are the target's hidden states that `fc` reads, by index; empty for EAGLE-1/2, which reads the last one after
+    the final norm. `layers[0]` reads 2M inputs in EAGLE-3. `feature_norm` normalises the features that enter layer 0
+    (`hidden_norm`), `fc_norms` the target's features before `fc`: none, one over all A T columns, or one for each of A.
+    `norm` stands before the head; None in EAGLE-1/2. `residual_normed`: the residual is the normalised feature.
+    `feed_normed`: the next row is fed what left `norm`, not what entered it. `token_ids_U` names the draft vocabulary,
+    None where it is the target's own.
+    """
+
+    geometry: Geometry
+    rotary: Rotary
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+    embeddings: Tensor
+    aux: tuple[int, ...]
+    fc: Linear
+    fc_norms: tuple[NormWeight, ...]
+    layers: tuple[LayerWeights, ...]
+    feature_norm: NormWeight | None
+    norm: NormWeight | None
+    head: Linear
+    token_ids_U: Tensor | None
+    residual_normed: bool = False
+    feed_normed: bool = False
+
+    @property
+    def is_eagle3(self) -> bool:
+        return bool(self.aux)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one draft row reads, `fc` left out: a tree's rows do not pass through it in EAGLE-3."""
+        layers = sum(layer.bytes_per_token() for layer in self.layers)
+        return layers + self.head.nbytes + (0 if self.is_eagle3 else self.fc.nbytes)
+
+
+class EagleModule:
+    """A head with the cache of one sequence."""
+
+    def __init__(self, weights: EagleWeights, capacity: int) -> None:
+        self.weights = weights
+        geometry = weights.geometry
+        self._cache = KVCache(
+            range(len(weights.layers)),
+            geometry.num_kv_heads,
+            geometry.head_dim,
+            capacity,
+            weights.dtype,
+            weights.device,
+        )
+        self._committed = 0
+
+    @property
+    def num_committed(self) -> int:
+        """Draft rows of committed tokens."""
+        return self._committed
+
+    def extend(self, features_SF: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of committed tokens from true features: `[S, A T]`, or `[S, T]` in EAGLE-1/2; `ids_S` are the tokens one
+        position further. Forgets a tree's rows. Returns logits `[1, U]` and state `[1, M]` of the last row."""
+        self._cache.rollback(self._committed)
+        place = Place(self.weights.rotary, self._committed, len(ids_S))
+        hidden_SM = self._forward(self._fused(features_SF), ids_S, place)
+        self._committed += len(ids_S)
+        return self._logits(hidden_SM[-1:])
+
+    def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
+        """Rows of a tree behind the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
+        states `[S, M]`."""
+        place = Place(self.weights.rotary, self._committed, len(ids_S), rows)
+        return self._logits(self._forward(states_SM, ids_S, place))
+
+    def token_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary indices as token ids, of the same shape."""
+        ids_U = self.weights.token_ids_U
+        return draft_ids if ids_U is None else ids_U[draft_ids]
+
+    @cached_property
+    def _choose_steps(self) -> Callable[[int], Steps]:
+        weights = self.weights
+        return steps_by_rows(weights.geometry, weights.dtype, weights.device)
+
+    def _fused(self, features_SF: Tensor) -> Tensor:
+        """What layer 0 is fed: `fc` of the features in EAGLE-3, the features themselves in EAGLE-1/2."""
+        weights = self.weights
+        if not weights.is_eagle3:
+            return features_SF
+        norms = weights.fc_norms
+        if norms:
+            steps = self._choose_steps(len(features_SF))
+            chunks: Sequence[Tensor] = features_SF.chunk(len(norms), dim=-1)
+            features_SF = torch.cat([steps.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
+        return weights.fc(features_SF)
+
+    def _forward(self, features_SM: Tensor, ids_S: Tensor, place: Place) -> Tensor:
+        weights, steps = self.weights, self._choose_steps(len(ids_S))
+        embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
+        first = weights.layers[0]
+        if weights.is_eagle3:
+            assert first.input_norm is not None
+            assert weights.feature_norm is not None
+            normed_SM = steps.norm(features_SM.contiguous(), weights.feature_norm)
+            inputs = torch.cat((steps.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
+            residual_SM = normed_SM if weights.residual_normed else features_SM
+        else:
+            residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
+        hidden_SM = layer_body(first, steps, place, 0, inputs, residual_SM, self._cache)
+        for index, layer in enumerate(weights.layers[1:], 1):
+            hidden_SM = layer_forward(layer, steps, place, index, hidden_SM, self._cache)
+        self._cache.advance(len(ids_S))
+        return hidden_SM
+
+    def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.weights
+        if weights.norm is None:
+            return weights.head(hidden_SM), hidden_SM
+        normed_SM = self._choose_steps(len(hidden_SM)).norm(hidden_SM.contiguous(), weights.norm)
+        return weights.head(normed_SM), normed_SM.clone() if weights.feed_normed else hidden_SM
