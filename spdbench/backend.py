@@ -7,7 +7,7 @@ use the same door. This module must know no backend by name, and importing it mu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 
@@ -60,12 +60,17 @@ class DrafterInfo:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a loaded backend is made of. `lane_bytes` are the target's bytes that each lane reads for one token."""
+    """What a loaded backend is made of.
+
+    `lane_bytes` are the target's bytes that each lane reads for one token. `chosen` is what the backend decided for
+    itself where the options left it open, such as a tree.
+    """
 
     devices: tuple[str, ...]
     lane_bytes: tuple[int, ...]
     stage_layers: tuple[int, ...] = ()
     drafter: DrafterInfo | None = None
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def lanes(self) -> int:

@@ -90,6 +90,10 @@ class SyntheticDrafts:
         """What verification has to find, or None where it finds for itself."""
         return self.favourable(index) if self.choice.kind == "forced" else None
 
+    def verdicts(self, index: int, count: int) -> list[bool] | None:
+        """What verification has to find for `count` new tokens from `index` on, or None where it finds for itself."""
+        return [self.favourable(t) for t in range(index, index + count)] if self.choice.kind == "forced" else None
+
     def _hash(self, index: int, purpose: bytes) -> bytes:
         words = b"%d:%d:" % (self.seed, index)
         return hashlib.blake2b(words + purpose + self.digest, digest_size=8).digest()
@@ -100,6 +104,14 @@ class SyntheticDrafts:
         while token in self.eos_ids and len(self.eos_ids) < self.vocab_size:
             token = (token + 1) % self.vocab_size
         return token
+
+
+def fill_siblings(drafts: SyntheticDrafts, index: int, count: int) -> list[int]:
+    """`count` different drafts for new token `index`: the dialled one first, then such as are wrong for certain."""
+    first = drafts.token(index)
+    right = drafts.reference[index] if index < len(drafts.reference) else first
+    others = (token % drafts.vocab_size for token in range(first + 1, first + count + 1))
+    return [first, *[token for token in others if token != right][: count - 1]]
 
 
 def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:

@@ -67,6 +67,9 @@ class BackendRecord(Record):
     lanes: int = Field(ge=1, le=INT32)
     lane_bytes: list[Large] = Field(description="the target's bytes that each lane reads for one token, head included")
     stage_layers: list[Count]
+    chosen: dict[str, str] = Field(
+        default_factory=dict, description="what the backend decided for itself where the options left it open"
+    )
 
 
 class ModelInfo(Record):

@@ -1,0 +1,171 @@
+"""`draft_model`: speculative sampling. A smaller model of the same vocabulary drafts a chain, the target verifies it.
+
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318; METHODS.md D. Greedy drafts are picked, and
+with a temperature they are drawn, so that verification weighs both models' distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.errors import InputError
+from spdbench.types import GenerationRequest
+from spdbench_backends.draft_verify import DraftVerify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spdbench.decoding.sampling import Sampler
+    from spdbench.decoding.speculate import Drafter, Features
+    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.tree import DraftTree
+    from spdbench.models.decoder import Decoder
+
+
+class DraftModel(DraftVerify):
+    """Speculative sampling with a smaller model as the drafter."""
+
+    class Options(BackendOptions):
+        model: str | None = Field(
+            None, description="the smaller model: folder, GGUF file or hub id; `--drafter PATH` says the same"
+        )
+        num_tokens: int = Field(4, ge=1, le=64, description="tokens drafted a round")
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(options, context)
+        self._options = cast(DraftModel.Options, options)
+        self._choice: DrafterChoice | None = None
+        self._small: Decoder | None = None
+
+    def load(self) -> None:
+        from spdbench.decoding.synthetic import parse_drafter
+
+        self._choice = choice = parse_drafter(self._context.drafter)
+        if choice.kind in ("oracle", "forced"):
+            self._info = self._synthetic(choice)
+        elif choice.kind == "random":
+            self._small = random_decoder(self._decoder, self._context.seed)
+            self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
+        else:
+            self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
+
+    def _load_small(self, name: str | None) -> None:
+        from spdbench.models.target import load_target
+
+        label, target = self._context.label, self._context.target
+        if name is None:
+            raise InputError(f"-b {label}: needs a smaller model; give -o {label}.model=FOLDER_OR_HUB_ID")
+        small = load_target(name, target.dtype_name, str(target.device))
+        if small.config.vocab_size != target.config.vocab_size or not _same_words(small, target):
+            raise InputError(
+                f"-o {label}.model={name}: its vocabulary ({small.config.vocab_size} tokens) is not the target's "
+                f"({target.config.vocab_size}), so its drafts would mean other words"
+            )
+        self._small = small.decoder
+        self._info = DrafterInfo(small.files.id, method="draft_model", synthetic=False, sha256=small.files.sha256)
+
+    def _new_drafter(self, request: GenerationRequest) -> Drafter:
+        from spdbench_backends.fixed_tree import FixedTree, SyntheticTreeDrafter
+
+        if self._choice is None:
+            raise RuntimeError("draft_model is not loaded")
+        num_tokens = self._options.num_tokens
+        if self._small is None:
+            tree = FixedTree([(0,) * level for level in range(1, num_tokens + 1)], self._decoder.device)
+            return SyntheticTreeDrafter(self._drafts(self._choice, request), tree, self._decoder.device)
+        return ModelDrafter(self._small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
+
+    def close(self) -> None:
+        super().close()
+        self._small = self._choice = None
+
+
+class ModelDrafter:
+    """A smaller model at work on one request, with a cache of its own."""
+
+    wanted: tuple[int, ...] = ()
+
+    def __init__(self, decoder: Decoder, num_tokens: int, capacity: int) -> None:
+        self.max_nodes = num_tokens + 1
+        self._decoder = decoder
+        self._num_tokens = num_tokens
+        self._cache = decoder.new_cache(capacity)
+        self._ids: list[int] = []
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
+        self._ids = [*prompt_ids, root]
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
+        from spdbench.decoding.tree import DraftTree, chain
+
+        levels = min(self._num_tokens, max_levels)
+        ids, drawn = self._ids[-1:], []
+        feed = self._ids[self._cache.length :]
+        for _ in range(levels):
+            logits_V = self._next(feed)
+            if sampler.greedy:
+                ids.append(int(logits_V.argmax()))
+            else:
+                drawn.append(sampler.probabilities(logits_V))
+                ids.append(sampler.draw(drawn[-1]))
+            feed = ids[-1:]
+        return DraftTree(chain(levels), self._decoder.ids(ids), tuple(drawn) if drawn else None)
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
+        """What was drafted and accepted keeps its place in the cache; the target's own token is new to it."""
+        self._ids += token_ids
+        self._cache.rollback(len(self._ids) - 1)
+
+    def dictated(self, num_levels: int) -> Sequence[bool] | None:  # noqa: ARG002
+        return None
+
+    def _next(self, ids: Sequence[int]) -> Tensor:
+        decoder, cache = self._decoder, self._cache
+        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), cache.length, cache)
+        return decoder.logits(hidden_SM[-1:])[0]
+
+
+def random_decoder(target: Decoder, seed: int) -> Decoder:
+    """An untrained model of one layer: matrices drawn from N(0, 0.02²) between the target's embedding and head."""
+    import torch
+
+    from spdbench.models.kernels import linear
+    from spdbench.models.layers import LayerWeights
+    from spdbench.models.steps import NormWeight
+
+    config = target.config
+    width, ffn = config.hidden_size, config.intermediate_size
+    queries, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def matrix(outputs: int, inputs: int) -> Tensor:
+        return (torch.randn(outputs, inputs, generator=generator) * 0.02).to(target.device, target.dtype)
+
+    def norm() -> NormWeight:
+        return NormWeight(torch.ones(width, dtype=target.dtype, device=target.device))
+
+    layer = LayerWeights(
+        input_norm=norm(),
+        qkv=linear(matrix(queries + 2 * kv, width)),
+        head_norms=None,
+        out=linear(matrix(width, queries)),
+        post_norm=norm(),
+        gate_up=linear(matrix(2 * ffn, width)),
+        down=linear(matrix(width, ffn)),
+        experts=None,
+        window=None,
+    )
+    return replace(target, layers=range(1), weights={0: layer})
+
+
+def _same_words(small: object, target: object) -> bool:
+    """True if both tokenizers give every token the same id; models without a tokenizer are taken at their word."""
+    try:
+        return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]
+    except InputError:
+        return True

@@ -1,0 +1,188 @@
+"""`eagle`: a head drafts a chain or a tree from the target's features, the target verifies it in one forward.
+
+EAGLE-1, 2 and 3 differ by their heads' tensors, and any head grows any tree. Source: METHODS.md, section A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.errors import InputError
+from spdbench.types import GenerationRequest
+from spdbench_backends.draft_verify import DraftVerify
+
+if TYPE_CHECKING:
+    from spdbench.decoding.speculate import Drafter
+    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench_backends.eagle.formats import EagleFile
+    from spdbench_backends.eagle.growth import Growth
+    from spdbench_backends.eagle.head import EagleWeights
+
+ASSUMED_ACCURACY = 0.6
+"""First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
+
+LARGEST_AUTO_TREE = 32
+
+
+class Eagle(DraftVerify):
+    """EAGLE: a head drafts a tree from the target's features."""
+
+    class Options(BackendOptions):
+        tree: Literal["chain", "static", "dynamic", "auto"] = Field(
+            "auto",
+            description="chain: one draft a level; static: EAGLE-1's 25 nodes; dynamic: EAGLE-2's most probable paths; "
+            "auto: what pays here, by measured costs and the drafter's acceptance",
+        )
+        depth: int | None = Field(None, ge=1, le=32, description="levels drafted; default: 4 in a chain, 5 in a tree")
+        top_k: int = Field(8, ge=1, le=64, description="dynamic: nodes of a level that go on")
+        total_tokens: int = Field(24, ge=2, le=256, description="dynamic: nodes verified, the newest token included")
+        aux_convention: Literal["auto", "hidden_states", "layer_output"] = Field(
+            "auto", description="what a head's auxiliary layer ids count: hidden states, or layers' outputs"
+        )
+        rope_theta: float | None = Field(
+            None, gt=0, description="base of the head's rotary positions; default: its own"
+        )
+        norm_output: Literal["auto", "feed", "ignore"] = Field(
+            "auto", description="what a head's norm_output means: feed the normed state to the next row, or nothing"
+        )
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(options, context)
+        self._options = cast(Eagle.Options, options)
+        self._choice: DrafterChoice | None = None
+        self._weights: EagleWeights | None = None
+        self._growth: Growth | None = None
+        self._auto = ""
+
+    def load(self) -> None:
+        from spdbench.decoding.synthetic import parse_drafter
+
+        choice = parse_drafter(self._context.drafter)
+        self._check_options()
+        file = self._find_head(choice)
+        if file is None:
+            self._info = self._synthetic(choice)
+        else:
+            self._weights = self._build(file)
+            untrained = choice.kind == "random"
+            self._info = DrafterInfo(
+                "random" if untrained else file.path.name,
+                "eagle3" if self._weights.is_eagle3 else "eagle",
+                synthetic=False,
+                sha256=file.sha256 or None,
+                trained_tokens=0 if untrained else file.trained_tokens,
+            )
+        self._choice = choice
+        self._growth = self._choose_growth(choice, file)
+
+    def _check_options(self) -> None:
+        options, label = self._options, self._context.label
+        if options.depth is not None and options.tree == "dynamic" and options.total_tokens < options.depth + 1:
+            raise InputError(
+                f"-o {label}.total_tokens={options.total_tokens}: too few for {label}.depth={options.depth} levels "
+                f"behind the newest token; give at least {options.depth + 1}"
+            )
+
+    def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
+        from spdbench.models.drafters import find_drafter
+        from spdbench_backends.eagle.formats import random_eagle, read_eagle
+
+        if choice.kind == "path":
+            return read_eagle(choice.path)
+        if choice.kind == "random":
+            return random_eagle(self._decoder, self._context.seed)
+        if choice.kind == "auto":
+            return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
+        return None
+
+    def _build(self, file: EagleFile) -> EagleWeights:
+        from spdbench_backends.eagle.formats import build_eagle
+
+        options = self._options
+        weights = build_eagle(
+            file,
+            self._decoder,
+            aux_convention=options.aux_convention,
+            rope_theta=options.rope_theta,
+            norm_output=options.norm_output,
+        )
+        vocabulary = self._decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)
+        if options.tree == "dynamic" and options.top_k > vocabulary:
+            raise InputError(f"-o {self._context.label}.top_k={options.top_k}: the head knows {vocabulary} tokens only")
+        return weights
+
+    def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
+        from spdbench.decoding.named_trees import EAGLE_STATIC
+        from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, StaticGrowth
+
+        options = self._options
+        if options.tree == "chain":
+            return ChainGrowth(options.depth or 4)
+        if options.tree == "static":
+            paths = tuple(path for path in EAGLE_STATIC if len(path) <= (options.depth or 5))
+            return StaticGrowth(paths, self._decoder.device)
+        if options.tree == "dynamic":
+            return DynamicGrowth(options.depth or 5, options.top_k, options.total_tokens)
+        return self._choose_by_cost(choice, file)
+
+    def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
+        """The growth that promises the most tokens a second; METRICS.md's speed-up is what it then turns out to be."""
+        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
+        from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
+
+        depth = self._options.depth or 8
+        by_level = list(file.acceptance_by_position) if file is not None else [choice.probability]
+        by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
+        synthetic = self._weights is None
+        accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
+        costs, draft_s = measure_row_costs(self._decoder, LARGEST_AUTO_TREE), self._draft_seconds()
+        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
+        levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
+        if num_nodes <= levels + 1:
+            self._auto = f"chain, depth {levels}"
+            return ChainGrowth(levels)
+        top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
+        self._auto = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
+        return DynamicGrowth(levels, top_k, num_nodes)
+
+    def _draft_seconds(self) -> float:
+        """What a level of drafting takes: one row through the head, timed."""
+        import torch
+
+        from spdbench_backends.eagle.head import EagleModule
+
+        weights = self._weights
+        if weights is None:
+            return 0.0
+        module, times = EagleModule(weights, 64), []
+        inputs = len(weights.aux) if weights.is_eagle3 else 1
+        features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
+        with torch.inference_mode():
+            for _ in range(8):
+                began = perf_counter()
+                logits, _ = module.extend(features, self._decoder.ids((0,)))
+                int(logits.argmax())
+                times.append(perf_counter() - began)
+        return sorted(times)[len(times) // 2]
+
+    def _chosen(self) -> Mapping[str, str]:
+        return {"tree": self._auto} if self._auto else {}
+
+    def _new_drafter(self, request: GenerationRequest) -> Drafter:
+        from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter
+
+        if self._choice is None or self._growth is None:
+            raise RuntimeError("eagle is not loaded")
+        if self._weights is None:
+            return SyntheticEagleDrafter(self._drafts(self._choice, request), self._growth, self._decoder.device)
+        capacity = len(request.prompt_ids) + request.max_new_tokens
+        return EagleDrafter(self._weights, self._decoder, self._growth, capacity)
+
+    def close(self) -> None:
+        super().close()
+        self._weights = self._growth = self._choice = None

@@ -1,0 +1,139 @@
+"""EAGLE's drafter: a proposer of candidates, and a growth that makes trees of them.
+
+Candidates come from a head that reads the target's features, or from a synthetic drafter that reads the answer; both
+grow the same trees. Must not know how trees are verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.speculate import Features
+from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
+from spdbench.decoding.tree import ROOT, DraftTree
+from spdbench.models.decoder import Decoder
+from spdbench.models.place import TreeRows
+from spdbench_backends.eagle.growth import Candidates, Growth
+from spdbench_backends.eagle.head import EagleModule, EagleWeights
+
+
+class EagleDrafter:
+    """A head at work on one request. True target features replace guessed ones as soon as they are known."""
+
+    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int) -> None:
+        self.wanted = weights.aux
+        self.max_nodes = growth.max_nodes
+        self._target = target
+        self._growth = growth
+        # A growth feeds at most all of its levels but the last, each as wide as the whole tree could be.
+        self._module = EagleModule(weights, capacity + growth.num_levels * growth.max_nodes)
+        self._features: Features | None = None
+        self._next_ids: Tensor | None = None
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
+        self._features = features
+        self._next_ids = self._target.ids((*prompt_ids[1:], root))
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
+        assert self._features is not None
+        assert self._next_ids is not None
+        root = self._next_ids[-1:]
+        if max_levels < 1:
+            return DraftTree(ROOT, root)
+        logits, state = self._module.extend(self._inputs(self._features), self._next_ids)
+        return self._growth.grow(_HeadProposer(self._module, logits, state), root, max_levels)
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:
+        self._features = features
+        self._next_ids = self._target.ids(token_ids)
+
+    def dictated(self, num_levels: int) -> Sequence[bool] | None:  # noqa: ARG002
+        return None
+
+    def _inputs(self, features: Features) -> Tensor:
+        if not self.wanted:
+            return self._target.normed(features.hidden)
+        return torch.cat([features.states[index] for index in self.wanted], dim=-1)
+
+
+class _HeadProposer:
+    """A head's candidates of one round. `_states` are those of the rows asked last."""
+
+    def __init__(self, module: EagleModule, logits_1U: Tensor, state_1M: Tensor) -> None:
+        self._module = module
+        self._logits_1U = logits_1U
+        self._states_SM = state_1M
+
+    def first(self, count: int) -> Candidates:
+        return self._best(self._logits_1U, count)
+
+    def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:
+        logits_SU, self._states_SM = self._module.grow(self._states_SM[parents_S], ids_S, rows)
+        return self._best(logits_SU, count)
+
+    def _best(self, logits_SU: Tensor, count: int) -> Candidates:
+        if count == 1:
+            best_S1 = logits_SU.argmax(dim=-1, keepdim=True)
+            return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._module.token_ids(best_S1))
+        best = logits_SU.topk(count, dim=-1)
+        scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
+        return Candidates(scores, self._module.token_ids(best.indices))
+
+
+class SyntheticEagleDrafter:
+    """`oracle:P` and `forced:P`: the first child of every level is the dialled draft, its siblings are wrong."""
+
+    wanted: tuple[int, ...] = ()
+
+    def __init__(self, drafts: SyntheticDrafts, growth: Growth, device: torch.device) -> None:
+        self.max_nodes = growth.max_nodes
+        self._drafts = drafts
+        self._growth = growth
+        self._device = device
+        self._index = 0  # of the root among the new tokens
+        self._root = 0
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
+        self._root = root
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
+        root = torch.tensor([self._root], device=self._device)
+        if max_levels < 1:
+            return DraftTree(ROOT, root)
+        return self._growth.grow(_SyntheticProposer(self._drafts, self._index, self._device), root, max_levels)
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
+        self._index += len(token_ids)
+        self._root = token_ids[-1]
+
+    def dictated(self, num_levels: int) -> Sequence[bool] | None:
+        return self._drafts.verdicts(self._index + 1, num_levels)
+
+
+class _SyntheticProposer:
+    """Row 0 of every level stands on the spine: its first candidate is the draft, and the most probable of all."""
+
+    def __init__(self, drafts: SyntheticDrafts, index: int, device: torch.device) -> None:
+        self._drafts = drafts
+        self._index = index
+        self._device = device
+
+    def first(self, count: int) -> Candidates:
+        return self._candidates(1, count)
+
+    def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:  # noqa: ARG002
+        return self._candidates(len(ids_S), count)
+
+    def _candidates(self, num_rows: int, count: int) -> Candidates:
+        self._index += 1
+        ids = torch.tensor(fill_siblings(self._drafts, self._index, count), device=self._device)
+        scores = RANK_LOG_PROBABILITY * torch.arange(1, count + 1, device=self._device)
+        return Candidates(scores.expand(num_rows, count), ids.expand(num_rows, count))
+
+
+RANK_LOG_PROBABILITY = -0.7
+"""Each rank half as probable as the one before, or so; a spine beats every branch."""

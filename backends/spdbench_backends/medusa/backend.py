@@ -1,0 +1,174 @@
+"""`medusa`: several heads draft a tree from the target's last hidden state, the target verifies it in one forward.
+
+Source: arXiv 2401.10774; METHODS.md, section B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, cast
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.errors import InputError
+from spdbench.types import GenerationRequest
+from spdbench_backends.draft_verify import DraftVerify
+
+if TYPE_CHECKING:
+    from spdbench.decoding.speculate import Drafter, Judge
+    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.tree import Path
+    from spdbench_backends.fixed_tree import FixedTree
+    from spdbench_backends.medusa.formats import MedusaFile
+    from spdbench_backends.medusa.head import MedusaWeights
+
+ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
+"""First-choice accuracy by head where a drafter says nothing about it: each head sees one token less far."""
+
+LARGEST_AUTO_TREE = 32
+SYNTHETIC_HEADS = 5
+
+
+class Medusa(DraftVerify):
+    """Medusa: several heads draft a tree from the target's last hidden state."""
+
+    class Options(BackendOptions):
+        tree: str = Field(
+            "auto",
+            description="auto: what pays here, by measured costs and the heads' accuracies; chain; a name such as "
+            "mc_sim_7b_63; or a file that lists paths of ranks",
+        )
+        heads: int | None = Field(None, ge=1, le=16, description="heads used; default: all that the drafter has")
+        acceptance: Literal["lossless", "typical"] = Field(
+            "lossless", description="lossless: exact; typical: what the target finds likely enough, which is lossy"
+        )
+        posterior_threshold: float = Field(0.09, gt=0, lt=1, description="typical: threshold where the target is sure")
+        posterior_alpha: float = Field(0.3, gt=0, description="typical: how the threshold falls with the entropy")
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(options, context)
+        self._options = cast(Medusa.Options, options)
+        self._choice: DrafterChoice | None = None
+        self._weights: MedusaWeights | None = None
+        self._tree: FixedTree | None = None
+        self._auto = ""
+
+    @property
+    def lossless(self) -> bool:
+        return super().lossless and self._options.acceptance == "lossless"
+
+    def load(self) -> None:
+        from spdbench.decoding.synthetic import parse_drafter
+        from spdbench_backends.fixed_tree import FixedTree
+        from spdbench_backends.medusa.formats import build_medusa
+
+        choice = parse_drafter(self._context.drafter)
+        file = self._find_heads(choice)
+        if file is None:
+            self._info = self._synthetic(choice)
+        else:
+            self._weights = build_medusa(file, self._decoder)
+            untrained = choice.kind == "random"
+            self._info = DrafterInfo(
+                "random" if untrained else file.path.name,
+                "medusa",
+                synthetic=False,
+                sha256=file.sha256 or None,
+                trained_tokens=0 if untrained else file.trained_tokens,
+            )
+        self._choice = choice
+        self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
+
+    def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
+        from spdbench.models.drafters import find_drafter
+        from spdbench_backends.medusa.formats import holds_medusa_heads, random_medusa, read_medusa
+
+        files = self._context.target.files
+        if choice.kind == "path":
+            return read_medusa(choice.path)
+        if choice.kind == "random":
+            return random_medusa(self._decoder, self._options.heads or 3, self._context.seed)
+        if choice.kind == "auto":
+            own = holds_medusa_heads(files.directory)
+            return read_medusa(files.directory if own else find_drafter(files, "medusa", None))
+        return None
+
+    def _num_heads(self) -> int:
+        there = SYNTHETIC_HEADS if self._weights is None else self._weights.num_heads
+        wanted = self._options.heads or there
+        if wanted > there:
+            raise InputError(f"-o {self._context.label}.heads={wanted}: the drafter has {there} heads")
+        return wanted
+
+    def _choose_paths(self, choice: DrafterChoice, file: MedusaFile | None) -> tuple[Path, ...]:
+        from spdbench_backends.medusa.trees import check_levels, find_tree
+
+        heads = self._num_heads()
+        if self._options.tree == "auto":
+            return self._choose_by_cost(choice, file, heads)
+        if self._options.tree == "chain":
+            return tuple((0,) * level for level in range(1, heads + 1))
+        try:
+            paths = find_tree(self._options.tree)
+            check_levels(paths, heads)
+        except InputError as error:
+            raise InputError(f"-o {self._context.label}.tree={self._options.tree}: {error}") from None
+        return tuple(paths)
+
+    def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
+        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
+
+        if file is None:
+            accuracies = assumed_accuracies([choice.probability] * heads, 1)
+        elif file.head_accuracies:
+            accuracies = [list(ranks) for ranks in file.head_accuracies[:heads]]
+        else:
+            by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
+            accuracies = assumed_accuracies(by_head, 4)
+        draft_s, costs = self._draft_seconds(), measure_row_costs(self._decoder, LARGEST_AUTO_TREE)
+        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
+        paths = best.paths or ((0,),)
+        self._auto = f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"
+        return paths
+
+    def _draft_seconds(self) -> float:
+        """What a head takes, timed."""
+        import torch
+
+        weights, decoder = self._weights, self._decoder
+        if weights is None:
+            return 0.0
+        state, times = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device), []
+        with torch.inference_mode():
+            for _ in range(8):
+                began = perf_counter()
+                weights.logits(state, weights.num_heads).argmax(dim=-1).tolist()
+                times.append(perf_counter() - began)
+        return sorted(times)[len(times) // 2] / weights.num_heads
+
+    def _chosen(self) -> Mapping[str, str]:
+        return {"tree": self._auto} if self._auto else {}
+
+    def _judge(self) -> Judge:
+        from spdbench_backends.medusa.typical import TypicalAcceptance
+
+        options = self._options
+        if options.acceptance == "typical":
+            return TypicalAcceptance(options.posterior_threshold, options.posterior_alpha)
+        return super()._judge()
+
+    def _new_drafter(self, request: GenerationRequest) -> Drafter:
+        from spdbench_backends.fixed_tree import SyntheticTreeDrafter
+        from spdbench_backends.medusa.drafter import MedusaDrafter
+
+        if self._choice is None or self._tree is None:
+            raise RuntimeError("medusa is not loaded")
+        if self._weights is None:
+            return SyntheticTreeDrafter(self._drafts(self._choice, request), self._tree, self._decoder.device)
+        return MedusaDrafter(self._weights, self._decoder, self._tree)
+
+    def close(self) -> None:
+        super().close()
+        self._weights = self._tree = self._choice = None

@@ -1,0 +1,94 @@
+"""`ngram`: prompt lookup. What followed the last n tokens when they stood there before is the draft.
+
+Needs no head: text repeats itself. Source: Saxena, prompt lookup decoding, 2023; METHODS.md D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.types import GenerationRequest
+from spdbench_backends.draft_verify import DraftVerify
+
+if TYPE_CHECKING:
+    from spdbench.decoding.speculate import Drafter
+
+
+class Ngram(DraftVerify):
+    """Prompt lookup: drafts what followed the last few tokens when they occurred before."""
+
+    class Options(BackendOptions):
+        num_tokens: int = Field(8, ge=1, le=64, description="tokens drafted at most")
+        max_ngram: int = Field(3, ge=1, description="longest run of last tokens that is looked up")
+        min_ngram: int = Field(2, ge=1, description="shortest run; shorter ones match more and are right less often")
+
+    lossless = True
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(options, context)
+        self._options = cast(Ngram.Options, options)
+
+    def load(self) -> None:
+        from spdbench.errors import InputError
+
+        options = self._options
+        if options.min_ngram > options.max_ngram:
+            raise InputError(
+                f"-o {self._context.label}.min_ngram={options.min_ngram}: is more than max_ngram={options.max_ngram}"
+            )
+        _ = self._decoder
+        self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
+
+    def _new_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002
+        return NgramDrafter(self._options.num_tokens, self._options.max_ngram, self._options.min_ngram, self._decoder)
+
+
+class NgramDrafter:
+    """The committed tokens of one request, and where each n-gram among them last ended."""
+
+    wanted: tuple[int, ...] = ()
+
+    def __init__(self, num_tokens: int, max_ngram: int, min_ngram: int, decoder: Any) -> None:
+        self.max_nodes = num_tokens + 1
+        self._num_tokens = num_tokens
+        self._sizes = range(max_ngram, min_ngram - 1, -1)
+        self._decoder = decoder
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+
+    def start(self, prompt_ids: Sequence[int], features: object, root: int) -> None:  # noqa: ARG002
+        self._append((*prompt_ids, root))
+
+    def propose(self, max_levels: int, sampler: object) -> Any:  # noqa: ARG002
+        from spdbench.decoding.tree import DraftTree, chain
+
+        found = self._lookup()[: max(max_levels, 0)]
+        return DraftTree(chain(len(found)), self._decoder.ids((self._ids[-1], *found)))
+
+    def accept(self, token_ids: Sequence[int], features: object) -> None:  # noqa: ARG002
+        self._append(token_ids)
+
+    def dictated(self, num_levels: int) -> None:
+        pass
+
+    def _append(self, token_ids: Sequence[int]) -> None:
+        """Takes new tokens. An n-gram is known once a token stands behind it, so the last ones are not yet."""
+        self._ids += token_ids
+        for end in range(self._indexed, len(self._ids) - 1):
+            for size in self._sizes:
+                if size <= end + 1:
+                    self._ends[tuple(self._ids[end + 1 - size : end + 1])] = end + 1
+        self._indexed = len(self._ids) - 1
+
+    def _lookup(self) -> list[int]:
+        """What followed the longest run of last tokens that occurred before, the latest time it did."""
+        for size in self._sizes:
+            end = self._ends.get(tuple(self._ids[-size:])) if size <= len(self._ids) else None
+            if end is not None:
+                return self._ids[end : end + self._num_tokens]
+        return []

@@ -1,0 +1,132 @@
+"""Draft and verify: the one decoding loop of every method that drafts ahead and lets the target judge all at once.
+
+    prefill, then round by round:
+        a drafter proposes a tree behind the newest token
+        the target forwards the whole tree
+        the longest right path counts, and the target's own token behind it
+        the cache keeps that path's rows; the drafter sees the path and the target's features on it
+
+Knows the order of things in a round; must not know how drafts are made.
+
+Shapes: N nodes, P prompt tokens, M model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.tree import DraftTree
+from spdbench.decoding.verify import TreeVerdict, judge_tree
+from spdbench.models.decoder import Decoder
+from spdbench.types import GenerationRequest, Span, SpanKind, Step
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the target computed for some rows: the last layer's output before the final norm, and the hidden states
+    that the drafter asked for, by index; `[rows, M]` each."""
+
+    hidden: Tensor
+    states: Mapping[int, Tensor]
+
+    def at(self, rows: Sequence[int]) -> Features:
+        """The same for some of the rows."""
+        if list(rows) == list(range(len(self.hidden))):
+            return self
+        chosen = torch.tensor(rows, device=self.hidden.device)
+        return Features(self.hidden[chosen], {index: state[chosen] for index, state in self.states.items()})
+
+
+class Drafter(Protocol):
+    """One request's drafter."""
+
+    @property
+    def wanted(self) -> Collection[int]:
+        """The target's hidden states that it reads, by index."""
+
+    @property
+    def max_nodes(self) -> int:
+        """No tree has more nodes, the root included."""
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
+        """The prompt with the target's features of it, and the first new token."""
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
+        """A tree behind the newest token, at most so deep; a lone root is allowed."""
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:
+        """New tokens, the last of which is the new root, and the features of the old root and of all new tokens but
+        the last: as many rows as tokens."""
+
+    def dictated(self, num_levels: int) -> Sequence[bool] | None:
+        """Verdicts by level that a timing experiment prescribes for the tree just proposed; usually None."""
+
+
+Judge = Callable[[Tensor, DraftTree, Sampler, Sequence[bool] | None], TreeVerdict]
+"""The target's logits behind every node `[N, V]` against a tree; verdicts by level where they are dictated."""
+
+
+class Speculation:
+    """One request on its way through rounds of drafting and verifying. `spans` is what the time went to."""
+
+    def __init__(
+        self, decoder: Decoder, drafter: Drafter, request: GenerationRequest, judge: Judge = judge_tree
+    ) -> None:
+        self._decoder = decoder
+        self._judge = judge
+        self._drafter = drafter
+        self._request = request
+        self._sampler = Sampler(request.sampling, request.seed)
+        self.cache = decoder.new_cache(len(request.prompt_ids) + request.max_new_tokens + drafter.max_nodes)
+        self.spans: list[Span] = []
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[Step]:
+        """Prefill, then a step a round; ends with the round that holds an end of sequence, or at the limit."""
+        request, num_new = self._request, 1
+        step = Step((self._prefill(),), 0, 0, 0, float(len(request.prompt_ids)))
+        yield step
+        while num_new < request.max_new_tokens and not request.eos_ids.intersection(step.token_ids):
+            step = self._round(request.max_new_tokens - num_new)
+            yield step
+            num_new += len(step.token_ids)
+
+    def _prefill(self) -> int:
+        prompt_ids = self._request.prompt_ids
+        decoder, wanted = self._decoder, self._drafter.wanted
+        hidden_PM, states = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, self.cache, wanted=wanted)
+        token = self._sampler.choose(decoder.logits(hidden_PM[-1:])[0])
+        self._drafter.start(prompt_ids, Features(hidden_PM, states), token)
+        return token
+
+    def _round(self, room: int) -> Step:
+        """At most `room` tokens."""
+        decoder, mark = self._decoder, self.cache.mark()
+        began = perf_counter_ns()
+        draft = self._drafter.propose(room - 1, self._sampler)
+        drafted = perf_counter_ns()
+        tree = None if draft.tree.is_chain else draft.tree.rows
+        hidden_NM, states = decoder.forward(
+            decoder.embed(draft.ids_N), mark, self.cache, wanted=self._drafter.wanted, tree=tree
+        )
+        logits_NV = decoder.logits(hidden_NM)
+        forwarded = perf_counter_ns()
+        verdict = self._judge(logits_NV, draft, self._sampler, self._drafter.dictated(draft.tree.num_levels))
+        self.cache.keep(mark, verdict.path)
+        verified = perf_counter_ns()
+        self._drafter.accept(verdict.token_ids, Features(hidden_NM, states).at(verdict.path))
+        self._took("draft", began, drafted, mark)
+        self._took("target", drafted, forwarded, mark)
+        self._took("verify", forwarded, verified, mark)
+        self._took("host", verified, perf_counter_ns(), mark)
+        return Step(verdict.token_ids, verdict.drafted, verdict.judged, verdict.accepted, float(len(draft.tree)))
+
+    def _took(self, kind: SpanKind, start_ns: int, end_ns: int, position: int) -> None:
+        self.spans.append(Span(0, kind, start_ns, end_ns, position, True))

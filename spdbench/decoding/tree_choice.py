@@ -1,0 +1,117 @@
+"""Which tree pays: what a forward of so many rows costs here, against what a drafter gets right.
+
+Costs are measured, accuracies given. Must not know of any method.
+
+Shapes: none; `accuracies[level][rank]` is the chance that the token ranked so at a level is right, given that all
+before it on its path were.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from spdbench.decoding.tree import Path
+from spdbench.models.decoder import Decoder
+
+ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+ROUNDS = 3
+CONTEXT = 128
+RANK_DECAY = 0.25
+"""How much less often each further rank is right, where nothing was measured."""
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """Seconds of a target forward by number of rows, linear between those measured and past them."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, num_rows: int) -> float:
+        right = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
+        left = right - 1
+        slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
+        return self.seconds[left] + slope * (num_rows - self.rows[left])
+
+
+@torch.inference_mode()
+def measure_row_costs(decoder: Decoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
+    """Medians over rounds that take the row counts in turn, so that a slow moment hits them alike."""
+    counts = [count for count in ROW_COUNTS if count <= largest]
+    cache = decoder.new_cache(CONTEXT + largest)
+    decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(ROUNDS + 1):  # the first warms up, and its times are the largest
+        for count in counts:
+            began = perf_counter()
+            hidden, _ = decoder.forward(decoder.embed(decoder.ids([0] * count)), CONTEXT, cache)
+            decoder.logits(hidden).argmax(dim=-1).tolist()
+            times[count].append(perf_counter() - began)
+            cache.rollback(CONTEXT)
+    return RowCosts(tuple(counts), tuple(median(times[count][1:]) for count in counts))
+
+
+def assumed_accuracies(by_level: Sequence[float], num_ranks: int) -> list[list[float]]:
+    """From first-choice accuracies a table of all ranks, each a fixed share of the one before."""
+    return [[accuracy * RANK_DECAY**rank for rank in range(num_ranks)] for accuracy in by_level]
+
+
+def best_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> list[tuple[Path, float]]:
+    """The `num_nodes` most probable paths with their probabilities, most probable first; parents come before children.
+
+    Greedy is optimal here: a path is never more probable than its parent.
+    """
+    heap: list[tuple[float, int, Path]] = []
+
+    def offer(path: Path, probability: float) -> None:
+        heapq.heappush(heap, (-probability, len(path), path))
+
+    if accuracies:
+        for rank, accuracy in enumerate(accuracies[0]):
+            offer((rank,), accuracy)
+    found: list[tuple[Path, float]] = []
+    while heap and len(found) < num_nodes:
+        negative, depth, path = heapq.heappop(heap)
+        found.append((path, -negative))
+        if depth < len(accuracies):
+            for rank, accuracy in enumerate(accuracies[depth]):
+                offer((*path, rank), -negative * accuracy)
+    return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A tree's paths, empty where drafting does not pay, and the speed-up that it promises over no drafting."""
+
+    paths: tuple[Path, ...]
+    speedup: float
+
+    @property
+    def num_levels(self) -> int:
+        return max(map(len, self.paths), default=0)
+
+
+def choose_tree(
+    accuracies: Sequence[Sequence[float]], costs: RowCosts, draft_seconds: Callable[[int], float], largest: int
+) -> Choice:
+    """Of the best trees of 1 to `largest` drafts the one with the most tokens a second.
+
+    `draft_seconds(levels)` is what drafting so many levels takes. A lone level is the least that is drafted.
+    """
+    best, expected = Choice((), 0.0), 1.0
+    ranked = best_paths(accuracies, largest)
+    for count, (_, probability) in enumerate(ranked, 1):
+        expected += probability
+        paths = tuple(path for path, _ in ranked[:count])
+        seconds = costs(count + 1) + draft_seconds(max(map(len, paths)))
+        speedup = expected * costs(1) / seconds
+        if speedup > best.speedup:
+            best = Choice(paths, speedup)
+    return best
