@@ -1,4 +1,5 @@
-"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download.
+"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, models and caches for those
+that our own layers do not know, GGUF conversion, download.
 
 Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
 """
@@ -24,10 +25,19 @@ SECOND_COPIES = ("consolidated*", "original/*")
 TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
-def standard_config(directory: Path) -> Any:
-    """transformers' config object for a local folder; code that a repository brings is never run."""
-    from transformers import AutoConfig
+def standard_config(directory: Path, family: str) -> Any:
+    """transformers' config object for a local folder whose `model_type` is `family`.
 
+    Raises:
+        InputError: no such architecture (code that a repository brings is never run), or a config that does not fit it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if family not in CONFIG_MAPPING:
+        raise InputError(
+            f"{directory}/config.json: model_type {family!r} is not supported: neither spdbench nor this version of "
+            "transformers knows it"
+        )
     with _quiet():
         try:
             return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
@@ -56,6 +66,60 @@ def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
     return frequencies, float(factor)
+
+
+def require_causal(directory: Path, standard: Any) -> None:
+    """Raises `InputError` if transformers has no decoder-only language model for this config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = standard.model_type
+    if standard.is_encoder_decoder:
+        raise InputError(f"{directory}: {family!r} is not supported: it is an encoder-decoder, not a decoder-only model")
+    if type(standard) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{directory}: {family!r} is not supported: it is not a causal language model")
+
+
+def load_causal_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model, for inference only, in memory of its own.
+
+    Raises:
+        InputError: it cannot be built, or the weights are not exactly those that the config asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except Exception as error:  # whatever a model's own code stumbles over
+            raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
+    for key, what in (
+        ("missing_keys", "are missing from the weights"),
+        ("mismatched_keys", "do not have the shapes that config.json gives"),
+        ("unexpected_keys", "have no place in this model"),
+    ):
+        if names := sorted(map(str, report[key])):
+            raise InputError(
+                f"{directory}: {len(names)} tensors {what}, e.g. {names[0]}; is config.json the one that belongs to "
+                "the weights?"
+            )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def range_cache(layers: range) -> tuple[Any, list[Any]]:
+    """An empty cache for a model of which only `layers` run, and the slots of just these.
+
+    Each slot keeps every token, sliding windows being a matter of masks, so that it can go back. Masks and positions
+    are made for the length of layer 0, which is why the layers ahead of the range are given the first one's slot.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    slots = [DynamicLayer() for _ in layers]
+    cache = DynamicCache()
+    cache.layers = [*slots[:1] * layers.start, *slots]
+    return cache, slots
 
 
 def convert_gguf(file: Path, out: Path) -> None:
@@ -125,7 +189,7 @@ def download(repo: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' bars and warnings are about its own models, which never run here."""
+    """transformers' bars and warnings speak of its own ways; what matters of them is said in ours."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
