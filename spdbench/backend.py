@@ -60,12 +60,16 @@ class DrafterInfo:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a loaded backend is made of. `lane_bytes` are the target's bytes that each lane reads for one token."""
+    """What a loaded backend is made of. `lane_bytes` are the target's bytes that each lane reads for one token.
+
+    `kernels` is what computes the target's layers (`TargetDecoder.kernels`); None if the backend does not tell.
+    """
 
     devices: tuple[str, ...]
     lane_bytes: tuple[int, ...]
     stage_layers: tuple[int, ...] = ()
     drafter: DrafterInfo | None = None
+    kernels: str | None = None
 
     @property
     def lanes(self) -> int:

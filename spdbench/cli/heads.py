@@ -56,6 +56,7 @@ def result_head(
             lanes=info.lanes,
             lane_bytes=list(info.lane_bytes),
             stage_layers=list(info.stage_layers),
+            kernels=info.kernels,
         ),
         model=ModelInfo(
             id=target.files.id,

@@ -67,6 +67,7 @@ class BackendRecord(Record):
     lanes: int = Field(ge=1, le=INT32)
     lane_bytes: list[Large] = Field(description="the target's bytes that each lane reads for one token, head included")
     stage_layers: list[Count]
+    kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
 
 
 class ModelInfo(Record):

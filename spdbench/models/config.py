@@ -31,7 +31,7 @@ class Experts:
     layers: frozenset[int]
 
 
-class UnknownToOurLayers(Exception):
+class ForeignModelError(Exception):
     """A good config of a model that our own layers do not compute; says what in it they do not know."""
 
 
@@ -91,17 +91,17 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
     """The config of the model in `directory`; `standard` is transformers' object for it, with names made uniform.
 
     Raises:
-        UnknownToOurLayers: the model uses something that our layers do not compute (family, activation, rotary
+        ForeignModelError: the model uses something that our layers do not compute (family, activation, rotary
             positions).
         InputError: the config cannot be that of a model.
     """
     if standard.model_type not in FAMILIES:
-        raise UnknownToOurLayers(f"architecture {standard.model_type!r}")
+        raise ForeignModelError(f"architecture {standard.model_type!r}")
     if standard.hidden_act != "silu":
-        raise UnknownToOurLayers(f"hidden_act {standard.hidden_act!r}")
+        raise ForeignModelError(f"hidden_act {standard.hidden_act!r}")
     rope = standard.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
-        raise UnknownToOurLayers(f"rope_type {rope!r}")
+        raise ForeignModelError(f"rope_type {rope!r}")
     _require_positive(directory, standard, ("intermediate_size", "num_attention_heads"))
     heads = standard.num_attention_heads
     return ModelConfig(

@@ -19,7 +19,7 @@ from torch.nn.functional import embedding
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
-from spdbench.models.kernels import Linear, gated, linear, rms_norm
+from spdbench.models.kernels import Linear, PackedLinear, gated, linear, rms_norm
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, Geometry, LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
@@ -41,6 +41,12 @@ class Decoder:
     head: Linear | None
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies: `oneDNN` where the weights are packed for it, else `torch`."""
+        packed = any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values())
+        return "oneDNN" if packed else "torch"
 
     def embed(self, ids_S: Tensor) -> Tensor:
         """Hidden state 0 of the tokens: `[S, M]`."""

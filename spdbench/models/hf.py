@@ -1,5 +1,5 @@
-"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, models and caches for those
-that our own layers do not know, GGUF conversion, download.
+"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download;
+for models that our own layers do not know, the models themselves and their caches.
 
 Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
 """
@@ -74,23 +74,33 @@ def require_causal(directory: Path, standard: Any) -> None:
 
     family = standard.model_type
     if standard.is_encoder_decoder:
-        raise InputError(f"{directory}: {family!r} is not supported: it is an encoder-decoder, not a decoder-only model")
+        raise InputError(
+            f"{directory}: {family!r} is not supported: it is an encoder-decoder, not a decoder-only model"
+        )
     if type(standard) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise InputError(f"{directory}: {family!r} is not supported: it is not a causal language model")
 
 
-def load_causal_model(directory: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' own model, for inference only, in memory of its own.
+def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model, for inference only, in memory of its own: a mapped file's pages could be dropped in the
+    middle of a measurement.
 
     Raises:
         InputError: it cannot be built, or the weights are not exactly those that the config asks for.
     """
     from transformers import AutoModelForCausalLM
 
+    # Fused attention leaves the capping of scores out, which older versions of transformers do not even say.
+    capped = getattr(standard.get_text_config(decoder=True), "attn_logit_softcapping", None)
     with _quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                str(directory), dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+                str(directory),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **({"attn_implementation": "eager"} if capped else {}),
             )
         except Exception as error:  # whatever a model's own code stumbles over
             raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
@@ -104,6 +114,9 @@ def load_causal_model(directory: Path, dtype: torch.dtype, device: torch.device)
                 f"{directory}: {len(names)} tensors {what}, e.g. {names[0]}; is config.json the one that belongs to "
                 "the weights?"
             )
+    if device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -30,7 +30,7 @@ SAME_OPERATIONS = 1e-3
 """Largest relative difference of logits that come from the same operations; the order of a sum is all that may vary."""
 
 
-class CannotBeSplit(Exception):
+class SplitError(Exception):
     """The model's layers cannot be run range by range; says how that showed."""
 
 
@@ -198,7 +198,7 @@ def split_model(
     """A decoder of the model's layers; if `layers` are given, of just these, and the model loses the others' weights.
 
     Raises:
-        CannotBeSplit: the model has no list of layers, or does not give its own logits through it.
+        SplitError: the model has no list of layers, or does not give its own logits through it.
     """
     everything = range(config.num_layers)
     ids = [(7 + 31 * i) % config.vocab_size for i in range(min(CHECK_PIECES[-1][1], config.max_positions))]
@@ -209,10 +209,10 @@ def split_model(
             decoder = StandardDecoder(config, everything, model, path, tuple_size, new_slots, dtype, device)
             whole_SV = _read(decoder, ids, [everything])
             split_SV = _read(decoder, ids, [range(layer, layer + 1) for layer in everything])
-    except CannotBeSplit:
+    except SplitError:
         raise
     except Exception as error:  # a model's own code, called in a way that it may not be made for
-        raise CannotBeSplit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise SplitError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
     _require_alike(whole_SV, split_SV, expected_SV)
     if layers is None:
         return decoder
@@ -230,8 +230,8 @@ def _path_to_layers(model: Any, num_layers: int) -> str:
         and not any(part.isdigit() for part in name.split("."))  # a list of experts, say, inside a layer
     ]
     if len(found) != 1:
-        raise CannotBeSplit(f"it has {len(found)} lists of {num_layers} layers")
-    return found[0]
+        raise SplitError(f"it has {len(found)} lists of {num_layers} layers")
+    return str(found[0])
 
 
 def _own_logits(model: Any, path: str, ids_1S: Tensor) -> tuple[Tensor, int]:
@@ -244,9 +244,9 @@ def _own_logits(model: Any, path: str, ids_1S: Tensor) -> tuple[Tensor, int]:
     finally:
         hook.remove()
     if len(returned) != 1:
-        raise CannotBeSplit("it does not call its layers once each")
+        raise SplitError("it does not call its layers once each")
     if bool(logits_SV.isnan().any()):
-        raise CannotBeSplit(f"its logits are not numbers in {logits_SV.dtype}")
+        raise SplitError(f"its logits are not numbers in {logits_SV.dtype}")
     return logits_SV, len(returned[0]) if isinstance(returned[0], tuple) else 0
 
 
@@ -272,7 +272,7 @@ def _read(decoder: StandardDecoder, ids: Sequence[int], ranges: Sequence[range])
 
 
 def _require_alike(whole_SV: Tensor, split_SV: Tensor, expected_SV: Tensor) -> None:
-    """Raises `CannotBeSplit` for logits that are not the model's own.
+    """Raises `SplitError` for logits that are not the model's own.
 
     Layer by layer the operations are the same as with all layers at once, whatever the precision. Compared with one
     forward of all tokens they are not, and in low precision a single row may then differ by as much as an expert's
@@ -280,17 +280,17 @@ def _require_alike(whole_SV: Tensor, split_SV: Tensor, expected_SV: Tensor) -> N
     """
     layerwise_S = _relative_difference(split_SV, whole_SV)
     if not bool((layerwise_S <= SAME_OPERATIONS).all()):
-        raise CannotBeSplit(f"layer by layer its logits are off by {float(layerwise_S.max()):.1%}")
+        raise SplitError(f"layer by layer its logits are off by {float(layerwise_S.max()):.1%}")
     piecewise_S = _relative_difference(whole_SV, expected_SV)
     worst = piecewise_S.max() if expected_SV.dtype == torch.float32 else piecewise_S.median()
     if not bool(worst <= torch.finfo(expected_SV.dtype).eps ** 0.5):
-        raise CannotBeSplit(f"token by token its logits are off by {float(worst):.1%}")
+        raise SplitError(f"token by token its logits are off by {float(worst):.1%}")
 
 
 def _relative_difference(found_SV: Tensor, expected_SV: Tensor) -> Tensor:
     """Of each row: `[S]`."""
     difference_S = (found_SV.float() - expected_SV.float()).norm(dim=-1)
-    return difference_S / expected_SV.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return cast(Tensor, difference_S / expected_SV.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def _with_submodule(module: nn.Module, names: Sequence[str], new: nn.Module) -> nn.Module:

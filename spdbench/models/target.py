@@ -11,11 +11,19 @@ import torch
 from spdbench.errors import InputError
 from spdbench.models import hf
 from spdbench.models.checkpoint import Checkpoint
-from spdbench.models.config import FAMILIES, ModelConfig, Sizes, UnknownToOurLayers, model_config, read_raw_config, sizes
+from spdbench.models.config import (
+    FAMILIES,
+    ForeignModelError,
+    ModelConfig,
+    Sizes,
+    model_config,
+    read_raw_config,
+    sizes,
+)
 from spdbench.models.decoder import Decoder, load_decoder
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.load import ModelFiles, find_model
-from spdbench.models.standard_layers import CannotBeSplit, StandardDecoder, split_model
+from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -37,7 +45,7 @@ class Target:
         self.unknown: str | None = None
         try:
             self._known = model_config(files.directory, self._standard)
-        except UnknownToOurLayers as what:
+        except ForeignModelError as what:
             hf.require_causal(files.directory, self._standard)
             self.unknown = str(what)
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
@@ -59,10 +67,9 @@ class Target:
         Raises:
             InputError: transformers' layers serve this model.
         """
-        if self.unknown is not None:
-            raise InputError(f"{self.files.id}: spdbench's own layers do not know this model ({self.unknown})")
         decoder = self.decoder
-        assert isinstance(decoder, Decoder)
+        if not isinstance(decoder, Decoder):
+            raise InputError(f"{self.files.id}: spdbench's own layers do not know this model ({self.unknown})")
         return decoder
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
@@ -81,13 +88,13 @@ class Target:
         directory = self.files.directory
         with closing(Checkpoint(directory)) as checkpoint:
             checkpoint.refuse_quantised()
-        model = hf.load_causal_model(directory, self.dtype, self.device)
+        model = hf.load_causal_model(directory, self._standard, self.dtype, self.device)
         try:
             return split_model(model, self.config, hf.range_cache, self.dtype, self.device, layers)
-        except CannotBeSplit as why:
+        except SplitError as why:
             raise InputError(
-                f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and transformers' "
-                f"cannot be run stage by stage ({why}). Fully supported: {', '.join(FAMILIES)}."
+                f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and "
+                f"transformers' cannot be run stage by stage ({why}). Fully supported: {', '.join(FAMILIES)}."
             ) from None
 
     @cached_property

@@ -273,7 +273,7 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
     from spdbench_backends.spd.formats import random_head
     from tests import tiny
 
-    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    head = random_head(tiny.load(run.model).own_decoder, split_evenly(6, 2), 0)
     torch.save({"state_dict": head.tensors, "config": head.config.model_dump()}, run.folder / "head.pt")
     said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
     assert said.code == 2
@@ -291,7 +291,7 @@ def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, m
     from spdbench_backends.spd.formats import random_head
     from tests import tiny
 
-    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    head = random_head(tiny.load(run.model).own_decoder, split_evenly(6, 2), 0)
     folder = run.folder / "drafters" / "mine"
     folder.mkdir(parents=True)
     config = {
