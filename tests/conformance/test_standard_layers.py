@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from spdbench.backend import find_backend
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from tests import tiny
@@ -62,7 +61,6 @@ def test_dictated_verdicts_need_no_layers_of_ours(target: Target) -> None:
 
 @pytest.mark.parametrize("drafter", ["random", "auto"])
 def test_heads_are_refused_before_anything_is_loaded(folder: Path, drafter: str) -> None:
-    assert find_backend("spd").kind == "pipeline"
     target = tiny.load(folder)
     with pytest.raises(InputError, match=rf"--drafter {drafter}: SPD heads are made of .* Give oracle:P or forced:P"):
         load(target, "spd", {"stages": "3"}, drafter)

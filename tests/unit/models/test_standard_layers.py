@@ -91,10 +91,7 @@ def test_layer_ranges_in_turn_equal_one_forward(targets: dict[str, Target], name
     whole, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT)))
     for layers in (range(2), range(2, 3), range(3, 6)):
         hidden, states = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT), layers), layers, wanted=range(9))
-        assert (
-            sorted(states)
-            == [index for index in range(9) if index in layers or index == layers.stop][layers.start > 0 :]
-        )
+        assert set(states) == {*range(layers.start + 1, layers.stop + 1), *([0] if layers.start == 0 else [])}
     torch.testing.assert_close(hidden, whole, rtol=0, atol=0)
 
 
@@ -175,9 +172,6 @@ def test_no_weight_stays_in_a_mapped_file(targets: dict[str, Target]) -> None:
     assert "model.safetensors" not in Path("/proc/self/maps").read_text()
 
 
-# ---------------------------------------------------------------------------------------------- what cannot be split
-
-
 class Layer(nn.Module):
     """Adds to each row a mix of the rows up to it, which it keeps in the cache."""
 
@@ -185,7 +179,7 @@ class Layer(nn.Module):
         super().__init__()
         self.index, self.mix = index, nn.Linear(width, width)
 
-    def forward(self, rows: Tensor, past_key_values: Any = None) -> Tensor:
+    def forward(self, rows: Tensor, past_key_values: Any = None) -> Any:
         mixed = self.mix(rows)
         seen, num_old = mixed, 0
         if past_key_values is not None:
@@ -257,7 +251,7 @@ def test_a_made_up_model_without_bad_habits_is_split() -> None:
     [
         ("remembers the first layer's output", "layer by layer its logits are off by"),
         ("looks ahead", "token by token its logits are off by"),
-        ("ignores the cache", "token by token|do not fit a cache"),
+        ("ignores the cache", "token by token its logits are off by"),
         ("twice", "it does not call its layers once each"),
         ("half a list", "it has 0 lists of 4 layers"),
         ("two lists", "it has 2 lists of 4 layers"),
@@ -270,17 +264,10 @@ def test_a_model_that_cannot_be_split_is_refused(habit: str, why: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "mamba"])
-def test_architectures_that_cannot_be_split_are_refused(
-    tmp_path: Path,
-    family: str,
-    caplog: pytest.LogCaptureFixture,  # noqa: ARG001 - keeps transformers' own notes
-) -> None:
+def test_architectures_that_cannot_be_split_are_refused(tmp_path: Path, family: str) -> None:
     target = tiny.load(tiny.make_model(tmp_path, family))
     with pytest.raises(InputError, match=f"architecture '{family}' is not supported: .* Fully supported: llama, mis"):
         target.decoder  # noqa: B018
-
-
-# --------------------------------------------------------------------------------------------- weights and their config
 
 
 @pytest.fixture
