@@ -38,7 +38,7 @@ def standard_config(directory: Path, family: str) -> Any:
             f"{directory}/config.json: model_type {family!r} is not supported: neither spdbench nor this version of "
             "transformers knows it"
         )
-    with _quiet():
+    with quiet():
         try:
             return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers checks fields with libraries of its own
@@ -49,7 +49,7 @@ def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer, from local files only."""
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken tokenizer fails in as many ways as it has files
@@ -92,7 +92,7 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
 
     # Fused attention leaves the capping of scores out, which older versions of transformers do not even say.
     capped = getattr(standard.get_text_config(decoder=True), "attn_logit_softcapping", None)
-    with _quiet():
+    with quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(directory),
@@ -146,7 +146,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise InputError(f"{file}: is not a GGUF file")
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
         try:
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -179,7 +179,7 @@ def download(repo: str) -> Path:
             info = HfApi(endpoint=hub.endpoint()).model_info(repo, timeout=hub.TIMEOUT_S)
             names = [sibling.rfilename for sibling in info.siblings or []]
             weights = WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
-            with _quiet():
+            with quiet():
                 return Path(
                     snapshot_download(repo, allow_patterns=[*weights, *TEXTS], etag_timeout=hub.TIMEOUT_S, **where)
                 )
@@ -201,8 +201,8 @@ def download(repo: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' bars and warnings speak of its own ways; what matters of them is said in ours."""
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and warnings: what matters of them is said in our words."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

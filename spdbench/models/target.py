@@ -90,7 +90,8 @@ class Target:
             checkpoint.refuse_quantised()
         model = hf.load_causal_model(directory, self._standard, self.dtype, self.device)
         try:
-            return split_model(model, self.config, hf.range_cache, self.dtype, self.device, layers)
+            with hf.quiet():
+                return split_model(model, self.config, hf.range_cache, self.dtype, self.device, layers)
         except SplitError as why:
             raise InputError(
                 f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and "
