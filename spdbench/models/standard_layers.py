@@ -209,7 +209,7 @@ def split_model(
             decoder = StandardDecoder(config, everything, model, path, tuple_size, new_slots, dtype, device)
             whole_SV = _read(decoder, ids, [everything])
             split_SV = _read(decoder, ids, [range(layer, layer + 1) for layer in everything])
-    except SplitError:
+    except (SplitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's own code, called in a way that it may not be made for
         raise SplitError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
