@@ -64,6 +64,7 @@ class BackendInfo:
 
     `lane_bytes` are the target's bytes that each lane reads for one token. `chosen` is what the backend decided for
     itself where the options left it open, such as a tree.
+    `kernels` is what computes the target's layers (`TargetDecoder.kernels`); None if the backend does not tell.
     """
 
     devices: tuple[str, ...]
@@ -71,6 +72,7 @@ class BackendInfo:
     stage_layers: tuple[int, ...] = ()
     drafter: DrafterInfo | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
+    kernels: str | None = None
 
     @property
     def lanes(self) -> int:

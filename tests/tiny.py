@@ -26,6 +26,22 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
 }
+FOREIGN: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gemma2": {
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
+    "phi3": {"sliding_window": 6, "original_max_position_embeddings": 256},
+    "olmo2": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+"""Architectures that our own layers do not know: learned positions, scaled and projected embeddings, capped scores and
+logits, fused projections, norms behind their layers, experts."""
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
     "hidden_size": 32,
@@ -48,7 +64,9 @@ CHAT_TEMPLATE = (
 
 def make_model(folder: Path, family: str = "llama", vocab_size: int = 262, seed: int = 0, **changes: Any) -> Path:
     """A random model of `family` saved in `folder`, as a user would have it."""
-    config = AutoConfig.for_model(family, vocab_size=vocab_size, **{**SIZES, **EXTRAS[family], **changes})
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab_size, **{**SIZES, **(EXTRAS | FOREIGN).get(family, {}), **changes}
+    )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

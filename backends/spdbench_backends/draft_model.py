@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import DraftTree
     from spdbench.models.decoder import Decoder
+    from spdbench.models.interface import TargetDecoder
 
 
 class DraftModel(DraftVerify):
@@ -40,7 +41,7 @@ class DraftModel(DraftVerify):
         super().__init__(options, context)
         self._options = cast(DraftModel.Options, options)
         self._choice: DrafterChoice | None = None
-        self._small: Decoder | None = None
+        self._small: TargetDecoder | None = None
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -49,7 +50,7 @@ class DraftModel(DraftVerify):
         if choice.kind in ("oracle", "forced"):
             self._info = self._synthetic(choice)
         elif choice.kind == "random":
-            self._small = random_decoder(self._decoder, self._context.seed)
+            self._small = random_decoder(self._context.target.own_decoder, self._context.seed)
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
         else:
             self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
@@ -90,7 +91,7 @@ class ModelDrafter:
 
     wanted: tuple[int, ...] = ()
 
-    def __init__(self, decoder: Decoder, num_tokens: int, capacity: int) -> None:
+    def __init__(self, decoder: TargetDecoder, num_tokens: int, capacity: int) -> None:
         self.max_nodes = num_tokens + 1
         self._decoder = decoder
         self._num_tokens = num_tokens

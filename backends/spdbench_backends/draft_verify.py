@@ -14,7 +14,7 @@ from spdbench.types import BackendKind, GenerationRequest, Span, Step
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge, Speculation
     from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
-    from spdbench.models.decoder import Decoder
+    from spdbench.models.interface import TargetDecoder
 
 
 class DraftVerify:
@@ -43,6 +43,7 @@ class DraftVerify:
             stage_layers=(len(decoder.layers),),
             drafter=self._info,
             chosen=self._chosen(),
+            kernels=decoder.kernels,
         )
 
     def prepare(self, request: GenerationRequest) -> None:
@@ -67,7 +68,7 @@ class DraftVerify:
         self._spans = ()
 
     @property
-    def _decoder(self) -> Decoder:
+    def _decoder(self) -> TargetDecoder:
         return self._context.target.decoder
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:

@@ -9,7 +9,7 @@ from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 
 if TYPE_CHECKING:
-    from spdbench.models.decoder import Decoder
+    from spdbench.models.interface import TargetDecoder
 
 
 class Vanilla:
@@ -23,7 +23,7 @@ class Vanilla:
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:  # noqa: ARG002 - the protocol's
         self._context = context
-        self._decoder: Decoder | None = None
+        self._decoder: TargetDecoder | None = None
 
     def load(self) -> None:
         self._decoder = self._context.target.decoder
@@ -34,6 +34,7 @@ class Vanilla:
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
+            kernels=decoder.kernels,
         )
 
     def prepare(self, request: GenerationRequest) -> None:
@@ -53,7 +54,7 @@ class Vanilla:
     def close(self) -> None:
         self._decoder = None
 
-    def _loaded(self) -> Decoder:
+    def _loaded(self) -> TargetDecoder:
         if self._decoder is None:
             raise RuntimeError("vanilla is not loaded")
         return self._decoder

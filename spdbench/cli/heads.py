@@ -57,6 +57,7 @@ def result_head(
             lane_bytes=list(info.lane_bytes),
             stage_layers=list(info.stage_layers),
             chosen=dict(info.chosen),
+            kernels=info.kernels,
         ),
         model=ModelInfo(
             id=target.files.id,

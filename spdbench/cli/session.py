@@ -77,6 +77,11 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(sigterm_interrupts())
             loaded = [(entrant, stack.enter_context(self._loaded(entrant))) for entrant in self.entrants]
+            if self.target.unknown is not None:
+                _say(
+                    f"NOTE: {self.target.unknown} is not one that spdbench's own layers know; transformers' layers "
+                    "serve, which are slower."
+                )
             heads = self._heads(loaded)
             journals = [
                 stack.enter_context(self._journal(entrant, backend, place, resume=resume))

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 
 Difference = Literal["identical", "tie", "near_tie", "real"]
 
 
 @torch.inference_mode()
 def classify_difference(
-    decoder: Decoder, prompt_ids: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int
+    decoder: TargetDecoder, prompt_ids: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int
 ) -> Difference:
     """What lies behind the first id in which `found` differs from `expected`, plain decoding's own output.
 
@@ -43,7 +43,7 @@ def classify_difference(
     return "near_tie" if abs(gap) <= float((plain_V - wide_V).abs().max()) else "real"
 
 
-def _last_logits(decoder: Decoder, ids: Sequence[int], num_prompt: int, width: int) -> Tensor:
+def _last_logits(decoder: TargetDecoder, ids: Sequence[int], num_prompt: int, width: int) -> Tensor:
     """Logits `[V]` in float32 after `ids`: the prompt in one forward, the rest `width` tokens at a time."""
     cache = decoder.new_cache(len(ids))
     hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids[:num_prompt])), 0, cache)

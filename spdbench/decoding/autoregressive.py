@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from spdbench.decoding.sampling import Sampler
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest
 
 
 @torch.inference_mode()
-def decode(decoder: Decoder, request: GenerationRequest) -> Iterator[int]:
+def decode(decoder: TargetDecoder, request: GenerationRequest) -> Iterator[int]:
     """New token ids one by one, ending with the first end-of-sequence id or at the limit."""
     sampler = Sampler(request.sampling, request.seed)
     prompt = request.prompt_ids

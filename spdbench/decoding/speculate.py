@@ -24,7 +24,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
 from spdbench.decoding.verify import TreeVerdict, judge_tree
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
 
 
@@ -77,7 +77,7 @@ class Speculation:
     """One request on its way through rounds of drafting and verifying. `spans` is what the time went to."""
 
     def __init__(
-        self, decoder: Decoder, drafter: Drafter, request: GenerationRequest, judge: Judge = judge_tree
+        self, decoder: TargetDecoder, drafter: Drafter, request: GenerationRequest, judge: Judge = judge_tree
     ) -> None:
         self._decoder = decoder
         self._judge = judge

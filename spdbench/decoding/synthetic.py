@@ -14,7 +14,7 @@ from typing import Literal
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError, did_you_mean
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
 
 DrafterKind = Literal["auto", "path", "oracle", "forced", "random"]
@@ -123,7 +123,9 @@ def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:
         )
 
 
-def synthetic_drafts(choice: DrafterChoice, seed: int, decoder: Decoder, request: GenerationRequest) -> SyntheticDrafts:
+def synthetic_drafts(
+    choice: DrafterChoice, seed: int, decoder: TargetDecoder, request: GenerationRequest
+) -> SyntheticDrafts:
     """The drafts for `request`. For an oracle this decodes the reference, once however many backends ask.
 
     Raises:
@@ -135,14 +137,14 @@ def synthetic_drafts(choice: DrafterChoice, seed: int, decoder: Decoder, request
     return SyntheticDrafts(choice, seed, digest, reference, decoder.config.vocab_size, request.eos_ids)
 
 
-def _reference(decoder: Decoder, request: GenerationRequest) -> tuple[int, ...]:
+def _reference(decoder: TargetDecoder, request: GenerationRequest) -> tuple[int, ...]:
     return _decoded(_ById(decoder), request.prompt_ids, request.max_new_tokens, request.eos_ids)
 
 
 class _ById:
     """A decoder as a cache key: the same object, not equal weights."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: TargetDecoder) -> None:
         self.decoder = decoder
 
     def __eq__(self, other: object) -> bool:

@@ -18,7 +18,7 @@ from time import perf_counter
 import torch
 
 from spdbench.decoding.tree import Path
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3
@@ -42,7 +42,7 @@ class RowCosts:
 
 
 @torch.inference_mode()
-def measure_row_costs(decoder: Decoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
+def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
     """Medians over rounds that take the row counts in turn, so that a slow moment hits them alike."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest)

@@ -47,6 +47,7 @@ TAIL_TOKENS = 64
 FEW_PROMPTS = 8
 NOISY_SHARE = 0.10
 SLOW_ROOFLINE_SHARE = 0.4
+SLOW_KERNELS = frozenset({"transformers"})
 
 
 def is_degenerate(output_ids: Sequence[int]) -> bool:
@@ -87,7 +88,7 @@ def flags_for(
         *_output_flags(backend, divergence),
         *_drafter_flags(drafter),
         *_sample_flags(overall),
-        *_speed_flags(overall),
+        *_speed_flags(overall, backend),
     ]
 
 
@@ -160,10 +161,17 @@ def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
         )
 
 
-def _speed_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator[Flag]:
     if interval_is_noisy(overall["decode_tokens_per_s"], overall["decode_tokens_per_s_ci"]):
         yield noisy("tokens/s", overall["decode_tokens_per_s"], overall["decode_tokens_per_s_ci"])
     share = overall["roofline_share"]
+    if share is None and backend.kind == "autoregressive" and backend.kernels in SLOW_KERNELS:
+        yield Flag(
+            name="slow_baseline",
+            reason="vanilla runs on transformers' layers, as spdbench's own do not know this model, and what the "
+            "machine allows was not measured",
+            remedy="Read its speed-ups as those over a slow baseline, or use a model that our layers know",
+        )
     if share is not None and share < SLOW_ROOFLINE_SHARE:
         yield Flag(
             name="slow_baseline",

@@ -70,6 +70,7 @@ class BackendRecord(Record):
     chosen: dict[str, str] = Field(
         default_factory=dict, description="what the backend decided for itself where the options left it open"
     )
+    kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
 
 
 class ModelInfo(Record):

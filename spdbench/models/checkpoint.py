@@ -21,6 +21,7 @@ from spdbench.errors import InputError
 from spdbench.models.cache import cache_folder
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NARROW_FLOATS = ("torch.float8", "torch.float4", "F8", "F6", "F4")
 
 
 class Checkpoint:
@@ -71,6 +72,16 @@ class Checkpoint:
         if found.dtype not in FLOATS:
             raise InputError(f"{path}: tensor {name} is {found.dtype}; only unquantised weights are supported")
         return found
+
+    def refuse_quantised(self) -> None:
+        """Raises `InputError` for a tensor of fewer than 16 bits a number, read from headers alone where possible.
+
+        Whole numbers are let through: what they are for, attention masks for example, is the model's affair.
+        """
+        for name, (path, handle) in self._where.items():
+            kind = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
+            if kind.startswith(NARROW_FLOATS):
+                raise InputError(f"{path}: tensor {name} is {kind}; only unquantised weights are supported")
 
     def num_parameters(self) -> int:
         """Numbers stored in all tensors, read from headers alone where the format has them."""

@@ -1,7 +1,8 @@
 """What the engine needs to know of a model: sizes, attention windows, experts. Reads `config.json`; no torch.
 
 The families here share one shape (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in what the
-fields below say. This module must not know how any of it is computed.
+fields of `ModelConfig` say; of any other model only its `Sizes` are known. This module must not know how any of it is
+computed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from spdbench.errors import InputError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+UNLIMITED = 2**31 - 1
+"""Positions of a model that says no limit, as those without learned or rotary positions do."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,42 @@ class Experts:
     layers: frozenset[int]
 
 
+class ForeignModelError(Exception):
+    """A good config of a model that our own layers do not compute; says what in it they do not know."""
+
+
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a decoder-only model. `windows[i]` is layer i's sliding window in tokens, or None."""
+class Sizes:
+    """What is known of every decoder-only model."""
 
     family: str
     num_layers: int
     hidden_size: int
+    vocab_size: int
+    max_positions: int
+    eos_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Sizes):
+    """All that our own layers have to know. `windows[i]` is layer i's sliding window in tokens, or None."""
+
     intermediate_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int
     norm_eps: float
-    max_positions: int
     tied: bool
     qk_norm: bool
     windows: tuple[int | None, ...]
     experts: Experts | None
-    eos_ids: frozenset[int]
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as it stands, its `model_type` checked.
+    """`config.json` as it stands; only that it names an architecture and no quantisation is checked.
 
     Raises:
-        InputError: no config there, not JSON, or an architecture that is not supported.
+        InputError: no config there, not JSON, or one of quantised weights.
     """
     path = directory / "config.json"
     try:
@@ -63,8 +76,8 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}: is not JSON ({error})") from None
     family = raw.get("model_type") if isinstance(raw, dict) else None
-    if family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family!r} is not supported. Supported: {', '.join(FAMILIES)}.")
+    if not isinstance(family, str):
+        raise InputError(f"{path}: names no architecture (model_type is {family!r})")
     method = raw.get("quantization_config")
     if method:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
@@ -78,38 +91,56 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
     """The config of the model in `directory`; `standard` is transformers' object for it, with names made uniform.
 
     Raises:
-        InputError: the model uses something that this engine does not compute (activation, kind of rotary positions).
+        ForeignModelError: the model uses something that our layers do not compute (family, activation, rotary
+            positions).
+        InputError: the config cannot be that of a model.
     """
+    if standard.model_type not in FAMILIES:
+        raise ForeignModelError(f"architecture {standard.model_type!r}")
     if standard.hidden_act != "silu":
-        raise InputError(
-            f"{directory}/config.json: hidden_act {standard.hidden_act!r} is not supported. Supported: silu."
-        )
+        raise ForeignModelError(f"hidden_act {standard.hidden_act!r}")
     rope = standard.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
-        raise InputError(
-            f"{directory}/config.json: rope_type {rope!r} is not supported. Supported: {', '.join(ROPE_TYPES)}."
-        )
+        raise ForeignModelError(f"rope_type {rope!r}")
+    _require_positive(directory, standard, ("intermediate_size", "num_attention_heads"))
     heads = standard.num_attention_heads
-    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
-        if getattr(standard, key) < 1:
-            raise InputError(f"{directory}/config.json: {key} is {getattr(standard, key)}, expected at least 1")
     return ModelConfig(
-        family=standard.model_type,
-        num_layers=standard.num_hidden_layers,
-        hidden_size=standard.hidden_size,
+        **vars(sizes(directory, standard)),
         intermediate_size=standard.intermediate_size,
         num_heads=heads,
         num_kv_heads=standard.num_key_value_heads or heads,
         head_dim=getattr(standard, "head_dim", None) or standard.hidden_size // heads,
-        vocab_size=standard.vocab_size,
         norm_eps=standard.rms_norm_eps,
-        max_positions=standard.max_position_embeddings,
         tied=bool(standard.tie_word_embeddings),
         qk_norm=standard.model_type in ("qwen3", "qwen3_moe"),
         windows=_windows(standard),
         experts=_experts(standard),
-        eos_ids=_eos_ids(directory, standard),
     )
+
+
+def sizes(directory: Path, standard: Any) -> Sizes:
+    """What can be known of a model of any architecture.
+
+    Raises:
+        InputError: the config cannot be that of a decoder-only model.
+    """
+    text = standard.get_text_config(decoder=True)
+    _require_positive(directory, text, ("num_hidden_layers", "hidden_size", "vocab_size"))
+    return Sizes(
+        family=standard.model_type,
+        num_layers=text.num_hidden_layers,
+        hidden_size=text.hidden_size,
+        vocab_size=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None) or UNLIMITED,
+        eos_ids=_eos_ids(directory, text),
+    )
+
+
+def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        found = getattr(standard, key, None)
+        if not isinstance(found, int) or found < 1:
+            raise InputError(f"{directory}/config.json: {key} is {found!r}, expected at least 1")
 
 
 def _windows(standard: Any) -> tuple[int | None, ...]:
@@ -146,7 +177,7 @@ def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
     path = directory / "generation_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found = settings.get("eos_token_id", standard.eos_token_id)
+        found = settings.get("eos_token_id", getattr(standard, "eos_token_id", None))
         ids = found if isinstance(found, list) else [] if found is None else [found]
         if not all(type(token) is int for token in ids):
             raise TypeError(f"eos_token_id is {found!r}, expected a whole number or a list of them")

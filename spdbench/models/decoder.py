@@ -25,7 +25,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
-from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
+from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, can_compile, steps_by_rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -44,6 +44,18 @@ class Decoder:
     head: Linear | None
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies, `oneDNN` where weights are packed for it, else `torch`; and `numba` where few rows' other
+        steps are compiled."""
+        packed = any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values())
+        products = "oneDNN" if packed else "torch"
+        return f"{products}, numba" if can_compile(self.dtype, self.device) else products
+
+    @property
+    def takes_trees(self) -> bool:
+        return True
 
     def embed(self, ids_S: Tensor) -> Tensor:
         """Hidden state 0 of the tokens: `[S, M]`."""

@@ -1,4 +1,5 @@
-"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download.
+"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download;
+for models that our own layers do not know, the models themselves and their caches.
 
 Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
 """
@@ -24,11 +25,20 @@ SECOND_COPIES = ("consolidated*", "original/*")
 TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 
-def standard_config(directory: Path) -> Any:
-    """transformers' config object for a local folder; code that a repository brings is never run."""
-    from transformers import AutoConfig
+def standard_config(directory: Path, family: str) -> Any:
+    """transformers' config object for a local folder whose `model_type` is `family`.
 
-    with _quiet():
+    Raises:
+        InputError: no such architecture (code that a repository brings is never run), or a config that does not fit it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if family not in CONFIG_MAPPING:
+        raise InputError(
+            f"{directory}/config.json: model_type {family!r} is not supported: neither spdbench nor this version of "
+            "transformers knows it"
+        )
+    with quiet():
         try:
             return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers checks fields with libraries of its own
@@ -39,7 +49,7 @@ def load_tokenizer(directory: Path) -> Any:
     """The model's tokenizer, from local files only."""
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken tokenizer fails in as many ways as it has files
@@ -58,6 +68,73 @@ def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
     return frequencies, float(factor)
 
 
+def require_causal(directory: Path, standard: Any) -> None:
+    """Raises `InputError` if transformers has no decoder-only language model for this config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    family = standard.model_type
+    if standard.is_encoder_decoder:
+        raise InputError(
+            f"{directory}: {family!r} is not supported: it is an encoder-decoder, not a decoder-only model"
+        )
+    if type(standard) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"{directory}: {family!r} is not supported: it is not a causal language model")
+
+
+def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' own model, for inference only, in memory of its own: a mapped file's pages could be dropped in the
+    middle of a measurement.
+
+    Raises:
+        InputError: it cannot be built, or the weights are not exactly those that the config asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    # Fused attention leaves the capping of scores out, which older versions of transformers do not even say.
+    capped = getattr(standard.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    with quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **({"attn_implementation": "eager"} if capped else {}),
+            )
+        except Exception as error:  # whatever a model's own code stumbles over
+            raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
+    for key, what in (
+        ("missing_keys", "are missing from the weights"),
+        ("mismatched_keys", "do not have the shapes that config.json gives"),
+        ("unexpected_keys", "have no place in this model"),
+    ):
+        if names := sorted(map(str, report[key])):
+            raise InputError(
+                f"{directory}: {len(names)} tensors {what}, e.g. {names[0]}; is config.json the one that belongs to "
+                "the weights?"
+            )
+    if device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model.eval().requires_grad_(False).to(device)
+
+
+def range_cache(layers: range) -> tuple[Any, list[Any]]:
+    """An empty cache for a model of which only `layers` run, and the slots of just these.
+
+    Each slot keeps every token, sliding windows being a matter of masks, so that it can go back. Masks and positions
+    are made for the length of layer 0, which is why the layers ahead of the range are given the first one's slot.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    slots = [DynamicLayer() for _ in layers]
+    cache = DynamicCache()
+    cache.layers = [*slots[:1] * layers.start, *slots]
+    return cache, slots
+
+
 def convert_gguf(file: Path, out: Path) -> None:
     """Dequantises a GGUF file to float32 safetensors with its tokenizer, in the folder `out`.
 
@@ -69,7 +146,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise InputError(f"{file}: is not a GGUF file")
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
         try:
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
@@ -102,7 +179,7 @@ def download(repo: str) -> Path:
             info = HfApi(endpoint=hub.endpoint()).model_info(repo, timeout=hub.TIMEOUT_S)
             names = [sibling.rfilename for sibling in info.siblings or []]
             weights = WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
-            with _quiet():
+            with quiet():
                 return Path(
                     snapshot_download(repo, allow_patterns=[*weights, *TEXTS], etag_timeout=hub.TIMEOUT_S, **where)
                 )
@@ -124,8 +201,8 @@ def download(repo: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' bars and warnings are about its own models, which never run here."""
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and warnings: what matters of them is said in our words."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

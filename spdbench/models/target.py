@@ -11,24 +11,44 @@ import torch
 from spdbench.errors import InputError
 from spdbench.models import hf
 from spdbench.models.checkpoint import Checkpoint
-from spdbench.models.config import ModelConfig, model_config, read_raw_config
+from spdbench.models.config import (
+    FAMILIES,
+    ForeignModelError,
+    ModelConfig,
+    Sizes,
+    model_config,
+    read_raw_config,
+    sizes,
+)
 from spdbench.models.decoder import Decoder, load_decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.models.load import ModelFiles, find_model
+from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 class Target:
-    """A causal language model, greedy ids and logits on `device` in `dtype`."""
+    """A causal language model, greedy ids and logits on `device` in `dtype`.
+
+    `unknown` says what in it our own layers do not know, so that transformers' serve; None where ours do.
+    """
 
     def __init__(self, files: ModelFiles, dtype: str, device: str) -> None:
         self.files = files
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
         self.device = find_device(device)
-        read_raw_config(files.directory)
-        self._standard = hf.standard_config(files.directory)
-        self.config: ModelConfig = model_config(files.directory, self._standard)
+        raw = read_raw_config(files.directory)
+        self._standard = hf.standard_config(files.directory, raw["model_type"])
+        self._known: ModelConfig | None = None
+        self.unknown: str | None = None
+        try:
+            self._known = model_config(files.directory, self._standard)
+        except ForeignModelError as what:
+            hf.require_causal(files.directory, self._standard)
+            self.unknown = str(what)
+        self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -36,15 +56,47 @@ class Target:
         return hf.load_tokenizer(self.files.directory)
 
     @cached_property
-    def decoder(self) -> Decoder:
+    def decoder(self) -> TargetDecoder:
         """All layers, loaded once."""
         return self.load_layers()
 
-    def load_layers(self, layers: range | None = None) -> Decoder:
-        """A decoder of its own for `layers`, read straight from the files."""
-        frequencies = hf.rotary_frequencies(self._standard, self.config.head_dim)
+    @property
+    def own_decoder(self) -> Decoder:
+        """`decoder`, for what is built of our own layers.
+
+        Raises:
+            InputError: transformers' layers serve this model.
+        """
+        decoder = self.decoder
+        if not isinstance(decoder, Decoder):
+            raise InputError(f"{self.files.id}: spdbench's own layers do not know this model ({self.unknown})")
+        return decoder
+
+    def load_layers(self, layers: range | None = None) -> TargetDecoder:
+        """A decoder of its own for `layers`, read straight from the files.
+
+        Raises:
+            InputError: the weights do not fit the config, or transformers' layers cannot stand in for ours.
+        """
+        if self._known is None:
+            return self._load_standard(layers)
+        frequencies = hf.rotary_frequencies(self._standard, self._known.head_dim)
         with closing(Checkpoint(self.files.directory)) as checkpoint:
-            return load_decoder(checkpoint, self.config, frequencies, self.dtype, self.device, layers)
+            return load_decoder(checkpoint, self._known, frequencies, self.dtype, self.device, layers)
+
+    def _load_standard(self, layers: range | None) -> StandardDecoder:
+        directory = self.files.directory
+        with closing(Checkpoint(directory)) as checkpoint:
+            checkpoint.refuse_quantised()
+        model = hf.load_causal_model(directory, self._standard, self.dtype, self.device)
+        try:
+            with hf.quiet():
+                return split_model(model, self.config, hf.range_cache, self.dtype, self.device, layers)
+        except SplitError as why:
+            raise InputError(
+                f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and "
+                f"transformers' cannot be run stage by stage ({why}). Fully supported: {', '.join(FAMILIES)}."
+            ) from None
 
     @cached_property
     def num_parameters(self) -> int:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spdbench.models.decoder import Decoder
-from spdbench.models.kv_cache import KVCache
+from spdbench.models.interface import TargetCache, TargetDecoder
 from spdbench.pipeline.schedule import Cycle, Node
 
 States = Mapping[int, Tensor]
@@ -33,11 +32,11 @@ class CycleOutput:
 class InlinePipeline:
     """Stages `stages` of `decoder`; reports the hidden states whose index is in `wanted`."""
 
-    def __init__(self, decoder: Decoder, stages: tuple[range, ...], wanted: Collection[int]) -> None:
+    def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], wanted: Collection[int]) -> None:
         self._decoder = decoder
         self._stages = stages
         self._wanted = frozenset(wanted)
-        self._caches: list[KVCache] = []
+        self._caches: list[TargetCache] = []
         self._inputs: dict[int, Tensor] = {}
 
     @property

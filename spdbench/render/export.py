@@ -81,6 +81,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
         "backend": head.backend.name,
         "kind": head.backend.kind,
         "num_devices": head.backend.num_devices,
+        "kernels": head.backend.kernels,
         "lossy": head.backend.lossy,
         "drafter": head.drafter.id if head.drafter else None,
         "synthetic": head.drafter.synthetic if head.drafter else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.judge.result import Result, json_schema, read_result
+from spdbench.models import hf
+from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
 
 
@@ -271,9 +274,8 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
 
     from spdbench.models.partition import split_evenly
     from spdbench_backends.spd.formats import random_head
-    from tests import tiny
 
-    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    head = random_head(tiny.load(run.model).own_decoder, split_evenly(6, 2), 0)
     torch.save({"state_dict": head.tensors, "config": head.config.model_dump()}, run.folder / "head.pt")
     said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
     assert said.code == 2
@@ -289,9 +291,8 @@ def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, m
     from spdbench.models.load import find_model
     from spdbench.models.partition import split_evenly
     from spdbench_backends.spd.formats import random_head
-    from tests import tiny
 
-    head = random_head(tiny.load(run.model).decoder, split_evenly(6, 2), 0)
+    head = random_head(tiny.load(run.model).own_decoder, split_evenly(6, 2), 0)
     folder = run.folder / "drafters" / "mine"
     folder.mkdir(parents=True)
     config = {
@@ -354,3 +355,42 @@ def test_the_model_folder_is_left_as_it_was(run: Runs) -> None:
     before = {path: path.stat().st_mtime_ns for path in model.rglob("*")}
     spdbench("run", write_suite(run.folder), "-m", model, "-b", "vanilla", "--results", run.results)
     assert {path: path.stat().st_mtime_ns for path in model.rglob("*")} == before
+
+
+def test_a_model_that_our_own_layers_do_not_know_runs_and_says_so(run: Runs, tmp_path: Path) -> None:
+    run.model = tiny.make_model(tmp_path / "tiny-gpt2", "gpt2")
+    said = run("-o", "spd.stages=3", "--drafter", "oracle:0.8")
+    assert said.code == 0, said.err
+    divergence = run.result("spd").divergence
+    assert divergence is not None
+    assert divergence.identical == 4
+    assert said.err.count("NOTE: architecture 'gpt2' is not one that spdbench's own layers know") == 1
+    assert {run.result(label).backend.kernels for label in ("vanilla", "spd")} == {"transformers"}
+
+
+def test_a_model_that_our_own_layers_know_says_which_kernels(run: Runs) -> None:
+    said = run("-b", "vanilla")
+    assert "NOTE" not in said.err
+    assert run.result("vanilla").backend.kernels in ("oneDNN", "torch")
+
+
+def test_a_model_that_cannot_be_run_in_stages_is_refused(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = hf.load_causal_model
+
+    def with_a_shortcut(*words: Any) -> Any:
+        """The first layer's output is added to the third's."""
+        model, seen = load(*words), list[Tensor]()
+        first, _, third, *_ = model.transformer.h
+        first.register_forward_hook(lambda _layer, _given, out: seen.append(out))
+        third.register_forward_hook(lambda _layer, _given, out: out + seen[-1])
+        return model
+
+    monkeypatch.setattr(hf, "load_causal_model", with_a_shortcut)
+    run.model = tiny.make_model(tmp_path / "tiny-gpt2", "gpt2")
+    said = run("--drafter", "oracle:0.8")
+    assert said.code == 2
+    assert "architecture 'gpt2' is not supported" in said.err
+    assert "layer by layer its logits are off by" in said.err
+    assert run.files() == []

@@ -18,7 +18,7 @@ import torch
 from spdbench.backend import Backend, BackendContext, find_backend, installed_backends, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import warp
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling, Step
 from tests import tiny
@@ -181,6 +181,7 @@ def test_what_it_is_made_of_adds_up(target: Target, name: str, options: dict[str
     assert sum(info.stage_layers) == target.config.num_layers
     assert sum(info.lane_bytes) == target.decoder.bytes_per_token(range(6), head=True)
     assert info.devices == ("cpu",)
+    assert info.kernels in (None, target.decoder.kernels)
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), ONE_OF_EACH)
@@ -223,7 +224,7 @@ def test_sampled_triples_follow_the_exact_joint_distribution(small: Target, name
     assert p_value(counts, expected) > 1e-4 / tests
 
 
-def _joint(decoder: Decoder, prompt: tuple[int, ...], sampling: Sampling) -> dict[object, float]:
+def _joint(decoder: TargetDecoder, prompt: tuple[int, ...], sampling: Sampling) -> dict[object, float]:
     """Exact probabilities of every first three tokens."""
 
     @torch.inference_mode()

@@ -95,7 +95,7 @@ class Eagle(DraftVerify):
         if choice.kind == "path":
             return read_eagle(choice.path)
         if choice.kind == "random":
-            return random_eagle(self._decoder, self._context.seed)
+            return random_eagle(self._context.target.own_decoder, self._context.seed)
         if choice.kind == "auto":
             return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
         return None
@@ -106,7 +106,7 @@ class Eagle(DraftVerify):
         options = self._options
         weights = build_eagle(
             file,
-            self._decoder,
+            self._context.target.own_decoder,
             aux_convention=options.aux_convention,
             rope_theta=options.rope_theta,
             norm_output=options.norm_output,
@@ -118,11 +118,20 @@ class Eagle(DraftVerify):
 
     def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
         from spdbench.decoding.named_trees import EAGLE_STATIC
+
         from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, StaticGrowth
 
         options = self._options
         if options.tree == "chain":
             return ChainGrowth(options.depth or 4)
+        if not self._decoder.takes_trees:
+            if options.tree == "auto":
+                self._auto = "chain, depth 4: transformers' layers take no trees"
+                return ChainGrowth(options.depth or 4)
+            raise InputError(
+                f"-o {self._context.label}.tree={options.tree}: this model runs on transformers' layers, which take no "
+                "trees; use chain"
+            )
         if options.tree == "static":
             paths = tuple(path for path in EAGLE_STATIC if len(path) <= (options.depth or 5))
             return StaticGrowth(paths, self._decoder.device)
@@ -181,7 +190,7 @@ class Eagle(DraftVerify):
         if self._weights is None:
             return SyntheticEagleDrafter(self._drafts(self._choice, request), self._growth, self._decoder.device)
         capacity = len(request.prompt_ids) + request.max_new_tokens
-        return EagleDrafter(self._weights, self._decoder, self._growth, capacity)
+        return EagleDrafter(self._weights, self._context.target.own_decoder, self._growth, capacity)
 
     def close(self) -> None:
         super().close()

@@ -69,7 +69,7 @@ class Medusa(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
-            self._weights = build_medusa(file, self._decoder)
+            self._weights = build_medusa(file, self._context.target.own_decoder)
             untrained = choice.kind == "random"
             self._info = DrafterInfo(
                 "random" if untrained else file.path.name,
@@ -89,7 +89,7 @@ class Medusa(DraftVerify):
         if choice.kind == "path":
             return read_medusa(choice.path)
         if choice.kind == "random":
-            return random_medusa(self._decoder, self._options.heads or 3, self._context.seed)
+            return random_medusa(self._context.target.own_decoder, self._options.heads or 3, self._context.seed)
         if choice.kind == "auto":
             own = holds_medusa_heads(files.directory)
             return read_medusa(files.directory if own else find_drafter(files, "medusa", None))
@@ -106,10 +106,19 @@ class Medusa(DraftVerify):
         from spdbench_backends.medusa.trees import check_levels, find_tree
 
         heads = self._num_heads()
-        if self._options.tree == "auto":
+        wanted, chain = self._options.tree, tuple((0,) * level for level in range(1, heads + 1))
+        if wanted == "chain":
+            return chain
+        if not self._decoder.takes_trees:
+            if wanted == "auto":
+                self._auto = "chain: transformers' layers take no trees"
+                return chain
+            raise InputError(
+                f"-o {self._context.label}.tree={wanted}: this model runs on transformers' layers, which take no "
+                "trees; use chain"
+            )
+        if wanted == "auto":
             return self._choose_by_cost(choice, file, heads)
-        if self._options.tree == "chain":
-            return tuple((0,) * level for level in range(1, heads + 1))
         try:
             paths = find_tree(self._options.tree)
             check_levels(paths, heads)
@@ -167,7 +176,7 @@ class Medusa(DraftVerify):
             raise RuntimeError("medusa is not loaded")
         if self._weights is None:
             return SyntheticTreeDrafter(self._drafts(self._choice, request), self._tree, self._decoder.device)
-        return MedusaDrafter(self._weights, self._decoder, self._tree)
+        return MedusaDrafter(self._weights, self._context.target.own_decoder, self._tree)
 
     def close(self) -> None:
         super().close()

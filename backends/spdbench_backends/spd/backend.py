@@ -80,6 +80,7 @@ class SPD:
             lane_bytes=tuple(decoder.bytes_per_token(layers, head=s == last) for s, layers in enumerate(self._stages)),
             stage_layers=tuple(len(layers) for layers in self._stages),
             drafter=self._info,
+            kernels=decoder.kernels,
         )
 
     def prepare(self, request: GenerationRequest) -> None:
@@ -105,13 +106,18 @@ class SPD:
         from spdbench.models.drafters import find_drafter
         from spdbench_backends.spd.formats import random_head, read_head
 
+        if choice.kind in ("oracle", "forced"):
+            return None
+        if unknown := self._context.target.unknown:
+            raise InputError(
+                f"--drafter {choice.text}: SPD heads are made of spdbench's own layers, which do not know this model "
+                f"({unknown}). Give oracle:P or forced:P."
+            )
         if choice.kind == "path":
             return read_head(choice.path)
         if choice.kind == "random":
-            return random_head(self._context.target.decoder, self._cut(None), self._context.seed)
-        if choice.kind == "auto":
-            return read_head(find_drafter(self._context.target.files, "spd", self._wanted_stages()))
-        return None
+            return random_head(self._context.target.own_decoder, self._cut(None), self._context.seed)
+        return read_head(find_drafter(self._context.target.files, "spd", self._wanted_stages()))
 
     def _wanted_stages(self) -> int | None:
         counts = self._options.stage_layers
@@ -136,7 +142,7 @@ class SPD:
             return
         from spdbench_backends.spd.formats import build_head
 
-        self._head = build_head(file, self._context.target.decoder, self._stages)
+        self._head = build_head(file, self._context.target.own_decoder, self._stages)
         untrained = choice.kind == "random"
         trained = 0 if untrained else file.config.trained_tokens
         self._info = DrafterInfo(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft, Verdict, judge
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.inline import InlinePipeline, States
 from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
 from spdbench.types import GenerationRequest, Step
@@ -21,7 +21,7 @@ from spdbench_backends.spd.drafter import PipelineDrafter
 
 @torch.inference_mode()
 def generate(
-    decoder: Decoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
+    decoder: TargetDecoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
 ) -> Iterator[Step]:
     """Steps of one request: prefill, then a step a cycle; ends on the verdict that gives the last token."""
     sequence = _Sequence(decoder, stages, drafter, request)
@@ -43,7 +43,7 @@ class _Sequence:
     """One request on its way through the pipeline."""
 
     def __init__(
-        self, decoder: Decoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
+        self, decoder: TargetDecoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
     ) -> None:
         self._pipeline = InlinePipeline(decoder, stages, drafter.anchors)
         self._schedule = PipelineSchedule(len(stages))

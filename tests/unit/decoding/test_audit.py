@@ -19,7 +19,7 @@ PROMPT = tuple(range(60, 70))
 
 @pytest.fixture(scope="module")
 def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).decoder
+    return tiny.load(tiny_model).own_decoder
 
 
 def test_equal_outputs_are_identical(decoder: Decoder) -> None:
@@ -53,7 +53,7 @@ def test_equal_logits_are_a_tie(decoder: Decoder) -> None:
 
 def test_a_gap_below_the_noise_floor_is_a_near_tie(tiny_model: Path) -> None:
     """In bfloat16, four tokens at a time give logits that differ from one at a time; a gap within that is no fault."""
-    low = tiny.load(tiny_model, "bfloat16").decoder
+    low = tiny.load(tiny_model, "bfloat16").own_decoder
     ids = list(decode(low, tiny.greedy(PROMPT, 6)))
     twin = (ids[5] + 1) % 262
     head = plain_head(low)

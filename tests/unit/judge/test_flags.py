@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import spdbench
 from spdbench.cli.main import COMMANDS
-from spdbench.judge.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT, is_degenerate
+from spdbench.judge.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT, flags_for, is_degenerate
+from spdbench.judge.metrics import summarise
 from spdbench.judge.result import BackendRecord, Divergence, DrafterRecord, Run
 from tests.builders import MS, ORACLE, RANDOM, TRAINED, make_backend, make_result, make_run, vanilla_steps
 
@@ -65,6 +66,15 @@ def test_speed_that_varies_over_prompts_is_noisy() -> None:
     assert "noisy" in names(
         [make_run(vanilla_steps(9, step_ns=10 * MS * 2**index), prompt=f"p{index}") for index in range(8)]
     )
+
+
+def test_a_baseline_on_layers_of_transformers_is_slow_unless_measured_otherwise() -> None:
+    backend = make_backend(kernels="transformers")
+    assert names(EIGHT, backend) == set()
+    overall = summarise(EIGHT, backend, None).overall
+    assert [flag.name for flag in flags_for(overall, backend, None, None)] == ["slow_baseline"]
+    assert flags_for(overall, make_backend(kernels="oneDNN"), None, None) == []
+    assert flags_for(overall, make_backend("pipeline", kernels="transformers"), None, None) == []
 
 
 def test_baseline_far_from_the_bandwidth_is_slow() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.config import FAMILIES
+from spdbench.models.decoder import Decoder
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
@@ -78,15 +79,17 @@ def test_several_rows_give_the_logits_of_one_row_at_a_time(folders: dict[str, Pa
 
 def test_a_stage_loads_only_its_own_layers(folders: dict[str, Path]) -> None:
     target = tiny.load(folders["llama"])
-    middle = target.load_layers(range(2, 4))
+    middle, last = target.load_layers(range(2, 4)), target.load_layers(range(4, 6))
+    assert isinstance(middle, Decoder)
+    assert isinstance(last, Decoder)
     assert sorted(middle.weights) == [2, 3]
     assert middle.embeddings_VM is None
     assert middle.head is None
-    assert target.load_layers(range(4, 6)).head is not None
+    assert last.head is not None
 
 
 def test_bytes_per_token_add_up_over_stages(folders: dict[str, Path]) -> None:
-    decoder = tiny.load(folders["llama"]).decoder
+    decoder = tiny.load(folders["llama"]).own_decoder
     stages = [decoder.bytes_per_token(range(s, s + 2), head=s == 4) for s in (0, 2, 4)]
     assert sum(stages) == decoder.bytes_per_token(range(6), head=True)
     assert decoder.head is not None
@@ -94,7 +97,7 @@ def test_bytes_per_token_add_up_over_stages(folders: dict[str, Path]) -> None:
 
 
 def test_a_mixture_reads_only_the_experts_it_routes_to(folders: dict[str, Path]) -> None:
-    layer = tiny.load(folders["qwen3_moe"]).decoder.weights[0]
+    layer = tiny.load(folders["qwen3_moe"]).own_decoder.weights[0]
     assert layer.experts is not None
     everything = layer.experts.gate_up.nbytes + layer.experts.down.nbytes
     assert layer.bytes_per_token() < everything

@@ -30,7 +30,7 @@ def test_a_hub_id_loads_like_the_folder_it_came_from(hub: StubHub, tiny_model: P
     target = load_target(REPO, "float32", "cpu")
     assert target.files.id == REPO
     assert target.files.sha256 == find_model(str(tiny_model)).sha256
-    assert target.decoder.weights[0].qkv.plain().equal(tiny.load(tiny_model).decoder.weights[0].qkv.plain())
+    assert target.own_decoder.weights[0].qkv.plain().equal(tiny.load(tiny_model).own_decoder.weights[0].qkv.plain())
     assert target.tokenizer.chat_template
     assert not any("README" in line or "training" in line for line in hub.requests)
 

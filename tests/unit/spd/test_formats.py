@@ -25,7 +25,7 @@ PROMPT = tuple(range(30, 41))
 
 @pytest.fixture(scope="module")
 def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).decoder
+    return tiny.load(tiny_model).own_decoder
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,7 @@ class Checked(HeadDrafter):
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=["prompt", "one-token prompt"])
 def test_cached_drafts_equal_drafts_from_scratch(tiny_model: Path, num_stages: int, prompt: tuple[int, ...]) -> None:
-    decoder = tiny.load(tiny_model).decoder
+    decoder = tiny.load(tiny_model).own_decoder
     request = tiny.greedy(prompt, 30)
     answer = list(decode(decoder, request))
     drafter = Checked(decoder, num_stages, answer)
@@ -92,7 +92,7 @@ def test_cached_drafts_equal_drafts_from_scratch(tiny_model: Path, num_stages: i
 
 def test_nothing_is_kept_of_old_positions(tiny_model: Path) -> None:
     """Features lie in a ring of two pipelines, whatever the length of the answer."""
-    decoder = tiny.load(tiny_model).decoder
+    decoder = tiny.load(tiny_model).own_decoder
     stages = split_evenly(6, 3)
     drafter = HeadDrafter(build_head(random_head(decoder, stages, 3), decoder, stages), 262)
     list(generate(decoder, stages, drafter, tiny.greedy(PROMPT, 60)))
