@@ -7,7 +7,7 @@ such type), is widened to float32 for all arithmetic, and rounded to the nearest
 
 Must not know torch, layers or models. Importing this module needs numba; `steps` does without it where it is missing.
 
-Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, G = H / K, T slots, D head size, P positions.
+Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, T slots, D head size, P positions.
 """
 
 from __future__ import annotations
@@ -161,21 +161,17 @@ def turn(
     slot: int,
     queries: Any,
 ) -> None:
-    """Splits `qkv` `[S, (H + 2K) D]`: turned queries, turned keys and plain values from `slot` on.
+    """Splits `qkv` `[S, (H + 2K) D]`: turned queries `[S, H D]`, turned keys and plain values from `slot` on.
 
-    Queries come out folded, `[K, G S, D]`: the rows of all heads that share a kv head, one head after the other. Head
-    norms are empty where the model has none.
+    Head norms are empty where the model has none.
     """
     num_kv, _, size = keys_KTD.shape
-    num_rows = qkv.shape[0]
-    group = queries.shape[1] // num_rows
-    num_heads = num_kv * group
-    for s in range(num_rows):
+    num_heads = queries.shape[1] // size
+    for s in range(qkv.shape[0]):
         cos_D, sin_D = cos_PD[positions_S[s]], sin_PD[positions_S[s]]
         for h in range(num_heads):
             at = h * size
-            folded = queries[h // group, h % group * num_rows + s]
-            _turn_head(qkv[s, at : at + size], q_norm_D, eps, cos_D, sin_D, folded)
+            _turn_head(qkv[s, at : at + size], q_norm_D, eps, cos_D, sin_D, queries[s, at : at + size])
         for k in range(num_kv):
             at = (num_heads + k) * size
             _turn_head(qkv[s, at : at + size], k_norm_D, eps, cos_D, sin_D, keys_KTD[k, slot + s])
@@ -185,49 +181,53 @@ def turn(
 
 
 @compiled
-def _softmax(scores_T: Any, begin: int, end: int) -> None:
-    """Scores from `begin` to `end` become weights that sum to one."""
+def _softmax(scores: Any, count: int) -> None:
+    """The first `count` scores become weights that sum to one."""
     largest, total = MINUS_INFINITY, F(0)
-    for t in range(begin, end):
-        largest = max(largest, scores_T[t])
-    for t in range(begin, end):
-        scores_T[t] = exponential(scores_T[t] - largest)
-        total += scores_T[t]
-    for t in range(begin, end):
-        scores_T[t] /= total
+    for i in range(count):
+        largest = max(largest, scores[i])
+    for i in range(count):
+        scores[i] = exponential(scores[i] - largest)
+        total += scores[i]
+    for i in range(count):
+        scores[i] /= total
 
 
 @compiled
-def _mix(weights_T: Any, values_TD: Any, begin: int, end: int, out_D: Any) -> None:
-    """The weighted sum of values, added to `out_D`, four slots at a time to pass over `out_D` less often."""
+def _mix(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> None:
+    """The weighted sum of the values in `slots`, added to `out_D`, four at a time to pass over `out_D` less often."""
     size = out_D.shape[0]
-    fours = begin + (end - begin) // 4 * 4
-    for t in range(begin, fours, 4):
-        a, b, c, e = weights_T[t], weights_T[t + 1], weights_T[t + 2], weights_T[t + 3]
+    fours = count // 4 * 4
+    for i in range(0, fours, 4):
+        a, b, c, e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
         for d in range(size):
             out_D[d] += (
-                a * widen(values_TD[t, d])
-                + b * widen(values_TD[t + 1, d])
-                + c * widen(values_TD[t + 2, d])
-                + e * widen(values_TD[t + 3, d])
+                a * widen(values_TD[slots[i], d])
+                + b * widen(values_TD[slots[i + 1], d])
+                + c * widen(values_TD[slots[i + 2], d])
+                + e * widen(values_TD[slots[i + 3], d])
             )
-    for t in range(fours, end):
+    for i in range(fours, count):
         for d in range(size):
-            out_D[d] += weights_T[t] * widen(values_TD[t, d])
+            out_D[d] += weights[i] * widen(values_TD[slots[i], d])
 
 
 @compiled
-def unfold(folded: Any, out: Any) -> None:
-    """Attention's output from `[K, G S, D]`, as the queries came, to `[S, H D]`."""
-    num_kv, folded_rows, size = folded.shape
-    num_rows = out.shape[0]
-    group = folded_rows // num_rows
-    for s in range(num_rows):
-        for k in range(num_kv):
-            for g in range(group):
-                at = (k * group + g) * size
-                for d in range(size):
-                    out[s, at + d] = folded[k, g * num_rows + s, d]
+def _visible_slots(row: int, slot: int, num_rows: int, depth: int, visible_SW: Any, window: int, slots: Any) -> int:
+    """Puts the slots that a row sees into `slots`, in order, and returns how many they are."""
+    is_tree = visible_SW.shape[0] > 0
+    stop = slot + num_rows - visible_SW.shape[1] if is_tree else slot + row + 1
+    first = stop if is_tree else slot
+    begin = min(max(0, first + depth + 1 - window), stop) if window > 0 else 0
+    count = stop - begin
+    for i in range(count):
+        slots[i] = begin + i
+    if is_tree:
+        for j in range(visible_SW.shape[1]):
+            if visible_SW[row, j]:
+                slots[count] = stop + j
+                count += 1
+    return count
 
 
 @compiled
@@ -236,39 +236,32 @@ def attend(
 ) -> None:
     """Attention of rows that stand in the slots from `slot` on, over all slots before them and some of their own.
 
-    `queries` are folded as `turn` gives them, `out` is `[S, H D]`. Row s is `depths_S[s]` positions behind the first
-    new slot, or behind the tree's first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows,
-    and where that is empty itself and all before it. With `window` > 0 it sees so many positions, its own included.
+    `queries` and `out` are `[S, H D]`. Row s is `depths_S[s]` positions behind the first new slot, or behind the tree's
+    first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows, and where that is empty itself
+    and all before it. With `window` > 0 it sees so many positions, its own included.
+
+    A row's result is the same to the last bit whoever stands beside it, alone, in a chain or on a branch: what it sees
+    is taken in the same order by the same instructions.
     """
     num_kv, _, size = keys_KTD.shape
     num_rows = out.shape[0]
-    group = queries.shape[1] // num_rows
+    group = queries.shape[1] // size // num_kv
     scale = F(1) / np.sqrt(F(size))
-    is_tree = visible_SW.shape[0] > 0
-    width = visible_SW.shape[1] if is_tree else num_rows
-    first = slot + num_rows - width
     query_D, mixed_D = np.empty(size, F), np.empty(size, F)
-    scores_T = np.empty(slot + num_rows, F)
+    scores, slots = np.empty(slot + num_rows, F), np.empty(slot + num_rows, np.int64)
     for s in range(num_rows):
-        begin = max(0, first + depths_S[s] + 1 - window) if window > 0 else 0
-        begin = min(begin, first) if is_tree else begin
-        end = slot + num_rows if is_tree else slot + s + 1
-        for k in range(num_kv):
-            for g in range(group):
+        count = _visible_slots(s, slot, num_rows, depths_S[s], visible_SW, window, slots)
+        for h in range(num_kv * group):
+            k, at = h // group, h * size
+            for d in range(size):
+                query_D[d] = widen(queries[s, at + d]) * scale
+                mixed_D[d] = F(0)
+            for i in range(count):
+                score = F(0)
                 for d in range(size):
-                    query_D[d] = widen(queries[k, g * num_rows + s, d]) * scale
-                    mixed_D[d] = F(0)
-                for t in range(begin, end):
-                    score = F(0)
-                    for d in range(size):
-                        score += query_D[d] * widen(keys_KTD[k, t, d])
-                    scores_T[t] = score
-                if is_tree:
-                    for j in range(width):
-                        if not visible_SW[s, j]:
-                            scores_T[first + j] = MINUS_INFINITY
-                _softmax(scores_T, begin, end)
-                _mix(scores_T, values_KTD[k], begin, end, mixed_D)
-                at = (k * group + g) * size
-                for d in range(size):
-                    out[s, at + d] = narrow(mixed_D[d], out[s, at + d])
+                    score += query_D[d] * widen(keys_KTD[k, slots[i], d])
+                scores[i] = score
+            _softmax(scores, count)
+            _mix(scores, values_KTD[k], slots, count, mixed_D)
+            for d in range(size):
+                out[s, at + d] = narrow(mixed_D[d], out[s, at + d])

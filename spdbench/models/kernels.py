@@ -65,16 +65,26 @@ class PlainLinear:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The weight in oneDNN's own layout; opaque, of the same size."""
+    """The weight in oneDNN's own layout; opaque, of the same size.
+
+    oneDNN gives a row the same bits in any company, but for a row alone where it splits long sums among threads.
+    `pairs`: a row alone is then computed twice, side by side, which costs no more: the weight is read once.
+    """
 
     packed: Tensor
     bias: Tensor | None
     nbytes: int
+    pairs: bool
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
+        if self.pairs and rows_SK.shape[0] == 1:
+            return _pointwise()(rows_SK.repeat(2, 1), self.packed, self.bias, "none", [], "")[:1]
         return _pointwise()(rows_SK, self.packed, self.bias, "none", [], "")
 
     def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
+        if self.pairs and rows_SK.shape[0] == 1:
+            twice = _binary()(rows_SK.repeat(2, 1), other_SN.repeat(2, 1), self.packed, self.bias, "add")
+            return cast(Tensor, twice[:1])
         return _binary()(rows_SK, other_SN, self.packed, self.bias, "add")
 
     def plain(self) -> Tensor:
@@ -93,7 +103,43 @@ def can_pack(weight: Tensor) -> bool:
 
 def _pack(weight_NK: Tensor, bias_N: Tensor | None) -> PackedLinear:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), ROWS_HINT)
-    return PackedLinear(packed, bias_N, weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes))
+    nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
+    alone = PackedLinear(packed, bias_N, nbytes, pairs=False)
+    pairs = _differs_alone(alone, tuple(weight_NK.shape), weight_NK.dtype, bias_N is None, torch.get_num_threads())
+    return PackedLinear(packed, bias_N, nbytes, pairs)
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What oneDNN's choice for a product hangs on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    plain: bool
+    threads: int
+
+
+_DIFFERS: dict[_Shape, bool] = {}
+TRIALS = 16
+"""Rows tried: sums that differ in their last bits mostly round to the same bfloat16."""
+
+
+def _differs_alone(
+    product: PackedLinear, shape: tuple[int, ...], dtype: torch.dtype, plain: bool, threads: int
+) -> bool:
+    """True if a row alone gets other bits than beside another one, tried once for each shape."""
+    key = _Shape(shape, dtype, plain, threads)
+    if key not in _DIFFERS:
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(TRIALS, shape[1], generator=generator).to(dtype)
+        other = torch.randn(TRIALS, shape[0], generator=generator).to(dtype)
+        together, added = product(rows), product.plus(rows, other)
+        _DIFFERS[key] = not all(
+            torch.equal(product(rows[i : i + 1])[0], together[i])
+            and torch.equal(product.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])
+            for i in range(TRIALS)
+        )
+    return _DIFFERS[key]
 
 
 @cache

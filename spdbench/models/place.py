@@ -43,7 +43,7 @@ class Place:
     start: int
     num_rows: int
     tree: TreeRows | None = None
-    _masks: dict[tuple[object, ...], Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
 
     @cached_property
     def depths(self) -> Any:
@@ -86,19 +86,6 @@ class Place:
         if key not in self._masks:
             self._masks[key] = self._new_mask(num_slots, window, device)
         return self._masks[key]
-
-    def folded_bias(self, num_slots: int, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
-        """The same for the folded rows of `group` heads, `[G S, T]`, as what is added to scores: 0 or -infinity."""
-        key = (num_slots, window, group, dtype)
-        if key not in self._masks:
-            mask_ST = self.mask(num_slots, window, torch.device("cpu"))
-            if mask_ST is None:
-                mask_ST = causal_mask(self.num_rows, num_slots, None, torch.device("cpu"))
-            bias_ST = torch.zeros(mask_ST.shape, dtype=dtype).masked_fill_(~mask_ST, -torch.inf)
-            self._masks[key] = bias_ST.repeat(group, 1)
-        bias = self._masks[key]
-        assert bias is not None
-        return bias
 
     def _new_mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
         if self.tree is not None:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.attention import attend
 from spdbench.models.kv_cache import KVCache, array
@@ -28,8 +27,11 @@ COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 COMPILED_ROWS = 64
 """Up to so many rows one thread does what lies between two products; more are worth torch's threads."""
 
-COMPILED_SCORES = 512
-"""Up to so many scores a head (rows times slots) attention too stays on that thread, and always for a single row."""
+COMPILED_SCORES = 4096
+"""Up to so many scores a head (rows times slots) attention too stays on that thread, and always for a single row.
+
+torch's is the faster one from some 500 on, where two threads share it. The compiled one gives every row the same bits
+whoever stands beside it, so that a draft is judged by exactly what decoding one token at a time would have found."""
 
 
 @dataclass(frozen=True)
@@ -137,24 +139,22 @@ class CompiledSteps:
         self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
     ) -> Tensor:
         geometry, num_rows = self._geometry, place.num_rows
-        kv, folded_rows = geometry.num_kv_heads, geometry.num_heads // geometry.num_kv_heads * num_rows
-        queries, queries_array = self._buffer("queries", kv, folded_rows, geometry.head_dim)
-        out, out_array = self._buffer("mixed", num_rows, geometry.num_heads * geometry.head_dim)
+        width = geometry.num_heads * geometry.head_dim
+        queries, queries_array = self._buffer("queries", num_rows, width)
+        out, out_array = self._buffer("mixed", num_rows, width)
         slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
         q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
         eps, angles = geometry.norm_eps, place.angle_arrays
         self._functions.turn(
             array(qkv), q_norm, k_norm, eps, place.positions, *angles, keys_KTD, values_KTD, slot, queries_array
         )
-        if num_rows == 1 or num_rows * (slot + num_rows) <= COMPILED_SCORES:
-            self._functions.attend(
-                queries_array, keys_KTD, values_KTD, slot, place.depths, place.visible, window or 0, out_array
-            )
-            return out
-        keys, values = cache.filled(layer, num_rows)
-        bias = place.folded_bias(slot + num_rows, window, folded_rows // num_rows, self._dtype)
-        mixed = scaled_dot_product_attention(queries[None], keys[None], values[None], attn_mask=bias)
-        self._functions.unfold(array(mixed[0]), out_array)
+        if num_rows > 1 and num_rows * (slot + num_rows) > COMPILED_SCORES:
+            mask_ST = place.mask(slot + num_rows, window, qkv.device)
+            queries_SHD = queries.view(num_rows, geometry.num_heads, geometry.head_dim)
+            return attend(queries_SHD, *cache.filled(layer, num_rows), mask_ST, window)
+        self._functions.attend(
+            queries_array, keys_KTD, values_KTD, slot, place.depths, place.visible, window or 0, out_array
+        )
         return out
 
     def gate(self, both_S2F: Tensor) -> Tensor:

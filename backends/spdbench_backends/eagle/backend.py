@@ -89,6 +89,8 @@ class Eagle(DraftVerify):
             )
 
     def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
+        if choice.kind in ("oracle", "forced"):
+            return None
         from spdbench.models.drafters import find_drafter
         from spdbench_backends.eagle.formats import random_eagle, read_eagle
 
@@ -96,9 +98,7 @@ class Eagle(DraftVerify):
             return read_eagle(choice.path)
         if choice.kind == "random":
             return random_eagle(self._context.target.own_decoder, self._context.seed)
-        if choice.kind == "auto":
-            return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
-        return None
+        return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
 
     def _build(self, file: EagleFile) -> EagleWeights:
         from spdbench_backends.eagle.formats import build_eagle
@@ -117,9 +117,8 @@ class Eagle(DraftVerify):
         return weights
 
     def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
-        from spdbench.decoding.named_trees import EAGLE_STATIC
 
-        from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, StaticGrowth
+        from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, StaticGrowth
 
         options = self._options
         if options.tree == "chain":
@@ -133,7 +132,7 @@ class Eagle(DraftVerify):
                 "trees; use chain"
             )
         if options.tree == "static":
-            paths = tuple(path for path in EAGLE_STATIC if len(path) <= (options.depth or 5))
+            paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or 5))
             return StaticGrowth(paths, self._decoder.device)
         if options.tree == "dynamic":
             return DynamicGrowth(options.depth or 5, options.top_k, options.total_tokens)

@@ -62,13 +62,14 @@ class Medusa(DraftVerify):
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
         from spdbench_backends.fixed_tree import FixedTree
-        from spdbench_backends.medusa.formats import build_medusa
 
         choice = parse_drafter(self._context.drafter)
         file = self._find_heads(choice)
         if file is None:
             self._info = self._synthetic(choice)
         else:
+            from spdbench_backends.medusa.formats import build_medusa
+
             self._weights = build_medusa(file, self._context.target.own_decoder)
             untrained = choice.kind == "random"
             self._info = DrafterInfo(
@@ -82,6 +83,8 @@ class Medusa(DraftVerify):
         self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
+        if choice.kind in ("oracle", "forced"):
+            return None
         from spdbench.models.drafters import find_drafter
         from spdbench_backends.medusa.formats import holds_medusa_heads, random_medusa, read_medusa
 
@@ -90,10 +93,8 @@ class Medusa(DraftVerify):
             return read_medusa(choice.path)
         if choice.kind == "random":
             return random_medusa(self._context.target.own_decoder, self._options.heads or 3, self._context.seed)
-        if choice.kind == "auto":
-            own = holds_medusa_heads(files.directory)
-            return read_medusa(files.directory if own else find_drafter(files, "medusa", None))
-        return None
+        own = holds_medusa_heads(files.directory)
+        return read_medusa(files.directory if own else find_drafter(files, "medusa", None))
 
     def _num_heads(self) -> int:
         there = SYNTHETIC_HEADS if self._weights is None else self._weights.num_heads
@@ -103,8 +104,6 @@ class Medusa(DraftVerify):
         return wanted
 
     def _choose_paths(self, choice: DrafterChoice, file: MedusaFile | None) -> tuple[Path, ...]:
-        from spdbench_backends.medusa.trees import check_levels, find_tree
-
         heads = self._num_heads()
         wanted, chain = self._options.tree, tuple((0,) * level for level in range(1, heads + 1))
         if wanted == "chain":
@@ -119,6 +118,8 @@ class Medusa(DraftVerify):
             )
         if wanted == "auto":
             return self._choose_by_cost(choice, file, heads)
+        from spdbench_backends.medusa.trees import check_levels, find_tree
+
         try:
             paths = find_tree(self._options.tree)
             check_levels(paths, heads)

@@ -1,0 +1,126 @@
+"""Verdicts on trees: the longest right path when greedy, the exact distribution when sampling."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.tree import ROOT, DraftTree, chain, from_paths
+from spdbench.decoding.verify import judge_tree
+from spdbench.types import Sampling
+from tests.chisquare import p_value
+
+TREE = from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 0, 0)])
+IDS = torch.tensor([9, 1, 2, 3, 4, 5, 6, 7])
+GREEDY = Sampler(Sampling(), 0)
+DRAWS = 4_000
+
+
+def logits(*best: int) -> Tensor:
+    """Logits whose argmax at each node is the given token."""
+    return torch.nn.functional.one_hot(torch.tensor(best), 10).float()
+
+
+@pytest.mark.parametrize(
+    ("best", "path", "token_ids", "judged"),
+    [
+        ([8, 0, 0, 0, 0, 0, 0, 0], (0,), (8,), 1),
+        ([3, 0, 0, 5, 0, 0, 0, 0], (0, 3), (3, 5), 1),
+        ([1, 5, 0, 0, 0, 8, 0, 0], (0, 1, 5), (1, 5, 8), 2),
+        ([2, 0, 6, 0, 0, 0, 7, 4], (0, 2, 6, 7), (2, 6, 7, 4), 3),
+        ([2, 0, 6, 0, 0, 0, 8, 4], (0, 2, 6), (2, 6, 8), 3),
+    ],
+)
+def test_the_longest_right_path_counts(
+    best: list[int], path: tuple[int, ...], token_ids: tuple[int, ...], judged: int
+) -> None:
+    verdict = judge_tree(logits(*best), DraftTree(TREE, IDS), GREEDY)
+    assert (verdict.path, verdict.token_ids, verdict.judged) == (path, token_ids, judged)
+    assert verdict.drafted == 3
+    assert verdict.accepted == len(path) - 1
+
+
+def test_a_lone_root_gets_the_targets_own_token() -> None:
+    verdict = judge_tree(logits(4), DraftTree(ROOT, torch.tensor([1])), GREEDY)
+    assert (verdict.path, verdict.token_ids, verdict.drafted, verdict.judged) == ((0,), (4,), 0, 0)
+
+
+def test_dictated_verdicts_follow_first_children() -> None:
+    draft = DraftTree(TREE, IDS)
+    everything = logits(8, 8, 8, 8, 8, 8, 8, 8)
+    assert judge_tree(everything, draft, GREEDY, [True, True, True]).path == (0, 1, 4)
+    refused = judge_tree(everything, draft, GREEDY, [True, False, True])
+    assert (refused.path, refused.token_ids, refused.judged) == ((0, 1), (1, 8), 2)
+
+
+LOGITS = torch.tensor(
+    [
+        [1.0, 0.2, -0.5, 1.4, 0.0],
+        [0.3, 1.2, 0.4, -1.0, 0.5],
+        [-0.7, 0.2, 1.0, 0.9, 0.1],
+        [0.0, 0.1, 0.2, 0.3, 0.4],
+        [0.9, -0.2, 0.3, 0.5, 0.0],
+    ]
+)
+
+
+def joint(sampling: Sampling) -> dict[object, float]:
+    """Exact probabilities of the first two tokens, row t of LOGITS standing behind token t."""
+    sampler = Sampler(sampling, 0)
+    first = sampler.probabilities(LOGITS[4]).tolist()
+    second = [sampler.probabilities(LOGITS[t]).tolist() for t in range(5)]
+    return {(a, b): first[a] * second[a][b] for a in range(5) for b in range(5)}
+
+
+def pairs(sampling: Sampling, draft: DraftTree, rows: list[int]) -> Counter[object]:
+    """First two tokens of many verdicts; a verdict of one token is completed from the target."""
+    sampler, counts = Sampler(sampling, 3), Counter[object]()
+    for _ in range(DRAWS):
+        found = judge_tree(LOGITS[rows], draft, sampler).token_ids
+        second = found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]])
+        counts[(found[0], second)] += 1
+    return counts
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_p=0.8), Sampling(0.9, top_k=3)])
+@pytest.mark.parametrize(
+    ("paths", "ids"),
+    [
+        ([(0,), (0, 0)], [4, 3, 2]),
+        ([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0)], [4, 0, 3, 1, 2, 4, 1]),
+        ([(0,), (1,), (2,), (1, 0)], [4, 2, 2, 3, 1]),  # a sibling twice
+    ],
+    ids=["chain", "tree", "twins"],
+)
+def test_picked_drafts_leave_the_targets_distribution(
+    sampling: Sampling, paths: list[tuple[int, ...]], ids: list[int]
+) -> None:
+    draft = DraftTree(from_paths(paths), torch.tensor(ids))
+    assert p_value(pairs(sampling, draft, ids), joint(sampling)) > 1e-4 / 12
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.9)])
+def test_drawn_chains_leave_the_targets_distribution(sampling: Sampling) -> None:
+    sampler, drafting, counts = Sampler(sampling, 3), Sampler(sampling, 4), Counter[object]()
+    drafter = [drafting.probabilities(row) for row in torch.randn(5, 5, generator=torch.Generator().manual_seed(0))]
+    for _ in range(DRAWS):
+        first = drafting.draw(drafter[4])
+        second = drafting.draw(drafter[first])
+        draft = DraftTree(chain(2), torch.tensor([4, first, second]), (drafter[4], drafter[first]))
+        found = judge_tree(LOGITS[[4, first, second]], draft, sampler).token_ids
+        counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
+    assert p_value(counts, joint(sampling)) > 1e-4 / 2
+
+
+def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
+    """The negative control: drafts that were picked, but judged as if drawn."""
+    sampler, counts, ids = Sampler(Sampling(1.0), 3), Counter[object](), [4, 3, 2]
+    claimed = tuple(sampler.probabilities(LOGITS[row]) for row in (1, 0))
+    for _ in range(DRAWS):
+        found = judge_tree(LOGITS[ids], DraftTree(chain(2), torch.tensor(ids), claimed), sampler).token_ids
+        counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
+    assert p_value(counts, joint(Sampling(1.0))) < 1e-9
