@@ -22,6 +22,7 @@ SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 MAX_CHUNK = 2**20
+MAX_FORWARDS = 1e10
 MAX_DEPTH = 2**16
 """Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
 
@@ -32,7 +33,11 @@ TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
-Forwards = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
+
+
+RunKey = tuple[str, int, int]
+"""Prompt id, turn, repeat."""
 
 
 class Record(BaseModel):
@@ -102,8 +107,9 @@ class Steps(Record):
 
     @model_validator(mode="after")
     def _columns_are_equally_long(self) -> Steps:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
-        if len(set(lengths.values())) > 1:
+        columns = (self.emitted, self.drafted, self.judged, self.accepted, self.forwards)
+        if any(len(column) != len(self.t_ns) for column in columns):
+            lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
             raise ValueError(f"columns of different length: {lengths}")
         return self
 
@@ -158,7 +164,7 @@ class Run(Record):
     peak_memory_bytes: Large | None = None
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> RunKey:
         return self.prompt_id, self.turn, self.repeat
 
 
@@ -186,7 +192,7 @@ class Summary(Record):
 
 
 def _one_run_a_key(runs: list[Run]) -> list[Run]:
-    places: dict[tuple[str, int, int], int] = {}
+    places: dict[RunKey, int] = {}
     for place, run in enumerate(runs):
         if run.key in places:
             prompt, turn, repeat = run.key

@@ -35,11 +35,12 @@ def sum_cells(
         The conversation of each cell as an index [M], ascending, and the cells' sums [M, K].
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(conversations))}
-    pairs = [(numbers[name], repeat) for name, repeat in zip(conversations, repeats, strict=True)]
-    cells, cell_of_run = np.unique(np.array(pairs).reshape(-1, 2), axis=0, return_inverse=True)
+    width = max(repeats, default=0) + 1
+    codes = [numbers[name] * width + repeat for name, repeat in zip(conversations, repeats, strict=True)]
+    cells, cell_of_run = np.unique(np.array(codes, dtype=np.int64), return_inverse=True)
     sums = np.zeros((len(cells), columns.shape[1]))
     np.add.at(sums, cell_of_run.reshape(-1), columns)
-    return cells[:, 0].astype(np.int64), sums
+    return cells // width, sums
 
 
 def resample_sums(
