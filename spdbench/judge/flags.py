@@ -69,9 +69,10 @@ def degenerate(outputs: Sequence[bytes]) -> NDArray[np.bool_]:
     """`is_degenerate` of each of `outputs` [R], which are ids in decimal digits joined by commas."""
     tails = [text.rsplit(b",", TAIL_TOKENS)[-TAIL_TOKENS:] if text else [] for text in outputs]
     lengths = np.array([len(tail) for tail in tails], dtype=np.int64)
+    numbers = b",".join(b",".join(tail) for tail in tails if tail)
     real = np.arange(TAIL_TOKENS) >= TAIL_TOKENS - lengths[:, None]  # shorter ones stand at the right
     ids = np.zeros(real.shape, dtype=np.int64)
-    ids[real] = np.array([int(token) for tail in tails for token in tail], dtype=np.int64)
+    ids[real] = np.fromstring(numbers, dtype=np.int64, sep=",") if numbers else ()
     suspect = np.zeros(len(outputs), dtype=np.bool_)
     for period in range(1, MAX_CYCLE + 1):
         repeated = ((ids[:, period:] == ids[:, :-period]) & real[:, :-period]).sum(axis=1)

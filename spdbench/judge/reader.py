@@ -24,7 +24,7 @@ from spdbench.judge.batch import MAX_RUNS, Batch, batch_of
 from spdbench.judge.columns import NotPlain, floats, integers, require_plain_integers
 from spdbench.judge.result import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, BackendRecord, Result, Run, RunKey, Steps
 
-MAX_BATCH_BYTES = 2**20
+BUFFER_BYTES = MAX_BATCH_BYTES = 2**20
 NAMES = ("output_ids", *Steps.model_fields)
 """A run's columns, in the order in which they are written."""
 TIGHT, SPACED = (tuple(f'"{name}":{space}['.encode() for name in NAMES) for space in ("", " "))
@@ -50,9 +50,9 @@ def reading(path: Path) -> Iterator[Reading]:
         NotPlain: now, or from what it yields. `read_result` has to read the file, or to say why it cannot.
     """
     with _unless_plain():
-        file = path.open("rb")
+        file = path.open("rb", buffering=BUFFER_BYTES)
     with file:
-        yield _by_lines(file) if file.readline() == FIRST_LINE else _as_one(file)
+        yield _by_lines(file) if file.peek()[: len(FIRST_LINE)] == FIRST_LINE else _as_one(file)
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _unless_plain() -> Iterator[None]:
 
 def _by_lines(file: IO[bytes]) -> Reading:
     """A file as `measure.assemble` writes it: a line for each member of the object, and for each run."""
-    before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))
+    before = b"".join(_lines_until(RUNS_BEGIN, file))
     with _unless_plain():
         start = from_json(before + b'"runs":[]}')  # complete, so these are the outermost object's runs
         backend = BackendRecord.model_validate(start["backend"])
@@ -106,7 +106,6 @@ def _batches(lines: Iterable[bytes]) -> Iterator[Batch]:
 def _as_one(file: IO[bytes]) -> Reading:
     """A file of any other layout, as a whole."""
     with _unless_plain():
-        file.seek(0)
         text = file.read()
         marks = TIGHT if TIGHT[0] in text else SPACED
         rest, columns = _cut(text, marks)

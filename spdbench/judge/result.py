@@ -106,22 +106,15 @@ class Steps(Record):
     forwards: list[Forwards]
 
     @model_validator(mode="after")
-    def _columns_are_equally_long(self) -> Steps:
-        columns = (self.emitted, self.drafted, self.judged, self.accepted, self.forwards)
-        if any(len(column) != len(self.t_ns) for column in columns):
-            lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
-            raise ValueError(f"columns of different length: {lengths}")
-        return self
-
-    @model_validator(mode="after")
-    def _time_runs_forwards(self) -> Steps:
-        if not all(map(le, self.t_ns, self.t_ns[1:])):
-            at = next(index for index, pair in enumerate(zip(self.t_ns, self.t_ns[1:], strict=False)) if not le(*pair))
-            raise ValueError(f"t_ns.{at + 1}: {self.t_ns[at + 1]} comes before the {self.t_ns[at]} of the step before")
-        return self
-
-    @model_validator(mode="after")
-    def _verdicts_are_of_drafts(self) -> Steps:
+    def _columns_fit_together(self) -> Steps:
+        num_steps, times = len(self.t_ns), self.t_ns
+        for column in (self.emitted, self.drafted, self.judged, self.accepted, self.forwards):
+            if len(column) != num_steps:
+                lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+                raise ValueError(f"columns of different length: {lengths}")
+        if not all(map(le, times, times[1:])):
+            at = next(index for index, pair in enumerate(zip(times, times[1:], strict=False)) if not le(*pair))
+            raise ValueError(f"t_ns.{at + 1}: {times[at + 1]} comes before the {times[at]} of the step before")
         for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
             low, high = getattr(self, fewer), getattr(self, more)
             if not all(map(le, low, high)):
