@@ -7,7 +7,6 @@ else raises `NotPlain`, and somebody slower has to look. Must not know runs or f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,14 +44,17 @@ def integers(columns: Sequence[bytes], most: int) -> tuple[NDArray[np.int64], ND
     return values, counts
 
 
-def _single_digits(text: bytes) -> NDArray[np.int64] | None:
-    """The numbers in `0,4,1`; None if any has two digits, which is fine, too."""
-    if len(text) % 2 == 0:
+def _single_digits(text: bytes, point: bytes = b"") -> NDArray[np.int64] | None:
+    """The numbers in `0,4,1`, or with a `point` of `.0` in `0.0,4.0,1.0`; None if it is not all of this kind."""
+    ending = point + b","
+    stride = 1 + len(ending)
+    if len(text) % stride != stride - 1:
         return None
     characters = np.frombuffer(text, dtype=np.uint8)
-    digits = characters[::2] - ZERO  # what is no digit wraps round to above 9
-    plain = digits.max() <= 9 and (characters[1::2] == COMMA).all()
-    return digits.astype(np.int64) if plain else None
+    digits = characters[::stride] - ZERO  # what is no digit wraps round to above 9
+    if digits.max() > 9 or any((characters[at::stride] != ending[at - 1]).any() for at in range(1, stride)):
+        return None
+    return digits.astype(np.int64)
 
 
 def require_plain_integers(text: bytes) -> NDArray[np.int64]:
@@ -76,19 +78,18 @@ def require_plain_integers(text: bytes) -> NDArray[np.int64]:
 
 
 def floats(columns: Sequence[bytes], most: float) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Numbers from 0 to `most`, which are often whole ones written `4.0`; returned as by `integers`."""
-    whole = [(column + b",").replace(b".0,", b",")[:-1] for column in columns]
-    with suppress(NotPlain):
-        if [*map(bool, columns)] == [*map(bool, whole)]:  # `.0` alone is no number, and leaves nothing
-            values, counts = integers(whole, int(most))
-            return values.astype(np.float64), counts
+    """Numbers from 0 to `most`, most often small whole ones written `4.0`; returned as by `integers`."""
     text = b",".join(filter(None, columns))
-    if text.translate(None, FLOAT_CHARACTERS):
+    whole = _single_digits(text, b".0")
+    if whole is not None:
+        values = whole.astype(np.float64)
+    elif text.translate(None, FLOAT_CHARACTERS):
         raise NotPlain
-    try:
-        found = np.array(from_json(b"[" + text + b"]"), dtype=np.float64)
-    except (ValueError, OverflowError):
-        raise NotPlain from None
-    if not ((found >= 0) & (found <= most)).all():
+    else:
+        try:
+            values = np.array(from_json(b"[" + text + b"]"), dtype=np.float64)
+        except (ValueError, OverflowError):
+            raise NotPlain from None
+    if not ((values >= 0) & (values <= most)).all():
         raise NotPlain
-    return found, np.array([column.count(b",") + bool(column) for column in columns], dtype=np.int64)
+    return values, np.array([column.count(b",") + bool(column) for column in columns], dtype=np.int64)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from spdbench.judge.ratios import (
 )
 from spdbench.judge.result import BackendRecord, Run, Summary
 
+WITHOUT = "_without_degenerate"
 WITHOUT_DEGENERATE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle", "ideal_speedup")
 """Shown a second time without degenerate outputs, when there are any."""
 
@@ -48,8 +50,7 @@ COUNTS = {
 }
 """Metrics that are the sum of a column."""
 
-SPEED = ["decode_tokens", "decode_s"]
-"""The columns that every comparison needs an interval of; the others are resampled only if one of theirs is asked for."""
+SPEED = "decode_tokens_per_s"
 
 MAX_CHUNK = np.iinfo(np.uint16).max
 """Ids in one chunk, as far as inter-token percentiles count them."""
@@ -152,36 +153,16 @@ class Metrics(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._found:
-            self._found[name] = self._makers[name]()
+            if name.endswith(WITHOUT) and not self["num_degenerate"]:
+                raise KeyError(name)
+            self._found[name] = MAKERS[name](self)
         return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._makers)
+        return (name for name in MAKERS if self["num_degenerate"] or not name.endswith(WITHOUT))
 
     def __len__(self) -> int:
-        return len(self._makers)
-
-    @cached_property
-    def _makers(self) -> dict[str, Callable[[], Any]]:
-        """How each metric is worked out, in the order in which they are listed."""
-        makers: dict[str, Callable[[], Any]] = {name: partial(self._count, name) for name in COUNTS}
-        makers["num_failed"] = lambda: sum(self._tally.num_failed.get(name, 0) for name in self._categories)
-        makers["num_prompts"] = lambda: len(set(self._conversations))
-        makers["num_truncated"] = lambda: int(np.asarray(self._tally.truncated)[self._rows].sum())
-        makers["num_degenerate"] = lambda: int(self._degenerate.sum())
-        for name in RATIO_NAMES:
-            makers[name] = partial(self._micro, name)
-            makers[f"{name}_macro"] = partial(self._macro, name)
-            makers[f"{name}_ci"] = partial(self._interval, name)
-        if self._degenerate.any():
-            for name in WITHOUT_DEGENERATE:
-                makers[f"{name}_without_degenerate"] = partial(self._without_degenerate, name)
-        for index, percent in enumerate(ITL_PERCENTS):
-            makers[f"itl_p{percent}_s"] = partial(self._latency, index)
-            makers[f"itl_p{percent}_s_macro"] = partial(self._latency_macro, index)
-        makers["acceptance_by_position"] = self._acceptance_by_position
-        makers["peak_memory_bytes"] = self._peak_memory_bytes
-        return makers
+        return sum(1 for _ in self)
 
     @cached_property
     def _rows(self) -> NDArray[np.bool_]:
@@ -206,16 +187,28 @@ class Metrics(Mapping[str, Any]):
     def _conversations(self) -> list[str]:
         return [name for name, chosen in zip(self._tally.conversations, self._rows, strict=True) if chosen]
 
-    def _count(self, name: str) -> int | None:
+    def num_failed(self) -> int:
+        return sum(self._tally.num_failed.get(name, 0) for name in self._categories)
+
+    def num_prompts(self) -> int:
+        return len(set(self._conversations))
+
+    def num_truncated(self) -> int:
+        return int(np.asarray(self._tally.truncated)[self._rows].sum())
+
+    def num_degenerate(self) -> int:
+        return int(self._degenerate.sum())
+
+    def count(self, name: str) -> int | None:
         if name == "num_cycles" and self._tally.backend.kind != "pipeline":
             return None
         return round(float(self._sums[COLUMN[COUNTS[name]]]))
 
-    def _micro(self, name: str) -> float | None:
+    def micro(self, name: str) -> float | None:
         """Totals over totals; None where METRICS.md says null."""
         return _ratio_of(self._defined.get(name), self._sums)
 
-    def _macro(self, name: str) -> float | None:
+    def macro(self, name: str) -> float | None:
         """The mean over runs."""
         if self[name] is None:
             return None
@@ -223,37 +216,31 @@ class Metrics(Mapping[str, Any]):
         finite = per_run[np.isfinite(per_run)]
         return float(finite.mean()) if len(finite) else None
 
-    def _interval(self, name: str) -> list[float] | None:
-        if self[name] is None:
-            return None
-        ratio = self._defined[name]
-        samples = self._speed_samples if {ratio.numerator, ratio.denominator} <= set(SPEED) else self._samples
-        interval = None if samples is None else stats.percentile_interval(ratio.of(samples))
-        return None if interval is None else list(interval)
+    def interval(self, name: str) -> list[float] | None:
+        """The 95 % interval. That of the speed comes alone, since all comparisons ask for it; the others together."""
+        if name == SPEED:
+            return self._intervals([name])[name]
+        found = self._intervals([other for other in RATIO_NAMES if f"{other}_ci" not in self._found])
+        self._found |= {f"{other}_ci": interval for other, interval in found.items()}
+        return found[name]
 
-    @cached_property
-    def _samples(self) -> NDArray[np.float64] | None:
-        return self._resampled(COLUMNS)
-
-    @cached_property
-    def _speed_samples(self) -> NDArray[np.float64] | None:
-        return self._resampled(SPEED)
-
-    def _resampled(self, names: Sequence[str]) -> NDArray[np.float64] | None:
-        """Resampled totals [resamples, columns], NaN in columns without a name here; None with fewer than two
-        conversations, which show no spread."""
-        if len(set(self._conversations)) < 2:
-            return None
-        places = [COLUMN[name] for name in names]
+    def _intervals(self, names: Sequence[str]) -> dict[str, list[float] | None]:
+        """Intervals by name; None with fewer than two conversations, which show no spread."""
+        found: dict[str, list[float] | None] = dict.fromkeys(names)
+        asked = {name: self._defined[name] for name in names if self[name] is not None}
+        if not asked or self["num_prompts"] < 2:
+            return found
+        columns = sorted({COLUMN[column] for ratio in asked.values() for column in ratio.columns})
         repeats = np.asarray(self._tally.repeats)[self._rows].tolist()
-        totals = stats.resample_sums(*stats.sum_cells(self._conversations, repeats, self._table[:, places]))
-        if len(places) == len(COLUMNS):
-            return totals
-        samples = np.full((len(totals), len(COLUMNS)), np.nan)
-        samples[:, places] = totals
-        return samples
+        totals = stats.resample_sums(*stats.sum_cells(self._conversations, repeats, self._table[:, columns]))
+        samples = np.zeros((len(COLUMNS), len(totals)))
+        samples[columns] = totals.T
+        for name, ratio in asked.items():
+            interval = stats.percentile_interval(ratio.of(samples.T))
+            found[name] = None if interval is None else list(interval)
+        return found
 
-    def _without_degenerate(self, name: str) -> float | None:
+    def without_degenerate(self, name: str) -> float | None:
         return _ratio_of(self._defined.get(name), self._table[~self._degenerate].sum(axis=0))
 
     @cached_property
@@ -262,16 +249,16 @@ class Metrics(Mapping[str, Any]):
         found = weighted_percentiles(*self._tally.intervals(self._rows), ITL_PERCENTS)
         return found or (None,) * len(ITL_PERCENTS)
 
-    def _latency(self, index: int) -> float | None:
+    def latency(self, index: int) -> float | None:
         return self._latencies[index]
 
-    def _latency_macro(self, index: int) -> float | None:
+    def latency_macro(self, index: int) -> float | None:
         """The mean of the runs' own percentiles, of those that have decode tokens."""
         found = self._tally.percentiles[self._rows, index]
         finite = found[np.isfinite(found)]
         return float(finite.mean()) if len(finite) else None
 
-    def _acceptance_by_position(self) -> list[float] | None:
+    def acceptance_by_position(self) -> list[float] | None:
         """accepted / judged at positions 1, 2, ...; None where nothing was judged."""
         groups = [self._tally.categories[name] for name in self._categories]
         rows = [group for group in groups if group < len(self._tally.judged)]
@@ -279,8 +266,26 @@ class Metrics(Mapping[str, Any]):
         deep = np.flatnonzero(judged)
         return (accepted[deep] / judged[deep]).tolist() if len(deep) else None
 
-    def _peak_memory_bytes(self) -> int | None:
+    def peak_memory_bytes(self) -> int | None:
         return max((self._tally.peak_bytes.get(name, 0) for name in self._categories), default=0) or None
+
+
+def _makers() -> dict[str, Callable[[Metrics], Any]]:
+    """How each metric is worked out, in the order in which they are listed."""
+    makers: dict[str, Callable[[Metrics], Any]] = {name: methodcaller("count", name) for name in COUNTS}
+    makers |= {name: methodcaller(name) for name in ("num_failed", "num_prompts", "num_truncated", "num_degenerate")}
+    for name in RATIO_NAMES:
+        makers[name] = methodcaller("micro", name)
+        makers[f"{name}_macro"] = methodcaller("macro", name)
+        makers[f"{name}_ci"] = methodcaller("interval", name)
+    makers |= {name + WITHOUT: methodcaller("without_degenerate", name) for name in WITHOUT_DEGENERATE}
+    for index, percent in enumerate(ITL_PERCENTS):
+        makers[f"itl_p{percent}_s"] = methodcaller("latency", index)
+        makers[f"itl_p{percent}_s_macro"] = methodcaller("latency_macro", index)
+    return makers | {name: methodcaller(name) for name in ("acceptance_by_position", "peak_memory_bytes")}
+
+
+MAKERS = _makers()
 
 
 def _ratio_of(ratio: Ratio | None, sums: NDArray[np.float64]) -> float | None:

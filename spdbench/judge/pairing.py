@@ -22,6 +22,7 @@ from spdbench.judge.metrics import Tally
 from spdbench.judge.ratios import is_failed
 from spdbench.judge.reader import reading
 from spdbench.judge.result import BackendRecord, Result, Run, RunKey, Summary, read_result
+from spdbench.judge.sharing import share_out
 
 MOST_BYTES_PER_S = 1e18
 """A read bandwidth above this is a damaged file's."""
@@ -177,7 +178,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
     unique: dict[Path, Path] = {}
     for path in paths:
         unique.setdefault(path.resolve(), path)
-    return [_read_entry(path) for path in unique.values()]
+    return share_out(_read_entry, list(unique.values()))
 
 
 def _read_entry(path: Path) -> Entry:

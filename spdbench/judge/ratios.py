@@ -68,6 +68,11 @@ class Ratio:
     plus: float = 0.0
     needs: str | None = None
 
+    @property
+    def columns(self) -> set[str]:
+        """The columns that it is made of."""
+        return {self.numerator, self.denominator, *([self.needs] if self.needs else ())}
+
     def of(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """The metric for each row of `sums` [..., columns]; NaN where it is null."""
         values = self.plus + self.scale * divide(sums[..., COLUMN[self.numerator]], sums[..., COLUMN[self.denominator]])
