@@ -184,7 +184,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
 def _read_entry(path: Path) -> Entry:
     try:
         with reading(path) as file:
-            collector = Collector(file.backend)
+            collector = Collector(file.start.backend)
             for batch in file.batches:
                 collector.add(batch)
             return collector.entry(file.head(), str(path))

@@ -35,7 +35,7 @@ COLUMNS = (
     "score",
     "scored",
 )
-"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 with a score."""
+"""One run's numbers; `steps` to `forwards` are sums over decode steps, so without prefill, `scored` is 1 with a score."""
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 RATIO_NAMES = (
@@ -215,9 +215,7 @@ def percentiles_by_run(
     return found
 
 
-def verdicts(
-    batch: Batch, kind: BackendKind, groups: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def verdicts(batch: Batch, kind: BackendKind, groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Drafts judged, and drafts accepted, by group and position: [G, K] each, position 1 first.
 
     A draft's position is its depth; in a pipeline, the number of verdicts since the last flush. `groups` [R] says which

@@ -10,36 +10,42 @@ Must not know metrics, nor how results are compared.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from spdbench.judge.batch import MAX_RUNS, Batch, batch_of
 from spdbench.judge.columns import NotPlain, floats, integers, require_plain_integers
-from spdbench.judge.result import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, BackendRecord, Result, Run, RunKey, Steps
+from spdbench.judge.result import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, Result, Run, RunKey, Steps, read_result
 
 BUFFER_BYTES = MAX_BATCH_BYTES = 2**20
 NAMES = ("output_ids", *Steps.model_fields)
 """A run's columns, in the order in which they are written."""
 TIGHT, SPACED = (tuple(f'"{name}":{space}['.encode() for name in NAMES) for space in ("", " "))
 FIRST_LINE, RUNS_BEGIN, RUNS_END = b"{\n", b'"runs":[\n', b"],\n"
+NOT_JUDGED: dict[str, Any] = {"divergence": None, "summary": {"overall": {}, "by_category": {}}, "flags": []}
 
 _RUNS = TypeAdapter(list[Run])
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A result file that is being read: go through `batches`, once, then ask for the `head`, all but the runs."""
+    """A result file that is being read: go through `batches`, once, then ask for the `head`, all but the runs.
 
-    backend: BackendRecord
+    Of `start` only what stands before the runs counts. `has_lines` if each run has a line of its own.
+    """
+
+    start: Result
     batches: Iterator[Batch]
     head: Callable[[], Result]
+    has_lines: bool
 
 
 @contextmanager
@@ -52,7 +58,7 @@ def reading(path: Path) -> Iterator[Reading]:
     with _unless_plain():
         file = path.open("rb", buffering=BUFFER_BYTES)
     with file:
-        yield _by_lines(file) if file.peek()[: len(FIRST_LINE)] == FIRST_LINE else _as_one(file)
+        yield _by_lines(file) if file.readline(len(FIRST_LINE)) == FIRST_LINE else _as_one(file)
 
 
 @contextmanager
@@ -66,10 +72,10 @@ def _unless_plain() -> Iterator[None]:
 
 def _by_lines(file: IO[bytes]) -> Reading:
     """A file as `measure.assemble` writes it: a line for each member of the object, and for each run."""
-    before = b"".join(_lines_until(RUNS_BEGIN, file))
+    before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))
     with _unless_plain():
-        start = from_json(before + b'"runs":[]}')  # complete, so these are the outermost object's runs
-        backend = BackendRecord.model_validate(start["backend"])
+        members = from_json(before + b'"runs":[]}')  # complete, so these are the outermost object's runs
+        start = Result.model_validate(members | NOT_JUDGED)
 
     def head() -> Result:
         with _unless_plain():
@@ -78,7 +84,7 @@ def _by_lines(file: IO[bytes]) -> Reading:
                 raise NotPlain
             return Result.model_validate_json(before + b'"runs":[],' + after)
 
-    return Reading(backend, _batches(_lines_until(RUNS_END, file)), head)
+    return Reading(start, _batches(_lines_until(RUNS_END, file)), head, has_lines=True)
 
 
 def _lines_until(last: bytes, file: IO[bytes]) -> Iterator[bytes]:
@@ -106,6 +112,7 @@ def _batches(lines: Iterable[bytes]) -> Iterator[Batch]:
 def _as_one(file: IO[bytes]) -> Reading:
     """A file of any other layout, as a whole."""
     with _unless_plain():
+        file.seek(0)
         text = file.read()
         marks = TIGHT if TIGHT[0] in text else SPACED
         rest, columns = _cut(text, marks)
@@ -113,7 +120,36 @@ def _as_one(file: IO[bytes]) -> Reading:
             columns = [[column.replace(b", ", b",") for column in named] for named in columns]
         found = Result.model_validate_json(rest)
         batch = _batch(found.runs, columns)
-    return Reading(found.backend, iter([batch]), lambda: found.model_copy(update={"runs": []}))
+    head = found.model_copy(update={"runs": []})
+    return Reading(head, iter([batch]), lambda: head, has_lines=False)
+
+
+def reread(path: Path) -> tuple[Result, Iterator[tuple[RunKey, bytes]]]:
+    """All of a result but its runs, and each run's key and JSON, not all of them at once if it has a line each.
+
+    Raises:
+        InputError: the file cannot be read, or is not a result.
+    """
+    keys: list[RunKey] = []
+    try:
+        with reading(path) as file:
+            for batch in file.batches:
+                keys += [run.key for run in batch.runs]
+            if file.has_lines:
+                return file.head(), zip(keys, _run_lines(path), strict=True)
+    except NotPlain:
+        pass
+    found = read_result(path)
+    texts = (json.dumps(run.model_dump(mode="json"), separators=(",", ":")).encode() for run in found.runs)
+    return found.model_copy(update={"runs": []}), zip([run.key for run in found.runs], texts, strict=True)
+
+
+def _run_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for _ in _lines_until(RUNS_BEGIN, file):
+            pass
+        for line in _lines_until(RUNS_END, file):
+            yield line.removesuffix(b"\n").removesuffix(b",")
 
 
 def read_lines(lines: Sequence[bytes]) -> Batch:
@@ -173,7 +209,7 @@ def _cut(text: bytes, marks: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]
 
 
 def _batch(runs: Sequence[Run], columns: Sequence[Sequence[bytes]]) -> Batch:
-    """`runs` with the `columns` that were cut out of their text; checks what `Steps` checks, and whose column is whose."""
+    """`runs` with the `columns` that were cut out of their text: checks what `Steps` does, and whose column is whose."""
     if len(columns[0]) != len(runs):
         raise NotPlain
     for number, run in enumerate(runs):

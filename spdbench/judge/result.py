@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from operator import le
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -113,7 +114,7 @@ class Steps(Record):
                 lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
                 raise ValueError(f"columns of different length: {lengths}")
         if not all(map(le, times, times[1:])):
-            at = next(index for index, pair in enumerate(zip(times, times[1:], strict=False)) if not le(*pair))
+            at = next(index for index, pair in enumerate(pairwise(times)) if not le(*pair))
             raise ValueError(f"t_ns.{at + 1}: {times[at + 1]} comes before the {times[at]} of the step before")
         for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
             low, high = getattr(self, fewer), getattr(self, more)
