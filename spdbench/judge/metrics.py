@@ -217,8 +217,8 @@ class Metrics(Mapping[str, Any]):
         return float(finite.mean()) if len(finite) else None
 
     def interval(self, name: str) -> list[float] | None:
-        """The 95 % interval. That of the speed comes alone, since all comparisons ask for it; the others together."""
-        if name == SPEED:
+        """The 95 % interval. All comparisons ask for the speed's, so it comes alone; the others come together."""
+        if name == SPEED and stats.is_remembered(len(self._conversations)):
             return self._intervals([name])[name]
         found = self._intervals([other for other in RATIO_NAMES if f"{other}_ci" not in self._found])
         self._found |= {f"{other}_ci": interval for other, interval in found.items()}

@@ -35,7 +35,7 @@ COLUMNS = (
     "score",
     "scored",
 )
-"""One run's numbers; `steps` to `forwards` are sums over decode steps, so without prefill, `scored` is 1 with a score."""
+"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 or 0."""
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 RATIO_NAMES = (

@@ -209,7 +209,7 @@ def _cut(text: bytes, marks: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]
 
 
 def _batch(runs: Sequence[Run], columns: Sequence[Sequence[bytes]]) -> Batch:
-    """`runs` with the `columns` that were cut out of their text: checks what `Steps` does, and whose column is whose."""
+    """`runs` with the `columns` cut out of their text: checks what `Steps` does, and whose column is whose."""
     if len(columns[0]) != len(runs):
         raise NotPlain
     for number, run in enumerate(runs):

@@ -13,7 +13,8 @@ with replacement on both levels counts the spread between repeats more than once
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import iadd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def resample_sums(
     repeats as it has, with replacement. Time grows with resamples x M; memory does not grow with `resamples`.
     """
     sizes = np.unique(conversation_of_cell, return_counts=True)[1].astype(np.int64)
-    if resamples * len(cell_sums) <= MAX_DRAWS_REMEMBERED:
+    if is_remembered(len(cell_sums), resamples):
         totals_by_column: NDArray[np.float64] = cell_sums.T @ _remembered_counts(sizes.tobytes(), resamples, seed)
         return totals_by_column.T
     totals = np.empty((resamples, cell_sums.shape[1]))
@@ -67,6 +68,11 @@ def resample_sums(
         totals[start : start + len(counts)] = counts @ cell_sums
         start += len(counts)
     return totals
+
+
+def is_remembered(num_cells: int, resamples: int = RESAMPLES) -> bool:
+    """True if resampling other data of the same shape later on costs little."""
+    return resamples * num_cells <= MAX_DRAWS_REMEMBERED
 
 
 @lru_cache(maxsize=8)
@@ -83,9 +89,8 @@ def _counts(sizes: NDArray[np.int64], resamples: int, seed: int) -> Iterator[NDA
     rows_at_once = max(1, MAX_DRAWS_AT_ONCE // max(1, num_cells))
     for start in range(0, resamples, rows_at_once):
         rows = min(rows_at_once, resamples - start)
-        counts = np.zeros(rows * num_cells, dtype=np.int64)
-        for cells in _draw_cells(rng, rows, np.cumsum(sizes) - sizes, sizes):
-            counts += np.bincount(cells, minlength=rows * num_cells)
+        places = _draw_cells(rng, rows, np.cumsum(sizes) - sizes, sizes)
+        counts = reduce(iadd, (np.bincount(cells, minlength=rows * num_cells) for cells in places))
         yield counts.reshape(rows, num_cells).astype(np.float64)
 
 
@@ -99,11 +104,12 @@ def _draw_cells(
     """
     num_conversations, num_cells = len(size), int(size.sum())
     picked = rng.integers(0, num_conversations, size=(rows, num_conversations))
-    start = first[picked] + (np.arange(rows) * num_cells)[:, None]
-    if size.max() == 1:
-        yield start.reshape(-1)
+    data_set = (np.arange(rows) * num_cells)[:, None]
+    if num_cells == num_conversations:
+        picked += data_set
+        yield picked.reshape(-1)
         return
-    width = size[picked]
+    start, width = first[picked] + data_set, size[picked]
     for place in range(int(size.max())):
         cells = start + (rng.random(picked.shape) * width).astype(np.int64)
         yield cells[place < width]
