@@ -6,10 +6,13 @@ Kept narrow and in one place because these interfaces change within a major vers
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 
 def standard_config(directory: Path) -> Any:
     """transformers' config object for a local folder; code that a repository brings is never run."""
+    _import_checks_without_activations()
     from transformers import AutoConfig
 
     with _quiet():
@@ -33,6 +37,26 @@ def standard_config(directory: Path) -> Any:
             return AutoConfig.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers checks fields with libraries of its own
             raise InputError(f"{directory}/config.json: cannot be used ({' '.join(str(error).split())})") from None
+
+
+def _import_checks_without_activations() -> None:
+    """Imports transformers' checks of config fields without the module that names all activations.
+
+    That module imports half of torch (`_dynamo`, `distributed`, sympy), 1.3 s of a start-up of 4.4, to check one name
+    that `model_config` checks itself. As where there is no torch at all, the checks then do without it.
+    """
+    name = "transformers.activations"
+    if name in sys.modules:
+        return
+    stand_in = ModuleType(name)
+    stand_in.__dict__["ACT2FN"] = {}
+    sys.modules[name] = stand_in
+    try:
+        importlib.import_module("transformers.utils.type_validators")
+    except ImportError:  # another version keeps its checks elsewhere, which costs time and nothing else
+        pass
+    finally:
+        del sys.modules[name]
 
 
 def load_tokenizer(directory: Path) -> Any:
