@@ -50,7 +50,7 @@ def test_much_work_is_shared_out_and_comes_back_in_order(files: list[Path]) -> N
 
 @pytest.mark.usefixtures("_two_cores_for_any_amount")
 def test_the_first_files_error_is_the_one_that_is_told(files: list[Path]) -> None:
-    with pytest.raises(InputError, match="^012 is no good$"):
+    with pytest.raises(InputError, match=r"^012 is no good$"):
         share_out(refuse_from_12_on, files)
 
 
