@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from operator import le
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 MAX_CHUNK = 2**20
+MAX_FORWARDS = 1e10
 MAX_DEPTH = 2**16
 """Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
 
@@ -32,7 +34,11 @@ TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
-Forwards = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
+
+
+RunKey = tuple[str, int, int]
+"""Prompt id, turn, repeat."""
 
 
 class Record(BaseModel):
@@ -105,21 +111,15 @@ class Steps(Record):
     forwards: list[Forwards]
 
     @model_validator(mode="after")
-    def _columns_are_equally_long(self) -> Steps:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns of different length: {lengths}")
-        return self
-
-    @model_validator(mode="after")
-    def _time_runs_forwards(self) -> Steps:
-        if not all(map(le, self.t_ns, self.t_ns[1:])):
-            at = next(index for index, pair in enumerate(zip(self.t_ns, self.t_ns[1:], strict=False)) if not le(*pair))
-            raise ValueError(f"t_ns.{at + 1}: {self.t_ns[at + 1]} comes before the {self.t_ns[at]} of the step before")
-        return self
-
-    @model_validator(mode="after")
-    def _verdicts_are_of_drafts(self) -> Steps:
+    def _columns_fit_together(self) -> Steps:
+        num_steps, times = len(self.t_ns), self.t_ns
+        for column in (self.emitted, self.drafted, self.judged, self.accepted, self.forwards):
+            if len(column) != num_steps:
+                lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+                raise ValueError(f"columns of different length: {lengths}")
+        if not all(map(le, times, times[1:])):
+            at = next(index for index, pair in enumerate(pairwise(times)) if not le(*pair))
+            raise ValueError(f"t_ns.{at + 1}: {times[at + 1]} comes before the {times[at]} of the step before")
         for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
             low, high = getattr(self, fewer), getattr(self, more)
             if not all(map(le, low, high)):
@@ -162,7 +162,7 @@ class Run(Record):
     peak_memory_bytes: Large | None = None
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> RunKey:
         return self.prompt_id, self.turn, self.repeat
 
 
@@ -190,7 +190,7 @@ class Summary(Record):
 
 
 def _one_run_a_key(runs: list[Run]) -> list[Run]:
-    places: dict[tuple[str, int, int], int] = {}
+    places: dict[RunKey, int] = {}
     for place, run in enumerate(runs):
         if run.key in places:
             prompt, turn, repeat = run.key

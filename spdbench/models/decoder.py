@@ -27,6 +27,9 @@ from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
 from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, can_compile, steps_by_rows
 
+DRAFT_HEADS = "medusa_head."
+"""A fine-tuned model's own draft heads (Medusa-2), which a backend reads."""
+
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -180,7 +183,11 @@ class _Reader:
     def refuse_leftovers(self) -> None:
         """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
         spare = {"lm_head.weight"} if self.config.tied else set()
-        left = [name for name in self.checkpoint if name not in self.taken | spare and not name.endswith(".inv_freq")]
+        left = [
+            name
+            for name in self.checkpoint
+            if name not in self.taken | spare and not name.endswith(".inv_freq") and not name.startswith(DRAFT_HEADS)
+        ]
         if left:
             raise InputError(
                 f"{self.checkpoint.directory}: {len(left)} tensors have no place in this model, e.g. {min(left)}; "

@@ -90,11 +90,11 @@ class Medusa(DraftVerify):
 
         files = self._context.target.files
         if choice.kind == "path":
-            return read_medusa(choice.path)
+            return read_medusa(choice.path, files.directory)
         if choice.kind == "random":
             return random_medusa(self._context.target.own_decoder, self._options.heads or 3, self._context.seed)
         own = holds_medusa_heads(files.directory)
-        return read_medusa(files.directory if own else find_drafter(files, "medusa", None))
+        return read_medusa(files.directory if own else find_drafter(files, "medusa", None), files.directory)
 
     def _num_heads(self) -> int:
         there = SYNTHETIC_HEADS if self._weights is None else self._weights.num_heads
