@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import sides
-from benchmarks.sides import Goal, Report, Row, milliseconds, ratio, show, spread, take_turns, times
+from benchmarks.sides import Goal, Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
 from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
 from spdbench.models import hf
 from spdbench.models.target import Target, load_target
@@ -57,8 +57,7 @@ def compare(dtype: str, rounds: int, tokens: int) -> list[Row]:
     turns = take_turns(all_sides(target, prompts, tokens), rounds)
     seconds = {key: [turn.seconds / tokens for turn in decoded] for key, decoded in turns.items()}
     for side in (OURS, GREEDY, LOOKUP):
-        by_round = zip(*(seconds[name, side] for name in prompts), strict=True)
-        seconds[ALL, side] = [sum(each) / len(prompts) for each in by_round]
+        seconds[ALL, side] = mean_by_round([seconds[name, side] for name in prompts])
     return [
         {
             "prompt": name,

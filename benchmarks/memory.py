@@ -42,7 +42,9 @@ def main() -> None:
     arguments = sides.parser(__doc__, rounds=3, tokens=64)
     arguments.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
-    if chosen.child:
+    is_child = chosen.child
+    del chosen.child
+    if is_child:
         torch.set_num_threads(chosen.threads)
         print(json.dumps(look_at(chosen.dtypes[0], chosen.tokens)))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -59,6 +60,11 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
     return spread(a / b for a, b in zip(over, under, strict=True))
 
 
+def mean_by_round(series: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of each round over several series of rounds."""
+    return [statistics.fmean(each) for each in zip(*series, strict=True)]
+
+
 @dataclass(frozen=True)
 class Goal:
     """A number that was aimed at beside the one that was measured."""
@@ -74,10 +80,9 @@ class Goal:
         return high_enough and (self.at_most is None or self.measured <= self.at_most)
 
     def __str__(self) -> str:
-        bounds = [
-            f"{name} {bound:g}" for name, bound in (("at least", self.at_least), ("at most", self.at_most)) if bound
-        ]
-        return f"{self.what}: {self.measured:.2f} (target: {' and '.join(bounds)}; {'met' if self.met else 'missed'})"
+        bounds = (("at least", self.at_least), ("at most", self.at_most))
+        target = " and ".join(f"{name} {bound:g}" for name, bound in bounds if bound is not None)
+        return f"{self.what}: {self.measured:.2f} (target: {target}; {'met' if self.met else 'missed'})"
 
 
 @dataclass
@@ -123,13 +128,14 @@ def _writable(text: str) -> Path:
 def run(name: str, chosen: argparse.Namespace, measure: Callable[[argparse.Namespace, Report], None]) -> None:
     """Measures with the chosen threads, the read bandwidth before and after, and prints and writes what was found.
 
-    `measure` prints its tables as they come and adds them to the report.
+    `measure` prints its tables as they come and adds them to the report. Its figures need an otherwise idle machine: a
+    load average well above 0 at the start says that it was none.
     """
     torch.set_num_threads(chosen.threads)
-    machine = environment()
+    machine = {**environment(), "load_average": os.getloadavg()[0], "spdbench_git": git_state()}
     bandwidth = {"before": machine.pop("read_bandwidth_bytes_per_s"), "after": 0}
     settings = {key: value for key, value in vars(chosen).items() if key != "json"}
-    report = Report(name, settings, {**machine, "spdbench_git": git_state()}, bandwidth)
+    report = Report(name, settings, machine, bandwidth)
     measure(chosen, report)
     torch.set_num_threads(chosen.threads)
     bandwidth["after"] = read_bandwidth_bytes_per_s()
@@ -139,7 +145,7 @@ def run(name: str, chosen: argparse.Namespace, measure: Callable[[argparse.Names
     print(
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {versions['torch']}, "
         f"transformers {versions['transformers']}; read bandwidth {bandwidth['before'] / 1e9:.1f} GB/s before, "
-        f"{bandwidth['after'] / 1e9:.1f} after"
+        f"{bandwidth['after'] / 1e9:.1f} after; load average {machine['load_average']:.1f} before"
     )
     if chosen.json:
         chosen.json.write_text(report.as_json() + "\n", encoding="utf-8")

@@ -44,10 +44,11 @@ def is_cube(number):
 
 @dataclass(frozen=True)
 class Decoded:
-    """One turn of a side: the new ids, and the seconds from the prompt's ids to the last of them."""
+    """One turn of a side: the new ids, and the seconds from the prompt's ids to the last and to the first of them."""
 
     seconds: float
     ids: tuple[int, ...]
+    first_seconds: float = 0.0
 
 
 def prompt_ids(target: Target) -> dict[str, tuple[int, ...]]:
@@ -61,8 +62,11 @@ def vanilla_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callab
 
     def side() -> Decoded:
         start = time.perf_counter()
-        ids = tuple(decode(target.decoder, request))
-        return Decoded(time.perf_counter() - start, ids)
+        new = decode(target.decoder, request)
+        first = next(new)
+        first_seconds = time.perf_counter() - start
+        ids = (first, *new)
+        return Decoded(time.perf_counter() - start, ids, first_seconds)
 
     return side
 
