@@ -26,14 +26,28 @@ from tests.chisquare import p_value
 
 PROMPT = tuple(range(30, 41))
 OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
-    "spd": ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"})
+    "draft_model": ({}, {"num_tokens": "1"}),
+    "eagle": (
+        {"tree": "chain"},
+        {"tree": "chain", "depth": "1"},
+        {"tree": "static"},
+        {"tree": "dynamic", "depth": "3", "top_k": "3", "total_tokens": "9"},
+        {"tree": "dynamic", "depth": "1", "top_k": "1", "total_tokens": "2"},
+        {"tree": "auto"},
+    ),
+    "medusa": ({"tree": "chain"}, {"tree": "mc_sim_7b_63"}, {"tree": "auto"}, {"tree": "chain", "heads": "1"}),
+    "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
+    "spd": ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"}),
 }
+ALONE = {"ngram", "vanilla"}
+"""They take no drafter."""
+
 DRAFTERS = ("oracle:0", "oracle:0.7", "oracle:1", "random")
 
 
 def cases() -> Iterator[tuple[str, dict[str, str], str]]:
     for name in installed_backends():
-        drafters = ("auto",) if find_backend(name).kind == "autoregressive" else DRAFTERS
+        drafters = ("auto",) if name in ALONE or find_backend(name).kind == "autoregressive" else DRAFTERS
         for options, drafter in product(OPTIONS.get(name, ({},)), drafters):
             if not (drafter == "random" and "stage_layers" in options):  # heads exist for even stages only
                 yield name, options, drafter
@@ -150,7 +164,7 @@ def test_closing_early_leaves_the_backend_usable(
         backend.prepare(request)
         steps = backend.generate(request)
         for _ in range(num_steps):
-            next(steps)
+            next(steps, None)
         steps.close()  # type: ignore[attr-defined]
     assert ids(run(backend, request)) == plain(target, request)
 

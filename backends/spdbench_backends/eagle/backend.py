@@ -92,7 +92,8 @@ class Eagle(DraftVerify):
         if choice.kind in ("oracle", "forced"):
             return None
         from spdbench.models.drafters import find_drafter
-        from spdbench_backends.eagle.formats import random_eagle, read_eagle
+        from spdbench_backends.eagle.build import random_eagle
+        from spdbench_backends.eagle.formats import read_eagle
 
         if choice.kind == "path":
             return read_eagle(choice.path)
@@ -101,7 +102,7 @@ class Eagle(DraftVerify):
         return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
 
     def _build(self, file: EagleFile) -> EagleWeights:
-        from spdbench_backends.eagle.formats import build_eagle
+        from spdbench_backends.eagle.build import build_eagle
 
         options = self._options
         weights = build_eagle(

@@ -14,6 +14,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features, Speculation
 from spdbench.decoding.tree import ROOT, DraftTree, from_paths
 from spdbench.models.decoder import Decoder
+from spdbench.models.kv_cache import KVCache
 from tests import tiny
 
 PROMPT = tuple(range(30, 41))
@@ -84,6 +85,7 @@ def test_random_trees_change_nothing(decoder: Decoder, seed: int) -> None:
         ids = drafter.ids[:-1]  # the newest token has not been through the target
         _, states = decoder.forward(decoder.embed(decoder.ids(ids)), 0, fresh, wanted=(5,))
     assert speculation.cache.length == fresh.length == len(ids)
+    assert isinstance(speculation.cache, KVCache)
     for layer in decoder.layers:
         for mine, theirs in zip(speculation.cache.rows(layer), fresh.rows(layer), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

@@ -71,3 +71,20 @@ def test_an_operator_that_is_not_there_is_no_error(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(kernels, "_pack", missing)
     assert not kernels._packing_works.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (33, 2049)])
+def test_a_row_gets_the_same_bits_alone_and_in_company(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """(576, 1536) is such that oneDNN splits the long sum of a row alone, but not of two."""
+    weight, rows, other = (
+        tensor(*shape, dtype=dtype),
+        tensor(8, shape[1], dtype=dtype),
+        tensor(8, shape[0], dtype=dtype),
+    )
+    product = linear(weight)
+    for count in (2, 5, 8):
+        together, added = product(rows[:count]), product.plus(rows[:count], other[:count])
+        for i in range(count):
+            assert torch.equal(product(rows[i : i + 1])[0], together[i])
+            assert torch.equal(product.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])

@@ -1,0 +1,147 @@
+"""EAGLE's head against the method written out in plain torch, and its trees against the same tokens in a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, silu
+
+from spdbench.models.decoder import Decoder
+from spdbench.models.place import TreeRows
+from spdbench_backends.eagle.build import build_eagle, random_eagle
+from spdbench_backends.eagle.formats import EagleFile
+from spdbench_backends.eagle.head import EagleModule
+from tests import tiny
+
+EPS = 1e-6
+HEADS, KV, SIZE = 4, 2, 8
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Decoder:
+    return tiny.load(tiny_model).own_decoder
+
+
+def loud(file: EagleFile, **config: Any) -> EagleFile:
+    """The head with weights large enough to tell things apart, and norms that are not all ones."""
+    generator = torch.Generator().manual_seed(9)
+    tensors = {name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in file.tensors.items()}
+    tensors |= {name: 1 + tensor for name, tensor in tensors.items() if tensor.dim() == 1}
+    return replace(file, tensors=tensors, config=file.config.model_copy(update=config))
+
+
+def rotated(x_SHD: Tensor, positions: Tensor) -> Tensor:
+    angles = torch.outer(positions.float(), 10_000.0 ** -(torch.arange(0, SIZE, 2) / SIZE))
+    cos, sin = torch.cat([angles.cos()] * 2, -1)[:, None], torch.cat([angles.sin()] * 2, -1)[:, None]
+    low, high = x_SHD.chunk(2, dim=-1)
+    return x_SHD * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+def reference(file: EagleFile, target: Decoder, inputs: list[Tensor], ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Logits and state of the last of some rows, each with its own feature of draft width or of target width."""
+    weights, config, eagle3 = file.tensors, file.config, file.is_eagle3
+    assert target.embeddings_VM is not None
+    assert target.head is not None
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, x.shape[-1:], weights[name], EPS)
+
+    features = []
+    for feature in inputs:
+        if eagle3 and feature.shape[-1] == weights["fc.weight"].shape[1]:
+            if "fc_norm.0.weight" in weights:
+                feature = torch.cat(
+                    [norm(c, f"fc_norm.{i}.weight") for i, c in enumerate(feature.chunk(3, dim=-1))], -1
+                )
+            if "input_norm.weight" in weights:
+                feature = norm(feature, "input_norm.weight")
+            feature = linear(feature, weights["fc.weight"])
+        features.append(feature)
+    feature_SM, embedded_SM = torch.stack(features), target.embeddings_VM[ids].float()
+    p = "layers.0."
+    if eagle3:
+        normed = norm(feature_SM, p + "hidden_norm.weight")
+        x = torch.cat((norm(embedded_SM, p + "input_layernorm.weight"), normed), dim=-1)
+        residual = normed if config.norm_before_residual else feature_SM
+    else:
+        residual = x = linear(
+            torch.cat((embedded_SM, feature_SM), dim=-1), weights["fc.weight"], weights.get("fc.bias")
+        )
+    for index in range(2 if "layers.1.mlp.up_proj.weight" in weights else 1):
+        p = f"layers.{index}."
+        if index:
+            x = norm(residual, p + "input_layernorm.weight")
+        q, k, v = (linear(x, weights[f"{p}self_attn.{n}_proj.weight"]).view(len(ids), -1, SIZE) for n in "qkv")
+        positions = torch.arange(len(ids))
+        q, k = rotated(q, positions), rotated(k, positions)
+        k, v = (t.repeat_interleave(HEADS // KV, dim=1) for t in (k, v))
+        scores = torch.einsum("shd,thd->hst", q, k) / SIZE**0.5
+        scores = scores.masked_fill(~torch.ones(len(ids), len(ids)).tril().bool(), -torch.inf)
+        mixed = torch.einsum("hst,thd->shd", scores.softmax(-1), v).flatten(1)
+        hidden = residual + linear(mixed, weights[p + "self_attn.o_proj.weight"])
+        y = norm(hidden, p + "post_attention_layernorm.weight")
+        gated = silu(linear(y, weights[p + "mlp.gate_proj.weight"])) * linear(y, weights[p + "mlp.up_proj.weight"])
+        residual = hidden + linear(gated, weights[p + "mlp.down_proj.weight"])
+    last = residual[-1:]
+    if not eagle3:
+        return linear(last, target.head.plain()), last
+    out = norm(last, "norm.weight")
+    return linear(out, weights.get("lm_head.weight", target.head.plain())), out if config.norm_output else last
+
+
+def variants() -> list[Any]:
+    extra = {"fc_norms": {f"fc_norm.{i}.weight": (32,) for i in range(3)}, "input_norm": {"input_norm.weight": (96,)}}
+    second = {
+        **{f"layers.1.self_attn.{n}_proj.weight": (r, 32) for n, r in (("q", 32), ("k", 16), ("v", 16), ("o", 32))},
+        **{f"layers.1.mlp.{n}_proj.weight": s for n, s in (("gate", (48, 32)), ("up", (48, 32)), ("down", (32, 48)))},
+        "layers.1.input_layernorm.weight": (32,),
+        "layers.1.post_attention_layernorm.weight": (32,),
+    }
+    return [
+        pytest.param(3, {}, {}, id="eagle3"),
+        pytest.param(1, {}, {}, id="eagle1"),
+        pytest.param(1, {"fc.bias": (32,)}, {}, id="eagle1-bias"),
+        pytest.param(3, extra["fc_norms"], {}, id="fc_norm"),
+        pytest.param(3, extra["input_norm"], {}, id="norm_before_fc"),
+        pytest.param(3, {}, {"norm_before_residual": True}, id="norm_before_residual"),
+        pytest.param(3, {}, {"norm_output": True}, id="norm_output"),
+        pytest.param(3, second, {}, id="two-layers"),
+        pytest.param(1, second, {}, id="eagle1-two-layers"),
+        pytest.param(3, {"lm_head.weight": (262, 32)}, {}, id="own-head"),
+    ]
+
+
+@pytest.mark.parametrize(("version", "more", "config"), variants())
+def test_committed_rows_and_trees_equal_the_method_written_out(
+    decoder: Decoder, version: Any, more: dict[str, tuple[int, ...]], config: dict[str, Any]
+) -> None:
+    plain = random_eagle(decoder, 3, version)
+    file = loud(replace(plain, tensors={**plain.tensors, **{n: torch.zeros(s) for n, s in more.items()}}), **config)
+    module = EagleModule(build_eagle(file, decoder), 64)
+    features = list(torch.randn(7, 96 if version == 3 else 32, generator=torch.Generator().manual_seed(1)))
+    ids = [5, 6, 7, 8, 9, 10, 11]
+    with torch.inference_mode():
+        module.extend(torch.stack(features[:3]), torch.tensor(ids[:3]))
+        logits, state = module.extend(torch.stack(features[3:]), torch.tensor(ids[3:]))
+        expected, fed = reference(file, decoder, features, ids)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(state, fed, rtol=1e-4, atol=1e-4)
+        # two children of the newest token, then a child of the second
+        level = TreeRows(torch.tensor([0, 0]), torch.eye(2).bool())
+        logits, states = module.grow(state.expand(2, -1), torch.tensor([20, 21]), level)
+        for row, token in enumerate((20, 21)):
+            expected, child = reference(file, decoder, [*features, fed[0]], [*ids, token])
+            torch.testing.assert_close(logits[row : row + 1], expected, rtol=1e-4, atol=1e-4)
+        deeper = TreeRows(torch.tensor([1]), torch.tensor([[False, True, True]]))
+        logits, _ = module.grow(states[1:], torch.tensor([22]), deeper)
+        expected, _ = reference(file, decoder, [*features, fed[0], child[0]], [*ids, 21, 22])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        # the tree is forgotten when committed rows arrive
+        logits, _ = module.extend(torch.stack(features[:1]), torch.tensor([30]))
+        expected, _ = reference(file, decoder, [*features, features[0]], [*ids, 30])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
