@@ -94,13 +94,13 @@ def test_heads_go_there_and_back(decoder: Decoder, tmp_path: Path, layout: Layou
     assert weights.logits(x, 2).shape[0] == 2
 
 
-def test_layouts_that_cannot_hold_the_heads_are_refused(decoder: Decoder, tmp_path: Path) -> None:
+def test_layouts_that_cannot_hold_the_heads_are_refused(tmp_path: Path) -> None:
     for layout, shape in (("v2", {"own": True}), ("v0.1", {}), ("vllm", {}), ("v0.1", {"own": True, "ids": True})):
         with pytest.raises(InputError, match=f"cannot be written as {layout}"):
             write_medusa(heads(**shape), tmp_path, layout)  # type: ignore[arg-type]
 
 
-def test_our_own_folder_keeps_what_was_measured(decoder: Decoder, tmp_path: Path) -> None:
+def test_our_own_folder_keeps_what_was_measured(tmp_path: Path) -> None:
     file = replace(heads(), trained_tokens=5, head_accuracies=((0.5, 0.1), (0.3,)))
     found = read_medusa(write_medusa(file, tmp_path, "spdbench"))
     assert (found.trained_tokens, found.head_accuracies) == (5, ((0.5, 0.1), (0.3,)))
