@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge import stats
 from spdbench.judge.flags import is_degenerate
+from spdbench.judge.lane_metrics import LANE_COLUMNS, LANE_RATIOS, lane_columns
 from spdbench.judge.ratios import (
     COLUMN,
     COLUMNS,
@@ -39,7 +40,7 @@ MAX_CHUNK = np.iinfo(np.uint16).max
 
 
 def summarise(runs: Iterable[Run], backend: BackendRecord, read_bandwidth: float | None) -> Summary:
-    """Every metric that needs no spans, overall and by category; `runs` is consumed once.
+    """Every metric, overall and by category; `runs` is consumed once.
 
     `read_bandwidth` is the machine's measured read bandwidth in bytes/s, for `roofline_share`.
     """
@@ -60,6 +61,7 @@ class _Tally:
         self.backend = backend
         self.categories: dict[str, int] = {}
         self.columns = array("d")
+        self.lane_columns = array("d")
         self.conversations: list[str] = []
         self.repeats = array("l")
         self.category_of_run = array("l")
@@ -80,6 +82,7 @@ class _Tally:
             return
         seconds, tokens = token_intervals(run.steps)
         self.columns.extend(run_columns(run, seconds, tokens))
+        self.lane_columns.extend(lane_columns(run))
         self.conversations.append(run.prompt_id)
         self.repeats.append(run.repeat)
         self.category_of_run.append(number)
@@ -101,6 +104,10 @@ class _Tally:
         """Every run's columns: [runs, len(COLUMNS)]."""
         return np.asarray(self.columns).reshape(-1, len(COLUMNS))
 
+    def lane_table(self) -> NDArray[np.float64]:
+        """Every run's lane columns: [runs, len(LANE_COLUMNS)]."""
+        return np.asarray(self.lane_columns).reshape(-1, len(LANE_COLUMNS))
+
 
 def _metrics(tally: _Tally, defined: dict[str, Ratio], categories: Iterable[str]) -> dict[str, Any]:
     """All metrics of the runs in `categories`."""
@@ -118,6 +125,10 @@ def _metrics(tally: _Tally, defined: dict[str, Ratio], categories: Iterable[str]
     samples = _bootstrap(conversations, np.asarray(tally.repeats)[rows], table)
     for name in RATIO_NAMES:
         found |= _values(name, defined.get(name), table, sums, samples)
+    lanes = tally.lane_table()[rows]
+    samples = _bootstrap(conversations, np.asarray(tally.repeats)[rows], lanes) if lanes.any() else None
+    for name, ratio in LANE_RATIOS.items():
+        found |= _values(name, ratio, lanes, lanes.sum(axis=0), samples)
     if degenerate.any():
         rest = table[~degenerate].sum(axis=0)
         found |= {f"{name}_without_degenerate": _micro(defined.get(name), rest) for name in WITHOUT_DEGENERATE}
