@@ -39,6 +39,7 @@ MADE_FROM_ONE_RESULT = frozenset(
         "few_prompts",
         "noisy",
         "slow_baseline",
+        "unattributed",
     }
 )
 """What `flags_for` can tell, and so tells anew whenever a file is read."""
@@ -49,6 +50,7 @@ FEW_PROMPTS = 8
 NOISY_SHARE = 0.10
 SLOW_ROOFLINE_SHARE = 0.4
 SLOW_KERNELS = frozenset({"transformers"})
+UNATTRIBUTED_SHARE = 0.10
 
 
 def is_degenerate(output_ids: Sequence[int] | NDArray[np.int64]) -> bool:
@@ -107,6 +109,7 @@ def flags_for(
         *_drafter_flags(drafter),
         *_sample_flags(overall),
         *_speed_flags(overall, backend),
+        *_lane_flags(overall),
     ]
 
 
@@ -195,6 +198,16 @@ def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator
             name="slow_baseline",
             reason=f"vanilla reaches {share:.0%} of what memory bandwidth allows, which flatters every speed-up",
             remedy="Give it more --threads, another --dtype, or an idle machine",
+        )
+
+
+def _lane_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    share = overall["unattributed"]
+    if share is not None and share > UNATTRIBUTED_SHARE:
+        yield Flag(
+            name="unattributed",
+            reason=f"{share:.0%} of the lanes' decode time is idle for reasons that its spans do not tell",
+            remedy="Leave the machine idle; where it persists, the backend lacks spans",
         )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from spdbench.judge import stats
 from spdbench.judge.batch import Batch, batches_of
 from spdbench.judge.flags import degenerate
+from spdbench.judge.lane_metrics import LANE_COLUMNS, LANE_RATIOS, lane_columns
 from spdbench.judge.ratios import (
     COLUMN,
     COLUMNS,
@@ -81,6 +82,7 @@ class Tally:
         self.degenerate = array("b")
         self.truncated = array("b")
         self._columns = array("d")
+        self._lanes = array("d")
         self._num_intervals = array("q")
         self._seconds = array("f")
         self._tokens = array("H")
@@ -100,6 +102,7 @@ class Tally:
             self.conversations.append(run.prompt_id)
             self.repeats.append(run.repeat)
             self.truncated.append(run.finish_reason == "length")
+            self._lanes.extend(lane_columns(run))
             if run.peak_memory_bytes is not None:
                 self.peak_bytes[run.category] = max(self.peak_bytes.get(run.category, 0), run.peak_memory_bytes)
         categories = np.array([self.categories[run.category] for run in batch.runs], dtype=np.int64)
@@ -129,6 +132,11 @@ class Tally:
     def table(self) -> NDArray[np.float64]:
         """Every run's columns: [runs, len(COLUMNS)]."""
         return np.asarray(self._columns).reshape(-1, len(COLUMNS))
+
+    @property
+    def lane_table(self) -> NDArray[np.float64]:
+        """Every run's lane columns: [runs, len(LANE_COLUMNS)]."""
+        return np.asarray(self._lanes).reshape(-1, len(LANE_COLUMNS))
 
     def intervals(self, rows: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
         """Times between tokens of the chosen `rows` [runs], and the tokens that each counts for."""
@@ -240,6 +248,32 @@ class Metrics(Mapping[str, Any]):
             found[name] = None if interval is None else list(interval)
         return found
 
+    @cached_property
+    def _lanes(self) -> NDArray[np.float64]:
+        return self._tally.lane_table[self._rows]
+
+    def lane_share(self, name: str) -> float | None:
+        """Totals over totals; None without spans."""
+        return _ratio_of(LANE_RATIOS[name], self._lanes.sum(axis=0))
+
+    def lane_share_macro(self, name: str) -> float | None:
+        per_run = LANE_RATIOS[name].of(self._lanes)
+        finite = per_run[np.isfinite(per_run)]
+        return float(finite.mean()) if len(finite) else None
+
+    def lane_interval(self, name: str) -> list[float] | None:
+        """The 95 % interval; None without spans, or with fewer than two conversations."""
+        if self[name] is None or self["num_prompts"] < 2:
+            return None
+        found = stats.percentile_interval(LANE_RATIOS[name].of(self._lane_samples))
+        return None if found is None else list(found)
+
+    @cached_property
+    def _lane_samples(self) -> NDArray[np.float64]:
+        """Resampled totals of the lane columns: [resamples, len(LANE_COLUMNS)]."""
+        repeats = np.asarray(self._tally.repeats)[self._rows].tolist()
+        return stats.resample_sums(*stats.sum_cells(self._conversations, repeats, self._lanes))
+
     def without_degenerate(self, name: str) -> float | None:
         return _ratio_of(self._defined.get(name), self._table[~self._degenerate].sum(axis=0))
 
@@ -278,6 +312,10 @@ def _makers() -> dict[str, Callable[[Metrics], Any]]:
         makers[name] = methodcaller("micro", name)
         makers[f"{name}_macro"] = methodcaller("macro", name)
         makers[f"{name}_ci"] = methodcaller("interval", name)
+    for name in LANE_RATIOS:
+        makers[name] = methodcaller("lane_share", name)
+        makers[f"{name}_macro"] = methodcaller("lane_share_macro", name)
+        makers[f"{name}_ci"] = methodcaller("lane_interval", name)
     makers |= {name + WITHOUT: methodcaller("without_degenerate", name) for name in WITHOUT_DEGENERATE}
     for index, percent in enumerate(ITL_PERCENTS):
         makers[f"itl_p{percent}_s"] = methodcaller("latency", index)

@@ -40,6 +40,9 @@ Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
 RunKey = tuple[str, int, int]
 """Prompt id, turn, repeat."""
 
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SHARE_TOLERANCE = 1e-6
+
 
 class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,14 +134,29 @@ class Steps(Record):
 class BubbleParts(Record):
     """Shares of lanes x decode time; see METRICS: useful + wasted + the rest = 1."""
 
-    useful: float
-    wasted: float
-    fill: float
-    verify: float
-    draft: float
-    imbalance: float
-    host: float
-    unattributed: float
+    useful: Share
+    wasted: Share
+    fill: Share
+    verify: Share
+    draft: Share
+    imbalance: Share
+    host: Share
+    unattributed: Share
+
+    @model_validator(mode="after")
+    def _parts_make_a_whole(self) -> BubbleParts:
+        total = sum(value for _, value in self)
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"the shares add up to {total:.6g}, not to 1")
+        return self
+
+
+class FullCycles(Record):
+    """A pipeline's cycles with every stage at work: their number, their slowest stages' time, and their duration."""
+
+    num: Annotated[int, Field(ge=1, le=INT32)]
+    stage_s: Seconds
+    wall_s: Seconds
 
 
 class Run(Record):
@@ -159,6 +177,7 @@ class Run(Record):
     steps: Steps
     score: Annotated[float, Field(ge=-1e10, le=1e10, allow_inf_nan=False)] | None = None
     bubble: BubbleParts | None = None
+    full_cycles: FullCycles | None = None
     peak_memory_bytes: Large | None = None
 
     @property

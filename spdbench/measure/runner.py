@@ -18,6 +18,7 @@ from spdbench.errors import SpdbenchError
 from spdbench.judge.result import Run, Steps
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.measure.journal import Journal, Outcome, RunKey
+from spdbench.measure.lanes import lane_figures
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
@@ -207,6 +208,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
     try:
         backend.prepare(ask.request)
         measured = measure(backend, ask.request)
+        figures = lane_figures(backend, measured)
     except SpdbenchError:
         raise
     except Exception as error:
@@ -219,6 +221,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
             "ttft_s": measured.ttft_s,
             "decode_s": measured.decode_s,
             "steps": measured.steps,
+            **figures,
         }
     )
     return run, ""
