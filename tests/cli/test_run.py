@@ -115,7 +115,7 @@ def test_spans_become_bubbles_in_files_and_table(run: Runs, monkeypatch: pytest.
         assert f"{100 * ratio:.1f}%" in said.out
     assert run.result("piped").summary.overall["cycle_efficiency"] == pytest.approx(0.8)
     assert run.result("drafting").summary.overall["cycle_efficiency"] is None
-    assert "drafting: draft 20.0%, verify 10.0%, host 5.0%, unattributed 5.0%" in said.out
+    assert "drafting: draft 20.0%, verify 10.0%, host 5.0%, unattributed 5.0%" in " ".join(said.out.split())
     flags = {label: [flag.name for flag in run.result(label).flags] for label in ("drafting", "piped")}
     assert "unattributed" not in flags["drafting"]
     for name in run.files():

@@ -241,7 +241,7 @@ def test_bubble_ratio_is_a_column_and_its_parts_a_note() -> None:
     ]  # fmt: skip
     note = show(compare(rows), "github").splitlines()
     assert any(
-        line.endswith("eagle: draft 25.0%, host 15.0%; ppsd: verify 10.0%, besides, wasted 10.0%; ideal: none.")
+        line.endswith("eagle: draft 25.0%, host 15.0%; ppsd: verify 10.0%, and wasted 10.0%; ideal: none.")
         for line in note
     )
 
