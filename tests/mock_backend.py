@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from spdbench.backend import BackendInfo, BackendOptions
 from spdbench.judge.result import Run
-from spdbench.types import BackendKind, GenerationRequest, Message, Span, Step
+from spdbench.types import BackendKind, GenerationRequest, Message, Span, SpanKind, Step
 
+MS = 1_000_000
 Script = Callable[[GenerationRequest], Sequence[Step]]
 
 
@@ -59,6 +60,75 @@ class MockDraftVerify(MockBackend):
 
 class MockPipeline(MockBackend):
     kind: ClassVar[BackendKind] = "pipeline"
+
+
+class FakeTime:
+    """A clock that only moves when told to; stands in for the module `time` where a request is measured."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_000_000_000
+
+    def perf_counter_ns(self) -> int:
+        return self.now_ns
+
+    def spend(self, ns: int) -> tuple[int, int]:
+        """Lets `ns` pass; from when to when."""
+        start, self.now_ns = self.now_ns, self.now_ns + ns
+        return start, self.now_ns
+
+
+class MockSpans(MockDraftVerify):
+    """Two tokens a step on one lane, with spans, on a clock that stands still in between.
+
+    After a prefill of 50 ms each step drafts for 20, runs the target for 60, verifies for 10, and spends 5 on the host
+    and 5 on what it does not tell.
+    """
+
+    time: ClassVar[FakeTime] = FakeTime()
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
+        self.taken: list[Span] = []
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.requests.append(request)
+        self.taken = []
+        self._span("target", 50)
+        yield Step((100,), 0, 0, 0, 1.0)
+        for position in range(1, request.max_new_tokens, 2):
+            self._span("draft", 20)
+            self._span("target", 60)
+            self._span("verify", 10)
+            self._span("host", 5)
+            self.time.spend(5 * MS)
+            yield Step((100 + position, 101 + position), 1, 1, 1, 2.0)
+
+    def spans(self) -> Sequence[Span]:
+        return self.taken
+
+    def _span(self, kind: SpanKind, ms: int) -> None:
+        self.taken.append(Span(0, kind, *self.time.spend(ms * MS), position=0, kept=True))
+
+
+class MockPipelineSpans(MockSpans):
+    """Three lanes: cycles of 100 ms in which they work for 50, 80 and 60; two cycles fill the pipe, then all give."""
+
+    kind: ClassVar[BackendKind] = "pipeline"
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo(("cpu",), (1000, 1000, 1000), (2, 2, 2))
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.taken = []
+        self.time.spend(50 * MS)
+        yield Step((100,), 0, 0, 0, 1.0)
+        for cycle in range(request.max_new_tokens + 1):
+            start, _ = self.time.spend(100 * MS)
+            for lane, busy in enumerate((50, 80, 60)[: cycle + 1]):
+                self.taken.append(Span(lane, "target", start, start + busy * MS, cycle - lane, kept=True))
+            self.taken.append(Span(3, "host", start + 80 * MS, start + 96 * MS, 0, kept=True))
+            full = cycle >= 2
+            yield Step((100 + cycle,) * full, int(full), int(full), int(full), min(cycle + 1, 3) / 3)
 
 
 class WordChat:

@@ -215,9 +215,9 @@ def _bubble_notes(table: Table) -> Iterator[str]:
     for row in table.rows:
         metrics = row.metrics
         if row.category is None and metrics["bubble_ratio"] is not None:
-            causes = sorted((name for name in CAUSES if metrics[name]), key=lambda name: -metrics[name])
+            causes = sorted((name for name in CAUSES if metrics[name]), key=lambda name: -round(metrics[name], 3))
             words = [f"{name} {_share(metrics[name])}" for name in causes]
-            wasted = [f"besides, wasted {_share(metrics['wasted'])}"] * (metrics["wasted"] > 0)
+            wasted = [f"and wasted {_share(metrics['wasted'])}"] * (metrics["wasted"] > 0)
             told.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
     if told:
         yield f"{BUBBLE_NOTE} {'; '.join(told)}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from spdbench.judge.result import Result, json_schema, read_result
 from spdbench.models import hf
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
+from tests.mock_backend import MockSpans
+
+MOCKS = {"drafting": "MockSpans", "piped": "MockPipelineSpans"}
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +96,42 @@ def test_results_say_what_was_measured(run: Runs) -> None:
     assert [flag.name for flag in result.flags if flag.name == "synthetic_drafter"]
     assert result.summary.overall["acceptance_rate"] == 1.0
     assert result.run_key != run.result("vanilla").run_key
+
+
+@pytest.fixture
+def mocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends that take spans, on a clock of their own."""
+    points = {name: EntryPoint(name, f"tests.mock_backend:{cls}", "spdbench.backends") for name, cls in MOCKS.items()}
+    monkeypatch.setattr("spdbench.backend.installed_backends", lambda: points)
+    monkeypatch.setattr("spdbench.measure.clock.time", MockSpans.time)
+
+
+@pytest.mark.usefixtures("mocks")
+def test_spans_become_bubbles_in_files_and_table(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    said = run("-b", "drafting", "-b", "piped", "--drafter", "random")
+    assert said.code == 0, said.err
+    for label, ratio in (("drafting", 0.4), ("piped", 1 - (50 + 130 + 11 * 190) / (3 * 1300))):
+        found = run.result(label).summary
+        assert found.overall["bubble_ratio"] == pytest.approx(ratio)
+        assert found.by_category["maths"]["bubble_ratio"] == pytest.approx(ratio)
+        assert f"{100 * ratio:.1f}%" in said.out
+    assert run.result("piped").summary.overall["cycle_efficiency"] == pytest.approx(0.8)
+    assert run.result("drafting").summary.overall["cycle_efficiency"] is None
+    assert "drafting: draft 20.0%, verify 10.0%, host 5.0%, unattributed 5.0%" in " ".join(said.out.split())
+    flags = {label: [flag.name for flag in run.result(label).flags] for label in ("drafting", "piped")}
+    assert "unattributed" not in flags["drafting"]
+    for name in run.files():
+        jsonschema.validate(json.loads((run.results / name).read_text()), json_schema())
+
+
+@pytest.mark.usefixtures("mocks")
+def test_resuming_keeps_what_came_from_spans(run: Runs) -> None:
+    run("-b", "piped", "--drafter", "random")
+    before = run.result("piped").runs
+    assert all(found.bubble and found.full_cycles for found in before)
+    assert run("-b", "piped", "--drafter", "random", "--resume").code == 0
+    assert run.result("piped").runs == before
 
 
 def test_one_backend_in_several_ways(run: Runs) -> None:

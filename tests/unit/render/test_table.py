@@ -13,7 +13,7 @@ from rich.console import Console
 
 from spdbench.judge.compare import Table, compare
 from spdbench.judge.pairing import Entry, entry_from
-from spdbench.judge.result import Divergence, DrafterRecord, Run
+from spdbench.judge.result import BubbleParts, Divergence, DrafterRecord, Run
 from spdbench.render.table import FORMATS, Format, render
 from spdbench.types import BackendKind
 from tests.builders import (
@@ -220,6 +220,45 @@ def test_latex_is_escaped_and_its_notes_are_comments() -> None:
     assert "95 \\%" in text
     outside = text.split("\\end{tabular}")[1].strip().splitlines()
     assert all(line.startswith("% ") for line in outside)
+
+
+def bubbly(label: str, **shares: float) -> Entry:
+    bubble = BubbleParts(**(dict.fromkeys(BubbleParts.model_fields, 0.0) | shares))
+    steps = chunk_steps([1, 4, 4], step_ns=25 * MS)
+    return entry("draft_verify", label=label, runs=[make_run(steps, prompt=f"p{i}", bubble=bubble) for i in range(10)])
+
+
+def test_bubble_ratio_is_a_column_and_its_parts_a_note() -> None:
+    rows = [
+        bubbly("eagle", useful=0.6, draft=0.25, host=0.15),
+        bubbly("ppsd", useful=0.8, wasted=0.1, verify=0.1),
+        bubbly("ideal", useful=1.0),
+    ]
+    text = show(compare([entry("autoregressive"), *rows]), width=160)
+    assert "bubble" in text.splitlines()[1]
+    assert [cell for line in grid(text) for cell in line.split() if cell in {"40.0%", "10.0%", "0.0%"}] == [
+        "40.0%", "10.0%", "0.0%",
+    ]  # fmt: skip
+    note = show(compare(rows), "github").splitlines()
+    assert any(
+        line.endswith("eagle: draft 25.0%, host 15.0%; ppsd: verify 10.0%, and wasted 10.0%; ideal: none.")
+        for line in note
+    )
+
+
+def test_bubbles_are_in_the_exports_and_empty_where_they_were_not_measured() -> None:
+    tables = compare([entry("autoregressive"), bubbly("eagle", useful=0.6, draft=0.25, host=0.15)])
+    vanilla, eagle = csv.DictReader(io.StringIO(show(tables, "csv")))
+    assert float(eagle["bubble_ratio"]) == pytest.approx(0.4)
+    assert float(eagle["draft"]) == pytest.approx(0.25)
+    assert vanilla["bubble_ratio"] == vanilla["draft"] == eagle["cycle_efficiency"] == ""
+    metrics = [row["metrics"] for row in json.loads(show(tables, "json"))["tables"][0]["rows"]]
+    assert metrics[0]["bubble_ratio"] is None
+    assert metrics[1]["host"] == pytest.approx(0.15)
+
+
+def test_a_table_without_spans_has_no_bubble_column() -> None:
+    assert "bubble" not in show(compare(everything()), width=160)
 
 
 def test_csv_has_one_header_over_all_tables_and_every_metric() -> None:
