@@ -28,6 +28,8 @@ from spdbench.models.rotary import Rotary
 from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, can_compile, steps_by_rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
+DRAFT_HEADS = "medusa_head."
+"""How the names of draft heads begin that a Medusa-2 checkpoint carries beside the model, of which they are no part."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,12 @@ class _Reader:
     def refuse_leftovers(self) -> None:
         """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
         spare = {"lm_head.weight"} if self.config.tied else set()
-        left = [name for name in self.checkpoint if name not in self.taken | spare and not name.endswith(".inv_freq")]
+        known = self.taken | spare
+        left = [
+            name
+            for name in self.checkpoint
+            if name not in known and not name.endswith(".inv_freq") and not name.startswith(DRAFT_HEADS)
+        ]
         if left:
             raise InputError(
                 f"{self.checkpoint.directory}: {len(left)} tensors have no place in this model, e.g. {min(left)}; "

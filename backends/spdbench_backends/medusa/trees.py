@@ -1,0 +1,82 @@
+"""The tree that a user asks Medusa for: by name, or from a file; checked against the drafter.
+
+A tree is a list of paths, a path the rank taken at each level. Must not know how a tree is filled or verified.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+import yaml
+
+from spdbench.decoding.named_trees import CHILDREN, named_tree
+from spdbench.decoding.tree import Path, sorted_paths
+from spdbench.errors import InputError, did_you_mean
+
+LARGEST_TREE = 1024
+
+
+def find_tree(text: str) -> tuple[Path, ...]:
+    """The published tree called `text`, or the one in the file `text`.
+
+    Raises:
+        InputError: neither, or the file holds no tree.
+    """
+    if text in CHILDREN:
+        return named_tree(text)
+    file = FilePath(text).expanduser()
+    if not file.exists():
+        raise InputError(f"no tree of that name, and no such file{did_you_mean(text, ('auto', 'chain', *CHILDREN))}")
+    return read_tree_file(file)
+
+
+def read_tree_file(file: FilePath) -> tuple[Path, ...]:
+    """The tree in a JSON or YAML file that lists paths, such as `[[0], [1], [0, 0]]`, in any order.
+
+    Raises:
+        InputError: it cannot be read, or is no tree; names the path at fault.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read as a tree ({reason})") from None
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{file}: a tree is a list of paths, such as [[0], [1], [0, 0]], and has at least one")
+    if len(content) > LARGEST_TREE:
+        raise InputError(f"{file}: a tree of {len(content)} paths; at most {LARGEST_TREE} are supported")
+    seen: set[Path] = set()
+    for entry in content:
+        path = _path(file, entry)
+        if path in seen:
+            raise InputError(f"{file}: path {entry} is there twice")
+        seen.add(path)
+    for path in sorted_paths(list(seen)):
+        if path[:-1] and path[:-1] not in seen:
+            raise InputError(f"{file}: path {list(path)} has no parent, {list(path[:-1])} is missing")
+    return tuple(sorted_paths(list(seen)))
+
+
+def _path(file: FilePath, entry: object) -> Path:
+    if not isinstance(entry, list) or not entry or not all(type(rank) is int and rank >= 0 for rank in entry):
+        raise InputError(f"{file}: {entry!r:.60} is not a path: a list of ranks, whole numbers from 0 on, at least one")
+    return tuple(entry)
+
+
+def check_levels(paths: Sequence[Path], num_heads: int) -> None:
+    """Raises `InputError` for a tree that is deeper than there are heads, each of which drafts one level."""
+    deepest = max(paths, key=len)
+    if len(deepest) > num_heads:
+        raise InputError(
+            f"the tree has {len(deepest)} levels, e.g. path {list(deepest)}, but there are only {num_heads} heads"
+        )
+
+
+def check_ranks(paths: Sequence[Path], vocab_size: int) -> None:
+    """Raises `InputError` for a tree that asks for more choices than there are tokens to draft."""
+    widest = max(paths, key=max)
+    if max(widest) >= vocab_size:
+        raise InputError(f"path {list(widest)} asks for rank {max(widest)}, but only {vocab_size} tokens are drafted")
