@@ -337,7 +337,7 @@ def test_a_layout_without_a_place_for_something(
 
 
 def test_folders_that_hold_no_heads(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a drafter folder, it has no config.json"):
+    with pytest.raises(InputError, match=r"is not a drafter folder, it has no config\.json"):
         read_medusa(tmp_path, LOCATED)
     with pytest.raises(InputError, match="holds no Medusa heads"):
         read_medusa(tiny_model, LOCATED)
@@ -345,7 +345,7 @@ def test_folders_that_hold_no_heads(tiny_model: Path, tmp_path: Path) -> None:
     config.write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         read_medusa(tmp_path, LOCATED)
-    with pytest.raises(InputError, match="has no config.json"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         read_medusa(config, LOCATED)
     config.write_text("[]")
     with pytest.raises(InputError, match="is not a mapping"):
