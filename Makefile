@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test check format clean
 
 help:
-	@echo "make demo     measure vanilla and spd on the embedded model, and compare them"
+	@echo "make demo     measure every method on the embedded model, and compare them"
 	@echo "              (LIMIT=$(LIMIT) conversations, MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) each)"
 	@echo "make test     install what the tests need, fetch the embedded model, and run all checks"
 	@echo "make check    formatting, lint, types and tests, in what is installed already"
@@ -22,8 +22,8 @@ help:
 	@echo "PYTHON=$(PYTHON) makes $(VENV), once."
 
 demo: $(VENV)/.installed
-	@echo "Measuring vanilla and spd: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each, drafts from an oracle ..."
-	@$(RUN) spdbench run quick -b vanilla -b spd -o spd.stages=3 --drafter oracle:0.8 \
+	@echo "Measuring every method: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each, drafts from an oracle ..."
+	@$(RUN) spdbench run quick -b vanilla -b spd -b eagle -b medusa -b ngram -o spd.stages=3 --drafter oracle:0.8 \
 		--limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
 
 test: $(VENV)/.installed-for-tests

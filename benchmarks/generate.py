@@ -1,99 +1,126 @@
-"""Vanilla against transformers' own greedy `generate`: same weights, prompt, dtype, threads and number of tokens.
+"""Vanilla against transformers' own `generate`: same weights, prompts, dtype, threads and number of tokens.
 
-Why: a speed-up over a slow baseline is worth nothing. Vanilla has to be at least as fast as what everybody has.
-Regimes: batch 1, greedy, one short prompt, both dtypes, the threads that torch uses unless --threads says otherwise.
-Output: a line a dtype with the medians in ms a token of both sides, their spread, the ratio run by run (its median is
-the figure to quote), the share of the measured read bandwidth that vanilla reaches, and whether the ids are equal.
-The sides take turns, A B A B, after a warm-up each.
+Why: a speed-up over a slow baseline is worth nothing. Vanilla has to be far ahead of what everybody has, and also of
+the drafting that everybody has, prompt lookup (up to 10 tokens copied from the context).
+Regimes: batch 1, greedy, four prompts of different kinds, both dtypes; a side's time is that of the whole call, the
+prompt's own forward included, over the number of new tokens.
+Output: a table a dtype, a row a prompt and one for all of them (the sum of each round): medians in ms a token with the
+extremes, how many times as fast vanilla is, round by round, as median and quartiles, and how many of the new ids agree
+before the first that does not. In bfloat16 they may part, since sums are rounded in another order.
+The sides take turns, A B C A B C, after a warm-up each.
 
-    python benchmarks/generate.py [--rounds 7] [--tokens 64] [--threads 2]
+    python -m benchmarks.generate [--rounds 7] [--tokens 64] [--threads 2] [--dtypes float32] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from spdbench.decoding.autoregressive import decode
-from spdbench.measure.environment import read_bandwidth_bytes_per_s
+from benchmarks import sides
+from benchmarks.sides import Goal, Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
+from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
+from spdbench.models import hf
 from spdbench.models.target import Target, load_target
-from spdbench.prompts.chat import ChatFormat
-from spdbench.types import GenerationRequest, Sampling
 
-QUESTION = "Explain in a few sentences how a lighthouse keeper spends a stormy night."
+OURS, GREEDY, LOOKUP = "vanilla", "transformers", "prompt lookup"
+LOOKUP_TOKENS = 10
+FASTER_BY = {"bfloat16": 3.0, "float32": 2.0}
+ALL = "all"
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rounds", type=int, default=7)
-    arguments.add_argument("--tokens", type=int, default=64)
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    chosen = arguments.parse_args()
-    torch.set_num_threads(chosen.threads)
-    for dtype in ("bfloat16", "float32"):
-        print(compare(dtype, chosen.rounds, chosen.tokens), flush=True)
+    sides.run("generate", sides.parser(__doc__, rounds=7, tokens=64).parse_args(), measure)
 
 
-def compare(dtype: str, rounds: int, tokens: int) -> str:
-    """One line of results."""
-    target = load_target("smollm2", dtype, "cpu")
-    prompt = ChatFormat(target.tokenizer).encode([{"role": "user", "content": QUESTION}])
-    ours, theirs = spdbench_side(target, prompt, tokens), transformers_side(target, prompt, tokens)
-    same = ours()[1] == theirs()[1]
-    pairs = [(ours()[0], theirs()[0]) for _ in range(rounds)]
-    mine, other = ([pair[side] for pair in pairs] for side in (0, 1))
-    ratio = statistics.median(b / a for a, b in pairs)
-    decoder = target.decoder
-    share = decoder.bytes_per_token(decoder.layers, head=True) / statistics.median(mine) / read_bandwidth_bytes_per_s()
-    return (
-        f"{dtype}: vanilla {spread(mine)}, transformers {spread(other)} ms/token; "
-        f"vanilla is {ratio:.2f}x as fast, at {share:.0%} of read bandwidth; ids equal: {same}"
-    )
+def measure(chosen: argparse.Namespace, report: Report) -> None:
+    for dtype in chosen.dtypes:
+        rows = compare(dtype, chosen.rounds, chosen.tokens)
+        report.tables[dtype] = rows
+        overall = next(row for row in rows if row["prompt"] == ALL and row["side"] == GREEDY)
+        report.goals.append(
+            Goal(
+                f"times as fast as transformers' generate, {dtype}", overall["ratio"].median, at_least=FASTER_BY[dtype]
+            )
+        )
+        print_table(dtype, rows)
 
 
-def spread(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds) * 1e3:.1f} ({min(seconds) * 1e3:.1f} to {max(seconds) * 1e3:.1f})"
+def compare(dtype: str, rounds: int, tokens: int) -> list[Row]:
+    """A row for each prompt, and for all, and for each side."""
+    target = load_target(MODEL, dtype, "cpu")
+    prompts = prompt_ids(target)
+    turns = take_turns(all_sides(target, prompts, tokens), rounds)
+    seconds = {key: [turn.seconds / tokens for turn in decoded] for key, decoded in turns.items()}
+    for side in (OURS, GREEDY, LOOKUP):
+        seconds[ALL, side] = mean_by_round([seconds[name, side] for name in prompts])
+    return [
+        {
+            "prompt": name,
+            "prompt_tokens": len(prompts[name]) if name in prompts else None,
+            "side": side,
+            "seconds_per_token": spread(values),
+            "ratio": ratio(values, seconds[name, OURS]),
+            "same_ids": common_prefix(turns[name, OURS][0].ids, turns[name, side][0].ids) if name in prompts else None,
+        }
+        for (name, side), values in seconds.items()
+    ]
 
 
-def spdbench_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callable[[], tuple[float, list[int]]]:
-    request = GenerationRequest(prompt, (), tokens, Sampling(), 0, frozenset())
+def print_table(dtype: str, rows: list[Row]) -> None:
+    def cells(name: str) -> list[object]:
+        ours, greedy, lookup = (row for row in rows if row["prompt"] == name)
+        found: list[object] = [name, ours["prompt_tokens"] or "", milliseconds(ours["seconds_per_token"])]
+        for other in (greedy, lookup):
+            found += [milliseconds(other["seconds_per_token"]), times(other["ratio"]), other["same_ids"]]
+        return found
 
-    def run() -> tuple[float, list[int]]:
-        start = time.perf_counter()
-        ids = list(decode(target.decoder, request))
-        return (time.perf_counter() - start) / tokens, ids
+    headers = ["prompt", "its tokens", f"{OURS}, ms/token"]
+    for side in (GREEDY, LOOKUP):
+        headers += [f"{side}, ms/token", "vanilla is faster by", "same ids"]
+    print(f"{dtype}:")
+    show(headers, [cells(name) for name in dict.fromkeys(row["prompt"] for row in rows)])
 
-    return run
+
+def all_sides(
+    target: Target, prompts: dict[str, tuple[int, ...]], tokens: int
+) -> dict[tuple[str, str], Callable[[], Decoded]]:
+    with hf.quiet():
+        model = transformers_model(target)
+    found = {}
+    for name, ids in prompts.items():
+        found[name, OURS] = vanilla_side(target, ids, tokens)
+        found[name, GREEDY] = transformers_side(model, ids, tokens)
+        found[name, LOOKUP] = transformers_side(model, ids, tokens, prompt_lookup_num_tokens=LOOKUP_TOKENS)
+    return found
 
 
-def transformers_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callable[[], tuple[float, list[int]]]:
+def transformers_model(target: Target) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = AutoModelForCausalLM.from_pretrained(target.files.directory, dtype=target.dtype).eval()
-    model.generation_config.eos_token_id = None  # both sides go on to the last token
+    model = AutoModelForCausalLM.from_pretrained(target.files.directory, dtype=target.dtype).eval()
+    model.generation_config.eos_token_id = None  # all sides go on to the last token
+    return model
 
-    def run() -> tuple[float, list[int]]:
-        inputs = torch.tensor([prompt])
-        start = time.perf_counter()
-        with torch.inference_mode():
+
+def transformers_side(model: Any, prompt: tuple[int, ...], tokens: int, **drafting: int) -> Callable[[], Decoded]:
+    inputs = torch.tensor([prompt])
+    mask = torch.ones_like(inputs)
+
+    def side() -> Decoded:
+        with torch.inference_mode(), hf.quiet():
+            start = time.perf_counter()
             ids = model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
+                inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **drafting
             )
-        return (time.perf_counter() - start) / tokens, ids[0, len(prompt) :].tolist()
+            new = tuple(ids[0, len(prompt) :].tolist())
+            return Decoded(time.perf_counter() - start, new)
 
-    return run
+    return side
 
 
 if __name__ == "__main__":

@@ -105,7 +105,12 @@ class Backend(Protocol):
         """Timed. Yields a step per event, prefill first. Closing the iterator early leaves the backend usable."""
 
     def spans(self) -> Sequence[Span]:
-        """The last request's spans; empty for a backend that takes none."""
+        """The last request's spans, in any order; empty for a backend that takes none.
+
+        Asked for after each request, outside of the time that counts. `target` and `head` spans lie on lanes 0 to
+        `describe().lanes` - 1 and do not overlap on a lane; a drafter's and a controller's lanes come after these. With
+        several lanes a step is a cycle, and is yielded when every lane has begun its work of that cycle.
+        """
 
     def close(self) -> None:
         """Frees what `load` took. May be called twice, and after a failure."""
@@ -132,7 +137,9 @@ def find_backend(name: str) -> type[Backend]:
             f"backend '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
         ) from error
     missing = [
-        word for word in ("kind", "Options", "load", "describe", "prepare", "generate") if not hasattr(found, word)
+        word
+        for word in ("kind", "Options", "load", "describe", "prepare", "generate", "spans", "close")
+        if not hasattr(found, word)
     ]
     if missing:
         raise InputError(

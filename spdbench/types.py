@@ -73,7 +73,11 @@ class Step(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A stretch of work on one lane, in `time.perf_counter_ns` time; `kept` is false for tokens later discarded."""
+    """A stretch of work on one lane, in `time.perf_counter_ns` time; `kept` is false for tokens later discarded.
+
+    `target` is the target's layers at work and `head` its output head, `draft` the drafter, `verify` accepting and
+    rejecting, `host` messages, synchronisation and bookkeeping.
+    """
 
     lane: int
     kind: SpanKind

@@ -32,6 +32,7 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
     RESULT is a result file, a pattern such as 'results/quick__*.json', or a folder of result files. Everything is
     computed anew from the runs in the files; no model is needed.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
     from rich.console import Console
 
     from spdbench.judge.compare import compare, find_baseline

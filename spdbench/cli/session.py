@@ -24,8 +24,10 @@ from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
 from spdbench.errors import InputError
+from spdbench.judge.columns import NotPlain
 from spdbench.judge.compare import compare
-from spdbench.judge.pairing import read_entries
+from spdbench.judge.pairing import Entry
+from spdbench.judge.reader import reading, reread
 from spdbench.judge.result import Result, read_result
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.environment import environment, git_state
@@ -151,15 +153,15 @@ class Session:
         Raises:
             InputError: the result was measured with other settings.
         """
-        done = read_result(places.result)
+        done, runs = reread(places.result)
         if done.run_key != run_key(identity):
             raise InputError(
                 f"--resume: {places.result} is a finished run with other settings{_first_difference(done, identity)}. "
                 "Run without --resume to replace it, or with a --name of its own."
             )
         journal = create_journal(places.journal, done.created, identity)
-        for run in done.runs:
-            journal.append(run)
+        for key, run in runs:
+            journal.append_json(key, run)
         return journal
 
     def _identity(self, entrant: Entrant, backend: Backend) -> dict[str, Any]:
@@ -219,24 +221,30 @@ class Session:
         _say(f"{sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
 
     def _finish(self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]) -> int:
+        entries = []
         for place, head, journal in zip(places, heads, journals, strict=True):
-            write_result(place.result, head, journal)
+            entries.append(write_result(place.result, head, journal))
             _say(f"Wrote {place.result}")
-        bad = any(_went_wrong(journal) for journal in journals)
         for journal in journals:  # only now: until every result is there, --resume can still make them all
             journal.remove()
-        tables = compare(read_entries([place.result for place in places]), self.entrants[0].label)
+        tables = compare(entries, self.entrants[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
-        return 1 if bad else 0
+        return 1 if any(map(_went_wrong, entries)) else 0
 
 
-def _went_wrong(journal: Journal) -> bool:
+def _went_wrong(entry: Entry) -> bool:
     """True if a prompt failed, or an output is not vanilla's and nothing excuses it."""
-    return "real" in journal.outcomes.values() or any(run.finish_reason == "error" for run in journal.runs())
+    divergence = entry.head.divergence
+    return bool(entry.head.summary.overall["num_failed"] or (divergence and divergence.real))
 
 
 def _created(result: Path) -> str | None:
     """When the run began whose result this is; None if that cannot be told."""
+    try:
+        with reading(result) as file:
+            return file.start.created
+    except NotPlain:
+        pass
     try:
         return read_result(result).created
     except InputError:

@@ -6,8 +6,8 @@ One table for each (suite, model, dtype, decoding, environment), the baseline ta
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import ChainMap, Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ class Row:
     file: str
     category: str | None
     head: Result
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
     speedup: Speedup | None
     outputs: Outputs | None
     flags: tuple[Flag, ...]
@@ -210,17 +210,18 @@ def _run_notes(entry: Entry, name: str, pairing: Pairing | None) -> Iterator[str
 
 def _row(entry: Entry, name: str, category: str | None, pairing: Pairing | None, *, is_baseline: bool) -> Row:
     summary = entry.head.summary
-    metrics = dict(summary.overall if category is None else summary.by_category[category])
-    speedup = Speedup(1.0, None, metrics["num_runs"]) if is_baseline else None
+    measured = summary.overall if category is None else summary.by_category[category]
+    speedup = Speedup(1.0, None, measured["num_runs"]) if is_baseline else None
     outputs = None
     if pairing is not None:
         speedup = pairing.speedup(category)
         outputs = pairing.outputs(category) if _ids_compare(pairing) else None
-    metrics |= _speedup_metrics(speedup, entry.head.backend.num_devices)
-    metrics["num_dropped"] = pairing.num_dropped if pairing and category is None else None
+    compared = _speedup_metrics(speedup, entry.head.backend.num_devices)
+    compared["num_dropped"] = pairing.num_dropped if pairing and category is None else None
     flags = [*entry.head.flags, *(_pair_flags(pairing) if pairing else ())]
     if speedup and interval_is_noisy(speedup.value, speedup.interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", speedup.value or 0.0, speedup.interval or ()))
+    metrics = ChainMap(compared, measured)  # a copy would work out every metric
     return Row(name, entry.file, category, entry.head, metrics, speedup, outputs, tuple(flags), is_baseline)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spdbench.judge.result import BackendRecord, Divergence, DrafterRecord, Flag
 
@@ -38,6 +39,7 @@ MADE_FROM_ONE_RESULT = frozenset(
         "few_prompts",
         "noisy",
         "slow_baseline",
+        "unattributed",
     }
 )
 """What `flags_for` can tell, and so tells anew whenever a file is read."""
@@ -48,9 +50,10 @@ FEW_PROMPTS = 8
 NOISY_SHARE = 0.10
 SLOW_ROOFLINE_SHARE = 0.4
 SLOW_KERNELS = frozenset({"transformers"})
+UNATTRIBUTED_SHARE = 0.10
 
 
-def is_degenerate(output_ids: Sequence[int]) -> bool:
+def is_degenerate(output_ids: Sequence[int] | NDArray[np.int64]) -> bool:
     """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
 
     A cycle counts once it has come round twice. Outputs shorter than two cycles of 8 are too short to tell.
@@ -65,7 +68,24 @@ def is_degenerate(output_ids: Sequence[int]) -> bool:
     return False
 
 
-def _longest_stretch(holds: np.ndarray[Any, np.dtype[np.bool_]]) -> int:
+def degenerate(outputs: Sequence[bytes]) -> NDArray[np.bool_]:
+    """`is_degenerate` of each of `outputs` [R], which are ids in decimal digits joined by commas."""
+    tails = [text.rsplit(b",", TAIL_TOKENS)[-TAIL_TOKENS:] if text else [] for text in outputs]
+    lengths = np.array([len(tail) for tail in tails], dtype=np.int64)
+    numbers = b",".join(b",".join(tail) for tail in tails if tail)
+    real = np.arange(TAIL_TOKENS) >= TAIL_TOKENS - lengths[:, None]  # shorter ones stand at the right
+    ids = np.zeros(real.shape, dtype=np.int64)
+    ids[real] = np.fromstring(numbers, dtype=np.int64, sep=",") if numbers else ()
+    suspect = np.zeros(len(outputs), dtype=np.bool_)
+    for period in range(1, MAX_CYCLE + 1):
+        repeated = ((ids[:, period:] == ids[:, :-period]) & real[:, :-period]).sum(axis=1)
+        suspect |= 2 * (repeated + period) > lengths
+    for row in np.flatnonzero(suspect):  # enough ids come again; whether in one stretch is left to see
+        suspect[row] = is_degenerate(ids[row, real[row]])
+    return suspect
+
+
+def _longest_stretch(holds: NDArray[np.bool_]) -> int:
     """Length of the longest unbroken stretch of True."""
     breaks = np.flatnonzero(~np.concatenate(([False], holds, [False])))
     return int(np.diff(breaks).max()) - 1
@@ -89,6 +109,7 @@ def flags_for(
         *_drafter_flags(drafter),
         *_sample_flags(overall),
         *_speed_flags(overall, backend),
+        *_lane_flags(overall),
     ]
 
 
@@ -177,6 +198,16 @@ def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator
             name="slow_baseline",
             reason=f"vanilla reaches {share:.0%} of what memory bandwidth allows, which flatters every speed-up",
             remedy="Give it more --threads, another --dtype, or an idle machine",
+        )
+
+
+def _lane_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    share = overall["unattributed"]
+    if share is not None and share > UNATTRIBUTED_SHARE:
+        yield Flag(
+            name="unattributed",
+            reason=f"{share:.0%} of the lanes' decode time is idle for reasons that its spans do not tell",
+            remedy="Leave the machine idle; where it persists, the backend lacks spans",
         )
 
 

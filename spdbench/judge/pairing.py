@@ -9,19 +9,21 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge import stats
+from spdbench.judge.batch import Batch, batches_of
+from spdbench.judge.columns import NotPlain
 from spdbench.judge.flags import MADE_FROM_ONE_RESULT, flags_for
-from spdbench.judge.metrics import summarise
+from spdbench.judge.metrics import Tally
 from spdbench.judge.ratios import is_failed
-from spdbench.judge.result import Result, Run, read_result
+from spdbench.judge.reader import reading
+from spdbench.judge.result import BackendRecord, Result, Run, RunKey, Summary, read_result
+from spdbench.judge.sharing import share_out
 
-RunKey = tuple[str, int, int]
-"""Prompt id, turn, repeat."""
 MOST_BYTES_PER_S = 1e18
 """A read bandwidth above this is a damaged file's."""
 
@@ -132,20 +134,43 @@ def pair(baseline: Entry, candidate: Entry) -> Pairing:
     )
 
 
+class Collector:
+    """Takes runs batch by batch and keeps what it needs to judge them and to compare them: an `Entry` at the end."""
+
+    def __init__(self, backend: BackendRecord) -> None:
+        self.tally = Tally(backend)
+        self._facts: dict[RunKey, RunFacts] = {}
+        self._begun: set[str] = set()
+
+    def add(self, batch: Batch) -> None:
+        self.tally.add(batch)
+        for run, output in zip(batch.runs, batch.outputs, strict=True):
+            self._begun.add(run.prompt_id)
+            if not is_failed(run):
+                self._facts[run.key] = _facts(run, output)
+
+    def entry(self, head: Result, file: str) -> Entry:
+        """All runs so far under `head`, whose metrics and flags are judged anew, whatever it says."""
+        bandwidth = head.environment.get("read_bandwidth_bytes_per_s")
+        sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
+        overall, by_category = self.tally.metrics(bandwidth if sane else None)
+        summary = Summary.model_construct(overall=cast("dict[str, Any]", overall), by_category=cast("Any", by_category))
+        kept = [flag for flag in head.flags if flag.name not in MADE_FROM_ONE_RESULT]
+        flags = flags_for(overall, head.backend, head.drafter, head.divergence) + kept
+        head = head.model_copy(update={"runs": [], "summary": summary, "flags": flags})
+        return Entry(file, head, self._facts, len(self._begun))
+
+
 def entry_from(result: Result, file: str) -> Entry:
-    """`result` ready to compare. Its metrics and flags are judged anew from its runs, whatever the file says."""
-    bandwidth = result.environment.get("read_bandwidth_bytes_per_s")
-    sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
-    summary = summarise(result.runs, result.backend, bandwidth if sane else None)
-    kept = [flag for flag in result.flags if flag.name not in MADE_FROM_ONE_RESULT]
-    flags = flags_for(summary.overall, result.backend, result.drafter, result.divergence) + kept
-    head = result.model_copy(update={"runs": [], "summary": summary, "flags": flags})
-    facts = {run.key: _facts(run) for run in result.runs if not is_failed(run)}
-    return Entry(file, head, facts, len({run.prompt_id for run in result.runs}))
+    """`result` ready to compare."""
+    collector = Collector(result.backend)
+    for batch in batches_of(result.runs):
+        collector.add(batch)
+    return collector.entry(result, file)
 
 
 def read_entries(paths: Sequence[Path]) -> list[Entry]:
-    """The results in `paths`, one at a time in memory; a file that is named twice is read once.
+    """The results in `paths`, a few runs at a time in memory; a file that is named twice is read once.
 
     Raises:
         InputError: a file cannot be read, or is not a result.
@@ -153,14 +178,25 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
     unique: dict[Path, Path] = {}
     for path in paths:
         unique.setdefault(path.resolve(), path)
-    return [entry_from(read_result(path), str(path)) for path in unique.values()]
+    return share_out(_read_entry, list(unique.values()))
 
 
-def _facts(run: Run) -> RunFacts:
+def _read_entry(path: Path) -> Entry:
+    try:
+        with reading(path) as file:
+            collector = Collector(file.start.backend)
+            for batch in file.batches:
+                collector.add(batch)
+            return collector.entry(file.head(), str(path))
+    except NotPlain:
+        return entry_from(read_result(path), str(path))
+
+
+def _facts(run: Run, output: bytes) -> RunFacts:
     return RunFacts(
         category=run.category,
         prompt_sha256=run.prompt_sha256,
         decode_tokens=run.num_new_tokens - 1,
         decode_s=run.decode_s or 0.0,
-        output_digest=hashlib.sha256(",".join(map(str, run.output_ids)).encode()).digest(),
+        output_digest=hashlib.sha256(output).digest(),
     )

@@ -6,12 +6,13 @@ bootstrap interval come from the same few numbers. Must not know how runs are co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from spdbench.judge.batch import Batch
 from spdbench.judge.result import BackendRecord, Run, Steps
 from spdbench.judge.stats import divide
 from spdbench.types import BackendKind
@@ -33,13 +34,8 @@ COLUMNS = (
     "forwards",
     "score",
     "scored",
-    "decoded",
-    "itl_p50_s",
-    "itl_p95_s",
-    "itl_p99_s",
 )
-"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` and `decoded` are 1
-for a run with a score, with decode tokens; the last three are this run's own percentiles."""
+"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 or 0."""
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 RATIO_NAMES = (
@@ -71,6 +67,11 @@ class Ratio:
     scale: float = 1.0
     plus: float = 0.0
     needs: str | None = None
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns that it is made of."""
+        return {self.numerator, self.denominator, *([self.needs] if self.needs else ())}
 
     def of(self, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """The metric for each row of `sums` [..., columns]; NaN where it is null."""
@@ -134,26 +135,22 @@ def is_failed(run: Run) -> bool:
     return run.finish_reason == "error" or run.num_new_tokens < 1 or run.ttft_s is None
 
 
-def run_columns(run: Run, seconds: NDArray[np.float64], tokens: NDArray[np.int64]) -> tuple[float, ...]:
-    """One run's numbers, in the order of `COLUMNS`; `seconds` and `tokens` are its `token_intervals`."""
-    steps, ttft_s, decode_s = run.steps, run.ttft_s or 0.0, run.decode_s or 0.0
-    return (
-        1,
-        run.num_prompt_tokens,
-        run.num_new_tokens,
-        run.num_new_tokens - 1,
-        ttft_s,
-        decode_s,
-        ttft_s + decode_s,
-        len(steps.t_ns[1:]),
-        sum(steps.judged[1:]),
-        sum(steps.accepted[1:]),
-        sum(steps.forwards[1:]),
-        run.score or 0.0,
-        run.score is not None,
-        len(tokens) > 0,
-        *(weighted_percentiles(seconds, tokens, ITL_PERCENTS) or (0.0, 0.0, 0.0)),
-    )
+def run_columns(batch: Batch) -> NDArray[np.float64]:
+    """Each run's numbers, in the order of `COLUMNS`: [R, columns]."""
+    table = np.array([_plain_columns(run) for run in batch.runs], dtype=np.float64).reshape(-1, len(COLUMNS))
+    table[:, COLUMN["steps"]] = np.maximum(batch.num_steps - 1, 0)
+    for name in ("judged", "accepted", "forwards"):
+        column = np.where(batch.decodes, getattr(batch, name), 0)
+        if len(batch.prefills):
+            table[batch.num_steps > 0, COLUMN[name]] = np.add.reduceat(column, batch.prefills)
+    return table
+
+
+def _plain_columns(run: Run) -> tuple[float, ...]:
+    """One run's numbers but for those that its steps add up to."""
+    ttft_s, decode_s, tokens = run.ttft_s or 0.0, run.decode_s or 0.0, run.num_new_tokens
+    times = (ttft_s, decode_s, ttft_s + decode_s)
+    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, run.score or 0.0, run.score is not None)
 
 
 def token_intervals(steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -162,11 +159,24 @@ def token_intervals(steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.int64
     A chunk of k ids that comes dt after the chunk before it counts k times dt / k. Steps that commit nothing (a pipe
     that fills) belong to the chunk that follows them.
     """
-    emitted = np.asarray(steps.emitted, dtype=np.int64)
+    emitted, t_ns = np.asarray(steps.emitted, dtype=np.int64), np.asarray(steps.t_ns, dtype=np.int64)
+    return _intervals(t_ns, emitted, np.zeros(len(emitted), dtype=np.int64))[:2]
+
+
+def batch_intervals(batch: Batch) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """The runs' `token_intervals` end to end, and the run [K] that each of the K entries belongs to."""
+    return _intervals(batch.t_ns, batch.emitted, batch.run_of_step)
+
+
+def _intervals(
+    t_ns: NDArray[np.int64], emitted: NDArray[np.int64], run_of_step: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     chunks = np.flatnonzero(emitted)
-    seconds = np.diff(np.asarray(steps.t_ns, dtype=np.int64)[chunks]) / NS_PER_S
-    tokens = emitted[chunks[1:]]
-    return seconds / tokens, tokens
+    run_of_chunk = run_of_step[chunks]
+    later = run_of_chunk[1:] == run_of_chunk[:-1]
+    tokens = emitted[chunks[1:]][later]
+    seconds = np.diff(t_ns[chunks])[later] / NS_PER_S
+    return seconds / tokens, tokens, run_of_chunk[1:][later]
 
 
 def weighted_percentiles(
@@ -185,31 +195,60 @@ def weighted_percentiles(
     return tuple(float(value) for value in values[order[np.searchsorted(covered, ranks)]])
 
 
-def verdicts(steps: Steps, kind: BackendKind) -> Iterator[tuple[int, int, int]]:
-    """(position k, drafts judged there, drafts accepted there) of a run, k from 1; a position may come up again.
+def percentiles_by_run(
+    values: NDArray[np.floating], weights: NDArray[np.integer], counts: NDArray[np.integer], percents: Sequence[int]
+) -> NDArray[np.float64]:
+    """`weighted_percentiles` of each run by itself, NaN where it has no values: [R, percents].
 
-    A draft's position is its depth; in a pipeline, the number of verdicts since the last flush.
+    The runs' `values` and `weights` [K] lie end to end, `counts` [R] of each.
     """
+    found = np.full((len(counts), len(percents)), np.nan)
+    has = np.flatnonzero(counts)
+    run_of_value = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((values, run_of_value))
+    covered = np.cumsum(weights[order].astype(np.int64))
+    ends = covered[np.cumsum(counts[has]) - 1]
+    before = np.concatenate(([0], ends[:-1]))
+    for column, percent in enumerate(percents):
+        ranks = before + -(-percent * (ends - before) // 100)
+        found[has, column] = values[order[np.searchsorted(covered, ranks)]]
+    return found
+
+
+def verdicts(batch: Batch, kind: BackendKind, groups: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Drafts judged, and drafts accepted, by group and position: [G, K] each, position 1 first.
+
+    A draft's position is its depth; in a pipeline, the number of verdicts since the last flush. `groups` [R] says which
+    group a run belongs to, from 0 up.
+    """
+    num_groups = int(groups.max(initial=-1)) + 1
     if kind == "pipeline":
-        yield from _verdicts_since_flush(steps)
-    elif kind == "draft_verify":
-        judged, accepted = (_reaching(column[1:]) for column in (steps.judged, steps.accepted))
-        accepted += [0] * (len(judged) - len(accepted))
-        for position, counts in enumerate(zip(judged, accepted, strict=True), start=1):
-            yield position, *counts
+        return _verdicts_since_flush(batch, groups, num_groups)
+    if kind == "draft_verify":
+        group_of_step = groups[batch.run_of_step[batch.decodes]]
+        judged, accepted = batch.judged[batch.decodes], batch.accepted[batch.decodes]
+        shape = num_groups, int(judged.max(initial=0)) + 1
+        return _reaching(group_of_step, judged, shape), _reaching(group_of_step, accepted, shape)
+    nothing = np.zeros((num_groups, 0), dtype=np.int64)
+    return nothing, nothing
 
 
-def _verdicts_since_flush(steps: Steps) -> Iterator[tuple[int, int, int]]:
-    position = 0
-    for judged, accepted in zip(steps.judged[1:], steps.accepted[1:], strict=True):
-        if judged:
-            position += 1
-            yield position, 1, accepted
-            if not accepted:
-                position = 0
+def _verdicts_since_flush(
+    batch: Batch, groups: NDArray[np.int64], num_groups: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    given = np.flatnonzero(batch.decodes & (batch.judged > 0))
+    run, accepted, place = batch.run_of_step[given], batch.accepted[given], np.arange(len(given))
+    after_flush = np.ones(len(given), dtype=np.bool_)
+    after_flush[1:] = (run[1:] != run[:-1]) | (accepted[:-1] == 0)
+    position = place - np.maximum.accumulate(np.where(after_flush, place, 0))
+    shape = num_groups, int(position.max(initial=-1)) + 1
+    judged_at, accepted_at = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    np.add.at(judged_at, (groups[run], position), 1)
+    np.add.at(accepted_at, (groups[run], position), accepted)
+    return judged_at, accepted_at
 
 
-def _reaching(depths: Sequence[int]) -> list[int]:
-    """How many of `depths` are at least 1, at least 2, ..., up to the deepest."""
-    counts = np.bincount(np.asarray(depths, dtype=np.int64), minlength=1)
-    return [int(count) for count in np.cumsum(counts[::-1])[::-1][1:]]
+def _reaching(group: NDArray[np.int64], depths: NDArray[np.int64], shape: tuple[int, int]) -> NDArray[np.int64]:
+    """How many of each group's `depths` are at least 1, at least 2, ...; `shape` is groups x depths, 0 included."""
+    counts = np.bincount(group * shape[1] + depths, minlength=shape[0] * shape[1]).reshape(shape)
+    return np.cumsum(counts[:, ::-1], axis=1)[:, ::-1][:, 1:]

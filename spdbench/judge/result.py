@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from operator import le
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 MAX_CHUNK = 2**20
+MAX_FORWARDS = 1e10
 MAX_DEPTH = 2**16
 """Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
 
@@ -32,7 +34,14 @@ TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
-Forwards = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
+
+
+RunKey = tuple[str, int, int]
+"""Prompt id, turn, repeat."""
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SHARE_TOLERANCE = 1e-6
 
 
 class Record(BaseModel):
@@ -105,21 +114,15 @@ class Steps(Record):
     forwards: list[Forwards]
 
     @model_validator(mode="after")
-    def _columns_are_equally_long(self) -> Steps:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"columns of different length: {lengths}")
-        return self
-
-    @model_validator(mode="after")
-    def _time_runs_forwards(self) -> Steps:
-        if not all(map(le, self.t_ns, self.t_ns[1:])):
-            at = next(index for index, pair in enumerate(zip(self.t_ns, self.t_ns[1:], strict=False)) if not le(*pair))
-            raise ValueError(f"t_ns.{at + 1}: {self.t_ns[at + 1]} comes before the {self.t_ns[at]} of the step before")
-        return self
-
-    @model_validator(mode="after")
-    def _verdicts_are_of_drafts(self) -> Steps:
+    def _columns_fit_together(self) -> Steps:
+        num_steps, times = len(self.t_ns), self.t_ns
+        for column in (self.emitted, self.drafted, self.judged, self.accepted, self.forwards):
+            if len(column) != num_steps:
+                lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+                raise ValueError(f"columns of different length: {lengths}")
+        if not all(map(le, times, times[1:])):
+            at = next(index for index, pair in enumerate(pairwise(times)) if not le(*pair))
+            raise ValueError(f"t_ns.{at + 1}: {times[at + 1]} comes before the {times[at]} of the step before")
         for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
             low, high = getattr(self, fewer), getattr(self, more)
             if not all(map(le, low, high)):
@@ -131,14 +134,29 @@ class Steps(Record):
 class BubbleParts(Record):
     """Shares of lanes x decode time; see METRICS: useful + wasted + the rest = 1."""
 
-    useful: float
-    wasted: float
-    fill: float
-    verify: float
-    draft: float
-    imbalance: float
-    host: float
-    unattributed: float
+    useful: Share
+    wasted: Share
+    fill: Share
+    verify: Share
+    draft: Share
+    imbalance: Share
+    host: Share
+    unattributed: Share
+
+    @model_validator(mode="after")
+    def _parts_make_a_whole(self) -> BubbleParts:
+        total = sum(value for _, value in self)
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"the shares add up to {total:.6g}, not to 1")
+        return self
+
+
+class FullCycles(Record):
+    """A pipeline's cycles with every stage at work: their number, their slowest stages' time, and their duration."""
+
+    num: Annotated[int, Field(ge=1, le=INT32)]
+    stage_s: Seconds
+    wall_s: Seconds
 
 
 class Run(Record):
@@ -159,10 +177,11 @@ class Run(Record):
     steps: Steps
     score: Annotated[float, Field(ge=-1e10, le=1e10, allow_inf_nan=False)] | None = None
     bubble: BubbleParts | None = None
+    full_cycles: FullCycles | None = None
     peak_memory_bytes: Large | None = None
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> RunKey:
         return self.prompt_id, self.turn, self.repeat
 
 
@@ -190,7 +209,7 @@ class Summary(Record):
 
 
 def _one_run_a_key(runs: list[Run]) -> list[Run]:
-    places: dict[tuple[str, int, int], int] = {}
+    places: dict[RunKey, int] = {}
     for place, run in enumerate(runs):
         if run.key in places:
             prompt, turn, repeat = run.key

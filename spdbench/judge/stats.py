@@ -13,6 +13,8 @@ with replacement on both levels counts the spread between repeats more than once
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache, reduce
+from operator import iadd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,8 @@ SEED = 20_260_530
 CONFIDENCE_PERCENT = 95.0
 MAX_DRAWS_AT_ONCE = 1_000_000
 """Draws held in memory at a time: about 8 MB an array of them, and a handful of arrays."""
+MAX_DRAWS_REMEMBERED = 2_500_000
+"""Draws that are kept for the next data of the same shape: 20 MB."""
 
 Interval = tuple[float, float]
 
@@ -35,11 +39,12 @@ def sum_cells(
         The conversation of each cell as an index [M], ascending, and the cells' sums [M, K].
     """
     numbers = {name: number for number, name in enumerate(dict.fromkeys(conversations))}
-    pairs = [(numbers[name], repeat) for name, repeat in zip(conversations, repeats, strict=True)]
-    cells, cell_of_run = np.unique(np.array(pairs).reshape(-1, 2), axis=0, return_inverse=True)
+    width = max(repeats, default=0) + 1
+    codes = [numbers[name] * width + repeat for name, repeat in zip(conversations, repeats, strict=True)]
+    cells, cell_of_run = np.unique(np.array(codes, dtype=np.int64), return_inverse=True)
     sums = np.zeros((len(cells), columns.shape[1]))
     np.add.at(sums, cell_of_run.reshape(-1), columns)
-    return cells[:, 0].astype(np.int64), sums
+    return cells // width, sums
 
 
 def resample_sums(
@@ -53,23 +58,45 @@ def resample_sums(
     Each data set draws as many conversations as there are, with replacement, and for each one drawn as many of its
     repeats as it has, with replacement. Time grows with resamples x M; memory does not grow with `resamples`.
     """
-    num_cells = len(cell_sums)
-    _, first, size = np.unique(conversation_of_cell, return_index=True, return_counts=True)
+    sizes = np.unique(conversation_of_cell, return_counts=True)[1].astype(np.int64)
+    if is_remembered(len(cell_sums), resamples):
+        totals_by_column: NDArray[np.float64] = cell_sums.T @ _remembered_counts(sizes.tobytes(), resamples, seed)
+        return totals_by_column.T
     totals = np.empty((resamples, cell_sums.shape[1]))
+    start = 0
+    for counts in _counts(sizes, resamples, seed):
+        totals[start : start + len(counts)] = counts @ cell_sums
+        start += len(counts)
+    return totals
+
+
+def is_remembered(num_cells: int, resamples: int = RESAMPLES) -> bool:
+    """True if resampling other data of the same shape later on costs little."""
+    return resamples * num_cells <= MAX_DRAWS_REMEMBERED
+
+
+@lru_cache(maxsize=8)
+def _remembered_counts(sizes: bytes, resamples: int, seed: int) -> NDArray[np.float64]:
+    """`_counts` in one piece, the other way round [M, resamples]: all results of the same prompts are redrawn alike."""
+    pieces = _counts(np.frombuffer(sizes, dtype=np.int64), resamples, seed)
+    return np.ascontiguousarray(np.concatenate(list(pieces)).T)
+
+
+def _counts(sizes: NDArray[np.int64], resamples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """How often each redrawn data set has each cell: [resamples, M] in pieces. `sizes` [C] are conversations' cells."""
+    num_cells = int(sizes.sum())
     rng = np.random.default_rng(seed)
     rows_at_once = max(1, MAX_DRAWS_AT_ONCE // max(1, num_cells))
     for start in range(0, resamples, rows_at_once):
         rows = min(rows_at_once, resamples - start)
-        counts = np.zeros(rows * num_cells, dtype=np.int64)
-        for cells in _draw_cells(rng, rows, first, size):
-            counts += np.bincount(cells, minlength=rows * num_cells)
-        totals[start : start + rows] = counts.reshape(rows, num_cells).astype(np.float64) @ cell_sums
-    return totals
+        places = _draw_cells(rng, rows, np.cumsum(sizes) - sizes, sizes)
+        counts = reduce(iadd, (np.bincount(cells, minlength=rows * num_cells) for cells in places))
+        yield counts.reshape(rows, num_cells).astype(np.float64)
 
 
 def _draw_cells(
-    rng: np.random.Generator, rows: int, first: NDArray[np.intp], size: NDArray[np.intp]
-) -> Iterator[NDArray[np.intp]]:
+    rng: np.random.Generator, rows: int, first: NDArray[np.int64], size: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
     """The cells of `rows` redrawn data sets, one array for each place among a conversation's repeats.
 
     `first` and `size` [C] say where a conversation's cells begin and how many it has. A cell of data set r is given as
@@ -77,13 +104,14 @@ def _draw_cells(
     """
     num_conversations, num_cells = len(size), int(size.sum())
     picked = rng.integers(0, num_conversations, size=(rows, num_conversations))
-    start = first[picked] + (np.arange(rows) * num_cells)[:, None]
-    if size.max() == 1:
-        yield start.reshape(-1)
+    data_set = (np.arange(rows) * num_cells)[:, None]
+    if num_cells == num_conversations:
+        picked += data_set
+        yield picked.reshape(-1)
         return
-    width = size[picked]
+    start, width = first[picked] + data_set, size[picked]
     for place in range(int(size.max())):
-        cells = start + (rng.random(picked.shape) * width).astype(np.intp)
+        cells = start + (rng.random(picked.shape) * width).astype(np.int64)
         yield cells[place < width]
 
 

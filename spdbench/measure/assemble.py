@@ -9,13 +9,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
-
-from pydantic import BaseModel
+from typing import Any
 
 from spdbench import __version__
-from spdbench.judge.flags import flags_for
-from spdbench.judge.metrics import summarise
+from spdbench.judge.pairing import Collector, Entry
+from spdbench.judge.reader import in_batches, read_lines
 from spdbench.judge.result import (
     SCHEMA,
     BackendRecord,
@@ -23,7 +21,9 @@ from spdbench.judge.result import (
     Divergence,
     DrafterRecord,
     ModelInfo,
+    Result,
     SuiteInfo,
+    Summary,
 )
 from spdbench.measure.journal import Journal, write_error
 
@@ -46,57 +46,69 @@ def run_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_result(path: Path, head: ResultHead, journal: Journal) -> None:
+def write_result(path: Path, head: ResultHead, journal: Journal) -> Entry:
     """Writes the result of everything that `journal` holds to `path`, replacing an older file at the last moment.
+
+    The journal is gone through once, a few runs at a time. Returns what `read_entries` would make of the file.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full; the older file and the journal stay as they are.
     """
-    bandwidth = head.environment.get("read_bandwidth_bytes_per_s")
-    summary = summarise(journal.runs(), head.backend, bandwidth)
-    divergence = _divergence(journal)
-    flags = flags_for(summary.overall, head.backend, head.drafter, divergence)
-    before = {
-        "schema": SCHEMA,
-        "created": journal.created,
-        "run_key": run_key(journal.identity),
-        "spdbench": {"version": __version__, "git": head.git},
-        "suite": head.suite,
-        "decoding": head.decoding,
-        "backend": head.backend,
-        "model": head.model,
-        "drafter": head.drafter,
-        "environment": head.environment,
-    }
-    after = {"divergence": divergence, "summary": summary, "flags": flags}
+    collector = Collector(head.backend)
+    told = _without_runs(head, journal)
+    members = told.model_dump(mode="json", by_alias=True)
+    before = {name: members[name] for name in [*members][: [*members].index("runs")]}
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8") as out:
-            out.write("{")
-            _write_members(out, before)
-            out.write('"runs":[')
-            for number, line in enumerate(journal.lines()):
-                out.write(",\n" if number else "\n")
-                out.write(line.decode())
-            out.write("\n],")
-            _write_members(out, after, last=True)
-            out.write("}\n")
+        with part.open("wb") as out:
+            out.write(b"{\n" + _lines(before) + b',\n"runs":[')
+            separator = b"\n"
+            for lines in in_batches(journal.lines()):
+                collector.add(read_lines(lines))
+                out.write(separator + b",\n".join(lines))
+                separator = b",\n"
+            entry = collector.entry(told, str(path))
+            out.write(b"\n],\n" + _lines(_judged(entry.head)) + b"\n}\n")
         part.replace(path)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise write_error(path, error) from None
+    return entry
 
 
-def _write_members(out: IO[str], members: Mapping[str, Any], *, last: bool = False) -> None:
-    texts = [f"{json.dumps(name)}:{json.dumps(value, default=_plain)}" for name, value in members.items()]
-    out.write("\n" + ",\n".join(texts) + ("\n" if last else ",\n"))
+def _without_runs(head: ResultHead, journal: Journal) -> Result:
+    """The result before its runs are judged."""
+    return Result(
+        schema=SCHEMA,
+        created=journal.created,
+        run_key=run_key(journal.identity),
+        spdbench={"version": __version__, "git": head.git},
+        suite=head.suite,
+        decoding=head.decoding,
+        backend=head.backend,
+        model=head.model,
+        drafter=head.drafter,
+        environment=dict(head.environment),
+        runs=[],
+        divergence=_divergence(journal),
+        summary=Summary(overall={}, by_category={}),
+        flags=[],
+    )
 
 
-def _plain(value: object) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise TypeError(f"{type(value).__name__} has no place in a result file")
+def _judged(head: Result) -> dict[str, Any]:
+    """What stands behind the runs, with every metric."""
+    by_category = {name: dict(metrics) for name, metrics in head.summary.by_category.items()}
+    return {
+        "divergence": None if head.divergence is None else head.divergence.model_dump(),
+        "summary": {"overall": dict(head.summary.overall), "by_category": by_category},
+        "flags": [flag.model_dump() for flag in head.flags],
+    }
+
+
+def _lines(members: Mapping[str, Any]) -> bytes:
+    return ",\n".join(f"{json.dumps(name)}:{json.dumps(value)}" for name, value in members.items()).encode()
 
 
 def _divergence(journal: Journal) -> Divergence | None:

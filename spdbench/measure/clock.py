@@ -20,8 +20,12 @@ from spdbench.types import FinishReason, GenerationRequest, Step
 
 @dataclass(frozen=True)
 class Measurement:
-    """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit."""
+    """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit.
 
+    `start_ns` is the clock's reading at the start, from which the steps count.
+    """
+
+    start_ns: int
     output_ids: tuple[int, ...]
     finish_reason: FinishReason
     ttft_s: float
@@ -74,7 +78,7 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
         accepted=[step.accepted for _, _, step in rows],
         forwards=[step.forwards for _, _, step in rows],
     )
-    return Measurement(tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns)
+    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns)
 
 
 def _cut(

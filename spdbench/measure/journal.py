@@ -55,11 +55,14 @@ class Journal:
 
     def append(self, run: Run) -> None:
         """Adds a finished request and hands it to the operating system before returning."""
-        offset = self._write({"run": run.model_dump(mode="json")})
-        self.offsets[run.key] = offset
+        self.append_json(run.key, _json(run.model_dump(mode="json")))
+
+    def append_json(self, key: RunKey, run: bytes) -> None:
+        """`append` for a run that is JSON already, with this `key` in it."""
+        self.offsets[key] = self._write(RUN_START + run + b"}\n")
 
     def add_outcome(self, key: RunKey, outcome: Outcome) -> None:
-        self._write({"outcome": [*key, outcome]})
+        self._write(_json({"outcome": [*key, outcome]}) + b"\n")
         self.outcomes[key] = outcome
 
     def run(self, key: RunKey) -> Run:
@@ -90,11 +93,11 @@ class Journal:
         self.path.unlink(missing_ok=True)
         self.close()
 
-    def _write(self, record: Mapping[str, Any]) -> int:
+    def _write(self, text: bytes) -> int:
         offset = self._file.seek(0, os.SEEK_END)
         if os.fstat(self._file.fileno()).st_nlink == 0:
             raise ResultsFolderError(f"{self.path}: was deleted while the run was writing it")
-        line = memoryview(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+        line = memoryview(text)
         try:
             while line:  # a disk that fills up takes part of a line first
                 line = line[self._file.write(line) or 0 :]
@@ -105,6 +108,10 @@ class Journal:
     def _line(self, offset: int) -> bytes:
         self._reader.seek(offset)
         return self._reader.readline()
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def _run_json(line: bytes) -> bytes:

@@ -18,6 +18,7 @@ from spdbench.errors import SpdbenchError
 from spdbench.judge.result import Run, Steps
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.measure.journal import Journal, Outcome, RunKey
+from spdbench.measure.lanes import lane_figures
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
@@ -97,38 +98,56 @@ class Runner:
         self._classify = classify
         self._observer = observer
         self._reference = next((c for c in contestants if c.backend.kind == "autoregressive"), None)
+        comparable = self._reference is not None and workload.sampling.greedy
+        self._compared = [c for c in contestants if comparable and c is not self._reference and c.backend.lossless]
 
     def run(self) -> None:
         """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt."""
-        keys = self._workload.keys()
-        if any(keys - contestant.journal.offsets.keys() for contestant in self._contestants):
+        everything = self._workload.keys()
+        if any(everything - contestant.journal.offsets.keys() for contestant in self._contestants):
             self._warm_up()
-        for number, ask in enumerate(self._asks()):
+        number = 0
+        for prompt in self._workload.prompts:
+            keys = [(prompt.id, turn, repeat) for turn in range(len(prompt.turns)) for repeat in self._repeats]
+            if not self._is_behind_us(keys):
+                self._converse(prompt, number)
+            number += len(keys)
+
+    @property
+    def _repeats(self) -> range:
+        return range(self._workload.repeats)
+
+    def _is_behind_us(self, keys: Sequence[RunKey]) -> bool:
+        """True if a conversation has nothing left to do, so that it need not even be put into tokens again."""
+        return all(key in contestant.journal for contestant in self._contestants for key in keys) and all(
+            key in contestant.journal.outcomes for contestant in self._compared for key in keys
+        )
+
+    def _converse(self, prompt: Prompt, first: int) -> None:
+        """Asks everybody all of one conversation, which begins with the run's request number `first`."""
+        for number, ask in enumerate(self._asks(prompt), start=first):
             order = self._contestants if number % 2 == 0 else self._contestants[::-1]
             for contestant in order:
                 if ask.key not in contestant.journal:
                     self._finish(contestant, ask)
             self._compare_outputs(ask)
 
-    def _asks(self) -> Iterator[_Ask]:
-        for prompt in self._workload.prompts:
-            messages: list[Message] = []
-            obstacle: str | None = None
-            for turn, text in enumerate(prompt.turns):
-                messages.append({"role": "user", "content": text})
-                for repeat in range(self._workload.repeats):
-                    request = self._request(prompt, turn, repeat, messages)
-                    if request.max_new_tokens < 1:
-                        obstacle = obstacle or "the conversation no longer fits into the model's context"
-                    yield _Ask(prompt, turn, repeat, request, obstacle)
-                if turn + 1 < len(prompt.turns):
-                    answered = self._contestants[0].journal.run((prompt.id, turn, 0))
-                    if answered.finish_reason == "error":
-                        obstacle = (
-                            obstacle or f"{self._contestants[0].label} failed in turn {turn}: nothing to go on from"
-                        )
-                    answer = self._chat.decode(answered.output_ids)
-                    messages.append({"role": "assistant", "content": answer})
+    def _asks(self, prompt: Prompt) -> Iterator[_Ask]:
+        messages: list[Message] = []
+        obstacle: str | None = None
+        for turn, text in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": text})
+            for repeat in self._repeats:
+                request = self._request(prompt, turn, repeat, messages)
+                if request.max_new_tokens < 1:
+                    obstacle = obstacle or "the conversation no longer fits into the model's context"
+                yield _Ask(prompt, turn, repeat, request, obstacle)
+            if turn + 1 < len(prompt.turns):
+                answered = self._contestants[0].journal.run((prompt.id, turn, 0))
+                if answered.finish_reason == "error":
+                    obstacle = obstacle or f"{self._contestants[0].label} failed in turn {turn}: nothing to go on from"
+                answer = self._chat.decode(answered.output_ids)
+                messages.append({"role": "assistant", "content": answer})
 
     def _request(self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]) -> GenerationRequest:
         workload = self._workload
@@ -169,14 +188,8 @@ class Runner:
 
     def _compare_outputs(self, ask: _Ask) -> None:
         """Notes how each lossless backend's greedy output differs from vanilla's, if it does. Untimed."""
-        if self._reference is None or not self._workload.sampling.greedy:
-            return
-        for contestant in self._contestants:
-            if (
-                contestant is self._reference
-                or not contestant.backend.lossless
-                or ask.key in contestant.journal.outcomes
-            ):
+        for contestant in self._compared:
+            if self._reference is None or ask.key in contestant.journal.outcomes:
                 continue
             expected, found = self._reference.journal.run(ask.key), contestant.journal.run(ask.key)
             if "error" in (expected.finish_reason, found.finish_reason):
@@ -195,6 +208,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
     try:
         backend.prepare(ask.request)
         measured = measure(backend, ask.request)
+        figures = lane_figures(backend, measured)
     except SpdbenchError:
         raise
     except Exception as error:
@@ -207,6 +221,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
             "ttft_s": measured.ttft_s,
             "decode_s": measured.decode_s,
             "steps": measured.steps,
+            **figures,
         }
     )
     return run, ""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -140,6 +141,7 @@ def sha256_of_files(files: list[Path]) -> str:
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
+        memo = {old: known for old, known in memo.items() if all(map(_is_there, old.split("|")))}
         memo[key] = digest.hexdigest()
         try:
             memo_path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,3 +151,8 @@ def sha256_of_files(files: list[Path]) -> str:
         except OSError:
             pass  # a read-only cache costs time, not correctness
     return str(memo[key])
+
+
+def _is_there(file: str) -> bool:
+    """True if a file that a hash is remembered for still exists; `file` is `path:size:time`."""
+    return os.path.exists(file.rsplit(":", 2)[0])

@@ -12,6 +12,7 @@ from typing import Any
 
 from spdbench.judge.compare import Row, Table
 from spdbench.judge.flags import DISQUALIFYING, is_untrained
+from spdbench.judge.lane_metrics import CAUSES
 from spdbench.judge.result import DecodingInfo, Result
 
 EMPTY = "-"
@@ -20,6 +21,8 @@ INTERVAL_NOTE = (
     "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing."
+
+BUBBLE_NOTE = "bubble: the share of decode time in which the lanes that hold the target computed nothing of it."
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,15 @@ def _speedup(row: Row) -> str:
 
 
 def _acceptance(row: Row) -> str:
-    rate = row.metrics["acceptance_rate"]
-    return EMPTY if rate is None else f"{100 * rate:.1f}%"
+    return _share(row.metrics["acceptance_rate"])
+
+
+def _bubble(row: Row) -> str:
+    return _share(row.metrics["bubble_ratio"])
+
+
+def _share(value: float | None) -> str:
+    return EMPTY if value is None else f"{100 * value:.1f}%"
 
 
 def _tau(row: Row) -> str:
@@ -115,6 +125,7 @@ COLUMNS = (
     Column("tau", _tau, leave_out=2),
     Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=5),
     Column("ideal", _metric("ideal_speedup", ".2f"), leave_out=1),
+    Column("bubble", _bubble, leave_out=5),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=6),
     Column("score", _metric("score", ".2f"), leave_out=2),
     Column("outputs", _outputs, numeric=False),
@@ -195,7 +206,21 @@ def notes(table: Table) -> list[str]:
     ]
     if best:
         found.append(f"best: {', '.join(best)}.")
-    return [*found, *table.notes, *_divergence_notes(table), *_flag_notes(table)]
+    return [*found, *_bubble_notes(table), *table.notes, *_divergence_notes(table), *_flag_notes(table)]
+
+
+def _bubble_notes(table: Table) -> Iterator[str]:
+    """What each row's bubble is made of, largest first, and what its lanes did in vain."""
+    told = []
+    for row in table.rows:
+        metrics = row.metrics
+        if row.category is None and metrics["bubble_ratio"] is not None:
+            causes = sorted((name for name in CAUSES if metrics[name]), key=lambda name: -metrics[name])
+            words = [f"{name} {_share(metrics[name])}" for name in causes]
+            wasted = [f"besides, wasted {_share(metrics['wasted'])}"] * (metrics["wasted"] > 0)
+            told.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
+    if told:
+        yield f"{BUBBLE_NOTE} {'; '.join(told)}."
 
 
 def _divergence_notes(table: Table) -> Iterator[str]:

@@ -50,7 +50,7 @@ def _row(row: Row) -> dict[str, Any]:
         ),
         "divergence": head.divergence.model_dump() if head.divergence else None,
         "flags": [flag.model_dump() for flag in row.flags],
-        "metrics": row.metrics,
+        "metrics": dict(row.metrics),
     }
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -59,6 +60,9 @@ def _print_table(table: Table, console: Console) -> None:
         columns = [column for column in columns if column is not last]
         left_out.append(_fold(last.header, folded=False))
         grid = _grid(table, columns, folded=True, gap=1)
+    if _width(grid, console) > console.width:
+        for column in grid.columns:
+            column.width = None  # cells have to wrap
     console.print(grid, highlight=False)
     if left_out:
         console.print(_bullet(f"left out at this width: {', '.join(left_out)} (--format csv has everything)."))
@@ -79,18 +83,24 @@ def _width(grid: RichTable, console: Console) -> int:
 
 
 def _grid(table: Table, columns: Sequence[Column], *, folded: bool, gap: int) -> RichTable:
+    """The table with columns as wide as their widest cell, which saves measuring every cell several times."""
+    with_categories = by_category(table)
     grid = RichTable(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold"
     )
-    for column in columns:
-        grid.add_column(
-            _fold(column.header, folded=folded), justify="right" if column.numeric else "left", overflow="fold"
-        )
-    for category, rows in groupby(table.rows, key=lambda row: row.category):
-        if by_category(table):
+    cells = [[_fold(column.cell(row), folded=folded) for row in table.rows] for column in columns]
+    if with_categories:
+        cells[0] += [row.category or "all" for row in table.rows]
+    for column, texts in zip(columns, cells, strict=True):
+        header = _fold(column.header, folded=folded)
+        width = max(cell_len(line) for text in (header, *texts) for line in text.split("\n"))
+        grid.add_column(header, justify="right" if column.numeric else "left", overflow="fold", width=width)
+    numbered = enumerate(table.rows)
+    for category, rows in groupby(numbered, key=lambda pair: pair[1].category):
+        if with_categories:
             grid.add_row(Text(category or "all", style="italic"))
-        for row in rows:
-            grid.add_row(*(Text(_fold(column.cell(row), folded=folded), style=_style(row)) for column in columns))
+        for number, row in rows:
+            grid.add_row(*(Text(texts[number], style=_style(row)) for texts in cells))
         grid.add_section()
     return grid
 

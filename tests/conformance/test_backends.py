@@ -35,7 +35,12 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "dynamic", "depth": "1", "top_k": "1", "total_tokens": "2"},
         {"tree": "auto"},
     ),
-    "medusa": ({"tree": "chain"}, {"tree": "mc_sim_7b_63"}, {"tree": "auto"}, {"tree": "chain", "heads": "1"}),
+    "medusa": (
+        {"tree": "chain"},
+        {"tree": "mc_sim_7b_63", "heads": "4"},
+        {"tree": "auto"},
+        {"tree": "chain", "heads": "1"},
+    ),
     "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
     "spd": ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"}),
 }

@@ -4,7 +4,8 @@
     v2        the same without linear layers: the target's head serves them all
     medusa2   a whole fine-tuned model with the heads of v0.1 or v2 beside it, under `medusa_head.`
     vllm      model_type medusa; a linear layer for every head or a shared one, over a truncated vocabulary or all of it
-    spdbench  method medusa; as vllm, and besides none: the target's rows of the draft vocabulary
+    spdbench  method medusa; v0.1's names or one shared lm_head.weight, over any draft vocabulary, or no linear layer:
+              the target's rows of that vocabulary
 
 Layouts are told by tensors' names, and heads and blocks are counted from them: published configs are wrong about
 both. Strict: an unknown, missing or misshapen tensor is an error that names it.
@@ -45,11 +46,11 @@ NUMBER = "(0|[1-9][0-9]{0,5})"
 
 @dataclass(frozen=True)
 class _Names:
-    """How a layout calls its tensors. `bias`: always there, never, or None where a file may do either."""
+    """How a layout calls its tensors. `bias`: every block has one; else a file has them in all or in none."""
 
     block: str
     head: str
-    bias: bool | None = None
+    bias: bool = False
 
     def count(self, names: Iterable[str]) -> tuple[int, int]:
         """Heads and blocks of each that `names` speak of."""
@@ -72,7 +73,7 @@ NAMES: Mapping[Layout, _Names] = {
     "v2": _Names("{head}.{block}.linear.", "{head}.{blocks}.weight", bias=True),
     "medusa2": _Names(DRAFT_HEADS + "{head}.{block}.linear.", DRAFT_HEADS + "{head}.{blocks}.weight", bias=True),
     "vllm": _Names("blocks.{head}.layers.{block}.", "lm_heads.{head}.weight"),
-    "spdbench": _Names("heads.{head}.blocks.{block}.", "heads.{head}.lm_head.weight"),
+    "spdbench": _Names("{head}.{block}.linear.", "{head}.{blocks}.weight"),
 }
 
 
@@ -149,7 +150,7 @@ def holds_medusa_heads(model: Path) -> bool:
         return any(name.startswith(DRAFT_HEADS) for name in checkpoint)
 
 
-def read_medusa(path: Path, model: Path) -> MedusaFile:
+def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     """The heads in a folder, whatever its layout, for the model in the folder `model`.
 
     Raises:
@@ -157,7 +158,7 @@ def read_medusa(path: Path, model: Path) -> MedusaFile:
     """
     raw = _read_config(path)
     layout, tensors, files = _read_tensors(path, raw)
-    if layout == "medusa2" and path.resolve() != model.resolve():
+    if layout == "medusa2" and (model is None or path.resolve() != model.resolve()):
         raise InputError(
             f"{path}: is a whole model, and its Medusa heads were trained together with it (Medusa-2); use it as the "
             f"model: -m {path} --drafter auto"
@@ -315,7 +316,7 @@ class _Taker:
 
     def blocks(self) -> tuple[tuple[Block, ...], ...]:
         first = self._names.block.format(head=0, block=0)
-        bias = first + "bias" in self._left if self._names.bias is None else self._names.bias
+        bias = self._names.bias or first + "bias" in self._left
         return tuple(
             tuple(self._block(self._names.block.format(head=k, block=j), bias) for j in range(self.num_blocks))
             for k in range(self.num_heads)

@@ -13,7 +13,7 @@ from spdbench.errors import InputError
 from spdbench.judge.result import Run
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
 from spdbench.measure.runner import Contestant, Runner, Workload
-from spdbench.types import GenerationRequest, Prompt, Sampling, Step
+from spdbench.types import GenerationRequest, Message, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 
 PROMPTS = (
@@ -49,14 +49,14 @@ class Bench:
     ) -> None:
         self.watcher = Watcher()
         self.journals: list[Journal] = []
-        contestants = []
+        self.contestants: list[Contestant] = []
         folder.mkdir(exist_ok=True)
         for number, backend in enumerate(backends):
             path = folder / f"{number}.journal.jsonl"
             journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
             self.journals.append(journal)
-            contestants.append(Contestant(["first", "second", "third"][number], backend, journal))
-        self.runner = Runner(workload(**changes), contestants, WordChat(), classify, self.watcher)
+            self.contestants.append(Contestant(["first", "second", "third"][number], backend, journal))
+        self.runner = Runner(workload(**changes), self.contestants, WordChat(), classify, self.watcher)
 
     def run(self) -> list[Run]:
         self.runner.run()
@@ -245,3 +245,24 @@ def test_memory_is_told_only_of_a_backend_that_runs_alone(tmp_path: Path) -> Non
     assert all(10_000_000 < (run.peak_memory_bytes or 0) < 10**11 for run in alone)
     shared = Bench(tmp_path / "shared", MockBackend(), MockPipeline()).run()
     assert {run.peak_memory_bytes for run in shared} == {None}
+
+
+def test_conversations_that_are_finished_are_not_put_into_tokens_again(tmp_path: Path) -> None:
+    """A resumed run of ten thousand prompts would spend seconds on it."""
+    bench = Bench(tmp_path, MockBackend(), MockDraftVerify())
+    bench.run()
+    bench.close()
+    path = tmp_path / "1.journal.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-2]))  # without the last run and its outcome
+    asked: list[str] = []
+
+    class Listening(WordChat):
+        def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+            asked.append(messages[0]["content"])
+            return super().encode(messages)
+
+    last = MockDraftVerify()
+    again = Bench(tmp_path, MockBackend(), last, resume=True)
+    Runner(workload(), again.contestants, Listening(), never, again.watcher).run()
+    assert asked == ["one", "four"], "the first is warm-up's"
+    assert [request.messages[0]["content"] for request in last.requests] == ["four"]

@@ -1,0 +1,1 @@
+"""Scripts that measure spdbench against others and against its own targets: `python -m benchmarks.NAME --help`."""

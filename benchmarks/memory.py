@@ -1,0 +1,162 @@
+"""Vanilla's peak memory beside the model's bytes, in a process of its own for each measurement.
+
+Why: a baseline that holds its weights twice leaves less room for the model, the cache and the drafter, and may be fast
+only for that reason.
+Regimes: batch 1, greedy, one short prompt, both dtypes, a new process each time.
+Output: three rows a dtype, medians over the rounds in MB. `anonymous` is the process's own memory (RssAnon, looked at
+every 2 ms); `checkpoint` the pages of the mapped weight files that are in memory, which the system may drop; `resident`
+all that stands in memory for this process (VmRSS and VmHWM), so that it also grows by the pages of torch's libraries
+that the first products touch. Each before the weights are loaded, which is the runtime's own (modules imported,
+tokenizer, thread pool), after loading, after decoding, and at the peak. The target is for anonymous and checkpoint
+together, peak less runtime, over the model's bytes.
+
+    python -m benchmarks.memory [--rounds 3] [--tokens 64] [--threads 2] [--dtypes float32] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import sides
+from benchmarks.sides import Goal, Report, Row, show, spread, take_turns
+from benchmarks.workload import MODEL, prompt_ids, vanilla_side
+from spdbench.models.target import load_target
+
+LOOK_EVERY_S = 0.002
+MOST = 1.2
+KINDS = ("anonymous", "checkpoint", "resident")
+STAGES = ("runtime", "loaded", "decoded", "peak")
+
+
+def main() -> None:
+    arguments = sides.parser(__doc__, rounds=3, tokens=64)
+    arguments.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    chosen = arguments.parse_args()
+    is_child = chosen.child
+    del chosen.child
+    if is_child:
+        torch.set_num_threads(chosen.threads)
+        print(json.dumps(look_at(chosen.dtypes[0], chosen.tokens)))
+    else:
+        sides.run("memory", chosen, measure)
+
+
+def measure(chosen: argparse.Namespace, report: Report) -> None:
+    load_target(MODEL, "float32", "cpu")  # converts the model if it has to be, which is not what is measured
+    children = {dtype: partial(child, dtype, chosen) for dtype in chosen.dtypes}
+    rows = [row(dtype, found) for dtype, found in take_turns(children, chosen.rounds).items()]
+    report.tables["memory"] = rows
+    for each in rows:
+        what = f"peak memory less the runtime's, over the model's bytes, {each['dtype']}"
+        report.goals.append(Goal(what, each["ratio"].median, at_most=MOST))
+    show(
+        ["dtype", "model, MB", "memory, MB", *STAGES],
+        [
+            [
+                each["dtype"],
+                megabytes(each["model_bytes"]),
+                kind,
+                *(megabytes(each[kind][name].median) for name in STAGES),
+            ]
+            for each in rows
+            for kind in KINDS
+        ],
+    )
+
+
+def row(dtype: str, found: list[dict[str, Any]]) -> Row:
+    """What one dtype's processes said of themselves."""
+    sizes = {kind: {stage: spread(each[kind][stage] for each in found) for stage in STAGES} for kind in KINDS}
+    return {"dtype": dtype, "model_bytes": found[0]["model_bytes"], **sizes, "ratio": spread(map(over_model, found))}
+
+
+def over_model(found: dict[str, Any]) -> float:
+    """What the model costs at the peak, in units of its bytes: its own memory and the file pages that it keeps."""
+    grown: int = sum(found[kind]["peak"] - found[kind]["runtime"] for kind in ("anonymous", "checkpoint"))
+    return grown / int(found["model_bytes"])
+
+
+def megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.0f}"
+
+
+def child(dtype: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    options = [f"--tokens={chosen.tokens}", f"--threads={chosen.threads}", f"--dtypes={dtype}"]
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def look_at(dtype: str, tokens: int) -> dict[str, Any]:
+    """Loads and decodes in this process; the memory at each stage, in bytes by kind."""
+    target = load_target(MODEL, dtype, "cpu")
+    ids = prompt_ids(target)["prose"]
+    torch.randn(512, 512) @ torch.randn(512, 512)  # starts the thread pool
+    found: dict[str, Any] = {"model_bytes": target.num_bytes, **{kind: {} for kind in KINDS}}
+
+    def note(stage: str) -> None:
+        found["anonymous"][stage], found["resident"][stage] = status("RssAnon"), status("VmRSS")
+        found["checkpoint"][stage] = mapped(target.files.directory)
+
+    note("runtime")
+    with Peak() as peak:
+        side = vanilla_side(target, ids, tokens)
+        _ = target.decoder
+        note("loaded")
+        side()
+        note("decoded")
+    found["anonymous"]["peak"] = max(peak.seen, *found["anonymous"].values())
+    found["checkpoint"]["peak"] = max(found["checkpoint"].values())
+    found["resident"]["peak"] = status("VmHWM")
+    return found
+
+
+class Peak:
+    """Looks at this process's anonymous memory every now and then; Linux keeps a peak of the resident only."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Peak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(LOOK_EVERY_S):
+            self.seen = max(self.seen, status("RssAnon"))
+
+
+def mapped(folder: Path) -> int:
+    """Bytes of the files in `folder` that stand in memory because this process has mapped them."""
+    text = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    areas = re.findall(rf"{re.escape(str(folder))}/.*\n(?:.+:.*\n)*?Rss:\s+(\d+) kB", text)
+    return sum(int(size) for size in areas) * 1024
+
+
+def status(name: str) -> int:
+    """A size out of Linux's account of this process, in bytes."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    assert found is not None, name
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
