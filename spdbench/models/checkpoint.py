@@ -58,6 +58,12 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, which is there, as stored: of whatever shape and dtype."""
+        _, handle = self._where[name]
+        found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return found
+
     def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor called `name`, as stored.
 
@@ -66,8 +72,7 @@ class Checkpoint:
         """
         if name not in self._where:
             raise InputError(f"{self.directory}: tensor {name} is missing from the weights")
-        path, handle = self._where[name]
-        found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        path, found = self._where[name][0], self.stored(name)
         if tuple(found.shape) != shape:
             raise InputError(f"{path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
         if found.dtype not in FLOATS:
@@ -84,10 +89,13 @@ class Checkpoint:
             if kind.startswith(NARROW_FLOATS):
                 raise InputError(f"{path}: tensor {name} is {kind}; only unquantised weights are supported")
 
-    def num_parameters(self) -> int:
-        """Numbers stored in all tensors, read from headers alone where the format has them."""
+    def num_parameters(self, without: tuple[str, ...] = ()) -> int:
+        """Numbers stored in all tensors but those whose names begin with one of `without`, read from headers alone
+        where the format has them."""
         total = 0
         for name, (_, handle) in self._where.items():
+            if name.startswith(without):
+                continue
             shape = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
             total += prod(shape)
         return total

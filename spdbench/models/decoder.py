@@ -27,10 +27,9 @@ from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
 from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, can_compile, steps_by_rows
 
-DRAFT_HEADS = "medusa_head."
-"""A fine-tuned model's own draft heads (Medusa-2), which a backend reads."""
-
 QKV = ("q_proj", "k_proj", "v_proj")
+DRAFT_HEADS = "medusa_head."
+"""How the names of draft heads begin that a Medusa-2 checkpoint carries beside the model, of which they are no part."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +182,11 @@ class _Reader:
     def refuse_leftovers(self) -> None:
         """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
         spare = {"lm_head.weight"} if self.config.tied else set()
+        known = self.taken | spare
         left = [
             name
             for name in self.checkpoint
-            if name not in self.taken | spare and not name.endswith(".inv_freq") and not name.startswith(DRAFT_HEADS)
+            if name not in known and not name.endswith(".inv_freq") and not name.startswith(DRAFT_HEADS)
         ]
         if left:
             raise InputError(

@@ -20,7 +20,7 @@ from spdbench.models.config import (
     read_raw_config,
     sizes,
 )
-from spdbench.models.decoder import Decoder, load_decoder
+from spdbench.models.decoder import DRAFT_HEADS, Decoder, load_decoder
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.load import ModelFiles, find_model
 from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
@@ -101,7 +101,7 @@ class Target:
     @cached_property
     def num_parameters(self) -> int:
         with closing(Checkpoint(self.files.directory)) as checkpoint:
-            return checkpoint.num_parameters()
+            return checkpoint.num_parameters(without=(DRAFT_HEADS,))
 
     @property
     def num_bytes(self) -> int:

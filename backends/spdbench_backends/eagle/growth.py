@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from spdbench.decoding.named_trees import named_tree
 from spdbench.decoding.tree import DraftTree, Path, Tree, chain, from_paths, sorted_paths
 from spdbench.models.place import TreeRows
 
@@ -195,14 +196,5 @@ class DynamicGrowth:
 
 TIE_BREAK = 1e-9
 
-EAGLE_1 = tuple(
-    tuple(map(int, ranks))
-    for ranks in (
-        *("0", "1", "2", "3"),
-        *("00", "01", "02", "10", "11", "20", "21", "30"),
-        *("000", "001", "002", "010", "011", "020", "021", "100"),
-        *("0000", "0001", "0002"),
-        *("00000", "00001"),
-    )
-)
+EAGLE_1 = named_tree("eagle_1")
 """EAGLE-1's tree of 25 drafts, level by level."""

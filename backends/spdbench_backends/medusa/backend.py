@@ -68,7 +68,7 @@ class Medusa(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
-            from spdbench_backends.medusa.formats import build_medusa
+            from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
             untrained = choice.kind == "random"
@@ -86,13 +86,16 @@ class Medusa(DraftVerify):
         if choice.kind in ("oracle", "forced"):
             return None
         from spdbench.models.drafters import find_drafter
-        from spdbench_backends.medusa.formats import holds_medusa_heads, random_medusa, read_medusa
+        from spdbench_backends.medusa.build import random_medusa
+        from spdbench_backends.medusa.formats import holds_medusa_heads, read_medusa
 
         files = self._context.target.files
         if choice.kind == "path":
             return read_medusa(choice.path, files.directory)
         if choice.kind == "random":
-            return random_medusa(self._context.target.own_decoder, self._options.heads or 3, self._context.seed)
+            return random_medusa(
+                self._context.target.own_decoder, self._options.heads or SYNTHETIC_HEADS, self._context.seed
+            )
         own = holds_medusa_heads(files.directory)
         return read_medusa(files.directory if own else find_drafter(files, "medusa", None), files.directory)
 
@@ -118,14 +121,20 @@ class Medusa(DraftVerify):
             )
         if wanted == "auto":
             return self._choose_by_cost(choice, file, heads)
-        from spdbench_backends.medusa.trees import check_levels, find_tree
+        from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
 
         try:
             paths = find_tree(self._options.tree)
             check_levels(paths, heads)
+            check_ranks(paths, self._vocabulary())
         except InputError as error:
             raise InputError(f"-o {self._context.label}.tree={self._options.tree}: {error}") from None
-        return tuple(paths)
+        return paths
+
+    def _vocabulary(self) -> int:
+        """How many tokens can be drafted."""
+        ids = None if self._weights is None else self._weights.token_ids_U
+        return self._decoder.config.vocab_size if ids is None else len(ids)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
@@ -136,7 +145,7 @@ class Medusa(DraftVerify):
             accuracies = [list(ranks) for ranks in file.head_accuracies[:heads]]
         else:
             by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
-            accuracies = assumed_accuracies(by_head, 4)
+            accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))
         draft_s, costs = self._draft_seconds(), measure_row_costs(self._decoder, LARGEST_AUTO_TREE)
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         paths = best.paths or ((0,),)

@@ -1,294 +1,430 @@
-"""Medusa heads on disk: the published layouts and our own, in and out, by tensor names and shapes.
+"""Medusa heads on disk: every published layout and our own folder, in and out.
 
-    v0.1      {k}.{j}.linear.weight/bias blocks, {k}.{m}.weight the head's own linear layer
-    v2        blocks only, the target's head serves all
-    medusa-2  either of the two under medusa_head., inside a whole fine-tuned model: that model has to be the target
-    vllm      blocks.{k}.layers.{j}.weight, lm_heads.{k}.weight or one for all, token_map for a smaller vocabulary
-    spdbench  v2's blocks, lm_head.weight or the target's rows, draft_token_ids
+    v0.1      config.json, medusa_lm_head.pt or .safetensors; a linear layer for every head
+    v2        the same without linear layers: the target's head serves them all
+    medusa2   a whole fine-tuned model with the heads of v0.1 or v2 beside it, under `medusa_head.`
+    vllm      model_type medusa; a linear layer for every head or a shared one, over a truncated vocabulary or all of it
+    spdbench  method medusa; v0.1's names or one shared lm_head.weight, over any draft vocabulary, or no linear layer:
+              the target's rows of that vocabulary
 
-Source: METHODS.md B. Strict: an unknown, missing or misshapen tensor is named.
+Layouts are told by tensors' names, and heads and blocks are counted from them: published configs are wrong about
+both. Strict: an unknown, missing or misshapen tensor is an error that names it.
+
+Source: METHODS.md B. Must not know of targets.
+
+Shapes: M model width, U draft vocabulary.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import Checkpoint, sha256_of_files
-from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import Linear, linear
-from spdbench_backends.medusa.head import MedusaWeights
+from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
+from spdbench.models.decoder import DRAFT_HEADS
 
-Layout = Literal["v0.1", "v2", "medusa-2", "vllm", "spdbench"]
+Layout = Literal["v0.1", "v2", "medusa2", "vllm", "spdbench"]
+WrittenLayout = Literal["v0.1", "v2", "vllm", "spdbench"]
 
-WEIGHTS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "model.safetensors", "pytorch_model.bin")
-INSIDE = "medusa_head."
-BLOCK = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
-OWN_LINEAR = re.compile(r"(\d+)\.(\d+)\.weight")
-VLLM_BLOCK = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
-VLLM_HEAD = re.compile(r"lm_heads\.(\d+)\.weight")
-SHARED_HEAD = "lm_head.weight"
+HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+VLLM_PREFIX = "medusa_heads."
+SHARED = "lm_head.weight"
+TOKEN_MAP = "token_map"
+NUMBER = "(0|[1-9][0-9]{0,5})"
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How a layout calls its tensors. `bias`: every block has one; else a file has them in all or in none."""
+
+    block: str
+    head: str
+    bias: bool = False
+
+    def count(self, names: Iterable[str]) -> tuple[int, int]:
+        """Heads and blocks of each that `names` speak of."""
+        found = [match.groups() for name in names if (match := re.match(_pattern(self.block), name))]
+        heads, blocks = ({int(pair[side]) for pair in found} for side in (0, 1))
+        return 1 + max(heads, default=-1), 1 + max(blocks, default=-1)
+
+    def has_heads(self, names: Iterable[str]) -> bool:
+        """True if a head has a linear layer of its own."""
+        return any(re.fullmatch(_pattern(self.head), name) for name in names)
+
+
+def _pattern(name: str) -> str:
+    """A regular expression for a name, with a group for each number in it."""
+    return re.sub(r"\\{[a-z]+\\}", NUMBER, re.escape(name))
+
+
+NAMES: Mapping[Layout, _Names] = {
+    "v0.1": _Names("{head}.{block}.linear.", "{head}.{blocks}.weight", bias=True),
+    "v2": _Names("{head}.{block}.linear.", "{head}.{blocks}.weight", bias=True),
+    "medusa2": _Names(DRAFT_HEADS + "{head}.{block}.linear.", DRAFT_HEADS + "{head}.{blocks}.weight", bias=True),
+    "vllm": _Names("blocks.{head}.layers.{block}.", "lm_heads.{head}.weight"),
+    "spdbench": _Names("{head}.{block}.linear.", "{head}.{blocks}.weight"),
+}
+
+
+class MedusaConfig(BaseModel):
+    """What a config says of the heads, under one set of names. Where a layout does not say, None."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    hidden_size: int | None = Field(None, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    target_family: str | None = None
+    base_model: str | None = None
+    model_sha256: str | None = None
+    draft_token_ids: tuple[int, ...] | None = Field(None, min_length=1)
+    head_accuracies: tuple[tuple[float, ...], ...] = ()
+    trained_tokens: int | None = Field(None, ge=0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual block's linear layer."""
+
+    weight_MM: Tensor
+    bias_M: Tensor | None
 
 
 @dataclass(frozen=True)
 class MedusaFile:
-    """Heads as read: `tensors` under v0.1's names, `lm_head.weight` for a linear layer that all share."""
+    """Heads as read. `heads` are linear layers `[U, M]`, one for each head, or one for all, or none: the target's."""
 
     path: Path
     layout: Layout
-    tensors: Mapping[str, Tensor]
+    config: MedusaConfig
+    blocks: tuple[tuple[Block, ...], ...]
+    heads: tuple[Tensor, ...]
     sha256: str
-    draft_token_ids: tuple[int, ...] | None = None
-    trained_tokens: int | None = None
-    head_accuracies: tuple[tuple[float, ...], ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_tokens(self) -> int | None:
+        return self.config.trained_tokens
+
+    @property
+    def head_accuracies(self) -> tuple[tuple[float, ...], ...]:
+        """How often the token of each rank is right, by head; empty where nobody has measured it."""
+        return self.config.head_accuracies
+
+    @property
+    def draft_ids_name(self) -> str:
+        """Where the file keeps its draft vocabulary."""
+        return f"tensor {TOKEN_MAP}" if self.layout == "vllm" else "config.draft_token_ids"
+
+    def names(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name in `layout`."""
+        yield from self.block_names(layout)
+        yield from self.head_names(layout)
+
+    def block_names(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        for k, head in enumerate(self.blocks):
+            for j, block in enumerate(head):
+                prefix = NAMES[layout].block.format(head=k, block=j)
+                yield prefix + "weight", block.weight_MM
+                if block.bias_M is not None:
+                    yield prefix + "bias", block.bias_M
+
+    def head_names(self, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+        name = NAMES[layout].head if len(self.heads) == len(self.blocks) else SHARED
+        for k, head in enumerate(self.heads):
+            yield name.format(head=k, blocks=len(self.blocks[0])), head
 
 
-def holds_medusa_heads(directory: Path) -> bool:
-    """True for a Medusa-2 checkpoint: a whole model with heads among its weights."""
-    try:
-        files = Checkpoint(directory).files
-    except InputError:
-        return False
-    for file in files:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as handle:
-                if any(name.startswith(INSIDE) for name in handle.keys()):  # noqa: SIM118 - a handle, not a mapping
-                    return True
-    return False
+def holds_medusa_heads(model: Path) -> bool:
+    """True if the folder of a model is a Medusa-2 checkpoint: its heads were trained with the model itself."""
+    with closing(Checkpoint(model)) as checkpoint:
+        return any(name.startswith(DRAFT_HEADS) for name in checkpoint)
 
 
-def read_medusa(path: Path, target_directory: Path | None = None) -> MedusaFile:
-    """The heads in a folder, whatever their layout.
+def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
+    """The heads in a folder, whatever its layout, for the model in the folder `model`.
 
     Raises:
-        InputError: no heads, damaged, or those of a fine-tuned model that is not the target at `target_directory`.
+        InputError: no heads, damaged, or those of a Medusa-2 checkpoint that is not `model`.
     """
-    if holds_medusa_heads(path):
-        if target_directory is None or path.resolve() != target_directory.resolve():
-            raise InputError(
-                f"{path}: is a whole model with Medusa heads; its heads fit its own weights alone, so measure it with "
-                f"-m {path} and --drafter auto"
-            )
-        return _from_inside(path)
-    raw = _config(path)
-    method = raw.get("method")
-    if method not in (None, "medusa"):
-        raise InputError(f"{path}: is a drafter for '{method}', not for medusa")
-    file = next((path / name for name in WEIGHTS if (path / name).exists()), None)
-    if file is None:
-        raise InputError(f"{path}: has no Medusa heads (none of {', '.join(WEIGHTS)})")
-    tensors = _load(file)
-    digest = sha256_of_files([file])
-    if method == "medusa":
-        _refuse_unknown(tensors, file, (BLOCK,))
-        try:
-            ids = raw.get("draft_token_ids")
-            accuracies = tuple(tuple(float(share) for share in ranks) for ranks in raw.get("head_accuracies", ()))
-            draft_ids = None if ids is None else tuple(int(token) for token in ids)
-        except (TypeError, ValueError):
-            raise InputError(
-                f"{path}/config.json: draft_token_ids and head_accuracies must be lists of numbers"
-            ) from None
-        return MedusaFile(path, "spdbench", tensors, digest, draft_ids, raw.get("trained_tokens"), accuracies)
-    if raw.get("model_type") == "medusa" or any(name.startswith(("blocks.", "medusa_heads.")) for name in tensors):
-        return _from_vllm(path, file, tensors, digest)
-    _refuse_unknown(tensors, file, (BLOCK, OWN_LINEAR))
-    own = any(OWN_LINEAR.fullmatch(name) for name in tensors)
-    return MedusaFile(path, "v0.1" if own else "v2", tensors, digest)
+    raw = _read_config(path)
+    layout, tensors, files = _read_tensors(path, raw)
+    if layout == "medusa2" and (model is None or path.resolve() != model.resolve()):
+        raise InputError(
+            f"{path}: is a whole model, and its Medusa heads were trained together with it (Medusa-2); use it as the "
+            f"model: -m {path} --drafter auto"
+        )
+    take = _Taker(path, layout, tensors)
+    settings = _settings(take, raw)
+    try:
+        config = MedusaConfig.model_validate_json(json.dumps(settings))  # in JSON's terms a list is a tuple
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    blocks = take.blocks()
+    heads = take.heads(raw, config)
+    take.refuse_leftovers()
+    _check_accuracies(path, config, len(blocks))
+    return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files))
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}/config.json: cannot be read ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}/config.json: is not a mapping")
+    if raw.get("method", "medusa") != "medusa":
+        raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
     return raw
+
+
+def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str, Tensor], list[Path]]:
+    """The heads' tensors by their names in the layout, and the files whose hash stands for them."""
+    file = next((path / name for name in HEAD_FILES if (path / name).exists()), None)
+    if file is not None:
+        tensors = _load(file)
+        return _flat_layout(tensors), tensors, [file]
+    with closing(Checkpoint(path)) as checkpoint:
+        whole = [name for name in checkpoint if name.startswith(DRAFT_HEADS)]
+        if whole and "method" not in raw:
+            return "medusa2", {name: checkpoint.stored(name) for name in whole}, checkpoint.files
+        tensors = {}
+        for name in checkpoint:
+            short = name if "method" in raw else name.removeprefix(VLLM_PREFIX)
+            if short in tensors:
+                raise InputError(f"{path}: two tensors are called {short}")
+            tensors[short] = checkpoint.stored(name)
+        files = checkpoint.files
+    if "method" in raw:
+        return "spdbench", tensors, files
+    if raw.get("model_type") == "medusa" or NAMES["vllm"].count(tensors)[0]:
+        return "vllm", tensors, files
+    if NAMES["v0.1"].count(tensors)[0]:
+        return _flat_layout(tensors), tensors, files
+    raise InputError(
+        f"{path}: holds no Medusa heads: no {' or '.join(HEAD_FILES)}, and no tensors of a layout that is known"
+    )
+
+
+def _flat_layout(tensors: Mapping[str, Tensor]) -> Layout:
+    """v2 if no head has a linear layer of its own."""
+    return "v0.1" if NAMES["v0.1"].has_heads(tensors) else "v2"
 
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            tensors = dict(load_file(file))
-        else:
-            tensors = torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
         raise InputError(
             f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
         ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise InputError(f"{file}: is not a mapping from names to tensors")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise InputError(f"{file}: tensor {name} holds values that are not finite")
-    return tensors
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def _refuse_unknown(tensors: Mapping[str, Tensor], file: Path, known: tuple[re.Pattern[str], ...]) -> None:
-    for name in sorted(tensors):
-        if name != SHARED_HEAD and not any(pattern.fullmatch(name) for pattern in known):
-            raise InputError(f"{file}: unknown tensor {name}")
+def _settings(take: _Taker, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that `MedusaConfig` knows, from what the layout calls them."""
+    if take.layout == "spdbench":
+        return {key: raw[key] for key in MedusaConfig.model_fields if key in raw}
+    if take.layout in ("v0.1", "v2"):
+        return {"base_model": raw.get("base_model_name_or_path")}
+    if take.layout == "medusa2":
+        return {key: raw.get(key) for key in ("hidden_size", "vocab_size")}
+    take.check_counts(raw)
+    sizes = {key: raw.get(key) for key in ("hidden_size", "vocab_size")}
+    return {**sizes, "draft_token_ids": take.token_map(raw)}
 
 
-def _from_inside(path: Path) -> MedusaFile:
-    """The heads among a model's own weights."""
-    tensors: dict[str, Tensor] = {}
-    files = Checkpoint(path).files
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            names = [name for name in handle.keys() if name.startswith(INSIDE)]  # noqa: SIM118
-            tensors |= {name.removeprefix(INSIDE): handle.get_tensor(name) for name in names}
-    _refuse_unknown(tensors, path, (BLOCK, OWN_LINEAR))
-    return MedusaFile(path, "medusa-2", tensors, sha256_of_files(files))
+def _check_accuracies(path: Path, config: MedusaConfig, num_heads: int) -> None:
+    by_head = config.head_accuracies
+    if by_head and len(by_head) != num_heads:
+        raise InputError(f"{path}/config.json: head_accuracies are of {len(by_head)} heads, but there are {num_heads}")
+    for k, ranks in enumerate(by_head):
+        if not ranks or not all(0.0 <= rank <= 1.0 for rank in ranks) or sum(ranks) > 1.0 + 1e-6:
+            raise InputError(
+                f"{path}/config.json: head_accuracies.{k}: expected one number or more from 0 to 1, which are shares "
+                "of a whole"
+            )
 
 
-def _from_vllm(path: Path, file: Path, tensors: Mapping[str, Tensor], digest: str) -> MedusaFile:
-    """vLLM's names as v0.1's; the linear layers come behind the blocks."""
-    plain = {name.removeprefix("medusa_heads."): tensor for name, tensor in tensors.items()}
-    token_map = plain.pop("token_map", None)
-    plain.pop("original_lm_head", None)
-    _refuse_unknown(plain, file, (VLLM_BLOCK, VLLM_HEAD))
-    found: dict[str, Tensor] = {}
-    depth = 1 + max((int(m[2]) for m in map(VLLM_BLOCK.fullmatch, plain) if m), default=-1)
-    for name, tensor in plain.items():
-        if block := VLLM_BLOCK.fullmatch(name):
-            found[f"{block[1]}.{block[2]}.linear.{block[3]}"] = tensor
-        elif head := VLLM_HEAD.fullmatch(name):
-            found[f"{head[1]}.{depth}.weight"] = tensor
-        else:
-            found[name] = tensor
-    linears = [name for name in found if OWN_LINEAR.fullmatch(name)]
-    if len(linears) == 1 and sum(name.endswith(".0.linear.weight") for name in found) > 1:
-        found[SHARED_HEAD] = found.pop(linears[0])
-    ids = None if token_map is None else tuple(token_map.tolist())
-    return MedusaFile(path, "vllm", found, digest, ids)
+class _Taker:
+    """Hands out a file's tensors once each, checked for all that can be told without the target."""
+
+    def __init__(self, path: Path, layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+        self.path, self.layout = path, layout
+        self._names = NAMES[layout]
+        self._left = dict(tensors)
+        self.num_heads, self.num_blocks = self._names.count(tensors)
+        if not self.num_heads:
+            self._take(self._names.block.format(head=0, block=0) + "weight")
+
+    def _take(self, name: str) -> Tensor:
+        found = self._left.pop(name, None)
+        if found is None:
+            raise InputError(f"{self.path}: tensor {name} is missing")
+        if found.layout != torch.strided or found.dtype not in FLOATS:
+            raise InputError(f"{self.path}: tensor {name} is {found.dtype}; only unquantised weights are supported")
+        if not bool(found.isfinite().all()):
+            raise InputError(f"{self.path}: tensor {name} holds values that are not finite")
+        return found
+
+    def check_counts(self, raw: Mapping[str, Any]) -> None:
+        """vLLM's config is what vLLM builds by; it has to agree with the tensors."""
+        for key, found in (("num_heads", self.num_heads), ("num_hidden_layers", self.num_blocks)):
+            if raw.get(key, found) != found:
+                raise InputError(f"{self.path}/config.json: {key} is {raw[key]!r}, but the tensors are of {found}")
+        bias = self._names.block.format(head=0, block=0) + "bias"
+        if (bias in self._left) != bool(raw.get("medusa_fc_bias", False)):
+            there = "there" if bias in self._left else "missing"
+            raise InputError(
+                f"{self.path}: tensor {bias} is {there}, but config.medusa_fc_bias is "
+                f"{json.dumps(raw.get('medusa_fc_bias', False))}"
+            )
+
+    def token_map(self, raw: Mapping[str, Any]) -> list[int] | None:
+        """Token ids of a truncated vocabulary; a map is not used where the vocabulary is whole."""
+        found, vocab = self._left.pop(TOKEN_MAP, None), raw.get("vocab_size")
+        size = raw.get("truncated_vocab_size") or vocab
+        if size == vocab:
+            return None
+        if found is None:
+            raise InputError(
+                f"{self.path}: tensor {TOKEN_MAP} is missing, though config.truncated_vocab_size is {size}"
+            )
+        if found.is_floating_point() or list(found.shape) != [size]:
+            raise InputError(
+                f"{self.path}: tensor {TOKEN_MAP} is {found.dtype} of shape {list(found.shape)}, expected [{size}] ids"
+            )
+        ids: list[int] = found.tolist()
+        return ids
+
+    def blocks(self) -> tuple[tuple[Block, ...], ...]:
+        first = self._names.block.format(head=0, block=0)
+        bias = self._names.bias or first + "bias" in self._left
+        return tuple(
+            tuple(self._block(self._names.block.format(head=k, block=j), bias) for j in range(self.num_blocks))
+            for k in range(self.num_heads)
+        )
+
+    def _block(self, prefix: str, bias: bool) -> Block:
+        return Block(self._take(prefix + "weight"), self._take(prefix + "bias") if bias else None)
+
+    def heads(self, raw: Mapping[str, Any], config: MedusaConfig) -> tuple[Tensor, ...]:
+        """The linear layers: as many as the layout asks for."""
+        if self.layout == "vllm":
+            return self._vllm_heads(raw, config)
+        if self.layout == "spdbench" and SHARED in self._left:
+            return (self._take(SHARED),)
+        if not self._names.has_heads(self._left):
+            return ()
+        return tuple(self._take(name) for name in self._head_names())
+
+    def _head_names(self) -> Iterator[str]:
+        return (self._names.head.format(head=k, blocks=self.num_blocks) for k in range(self.num_heads))
+
+    def _vllm_heads(self, raw: Mapping[str, Any], config: MedusaConfig) -> tuple[Tensor, ...]:
+        """One for each head or one for all; cut to the draft vocabulary where they come over the whole one.
+
+        Under `original_lm_head` copies of the shared one may stand beside it, and without any the target's serves.
+        """
+        shared = bool(raw.get("original_lm_head", False))
+        names = list(self._head_names())
+        if SHARED in self._left:
+            names = [SHARED]
+        elif shared:
+            names = [name for name in names if name in self._left]
+        heads = [self._take(name) for name in names]
+        if shared and len(heads) > 1:
+            for name, head in zip(names, heads, strict=True):
+                if not torch.equal(head, heads[0]):
+                    raise InputError(
+                        f"{self.path}: tensor {name} is not {names[0]}, but config.original_lm_head is true"
+                    )
+            heads = heads[:1]
+        ids = config.draft_token_ids
+        if ids is not None and config.vocab_size and all(0 <= token < config.vocab_size for token in ids):
+            heads = [head[list(ids)] if head.dim() == 2 and len(head) == config.vocab_size else head for head in heads]
+        return tuple(heads)
+
+    def refuse_leftovers(self) -> None:
+        if self._left:
+            raise InputError(f"{self.path}: unknown tensor {min(self._left)} ({len(self._left)} in all)")
 
 
-def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:
-    """The heads for `target`.
+def write_medusa(file: MedusaFile, directory: Path, layout: WrittenLayout) -> Path:
+    """Writes the heads in a published layout or our own; reading them gives the same tensors. Returns `directory`.
 
     Raises:
-        InputError: made for another hidden size or vocabulary, or with a tensor missing.
+        InputError: the layout has no place for something that these heads have, or lack.
     """
-    width, vocab, left = target.config.hidden_size, target.config.vocab_size, dict(file.tensors)
-
-    def take(name: str, *shape: int) -> Tensor:
-        found = left.pop(name, None)
-        if found is None:
-            raise InputError(f"{file.path}: tensor {name} is missing")
-        if tuple(found.shape) != shape or not found.is_floating_point():
-            raise InputError(
-                f"{file.path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}: it was made for "
-                "another model"
-            )
-        return found.to(target.device, target.dtype)
-
-    ids = _draft_vocabulary(file, vocab)
-    size = vocab if ids is None else len(ids)
-    heads = 1 + max((int(name.split(".")[0]) for name in left if name[0].isdigit()), default=-1)
-    if heads < 1:
-        raise InputError(f"{file.path}: holds no heads")
-    depth = 1 + max((int(m[2]) for m in map(BLOCK.fullmatch, left) if m), default=-1)
-    blocks = tuple(
-        tuple(
-            linear(
-                take(f"{k}.{j}.linear.weight", width, width),
-                take(f"{k}.{j}.linear.bias", width) if f"{k}.{j}.linear.bias" in left else None,
-            )
-            for j in range(depth)
-        )
-        for k in range(heads)
-    )
-    linears: tuple[Linear, ...]
-    if SHARED_HEAD in left:
-        linears = (linear(take(SHARED_HEAD, size, width)),)
-    elif any(OWN_LINEAR.fullmatch(name) for name in left):
-        linears = tuple(linear(take(f"{k}.{depth}.weight", size, width)) for k in range(heads))
-    else:
-        assert target.head is not None
-        linears = (target.head if ids is None else linear(target.head.plain()[ids]),)
-    if left:
-        raise InputError(f"{file.path}: unknown tensor {min(left)} ({len(left)} in all)")
-    return MedusaWeights(blocks, linears, ids)
-
-
-def _draft_vocabulary(file: MedusaFile, vocab: int) -> Tensor | None:
-    ids = file.draft_token_ids
-    if ids is None:
-        return None
-    if not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= vocab:
-        raise InputError(f"{file.path}: the draft vocabulary must be different ids below {vocab}")
-    return torch.tensor(ids)
-
-
-def random_medusa(target: Decoder, num_heads: int, seed: int) -> MedusaFile:
-    """Untrained heads: blocks drawn from N(0, 0.02²), in front of the target's own head."""
-    width, generator = target.config.hidden_size, torch.Generator().manual_seed(seed)
-    tensors = {}
-    for k in range(num_heads):
-        tensors[f"{k}.0.linear.weight"] = torch.randn(width, width, generator=generator) * 0.02
-        tensors[f"{k}.0.linear.bias"] = torch.zeros(width)
-    return MedusaFile(Path("random"), "v2", tensors, "", trained_tokens=0)
-
-
-def write_medusa(file: MedusaFile, directory: Path, layout: Layout) -> Path:
-    """Writes the heads in a layout that can hold them; reading gives the same tensors. Returns `directory`."""
-    own = any(OWN_LINEAR.fullmatch(name) for name in file.tensors)
-    shared = SHARED_HEAD in file.tensors
-    fits = {"v0.1": own, "v2": not own and not shared, "vllm": own or shared, "spdbench": not own, "medusa-2": False}
-    smaller = file.draft_token_ids is not None and layout not in ("vllm", "spdbench")
-    if not fits[layout] or smaller:
-        raise InputError(f"{file.path}: these heads cannot be written as {layout}")
+    if lack := _lack(file, layout):
+        raise InputError(f"{file.path}: cannot be written as {layout}, which {lack}")
     directory.mkdir(parents=True, exist_ok=True)
-    heads = len({name.split(".")[0] for name in file.tensors if name[0].isdigit()})
-    depth = len({name.split(".")[1] for name in file.tensors if BLOCK.fullmatch(name)})
-    tensors = {name: tensor.contiguous() for name, tensor in file.tensors.items()}
-    if layout == "vllm":
-        _write_vllm(file, directory, tensors, heads, depth)
-    elif layout == "spdbench":
-        config = {"method": "medusa", "num_heads": heads, **file.extra}
-        for key in ("draft_token_ids", "trained_tokens", "head_accuracies"):
-            if value := getattr(file, key):
-                config[key] = value
-        save_file(tensors, directory / "model.safetensors")
-        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in file.names(layout)}
+    if layout == "vllm" and file.config.draft_token_ids is not None:
+        tensors[TOKEN_MAP] = torch.tensor(file.config.draft_token_ids)
+    if layout == "v0.1":
+        torch.save(tensors, directory / "medusa_lm_head.pt")
     else:
-        config = {"medusa_num_heads": heads, "medusa_num_layers": depth}
-        if layout == "v2":
-            config["version"] = "2"
-            save_file(tensors, directory / "medusa_lm_head.safetensors")
-        else:
-            torch.save(tensors, directory / "medusa_lm_head.pt")
-        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(tensors, directory / ("medusa_lm_head.safetensors" if layout == "v2" else "model.safetensors"))
+    (directory / "config.json").write_text(json.dumps(_written(file, layout), indent=1), encoding="utf-8")
     return directory
 
 
-def _write_vllm(file: MedusaFile, directory: Path, tensors: dict[str, Tensor], heads: int, depth: int) -> None:
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if block := BLOCK.fullmatch(name):
-            renamed[f"blocks.{block[1]}.layers.{block[2]}.{block[3]}"] = tensor
-        elif own := OWN_LINEAR.fullmatch(name):
-            renamed[f"lm_heads.{own[1]}.weight"] = tensor
-        else:
-            renamed["lm_heads.0.weight"] = tensor
-    if file.draft_token_ids is not None:
-        renamed["token_map"] = torch.tensor(file.draft_token_ids)
-    save_file(renamed, directory / "model.safetensors")
-    with_bias = any(name.endswith("bias") for name in renamed)
-    config = {"model_type": "medusa", "num_heads": heads, "num_hidden_layers": depth, "medusa_fc_bias": with_bias}
-    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+def _lack(file: MedusaFile, layout: WrittenLayout) -> str | None:
+    """What stands between the heads and the layout."""
+    config, own = file.config, len(file.heads) == len(file.blocks)
+    if layout == "spdbench":
+        return None
+    if layout == "vllm":
+        if not file.heads:
+            return "knows no heads without a linear layer"
+        return (
+            None if config.vocab_size or config.draft_token_ids is None else "has to name the whole vocabulary's size"
+        )
+    if config.draft_token_ids is not None:
+        return "knows no draft vocabulary"
+    if any(block.bias_M is None for head in file.blocks for block in head):
+        return "has a bias in every block"
+    if layout == "v0.1":
+        return None if own else "has a linear layer for every head"
+    return "has no linear layers" if file.heads else None
+
+
+def _written(file: MedusaFile, layout: WrittenLayout) -> dict[str, Any]:
+    config, num_heads, num_blocks = file.config, len(file.blocks), len(file.blocks[0])
+    width = file.blocks[0][0].weight_MM.shape[0]
+    if layout == "spdbench":
+        kept = config.model_dump(mode="json", exclude_defaults=True)
+        return {"method": "medusa", "hidden_size": width, **kept}
+    if layout == "vllm":
+        return {
+            "architectures": ["MedusaModel"],
+            "model_type": "medusa",
+            "hidden_size": width,
+            "vocab_size": config.vocab_size or len(file.heads[0]),
+            "num_heads": num_heads,
+            "num_hidden_layers": num_blocks,
+            "truncated_vocab_size": len(file.heads[0]),
+            "medusa_fc_bias": file.blocks[0][0].bias_M is not None,
+            "original_lm_head": len(file.heads) < num_heads,
+        }
+    sizes = {"medusa_num_heads": num_heads, "medusa_num_layers": num_blocks}
+    version = {"version": "2"} if layout == "v2" else {}
+    return {"base_model_name_or_path": config.base_model, **sizes, **version}

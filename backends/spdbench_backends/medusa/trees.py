@@ -1,91 +1,82 @@
-"""Medusa's trees by name or from a file: lists of paths of ranks, every path's parent among them.
+"""The tree that a user asks Medusa for: by name, or from a file; checked against the drafter.
 
-Must not know heads or tokens.
+A tree is a list of paths, a path the rank taken at each level. Must not know how a tree is filled or verified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path as FilePath
-from typing import Any
 
 import yaml
 
+from spdbench.decoding.named_trees import CHILDREN, named_tree
 from spdbench.decoding.tree import Path, sorted_paths
 from spdbench.errors import InputError, did_you_mean
 
-NAMED: Mapping[str, Mapping[str, int]] = {
-    "mc_sim_7b_63": {
-        "": 10,
-        "0": 10,
-        "1": 7,
-        "2": 3,
-        "3": 2,
-        "4": 1,
-        "5": 1,
-        "6": 1,
-        "7": 1,
-        "8": 1,
-        "9": 1,
-        "00": 10,
-        "01": 3,
-        "02": 2,
-        "03": 1,
-        "04": 1,
-        "05": 1,
-        "06": 1,
-        "07": 1,
-        "10": 2,
-        "20": 1,
-        "000": 2,
-    }
-}
-"""Trees of the reference implementation as numbers of children: "02" is the third choice behind the first."""
+LARGEST_TREE = 1024
 
 
-def find_tree(name: str) -> list[Path]:
-    """The tree of that name, or the one that a JSON or YAML file of that path lists.
+def find_tree(text: str) -> tuple[Path, ...]:
+    """The published tree called `text`, or the one in the file `text`.
 
     Raises:
-        InputError: neither of the two, or no tree; says which path is wrong.
+        InputError: neither, or the file holds no tree.
     """
-    if name in NAMED:
-        return sorted_paths(
-            [(*map(int, parent), rank) for parent, count in NAMED[name].items() for rank in range(count)]
-        )
-    file = FilePath(name).expanduser()
-    if not file.is_file():
-        known = ("auto", "chain", *NAMED)
-        raise InputError(f"no tree of that name and no file{did_you_mean(name, known)}. Known: {', '.join(known)}.")
+    if text in CHILDREN:
+        return named_tree(text)
+    file = FilePath(text).expanduser()
+    if not file.exists():
+        raise InputError(f"no tree of that name, and no such file{did_you_mean(text, ('auto', 'chain', *CHILDREN))}")
+    return read_tree_file(file)
+
+
+def read_tree_file(file: FilePath) -> tuple[Path, ...]:
+    """The tree in a JSON or YAML file that lists paths, such as `[[0], [1], [0, 0]]`, in any order.
+
+    Raises:
+        InputError: it cannot be read, or is no tree; names the path at fault.
+    """
     try:
-        content: Any = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-    return _checked(content, file)
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file}: cannot be read as a tree ({reason})") from None
+    if not isinstance(content, list) or not content:
+        raise InputError(f"{file}: a tree is a list of paths, such as [[0], [1], [0, 0]], and has at least one")
+    if len(content) > LARGEST_TREE:
+        raise InputError(f"{file}: a tree of {len(content)} paths; at most {LARGEST_TREE} are supported")
+    seen: set[Path] = set()
+    for entry in content:
+        path = _path(file, entry)
+        if path in seen:
+            raise InputError(f"{file}: path {entry} is there twice")
+        seen.add(path)
+    for path in sorted_paths(list(seen)):
+        if path[:-1] and path[:-1] not in seen:
+            raise InputError(f"{file}: path {list(path)} has no parent, {list(path[:-1])} is missing")
+    return tuple(sorted_paths(list(seen)))
+
+
+def _path(file: FilePath, entry: object) -> Path:
+    if not isinstance(entry, list) or not entry or not all(type(rank) is int and rank >= 0 for rank in entry):
+        raise InputError(f"{file}: {entry!r:.60} is not a path: a list of ranks, whole numbers from 0 on, at least one")
+    return tuple(entry)
 
 
 def check_levels(paths: Sequence[Path], num_heads: int) -> None:
-    """Raises `InputError` for a tree with more levels than there are heads to fill them."""
+    """Raises `InputError` for a tree that is deeper than there are heads, each of which drafts one level."""
     deepest = max(paths, key=len)
     if len(deepest) > num_heads:
-        raise InputError(f"path {list(deepest)} has {len(deepest)} levels, but there are {num_heads} heads")
+        raise InputError(
+            f"the tree has {len(deepest)} levels, e.g. path {list(deepest)}, but there are only {num_heads} heads"
+        )
 
 
-def _checked(content: Any, file: FilePath) -> list[Path]:
-    if not isinstance(content, list) or not content:
-        raise InputError(f"{file}: has to be a list of paths, such as [[0], [1], [0, 0]]")
-    paths: set[Path] = set()
-    for entry in content:
-        if (
-            not isinstance(entry, list)
-            or not entry
-            or not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in entry)
-        ):
-            raise InputError(f"{file}: {entry!r} is no path: a list of ranks, whole numbers from 0 on")
-        if tuple(entry) in paths:
-            raise InputError(f"{file}: path {entry} is there twice")
-        paths.add(tuple(entry))
-    for path in sorted_paths(list(paths)):
-        if len(path) > 1 and path[:-1] not in paths:
-            raise InputError(f"{file}: path {list(path)} has no parent: {list(path[:-1])} is missing")
-    return sorted_paths(list(paths))
+def check_ranks(paths: Sequence[Path], vocab_size: int) -> None:
+    """Raises `InputError` for a tree that asks for more choices than there are tokens to draft."""
+    widest = max(paths, key=max)
+    if max(widest) >= vocab_size:
+        raise InputError(f"path {list(widest)} asks for rank {max(widest)}, but only {vocab_size} tokens are drafted")

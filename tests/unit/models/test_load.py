@@ -215,7 +215,10 @@ def test_a_list_of_end_of_sequence_ids_is_read(copy: Path) -> None:
 
 def test_parameters_are_counted_from_headers(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    assert Checkpoint(copy).num_parameters() == sum(tensor.numel() for tensor in tensors.values())
+    total = sum(tensor.numel() for tensor in tensors.values())
+    assert Checkpoint(copy).num_parameters() == total
+    head = tensors["lm_head.weight"].numel()
+    assert Checkpoint(copy).num_parameters(without=("lm_head.",)) == total - head
 
 
 @pytest.mark.parametrize("name", ["cuda:9", "gpu", "cuda:x", "cpu:0"])

@@ -1,0 +1,129 @@
+"""The medusa backend's start: where it finds heads, and which trees it takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from spdbench.backend import BackendContext, parse_options
+from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.tree_choice import RowCosts
+from spdbench.errors import InputError
+from spdbench.models.target import Target
+from spdbench_backends.medusa.backend import Medusa
+from spdbench_backends.medusa.build import random_medusa
+from spdbench_backends.medusa.formats import MedusaFile, write_medusa
+from tests import tiny
+
+REQUEST = tiny.greedy(tuple(range(30, 41)), 30)
+
+
+@pytest.fixture(autouse=True)
+def _no_user_cache(own_cache: Path) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model: Path) -> Target:
+    return tiny.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def heads(target: Target) -> MedusaFile:
+    return random_medusa(target.own_decoder, 3, seed=1)
+
+
+def started(target: Target, drafter: str | Path, **options: str) -> Medusa:
+    context = BackendContext("medusa", target, str(drafter), ("cpu",), 1, seed=0)
+    backend = Medusa(parse_options("medusa", Medusa.Options, options), context)
+    backend.load()
+    return backend
+
+
+def emitted(backend: Medusa) -> list[int]:
+    backend.prepare(REQUEST)
+    return [token for step in backend.generate(REQUEST) for token in step.token_ids]
+
+
+def test_a_medusa2_models_own_heads_are_found(tiny_model: Path, tmp_path: Path, heads: MedusaFile) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "tuned"))
+    tensors = {**load_file(folder / "model.safetensors"), **dict(heads.names("medusa2"))}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    target = tiny.load(folder)
+    for drafter in ("auto", folder, tmp_path / "tuned" / ".." / "tuned"):
+        backend = started(target, drafter, tree="chain")
+        info = backend.describe().drafter
+        assert info is not None
+        assert (info.method, info.sha256, info.synthetic) == ("medusa", target.files.sha256, False)
+        assert emitted(backend) == list(decode(target.decoder, REQUEST))
+    with pytest.raises(InputError, match=f"use it as the model: -m {folder} --drafter auto"):
+        started(tiny.load(tiny_model), folder)
+
+
+def test_auto_finds_an_installed_drafter(
+    target: Target, tmp_path: Path, heads: MedusaFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(tmp_path / "drafters"))
+    with pytest.raises(InputError, match="no trained medusa drafter"):
+        started(target, "auto")
+    config = heads.config.model_copy(update={"model_sha256": target.files.sha256, "trained_tokens": 77})
+    folder = write_medusa(
+        MedusaFile(heads.path, heads.layout, config, heads.blocks, heads.heads, ""),
+        tmp_path / "drafters" / "mine",
+        "spdbench",
+    )
+    info = started(target, "auto", tree="chain").describe().drafter
+    assert info is not None
+    assert (info.id, info.trained_tokens) == (folder.name, 77)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"tree": "mc_sim_7b_63"}, r"-o medusa\.tree=mc_sim_7b_63: the tree has 4 levels, .* only 3 heads"),
+        ({"tree": "mc_sim"}, r"-o medusa\.tree=mc_sim: no tree of that name, and no such file"),
+        ({"heads": "4"}, r"-o medusa\.heads=4: the drafter has 3 heads"),
+        ({"heads": "1", "tree": "DEEP"}, r"medusa\.tree=.*deep\.json: the tree has 2 levels, .* only 1 heads"),
+        ({"tree": "WIDE"}, r"medusa\.tree=.*wide\.json: path \[2\] asks for rank 2, but only 2 tokens are drafted"),
+        ({"tree": "ORPHAN"}, r"medusa\.tree=.*orphan\.json: .*path \[1, 0\] has no parent, \[1\] is missing"),
+    ],
+)
+def test_trees_that_do_not_fit(
+    target: Target, tmp_path: Path, heads: MedusaFile, options: dict[str, str], why: str
+) -> None:
+    small = heads.config.model_copy(update={"draft_token_ids": (40, 50)})
+    file = MedusaFile(heads.path, heads.layout, small, heads.blocks, heads.heads, "")
+    folder = write_medusa(file, tmp_path / "heads", "spdbench")
+    for name, paths in {"DEEP": [[0], [0, 0]], "WIDE": [[2]], "ORPHAN": [[0], [1, 0]]}.items():
+        (tmp_path / f"{name.lower()}.json").write_text(json.dumps(paths))
+        if options.get("tree") == name:
+            options = {**options, "tree": str(tmp_path / f"{name.lower()}.json")}
+    with pytest.raises(InputError, match=why):
+        started(target, folder, **options)
+
+
+def test_measured_accuracies_make_the_tree(
+    target: Target, tmp_path: Path, heads: MedusaFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the second choice of the first head is ever right, so nothing else is drafted where rows cost something."""
+    costs = RowCosts((1, 32), (1.0, 2.0))
+    monkeypatch.setattr("spdbench.decoding.tree_choice.measure_row_costs", lambda *_: costs)
+    accuracies = ((0.0, 1.0), (0.0,), (0.0,))
+    config = heads.config.model_copy(update={"head_accuracies": accuracies})
+    file = MedusaFile(heads.path, heads.layout, config, heads.blocks, heads.heads, "")
+    backend = started(target, write_medusa(file, tmp_path / "heads", "spdbench"))
+    assert backend.describe().chosen == {"tree": "2 nodes, 1 levels"}
+    assert emitted(backend) == list(decode(target.decoder, REQUEST))
+
+
+@pytest.mark.parametrize("tree", ["mc_sim_7b_63", "eagle_1", "auto"])
+def test_a_drafter_of_few_tokens_keeps_the_output(target: Target, tmp_path: Path, tree: str) -> None:
+    file = random_medusa(target.own_decoder, 5, seed=2)
+    config = file.config.model_copy(update={"draft_token_ids": tuple(range(250, 230, -1))})
+    file = MedusaFile(file.path, file.layout, config, file.blocks, file.heads, "")
+    backend = started(target, write_medusa(file, tmp_path / "heads", "spdbench"), tree=tree)
+    assert emitted(backend) == list(decode(target.decoder, REQUEST))
