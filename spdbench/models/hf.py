@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,30 @@ def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
     return frequencies, float(factor)
+
+
+def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """The same for heads that come without a model's config; `parameters` are those of a config's `rope_parameters`.
+
+    Raises:
+        ValueError: a key is missing or has a value that cannot be used.
+    """
+    from transformers import LlamaConfig
+
+    with quiet():
+        try:
+            standard = LlamaConfig(
+                hidden_size=head_dim,
+                num_attention_heads=1,
+                max_position_embeddings=max_positions,
+                rope_parameters=dict(parameters),
+            )
+            frequencies, factor = rotary_frequencies(standard, head_dim)
+        except Exception as error:  # each kind of positions stumbles in its own way
+            raise ValueError(_first_line(error)) from None
+    if frequencies.shape != (head_dim // 2,) or not bool(frequencies.isfinite().all()):
+        raise ValueError("frequencies that are not finite")
+    return frequencies, factor
 
 
 def require_causal(directory: Path, standard: Any) -> None:
