@@ -134,7 +134,9 @@ class _Builder:
         weights = [self._take(f"{prefix}{name}.weight", size, columns) for name, size in rows.items()]
         if not any(f"{prefix}{name}.bias" in self._left for name in rows):
             return linear(torch.cat(weights))
-        return linear(torch.cat(weights), torch.cat([self._take(f"{prefix}{name}.bias", n) for name, n in rows.items()]))
+        return linear(
+            torch.cat(weights), torch.cat([self._take(f"{prefix}{name}.bias", n) for name, n in rows.items()])
+        )
 
     def _head_norms(self, attention: str, head_dim: int) -> HeadNorms | None:
         query, key = (f"{attention}{name}_norm.weight" for name in "qk")

@@ -96,4 +96,6 @@ def _agree(file: EagleFile, key: str, stated: int | None, found: int, name: str)
 
 def _agree_on_presence(file: EagleFile, key: str, stated: bool | None, name: str) -> None:
     if stated is not None and stated != (name in file.tensors):
-        raise file.error(f"config.{key} is {str(stated).lower()}, but tensor {name} is {'missing' if stated else 'there'}")
+        raise file.error(
+            f"config.{key} is {str(stated).lower()}, but tensor {name} is {'missing' if stated else 'there'}"
+        )

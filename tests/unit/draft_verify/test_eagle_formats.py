@@ -15,9 +15,11 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench_backends.eagle.build import build_eagle, default_aux, random_eagle
-from spdbench_backends.eagle.formats import EagleFile, Layout, read_eagle, write_eagle
+from spdbench_backends.eagle.build import build_eagle, random_eagle
+from spdbench_backends.eagle.conventions import default_aux
+from spdbench_backends.eagle.formats import EagleFile, Layout, read_eagle
 from spdbench_backends.eagle.head import EagleWeights
+from spdbench_backends.eagle.writing import write_eagle
 from tests import tiny
 
 IDS = list(range(1, 262, 3))
