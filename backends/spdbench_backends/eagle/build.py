@@ -84,14 +84,14 @@ class _Builder:
 
     def _check_target(self) -> None:
         config, base, width = self._config, self._base, self._sizes.width
-        stated = config.target_hidden_size if self._file.is_eagle3 else None
-        for key, found, expected in (
-            ("target_hidden_size" if stated else "hidden_size", stated or width, base.hidden_size),
-            ("vocab_size", config.vocab_size or base.vocab_size, base.vocab_size),
-            ("target_family", config.target_family or base.family, base.family),
+        wide = config.target_hidden_size if self._file.is_eagle3 else None
+        for what, found, expected in (
+            ("config.target_hidden_size" if wide else "the hidden size of fc.weight", wide or width, base.hidden_size),
+            ("config.vocab_size", config.vocab_size or base.vocab_size, base.vocab_size),
+            ("config's target family", config.target_family or base.family, base.family),
         ):
             if found != expected:
-                raise self._file.error(f"{key} is {found}, but here it is {expected}: it was made for another model")
+                raise self._file.error(f"{what} is {found}, but here it is {expected}: it was made for another model")
 
     def _num_aux(self) -> int:
         """How many of the target's features `fc` reads."""

@@ -199,7 +199,7 @@ def _flat(raw: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
         flat["aux_ids"] = raw.get("aux_hidden_states")
     else:
         flat["aux_ids"] = outer.get("eagle_aux_hidden_state_layer_ids")
-        flat["target_family"] = _family(mapping(mapping(raw, "speculators_config"), "verifier"))
+        flat.setdefault("target_family", _family(mapping(mapping(raw, "speculators_config"), "verifier")))
         if layout != "speculators" or flat.get("use_sliding_window") is False:
             flat["sliding_window"] = None  # those heads' authors run none, whatever a copied config says
     rope = mapping(flat, "rope_parameters") or mapping(flat, "rope_scaling")
