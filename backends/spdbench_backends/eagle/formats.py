@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -76,7 +76,7 @@ class EagleConfig(BaseModel):
     norm_output: bool = False
     draft_token_ids: tuple[int, ...] | None = Field(None, strict=False, min_length=1)
     trained_tokens: int | None = Field(None, ge=0)
-    acceptance_by_position: tuple[float, ...] = Field((), strict=False)
+    acceptance_by_position: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field((), strict=False)
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,7 @@ def test_tensors_that_do_not_fit_are_named(decoder: Decoder, tmp_path: Path, cha
         ({"num_attention_heads": None}, "neither num_attention_heads nor head_dim"),
         ({"num_attention_heads": "many"}, "num_attention_heads: Input should be a valid integer"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps: Input should be a finite number"),
+        ({"acceptance_by_position": [0.5, 1.5]}, "acceptance_by_position.1: Input should be less than or equal to 1"),
         ({"hidden_act": "gelu"}, "hidden_act: Input should be 'silu'"),
         ({"draft_vocab_size": 12}, "config.draft_vocab_size is 12, but its draft tokens are 87"),
         ({"fc_norm": True}, r"config.fc_norm is true, but tensor fc_norm\.0\.weight is missing"),
