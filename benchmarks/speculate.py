@@ -7,7 +7,7 @@ several depths, and one dynamic tree. Drafts cost nothing here; a trained head's
 Output: a line a setting: ms a token of vanilla and of the method, the ratio run by run (median, least, most), tokens a
 round, and whether the ids are equal. The sides take turns, after a warm-up each.
 
-    python benchmarks/speculate.py [--rounds 7] [--tokens 128] [--threads 2]
+    python -m benchmarks.speculate [--rounds 7] [--tokens 128] [--threads 2]
 """
 
 from __future__ import annotations
