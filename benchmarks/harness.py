@@ -8,7 +8,7 @@ end; `spdbench run quick` on the embedded model, whose weights have to be in the
 Output: a line a measure, what was measured beside its target. Wall times are the best of three, with the CPU time of
 that one, since machines are shared; the rest is CPU time and peak memory.
 
-    python benchmarks/harness.py [compare] [overhead] [prompts] [start]
+    python -m benchmarks.harness [compare] [overhead] [prompts] [start]
 """
 
 from __future__ import annotations

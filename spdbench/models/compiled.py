@@ -221,11 +221,11 @@ def _visible_slots(row: int, slot: int, num_rows: int, depth: int, visible_SW: A
     begin = min(max(0, first + depth + 1 - window), stop) if window > 0 else 0
     count = stop - begin
     for i in range(count):
-        slots[i] = begin + i
+        slots[i] = np.uintp(begin + i)
     if is_tree:
         for j in range(visible_SW.shape[1]):
             if visible_SW[row, j]:
-                slots[count] = stop + j
+                slots[count] = np.uintp(stop + j)
                 count += 1
     return count
 
@@ -248,7 +248,7 @@ def attend(
     group = queries.shape[1] // size // num_kv
     scale = F(1) / np.sqrt(F(size))
     query_D, mixed_D = np.empty(size, F), np.empty(size, F)
-    scores, slots = np.empty(slot + num_rows, F), np.empty(slot + num_rows, np.int64)
+    scores, slots = np.empty(slot + num_rows, F), np.empty(slot + num_rows, np.uintp)
     for s in range(num_rows):
         count = _visible_slots(s, slot, num_rows, depths_S[s], visible_SW, window, slots)
         for h in range(num_kv * group):
