@@ -200,13 +200,23 @@ def _mix(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> No
     fours = count // 4 * 4
     for i in range(0, fours, 4):
         a, b, c, e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for d in range(size):
-            out_D[d] += (
-                a * widen(values_TD[slots[i], d])
-                + b * widen(values_TD[slots[i + 1], d])
-                + c * widen(values_TD[slots[i + 2], d])
-                + e * widen(values_TD[slots[i + 3], d])
-            )
+        t = np.int64(slots[i])
+        if np.int64(slots[i + 3]) - t == 3:  # side by side, which compilers know how to read
+            for d in range(size):
+                out_D[d] += (
+                    a * widen(values_TD[t, d])
+                    + b * widen(values_TD[t + 1, d])
+                    + c * widen(values_TD[t + 2, d])
+                    + e * widen(values_TD[t + 3, d])
+                )
+        else:
+            for d in range(size):
+                out_D[d] += (
+                    a * widen(values_TD[slots[i], d])
+                    + b * widen(values_TD[slots[i + 1], d])
+                    + c * widen(values_TD[slots[i + 2], d])
+                    + e * widen(values_TD[slots[i + 3], d])
+                )
     for i in range(fours, count):
         for d in range(size):
             out_D[d] += weights[i] * widen(values_TD[slots[i], d])
