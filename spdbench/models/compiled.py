@@ -163,11 +163,11 @@ def turn(
 ) -> None:
     """Splits `qkv` `[S, (H + 2K) D]`: turned queries `[S, H D]`, turned keys and plain values from `slot` on.
 
-    Head norms are empty where the model has none.
+    Head norms are empty where the model has none. Rows of `qkv` behind those that have a position are idle.
     """
     num_kv, _, size = keys_KTD.shape
     num_heads = queries.shape[1] // size
-    for s in range(qkv.shape[0]):
+    for s in range(positions_S.shape[0]):
         cos_D, sin_D = cos_PD[positions_S[s]], sin_PD[positions_S[s]]
         for h in range(num_heads):
             at = h * size
@@ -254,7 +254,7 @@ def attend(
     is taken in the same order by the same instructions.
     """
     num_kv, _, size = keys_KTD.shape
-    num_rows = out.shape[0]
+    num_rows = depths_S.shape[0]
     group = queries.shape[1] // size // num_kv
     scale = F(1) / np.sqrt(F(size))
     query_D, mixed_D = np.empty(size, F), np.empty(size, F)

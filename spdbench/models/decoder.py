@@ -82,12 +82,13 @@ class Decoder:
         num_rows = hidden_SM.shape[0]
         place, steps = Place(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
+        hidden_SM = steps.seat(hidden_SM)
         for layer in layers:
             hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
             if layer + 1 in wanted:
-                states[layer + 1] = hidden_SM
+                states[layer + 1] = hidden_SM[:num_rows]
         cache.advance(num_rows)
-        return hidden_SM, states
+        return hidden_SM[:num_rows], states
 
     def normed(self, hidden_SM: Tensor) -> Tensor:
         """The last layer's output after the final norm: `[S, M]`."""

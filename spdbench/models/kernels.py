@@ -23,6 +23,9 @@ PACKED_DTYPES = (torch.bfloat16, torch.float32)
 ROWS_HINT = 16
 """For how many rows the layout is chosen: decoding feeds one, verification a few. In float32 the layout that oneDNN
 picks for one row is half as fast with eight, and no faster with one."""
+FEWEST_ROWS = 4
+"""Fewer rows are computed beside idle ones: oneDNN takes a sixth longer over one row than over four. It also gives a
+row the same bits in any company, but for a row alone, whose long sums it splits among threads."""
 
 
 class Linear(Protocol):
@@ -65,81 +68,47 @@ class PlainLinear:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """The weight in oneDNN's own layout; opaque, of the same size.
-
-    oneDNN gives a row the same bits in any company, but for a row alone where it splits long sums among threads.
-    `pairs`: a row alone is then computed twice, side by side, which costs no more: the weight is read once.
-    """
+    """The weight in oneDNN's own layout; opaque, of the same size."""
 
     packed: Tensor
     bias: Tensor | None
     nbytes: int
-    pairs: bool
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
-        if self.pairs and rows_SK.shape[0] == 1:
-            return _pointwise()(rows_SK.repeat(2, 1), self.packed, self.bias, "none", [], "")[:1]
+        if (num_rows := rows_SK.shape[0]) < FEWEST_ROWS:
+            return self(beside_idle(rows_SK))[:num_rows]
         return _pointwise()(rows_SK, self.packed, self.bias, "none", [], "")
 
     def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
-        if self.pairs and rows_SK.shape[0] == 1:
-            twice = _binary()(rows_SK.repeat(2, 1), other_SN.repeat(2, 1), self.packed, self.bias, "add")
-            return twice[:1]
+        if (num_rows := rows_SK.shape[0]) < FEWEST_ROWS:
+            return self.plus(beside_idle(rows_SK), beside_idle(other_SN))[:num_rows]
         return _binary()(rows_SK, other_SN, self.packed, self.bias, "add")
 
     def plain(self) -> Tensor:
         return self.packed.to_dense()
 
 
+def beside_idle(rows_SK: Tensor) -> Tensor:
+    """The rows and behind them as many rows of zeros as products like to have: `[max(S, FEWEST_ROWS), K]`."""
+    missing = FEWEST_ROWS - rows_SK.shape[0]
+    return functional.pad(rows_SK, (0, 0, 0, missing)) if missing > 0 else rows_SK
+
+
 def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
     """The weight in the best layout that this machine has for it."""
-    return _pack(weight_NK, bias_N) if can_pack(weight_NK) else PlainLinear(weight_NK, bias_N)
+    if can_pack(weight_NK.dtype, weight_NK.device):
+        return _pack(weight_NK, bias_N)
+    return PlainLinear(weight_NK, bias_N)
 
 
-def can_pack(weight: Tensor) -> bool:
-    """True if oneDNN takes this weight here, which one small product has shown."""
-    return weight.device.type == "cpu" and weight.dtype in PACKED_DTYPES and _packing_works(weight.dtype)
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if oneDNN takes such weights here, which one small product has shown."""
+    return device.type == "cpu" and dtype in PACKED_DTYPES and _packing_works(dtype)
 
 
 def _pack(weight_NK: Tensor, bias_N: Tensor | None) -> PackedLinear:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), ROWS_HINT)
-    nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
-    alone = PackedLinear(packed, bias_N, nbytes, pairs=False)
-    pairs = _differs_alone(alone, tuple(weight_NK.shape), weight_NK.dtype, bias_N is None, torch.get_num_threads())
-    return PackedLinear(packed, bias_N, nbytes, pairs)
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What oneDNN's choice for a product hangs on."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    plain: bool
-    threads: int
-
-
-_DIFFERS: dict[_Shape, bool] = {}
-TRIALS = 16
-"""Rows tried: sums that differ in their last bits mostly round to the same bfloat16."""
-
-
-def _differs_alone(
-    product: PackedLinear, shape: tuple[int, ...], dtype: torch.dtype, plain: bool, threads: int
-) -> bool:
-    """True if a row alone gets other bits than beside another one, tried once for each shape."""
-    key = _Shape(shape, dtype, plain, threads)
-    if key not in _DIFFERS:
-        generator = torch.Generator().manual_seed(0)
-        rows = torch.randn(TRIALS, shape[1], generator=generator).to(dtype)
-        other = torch.randn(TRIALS, shape[0], generator=generator).to(dtype)
-        together, added = product(rows), product.plus(rows, other)
-        _DIFFERS[key] = not all(
-            torch.equal(product(rows[i : i + 1])[0], together[i])
-            and torch.equal(product.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])
-            for i in range(TRIALS)
-        )
-    return _DIFFERS[key]
+    return PackedLinear(packed, bias_N, weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes))
 
 
 @cache

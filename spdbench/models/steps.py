@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spdbench.models.attention import attend
+from spdbench.models.kernels import beside_idle, can_pack
 from spdbench.models.kv_cache import KVCache, array
 from spdbench.models.place import Place
 from spdbench.models.rotary import rotate
@@ -72,7 +73,11 @@ class HeadNorms:
 
 
 class Steps(Protocol):
-    """The steps of a layer, over rows that stand in one place."""
+    """The steps of a layer, over rows that stand in one place. Idle rows behind them may pass through all steps but the
+    cache: they hold nothing of worth."""
+
+    def seat(self, rows_SM: Tensor) -> Tensor:
+        """The rows as a pass through the layers likes them: with idle rows behind them if they are very few."""
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         """Rows over their root mean square, times the weight: `[S, M]`."""
@@ -80,7 +85,8 @@ class Steps(Protocol):
     def mix(
         self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
     ) -> Tensor:
-        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows."""
+        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows that
+        have a place, not the idle ones."""
 
     def gate(self, both_S2F: Tensor) -> Tensor:
         """silu(gate) * up, gate standing before up: `[S, F]`."""
@@ -91,6 +97,9 @@ class TorchSteps:
     """The steps as torch operators."""
 
     geometry: Geometry
+
+    def seat(self, rows_SM: Tensor) -> Tensor:
+        return rows_SM
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
@@ -127,8 +136,12 @@ class CompiledSteps:
         self._functions = functions
         self._geometry = geometry
         self._dtype = dtype
+        self._packs = can_pack(dtype, torch.device("cpu"))
         self._no_norm = array(torch.empty(0, dtype=dtype))
         self._buffers: dict[tuple[object, tuple[int, ...]], tuple[Tensor, Any]] = {}
+
+    def seat(self, rows_SM: Tensor) -> Tensor:
+        return beside_idle(rows_SM) if self._packs else rows_SM
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         out, out_array = self._buffer(weight, *rows_SM.shape)
@@ -141,7 +154,7 @@ class CompiledSteps:
         geometry, num_rows = self._geometry, place.num_rows
         width = geometry.num_heads * geometry.head_dim
         queries, queries_array = self._buffer("queries", num_rows, width)
-        out, out_array = self._buffer("mixed", num_rows, width)
+        out, out_array = self._buffer("mixed", qkv.shape[0], width)
         slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
         q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
         eps, angles = geometry.norm_eps, place.angle_arrays
@@ -166,7 +179,7 @@ class CompiledSteps:
         """A tensor and its memory as numpy sees it."""
         key = (step, shape)
         if key not in self._buffers:
-            tensor = torch.empty(shape, dtype=self._dtype)
+            tensor = torch.zeros(shape, dtype=self._dtype)
             self._buffers[key] = (tensor, array(tensor))
         return self._buffers[key]
 

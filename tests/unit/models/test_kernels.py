@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from spdbench.models import kernels
-from spdbench.models.kernels import PackedLinear, PlainLinear, linear
+from spdbench.models.kernels import FEWEST_ROWS, PackedLinear, PlainLinear, beside_idle, linear
 
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 8, 33]
@@ -88,3 +88,9 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(dtype: torch.dtype, shape
         for i in range(count):
             assert torch.equal(product(rows[i : i + 1])[0], together[i])
             assert torch.equal(product.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])
+
+
+def test_few_rows_are_joined_by_idle_ones_and_many_are_left_alone() -> None:
+    rows, many = tensor(1, 8), tensor(FEWEST_ROWS, 8)
+    assert torch.equal(beside_idle(rows), torch.cat((rows, torch.zeros(FEWEST_ROWS - 1, 8))))
+    assert beside_idle(many) is many
