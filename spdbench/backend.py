@@ -109,7 +109,7 @@ class Backend(Protocol):
 
         Asked for after each request, outside of the time that counts. `target` and `head` spans lie on lanes 0 to
         `describe().lanes` - 1 and do not overlap on a lane; a drafter's and a controller's lanes come after these. With
-        several lanes a step is a cycle, and is yielded when every lane has begun its work of that cycle.
+        several lanes a step is a cycle; spans name theirs, or it is yielded when every lane has begun its work of it.
         """
 
     def close(self) -> None:

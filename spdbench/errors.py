@@ -1,6 +1,7 @@
 """Errors that a user can mend, and the exit code each one means.
 
     SpdbenchError                 exit 1   something failed; the message says what
+    ├── BackendLostError          exit 1   a backend broke down for good, such as by the death of one of its processes
     ├── InputError                exit 2   wrong usage or input: names file, key, value and what is allowed
     └── NotComparableError        exit 4   results that may not stand in one table
 
@@ -17,6 +18,10 @@ class SpdbenchError(Exception):
     """Base of every error that spdbench raises on purpose."""
 
     exit_code = 1
+
+
+class BackendLostError(SpdbenchError):
+    """A backend broke down and cannot go on: the prompt at hand failed, and the run ends with what it has."""
 
 
 class InputError(SpdbenchError):

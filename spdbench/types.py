@@ -76,7 +76,8 @@ class Span(NamedTuple):
     """A stretch of work on one lane, in `time.perf_counter_ns` time; `kept` is false for tokens later discarded.
 
     `target` is the target's layers at work and `head` its output head, `draft` the drafter, `verify` accepting and
-    rejecting, `host` messages, synchronisation and bookkeeping.
+    rejecting, `host` messages, synchronisation and bookkeeping. `cycle` counts a pipeline's cycles from 0, for lanes
+    that may run ahead of each other; -1 is the cycle in which the span begins.
     """
 
     lane: int
@@ -85,3 +86,4 @@ class Span(NamedTuple):
     end_ns: int
     position: int
     kept: bool
+    cycle: int = -1

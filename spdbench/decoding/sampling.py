@@ -14,6 +14,9 @@ from torch import Tensor
 
 from spdbench.types import Sampling
 
+Logits = Tensor | int
+"""Logits `[V]`, or their argmax alone: all that greedy decoding asks for, and a shorter message."""
+
 
 class Sampler:
     """Chooses tokens for one request. Uniform numbers come from the request's seed alone, on the host, so that a
@@ -31,8 +34,10 @@ class Sampler:
         """A number in [0, 1)."""
         return self._random.random()
 
-    def choose(self, logits_V: Tensor) -> int:
+    def choose(self, logits_V: Logits) -> int:
         """The next token's id: the argmax when greedy, else a draw from the warped distribution."""
+        if isinstance(logits_V, int):
+            return logits_V
         if self.greedy:
             return int(logits_V.argmax())
         return self.draw(self.probabilities(logits_V))

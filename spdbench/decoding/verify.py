@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.tree import DraftTree
 
 
@@ -39,11 +39,12 @@ class Verdict:
     token_id: int
 
 
-def judge(logits_V: Tensor, draft: Draft, sampler: Sampler) -> Verdict:
+def judge(logits_V: Logits, draft: Draft, sampler: Sampler) -> Verdict:
     """The target's logits for a position against the token drafted for it."""
     if sampler.greedy:
-        best = int(logits_V.argmax())
+        best = sampler.choose(logits_V)
         return Verdict(best == draft.token_id, best)
+    assert not isinstance(logits_V, int)
     target_V = sampler.probabilities(logits_V)
     token, draft_V = draft.token_id, draft.probabilities_V
     likelihood = 1.0 if draft_V is None else float(draft_V[token])

@@ -7,8 +7,9 @@ Busy are spans of kind `target` and `head`; they lie on the lanes 0 to n - 1 and
 `draft` spans explain the idle time of every lane, wherever they lie, since all wait for a verdict or a draft. A `host`
 span on a lane explains that lane's idle time; one on a number of n or above (the controller's) explains every lane's.
 
-With several lanes a step is a cycle, and a span belongs to the cycle in which it begins. A lane without a span in a
-cycle holds no token there, which is `fill`. With one lane the token is always there, and no other lane to wait for.
+With several lanes a step is a cycle, and a span belongs to the cycle that it names, else to the one in which it begins.
+A lane without a span in a cycle holds no token there, which is `fill`. With one lane the token is always there, and no
+other lane to wait for.
 """
 
 from __future__ import annotations
@@ -65,16 +66,16 @@ class SpanTable:
     start: Times
     end: Times
     kept: NDArray[np.bool_]
+    cycle: Times
 
     @property
     def busy(self) -> SpanTable:
         """Only the work on the target."""
         return self.where(self.kind <= HEAD)
 
-    def where(self, chosen: NDArray[np.bool_]) -> SpanTable:
-        return SpanTable(
-            self.lanes, self.lane[chosen], self.kind[chosen], self.start[chosen], self.end[chosen], self.kept[chosen]
-        )
+    def where(self, chosen: NDArray[np.bool_] | Times) -> SpanTable:
+        columns = {name: getattr(self, name)[chosen] for name in ("lane", "kind", "start", "end", "kept", "cycle")}
+        return replace(self, **columns)
 
     def clipped(self, first: int, last: int) -> SpanTable:
         """What lies between `first` and `last`."""
@@ -89,15 +90,14 @@ def read_spans(spans: Sequence[Span], lanes: int) -> SpanTable:
         ValueError: the backend is broken: a kind that there is not, an end before its start, a lane that does not hold
             layers at work on the target, or two such spans on one lane at the same time.
     """
-    lane, kind, start, end, _, kept = zip(*spans, strict=True) if spans else ((),) * 6
+    lane, kind, start, end, _, kept, cycle = zip(*spans, strict=True) if spans else ((),) * 7
     if unknown := set(kind) - CODES.keys():
         raise ValueError(f"spans: kind {unknown.pop()!r} is none of {', '.join(CODES)}")
     codes = np.fromiter(map(CODES.__getitem__, kind), np.int64, len(kind))
     starts, ends = np.array(start, np.int64), np.array(end, np.int64)
     order = np.lexsort((starts, lane))
-    table = SpanTable(
-        lanes, np.array(lane, np.int64)[order], codes[order], starts[order], ends[order], np.array(kept, bool)[order]
-    )
+    kepts, cycles = np.array(kept, bool), np.array(cycle, np.int64)
+    table = SpanTable(lanes, np.array(lane, np.int64), codes, starts, ends, kepts, cycles).where(order)
     _check(table)
     return table.where(table.end > table.start)
 
@@ -139,7 +139,7 @@ def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None
     ends = _cycle_ends(step_ends)
     busy = table.busy.clipped(int(ends[0]), int(ends[-1]))
     shape = (table.lanes, len(ends) - 1)
-    place = busy.lane * shape[1] + _cycle_of(busy.start, ends)
+    place = busy.lane * shape[1] + _cycles(busy, ends)
     lane_ns = np.bincount(place, busy.end - busy.start, minlength=shape[0] * shape[1]).reshape(shape)
     full = lane_ns.all(axis=0)
     if not full.any():
@@ -231,7 +231,7 @@ def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
     idle = np.searchsorted(mine.start, starts, side="right") == np.searchsorted(mine.end, starts, side="right")
     starts, stops = starts[idle], stops[idle]
     has_token = np.zeros(len(ends) - 1, dtype=np.bool_)
-    has_token[_cycle_of(mine.start, ends)] = True
+    has_token[_cycles(mine, ends)] = True
     filled = ~has_token[_cycle_of(starts, ends)]
     return starts[~filled], stops[~filled], int((stops - starts)[filled].sum())
 
@@ -239,8 +239,8 @@ def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
 def _waits_until(mine: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
     """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
-    np.maximum.at(slowest, _cycle_of(busy.start, ends), busy.end)
-    cycle = _cycle_of(mine.start, ends)
+    np.maximum.at(slowest, _cycles(busy, ends), busy.end)
+    cycle = _cycles(mine, ends)
     done = np.append(cycle[1:] != cycle[:-1], True)[: len(cycle)]
     waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
     before = np.searchsorted(mine.start, starts, side="right") - 1
@@ -253,6 +253,11 @@ def _cycle_ends(step_ends: Sequence[int]) -> Times:
     if len(ends) < 2:
         raise ValueError("a decode window has a duration")
     return ends
+
+
+def _cycles(spans: SpanTable, ends: Times) -> Times:
+    """The cycle that each span, which lies in the window, belongs to: as it says, else where it begins."""
+    return np.where(spans.cycle < 0, _cycle_of(spans.start, ends), spans.cycle).clip(0, len(ends) - 2)
 
 
 def _cycle_of(times: Times, ends: Times) -> Times:

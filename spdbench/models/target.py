@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,32 @@ from spdbench.models.load import ModelFiles, find_model
 from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """Where a target's layers come from: plain data, which another process can be given. `config` and `frequencies` are
+    None where transformers' layers serve."""
+
+    files: ModelFiles
+    dtype: str
+    config: ModelConfig | None
+    frequencies: tuple[tuple[float, ...], float] | None
+
+    def load(self, layers: range, device: str) -> TargetDecoder:
+        """The layers `layers`, read straight from the files, and what else of the model goes with them."""
+        if self.config is None or self.frequencies is None:
+            return Target(self.files, self.dtype, device).load_layers(layers)
+        inverse, factor = self.frequencies
+        with closing(Checkpoint(self.files.directory)) as checkpoint:
+            return load_decoder(
+                checkpoint,
+                self.config,
+                (torch.tensor(inverse), factor),
+                DTYPES[self.dtype],
+                find_device(device),
+                layers,
+            )
 
 
 class Target:
@@ -71,6 +98,14 @@ class Target:
         if not isinstance(decoder, Decoder):
             raise InputError(f"{self.files.id}: spdbench's own layers do not know this model ({self.unknown})")
         return decoder
+
+    @property
+    def source(self) -> LayerSource:
+        """For processes that load layers of their own."""
+        if self._known is None:
+            return LayerSource(self.files, self.dtype_name, None, None)
+        inverse, factor = hf.rotary_frequencies(self._standard, self._known.head_dim)
+        return LayerSource(self.files, self.dtype_name, self._known, (tuple(inverse.tolist()), factor))
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
         """A decoder of its own for `layers`, read straight from the files.

@@ -8,25 +8,15 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
+from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetCache, TargetDecoder
+from spdbench.pipeline.interface import States
 from spdbench.pipeline.schedule import Cycle, Node
-
-States = Mapping[int, Tensor]
-"""Hidden states by index k, each `[S, M]`."""
-
-
-@dataclass(frozen=True)
-class CycleOutput:
-    """What a cycle gave: logits `[V]` of the completed node, the new hidden states by position, layers computed."""
-
-    logits_V: Tensor | None
-    states: tuple[tuple[int, States], ...]
-    num_layers: int
+from spdbench.types import Span
 
 
 class InlinePipeline:
@@ -38,16 +28,20 @@ class InlinePipeline:
         self._wanted = frozenset(wanted)
         self._caches: list[TargetCache] = []
         self._inputs: dict[int, Tensor] = {}
+        self._states: list[tuple[int, States]] = []
+        self._cycle: Cycle | None = None
 
-    @property
-    def num_stages(self) -> int:
-        return len(self._stages)
-
-    def prefill(self, prompt_ids: Collection[int], capacity: int) -> tuple[Tensor, States]:
-        """The prompt through all stages, with fresh caches of `capacity` tokens: last logits `[V]`, states `[S, M]`."""
+    def prefill(
+        self,
+        prompt_ids: Collection[int],
+        capacity: int,
+        *,
+        greedy: bool,  # noqa: ARG002 - what it saves is a message
+    ) -> tuple[Logits, States]:
         decoder = self._decoder
         self._caches = [decoder.new_cache(capacity, layers) for layers in self._stages]
         self._inputs.clear()
+        self._states.clear()
         hidden_SM = decoder.embed(decoder.ids(prompt_ids))
         states: dict[int, Tensor] = {}
         for layers, cache in zip(self._stages, self._caches, strict=True):
@@ -55,33 +49,41 @@ class InlinePipeline:
             states |= found
         return decoder.logits(hidden_SM[-1:])[0], states
 
-    def enter(self, node: Node) -> Tensor:
-        """Embeds a node on its way into stage 0: hidden state 0, `[1, M]`."""
+    def enter(self, node: Node) -> None:
         hidden_SM = self._decoder.embed(self._decoder.ids((node.token_id,)))
         self._inputs[node.id] = hidden_SM
-        return hidden_SM
+        if 0 in self._wanted:
+            self._states.append((node.position, {0: hidden_SM}))
 
-    def step(self, cycle: Cycle) -> CycleOutput:
-        """Runs every busy stage once on its own node."""
+    def begin(self, cycle: Cycle) -> None:
+        self._cycle = cycle
+
+    def finish(self) -> Logits | None:
+        assert self._cycle is not None
         logits_V: Tensor | None = None
-        states: list[tuple[int, States]] = []
-        num_layers = 0
-        for stage, node in cycle.work():
-            layers = self._stages[stage]
-            hidden_SM = self._inputs.pop(node.id)
+        for stage, node in self._cycle.work():
             hidden_SM, found = self._decoder.forward(
-                hidden_SM, node.position, self._caches[stage], layers, self._wanted
+                self._inputs.pop(node.id), node.position, self._caches[stage], self._stages[stage], self._wanted
             )
-            states.append((node.position, found))
-            num_layers += len(layers)
-            if stage == self.num_stages - 1:
+            self._states.append((node.position, found))
+            if stage == len(self._stages) - 1:
                 logits_V = self._decoder.logits(hidden_SM)[0]
             else:
                 self._inputs[node.id] = hidden_SM
-        return CycleOutput(logits_V, tuple(states), num_layers)
+        return logits_V
+
+    def states(self) -> Sequence[tuple[int, States]]:
+        found, self._states = self._states, []
+        return found
 
     def rollback(self, length: int) -> None:
-        """Forgets everything in flight, and every cached token from position `length` on."""
         for cache in self._caches:
             cache.rollback(length)
         self._inputs.clear()
+        self._states = [(position, states) for position, states in self._states if position < length]
+
+    def spans(self, final_length: int) -> Sequence[Span]:  # noqa: ARG002
+        return ()
+
+    def close(self) -> None:
+        self._caches.clear()

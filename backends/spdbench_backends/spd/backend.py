@@ -12,14 +12,13 @@ Source: arXiv 2605.30852; SPD.md section 4, without the faults of its section 11
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
-from pydantic import BeforeValidator, Field
-
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
 from spdbench.errors import InputError
-from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench.types import GenerationRequest
+from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -28,78 +27,37 @@ if TYPE_CHECKING:
     from spdbench_backends.spd.head import HeadWeights
 
 
-def _counts(value: Any) -> Any:
-    """`8,8,7,7` or `8;8;7;7` as a list."""
-    return [part for part in value.replace(";", ",").split(",") if part] if isinstance(value, str) else value
-
-
-class SPD:
+class SPD(Pipelined):
     """Speculative pipeline decoding: n stages work on n tokens of one sequence."""
 
-    class Options(BackendOptions):
-        stages: int | None = Field(
-            None,
-            ge=1,
-            description="pipeline stages n; default: the drafter's, else 3 where that divides the layers",
-        )
-        stage_layers: Annotated[tuple[int, ...] | None, BeforeValidator(_counts)] = Field(
-            None, description="layers of each stage, e.g. 11,10,9; default: equal stages"
-        )
-        executor: Literal["inline"] = Field("inline", description="inline: all stages stepped in this process")
-
-    kind: ClassVar[BackendKind] = "pipeline"
+    class Options(PipelineOptions):
+        """Those of every pipeline."""
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(SPD.Options, options)
-        self._context = context
-        self._stages: tuple[range, ...] = ()
-        self._choice: DrafterChoice | None = None
+        super().__init__(options, context)
         self._head: HeadWeights | None = None
-        self._info: DrafterInfo | None = None
-        self._prepared: tuple[GenerationRequest, PipelineDrafter] | None = None
-
-    @property
-    def lossless(self) -> bool:
-        """Dictated verdicts are for timing; what they let through is not the target's own."""
-        return not self._context.drafter.startswith("forced:")
-
-    def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
-
-        choice = parse_drafter(self._context.drafter)
-        file = self._find_head(choice)
-        self._stages = self._cut(file)
-        self._load_drafter(choice, file)
-        self._choice = choice
-
-    def describe(self) -> BackendInfo:
-        decoder = self._context.target.decoder
-        last = len(self._stages) - 1
-        return BackendInfo(
-            devices=self._context.devices[:1],
-            lane_bytes=tuple(decoder.bytes_per_token(layers, head=s == last) for s, layers in enumerate(self._stages)),
-            stage_layers=tuple(len(layers) for layers in self._stages),
-            drafter=self._info,
-            kernels=decoder.kernels,
-        )
-
-    def prepare(self, request: GenerationRequest) -> None:
-        self._prepared = (request, self._new_drafter(request))
-
-    def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        from spdbench_backends.spd.engine import generate
-
-        if self._prepared is None or self._prepared[0] is not request:
-            self.prepare(request)
-        assert self._prepared is not None
-        drafter, self._prepared = self._prepared[1], None
-        return generate(self._context.target.decoder, self._stages, drafter, request)
-
-    def spans(self) -> Sequence[Span]:
-        return ()
 
     def close(self) -> None:
-        self._head = self._prepared = self._choice = None
+        super().close()
+        self._head = None
+
+    def _load_drafter(self, choice: DrafterChoice) -> None:
+        file = self._find_head(choice)
+        self._stages = self._cut(file.config.num_stages if file else None)
+        if file is None:
+            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
+            return
+        from spdbench_backends.spd.formats import build_head
+
+        self._head = build_head(file, self._context.target.own_decoder, self._stages)
+        untrained = choice.kind == "random"
+        trained = 0 if untrained else file.config.trained_tokens
+        self._info = DrafterInfo(
+            "random" if untrained else file.path.name, "spd", False, sha256=file.sha256 or None, trained_tokens=trained
+        )
+
+    def _anchors(self) -> Collection[int]:
+        return () if self._head is None else self._head.plan.anchors
 
     def _find_head(self, choice: DrafterChoice) -> HeadFile | None:
         """The head that was asked for, still without a place in this model; None for a synthetic drafter."""
@@ -121,33 +79,7 @@ class SPD:
 
     def _wanted_stages(self) -> int | None:
         counts = self._options.stage_layers
-        return self._options.stages if counts is None else len(counts)
-
-    def _cut(self, file: HeadFile | None) -> tuple[range, ...]:
-        from spdbench.models.partition import split_by_counts, split_evenly
-
-        options, num_layers = self._options, self._context.target.config.num_layers
-        try:
-            if options.stage_layers is not None:
-                if options.stages not in (None, len(options.stage_layers)):
-                    raise InputError(f"stages={options.stages}: stage_layers names {len(options.stage_layers)} stages.")
-                return split_by_counts(num_layers, options.stage_layers)
-            return split_evenly(num_layers, options.stages or (file.config.num_stages if file else _usual(num_layers)))
-        except InputError as error:
-            raise InputError(f"-o {self._context.label}.{error}") from None
-
-    def _load_drafter(self, choice: DrafterChoice, file: HeadFile | None) -> None:
-        if file is None:
-            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
-            return
-        from spdbench_backends.spd.formats import build_head
-
-        self._head = build_head(file, self._context.target.own_decoder, self._stages)
-        untrained = choice.kind == "random"
-        trained = 0 if untrained else file.config.trained_tokens
-        self._info = DrafterInfo(
-            "random" if untrained else file.path.name, "spd", False, sha256=file.sha256 or None, trained_tokens=trained
-        )
+        return len(counts) if isinstance(counts, tuple) else self._options.stages
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench.decoding.synthetic import synthetic_drafts
@@ -159,9 +91,3 @@ class SPD:
         if self._head is not None:
             return HeadDrafter(self._head, decoder.config.vocab_size)
         return SyntheticDrafter(synthetic_drafts(self._choice, self._context.seed, decoder, request))
-
-
-def _usual(num_layers: int) -> int:
-    if num_layers % 3 == 0:
-        return 3
-    return next((n for n in range(2, num_layers + 1) if num_layers % n == 0), 1)

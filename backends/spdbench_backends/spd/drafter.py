@@ -21,9 +21,11 @@ from spdbench_backends.spd.plan import DeepestRows, NominalRows
 
 
 class PipelineDrafter(Protocol):
-    """One request's drafter. `anchors` are the hidden states it wants to see."""
+    """One request's drafter. `anchors` are the hidden states it wants to see. `reads_this_cycle`: it drafts when the
+    stages have moved, from what they have just computed; else beside them, from what there was before."""
 
     anchors: tuple[int, ...]
+    reads_this_cycle: bool
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
         """The prompt's hidden states, `[S, M]` by index."""
@@ -32,7 +34,7 @@ class PipelineDrafter(Protocol):
         """New hidden states of a token in flight, `[1, M]` by index."""
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        """A successor for the node in stage 0, from what was observed before this cycle's step."""
+        """A successor for the node in stage 0, from what was observed."""
 
     def dictated(self, position: int) -> bool | None:
         """The verdict that a timing experiment prescribes for the draft at `position`; usually None."""
@@ -46,7 +48,8 @@ class SyntheticDrafter:
 
     anchors: tuple[int, ...] = ()
 
-    def __init__(self, drafts: SyntheticDrafts) -> None:
+    def __init__(self, drafts: SyntheticDrafts, *, reads_this_cycle: bool = False) -> None:
+        self.reads_this_cycle = reads_this_cycle
         self._drafts = drafts
         self._prompt_length = 0
 
@@ -69,6 +72,8 @@ class SyntheticDrafter:
 
 class HeadDrafter:
     """The Pipeline Draft Module, trained or random."""
+
+    reads_this_cycle = False
 
     def __init__(self, weights: HeadWeights, vocab_size: int) -> None:
         self.anchors = weights.plan.anchors

@@ -1,120 +1,134 @@
 """SPD's decoding loop: schedule, stages and drafter put together, one cycle a step.
 
-Knows the order of things in a cycle; must not know how drafts are made, how stages run, or what the options were.
+Knows the order of things in a cycle; must not know how drafts are made, where stages run, or what the options were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from time import perf_counter_ns
 
 import torch
-from torch import Tensor
 
-from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.verify import Draft, Verdict, judge
-from spdbench.models.interface import TargetDecoder
-from spdbench.pipeline.inline import InlinePipeline, States
+from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
-from spdbench.types import GenerationRequest, Step
+from spdbench.types import GenerationRequest, Span, SpanKind, Step
 from spdbench_backends.spd.drafter import PipelineDrafter
 
 
-@torch.inference_mode()
-def generate(
-    decoder: TargetDecoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
-) -> Iterator[Step]:
-    """Steps of one request: prefill, then a step a cycle; ends on the verdict that gives the last token."""
-    sequence = _Sequence(decoder, stages, drafter, request)
-    token = sequence.prefill()
-    yield Step((token,), 0, 0, 0, float(len(request.prompt_ids)))
-    num_new = 1
-    if num_new == request.max_new_tokens or token in request.eos_ids:
-        return
-    sequence.start(token)
-    while True:
-        step = sequence.cycle()
-        yield step
-        num_new += len(step.token_ids)
-        if num_new == request.max_new_tokens or request.eos_ids.intersection(step.token_ids):
-            return
-
-
-class _Sequence:
-    """One request on its way through the pipeline."""
+class PipelinedDecoding:
+    """One request on its way through a pipeline."""
 
     def __init__(
-        self, decoder: TargetDecoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
+        self, pipeline: Pipeline, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
     ) -> None:
-        self._pipeline = InlinePipeline(decoder, stages, drafter.anchors)
+        self._pipeline = pipeline
+        self._stages = stages
         self._schedule = PipelineSchedule(len(stages))
         self._drafter = drafter
         self._request = request
         self._sampler = Sampler(request.sampling, request.seed)
         self._num_layers = stages[-1].stop
-        self._last_position = len(request.prompt_ids) + request.max_new_tokens - 1
+        self._length = len(request.prompt_ids)  # of what is committed
+        self._limit = self._length + request.max_new_tokens
         self._drafts: dict[int, Draft] = {}  # by node, for those in flight
         self._prompt_states: States = {}
+        self._spans: list[Span] = []
 
-    def prefill(self) -> int:
-        """The first new token."""
+    @torch.inference_mode()
+    def steps(self) -> Iterator[Step]:
+        """Prefill, then a step a cycle; ends on the verdict that gives the last token."""
+        try:
+            step = self._prefill()
+            yield step
+            if not self._is_last(step):
+                self._start(step.token_ids[0])
+            while not self._is_last(step):
+                step = self._cycle()
+                yield step
+        finally:  # also of a generation that is closed early: nothing may go on in the background
+            self._pipeline.rollback(max(self._length - 1, 0))
+
+    def spans(self) -> Sequence[Span]:
+        """What the time went to, once all is done; empty where stages share a process."""
+        if not (found := self._pipeline.spans(self._length - 1)):
+            return ()
+        return [*found, *self._spans]
+
+    def _is_last(self, step: Step) -> bool:
+        return self._length == self._limit or bool(self._request.eos_ids.intersection(step.token_ids))
+
+    def _prefill(self) -> Step:
         prompt = self._request.prompt_ids
-        capacity = self._last_position + 1
-        logits_V, self._prompt_states = self._pipeline.prefill(prompt, capacity)
-        return self._sampler.choose(logits_V)
+        logits, self._prompt_states = self._pipeline.prefill(prompt, self._limit, greedy=self._sampler.greedy)
+        self._length += 1
+        return Step((self._sampler.choose(logits),), 0, 0, 0, float(len(prompt)))
 
-    def start(self, token_id: int) -> None:
+    def _start(self, token_id: int) -> None:
         """Enters the first new token, after the drafter has read the prompt."""
         prompt_length = len(self._request.prompt_ids)
-        self._drafter.start(self._prompt_states, prompt_length, self._last_position + 1)
+        self._drafter.start(self._prompt_states, prompt_length, self._limit)
         self._prompt_states = {}
         self._enter(self._schedule.start(token_id, prompt_length))
 
-    def cycle(self) -> Step:
-        """One cycle: draft, move, judge, enter."""
+    def _cycle(self) -> Step:
+        """One cycle: the stages move while a successor of the newest token is drafted, or before it is; then the
+        verdict, and what enters next."""
         cycle = self._schedule.cycle()
-        draft = self._drafter.draft(cycle, self._sampler) if self._wants_draft(cycle) else None
-        output = self._pipeline.step(cycle)
-        for position, states in output.states:
-            self._drafter.observe(position, states)
-        forwards = output.num_layers / self._num_layers
+        forwards = sum(len(self._stages[stage]) for stage, _ in cycle.work()) / self._num_layers
+        self._pipeline.begin(cycle)
+        draft = None if self._drafter.reads_this_cycle else self._draft(cycle)
+        logits = self._pipeline.finish()
+        if self._drafter.reads_this_cycle:
+            draft = self._draft(cycle)
         if cycle.completing is None:
             self._enter(self._schedule.fill(draft.token_id if draft else None), draft)
             return Step((), 0, 0, 0, forwards)
-        assert output.logits_V is not None
+        assert logits is not None
+        began = perf_counter_ns()
         judged = draft if self._schedule.num_stages == 1 else self._drafts.pop(cycle.child.id) if cycle.child else None
-        if judged is None:  # nothing was drafted behind it: the target's own token goes on
-            self._restart(cycle.completing, self._sampler.choose(output.logits_V))
-            return Step((self._newest_token(),), 0, 0, 0, forwards)
-        verdict = self._judge(output.logits_V, judged, cycle.completing.position + 1)
+        verdict = self._judge(logits, judged, cycle.completing.position + 1)
+        self._took("verify", began, cycle.completing.position)
+        self._length += 1
+        step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if judged else (0, 0, 0)), forwards)
+        if self._is_last(step):
+            return step
         if verdict.accepted:
             self._enter(self._schedule.accept(draft.token_id if draft else None), draft)
         else:
             self._restart(cycle.completing, verdict.token_id)
-        return Step((verdict.token_id,), 1, 1, int(verdict.accepted), forwards)
+        return step
 
-    def _wants_draft(self, cycle: Cycle) -> bool:
-        """Nothing is drafted behind an end of sequence, behind the last position, or behind an idle stage 0."""
+    def _draft(self, cycle: Cycle) -> Draft | None:
+        """A successor of the newest token. None behind an end of sequence, behind the last position, or behind an idle
+        stage 0."""
+        for position, states in self._pipeline.states():
+            self._drafter.observe(position, states)
         newest = cycle.stages[0]
-        return (
-            newest is not None
-            and newest.token_id not in self._request.eos_ids
-            and newest.position < self._last_position
-        )
+        if newest is None or newest.token_id in self._request.eos_ids or newest.position >= self._limit - 1:
+            return None
+        began = perf_counter_ns()
+        draft = self._drafter.draft(cycle, self._sampler)
+        self._took("draft", began, newest.position)
+        return draft
 
-    def _judge(self, logits_V: Tensor, draft: Draft, position: int) -> Verdict:
-        dictated = self._drafter.dictated(position)
-        if dictated is None:
-            return judge(logits_V, draft, self._sampler)
+    def _judge(self, logits: Logits, draft: Draft | None, position: int) -> Verdict:
+        """Without a draft the target's own token goes on."""
+        dictated = None if draft is None else self._drafter.dictated(position)
+        if draft is None or dictated is False:
+            return Verdict(False, self._sampler.choose(logits))
         if dictated:
             return Verdict(True, draft.token_id)
-        return Verdict(False, self._sampler.choose(logits_V))
+        return judge(logits, draft, self._sampler)
 
     def _enter(self, node: Node | None, draft: Draft | None = None) -> None:
         if node is None:
             return
         if draft is not None and self._schedule.num_stages > 1:
             self._drafts[node.id] = draft
-        self._drafter.observe(node.position, {0: self._pipeline.enter(node)})
+        self._pipeline.enter(node)
 
     def _restart(self, completing: Node, token_id: int) -> None:
         """Drops everything in flight behind the completed node; the target's own token enters."""
@@ -124,6 +138,7 @@ class _Sequence:
         self._drafts.clear()
         self._enter(self._schedule.restart(token_id))
 
-    def _newest_token(self) -> int:
-        assert self._schedule.newest is not None
-        return self._schedule.newest.token_id
+    def _took(self, kind: SpanKind, start_ns: int, position: int) -> None:
+        """The drafter's lane comes after the stages', and the controller's after that."""
+        lane = len(self._stages) + int(kind != "draft")
+        self._spans.append(Span(lane, kind, start_ns, perf_counter_ns(), position, True))

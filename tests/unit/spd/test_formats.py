@@ -15,9 +15,9 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import HeadDrafter
-from spdbench_backends.spd.engine import generate
 from spdbench_backends.spd.formats import build_head, random_head, read_head
 from tests import tiny
+from tests.unit.spd.inline import generate
 
 STAGES = split_evenly(6, 3)
 PROMPT = tuple(range(30, 41))

@@ -18,9 +18,9 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_evenly
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
-from spdbench_backends.spd.engine import generate
 from spdbench_backends.spd.formats import build_head, random_head
 from tests import tiny
+from tests.unit.spd.inline import generate
 
 PROMPT = tuple(range(30, 41))
 

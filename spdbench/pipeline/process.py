@@ -1,0 +1,166 @@
+"""A pipeline whose stages are processes: the controller's half of the conversation.
+
+A cycle has no barrier: a stage runs as soon as its own input is there, and the controller waits for the oldest node
+alone, whose verdict decides what comes next. Other stages' hidden states are read when a drafter asks for them. Must
+not know who drafts or how tokens are judged.
+
+Shapes: S rows, M model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Logits
+from spdbench.models.interface import TargetDecoder
+from spdbench.pipeline.interface import States
+from spdbench.pipeline.messages import Header, Kind, from_bytes
+from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.stages import StageWorkers
+from spdbench.pipeline.worker import SPAN_COLUMNS, SPAN_KINDS, StageSpec
+from spdbench.types import Span
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a stage was given in a cycle."""
+
+    stage: int
+    node: Node
+    cycle: int
+    epoch: int
+
+
+class ProcessPipeline:
+    """`workers` run the stages `specs`; `decoder` is the controller's own, which embeds for drafters that read
+    hidden state 0."""
+
+    def __init__(
+        self, workers: StageWorkers, specs: Sequence[StageSpec], decoder: TargetDecoder, wanted: Collection[int]
+    ) -> None:
+        self._workers = workers
+        self._specs = tuple(specs)
+        self._decoder = decoder
+        self._reads_embedding = 0 in wanted
+        self._epoch = 0
+        self._cycle_number = 0
+        self._cuts: dict[int, int] = {}  # by epoch: positions from here on were dropped
+        self._work: list[_Work] = []
+        self._unread: list[_Work] = []
+        self._states: list[tuple[int, States]] = []
+        self._decided_ns = 0
+        self._host_spans: list[Span] = []
+
+    def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
+        ids = list(prompt_ids)
+        self._epoch += 1
+        self._cycle_number = 0
+        self._cuts.clear()
+        self._work.clear()
+        self._unread.clear()
+        self._states.clear()
+        self._host_spans.clear()
+        self._decided_ns = 0
+        header = Header(Kind.PROMPT, self._epoch, num_rows=len(ids), value=capacity, flag=int(greedy))
+        self._workers.send(header, np.array(ids, np.int64).tobytes())
+        states: dict[int, Tensor] = {}
+        if self._reads_embedding:
+            states[0] = self._decoder.embed(self._decoder.ids(ids))
+        logits: Logits | None = None
+        for spec in self._specs:
+            header, payload = self._result(spec.index, self._epoch, 0)
+            found, logits = self._read(spec, header, payload, len(ids))
+            states |= found
+        assert logits is not None
+        return logits, states
+
+    def enter(self, node: Node) -> None:
+        """Sends the node at once: stage 0 waits for nothing else."""
+        if self._reads_embedding:
+            self._states.append((node.position, {0: self._decoder.embed(self._decoder.ids((node.token_id,)))}))
+        oldest = node.parent is None
+        now = perf_counter_ns()
+        self._workers.send(
+            Header(Kind.NODE, self._epoch, self._cycle_number, node.position, 0, node.token_id, int(oldest), now)
+        )
+        if self._decided_ns:
+            self._host_spans.append(
+                Span(len(self._specs) + 1, "host", self._decided_ns, perf_counter_ns(), node.position, True)
+            )
+
+    def begin(self, cycle: Cycle) -> None:
+        self._work = [_Work(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
+        self._cycle_number += 1
+
+    def finish(self) -> Logits | None:
+        oldest = self._work[0]
+        spec = self._specs[oldest.stage]
+        header, payload = self._result(oldest.stage, oldest.epoch, oldest.cycle)
+        self._decided_ns = header.at_ns
+        found, logits = self._read(spec, header, payload, 1)
+        if found:
+            self._states.append((oldest.node.position, found))
+        self._unread += [work for work in self._work[1:] if self._specs[work.stage].wanted]
+        return logits
+
+    def states(self) -> Sequence[tuple[int, States]]:
+        for work in self._unread:
+            header, payload = self._result(work.stage, work.epoch, work.cycle)
+            self._states.append((work.node.position, self._read(self._specs[work.stage], header, payload, 1)[0]))
+        self._unread.clear()
+        found, self._states = self._states, []
+        return found
+
+    def rollback(self, length: int) -> None:
+        self._cuts[self._epoch] = length
+        self._epoch += 1
+        self._workers.spread(self._epoch)
+        self._unread = [work for work in self._unread if work.node.position < length]
+        self._states = [(position, states) for position, states in self._states if position < length]
+
+    def spans(self, final_length: int) -> Sequence[Span]:
+        self._workers.send(Header(Kind.SPANS))
+        found = list(self._host_spans)
+        for spec in self._specs:
+            table = np.frombuffer(self._next(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
+            for kind, start, end, position, epoch, cycle in table.tolist():
+                kept = position < min(self._cuts.get(epoch, final_length), final_length)
+                found.append(Span(spec.index, SPAN_KINDS[kind], start, end, position, kept, cycle))  # type: ignore[arg-type]
+        return found
+
+    def close(self) -> None:
+        self._workers.close()
+
+    def _result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
+        """A stage's result of one cycle. Those of stale nodes that come before it are dropped."""
+        while True:
+            header, payload = self._next(stage, Kind.RESULT)
+            if (header.epoch, header.cycle) == (epoch, cycle):
+                return header, payload
+
+    def _next(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
+        while True:
+            header, payload = self._workers.receive(stage)
+            if header.kind == kind:
+                return header, payload
+
+    def _read(self, spec: StageSpec, header: Header, payload: bytes, num_rows: int) -> tuple[States, Logits | None]:
+        """Hidden states and, from the last stage, logits."""
+        decoder = self._decoder
+        width, size = decoder.config.hidden_size, num_rows * decoder.config.hidden_size * decoder.dtype.itemsize
+        states = {
+            index: from_bytes(payload[at * size : (at + 1) * size], decoder.dtype, num_rows, width).to(decoder.device)
+            for at, index in enumerate(spec.wanted)
+        }
+        if not spec.is_last:
+            return states, None
+        if header.value >= 0:
+            return states, header.value
+        logits_V = from_bytes(payload[len(spec.wanted) * size :], torch.float32, decoder.config.vocab_size)
+        return states, logits_V.to(decoder.device)

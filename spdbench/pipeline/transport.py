@@ -1,0 +1,108 @@
+"""How messages get from one process to the next.
+
+Headers always go through a pipe, which wakes its reader within some ten microseconds. Rows go the same way behind
+their header, or between devices through `torch.distributed` (NCCL between GPUs; gloo, which goes by way of the host).
+Must not know what messages mean.
+
+Shapes: S rows, M model width.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Literal, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
+
+from spdbench.pipeline.messages import Header, from_bytes, pack, to_bytes, unpack
+
+RowTransport = Literal["pipe", "gloo", "nccl"]
+
+
+class LinkClosedError(Exception):
+    """Who is at the other end has gone."""
+
+
+class Link(Protocol):
+    """One direction between two processes."""
+
+    def send(self, header: Header, rows_SM: Tensor | None = None) -> None: ...
+
+    def receive(self) -> tuple[Header, bytes]:
+        """Waits for a message."""
+
+    def rows(self, header: Header, payload: bytes) -> Tensor:
+        """The rows that belong to a message just received: `[S, M]`."""
+
+
+class PipeLink:
+    """Rows behind their header, through the host's memory."""
+
+    def __init__(self, connection: Connection, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._connection = connection
+        self._width = width
+        self._dtype = dtype
+        self._device = device
+
+    def send(self, header: Header, rows_SM: Tensor | None = None) -> None:
+        self._write(header, b"" if rows_SM is None else to_bytes(rows_SM))
+
+    def receive(self) -> tuple[Header, bytes]:
+        try:
+            return unpack(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise LinkClosedError from None
+
+    def rows(self, header: Header, payload: bytes) -> Tensor:
+        return from_bytes(payload, self._dtype, header.num_rows, self._width).to(self._device)
+
+    def _write(self, header: Header, payload: bytes) -> None:
+        try:
+            self._connection.send_bytes(pack(header, payload))
+        except OSError:
+            raise LinkClosedError from None
+
+
+class DistributedLink(PipeLink):
+    """Headers through the pipe, rows from process group rank to rank."""
+
+    def __init__(
+        self, connection: Connection, width: int, dtype: torch.dtype, device: torch.device, peer: int, *, host: bool
+    ) -> None:
+        super().__init__(connection, width, dtype, device)
+        self._peer = peer
+        self._host = host
+        place = torch.device("cpu") if host else device
+        self._row = torch.empty(1, width, dtype=dtype, device=place)
+
+    def send(self, header: Header, rows_SM: Tensor | None = None) -> None:
+        self._write(header, b"")
+        if rows_SM is not None:
+            dist.send(rows_SM.cpu() if self._host else rows_SM.contiguous(), self._peer)
+
+    def rows(self, header: Header, payload: bytes) -> Tensor:  # noqa: ARG002 - they come by another way
+        shape = (header.num_rows, self._width)
+        buffer = self._row if header.num_rows == 1 else torch.empty(shape, dtype=self._dtype, device=self._row.device)
+        dist.recv(buffer, self._peer)
+        return buffer.to(self._device)
+
+
+def host_store(num_stages: int) -> TCPStore:
+    """Where a process group meets, on a port that the system chooses; held by its first stage."""
+    return TCPStore("127.0.0.1", 0, num_stages, is_master=True, wait_for_workers=False)
+
+
+def find_store(port: int, num_stages: int) -> TCPStore:
+    """The store that another stage holds."""
+    return TCPStore("127.0.0.1", port, num_stages, is_master=False)
+
+
+def join_group(store: Store, kind: RowTransport, rank: int, num_stages: int, timeout_s: float) -> None:
+    """Makes this process one of `num_stages` that send rows to each other."""
+    dist.init_process_group(
+        backend=kind, store=store, rank=rank, world_size=num_stages, timeout=timedelta(seconds=timeout_s)
+    )
