@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
@@ -68,15 +68,11 @@ class Eagle(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
+            from spdbench_backends.drafter_files import drafter_info
+
             self._weights = self._build(file)
-            untrained = choice.kind == "random"
-            self._info = DrafterInfo(
-                "random" if untrained else file.path.name,
-                "eagle3" if self._weights.is_eagle3 else "eagle",
-                synthetic=False,
-                sha256=file.sha256 or None,
-                trained_tokens=0 if untrained else file.trained_tokens,
-            )
+            method = "eagle3" if self._weights.is_eagle3 else "eagle"
+            self._info = drafter_info(choice.kind, file.path.name, method, file.sha256, file.trained_tokens)
         self._choice = choice
         self._growth = self._choose_growth(choice, file)
 
@@ -118,7 +114,6 @@ class Eagle(DraftVerify):
         return weights
 
     def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
-
         from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, StaticGrowth
 
         options = self._options

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
@@ -68,17 +68,11 @@ class Medusa(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
+            from spdbench_backends.drafter_files import drafter_info
             from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
-            untrained = choice.kind == "random"
-            self._info = DrafterInfo(
-                "random" if untrained else file.path.name,
-                "medusa",
-                synthetic=False,
-                sha256=file.sha256 or None,
-                trained_tokens=0 if untrained else file.trained_tokens,
-            )
+            self._info = drafter_info(choice.kind, file.path.name, "medusa", file.sha256, file.trained_tokens)
         self._choice = choice
         self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
 

@@ -27,12 +27,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
 from spdbench.models.decoder import DRAFT_HEADS
+from spdbench_backends.drafter_files import load_tensors, read_config
 
 Layout = Literal["v0.1", "v2", "medusa2", "vllm", "spdbench"]
 WrittenLayout = Literal["v0.1", "v2", "vllm", "spdbench"]
@@ -156,7 +157,9 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     Raises:
         InputError: no heads, damaged, or those of a Medusa-2 checkpoint that is not `model`.
     """
-    raw = _read_config(path)
+    raw = read_config(path)
+    if raw.get("method", "medusa") != "medusa":
+        raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
     layout, tensors, files = _read_tensors(path, raw)
     if layout == "medusa2" and (model is None or path.resolve() != model.resolve()):
         raise InputError(
@@ -177,25 +180,11 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}/config.json: cannot be read ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}/config.json: is not a mapping")
-    if raw.get("method", "medusa") != "medusa":
-        raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
-    return raw
-
-
 def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str, Tensor], list[Path]]:
     """The heads' tensors by their names in the layout, and the files whose hash stands for them."""
     file = next((path / name for name in HEAD_FILES if (path / name).exists()), None)
     if file is not None:
-        tensors = _load(file)
+        tensors = load_tensors(file)
         return _flat_layout(tensors), tensors, [file]
     with closing(Checkpoint(path)) as checkpoint:
         whole = [name for name in checkpoint if name.startswith(DRAFT_HEADS)]
@@ -222,20 +211,6 @@ def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str,
 def _flat_layout(tensors: Mapping[str, Tensor]) -> Layout:
     """v2 if no head has a linear layer of its own."""
     return "v0.1" if NAMES["v0.1"].has_heads(tensors) else "v2"
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
-        raise InputError(
-            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise InputError(f"{file}: is not a mapping from names to tensors")
-    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _settings(take: _Taker, raw: Mapping[str, Any]) -> dict[str, Any]:

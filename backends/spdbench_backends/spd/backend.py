@@ -140,14 +140,11 @@ class SPD:
         if file is None:
             self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
             return
+        from spdbench_backends.drafter_files import drafter_info
         from spdbench_backends.spd.formats import build_head
 
         self._head = build_head(file, self._context.target.own_decoder, self._stages)
-        untrained = choice.kind == "random"
-        trained = 0 if untrained else file.config.trained_tokens
-        self._info = DrafterInfo(
-            "random" if untrained else file.path.name, "spd", False, sha256=file.sha256 or None, trained_tokens=trained
-        )
+        self._info = drafter_info(choice.kind, file.path.name, "spd", file.sha256, file.config.trained_tokens)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench.decoding.synthetic import synthetic_drafts

@@ -9,7 +9,6 @@ a head is used.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spdbench.errors import InputError
@@ -26,6 +24,7 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.kernels import linear
 from spdbench.models.layers import LayerWeights
 from spdbench.models.steps import HeadNorms, NormWeight
+from spdbench_backends.drafter_files import load_tensors, read_config
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 
@@ -87,13 +86,10 @@ def read_head(path: Path) -> HeadFile:
 
 
 def _read_folder(path: Path) -> tuple[object, object, Path]:
-    file = path / "model.safetensors"
-    try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")), load_file(file), file
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: is not a drafter folder, it has no {Path(error.filename or file).name}") from None
-    except Exception as error:  # safetensors raises a type of its own
-        raise InputError(f"{path}: cannot be read as a drafter ({error})") from None
+    config, file = read_config(path), path / "model.safetensors"
+    if not file.exists():
+        raise InputError(f"{path}: is not a drafter folder, it has no {file.name}")
+    return config, load_tensors(file), file
 
 
 def _read_published(path: Path) -> tuple[object, object, Path]:
