@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 
 if TYPE_CHECKING:
-    from spdbench.decoding.speculate import Drafter, Judge, Speculation
+    from spdbench.decoding.speculate import Drafter, Judge
     from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
     from spdbench.models.interface import TargetDecoder
 
@@ -22,13 +23,12 @@ class DraftVerify:
 
     kind: ClassVar[BackendKind] = "draft_verify"
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._all_options = options
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:  # noqa: ARG002 - the protocol's
         self._context = context
         self._info: DrafterInfo | None = None
-        self._speculation: Speculation | None = None
         self._prepared: tuple[GenerationRequest, Drafter] | None = None
         self._spans: Sequence[Span] = ()
+        self._chosen: Mapping[str, str] = {}  # what the backend decided for itself, to be kept in the result
 
     @property
     def lossless(self) -> bool:
@@ -42,7 +42,7 @@ class DraftVerify:
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
             drafter=self._info,
-            chosen=self._chosen(),
+            chosen=self._chosen,
             kernels=decoder.kernels,
         )
 
@@ -79,9 +79,11 @@ class DraftVerify:
 
         return judge_tree
 
-    def _chosen(self) -> Mapping[str, str]:
-        """What the backend decided for itself, to be kept in the result."""
-        return {}
+    def _no_trees(self, asked: str) -> InputError:
+        return InputError(
+            f"-o {self._context.label}.tree={asked}: this model runs on transformers' layers, which take no trees; "
+            "use chain"
+        )
 
     def _synthetic(self, choice: DrafterChoice) -> DrafterInfo:
         return DrafterInfo(choice.text, method=choice.kind, synthetic=True)

@@ -5,8 +5,6 @@ EAGLE-1, 2 and 3 differ by their heads' tensors, and any head grows any tree. So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -57,7 +55,6 @@ class Eagle(DraftVerify):
         self._choice: DrafterChoice | None = None
         self._weights: EagleWeights | None = None
         self._growth: Growth | None = None
-        self._auto = ""
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -121,12 +118,9 @@ class Eagle(DraftVerify):
             return ChainGrowth(options.depth or 4)
         if not self._decoder.takes_trees:
             if options.tree == "auto":
-                self._auto = "chain, depth 4: transformers' layers take no trees"
+                self._chosen = {"tree": "chain, depth 4: transformers' layers take no trees"}
                 return ChainGrowth(options.depth or 4)
-            raise InputError(
-                f"-o {self._context.label}.tree={options.tree}: this model runs on transformers' layers, which take no "
-                "trees; use chain"
-            )
+            raise self._no_trees(options.tree)
         if options.tree == "static":
             paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or 5))
             return StaticGrowth(paths, self._decoder.device)
@@ -148,34 +142,27 @@ class Eagle(DraftVerify):
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
         if num_nodes <= levels + 1:
-            self._auto = f"chain, depth {levels}"
+            self._chosen = {"tree": f"chain, depth {levels}"}
             return ChainGrowth(levels)
         top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
-        self._auto = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
+        self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         return DynamicGrowth(levels, top_k, num_nodes)
 
     def _draft_seconds(self) -> float:
         """What a level of drafting takes: one row through the head, timed."""
         import torch
 
+        from spdbench.decoding.tree_choice import median_seconds
         from spdbench_backends.eagle.head import EagleModule
 
         weights = self._weights
         if weights is None:
             return 0.0
-        module, times = EagleModule(weights, 64), []
+        module = EagleModule(weights, 64)
         inputs = len(weights.aux) if weights.is_eagle3 else 1
         features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
-        with torch.inference_mode():
-            for _ in range(8):
-                began = perf_counter()
-                logits, _ = module.extend(features, self._decoder.ids((0,)))
-                int(logits.argmax())
-                times.append(perf_counter() - began)
-        return sorted(times)[len(times) // 2]
-
-    def _chosen(self) -> Mapping[str, str]:
-        return {"tree": self._auto} if self._auto else {}
+        ids = self._decoder.ids((0,))
+        return median_seconds(lambda: int(module.extend(features, ids)[0].argmax()))
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter

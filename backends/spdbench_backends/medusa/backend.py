@@ -5,8 +5,6 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -53,7 +51,6 @@ class Medusa(DraftVerify):
         self._choice: DrafterChoice | None = None
         self._weights: MedusaWeights | None = None
         self._tree: FixedTree | None = None
-        self._auto = ""
 
     @property
     def lossless(self) -> bool:
@@ -107,12 +104,9 @@ class Medusa(DraftVerify):
             return chain
         if not self._decoder.takes_trees:
             if wanted == "auto":
-                self._auto = "chain: transformers' layers take no trees"
+                self._chosen = {"tree": "chain: transformers' layers take no trees"}
                 return chain
-            raise InputError(
-                f"-o {self._context.label}.tree={wanted}: this model runs on transformers' layers, which take no "
-                "trees; use chain"
-            )
+            raise self._no_trees(wanted)
         if wanted == "auto":
             return self._choose_by_cost(choice, file, heads)
         from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
@@ -143,26 +137,21 @@ class Medusa(DraftVerify):
         draft_s, costs = self._draft_seconds(), measure_row_costs(self._decoder, LARGEST_AUTO_TREE)
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         paths = best.paths or ((0,),)
-        self._auto = f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"
+        self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 
     def _draft_seconds(self) -> float:
         """What a head takes, timed."""
         import torch
 
+        from spdbench.decoding.tree_choice import median_seconds
+
         weights, decoder = self._weights, self._decoder
         if weights is None:
             return 0.0
-        state, times = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device), []
-        with torch.inference_mode():
-            for _ in range(8):
-                began = perf_counter()
-                weights.logits(state, weights.num_heads).argmax(dim=-1).tolist()
-                times.append(perf_counter() - began)
-        return sorted(times)[len(times) // 2] / weights.num_heads
-
-    def _chosen(self) -> Mapping[str, str]:
-        return {"tree": self._auto} if self._auto else {}
+        heads = weights.num_heads
+        state = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        return median_seconds(lambda: weights.logits(state, heads).argmax(dim=-1).tolist()) / heads
 
     def _judge(self) -> Judge:
         from spdbench_backends.medusa.typical import TypicalAcceptance
