@@ -50,9 +50,8 @@ class Eagle(DraftVerify):
         )
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(Eagle.Options, options)
-        self._choice: DrafterChoice | None = None
         self._weights: EagleWeights | None = None
         self._growth: Growth | None = None
 
@@ -167,13 +166,13 @@ class Eagle(DraftVerify):
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter
 
-        if self._choice is None or self._growth is None:
+        if self._growth is None:
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
-            return SyntheticEagleDrafter(self._drafts(self._choice, request), self._growth, self._decoder.device)
+            return SyntheticEagleDrafter(self._drafts(request), self._growth, self._decoder.device)
         capacity = len(request.prompt_ids) + request.max_new_tokens
         return EagleDrafter(self._weights, self._context.target.own_decoder, self._growth, capacity)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._growth = self._choice = None
+        self._weights = self._growth = None

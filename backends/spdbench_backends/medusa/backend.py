@@ -46,9 +46,8 @@ class Medusa(DraftVerify):
         posterior_alpha: float = Field(0.3, gt=0, description="typical: how the threshold falls with the entropy")
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(Medusa.Options, options)
-        self._choice: DrafterChoice | None = None
         self._weights: MedusaWeights | None = None
         self._tree: FixedTree | None = None
 
@@ -165,12 +164,12 @@ class Medusa(DraftVerify):
         from spdbench_backends.fixed_tree import SyntheticTreeDrafter
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
-        if self._choice is None or self._tree is None:
+        if self._tree is None:
             raise RuntimeError("medusa is not loaded")
         if self._weights is None:
-            return SyntheticTreeDrafter(self._drafts(self._choice, request), self._tree, self._decoder.device)
+            return SyntheticTreeDrafter(self._drafts(request), self._tree, self._decoder.device)
         return MedusaDrafter(self._weights, self._context.target.own_decoder, self._tree)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._tree = self._choice = None
+        self._weights = self._tree = None

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench_backends.drafting import Drafting
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -33,7 +34,7 @@ def _counts(value: Any) -> Any:
     return [part for part in value.replace(";", ",").split(",") if part] if isinstance(value, str) else value
 
 
-class SPD:
+class SPD(Drafting["PipelineDrafter"]):
     """Speculative pipeline decoding: n stages work on n tokens of one sequence."""
 
     class Options(BackendOptions):
@@ -50,18 +51,10 @@ class SPD:
     kind: ClassVar[BackendKind] = "pipeline"
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(context)
         self._options = cast(SPD.Options, options)
-        self._context = context
         self._stages: tuple[range, ...] = ()
-        self._choice: DrafterChoice | None = None
         self._head: HeadWeights | None = None
-        self._info: DrafterInfo | None = None
-        self._prepared: tuple[GenerationRequest, PipelineDrafter] | None = None
-
-    @property
-    def lossless(self) -> bool:
-        """Dictated verdicts are for timing; what they let through is not the target's own."""
-        return not self._context.drafter.startswith("forced:")
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -73,7 +66,7 @@ class SPD:
         self._choice = choice
 
     def describe(self) -> BackendInfo:
-        decoder = self._context.target.decoder
+        decoder = self._decoder
         last = len(self._stages) - 1
         return BackendInfo(
             devices=self._context.devices[:1],
@@ -83,23 +76,12 @@ class SPD:
             kernels=decoder.kernels,
         )
 
-    def prepare(self, request: GenerationRequest) -> None:
-        self._prepared = (request, self._new_drafter(request))
-
-    def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        from spdbench_backends.spd.engine import generate
-
-        if self._prepared is None or self._prepared[0] is not request:
-            self.prepare(request)
-        assert self._prepared is not None
-        drafter, self._prepared = self._prepared[1], None
-        return generate(self._context.target.decoder, self._stages, drafter, request)
-
     def spans(self) -> Sequence[Span]:
         return ()
 
     def close(self) -> None:
-        self._head = self._prepared = self._choice = None
+        super().close()
+        self._head = None
 
     def _find_head(self, choice: DrafterChoice) -> HeadFile | None:
         """The head that was asked for, still without a place in this model; None for a synthetic drafter."""
@@ -138,7 +120,7 @@ class SPD:
 
     def _load_drafter(self, choice: DrafterChoice, file: HeadFile | None) -> None:
         if file is None:
-            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
+            self._info = self._synthetic(choice)
             return
         from spdbench_backends.drafter_files import drafter_info
         from spdbench_backends.spd.formats import build_head
@@ -147,15 +129,16 @@ class SPD:
         self._info = drafter_info(choice.kind, file.path.name, "spd", file.sha256, file.config.trained_tokens)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
-        from spdbench.decoding.synthetic import synthetic_drafts
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticDrafter
 
-        if self._choice is None:
-            raise RuntimeError("spd is not loaded")
-        decoder = self._context.target.decoder
         if self._head is not None:
-            return HeadDrafter(self._head, decoder.config.vocab_size)
-        return SyntheticDrafter(synthetic_drafts(self._choice, self._context.seed, decoder, request))
+            return HeadDrafter(self._head, self._decoder.config.vocab_size)
+        return SyntheticDrafter(self._drafts(request))
+
+    def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
+        from spdbench_backends.spd.engine import generate
+
+        return generate(self._decoder, self._stages, drafter, request)
 
 
 def _usual(num_layers: int) -> int:
