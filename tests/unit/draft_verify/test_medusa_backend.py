@@ -16,7 +16,8 @@ from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.build import random_medusa
-from spdbench_backends.medusa.formats import MedusaFile, write_medusa
+from spdbench_backends.medusa.formats import MedusaFile
+from spdbench_backends.medusa.writing import write_medusa
 from tests import tiny
 
 REQUEST = tiny.greedy(tuple(range(30, 41)), 30)

@@ -16,15 +16,8 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.formats import (
-    Block,
-    MedusaConfig,
-    MedusaFile,
-    WrittenLayout,
-    holds_medusa_heads,
-    read_medusa,
-    write_medusa,
-)
+from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile, holds_medusa_heads, read_medusa
+from spdbench_backends.medusa.writing import WrittenLayout, write_medusa
 from tests import tiny
 
 WIDTH, VOCAB = 32, 262
