@@ -20,12 +20,9 @@ from spdbench_backends.medusa.formats import MedusaFile
 from spdbench_backends.medusa.writing import write_medusa
 from tests import tiny
 
-REQUEST = tiny.greedy(tuple(range(30, 41)), 30)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
+REQUEST = tiny.greedy(tiny.PROMPT, 30)
 
 
 @pytest.fixture(scope="module")

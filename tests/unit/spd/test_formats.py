@@ -19,18 +19,9 @@ from spdbench_backends.spd.engine import generate
 from spdbench_backends.spd.formats import build_head, random_head, read_head
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 STAGES = split_evenly(6, 3)
-PROMPT = tuple(range(30, 41))
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
 
 
 def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
@@ -52,13 +43,13 @@ def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = 
 
 def drafts(decoder: Decoder, path: Path) -> list[Step]:
     drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
-    return list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
+    return list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
 
 
 def test_a_published_head_drafts_within_its_vocabulary(decoder: Decoder, tmp_path: Path) -> None:
     head = build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, STAGES)
     drafter = HeadDrafter(head, 262)
-    steps = list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
+    steps = list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
     assert sum(step.judged for step in steps) == 19
     assert {drafter._target_id(i) for i in range(131)} == set(range(0, 262, 2))
 
@@ -175,6 +166,6 @@ def test_a_head_trained_on_nominal_rows_is_lossless_too(decoder: Decoder, tmp_pa
 
     path = published(decoder, tmp_path / "head.pt", trained_with_use_deepest=False)
     drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
-    request = tiny.greedy(PROMPT, 20)
+    request = tiny.greedy(tiny.PROMPT, 20)
     ids = [token for step in generate(decoder, STAGES, drafter, request) for token in step.token_ids]
     assert ids == list(decode(decoder, request))
