@@ -49,11 +49,9 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
         ) from None
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-    ):
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise InputError(f"{file}: is not a mapping from names to tensors")
-    return content
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def drafter_info(kind: str, name: str, method: str, sha256: str, trained_tokens: int | None) -> DrafterInfo:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from spdbench.errors import InputError
@@ -24,7 +25,7 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.kernels import linear
 from spdbench.models.layers import LayerWeights
 from spdbench.models.steps import HeadNorms, NormWeight
-from spdbench_backends.drafter_files import load_tensors, read_config
+from spdbench_backends.drafter_files import read_config
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 
@@ -87,9 +88,12 @@ def read_head(path: Path) -> HeadFile:
 
 def _read_folder(path: Path) -> tuple[object, object, Path]:
     config, file = read_config(path), path / "model.safetensors"
-    if not file.exists():
-        raise InputError(f"{path}: is not a drafter folder, it has no {file.name}")
-    return config, load_tensors(file), file
+    try:
+        return config, load_file(file), file
+    except FileNotFoundError:
+        raise InputError(f"{path}: is not a drafter folder, it has no {file.name}") from None
+    except Exception as error:  # safetensors raises a type of its own
+        raise InputError(f"{path}: cannot be read as a drafter ({error})") from None
 
 
 def _read_published(path: Path) -> tuple[object, object, Path]:

@@ -148,6 +148,13 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"it has no model\.safetensors"):
         read_head(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").write_text("hello")
+    with pytest.raises(InputError, match="empty: cannot be read as a drafter"):
+        read_head(tmp_path / "empty")
+    for text, why in (("[]", "is not a mapping"), ("{", "cannot be read"), ("[" * 100_000, "cannot be read")):
+        (tmp_path / "empty" / "config.json").write_text(text)
+        with pytest.raises(InputError, match=rf"empty/config\.json: {why}"):
+            read_head(tmp_path / "empty")
 
 
 def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
