@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from spdbench.models.decoder import Decoder
 from tests import tiny
 from tests.stub_hub import StubHub
 
@@ -18,6 +19,11 @@ torch.set_num_threads(1)  # tiny matrices gain nothing from a second one, and lo
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama of six layers with a byte tokenizer."""
     return tiny.make_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model: Path) -> Decoder:
+    return tiny.load(tiny_model).own_decoder
 
 
 @pytest.fixture

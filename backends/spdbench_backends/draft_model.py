@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from spdbench.decoding.sampling import Sampler
     from spdbench.decoding.speculate import Drafter, Features
-    from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import DraftTree
     from spdbench.models.decoder import Decoder
     from spdbench.models.interface import TargetDecoder
@@ -38,9 +37,8 @@ class DraftModel(DraftVerify):
         num_tokens: int = Field(4, ge=1, le=64, description="tokens drafted a round")
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(DraftModel.Options, options)
-        self._choice: DrafterChoice | None = None
         self._small: TargetDecoder | None = None
 
     def load(self) -> None:
@@ -73,17 +71,15 @@ class DraftModel(DraftVerify):
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench_backends.fixed_tree import FixedTree, SyntheticTreeDrafter
 
-        if self._choice is None:
-            raise RuntimeError("draft_model is not loaded")
         num_tokens = self._options.num_tokens
         if self._small is None:
             tree = FixedTree([(0,) * level for level in range(1, num_tokens + 1)], self._decoder.device)
-            return SyntheticTreeDrafter(self._drafts(self._choice, request), tree, self._decoder.device)
+            return SyntheticTreeDrafter(self._drafts(request), tree, self._decoder.device)
         return ModelDrafter(self._small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
 
     def close(self) -> None:
         super().close()
-        self._small = self._choice = None
+        self._small = None
 
 
 class ModelDrafter:

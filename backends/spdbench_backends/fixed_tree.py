@@ -12,10 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.speculate import Features
 from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
-from spdbench.decoding.tree import ROOT, DraftTree, Path, from_paths, sorted_paths
+from spdbench.decoding.tree import DraftTree, Path, from_paths, sorted_paths
+from spdbench_backends.synthetic_trees import SyntheticTrees
 
 
 class FixedTree:
@@ -35,35 +34,16 @@ class FixedTree:
         return DraftTree(tree, torch.cat((root, candidates_Kk[self._levels[:drafts], self._ranks[:drafts]])))
 
 
-class SyntheticTreeDrafter:
-    """`oracle:P` and `forced:P`: rank 0 of every level is the dialled draft, the other ranks are wrong."""
-
-    wanted: tuple[int, ...] = ()
+class SyntheticTreeDrafter(SyntheticTrees):
+    """Rank 0 of every level is the dialled draft, the other ranks are wrong."""
 
     def __init__(self, drafts: SyntheticDrafts, tree: FixedTree, device: torch.device) -> None:
-        self.max_nodes = len(tree.tree)
-        self._drafts = drafts
+        super().__init__(drafts, len(tree.tree), device)
         self._tree = tree
-        self._device = device
-        self._index = 0  # of the root among the new tokens
-        self._root = 0
 
-    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
-        self._root = root
-
-    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
-        root = torch.tensor([self._root], device=self._device)
+    def _grow(self, root: Tensor, max_levels: int) -> DraftTree:
         levels = min(max_levels, self._tree.tree.num_levels)
-        if levels < 1:
-            return DraftTree(ROOT, root)
         rows = [
             fill_siblings(self._drafts, self._index + level, self._tree.num_ranks) for level in range(1, levels + 1)
         ]
         return self._tree.fill(root, torch.tensor(rows, device=self._device), levels)
-
-    def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
-        self._index += len(token_ids)
-        self._root = token_ids[-1]
-
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:
-        return self._drafts.verdicts(self._index + 1, num_levels)

@@ -29,7 +29,7 @@ class Ngram(DraftVerify):
     lossless = True
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(Ngram.Options, options)
 
     def load(self) -> None:

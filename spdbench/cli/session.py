@@ -23,7 +23,7 @@ from spdbench.cli.heads import result_head
 from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
-from spdbench.errors import InputError
+from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.columns import NotPlain
 from spdbench.judge.compare import compare
 from spdbench.judge.pairing import Entry
@@ -98,7 +98,7 @@ class Session:
             try:
                 with report:
                     runner.run()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, BackendLostError):
                 ignore_from_now_on()
                 self._write_partial(places, heads, journals)
                 raise

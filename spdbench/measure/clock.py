@@ -7,11 +7,13 @@ progress bars.
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 
 from spdbench.backend import Backend
 from spdbench.judge.result import Steps
@@ -34,12 +36,24 @@ class Measurement:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far, GPUs' included. Of one backend only where it runs alone."""
+    """The most memory that this process and its workers have held so far, GPUs' included; pages that they share count
+    for each. Of one backend only where it runs alone."""
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total += sum(_peak_of(child.pid) for child in multiprocessing.active_children())
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total += sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     return total
+
+
+def _peak_of(process: int | None) -> int:
+    """Another process's peak, where the system tells."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
+    return int(peak.split()[1]) * 1024
 
 
 class IncompleteOutputError(RuntimeError):

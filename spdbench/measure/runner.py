@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from spdbench.backend import Backend
-from spdbench.errors import SpdbenchError
+from spdbench.errors import BackendLostError, SpdbenchError
 from spdbench.judge.result import Run, Steps
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.measure.journal import Journal, Outcome, RunKey
@@ -102,7 +102,8 @@ class Runner:
         self._compared = [c for c in contestants if comparable and c is not self._reference and c.backend.lossless]
 
     def run(self) -> None:
-        """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt."""
+        """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt, unless it leaves
+        nothing to go on with (`BackendLostError`): then the prompt has failed, and the run ends."""
         everything = self._workload.keys()
         if any(everything - contestant.journal.offsets.keys() for contestant in self._contestants):
             self._warm_up()
@@ -178,13 +179,19 @@ class Runner:
                         continue
 
     def _finish(self, contestant: Contestant, ask: _Ask) -> None:
-        run, trace = _attempt(contestant.backend, ask)
+        lost: BackendLostError | None = None
+        try:
+            run, trace = _attempt(contestant.backend, ask)
+        except BackendLostError as error:
+            lost, run, trace = error, _failed(ask, str(error).partition("\n")[0]), ""
         if len(self._contestants) == 1:  # backends that share a process have no memory of their own
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes()})
         contestant.journal.append(run)
         self._observer.finished(contestant.label, run)
         if trace:
             self._observer.crashed(contestant.label, run, trace)
+        if lost is not None:
+            raise lost
 
     def _compare_outputs(self, ask: _Ask) -> None:
         """Notes how each lossless backend's greedy output differs from vanilla's, if it does. Untimed."""

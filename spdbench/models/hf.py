@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spdbench import hub
 from spdbench.errors import InputError
+from spdbench.models.rotary import plain_frequencies
 
 WEIGHTS = ("*.safetensors",)
 OLD_WEIGHTS = ("pytorch_model*.bin",)
@@ -60,8 +61,7 @@ def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
     """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 but for yarn)."""
     kind = standard.rope_parameters["rope_type"]
     if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (standard.rope_parameters["rope_theta"] ** exponents), 1.0
+        return plain_frequencies(standard.rope_parameters["rope_theta"], head_dim), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))

@@ -49,6 +49,11 @@ class Rotary:
         self._arrays = None
 
 
+def plain_frequencies(base: float, head_dim: int) -> Tensor:
+    """Inverse frequencies `[D / 2]` in float32: a power of `base` for each pair."""
+    return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
 def rotate(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
     """Turns each pair (d, d + D/2) of every head by its position's angle; the sines bring the signs along."""
     num_rows, num_heads, head_dim = heads_SHD.shape

@@ -25,6 +25,12 @@ from tests import tiny
 from tests.chisquare import p_value
 
 PROMPT = tuple(range(30, 41))
+PIPELINES: tuple[dict[str, str], ...] = tuple(
+    {"executor": "inline", **cut}
+    for cut in ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"})
+)
+"""Stages in processes of their own have tests of their own, in tests/processes."""
+
 OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
     "draft_model": ({}, {"num_tokens": "1"}),
     "eagle": (
@@ -42,7 +48,8 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "chain", "heads": "1"},
     ),
     "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
-    "spd": ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"}),
+    "ppsd": PIPELINES,
+    "spd": PIPELINES,
 }
 ALONE = {"ngram", "vanilla"}
 """They take no drafter."""
@@ -54,8 +61,7 @@ def cases() -> Iterator[tuple[str, dict[str, str], str]]:
     for name in installed_backends():
         drafters = ("auto",) if name in ALONE or find_backend(name).kind == "autoregressive" else DRAFTERS
         for options, drafter in product(OPTIONS.get(name, ({},)), drafters):
-            if not (drafter == "random" and "stage_layers" in options):  # heads exist for even stages only
-                yield name, options, drafter
+            yield name, options, drafter
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{'-'.join(case[1].values())}-{case[2]}") for case in cases()]

@@ -59,7 +59,7 @@ def test_words_become_typed_options_and_the_rest_keeps_its_default() -> None:
 def test_what_a_shipped_backend_takes_arrives_with_its_types() -> None:
     spd = find_backend("spd").Options
     options = parse_options("three", spd, {"stages": "3", "stage_layers": "12,10,8"}).model_dump()
-    assert (options["stages"], options["stage_layers"], options["executor"]) == (3, (12, 10, 8), "inline")
+    assert (options["stages"], options["stage_layers"], options["executor"]) == (3, (12, 10, 8), "auto")
     assert parse_options("three", spd, {"stage_layers": "8;7"}).model_dump()["stage_layers"] == (8, 7)
 
 

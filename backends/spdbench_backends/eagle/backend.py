@@ -5,13 +5,11 @@ EAGLE-1, 2 and 3 differ by their heads' tensors, and any head grows any tree. So
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
@@ -52,12 +50,10 @@ class Eagle(DraftVerify):
         )
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(Eagle.Options, options)
-        self._choice: DrafterChoice | None = None
         self._weights: EagleWeights | None = None
         self._growth: Growth | None = None
-        self._auto = ""
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -68,15 +64,11 @@ class Eagle(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
+            from spdbench_backends.drafter_files import drafter_info
+
             self._weights = self._build(file)
-            untrained = choice.kind == "random"
-            self._info = DrafterInfo(
-                "random" if untrained else file.path.name,
-                "eagle3" if self._weights.is_eagle3 else "eagle",
-                synthetic=False,
-                sha256=file.sha256 or None,
-                trained_tokens=0 if untrained else file.trained_tokens,
-            )
+            method = "eagle3" if self._weights.is_eagle3 else "eagle"
+            self._info = drafter_info(choice.kind, file.path.name, method, file.sha256, file.trained_tokens)
         self._choice = choice
         self._growth = self._choose_growth(choice, file)
 
@@ -118,7 +110,6 @@ class Eagle(DraftVerify):
         return weights
 
     def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
-
         from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, StaticGrowth
 
         options = self._options
@@ -126,12 +117,9 @@ class Eagle(DraftVerify):
             return ChainGrowth(options.depth or 4)
         if not self._decoder.takes_trees:
             if options.tree == "auto":
-                self._auto = "chain, depth 4: transformers' layers take no trees"
+                self._chosen = {"tree": "chain, depth 4: transformers' layers take no trees"}
                 return ChainGrowth(options.depth or 4)
-            raise InputError(
-                f"-o {self._context.label}.tree={options.tree}: this model runs on transformers' layers, which take no "
-                "trees; use chain"
-            )
+            raise self._no_trees(options.tree)
         if options.tree == "static":
             paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or 5))
             return StaticGrowth(paths, self._decoder.device)
@@ -153,45 +141,38 @@ class Eagle(DraftVerify):
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
         if num_nodes <= levels + 1:
-            self._auto = f"chain, depth {levels}"
+            self._chosen = {"tree": f"chain, depth {levels}"}
             return ChainGrowth(levels)
         top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
-        self._auto = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
+        self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         return DynamicGrowth(levels, top_k, num_nodes)
 
     def _draft_seconds(self) -> float:
         """What a level of drafting takes: one row through the head, timed."""
         import torch
 
+        from spdbench.decoding.tree_choice import median_seconds
         from spdbench_backends.eagle.head import EagleModule
 
         weights = self._weights
         if weights is None:
             return 0.0
-        module, times = EagleModule(weights, 64), []
+        module = EagleModule(weights, 64)
         inputs = len(weights.aux) if weights.is_eagle3 else 1
         features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
-        with torch.inference_mode():
-            for _ in range(8):
-                began = perf_counter()
-                logits, _ = module.extend(features, self._decoder.ids((0,)))
-                int(logits.argmax())
-                times.append(perf_counter() - began)
-        return sorted(times)[len(times) // 2]
-
-    def _chosen(self) -> Mapping[str, str]:
-        return {"tree": self._auto} if self._auto else {}
+        ids = self._decoder.ids((0,))
+        return median_seconds(lambda: int(module.extend(features, ids)[0].argmax()))
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter
 
-        if self._choice is None or self._growth is None:
+        if self._growth is None:
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
-            return SyntheticEagleDrafter(self._drafts(self._choice, request), self._growth, self._decoder.device)
+            return SyntheticEagleDrafter(self._drafts(request), self._growth, self._decoder.device)
         capacity = len(request.prompt_ids) + request.max_new_tokens
         return EagleDrafter(self._weights, self._context.target.own_decoder, self._growth, capacity)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._growth = self._choice = None
+        self._weights = self._growth = None

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from spdbench.models.config import ROPE_TYPES
 from spdbench.models.decoder import Decoder
 from spdbench.models.hf import scaled_frequencies
-from spdbench.models.rotary import Rotary
+from spdbench.models.rotary import Rotary, plain_frequencies
 from spdbench_backends.eagle.formats import EagleFile
 
 AuxConvention = Literal["auto", "hidden_states", "layer_output"]
@@ -73,9 +71,8 @@ def rotary_of(file: EagleFile, head_dim: int, theta: float | None, target: Decod
         except ValueError as error:
             raise file.error(f"config's rotary positions of type {kind} cannot be used ({error})") from None
         return Rotary(*scaled, target.dtype, target.device)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    base = config.rope_theta if theta is None else theta
-    return Rotary(1.0 / base**exponents, 1.0, target.dtype, target.device)
+    plain = plain_frequencies(config.rope_theta if theta is None else theta, head_dim)
+    return Rotary(plain, 1.0, target.dtype, target.device)
 
 
 def feeds_normed(file: EagleFile, meaning: NormOutput = "auto") -> bool:

@@ -19,6 +19,7 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.place import TreeRows
 from spdbench_backends.eagle.growth import Candidates, Growth
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
+from spdbench_backends.synthetic_trees import SyntheticTrees
 
 
 class EagleDrafter:
@@ -84,34 +85,15 @@ class _HeadProposer:
         return Candidates(scores, self._module.token_ids(best.indices))
 
 
-class SyntheticEagleDrafter:
-    """`oracle:P` and `forced:P`: the first child of every level is the dialled draft, its siblings are wrong."""
-
-    wanted: tuple[int, ...] = ()
+class SyntheticEagleDrafter(SyntheticTrees):
+    """The first child of every level is the dialled draft, its siblings are wrong."""
 
     def __init__(self, drafts: SyntheticDrafts, growth: Growth, device: torch.device) -> None:
-        self.max_nodes = growth.max_nodes
-        self._drafts = drafts
+        super().__init__(drafts, growth.max_nodes, device)
         self._growth = growth
-        self._device = device
-        self._index = 0  # of the root among the new tokens
-        self._root = 0
 
-    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
-        self._root = root
-
-    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
-        root = torch.tensor([self._root], device=self._device)
-        if max_levels < 1:
-            return DraftTree(ROOT, root)
+    def _grow(self, root: Tensor, max_levels: int) -> DraftTree:
         return self._growth.grow(_SyntheticProposer(self._drafts, self._index, self._device), root, max_levels)
-
-    def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
-        self._index += len(token_ids)
-        self._root = token_ids[-1]
-
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:
-        return self._drafts.verdicts(self._index + 1, num_levels)
 
 
 class _SyntheticProposer:

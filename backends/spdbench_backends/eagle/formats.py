@@ -9,7 +9,6 @@ Source: METHODS.md A.7. Must not know of targets.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
+from spdbench_backends.drafter_files import load_tensors, read_config
 
 Layout = Literal["safeailab", "specforge", "speculators", "spdbench"]
 
@@ -118,7 +117,7 @@ def read_eagle(path: Path) -> EagleFile:
     Raises:
         InputError: no head, damaged, or of a kind that is not read.
     """
-    raw = _read_config(path)
+    raw = read_config(path)
     method = raw.get("method")
     if method is not None and method not in ("eagle3", "eagle"):
         raise InputError(f"{path}: is a drafter for '{method}', not for eagle")
@@ -131,7 +130,7 @@ def read_eagle(path: Path) -> EagleFile:
     weights = Checkpoint(path)
     tensors: dict[str, Tensor] = {}
     for part in weights.files:
-        for name, tensor in _named(_load(part), part).items():
+        for name, tensor in _named(load_tensors(part), part).items():
             if name in tensors:
                 raise InputError(f"{part}: two tensors are called {name}")
             tensors[name] = tensor
@@ -143,18 +142,6 @@ def read_eagle(path: Path) -> EagleFile:
         has, says = ("EAGLE-3", "EAGLE-1") if file.is_eagle3 else ("EAGLE-1", "EAGLE-3")
         raise file.error(f"its config says {says}, but its tensors are those of {has}")
     return file
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}/config.json: cannot be read ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}/config.json: is not a mapping")
-    return raw
 
 
 def _architectures(raw: Mapping[str, Any]) -> list[str]:
@@ -217,25 +204,11 @@ def _family(verifier: Mapping[str, Any]) -> str | None:
     return next((family for family, name in FAMILIES.items() if name in named), None)
 
 
-def _load(file: Path) -> Mapping[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
-        raise InputError(
-            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise InputError(f"{file}: is not a mapping from names to tensors")
-    return content
-
-
 def _named(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors under one set of names, checked; those of the target that some writers add are left out."""
     found: dict[str, Tensor] = {}
     for original, tensor in tensors.items():
-        name = str(original)
+        name = original
         while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
             name = name.removeprefix(prefix)
         if name.startswith(NOT_THE_HEADS) or name.endswith(".inv_freq"):

@@ -5,13 +5,11 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from time import perf_counter
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
@@ -48,12 +46,10 @@ class Medusa(DraftVerify):
         posterior_alpha: float = Field(0.3, gt=0, description="typical: how the threshold falls with the entropy")
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
+        super().__init__(context)
         self._options = cast(Medusa.Options, options)
-        self._choice: DrafterChoice | None = None
         self._weights: MedusaWeights | None = None
         self._tree: FixedTree | None = None
-        self._auto = ""
 
     @property
     def lossless(self) -> bool:
@@ -68,17 +64,11 @@ class Medusa(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
+            from spdbench_backends.drafter_files import drafter_info
             from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
-            untrained = choice.kind == "random"
-            self._info = DrafterInfo(
-                "random" if untrained else file.path.name,
-                "medusa",
-                synthetic=False,
-                sha256=file.sha256 or None,
-                trained_tokens=0 if untrained else file.trained_tokens,
-            )
+            self._info = drafter_info(choice.kind, file.path.name, "medusa", file.sha256, file.trained_tokens)
         self._choice = choice
         self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
 
@@ -113,12 +103,9 @@ class Medusa(DraftVerify):
             return chain
         if not self._decoder.takes_trees:
             if wanted == "auto":
-                self._auto = "chain: transformers' layers take no trees"
+                self._chosen = {"tree": "chain: transformers' layers take no trees"}
                 return chain
-            raise InputError(
-                f"-o {self._context.label}.tree={wanted}: this model runs on transformers' layers, which take no "
-                "trees; use chain"
-            )
+            raise self._no_trees(wanted)
         if wanted == "auto":
             return self._choose_by_cost(choice, file, heads)
         from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
@@ -149,26 +136,21 @@ class Medusa(DraftVerify):
         draft_s, costs = self._draft_seconds(), measure_row_costs(self._decoder, LARGEST_AUTO_TREE)
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         paths = best.paths or ((0,),)
-        self._auto = f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"
+        self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 
     def _draft_seconds(self) -> float:
         """What a head takes, timed."""
         import torch
 
+        from spdbench.decoding.tree_choice import median_seconds
+
         weights, decoder = self._weights, self._decoder
         if weights is None:
             return 0.0
-        state, times = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device), []
-        with torch.inference_mode():
-            for _ in range(8):
-                began = perf_counter()
-                weights.logits(state, weights.num_heads).argmax(dim=-1).tolist()
-                times.append(perf_counter() - began)
-        return sorted(times)[len(times) // 2] / weights.num_heads
-
-    def _chosen(self) -> Mapping[str, str]:
-        return {"tree": self._auto} if self._auto else {}
+        heads = weights.num_heads
+        state = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        return median_seconds(lambda: weights.logits(state, heads).argmax(dim=-1).tolist()) / heads
 
     def _judge(self) -> Judge:
         from spdbench_backends.medusa.typical import TypicalAcceptance
@@ -182,12 +164,12 @@ class Medusa(DraftVerify):
         from spdbench_backends.fixed_tree import SyntheticTreeDrafter
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
-        if self._choice is None or self._tree is None:
+        if self._tree is None:
             raise RuntimeError("medusa is not loaded")
         if self._weights is None:
-            return SyntheticTreeDrafter(self._drafts(self._choice, request), self._tree, self._decoder.device)
+            return SyntheticTreeDrafter(self._drafts(request), self._tree, self._decoder.device)
         return MedusaDrafter(self._weights, self._context.target.own_decoder, self._tree)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._tree = self._choice = None
+        self._weights = self._tree = None

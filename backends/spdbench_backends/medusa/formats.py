@@ -1,4 +1,4 @@
-"""Medusa heads on disk: every published layout and our own folder, in and out.
+"""Medusa heads as they lie on disk: every published layout and our own folder.
 
     v0.1      config.json, medusa_lm_head.pt or .safetensors; a linear layer for every head
     v2        the same without linear layers: the target's head serves them all
@@ -27,15 +27,14 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
 from spdbench.models.decoder import DRAFT_HEADS
+from spdbench_backends.drafter_files import load_tensors, read_config
 
 Layout = Literal["v0.1", "v2", "medusa2", "vllm", "spdbench"]
-WrittenLayout = Literal["v0.1", "v2", "vllm", "spdbench"]
 
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 VLLM_PREFIX = "medusa_heads."
@@ -156,7 +155,9 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     Raises:
         InputError: no heads, damaged, or those of a Medusa-2 checkpoint that is not `model`.
     """
-    raw = _read_config(path)
+    raw = read_config(path)
+    if raw.get("method", "medusa") != "medusa":
+        raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
     layout, tensors, files = _read_tensors(path, raw)
     if layout == "medusa2" and (model is None or path.resolve() != model.resolve()):
         raise InputError(
@@ -177,25 +178,11 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}/config.json: cannot be read ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}/config.json: is not a mapping")
-    if raw.get("method", "medusa") != "medusa":
-        raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
-    return raw
-
-
 def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str, Tensor], list[Path]]:
     """The heads' tensors by their names in the layout, and the files whose hash stands for them."""
     file = next((path / name for name in HEAD_FILES if (path / name).exists()), None)
     if file is not None:
-        tensors = _load(file)
+        tensors = load_tensors(file)
         return _flat_layout(tensors), tensors, [file]
     with closing(Checkpoint(path)) as checkpoint:
         whole = [name for name in checkpoint if name.startswith(DRAFT_HEADS)]
@@ -222,20 +209,6 @@ def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str,
 def _flat_layout(tensors: Mapping[str, Tensor]) -> Layout:
     """v2 if no head has a linear layer of its own."""
     return "v0.1" if NAMES["v0.1"].has_heads(tensors) else "v2"
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
-        raise InputError(
-            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise InputError(f"{file}: is not a mapping from names to tensors")
-    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _settings(take: _Taker, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,66 +338,3 @@ class _Taker:
     def refuse_leftovers(self) -> None:
         if self._left:
             raise InputError(f"{self.path}: unknown tensor {min(self._left)} ({len(self._left)} in all)")
-
-
-def write_medusa(file: MedusaFile, directory: Path, layout: WrittenLayout) -> Path:
-    """Writes the heads in a published layout or our own; reading them gives the same tensors. Returns `directory`.
-
-    Raises:
-        InputError: the layout has no place for something that these heads have, or lack.
-    """
-    if lack := _lack(file, layout):
-        raise InputError(f"{file.path}: cannot be written as {layout}, which {lack}")
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in file.names(layout)}
-    if layout == "vllm" and file.config.draft_token_ids is not None:
-        tensors[TOKEN_MAP] = torch.tensor(file.config.draft_token_ids)
-    if layout == "v0.1":
-        torch.save(tensors, directory / "medusa_lm_head.pt")
-    else:
-        save_file(tensors, directory / ("medusa_lm_head.safetensors" if layout == "v2" else "model.safetensors"))
-    (directory / "config.json").write_text(json.dumps(_written(file, layout), indent=1), encoding="utf-8")
-    return directory
-
-
-def _lack(file: MedusaFile, layout: WrittenLayout) -> str | None:
-    """What stands between the heads and the layout."""
-    config, own = file.config, len(file.heads) == len(file.blocks)
-    if layout == "spdbench":
-        return None
-    if layout == "vllm":
-        if not file.heads:
-            return "knows no heads without a linear layer"
-        return (
-            None if config.vocab_size or config.draft_token_ids is None else "has to name the whole vocabulary's size"
-        )
-    if config.draft_token_ids is not None:
-        return "knows no draft vocabulary"
-    if any(block.bias_M is None for head in file.blocks for block in head):
-        return "has a bias in every block"
-    if layout == "v0.1":
-        return None if own else "has a linear layer for every head"
-    return "has no linear layers" if file.heads else None
-
-
-def _written(file: MedusaFile, layout: WrittenLayout) -> dict[str, Any]:
-    config, num_heads, num_blocks = file.config, len(file.blocks), len(file.blocks[0])
-    width = file.blocks[0][0].weight_MM.shape[0]
-    if layout == "spdbench":
-        kept = config.model_dump(mode="json", exclude_defaults=True)
-        return {"method": "medusa", "hidden_size": width, **kept}
-    if layout == "vllm":
-        return {
-            "architectures": ["MedusaModel"],
-            "model_type": "medusa",
-            "hidden_size": width,
-            "vocab_size": config.vocab_size or len(file.heads[0]),
-            "num_heads": num_heads,
-            "num_hidden_layers": num_blocks,
-            "truncated_vocab_size": len(file.heads[0]),
-            "medusa_fc_bias": file.blocks[0][0].bias_M is not None,
-            "original_lm_head": len(file.heads) < num_heads,
-        }
-    sizes = {"medusa_num_heads": num_heads, "medusa_num_layers": num_blocks}
-    version = {"version": "2"} if layout == "v2" else {}
-    return {"base_model_name_or_path": config.base_model, **sizes, **version}

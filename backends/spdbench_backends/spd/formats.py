@@ -4,12 +4,12 @@ Strict: an unknown, missing or misshapen tensor is an error that names it. Sourc
 a head is used.
 
     published   one file, torch.save({"state_dict": ..., "config": ...})
-    ours        config.json (the same keys, plus method, model_sha256, trained_tokens) and model.safetensors
+    ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
+                uneven) and model.safetensors
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,16 +24,17 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoint import sha256_of_files
 from spdbench.models.decoder import Decoder
 from spdbench.models.kernels import linear
-from spdbench.models.layers import LayerWeights
-from spdbench.models.steps import HeadNorms, NormWeight
+from spdbench.models.partition import split_by_counts, split_evenly
+from spdbench_backends.drafter_files import read_config
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
+from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
 
 VERSION = 11
 
 
 class HeadConfig(BaseModel):
-    """The config of a head: the published keys that matter here, checked, and two of our own."""
+    """The config of a head: the published keys that matter here, checked, and some of our own."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 
@@ -42,6 +43,7 @@ class HeadConfig(BaseModel):
     vocab_size: int = Field(ge=1)
     draft_vocab_size: int = Field(ge=1)
     num_stages: int = Field(ge=1)
+    stage_layers: list[int] | None = None
     num_spec_layers: int = Field(ge=1)
     aggr_feature_bound: list[int]
     trained_with_use_deepest: bool = False
@@ -87,11 +89,11 @@ def read_head(path: Path) -> HeadFile:
 
 
 def _read_folder(path: Path) -> tuple[object, object, Path]:
-    file = path / "model.safetensors"
+    config, file = read_config(path), path / "model.safetensors"
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")), load_file(file), file
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: is not a drafter folder, it has no {Path(error.filename or file).name}") from None
+        return config, load_file(file), file
+    except FileNotFoundError:
+        raise InputError(f"{path}: is not a drafter folder, it has no {file.name}") from None
     except Exception as error:  # safetensors raises a type of its own
         raise InputError(f"{path}: cannot be read as a drafter ({error})") from None
 
@@ -125,19 +127,36 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
         if found != expected:
             mend = f"; use -o spd.stages={found}" if key == "num_stages" else ": it was made for another model"
             raise InputError(f"{file.path}: config.{key} is {found}, but here it is {expected}{mend}")
-    if len({len(layers) for layers in stages}) != 1:
+    plan = _plan(file, stages)
+    trained = _plan(file, _trained_stages(file, base.num_layers))
+    if plan.row_types != trained.row_types:
+        cut, asked = (",".join(str(len(layers)) for layers in p.stages) for p in (trained, plan))
         raise InputError(
-            f"{file.path}: a version {VERSION} head needs even stages, not spd.stage_layers of unequal counts"
+            f"{file.path}: was trained for stages of {cut} layers; cut into {asked}, tokens in flight have not reached "
+            f"the same of its anchors {list(plan.anchors)}"
         )
-    try:
-        plan = FeaturePlan(tuple(config.aggr_feature_bound), stages)
-    except ValueError as error:
-        raise InputError(f"{file.path}: config.aggr_feature_bound: {error}") from None
     token_ids = _draft_vocabulary(file, base.vocab_size)
-    take = _Taker(file, target)
+    take = TensorTaker(file.path, file.tensors, target)
     head = _assemble(take, plan, target, config.num_spec_layers, token_ids, config.draft_vocab_size)
     take.refuse_leftovers()
     return replace(head, use_deepest=config.trained_with_use_deepest)
+
+
+def _plan(file: HeadFile, stages: tuple[range, ...]) -> FeaturePlan:
+    try:
+        return FeaturePlan(tuple(file.config.aggr_feature_bound), stages)
+    except ValueError as error:
+        raise InputError(f"{file.path}: config.aggr_feature_bound: {error}") from None
+
+
+def _trained_stages(file: HeadFile, num_layers: int) -> tuple[range, ...]:
+    """The cut that the head was trained for; published heads know only even ones."""
+    try:
+        if file.config.stage_layers is not None:
+            return split_by_counts(num_layers, file.config.stage_layers)
+        return split_evenly(num_layers, file.config.num_stages)
+    except InputError as error:
+        raise InputError(f"{file.path}: config: {error}") from None
 
 
 def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
@@ -152,86 +171,30 @@ def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
     return torch.tensor(ids, dtype=torch.long)
 
 
-class _Taker:
-    """Hands out a file's tensors once each, checked."""
-
-    def __init__(self, file: HeadFile, target: Decoder) -> None:
-        self._file, self._target = file, target
-        self._left = dict(file.tensors)
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        found = self._left.pop(name, None)
-        if found is None:
-            raise InputError(f"{self._file.path}: tensor {name} is missing")
-        if tuple(found.shape) != shape:
-            raise InputError(f"{self._file.path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
-        if not bool(found.isfinite().all()):
-            raise InputError(f"{self._file.path}: tensor {name} holds values that are not finite")
-        return found.to(self._target.device, self._target.dtype)
-
-    def optional(self, name: str, *shape: int) -> Tensor | None:
-        return self(name, *shape) if name in self._left else None
-
-    def refuse_leftovers(self) -> None:
-        if self._left:
-            raise InputError(f"{self._file.path}: unknown tensor {sorted(self._left)[0]} ({len(self._left)} in all)")
-
-
 def _assemble(
-    take: _Taker, plan: FeaturePlan, target: Decoder, num_layers: int, token_ids: Tensor | None, draft_vocab: int
+    take: TensorTaker, plan: FeaturePlan, target: Decoder, num_layers: int, token_ids: Tensor | None, draft_vocab: int
 ) -> HeadWeights:
     width = target.config.hidden_size
     projections = tuple(take(f"aggr_projs.{i}.weight", width, (i + 1) * width) for i in range(len(plan.anchors)))
-    layers = {index: _layer(take, target, f"spec_layers.{index}.") for index in range(num_layers)}
+    layers = {index: dense_layer(take, target, f"spec_layers.{index}.", head_norms=True) for index in range(num_layers)}
     head = take("lm_head.weight", draft_vocab, width)
     decoder = replace(target, layers=range(num_layers), weights=layers, embeddings_VM=None, head=linear(head))
     ids = None if token_ids is None else token_ids.to(target.device)
     return HeadWeights(plan, projections, decoder, ids, use_deepest=True)
 
 
-def _layer(take: _Taker, target: Decoder, prefix: str) -> LayerWeights:
-    """A dense layer of the base's sizes with head norms, whatever the base's family (SPD.md, section 2)."""
-    base, attention = target.config, prefix + "self_attn."
-    width, queries, kv = base.hidden_size, base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
-    sizes = (("q_proj", queries), ("k_proj", kv), ("v_proj", kv))
-    biases = [take.optional(f"{attention}{name}.bias", size) for name, size in sizes]
-    present = [bias for bias in biases if bias is not None]
-    weights = [take(f"{attention}{name}.weight", size, width) for name, size in sizes]
-    return LayerWeights(
-        input_norm=NormWeight(take(prefix + "input_layernorm.weight", width)),
-        qkv=linear(torch.cat(weights), torch.cat(present) if len(present) == len(biases) else None),
-        head_norms=HeadNorms(
-            NormWeight(take(attention + "q_norm.weight", base.head_dim)),
-            NormWeight(take(attention + "k_norm.weight", base.head_dim)),
-        ),
-        out=linear(take(attention + "o_proj.weight", width, queries), take.optional(attention + "o_proj.bias", width)),
-        post_norm=NormWeight(take(prefix + "post_attention_layernorm.weight", width)),
-        gate_up=linear(
-            torch.cat(
-                [take(f"{prefix}mlp.{name}_proj.weight", base.intermediate_size, width) for name in ("gate", "up")]
-            )
-        ),
-        down=linear(take(prefix + "mlp.down_proj.weight", width, base.intermediate_size)),
-        experts=None,
-        window=None,
-    )
-
-
 def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layers: int = 1) -> HeadFile:
     """An untrained head: matrices drawn from N(0, 0.02²), norms of ones, the target's own head rows."""
     base = target.config
     assert target.head is not None
-    generator = torch.Generator().manual_seed(seed)
     anchors = default_anchors(base.num_layers, len(stages))
-    tensors: dict[str, Tensor] = {"lm_head.weight": target.head.plain()}
-    for name, shape in _shapes(target, len(anchors), num_layers):
-        ones = name.endswith("norm.weight")
-        tensors[name] = torch.ones(shape) if ones else torch.randn(shape, generator=generator) * 0.02
+    tensors = {"lm_head.weight": target.head.plain(), **random_tensors(_shapes(target, len(anchors), num_layers), seed)}
     config = HeadConfig(
         hidden_size=base.hidden_size,
         vocab_size=base.vocab_size,
         draft_vocab_size=base.vocab_size,
         num_stages=len(stages),
+        stage_layers=[len(layers) for layers in stages],
         num_spec_layers=num_layers,
         aggr_feature_bound=list(anchors),
         trained_with_use_deepest=True,
@@ -241,25 +204,8 @@ def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layer
 
 def _shapes(target: Decoder, num_anchors: int, num_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Every tensor of a head but its `lm_head`, by published name."""
-    base = target.config
-    width, queries, kv, ffn = (
-        base.hidden_size,
-        base.num_heads * base.head_dim,
-        base.num_kv_heads * base.head_dim,
-        base.intermediate_size,
-    )
+    width = target.config.hidden_size
     for i in range(num_anchors):
         yield f"aggr_projs.{i}.weight", (width, (i + 1) * width)
     for index in range(num_layers):
-        prefix = f"spec_layers.{index}."
-        yield f"{prefix}self_attn.q_proj.weight", (queries, width)
-        yield f"{prefix}self_attn.k_proj.weight", (kv, width)
-        yield f"{prefix}self_attn.v_proj.weight", (kv, width)
-        yield f"{prefix}self_attn.o_proj.weight", (width, queries)
-        yield f"{prefix}self_attn.q_norm.weight", (base.head_dim,)
-        yield f"{prefix}self_attn.k_norm.weight", (base.head_dim,)
-        yield f"{prefix}mlp.gate_proj.weight", (ffn, width)
-        yield f"{prefix}mlp.up_proj.weight", (ffn, width)
-        yield f"{prefix}mlp.down_proj.weight", (width, ffn)
-        yield f"{prefix}input_layernorm.weight", (width,)
-        yield f"{prefix}post_attention_layernorm.weight", (width,)
+        yield from layer_shapes(target, f"spec_layers.{index}.", head_norms=True)

@@ -6,18 +6,21 @@ Must not know how drafts are made.
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from pydantic import BeforeValidator, Field
 
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench_backends.drafting import Drafting
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
     from spdbench.pipeline.transport import RowTransport
     from spdbench_backends.spd.drafter import PipelineDrafter
@@ -29,6 +32,25 @@ def _counts(value: Any) -> Any:
     if not isinstance(value, str) or value == "auto":
         return value
     return [part for part in value.replace(";", ",").split(",") if part]
+
+
+class HeadConfig(Protocol):
+    """What a head's file says of the pipeline it was trained for."""
+
+    @property
+    def num_stages(self) -> int | None: ...
+
+
+class HeadFile(Protocol):
+    """A head as read, still without a place in a model."""
+
+    @property
+    def config(self) -> HeadConfig: ...
+
+
+F = TypeVar("F", bound=HeadFile)
+Draw = Callable[["Decoder", tuple[range, ...], int], F]
+"""(target, stages, seed) -> an untrained head."""
 
 
 class PipelineOptions(BackendOptions):
@@ -53,25 +75,19 @@ class PipelineOptions(BackendOptions):
     timeout_s: float = Field(60.0, gt=0, description="a stage that takes longer for an answer is taken to hang")
 
 
-class Pipelined(ABC):
+class Pipelined(Drafting["PipelineDrafter"]):
     """Base of the backends of kind pipeline."""
 
     kind: ClassVar[BackendKind] = "pipeline"
+    method: ClassVar[str]
+    """As `config.json` of a drafter's folder has it."""
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(context)
         self._options = cast(PipelineOptions, options)
-        self._context = context
         self._stages: tuple[range, ...] = ()
-        self._choice: DrafterChoice | None = None
-        self._info: DrafterInfo | None = None
         self._pipeline: Pipeline | None = None
         self._decoding: PipelinedDecoding | None = None
-        self._prepared: tuple[GenerationRequest, PipelineDrafter] | None = None
-
-    @property
-    def lossless(self) -> bool:
-        """Dictated verdicts are for timing; what they let through is not the target's own."""
-        return not self._context.drafter.startswith("forced:")
 
     @abstractmethod
     def _load_drafter(self, choice: DrafterChoice) -> None:
@@ -80,9 +96,6 @@ class Pipelined(ABC):
     @abstractmethod
     def _anchors(self) -> Collection[int]:
         """The hidden states that the drafter reads, by index."""
-
-    @abstractmethod
-    def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter: ...
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -93,7 +106,7 @@ class Pipelined(ABC):
         self._choice = choice
 
     def describe(self) -> BackendInfo:
-        decoder = self._context.target.decoder
+        decoder = self._decoder
         last = len(self._stages) - 1
         devices = [self._device(stage) for stage in range(len(self._stages))]
         chosen: dict[str, str] = {"executor": self._executor}
@@ -108,27 +121,21 @@ class Pipelined(ABC):
             kernels=decoder.kernels,
         )
 
-    def prepare(self, request: GenerationRequest) -> None:
-        self._prepared = (request, self._new_drafter(request))
-
-    def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        from spdbench_backends.spd.engine import PipelinedDecoding
-
-        if self._prepared is None or self._prepared[0] is not request:
-            self.prepare(request)
-        assert self._prepared is not None
-        assert self._pipeline is not None
-        drafter, self._prepared = self._prepared[1], None
-        self._decoding = PipelinedDecoding(self._pipeline, self._stages, drafter, request)
-        return self._decoding.steps()
-
     def spans(self) -> Sequence[Span]:
         return () if self._decoding is None else self._decoding.spans()
 
     def close(self) -> None:
+        super().close()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._pipeline = self._decoding = self._prepared = self._choice = None
+        self._pipeline = self._decoding = None
+
+    def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
+        from spdbench_backends.spd.engine import PipelinedDecoding
+
+        assert self._pipeline is not None
+        self._decoding = PipelinedDecoding(self._pipeline, self._stages, drafter, request)
+        return self._decoding.steps()
 
     @property
     def _executor(self) -> Literal["process", "inline"]:
@@ -148,6 +155,28 @@ class Pipelined(ABC):
         """Devices are dealt to the stages in order."""
         devices = self._context.devices
         return devices[stage % len(devices)]
+
+    def _find_head(self, choice: DrafterChoice, read: Callable[[Path], F], draw: Draw[F]) -> F | None:
+        """The head that was asked for, None for a synthetic drafter; cuts the model into stages that fit it."""
+        from spdbench.models.drafters import find_drafter
+
+        target = self._context.target
+        if choice.kind in ("oracle", "forced"):
+            self._stages = self._cut(None)
+            return None
+        if target.unknown:
+            raise InputError(
+                f"--drafter {choice.text}: {self.method} heads are made of spdbench's own layers, which do not know "
+                f"this model ({target.unknown}). Give oracle:P or forced:P."
+            )
+        if choice.kind == "random":
+            self._stages = self._cut(None)
+            return draw(target.own_decoder, self._stages, self._context.seed)
+        counts = self._options.stage_layers
+        asked = len(counts) if isinstance(counts, tuple) else self._options.stages
+        file = read(choice.path if choice.kind == "path" else find_drafter(target.files, self.method, asked))
+        self._stages = self._cut(file.config.num_stages)
+        return file
 
     def _cut(self, drafters_stages: int | None) -> tuple[range, ...]:
         from spdbench.models.partition import split_by_counts, split_evenly
@@ -169,7 +198,7 @@ class Pipelined(ABC):
         """Stages that take the same time, the last of which has the target's head too."""
         from spdbench.models.partition import measure_stage_costs, split_by_cost
 
-        costs = measure_stage_costs(self._context.target.decoder, self._threads(num_stages))
+        costs = measure_stage_costs(self._decoder, self._threads(num_stages))
         return split_by_cost(self._context.target.config.num_layers, num_stages, costs.head_s / costs.layer_s)
 
     def _threads(self, num_stages: int) -> int:
@@ -177,7 +206,7 @@ class Pipelined(ABC):
         return max(1, self._context.threads // num_stages)
 
     def _start_pipeline(self) -> Pipeline:
-        decoder, anchors = self._context.target.decoder, self._anchors()
+        decoder, anchors = self._decoder, self._anchors()
         if self._executor == "inline":
             from spdbench.pipeline.inline import InlinePipeline
 

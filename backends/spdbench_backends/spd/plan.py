@@ -35,6 +35,11 @@ class FeaturePlan:
         layers_done = self.stages[depth - 1].stop if depth else 0
         return max(index for index, anchor in enumerate(self.anchors) if anchor <= layers_done)
 
+    @property
+    def row_types(self) -> tuple[int, ...]:
+        """f(d) for every depth. A head fits every cut that gives the same."""
+        return tuple(self.row_type(depth) for depth in range(self.full_depth + 1))
+
 
 def default_anchors(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """The published rule for even stages, thinned from the deep end where it yields more than n + 1 anchors."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import pytest
 from torch import Tensor
 
 from spdbench.decoding.audit import classify_difference
@@ -15,11 +14,6 @@ from spdbench.models.kernels import PlainLinear
 from tests import tiny
 
 PROMPT = tuple(range(60, 70))
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
 
 
 def test_equal_outputs_are_identical(decoder: Decoder) -> None:

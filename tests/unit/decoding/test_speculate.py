@@ -17,13 +17,6 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
 from tests import tiny
 
-PROMPT = tuple(range(30, 41))
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
 
 class RandomTrees:
     """Trees of random shape, some of whose nodes are right, and a check of the features that come back."""
@@ -73,7 +66,7 @@ class RandomTrees:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_trees_change_nothing(decoder: Decoder, seed: int) -> None:
-    request = tiny.greedy(PROMPT, 40)
+    request = tiny.greedy(tiny.PROMPT, 40)
     answer = list(decode(decoder, request))
     drafter = RandomTrees(decoder, answer, seed)
     speculation = Speculation(decoder, drafter, request)
@@ -99,17 +92,17 @@ def test_a_trees_logits_equal_those_of_its_branches(family: str, tmp_path: Path)
     ids = [50, 61, 62, 63, 64, 65, 66]
     with torch.inference_mode():
         cache = decoder.new_cache(64)
-        decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache)
-        hidden, _ = decoder.forward(decoder.embed(decoder.ids(ids)), len(PROMPT), cache, tree=tree.rows)
+        decoder.forward(decoder.embed(decoder.ids(tiny.PROMPT)), 0, cache)
+        hidden, _ = decoder.forward(decoder.embed(decoder.ids(ids)), len(tiny.PROMPT), cache, tree=tree.rows)
         found = decoder.logits(hidden)
         for node, sees in enumerate(tree.rows.visible_SW):
-            branch = [*PROMPT, *[ids[other] for other in sees.nonzero()[:, 0].tolist()]]
+            branch = [*tiny.PROMPT, *[ids[other] for other in sees.nonzero()[:, 0].tolist()]]
             alone, _ = decoder.forward(decoder.embed(decoder.ids(branch)), 0, decoder.new_cache(64))
             torch.testing.assert_close(found[node], decoder.logits(alone[-1:])[0], rtol=1e-5, atol=1e-5)
 
 
 def test_spans_follow_each_other_and_tell_of_every_round(decoder: Decoder) -> None:
-    request = tiny.greedy(PROMPT, 20)
+    request = tiny.greedy(tiny.PROMPT, 20)
     speculation = Speculation(decoder, RandomTrees(decoder, list(decode(decoder, request)), 1), request)
     rounds = len(list(speculation.steps())) - 1
     kinds = [span.kind for span in speculation.spans]

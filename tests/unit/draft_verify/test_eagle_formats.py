@@ -24,17 +24,9 @@ from tests import tiny
 from tests.unit.draft_verify import eagle_files
 from tests.unit.draft_verify.eagle_files import IDS, VOCAB, WIDTH
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Change = Callable[[dict[str, Tensor]], object]
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
 
 
 def altered(folder: Path, change: Change | None = None, **config: Any) -> Path:

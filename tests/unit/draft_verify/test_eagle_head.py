@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +15,10 @@ from spdbench.models.place import TreeRows
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.formats import EagleFile
 from spdbench_backends.eagle.head import EagleModule
-from tests import tiny
 from tests.unit.draft_verify.eagle_files import eagle3_shapes
 
 EPS = 1e-6
 HEADS, KV, SIZE = 4, 2, 8
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
 
 
 def loud(file: EagleFile, **config: Any) -> EagleFile:

@@ -16,15 +16,13 @@ from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.build import random_medusa
-from spdbench_backends.medusa.formats import MedusaFile, write_medusa
+from spdbench_backends.medusa.formats import MedusaFile
+from spdbench_backends.medusa.writing import write_medusa
 from tests import tiny
 
-REQUEST = tiny.greedy(tuple(range(30, 41)), 30)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
+REQUEST = tiny.greedy(tiny.PROMPT, 30)
 
 
 @pytest.fixture(scope="module")

@@ -16,30 +16,15 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.formats import (
-    Block,
-    MedusaConfig,
-    MedusaFile,
-    WrittenLayout,
-    holds_medusa_heads,
-    read_medusa,
-    write_medusa,
-)
+from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile, holds_medusa_heads, read_medusa
+from spdbench_backends.medusa.writing import WrittenLayout, write_medusa
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 WIDTH, VOCAB = 32, 262
 IDS = (7, 3, 200, 261, 0)
 """A draft vocabulary in no order: published maps have none."""
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
 
 
 def heads(

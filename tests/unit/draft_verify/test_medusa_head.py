@@ -18,11 +18,6 @@ from tests import tiny
 IDS = (200, 3, 7, 261, 0, 99)
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
-
 def loud(target: Decoder, num_blocks: int, linears: int, ids: tuple[int, ...] | None, bias: bool) -> MedusaFile:
     """Four heads with weights large enough to tell things apart."""
     generator = torch.Generator().manual_seed(num_blocks + linears)

@@ -19,18 +19,9 @@ from spdbench_backends.spd.formats import build_head, random_head, read_head
 from tests import tiny
 from tests.unit.spd.inline import generate
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 STAGES = split_evenly(6, 3)
-PROMPT = tuple(range(30, 41))
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_model: Path) -> Decoder:
-    return tiny.load(tiny_model).own_decoder
-
-
-@pytest.fixture(autouse=True)
-def _no_user_cache(own_cache: Path) -> None:
-    pass
 
 
 def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
@@ -52,13 +43,13 @@ def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = 
 
 def drafts(decoder: Decoder, path: Path) -> list[Step]:
     drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
-    return list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
+    return list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
 
 
 def test_a_published_head_drafts_within_its_vocabulary(decoder: Decoder, tmp_path: Path) -> None:
     head = build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, STAGES)
     drafter = HeadDrafter(head, 262)
-    steps = list(generate(decoder, STAGES, drafter, tiny.greedy(PROMPT, 20)))
+    steps = list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
     assert sum(step.judged for step in steps) == 19
     assert {drafter._target_id(i) for i in range(131)} == set(range(0, 262, 2))
 
@@ -134,9 +125,26 @@ def test_tensors_are_checked_one_by_one(decoder: Decoder, tmp_path: Path, tensor
         build_head(read_head(published(decoder, tmp_path / "head.pt", tensors)), decoder, STAGES)
 
 
-def test_uneven_stages_have_no_published_head(decoder: Decoder, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="needs even stages"):
-        build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, split_by_counts(6, [3, 2, 1]))
+@pytest.mark.parametrize("counts", [[3, 2, 1], [1, 3, 2], [4, 1, 1]])
+def test_a_cut_that_reaches_other_anchors_is_refused(decoder: Decoder, tmp_path: Path, counts: list[int]) -> None:
+    with pytest.raises(InputError, match=r"was trained for stages of 2,2,2 layers; cut into .* anchors \[0, 2, 5, 6\]"):
+        build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, split_by_counts(6, counts))
+
+
+def test_a_cut_that_reaches_the_same_anchors_is_as_good_as_an_even_one(decoder: Decoder, tmp_path: Path) -> None:
+    file = read_head(published(decoder, tmp_path / "head.pt"))
+    uneven = build_head(file, decoder, split_by_counts(6, [3, 1, 2])).plan
+    assert uneven.row_types == build_head(file, decoder, STAGES).plan.row_types == (0, 1, 1, 3)
+
+
+def test_a_head_trained_on_uneven_stages_says_so(decoder: Decoder, tmp_path: Path) -> None:
+    stages = split_by_counts(6, [1, 4, 1])
+    path = published(decoder, tmp_path / "head.pt", stage_layers=[1, 4, 1])
+    assert build_head(read_head(path), decoder, stages).plan.stages == stages
+    with pytest.raises(InputError, match="was trained for stages of 1,4,1 layers"):
+        build_head(read_head(path), decoder, STAGES)
+    with pytest.raises(InputError, match=r"config: stage_layers=1,4: "):
+        build_head(read_head(published(decoder, tmp_path / "b.pt", stage_layers=[1, 4])), decoder, STAGES)
 
 
 def test_files_that_are_no_heads(tmp_path: Path) -> None:
@@ -157,6 +165,13 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"it has no model\.safetensors"):
         read_head(tmp_path / "empty")
+    (tmp_path / "empty" / "model.safetensors").write_text("hello")
+    with pytest.raises(InputError, match="empty: cannot be read as a drafter"):
+        read_head(tmp_path / "empty")
+    for text, why in (("[]", "is not a mapping"), ("{", "cannot be read"), ("[" * 100_000, "cannot be read")):
+        (tmp_path / "empty" / "config.json").write_text(text)
+        with pytest.raises(InputError, match=rf"empty/config\.json: {why}"):
+            read_head(tmp_path / "empty")
 
 
 def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -175,6 +190,6 @@ def test_a_head_trained_on_nominal_rows_is_lossless_too(decoder: Decoder, tmp_pa
 
     path = published(decoder, tmp_path / "head.pt", trained_with_use_deepest=False)
     drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
-    request = tiny.greedy(PROMPT, 20)
+    request = tiny.greedy(tiny.PROMPT, 20)
     ids = [token for step in generate(decoder, STAGES, drafter, request) for token in step.token_ids]
     assert ids == list(decode(decoder, request))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +20,6 @@ from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, random_head
 from tests import tiny
 from tests.unit.spd.inline import generate
-
-PROMPT = tuple(range(30, 41))
 
 
 class Checked(HeadDrafter):
@@ -77,9 +74,8 @@ class Checked(HeadDrafter):
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 6])
-@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]], ids=["prompt", "one-token prompt"])
-def test_cached_drafts_equal_drafts_from_scratch(tiny_model: Path, num_stages: int, prompt: tuple[int, ...]) -> None:
-    decoder = tiny.load(tiny_model).own_decoder
+@pytest.mark.parametrize("prompt", [tiny.PROMPT, tiny.PROMPT[:1]], ids=["prompt", "one-token prompt"])
+def test_cached_drafts_equal_drafts_from_scratch(decoder: Decoder, num_stages: int, prompt: tuple[int, ...]) -> None:
     request = tiny.greedy(prompt, 30)
     answer = list(decode(decoder, request))
     drafter = Checked(decoder, num_stages, answer)
@@ -90,10 +86,9 @@ def test_cached_drafts_equal_drafts_from_scratch(tiny_model: Path, num_stages: i
     assert 10 < accepted < 29
 
 
-def test_nothing_is_kept_of_old_positions(tiny_model: Path) -> None:
+def test_nothing_is_kept_of_old_positions(decoder: Decoder) -> None:
     """Features lie in a ring of two pipelines, whatever the length of the answer."""
-    decoder = tiny.load(tiny_model).own_decoder
     stages = split_evenly(6, 3)
     drafter = HeadDrafter(build_head(random_head(decoder, stages, 3), decoder, stages), 262)
-    list(generate(decoder, stages, drafter, tiny.greedy(PROMPT, 60)))
+    list(generate(decoder, stages, drafter, tiny.greedy(tiny.PROMPT, 60)))
     assert drafter._module._ring._rows.shape[0] == 8

@@ -1,0 +1,66 @@
+"""Drafters on disk as folders and files: a config, tensors, and what a result says of where they come from.
+
+Must not know any method.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spdbench.backend import DrafterInfo
+from spdbench.errors import InputError
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a drafter's folder.
+
+    Raises:
+        InputError: there is none, or it is no mapping.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder}: is not a drafter folder, it has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: is not a mapping")
+    return raw
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a torch file that holds nothing else.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
+        raise InputError(
+            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise InputError(f"{file}: is not a mapping from names to tensors")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def drafter_info(kind: str, name: str, method: str, sha256: str, trained_tokens: int | None) -> DrafterInfo:
+    """What a result says of a drafter that was read, or drawn at random where the user's choice is of kind `random`."""
+    untrained = kind == "random"
+    return DrafterInfo(
+        "random" if untrained else name,
+        method,
+        synthetic=False,
+        sha256=sha256 or None,
+        trained_tokens=0 if untrained else trained_tokens,
+    )

@@ -1,0 +1,62 @@
+"""`ppsd`: an early exit behind the first stage drafts, the stages behind it verify earlier tokens meanwhile.
+
+    cycle by cycle:
+        every stage moves its token one stage on
+        the exit head reads stage 0's output and drafts that token's successor, while all stages wait
+        verdict, roll back and refill are those of `spd`
+
+A re-implementation from the paper's abstract and its reviews (arXiv 2509.19368; METHODS.md, section C).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from spdbench.backend import BackendContext, BackendOptions
+from spdbench.types import GenerationRequest
+from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
+
+if TYPE_CHECKING:
+    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.models.decoder import Decoder
+    from spdbench_backends.spd.drafter import PipelineDrafter
+
+
+class PPSD(Pipelined):
+    """PPSD (re-implementation): a pipeline whose first stage's output drafts."""
+
+    method = "ppsd"
+
+    class Options(PipelineOptions):
+        """Those of every pipeline."""
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        super().__init__(options, context)
+        self._head: Decoder | None = None
+
+    def close(self) -> None:
+        super().close()
+        self._head = None
+
+    def _load_drafter(self, choice: DrafterChoice) -> None:
+        from spdbench_backends.drafter_files import drafter_info
+        from spdbench_backends.spd.exit_head import build_exit, random_exit, read_exit
+
+        file = self._find_head(choice, read_exit, random_exit)
+        if file is None:
+            self._info = self._synthetic(choice)
+            return
+        self._head = build_exit(file, self._context.target.own_decoder, self._stages)
+        self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)
+
+    def _anchors(self) -> Collection[int]:
+        return () if self._head is None else (self._stages[0].stop,)
+
+    def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
+        from spdbench_backends.spd.drafter import SyntheticDrafter
+        from spdbench_backends.spd.exit_head import ExitDrafter
+
+        if self._head is not None:
+            return ExitDrafter(self._head, self._stages[0].stop)
+        return SyntheticDrafter(self._drafts(request), reads_this_cycle=True)
