@@ -58,17 +58,6 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
     return RowCosts(tuple(counts), tuple(median(times[count][1:]) for count in counts))
 
 
-@torch.inference_mode()
-def median_seconds(work: Callable[[], object], rounds: int = 8) -> float:
-    """What `work` takes; it must not return before it is done."""
-    times = []
-    for _ in range(rounds):
-        began = perf_counter()
-        work()
-        times.append(perf_counter() - began)
-    return median(times)
-
-
 def assumed_accuracies(by_level: Sequence[float], num_ranks: int) -> list[list[float]]:
     """From first-choice accuracies a table of all ranks, each a fixed share of the one before."""
     return [[accuracy * RANK_DECAY**rank for rank in range(num_ranks)] for accuracy in by_level]

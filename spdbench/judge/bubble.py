@@ -126,7 +126,7 @@ def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
     last that of the one with the last. What spans hold outside of these is not looked at.
     """
     ends = _cycle_ends(step_ends)
-    busy = table.busy.clipped(int(ends[0]), int(ends[-1]))
+    busy = _in_cycles(table.busy, step_ends, ends)
     duration = busy.end - busy.start
     causes = _Causes(table)
     lanes = [_idle_time(lane, busy, ends, causes) for lane in range(table.lanes)]
@@ -137,9 +137,9 @@ def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
 def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None:
     """The cycles between `step_ends` in which every lane was at work; None if there were none."""
     ends = _cycle_ends(step_ends)
-    busy = table.busy.clipped(int(ends[0]), int(ends[-1]))
+    busy = _in_cycles(table.busy, step_ends, ends)
     shape = (table.lanes, len(ends) - 1)
-    place = busy.lane * shape[1] + _cycles(busy, ends)
+    place = busy.lane * shape[1] + busy.cycle
     lane_ns = np.bincount(place, busy.end - busy.start, minlength=shape[0] * shape[1]).reshape(shape)
     full = lane_ns.all(axis=0)
     if not full.any():
@@ -231,7 +231,7 @@ def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
     idle = np.searchsorted(mine.start, starts, side="right") == np.searchsorted(mine.end, starts, side="right")
     starts, stops = starts[idle], stops[idle]
     has_token = np.zeros(len(ends) - 1, dtype=np.bool_)
-    has_token[_cycles(mine, ends)] = True
+    has_token[mine.cycle] = True
     filled = ~has_token[_cycle_of(starts, ends)]
     return starts[~filled], stops[~filled], int((stops - starts)[filled].sum())
 
@@ -239,10 +239,9 @@ def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
 def _waits_until(mine: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
     """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
-    np.maximum.at(slowest, _cycles(busy, ends), busy.end)
-    cycle = _cycles(mine, ends)
-    done = np.append(cycle[1:] != cycle[:-1], True)[: len(cycle)]
-    waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
+    np.maximum.at(slowest, busy.cycle, busy.end)
+    done = np.append(mine.cycle[1:] != mine.cycle[:-1], True)[: len(mine.cycle)]
+    waits_for = np.append(np.where(done, slowest[mine.cycle], 0), 0)  # the last one is for what comes before any work
     before = np.searchsorted(mine.start, starts, side="right") - 1
     return waits_for[before].clip(starts, stops)
 
@@ -255,9 +254,13 @@ def _cycle_ends(step_ends: Sequence[int]) -> Times:
     return ends
 
 
-def _cycles(spans: SpanTable, ends: Times) -> Times:
-    """The cycle that each span, which lies in the window, belongs to: as it says, else where it begins."""
-    return np.where(spans.cycle < 0, _cycle_of(spans.start, ends), spans.cycle).clip(0, len(ends) - 2)
+def _in_cycles(busy: SpanTable, step_ends: Sequence[int], ends: Times) -> SpanTable:
+    """What lies in the window, each span in its cycle: the one that it names, else the one in which it begins."""
+    inside = busy.clipped(int(ends[0]), int(ends[-1]))
+    begins = np.asarray(step_ends, dtype=np.int64)[inside.cycle.clip(0, len(step_ends) - 1)]
+    named = _cycle_of(begins, ends)
+    cycle = np.where(inside.cycle < 0, _cycle_of(inside.start, ends), named)
+    return replace(inside, cycle=cycle.clip(0, len(ends) - 2))
 
 
 def _cycle_of(times: Times, ends: Times) -> Times:

@@ -1,20 +1,10 @@
-"""Cuts a model's layers into pipeline stages, evenly, as told, or by what layers and head cost here."""
+"""Cuts a model's layers into pipeline stages, evenly, as told, or by what they cost. Knows numbers, never tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from spdbench.errors import InputError
-
-if TYPE_CHECKING:
-    from spdbench.models.interface import TargetDecoder
-
-ROUNDS = 9
-CONTEXT = 128
 
 
 def split_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:
@@ -50,60 +40,21 @@ def split_by_counts(num_layers: int, counts: Sequence[int]) -> tuple[range, ...]
     return tuple(stages)
 
 
-def split_by_cost(num_layers: int, num_stages: int, head_layers: float) -> tuple[range, ...]:
-    """Contiguous ranges whose heaviest is as light as can be, the last stage having the head besides, which costs as
-    much as `head_layers` layers.
+def split_by_cost(num_layers: int, extras: Sequence[float]) -> tuple[range, ...]:
+    """Contiguous ranges whose heaviest is as light as can be. `extras[s]` is what stage s has to do beside its layers,
+    such as the head in the last, in units of a layer.
 
     Raises:
         InputError: there are fewer layers than stages.
     """
+    num_stages = len(extras)
     if not 1 <= num_stages <= num_layers:
         raise InputError(f"stages={num_stages}: the model has {num_layers} layers. Allowed: 1 to {num_layers}.")
     counts = [1] * num_stages
-    weights = [1.0] * (num_stages - 1) + [1.0 + head_layers]
     for _ in range(num_layers - num_stages):  # layers are alike, so the lightest stage takes each
-        lightest = min(range(num_stages), key=weights.__getitem__)
+        lightest = min(range(num_stages), key=lambda stage: counts[stage] + extras[stage])
         counts[lightest] += 1
-        weights[lightest] += 1
     return split_by_counts(num_layers, counts)
-
-
-@dataclass(frozen=True)
-class StageCosts:
-    """Seconds that a layer and the head take for one token."""
-
-    layer_s: float
-    head_s: float
-
-
-def measure_stage_costs(decoder: TargetDecoder, threads: int) -> StageCosts:
-    """Medians over a few tokens, with as many threads as a stage will have."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            cache = decoder.new_cache(CONTEXT + 1)
-            decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
-            row = decoder.embed(decoder.ids((0,)))
-
-            def layers() -> None:
-                cache.rollback(CONTEXT)
-                decoder.forward(row, CONTEXT, cache)[0].sum().item()
-
-            times = [(_seconds(layers), _seconds(lambda: decoder.logits(row).argmax().item())) for _ in range(ROUNDS)]
-    finally:
-        torch.set_num_threads(before)
-    return StageCosts(
-        median(layer_s for layer_s, _ in times) / len(decoder.layers), median(head_s for _, head_s in times)
-    )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = perf_counter()
-    work()
-    return perf_counter() - began
 
 
 def _uneven_example(num_layers: int) -> str:

@@ -151,7 +151,7 @@ class Eagle(DraftVerify):
         """What a level of drafting takes: one row through the head, timed."""
         import torch
 
-        from spdbench.decoding.tree_choice import median_seconds
+        from spdbench.models.timing import median_seconds
         from spdbench_backends.eagle.head import EagleModule
 
         weights = self._weights

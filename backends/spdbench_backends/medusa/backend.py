@@ -143,7 +143,7 @@ class Medusa(DraftVerify):
         """What a head takes, timed."""
         import torch
 
-        from spdbench.decoding.tree_choice import median_seconds
+        from spdbench.models.timing import median_seconds
 
         weights, decoder = self._weights, self._decoder
         if weights is None:

@@ -13,6 +13,7 @@ Source: arXiv 2605.30852; SPD.md section 4, without the faults of its section 11
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from spdbench.backend import BackendContext, BackendOptions
@@ -50,10 +51,25 @@ class SPD(Pipelined):
             self._info = self._synthetic(choice)
             return
         self._head = build_head(file, self._context.target.own_decoder, self._stages)
+        if self._options.stage_layers == "auto":
+            self._head = self._rebalanced(self._head)
         self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors
+
+    def _rebalanced(self, head: HeadWeights) -> HeadWeights:
+        """The head at a cut that also counts its own time, if it fits that one."""
+        from spdbench_backends.spd.head import drafting_seconds
+        from spdbench_backends.spd.plan import FeaturePlan
+
+        count = len(self._stages)
+        stages = self._balanced(count, drafting_seconds(head, self._drafters_threads))
+        plan = FeaturePlan(head.plan.anchors, stages)
+        if plan.row_types != head.plan.row_types:
+            return head
+        self._stages = stages
+        return replace(head, plan=plan)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticDrafter

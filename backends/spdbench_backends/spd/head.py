@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
+from spdbench.models.timing import median_seconds
 from spdbench_backends.spd.plan import FeaturePlan, Row
 
 
@@ -102,3 +103,16 @@ class DraftModule:
     def _new_ring(self) -> FeatureRing:
         decoder = self.weights.decoder
         return FeatureRing(self._plan, self._width, decoder.dtype, decoder.device)
+
+
+def drafting_seconds(weights: HeadWeights, threads: int) -> float:
+    """What a draft takes in a full pipeline."""
+    plan, decoder = weights.plan, weights.decoder
+    width, depth = weights.projections[0].shape[0], plan.full_depth
+    module, prompt_length = DraftModule(weights), 2 * depth
+    state_SM = torch.zeros(prompt_length, width, dtype=decoder.dtype, device=decoder.device)
+    states = dict.fromkeys(plan.anchors, state_SM)
+    first = prompt_length - depth
+    module.start([Row(position, depth) for position in range(first)], states, prompt_length, prompt_length)
+    rows = [Row(position, prompt_length - 1 - position) for position in range(first, prompt_length)]
+    return median_seconds(lambda: int(module.logits(rows).argmax()), threads=threads)

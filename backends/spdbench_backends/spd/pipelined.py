@@ -102,8 +102,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         choice = parse_drafter(self._context.drafter)
         self._load_drafter(choice)
-        self._pipeline = self._start_pipeline()
         self._choice = choice
+        self._pipeline = self._start_pipeline()
 
     def describe(self) -> BackendInfo:
         decoder = self._decoder
@@ -135,7 +135,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         assert self._pipeline is not None
         self._decoding = PipelinedDecoding(self._pipeline, self._stages, drafter, request)
-        return self._decoding.steps()
+        steps = self._decoding.steps()
+        if self._executor == "inline":
+            return steps
+        return _with_threads(steps, self._drafters_threads)
 
     @property
     def _executor(self) -> Literal["process", "inline"]:
@@ -194,16 +197,23 @@ class Pipelined(Drafting["PipelineDrafter"]):
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None
 
-    def _balanced(self, num_stages: int) -> tuple[range, ...]:
-        """Stages that take the same time, the last of which has the target's head too."""
-        from spdbench.models.partition import measure_stage_costs, split_by_cost
+    def _balanced(self, num_stages: int, drafting_s: float = 0.0) -> tuple[range, ...]:
+        """Stages that take the same time, the first sharing its cores with the drafter where none are left for it."""
+        from spdbench.pipeline.balance import balanced_stages
 
-        costs = measure_stage_costs(self._decoder, self._threads(num_stages))
-        return split_by_cost(self._context.target.config.num_layers, num_stages, costs.head_s / costs.layer_s)
+        threads = self._threads(num_stages)
+        shared = num_stages * threads >= self._context.threads
+        return balanced_stages(self._decoder, num_stages, threads, drafting_s if shared else 0.0)
 
     def _threads(self, num_stages: int) -> int:
         """Threads of each stage: all together no more than the run was given, where there are enough."""
         return max(1, self._context.threads // num_stages)
+
+    @property
+    def _drafters_threads(self) -> int:
+        """What the stages leave; more would only wait for each other behind these."""
+        count = len(self._stages)
+        return max(1, self._context.threads - count * self._threads(count))
 
     def _start_pipeline(self) -> Pipeline:
         decoder, anchors = self._decoder, self._anchors()
@@ -234,6 +244,18 @@ class Pipelined(Drafting["PipelineDrafter"]):
             for index, layers in enumerate(self._stages)
         ]
         return ProcessPipeline(StageWorkers(specs, self._options.timeout_s), specs, decoder, anchors)
+
+
+def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:
+    """The steps, whatever is computed for them here in so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield from steps
+    finally:
+        torch.set_num_threads(before)
 
 
 def _usual(num_layers: int) -> int:

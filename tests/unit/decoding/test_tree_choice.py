@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.decoding.tree import Path
-from spdbench.decoding.tree_choice import RowCosts, best_paths, choose_tree, median_seconds
+from spdbench.decoding.tree_choice import RowCosts, best_paths, choose_tree
 
 LEVELS = st.lists(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=4)
 COARSE = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -76,13 +76,3 @@ def test_dear_rows_make_a_small_tree_and_free_ones_a_large_one() -> None:
     deep = choose_tree(accuracies, free, lambda levels: 5.0 * levels, 6)
     assert deep.num_levels == 1
     assert choose_tree(accuracies, free, lambda _: 0.0, 6).speedup == pytest.approx(1 + 0.8 + 0.8 * 0.7)
-
-
-def test_work_is_timed_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, durations = [0.0], iter((9.0, 1.0, 2.0))
-    monkeypatch.setattr("spdbench.decoding.tree_choice.perf_counter", lambda: now[0])
-
-    def work() -> None:
-        now[0] += next(durations)
-
-    assert median_seconds(work, rounds=3) == 2.0

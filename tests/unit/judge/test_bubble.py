@@ -16,8 +16,8 @@ from spdbench.judge.result import FullCycles
 from spdbench.types import Span, SpanKind
 
 
-def span(lane: int, kind: SpanKind, start: int, end: int, *, kept: bool = True) -> Span:
-    return Span(lane, kind, start, end, 0, kept)
+def span(lane: int, kind: SpanKind, start: int, end: int, *, kept: bool = True, cycle: int = -1) -> Span:
+    return Span(lane, kind, start, end, 0, kept, cycle)
 
 
 def spent(spans: list[Span], step_ends: list[int], lanes: int = 1) -> dict[str, int]:
@@ -131,6 +131,19 @@ def test_a_stage_that_runs_past_the_end_of_its_cycle_still_holds_up_those_that_a
     assert found == {"useful": 90 + 130 + 60 + 70, "imbalance": 40, "unattributed": 10}
 
 
+def test_a_stage_ahead_of_its_cycle_is_of_the_cycle_that_it_names() -> None:
+    """Lane 0 begins each cycle's work 30 ns before the last one's verdict is in."""
+    spans = [
+        *(span(0, "target", 0, 60, cycle=0), span(1, "target", 10, 100, cycle=0)),
+        *(span(0, "target", 70, 130, cycle=1), span(1, "target", 110, 200, cycle=1)),
+    ]
+    expected = {"useful": 60 + 90 + 60 + 90, "imbalance": 10 + 70, "unattributed": 10 + 10}
+    assert spent(spans, [0, 100, 200], lanes=2) == expected
+    assert full_cycles(read_spans(spans, 2), [0, 100, 200]) == FullCycles(num=2, stage_s=180e-9, wall_s=200e-9)
+    unnamed = [s._replace(cycle=-1) for s in spans]
+    assert spent(unnamed, [0, 100, 200], lanes=2)["fill"] == 70
+
+
 # Cycles with a full pipe
 
 
@@ -190,12 +203,14 @@ def timelines(draw: st.DrawFn) -> tuple[list[Span], list[int], int]:
         ends.append(ends[0] + 5)
     kinds: tuple[SpanKind, ...] = ("target", "head")
     spans = []
+    named = draw(st.booleans())
     for lane in range(lanes):
-        at = 0
+        at, cycle = 0, 0 if named else -1
         for gap, length in draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 12)), max_size=8)):
             kept = draw(st.booleans())
-            spans.append(span(lane, draw(st.sampled_from(kinds)), at + gap, at + gap + length, kept=kept))
+            spans.append(span(lane, draw(st.sampled_from(kinds)), at + gap, at + gap + length, kept=kept, cycle=cycle))
             at += gap + length
+            cycle += draw(st.integers(0, 2)) if named else 0
     causes: tuple[SpanKind, ...] = ("draft", "verify", "host")
     others = st.tuples(st.integers(0, lanes + 1), st.sampled_from(causes), st.integers(0, 60), st.integers(0, 15))
     for where, kind, start, length in draw(st.lists(others, max_size=8)):
@@ -211,6 +226,11 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
     def cycle_of(t: int) -> int:
         return max(index for index, end in enumerate(ends) if end <= t)
 
+    def cycle_with(s: Span) -> int:
+        """As named, counting steps that took no time; what would come after the last counts as in it."""
+        begins = s.start_ns if s.cycle < 0 else ends[min(s.cycle, len(ends) - 1)]
+        return cycle_of(min(begins, last - 1))
+
     work = [
         s._replace(start_ns=max(s.start_ns, first), end_ns=min(s.end_ns, last))
         for s in spans
@@ -219,7 +239,7 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
     work = [s for s in work if s.start_ns < s.end_ns]
     slowest: dict[int, int] = {}
     for s in work:
-        slowest[cycle_of(s.start_ns)] = max(slowest.get(cycle_of(s.start_ns), 0), s.end_ns)
+        slowest[cycle_with(s)] = max(slowest.get(cycle_with(s), 0), s.end_ns)
 
     def cause(lane: int, t: int) -> str:
         mine = sorted(s for s in work if s.lane == lane)
@@ -228,14 +248,14 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
         for s in begun:
             if t < s.end_ns:
                 return "useful" if s.kept else "wasted"
-        if lanes > 1 and cycle_of(t) not in {cycle_of(s.start_ns) for s in mine}:
+        if lanes > 1 and cycle_of(t) not in {cycle_with(s) for s in mine}:
             return "fill"
         for name in ("verify", "draft"):
             if name in here:
                 return name
         if lanes > 1 and begun:
-            cycle = cycle_of(max(s.start_ns for s in begun))
-            done = all(cycle_of(s.start_ns) != cycle for s in mine if s.start_ns > t)
+            cycle = cycle_with(max(begun, key=lambda s: s.start_ns))
+            done = all(cycle_with(s) != cycle for s in mine if s.start_ns > t)
             if done and t < slowest[cycle]:
                 return "imbalance"
         return "host" if "host" in here else "unattributed"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.errors import InputError
-from spdbench.models.partition import split_by_counts, split_evenly
+from spdbench.models.partition import split_by_cost, split_by_counts, split_evenly
 
 
 def test_even_split() -> None:
@@ -43,3 +45,15 @@ def test_more_stages_than_layers_is_an_error(stages: int) -> None:
 def test_counts_that_do_not_fit(counts: list[int], why: str) -> None:
     with pytest.raises(InputError, match=why):
         split_by_counts(30, counts)
+
+
+@given(st.integers(1, 7), st.lists(st.floats(0, 5), min_size=1, max_size=4))
+def test_no_cut_by_cost_has_a_lighter_heaviest_stage(num_layers: int, extras: list[float]) -> None:
+    if num_layers < len(extras):
+        with pytest.raises(InputError, match=f"stages={len(extras)}"):
+            split_by_cost(num_layers, extras)
+        return
+    every = [counts for counts in product(range(1, num_layers + 1), repeat=len(extras)) if sum(counts) == num_layers]
+    best = min(max(map(sum, zip(counts, extras, strict=True))) for counts in every)
+    found = [len(stage) for stage in split_by_cost(num_layers, extras)]
+    assert max(map(sum, zip(found, extras, strict=True))) == pytest.approx(best)

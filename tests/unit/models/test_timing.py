@@ -1,0 +1,31 @@
+"""Work is timed round by round, with the threads asked for and no others afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spdbench.models.timing import median_seconds
+
+
+def test_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, durations = [0.0], iter((9.0, 1.0, 2.0))
+    monkeypatch.setattr("spdbench.models.timing.perf_counter", lambda: now[0])
+
+    def work() -> None:
+        now[0] += next(durations)
+
+    assert median_seconds(work, rounds=3) == 2.0
+
+
+def test_threads_are_lent() -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+
+    def work() -> None:
+        seen.add(torch.get_num_threads())
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        median_seconds(work, threads=before + 1)
+    assert seen == {before + 1}
+    assert torch.get_num_threads() == before
