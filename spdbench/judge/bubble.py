@@ -135,13 +135,18 @@ def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
 
 
 def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None:
-    """The cycles between `step_ends` in which every lane was at work; None if there were none."""
+    """The cycles between `step_ends` in which the pipe was full; None if there were none.
+
+    Full: every lane was at work, the last of them on a token that counts. Else it may be on one that a verdict dropped
+    while it was on its way, and then nothing comes of the cycle.
+    """
     ends = _cycle_ends(step_ends)
     busy = _in_cycles(table.busy, step_ends, ends)
     shape = (table.lanes, len(ends) - 1)
     place = busy.lane * shape[1] + busy.cycle
     lane_ns = np.bincount(place, busy.end - busy.start, minlength=shape[0] * shape[1]).reshape(shape)
     full = lane_ns.all(axis=0)
+    full &= np.isin(np.arange(shape[1]), busy.cycle[busy.kept & (busy.lane == table.lanes - 1)])
     if not full.any():
         return None
     return FullCycles(

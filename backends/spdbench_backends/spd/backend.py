@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from spdbench.backend import BackendContext, BackendOptions
 from spdbench.types import GenerationRequest
-from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
+from spdbench_backends.spd.pipelined import Pipelined
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -30,9 +30,6 @@ class SPD(Pipelined):
     """Speculative pipeline decoding: n stages work on n tokens of one sequence."""
 
     method = "spd"
-
-    class Options(PipelineOptions):
-        """Those of every pipeline."""
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
         super().__init__(options, context)

@@ -79,6 +79,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
     """Base of the backends of kind pipeline."""
 
     kind: ClassVar[BackendKind] = "pipeline"
+    Options: ClassVar[type[BackendOptions]] = PipelineOptions
     method: ClassVar[str]
     """As `config.json` of a drafter's folder has it."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from spdbench.backend import BackendContext, BackendOptions
 from spdbench.types import GenerationRequest
-from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
+from spdbench_backends.spd.pipelined import Pipelined
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -27,9 +27,6 @@ class PPSD(Pipelined):
     """PPSD (re-implementation): a pipeline whose first stage's output drafts."""
 
     method = "ppsd"
-
-    class Options(PipelineOptions):
-        """Those of every pipeline."""
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
         super().__init__(options, context)

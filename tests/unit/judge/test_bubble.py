@@ -154,6 +154,11 @@ def test_cycle_efficiency_looks_at_full_cycles_only() -> None:
     assert full_cycles(table, [0, 100, 200]) is None
 
 
+def test_a_pipe_with_a_dropped_token_at_its_end_is_not_full() -> None:
+    spans = [*cycle(0, discarded=(0, 1)), *cycle(1, discarded=(2,)), *cycle(2, discarded=(0, 1, 2))]
+    assert full_cycles(read_spans(spans, 3), [0, 100, 200, 300]) == FullCycles(num=1, stage_s=80e-9, wall_s=100e-9)
+
+
 def test_the_slowest_stage_is_each_cycles_own_and_its_head_belongs_to_it() -> None:
     spans = [
         *(span(0, "target", 0, 50), span(1, "target", 0, 40), span(1, "head", 45, 60)),

@@ -1,0 +1,161 @@
+"""Stages in processes of their own decode what one process decodes, request after request."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spdbench.backend import Backend, BackendContext, find_backend, parse_options
+from spdbench.decoding.autoregressive import decode
+from spdbench.judge.bubble import full_cycles, lane_time, read_spans
+from spdbench.measure.clock import measure, peak_memory_bytes
+from spdbench.models.target import Target
+from spdbench.types import GenerationRequest, Sampling
+from spdbench_backends.spd.pipelined import Pipelined
+from tests import tiny
+
+CASES = [
+    ("spd", {"stages": "2"}, "oracle:0.7"),
+    ("spd", {"stage_layers": "3,1,2", "transport": "gloo"}, "oracle:0.7"),
+    ("spd", {"stages": "3"}, "random"),
+    ("ppsd", {"stages": "3", "transport": "gloo"}, "random"),
+]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model: Path) -> Target:
+    return tiny.load(tiny_model)
+
+
+def load(target: Target, name: str, options: dict[str, str], drafter: str) -> Pipelined:
+    cls = find_backend(name)
+    backend = cls(parse_options(name, cls.Options, options), BackendContext(name, target, drafter, ("cpu",), 1, seed=0))
+    backend.load()
+    assert isinstance(backend, Pipelined)
+    return backend
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'-'.join(case[1].values())}-{case[2]}")
+def pair(request: pytest.FixtureRequest, target: Target) -> Iterator[tuple[Pipelined, Pipelined]]:
+    """A backend with stage processes, and the same in one process."""
+    name, options, drafter = request.param
+    far, near = load(target, name, options, drafter), load(target, name, {**options, "executor": "inline"}, drafter)
+    yield far, near
+    for backend in (far, near):
+        backend.close()
+        backend.close()
+
+
+def ids(backend: Backend, request: GenerationRequest) -> list[int]:
+    return [token for step in backend.generate(request) for token in step.token_ids]
+
+
+def workers(backend: Pipelined) -> list[int]:
+    assert backend._pipeline is not None
+    return backend._pipeline._workers.process_ids  # type: ignore[attr-defined,no-any-return]
+
+
+def test_what_runs_where_stands_in_the_result(pair: tuple[Pipelined, Pipelined]) -> None:
+    far, near = (backend.describe() for backend in pair)
+    assert far.chosen["executor"] == "process"
+    assert near.chosen == {"executor": "inline"}
+    assert far.chosen["transport"] in ("pipe", "gloo")
+    assert len(workers(pair[0])) == far.lanes == near.lanes
+
+
+def test_greedy_output_is_the_targets_own(pair: tuple[Pipelined, Pipelined], target: Target) -> None:
+    for prompt in (tiny.PROMPT, tiny.PROMPT[:1], tuple(range(60, 160))):
+        request = tiny.greedy(prompt, 40)
+        assert ids(pair[0], request) == list(decode(target.decoder, request))
+
+
+def test_steps_are_those_of_one_process(pair: tuple[Pipelined, Pipelined]) -> None:
+    request = tiny.greedy(tiny.PROMPT, 30)
+    far, near = (list(backend.generate(request)) for backend in pair)
+    assert far == near
+
+
+def test_limits_and_ends_of_sequence(pair: tuple[Pipelined, Pipelined], target: Target) -> None:
+    answer = list(decode(target.decoder, tiny.greedy(tiny.PROMPT, 20)))
+    assert ids(pair[0], tiny.greedy(tiny.PROMPT, 1)) == answer[:1]
+    for token in dict.fromkeys(answer):
+        assert ids(pair[0], _ending_with(token)) == answer[: answer.index(token) + 1]
+
+
+def _ending_with(token: int) -> GenerationRequest:
+    return GenerationRequest(tiny.PROMPT, (), 20, Sampling(), 0, frozenset({token}))
+
+
+def test_a_request_that_is_left_early_leaves_nothing_behind(pair: tuple[Pipelined, Pipelined], target: Target) -> None:
+    for num_steps in (1, 2, 5):
+        steps = pair[0].generate(tiny.greedy(tiny.PROMPT, 40))
+        for _ in range(num_steps):
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+        request = tiny.greedy(tiny.PROMPT[2:], 20)
+        assert ids(pair[0], request) == list(decode(target.decoder, request))
+
+
+def test_sampling_draws_what_one_process_draws(pair: tuple[Pipelined, Pipelined]) -> None:
+    if "oracle" in pair[0]._context.drafter:
+        pytest.skip("an oracle knows greedy answers only")
+    request = GenerationRequest(tiny.PROMPT, (), 30, Sampling(1.0, 0.9, 40), 7, frozenset())
+    assert ids(pair[0], request) == ids(pair[1], request)
+
+
+def test_spans_tell_what_every_stage_did(pair: tuple[Pipelined, Pipelined]) -> None:
+    backend, request = pair[0], tiny.greedy(tiny.PROMPT, 30)
+    measured = measure(backend, request)
+    spans, lanes = backend.spans(), backend.describe().lanes
+    for lane in range(lanes):
+        kept = Counter(s.position for s in spans if s.lane == lane and s.kind == "target" and s.kept)
+        assert kept == Counter(range(len(tiny.PROMPT), len(tiny.PROMPT) + 29))
+    table = read_spans(spans, lanes)
+    ends = [measured.start_ns + at for at in measured.steps.t_ns]
+    shares = lane_time(table, ends).shares()
+    assert sum(shares.model_dump().values()) == pytest.approx(1)
+    assert shares.wasted > 0 < shares.fill
+    verdicts = sum(measured.steps.judged)
+    full = full_cycles(table, ends)
+    assert full is not None
+    assert 0 < full.num <= verdicts
+    assert full.stage_s < full.wall_s
+
+
+def test_idle_workers_use_no_processor(pair: tuple[Pipelined, Pipelined]) -> None:
+    ids(pair[0], tiny.greedy(tiny.PROMPT, 5))
+    before = [_ticks(pid) for pid in workers(pair[0])]
+    time.sleep(0.5)
+    after = [_ticks(pid) for pid in workers(pair[0])]
+    assert max(late - early for late, early in zip(after, before, strict=True)) <= 5  # of the 50 that have passed
+
+
+def _ticks(pid: int) -> int:
+    """Processor time used, user and system."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def test_workers_memory_counts(pair: tuple[Pipelined, Pipelined]) -> None:
+    own = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x).split()[1])
+    assert peak_memory_bytes() > (own << 10) + len(workers(pair[0])) * (20 << 20)
+
+
+def test_a_stage_loads_its_own_layers_only(target: Target) -> None:
+    first, last = (target.source.load(layers, "cpu") for layers in (range(2), range(2, 6)))
+    assert [sorted(part.weights) for part in (first, last)] == [[0, 1], [2, 3, 4, 5]]  # type: ignore[attr-defined]
+    assert (first.head, last.embeddings_VM) == (None, None)  # type: ignore[attr-defined]
+
+
+def test_close_ends_the_processes(target: Target) -> None:
+    backend = load(target, "spd", {"stages": "2"}, "oracle:1")
+    pids = workers(backend)
+    backend.close()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
