@@ -16,7 +16,10 @@ from tests.conformance.test_backends import PROMPT, ids, load, run
 FAMILIES = ("gpt2", "gemma2", "phi3")
 CASES = [
     ("vanilla", {}, "auto"),
-    *(("spd", {"stages": str(n)}, drafter) for n in (2, 3) for drafter in ("oracle:0.8", "oracle:1")),
+    ("spd", {"stages": "2"}, "oracle:0.8"),
+    ("spd", {"stages": "2", "executor": "inline"}, "oracle:1"),
+    ("spd", {"stages": "3", "executor": "inline"}, "oracle:0.8"),
+    ("ppsd", {"stages": "3", "executor": "inline"}, "oracle:0.8"),
 ]
 
 
@@ -51,10 +54,11 @@ def test_greedy_output_equals_transformers_generate(
     info = backend.describe()
     assert info.kernels == "transformers"
     assert sum(info.lane_bytes) == target.decoder.bytes_per_token(range(6), head=True)
+    backend.close()
 
 
 def test_dictated_verdicts_need_no_layers_of_ours(target: Target) -> None:
-    steps = run(load(target, "spd", {"stages": "3"}, "forced:0.5"), tiny.greedy(PROMPT, 40))
+    steps = run(load(target, "spd", {"stages": "3", "executor": "inline"}, "forced:0.5"), tiny.greedy(PROMPT, 40))
     assert len(ids(steps)) == 40
     assert {step.accepted for step in steps if step.judged} == {0, 1}
 
@@ -63,5 +67,5 @@ def test_dictated_verdicts_need_no_layers_of_ours(target: Target) -> None:
 def test_heads_are_refused_before_anything_is_loaded(folder: Path, drafter: str) -> None:
     target = tiny.load(folder)
     with pytest.raises(InputError, match=rf"--drafter {drafter}: SPD heads are made of .* Give oracle:P or forced:P"):
-        load(target, "spd", {"stages": "3"}, drafter)
+        load(target, "spd", {"stages": "3", "executor": "inline"}, drafter)
     assert "decoder" not in vars(target)

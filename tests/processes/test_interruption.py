@@ -16,7 +16,7 @@ from tests.processes.runs import SECONDS, Process
 
 @pytest.fixture
 def process(tiny_model: Path, tmp_path: Path) -> Process:
-    return Process(tiny_model, tmp_path)
+    return Process(tiny_model, tmp_path, "-o", "spd.executor=inline")
 
 
 def test_killed_and_resumed_every_prompt_is_there_once(process: Process) -> None:

@@ -1,5 +1,5 @@
-"""A stage that dies, fails or hangs, or somebody who ends the run: it ends soon, says whose fault it was, keeps what was
-finished, and leaves nothing running."""
+"""A stage that dies, fails or hangs, or somebody who ends the run: it ends soon, says whose fault it was, keeps what
+was finished, and leaves nothing running."""
 
 from __future__ import annotations
 

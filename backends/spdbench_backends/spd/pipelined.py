@@ -170,8 +170,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
             return None
         if target.unknown:
             raise InputError(
-                f"--drafter {choice.text}: {self.method} heads are made of spdbench's own layers, which do not know "
-                f"this model ({target.unknown}). Give oracle:P or forced:P."
+                f"--drafter {choice.text}: {self.method.upper()} heads are made of spdbench's own layers, which do not "
+                f"know this model ({target.unknown}). Give oracle:P or forced:P."
             )
         if choice.kind == "random":
             self._stages = self._cut(None)

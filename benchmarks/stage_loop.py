@@ -1,0 +1,96 @@
+"""Stages at work in processes of their own without any message between them: the yardstick for a pipeline.
+
+Each loops over one row with the layers, threads and cores that its pipeline's worker has. Must not know of pipelines.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing import get_context
+
+from spdbench.pipeline.worker import StageSpec, die_with
+
+
+class StageLoops:
+    """A process for each of `specs`. Use as a context."""
+
+    def __init__(self, specs: Sequence[StageSpec]) -> None:
+        context = get_context("spawn")
+        self._ends: list[Connection] = []
+        self._processes = []
+        for spec in specs:
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(spec, theirs, os.getpid()), daemon=True)
+            process.start()
+            theirs.close()
+            self._ends.append(mine)
+            self._processes.append(process)
+        self.base_bytes: list[int] = [end.recv() for end in self._ends]
+        """Memory of each process before it held any layer."""
+
+    def __enter__(self) -> StageLoops:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end, process in zip(self._ends, self._processes, strict=True):
+            end.send(None)
+            process.join()
+
+    def together(self, start: int, num_rows: int) -> list[float]:
+        """Median seconds a row of each stage, all at work at once, over rows from position `start`."""
+        for end in self._ends:
+            end.send((start, num_rows))
+        return [end.recv() for end in self._ends]
+
+    def alone(self, start: int, num_rows: int) -> list[float]:
+        """The same, one stage after the other."""
+        found = []
+        for end in self._ends:
+            end.send((start, num_rows))
+            found.append(end.recv())
+        return found
+
+
+def held_bytes(process: int, folder: Path) -> int:
+    """A process's own memory and the pages of the files in `folder` that it maps."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    own = re.search(r"RssAnon:\s+(\d+) kB", status)
+    areas = re.findall(
+        rf"{re.escape(str(folder))}/.*\n(?:.+:.*\n)*?Rss:\s+(\d+) kB",
+        Path(f"/proc/{process}/smaps").read_text(encoding="utf-8"),
+    )
+    assert own is not None
+    return 1024 * (int(own[1]) + sum(map(int, areas)))
+
+
+@torch.inference_mode()
+def _serve(spec: StageSpec, end: Connection, parent: int) -> None:
+    die_with(parent)
+    torch.set_num_threads(spec.threads)
+    if spec.cores is not None:
+        os.sched_setaffinity(0, spec.cores)
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    end.send(held_bytes(os.getpid(), spec.source.files.directory))
+    decoder: Any = spec.source.load(spec.layers, spec.device)
+    row = torch.randn(1, decoder.config.hidden_size).to(decoder.dtype)
+    while (asked := end.recv()) is not None:
+        start, num_rows = asked
+        cache = decoder.new_cache(start + num_rows, spec.layers)
+        decoder.forward(row.expand(start, -1).contiguous(), 0, cache, spec.layers)
+        seconds = []
+        for position in range(start, start + num_rows):
+            began = time.perf_counter()
+            hidden, _ = decoder.forward(row, position, cache, spec.layers)
+            if spec.is_last:
+                int(decoder.logits(hidden)[0].argmax())
+            seconds.append(time.perf_counter() - began)
+        end.send(statistics.median(seconds))
