@@ -3,8 +3,8 @@
 Why: a pipeline is worth its slowest stage; messages, waiting and Python come on top, and on one machine the stages
 share its memory.
 Regimes: batch 1, greedy, the embedded model, drafts that are always right, so that the pipe is full; several cuts and
-ways for rows to travel. Sides take turns: vanilla with all threads; the pipeline; its stages looping in processes of the
-same kind without any message, all at once and each alone.
+ways for rows to travel. Sides take turns: vanilla with all threads; the pipeline; its stages looping in processes of
+the same kind without any message, all at once and each alone.
 Output: a table a dtype, a row a setting, medians over the rounds: ms a token of vanilla and of the pipeline; a full
 cycle's ms, its control time (what is not its slowest stage), its efficiency; the cycle over the slowest of the stages
 at work without messages; each stage's busy time over its time there; the largest cause of idle time. Then the workers'
