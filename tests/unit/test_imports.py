@@ -30,10 +30,11 @@ MAY_IMPORT = {
     "models": BASE | {"hub"} | ENGINE,
     "decoding": BASE | ENGINE,
     "pipeline": BASE | ENGINE,
+    "training": BASE | ENGINE,
     "cli": BASE | {"version", "backend"} | HARNESS,
-    "wiring": BASE | {"version", "backend", "cli", "wiring"} | HARNESS | ENGINE,
+    "wiring": BASE | {"version", "backend", "cli", "wiring", "training"} | HARNESS | ENGINE,
     "__main__": {"cli"},
-    "spdbench_backends": BASE | {"backend"} | ENGINE,
+    "spdbench_backends": BASE | {"backend", "training"} | ENGINE,
 }
 """Part -> the other parts that it may import; its own always."""
 

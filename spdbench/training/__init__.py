@@ -1,0 +1,1 @@
+"""Data made by the target, and drafters trained on it; what differs by method is a recipe beside its backend."""
