@@ -11,8 +11,9 @@ import multiprocessing
 import os
 import select
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -27,6 +28,9 @@ from spdbench.pipeline.worker import StagePipes, StageSpec, run_stage
 LOAD_TIMEOUT_S = 600.0
 LAST_WORDS_S = 2.0
 """How long a failing stage may take to say why, and its neighbours to notice."""
+
+
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ class StageWorkers:
                 process = context.Process(
                     target=run_stage, args=(spec, pipes, parent), name=f"spdbench-stage-{spec.index}", daemon=True
                 )
-                process.start()
+                with _signals_wait():
+                    process.start()
                 waiter = select.poll()
                 waiter.register(report[0], select.POLLIN)
                 self._held.append(_Held(spec, process, report[0], news[1], stacks[0], waiter))
@@ -200,6 +205,23 @@ class StageWorkers:
             self._first.close()
         self._first = None
         self._held.clear()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Puts off what Ctrl-C and SIGTERM do: a child whose parent stops while telling it what to be complains loudly."""
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals anyway
+        yield
+        return
+    came: list[int] = []
+    before = {kind: signal.signal(kind, lambda number, _: came.append(number)) for kind in _ENDINGS}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _join(processes: Sequence[SpawnProcess], limit_s: float, *, at_least_one: bool = False) -> None:

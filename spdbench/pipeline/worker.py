@@ -37,6 +37,9 @@ from spdbench.pipeline.transport import (
     join_group,
 )
 
+WARM_UP_ROWS = 32
+"""More than compiled steps take at once, so that both ways of computing are used."""
+
 TARGET, HEAD, HOST = range(3)
 SPAN_KINDS = ("target", "head", "host")
 SPAN_COLUMNS = 6
@@ -120,6 +123,7 @@ class _Stage:
         self._cache: TargetCache | None = None
         self._decoder: TargetDecoder = spec.source.load(spec.layers, spec.device)
         self._on_gpu = self._decoder.device.type == "cuda"
+        self._warm_up()
         self._inbox, self._outbox = self._links()
 
     @torch.inference_mode()
@@ -140,6 +144,19 @@ class _Stage:
                     return
                 self._report_spans()
             self._free_ns = time.perf_counter_ns()
+
+    @torch.inference_mode()
+    def _warm_up(self) -> None:
+        """A few rows and one row, so that what a first use compiles or allocates counts as loading."""
+        decoder, spec = self._decoder, self._spec
+        width = decoder.config.hidden_size
+        rows_SM = torch.zeros(WARM_UP_ROWS, width, dtype=decoder.dtype, device=decoder.device)
+        cache = decoder.new_cache(WARM_UP_ROWS + 1, spec.layers)
+        for some_SM in (rows_SM, rows_SM[:1]):
+            hidden_SM, _ = decoder.forward(some_SM, cache.length, cache, spec.layers, spec.wanted)
+        if spec.is_last:
+            decoder.logits(hidden_SM)
+        self._wait_for_device()
 
     def _links(self) -> tuple[Link, Link | None]:
         spec, pipes, decoder = self._spec, self._pipes, self._decoder

@@ -17,6 +17,7 @@ import pytest
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.errors import BackendLostError
 from spdbench.judge.result import read_result
+from spdbench.pipeline.stages import _signals_wait
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
@@ -131,6 +132,21 @@ def test_a_worker_killed_while_it_loads(tiny_model: Path) -> None:
         backend.close()
 
 
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_a_stage_knows_what_it_is(kind: signal.Signals) -> None:
+    came: list[int] = []
+    before = signal.signal(kind, lambda number, _: came.append(number))
+    try:
+        with _signals_wait():
+            signal.raise_signal(kind)
+            assert not came
+        assert came == [kind]
+        signal.raise_signal(kind)
+        assert came == [kind, kind]
+    finally:
+        signal.signal(kind, before)
+
+
 # The whole command
 
 
@@ -230,11 +246,12 @@ def test_ctrl_c_for_the_whole_process_group(run: Marked) -> None:
     assert "stage" not in err.partition("finished requests")[2]
 
 
-def test_ended_while_its_stages_load(run: Marked) -> None:
+@pytest.mark.parametrize("num_started", [1, 2])
+def test_ended_while_its_stages_load(run: Marked, num_started: int) -> None:
     running = run.start()
     deadline = time.monotonic() + SECONDS
-    while len(run.workers(running)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while len(run.workers(running)) < num_started and time.monotonic() < deadline:
+        time.sleep(0.001)
     running.send_signal(signal.SIGTERM)
     _, err = running.communicate(timeout=SECONDS)
     assert running.returncode == 143
