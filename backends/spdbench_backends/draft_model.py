@@ -106,7 +106,7 @@ class ModelDrafter:
         for _ in range(levels):
             logits_V = self._next(feed)
             if sampler.greedy:
-                ids.append(int(logits_V.argmax()))
+                ids.append(sampler.choose(logits_V))
             else:
                 drawn.append(sampler.probabilities(logits_V))
                 ids.append(sampler.draw(drawn[-1]))

@@ -12,6 +12,7 @@ import random
 import torch
 from torch import Tensor
 
+from spdbench.models.likeliest import likeliest
 from spdbench.types import Sampling
 
 Logits = Tensor | int
@@ -39,7 +40,7 @@ class Sampler:
         if isinstance(logits_V, int):
             return logits_V
         if self.greedy:
-            return int(logits_V.argmax())
+            return int(likeliest(logits_V))
         return self.draw(self.probabilities(logits_V))
 
     def probabilities(self, logits_V: Tensor) -> Tensor:

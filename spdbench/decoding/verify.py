@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.tree import DraftTree
+from spdbench.models.likeliest import likeliest
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def judge_tree(
     the host waits for the device once; when sampling, once for every level that is reached.
     """
     if sampler.greedy:
-        parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, logits_NV.argmax(dim=-1))).cpu().numpy()
+        parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, likeliest(logits_NV))).cpu().numpy()
         walk: _Walk = _Greedy(ids, best)
     else:
         parents, ids = torch.stack((draft.tree.parents_N, draft.ids_N)).cpu().numpy()

@@ -163,7 +163,7 @@ def turn(
 ) -> None:
     """Splits `qkv` `[S, (H + 2K) D]`: turned queries `[S, H D]`, turned keys and plain values from `slot` on.
 
-    Head norms are empty where the model has none. Rows of `qkv` behind those that have a position are idle.
+    Head norms are empty where the model has none.
     """
     num_kv, _, size = keys_KTD.shape
     num_heads = queries.shape[1] // size
@@ -241,10 +241,20 @@ def _visible_slots(row: int, slot: int, num_rows: int, depth: int, visible_SW: A
 
 
 @compiled
-def attend(
-    queries: Any, keys_KTD: Any, values_KTD: Any, slot: int, depths_S: Any, visible_SW: Any, window: int, out: Any
+def attend_heads(
+    queries: Any,
+    keys_KTD: Any,
+    values_KTD: Any,
+    slot: int,
+    depths_S: Any,
+    visible_SW: Any,
+    window: int,
+    out: Any,
+    begin: int,
+    end: int,
 ) -> None:
-    """Attention of rows that stand in the slots from `slot` on, over all slots before them and some of their own.
+    """Attention of rows that stand in the slots from `slot` on, over all slots before them and some of their own: that
+    of the heads `begin` to `end`, counted through row after row.
 
     `queries` and `out` are `[S, H D]`. Row s is `depths_S[s]` positions behind the first new slot, or behind the tree's
     first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows, and where that is empty itself
@@ -255,23 +265,52 @@ def attend(
     """
     num_kv, _, size = keys_KTD.shape
     num_rows = depths_S.shape[0]
-    group = queries.shape[1] // size // num_kv
+    num_heads = queries.shape[1] // size
+    group = num_heads // num_kv
     scale = F(1) / np.sqrt(F(size))
     query_D, mixed_D = np.empty(size, F), np.empty(size, F)
     scores, slots = np.empty(slot + num_rows, F), np.empty(slot + num_rows, np.uintp)
+    row, count = -1, 0
+    for unit in range(begin, end):
+        s, h = unit // num_heads, unit % num_heads
+        if s != row:
+            row = s
+            count = _visible_slots(s, slot, num_rows, depths_S[s], visible_SW, window, slots)
+        k, at = h // group, h * size
+        for d in range(size):
+            query_D[d] = widen(queries[s, at + d]) * scale
+            mixed_D[d] = F(0)
+        for i in range(count):
+            score = F(0)
+            for d in range(size):
+                score += query_D[d] * widen(keys_KTD[k, slots[i], d])
+            scores[i] = score
+        _softmax(scores, count)
+        _mix(scores, values_KTD[k], slots, count, mixed_D)
+        for d in range(size):
+            out[s, at + d] = narrow(mixed_D[d], out[s, at + d])
+
+
+LANES = 64
+
+
+@compiled
+def likeliest(logits_SV: Any, out_S: Any) -> None:
+    """Of every row the index of its greatest number, the first of several."""
+    num_rows, size = logits_SV.shape
+    whole = size // LANES * LANES
+    greatest = np.empty(LANES, F)
     for s in range(num_rows):
-        count = _visible_slots(s, slot, num_rows, depths_S[s], visible_SW, window, slots)
-        for h in range(num_kv * group):
-            k, at = h // group, h * size
-            for d in range(size):
-                query_D[d] = widen(queries[s, at + d]) * scale
-                mixed_D[d] = F(0)
-            for i in range(count):
-                score = F(0)
-                for d in range(size):
-                    score += query_D[d] * widen(keys_KTD[k, slots[i], d])
-                scores[i] = score
-            _softmax(scores, count)
-            _mix(scores, values_KTD[k], slots, count, mixed_D)
-            for d in range(size):
-                out[s, at + d] = narrow(mixed_D[d], out[s, at + d])
+        greatest[:] = MINUS_INFINITY
+        for v in range(0, whole, LANES):
+            for n in range(LANES):
+                greatest[n] = max(greatest[n], widen(logits_SV[s, v + n]))
+        largest = MINUS_INFINITY
+        for n in range(LANES):
+            largest = max(largest, greatest[n])
+        for v in range(whole, size):
+            largest = max(largest, widen(logits_SV[s, v]))
+        found = 0
+        while found < size - 1 and not widen(logits_SV[s, found]) >= largest:
+            found += 1
+        out_S[s] = found

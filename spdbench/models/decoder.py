@@ -25,7 +25,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
-from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, can_compile, steps_by_rows
+from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
 DRAFT_HEADS = "medusa_head."
@@ -49,11 +49,9 @@ class Decoder:
 
     @property
     def kernels(self) -> str:
-        """What multiplies, `oneDNN` where weights are packed for it, else `torch`; and `numba` where few rows' other
-        steps are compiled."""
+        """What multiplies and does the rest for few rows: `numba` where weights are packed, else `torch`."""
         packed = any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values())
-        products = "oneDNN" if packed else "torch"
-        return f"{products}, numba" if can_compile(self.dtype, self.device) else products
+        return "numba" if packed else "torch"
 
     @property
     def takes_trees(self) -> bool:
@@ -82,13 +80,12 @@ class Decoder:
         num_rows = hidden_SM.shape[0]
         place, steps = Place(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
-        hidden_SM = steps.seat(hidden_SM)
         for layer in layers:
             hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
             if layer + 1 in wanted:
-                states[layer + 1] = hidden_SM[:num_rows]
+                states[layer + 1] = hidden_SM
         cache.advance(num_rows)
-        return hidden_SM[:num_rows], states
+        return hidden_SM, states
 
     def normed(self, hidden_SM: Tensor) -> Tensor:
         """The last layer's output after the final norm: `[S, M]`."""

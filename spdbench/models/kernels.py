@@ -1,31 +1,36 @@
 """Matrix products as decoding needs them: a few rows against weights that are read once a token.
 
 On a CPU such a product is bound by reading the weights, and how they lie in memory decides how fast that goes. Weights
-are therefore packed once, when they are loaded, into the layout that oneDNN picks for few rows, and what follows a
-product (a residual) is done while its result is still in registers. Where packing is missing, the plain
-product serves. Must not know what a layer is.
+are therefore packed once, when they are loaded, into the layout that `products` reads, and what follows a product (a
+bias, a residual) is done while its result is still in registers. Where packing cannot be had, the plain product
+serves. Must not know what a layer is.
 
 Shapes: S rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import mmap
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, cast
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from spdbench.models.crew import the_crew
+
 PACKED_DTYPES = (torch.bfloat16, torch.float32)
-ROWS_HINT = 16
-"""For how many rows the layout is chosen: decoding feeds one, verification a few. In float32 the layout that oneDNN
-picks for one row is half as fast with eight, and no faster with one."""
-FEWEST_ROWS = 4
-"""Fewer rows are computed beside idle ones: oneDNN takes a sixth longer over one row than over four. It also gives a
-row the same bits in any company, but for a row alone, whose long sums it splits among threads."""
+BLOCK = 16
+"""Outputs that stand together in a packed weight."""
+PAGES_BYTES = 32 << 20
+"""Packed weights share areas of so many bytes, which the system may map in large pages."""
+LINE_BYTES = 64
+PRODUCT = 0
+"""As `sharing` has it, which cannot be imported without numba."""
 
 
 class Linear(Protocol):
@@ -66,66 +71,104 @@ class PlainLinear:
         return self.weight
 
 
-@dataclass(frozen=True)
 class PackedLinear:
-    """The weight in oneDNN's own layout; opaque, of the same size."""
+    """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 and `[N / 16, K, 16]` in float32."""
 
-    packed: Tensor
-    bias: Tensor | None
-    nbytes: int
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        self.shape = tuple(weight_NK.shape)
+        self.nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
+        self._bias = None if bias_N is None else bias_N.contiguous()
+        self._crew = the_crew()
+        num_outputs, num_inputs = self.shape
+        together = 2 if weight_NK.dtype == torch.bfloat16 else 1
+        self._packed = _new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
+        missing = -num_outputs % BLOCK
+        padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
+        self._packed.copy_(padded_NK.view(-1, BLOCK, self._packed.shape[1], together).transpose(1, 2))
+        bias_at = 0 if self._bias is None else self._bias.data_ptr()
+        is_pairs = int(together == 2)
+        self._fixed = (num_outputs, self._packed.shape[1], num_inputs * weight_NK.itemsize, is_pairs)
+        self._at = self._packed.data_ptr(), bias_at
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._packed.dtype
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
-        if (num_rows := rows_SK.shape[0]) < FEWEST_ROWS:
-            return self(beside_idle(rows_SK))[:num_rows]
-        return _pointwise()(rows_SK, self.packed, self.bias, "none", [], "")
+        return self._multiply(rows_SK, 0)
 
     def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
-        if (num_rows := rows_SK.shape[0]) < FEWEST_ROWS:
-            return self.plus(beside_idle(rows_SK), beside_idle(other_SN))[:num_rows]
-        return _binary()(rows_SK, other_SN, self.packed, self.bias, "add")
+        other_SN = other_SN.contiguous()
+        return self._multiply(rows_SK, other_SN.data_ptr())
 
     def plain(self) -> Tensor:
-        return self.packed.to_dense()
+        return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
 
-
-def beside_idle(rows_SK: Tensor) -> Tensor:
-    """The rows and behind them as many rows of zeros as products like to have: `[max(S, FEWEST_ROWS), K]`."""
-    missing = FEWEST_ROWS - rows_SK.shape[0]
-    return functional.pad(rows_SK, (0, 0, 0, missing)) if missing > 0 else rows_SK
+    def _multiply(self, rows_SK: Tensor, other_at: int) -> Tensor:
+        assert self._crew is not None
+        rows_SK = rows_SK.contiguous()
+        num_rows, num_inputs = rows_SK.shape
+        if num_inputs != self.shape[1] or rows_SK.dtype != self.dtype:
+            raise ValueError(f"rows {list(rows_SK.shape)} of {rows_SK.dtype} do not fit a weight {list(self.shape)}")
+        out = torch.empty((num_rows, self.shape[0]), dtype=self.dtype)
+        weight_at, bias_at = self._at
+        self._crew.lead(
+            np.array(
+                (PRODUCT, 0, weight_at, rows_SK.data_ptr(), out.data_ptr(), other_at, bias_at, num_rows, *self._fixed)
+            )
+        )
+        return out
 
 
 def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
     """The weight in the best layout that this machine has for it."""
-    if can_pack(weight_NK.dtype, weight_NK.device):
-        return _pack(weight_NK, bias_N)
+    even = weight_NK.shape[1] % 2 == 0 or weight_NK.dtype != torch.bfloat16
+    if even and can_pack(weight_NK.dtype, weight_NK.device):
+        return PackedLinear(weight_NK, bias_N)
     return PlainLinear(weight_NK, bias_N)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if oneDNN takes such weights here, which one small product has shown."""
+    """True if packed products of such weights can be had here, which one small product has shown."""
     return device.type == "cpu" and dtype in PACKED_DTYPES and _packing_works(dtype)
-
-
-def _pack(weight_NK: Tensor, bias_N: Tensor | None) -> PackedLinear:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), ROWS_HINT)
-    return PackedLinear(packed, bias_N, weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes))
 
 
 @cache
 def _packing_works(dtype: torch.dtype) -> bool:
-    weight, rows = torch.eye(16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
-    try:
-        packed = _pack(weight, None)
-        return bool((packed(rows) == rows).all() and (packed.plus(rows, rows) == 2 * rows).all())
-    except (RuntimeError, AttributeError, NotImplementedError):  # a torch without oneDNN, or with other operators
+    if the_crew() is None:
         return False
+    weight, rows = torch.eye(BLOCK, dtype=dtype), torch.arange(2.0 * BLOCK).view(2, BLOCK).to(dtype)
+    packed = PackedLinear(weight, None)
+    return bool((packed(rows) == rows).all() and (packed.plus(rows, rows) == 2 * rows).all())
 
 
-@cache
-def _pointwise() -> Callable[..., Tensor]:
-    return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.default)
+@dataclass
+class _Area:
+    """Memory of which the first `used` bytes are taken."""
+
+    memory: Tensor
+    used: int = 0
 
 
-@cache
-def _binary() -> Callable[..., Tensor]:
-    return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.binary)
+_areas: list[_Area] = [_Area(torch.empty(0, dtype=torch.uint8))]
+
+
+def _new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a packed weight, at the start of a cache line, where the system may use large pages: a tenth to a
+    third faster to read, as fewer addresses have to be looked up. It is free again when all that share an area are."""
+    size = math.prod(shape) * dtype.itemsize
+    taken = -(-size // LINE_BYTES) * LINE_BYTES
+    area = _areas[-1]
+    if area.used + taken > len(area.memory):
+        area = _areas[-1] = _Area(_large_pages(max(taken, PAGES_BYTES)))
+    begin = area.used
+    area.used += taken
+    return area.memory[begin : begin + size].view(dtype).view(shape)
+
+
+def _large_pages(size: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -77,16 +77,15 @@ def layer_body(
     hidden_SM = weights.out.plus(mixed, hidden_SM)
     normed_SM = steps.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:
-        return hidden_SM + _mixture(weights.experts, normed_SM, place.num_rows)
+        return hidden_SM + _mixture(weights.experts, normed_SM)
     assert weights.gate_up is not None
     assert weights.down is not None
     return weights.down.plus(steps.gate(weights.gate_up(normed_SM)), hidden_SM)
 
 
-def _mixture(experts: ExpertWeights, normed_SM: Tensor, num_rows: int) -> Tensor:
-    """Top-k experts for each of the first `num_rows` rows, weighted by the router's softmax; the others, which are
-    idle, get zeros. Walks the experts that were chosen, not all of them."""
-    scores = linear(normed_SM[:num_rows], experts.router).softmax(dim=-1, dtype=torch.float32)
+def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
+    """Top-k experts for each row, weighted by the router's softmax. Walks the experts that were chosen, not all."""
+    scores = linear(normed_SM, experts.router).softmax(dim=-1, dtype=torch.float32)
     weights_SN, chosen_SN = scores.topk(experts.per_token, dim=-1)
     if experts.normalise:
         weights_SN = weights_SN / weights_SN.sum(dim=-1, keepdim=True)

@@ -48,17 +48,17 @@ class Place:
     @cached_property
     def depths(self) -> Any:
         """How many positions each row is behind the first: `[S]`."""
-        return np.arange(self.num_rows) if self.tree is None else self.tree.depths_S.numpy()
+        return np.arange(self.num_rows) if self.tree is None else np.ascontiguousarray(self.tree.depths_S.numpy())
 
     @cached_property
     def positions(self) -> Any:
         """`[S]`."""
         return self.depths + self.start
 
-    @property
+    @cached_property
     def visible(self) -> Any:
         """Which of the last W slots the rows see, `[S, W]`; empty for a chain."""
-        return NO_TREE if self.tree is None else self.tree.visible_SW.numpy()
+        return NO_TREE if self.tree is None else np.ascontiguousarray(self.tree.visible_SW.numpy())
 
     @cached_property
     def angles(self) -> tuple[Tensor, Tensor]:

@@ -14,25 +14,25 @@ from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from spdbench.models.attention import attend
-from spdbench.models.kernels import beside_idle, can_pack
+from spdbench.models.crew import the_crew
 from spdbench.models.kv_cache import KVCache, array
 from spdbench.models.place import Place
 from spdbench.models.rotary import rotate
 
 COMPILED_DTYPES = (torch.bfloat16, torch.float32)
 COMPILED_ROWS = 64
-"""Up to so many rows one thread does what lies between two products; more are worth torch's threads."""
+"""Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads. The crew's attention
+gives every row the same bits whoever stands beside it, so that a draft is judged by exactly what decoding one token at
+a time would have found."""
 
-COMPILED_SCORES = 4096
-"""Up to so many scores a head (rows times slots) attention too stays on that thread, and always for a single row.
-
-torch's is the faster one from some 500 on, where two threads share it. The compiled one gives every row the same bits
-whoever stands beside it, so that a draft is judged by exactly what decoding one token at a time would have found."""
+ATTENTION = {torch.bfloat16: 1, torch.float32: 2}
+"""Kinds of shared work, as `sharing` has them, which cannot be imported without numba."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,7 @@ class HeadNorms:
 
 
 class Steps(Protocol):
-    """The steps of a layer, over rows that stand in one place. Idle rows behind them may pass through all steps but the
-    cache: they hold nothing of worth."""
-
-    def seat(self, rows_SM: Tensor) -> Tensor:
-        """The rows as a pass through the layers likes them: with idle rows behind them if they are very few."""
+    """The steps of a layer, over rows that stand in one place."""
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         """Rows over their root mean square, times the weight: `[S, M]`."""
@@ -85,8 +81,7 @@ class Steps(Protocol):
     def mix(
         self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
     ) -> Tensor:
-        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows that
-        have a place, not the idle ones."""
+        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows."""
 
     def gate(self, both_S2F: Tensor) -> Tensor:
         """silu(gate) * up, gate standing before up: `[S, F]`."""
@@ -97,9 +92,6 @@ class TorchSteps:
     """The steps as torch operators."""
 
     geometry: Geometry
-
-    def seat(self, rows_SM: Tensor) -> Tensor:
-        return rows_SM
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
@@ -131,17 +123,16 @@ class CompiledSteps:
     """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
-        functions = _compiled_functions()
+        functions = compiled_functions()
         assert functions is not None
         self._functions = functions
+        crew = the_crew()
+        assert crew is not None
+        self._crew = crew
         self._geometry = geometry
         self._dtype = dtype
-        self._packs = can_pack(dtype, torch.device("cpu"))
         self._no_norm = array(torch.empty(0, dtype=dtype))
         self._buffers: dict[tuple[object, tuple[int, ...]], tuple[Tensor, Any]] = {}
-
-    def seat(self, rows_SM: Tensor) -> Tensor:
-        return beside_idle(rows_SM) if self._packs else rows_SM
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         out, out_array = self._buffer(weight, *rows_SM.shape)
@@ -154,19 +145,22 @@ class CompiledSteps:
         geometry, num_rows = self._geometry, place.num_rows
         width = geometry.num_heads * geometry.head_dim
         queries, queries_array = self._buffer("queries", num_rows, width)
-        out, out_array = self._buffer("mixed", qkv.shape[0], width)
+        out, _ = self._buffer("mixed", num_rows, width)
         slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
         q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
         eps, angles = geometry.norm_eps, place.angle_arrays
         self._functions.turn(
             array(qkv), q_norm, k_norm, eps, place.positions, *angles, keys_KTD, values_KTD, slot, queries_array
         )
-        if num_rows > 1 and num_rows * (slot + num_rows) > COMPILED_SCORES:
-            mask_ST = place.mask(slot + num_rows, window, qkv.device)
-            queries_SHD = queries.view(num_rows, geometry.num_heads, geometry.head_dim)
-            return attend(queries_SHD, *cache.filled(layer, num_rows), mask_ST, window)
-        self._functions.attend(
-            queries_array, keys_KTD, values_KTD, slot, place.depths, place.visible, window or 0, out_array
+        depths, visible = place.depths, place.visible
+        self._crew.lead(
+            np.array(
+                (
+                    *(ATTENTION[self._dtype], 0, queries.data_ptr(), keys_KTD.ctypes.data, values_KTD.ctypes.data),
+                    *(depths.ctypes.data, visible.ctypes.data, out.data_ptr(), slot, num_rows, geometry.num_heads),
+                    *(*keys_KTD.shape[::2], keys_KTD.shape[1], visible.shape[1], window or 0),
+                )
+            )
         )
         return out
 
@@ -195,7 +189,7 @@ def steps_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) 
 
 def can_compile(dtype: torch.dtype, device: torch.device) -> bool:
     """True if `CompiledSteps` can serve: on a CPU, in a dtype it knows, where numba is installed."""
-    return device.type == "cpu" and dtype in COMPILED_DTYPES and _compiled_functions() is not None
+    return device.type == "cpu" and dtype in COMPILED_DTYPES and compiled_functions() is not None
 
 
 def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -204,7 +198,8 @@ def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
 
 
 @cache
-def _compiled_functions() -> ModuleType | None:
+def compiled_functions() -> ModuleType | None:
+    """The module of compiled functions, if this machine can have them."""
     try:
         from spdbench.models import compiled
     except ImportError:  # numba is missing, or does not fit this Python or numpy

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from spdbench.models.interface import TargetCache, TargetDecoder
+from spdbench.models.likeliest import likeliest
 from spdbench.models.target import LayerSource
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
 from spdbench.pipeline.transport import (
@@ -233,7 +234,7 @@ class _Stage:
         """Logits `[V]`, or their argmax `[]` where that is enough, once they are there."""
         logits_V = self._decoder.logits(rows_1M)[0]
         if self._greedy:
-            return logits_V.argmax().cpu()
+            return likeliest(logits_V).cpu()
         self._wait_for_device()
         return logits_V
 

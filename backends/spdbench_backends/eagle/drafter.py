@@ -16,6 +16,7 @@ from spdbench.decoding.speculate import Features
 from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
 from spdbench.decoding.tree import ROOT, DraftTree
 from spdbench.models.decoder import Decoder
+from spdbench.models.likeliest import likeliest
 from spdbench.models.place import TreeRows
 from spdbench_backends.eagle.growth import Candidates, Growth
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
@@ -78,7 +79,7 @@ class _HeadProposer:
 
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
         if count == 1:
-            best_S1 = logits_SU.argmax(dim=-1, keepdim=True)
+            best_S1 = likeliest(logits_SU)[:, None]
             return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._module.token_ids(best_S1))
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)

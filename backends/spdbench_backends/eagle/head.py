@@ -133,8 +133,7 @@ class EagleModule:
 
     def _forward(self, features_SM: Tensor, ids_S: Tensor, place: Place) -> Tensor:
         weights, steps = self.weights, self._choose_steps(len(ids_S))
-        embedded_SM = steps.seat(embedding(ids_S, weights.embeddings).to(weights.dtype))
-        features_SM = steps.seat(features_SM)
+        embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
         first = weights.layers[0]
         if weights.is_eagle3:
             assert first.input_norm is not None
@@ -148,7 +147,7 @@ class EagleModule:
         for index, layer in enumerate(weights.layers[1:], 1):
             hidden_SM = layer_forward(layer, steps, place, index, hidden_SM, self._cache)
         self._cache.advance(len(ids_S))
-        return hidden_SM[: len(ids_S)]
+        return hidden_SM
 
     def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.weights

@@ -95,7 +95,7 @@ class HeadDrafter:
         in_flight = [node.position if node else -1 for node in cycle.stages]
         logits_U = self._module.logits(self._rows.next(in_flight, newest.position))
         if sampler.greedy:
-            return Draft(self._target_id(int(logits_U.argmax())))
+            return Draft(self._target_id(sampler.choose(logits_U)))
         drafted_U = sampler.probabilities(logits_U)
         return Draft(self._target_id(sampler.draw(drafted_U)), self._over_vocabulary(drafted_U))
 

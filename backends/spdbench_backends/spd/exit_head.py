@@ -154,7 +154,7 @@ class ExitDrafter:
         assert newest.position == self._length - 1
         logits_V = self._head.logits(hidden_SM[-1:])[0]
         if sampler.greedy:
-            return Draft(int(logits_V.argmax()))
+            return Draft(sampler.choose(logits_V))
         drafted_V = sampler.probabilities(logits_V)
         return Draft(sampler.draw(drafted_V), drafted_V)
 

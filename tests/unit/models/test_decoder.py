@@ -11,7 +11,6 @@ import torch
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.config import FAMILIES
 from spdbench.models.decoder import Decoder
-from spdbench.models.layers import _mixture
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
@@ -102,15 +101,6 @@ def test_a_mixture_reads_only_the_experts_it_routes_to(folders: dict[str, Path])
     assert layer.experts is not None
     everything = layer.experts.gate_up.nbytes + layer.experts.down.nbytes
     assert layer.bytes_per_token() < everything
-
-
-def test_idle_rows_are_routed_to_no_expert(folders: dict[str, Path]) -> None:
-    experts = tiny.load(folders["qwen3_moe"]).own_decoder.weights[0].experts
-    assert experts is not None
-    rows = torch.randn(4, experts.router.shape[1], generator=torch.Generator().manual_seed(0))
-    out = _mixture(experts, rows, 1)
-    assert out[0].any()
-    assert not out[1:].any()
 
 
 @pytest.mark.parametrize(
