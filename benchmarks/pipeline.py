@@ -8,7 +8,7 @@ the same kind without any message, all at once and each alone.
 Output: a table a dtype, a row a setting, medians over the rounds: ms a token of vanilla and of the pipeline; a full
 cycle's ms, its control time (what is not its slowest stage), its efficiency; the cycle over the slowest of the stages
 at work without messages; each stage's busy time over its time there; the largest cause of idle time. Then the workers'
-memory over the model's bytes, less the base of a worker that holds nothing; then targets.
+memory over the model's bytes, less the base of a worker without its layers; then targets.
 
     python -m benchmarks.pipeline [--rounds 5] [--tokens 96] [--cuts even auto 16,14] [--transports pipe gloo]
 """

@@ -35,7 +35,7 @@ class StageLoops:
             self._ends.append(mine)
             self._processes.append(process)
         self.base_bytes: list[int] = [end.recv() for end in self._ends]
-        """Memory of each process before it held any layer."""
+        """Memory of each process that has computed with one layer, without that layer."""
 
     def __enter__(self) -> StageLoops:
         return self
@@ -78,10 +78,13 @@ def _serve(spec: StageSpec, end: Connection, parent: int) -> None:
     torch.set_num_threads(spec.threads)
     if spec.cores is not None:
         os.sched_setaffinity(0, spec.cores)
-    torch.randn(512, 512) @ torch.randn(512, 512)
-    end.send(held_bytes(os.getpid(), spec.source.files.directory))
-    decoder: Any = spec.source.load(spec.layers, spec.device)
+    one = range(1, 2)
+    decoder: Any = spec.source.load(one, spec.device)
     row = torch.randn(1, decoder.config.hidden_size).to(decoder.dtype)
+    decoder.forward(row.expand(128, -1).contiguous(), 0, decoder.new_cache(129, one), one)
+    decoder.forward(row, 0, decoder.new_cache(1, one), one)
+    end.send(held_bytes(os.getpid(), spec.source.files.directory) - decoder.bytes_per_token(one, head=False))
+    decoder = spec.source.load(spec.layers, spec.device)
     while (asked := end.recv()) is not None:
         start, num_rows = asked
         cache = decoder.new_cache(start + num_rows, spec.layers)

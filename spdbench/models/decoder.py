@@ -23,6 +23,7 @@ from spdbench.models.config import ModelConfig
 from spdbench.models.kernels import Linear, PackedLinear, linear
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
+from spdbench.models.memory import return_freed_memory
 from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
 from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
@@ -155,6 +156,7 @@ def load_decoder(
     norm = NormWeight(reader.read("model.norm.weight", (config.hidden_size,))) if last else None
     if whole:
         reader.refuse_leftovers()
+    return_freed_memory()
     return Decoder(
         config=config,
         layers=layers,
