@@ -74,10 +74,18 @@ def layer_body(
     Inputs are as wide as the layer's query weights read: M in a decoder, 2M in EAGLE-3's first layer.
     """
     mixed = steps.mix(weights.qkv(inputs_SI), weights.head_norms, weights.window, place, cache, layer)
+    return after_attention(weights, steps, mixed, hidden_SM, place.num_rows)
+
+
+def after_attention(weights: LayerWeights, steps: Steps, mixed: Tensor, hidden_SM: Tensor, num_rows: int) -> Tensor:
+    """The output projection of attention's `mixed` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`.
+
+    Only the first `num_rows` rows hold anything of worth.
+    """
     hidden_SM = weights.out.plus(mixed, hidden_SM)
     normed_SM = steps.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:
-        return hidden_SM + _mixture(weights.experts, normed_SM, place.num_rows)
+        return hidden_SM + _mixture(weights.experts, normed_SM, num_rows)
     assert weights.gate_up is not None
     assert weights.down is not None
     return weights.down.plus(steps.gate(weights.gate_up(normed_SM)), hidden_SM)
