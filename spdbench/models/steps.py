@@ -113,9 +113,7 @@ class TorchSteps:
         mask_ST = place.mask(keys_KTD.shape[1], window, qkv.device)
         return attend(turned[:, :heads], keys_KTD, values_KTD, mask_ST, window)
 
-    def turn(
-        self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def turn(self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, normalised and turned by their rows' angles, `[S, H + K, D]`; and values `[S, K, D]`."""
         heads, kv, eps = self.geometry.num_heads, self.geometry.num_kv_heads, self.geometry.norm_eps
         split = qkv.view(qkv.shape[0], heads + 2 * kv, self.geometry.head_dim)

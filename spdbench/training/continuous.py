@@ -97,7 +97,9 @@ class Batch(Generic[Result]):
             return []
         rows = hidden_BM if len(due) == len(seats) else hidden_BM[due]
         wishes = [wish for i in due if (wish := seats[i].wish) is not None]
-        points = [0.0 if wish.sampling.greedy else seats[i].random.random() for i, wish in zip(due, wishes, strict=True)]
+        points = [
+            0.0 if wish.sampling.greedy else seats[i].random.random() for i, wish in zip(due, wishes, strict=True)
+        ]
         tokens = choose(slots.logits(rows), [wish.sampling for wish in wishes], points)
         self.num_written += len(tokens)
         ended: list[Result] = []
