@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +25,10 @@ from spdbench.errors import InputError
 from spdbench.types import Message
 
 if TYPE_CHECKING:
+    from spdbench.models.decoder import Decoder
     from spdbench.models.target import Target
     from spdbench.prompts.chat import ChatFormat
+    from spdbench.training.batched import Slots
     from spdbench.training.datafile import DataFile
     from spdbench.training.distil import Distiller, Talk
 
@@ -33,6 +36,8 @@ BYTES_PER_TOKEN = 10
 """Of the file for each token kept: some four letters of the answer, and the user's share."""
 SPARE_BYTES = 2**20
 SECONDS_BETWEEN_SUMMARIES = 10.0
+SLOTS_A_PART = 32
+"""A thread gets a part of the conversations if it is at least this one: weights are read once for all of a part."""
 TOKENS_PER_SLOT = 100
 """Fewer slots are used for little data: about an answer for each, or short answers alone would be in time."""
 
@@ -81,7 +86,12 @@ class Asked:
     help="Limit of each answer.",
 )
 @click.option(
-    "--batch", type=click.IntRange(1, 1024), default=64, metavar="N", show_default=True, help="Conversations at a time."
+    "--batch",
+    type=click.IntRange(1, 1024),
+    default=128,
+    metavar="N",
+    show_default=True,
+    help="Conversations at a time.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, metavar="S", show_default=True)
 @target_options("smollm2")
@@ -115,51 +125,69 @@ def command(
             distiller.seen.add(kept.messages)
         if file.num_conversations:
             _say(f"{out}: goes on after {file.num_conversations:,} conversations, {file.num_tokens:,} tokens.")
-        _fill(file, tokens, distiller, asked, decoder, batch)
+        if file.num_tokens < tokens:
+            slots = _slots(decoder, batch, tokens - file.num_tokens, distiller.room, chosen.threads)
+            _fill(file, tokens, _scripts(distiller, asked, file), slots, chosen.threads)
+        _say_end(file, tokens)
 
 
-def _fill(
-    file: DataFile, tokens: int, distiller: Distiller, asked: list[Asked] | None, decoder: Any, batch: int
-) -> None:
+def _fill(file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[Slots], num_threads: int) -> None:
     """Adds conversations until there are enough tokens or no more prompts."""
     from spdbench.cli.distill_progress import DataProgress
     from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
-    from spdbench.training.batched import Slots
     from spdbench.training.continuous import Batch
+    from spdbench.training.threads import results_of
 
-    num_slots = min(batch, max(1, (tokens - file.num_tokens) // TOKENS_PER_SLOT))
-    run = Batch(Slots(decoder, num_slots, distiller.room), _scripts(distiller, asked, file))
+    lock = threading.Lock()
+    batches = [Batch(part, scripts, lock) for part in slots]
+    stream = results_of(batches, num_threads)
     progress = DataProgress(tokens, file.num_tokens)
     before = file.num_written, file.seconds
     started = summed = time.monotonic()
 
-    def write_summary(*, complete: bool = False) -> None:
-        file.num_written, file.seconds = before[0] + run.num_written, before[1] + time.monotonic() - started
-        file.write_summary(complete=complete)
+    def count() -> int:
+        """Brings the file's counts up to date; returns the tokens written since the start."""
+        written = sum(batch.num_written for batch in batches)
+        file.num_written, file.seconds = before[0] + written, before[1] + time.monotonic() - started
+        return written
 
     with sigterm_interrupts():
         try:
-            with progress:
-                for outcome in run.results() if file.num_tokens < tokens else ():
+            with progress, closing(stream) as outcomes:
+                for outcome in outcomes:
                     if outcome is not None:
                         file.add(outcome)
-                    progress.show(file.num_tokens, run.num_written, file.num_conversations, file.dropped.total())
+                    progress.show(file.num_tokens, count(), file.num_conversations, file.dropped.total())
                     if time.monotonic() - summed > SECONDS_BETWEEN_SUMMARIES:
                         summed = time.monotonic()
-                        write_summary()
+                        file.write_summary(complete=False)
                     if file.num_tokens >= tokens:
                         break
         except KeyboardInterrupt:
             ignore_from_now_on()
-            write_summary()
+            count()
+            file.write_summary(complete=False)
             _say(f"{file.num_tokens:,} tokens are kept; the same command goes on from there.")
             raise
-        write_summary(complete=True)
-    _say(progress.words(file.num_tokens, run.num_written, file.num_conversations, file.dropped.total()))
+        written = count()
+        file.write_summary(complete=True)
+    _say(progress.words(file.num_tokens, written, file.num_conversations, file.dropped.total()))
+
+
+def _say_end(file: DataFile, tokens: int) -> None:
     if file.num_tokens < tokens:
         _say(f"All prompts are used up, {tokens - file.num_tokens:,} tokens before the end.")
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in file.dropped.most_common())
     _say(f"Wrote {file.path} (dropped: {reasons or 'nothing'})")
+
+
+def _slots(decoder: Decoder, batch: int, tokens: int, room: int, num_threads: int) -> list[Slots]:
+    """Room for `batch` conversations, or fewer for little data: on a CPU one part for each of a few threads."""
+    from spdbench.training.batched import Slots
+
+    num_slots = min(batch, max(1, tokens // TOKENS_PER_SLOT))
+    num_parts = max(1, min(num_threads, num_slots // SLOTS_A_PART)) if decoder.device.type == "cpu" else 1
+    return [Slots(decoder, num_slots // num_parts + (i < num_slots % num_parts), room) for i in range(num_parts)]
 
 
 def _scripts(distiller: Distiller, asked: list[Asked] | None, file: DataFile) -> Iterator[Talk]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,19 +64,27 @@ class _Seat(Generic[Result]):
 
 
 class Batch(Generic[Result]):
-    """Runs scripts side by side; `num_written` counts all new ids, `num_steps` the forward passes."""
+    """Runs scripts side by side; `num_written` counts all new ids.
 
-    def __init__(self, slots: Slots, scripts: Iterator[Script[Result]]) -> None:
+    Scripts go on while `lock` is held, so that batches in several threads may take them from one iterator, and scripts
+    may share what they like.
+    """
+
+    def __init__(
+        self, slots: Slots, scripts: Iterator[Script[Result]], lock: AbstractContextManager[Any] | None = None
+    ) -> None:
         self._slots = slots
         self._scripts = scripts
+        self._lock = lock or nullcontext()
         self._seats: list[_Seat[Result]] = [_Seat() for _ in slots.lengths]
-        self.num_written = self.num_steps = 0
+        self.num_written = 0
 
     def results(self) -> Iterator[Result | None]:
         """What scripts return, in the order in which they end; None after every step that ended none."""
         ended: list[Result] = []
-        for slot in range(len(self._seats)):
-            ended += self._next_script(slot)
+        with self._lock:
+            for slot in range(len(self._seats)):
+                ended += self._next_script(slot)
         yield from ended
         while any(seat.script is not None for seat in self._seats):
             ended = self._step()
@@ -91,7 +100,6 @@ class Batch(Generic[Result]):
             for seat, length in zip(seats, slots.lengths, strict=True)
         ]
         hidden_BM = slots.read(ids_B)
-        self.num_steps += 1
         due = [i for i, seat in enumerate(seats) if seat.script is not None and slots.lengths[i] == len(seat.text)]
         if not due:
             return []
@@ -107,7 +115,8 @@ class Batch(Generic[Result]):
             seat = seats[i]
             seat.text.append(token)
             if token in wish.eos_ids or len(seat.text) == len(wish.ids) + wish.max_new_tokens:
-                ended += self._go_on(i, wish)
+                with self._lock:
+                    ended += self._go_on(i, wish)
         return ended
 
     def _go_on(self, slot: int, wish: Completion) -> list[Result]:
