@@ -141,7 +141,7 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], list[Kept], int]:
                 kept.append(_kept(row, where))
         except (ValueError, KeyError, TypeError):
             what = "is not the header of a data file" if number == 1 else "is damaged"
-            raise InputError(f"{where}: {what}, so it cannot be gone on with; choose another --out") from None
+            raise InputError(f"{where}: {what}, so the file cannot be gone on with; choose another --out") from None
         whole += len(line)
     if not header:
         raise InputError(f"{path}: is there but no data file, and is left as it is; choose another --out")

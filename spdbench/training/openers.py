@@ -72,3 +72,5 @@ GROUPS = {
     "none": (("",), 4),
 }
 """Openers by what they lead to, and how often each group is drawn."""
+
+LONGEST = max((opener for openers, _ in GROUPS.values() for opener in openers), key=len)

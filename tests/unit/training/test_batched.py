@@ -72,7 +72,8 @@ def test_threads_find_what_one_finds(decoder: Decoder) -> None:
     shared = scripts()
     lock = threading.Lock()
     batches = [Batch(Slots(decoder, 2, 128), shared, lock) for _ in range(2)]
-    found = dict(filter(None, results_of(batches, 2)))
+    results = results_of(batches, 2)
+    found = dict(filter(None, results))
     assert found == dict(filter(None, Batch(Slots(decoder, 3, 128), scripts()).results()))
 
 
@@ -83,9 +84,14 @@ def test_error_in_a_thread_reaches_the_caller(decoder: Decoder) -> None:
 
 
 def test_wish_that_goes_on_reads_only_what_is_new(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = []
+    steps = []
     read = Slots.read
-    monkeypatch.setattr(Slots, "read", lambda self, ids: rows.append(ids) or read(self, ids))
+
+    def counted(slots: Slots, ids: list[int | None]) -> torch.Tensor:
+        steps.append(ids)
+        return read(slots, ids)
+
+    monkeypatch.setattr(Slots, "read", counted)
 
     def two_wishes() -> Script[list[int]]:
         first = yield greedy(PROMPTS[0], 5)
@@ -93,13 +99,13 @@ def test_wish_that_goes_on_reads_only_what_is_new(decoder: Decoder, monkeypatch:
 
     (found,) = filter(None, Batch(Slots(decoder, 1, 64), iter([two_wishes()])).results())
     assert found == vanilla(decoder, (*PROMPTS[0], *vanilla(decoder, PROMPTS[0], 5), 3), 4)
-    assert len(rows) == len(PROMPTS[0]) + 5 + 1 + 4 - 1
+    assert len(steps) == len(PROMPTS[0]) + 5 + 1 + 4 - 1
 
 
 def test_script_without_a_wish_ends_at_once(decoder: Decoder) -> None:
     def nothing() -> Script[str]:
+        yield from ()
         return "done"
-        yield greedy((1,), 1)
 
     assert list(Batch(Slots(decoder, 2, 8), iter([nothing(), nothing()])).results()) == ["done", "done"]
 
