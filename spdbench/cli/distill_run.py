@@ -20,7 +20,7 @@ from spdbench.training.distil import Distiller, Dropped, Talk
 from spdbench.training.threads import results_of
 
 SECONDS_BETWEEN_SUMMARIES = 10.0
-HOPELESS = 2000
+HOPELESS = 1000
 """After so many conversations dropped in a row, nothing that is worth keeping will come any more."""
 SLOTS_A_PART = 32
 """A thread gets a part of the conversations if it is at least this one: weights are read once for all of a part."""
@@ -94,6 +94,7 @@ def conversations(distiller: Distiller, asked: list[Asked] | None, file: DataFil
         while True:
             index += 1
             yield distiller.invent(index)
+    file.dropped.clear()  # those that were dropped are gone through again
     for index, one in enumerate(asked):
         if index not in done:
             yield distiller.reply(index, one.system, one.turns)

@@ -61,24 +61,24 @@ Talk = Generator[Completion, tuple[int, ...], Outcome]
 
 @dataclass
 class Seen:
-    """User turns and answers that are in the file, by their words; shared by all conversations of a run."""
+    """First user turns and last answers, by their words; shared by all conversations of a run.
+
+    A turn is claimed before it is answered, so that of two that are the same the first one gets the answer.
+    """
 
     texts: set[tuple[str, ...]] = field(default_factory=set)
 
-    def add(self, messages: Sequence[Message]) -> bool:
-        """Takes a conversation in; False, and nothing taken, if its first turn or its last answer is there already."""
-        keys = {words(messages[i]["content"]) or (messages[i]["content"],) for i in (_first_user(messages), -1)}
-        if not self.texts.isdisjoint(keys):
-            return False
-        self.texts |= keys
-        return True
+    def claim(self, text: str) -> bool:
+        """Takes a text in; False if it is there already."""
+        key = words(text) or (text,)
+        new = key not in self.texts
+        self.texts.add(key)
+        return new
 
-    def has(self, text: str) -> bool:
-        return words(text) in self.texts
-
-
-def _first_user(messages: Sequence[Message]) -> int:
-    return next(i for i, message in enumerate(messages) if message["role"] == "user")
+    def add(self, messages: Sequence[Message]) -> None:
+        """Takes a finished conversation in."""
+        self.claim(next(message["content"] for message in messages if message["role"] == "user"))
+        self.claim(messages[-1]["content"])
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class _Talk:
         """The next user turn, as it is."""
         if turn in self._shared.overlap:
             return "overlap"
-        if not self._num_answers and self._shared.seen.has(turn):
+        if not self._num_answers and not self._shared.seen.claim(turn):
             return "duplicate"
         self._messages.append({"role": "user", "content": turn})
         return None
@@ -191,7 +191,7 @@ class _Talk:
         messages = tuple(self._messages[: self._whole])
         if not self._num_answers:
             return Dropped(self._index, failure or "empty")
-        if not self._shared.seen.add(messages):
+        if not self._shared.seen.claim(messages[-1]["content"]):
             return Dropped(self._index, "duplicate")
         sampling = {"index": self._index, "temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
         return Kept(self._index, messages, sampling | facts, self._num_tokens)
