@@ -35,6 +35,7 @@ class LazyCommand(NamedTuple):
 COMMANDS = {
     "run": LazyCommand("spdbench.cli.run", "Measure backends on a suite and compare them."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
+    "distill": LazyCommand("spdbench.cli.distill", "Let the target write training data by itself."),
     "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),
     "suites": LazyCommand("spdbench.cli.suites", "List the suites that come with spdbench."),
     "env": LazyCommand("spdbench.cli.env", "Show what results record about this machine."),

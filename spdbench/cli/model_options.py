@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -36,9 +36,7 @@ class ModelOptions:
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Adds MODEL-OPTIONS to a command, which gets them as one argument, `chosen`."""
 
-    @click.option(
-        "-m", "--model", metavar="MODEL", help="Hub id, local folder or GGUF file. [default: the suite's, else smollm2]"
-    )
+    @target_options("the suite's, else smollm2")
     @click.option(
         "--drafter",
         "drafters",
@@ -53,33 +51,44 @@ def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
         multiple=True,
         help="An option of a backend; `spdbench backends` lists them.",
     )
-    @click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        default="bfloat16",
-        show_default=True,
-        help="Precision of weights and arithmetic.",
-    )
-    @click.option(
-        "--devices", metavar="LIST", help="cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]"
-    )
-    @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: one a usable core]")
     @functools.wraps(function)
     def wrapper(
-        *args: Any,
-        model: str | None,
-        drafters: tuple[str, ...],
-        options: tuple[str, ...],
-        dtype: str,
-        devices: str | None,
-        threads: int | None,
-        **rest: Any,
+        *args: Any, chosen: ModelOptions, drafters: tuple[str, ...], options: tuple[str, ...], **rest: Any
     ) -> Any:
-        names = tuple(name.strip() for name in devices.split(",")) if devices else None
-        chosen = ModelOptions(model, drafters, options, dtype, names, threads or len(os.sched_getaffinity(0)))
-        return function(*args, chosen=chosen, **rest)
+        return function(*args, chosen=replace(chosen, drafters=drafters, options=options), **rest)
 
     return wrapper
+
+
+def target_options(default_model: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds those of MODEL-OPTIONS that are about the target alone; the command gets them as `chosen`, too."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        @click.option(
+            "-m", "--model", metavar="MODEL", help=f"Hub id, local folder or GGUF file. [default: {default_model}]"
+        )
+        @click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="bfloat16",
+            show_default=True,
+            help="Precision of weights and arithmetic.",
+        )
+        @click.option(
+            "--devices", metavar="LIST", help="cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]"
+        )
+        @click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: one a usable core]")
+        @functools.wraps(function)
+        def wrapper(
+            *args: Any, model: str | None, dtype: str, devices: str | None, threads: int | None, **rest: Any
+        ) -> Any:
+            names = tuple(name.strip() for name in devices.split(",")) if devices else None
+            chosen = ModelOptions(model, (), (), dtype, names, threads or len(os.sched_getaffinity(0)))
+            return function(*args, chosen=chosen, **rest)
+
+        return wrapper
+
+    return add
 
 
 class FiniteRange(click.FloatRange):

@@ -314,3 +314,45 @@ def likeliest(logits_SV: Any, out_S: Any) -> None:
         while found < size - 1 and not widen(logits_SV[s, found]) >= largest:
             found += 1
         out_S[s] = found
+
+
+NO_DEPTH = np.zeros(1, dtype=np.int64)
+NO_TREE = np.zeros((0, 0), dtype=np.bool_)
+
+
+@compiled
+def mix_slots(
+    qkv: Any,
+    q_norm_D: Any,
+    k_norm_D: Any,
+    eps: float,
+    lengths_B: Any,
+    cos_PD: Any,
+    sin_PD: Any,
+    keys_BKTD: Any,
+    values_BKTD: Any,
+    window: int,
+    queries: Any,
+    out: Any,
+) -> None:
+    """`turn` and attention for one row in each of B caches, of which row b's is `lengths_B[b]` long."""
+    for b in range(lengths_B.shape[0]):
+        row, length = slice(b, b + 1), lengths_B[b]
+        keys_KTD, values_KTD = keys_BKTD[b], values_BKTD[b]
+        turn(
+            qkv[row],
+            q_norm_D,
+            k_norm_D,
+            eps,
+            lengths_B[row],
+            cos_PD,
+            sin_PD,
+            keys_KTD,
+            values_KTD,
+            length,
+            queries[row],
+        )
+        num_heads = queries.shape[1] // keys_KTD.shape[2]
+        attend_heads(
+            queries[row], keys_KTD, values_KTD, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads
+        )

@@ -74,6 +74,11 @@ def layer_body(
     Inputs are as wide as the layer's query weights read: M in a decoder, 2M in EAGLE-3's first layer.
     """
     mixed = steps.mix(weights.qkv(inputs_SI), weights.head_norms, weights.window, place, cache, layer)
+    return after_attention(weights, steps, mixed, hidden_SM)
+
+
+def after_attention(weights: LayerWeights, steps: Steps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
+    """The output projection of attention's `mixed` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`."""
     hidden_SM = weights.out.plus(mixed, hidden_SM)
     normed_SM = steps.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:

@@ -99,16 +99,21 @@ class TorchSteps:
     def mix(
         self, qkv: Tensor, norms: HeadNorms | None, window: int | None, place: Place, cache: KVCache, layer: int
     ) -> Tensor:
+        heads = self.geometry.num_heads
+        turned, values_SKD = self.turn(qkv, norms, *place.angles)
+        keys_KTD, values_KTD = cache.write(layer, turned[:, heads:], values_SKD)
+        mask_ST = place.mask(keys_KTD.shape[1], window, qkv.device)
+        return attend(turned[:, :heads], keys_KTD, values_KTD, mask_ST, window)
+
+    def turn(self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, normalised and turned by their rows' angles, `[S, H + K, D]`; and values `[S, K, D]`."""
         heads, kv, eps = self.geometry.num_heads, self.geometry.num_kv_heads, self.geometry.norm_eps
         split = qkv.view(qkv.shape[0], heads + 2 * kv, self.geometry.head_dim)
         turning = split[:, : heads + kv]
         if norms is not None:
             queries = rms_norm(turning[:, :heads], norms.query.weight_M, eps)
             turning = torch.cat((queries, rms_norm(turning[:, heads:], norms.key.weight_M, eps)), dim=1)
-        turned = rotate(turning, *place.angles)
-        keys_KTD, values_KTD = cache.write(layer, turned[:, heads:], split[:, heads + kv :])
-        mask_ST = place.mask(keys_KTD.shape[1], window, qkv.device)
-        return attend(turned[:, :heads], keys_KTD, values_KTD, mask_ST, window)
+        return rotate(turning, cos_S1D, sin_S1D), split[:, heads + kv :]
 
     def gate(self, both_S2F: Tensor) -> Tensor:
         gate, up = both_S2F.chunk(2, dim=-1)

@@ -15,6 +15,9 @@ from spdbench.types import Message
 PROMPT_DATE = "01 Jan 2025"
 """The day that templates with a date in them get to see, so that ids are the same on every day."""
 
+OPEN_END = "\u2063open end\u2063"
+"""Stands where a turn that is left open is cut off, in no text that anybody writes."""
+
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
 
 
@@ -52,31 +55,46 @@ class ChatFormat:
             raise InputError(f"the model's {who} makes no tokens of this conversation, so there is nothing to feed it")
         return ids
 
+    def encode_open(self, messages: Sequence[Message], begun: str) -> tuple[int, ...]:
+        """Ids to feed the model so that the user's next turn, which begins with `begun`, goes on.
+
+        Raises:
+            InputError: as `encode`, or the chat template changes what the user says beyond recognition.
+        """
+        if self._template is None:
+            return self.encode([*messages, {"role": "user", "content": begun}])
+        turn = {"role": "user", "content": begun + OPEN_END}
+        text, mark, _ = self._render([*messages, turn], self._template, tokenize=False).rpartition(OPEN_END)
+        if not mark:
+            raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
+        return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens, spaces as they are."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def _encode_chat(self, messages: Sequence[Message], template: str) -> tuple[int, ...]:
+        ids = self._render(messages, template, tokenize=True, add_generation_prompt=True, return_dict=False)
+        return tuple(int(token) for token in ids)
+
+    def _render(self, messages: Sequence[Message], template: str, **how: Any) -> Any:
         from jinja2 import TemplateError
 
         # A template gets the date from `date_string` or from a clock of its own, which only a macro can shadow.
         clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
-            ids = self._tokenizer.apply_chat_template(
+            return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=clock + template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
                 date_string=PROMPT_DATE,
+                **how,
             )
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from None
         except Exception as error:  # a template is the model's own code and may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None
-        return tuple(int(token) for token in ids)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.

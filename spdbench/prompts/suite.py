@@ -10,6 +10,7 @@ import hashlib
 import importlib.resources
 import os
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -166,6 +167,25 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
         decoding=file.decoding,
         score=file.score,
     )
+
+
+def prompts_at_hand(data: Path | None) -> dict[str, tuple[Prompt, ...]]:
+    """Prompts of each shipped suite from all of its sources that are on this machine, unlimited; no network is asked.
+
+    Raises:
+        InputError: `data` is no folder, or a source is there but broken.
+    """
+    if data is not None and not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder")
+    found: dict[str, tuple[Prompt, ...]] = {}
+    for name, path in shipped_suites().items():
+        file, _ = _read(path)
+        place = Place(name, path.parent if data is None else data, name)
+        for source in file.prompts.source:
+            if source.kind in ("inline", "path", "package"):
+                with suppress(SourceUnavailable):
+                    found[name] = found.get(name, ()) + source.load(place).prompts
+    return found
 
 
 def limit_prompts(prompts: tuple[Prompt, ...], limit: int | None) -> tuple[Prompt, ...]:

@@ -140,3 +140,19 @@ def test_decode_leaves_out_special_tokens_and_keeps_spaces() -> None:
     text = "It 's  here , \n\u00e9\u4e2d"
     ids = [0, *inner.encode(text, add_special_tokens=False), 1]
     assert ChatFormat(inner).decode(tuple(ids)) == text
+
+
+def test_turn_left_open_goes_on_after_what_was_begun() -> None:
+    inner = tokenizer(TEMPLATE)
+    ids = ChatFormat(inner).encode_open(TALK[:2], "How do")
+    assert inner.decode(list(ids), skip_special_tokens=False) == "<user>hi</s><assistant>yes?</s><user>How do"
+
+
+def test_turn_left_open_without_a_template_follows_on_a_new_line() -> None:
+    inner = tokenizer()
+    assert inner.decode(list(ChatFormat(inner).encode_open(HELLO, "How"))) == "hi\nHow"
+
+
+def test_template_that_hides_what_the_user_says_cannot_leave_a_turn_open() -> None:
+    with pytest.raises(InputError, match="no turn can be left open"):
+        ChatFormat(tokenizer("{{ messages | length }}")).encode_open(HELLO, "How")

@@ -1,0 +1,108 @@
+"""Prompts for `spdbench distill`: those to answer, those to keep out, and how much room they take.
+
+Reads files; must not know what is generated, or how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spdbench.errors import InputError
+from spdbench.types import Message
+
+if TYPE_CHECKING:
+    from spdbench.prompts.chat import ChatFormat
+
+TEMPLATE_TOKENS = 64
+"""More than a chat template puts around a turn."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation to answer: what comes before its first user turn, and the user's turns."""
+
+    system: tuple[Message, ...]
+    turns: tuple[str, ...]
+
+
+def excluded(paths: tuple[Path, ...], data: Path | None) -> dict[str, tuple[str, ...]]:
+    """User turns to keep out, by the suite or file that they are from."""
+    from spdbench.prompts.suite import prompts_at_hand
+
+    found = {
+        name: tuple(turn for prompt in prompts for turn in prompt.turns)
+        for name, prompts in prompts_at_hand(data).items()
+    }
+    for path in paths:
+        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        if not files:
+            raise InputError(f"--exclude {path}: the folder holds no .jsonl file")
+        for file in files:
+            found[str(file)] = tuple(turn for one in read_asked(file) for turn in one.turns)
+    return found
+
+
+def read_asked(path: Path) -> list[Asked]:
+    """Conversations of a JSONL file, with `turns` as EAGLE and Spec-Bench have them, or messages; answers left out."""
+    from spdbench.prompts.rows import json_lines
+    from spdbench.training.conversations import SCHEMA, messages_of
+
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    found = []
+    for where, row in json_lines(raw, str(path)):
+        if row.get("schema") == SCHEMA:
+            continue
+        if "turns" in row:
+            turns = [row["turns"]] if isinstance(row["turns"], str) else row["turns"]
+            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+                raise InputError(f"{where}: turns: must be a text or a list of texts")
+            found.append(Asked((), tuple(turns)))
+        elif "messages" in row or "conversations" in row:
+            messages = messages_of(row, where)
+            users = tuple(message["content"] for message in messages if message["role"] == "user")
+            if not users:
+                raise InputError(f"{where}: has no message of a user")
+            found.append(Asked(messages[:1] if messages[0]["role"] == "system" else (), users))
+        else:
+            raise InputError(f"{where}: has neither `turns` nor `messages`")
+    if not found:
+        raise InputError(f"{path}: holds no prompts")
+    return found
+
+
+def room_needed(chat: ChatFormat, asked: list[Asked] | None, max_new_tokens: int, context: int) -> int:
+    """Tokens that the longest conversation may come to, within the model's `context`.
+
+    Raises:
+        InputError: not even one turn and its answer fit.
+    """
+    from spdbench.training.distil import MAX_USER_TOKENS
+    from spdbench.training.openers import LONGEST
+
+    if asked is None:
+        shortest = len(chat.encode([{"role": "user", "content": LONGEST}])) + MAX_USER_TOKENS + max_new_tokens
+        longest = shortest + MAX_USER_TOKENS + max_new_tokens + TEMPLATE_TOKENS
+    else:
+        lengths = [_num_tokens(chat, one, number) for number, one in enumerate(asked, start=1)]
+        turns = [len(one.turns) * (max_new_tokens + TEMPLATE_TOKENS) for one in asked]
+        shortest = min(lengths) + max_new_tokens
+        longest = max(length + more for length, more in zip(lengths, turns, strict=True))
+    if shortest > context:
+        raise InputError(
+            f"--max-new-tokens {max_new_tokens}: a conversation takes {shortest:,} tokens with it, more than "
+            f"the model's context of {context:,}"
+        )
+    return min(context, longest)
+
+
+def _num_tokens(chat: ChatFormat, one: Asked, number: int) -> int:
+    """Tokens of all user turns, as if they were one."""
+    try:
+        return len(chat.encode([*one.system, {"role": "user", "content": "\n".join(one.turns)}]))
+    except InputError as error:
+        raise InputError(f"--prompts: conversation {number}: {error}") from None

@@ -1,0 +1,104 @@
+"""Fills a data file with conversations: batches in threads, progress, interruption, and when there is enough."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+from spdbench.cli.distill_progress import DataProgress
+from spdbench.cli.distill_prompts import Asked
+from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
+from spdbench.errors import SpdbenchError
+from spdbench.models.decoder import Decoder
+from spdbench.training.batched import Slots
+from spdbench.training.continuous import Batch
+from spdbench.training.datafile import DataFile
+from spdbench.training.distil import Distiller, Dropped, Talk
+from spdbench.training.threads import results_of
+
+SECONDS_BETWEEN_SUMMARIES = 10.0
+HOPELESS = 1000
+"""After so many conversations dropped in a row, nothing that is worth keeping will come any more."""
+SLOTS_A_PART = 32
+"""A thread gets a part of the conversations if it is at least this one: weights are read once for all of a part."""
+TOKENS_PER_SLOT = 100
+"""Fewer slots are used for little data: about an answer for each, or short answers alone would be in time."""
+
+
+def fill(file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[Slots], num_threads: int) -> None:
+    """Adds conversations until there are enough tokens or no more prompts."""
+    lock = threading.Lock()
+    batches = [Batch(part, scripts, lock) for part in slots]
+    stream = results_of(batches, num_threads)
+    progress = DataProgress(tokens, file.num_tokens)
+    before, in_vain = (file.num_written, file.seconds), 0
+    started = summed = time.monotonic()
+
+    def count() -> int:
+        """Brings the file's counts up to date; returns the tokens written since the start."""
+        written = sum(batch.num_written for batch in batches)
+        file.num_written, file.seconds = before[0] + written, before[1] + time.monotonic() - started
+        return written
+
+    with sigterm_interrupts():
+        try:
+            with progress, closing(stream) as outcomes:
+                for outcome in outcomes:
+                    if outcome is not None:
+                        file.add(outcome)
+                        in_vain = in_vain + 1 if isinstance(outcome, Dropped) else 0
+                    if in_vain == HOPELESS:
+                        raise SpdbenchError(f"{HOPELESS:,} conversations in a row were dropped: {_reasons(file)}")
+                    progress.show(file.num_tokens, count(), file.num_conversations, file.dropped.total())
+                    if time.monotonic() - summed > SECONDS_BETWEEN_SUMMARIES:
+                        summed = time.monotonic()
+                        file.write_summary(complete=False)
+                    if file.num_tokens >= tokens:
+                        break
+        except KeyboardInterrupt:
+            ignore_from_now_on()
+            count()
+            file.write_summary(complete=False)
+            say(f"{file.num_tokens:,} tokens are kept; the same command goes on from there.")
+            raise
+        written = count()
+        file.write_summary(complete=True)
+    say(progress.words(file.num_tokens, written, file.num_conversations, file.dropped.total()))
+
+
+def say_end(file: DataFile, tokens: int) -> None:
+    if file.num_tokens < tokens:
+        say(f"All prompts are used up, {tokens - file.num_tokens:,} tokens before the end.")
+    say(f"{file.path}: {file.num_tokens:,} tokens (dropped: {_reasons(file)})")
+
+
+def _reasons(file: DataFile) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in file.dropped.most_common()) or "nothing"
+
+
+def new_slots(decoder: Decoder, batch: int, tokens: int, room: int, num_threads: int) -> list[Slots]:
+    """Room for `batch` conversations, or fewer for little data: on a CPU one part for each of a few threads."""
+    num_slots = min(batch, max(1, tokens // TOKENS_PER_SLOT))
+    num_parts = max(1, min(num_threads, num_slots // SLOTS_A_PART)) if decoder.device.type == "cpu" else 1
+    return [Slots(decoder, num_slots // num_parts + (i < num_slots % num_parts), room) for i in range(num_parts)]
+
+
+def conversations(distiller: Distiller, asked: list[Asked] | None, file: DataFile) -> Iterator[Talk]:
+    """Conversations that are not in the file yet: new ones without end, or those of the prompts that are left."""
+    done = {kept.index for kept in file.found}
+    if asked is None:
+        index = max(done, default=-1)
+        while True:
+            index += 1
+            yield distiller.invent(index)
+    file.dropped.clear()  # those that were dropped are gone through again
+    for index, one in enumerate(asked):
+        if index not in done:
+            yield distiller.reply(index, one.system, one.turns)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""Many sequences side by side through a target's own layers, one token of each a step.
+
+The current tokens are simply rows for every product; only positions and attention differ by row, so the cache keeps a
+length for each slot. Must not know what the sequences are, or how a next token is chosen.
+
+Shapes: B slots, M model width, V vocabulary, H query heads, K kv heads, G = H / K, T cache positions, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from spdbench.models.decoder import Decoder
+from spdbench.models.kv_cache import array
+from spdbench.models.layers import LayerWeights, after_attention
+from spdbench.models.rotary import Rotary
+from spdbench.models.steps import CompiledSteps, Geometry, Steps, TorchSteps, can_compile
+
+ROUND_UP = 64
+"""torch's attention looks at a multiple of so many positions, so that buffers come in few sizes."""
+
+
+class Slots:
+    """`num_slots` sequences of up to `capacity` tokens; `lengths[b]` of slot b are read.
+
+    Holds buffers of its own, so that several may be used by as many threads.
+    """
+
+    def __init__(self, decoder: Decoder, num_slots: int, capacity: int) -> None:
+        geometry, dtype, device = decoder.geometry, decoder.dtype, decoder.device
+        shape = (len(decoder.layers), num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
+        # Zeros, not whatever was there: a masked position still enters a product, and 0 times NaN is NaN.
+        keys = torch.zeros(shape, dtype=dtype, device=device)
+        values = torch.zeros_like(keys)
+        self.capacity = capacity
+        self.lengths = [0] * num_slots
+        self._decoder = decoder
+        self._steps: Steps
+        self._mix: _Mix
+        if can_compile(dtype, device):
+            self._steps = CompiledSteps(geometry, dtype)
+            self._mix = _CompiledMix(geometry, decoder.rotary, keys, values)
+        else:
+            self._steps = TorchSteps(geometry)
+            self._mix = _TorchMix(geometry, decoder.rotary, keys, values)
+
+    def rollback(self, slot: int, length: int) -> None:
+        """Forgets what `slot` has read beyond its first `length` tokens."""
+        self.lengths[slot] = min(self.lengths[slot], length)
+
+    @torch.inference_mode()
+    def read(self, ids_B: Sequence[int | None]) -> Tensor:
+        """Reads one more token in each slot that has one: the last layer's outputs `[B, M]`, before the final norm.
+
+        Rows of slots without a token hold nothing of worth.
+        """
+        decoder, steps = self._decoder, self._steps
+        self._mix.begin(self.lengths)
+        hidden_BM = decoder.embed(decoder.ids([0 if token is None else token for token in ids_B]))
+        for layer in decoder.layers:
+            weights = decoder.weights[layer]
+            normed_BM = hidden_BM if weights.input_norm is None else steps.norm(hidden_BM, weights.input_norm)
+            mixed = self._mix(layer - decoder.layers.start, weights.qkv(normed_BM), weights)
+            hidden_BM = after_attention(weights, steps, mixed, hidden_BM)
+        for slot, token in enumerate(ids_B):
+            self.lengths[slot] += token is not None
+        return hidden_BM
+
+    @torch.inference_mode()
+    def logits(self, hidden_BM: Tensor) -> Tensor:
+        """Next-token logits `[B, V]` of some rows that `read` returned."""
+        assert self._decoder.final_norm is not None
+        assert self._decoder.head is not None
+        return self._decoder.head(self._steps.norm(hidden_BM, self._decoder.final_norm))
+
+
+class _Mix(Protocol):
+    """Turns the new rows, puts keys and values behind each slot's own, and attends."""
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """A new step: the new row of slot b is at position `lengths[b]`."""
+
+    def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
+        """From queries, keys, values `[B, (H + 2K) D]` to attention's output `[B, H D]`; layers count from 0."""
+
+
+class _CompiledMix:
+    """Slot by slot and no further than its length, on the calling thread."""
+
+    def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
+        from spdbench.models.compiled import mix_slots
+
+        _, num_slots, _, capacity, head_dim = keys.shape
+        self._function = mix_slots
+        self._eps = geometry.norm_eps
+        self._angles = rotary.arrays(capacity)
+        self._keys, self._values = array(keys), array(values)
+        self._mixed = keys.new_zeros(num_slots, geometry.num_heads * head_dim)
+        self._queries, self._out = array(torch.zeros_like(self._mixed)), array(self._mixed)
+        self._no_norm = array(keys.new_empty(0))
+        self._lengths: Any = None
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        self._lengths = np.array(lengths)
+
+    def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
+        norms = weights.head_norms
+        q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
+        cos_PD, sin_PD = self._angles
+        self._function(
+            array(qkv),
+            q_norm,
+            k_norm,
+            self._eps,
+            self._lengths,
+            cos_PD,
+            sin_PD,
+            self._keys[layer],
+            self._values[layer],
+            weights.window or 0,
+            self._queries,
+            self._out,
+        )
+        return self._mixed
+
+
+class _TorchMix:
+    """All slots at once, padded to the longest."""
+
+    def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
+        self._steps, self._rotary = TorchSteps(geometry), rotary
+        self._num_heads = geometry.num_heads
+        self._keys, self._values = keys, values
+        self._slots = torch.arange(keys.shape[1], device=keys.device)
+        self.begin([0] * keys.shape[1])
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        self._size = min(self._keys.shape[3], -(-(max(lengths) + 1) // ROUND_UP) * ROUND_UP)
+        self._lengths = torch.tensor(lengths, device=self._keys.device)
+        cos_PD, sin_PD = self._rotary.tables(self._size)
+        self._angles = cos_PD[self._lengths, None], sin_PD[self._lengths, None]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
+        turned, new_values_BKD = self._steps.turn(qkv, weights.head_norms, *self._angles)
+        keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
+        keys_BKTD[self._slots, :, self._lengths] = turned[:, self._num_heads :]
+        values_BKTD[self._slots, :, self._lengths] = new_values_BKD
+        if weights.window not in self._masks:
+            self._masks[weights.window] = self._visible(weights.window)
+        keys_BKTD, values_BKTD = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]
+        return _attend(turned[:, : self._num_heads], keys_BKTD, values_BKTD, self._masks[weights.window])
+
+    def _visible(self, window: int | None) -> Tensor:
+        """`[B, 1, 1, T]`, true where a slot's new token may look: itself and all before it, or `window` in all."""
+        positions = torch.arange(self._size, device=self._lengths.device)
+        visible = positions <= self._lengths[:, None]
+        if window is not None:
+            visible &= positions > self._lengths[:, None] - window
+        return visible[:, None, None]
+
+
+def _attend(queries_BHD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, visible: Tensor) -> Tensor:
+    """Attention of one query row a slot: `[B, H * D]`. The G heads that share a kv head become G rows of it."""
+    num_slots, num_heads, head_dim = queries_BHD.shape
+    num_kv, size = keys_BKTD.shape[1], keys_BKTD.shape[2]
+    group = num_heads // num_kv
+    folded = queries_BHD.reshape(num_slots, num_kv, group, head_dim)
+    mask = visible.expand(num_slots, 1, group, size)
+    mixed = scaled_dot_product_attention(folded, keys_BKTD, values_BKTD, attn_mask=mask)
+    return mixed.reshape(num_slots, num_heads * head_dim)
