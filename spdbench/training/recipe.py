@@ -33,12 +33,14 @@ class Batch:
     `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (SPD.md, section 1: 0 is the embedding, the
     number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token is
     there and part of an answer: losses and acceptance count such positions only. `valid_BS` is false on padding.
+    `argmax_BS` is the target's own greedy next token at each position.
     """
 
     ids_BS: Tensor
     valid_BS: Tensor
     answers_BS: Tensor
     states: Mapping[int, Tensor]
+    argmax_BS: Tensor
 
 
 class Teacher:
@@ -55,7 +57,7 @@ class Teacher:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The last layer's output after the final norm."""
-        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
+        return nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
 
     def logits(self, hidden: Tensor, token_ids_U: Tensor | None = None) -> Tensor:
         """Next-token logits of the last layer's output, of the chosen tokens or of all, `[..., U]` or `[..., V]`."""
