@@ -21,13 +21,15 @@ NAME = "checkpoint.pt"
 
 @dataclass
 class State:
-    """Where a run stands. `epoch` and `batch` are the place in the data, `log_size` in the log, in bytes."""
+    """Where a run stands. `epoch` and `batch` are the place in the data, `log_size` in the log, in bytes;
+    `step_s` and `evaluation_s` are what the last ones took."""
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     elapsed_s: float = 0.0
-    reserve_s: float = 0.0
+    step_s: float = 0.0
+    evaluation_s: float = 0.0
     trained_tokens: int = 0
     evaluations: int = 1
     log_size: int = 0

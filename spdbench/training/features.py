@@ -72,6 +72,12 @@ class Features:
             os.unlink(name)
         self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
 
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Computes those of some sequences now, where they can be kept."""
+        if self._states_TKM is not None:
+            for index in indices:
+                self._features(index)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some sequences side by side, padded on the right, where the decoder computes."""
         chosen = [self._sequences[index] for index in indices]

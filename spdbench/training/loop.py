@@ -29,7 +29,7 @@ CLIP = 1.0
 DECAY = 0.0
 BETAS = (0.9, 0.95)
 MARGIN_S = 2.0
-"""Of a budget, kept for writing files beside what the last evaluation takes."""
+"""Of a budget, kept for writing files, beside what another step and the last evaluation take."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ class Training:
         self._origin = self._began - state.elapsed_s
         log = self._log = TrainingLog(self._folder / "train.jsonl", state.log_size)
         try:
+            self._features.prepare(self._data.held_out)
             if restored is None:
                 log.write(dict(self._identity))
                 self._evaluate()
@@ -151,11 +152,12 @@ class Training:
         state = self.state
         state.elapsed_s = self._clock() - self._origin
         done = state.epoch + state.batch / num_batches
-        return self._plan.limits.progress(done, state.elapsed_s, state.reserve_s)
+        reserve_s = MARGIN_S + 1.5 * state.evaluation_s + state.step_s
+        return self._plan.limits.progress(done, state.elapsed_s, reserve_s)
 
     def _step(self, batches: Sequence[Sequence[int]], progress: float) -> None:
         """One update from up to `accumulate` batches."""
-        state, plan = self.state, self._plan
+        state, plan, began = self.state, self._plan, self._clock()
         rate = plan.rate * rate_factor(state.step, plan.warmup_steps, progress)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -189,6 +191,7 @@ class Training:
                 "elapsed_s": round(self._clock() - self._origin, 3),
             }
         )
+        state.step_s = self._clock() - began
         left = state.elapsed_s * (1 / progress - 1) if progress else math.nan
         self._report.step(state.step, losses, state.best_score, progress, left)
 
@@ -208,7 +211,7 @@ class Training:
                 name: tensor.detach().clone() for name, tensor in self._recipe.module.state_dict().items()
             }
         took = self._clock() - began
-        state.reserve_s = MARGIN_S + 1.5 * took
+        state.evaluation_s = took
         self._log.write(
             {
                 "step": state.step,
