@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,14 @@ from spdbench.training.checkpoint import State
 from spdbench.training.features import Features
 from spdbench.training.log import TrainingLog
 from spdbench.training.order import batches_of, epoch_batches
-from spdbench.training.recipe import Counts, Recipe
+from spdbench.training.recipe import Batch, Counts, Fitted, Recipe
 from spdbench.training.schedule import Limits, rate_factor
 
 CLIP = 1.0
 DECAY = 0.0
 BETAS = (0.9, 0.95)
+FIT_TOKENS = 8192
+"""What a recipe that is fitted first gets to see, padding included."""
 MARGIN_S = 2.0
 """Of a budget, kept for writing files, beside what another step and the last evaluation take."""
 
@@ -117,6 +119,8 @@ class Training:
             self._features.prepare(self._data.held_out)
             if restored is None:
                 log.write(dict(self._identity))
+                if isinstance(self._recipe, Fitted):
+                    self._recipe.fit(self._first_batches())
                 self._evaluate()
             self._last_save = self._clock()
             self._steps()
@@ -128,6 +132,16 @@ class Training:
             log.close()
         module.load_state_dict(state.best_weights)
         return state
+
+    def _first_batches(self) -> Iterator[Batch]:
+        plan, data = self._plan, self._data
+        tokens = 0
+        for indices in epoch_batches(data.learned, data.lengths, plan.batch_tokens, plan.seed, 0):
+            batch = self._features.batch(indices)
+            yield batch
+            tokens += batch.ids_BS.numel()
+            if tokens >= FIT_TOKENS:
+                return
 
     def _steps(self) -> None:
         state, plan, learned = self.state, self._plan, self._data.learned

@@ -8,10 +8,10 @@ Shapes: B conversations side by side, S tokens of each, M model width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -126,6 +126,14 @@ class Recipe(Protocol):
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """The drafter as files that the method's backend reads, in bfloat16."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """What a recipe has besides, if its module can begin closer to the target than a draw from a distribution."""
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Sets weights from the first batches that will be learned from, before the first step."""
 
 
 def training_device(teacher: Teacher) -> torch.device:

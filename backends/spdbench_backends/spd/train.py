@@ -6,7 +6,7 @@ Shapes: B texts, S positions, N rows that count, M model width, U draft vocabula
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -22,7 +22,7 @@ from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, T
 from spdbench_backends.spd.formats import VERSION, write_folder, write_published
 from spdbench_backends.spd.pipelined import counts_of, usual_stages
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
-from spdbench_backends.spd.trainable import TrainableModule, copy_layer, positions
+from spdbench_backends.spd.trainable import TrainableModule, copy_layer, fit_projections, positions
 
 Counted = Annotated[tuple[int, ...] | None, BeforeValidator(counts_of)]
 PUBLISHED = "head.pt"
@@ -76,7 +76,6 @@ class SPDRecipe:
         own_head_UM = self._vocabulary.head_UM if chosen.head == "trained" else None
         module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
         begin_as(cast("list[DecoderLayer]", list(module.spec_layers)), teacher, chosen.init_layers)
-        self._begin_projections(module)
         self.module: nn.Module = module.to(device)
         self._module = module
 
@@ -84,6 +83,10 @@ class SPDRecipe:
     def _head(self) -> Tensor:
         """The rows `[U, M]` that drafts come from."""
         return self._vocabulary.head_UM if self._module.lm_head is None else self._module.lm_head.weight
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Each projection begins as the linear guess of the last layer's output from what its rows read."""
+        fit_projections(self._module, batches, self._teacher.config.num_layers)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         full = self._plan.full_depth
@@ -157,15 +160,6 @@ class SPDRecipe:
         drafts_N = greedy_tokens(self._teacher.normed(row_BSM[batch.answers_BS]), self._head)
         agreed_BS[batch.answers_BS] = self._vocabulary.target_ids(drafts_N) == batch.argmax_BS[batch.answers_BS]
         return agreed_BS
-
-    @torch.no_grad()
-    def _begin_projections(self, module: TrainableModule) -> None:
-        """Each row begins as the deepest state it reads, which the target's own layers know how to read."""
-        for index, projection in enumerate(module.aggr_projs):
-            assert isinstance(projection, nn.Linear)
-            width = projection.out_features
-            projection.weight.normal_(std=0.002)
-            projection.weight[:, index * width :] += torch.eye(width)
 
 
 class DraftVocabulary:

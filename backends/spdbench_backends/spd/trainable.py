@@ -11,7 +11,7 @@ Shapes: B texts, S positions, M model width, H query heads, K kv heads, G querie
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,13 @@ from spdbench.models.config import ModelConfig
 from spdbench.models.decoder import Decoder
 from spdbench.models.layers import LayerWeights
 from spdbench.training.modules import DecoderLayer, RMSNorm, angles
+from spdbench.training.recipe import Batch
 from spdbench_backends.spd.plan import FeaturePlan
+
+RIDGE = 0.01
+"""Of a feature's variance, added to it when projections are fitted."""
+WIDEST_FIT = 16_384
+"""Features of a row up to which a regression is worth its memory: a gigabyte."""
 
 
 class Heads(NamedTuple):
@@ -41,6 +47,9 @@ class TrainableModule(nn.Module):
         width = config.hidden_size
         self.plan = plan
         self.aggr_projs = nn.ModuleList(nn.Linear((i + 1) * width, width, bias=False) for i in range(len(plan.anchors)))
+        for projection in self.aggr_projs:
+            assert isinstance(projection, nn.Linear)
+            nn.init.normal_(projection.weight, std=0.02)
         self.spec_layers = nn.ModuleList(DecoderLayer(config, head_norms=True) for _ in range(num_layers))
         self.lm_head: nn.Linear | None = None
         if own_head_UM is not None:
@@ -135,6 +144,40 @@ def positions(decoder: Decoder, size: int, device: torch.device) -> tuple[Tensor
     """The angles of positions 0 to size - 1."""
     cos_SD, sin_SD = angles(decoder.rotary, torch.arange(size))
     return cos_SD.to(device), sin_SD.to(device)
+
+
+@torch.no_grad()
+def fit_projections(module: TrainableModule, batches: Iterable[Batch], state: int) -> None:
+    """Sets each projection to the ridge regression of hidden state `state` on the anchors that its rows read.
+
+    The target's late layers, which the module's begin as, then find rows of the kind that they know: the loss begins
+    at a fifth of what it is with random projections. Tokens count alike, whatever the size of their states.
+    """
+    deepest = module.aggr_projs[-1]
+    assert isinstance(deepest, nn.Linear)
+    total, width, device = deepest.in_features, deepest.out_features, deepest.weight.device
+    if total > WIDEST_FIT:
+        return
+    gram, cross, num_tokens = torch.zeros(total, total, device=device), torch.zeros(total, width, device=device), 0
+    for batch in batches:
+        counted_BS = batch.valid_BS.clone()
+        counted_BS[:, 0] = False  # the first token's states are of a size of their own
+        aims_NM = batch.states[state][counted_BS]
+        scale_N1 = aims_NM.pow(2).mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        features = torch.cat([batch.states[anchor][counted_BS] for anchor in module.plan.anchors], dim=-1) * scale_N1
+        gram += features.T @ features
+        cross += features.T @ (aims_NM * scale_N1)
+        num_tokens += len(aims_NM)
+    if not num_tokens:
+        return
+    sizes = (gram.diagonal() / num_tokens).sqrt().clamp_min(1e-6)
+    gram = gram / torch.outer(sizes, sizes) + RIDGE * num_tokens * torch.eye(len(gram), device=gram.device)
+    cross = cross / sizes[:, None]
+    for projection in module.aggr_projs:
+        assert isinstance(projection, nn.Linear)
+        read = projection.in_features  # a type's anchors are the first of them all
+        solved = torch.linalg.solve(gram[:read, :read].double(), cross[:read].double())
+        projection.weight.copy_((solved / sizes[:read, None]).T)
 
 
 @torch.no_grad()
