@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spdbench.errors import InputError
@@ -202,8 +202,8 @@ def _targets_rows(target: Decoder, token_ids: Tensor | None) -> Linear:
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """A head as a folder of ours; the config, by which it is found, comes last."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
 
 
 def write_published(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

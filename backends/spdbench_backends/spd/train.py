@@ -72,10 +72,11 @@ class SPDRecipe:
             raise InputError(f"-o anchors={','.join(map(str, anchors))}: {error}") from None
         self._teacher = teacher
         self._vocabulary = DraftVocabulary(teacher, draft_ids_U)
-        self.wanted = anchors
         own_head_UM = self._vocabulary.head_UM if chosen.head == "trained" else None
         module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
-        begin_as(cast("list[DecoderLayer]", list(module.spec_layers)), teacher, chosen.init_layers)
+        first, *_ = begin_as(cast("list[DecoderLayer]", list(module.spec_layers)), teacher, chosen.init_layers)
+        self._aim = first
+        self.wanted = tuple(sorted({*anchors, first}))
         self.module: nn.Module = module.to(device)
         self._module = module
 
@@ -85,8 +86,8 @@ class SPDRecipe:
         return self._vocabulary.head_UM if self._module.lm_head is None else self._module.lm_head.weight
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Each projection begins as the linear guess of the last layer's output from what its rows read."""
-        fit_projections(self._module, batches, self._teacher.config.num_layers)
+        """Each projection begins as the linear guess, from what its rows read, of what the first layer knew to read."""
+        fit_projections(self._module, batches, self._aim)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         full = self._plan.full_depth
@@ -202,8 +203,8 @@ def usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:
     return default_anchors(stages[-1].stop, len(stages))
 
 
-def begin_as(layers: list[DecoderLayer], teacher: Teacher, chosen: tuple[int, ...] | None) -> None:
-    """Copies the target's layers `chosen`, its last ones by default, into a drafter's.
+def begin_as(layers: list[DecoderLayer], teacher: Teacher, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Copies the target's layers `chosen`, its last ones by default, into a drafter's; returns which.
 
     Raises:
         InputError: as many are not named, or one is none of the target's.
@@ -218,6 +219,7 @@ def begin_as(layers: list[DecoderLayer], teacher: Teacher, chosen: tuple[int, ..
         )
     for index, layer in zip(indices, layers, strict=True):
         copy_layer(teacher.decoder.weights[index], layer)
+    return indices
 
 
 def provenance_keys(about: Provenance) -> dict[str, Any]:
