@@ -25,6 +25,11 @@ def training_bytes(module: nn.Module, config: ModelConfig, batch_tokens: int) ->
     return trained * (MASTER_BYTES + 4) + batch_tokens * config.hidden_size * 4 * ROW_FLOATS
 
 
+def checkpoint_bytes(module: nn.Module) -> int:
+    """Bytes on disk of a checkpoint, of the one that replaces it, and of the drafter."""
+    return 2 * sum(p.numel() for p in module.parameters()) * (MASTER_BYTES + 1)
+
+
 def teacher_bytes(target_bytes: int, config: ModelConfig) -> int:
     """Bytes of the frozen target: its weights, and head and embedding once more in float32."""
     return target_bytes + config.vocab_size * config.hidden_size * 4 * (1 if config.tied else 2)

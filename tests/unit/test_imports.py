@@ -38,7 +38,13 @@ MAY_IMPORT = {
 }
 """Part -> the other parts that it may import; its own always."""
 
-WIRING = {"spdbench.cli.run", "spdbench.cli.session", "spdbench.cli.heads", "spdbench.cli.train"}
+WIRING = {
+    "spdbench.cli.run",
+    "spdbench.cli.session",
+    "spdbench.cli.heads",
+    "spdbench.cli.train",
+    "spdbench.cli.train_session",
+}
 """Where harness and engine are put together: the only commands' modules that know models."""
 
 NO_TORCH = {"version", "types", "errors", "hub", "backend", "prompts", "judge", "render"}
