@@ -22,7 +22,8 @@ NAME = "checkpoint.pt"
 @dataclass
 class State:
     """Where a run stands. `epoch` and `batch` are the place in the data, `log_size` in the log, in bytes;
-    `step_s` and `evaluation_s` are what the last ones took."""
+    `held_out` is what
+    acceptance is measured on, `step_s` and `evaluation_s` are what the last ones took."""
 
     step: int = 0
     epoch: int = 0
@@ -33,6 +34,7 @@ class State:
     trained_tokens: int = 0
     evaluations: int = 1
     log_size: int = 0
+    held_out: list[int] = field(default_factory=list)
     best_score: float = -1.0
     best_rates: tuple[float, ...] = ()
     best_tokens: int = 0

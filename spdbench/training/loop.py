@@ -30,6 +30,8 @@ DECAY = 0.0
 BETAS = (0.9, 0.95)
 FIT_TOKENS = 8192
 """What a recipe that is fitted first gets to see, padding included."""
+HOLD_OUT_SHARE, FIT_SHARE = 0.2, 0.3
+"""Of a budget, when the held-out conversations, and then the first fit, have to be done with."""
 MARGIN_S = 2.0
 """Of a budget, kept for writing files, beside what another step and the last evaluation take."""
 
@@ -116,12 +118,14 @@ class Training:
         self._origin = self._began - state.elapsed_s
         log = self._log = TrainingLog(self._folder / "train.jsonl", state.log_size)
         try:
-            self._features.prepare(self._data.held_out)
             if restored is None:
                 log.write(dict(self._identity))
+                self._hold_out()
                 if isinstance(self._recipe, Fitted):
                     self._recipe.fit(self._first_batches())
                 self._evaluate()
+            else:
+                self._features.prepare(state.held_out)
             self._last_save = self._clock()
             self._steps()
         except KeyboardInterrupt:
@@ -133,6 +137,19 @@ class Training:
         module.load_state_dict(state.best_weights)
         return state
 
+    def _hold_out(self) -> None:
+        """Prepares what is held out; of a budget no more than a share goes there, and what is not ready is left."""
+        for index in self._data.held_out:
+            self._features.prepare([index])
+            self.state.held_out.append(index)
+            if self._used(HOLD_OUT_SHARE):
+                return
+
+    def _used(self, share: float) -> bool:
+        """True if more than `share` of the budget, where there is one, has gone by."""
+        budget_s = self._plan.limits.budget_s
+        return budget_s is not None and self._clock() - self._origin > share * budget_s
+
     def _first_batches(self) -> Iterator[Batch]:
         plan, data = self._plan, self._data
         tokens = 0
@@ -140,7 +157,7 @@ class Training:
             batch = self._features.batch(indices)
             yield batch
             tokens += batch.ids_BS.numel()
-            if tokens >= FIT_TOKENS:
+            if tokens >= FIT_TOKENS or self._used(FIT_SHARE):
                 return
 
     def _steps(self) -> None:
@@ -215,7 +232,7 @@ class Training:
         counts = Counts()
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices), self._precision():
-            for indices in batches_of(self._data.held_out, self._data.lengths, self._plan.batch_tokens):
+            for indices in batches_of(state.held_out, self._data.lengths, self._plan.batch_tokens):
                 counts += self._recipe.acceptance(self._features.batch(indices))
         score = expected_length(counts.rates)
         best = score > state.best_score
