@@ -32,7 +32,7 @@ FIT_TOKENS = 8192
 """What a recipe that is fitted first gets to see, padding included."""
 HOLD_OUT_SHARE, FIT_SHARE = 0.2, 0.3
 """Of a budget, when the held-out conversations, and then the first fit, have to be done with."""
-MARGIN_S = 2.0
+MARGIN_S, MARGIN_SHARE = 2.0, 0.02
 """Of a budget, kept for writing files, beside what another step and the last evaluation take."""
 
 
@@ -183,7 +183,8 @@ class Training:
         state = self.state
         state.elapsed_s = self._clock() - self._origin
         done = state.epoch + state.batch / num_batches
-        reserve_s = MARGIN_S + 1.5 * state.evaluation_s + state.step_s
+        margin_s = MARGIN_S + MARGIN_SHARE * (self._plan.limits.budget_s or 0.0)
+        reserve_s = margin_s + 1.5 * state.evaluation_s + state.step_s
         return self._plan.limits.progress(done, state.elapsed_s, reserve_s)
 
     def _step(self, batches: Sequence[Sequence[int]], progress: float) -> None:
@@ -222,7 +223,7 @@ class Training:
                 "elapsed_s": round(self._clock() - self._origin, 3),
             }
         )
-        state.step_s = self._clock() - began
+        state.step_s = max(self._clock() - began, 0.9 * state.step_s)  # on a busy machine some take far longer
         left = state.elapsed_s * (1 / progress - 1) if progress else math.nan
         self._report.step(state.step, losses, state.best_score, progress, left)
 
@@ -242,7 +243,7 @@ class Training:
                 name: tensor.detach().clone() for name, tensor in self._recipe.module.state_dict().items()
             }
         took = self._clock() - began
-        state.evaluation_s = took
+        state.evaluation_s = max(took, 0.9 * state.evaluation_s)
         self._log.write(
             {
                 "step": state.step,
