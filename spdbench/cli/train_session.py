@@ -26,11 +26,11 @@ from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import read_conversations
 from spdbench.training.features import Features, make_teacher
-from spdbench.training.loop import Data, Plan, Training
+from spdbench.training.loop import Training
 from spdbench.training.order import split_held_out
 from spdbench.training.recipe import Provenance, Recipe, RecipeOptions
 from spdbench.training.registry import check_layout, find_recipe, parse_recipe_options
-from spdbench.training.schedule import Limits
+from spdbench.training.schedule import Data, Limits, Plan
 from spdbench.training.space import (
     GB,
     checkpoint_bytes,

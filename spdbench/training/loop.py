@@ -10,9 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,7 +22,8 @@ from spdbench.training.features import Features
 from spdbench.training.log import TrainingLog
 from spdbench.training.order import batches_of, epoch_batches
 from spdbench.training.recipe import Batch, Counts, Fitted, Recipe
-from spdbench.training.schedule import Limits, rate_factor
+from spdbench.training.report import Report, Silence
+from spdbench.training.schedule import Data, Plan, rate_factor
 
 CLIP = 1.0
 DECAY = 0.0
@@ -34,43 +34,6 @@ HOLD_OUT_SHARE, FIT_SHARE = 0.2, 0.3
 """Of a budget, when the held-out conversations, and then the first fit, have to be done with."""
 MARGIN_S, MARGIN_SHARE = 2.0, 0.02
 """Of a budget, kept for writing files, beside what another step and the last evaluation take."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked of a run."""
-
-    limits: Limits
-    rate: float
-    seed: int
-    batch_tokens: int
-    accumulate: int = 1
-    warmup_steps: int = 20
-    num_evaluations: int = 10
-    seconds_between_saves: float = 60.0
-
-
-@dataclass(frozen=True)
-class Data:
-    """Sequences by index: their lengths, and which are learned and which held out."""
-
-    lengths: Sequence[int]
-    learned: Sequence[int]
-    held_out: Sequence[int]
-
-
-class Report(Protocol):
-    """Who tells the user how it goes."""
-
-    def step(self, step: int, loss: float, acceptance: float, progress: float, left_s: float) -> None: ...
-    def evaluated(self, step: int, rates: Sequence[float], best: bool) -> None: ...
-
-
-class Silence:
-    """Tells nothing."""
-
-    def step(self, step: int, loss: float, acceptance: float, progress: float, left_s: float) -> None: ...
-    def evaluated(self, step: int, rates: Sequence[float], best: bool) -> None: ...
 
 
 def half_precision(device: torch.device) -> bool:

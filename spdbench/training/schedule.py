@@ -1,8 +1,12 @@
-"""How far a run has come, of its epochs or of its time, and the learning rate at that point. Pure numbers."""
+"""What was asked of a run, how far it has come of its epochs or of its time, and the learning rate at that point.
+
+Pure numbers.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LAST_SHARE = 0.01
@@ -26,6 +30,29 @@ class Limits:
             usable = self.budget_s - reserve_s
             parts.append(elapsed_s / usable if usable > 0 else 1.0)
         return max(parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user asked of a run."""
+
+    limits: Limits
+    rate: float
+    seed: int
+    batch_tokens: int
+    accumulate: int = 1
+    warmup_steps: int = 20
+    num_evaluations: int = 10
+    seconds_between_saves: float = 60.0
+
+
+@dataclass(frozen=True)
+class Data:
+    """Sequences by index: their lengths, and which are learned and which held out."""
+
+    lengths: Sequence[int]
+    learned: Sequence[int]
+    held_out: Sequence[int]
 
 
 def rate_factor(step: int, warmup_steps: int, progress: float) -> float:

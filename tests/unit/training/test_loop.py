@@ -17,9 +17,9 @@ from spdbench.models.decoder import Decoder
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.features import Features, make_teacher
-from spdbench.training.loop import Data, Plan, Training
+from spdbench.training.loop import Training
 from spdbench.training.recipe import Batch, Teacher
-from spdbench.training.schedule import Limits
+from spdbench.training.schedule import Data, Limits, Plan
 from spdbench.training.tokens import TokenSequence
 from spdbench_backends.spd.train import SPDRecipe, SPDTraining
 
