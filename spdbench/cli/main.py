@@ -34,6 +34,7 @@ class LazyCommand(NamedTuple):
 
 COMMANDS = {
     "run": LazyCommand("spdbench.cli.run", "Measure backends on a suite and compare them."),
+    "train": LazyCommand("spdbench.cli.train", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
     "distill": LazyCommand("spdbench.cli.distill", "Let the target write training data by itself."),
     "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),

@@ -69,6 +69,10 @@ class ChatFormat:
             raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
         return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
 
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of an answer's text alone, as the model would put them out: without any special token around it."""
+        return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens, spaces as they are."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rms_norm(rows, (rows.shape[-1],), self.weight, self.eps)
+        return rms_norm(rows.float(), (rows.shape[-1],), self.weight, self.eps)  # autocast's products come in half
 
 
 class _Projections(nn.Module):

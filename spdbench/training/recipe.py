@@ -8,10 +8,10 @@ Shapes: B conversations side by side, S tokens of each, M model width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -33,12 +33,14 @@ class Batch:
     `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (SPD.md, section 1: 0 is the embedding, the
     number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token is
     there and part of an answer: losses and acceptance count such positions only. `valid_BS` is false on padding.
+    `argmax_BS` is the target's own greedy next token at each position.
     """
 
     ids_BS: Tensor
     valid_BS: Tensor
     answers_BS: Tensor
     states: Mapping[int, Tensor]
+    argmax_BS: Tensor
 
 
 class Teacher:
@@ -55,7 +57,7 @@ class Teacher:
 
     def normed(self, hidden: Tensor) -> Tensor:
         """The last layer's output after the final norm."""
-        return nn.functional.rms_norm(hidden, (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
+        return nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
 
     def logits(self, hidden: Tensor, token_ids_U: Tensor | None = None) -> Tensor:
         """Next-token logits of the last layer's output, of the chosen tokens or of all, `[..., U]` or `[..., V]`."""
@@ -124,6 +126,14 @@ class Recipe(Protocol):
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """The drafter as files that the method's backend reads, in bfloat16."""
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """What a recipe has besides, if its module can begin closer to the target than a draw from a distribution."""
+
+    def fit(self, batches: Iterable[Batch]) -> None:
+        """Sets weights from the first batches that will be learned from, before the first step."""
 
 
 def training_device(teacher: Teacher) -> torch.device:

@@ -38,7 +38,8 @@ MAY_IMPORT = {
 }
 """Part -> the other parts that it may import; its own always."""
 
-WIRING = {f"spdbench.cli.{name}" for name in ("run", "session", "heads", "distill", "distill_run", "distill_prompts")}
+COMMANDS_WITH_MODELS = ("run", "session", "heads", "distill", "distill_run", "distill_prompts", "train", "train_session")
+WIRING = {f"spdbench.cli.{name}" for name in COMMANDS_WITH_MODELS}
 """Where harness and engine are put together: the only commands' modules that know models."""
 
 NO_TORCH = {"version", "types", "errors", "hub", "backend", "prompts", "judge", "render"}

@@ -5,25 +5,27 @@ a head is used.
 
     published   one file, torch.save({"state_dict": ..., "config": ...})
     ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
-                uneven) and model.safetensors
+                uneven) and model.safetensors; no lm_head.weight where it is the target's own rows
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import sha256_of_files
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import linear
+from spdbench.models.kernels import Linear, linear
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files import read_config
 from spdbench_backends.spd.head import HeadWeights
@@ -137,7 +139,7 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
         )
     token_ids = _draft_vocabulary(file, base.vocab_size)
     take = TensorTaker(file.path, file.tensors, target)
-    head = _assemble(take, plan, target, config.num_spec_layers, token_ids, config.draft_vocab_size)
+    head = _assemble(take, plan, target, config, token_ids, shared_head=file.path.is_dir())
     take.refuse_leftovers()
     return replace(head, use_deepest=config.trained_with_use_deepest)
 
@@ -172,15 +174,41 @@ def _draft_vocabulary(file: HeadFile, vocab_size: int) -> Tensor | None:
 
 
 def _assemble(
-    take: TensorTaker, plan: FeaturePlan, target: Decoder, num_layers: int, token_ids: Tensor | None, draft_vocab: int
+    take: TensorTaker,
+    plan: FeaturePlan,
+    target: Decoder,
+    config: HeadConfig,
+    token_ids: Tensor | None,
+    *,
+    shared_head: bool,
 ) -> HeadWeights:
-    width = target.config.hidden_size
+    """`shared_head`: a file without a head means the target's own rows of the draft vocabulary."""
+    width, indices = target.config.hidden_size, range(config.num_spec_layers)
     projections = tuple(take(f"aggr_projs.{i}.weight", width, (i + 1) * width) for i in range(len(plan.anchors)))
-    layers = {index: dense_layer(take, target, f"spec_layers.{index}.", head_norms=True) for index in range(num_layers)}
-    head = take("lm_head.weight", draft_vocab, width)
-    decoder = replace(target, layers=range(num_layers), weights=layers, embeddings_VM=None, head=linear(head))
+    layers = {index: dense_layer(take, target, f"spec_layers.{index}.", head_norms=True) for index in indices}
+    shape = (config.draft_vocab_size, width)
+    rows = take.optional("lm_head.weight", *shape) if shared_head else take("lm_head.weight", *shape)
+    head = _targets_rows(target, token_ids) if rows is None else linear(rows)
+    decoder = replace(target, layers=indices, weights=layers, embeddings_VM=None, head=head)
     ids = None if token_ids is None else token_ids.to(target.device)
     return HeadWeights(plan, projections, decoder, ids, use_deepest=True)
+
+
+def _targets_rows(target: Decoder, token_ids: Tensor | None) -> Linear:
+    """The target's head over the draft vocabulary."""
+    assert target.head is not None
+    return target.head if token_ids is None else linear(target.head.plain()[token_ids.to(target.device)])
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A head as a folder of ours; the config, by which it is found, comes last."""
+    (folder / "model.safetensors").write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
+
+
+def write_published(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """A head as a version 11 file, which has to hold its `lm_head.weight`."""
+    torch.save({"state_dict": dict(tensors), "config": dict(config)}, file)
 
 
 def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layers: int = 1) -> HeadFile:

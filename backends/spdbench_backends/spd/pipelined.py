@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from spdbench_backends.spd.engine import PipelinedDecoding
 
 
-def _counts(value: Any) -> Any:
+def counts_of(value: Any) -> Any:
     """`8,8,7,7` or `8;8;7;7` as a list."""
     if not isinstance(value, str) or value == "auto":
         return value
@@ -59,7 +59,7 @@ class PipelineOptions(BackendOptions):
     stages: int | None = Field(
         None, ge=1, description="pipeline stages n; default: the drafter's, else 3 where that divides the layers"
     )
-    stage_layers: Annotated[tuple[int, ...] | Literal["auto"] | None, BeforeValidator(_counts)] = Field(
+    stage_layers: Annotated[tuple[int, ...] | Literal["auto"] | None, BeforeValidator(counts_of)] = Field(
         None, description="layers of each stage, e.g. 11,10,9; auto: balanced by measured times; default: equal stages"
     )
     executor: Literal["auto", "process", "inline"] = Field(
@@ -191,7 +191,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 if options.stages not in (None, len(options.stage_layers)):
                     raise InputError(f"stages={options.stages}: stage_layers names {len(options.stage_layers)} stages.")
                 return split_by_counts(num_layers, options.stage_layers)
-            num_stages = options.stages or drafters_stages or _usual(num_layers)
+            num_stages = options.stages or drafters_stages or usual_stages(num_layers)
             if options.stage_layers == "auto":
                 return self._balanced(num_stages)
             return split_evenly(num_layers, num_stages)
@@ -259,7 +259,8 @@ def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:
         torch.set_num_threads(before)
 
 
-def _usual(num_layers: int) -> int:
+def usual_stages(num_layers: int) -> int:
+    """Three stages where the layers can be dealt out so, else as few as can."""
     if num_layers % 3 == 0:
         return 3
     return next((n for n in range(2, num_layers + 1) if num_layers % n == 0), 1)

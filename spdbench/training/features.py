@@ -1,0 +1,124 @@
+"""What the frozen target makes of each sequence: hidden states and greedy next tokens, computed once where they fit.
+
+States are kept as bfloat16 in one mapped file, sequence after sequence, and computed when first asked for. The file has
+no name once it is open, so that it is gone with the process, however that ends. Must not know what states are for.
+
+Shapes: B sequences, S tokens of each, T tokens of all, K kinds of states, M model width.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spdbench.models.decoder import Decoder
+from spdbench.training.recipe import Batch, Teacher
+from spdbench.training.tokens import TokenSequence
+
+LOGIT_ROWS = 128
+"""Positions whose full logits are held at a time."""
+
+
+def make_teacher(decoder: Decoder) -> Teacher:
+    """The decoder as recipes need it."""
+    assert decoder.embeddings_VM is not None
+    assert decoder.head is not None
+    assert decoder.final_norm is not None
+    device = decoder.device
+    head_VM = decoder.head.plain().to(device, torch.float32)
+    tied = decoder.config.tied
+    embeddings_VM = head_VM if tied else decoder.embeddings_VM.to(device, decoder.dtype).float()
+    return Teacher(decoder, embeddings_VM, head_VM, decoder.final_norm.weight_M.float())
+
+
+class Features:
+    """The target's view of `sequences`. `wanted` are hidden states by index; the last layer's always comes along."""
+
+    def __init__(self, decoder: Decoder, sequences: Sequence[TokenSequence], wanted: Collection[int]) -> None:
+        last = decoder.config.num_layers
+        self._decoder = decoder
+        self._sequences = sequences
+        self._wanted = sorted({*wanted, last})
+        self._kinds = [kind for kind in self._wanted if kind]  # 0, the embedding, costs nothing
+        self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
+        self._states_TKM: Tensor | None = None
+        self._argmax_T = torch.zeros(self._starts[-1], dtype=torch.int32)
+        self._known: set[int] = set()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the states of all sequences take."""
+        return self._starts[-1] * len(self._kinds) * self._decoder.config.hidden_size * torch.bfloat16.itemsize
+
+    def keep_on_disk(self, folder: Path) -> None:
+        """From now on what was computed is kept, in a file without a name in `folder`.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        handle, name = tempfile.mkstemp(dir=folder, prefix=".features-")
+        try:
+            os.posix_fallocate(handle, 0, self.num_bytes)
+            count = self.num_bytes // torch.bfloat16.itemsize
+            flat = torch.from_file(name, shared=True, size=count, dtype=torch.bfloat16)
+        finally:
+            os.close(handle)
+            os.unlink(name)
+        self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Computes those of some sequences now, where they can be kept."""
+        if self._states_TKM is not None:
+            for index in indices:
+                self._features(index)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some sequences side by side, padded on the right, where the decoder computes."""
+        chosen = [self._sequences[index] for index in indices]
+        shape = (len(chosen), max(len(sequence.ids) for sequence in chosen))
+        device, width = self._decoder.device, self._decoder.config.hidden_size
+        ids_BS, argmax_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+        valid_BS, answers_BS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        states = {kind: torch.zeros(*shape, width) for kind in self._kinds}
+        for row, (index, sequence) in enumerate(zip(indices, chosen, strict=True)):
+            size = len(sequence.ids)
+            states_SKM, argmax_S = self._features(index)
+            for place, kind in enumerate(self._kinds):
+                states[kind][row, :size] = states_SKM[:, place]
+            ids_BS[row, :size] = torch.tensor(sequence.ids)
+            argmax_BS[row, :size] = argmax_S
+            valid_BS[row, :size] = True
+            answers_BS[row, : size - 1] = torch.tensor(sequence.answer[1:])
+        ids_BS = ids_BS.to(device)
+        found = {kind: state.to(device) for kind, state in states.items()}
+        if 0 in self._wanted:
+            found[0] = self._decoder.embed(ids_BS.flatten()).float().view(*shape, width)
+        return Batch(ids_BS, valid_BS.to(device), answers_BS.to(device), found, argmax_BS.to(device))
+
+    def _features(self, index: int) -> tuple[Tensor, Tensor]:
+        """States `[S, K, M]` and greedy next tokens `[S]` of a sequence."""
+        place = slice(self._starts[index], self._starts[index + 1])
+        if self._states_TKM is not None and index in self._known:
+            return self._states_TKM[place], self._argmax_T[place]
+        states_SKM, argmax_S = self._compute(self._sequences[index])
+        if self._states_TKM is not None:
+            self._states_TKM[place], self._argmax_T[place] = states_SKM, argmax_S
+            self._known.add(index)
+        return states_SKM, argmax_S
+
+    @torch.inference_mode()
+    def _compute(self, sequence: TokenSequence) -> tuple[Tensor, Tensor]:
+        decoder = self._decoder
+        with torch.autocast(decoder.device.type, enabled=False):
+            hidden_SM = decoder.embed(decoder.ids(sequence.ids))
+            cache = decoder.new_cache(len(sequence.ids))
+            hidden_SM, states = decoder.forward(hidden_SM, 0, cache, wanted=self._kinds)
+            argmax = [decoder.logits(rows).argmax(dim=-1) for rows in torch.split(hidden_SM, LOGIT_ROWS)]
+        stacked = torch.stack([states[kind] for kind in self._kinds], dim=1)
+        return stacked.to("cpu", torch.bfloat16), torch.cat(argmax).to("cpu", torch.int32)

@@ -1,0 +1,239 @@
+"""The loop that trains any recipe: steps, held-out acceptance, checkpoints, and an end in time with the best so far.
+
+Everything that decides a step (weights, optimiser, generators, place in the data, time used) is in `State` or in the
+checkpoint beside it, so that a killed run goes on to the same numbers. Must not know any method.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdbench.errors import SpdbenchError
+from spdbench.training import checkpoint
+from spdbench.training.checkpoint import State
+from spdbench.training.features import Features
+from spdbench.training.log import TrainingLog
+from spdbench.training.order import batches_of, epoch_batches
+from spdbench.training.recipe import Batch, Counts, Fitted, Recipe
+from spdbench.training.report import Report, Silence
+from spdbench.training.schedule import Data, Plan, rate_factor
+
+CLIP = 1.0
+DECAY = 0.0
+BETAS = (0.9, 0.95)
+FIT_TOKENS = 8192
+"""What a recipe that is fitted first gets to see, padding included."""
+HOLD_OUT_SHARE, FIT_SHARE = 0.2, 0.3
+"""Of a budget, when the held-out conversations, and then the first fit, have to be done with."""
+MARGIN_S, MARGIN_SHARE = 2.0, 0.02
+"""Of a budget, kept for writing files, beside what another step and the last evaluation take."""
+
+
+def half_precision(device: torch.device) -> bool:
+    """True where products in bfloat16 are faster than in float32, and the machine has them."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+class Training:
+    """One run of a recipe, from its first step or from its checkpoint to the best weights."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        features: Features,
+        data: Data,
+        plan: Plan,
+        folder: Path,
+        identity: Mapping[str, Any],
+        report: Report | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        started: float | None = None,
+    ) -> None:
+        self._recipe, self._features, self._data, self._plan = recipe, features, data, plan
+        self._folder, self._identity = folder, identity
+        self._report = report or Silence()
+        self._clock = clock
+        self._began = self._origin = clock() if started is None else started
+        self._last_save = self._began
+        self._params = [p for p in recipe.module.parameters() if p.requires_grad]
+        self._device = self._params[0].device
+        self._half = half_precision(self._device)
+        self._optimizer = torch.optim.AdamW(self._params, lr=plan.rate, betas=BETAS, weight_decay=DECAY)
+        self.state = State()
+
+    def run(self, *, resume: bool) -> State:
+        """Trains to the end; the module then holds the best weights by held-out acceptance.
+
+        An interruption leaves a checkpoint and goes on to the caller.
+        """
+        module = self._recipe.module
+        restored = checkpoint.restore(self._folder, self._identity, module, self._optimizer) if resume else None
+        state = self.state = restored or State()
+        self._origin = self._began - state.elapsed_s
+        log = self._log = TrainingLog(self._folder / "train.jsonl", state.log_size)
+        try:
+            if restored is None:
+                log.write(dict(self._identity))
+                self._hold_out()
+                if isinstance(self._recipe, Fitted):
+                    self._recipe.fit(self._first_batches())
+                self._evaluate()
+            else:
+                self._features.prepare(state.held_out)
+            self._last_save = self._clock()
+            self._steps()
+        except KeyboardInterrupt:
+            if self.state.step:
+                self._save()
+            raise
+        finally:
+            log.close()
+        module.load_state_dict(state.best_weights)
+        return state
+
+    def _hold_out(self) -> None:
+        """Prepares what is held out; of a budget no more than a share goes there, and what is not ready is left."""
+        for index in self._data.held_out:
+            self._features.prepare([index])
+            self.state.held_out.append(index)
+            if self._used(HOLD_OUT_SHARE):
+                return
+
+    def _used(self, share: float) -> bool:
+        """True if more than `share` of the budget, where there is one, has gone by."""
+        budget_s = self._plan.limits.budget_s
+        return budget_s is not None and self._clock() - self._origin > share * budget_s
+
+    def _first_batches(self) -> Iterator[Batch]:
+        plan, data = self._plan, self._data
+        tokens = 0
+        for indices in epoch_batches(data.learned, data.lengths, plan.batch_tokens, plan.seed, 0):
+            batch = self._features.batch(indices)
+            yield batch
+            tokens += batch.ids_BS.numel()
+            if tokens >= FIT_TOKENS or self._used(FIT_SHARE):
+                return
+
+    def _steps(self) -> None:
+        state, plan, learned = self.state, self._plan, self._data.learned
+        lengths = self._data.lengths
+        batches: list[list[int]] = []
+        while True:
+            if not batches:
+                batches = epoch_batches(learned, lengths, plan.batch_tokens, plan.seed, state.epoch)
+            progress = self._progress(len(batches))
+            if progress >= 1 or (state.step and progress * plan.num_evaluations >= state.evaluations):
+                self._evaluate()
+                state.evaluations = int(progress * plan.num_evaluations) + 1
+            if progress >= 1:
+                return
+            self._step(batches, progress)
+            if state.batch >= len(batches):
+                state.epoch, state.batch, batches = state.epoch + 1, 0, []
+            if self._clock() - self._last_save >= plan.seconds_between_saves:
+                self._save()
+
+    def _progress(self, num_batches: int) -> float:
+        state = self.state
+        state.elapsed_s = self._clock() - self._origin
+        done = state.epoch + state.batch / num_batches
+        margin_s = MARGIN_S + MARGIN_SHARE * (self._plan.limits.budget_s or 0.0)
+        reserve_s = margin_s + 1.5 * state.evaluation_s + state.step_s
+        return self._plan.limits.progress(done, state.elapsed_s, reserve_s)
+
+    def _step(self, batches: Sequence[Sequence[int]], progress: float) -> None:
+        """One update from up to `accumulate` batches."""
+        state, plan, began = self.state, self._plan, self._clock()
+        rate = plan.rate * rate_factor(state.step, plan.warmup_steps, progress)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        chosen = batches[state.batch : state.batch + plan.accumulate]
+        losses, tokens = 0.0, 0
+        figures: Mapping[str, float] = {}
+        for indices in chosen:
+            batch = self._features.batch(indices)
+            with self._precision():
+                loss, figures = self._recipe.loss(batch)
+            (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
+            losses += loss.item() / len(chosen)
+            tokens += int(batch.valid_BS.sum())
+        if not math.isfinite(losses):
+            raise SpdbenchError(f"step {state.step + 1}: the loss is {losses}; try a lower --lr")
+        norm = torch.nn.utils.clip_grad_norm_(self._params, CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        state.step, state.batch = state.step + 1, state.batch + len(chosen)
+        state.trained_tokens += tokens
+        self._log.write(
+            {
+                "step": state.step,
+                "epoch": state.epoch,
+                "loss": losses,
+                **figures,
+                "lr": rate,
+                "grad_norm": float(norm),
+                "tokens": tokens,
+                "progress": progress,
+                "elapsed_s": round(self._clock() - self._origin, 3),
+            }
+        )
+        state.step_s = max(self._clock() - began, 0.9 * state.step_s)  # on a busy machine some take far longer
+        left = state.elapsed_s * (1 / progress - 1) if progress else math.nan
+        self._report.step(state.step, losses, state.best_score, progress, left)
+
+    def _evaluate(self) -> None:
+        """Held-out acceptance; the best weights so far are kept. Takes nothing from the generators."""
+        state, began = self.state, self._clock()
+        counts = Counts()
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), self._precision():
+            for indices in batches_of(state.held_out, self._data.lengths, self._plan.batch_tokens):
+                counts += self._recipe.acceptance(self._features.batch(indices))
+        score = expected_length(counts.rates)
+        best = score > state.best_score
+        if best:
+            state.best_score, state.best_rates, state.best_tokens = score, counts.rates, state.trained_tokens
+            state.best_weights = {
+                name: tensor.detach().clone() for name, tensor in self._recipe.module.state_dict().items()
+            }
+        took = self._clock() - began
+        state.evaluation_s = max(took, 0.9 * state.evaluation_s)
+        self._log.write(
+            {
+                "step": state.step,
+                "acceptance": list(counts.rates),
+                "judged": list(counts.judged),
+                "best": best,
+                "seconds": round(took, 3),
+                "elapsed_s": round(self._clock() - self._origin, 3),
+            }
+        )
+        self._report.evaluated(state.step, counts.rates, best)
+
+    def _save(self) -> None:
+        self.state.elapsed_s = self._clock() - self._origin
+        self._log.sync()
+        self.state.log_size = self._log.size
+        checkpoint.save(self._folder, self._identity, self.state, self._recipe.module, self._optimizer)
+        self._last_save = self._clock()
+
+    def _precision(self) -> Any:
+        return torch.autocast(self._device.type, torch.bfloat16) if self._half else nullcontext()
+
+
+def expected_length(rates: Sequence[float]) -> float:
+    """Drafts accepted in a row, where `rates` are acceptances by position given that all before were accepted."""
+    total, chance = 0.0, 1.0
+    for rate in rates:
+        chance *= rate
+        total += chance
+    return total

@@ -1,0 +1,91 @@
+"""How much memory and disk a run will take, told before it starts. Rough, on the safe side; knows no method."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spdbench.errors import InputError
+from spdbench.models.config import ModelConfig
+
+MASTER_BYTES = 16
+"""For a trained number: itself, its gradient, two moments. The best weights so far are a fifth float."""
+ROW_FLOATS = 100
+"""Floats that a step keeps for each number of a token's row, over all rows that are made of it."""
+GB = 1e9
+
+
+def training_bytes(module: nn.Module, config: ModelConfig, batch_tokens: int) -> int:
+    """Bytes that training takes beside the target."""
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trained * (MASTER_BYTES + 4) + batch_tokens * config.hidden_size * 4 * ROW_FLOATS
+
+
+def checkpoint_bytes(module: nn.Module) -> int:
+    """Bytes on disk of a checkpoint, of the one that replaces it, and of the drafter."""
+    return 2 * sum(p.numel() for p in module.parameters()) * (MASTER_BYTES + 1)
+
+
+def teacher_bytes(target_bytes: int, config: ModelConfig) -> int:
+    """Bytes of the frozen target: its weights, and head and embedding once more in float32."""
+    return target_bytes + config.vocab_size * config.hidden_size * 4 * (1 if config.tied else 2)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free where a run computes; very much where that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [_meminfo(), _limit_of_group()]
+    return min((size for size in free if size is not None), default=1 << 62)
+
+
+def require_memory(needed: int, device: torch.device, what: str) -> None:
+    """Raises `InputError` where `needed` bytes are more than is free."""
+    free = available_bytes(device)
+    if needed > free:
+        raise InputError(
+            f"{what} needs about {needed / GB:.1f} GB of memory on {device}, {free / GB:.1f} GB are free. "
+            "Give a smaller --batch-tokens, --draft-vocab or model."
+        )
+
+
+def require_disk(needed: int, folder: Path, what: str) -> None:
+    """Raises `InputError` where `needed` bytes are more than is free in `folder`, which is there."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{folder}: {what} needs about {needed / GB:.1f} GB, {free / GB:.1f} GB are free")
+
+
+def _meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _limit_of_group() -> int | None:
+    """What a container's limit leaves."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        most = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return most - used + int(cached.get("file", 0))
+    except (OSError, ValueError):  # no limit reads "max"
+        return None
+
+
+def is_writable(folder: Path) -> bool:
+    """True if files can be made in `folder`, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)

@@ -1,0 +1,99 @@
+"""Conversations as the target reads and writes them: ids, and which of them are answers.
+
+An answer's ids are those that decoding would put out, up to the token that ends the turn; what comes before is what
+decoding would be fed. Where the next turn's prompt does not begin with these same ids (templates that drop or trim
+earlier answers), the next turn is a sequence of its own. Must not know where conversations come from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spdbench.errors import InputError
+from spdbench.types import Message
+
+
+class Chat(Protocol):
+    """What is needed of a chat format."""
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids to feed so that the answer to the last message comes next."""
+
+    def encode_answer(self, text: str) -> tuple[int, ...]:
+        """Ids of an answer's text, without any special token around it."""
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids, and for each whether it is part of an answer."""
+
+    ids: tuple[int, ...]
+    answer: tuple[bool, ...]
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens of answers that have a predecessor: what can be learned from."""
+        return sum(self.answer[1:])
+
+
+def tokenised(messages: Sequence[Message], chat: Chat, end_id: int | None, max_length: int) -> Iterator[TokenSequence]:
+    """The sequences of one conversation, cut to `max_length` tokens; none where nothing is answered within that."""
+    ids: tuple[int, ...] = ()
+    answer: tuple[bool, ...] = ()
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant" or index == 0:
+            continue
+        fed = chat.encode(messages[:index])
+        if fed[: len(ids)] != ids:
+            yield from _cut(ids, answer, max_length)
+            ids, answer = (), ()
+        said = (*chat.encode_answer(message["content"]), *(() if end_id is None else (end_id,)))
+        answer = (*answer, *(False,) * (len(fed) - len(ids)), *(True,) * len(said))
+        ids = (*fed, *said)
+    yield from _cut(ids, answer, max_length)
+
+
+def _cut(ids: tuple[int, ...], answer: tuple[bool, ...], max_length: int) -> Iterator[TokenSequence]:
+    sequence = TokenSequence(ids[:max_length], answer[:max_length])
+    if sequence.num_answer_tokens:
+        yield sequence
+
+
+def ending_token(chat: Chat, eos_ids: Collection[int]) -> int | None:
+    """The end-of-sequence token that closes an answer in this chat format; the lowest where the format does not tell.
+
+    None where the model has no such token.
+    """
+    if not eos_ids:
+        return None
+    question: Message = {"role": "user", "content": "a"}
+    try:
+        fed = chat.encode([question])
+        again = chat.encode([question, {"role": "assistant", "content": "b"}, question])
+    except InputError:
+        return min(eos_ids)
+    return next((token for token in again[len(fed) :] if token in eos_ids), min(eos_ids))
+
+
+def draft_vocabulary(
+    sequences: Sequence[TokenSequence], size: int, vocab_size: int, eos_ids: Collection[int]
+) -> Tensor | None:
+    """The `size` most frequent tokens of answers and every end-of-sequence token, ascending: `[U]`.
+
+    Too few of them are filled up with the lowest ids, which common tokenizers learned first. None where that is the
+    whole vocabulary.
+    """
+    if size >= vocab_size:
+        return None
+    counts: Counter[int] = Counter()
+    for sequence in sequences:
+        counts.update(token for token, said in zip(sequence.ids, sequence.answer, strict=True) if said)
+    ranked = [token for token, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    order = dict.fromkeys([*sorted(eos_ids), *ranked, *range(vocab_size)])
+    return torch.tensor(sorted(list(order)[:size]), dtype=torch.long)

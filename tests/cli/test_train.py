@@ -1,0 +1,171 @@
+"""`spdbench train` from the command line to a drafter that decoding finds, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from spdbench.judge.result import read_result
+from tests import tiny
+from tests.cli.run_helpers import Said, spdbench, write_suite
+
+QUICK = ("--dtype", "float32", "--threads", "1", "--max-length", "64", "--batch-tokens", "256", "--epochs", "1")
+
+
+@pytest.fixture(autouse=True)
+def _cache(own_cache: Path) -> None:
+    pass
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    talks = [[("user", f"q{i}"), ("assistant", f"answer {i} " * 2)] for i in range(12)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in talk]}) for talk in talks]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "drafters" / "new"
+
+
+def train(method: str, data: Path, out: Path, model: Path, *words: str | Path) -> Said:
+    return spdbench("train", method, "--data", data, "--out", out, "-m", model, *QUICK, *words)
+
+
+@pytest.mark.parametrize("method", ["spd", "ppsd"])
+def test_a_trained_drafter_is_found_by_auto_and_measured(
+    method: str, data: Path, out: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = train(method, data, out, tiny_model, "--stages", "3")
+    assert said.code == 0, said.err
+    assert said.out == ""
+    assert "held-out acceptance" in said.err
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "train.jsonl"]
+    config = json.loads((out / "config.json").read_text())
+    assert (config["method"], config["num_stages"]) == (method, 3)
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(out.parent))
+    words = ("-b", "vanilla", "-b", method, "-o", f"{method}.executor=inline", "--limit", "1", "--max-new-tokens", "8")
+    common = ("-m", tiny_model, "--dtype", "float32", "--results", tmp_path / "results", "--threads", "1")
+    said = spdbench("run", write_suite(tmp_path), *common, *words)
+    assert said.code == 0, said.err
+    drafter = read_result(tmp_path / "results" / f"mini__{method}__tiny-llama.json").drafter
+    assert drafter is not None
+    assert (drafter.id, drafter.trained_tokens) == ("new", config["trained_tokens"])
+
+
+def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spdbench.training.loop import Training
+
+    step = Training._step
+
+    def stopped(self: Training, *args: Any) -> None:
+        if self.state.step == 2:
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    monkeypatch.setattr(Training, "_step", stopped)
+    said = train("spd", data, out, tiny_model, "--batch-tokens", "64")
+    assert said.code == 130
+    assert (out / "checkpoint.pt").exists()
+    monkeypatch.setattr(Training, "_step", step)
+    said = train("spd", data, out, tiny_model, "--batch-tokens", "64", "--lr", "0.1", "--resume")
+    assert said.code == 2
+    assert "lr 0.001, now 0.1" in said.err
+    assert train("spd", data, out, tiny_model, "--batch-tokens", "64", "--resume").code == 0
+    steps = [json.loads(line).get("loss") for line in (out / "train.jsonl").read_text().splitlines()]
+    assert len([loss for loss in steps if loss is not None]) > 2
+    assert not (out / "checkpoint.pt").exists()
+    said = train("spd", data, out, tiny_model, "--batch-tokens", "64", "--resume")
+    assert said.code == 0
+    assert "is finished" in said.err
+
+
+def test_a_new_run_sets_an_unfinished_one_aside(data: Path, out: Path, tiny_model: Path) -> None:
+    out.mkdir(parents=True)
+    (out / "checkpoint.pt").write_bytes(b"old")
+    said = train("spd", data, out, tiny_model)
+    assert said.code == 0, said.err
+    assert (out / "checkpoint.pt.old").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--stages", "4"), "cannot be split into 4"),
+        (("-o", "layer=2"), "did you mean 'layers'?"),
+        (("-o", "layers=none"), "-o layers=none"),
+        (("-o", "layers"), "expected KEY=VALUE"),
+        (("--format", "eagle3"), "spdbench or spd-v11"),
+        (("--drafter", "random"), "it takes none"),
+        (("--budget", "soon"), "is not a duration"),
+        (("--feature-cache", "much"), "is not a size"),
+        (("--max-length", "3"), "at least 2 are needed"),
+        (("--data", "/nowhere.jsonl"), "cannot be read"),
+    ],
+)
+def test_wrong_words_are_one_message(
+    data: Path, out: Path, tiny_model: Path, words: tuple[str, ...], expected: str
+) -> None:
+    said = train("spd", data, out, tiny_model, *words)
+    assert said.code == 2
+    assert expected in " ".join(said.err.split())
+    assert "Traceback" not in said.err
+
+
+def test_an_unknown_method_names_those_that_are_known(data: Path, out: Path, tiny_model: Path) -> None:
+    said = train("sdp", data, out, tiny_model)
+    assert said.code == 2
+    assert "unknown method 'sdp'; did you mean 'spd'?" in said.err
+
+
+def test_a_bad_line_is_named(data: Path, out: Path, tiny_model: Path) -> None:
+    data.write_text(data.read_text() + "{\n")
+    said = train("spd", data, out, tiny_model)
+    assert said.code == 2
+    assert "line 13" in said.err
+
+
+def test_too_little_memory_is_told_before_anything_is_loaded(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spdbench.training import space
+
+    monkeypatch.setattr(space, "available_bytes", lambda device: 1000)  # noqa: ARG005
+    said = train("spd", data, out, tiny_model)
+    assert said.code == 2
+    assert "GB are free" in said.err
+
+
+def test_too_little_disk_only_costs_time_and_changes_nothing(data: Path, out: Path, tiny_model: Path) -> None:
+    kept = train("spd", data, out / "kept", tiny_model)
+    anew = train("spd", data, out / "anew", tiny_model, "--feature-cache", "0")
+    assert kept.code == anew.code == 0
+    said = train("spd", data, out / "little", tiny_model, "--feature-cache", "1KB")
+    assert "runs again for every batch" in said.err
+    files = [(out / name / "model.safetensors").read_bytes() for name in ("kept", "anew", "little")]
+    assert files[0] == files[1] == files[2]
+
+
+def test_a_model_without_a_chat_template_learns_plain_text_and_says_so(data: Path, out: Path, tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "plain", eos_token_id=256)
+    (model / "chat_template.jinja").unlink()
+    said = train("spd", data, out, model)
+    assert said.code == 0, said.err
+    assert "no chat template" in said.err
+
+
+def test_the_published_layout_is_written(data: Path, out: Path, tiny_model: Path) -> None:
+    said = train("spd", data, out, tiny_model, "--format", "spd-v11", "--draft-vocab", "50")
+    assert said.code == 0, said.err
+    content = torch.load(out / "head.pt")
+    assert content["config"]["version"] == 11
+    assert content["state_dict"]["lm_head.weight"].shape == (50, 32)

@@ -1,0 +1,215 @@
+"""Training sees what decoding sees: the same rows, the same drafts, the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spdbench.errors import InputError
+from spdbench.models.decoder import Decoder
+from spdbench.training.features import make_teacher
+from spdbench.training.recipe import Batch, Provenance, Teacher
+from spdbench.types import Step
+from spdbench_backends.spd.drafter import HeadDrafter
+from spdbench_backends.spd.exit_head import ExitDrafter, build_exit, read_exit
+from spdbench_backends.spd.formats import build_head, read_head
+from spdbench_backends.spd.head import DraftModule
+from spdbench_backends.spd.plan import DeepestRows
+from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTraining
+from spdbench_backends.spd.train_ppsd import PPSDRecipe
+from spdbench_backends.spd.trainable import positions
+from tests import tiny
+from tests.unit.spd.inline import generate
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+ABOUT = Provenance("tiny", "a" * 64, "b" * 64, trained_tokens=7, seed=0, acceptance_by_position=(0.5,))
+IDS = list(range(30, 46))
+
+
+@pytest.fixture(scope="module")
+def teacher(decoder: Decoder) -> Teacher:
+    return make_teacher(decoder)
+
+
+def spd(teacher: Teacher, stages: int | None, ids_U: Tensor | None = None, **options: Any) -> SPDRecipe:
+    """A recipe whose weights bfloat16 can hold, so that files lose nothing."""
+    torch.manual_seed(1)
+    recipe = SPDRecipe(SPDTraining(**options), teacher, ids_U, stages)
+    for weight in recipe.module.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return recipe
+
+
+def hidden_states(decoder: Decoder, ids: list[int]) -> dict[int, Tensor]:
+    hidden_SM = decoder.embed(decoder.ids(ids))
+    _, states = decoder.forward(hidden_SM, 0, decoder.new_cache(len(ids)), wanted=range(decoder.config.num_layers + 1))
+    return states
+
+
+def decoders_logits(recipe: SPDRecipe, decoder: Decoder, folder: Path, newest: int, fill: int) -> Tensor:
+    """What decoding computes with `fill` tokens in flight, the newest at `newest`, from the recipe's own files."""
+    states, plan = hidden_states(decoder, IDS), recipe._plan
+    recipe.write(folder, ABOUT, "spdbench")
+    module, rows = DraftModule(build_head(read_head(folder), decoder, plan.stages)), DeepestRows(plan)
+    finished = newest - fill + 1
+    prompt = {index: state[:finished] for index, state in states.items()}
+    module.start(rows.start(finished), prompt, finished, len(IDS))
+    for depth in range(fill):
+        layers_done = plan.stages[depth - 1].stop if depth else 0
+        place = newest - depth
+        module.observe(place, {k: state[place : place + 1] for k, state in states.items() if k <= layers_done})
+    in_flight = [newest - stage if stage < fill else -1 for stage in range(plan.full_depth)]
+    return module.logits(rows.next(in_flight, newest))
+
+
+@pytest.mark.parametrize(
+    ("stages", "options"),
+    [
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (3, {"layers": 2}),
+        (None, {"stage_layers": "3,1,2", "layers": 2}),
+        (3, {"anchors": "0,2,5,6", "layers": 2}),  # two depths share a row type, one type has no depth
+        (6, {"layers": 3, "head": "trained"}),
+    ],
+)
+def test_training_sees_what_decoding_sees_full_and_while_filling(
+    decoder: Decoder, teacher: Teacher, tmp_path: Path, stages: int | None, options: dict[str, Any]
+) -> None:
+    recipe = spd(teacher, stages, **options)
+    states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
+    for fill in range(1, recipe._plan.full_depth + 1):
+        angles = positions(decoder, len(IDS), decoder.device)
+        with torch.no_grad():
+            rows = recipe.module(states, *angles, fill)[0][0]
+            logits = torch.nn.functional.linear(teacher.normed(rows), recipe._head)
+        for newest in (8, 15):
+            expected = decoders_logits(recipe, decoder, tmp_path, newest, fill)
+            torch.testing.assert_close(logits[newest], expected, atol=1e-4, rtol=1e-4)
+
+
+def acceptance(decoder: Decoder, path: Path) -> list[Step]:
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), decoder.config.vocab_size)
+    return list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 24)))
+
+
+STAGES = tuple(range(first, first + 2) for first in (0, 2, 4))
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_both_formats_are_the_same_head(decoder: Decoder, teacher: Teacher, tmp_path: Path, head: str) -> None:
+    recipe = spd(teacher, 3, torch.arange(0, 262, 2), head=head)
+    ours, published = tmp_path / "ours", tmp_path / "published"
+    for folder, layout in ((ours, "spdbench"), (published, "spd-v11")):
+        folder.mkdir()
+        recipe.write(folder, ABOUT, layout)
+    assert ("lm_head.weight" in read_head(ours).tensors) == (head == "trained")
+    assert acceptance(decoder, ours) == acceptance(decoder, published / PUBLISHED) == acceptance(decoder, published)
+
+
+def test_a_published_file_has_to_hold_its_head(decoder: Decoder, teacher: Teacher, tmp_path: Path) -> None:
+    spd(teacher, 3).write(tmp_path, ABOUT, "spd-v11")
+    content = torch.load(tmp_path / PUBLISHED)
+    del content["state_dict"]["lm_head.weight"]
+    torch.save(content, tmp_path / PUBLISHED)
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
+        build_head(read_head(tmp_path / PUBLISHED), decoder, STAGES)
+
+
+def test_the_config_says_where_a_head_comes_from(teacher: Teacher, tmp_path: Path) -> None:
+    spd(teacher, None, torch.arange(100), stage_layers="1,2,3").write(tmp_path, ABOUT, "spdbench")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["stage_layers"] == [1, 2, 3]
+    assert config["aggr_feature_bound"] == [0, 1, 3, 6]
+    assert config["draft_token_ids"] == list(range(100))
+    assert config["model_sha256"] == "a" * 64
+    assert config["acceptance_by_position"] == [0.5]
+
+
+def batch(decoder: Decoder, ids: list[int], *, answers_from: int = 4, padding: int = 3) -> Batch:
+    """One text, padded, with the decoder's own greedy tokens."""
+    states = hidden_states(decoder, ids + [0] * padding)
+    size = len(ids) + padding
+    greedy = decoder.logits(states[decoder.config.num_layers]).argmax(dim=-1)
+    places = torch.arange(size)
+    return Batch(
+        ids_BS=decoder.ids(ids + [0] * padding)[None],
+        valid_BS=(places < len(ids))[None],
+        answers_BS=((places >= answers_from) & (places < len(ids) - 1))[None],
+        states={index: state[None] for index, state in states.items()},
+        argmax_BS=greedy[None],
+    )
+
+
+def test_only_answers_within_the_draft_vocabulary_count(decoder: Decoder, teacher: Teacher) -> None:
+    text = batch(decoder, IDS)
+    outside = sorted(set(range(262)) - set(text.argmax_BS[0].tolist()))
+    recipe = spd(teacher, 3, torch.tensor(outside))
+    assert float(recipe.loss(text)[0].detach()) == 0.0
+    assert recipe.acceptance(text).judged == (len(IDS) - 5,)
+    assert recipe.acceptance(text).accepted == (0,)
+
+
+def test_padding_changes_neither_loss_nor_acceptance(decoder: Decoder, teacher: Teacher) -> None:
+    recipe, found = spd(teacher, 3), []
+    for padding in (0, 5):
+        torch.manual_seed(4)
+        text = batch(decoder, IDS, padding=padding)
+        found.append((float(recipe.loss(text)[0].detach()), recipe.acceptance(text)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] == found[1][1]
+
+
+def test_rows_of_all_depths_can_be_trained_and_are_reported(decoder: Decoder, teacher: Teacher) -> None:
+    torch.manual_seed(2)
+    recipe, text = spd(teacher, 3, all_depths=0.5), batch(decoder, IDS)
+    figures = {key: value for _ in range(8) for key, value in recipe.loss(text)[1].items()}
+    assert {"accuracy_1", "accuracy_2", "accuracy_3"} <= figures.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "stages", "words"),
+    [
+        ({"stage_layers": "3,2"}, None, "adds up to 5"),
+        ({"stage_layers": "3,3"}, 3, "--stages 3"),
+        ({}, 4, "cannot be split into 4"),
+        ({"anchors": "1,2"}, 3, "must begin with 0"),
+        ({"init_layers": "6"}, 3, "expected 1 of the layers 0 to 5"),
+        ({"layers": 7}, 3, "the model has 6 layers"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(
+    teacher: Teacher, options: dict[str, Any], stages: int | None, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        SPDRecipe(SPDTraining(**options), teacher, None, stages)
+
+
+def test_an_exit_head_drafts_as_it_was_trained(decoder: Decoder, teacher: Teacher, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    recipe = PPSDRecipe(PPSDRecipe.Options(layers=2), teacher, None, 3)  # type: ignore[call-arg]
+    for weight in recipe.module.parameters():
+        weight.data = weight.data.bfloat16().float()
+    recipe.write(tmp_path, ABOUT, "spdbench")
+    head = build_exit(read_exit(tmp_path), decoder, STAGES)
+    text = batch(decoder, IDS, padding=0)
+    with torch.no_grad():
+        logits = torch.nn.functional.linear(recipe._rows(text)[0], teacher.head_VM)
+    hidden_SM, _ = head.forward(text.states[2][0], 0, head.new_cache(len(IDS)))
+    torch.testing.assert_close(logits, head.logits(hidden_SM), atol=1e-4, rtol=1e-4)
+    assert ExitDrafter(head, 2).anchors == recipe.wanted
+
+
+def test_an_exit_head_of_all_that_follows_is_always_right(decoder: Decoder, teacher: Teacher) -> None:
+    recipe = PPSDRecipe(PPSDRecipe.Options(layers=4, init_layers="2,3,4,5"), teacher, None, 3)  # type: ignore[call-arg]
+    text = batch(decoder, IDS)
+    counts = recipe.acceptance(text)
+    assert counts.judged == counts.accepted
+    assert float(recipe.loss(text)[0].detach()) == pytest.approx(0.0, abs=1e-4)

@@ -1,0 +1,212 @@
+"""The loop on a tiny model: it learns, it goes on after a kill as if nothing had been, and it ends in time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spdbench.errors import InputError, SpdbenchError
+from spdbench.models.decoder import Decoder
+from spdbench.training import checkpoint
+from spdbench.training.checkpoint import State
+from spdbench.training.features import Features, make_teacher
+from spdbench.training.loop import Training
+from spdbench.training.recipe import Batch, Teacher
+from spdbench.training.schedule import Data, Limits, Plan
+from spdbench.training.tokens import TokenSequence
+from spdbench_backends.spd.train import SPDRecipe, SPDTraining
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PLAN = Plan(Limits(3, None), rate=3e-3, seed=0, batch_tokens=64, warmup_steps=3, seconds_between_saves=0.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(decoder: Decoder) -> Teacher:
+    return make_teacher(decoder)
+
+
+@pytest.fixture(scope="module")
+def sequences(decoder: Decoder) -> list[TokenSequence]:
+    """Texts of the model's own, the first four tokens of each given."""
+    found = []
+    for first in range(16):
+        ids = [first + 30, first + 31, first + 32, first + 33]
+        cache = decoder.new_cache(64)
+        unread = ids[:]
+        for _ in range(8 + first % 5):
+            hidden, _ = decoder.forward(decoder.embed(decoder.ids(unread)), cache.length, cache)
+            unread = [int(decoder.logits(hidden[-1:]).argmax())]
+            ids += unread
+        found.append(TokenSequence(tuple(ids), tuple(place >= 4 for place in range(len(ids)))))
+    return found
+
+
+class Run:
+    """Trainings on the same data in one folder."""
+
+    def __init__(self, teacher: Teacher, sequences: list[TokenSequence], folder: Path) -> None:
+        self.teacher, self.sequences, self.folder = teacher, sequences, folder
+        folder.mkdir(exist_ok=True)
+
+    def recipe(self) -> SPDRecipe:
+        torch.manual_seed(5)
+        return SPDRecipe(SPDTraining(), self.teacher, None, 3)
+
+    def __call__(self, recipe: SPDRecipe, plan: Plan = PLAN, *, resume: bool = False, **more: Any) -> State:
+        features = Features(self.teacher.decoder, self.sequences, recipe.wanted)
+        features.keep_on_disk(self.folder)
+        lengths = [len(sequence.ids) for sequence in self.sequences]
+        data = Data(lengths, range(2, 16), range(2))
+        training = Training(recipe, features, data, plan, self.folder, {"seed": plan.seed}, **more)
+        return training.run(resume=resume)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (self.folder / "train.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if not key.endswith(("_s", "seconds"))} for line in lines]
+
+
+@pytest.fixture
+def run(teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path) -> Run:
+    return Run(teacher, sequences, tmp_path / "run")
+
+
+class KilledError(BaseException):
+    """Ends a process at once, with no last words."""
+
+
+class Mortal(SPDRecipe):
+    """Dies at its `steps`-th loss."""
+
+    left = 7
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        self.left -= 1
+        if not self.left:
+            raise KilledError
+        return super().loss(batch)
+
+
+def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
+    state = run(run.recipe(), replace(PLAN, limits=Limits(20, None)))
+    losses = [line["loss"] for line in run.log if "loss" in line]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert state.step == len(losses)
+    assert state.best_score == max(line["acceptance"][0] for line in run.log if "acceptance" in line)
+    assert run.log[0] == {"seed": 0}
+
+
+def test_a_killed_run_goes_on_to_the_same_curve_and_weights(
+    run: Run, teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path
+) -> None:
+    whole = Run(teacher, sequences, tmp_path / "whole")
+    expected = whole.recipe()
+    whole(expected)
+    torch.manual_seed(5)
+    with pytest.raises(KilledError):
+        run(Mortal(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e-9))
+    torch.manual_seed(99)  # what a new process would do first must not matter
+    resumed = run.recipe()
+    run(resumed, resume=True)
+    assert run.log == whole.log
+    for name, weight in expected.module.state_dict().items():
+        assert torch.equal(weight, resumed.module.state_dict()[name]), name
+
+
+def test_an_interruption_keeps_a_checkpoint(run: Run, teacher: Teacher) -> None:
+    class Stopped(Mortal):
+        def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+            try:
+                return super().loss(batch)
+            except KilledError:
+                raise KeyboardInterrupt from None
+
+    torch.manual_seed(5)
+    with pytest.raises(KeyboardInterrupt):
+        run(Stopped(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e9))
+    assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 6
+
+
+def test_other_settings_are_no_continuation(run: Run) -> None:
+    run(run.recipe())
+    with pytest.raises(InputError, match="seed 0, now 1"):
+        run(run.recipe(), replace(PLAN, seed=1), resume=True)
+    (run.folder / checkpoint.NAME).write_bytes(b"cut")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        run(run.recipe(), resume=True)
+
+
+class Clock:
+    """Every look takes half a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 0.5
+        return self.now
+
+
+def test_a_budget_ends_in_time_with_the_rate_decayed(run: Run) -> None:
+    clock = Clock()
+    run(run.recipe(), replace(PLAN, limits=Limits(None, 60.0), seconds_between_saves=15.0), clock=clock, started=-10.0)
+    rates = [line["lr"] for line in run.log if "lr" in line]
+    assert 45 < clock.now + 10 <= 60  # 10 seconds had passed before
+    assert rates[-1] < 0.1 * max(rates)
+
+
+def test_a_resumed_budget_counts_what_was_used(run: Run, teacher: Teacher) -> None:
+    plan = replace(PLAN, limits=Limits(None, 60.0))
+    torch.manual_seed(5)
+    with pytest.raises(KilledError):
+        run(Mortal(SPDTraining(), teacher, None, 3), plan, clock=Clock(), started=0.0)
+    used = torch.load(run.folder / checkpoint.NAME)["state"]["elapsed_s"]
+    clock = Clock()
+    run(run.recipe(), plan, resume=True, clock=clock, started=0.0)
+    assert used > 5
+    assert clock.now + used <= 60
+
+
+def test_a_loss_that_is_no_number_ends_the_run(run: Run) -> None:
+    class Broken(SPDRecipe):
+        def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+            loss, figures = super().loss(batch)
+            return loss * float("nan"), figures
+
+    with pytest.raises(SpdbenchError, match="try a lower --lr"):
+        run(Broken(SPDTraining(), run.teacher, None, 3))
+
+
+def test_accumulated_forwards_are_one_step(run: Run) -> None:
+    run(run.recipe(), replace(PLAN, limits=Limits(1, None)))
+    single = [line["tokens"] for line in run.log if "loss" in line]
+    run(run.recipe(), replace(PLAN, limits=Limits(1, None), accumulate=2))
+    double = [line["tokens"] for line in run.log if "loss" in line]
+    assert sum(single) == sum(double)
+    assert len(double) == (len(single) + 1) // 2
+
+
+def test_features_are_the_same_from_disk_and_anew(
+    teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path
+) -> None:
+    kept, anew = (Features(teacher.decoder, sequences, (0, 2, 6)) for _ in range(2))
+    kept.keep_on_disk(tmp_path)
+    assert list(tmp_path.iterdir()) == []  # the file has no name, so that nothing stays behind
+    assert kept.num_bytes == sum(len(sequence.ids) for sequence in sequences) * 2 * 32 * 2
+    for _ in range(2):
+        first, second = kept.batch([3, 0]), anew.batch([3, 0])
+        assert first.states.keys() == {0, 2, 6}
+        for index, state in first.states.items():
+            assert torch.equal(state, second.states[index])
+        assert torch.equal(first.argmax_BS, second.argmax_BS)
+    answered = first.answers_BS[1]
+    assert answered.tolist() == [3 <= place < 11 for place in range(len(answered))]
+    assert torch.equal(first.argmax_BS[1][answered], first.ids_BS[1][1:][answered[:-1]])  # the model's own words
