@@ -33,12 +33,14 @@ class Batch:
     `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (SPD.md, section 1: 0 is the embedding, the
     number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token is
     there and part of an answer: losses and acceptance count such positions only. `valid_BS` is false on padding.
+    `argmax_BS` is the target's greedy next token at each position.
     """
 
     ids_BS: Tensor
     valid_BS: Tensor
     answers_BS: Tensor
     states: Mapping[int, Tensor]
+    argmax_BS: Tensor
 
 
 class Teacher:
