@@ -38,21 +38,23 @@ PLAIN_BASE = 10_000.0
 """Base of the rotary positions where the target's are scaled, which not every layout can say of a head."""
 
 
+class Eagle3Options(RecipeOptions):
+    ttt: int = Field(5, ge=1, le=16, description="levels that the head is unrolled over in training")
+    decay: float = Field(0.8, gt=0, le=1, description="weight of each level's loss against the one before it")
+    head: Literal["frozen", "trained"] = Field(
+        "frozen",
+        description="the output head: the target's own rows, which need not be stored, or trained from them",
+    )
+    init: Literal["target", "random"] = Field(
+        "target", description="the layer: the target's last one where it fits, or drawn at random"
+    )
+
+
 class Eagle3Recipe:
     """EAGLE-3: one layer behind a fusion of three of the target's features, judged over a draft vocabulary."""
 
-    class Options(RecipeOptions):
-        ttt: int = Field(5, ge=1, le=16, description="levels that the head is unrolled over in training")
-        decay: float = Field(0.8, gt=0, le=1, description="weight of each level's loss against the one before it")
-        head: Literal["frozen", "trained"] = Field(
-            "frozen",
-            description="the output head: the target's own rows, which need not be stored, or trained from them",
-        )
-        init: Literal["target", "random"] = Field(
-            "target", description="the layer: the target's last one where it fits, or drawn at random"
-        )
-
     method: ClassVar[str] = "eagle3"
+    Options: ClassVar[type[RecipeOptions]] = Eagle3Options
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "safeailab", "specforge", "speculators")
 
     def __init__(
@@ -62,7 +64,7 @@ class Eagle3Recipe:
         draft_ids_U: Tensor | None,
         num_stages: int | None,  # noqa: ARG002 - a head drafts for any cut
     ) -> None:
-        self._options = cast(Eagle3Recipe.Options, options)
+        self._options = cast(Eagle3Options, options)
         self._teacher, config = teacher, teacher.config
         if config.num_layers < 3:
             raise InputError(f"eagle3 reads three hidden states of a target, and {config.num_layers} layers have fewer")

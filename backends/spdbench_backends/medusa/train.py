@@ -48,15 +48,17 @@ class ResidualBlock(nn.Module):
         return rows + silu(self.linear(rows))
 
 
+class MedusaOptions(RecipeOptions):
+    heads: int = Field(4, ge=1, le=16, description="heads, each for a token further ahead")
+    layers: int = Field(1, ge=1, le=8, description="residual blocks of each head")
+    decay: float = Field(0.8, gt=0, le=1, description="weight of each head's loss against the one before it")
+
+
 class MedusaRecipe:
     """Medusa-1 without linear layers: residual blocks on the target's last hidden state, one head for each level."""
 
-    class Options(RecipeOptions):
-        heads: int = Field(4, ge=1, le=16, description="heads, each for a token further ahead")
-        layers: int = Field(1, ge=1, le=8, description="residual blocks of each head")
-        decay: float = Field(0.8, gt=0, le=1, description="weight of each head's loss against the one before it")
-
     method: ClassVar[str] = "medusa"
+    Options: ClassVar[type[RecipeOptions]] = MedusaOptions
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "v0.1", "v2", "vllm")
 
     def __init__(
@@ -66,9 +68,9 @@ class MedusaRecipe:
         draft_ids_U: Tensor | None,
         num_stages: int | None,  # noqa: ARG002 - heads draft for any cut
     ) -> None:
-        self._options = cast(MedusaRecipe.Options, options)
+        self._options = cast(MedusaOptions, options)
         self._teacher, config = teacher, teacher.config
-        self.wanted = (config.num_layers,)
+        self.wanted: tuple[int, ...] = (config.num_layers,)
         self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
         heads, layers = self._options.heads, self._options.layers
         self._heads = nn.ModuleList(
