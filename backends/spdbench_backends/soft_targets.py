@@ -4,13 +4,13 @@ Both draft several levels from every token of an answer, and level k's draft at 
 the target judges it by its distribution at position t + 1 + k. That distribution is cut to the draft vocabulary and
 made whole again; it is computed once for all levels that it judges. Must not know what made the drafts.
 
-Shapes: B conversations, S tokens, R rows that draft, K levels, N judged positions, M model width, U draft vocabulary,
-V vocabulary.
+Shapes: B conversations, S tokens, R rows that draft, K levels, X drafts, N positions that judge them, C ranks, M model
+width, U draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class DraftRows:
     """The tokens of a batch that draft: those whose next token, the root, is of an answer, as is the one behind it.
 
     `tokens_BR` says where they stand, padded with 0. `run_BR` counts a row and the rows right before it, 0 on padding:
-    the draft of level k that row r's root is judged by comes from row r - k, if its run is longer than k.
+    there is a draft of level k from row r - k for row r's root to judge if its run is longer than k.
     """
 
     tokens_BR: Tensor
@@ -86,103 +86,112 @@ class DraftVocabulary:
 
 @dataclass(frozen=True)
 class Judged:
-    """The positions of a batch that judge drafts, N in all, and the rows that the drafts come from.
+    """X drafts of a batch that are judged, in the order of the N positions that judge them.
 
-    `rows_KN` are indices into the batch's B R rows, and `counts_KN` says where they count: the row is there, and the
-    target's choice is in the draft vocabulary. `labels_N` are those choices as draft ids.
+    Draft x is the one of level `levels_X[x]` from row `rows_X[x]` of the batch's B R, and position `positions_X[x]`
+    judges it. Position n stands one token behind row `roots_N[n]`; `labels_N` is what the target chooses there, as
+    draft ids. Positions whose choice is not in the draft vocabulary judge nothing.
     """
 
-    rows_KN: Tensor
-    counts_KN: Tensor
+    rows_X: Tensor
+    levels_X: Tensor
+    positions_X: Tensor
+    roots_N: Tensor
     labels_N: Tensor
 
-    def drafts(self, hidden_KBRM: Tensor) -> Tensor:
-        """Every level's states for the positions: `[K, N, M]`."""
-        level_K1 = torch.arange(len(self.rows_KN), device=hidden_KBRM.device)[:, None]
-        return hidden_KBRM.flatten(1, 2)[level_K1, self.rows_KN]
+    def only(self, kept_X: Tensor) -> Judged:
+        """Some of the drafts."""
+        rows, levels, positions = (values[kept_X] for values in (self.rows_X, self.levels_X, self.positions_X))
+        return Judged(rows, levels, positions, self.roots_N, self.labels_N)
 
 
-def judged_positions(batch: Batch, rows: DraftRows, vocabulary: DraftVocabulary, levels: int) -> Judged:
-    """Row r judges by the position of its root, one token behind it."""
+def judged_drafts(batch: Batch, rows: DraftRows, vocabulary: DraftVocabulary, levels: int) -> Judged:
+    """All that the batch has. A row's root judges the drafts of the row and of those right before it."""
     labels_BR = vocabulary.indices(rows.ahead(batch.argmax_BS, 1))
-    at_N = (rows.real & (labels_BR >= 0)).flatten().nonzero()[:, 0]
-    levels_K1 = torch.arange(levels, device=at_N.device)[:, None]
-    counts_KN = rows.run_BR.flatten()[at_N] > levels_K1
-    return Judged((at_N - levels_K1) * counts_KN, counts_KN, labels_BR.flatten()[at_N])
+    roots_N = (rows.real & (labels_BR >= 0)).flatten().nonzero()[:, 0]
+    runs_N = rows.run_BR.flatten()[roots_N]
+    positions_X, levels_X = (runs_N[:, None] > torch.arange(levels, device=runs_N.device)).nonzero().unbind(dim=1)
+    return Judged(roots_N[positions_X] - levels_X, levels_X, positions_X, roots_N, labels_BR.flatten()[roots_N])
 
 
 def soft_loss(
-    drafts_KNM: Tensor, head_UM: Tensor, target_NM: Tensor, target_head_UM: Tensor, judged: Judged, decay: float
+    drafts_XM: Tensor, head_UM: Tensor, target_NM: Tensor, target_head_UM: Tensor, judged: Judged, decay: float
 ) -> tuple[Tensor, dict[str, float]]:
     """Levels' mean cross entropies against the target's softmax, level k weighed by `decay`^k, and figures for a log.
 
-    `drafts_KNM` and `target_NM` are states that the heads are applied to.
+    `drafts_XM` and `target_NM` are states that the heads are applied to.
     """
-    levels = len(drafts_KNM)
-    counts_KN = judged.counts_KN
-    decays_K1 = decay ** torch.arange(levels, device=counts_KN.device)[:, None]
-    weights_KN = counts_KN / counts_KN.sum(dim=1, keepdim=True).clamp(min=1) * decays_K1
-    total, entropy_KN, right_KN = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        drafts_KNM, head_UM, target_NM, target_head_UM, weights_KN, judged.labels_N
+    levels_X = judged.levels_X
+    counts_K = levels_X.bincount()
+    weights_X = decay**levels_X / counts_K[levels_X]
+    total, entropy_X, right_X = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        drafts_XM, head_UM, target_NM, target_head_UM, weights_X, judged.positions_X, judged.labels_N
     )
     figures = {}
-    for level in range(levels):
-        there_N = counts_KN[level]
-        if bool(there_N.any()):
-            figures[f"loss_{level}"] = float(entropy_KN[level][there_N].mean())
-            figures[f"top1_{level}"] = float(right_KN[level][there_N].float().mean())
+    for level in range(len(counts_K)):
+        of_level = levels_X == level
+        if not counts_K[level]:
+            continue
+        figures[f"loss_{level}"] = float(entropy_X[of_level].mean())
+        figures[f"top1_{level}"] = float(right_X[of_level].float().mean())
     return total, figures
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Weighs and sums cross entropies of N positions at K levels, a few positions at a time.
+    """Weighs and sums X drafts' cross entropies, those of a few positions at a time.
 
-    Gradients are worked out on the way, softmax minus target, as keeping K N U logits for them would take gigabytes.
+    Gradients are worked out on the way, softmax minus target, as keeping X U logits for them would take gigabytes.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        drafts_KNM: Tensor,
+        drafts_XM: Tensor,
         head_UM: Tensor,
         target_NM: Tensor,
         target_head_UM: Tensor,
-        weights_KN: Tensor,
+        weights_X: Tensor,
+        positions_X: Tensor,
         labels_N: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = product_dtype(drafts_KNM)
-        device = drafts_KNM.device.type
-        levels, num, _ = drafts_KNM.shape
-        with torch.autocast(device, enabled=False):
-            drafts_KNM, target_NM = drafts_KNM.to(dtype), target_NM.to(dtype)
-            same = head_UM is target_head_UM
-            head_UM = head_UM.to(dtype)
-            target_head_UM = head_UM if same else target_head_UM.to(dtype)
-            entropy_KN = torch.zeros(levels, num, device=drafts_KNM.device)
-            right_KN = torch.zeros(levels, num, dtype=torch.bool, device=drafts_KNM.device)
-            grad_KNM = torch.zeros_like(drafts_KNM)
-            grad_UM = torch.zeros(head_UM.shape, device=drafts_KNM.device) if ctx.needs_input_grad[1] else None
-            size = max(16, CHUNK // (levels * len(head_UM)))
-            for start in range(0, num, size):
-                some = slice(start, start + size)
-                target_NU = (target_NM[some] @ target_head_UM.T).softmax(dim=-1, dtype=torch.float32)
-                logs_KNU = (drafts_KNM[:, some] @ head_UM.T).log_softmax(dim=-1, dtype=torch.float32)
-                entropy_KN[:, some] = -torch.einsum("knu,nu->kn", logs_KNU, target_NU)
-                label_KN1 = labels_N[some, None].expand(levels, -1, 1)
-                right_KN[:, some] = logs_KNU.gather(-1, label_KN1)[..., 0] >= logs_KNU.amax(dim=-1)
-                error_KNU = logs_KNU.exp_().sub_(target_NU).mul_(weights_KN[:, some, None]).to(dtype)
-                grad_KNM[:, some] = error_KNU @ head_UM
+        dtype, device = product_dtype(drafts_XM), drafts_XM.device
+        entropy_X = torch.zeros(len(drafts_XM), device=device)
+        right_X = torch.zeros(len(drafts_XM), dtype=torch.bool, device=device)
+        grad_XM = torch.zeros(drafts_XM.shape, device=device)
+        grad_UM = torch.zeros_like(head_UM) if ctx.needs_input_grad[1] else None
+        with torch.autocast(device.type, enabled=False):
+            drafts_XM, target_NM = drafts_XM.to(dtype), target_NM.to(dtype)
+            own_UM, target_UM = head_UM.to(dtype), target_head_UM.to(dtype)
+            for at, some in _chunks(positions_X, len(target_NM), len(head_UM)):
+                target_NU = (target_NM[at] @ target_UM.T).float().softmax(dim=-1)
+                target_XU = target_NU[positions_X[some] - at.start]
+                logs_XU = (drafts_XM[some] @ own_UM.T).float().log_softmax(dim=-1)
+                entropy_X[some] = -torch.linalg.vecdot(logs_XU, target_XU)
+                chosen_X = logs_XU.gather(-1, labels_N[positions_X[some], None])[:, 0]
+                right_X[some] = chosen_X >= logs_XU.amax(dim=-1)
+                error_XU = logs_XU.exp_().sub_(target_XU).to(dtype)
+                grad_XM[some] = (error_XU @ own_UM) * weights_X[some, None]
                 if grad_UM is not None:
-                    grad_UM += error_KNU.flatten(0, 1).T @ drafts_KNM[:, some].flatten(0, 1)
-        ctx.save_for_backward(grad_KNM, grad_UM)
-        ctx.mark_non_differentiable(entropy_KN, right_KN)
-        return (weights_KN * entropy_KN).sum(), entropy_KN, right_KN
+                    grad_UM += error_XU.T @ (drafts_XM[some] * weights_X[some, None]).to(dtype)
+        ctx.save_for_backward(grad_XM, grad_UM)
+        ctx.mark_non_differentiable(entropy_X, right_X)
+        return (weights_X * entropy_X).sum(), entropy_X, right_X
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        grad_KNM, grad_UM = ctx.saved_tensors
+        grad_XM, grad_UM = ctx.saved_tensors
         grad = grads[0]
-        return grad_KNM.float() * grad, None if grad_UM is None else grad_UM * grad, None, None, None, None
+        return grad_XM * grad, None if grad_UM is None else grad_UM * grad, None, None, None, None, None
+
+
+def _chunks(positions_X: Tensor, num_positions: int, num_logits: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts positions, and with them the drafts that they judge, into parts of few enough logits."""
+    per_position = max(1, len(positions_X) // max(1, num_positions))
+    step = max(8, CHUNK // (num_logits * per_position))
+    edges = torch.arange(0, num_positions + step, step, device=positions_X.device)
+    ends = torch.searchsorted(positions_X, edges).tolist()
+    for index, start in enumerate(edges[:-1].tolist()):
+        yield slice(start, start + step), slice(ends[index], ends[index + 1])
 
 
 def product_dtype(like: Tensor) -> torch.dtype:

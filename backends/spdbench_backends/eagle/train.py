@@ -2,7 +2,8 @@
 
 Source: arXiv 2503.01840; METHODS.md A.6. Must not know how attention is laid out, nor of optimisers and data files.
 
-Shapes: B conversations, S tokens, R rows that draft, K levels, M model width, U draft vocabulary.
+Shapes: B conversations, S tokens, R rows that draft, P columns of them, X drafts, N positions that judge them, K
+levels, F features, M model width, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, T
 from spdbench_backends.drafter_files import add_origin, origin
 from spdbench_backends.eagle.conventions import default_aux
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout
-from spdbench_backends.eagle.unroll import EagleHead
+from spdbench_backends.eagle.unroll import EagleHead, places
 from spdbench_backends.eagle.writing import write_eagle
 from spdbench_backends.soft_targets import (
     DraftRows,
@@ -30,7 +31,7 @@ from spdbench_backends.soft_targets import (
     best_drafts,
     chain_counts,
     draft_rows,
-    judged_positions,
+    judged_drafts,
     soft_loss,
 )
 
@@ -40,6 +41,9 @@ PLAIN_BASE = 10_000.0
 
 class Eagle3Options(RecipeOptions):
     ttt: int = Field(5, ge=1, le=16, description="levels that the head is unrolled over in training")
+    unrolled: float = Field(
+        0.5, gt=0, le=1, description="share of an answer's tokens that go past level 0, drawn anew for every batch"
+    )
     decay: float = Field(0.8, gt=0, le=1, description="weight of each level's loss against the one before it")
     head: Literal["frozen", "trained"] = Field(
         "frozen",
@@ -81,29 +85,35 @@ class Eagle3Recipe:
         self.module: nn.Module = self._head.to(device)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
-        rows = draft_rows(batch)
-        judged = judged_positions(batch, rows, self._vocabulary, self._options.ttt)
-        drafts_KNM = self._head.norm(judged.drafts(torch.stack(self._states(batch, rows))))
+        rows, levels = draft_rows(batch), self._options.ttt
+        judged = judged_drafts(batch, rows, self._vocabulary, levels)
+        num_conversations, num_rows = rows.tokens_BR.shape
+        chosen = torch.randperm(num_rows, device=rows.tokens_BR.device)
+        columns_P = chosen[: max(1, round(self._options.unrolled * num_rows))].sort().values
+        states = self._states(batch, rows, columns_P)
+        where_X = places(num_conversations, num_rows, columns_P, levels)[judged.levels_X, judged.rows_X]
+        judged, where_X = judged.only(where_X >= 0), where_X[where_X >= 0]
+        drafts_XM = self._head.norm(torch.cat([state.flatten(0, 1) for state in states])[where_X])
         last_BRM = rows.states(batch.states[self._teacher.config.num_layers], 1)
-        target_NM = self._teacher.normed(last_BRM.flatten(0, 1)[judged.rows_KN[0]])
-        return soft_loss(
-            drafts_KNM, self._output_head, target_NM, self._vocabulary.rows_UM, judged, self._options.decay
-        )
+        target_NM = self._teacher.normed(last_BRM.flatten(0, 1)[judged.roots_N])
+        return soft_loss(drafts_XM, self._output_head, target_NM, self._vocabulary.rows_UM, judged, self._options.decay)
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:
         rows = draft_rows(batch)
-        states = [self._head.norm(states_BRM) for states_BRM in self._states(batch, rows)]
+        every_R = torch.arange(rows.tokens_BR.shape[1], device=rows.tokens_BR.device)
+        states = [self._head.norm(states_BRM) for states_BRM in self._states(batch, rows, every_R)]
         drafts = [self._vocabulary.token_ids(best_drafts(state, self._output_head)[..., 0]) for state in states]
         return chain_counts(batch, rows, drafts)
 
-    def _states(self, batch: Batch, rows: DraftRows) -> list[Tensor]:
-        """What each level leaves behind for each row, along the given text."""
+    def _states(self, batch: Batch, rows: DraftRows, columns_P: Tensor) -> list[Tensor]:
+        """What each level leaves behind along the given text: level 0 for all rows, the others for some columns."""
         features_BSF = torch.cat([batch.states[index] for index in self._aux], dim=-1)
         next_BS = torch.cat((batch.ids_BS[:, 1:], batch.ids_BS[:, -1:]), dim=1)
         levels = range(1, self._options.ttt)
-        ids = [next_BS, *(rows.ahead(batch.ids_BS, 1 + level) for level in levels)]
-        return self._head.unrolled(features_BSF, [self._teacher.embed(some) for some in ids], rows.tokens_BR)
+        ids = [next_BS, *(rows.ahead(batch.ids_BS, 1 + level)[:, columns_P] for level in levels)]
+        embedded = [self._teacher.embed(some) for some in ids]
+        return self._head.unrolled(features_BSF, embedded, rows.tokens_BR, columns_P)
 
     @property
     def _output_head(self) -> Tensor:

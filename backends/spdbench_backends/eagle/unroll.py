@@ -5,8 +5,8 @@ level what the one before it made of the same row, one token and one position fu
 sees the keys of level 0 up to itself, as rows that decoding has committed, and of levels 1 to i only its own, as the
 path of a tree that leads to it. Must not know losses, files or decoders.
 
-Shapes: B conversations, S tokens, R rows that draft, M model width, A aux features, H query heads, C kv heads, G query
-heads of each, D head size.
+Shapes: B conversations, S tokens, R rows that draft, P columns of them, K levels, M model width, F features, H query
+heads, C kv heads, G query heads of each, D head size.
 """
 
 from __future__ import annotations
@@ -50,24 +50,28 @@ class EagleHead(nn.Module):
         assert isinstance(layer, EagleLayer)
         return layer
 
-    def unrolled(self, features_BSF: Tensor, embedded: list[Tensor], tokens_BR: Tensor) -> list[Tensor]:
-        """The states `[B, R, M]` that levels 0, 1, ... leave behind, before the final norm.
+    def unrolled(
+        self, features_BSF: Tensor, embedded: list[Tensor], tokens_BR: Tensor, columns_P: Tensor
+    ) -> list[Tensor]:
+        """The states that levels leave behind, before the final norm: `[B, R, M]` at level 0, for the rows at
+        `tokens_BR`, and `[B, P, M]` at the others, for those of them in some columns.
 
-        `embedded[0]` are the embeddings `[B, S, M]` of every token's next one; `embedded[i]`, `[B, R, M]`, those of the
-        tokens that the rows at `tokens_BR` read at level i.
+        `embedded` are the embeddings of what a level reads: `[B, S, M]` of every token's next one, then `[B, P, M]`.
         """
         layer = self.layer
-        hidden_BSM = self.fc(features_BSF)
+        hidden_BSM = self.fc(features_BSF).float()  # what is added up stays exact under autocast
         at_BR1 = tokens_BR[..., None]
         queries, keys, values = self._project(hidden_BSM, embedded[0], torch.arange(hidden_BSM.shape[1])[None])
         queries = queries.gather(2, at_BR1[:, None].expand(-1, queries.shape[1], -1, queries.shape[-1]))
-        seen = _Seen(keys, values, tokens_BR)
         hidden_BRM = hidden_BSM.gather(1, at_BR1.expand(-1, -1, hidden_BSM.shape[-1]))
-        states = [layer.finish(seen.mix(queries), hidden_BRM)]
-        for level, embedded_BRM in enumerate(embedded[1:], 1):
-            queries, keys, values = self._project(states[-1], embedded_BRM, tokens_BR + level)
+        states = [layer.finish(_Seen(keys, values, tokens_BR).mix(queries), hidden_BRM)]
+        tokens_BP, hidden_BPM = tokens_BR[:, columns_P], states[0][:, columns_P]
+        seen = _Seen(keys, values, tokens_BP)
+        for level, embedded_BPM in enumerate(embedded[1:], 1):
+            queries, keys, values = self._project(hidden_BPM, embedded_BPM, tokens_BP + level)
             seen.add(keys, values)
-            states.append(layer.finish(seen.mix(queries), states[-1]))
+            hidden_BPM = layer.finish(seen.mix(queries), hidden_BPM)
+            states.append(hidden_BPM)
         return states
 
     def _project(self, hidden_BRM: Tensor, embedded_BRM: Tensor, positions_BR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +79,17 @@ class EagleHead(nn.Module):
         inputs = torch.cat((layer.input_layernorm(embedded_BRM), layer.hidden_norm(hidden_BRM)), dim=-1)
         cos_BRD, sin_BRD = angles(self._rotary, positions_BR.to(hidden_BRM.device))
         return layer.project(inputs, cos_BRD[:, None], sin_BRD[:, None])
+
+
+def places(num_conversations: int, num_rows: int, columns_P: Tensor, levels: int) -> Tensor:
+    """Where the state of each level and row stands when all that `unrolled` returns are laid end to end: `[K, B R]`, -1
+    for those that were not computed."""
+    found_KBR = torch.full((levels, num_conversations, num_rows), -1, device=columns_P.device)
+    first = num_conversations * num_rows
+    found_KBR[0] = torch.arange(first, device=columns_P.device).view(num_conversations, num_rows)
+    later = torch.arange((levels - 1) * num_conversations * len(columns_P), device=columns_P.device) + first
+    found_KBR[1:, :, columns_P] = later.view(levels - 1, num_conversations, len(columns_P))
+    return found_KBR.flatten(1)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 Heads of residual blocks only ("version 2"): the target's own output head serves them all, so that a drafter is a few
 matrices. Source: arXiv 2401.10774, section 2.2; METHODS.md B. Must not know of optimisers and data files.
 
-Shapes: B conversations, R rows that draft, K heads, N judged positions, M model width, U draft vocabulary.
+Shapes: B conversations, R rows that draft, K heads, X drafts, N positions that judge them, M model width,
+U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from spdbench_backends.soft_targets import (
     best_drafts,
     chain_counts,
     draft_rows,
-    judged_positions,
+    judged_drafts,
     rank_counts,
     soft_loss,
 )
@@ -87,14 +88,15 @@ class MedusaRecipe:
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         self._forget_accuracies()
         rows = draft_rows(batch)
-        judged = judged_positions(batch, rows, self._vocabulary, self._options.heads)
+        judged = judged_drafts(batch, rows, self._vocabulary, self._options.heads)
         last_BSM = batch.states[self._teacher.config.num_layers]
-        normed_BRM = self._teacher.normed(rows.states(last_BSM))
-        inputs_KNM = normed_BRM.flatten(0, 1)[judged.rows_KN]
-        drafts_KNM = torch.stack([head(inputs_NM) for head, inputs_NM in zip(self._heads, inputs_KNM, strict=True)])
-        target_NM = self._teacher.normed(rows.states(last_BSM, 1).flatten(0, 1)[judged.rows_KN[0]])
+        normed_YM = self._teacher.normed(rows.states(last_BSM)).flatten(0, 1)
+        of_heads = [(judged.levels_X == level).nonzero()[:, 0] for level in range(self._options.heads)]
+        drafts = [head(normed_YM[judged.rows_X[some]]) for head, some in zip(self._heads, of_heads, strict=True)]
+        drafts_XM = torch.cat(drafts)[torch.cat(of_heads).argsort()]
+        target_NM = self._teacher.normed(rows.states(last_BSM, 1).flatten(0, 1)[judged.roots_N])
         rows_UM = self._vocabulary.rows_UM
-        return soft_loss(drafts_KNM, rows_UM, target_NM, rows_UM, judged, self._options.decay)
+        return soft_loss(drafts_XM, rows_UM, target_NM, rows_UM, judged, self._options.decay)
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:

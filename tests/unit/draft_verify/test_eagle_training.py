@@ -89,7 +89,9 @@ def test_every_levels_logits_are_those_of_the_head_that_decodes(
     weights = build_eagle(read_eagle(tmp_path), decoder)
     rows = draft_rows(batch)
     with torch.inference_mode():
-        states = [recipe._head.norm(state) for state in recipe._states(batch, rows)]
+        states = [
+            recipe._head.norm(state) for state in recipe._states(batch, rows, torch.arange(rows.tokens_BR.shape[1]))
+        ]
         for row in range(len(batch.ids_BS)):
             for column in (0, 1, 7):
                 token = int(rows.tokens_BR[row, column])
@@ -100,13 +102,13 @@ def test_every_levels_logits_are_those_of_the_head_that_decodes(
 
 def test_gradients_and_loss_are_those_of_the_formula_written_out(decoder: Decoder, batch: Batch) -> None:
     """Sum of 0.5^i times the mean cross entropy at level i, over those positions whose greedy token can be drafted."""
-    recipe = fresh(decoder, ttt=3, decay=0.5, head="trained")
+    recipe = fresh(decoder, ttt=3, decay=0.5, head="trained", unrolled=1)
     loss, figures = recipe.loss(batch)
     loss.backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad.clone() for name, parameter in recipe.module.named_parameters()}  # type: ignore[union-attr]
     recipe.module.zero_grad()
     rows, teacher = draft_rows(batch), recipe._teacher
-    states, total = recipe._states(batch, rows), torch.tensor(0.0)
+    states, total = recipe._states(batch, rows, torch.arange(rows.tokens_BR.shape[1])), torch.tensor(0.0)
     for level, state in enumerate(states):
         entropies = []
         for row in range(len(batch.ids_BS)):
