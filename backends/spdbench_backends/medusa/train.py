@@ -52,6 +52,9 @@ class ResidualBlock(nn.Module):
 class MedusaOptions(RecipeOptions):
     heads: int = Field(4, ge=1, le=16, description="heads, each for a token further ahead")
     layers: int = Field(1, ge=1, le=8, description="residual blocks of each head")
+    share: float = Field(
+        0.5, gt=0, le=1, description="share of an answer's tokens that heads behind the first learn from, drawn anew"
+    )
     decay: float = Field(0.8, gt=0, le=1, description="weight of each head's loss against the one before it")
 
 
@@ -89,6 +92,8 @@ class MedusaRecipe:
         self._forget_accuracies()
         rows = draft_rows(batch)
         judged = judged_drafts(batch, rows, self._vocabulary, self._options.heads)
+        drawn_X = torch.rand(judged.levels_X.shape, device=judged.levels_X.device) < self._options.share
+        judged = judged.only(drawn_X | (judged.levels_X == 0))
         last_BSM = batch.states[self._teacher.config.num_layers]
         normed_YM = self._teacher.normed(rows.states(last_BSM)).flatten(0, 1)
         of_heads = [(judged.levels_X == level).nonzero()[:, 0] for level in range(self._options.heads)]
