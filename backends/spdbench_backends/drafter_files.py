@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError
+
+if TYPE_CHECKING:
+    from spdbench.training.recipe import Provenance
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -64,3 +67,23 @@ def drafter_info(kind: str, name: str, method: str, sha256: str, trained_tokens:
         sha256=sha256 or None,
         trained_tokens=0 if untrained else trained_tokens,
     )
+
+
+def origin(about: Provenance) -> dict[str, Any]:
+    """What a trained drafter's config says of where it comes from."""
+    return {
+        "model_id": about.model_id,
+        "model_sha256": about.model_sha256,
+        "data_sha256": about.data_sha256,
+        "trained_tokens": about.trained_tokens,
+        "seed": about.seed,
+        "acceptance_by_position": list(about.acceptance_by_position),
+        **about.extra,
+    }
+
+
+def add_origin(folder: Path, about: Provenance) -> None:
+    """Says so in a config of a published layout, whose readers pass over keys that they do not know."""
+    file = folder / "config.json"
+    config = {**json.loads(file.read_text(encoding="utf-8")), **origin(about)}
+    file.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -26,6 +26,18 @@ class Rotary:
         self._size = 0
         self._arrays: Any = None
 
+    @property
+    def plain_base(self) -> float | None:
+        """The base whose powers the angles' speeds are; None if they are scaled in some way."""
+        pairs = len(self._frequencies)
+        if pairs < 2:
+            return None
+        slowest = float(self._frequencies[-1].double())
+        base = slowest ** (-pairs / (pairs - 1))
+        base = float(round(base)) if abs(base - round(base)) < 1e-5 * base else base
+        plain = plain_frequencies(base, 2 * pairs)
+        return base if self._factor == 1.0 and torch.allclose(self._frequencies.cpu(), plain, rtol=1e-5) else None
+
     def tables(self, size: int) -> tuple[Tensor, Tensor]:
         """cos and sin of at least the first `size` positions, each `[P, D]`."""
         if size > self._size:

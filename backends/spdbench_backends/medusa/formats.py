@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +101,8 @@ class Block:
 
 @dataclass(frozen=True)
 class MedusaFile:
-    """Heads as read. `heads` are linear layers `[U, M]`, one for each head, or one for all, or none: the target's."""
+    """Heads as read. `heads` are linear layers `[U, M]`, one for each head, or one for all, or none: the target's.
+    `extra` are keys of our own folders that say where they come from."""
 
     path: Path
     layout: Layout
@@ -109,6 +110,7 @@ class MedusaFile:
     blocks: tuple[tuple[Block, ...], ...]
     heads: tuple[Tensor, ...]
     sha256: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def trained_tokens(self) -> int | None:
@@ -175,7 +177,9 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     heads = take.heads(raw, config)
     take.refuse_leftovers()
     _check_accuracies(path, config, len(blocks))
-    return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files))
+    known = {*MedusaConfig.model_fields, "method"}
+    extra = {key: value for key, value in raw.items() if key not in known} if layout == "spdbench" else {}
+    return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files), extra)
 
 
 def _read_tensors(path: Path, raw: Mapping[str, Any]) -> tuple[Layout, dict[str, Tensor], list[Path]]:

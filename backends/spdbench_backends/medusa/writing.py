@@ -63,7 +63,7 @@ def _written(file: MedusaFile, layout: WrittenLayout) -> dict[str, Any]:
     width = file.blocks[0][0].weight_MM.shape[0]
     if layout == "spdbench":
         kept = config.model_dump(mode="json", exclude_defaults=True)
-        return {"method": "medusa", "hidden_size": width, **kept}
+        return {**file.extra, "method": "medusa", "hidden_size": width, **kept}
     if layout == "vllm":
         return {
             "architectures": ["MedusaModel"],

@@ -1,0 +1,70 @@
+"""Batches of a tiny target's own greedy text, as the training loop makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from spdbench.decoding.autoregressive import decode
+from spdbench.models.decoder import Decoder
+from spdbench.training.recipe import Batch, Provenance, Recipe, Teacher
+from tests import tiny
+
+DRAFT_IDS = torch.arange(0, 262, 2)
+ABOUT = Provenance("tiny", "f" * 64, "d" * 64, 1234, 7, (0.5, 0.25), {"note": "test"})
+
+
+def make_teacher(decoder: Decoder) -> Teacher:
+    assert decoder.embeddings_VM is not None
+    assert decoder.head is not None
+    assert decoder.final_norm is not None
+    return Teacher(decoder, decoder.embeddings_VM, decoder.head.plain(), decoder.final_norm.weight_M)
+
+
+def greedy_text(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int]:
+    """A prompt and the target's answer."""
+    return [*prompt, *decode(decoder, tiny.greedy(tuple(prompt), count))]
+
+
+@torch.inference_mode()
+def make_batch(decoder: Decoder, texts: Sequence[tuple[Sequence[int], int]], wanted: Collection[int]) -> Batch:
+    """Texts with the length of their prompts, side by side."""
+    shape = (len(texts), max(len(ids) for ids, _ in texts))
+    ids_BS, argmax_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    valid_BS, answers_BS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+    states = {index: torch.zeros(*shape, decoder.config.hidden_size) for index in wanted}
+    for row, (ids, first) in enumerate(texts):
+        size = len(ids)
+        hidden, found = decoder.forward(decoder.embed(torch.tensor(ids)), 0, decoder.new_cache(size), wanted=wanted)
+        ids_BS[row, :size], argmax_BS[row, :size] = torch.tensor(ids), decoder.logits(hidden).argmax(dim=-1)
+        valid_BS[row, :size] = answers_BS[row, first - 1 : size - 1] = True
+        for index, state in found.items():
+            states[index][row, :size] = state
+    return Batch(ids_BS=ids_BS, valid_BS=valid_BS, answers_BS=answers_BS, states=states, argmax_BS=argmax_BS)
+
+
+def answers(decoder: Decoder, count: int = 24) -> list[tuple[list[int], int]]:
+    """Three prompts of different lengths with the target's answers."""
+    prompts = [list(range(first, first + size)) for first, size in ((30, 11), (70, 5), (120, 8))]
+    return [(greedy_text(decoder, prompt, count), len(prompt)) for prompt in prompts]
+
+
+def train(recipe: Recipe, batch: Batch, steps: int, rate: float = 1e-2) -> list[float]:
+    """The losses of some steps."""
+    optimizer = torch.optim.Adam(recipe.module.parameters(), lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss, _ = recipe.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def round_weights(recipe: Recipe) -> None:
+    """To what files hold."""
+    for parameter in recipe.module.parameters():
+        parameter.copy_(parameter.bfloat16())
