@@ -353,6 +353,4 @@ def mix_slots(
             queries[row],
         )
         num_heads = queries.shape[1] // keys_KTD.shape[2]
-        attend_heads(
-            queries[row], keys_KTD, values_KTD, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads
-        )
+        attend_heads(queries[row], keys_KTD, values_KTD, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads)

@@ -38,7 +38,16 @@ MAY_IMPORT = {
 }
 """Part -> the other parts that it may import; its own always."""
 
-COMMANDS_WITH_MODELS = ("run", "session", "heads", "distill", "distill_run", "distill_prompts", "train", "train_session")
+COMMANDS_WITH_MODELS = (
+    "run",
+    "session",
+    "heads",
+    "distill",
+    "distill_run",
+    "distill_prompts",
+    "train",
+    "train_session",
+)
 WIRING = {f"spdbench.cli.{name}" for name in COMMANDS_WITH_MODELS}
 """Where harness and engine are put together: the only commands' modules that know models."""
 
