@@ -20,6 +20,7 @@ from torch.nn.functional import embedding
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
+from spdbench.models.interface import AbandonedError
 from spdbench.models.kernels import Linear, PackedLinear, linear
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
@@ -71,17 +72,23 @@ class Decoder:
         layers: range | None = None,
         wanted: Collection[int] = (),
         tree: TreeRows | None = None,
+        in_vain: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), or a tree's rows from `start`.
 
         Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index; index 0 is
         taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
+
+        Raises:
+            AbandonedError: `in_vain`, asked before each layer, said so; the cache is as it was.
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
         place, steps = Place(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
         for layer in layers:
+            if in_vain is not None and in_vain():
+                raise AbandonedError
             hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
             if layer + 1 in wanted:
                 states[layer + 1] = hidden_SM

@@ -8,7 +8,7 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,10 @@ class TargetCache(Protocol):
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
         """Of the slots from `mark` on keeps those at the rising offsets `chosen` and forgets the others."""
+
+
+class AbandonedError(Exception):
+    """A forward pass was given up because nobody wants its result any more."""
 
 
 class TargetDecoder(Protocol):
@@ -71,11 +75,15 @@ class TargetDecoder(Protocol):
         layers: range | None = None,
         wanted: Collection[int] = (),
         tree: TreeRows | None = None,
+        in_vain: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), whose `cache` it must be; or a
         tree's rows from `start` on.
 
         Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index.
+
+        Raises:
+            AbandonedError: `in_vain`, which may be asked between layers, said so; the cache is as it was.
         """
 
     def logits(self, hidden_SM: Tensor) -> Tensor:

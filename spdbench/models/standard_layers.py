@@ -144,6 +144,7 @@ class StandardDecoder:
         layers: range | None = None,
         wanted: Collection[int] = (),
         tree: TreeRows | None = None,
+        in_vain: Callable[[], bool] | None = None,  # noqa: ARG002 - a pass is all of transformers' own
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Rows at positions `start`, `start` + 1, ... through `layers` (all by default); no `tree`.
 

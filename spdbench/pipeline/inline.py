@@ -55,6 +55,9 @@ class InlinePipeline:
         if 0 in self._wanted:
             self._states.append((node.position, {0: hidden_SM}))
 
+    def offer(self, token_id: int, position: int) -> None:
+        """Nothing is free while something else is computed here."""
+
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
 

@@ -32,6 +32,10 @@ class Pipeline(Protocol):
     def enter(self, node: Node) -> None:
         """Puts a node before stage 0, for the next cycle."""
 
+    def offer(self, token_id: int, position: int) -> None:
+        """A draft that enters once this cycle is over, unless a verdict drops it: a stage 0 that is free may begin with
+        it, and has to stop when it is dropped."""
+
     def begin(self, cycle: Cycle) -> None:
         """Every busy stage may run once on its own node."""
 

@@ -54,6 +54,7 @@ class ProcessPipeline:
         self._work: list[_Work] = []
         self._unread: list[_Work] = []
         self._states: list[tuple[int, States]] = []
+        self._offered: tuple[int, int] | None = None  # epoch and position of the draft that stage 0 has already
         self._decided_ns = 0
         self._host_spans: list[Span] = []
 
@@ -81,18 +82,20 @@ class ProcessPipeline:
         return logits, states
 
     def enter(self, node: Node) -> None:
-        """Sends the node at once: stage 0 waits for nothing else."""
+        """Sends the node at once, if it was not offered before: stage 0 waits for nothing else."""
         if self._reads_embedding:
             self._states.append((node.position, {0: self._decoder.embed(self._decoder.ids((node.token_id,)))}))
-        oldest = node.parent is None
-        now = perf_counter_ns()
-        self._workers.send(
-            Header(Kind.NODE, self._epoch, self._cycle_number, node.position, 0, node.token_id, int(oldest), now)
-        )
+        if self._offered == (self._epoch, node.position):
+            return
+        self._send(node.token_id, node.position, oldest=node.parent is None)
         if self._decided_ns:
             self._host_spans.append(
                 Span(len(self._specs) + 1, "host", self._decided_ns, perf_counter_ns(), node.position, True)
             )
+
+    def offer(self, token_id: int, position: int) -> None:
+        self._offered = (self._epoch, position)
+        self._send(token_id, position, oldest=False)
 
     def begin(self, cycle: Cycle) -> None:
         self._work = [_Work(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
@@ -136,6 +139,11 @@ class ProcessPipeline:
 
     def close(self) -> None:
         self._workers.close()
+
+    def _send(self, token_id: int, position: int, *, oldest: bool) -> None:
+        """A node to stage 0, for the next cycle."""
+        now = perf_counter_ns()
+        self._workers.send(Header(Kind.NODE, self._epoch, self._cycle_number, position, 0, token_id, int(oldest), now))
 
     def _result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
         """A stage's result of one cycle. Those of stale nodes that come before it are dropped."""

@@ -17,13 +17,14 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.models.interface import TargetCache, TargetDecoder
+from spdbench.models.interface import AbandonedError, TargetCache, TargetDecoder
 from spdbench.models.likeliest import likeliest
 from spdbench.models.target import LayerSource
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
@@ -207,15 +208,20 @@ class _Stage:
             rows_SM = decoder.embed(decoder.ids((header.value,)))
         else:
             rows_SM = self._inbox.rows(header, payload)
-        self._read_news()
-        if header.epoch < self._epoch:
+        if self._is_stale(header):
             return
         cache.rollback(header.position)
         began = time.perf_counter_ns()
-        rows_SM, states = decoder.forward(rows_SM, header.position, cache, spec.layers, spec.wanted)
+        self._took(HOST, max(header.at_ns, self._free_ns), began, header)
+        try:
+            rows_SM, states = decoder.forward(
+                rows_SM, header.position, cache, spec.layers, spec.wanted, in_vain=partial(self._is_stale, header)
+            )
+        except AbandonedError:
+            self._took(TARGET, began, time.perf_counter_ns(), header)
+            return
         self._wait_for_device()
         computed = time.perf_counter_ns()
-        self._took(HOST, max(header.at_ns, self._free_ns), began, header)
         self._took(TARGET, began, computed, header)
         if self._outbox is not None:
             passed_on = header._replace(cycle=header.cycle + 1, num_rows=1, value=-1, at_ns=computed)
@@ -247,6 +253,11 @@ class _Stage:
         elif logits is not None:
             payload += to_bytes(logits.float())
         self._report(header._replace(kind=Kind.RESULT, value=value, at_ns=now), payload)
+
+    def _is_stale(self, header: Header) -> bool:
+        """True if a verdict has dropped the node meanwhile."""
+        self._read_news()
+        return header.epoch < self._epoch
 
     def _read_news(self) -> None:
         while self._news.poll(0):

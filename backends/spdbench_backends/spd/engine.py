@@ -80,6 +80,8 @@ class PipelinedDecoding:
         forwards = sum(len(self._stages[stage]) for stage, _ in cycle.work()) / self._num_layers
         self._pipeline.begin(cycle)
         draft = None if self._drafter.reads_this_cycle else self._draft(cycle)
+        if draft is not None and cycle.stages[0] is not None and self._schedule.num_stages > 1:
+            self._pipeline.offer(draft.token_id, cycle.stages[0].position + 1)
         logits = self._pipeline.finish()
         if self._drafter.reads_this_cycle:
             draft = self._draft(cycle)

@@ -11,6 +11,7 @@ import torch
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.config import FAMILIES
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import AbandonedError
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
@@ -135,3 +136,23 @@ def test_low_precision_stays_near_float32(folders: dict[str, Path], dtype: str) 
         hidden, _ = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, decoder.new_cache(len(PROMPT)))
         logits.append(decoder.logits(hidden).float())
     assert (logits[0] - logits[1]).abs().mean() < 0.05 * logits[0].abs().mean()
+
+
+@torch.inference_mode()
+def test_a_pass_that_nobody_wants_stops_between_layers_and_leaves_the_cache_as_it_was(decoder: Decoder) -> None:
+    rows = decoder.embed(decoder.ids(PROMPT))
+    cache, other = decoder.new_cache(64), decoder.new_cache(64)
+    for each in (cache, other):
+        decoder.forward(rows, 0, each)
+    asked: list[bool] = []
+
+    def in_vain() -> bool:
+        asked.append(True)
+        return len(asked) == 3
+
+    with pytest.raises(AbandonedError):
+        decoder.forward(rows[:2], len(rows), cache, in_vain=in_vain)
+    assert cache.length == len(rows)
+    assert len(asked) == 3
+    found, expected = (decoder.forward(rows[:1], len(rows), each)[0] for each in (cache, other))
+    assert torch.equal(found, expected)
