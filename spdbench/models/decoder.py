@@ -21,7 +21,7 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoint import Checkpoint
 from spdbench.models.config import ModelConfig
 from spdbench.models.interface import AbandonedError
-from spdbench.models.kernels import Linear, PackedLinear, linear
+from spdbench.models.kernels import Linear, PackedLinear, can_pack, linear
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.memory import return_freed_memory
@@ -149,16 +149,15 @@ def load_decoder(
     reader = _Reader(checkpoint, config, dtype, device)
     first, last = layers.start == 0, layers.stop == config.num_layers
     vocab_by_width = (config.vocab_size, config.hidden_size)
+    name = "model.embed_tokens.weight"
     embeddings = head = None
-    if first or (last and config.tied):
-        embeddings = reader.read("model.embed_tokens.weight", vocab_by_width)
-    if last and config.tied and embeddings is not None:
-        head = linear(embeddings)
-    elif last:
-        head = linear(reader.read("lm_head.weight", vocab_by_width))
-    checkpoint.close()
-    if config.tied and isinstance(head, PackedLinear):  # else the same numbers would be held twice
-        embeddings = reader.mapped("model.embed_tokens.weight", vocab_by_width) if first else None
+    if last:
+        head = linear(reader.read(name if config.tied else "lm_head.weight", vocab_by_width))
+    if first and config.tied and can_pack(dtype, device):  # else the head's numbers would be held twice
+        checkpoint.close()
+        embeddings = reader.mapped(name, vocab_by_width)
+    elif first:
+        embeddings = head.plain() if head is not None and config.tied else reader.read(name, vocab_by_width)
     weights = {layer: reader.layer(layer) for layer in layers}
     norm = NormWeight(reader.read("model.norm.weight", (config.hidden_size,))) if last else None
     if whole:
