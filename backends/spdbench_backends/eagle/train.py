@@ -59,7 +59,7 @@ class Eagle3Recipe:
 
     method: ClassVar[str] = "eagle3"
     Options: ClassVar[type[RecipeOptions]] = Eagle3Options
-    formats: ClassVar[tuple[str, ...]] = ("spdbench", "safeailab", "specforge", "speculators")
+    formats: ClassVar[tuple[str, ...]] = ("spdbench", "eagle3", "specforge", "speculators")
 
     def __init__(
         self,
@@ -121,6 +121,7 @@ class Eagle3Recipe:
         return self._head.lm_head.weight if self._options.head == "trained" else self._vocabulary.rows_UM
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
+        """`eagle3` is the layout of the method's authors."""
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.module.state_dict().items()}
         ids_U = self._vocabulary.ids_U
         listed = None
@@ -131,7 +132,7 @@ class Eagle3Recipe:
             tensors |= {} if ids_U is None else published_vocabulary(ids_U.cpu(), self._teacher.config.vocab_size)
         config = _config(self._teacher.config, self._aux, self._base, about, listed)
         file = EagleFile(directory, "spdbench", config, tensors, "", origin(about))
-        write_eagle(file, directory, cast(Layout, layout))
+        write_eagle(file, directory, cast(Layout, "safeailab" if layout == "eagle3" else layout))
         if layout != "spdbench":
             add_origin(directory, about)
 

@@ -63,7 +63,7 @@ class MedusaRecipe:
 
     method: ClassVar[str] = "medusa"
     Options: ClassVar[type[RecipeOptions]] = MedusaOptions
-    formats: ClassVar[tuple[str, ...]] = ("spdbench", "v0.1", "v2", "vllm")
+    formats: ClassVar[tuple[str, ...]] = ("spdbench", "medusa", "v0.1", "v2", "vllm")
 
     def __init__(
         self,
@@ -80,9 +80,10 @@ class MedusaRecipe:
         self._heads = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(config.hidden_size) for _ in range(layers))) for _ in range(heads)
         )
+        # What `acceptance` counts for `write` is part of the module's state, so that it is that of the weights kept.
+        self._heads.register_buffer("ranks_KR", torch.zeros(heads, self._num_ranks, dtype=torch.long))
+        self._heads.register_buffer("judged_K", torch.zeros(heads, dtype=torch.long))
         self.module: nn.Module = self._heads.to(training_device(teacher))
-        self._ranks_KR = torch.zeros(heads, self._num_ranks, dtype=torch.long)
-        self._judged_K = torch.zeros(heads, dtype=torch.long)
 
     @property
     def _num_ranks(self) -> int:
@@ -113,23 +114,31 @@ class MedusaRecipe:
             for head in self._heads
         ]
         judged_K, right_KR = rank_counts(batch, rows, ranked)
-        self._judged_K += judged_K
-        self._ranks_KR += right_KR
+        self._counts("judged_K").add_(judged_K.to(batch.ids_BS.device))
+        self._counts("ranks_KR").add_(right_KR.to(batch.ids_BS.device))
         return chain_counts(batch, rows, [drafts_BRC[..., 0] for drafts_BRC in ranked])
 
     def _forget_accuracies(self) -> None:
         """They were another module's, before this step."""
-        self._judged_K.zero_()
-        self._ranks_KR.zero_()
+        self._counts("judged_K").zero_()
+        self._counts("ranks_KR").zero_()
+
+    def _counts(self, name: str) -> Tensor:
+        """Drafts judged, `[K]`, or right by rank, `[K, R]`, by head."""
+        return self._heads.get_buffer(name)
 
     def _accuracies(self) -> tuple[tuple[float, ...], ...]:
         """By head and rank; none where a head has not been judged."""
-        if not bool(self._judged_K.all()):
+        judged_K = self._counts("judged_K").cpu()
+        if not bool(judged_K.all()):
             return ()
-        shares_KR = self._ranks_KR.double() / self._judged_K[:, None]
+        shares_KR = self._counts("ranks_KR").cpu().double() / judged_K[:, None]
         return tuple(tuple(round(share, 6) for share in ranks) for ranks in shares_KR.tolist())
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
+        """`medusa` is the published layout that has words for these heads: vLLM's where they draft some tokens only."""
+        if layout == "medusa":
+            layout = "v0.1" if self._vocabulary.ids_U is None else "vllm"
         base, ids_U = self._teacher.config, self._vocabulary.ids_U
         config = MedusaConfig(
             hidden_size=base.hidden_size,

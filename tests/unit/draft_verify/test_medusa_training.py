@@ -118,7 +118,7 @@ def test_every_layout_drafts_alike(
         backend = started(target, tmp_path / name, tree=tree)
         backend.prepare(request)
         runs.append([(s.drafted, s.judged, s.accepted, s.token_ids) for s in backend.generate(request)])
-    assert read_medusa(tmp_path / layout).layout == layout
+    assert read_medusa(tmp_path / layout).layout == {"medusa": "v0.1"}.get(layout, layout)
     assert runs[0] == runs[1]
     assert [token for *_, ids in runs[0] for token in ids] == list(decode(target.decoder, request))
     assert sum(accepted for _, _, accepted, _ in runs[0]) > 5
