@@ -8,6 +8,7 @@ Shapes: B sequences, S tokens of each, T tokens of all, K kinds of states, M mod
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Collection, Sequence
@@ -46,6 +47,7 @@ class Features:
         self._sequences = sequences
         self._wanted = sorted({*wanted, last})
         self._kinds = [kind for kind in self._wanted if kind]  # 0, the embedding, costs nothing
+        self._given = self._wanted  # by `batch`
         self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
         self._states_TKM: Tensor | None = None
         self._argmax_T = torch.zeros(self._starts[-1], dtype=torch.int32)
@@ -72,6 +74,12 @@ class Features:
             os.unlink(name)
         self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
 
+    def only(self, wanted: Collection[int]) -> Features:
+        """The same features, of which batches hold these states and the last layer's: for one of several drafters."""
+        view = copy.copy(self)
+        view._given = sorted({*wanted, self._decoder.config.num_layers})
+        return view
+
     def prepare(self, indices: Sequence[int]) -> None:
         """Computes those of some sequences now, where they can be kept."""
         if self._states_TKM is not None:
@@ -85,11 +93,12 @@ class Features:
         device, width = self._decoder.device, self._decoder.config.hidden_size
         ids_BS, argmax_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
         valid_BS, answers_BS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        states = {kind: torch.zeros(*shape, width) for kind in self._kinds}
+        places = {kind: self._kinds.index(kind) for kind in self._given if kind}
+        states = {kind: torch.zeros(*shape, width) for kind in places}
         for row, (index, sequence) in enumerate(zip(indices, chosen, strict=True)):
             size = len(sequence.ids)
             states_SKM, argmax_S = self._features(index)
-            for place, kind in enumerate(self._kinds):
+            for kind, place in places.items():
                 states[kind][row, :size] = states_SKM[:, place]
             ids_BS[row, :size] = torch.tensor(sequence.ids)
             argmax_BS[row, :size] = argmax_S
@@ -97,7 +106,7 @@ class Features:
             answers_BS[row, : size - 1] = torch.tensor(sequence.answer[1:])
         ids_BS = ids_BS.to(device)
         found = {kind: state.to(device) for kind, state in states.items()}
-        if 0 in self._wanted:
+        if 0 in self._given:
             found[0] = self._decoder.embed(ids_BS.flatten()).float().view(*shape, width)
         return Batch(ids_BS, valid_BS.to(device), answers_BS.to(device), found, argmax_BS.to(device))
 

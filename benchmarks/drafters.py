@@ -1,0 +1,157 @@
+"""Trains the drafters that ship with spdbench: all methods on the same conversations, for as many rounds.
+
+Why: a comparison of methods is fair only if their drafters saw the same data; and what the target makes of the data,
+which takes longer than any drafter's own training, is computed once for all of them here.
+Regimes: the embedded model, conversations of its own (`spdbench distill`), one decoder layer a drafter, a draft
+vocabulary of 8,192, the target's own head rows.
+Output: a folder a drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
+
+    python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 1] [--only eagle3 spd-3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from spdbench.cli.train_progress import TrainingProgress
+from spdbench.models.cache import cache_folder
+from spdbench.models.target import Target, load_target
+from spdbench.prompts.chat import ChatFormat
+from spdbench.training import checkpoint
+from spdbench.training.conversations import read_conversations
+from spdbench.training.features import Features, make_teacher
+from spdbench.training.loop import Training
+from spdbench.training.order import split_held_out
+from spdbench.training.recipe import Provenance, Recipe
+from spdbench.training.registry import checked_options, find_recipe
+from spdbench.training.schedule import Data, Limits, Plan
+from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
+
+MODEL, DTYPE = "smollm2", "bfloat16"
+DRAFT_VOCABULARY = 8192
+LENGTH = 1024
+HELD_OUT_SHARE, HELD_OUT_TOKENS = 0.05, 20_000
+
+
+class Shipped(NamedTuple):
+    """A drafter to train: its folder, its method, the stages that it drafts for, and the recipe's options."""
+
+    name: str
+    method: str
+    stages: int | None
+    options: Mapping[str, str]
+
+
+SHIPPED = (
+    Shipped("eagle3", "eagle3", None, {}),
+    Shipped("medusa", "medusa", None, {}),
+    Shipped("spd-3", "spd", 3, {}),
+    Shipped("ppsd-3", "ppsd", 3, {}),
+    Shipped("spd-2", "spd", 2, {}),
+)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True)
+    arguments.add_argument("--out", type=Path, default=Path("spdbench/drafters"))
+    arguments.add_argument("--epochs", type=float, default=1.0)
+    arguments.add_argument("--lr", type=float, default=1e-3)
+    arguments.add_argument("--batch-tokens", type=int, default=2048)
+    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--only", nargs="+", choices=[each.name for each in SHIPPED], default=None)
+    chosen = arguments.parse_args()
+    torch.set_num_threads(chosen.threads)
+    wanted = [each for each in SHIPPED if chosen.only is None or each.name in chosen.only]
+    target = load_target(MODEL, DTYPE, "cpu")
+    conversations = read_conversations(chosen.data)
+    sequences = sequences_of(conversations.messages, target)
+    recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in wanted}
+    features = Features(target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.wanted})
+    features.keep_on_disk(cache_folder())
+    prepare(features, sequences)
+    for each in wanted:
+        train(each, recipes[each.name], features, sequences, target, conversations.sha256, chosen)
+
+
+def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) -> list[TokenSequence]:
+    chat = ChatFormat(target.tokenizer)
+    end_id = ending_token(chat, target.config.eos_ids)
+    return [each for conversation in messages for each in tokenised(conversation, chat, end_id, LENGTH)]
+
+
+def recipe_of(each: Shipped, target: Target, sequences: list[TokenSequence], seed: int) -> Recipe:
+    decoder = target.own_decoder
+    config = decoder.config
+    torch.manual_seed(seed)
+    kind = find_recipe(each.method)
+    draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, config.eos_ids)
+    return kind(checked_options(kind.Options, each.options), make_teacher(decoder), draft_ids_U, each.stages)
+
+
+def prepare(features: Features, sequences: list[TokenSequence]) -> None:
+    """The frozen target over all conversations."""
+    total, done, began = sum(len(sequence.ids) for sequence in sequences), 0, time.monotonic()
+    for index, sequence in enumerate(sequences):
+        features.prepare([index])
+        done += len(sequence.ids)
+        if index % 200 == 199:
+            say(f"the target has read {done:,} of {total:,} tokens in {time.monotonic() - began:.0f} s")
+
+
+def train(
+    each: Shipped,
+    recipe: Recipe,
+    features: Features,
+    sequences: list[TokenSequence],
+    target: Target,
+    data_sha256: str,
+    chosen: argparse.Namespace,
+) -> None:
+    began, folder = time.monotonic(), chosen.out / each.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    data = Data(lengths, *split_held_out(lengths, HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS))
+    plan = Plan(Limits(chosen.epochs, None), chosen.lr, chosen.seed, chosen.batch_tokens)
+    identity = {
+        "schema": "spdbench.train/1",
+        **each._asdict(),
+        "model": target.files.id,
+        "model_sha256": target.files.sha256,
+        "dtype": target.dtype_name,
+        "data_sha256": data_sha256,
+        **{key: getattr(chosen, key) for key in ("epochs", "lr", "batch_tokens", "seed")},
+    }
+    torch.manual_seed(chosen.seed)
+    training = Training(recipe, features.only(recipe.wanted), data, plan, folder, identity, TrainingProgress())
+    state = training.run(resume=(folder / checkpoint.NAME).exists())
+    about = Provenance(
+        target.files.id,
+        target.files.sha256,
+        data_sha256,
+        state.best_tokens,
+        chosen.seed,
+        state.best_rates,
+    )
+    recipe.write(folder, about, "spdbench")
+    checkpoint.remove(folder)
+    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+    rates = json.dumps([round(rate, 3) for rate in state.best_rates])
+    say(f"{each.name}: {rates}, {state.trained_tokens:,} tokens in {time.monotonic() - began:.0f} s, {size:.1f} MB")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
