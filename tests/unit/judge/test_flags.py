@@ -73,7 +73,7 @@ def test_a_baseline_on_layers_of_transformers_is_slow_unless_measured_otherwise(
     assert names(EIGHT, backend) == set()
     overall = summarise(EIGHT, backend, None).overall
     assert [flag.name for flag in flags_for(overall, backend, None, None)] == ["slow_baseline"]
-    assert flags_for(overall, make_backend(kernels="oneDNN"), None, None) == []
+    assert flags_for(overall, make_backend(kernels="numba"), None, None) == []
     assert flags_for(overall, make_backend("pipeline", kernels="transformers"), None, None) == []
 
 
