@@ -18,7 +18,7 @@ from typing import Any
 import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
-from numba import carray, types
+from numba import carray, config, types
 from numba.extending import intrinsic
 
 from spdbench.models.compiled import F, compiled, narrow, widen
@@ -27,10 +27,12 @@ WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
 AHEAD = 4096
 """How many bytes ahead of their use a weight's numbers are asked for."""
-FEATURES = llvm.get_host_cpu_features()
-PAIRS_AT_ONCE = bool(FEATURES.get("avx512bf16"))
+FEATURES = frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+if config.CPU_FEATURES is not None:  # numba compiles for another processor than this one
+    FEATURES = frozenset(word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+"))
+PAIRS_AT_ONCE = "avx512bf16" in FEATURES
 """The processor multiplies pairs of bfloat16 by itself."""
-MOST_ROWS = 16 if FEATURES.get("avx512f") else 4
+MOST_ROWS = 16 if "avx512f" in FEATURES else 4
 """Rows whose sums fit the registers."""
 
 WEIGHT, ROWS, OUT, OTHER, BIAS, NUM_ROWS, NUM_OUTPUTS, STEPS, ROW_BYTES, IS_PAIRS = range(10)

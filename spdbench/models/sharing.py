@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
 from spdbench.models.compiled import F, attend_heads, compiled
-from spdbench.models.products import declared, multiply_blocks, num_blocks, numbers_at
+from spdbench.models.products import FEATURES, declared, multiply_blocks, num_blocks, numbers_at
 
 SHARES = 4
 """Into how many parts work is cut, for each thread."""
@@ -32,7 +31,7 @@ QUERIES, KEYS, VALUES, DEPTHS, VISIBLE, MIXED, SLOT, NUM_ROWS, NUM_HEADS, NUM_KV
     14
 )
 """Attention: addresses, then sizes. WIDTH is the tree's, 0 for a chain."""
-X86 = "sse2" in llvm.get_host_cpu_features()
+X86 = "sse2" in FEATURES
 
 _I64 = ir.IntType(64)
 

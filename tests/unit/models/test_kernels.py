@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,6 +15,7 @@ from torch.nn import functional
 from spdbench.models import kernels
 from spdbench.models.kernels import PackedLinear, PlainLinear, linear
 
+ROOT = Path(__file__).parents[3]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 5, 8, 11, 16, 33]
 
@@ -93,3 +100,19 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     for rows in (tensor(1, 8), tensor(1, 16, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="do not fit a weight"):
             product(rows)
+
+
+def test_processors_without_wide_registers_are_served_too(tmp_path: Path) -> None:
+    """The rest of this module's tests, compiled for a processor of 2013 (Haswell)."""
+    if platform.machine() != "x86_64":
+        pytest.skip("needs an x86 processor")
+    features = "+sse2,+sse4.1,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt,+64bit,+cx8,+cmov,+fxsr,+mmx,+sse,+sse3,+ssse3"
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not processors"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
