@@ -4,7 +4,8 @@ Why: a comparison of methods is fair only if their drafters saw the same data; a
 which takes longer than any drafter's own training, is computed once for all of them here.
 Regimes: the embedded model, conversations of its own (`spdbench distill`), one decoder layer a drafter, a draft
 vocabulary of 8,192, the target's own head rows.
-Output: a folder a drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
+Output: a folder a drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints. Several
+processes of one thread each (`--processes`) share the work: two threads on one product wait for each other.
 
     python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 1] [--only eagle3 spd-3]
 """
@@ -13,9 +14,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,10 +55,10 @@ class Shipped(NamedTuple):
 
 SHIPPED = (
     Shipped("eagle3", "eagle3", None, {}),
-    Shipped("medusa", "medusa", None, {}),
     Shipped("spd-3", "spd", 3, {}),
-    Shipped("ppsd-3", "ppsd", 3, {}),
+    Shipped("medusa", "medusa", None, {}),
     Shipped("spd-2", "spd", 2, {}),
+    Shipped("ppsd-3", "ppsd", 3, {}),
 )
 
 
@@ -67,10 +70,10 @@ def main() -> None:
     arguments.add_argument("--lr", type=float, default=1e-3)
     arguments.add_argument("--batch-tokens", type=int, default=2048)
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--processes", type=int, default=torch.get_num_threads())
     arguments.add_argument("--only", nargs="+", choices=[each.name for each in SHIPPED], default=None)
     chosen = arguments.parse_args()
-    torch.set_num_threads(chosen.threads)
+    torch.set_num_threads(1)
     wanted = [each for each in SHIPPED if chosen.only is None or each.name in chosen.only]
     target = load_target(MODEL, DTYPE, "cpu")
     conversations = read_conversations(chosen.data)
@@ -78,9 +81,42 @@ def main() -> None:
     recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in wanted}
     features = Features(target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.wanted})
     features.keep_on_disk(cache_folder())
-    prepare(features, sequences)
-    for each in wanted:
-        train(each, recipes[each.name], features, sequences, target, conversations.sha256, chosen)
+    features.share()
+    tokens = [len(sequence.ids) for sequence in sequences]
+    together(chosen.processes, lambda process: prepare(features, tokens, process, chosen.processes))
+    features.know_all()
+    turn = multiprocessing.get_context("fork").Value("i", 0)
+
+    def train_in_turn(_process: int) -> None:
+        while True:
+            with turn.get_lock():
+                index = turn.value
+                turn.value += 1
+            if index >= len(wanted):
+                return
+            each = wanted[index]
+            train(each, recipes[each.name], features, sequences, target, conversations.sha256, chosen)
+
+    together(chosen.processes, train_in_turn)
+
+
+def together(count: int, work: Callable[[int], None]) -> None:
+    """`work` of 0 to `count` - 1, each in a process that begins as a copy of this one."""
+    children = []
+    for process in range(1, count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work(process)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        children.append(child)
+    work(0)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit("a process failed")
 
 
 def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) -> list[TokenSequence]:
@@ -98,14 +134,17 @@ def recipe_of(each: Shipped, target: Target, sequences: list[TokenSequence], see
     return kind(checked_options(kind.Options, each.options), make_teacher(decoder), draft_ids_U, each.stages)
 
 
-def prepare(features: Features, sequences: list[TokenSequence]) -> None:
-    """The frozen target over all conversations."""
-    total, done, began = sum(len(sequence.ids) for sequence in sequences), 0, time.monotonic()
-    for index, sequence in enumerate(sequences):
+def prepare(features: Features, tokens: Sequence[int], process: int, num_processes: int) -> None:
+    """The frozen target over this process's share of the conversations."""
+    mine = range(process, len(tokens), num_processes)
+    done, began = 0, time.monotonic()
+    for count, index in enumerate(mine, 1):
         features.prepare([index])
-        done += len(sequence.ids)
-        if index % 200 == 199:
-            say(f"the target has read {done:,} of {total:,} tokens in {time.monotonic() - began:.0f} s")
+        done += tokens[index]
+        if count % 50 == 0 or count == len(mine):
+            total = sum(tokens[i] for i in mine)
+            took = time.monotonic() - began
+            say(f"process {process}: the target has read {done:,} of {total:,} tokens in {took:.0f} s")
 
 
 def train(

@@ -74,6 +74,15 @@ class Features:
             os.unlink(name)
         self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
 
+    def share(self) -> None:
+        """From now on processes that are forked see each other's features; who computed which they tell by
+        `know_all`."""
+        self._argmax_T.share_memory_()  # type: ignore[no-untyped-call]
+
+    def know_all(self) -> None:
+        """All sequences have been computed, by whichever process."""
+        self._known.update(range(len(self._sequences)))
+
     def only(self, wanted: Collection[int]) -> Features:
         """The same features, of which batches hold these states and the last layer's: for one of several drafters."""
         view = copy.copy(self)
