@@ -44,7 +44,7 @@ def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
                 return path.parent
     cut = f" with {stages} stages" if stages else ""
     raise InputError(
-        f"--drafter auto: no trained {method} drafter{cut} for {model.id} is installed (none ships yet; looked in "
-        "$SPDBENCH_DRAFTERS, the user's data folder and spdbench itself). Give one with --drafter PATH, or an "
-        "artificial one: --drafter oracle:0.8, or --drafter random."
+        f"--drafter auto: no trained {method} drafter{cut} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "
+        f"the user's data folder and spdbench itself). Train one (`spdbench train {method} --help`), give one with "
+        "--drafter PATH, or an artificial one: --drafter oracle:0.8, or --drafter random."
     )
