@@ -162,7 +162,8 @@ class DynamicGrowth:
         return self.total_tokens
 
     def grow(self, proposer: Proposer, root: Tensor, max_levels: int) -> DraftTree:
-        levels, k = min(self.num_levels, max_levels), self.top_k
+        # A node is kept only if it is among the best of its level, so a beam wider than the tree finds nothing more.
+        levels, k = min(self.num_levels, max_levels), min(self.top_k, self.total_tokens - 1)
         first = proposer.first(k)
         scores, ids = [first.scores_SK[0].double()], [first.ids_SK[0]]
         parents = [torch.full((k,), -1, device=root.device)]

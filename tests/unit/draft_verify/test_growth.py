@@ -129,9 +129,13 @@ def test_certain_children_never_come_without_their_parents() -> None:
         assert len(set(branches(draft))) == min(total - 1, top_k + (levels - 1) * top_k**2)
 
 
-@pytest.mark.parametrize("growth", [ChainGrowth(4), StaticGrowth(PATHS, CPU), DynamicGrowth(4, 3, 9)])
+@pytest.mark.parametrize(
+    "growth", [ChainGrowth(4), StaticGrowth(PATHS, CPU), DynamicGrowth(4, 3, 9), DynamicGrowth(4, 9, 3)]
+)
 def test_bounds_hold(growth: Growth) -> None:
     for levels in range(1, 6):
-        draft = growth.grow(Table(), ROOT, levels)
+        table = Table()
+        draft = growth.grow(table, ROOT, levels)
+        assert len(table.branches) <= growth.num_levels * growth.max_nodes  # what a drafter makes room for
         assert len(draft.ids_N) <= growth.max_nodes
         assert int(draft.tree.rows.depths_S.max()) <= min(levels, growth.num_levels)
