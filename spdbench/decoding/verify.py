@@ -152,6 +152,8 @@ class _Sampled:
                 return int(child)
             residual_V[self._ids[child]] = 0.0
             mass -= likelihood
+        if not float(residual_V.sum()) > 0.0:  # the children had all the mass: a refusal is rounding, as in `judge`
+            residual_V = self._sampler.probabilities(self._logits_NV[node])
         self._correction = self._sampler.draw(residual_V)
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -124,3 +125,18 @@ def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
         found = judge_tree(LOGITS[ids], DraftTree(chain(2), torch.tensor(ids), claimed), sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
     assert p_value(counts, joint(Sampling(1.0))) < 1e-9
+
+
+def test_children_that_have_all_the_mass_leave_no_other_token() -> None:
+    """The greatest uniform number can refuse them by rounding alone; there is nothing else to draw then."""
+
+    class Greatest(Sampler):
+        def uniform(self) -> float:
+            return math.nextafter(1.0, 0.0)
+
+    sampling = Sampling(1.0, top_k=2)
+    for row in torch.randn(40, 5, generator=torch.Generator().manual_seed(0)):
+        children = row.topk(2).indices
+        draft = DraftTree(from_paths([(0,), (1,)]), torch.cat((torch.tensor([4]), children)))
+        found = judge_tree(row.expand(3, -1), draft, Greatest(sampling, 0))
+        assert set(found.token_ids) <= set(children.tolist())
