@@ -171,9 +171,11 @@ class _Builder:
             )
         if not self._file.is_eagle3:
             raise self._file.error("has a draft vocabulary (tensor d2t), which EAGLE-1 does not know")
-        for name, tensor, wanted in (("t2d", member, [self._base.vocab_size]), ("d2t", offsets, [len(offsets)])):
+        for name, tensor, wanted in (("t2d", member, [self._base.vocab_size]), ("d2t", offsets, [offsets.numel()])):
             if list(tensor.shape) != wanted:
                 raise self._file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {wanted}")
+        if not len(offsets):
+            raise self._file.error("tensor d2t names no draft token")
         found = offsets.long() + torch.arange(len(offsets))
         known = member.bool().nonzero()[:, 0]
         if not torch.equal(found, known):

@@ -252,6 +252,8 @@ Q, K = "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight"
         (put("midlayer.mlp.gate_proj.weight", torch.ones(9, 32)), "intermediate_size is 48, but tensor layers.0.mlp.g"),
         (put("d2t", torch.ones(len(IDS))), r"tensor d2t is torch\.float32; expected whole numbers"),
         (put("d2t", torch.zeros(len(IDS), dtype=torch.int64)), "d2t does not match t2d"),
+        (put("d2t", torch.tensor(3)), r"tensor d2t has shape \[\], expected \[1\]"),
+        (put("d2t", torch.zeros(0, dtype=torch.int64)), "tensor d2t names no draft token"),
         (put("t2d", torch.ones(VOCAB, dtype=torch.bool)), "names 87 draft tokens, the other 262"),
         (put("t2d", torch.ones(99, dtype=torch.bool)), r"t2d has shape \[99\], expected \[262\]"),
         (drop("t2d"), "tensor t2d is missing"),
