@@ -114,9 +114,10 @@ class _SyntheticProposer:
     def _candidates(self, num_rows: int, count: int) -> Candidates:
         self._index += 1
         ids = torch.tensor(fill_siblings(self._drafts, self._index, count), device=self._device)
-        scores = RANK_LOG_PROBABILITY * torch.arange(1, count + 1, device=self._device)
+        scores = RANK_LOG_PROBABILITY * torch.arange(count, device=self._device)
         return Candidates(scores.expand(num_rows, count), ids.expand(num_rows, count))
 
 
 RANK_LOG_PROBABILITY = -0.7
-"""Each rank half as probable as the one before, or so; a spine beats every branch."""
+"""Each rank half as likely as the one before, or so, and the first certain: no branch, however short, beats the spine,
+which is thus as deep as was asked for."""

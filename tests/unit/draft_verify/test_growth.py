@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
 from spdbench.decoding.tree import DraftTree, Path
 from spdbench.models.place import TreeRows
+from spdbench.types import Sampling
+from spdbench_backends.eagle.drafter import SyntheticEagleDrafter
 from spdbench_backends.eagle.growth import Candidates, ChainGrowth, DynamicGrowth, Growth, StaticGrowth
 
 VOCABULARY = 50
@@ -139,3 +143,12 @@ def test_bounds_hold(growth: Growth) -> None:
         assert len(table.branches) <= growth.num_levels * growth.max_nodes  # what a drafter makes room for
         assert len(draft.ids_N) <= growth.max_nodes
         assert int(draft.tree.rows.depths_S.max()) <= min(levels, growth.num_levels)
+
+
+@pytest.mark.parametrize(("levels", "top_k", "total"), [(5, 8, 24), (8, 8, 24), (10, 4, 11), (32, 64, 33)])
+def test_a_synthetic_spine_is_as_deep_as_the_tree_was_asked_to_be(levels: int, top_k: int, total: int) -> None:
+    reference = tuple(range(100, 140))
+    drafts = SyntheticDrafts(DrafterChoice("oracle", "oracle:1", 1.0), 0, b"", reference, 500, frozenset())
+    drafter = SyntheticEagleDrafter(drafts, DynamicGrowth(levels, top_k, total), CPU)
+    draft = drafter.propose(levels, Sampler(Sampling(), 0))
+    assert reference[1 : levels + 1] in branches(draft)
