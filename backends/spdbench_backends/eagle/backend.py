@@ -74,7 +74,8 @@ class Eagle(DraftVerify):
 
     def _check_options(self) -> None:
         options, label = self._options, self._context.label
-        if options.depth is not None and options.tree == "dynamic" and options.total_tokens < options.depth + 1:
+        counts = options.tree == "dynamic" or "total_tokens" in options.model_fields_set
+        if counts and options.depth is not None and options.total_tokens < options.depth + 1:
             raise InputError(
                 f"-o {label}.total_tokens={options.total_tokens}: too few for {label}.depth={options.depth} levels "
                 f"behind the newest token; give at least {options.depth + 1}"
@@ -124,7 +125,8 @@ class Eagle(DraftVerify):
             paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or 5))
             return StaticGrowth(paths, self._decoder.device)
         if options.tree == "dynamic":
-            return DynamicGrowth(options.depth or 5, options.top_k, options.total_tokens)
+            depth = options.depth or min(5, options.total_tokens - 1)
+            return DynamicGrowth(depth, options.top_k, options.total_tokens)
         return self._choose_by_cost(choice, file)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:

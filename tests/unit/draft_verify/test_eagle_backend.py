@@ -1,0 +1,41 @@
+"""The `eagle` backend's options: those that contradict each other, and what the others make of a missing one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spdbench.backend import BackendContext, parse_options
+from spdbench.errors import InputError
+from spdbench.models.target import Target
+from spdbench_backends.eagle.backend import Eagle
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def target(tiny_model: Path) -> Target:
+    return tiny.load(tiny_model)
+
+
+def load(target: Target, options: dict[str, str]) -> Eagle:
+    eagle = Eagle(parse_options("e", Eagle.Options, options), BackendContext("e", target, "oracle:1", ("cpu",), 1, 0))
+    eagle.load()
+    return eagle
+
+
+@pytest.mark.parametrize("tree", [{"tree": "dynamic"}, {"tree": "auto"}, {}])
+def test_a_tree_of_fewer_tokens_than_levels_is_refused(target: Target, tree: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"-o e\.total_tokens=5: too few for e\.depth=5 levels .*at least 6"):
+        load(target, {**tree, "depth": "5", "total_tokens": "5"})
+
+
+def test_a_depth_that_was_not_given_is_no_more_than_there_are_tokens_for(target: Target) -> None:
+    backend = load(target, {"tree": "dynamic", "total_tokens": "3"})
+    request = tiny.greedy(tiny.PROMPT, 9)
+    backend.prepare(request)
+    assert [step.drafted for step in backend.generate(request)][1:3] == [2, 2]
+
+
+def test_a_chain_may_be_longer_than_a_trees_default(target: Target) -> None:
+    load(target, {"tree": "chain", "depth": "32"})
