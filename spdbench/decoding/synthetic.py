@@ -7,6 +7,7 @@ and positions; must not know how a backend arranges its drafts.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError, did_you_mean
+from spdbench.models.cache import typed_path
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
 
@@ -30,7 +32,7 @@ class DrafterChoice:
 
     @property
     def path(self) -> Path:
-        return Path(self.text).expanduser()
+        return typed_path(self.text)
 
 
 def parse_drafter(text: str) -> DrafterChoice:
@@ -51,7 +53,7 @@ def parse_drafter(text: str) -> DrafterChoice:
             example = "" if colon else f" (for example {kind}:0.8)"
             raise InputError(f"--drafter {text}: {kind} needs an acceptance from 0 to 1{example}")
         return DrafterChoice("oracle" if kind == "oracle" else "forced", text, probability)
-    if Path(text).expanduser().exists():
+    if os.path.exists(typed_path(text)):  # Path.exists raises for names too long to be one
         return DrafterChoice("path", text)
     hint = did_you_mean(kind, ("auto", "oracle:P", "forced:P", "random"))
     raise InputError(f"--drafter {text}: no such file or folder{hint}")

@@ -1,4 +1,4 @@
-"""Where spdbench keeps what it fetched or converted. Knows folders, nothing of what is in them."""
+"""Where spdbench keeps what it fetched or converted, and what users call a path. Knows nothing of what is there."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ def data_folder() -> Path:
     """The user's own data: `$XDG_DATA_HOME/spdbench`, else `~/.local/share/spdbench`. May not exist yet."""
     base = os.environ.get("XDG_DATA_HOME")
     return (Path(base) if base else Path.home() / ".local" / "share") / "spdbench"
+
+
+def typed_path(text: str) -> Path:
+    """The path that a user typed; a `~name` that nobody here is called stays as it is, and names nothing."""
+    return Path(os.path.expanduser(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from spdbench.errors import InputError
 from spdbench.models import embedded, hf
-from spdbench.models.cache import cache_folder
+from spdbench.models.cache import cache_folder, typed_path
 from spdbench.models.checkpoint import Checkpoint, sha256_of_files
 
 
@@ -32,12 +33,12 @@ def find_model(name: str) -> ModelFiles:
     """
     if name == embedded.NAME:
         return _from_gguf(name, embedded.embedded_gguf())
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = typed_path(name)
+    if os.path.isfile(path):  # Path.is_file raises for names too long to be one
         if path.suffix != ".gguf":
             raise InputError(f"-m {name}: is a file but not a .gguf; give a model folder, a GGUF file, or a hub id")
         return _from_gguf(path.stem, path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _from_folder(path.resolve().name, path)
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError(

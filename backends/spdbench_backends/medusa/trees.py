@@ -6,6 +6,7 @@ A tree is a list of paths, a path the rank taken at each level. Must not know ho
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
@@ -14,6 +15,7 @@ import yaml
 from spdbench.decoding.named_trees import CHILDREN, named_tree
 from spdbench.decoding.tree import Path, sorted_paths
 from spdbench.errors import InputError, did_you_mean
+from spdbench.models.cache import typed_path
 
 LARGEST_TREE = 1024
 
@@ -26,8 +28,8 @@ def find_tree(text: str) -> tuple[Path, ...]:
     """
     if text in CHILDREN:
         return named_tree(text)
-    file = FilePath(text).expanduser()
-    if not file.exists():
+    file = typed_path(text)
+    if not os.path.exists(file):  # Path.exists raises for names too long to be one
         raise InputError(f"no tree of that name, and no such file{did_you_mean(text, ('auto', 'chain', *CHILDREN))}")
     return read_tree_file(file)
 

@@ -44,6 +44,8 @@ def test_words_are_understood(tmp_path: Path) -> None:
         ("oracle:nan", "from 0 to 1"),
         ("orcale:0.8", "no such file or folder; did you mean 'oracle:P'"),
         ("/nowhere/head.pt", "no such file or folder"),
+        ("~nobody-is-called-so/head.pt", "no such file or folder"),
+        ("a" * 5000, "no such file or folder"),
     ],
 )
 def test_wrong_words_say_what_is_allowed(text: str, why: str) -> None:

@@ -23,6 +23,12 @@ def test_a_name_that_is_nothing_says_what_is_known() -> None:
         find_tree("mc_sim_7b_36")
 
 
+@pytest.mark.parametrize("name", ["~nobody-is-called-so/tree.json", "a" * 5000])
+def test_a_name_that_could_be_no_file_is_no_file(name: str) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        find_tree(name)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -187,7 +187,9 @@ def test_remote_code_is_never_run(copy: Path) -> None:
         tiny.load(copy)
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nonsense", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/nowhere/at/all", "~nobody-is-called-so/m", "nonsense", "a/b/c", "n" * 5000]
+)
 def test_a_name_that_is_nothing_says_what_is_allowed(name: str) -> None:
     with pytest.raises(InputError, match="no such folder or file, and not a hub id"):
         find_model(name)
