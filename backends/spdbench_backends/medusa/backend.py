@@ -90,7 +90,9 @@ class Medusa(DraftVerify):
         return read_medusa(files.directory if own else find_drafter(files, "medusa", None), files.directory)
 
     def _num_heads(self) -> int:
-        there = SYNTHETIC_HEADS if self._weights is None else self._weights.num_heads
+        if self._weights is None:
+            return self._options.heads or SYNTHETIC_HEADS
+        there = self._weights.num_heads
         wanted = self._options.heads or there
         if wanted > there:
             raise InputError(f"-o {self._context.label}.heads={wanted}: the drafter has {there} heads")

@@ -125,3 +125,13 @@ def test_a_drafter_of_few_tokens_keeps_the_output(target: Target, tmp_path: Path
     file = MedusaFile(file.path, file.layout, config, file.blocks, file.heads, "")
     backend = started(target, write_medusa(file, tmp_path / "heads", "spdbench"), tree=tree)
     assert emitted(backend) == list(decode(target.decoder, REQUEST))
+
+
+def test_synthetic_heads_are_as_many_as_asked_for(target: Target, tmp_path: Path) -> None:
+    deep = tmp_path / "deep.json"
+    deep.write_text(json.dumps([[0] * level for level in range(1, 9)]))
+    backend = started(target, "oracle:1", heads="8", tree=str(deep))
+    backend.prepare(REQUEST)
+    assert next(step for step in backend.generate(REQUEST) if step.drafted).accepted == 8
+    with pytest.raises(InputError, match="8 levels, .* only 5 heads"):
+        started(target, "oracle:1", tree=str(deep))
