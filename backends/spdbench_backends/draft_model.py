@@ -100,7 +100,9 @@ class ModelDrafter:
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
         from spdbench.decoding.tree import DraftTree, chain
 
-        levels = min(self._num_tokens, max_levels)
+        # Past the positions that it was made for it drafts nothing: learned ones do not exist there.
+        room = self._decoder.config.max_positions - len(self._ids) + 1
+        levels = max(0, min(self._num_tokens, max_levels, room))
         ids, drawn = self._ids[-1:], []
         feed = self._ids[self._cache.length :]
         for _ in range(levels):
