@@ -255,7 +255,7 @@ def random_eagle(target: Decoder, seed: int, version: Literal[1, 3] = 3) -> Eagl
         intermediate_size=ffn,
         vocab_size=base.vocab_size,
         rms_norm_eps=base.norm_eps,
-        aux_ids=tuple(max(index, 0) for index in default_aux(base.num_layers)) if version == 3 else None,
+        aux_ids=tuple(min(max(index, 0), base.num_layers) for index in default_aux(base.num_layers)) if version == 3 else None,
         trained_tokens=0,
     )
     return EagleFile(Path("random"), "spdbench", config, tensors, "")

@@ -18,8 +18,8 @@ def target(tiny_model: Path) -> Target:
     return tiny.load(tiny_model)
 
 
-def load(target: Target, options: dict[str, str]) -> Eagle:
-    eagle = Eagle(parse_options("e", Eagle.Options, options), BackendContext("e", target, "oracle:1", ("cpu",), 1, 0))
+def load(target: Target, options: dict[str, str], drafter: str = "oracle:1") -> Eagle:
+    eagle = Eagle(parse_options("e", Eagle.Options, options), BackendContext("e", target, drafter, ("cpu",), 1, 0))
     eagle.load()
     return eagle
 
@@ -39,3 +39,7 @@ def test_a_depth_that_was_not_given_is_no_more_than_there_are_tokens_for(target:
 
 def test_a_chain_may_be_longer_than_a_trees_default(target: Target) -> None:
     load(target, {"tree": "chain", "depth": "32"})
+
+
+def test_a_random_head_fits_a_target_of_one_layer(tmp_path: Path) -> None:
+    load(tiny.load(tiny.make_model(tmp_path / "one", num_hidden_layers=1)), {"tree": "chain"}, "random")
