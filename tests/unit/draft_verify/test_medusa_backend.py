@@ -133,5 +133,5 @@ def test_synthetic_heads_are_as_many_as_asked_for(target: Target, tmp_path: Path
     backend = started(target, "oracle:1", heads="8", tree=str(deep))
     backend.prepare(REQUEST)
     assert next(step for step in backend.generate(REQUEST) if step.drafted).accepted == 8
-    with pytest.raises(InputError, match="8 levels, .* only 5 heads"):
+    with pytest.raises(InputError, match=r"8 levels, .* only 5 heads"):
         started(target, "oracle:1", tree=str(deep))
