@@ -232,6 +232,7 @@ def random_eagle(target: Decoder, seed: int, version: Literal[1, 3] = 3) -> Eagl
     queries, kv = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
     generator = torch.Generator().manual_seed(seed)
     inputs = 2 * width if version == 3 else width
+    aux = tuple(min(max(index, 0), base.num_layers) for index in default_aux(base.num_layers))
     shapes = {
         "fc.weight": (width, 3 * width if version == 3 else 2 * width),
         "layers.0.self_attn.q_proj.weight": (queries, inputs),
@@ -255,7 +256,7 @@ def random_eagle(target: Decoder, seed: int, version: Literal[1, 3] = 3) -> Eagl
         intermediate_size=ffn,
         vocab_size=base.vocab_size,
         rms_norm_eps=base.norm_eps,
-        aux_ids=tuple(min(max(index, 0), base.num_layers) for index in default_aux(base.num_layers)) if version == 3 else None,
+        aux_ids=aux if version == 3 else None,
         trained_tokens=0,
     )
     return EagleFile(Path("random"), "spdbench", config, tensors, "")
