@@ -189,6 +189,7 @@ class _Stage:
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:
         spec, decoder = self._spec, self._decoder
+        self._read_news()  # answers of one token bring news and no nodes: their pipe must not fill up
         self._spans.clear()
         self._epoch, self._greedy = header.epoch, bool(header.flag)
         self._cache = decoder.new_cache(header.value, spec.layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.judge.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models.target import Target
+from spdbench.pipeline.process import ProcessPipeline
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
@@ -150,6 +152,19 @@ def test_a_stage_loads_its_own_layers_only(target: Target) -> None:
     first, last = (target.source.load(layers, "cpu") for layers in (range(2), range(2, 6)))
     assert [sorted(part.weights) for part in (first, last)] == [[0, 1], [2, 3, 4, 5]]  # type: ignore[attr-defined]
     assert (first.head, last.embeddings_VM) == (None, None)  # type: ignore[attr-defined]
+
+
+def test_answers_of_one_token_do_not_fill_the_pipe_of_news(target: Target) -> None:
+    backend = load(target, "spd", {"stages": "2", "timeout_s": "10"}, "oracle:1")
+    assert isinstance(backend._pipeline, ProcessPipeline)
+    news = backend._pipeline._workers._held[0].news
+    fcntl.fcntl(news, fcntl.F_SETPIPE_SZ, 4096)  # of 12 bytes a request
+    os.set_blocking(news.fileno(), False)  # so that a full pipe raises
+    try:
+        for _ in range(400):
+            assert len(ids(backend, tiny.greedy(tiny.PROMPT[:2], 1))) == 1
+    finally:
+        backend.close()
 
 
 def test_close_ends_the_processes(target: Target) -> None:
