@@ -13,6 +13,7 @@ import pytest
 
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
+from spdbench.errors import InputError
 from spdbench.judge.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models.target import Target
@@ -174,3 +175,14 @@ def test_close_ends_the_processes(target: Target) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_nccl_wants_a_gpu_for_every_stage(target: Target) -> None:
+    with pytest.raises(InputError, match=r"spd\.transport=nccl: each of the 2 stages needs a GPU .* Allowed: auto, pipe"):
+        load(target, "spd", {"stages": "2", "transport": "nccl"}, "oracle:1")
+
+
+@pytest.mark.parametrize("limit", ["inf", "1e9"])
+def test_a_limit_that_no_clock_can_wait_for(limit: str) -> None:
+    with pytest.raises(InputError, match=r"spd\.timeout_s=.* less than or equal to 1000000"):
+        parse_options("spd", find_backend("spd").Options, {"timeout_s": limit})

@@ -72,7 +72,7 @@ class PipelineOptions(BackendOptions):
         description="how hidden states travel between processes; auto: nccl where every stage has a GPU of its own, "
         "else pipe",
     )
-    timeout_s: float = Field(60.0, gt=0, description="a stage that takes longer for an answer is taken to hang")
+    timeout_s: float = Field(60.0, gt=0, le=1e6, description="a stage that takes longer for an answer is taken to hang")
 
 
 class Pipelined(Drafting["PipelineDrafter"]):
@@ -151,9 +151,12 @@ class Pipelined(Drafting["PipelineDrafter"]):
     def _transport(self) -> RowTransport:
         if self._options.transport != "auto":
             return self._options.transport
+        return "nccl" if self._have_own_gpus and len(self._stages) > 1 else "pipe"
+
+    @property
+    def _have_own_gpus(self) -> bool:
         devices = [self._device(stage) for stage in range(len(self._stages))]
-        own_gpus = len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
-        return "nccl" if own_gpus and len(devices) > 1 else "pipe"
+        return len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
 
     def _device(self, stage: int) -> str:
         """Devices are dealt to the stages in order."""
@@ -226,6 +229,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
         from spdbench.pipeline.stages import StageWorkers
         from spdbench.pipeline.worker import StageSpec
 
+        if self._transport == "nccl" and not self._have_own_gpus:
+            raise InputError(
+                f"-o {self._context.label}.transport=nccl: each of the {len(self._stages)} stages needs a GPU of its own, "
+                f"but --devices are {','.join(self._context.devices)}. Allowed: auto, pipe, gloo."
+            )
         count, threads, source = len(self._stages), self._threads(len(self._stages)), self._context.target.source
         cores = sorted(os.sched_getaffinity(0))
         pinned = count > 1 and count * threads <= len(cores)
