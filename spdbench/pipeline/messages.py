@@ -35,8 +35,9 @@ class Kind(IntEnum):
 class Header(NamedTuple):
     """`epoch` counts restarts of the sequence: nodes of older epochs are stale. `cycle` is the one that the receiving
     stage runs. `value` is a token id (NODE to stage 0, RESULT of a greedy head), the cache's capacity (PROMPT), or -1.
-    `flag` asks for a RESULT from stages that owe none (NODE), or says that the argmax of the logits is enough (PROMPT).
-    `at_ns` is when the sender was done, on the clock that all processes share."""
+    `flag` asks for a RESULT from stages that owe none (NODE), or says that the argmax of the logits is enough (PROMPT),
+    or that a neighbour seems to be at fault (FAILED). `at_ns` is when the sender was done, on the clock that all
+    processes share."""
 
     kind: int
     epoch: int = 0

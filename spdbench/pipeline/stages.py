@@ -9,26 +9,30 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import select
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from typing import Self
+from types import MappingProxyType
+from typing import NamedTuple, NoReturn, Self
 
 from torch.multiprocessing import get_context
 
 from spdbench.errors import BackendLostError
 from spdbench.pipeline.messages import Header, Kind, pack, unpack
-from spdbench.pipeline.worker import StagePipes, StageSpec, run_stage
+from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StagePipes, StageSpec, run_stage
 
-LOAD_TIMEOUT_S = 600.0
 LAST_WORDS_S = 2.0
 """How long a failing stage may take to say why, and its neighbours to notice."""
 
+
+WAITS = re.compile(r'transport\.py", line \d+ in (receive|rows|send|_write)\n')
+"""A stack in whose midst a stage waits for a neighbour."""
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,6 +53,13 @@ class _Held:
         layers = self.spec.layers
         where = f"layers {layers.start} to {layers.stop - 1}, process {self.process.pid}"
         return f"stage {self.spec.index} of {self.spec.num_stages} ({where})"
+
+
+class _Words(NamedTuple):
+    """A failing stage's traceback; `of_neighbour`: of what became of the rows that it exchanges with another."""
+
+    text: str
+    of_neighbour: bool
 
 
 class StageWorkers:
@@ -88,12 +99,7 @@ class StageWorkers:
     def spread(self, epoch: int) -> None:
         """Tells every stage that nodes of older epochs are stale."""
         self._require_life()
-        news = epoch.to_bytes(8, "little")
-        for held in self._held:
-            try:
-                held.news.send_bytes(news)
-            except OSError:
-                self._fail()
+        self._tell(self._held, epoch)
 
     def receive(self, stage: int, timeout_s: float | None = None) -> tuple[Header, bytes]:
         """The next report of a stage.
@@ -104,14 +110,17 @@ class StageWorkers:
         self._require_life()
         held = self._held[stage]
         limit = self._timeout_s if timeout_s is None else timeout_s
-        if not held.waiter.poll(limit * 1e3):
+        ready = held.waiter.poll(limit * 1e3)
+        if not ready:
             self._fail_hanging(limit)
+        if held.report.fileno() not in dict(ready):  # some stage has died
+            self._fail()
         try:
             header, payload = unpack(held.report.recv_bytes())
         except (EOFError, OSError):
             self._fail()
         if header.kind == Kind.FAILED:
-            self._fail_with(f"{held.name} failed:\n{payload.decode(errors='replace')}")
+            self._fail({stage: _Words(payload.decode(errors="replace"), bool(header.flag))})
         return header, payload
 
     def close(self) -> None:
@@ -139,56 +148,70 @@ class StageWorkers:
                 )
                 with _signals_wait():
                     process.start()
-                waiter = select.poll()
-                waiter.register(report[0], select.POLLIN)
-                self._held.append(_Held(spec, process, report[0], news[1], stacks[0], waiter))
+                self._held.append(_Held(spec, process, report[0], news[1], stacks[0], select.poll()))
         finally:
             for connection in given:  # else a worker's death would not close its pipes
                 connection.close()
+        for held in self._held:  # any death ends the wait for any stage
+            for ready in (held.report.fileno(), *(other.process.sentinel for other in self._held)):
+                held.waiter.register(ready, select.POLLIN)
 
     def _wait_until_ready(self, specs: Sequence[StageSpec]) -> None:
         grouped = specs[0].transport != "pipe" and len(specs) > 1
         if grouped:
             port = self.receive(0, LOAD_TIMEOUT_S)[0].value
-            for held in self._held[1:]:
-                held.news.send_bytes(port.to_bytes(8, "little"))
+            self._tell(self._held[1:], port)
         for stage in range(len(specs)):
             self.receive(stage, LOAD_TIMEOUT_S)
+
+    def _tell(self, stages: Sequence[_Held], number: int) -> None:
+        for held in stages:
+            try:
+                held.news.send_bytes(number.to_bytes(8, "little"))
+            except OSError:
+                self._fail()
 
     def _require_life(self) -> None:
         if self._lost is not None:
             raise BackendLostError(self._lost)
 
-    def _fail(self) -> None:
-        """A pipe broke: says whose fault it was, as far as can be known, and ends all others."""
-        _join([held.process for held in self._held], LAST_WORDS_S, at_least_one=True)
+    def _fail(self, heard: Mapping[int, _Words] = MappingProxyType({})) -> NoReturn:
+        """A pipe broke, or a stage failed: says whose fault it was, as far as can be known, and ends all others.
+        `heard` are last words that were read already."""
+        if all(words.of_neighbour for words in heard.values()):
+            _join([held.process for held in self._held], LAST_WORDS_S, at_least_one=True)
+        words = {**{held.spec.index: _last_words(held.report) for held in self._held}, **heard}
         for held in self._held:
-            if words := _last_words(held.report):
-                self._fail_with(f"{held.name} failed:\n{words}")
+            if (said := words[held.spec.index]) and not said.of_neighbour:
+                self._fail_with(f"{held.name} failed:\n{said.text}")
         for held in self._held:
             code = held.process.exitcode
             if code is not None and code < 0:
                 hint = " (the system kills with it when memory runs out)" if -code == signal.SIGKILL else ""
                 self._fail_with(f"{held.name} was killed by {signal.Signals(-code).name}{hint}")
         for held in self._held:
+            if said := words[held.spec.index]:
+                self._fail_with(f"{held.name} failed:\n{said.text}")
+        for held in self._held:
             if held.process.exitcode is not None:
                 self._fail_with(f"{held.name} ended with exit code {held.process.exitcode}")
         self._fail_with("a stage closed its pipes and lives on")
 
-    def _fail_hanging(self, limit_s: float) -> None:
-        """Nobody died, but an answer is overdue: the first stage that is not waiting for a message is at fault."""
+    def _fail_hanging(self, limit_s: float) -> NoReturn:
+        """Nobody died, but an answer is overdue: the first stage that waits neither for a message nor for its successor
+        to take one is at fault."""
         for held in self._held:
             with contextlib.suppress(OSError, TypeError):
                 os.kill(held.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
         time.sleep(0.3)
         for held in self._held:
             stack = _drain(held.stacks)
-            if "in receive" not in stack:
+            if not WAITS.search(stack):
                 at = stack or "  (it does not even answer signals: stopped, or stuck in the kernel)"
                 self._fail_with(f"{held.name} gave no answer within {limit_s:g} s (spd.timeout_s). It is at:\n{at}")
         self._fail_with(f"no stage gave an answer within {limit_s:g} s (spd.timeout_s), and all wait for messages")
 
-    def _fail_with(self, why: str) -> None:
+    def _fail_with(self, why: str) -> NoReturn:
         self._lost = why
         self._kill()
         raise BackendLostError(why)
@@ -231,20 +254,20 @@ def _join(processes: Sequence[SpawnProcess], limit_s: float, *, at_least_one: bo
         left = deadline - time.monotonic()
         if left <= 0:
             return
-        multiprocessing.connection.wait([process.sentinel for process in alive], left)
         if at_least_one and len(alive) < len(processes):
-            deadline = min(deadline, time.monotonic() + 0.5)
-            at_least_one = False
+            left, at_least_one = min(left, 0.5), False
+            deadline = time.monotonic() + left
+        multiprocessing.connection.wait([process.sentinel for process in alive], left)
 
 
-def _last_words(report: Connection) -> str:
-    """The traceback that a stage sent before it ended, if it did."""
+def _last_words(report: Connection) -> _Words | None:
+    """What a stage sent before it ended, if it did."""
     with contextlib.suppress(EOFError, OSError):
         while report.poll(0):
             header, payload = unpack(report.recv_bytes())
             if header.kind == Kind.FAILED:
-                return payload.decode(errors="replace")
-    return ""
+                return _Words(payload.decode(errors="replace"), bool(header.flag))
+    return None
 
 
 def _drain(stacks: Connection) -> str:

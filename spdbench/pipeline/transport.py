@@ -24,7 +24,7 @@ RowTransport = Literal["pipe", "gloo", "nccl"]
 
 
 class LinkClosedError(Exception):
-    """Who is at the other end has gone."""
+    """Who is at the other end has gone; its cause is what a process group said of that."""
 
 
 class Link(Protocol):
@@ -82,12 +82,18 @@ class DistributedLink(PipeLink):
     def send(self, header: Header, rows_SM: Tensor | None = None) -> None:
         self._write(header, b"")
         if rows_SM is not None:
-            dist.send(rows_SM.cpu() if self._host else rows_SM.contiguous(), self._peer)
+            try:
+                dist.send(rows_SM.cpu() if self._host else rows_SM.contiguous(), self._peer)
+            except RuntimeError as error:
+                raise LinkClosedError from error
 
     def rows(self, header: Header, payload: bytes) -> Tensor:  # noqa: ARG002 - they come by another way
         shape = (header.num_rows, self._width)
         buffer = self._row if header.num_rows == 1 else torch.empty(shape, dtype=self._dtype, device=self._row.device)
-        dist.recv(buffer, self._peer)
+        try:
+            dist.recv(buffer, self._peer)
+        except RuntimeError as error:
+            raise LinkClosedError from error
         return buffer.to(self._device)
 
 

@@ -8,6 +8,7 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -39,6 +40,7 @@ from spdbench.pipeline.transport import (
     join_group,
 )
 
+LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 32
 """More than compiled steps take at once, so that both ways of computing are used."""
 
@@ -97,7 +99,10 @@ def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
             os.sched_setaffinity(0, spec.cores)
         torch.set_num_threads(spec.threads)
         _Stage(spec, pipes).serve()
-    except LinkClosedError:  # another process has gone; the controller knows which
+    except LinkClosedError as error:  # another process has gone; the controller knows which
+        if error.__cause__ is not None:
+            with contextlib.suppress(OSError):
+                pipes.report.send_bytes(pack(Header(Kind.FAILED, flag=1), traceback.format_exc().encode()))
         sys.exit(0)
     except BaseException:
         pipes.report.send_bytes(pack(Header(Kind.FAILED), traceback.format_exc().encode()))
@@ -185,7 +190,8 @@ class _Stage:
         else:
             port = int.from_bytes(self._pipes.news.recv_bytes(), "little")
             store = find_store(port, spec.num_stages)
-        join_group(store, spec.transport, spec.index, spec.num_stages, spec.timeout_s)
+        patience_s = LOAD_TIMEOUT_S + spec.timeout_s  # more than the controller's, which knows who is at fault
+        join_group(store, spec.transport, spec.index, spec.num_stages, patience_s)
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:
         spec, decoder = self._spec, self._decoder

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ import pytest
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.errors import BackendLostError
 from spdbench.judge.result import read_result
-from spdbench.pipeline.stages import _signals_wait
+from spdbench.pipeline.stages import StageWorkers, _signals_wait
+from spdbench.pipeline.worker import StageSpec
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
@@ -129,6 +130,35 @@ def test_a_worker_killed_while_it_loads(tiny_model: Path) -> None:
         lost(backend.load, r"stage [01] of 2 .* was killed by SIGKILL")
     finally:
         killer.join()
+        backend.close()
+
+
+def test_a_worker_killed_before_it_joins_its_group(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 0 would wait for it for minutes."""
+    wait = StageWorkers._wait_until_ready
+
+    def kill_then_wait(workers: StageWorkers, specs: Sequence[StageSpec]) -> None:
+        os.kill(workers.process_ids[1], signal.SIGKILL)
+        wait(workers, specs)
+
+    monkeypatch.setattr(StageWorkers, "_wait_until_ready", kill_then_wait)
+    lost(load(tiny_model, transport="gloo").load, r"stage 1 of 2 .* was killed by SIGKILL")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_rows_that_nobody_takes_are_not_their_senders_fault(tiny_model: Path, how: signal.Signals) -> None:
+    """A prompt's rows fill the way to the next stage, so that their sender waits, or hears of a closed connection."""
+    backend = load(tiny_model, transport="gloo" if how == signal.SIGKILL else "pipe", timeout_s="2")
+    backend.load()
+    try:
+        steps = begun(backend, 5)
+        os.kill(workers(backend)[1], how)
+        if how == signal.SIGSTOP:
+            steps.close()  # type: ignore[attr-defined]
+            steps = backend.generate(tiny.greedy(tuple(range(250)) * 6, 5))
+        said = lost(lambda: list(steps), r"^stage 1 of 2 ")
+        assert "Traceback" not in said
+    finally:
         backend.close()
 
 

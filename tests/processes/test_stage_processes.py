@@ -178,7 +178,7 @@ def test_close_ends_the_processes(target: Target) -> None:
 
 
 def test_nccl_wants_a_gpu_for_every_stage(target: Target) -> None:
-    with pytest.raises(InputError, match=r"spd\.transport=nccl: each of the 2 stages needs a GPU .* Allowed: auto, pipe"):
+    with pytest.raises(InputError, match=r"spd\.transport=nccl: each of the 2 stages needs a GPU .* Allowed: auto"):
         load(target, "spd", {"stages": "2", "transport": "nccl"}, "oracle:1")
 
 

@@ -231,8 +231,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         if self._transport == "nccl" and not self._have_own_gpus:
             raise InputError(
-                f"-o {self._context.label}.transport=nccl: each of the {len(self._stages)} stages needs a GPU of its own, "
-                f"but --devices are {','.join(self._context.devices)}. Allowed: auto, pipe, gloo."
+                f"-o {self._context.label}.transport=nccl: each of the {len(self._stages)} stages needs a GPU of its "
+                f"own, but --devices are {','.join(self._context.devices)}. Allowed: auto, pipe, gloo."
             )
         count, threads, source = len(self._stages), self._threads(len(self._stages)), self._context.target.source
         cores = sorted(os.sched_getaffinity(0))
