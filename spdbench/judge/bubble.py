@@ -242,11 +242,13 @@ def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
 
 
 def _waits_until(mine: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
-    """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane."""
+    """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane; where
+    it was ahead of its cycle, for that of the cycle that it lies in."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
     np.maximum.at(slowest, busy.cycle, busy.end)
     done = np.append(mine.cycle[1:] != mine.cycle[:-1], True)[: len(mine.cycle)]
-    waits_for = np.append(np.where(done, slowest[mine.cycle], 0), 0)  # the last one is for what comes before any work
+    cycle = np.minimum(mine.cycle, _cycle_of(mine.end, ends))
+    waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
     before = np.searchsorted(mine.start, starts, side="right") - 1
     return waits_for[before].clip(starts, stops)
 

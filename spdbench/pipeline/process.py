@@ -88,14 +88,12 @@ class ProcessPipeline:
         if self._offered == (self._epoch, node.position):
             return
         self._send(node.token_id, node.position, oldest=node.parent is None)
-        if self._decided_ns:
-            self._host_spans.append(
-                Span(len(self._specs) + 1, "host", self._decided_ns, perf_counter_ns(), node.position, True)
-            )
+        self._explain(node.position)
 
     def offer(self, token_id: int, position: int) -> None:
         self._offered = (self._epoch, position)
         self._send(token_id, position, oldest=False)
+        self._explain(position)
 
     def begin(self, cycle: Cycle) -> None:
         self._work = [_Work(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
@@ -144,6 +142,12 @@ class ProcessPipeline:
         """A node to stage 0, for the next cycle."""
         now = perf_counter_ns()
         self._workers.send(Header(Kind.NODE, self._epoch, self._cycle_number, position, 0, token_id, int(oldest), now))
+
+    def _explain(self, position: int) -> None:
+        """The time from the newest verdict until stage 0 had something to do again was ours."""
+        if self._decided_ns:
+            lane = len(self._specs) + 1
+            self._host_spans.append(Span(lane, "host", self._decided_ns, perf_counter_ns(), position, True))
 
     def _result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
         """A stage's result of one cycle. Those of stale nodes that come before it are dropped."""

@@ -27,6 +27,8 @@ from spdbench.errors import BackendLostError
 from spdbench.pipeline.messages import Header, Kind, pack, unpack
 from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StagePipes, StageSpec, run_stage
 
+SURELY_FITS = 16384
+"""Bytes that an empty pipe takes at once on any system."""
 LAST_WORDS_S = 2.0
 """How long a failing stage may take to say why, and its neighbours to notice."""
 
@@ -91,10 +93,32 @@ class StageWorkers:
         """To stage 0, and by way of it to those behind it."""
         self._require_life()
         assert self._first is not None
+        message = pack(header, payload)
+        if len(message) > SURELY_FITS:
+            self._send_long(self._first, message)
+            return
         try:
-            self._first.send_bytes(pack(header, payload))
+            self._first.send_bytes(message)
         except OSError:
             self._fail()
+
+    def _send_long(self, first: Connection, message: bytes) -> None:
+        """A pipe may not take it all before stage 0 reads, who may hang."""
+        broken = threading.Event()
+
+        def write() -> None:
+            try:
+                first.send_bytes(message)
+            except OSError:
+                broken.set()
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(self._timeout_s)
+        if broken.is_set():
+            self._fail()
+        if writer.is_alive():
+            self._fail_hanging(self._timeout_s)
 
     def spread(self, epoch: int) -> None:
         """Tells every stage that nodes of older epochs are stale."""
@@ -112,7 +136,7 @@ class StageWorkers:
         limit = self._timeout_s if timeout_s is None else timeout_s
         ready = held.waiter.poll(limit * 1e3)
         if not ready:
-            self._fail_hanging(limit)
+            self._fail_hanging(limit, "spd.timeout_s" if timeout_s is None else "the limit for loading")
         if held.report.fileno() not in dict(ready):  # some stage has died
             self._fail()
         try:
@@ -197,7 +221,7 @@ class StageWorkers:
                 self._fail_with(f"{held.name} ended with exit code {held.process.exitcode}")
         self._fail_with("a stage closed its pipes and lives on")
 
-    def _fail_hanging(self, limit_s: float) -> NoReturn:
+    def _fail_hanging(self, limit_s: float, which: str = "spd.timeout_s") -> NoReturn:
         """Nobody died, but an answer is overdue: the first stage that waits neither for a message nor for its successor
         to take one is at fault."""
         for held in self._held:
@@ -208,8 +232,8 @@ class StageWorkers:
             stack = _drain(held.stacks)
             if not WAITS.search(stack):
                 at = stack or "  (it does not even answer signals: stopped, or stuck in the kernel)"
-                self._fail_with(f"{held.name} gave no answer within {limit_s:g} s (spd.timeout_s). It is at:\n{at}")
-        self._fail_with(f"no stage gave an answer within {limit_s:g} s (spd.timeout_s), and all wait for messages")
+                self._fail_with(f"{held.name} gave no answer within {limit_s:g} s ({which}). It is at:\n{at}")
+        self._fail_with(f"no stage gave an answer within {limit_s:g} s ({which}), and all wait for messages")
 
     def _fail_with(self, why: str) -> NoReturn:
         self._lost = why

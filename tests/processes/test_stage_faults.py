@@ -111,6 +111,19 @@ def test_a_stage_that_hangs_is_found_by_its_silence(tiny_model: Path) -> None:
         backend.close()
 
 
+def test_a_long_prompt_to_a_stage_that_hangs_ends_in_time(tiny_model: Path) -> None:
+    backend = load(tiny_model, timeout_s="1")
+    backend.load()
+    try:
+        assert backend._pipeline is not None
+        pipeline = backend._pipeline
+        os.kill(workers(backend)[0], signal.SIGSTOP)
+        said = lost(lambda: pipeline.prefill(range(20_000), 20_001, greedy=True), "stage 0 of 2 .* gave no answer")
+        assert "within 1 s" in said
+    finally:
+        backend.close()
+
+
 def test_a_worker_killed_while_it_loads(tiny_model: Path) -> None:
     backend = load(tiny_model)
     mine = f"PPid:\t{os.getpid()}\n"
