@@ -3,7 +3,7 @@
 Why: the headline ratios hold for one setting. Long contexts, verification (many rows a forward) and more threads are
 where a fast path usually gives up, and the share of the read bandwidth says what is left to win.
 Regimes: both dtypes, batch 1, the head and the choice of the likeliest token included for every row.
-  threads   one row at context 64, with 1, 2, 4, ... threads up to all cores; weights packed anew for each
+  threads   one row at context 64, with 1, 2, 4, ... threads up to all cores; as many helpers in the crew, less one
   context   one row at contexts of 64 to 4,096 tokens
   rows      1 to 64 rows at context 256, a chain as verification feeds it
   roofline  one row at context 64: the weights' bytes over the time, over the read bandwidth measured right before and
@@ -34,6 +34,7 @@ from benchmarks.workload import MODEL
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
+from spdbench.models.likeliest import likeliest
 from spdbench.models.target import load_target
 
 CONTEXTS = (64, 256, 1024, 2048, 4096)
@@ -177,7 +178,7 @@ def forward_side(decoder: Decoder, length: int, num_rows: int, count: int) -> Ca
         for _ in range(count + 1):
             start = time.perf_counter()
             hidden_SM, _states = decoder.forward(decoder.embed(decoder.ids(ids)), length, cache)
-            decoder.logits(hidden_SM).argmax(dim=-1).tolist()
+            likeliest(decoder.logits(hidden_SM)).tolist()
             seconds.append(time.perf_counter() - start)
             cache.rollback(length)
         return statistics.median(seconds[1:])
