@@ -22,9 +22,8 @@ help:
 	@echo "PYTHON=$(PYTHON) makes $(VENV), once."
 
 demo: $(VENV)/.installed
-	@echo "Measuring every method: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each, drafts from an oracle ..."
-	@$(RUN) spdbench run quick -b vanilla -b spd -b eagle -b medusa -b ngram -o spd.stages=3 --drafter oracle:0.8 \
-		--limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
+	@echo "Measuring every method with its trained drafter: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each ..."
+	@$(RUN) spdbench run quick -b vanilla -b spd -b eagle -b medusa -b ngram --limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
 
 test: $(VENV)/.installed-for-tests
 	@echo "Making the embedded model ready ..."

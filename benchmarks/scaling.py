@@ -3,7 +3,7 @@
 Why: the headline ratios hold for one setting. Long contexts, verification (many rows a forward) and more threads are
 where a fast path usually gives up, and the share of the read bandwidth says what is left to win.
 Regimes: both dtypes, batch 1, the head and the choice of the likeliest token included for every row.
-  threads   one row at context 64, with 1, 2, 4, ... threads up to all cores; as many helpers in the crew, less one
+  threads   one row at context 64, with 1, 2, 4, ... threads up to all cores
   context   one row at contexts of 64 to 4,096 tokens
   rows      1 to 64 rows at context 256, a chain as verification feeds it
   roofline  one row at context 64: the weights' bytes over the time, over the read bandwidth measured right before and
@@ -83,12 +83,8 @@ Sides = Mapping[int, Callable[[], float]]
 def threads(dtype: str, chosen: argparse.Namespace) -> Sides:
     cores = len(os.sched_getaffinity(0))
     counts = sorted({cores, *(2**power for power in range(cores.bit_length()) if 2**power <= cores)})
-    found = {}
-    for count in counts:
-        torch.set_num_threads(count)  # how weights are packed hangs on it
-        decoder = load_target(MODEL, dtype, "cpu").own_decoder
-        found[count] = partial(with_threads, count, forward_side(decoder, SHORT, 1, chosen.tokens))
-    return found
+    decoder = load_target(MODEL, dtype, "cpu").own_decoder
+    return {count: partial(with_threads, count, forward_side(decoder, SHORT, 1, chosen.tokens)) for count in counts}
 
 
 def with_threads(count: int, side: Callable[[], float]) -> float:
