@@ -1,0 +1,82 @@
+"""The drafters that ship: found by `--drafter auto`, whole, small, and better than chance on answers of their model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.judge.result import Result, read_result
+from spdbench.models.cache import cache_folder
+
+SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
+LOGS = Path(__file__).parents[2] / "results" / "training"
+FOLDERS = sorted(path.parent for path in SHIPPED.glob("*/config.json"))
+MOST_BYTES = 45_000_000
+LABELS = ("vanilla", "eagle", "medusa", "spd", "ppsd")
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    text = (LOGS / f"{folder.name}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_all_are_there_and_small() -> None:
+    assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd-2", "spd-3"]
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_each_tells_where_it_comes_from(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    first, *steps = log_of(folder)
+    assert config["model_sha256"] == first["model_sha256"]
+    assert config["data_sha256"] == first["data_sha256"]
+    assert config["trained_tokens"] >= 500_000
+    best = [step["acceptance"] for step in steps if step.get("best")][-1]
+    assert config["acceptance_by_position"] == pytest.approx(best)
+
+
+def test_all_were_trained_on_the_same_data_for_as_many_tokens() -> None:
+    logs = [log_of(folder) for folder in FOLDERS]
+    settings = [log[0] for log in logs]
+    same = ("model_sha256", "data_sha256", "epochs", "lr", "batch_tokens", "seed")
+    assert all(each[key] == settings[0][key] for each in settings for key in same)
+    assert len({sum(line.get("tokens", 0) for line in log[1:]) for log in logs}) == 1
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    if not list((cache_folder() / "models").glob("SmolLM2*")):
+        pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
+    folder = tmp_path_factory.mktemp("shipped")
+    words = [word for label in LABELS for word in ("-b", label)]
+    more = ["--limit", "3", "--max-new-tokens", "32", "--results", str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", "spdbench", "run", "quick", *words, *more],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {label: read_result(folder / f"quick__{label}__smollm2.json") for label in LABELS}
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("label", LABELS[1:])
+def test_auto_finds_it_and_it_drafts_what_the_model_says(results: dict[str, Result], label: str) -> None:
+    result = results[label]
+    assert result.drafter is not None
+    assert not result.drafter.synthetic
+    assert result.divergence is not None
+    assert result.divergence.identical == len(results["vanilla"].runs)
+    judged, accepted = (
+        sum(sum(column) for column in columns)
+        for columns in zip(*((run.steps.judged, run.steps.accepted) for run in result.runs), strict=True)
+    )
+    assert accepted > judged / 8
