@@ -32,14 +32,22 @@ SMALLEST_EXPONENT = F(-87.0)
 MINUS_INFINITY = F(-np.inf)
 
 
-def compiled(function: Function, fastmath: Collection[str] = RELAXED) -> Function:
-    """`function` as machine code, kept on disk between runs where a folder can be written."""
+def compiled(function: Function, fastmath: Collection[str] = RELAXED, *, entry: bool = True) -> Function:
+    """`function` as machine code; as an `entry`, which Python calls, kept on disk between runs where a folder can be
+    written.
+
+    What only compiled code calls is no entry: it is compiled anew with whoever calls it. Code from disk could not be
+    taken into the caller, which would then round in another way than in a process that found nothing on disk.
+    """
     flags: dict[str, Any] = {"fastmath": set(fastmath), "error_model": "numpy", "nogil": True}
     try:
-        machine_code: Function = njit(cache=True, **flags)(function)
+        machine_code: Function = njit(cache=entry, **flags)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         machine_code = njit(**flags)(function)
     return machine_code
+
+
+inner = partial(compiled, entry=False)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -81,7 +89,7 @@ def _from_bits(_typing: Any, bits: Any) -> Any:  # noqa: ARG001 - numba reads th
     return types.float32(types.int32), bitcast
 
 
-@partial(compiled, fastmath=("contract",))
+@partial(inner, fastmath=("contract",))
 def exponential(x: Any) -> Any:
     """e^x in float32 to about one unit in the last place, without a call, so that a loop over it is vectorised.
 
@@ -126,7 +134,7 @@ def gate(both_S2F: Any, out_SF: Any) -> None:
             out_SF[s, f] = narrow(x / (F(1) + exponential(-x)) * widen(both_S2F[s, width + f]), out_SF[s, f])
 
 
-@compiled
+@inner
 def _turn_head(head_D: Any, norm_D: Any, eps: float, cos_D: Any, sin_D: Any, out_D: Any) -> None:
     """One head, normalised where `norm_D` is not empty, turned by its position's angles; sines bring signs along."""
     half = head_D.shape[0] // 2
@@ -147,8 +155,8 @@ def _turn_head(head_D: Any, norm_D: Any, eps: float, cos_D: Any, sin_D: Any, out
         out_D[half + d] = narrow(high * widen(cos_D[half + d]) + low * widen(sin_D[half + d]), out_D[d])
 
 
-@compiled
-def turn(
+@inner
+def turn_rows(
     qkv: Any,
     q_norm_D: Any,
     k_norm_D: Any,
@@ -181,6 +189,24 @@ def turn(
 
 
 @compiled
+def turn(
+    qkv: Any,
+    q_norm_D: Any,
+    k_norm_D: Any,
+    eps: float,
+    positions_S: Any,
+    cos_PD: Any,
+    sin_PD: Any,
+    keys_KTD: Any,
+    values_KTD: Any,
+    slot: int,
+    queries: Any,
+) -> None:
+    """`turn_rows`, for Python."""
+    turn_rows(qkv, q_norm_D, k_norm_D, eps, positions_S, cos_PD, sin_PD, keys_KTD, values_KTD, slot, queries)
+
+
+@inner
 def _softmax(scores: Any, count: int) -> None:
     """The first `count` scores become weights that sum to one."""
     largest, total = MINUS_INFINITY, F(0)
@@ -193,7 +219,7 @@ def _softmax(scores: Any, count: int) -> None:
         scores[i] /= total
 
 
-@compiled
+@inner
 def _mix(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> None:
     """The weighted sum of the values in `slots`, added to `out_D`, four at a time to pass over `out_D` less often."""
     size = out_D.shape[0]
@@ -222,7 +248,7 @@ def _mix(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> No
             out_D[d] += weights[i] * widen(values_TD[slots[i], d])
 
 
-@compiled
+@inner
 def _visible_slots(row: int, slot: int, num_rows: int, depth: int, visible_SW: Any, window: int, slots: Any) -> int:
     """Puts the slots that a row sees into `slots`, in order, and returns how many they are."""
     is_tree = visible_SW.shape[0] > 0
@@ -240,7 +266,7 @@ def _visible_slots(row: int, slot: int, num_rows: int, depth: int, visible_SW: A
     return count
 
 
-@compiled
+@inner
 def attend_heads(
     queries: Any,
     keys_KTD: Any,
@@ -339,7 +365,7 @@ def mix_slots(
     for b in range(lengths_B.shape[0]):
         row, length = slice(b, b + 1), lengths_B[b]
         keys_KTD, values_KTD = keys_BKTD[b], values_BKTD[b]
-        turn(
+        turn_rows(
             qkv[row],
             q_norm_D,
             k_norm_D,

@@ -18,6 +18,9 @@ PATIENCE = 50_000
 """How often a helper looks for work before it goes to sleep: about a millisecond."""
 
 
+LEADER = -1
+
+
 class Crew:
     """This process's helpers, started when they are first needed, by way of the compiled functions `sharing`."""
 
@@ -34,12 +37,12 @@ class Crew:
         helpers."""
         helpers = torch.get_num_threads() - 1
         if helpers <= 0 or not self._free.acquire(blocking=False):
-            self._sharing.lead(self._board, job, 0)
+            self._sharing.work(np.zeros(self._sharing.BOARD_WORDS, np.int64), job, 0, LEADER, PATIENCE)
             return
         try:
             if helpers > self._num_helpers:
                 self._hire(helpers)
-            self._sharing.lead(self._board, job, helpers)
+            self._sharing.work(self._board, job, helpers, LEADER, PATIENCE)
             if self._num_asleep:
                 self._wake()
         finally:
@@ -53,7 +56,7 @@ class Crew:
 
     def _help(self, index: int) -> None:
         while True:
-            self._sharing.assist(self._board, index, PATIENCE)
+            self._sharing.work(self._board, self._board, 0, index, PATIENCE)
             with self._door:
                 self._num_asleep += 1
             self._beds.acquire()

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import carray, config, types
 from numba.extending import intrinsic
 
-from spdbench.models.compiled import F, compiled, narrow, widen
+from spdbench.models.compiled import F, inner, narrow, widen
 
 WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
@@ -155,7 +155,7 @@ def numbers_at(_typing: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
     return types.CPointer(like)(types.int64, like), build
 
 
-@compiled
+@inner
 def _sum_up(weight: int, rows: int, row_bytes: int, count: int, steps: int, sums: Any, pairs: bool) -> None:
     """`_tile` for as many rows as there are, or a few more."""
     last = count - 1
@@ -191,7 +191,7 @@ def _sum_up(weight: int, rows: int, row_bytes: int, count: int, steps: int, sums
             _tile(weight, rows, row_bytes, last, steps, sums, 16, False)
 
 
-@compiled
+@inner
 def _finish(job: Any, first_row: int, count: int, first: int, sums: Any, like: Any) -> None:
     """Bias and another summand added, rounded, put where they belong; what is beyond the last output is left out."""
     width = job[NUM_OUTPUTS]
@@ -218,13 +218,13 @@ def _finish(job: Any, first_row: int, count: int, first: int, sums: Any, like: A
                 out[n] = narrow(sums[r, n], like)
 
 
-@compiled
+@inner
 def num_blocks(job: Any) -> Any:
     """Blocks of outputs of a product."""
     return (job[NUM_OUTPUTS] + WIDTH - 1) // WIDTH
 
 
-@compiled
+@inner
 def multiply_blocks(job: Any, begin: int, end: int) -> None:
     """The outputs of some blocks of a product."""
     num_rows, steps = job[NUM_ROWS], job[STEPS]

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from spdbench.models.compiled import F, attend_heads, compiled
+from spdbench.models.compiled import F, attend_heads, compiled, inner
 from spdbench.models.products import FEATURES, declared, multiply_blocks, num_blocks, numbers_at
 
 SHARES = 4
@@ -79,7 +79,7 @@ def _breathe(_typing: Any) -> Any:
     return types.int64(), build
 
 
-@compiled
+@inner
 def _attend(job: Any, begin: int, end: int, like: Any) -> None:
     """Some heads of some rows' attention."""
     rows, size, width = job[NUM_ROWS], job[SIZE], job[NUM_HEADS] * job[SIZE]
@@ -99,7 +99,7 @@ def _attend(job: Any, begin: int, end: int, like: Any) -> None:
     )
 
 
-@compiled
+@inner
 def _do_part(job: Any, part: int, units: int) -> None:
     begin = part * job[PER_SHARE]
     end = min(begin + job[PER_SHARE], units)
@@ -111,7 +111,7 @@ def _do_part(job: Any, part: int, units: int) -> None:
         _attend(job[DETAILS:], begin, end, F(0))
 
 
-@compiled
+@inner
 def _num_units(job: Any) -> Any:
     """Blocks of a product; heads of attention, in all rows."""
     if job[KIND] == PRODUCT:
@@ -120,46 +120,41 @@ def _num_units(job: Any) -> Any:
 
 
 @compiled
-def lead(board: Any, job: Any, helpers: int) -> None:
-    """Does the work `job` with up to so many helpers."""
-    units = _num_units(job)
-    wanted = SHARES * (helpers + 1) if helpers > 0 else 1
-    job[PER_SHARE] = max(1, (units + wanted - 1) // wanted)
-    parts = (units + job[PER_SHARE] - 1) // job[PER_SHARE]
-    if helpers == 0:
-        _do_part(job, 0, units)
-        return
-    here = np.int64(board.ctypes.data)
-    for word in range(job.shape[0]):
-        board[JOB + word] = job[word]
-    _show(here + 8 * DONE, 0)
-    _show(here + 8 * ALLOWED, helpers)
-    number = (_look(here + 8 * TICKETS) >> 40) + 1
-    _show(here + 8 * TICKETS, (number & 0x3FFFFF) << 40 | parts << 20)
-    while True:
-        part = _take(here + 8 * TICKETS, 1) & 0xFFFFF
-        if part >= parts:
-            break
-        _do_part(job, part, units)
-        _take(here + 8 * DONE, 1)
-    while _look(here + 8 * DONE) < parts:
-        _breathe()
+def work(board: Any, job: Any, helpers: int, index: int, patience: int) -> None:
+    """Does the work `job` with up to so many helpers; or, as helper number `index`, takes parts of whatever is on the
+    board until it has looked in vain `patience` times.
 
-
-@compiled
-def assist(board: Any, index: int, patience: int) -> None:
-    """Helper number `index` takes parts of whatever is on the board until it has looked in vain so many times."""
+    One function for both, whose machine code holds the arithmetic once: bits do not depend on who did which part.
+    Who leads has the `index` -1, and without helpers a board of his own.
+    """
     here = np.int64(board.ctypes.data)
-    job = board[JOB:]
+    on_board = board[JOB:]
+    parts = 0
+    if index < 0:
+        units = _num_units(job)
+        wanted = SHARES * (helpers + 1) if helpers > 0 else 1
+        job[PER_SHARE] = max(1, (units + wanted - 1) // wanted)
+        parts = (units + job[PER_SHARE] - 1) // job[PER_SHARE]
+        for word in range(job.shape[0]):
+            on_board[word] = job[word]
+        _show(here + 8 * DONE, 0)
+        _show(here + 8 * ALLOWED, helpers)
+        number = (_look(here + 8 * TICKETS) >> 40) + 1
+        _show(here + 8 * TICKETS, (number & 0x3FFFFF) << 40 | parts << 20)
     looked = 0
     while looked < patience:
         tickets = _look(here + 8 * TICKETS)
         if tickets & 0xFFFFF < tickets >> 20 & 0xFFFFF and index < _look(here + 8 * ALLOWED):
             ticket = _take(here + 8 * TICKETS, 1)
             if ticket & 0xFFFFF < ticket >> 20 & 0xFFFFF:  # that work waits for this part, so it is still there
-                _do_part(job, ticket & 0xFFFFF, _num_units(job))
+                _do_part(on_board, ticket & 0xFFFFF, _num_units(on_board))
                 _take(here + 8 * DONE, 1)
                 looked = 0
+        elif index < 0:
+            break
         else:
             looked += 1
+            _breathe()
+    if index < 0:
+        while _look(here + 8 * DONE) < parts:
             _breathe()

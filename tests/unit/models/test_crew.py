@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from spdbench.models.kernels import linear
+from spdbench.models.kv_cache import KVCache
+from spdbench.models.place import Place
+from spdbench.models.rotary import Rotary, plain_frequencies
+from spdbench.models.steps import CompiledSteps, Geometry
 
 HELPERS = 3
 
@@ -37,6 +41,27 @@ def test_shared_products_have_the_bits_of_those_done_alone(dtype: torch.dtype) -
     for _ in range(500):
         for product, expected in zip(products, alone, strict=True):
             assert torch.equal(product(rows), expected)
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_attention_has_the_bits_of_that_done_alone(dtype: torch.dtype) -> None:
+    """Who does which head hangs on the moment."""
+    sizes = Geometry(9, 3, 64, 1e-5)
+    steps = CompiledSteps(sizes, dtype)
+    angles = Rotary(plain_frequencies(10000.0, 64), 1.0, dtype, torch.device("cpu"))
+    prompt, rows = tensor(60, 15 * 64).to(dtype), tensor(3, 15 * 64, seed=1).to(dtype)
+
+    def mixed() -> torch.Tensor:
+        cache = KVCache(range(1), 3, 64, 80, dtype, torch.device("cpu"))
+        steps.mix(prompt, None, None, Place(angles, 0, 60), cache, 0)
+        cache.advance(60)
+        return steps.mix(rows, None, None, Place(angles, 60, 3), cache, 0).clone()
+
+    torch.set_num_threads(1)
+    alone = mixed()
+    torch.set_num_threads(HELPERS + 1)
+    assert all(torch.equal(mixed(), alone) for _ in range(100))
 
 
 @pytest.mark.usefixtures("shared")
