@@ -36,10 +36,11 @@ def compiled(function: Function, fastmath: Collection[str] = RELAXED, *, entry: 
     """`function` as machine code; as an `entry`, which Python calls, kept on disk between runs where a folder can be
     written.
 
-    What only compiled code calls is no entry: it is compiled anew with whoever calls it. Code from disk could not be
-    taken into the caller, which would then round in another way than in a process that found nothing on disk.
+    What only compiled code calls is no entry: it becomes part of whoever calls it. As a function of its own it would be
+    there in two copies, that of its caller's file and that of its own, which round differently; which one runs would
+    hang on whether the caller was compiled in this process or came from disk.
     """
-    flags: dict[str, Any] = {"fastmath": set(fastmath), "error_model": "numpy", "nogil": True}
+    flags: dict[str, Any] = {"fastmath": set(fastmath), "error_model": "numpy", "nogil": True, "forceinline": not entry}
     try:
         machine_code: Function = njit(cache=entry, **flags)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
