@@ -78,6 +78,7 @@ def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
     first = process.start()
     try:
         process.wait_for(1, first)
+        first.send_signal(signal.SIGSTOP)  # else it may be done before the other has begun
         code, err = process.finish()
     finally:
         first.kill()
