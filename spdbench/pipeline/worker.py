@@ -41,8 +41,8 @@ from spdbench.pipeline.transport import (
 )
 
 LOAD_TIMEOUT_S = 600.0
-WARM_UP_ROWS = 32
-"""More than compiled steps take at once, so that both ways of computing are used."""
+WARM_UP_ROWS = 72
+"""More than compiled steps take at once, so that both ways of computing are used, where the model has positions."""
 
 TARGET, HEAD, HOST = range(3)
 SPAN_KINDS = ("target", "head", "host")
@@ -157,8 +157,9 @@ class _Stage:
         """A few rows and one row, so that what a first use compiles or allocates counts as loading."""
         decoder, spec = self._decoder, self._spec
         width = decoder.config.hidden_size
-        rows_SM = torch.zeros(WARM_UP_ROWS, width, dtype=decoder.dtype, device=decoder.device)
-        cache = decoder.new_cache(WARM_UP_ROWS + 1, spec.layers)
+        num_rows = max(1, min(WARM_UP_ROWS, decoder.config.max_positions - 1))
+        rows_SM = torch.zeros(num_rows, width, dtype=decoder.dtype, device=decoder.device)
+        cache = decoder.new_cache(num_rows + 1, spec.layers)
         for some_SM in (rows_SM, rows_SM[:1]):
             hidden_SM, _ = decoder.forward(some_SM, cache.length, cache, spec.layers, spec.wanted)
         if spec.is_last:

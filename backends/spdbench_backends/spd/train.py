@@ -19,6 +19,7 @@ from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.training.losses import greedy_tokens, kl_rows
 from spdbench.training.modules import DecoderLayer
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
+from spdbench_backends.drafter_files import origin
 from spdbench_backends.spd.formats import VERSION, write_folder, write_published
 from spdbench_backends.spd.pipelined import counts_of, usual_stages
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
@@ -135,7 +136,7 @@ class SPDRecipe:
             "num_aggr_types": len(plan.anchors),
             "aggr_feature_bound": list(plan.anchors),
             "trained_with_use_deepest": True,
-            **provenance_keys(about),
+            **origin(about),
         }
         if len(set(sizes)) > 1:
             config["stage_layers"] = sizes
@@ -220,16 +221,3 @@ def begin_as(layers: list[DecoderLayer], teacher: Teacher, chosen: tuple[int, ..
     for index, layer in zip(indices, layers, strict=True):
         copy_layer(teacher.decoder.weights[index], layer)
     return indices
-
-
-def provenance_keys(about: Provenance) -> dict[str, Any]:
-    """What a config says of where its drafter comes from."""
-    return {
-        "model_id": about.model_id,
-        "model_sha256": about.model_sha256,
-        "data_sha256": about.data_sha256,
-        "trained_tokens": about.trained_tokens,
-        "seed": about.seed,
-        "acceptance_by_position": list(about.acceptance_by_position),
-        **about.extra,
-    }

@@ -17,8 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from spdbench.training.losses import greedy_tokens, kl_rows
 from spdbench.training.modules import DecoderLayer
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
+from spdbench_backends.drafter_files import origin
 from spdbench_backends.spd.formats import write_folder
-from spdbench_backends.spd.train import DraftVocabulary, PipelineTraining, begin_as, cut, provenance_keys
+from spdbench_backends.spd.train import DraftVocabulary, PipelineTraining, begin_as, cut
 from spdbench_backends.spd.trainable import positions
 
 
@@ -85,7 +86,7 @@ class PPSDRecipe:
             "exit_layer": self._exit_layer,
             "num_layers": len(cast(ExitModule, self.module).layers),
             "num_stages": len(sizes),
-            **provenance_keys(about),
+            **origin(about),
         }
         if len(set(sizes)) > 1:
             config["stage_layers"] = sizes
