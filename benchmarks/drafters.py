@@ -1,4 +1,5 @@
-"""Trains the drafters that ship with spdbench: all methods on the same conversations, for as many rounds.
+"""Trains the drafters that ship with spdbench, and those that are measured beside them: all methods on the same
+conversations, for as many rounds.
 
 Why: a comparison of methods is fair only if their drafters saw the same data; and what the target makes of the data,
 which takes longer than any drafter's own training, is computed once for all of them here.
@@ -7,7 +8,7 @@ vocabulary of 8,192, the target's own head rows.
 Output: a folder a drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints. Several
 processes of one thread each (`--processes`) share the work: two threads on one product wait for each other.
 
-    python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 1] [--only eagle3 spd-3]
+    python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 1] [--only eagle3 spd-3 | --all]
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ LENGTH = 1024
 HELD_OUT_SHARE, HELD_OUT_TOKENS = 0.05, 20_000
 
 
-class Shipped(NamedTuple):
+class Drafter(NamedTuple):
     """A drafter to train: its folder, its method, the stages that it drafts for, and the recipe's options."""
 
     name: str
@@ -53,13 +54,15 @@ class Shipped(NamedTuple):
     options: Mapping[str, str]
 
 
-SHIPPED = (
-    Shipped("eagle3", "eagle3", None, {}),
-    Shipped("spd-3", "spd", 3, {}),
-    Shipped("medusa", "medusa", None, {}),
-    Shipped("spd-2", "spd", 2, {}),
-    Shipped("ppsd-3", "ppsd", 3, {}),
+SHIPS = (
+    Drafter("eagle3", "eagle3", None, {}),
+    Drafter("spd-3", "spd", 3, {}),
+    Drafter("medusa", "medusa", None, {}),
+    Drafter("spd-2", "spd", 2, {}),
+    Drafter("ppsd-3", "ppsd", 3, {}),
 )
+MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, {}) for stages in (5, 6, 10))
+"""For pipelines longer than two cores are good for."""
 
 
 def main() -> None:
@@ -71,10 +74,15 @@ def main() -> None:
     arguments.add_argument("--batch-tokens", type=int, default=2048)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--processes", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--only", nargs="+", choices=[each.name for each in SHIPPED], default=None)
+    arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPS, *MEASURED)])
+    arguments.add_argument("--all", action="store_true", help="those that do not ship as well")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
-    wanted = [each for each in SHIPPED if chosen.only is None or each.name in chosen.only]
+    wanted = [
+        each
+        for each in (*SHIPS, *MEASURED)
+        if each.name in (chosen.only or ()) or (not chosen.only and (chosen.all or each in SHIPS))
+    ]
     target = load_target(MODEL, DTYPE, "cpu")
     conversations = read_conversations(chosen.data)
     sequences = sequences_of(conversations.messages, target)
@@ -125,7 +133,7 @@ def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) 
     return [each for conversation in messages for each in tokenised(conversation, chat, end_id, LENGTH)]
 
 
-def recipe_of(each: Shipped, target: Target, sequences: list[TokenSequence], seed: int) -> Recipe:
+def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], seed: int) -> Recipe:
     decoder = target.own_decoder
     config = decoder.config
     torch.manual_seed(seed)
@@ -148,7 +156,7 @@ def prepare(features: Features, tokens: Sequence[int], process: int, num_process
 
 
 def train(
-    each: Shipped,
+    each: Drafter,
     recipe: Recipe,
     features: Features,
     sequences: list[TokenSequence],

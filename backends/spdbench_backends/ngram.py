@@ -23,7 +23,7 @@ class Ngram(DraftVerify):
 
     class Options(BackendOptions):
         num_tokens: int = Field(8, ge=1, le=64, description="tokens drafted at most")
-        max_ngram: int = Field(3, ge=1, description="longest run of last tokens that is looked up")
+        max_ngram: int = Field(3, ge=1, le=64, description="longest run of last tokens that is looked up")
         min_ngram: int = Field(2, ge=1, description="shortest run; shorter ones match more and are right less often")
 
     lossless = True

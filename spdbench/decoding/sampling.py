@@ -1,7 +1,7 @@
 """How the next token is chosen from logits: warping, inverse-CDF draws, one random stream a request.
 
 The same warp serves target and drafter, as lossless verification requires. Must not know who asks.
-Shapes: V vocabulary.
+Shapes: V vocabulary, N rows.
 """
 
 from __future__ import annotations
@@ -43,32 +43,41 @@ class Sampler:
             return int(likeliest(logits_V))
         return self.draw(self.probabilities(logits_V))
 
-    def probabilities(self, logits_V: Tensor) -> Tensor:
-        """The warped distribution `[V]` in float32; only for a temperature above 0."""
-        return warp(logits_V, self.sampling)
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The warped distribution `[V]`, or one a row of `[N, V]`, in float32; only for a temperature above 0."""
+        return warp(logits, self.sampling)
 
-    def draw(self, weights_V: Tensor) -> int:
-        """An index drawn in proportion to `weights_V`, which need not sum to 1; never one of weight 0."""
+    def draw(self, weights_V: Tensor, uniform: float | None = None) -> int:
+        """An index drawn in proportion to `weights_V`, which need not sum to 1; never one of weight 0. `uniform` is the
+        number that decides, by default the next one."""
         cumulative = weights_V.double().cumsum(0)
         total = float(cumulative[-1])
-        point = min(self.uniform() * total, math.nextafter(total, 0.0))
+        point = min((self.uniform() if uniform is None else uniform) * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, point, right=True))
 
 
-def warp(logits_V: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, then top-p, then softmax in float32: `[V]`.
+def draw_rows(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """As `Sampler.draw` for every row, without a word to the host: `[N]`. `uniform_N` is in float64."""
+    cumulative = weights_NV.double().cumsum(-1)
+    totals_N1 = cumulative[:, -1:]
+    points_N1 = torch.minimum(uniform_N[:, None] * totals_N1, torch.nextafter(totals_N1, torch.zeros_like(totals_N1)))
+    return torch.searchsorted(cumulative, points_N1, right=True)[:, 0]
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, then top-p, then softmax in float32, of `[V]` or of every row of `[N, V]`.
 
     Top-p keeps the smallest set of most likely tokens whose mass reaches `top_p` (Holtzman et al., arXiv 1904.09751).
     """
-    logits_V = logits_V.float() / sampling.temperature
-    if 0 < sampling.top_k < logits_V.shape[0]:
-        smallest_kept = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < smallest_kept, -math.inf)
-    probabilities_V = logits_V.softmax(dim=0)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(sampling.top_k).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -math.inf)
+    probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1.0:
-        ordered, order = probabilities_V.sort(descending=True)
-        mass_before = ordered.cumsum(0) - ordered
-        dropped = order[mass_before >= sampling.top_p]
-        probabilities_V = probabilities_V.index_fill(0, dropped, 0.0)
-        probabilities_V = probabilities_V / probabilities_V.sum()
-    return probabilities_V
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        mass_before = ordered.cumsum(-1) - ordered
+        kept = ordered.masked_fill(mass_before >= sampling.top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, kept)
+        probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+    return probabilities

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Logits, Sampler
+from spdbench.decoding.sampling import Logits, Sampler, draw_rows
 from spdbench.decoding.tree import DraftTree
 from spdbench.models.likeliest import likeliest
 
@@ -82,15 +82,20 @@ def judge_tree(
 ) -> TreeVerdict:
     """The target's logits behind every node against the nodes' children.
 
-    `dictated`, by level, replaces the verdicts for a timing experiment: yes accepts a node's first child. When greedy
-    the host waits for the device once; when sampling, once for every level that is reached.
+    `dictated`, by level, replaces the verdicts for a timing experiment: yes accepts a node's first child. The host
+    waits for a device once. On a CPU, where there is nothing to wait for, what a sampled verdict needs of a node is
+    computed when the walk has come to that node.
     """
+    walk: _Walk
     if sampler.greedy:
         parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, likeliest(logits_NV))).cpu().numpy()
-        walk: _Walk = _Greedy(ids, best)
-    else:
-        parents, ids = torch.stack((draft.tree.parents_N, draft.ids_N)).cpu().numpy()
+        walk = _Greedy(ids, best)
+    elif logits_NV.device.type == "cpu":
+        parents, ids = draft.tree.parents_N.numpy(), draft.ids_N.numpy()
         walk = _Sampled(ids, logits_NV, draft.drawn, sampler)
+    else:
+        walk = SampledAtOnce(logits_NV, draft, sampler)
+        parents, ids = walk.parents, walk.ids
     node, path, judged = 0, [0], 0
     while len(children := np.flatnonzero(parents == node)):
         judged += 1
@@ -137,32 +142,85 @@ class _Greedy:
 
 
 class _Sampled:
+    """Every node has two uniform numbers of its own: one for its verdict, one for the token drawn behind it."""
+
     def __init__(self, ids: Any, logits_NV: Tensor, drawn: tuple[Tensor, ...] | None, sampler: Sampler) -> None:
         self._ids, self._logits_NV, self._drawn, self._sampler = ids, logits_NV, drawn, sampler
-        self._correction: int | None = None
+        self._verdict_N, self._draw_N = _uniforms(sampler, len(ids))
+        self._residual_V: Tensor | None = None
 
     def choose(self, node: int, children: Any) -> int | None:
-        if self._drawn is not None:
-            return self._judge_drawn(node, int(children[0]), self._drawn[int(children[0]) - 1])
-        residual_V = self._sampler.probabilities(self._logits_NV[node]).clone()
-        mass = float(residual_V.sum())
-        for child in children.tolist():
-            likelihood = float(residual_V[self._ids[child]])  # 0 for a token that was refused already
-            if self._sampler.uniform() * mass < likelihood:
-                return int(child)
-            residual_V[self._ids[child]] = 0.0
-            mass -= likelihood
-        if not float(residual_V.sum()) > 0.0:  # the children had all the mass: a refusal is rounding, as in `judge`
-            residual_V = self._sampler.probabilities(self._logits_NV[node])
-        self._correction = self._sampler.draw(residual_V)
+        target_V = self._sampler.probabilities(self._logits_NV[node])
+        tokens = torch.from_numpy(self._ids[children])
+        drafted_V = None if self._drawn is None else self._drawn[int(children[0]) - 1]
+        likelihoods = None if drafted_V is None else drafted_V[tokens].double().numpy()
+        likely = target_V[tokens].double().numpy()
+        found = _first_accepted(self._ids[children], likely, likelihoods, self._verdict_N[children])
+        if found is not None:
+            return int(children[found])
+        self._residual_V = (
+            target_V.index_fill(0, tokens, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(0)
+        )
+        if not float(self._residual_V.sum()) > 0.0:  # the children had all the mass: a refusal is rounding
+            self._residual_V = target_V
         return None
 
     def last(self, node: int) -> int:
-        return self._sampler.choose(self._logits_NV[node]) if self._correction is None else self._correction
+        weights_V = self._residual_V
+        if weights_V is None:
+            weights_V = self._sampler.probabilities(self._logits_NV[node])
+        return self._sampler.draw(weights_V, float(self._draw_N[node]))
 
-    def _judge_drawn(self, node: int, child: int, drawn_V: Tensor) -> int | None:
-        verdict = judge(self._logits_NV[node], Draft(int(self._ids[child]), drawn_V), self._sampler)
-        if verdict.accepted:
-            return child
-        self._correction = verdict.token_id
-        return None
+
+class SampledAtOnce:
+    """The same, computed for all nodes where the logits are, and read in one go. Only for trees that are judged: a
+    dictated refusal is followed by a draw as after a refusal of the target's."""
+
+    def __init__(self, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
+        device, parents_N, ids_N = logits_NV.device, draft.tree.parents_N, draft.ids_N
+        self._verdict_N, draw_N = _uniforms(sampler, len(ids_N))
+        target_NV = sampler.probabilities(logits_NV)
+        of_parent = parents_N.clamp(min=0)
+        likelihood_N = target_NV[of_parent, ids_N].double()
+        drafted_N, residual_NV = torch.ones_like(likelihood_N), target_NV.clone()
+        if draft.drawn is None:
+            residual_NV[of_parent[1:], ids_N[1:]] = 0.0
+        elif len(draft.drawn):  # a chain: node i's distribution is its parent i - 1's
+            drafted_NV = torch.stack(draft.drawn)
+            drafted_N[1:] = drafted_NV.gather(1, ids_N[1:, None])[:, 0].double()
+            residual_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
+        nothing_left_N1 = residual_NV.sum(-1, keepdim=True) <= 0.0
+        residual_NV = torch.where(nothing_left_N1, target_NV, residual_NV)
+        drawn_N = draw_rows(residual_NV, torch.from_numpy(draw_N).to(device, non_blocking=True))
+        read = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).cpu().numpy()
+        self.parents, self.ids, self._drawn = (row.astype(np.int64) for row in read[:3])
+        self._likelihood, self._drafted = read[3:]
+        self._was_drawn = draft.drawn is not None
+
+    def choose(self, node: int, children: Any) -> int | None:  # noqa: ARG002 - one protocol with _Sampled
+        drafted = self._drafted[children] if self._was_drawn else None
+        likely, tokens = self._likelihood[children], self.ids[children]
+        found = _first_accepted(tokens, likely, drafted, self._verdict_N[children])
+        return None if found is None else int(children[found])
+
+    def last(self, node: int) -> int:
+        return int(self._drawn[node])
+
+
+def _uniforms(sampler: Sampler, num_nodes: int) -> Any:
+    """Numbers in [0, 1): `[2, N]` in float64."""
+    return np.array([sampler.uniform() for _ in range(2 * num_nodes)]).reshape(2, num_nodes)
+
+
+def _first_accepted(tokens: Any, target: Any, drafted: Any | None, uniform: Any) -> int | None:
+    """Of siblings the first that is accepted, by what target and draft make of each: all are `[children]`.
+
+    Strictly less: a token that the target gives no mass must not pass when u is 0.
+    """
+    if drafted is not None:
+        accepted = np.flatnonzero(uniform * drafted < target)
+    else:  # each is asked for its share of what the refused ones before it left, and a token only once
+        target = np.where(np.isin(np.arange(len(tokens)), np.unique(tokens, return_index=True)[1]), target, 0.0)
+        left = 1.0 - np.concatenate(([0.0], np.cumsum(target)[:-1]))
+        accepted = np.flatnonzero(uniform * left < target)
+    return int(accepted[0]) if len(accepted) else None

@@ -10,7 +10,7 @@ is the embedding (SPD.md, section 1).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -123,6 +123,22 @@ class Decoder:
             assert self.head is not None
             total += self.final_norm.nbytes + self.head.nbytes
         return total
+
+    def ends_on(self, device: torch.device) -> Decoder:
+        """Embedding, final norm and head alone, copied to another device."""
+        assert self.embeddings_VM is not None
+        assert self.final_norm is not None
+        assert self.head is not None
+        return replace(
+            self,
+            layers=range(0),
+            weights={},
+            rotary=self.rotary.on(device),
+            embeddings_VM=self.embeddings_VM.to(device),
+            final_norm=NormWeight(self.final_norm.weight_M.to(device)),
+            head=linear(self.head.plain().to(device)),
+            device=device,
+        )
 
     @cached_property
     def _choose_steps(self) -> Callable[[int], Steps]:
@@ -255,6 +271,7 @@ class _Reader:
             window=config.windows[index],
         )
         self.checkpoint.close()
+        return_freed_memory()
         return weights
 
     def linear(self, name: str, outputs: int, inputs: int) -> Linear:

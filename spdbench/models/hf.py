@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -87,8 +88,10 @@ def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positio
             frequencies, factor = rotary_frequencies(standard, head_dim)
         except Exception as error:  # each kind of positions stumbles in its own way
             raise ValueError(_first_line(error)) from None
-    if frequencies.shape != (head_dim // 2,) or not bool(frequencies.isfinite().all()):
-        raise ValueError("frequencies that are not finite")
+    if frequencies.shape != (head_dim // 2,) or not bool((frequencies.isfinite() & (frequencies > 0)).all()):
+        raise ValueError("frequencies that are not positive numbers")
+    if not 0 < factor < math.inf:
+        raise ValueError("an attention factor that is not a positive number")
     return frequencies, factor
 
 

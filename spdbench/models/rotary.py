@@ -26,6 +26,10 @@ class Rotary:
         self._size = 0
         self._arrays: Any = None
 
+    def on(self, device: torch.device) -> Rotary:
+        """The same for another device."""
+        return Rotary(self._frequencies, self._factor, self._dtype, device)
+
     @property
     def plain_base(self) -> float | None:
         """The base whose powers the angles' speeds are; None if they are scaled in some way."""

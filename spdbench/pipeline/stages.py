@@ -25,6 +25,7 @@ from torch.multiprocessing import get_context
 
 from spdbench.errors import BackendLostError
 from spdbench.pipeline.messages import Header, Kind, pack, unpack
+from spdbench.pipeline.progress import Progress
 from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StagePipes, StageSpec, run_stage
 
 SURELY_FITS = 16384
@@ -33,8 +34,10 @@ LAST_WORDS_S = 2.0
 """How long a failing stage may take to say why, and its neighbours to notice."""
 
 
-WAITS = re.compile(r'transport\.py", line \d+ in (receive|rows|send|_write)\n')
+WAITS = re.compile(r'(transport\.py", line \d+ in (receive|rows|send|_write)|worker\.py", line \d+ in _join_group)\n')
 """A stack in whose midst a stage waits for a neighbour."""
+LOOK_EVERY_S = 0.5
+"""How often loading stages are looked at."""
 
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
@@ -125,7 +128,7 @@ class StageWorkers:
         self._require_life()
         self._tell(self._held, epoch)
 
-    def receive(self, stage: int, timeout_s: float | None = None) -> tuple[Header, bytes]:
+    def receive(self, stage: int) -> tuple[Header, bytes]:
         """The next report of a stage.
 
         Raises:
@@ -133,10 +136,22 @@ class StageWorkers:
         """
         self._require_life()
         held = self._held[stage]
-        limit = self._timeout_s if timeout_s is None else timeout_s
-        ready = held.waiter.poll(limit * 1e3)
+        ready = held.waiter.poll(self._timeout_s * 1e3)
         if not ready:
-            self._fail_hanging(limit, "spd.timeout_s" if timeout_s is None else "the limit for loading")
+            self._fail_hanging(self._timeout_s)
+        return self._read(held, ready)
+
+    def _receive_from_loading(self, stage: int, progress: Progress) -> tuple[Header, bytes]:
+        """As `receive`. Loading takes as long as it takes, while somebody gets on with it."""
+        held, deadline = self._held[stage], time.monotonic() + LOAD_TIMEOUT_S
+        while not (ready := held.waiter.poll(LOOK_EVERY_S * 1e3)):
+            if progress.silence_s > self._timeout_s:
+                self._fail_hanging(self._timeout_s, "spd.timeout_s; it was loading")
+            if time.monotonic() > deadline:
+                self._fail_hanging(LOAD_TIMEOUT_S, "the limit for loading")
+        return self._read(held, ready)
+
+    def _read(self, held: _Held, ready: Sequence[tuple[int, int]]) -> tuple[Header, bytes]:
         if held.report.fileno() not in dict(ready):  # some stage has died
             self._fail()
         try:
@@ -144,7 +159,7 @@ class StageWorkers:
         except (EOFError, OSError):
             self._fail()
         if header.kind == Kind.FAILED:
-            self._fail({stage: _Words(payload.decode(errors="replace"), bool(header.flag))})
+            self._fail({held.spec.index: _Words(payload.decode(errors="replace"), bool(header.flag))})
         return header, payload
 
     def close(self) -> None:
@@ -182,11 +197,12 @@ class StageWorkers:
 
     def _wait_until_ready(self, specs: Sequence[StageSpec]) -> None:
         grouped = specs[0].transport != "pipe" and len(specs) > 1
+        progress = Progress(self.process_ids)
         if grouped:
-            port = self.receive(0, LOAD_TIMEOUT_S)[0].value
+            port = self._receive_from_loading(0, progress)[0].value
             self._tell(self._held[1:], port)
         for stage in range(len(specs)):
-            self.receive(stage, LOAD_TIMEOUT_S)
+            self._receive_from_loading(stage, progress)
 
     def _tell(self, stages: Sequence[_Held], number: int) -> None:
         for held in stages:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from spdbench.models.interface import AbandonedError, TargetCache, TargetDecoder
 from spdbench.models.likeliest import likeliest
+from spdbench.models.memory import return_freed_memory
 from spdbench.models.target import LayerSource
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
 from spdbench.pipeline.transport import (
@@ -165,6 +166,7 @@ class _Stage:
         if spec.is_last:
             decoder.logits(hidden_SM)
         self._wait_for_device()
+        return_freed_memory()
 
     def _links(self) -> tuple[Link, Link | None]:
         spec, pipes, decoder = self._spec, self._pipes, self._decoder
@@ -277,6 +279,7 @@ class _Stage:
     def _report_spans(self) -> None:
         table = np.array(self._spans, np.int64).reshape(-1, SPAN_COLUMNS)
         self._report(Header(Kind.SPANS), table.tobytes())
+        return_freed_memory()  # nobody waits for this stage now
 
     def _report(self, header: Header, payload: bytes = b"") -> None:
         try:

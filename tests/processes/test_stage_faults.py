@@ -158,6 +158,23 @@ def test_a_worker_killed_before_it_joins_its_group(tiny_model: Path, monkeypatch
     lost(load(tiny_model, transport="gloo").load, r"stage 1 of 2 .* was killed by SIGKILL")
 
 
+@pytest.mark.parametrize("transport", ["pipe", "gloo"])
+def test_a_worker_that_hangs_while_it_loads(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, transport: str) -> None:
+    """Loading takes as long as it takes, but not when nobody gets on with it."""
+    wait = StageWorkers._wait_until_ready
+
+    def stop_then_wait(workers: StageWorkers, specs: Sequence[StageSpec]) -> None:
+        os.kill(workers.process_ids[1], signal.SIGSTOP)
+        wait(workers, specs)
+
+    monkeypatch.setattr(StageWorkers, "_wait_until_ready", stop_then_wait)
+    backend = load(tiny_model, transport=transport, timeout_s="2")
+    with pytest.raises(
+        BackendLostError, match=r"^stage 1 of 2 .* no answer within 2 s \(spd\.timeout_s; it was loading"
+    ):
+        backend.load()
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_rows_that_nobody_takes_are_not_their_senders_fault(tiny_model: Path, how: signal.Signals) -> None:
     """A prompt's rows fill the way to the next stage, so that their sender waits, or hears of a closed connection."""

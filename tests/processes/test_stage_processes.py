@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
 from spdbench.judge.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
+from spdbench.models import target as models_target
 from spdbench.models.target import Target
 from spdbench.pipeline.process import ProcessPipeline
 from spdbench.types import GenerationRequest, Sampling
@@ -81,6 +83,34 @@ def test_steps_are_those_of_one_process(pair: tuple[Pipelined, Pipelined]) -> No
     request = tiny.greedy(tiny.PROMPT, 30)
     far, near = (list(backend.generate(request)) for backend in pair)
     assert far == near
+
+
+@pytest.mark.parametrize("name", ["spd", "ppsd"])
+def test_a_device_beyond_the_stages_is_the_drafters(target: Target, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Here it is the processor under another name."""
+    known = models_target.find_device
+    other = torch.device("cpu", 0)
+    monkeypatch.setattr(models_target, "find_device", lambda name: other if name == "cuda:7" else known(name))
+    cls = find_backend(name)
+    context = BackendContext(name, target, "random", ("cpu", "cpu", "cuda:7"), 1, seed=0)
+    backend, near = (
+        cls(parse_options(name, cls.Options, {"stages": "2"}), context),
+        load(target, name, {"stages": "2", "executor": "inline"}, "random"),
+    )
+    try:
+        backend.load()
+        assert isinstance(backend, Pipelined)
+        assert backend._drafters_target.device == other
+        assert backend._drafters_target.weights == {}
+        assert backend.describe().devices == ("cpu", "cuda:7")
+        for request in (
+            tiny.greedy(tiny.PROMPT, 20),
+            GenerationRequest(tiny.PROMPT, (), 20, Sampling(1.0), 7, frozenset()),
+        ):
+            assert list(backend.generate(request)) == list(near.generate(request))
+    finally:
+        backend.close()
+        near.close()
 
 
 def test_limits_and_ends_of_sequence(pair: tuple[Pipelined, Pipelined], target: Target) -> None:

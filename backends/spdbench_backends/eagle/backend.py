@@ -25,6 +25,8 @@ ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
 
 LARGEST_AUTO_TREE = 32
+STATIC_DEPTH = 5
+"""Levels of EAGLE-1's tree."""
 
 
 class Eagle(DraftVerify):
@@ -43,7 +45,7 @@ class Eagle(DraftVerify):
             "auto", description="what a head's auxiliary layer ids count: hidden states, or layers' outputs"
         )
         rope_theta: float | None = Field(
-            None, gt=0, description="base of the head's rotary positions; default: its own"
+            None, gt=0, allow_inf_nan=False, description="base of the head's rotary positions; default: its own"
         )
         norm_output: Literal["auto", "feed", "ignore"] = Field(
             "auto", description="what a head's norm_output means: feed the normed state to the next row, or nothing"
@@ -74,6 +76,8 @@ class Eagle(DraftVerify):
 
     def _check_options(self) -> None:
         options, label = self._options, self._context.label
+        if options.tree == "static" and (options.depth or 0) > STATIC_DEPTH:
+            raise InputError(f"-o {label}.depth={options.depth}: the static tree has {STATIC_DEPTH} levels")
         counts = options.tree == "dynamic" or "total_tokens" in options.model_fields_set
         if counts and options.depth is not None and options.total_tokens < options.depth + 1:
             raise InputError(
@@ -122,7 +126,7 @@ class Eagle(DraftVerify):
                 return ChainGrowth(options.depth or 4)
             raise self._no_trees(options.tree)
         if options.tree == "static":
-            paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or 5))
+            paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or STATIC_DEPTH))
             return StaticGrowth(paths, self._decoder.device)
         if options.tree == "dynamic":
             depth = options.depth or min(5, options.total_tokens - 1)

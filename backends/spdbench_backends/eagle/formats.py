@@ -62,7 +62,7 @@ class EagleConfig(BaseModel):
     max_position_embeddings: int = Field(2048, ge=1)
     rms_norm_eps: float = Field(1e-6, gt=0)
     hidden_act: Literal["silu"] = "silu"
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(10000.0, gt=0, allow_inf_nan=False)
     rope_scaling: dict[str, Any] | None = None
     """Rotary positions that are not the plain ones, as transformers writes them."""
     sliding_window: int | None = Field(None, ge=1)

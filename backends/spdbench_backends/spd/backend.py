@@ -47,7 +47,7 @@ class SPD(Pipelined):
         if file is None:
             self._info = self._synthetic(choice)
             return
-        self._head = build_head(file, self._context.target.own_decoder, self._stages)
+        self._head = build_head(file, self._drafters_target, self._stages)
         if self._options.stage_layers == "auto":
             self._head = self._rebalanced(self._head)
         self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)

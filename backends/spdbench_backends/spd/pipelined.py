@@ -87,6 +87,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         super().__init__(context)
         self._options = cast(PipelineOptions, options)
         self._stages: tuple[range, ...] = ()
+        self._ends: Decoder | None = None
         self._pipeline: Pipeline | None = None
         self._decoding: PipelinedDecoding | None = None
 
@@ -110,6 +111,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
         decoder = self._decoder
         last = len(self._stages) - 1
         devices = [self._device(stage) for stage in range(len(self._stages))]
+        if self._anchors():
+            devices.append(self._drafters_device)
         chosen: dict[str, str] = {"executor": self._executor}
         if self._executor == "process":
             chosen["transport"] = self._transport
@@ -129,7 +132,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         super().close()
         if self._pipeline is not None:
             self._pipeline.close()
-        self._pipeline = self._decoding = None
+        self._pipeline = self._decoding = self._ends = None
 
     def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
         from spdbench_backends.spd.engine import PipelinedDecoding
@@ -162,6 +165,24 @@ class Pipelined(Drafting["PipelineDrafter"]):
         """Devices are dealt to the stages in order."""
         devices = self._context.devices
         return devices[stage % len(devices)]
+
+    @property
+    def _drafters_device(self) -> str:
+        """A device of its own where more are named than there are stages, else the first."""
+        devices, count = self._context.devices, len(self._stages)
+        return devices[count] if self._executor == "process" and len(devices) > count else devices[0]
+
+    @property
+    def _drafters_target(self) -> Decoder:
+        """The target as heads are built on it: its embedding and its head are where the drafter is."""
+        from spdbench.models.target import find_device
+
+        target, device = self._context.target.own_decoder, find_device(self._drafters_device)
+        if device == target.device:
+            return target
+        if self._ends is None:
+            self._ends = target.ends_on(device)
+        return self._ends
 
     def _find_head(self, choice: DrafterChoice, read: Callable[[Path], F], draw: Draw[F]) -> F | None:
         """The head that was asked for, None for a synthetic drafter; cuts the model into stages that fit it."""
@@ -220,11 +241,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return max(1, self._context.threads - count * self._threads(count))
 
     def _start_pipeline(self) -> Pipeline:
-        decoder, anchors = self._decoder, self._anchors()
+        anchors = self._anchors()
         if self._executor == "inline":
             from spdbench.pipeline.inline import InlinePipeline
 
-            return InlinePipeline(decoder, self._stages, anchors)
+            return InlinePipeline(self._decoder, self._stages, anchors)
         from spdbench.pipeline.process import ProcessPipeline
         from spdbench.pipeline.stages import StageWorkers
         from spdbench.pipeline.worker import StageSpec
@@ -252,7 +273,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
             )
             for index, layers in enumerate(self._stages)
         ]
-        return ProcessPipeline(StageWorkers(specs, self._options.timeout_s), specs, decoder, anchors)
+        workers = StageWorkers(specs, self._options.timeout_s)
+        return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
 
 
 def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:

@@ -44,7 +44,7 @@ class PPSD(Pipelined):
         if file is None:
             self._info = self._synthetic(choice)
             return
-        self._head = build_exit(file, self._context.target.own_decoder, self._stages)
+        self._head = build_exit(file, self._drafters_target, self._stages)
         self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)
 
     def _anchors(self) -> Collection[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import ROOT, DraftTree, chain, from_paths
-from spdbench.decoding.verify import judge_tree
+from spdbench.decoding.verify import SampledAtOnce, judge_tree
 from spdbench.types import Sampling
 from tests.chisquare import p_value
 
@@ -115,6 +115,39 @@ def test_drawn_chains_leave_the_targets_distribution(sampling: Sampling) -> None
         found = judge_tree(LOGITS[[4, first, second]], draft, sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
     assert p_value(counts, joint(sampling)) > 1e-4 / 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(0.9, top_k=3)])
+@pytest.mark.parametrize("kind", ["tree", "twins", "drawn", "root"])
+def test_a_device_that_is_asked_once_gives_the_verdicts_of_the_walk(sampling: Sampling, kind: str) -> None:
+    """What is computed on a GPU for all nodes at once is what a CPU computes node by node, number for number."""
+    generator, drawing = torch.Generator().manual_seed(0), Sampler(sampling, 4)
+    seen = set()
+    for seed in range(300):
+        drawn = None
+        if kind == "tree":
+            tree = from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+            ids = torch.tensor([4, 0, 3, 1, 2, 4, 1, 3])
+        elif kind == "twins":
+            tree, ids = from_paths([(0,), (1,), (2,), (1, 0)]), torch.tensor([4, 2, 2, 3, 1])
+        elif kind == "root":
+            tree, ids = ROOT, torch.tensor([1])
+        else:
+            tree = chain(2)
+            drawn = tuple(drawing.probabilities(torch.randn(5, generator=generator)) for _ in range(2))
+            ids = torch.tensor([4, *(drawing.draw(each) for each in drawn)])
+        draft, logits_NV = DraftTree(tree, ids, drawn), torch.randn(len(ids), 5, generator=generator)
+        expected = judge_tree(logits_NV, draft, Sampler(sampling, seed))
+        walk, node, path = SampledAtOnce(logits_NV, draft, Sampler(sampling, seed)), 0, [0]
+        while (children := (tree.parents_N == node).nonzero().flatten().numpy()).size:
+            if (found := walk.choose(node, children)) is None:
+                break
+            node = found
+            path.append(node)
+        assert tuple(path) == expected.path
+        assert walk.last(node) == expected.token_ids[-1]
+        seen.add(expected.path)
+    assert len(seen) > 1 or kind == "root"
 
 
 def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:

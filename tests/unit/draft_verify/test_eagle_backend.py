@@ -30,6 +30,11 @@ def test_a_tree_of_fewer_tokens_than_levels_is_refused(target: Target, tree: dic
         load(target, {**tree, "depth": "5", "total_tokens": "5"})
 
 
+def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:
+    with pytest.raises(InputError, match=r"-o e\.depth=6: the static tree has 5 levels"):
+        load(target, {"tree": "static", "depth": "6"})
+
+
 def test_a_depth_that_was_not_given_is_no_more_than_there_are_tokens_for(target: Target) -> None:
     backend = load(target, {"tree": "dynamic", "total_tokens": "3"})
     request = tiny.greedy(tiny.PROMPT, 9)

@@ -295,6 +295,8 @@ def test_tensors_that_do_not_fit_are_named(decoder: Decoder, tmp_path: Path, cha
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 3]}}, "names 2 auxiliary layers"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "of type longrope. Supported: default, linear"),
         ({"rope_scaling": {"type": "linear"}}, "of type linear cannot be used"),
+        ({"rope_scaling": {"type": "linear", "factor": -4.0}}, "of type linear cannot be used"),
+        ({"rope_theta": float("inf")}, "rope_theta: Input should be a finite number"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "of part of a head"),
         ({"speculators_model_type": "eagle"}, "its config says EAGLE-1, but its tensors are those of EAGLE-3"),
         ({"method": "eagle"}, "its config says EAGLE-1, but its tensors are those of EAGLE-3"),

@@ -1,0 +1,155 @@
+"""The claim of speculative pipeline decoding, tried again: spd with 2 to 10 stages beside ppsd, EAGLE and Medusa.
+
+Why: the paper (arXiv 2605.30852) measures large models on a GPU a stage; whoever decides has another model, other
+drafters and fewer devices. Here every method has a drafter trained on the same data, and one clock.
+Regimes: the embedded model in bfloat16, `quick` and the first prompts of MT-Bench, GSM8K and HumanEval, at
+temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there are more
+of them than processors, tokens/s say what this machine makes of it, and `ideal` what devices of their own would.
+Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance against
+tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there whole is
+not made again.
+
+    python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--limit 20]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from spdbench.judge.compare import Row, Table, compare
+from spdbench.judge.pairing import read_entries
+from spdbench.render.export import to_csv
+from spdbench.training.loop import expected_length
+
+SUITES = ("quick", "mtbench", "gsm8k", "humaneval")
+STAGES = (2, 3, 5, 6, 10)
+PPSD_STAGES = 3
+DRAFTERS = ("eagle3", "medusa", "ppsd-3", *(f"spd-{stages}" for stages in STAGES))
+ABSENT = "-"
+HEADER = (
+    "suite",
+    "T",
+    "label",
+    "accept",
+    "tau or equivalent",
+    "ideal",
+    "speed-up",
+    "per device",
+    "bubble",
+    "tok/s",
+    "identical",
+    "degenerate",
+)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--data", type=Path, required=True, help="where MT-Bench and GSM8K are")
+    arguments.add_argument("--drafters", type=Path, required=True, help=f"a folder of {', '.join(DRAFTERS)}")
+    arguments.add_argument("--logs", type=Path, default=Path("results/training"))
+    arguments.add_argument("--results", type=Path, default=Path("results/claim-runs"))
+    arguments.add_argument("--out", type=Path, default=Path("results/claim"))
+    arguments.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
+    arguments.add_argument("--temperatures", nargs="+", type=float, default=(0.0, 1.0))
+    arguments.add_argument("--limit", type=int, default=20)
+    arguments.add_argument("--max-new-tokens", type=int, default=64)
+    chosen = arguments.parse_args()
+    tables = [
+        table
+        for suite, temperature in product(chosen.suites, chosen.temperatures)
+        for table in compare(read_entries(measured(suite, temperature, chosen)))
+    ]
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    (chosen.out / "table.md").write_text(shown(tables), encoding="utf-8")
+    (chosen.out / "rows.csv").write_text(to_csv(tables), encoding="utf-8")
+    (chosen.out / "learning.md").write_text(learning(chosen.logs), encoding="utf-8")
+    print(shown(tables))
+
+
+def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:
+    """The results of one run, which is made, or gone on with, where it is not there."""
+    name = f"t{temperature:g}"
+    labels = ["vanilla", "eagle", "medusa", "ngram", "ppsd", *(f"spd-{stages}" for stages in STAGES)]
+    files = [chosen.results / f"{suite}__{label}__smollm2__{name}.json" for label in labels]
+    if all(file.exists() for file in files):
+        return files
+    command = [sys.executable, "-m", "spdbench", "run", suite, f"--name={name}", f"--results={chosen.results}"]
+    command += [f"--limit={chosen.limit}", f"--max-new-tokens={chosen.max_new_tokens}", f"--data={chosen.data}"]
+    command += [f"--temperature={temperature:g}", "--resume", *words_of_backends(chosen.drafters)]
+    code = subprocess.run(command, check=False).returncode
+    if code not in (0, 1):
+        sys.exit(f"{' '.join(command)}: exit code {code}")
+    return files
+
+
+def words_of_backends(drafters: Path) -> Iterator[str]:
+    yield from ("-b", "vanilla", "-b", "eagle", "-b", "medusa", "-b", "ngram", "-b", "ppsd")
+    yield from ("--drafter", f"eagle={drafters / 'eagle3'}", "--drafter", f"medusa={drafters / 'medusa'}")
+    yield from ("--drafter", f"ppsd={drafters / f'ppsd-{PPSD_STAGES}'}", "-o", f"ppsd.stages={PPSD_STAGES}")
+    for stages in STAGES:
+        label = f"spd-{stages}"
+        yield from ("-b", f"{label}=spd", "-o", f"{label}.stages={stages}")
+        yield from ("--drafter", f"{label}={drafters / label}")
+
+
+def shown(tables: Sequence[Table]) -> str:
+    rows = [list(cells(table, row)) for table in tables for row in table.rows]
+    return tabulate(rows, HEADER, tablefmt="github", disable_numparse=True) + "\n"
+
+
+def cells(table: Table, row: Row) -> Iterator[str]:
+    metrics, backend = row.metrics, row.head.backend
+    pipeline = backend.kind == "pipeline"
+    yield table.head.suite.name
+    yield f"{table.head.decoding.temperature:g}"
+    yield row.label
+    yield with_interval(metrics, "acceptance_rate", ".1%")
+    yield with_interval(metrics, "equivalent_acceptance_length" if pipeline else "acceptance_length", ".2f")
+    yield with_interval(metrics, "ideal_speedup", ".2f")
+    speedup = row.speedup
+    if row.is_baseline or speedup is None or speedup.value is None:
+        yield from (ABSENT, ABSENT)
+    else:
+        low, high = speedup.interval or (float("nan"), float("nan"))
+        yield f"{speedup.value:.2f} [{low:.2f}, {high:.2f}]"
+        yield f"{speedup.value / (backend.lanes or 1):.2f}"
+    yield with_interval(metrics, "bubble_ratio", ".0%")
+    yield f"{metrics['decode_tokens_per_s']:.1f}"
+    yield f"{row.outputs.num_identical}/{row.outputs.num_compared}" if row.outputs else ABSENT
+    yield f"{metrics['num_degenerate']}/{metrics['num_runs']}"
+
+
+def with_interval(metrics: Mapping[str, Any], name: str, form: str) -> str:
+    value, interval = metrics.get(name), metrics.get(f"{name}_ci")
+    if value is None:
+        return ABSENT
+    if not interval:
+        return format(value, form)
+    return f"{value:{form}} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+def learning(logs: Path) -> str:
+    """Held-out acceptance of the first draft, and expected drafts in a row, at every evaluation."""
+    rows = []
+    for file in sorted(logs.glob("*.jsonl")):
+        tokens = 0
+        for line in file.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            tokens += entry.get("tokens", 0)
+            if rates := entry.get("acceptance"):
+                rows.append([file.stem, f"{tokens:,}", f"{rates[0]:.1%}", f"{1 + expected_length(rates):.2f}"])
+    header = ["drafter", "tokens seen", "first draft accepted", "tokens a round, as a chain"]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True) + "\n"
+
+
+if __name__ == "__main__":
+    main()
