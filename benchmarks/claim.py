@@ -3,8 +3,9 @@
 Why: the paper (arXiv 2605.30852) measures large models on a GPU a stage; whoever decides has another model, other
 drafters and fewer devices. Here every method has a drafter trained on the same data, and one clock.
 Regimes: the embedded model in bfloat16, `quick` and the first prompts of MT-Bench, GSM8K and HumanEval, at
-temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there are more
-of them than processors, tokens/s say what this machine makes of it, and `ideal` what devices of their own would.
+temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there
+are more of them than processors, tokens/s say what this machine makes of it, and `ideal` what devices of their own
+would.
 Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance against
 tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there whole is
 not made again.
