@@ -6,9 +6,9 @@ Regimes: the embedded model in bfloat16, `quick` and the first prompts of MT-Ben
 temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there
 are more of them than processors, tokens/s say what this machine makes of it, and `ideal` what devices of their own
 would.
-Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance against
-tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there whole is
-not made again.
+Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance
+against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there
+whole is not made again.
 
     python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--limit 20]
 """
