@@ -40,6 +40,8 @@ MADE_FROM_ONE_RESULT = frozenset(
         "noisy",
         "slow_baseline",
         "unattributed",
+        "drift",
+        "outliers",
     }
 )
 """What `flags_for` can tell, and so tells anew whenever a file is read."""
@@ -51,6 +53,9 @@ NOISY_SHARE = 0.10
 SLOW_ROOFLINE_SHARE = 0.4
 SLOW_KERNELS = frozenset({"transformers"})
 UNATTRIBUTED_SHARE = 0.10
+DRIFT_SHARE = 0.05
+DRIFT_P_VALUE = 0.01
+MAX_NAMED = 3
 
 
 def is_degenerate(output_ids: Sequence[int] | NDArray[np.int64]) -> bool:
@@ -110,6 +115,7 @@ def flags_for(
         *_sample_flags(overall),
         *_speed_flags(overall, backend),
         *_lane_flags(overall),
+        *_steadiness_flags(overall),
     ]
 
 
@@ -208,6 +214,27 @@ def _lane_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
             name="unattributed",
             reason=f"{share:.0%} of the lanes' decode time is idle for reasons that its spans do not tell",
             remedy="Leave the machine idle; where it persists, the backend lacks spans",
+        )
+
+
+def _steadiness_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    drift = overall["drift"]
+    if drift is not None and abs(drift) > DRIFT_SHARE and overall["drift_p_value"] < DRIFT_P_VALUE:
+        yield Flag(
+            name="drift",
+            reason=f"the time a step {'rose' if drift > 0 else 'fell'} by {abs(drift):.0%} from the first request to "
+            "the last, which is neither chance nor the prompts' length",
+            remedy="Trust speed-ups within one run, whose backends took turns, and not tokens/s across runs; let the "
+            "machine warm up or cool down, leave it idle, and measure again",
+        )
+    if outliers := overall["outliers"]:
+        names = list(dict.fromkeys(outliers))
+        named = ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if names[MAX_NAMED:] else "")
+        yield Flag(
+            name="outliers",
+            reason=f"{len(outliers)} of {overall['num_runs']} requests took far more or far less time a step than the "
+            f"others ({named})",
+            remedy="Leave the machine idle and measure again; --repeats shows whether it is the prompt",
         )
 
 

@@ -35,6 +35,7 @@ from spdbench.judge.ratios import (
     weighted_percentiles,
 )
 from spdbench.judge.result import BackendRecord, Run, Summary
+from spdbench.judge.steadiness import MIN_REQUESTS, MIN_STEPS, Drift, find_drift, find_outliers, log_paces
 
 WITHOUT = "_without_degenerate"
 WITHOUT_DEGENERATE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle", "ideal_speedup")
@@ -52,6 +53,7 @@ COUNTS = {
 """Metrics that are the sum of a column."""
 
 SPEED = "decode_tokens_per_s"
+PACE_COLUMNS = ("prompt_tokens", "new_tokens", "decode_s", "steps", "forwards")
 
 MAX_CHUNK = np.iinfo(np.uint16).max
 """Ids in one chunk, as far as inter-token percentiles count them."""
@@ -244,7 +246,7 @@ class Metrics(Mapping[str, Any]):
         samples = np.zeros((len(COLUMNS), len(totals)))
         samples[columns] = totals.T
         for name, ratio in asked.items():
-            interval = stats.percentile_interval(ratio.of(samples.T))
+            interval = stats.percentile_interval(ratio.of(samples.T), self["num_prompts"])
             found[name] = None if interval is None else list(interval)
         return found
 
@@ -265,7 +267,7 @@ class Metrics(Mapping[str, Any]):
         """The 95 % interval; None without spans, or with fewer than two conversations."""
         if self[name] is None or self["num_prompts"] < 2:
             return None
-        found = stats.percentile_interval(LANE_RATIOS[name].of(self._lane_samples))
+        found = stats.percentile_interval(LANE_RATIOS[name].of(self._lane_samples), self["num_prompts"])
         return None if found is None else list(found)
 
     @cached_property
@@ -300,6 +302,44 @@ class Metrics(Mapping[str, Any]):
         deep = np.flatnonzero(judged)
         return (accepted[deep] / judged[deep]).tolist() if len(deep) else None
 
+    @cached_property
+    def _paced(self) -> NDArray[np.bool_]:
+        """Which runs have decode steps enough to tell the time of one: [runs of the categories]."""
+        table = self._table
+        return (table[:, COLUMN["steps"]] >= MIN_STEPS) & (table[:, COLUMN["decode_s"]] > 0)
+
+    @cached_property
+    def _paces(self) -> NDArray[np.float64]:
+        """The paces of these runs, in the order of measuring."""
+        columns = {name: self._table[self._paced, COLUMN[name]] for name in PACE_COLUMNS}
+        context = columns["prompt_tokens"] + columns["new_tokens"] / 2
+        width = columns["forwards"] / columns["steps"]
+        return log_paces(columns["decode_s"], columns["steps"], [context, width])
+
+    @cached_property
+    def _askings(self) -> list[tuple[str, float]]:
+        """What these runs were asked, equal for repeats: every turn of a conversation is longer than the one before."""
+        lengths = self._table[:, COLUMN["prompt_tokens"]].tolist()
+        asked = zip(self._conversations, lengths, self._paced, strict=True)
+        return [(name, length) for name, length, chosen in asked if chosen]
+
+    @cached_property
+    def _trend(self) -> Drift | None:
+        return find_drift(self._paces, self._askings)
+
+    def drift(self) -> float | None:
+        return self._trend.change if self._trend else None
+
+    def drift_p_value(self) -> float | None:
+        return self._trend.p_value if self._trend else None
+
+    def outliers(self) -> list[str] | None:
+        """The prompts of requests that took far more or less time a step than the others; one entry a request."""
+        if len(self._paces) < MIN_REQUESTS:
+            return None
+        far = find_outliers(self._paces, self._askings)
+        return [name for (name, _), is_far in zip(self._askings, far, strict=True) if is_far]
+
     def peak_memory_bytes(self) -> int | None:
         return max((self._tally.peak_bytes.get(name, 0) for name in self._categories), default=0) or None
 
@@ -320,7 +360,8 @@ def _makers() -> dict[str, Callable[[Metrics], Any]]:
     for index, percent in enumerate(ITL_PERCENTS):
         makers[f"itl_p{percent}_s"] = methodcaller("latency", index)
         makers[f"itl_p{percent}_s_macro"] = methodcaller("latency_macro", index)
-    return makers | {name: methodcaller(name) for name in ("acceptance_by_position", "peak_memory_bytes")}
+    last = ("acceptance_by_position", "peak_memory_bytes", "drift", "drift_p_value", "outliers")
+    return makers | {name: methodcaller(name) for name in last}
 
 
 MAKERS = _makers()
