@@ -67,6 +67,7 @@ def result_head(
             num_parameters=target.num_parameters,
             bytes=target.num_bytes,
             template_sha256=chat.template_sha256,
+            tokenizer_sha256=target.files.tokenizer_sha256,
         ),
         drafter=None if info.drafter is None else DrafterRecord(**asdict(info.drafter)),
         environment=environment,

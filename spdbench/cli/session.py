@@ -30,8 +30,10 @@ from spdbench.judge.pairing import Entry
 from spdbench.judge.reader import reading, reread
 from spdbench.judge.result import Result, read_result
 from spdbench.measure.assemble import ResultHead, run_key, write_result
+from spdbench.measure.energy import energy_meter
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
+from spdbench.measure.privacy import names_only
 from spdbench.measure.runner import Contestant, Runner, Workload
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
@@ -90,7 +92,7 @@ class Session:
                 for (entrant, backend), place in zip(loaded, places, strict=True)
             ]
             contestants = [
-                Contestant(entrant.label, backend, journal)
+                Contestant(entrant.label, backend, journal, energy_meter(backend.describe().devices))
                 for (entrant, backend), journal in zip(loaded, journals, strict=True)
             ]
             report = progress_report(len(self.workload.keys()) * len(journals), sum(map(len, journals)))
@@ -184,8 +186,8 @@ class Session:
             "repeats": workload.repeats,
             "warmup": workload.warmup,
             "backend": entrant.name,
-            "options": entrant.options.model_dump(mode="json"),
-            "drafter": entrant.drafter,
+            "options": names_only(entrant.options.model_dump(mode="json")),
+            "drafter": names_only(entrant.drafter),
             "drafter_sha256": drafter.sha256 if drafter else None,
             "baseline": self.entrants[0].label,
             "backends": [other.label for other in self.entrants],

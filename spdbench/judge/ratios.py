@@ -34,8 +34,11 @@ COLUMNS = (
     "forwards",
     "score",
     "scored",
+    "energy_j",
+    "metered_tokens",
 )
-"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 or 0."""
+"""One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 or 0;
+`metered_tokens` are the new tokens of runs whose energy was measured."""
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 RATIO_NAMES = (
@@ -52,6 +55,7 @@ RATIO_NAMES = (
     "ideal_speedup",
     "token_efficiency",
     "device_s_per_token",
+    "energy_j_per_token",
     "roofline_share",
     "score",
 )
@@ -92,6 +96,7 @@ def ratios(backend: BackendRecord, read_bandwidth: float | None) -> dict[str, Ra
         "tpot_s": Ratio("decode_s", "decode_tokens"),
         "token_efficiency": Ratio("decode_tokens", "forwards"),
         "device_s_per_token": Ratio("decode_s", "decode_tokens", scale=backend.num_devices),
+        "energy_j_per_token": Ratio("energy_j", "metered_tokens"),
         "score": Ratio("score", "scored"),
         **_RATIOS_OF_KIND[backend.kind](backend, read_bandwidth),
     }
@@ -150,7 +155,9 @@ def _plain_columns(run: Run) -> tuple[float, ...]:
     """One run's numbers but for those that its steps add up to."""
     ttft_s, decode_s, tokens = run.ttft_s or 0.0, run.decode_s or 0.0, run.num_new_tokens
     times = (ttft_s, decode_s, ttft_s + decode_s)
-    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, run.score or 0.0, run.score is not None)
+    scored = (run.score or 0.0, run.score is not None)
+    metered = (run.energy_j or 0.0, tokens if run.energy_j else 0)
+    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, *scored, *metered)
 
 
 def token_intervals(steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -90,6 +90,7 @@ class ModelInfo(Record):
     num_parameters: int
     bytes: int
     template_sha256: str | None
+    tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
 
 
 class DrafterRecord(Record):
@@ -179,6 +180,7 @@ class Run(Record):
     bubble: BubbleParts | None = None
     full_cycles: FullCycles | None = None
     peak_memory_bytes: Large | None = None
+    energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
 
     @property
     def key(self) -> RunKey:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from spdbench import __version__
 from spdbench.judge.pairing import Collector, Entry
@@ -26,6 +26,9 @@ from spdbench.judge.result import (
     Summary,
 )
 from spdbench.measure.journal import Journal, write_error
+from spdbench.measure.privacy import names_only
+
+Told = TypeVar("Told", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,22 @@ def _without_runs(head: ResultHead, journal: Journal) -> Result:
         created=journal.created,
         run_key=run_key(journal.identity),
         spdbench={"version": __version__, "git": head.git},
-        suite=head.suite,
+        suite=_public(head.suite),
         decoding=head.decoding,
-        backend=head.backend,
-        model=head.model,
-        drafter=head.drafter,
+        backend=_public(head.backend),
+        model=_public(head.model),
+        drafter=None if head.drafter is None else _public(head.drafter),
         environment=dict(head.environment),
         runs=[],
         divergence=_divergence(journal),
         summary=Summary(overall={}, by_category={}),
         flags=[],
     )
+
+
+def _public(record: Told) -> Told:
+    """`record` with the names of files in it, but not their folders."""
+    return type(record).model_validate(names_only(record.model_dump()))
 
 
 def _judged(head: Result) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,17 @@ class Measurement:
     steps: Steps
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(devices: Sequence[str]) -> int | None:
     """The most memory that this process and its workers have held so far, GPUs' included; pages that they share count
-    for each. Of one backend only where it runs alone."""
+    for each. Of one backend, which runs on `devices`, only where it runs alone.
+
+    None where workers have memory of a GPU, of which only they know how much.
+    """
+    workers = multiprocessing.active_children()
+    if workers and any(device.startswith("cuda") for device in devices):
+        return None
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total += sum(_peak_of(child.pid) for child in multiprocessing.active_children())
+    total += sum(_peak_of(worker.pid) for worker in workers)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total += sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

@@ -16,13 +16,14 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from spdbench.measure.energy import energy_meter
 from spdbench.measure.pinning import pinned
 
-PACKAGES = ("torch", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("spdbench", "backends", "suites", "pyproject.toml")
 PROBE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}  # several times any cache
@@ -54,10 +55,20 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "system": platform.system(),
         "machine": platform.machine(),
         "kernel": platform.release(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "energy": [counter.name for counter in energy_meter([f"cuda:{index}" for index in range(len(gpus))]).counters],
         "read_bandwidth_bytes_per_s": read_bandwidth_bytes_per_s(device),
     }
     return {**found, "fingerprint": fingerprint(found)}
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed: one may do without some."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def fingerprint(found: dict[str, Any]) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import hashlib
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from spdbench.backend import Backend
 from spdbench.errors import BackendLostError, SpdbenchError
 from spdbench.judge.result import Run, Steps
 from spdbench.measure.clock import measure, peak_memory_bytes
+from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, RunKey
 from spdbench.measure.lanes import lane_figures
+from spdbench.measure.privacy import without_secrets
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
@@ -64,11 +66,12 @@ Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], int], Outcome]
 
 @dataclass(frozen=True)
 class Contestant:
-    """A loaded backend with its journal. The first of a run is the baseline."""
+    """A loaded backend with its journal and its energy meter. The first of a run is the baseline."""
 
     label: str
     backend: Backend
     journal: Journal
+    meter: EnergyMeter = field(default_factory=EnergyMeter)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Runner:
         self._classify = classify
         self._observer = observer
         self._reference = next((c for c in contestants if c.backend.kind == "autoregressive"), None)
+        self._first_devices = self._contestants[0].backend.describe().devices
         comparable = self._reference is not None and workload.sampling.greedy
         self._compared = [c for c in contestants if comparable and c is not self._reference and c.backend.lossless]
 
@@ -181,11 +185,11 @@ class Runner:
     def _finish(self, contestant: Contestant, ask: _Ask) -> None:
         lost: BackendLostError | None = None
         try:
-            run, trace = _attempt(contestant.backend, ask)
+            run, trace = _attempt(contestant, ask)
         except BackendLostError as error:
             lost, run, trace = error, _failed(ask, str(error).partition("\n")[0]), ""
         if len(self._contestants) == 1:  # backends that share a process have no memory of their own
-            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes()})
+            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first_devices)})
         contestant.journal.append(run)
         self._observer.finished(contestant.label, run)
         if trace:
@@ -208,13 +212,16 @@ class Runner:
             contestant.journal.add_outcome(ask.key, outcome)
 
 
-def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
+def _attempt(contestant: Contestant, ask: _Ask) -> tuple[Run, str]:
     """The run, and the traceback if the backend crashed: a bug, and a failed prompt instead of a number."""
     if ask.obstacle is not None:
         return _failed(ask, ask.obstacle), ""
     try:
+        backend, meter = contestant.backend, contestant.meter
         backend.prepare(ask.request)
+        before = meter.read()
         measured = measure(backend, ask.request)
+        energy_j = meter.joules(before, meter.read())
         figures = lane_figures(backend, measured)
     except SpdbenchError:
         raise
@@ -228,6 +235,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
             "ttft_s": measured.ttft_s,
             "decode_s": measured.decode_s,
             "steps": measured.steps,
+            "energy_j": energy_j,
             **figures,
         }
     )
@@ -235,7 +243,7 @@ def _attempt(backend: Backend, ask: _Ask) -> tuple[Run, str]:
 
 
 def _failed(ask: _Ask, reason: str) -> Run:
-    return _run(ask).model_copy(update={"error": reason})
+    return _run(ask).model_copy(update={"error": without_secrets(reason)})
 
 
 def _run(ask: _Ask) -> Run:

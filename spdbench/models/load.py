@@ -15,6 +15,8 @@ from spdbench.models import embedded, hf
 from spdbench.models.cache import cache_folder, typed_path
 from spdbench.models.checkpoint import Checkpoint, sha256_of_files
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -23,6 +25,12 @@ class ModelFiles:
     id: str
     directory: Path
     sha256: str
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the files that make ids of text, without chat template and settings; None if none of them is there."""
+        files = [file for name in TOKENIZER_FILES if (file := self.directory / name).is_file()]
+        return sha256_of_files(files) if files else None
 
 
 def find_model(name: str) -> ModelFiles:

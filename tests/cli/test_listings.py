@@ -157,7 +157,8 @@ def test_env_is_one_fact_a_line() -> None:
     assert all(": " in line for line in lines)
     names = [line.partition(":")[0] for line in lines]
     assert names[0] == "spdbench"
-    assert {"cpu", "cores", "threads", "memory", "torch", "read bandwidth", "fingerprint"} <= set(names)
+    assert {"cpu", "cores", "threads", "memory", "torch", "read bandwidth", "fingerprint", "energy"} <= set(names)
+    assert {"gpus", "driver", "cuda", "system", "kernel", "python", "transformers", "numpy"} <= set(names)
     assert any(line.endswith("GB/s") for line in lines)
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.judge.result import Result, json_schema, read_result
+from spdbench.measure import energy
+from spdbench.measure.energy import RaplZone
 from spdbench.models import hf
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
@@ -132,6 +134,102 @@ def test_resuming_keeps_what_came_from_spans(run: Runs) -> None:
     assert all(found.bubble and found.full_cycles for found in before)
     assert run("-b", "piped", "--drafter", "random", "--resume").code == 0
     assert run.result("piped").runs == before
+
+
+def test_energy_is_measured_where_the_machine_counts_it(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    for name, text in (("name", "package-0"), ("energy_uj", "1000"), ("max_energy_range_uj", "262143328850")):
+        (zone / name).write_text(text)
+    original = RaplZone.read
+
+    def moving(self: RaplZone) -> int | None:
+        found = original(self)
+        (zone / "energy_uj").write_text(str((found or 0) + 2_000_000))
+        return found
+
+    monkeypatch.setattr(RaplZone, "read", moving)
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run("-b", "vanilla")
+    assert said.code == 0, said.err
+    result = run.result("vanilla")
+    assert [found.energy_j for found in result.runs] == [2.0] * 4
+    assert result.environment["energy"] == ["RAPL package-0"]
+    tokens = sum(found.num_new_tokens for found in result.runs)
+    assert result.summary.overall["energy_j_per_token"] == pytest.approx(8 / tokens)
+    assert "J/tok" in said.out
+    assert "what RAPL package-0 counted" in said.out
+
+
+def test_without_counters_there_is_no_energy_at_all(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "nowhere")
+    said = run("-b", "vanilla")
+    assert run.result("vanilla").summary.overall["energy_j_per_token"] is None
+    assert run.result("vanilla").environment["energy"] == []
+    assert {found.energy_j for found in run.result("vanilla").runs} == {None}
+    assert "J/tok" not in said.out
+
+
+def test_no_file_tells_of_home_folders_or_secrets(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, drafter and an option name files in the home folder; the journal of a crash is looked at as well."""
+    home = tmp_path / "planted_home"
+    run.model = Path(shutil.copytree(run.model, home / "models" / "mine"))
+    small = Path(shutil.copytree(run.model, home / "models" / "small"))
+    for name, value in (("HOME", str(home)), ("HF_TOKEN", "hf_planted_token"), ("USER", "planted_user")):
+        monkeypatch.setenv(name, value)
+
+    def crash(*_: object) -> Any:
+        raise OSError(f"no space in {home} for hf_planted_token")
+
+    monkeypatch.setattr("spdbench_backends.ngram.Ngram.generate", crash)
+    words = ("-b", "vanilla", "-b", "draft_model", "-b", "ngram", "-o", f"draft_model.model={small}")
+    said = run(*words, "--drafter", f"draft_model={small}")
+    assert said.code == 1, said.err
+    assert run.result("draft_model").backend.options["model"] == "small"
+    assert run.result("ngram").runs[0].error == "OSError: no space in ~ for ***"
+    for path in run.results.iterdir():
+        text = path.read_text()
+        assert "planted" not in text
+        assert str(tmp_path) not in text
+
+
+def test_a_journal_tells_of_no_folder_either(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Path(shutil.copytree(run.model, tmp_path / "planted_folder" / "small"))
+
+    def interrupted(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spdbench_backends.draft_model.DraftModel.generate", interrupted)
+    words = (
+        "-b",
+        "vanilla",
+        "-b",
+        "draft_model",
+        "-o",
+        f"draft_model.model={small}",
+        "--drafter",
+        f"draft_model={small}",
+    )
+    assert run(*words, "--warmup", "0").code == 130
+    journals = sorted(run.results.glob("*.journal.jsonl"))
+    assert journals
+    assert all("planted" not in path.read_text() for path in journals)
+
+
+def test_results_name_the_tokenizer_by_its_hash(run: Runs, tmp_path: Path) -> None:
+    run("-b", "vanilla")
+    before = run.result("vanilla").model
+    assert before.tokenizer_sha256 is not None
+    assert len(before.tokenizer_sha256) == 64
+    run.model = Path(shutil.copytree(run.model, tmp_path / "other"))
+    tokenizer = json.loads((run.model / "tokenizer.json").read_text())
+    (run.model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+    run("-b", "vanilla")
+    assert run.result("vanilla").model.tokenizer_sha256 != before.tokenizer_sha256
+    assert run.result("vanilla").model.sha256 == before.sha256
 
 
 def test_one_backend_in_several_ways(run: Runs) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.judge.result import Run
+from spdbench.measure.clock import peak_memory_bytes
+from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
 from spdbench.measure.runner import Contestant, Runner, Workload
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling, Step
@@ -245,6 +249,54 @@ def test_memory_is_told_only_of_a_backend_that_runs_alone(tmp_path: Path) -> Non
     assert all(10_000_000 < (run.peak_memory_bytes or 0) < 10**11 for run in alone)
     shared = Bench(tmp_path / "shared", MockBackend(), MockPipeline()).run()
     assert {run.peak_memory_bytes for run in shared} == {None}
+
+
+def test_memory_of_gpus_that_workers_hold_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (peak_memory_bytes(["cuda:0"]) or 0) > 10_000_000
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [multiprocessing.current_process()])
+    assert (peak_memory_bytes(["cpu"]) or 0) > 10_000_000
+    assert peak_memory_bytes(["cpu", "cuda:0"]) is None
+
+
+class Ticking:
+    """A counter that moves by a joule at each reading, and keeps in a log when it is read."""
+
+    name = "ticking"
+    wraps_at = None
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.microjoules = 0
+
+    def read(self) -> int:
+        self.log.append("read")
+        self.microjoules += 1_000_000
+        return self.microjoules
+
+
+def test_energy_is_read_before_and_after_a_request_and_never_within(tmp_path: Path) -> None:
+    log: list[str] = []
+    bench = Bench(tmp_path, MockBackend(log=log), prompts=PROMPTS[1:2])
+    contestant = replace(bench.contestants[0], meter=EnergyMeter((Ticking(log),)))
+    Runner(workload(prompts=PROMPTS[1:2]), [contestant], WordChat(), never, bench.watcher).run()
+    assert log == ["prepare", "read", "generate", "closed", "read"]
+    assert [run.energy_j for run in bench.journals[0].runs()] == [1.0]
+
+
+def test_without_a_counter_a_run_has_no_energy(tmp_path: Path) -> None:
+    assert {run.energy_j for run in Bench(tmp_path, MockBackend()).run()} == {None}
+
+
+def test_a_crash_tells_neither_home_nor_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/planted")
+    monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
+
+    def crash(request: GenerationRequest) -> Sequence[Step]:  # noqa: ARG001
+        raise OSError("cannot open /home/planted/model with hf_planted_token")
+
+    runs = Bench(tmp_path, MockBackend(crash), prompts=PROMPTS[1:2]).run()
+    assert [run.error for run in runs] == ["OSError: cannot open ~/model with ***"]
+    assert "planted" not in (tmp_path / "0.journal.jsonl").read_text()
 
 
 def test_conversations_that_are_finished_are_not_put_into_tokens_again(tmp_path: Path) -> None:

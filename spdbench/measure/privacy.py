@@ -1,0 +1,46 @@
+"""Keeps out of files what says more of their maker than of the measurement: folders, and secrets of the environment.
+
+Must not know what the texts are about.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$", re.IGNORECASE)
+SHORTEST_SECRET = 8
+"""A shorter value would be blotted out of words that have nothing to do with it."""
+HIDDEN = "***"
+
+
+def names_only(value: Any) -> Any:
+    """`value`, plain JSON, with every path in it cut down to its last part, and without secrets."""
+    if isinstance(value, str):
+        return without_secrets(_last_part(value) if _is_path(value) else value)
+    if isinstance(value, Mapping):
+        return {key: names_only(item) for key, item in value.items()}
+    return [names_only(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out."""
+    hidden = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET]
+    for value in sorted(hidden, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    home = os.path.expanduser("~").rstrip("/")
+    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
+
+
+def _is_path(text: str) -> bool:
+    """True for what is written as a path, and for a relative one that is there: a hub id looks just the same."""
+    if text.startswith(("/", "~", "./", "../")):
+        return True
+    return "/" in text and os.path.exists(text)
+
+
+def _last_part(text: str) -> str:
+    return Path(text).name or text
