@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spdbench.render.table import Format
 
 FORMATS = ("table", "github", "latex", "csv", "json")
+DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "eagle", "spd")
 
 
 @click.command("compare", short_help="Compare results: speed-ups, acceptance, outputs.")
@@ -26,7 +27,12 @@ FORMATS = ("table", "github", "latex", "csv", "json")
 )
 @click.option("--by", type=click.Choice(["category"]), help="One row for each category as well.")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print.")
-def command(results: tuple[str, ...], baseline: str | None, by: str | None, form: Format) -> None:
+@click.option(
+    "--dialect",
+    type=click.Choice([*DIALECTS, "all"]),
+    help="Acceptance length as others print it, or in all dialects side by side.",
+)
+def command(results: tuple[str, ...], baseline: str | None, by: str | None, form: Format, dialect: str | None) -> None:
     """Compare results, in one table for each suite, model, dtype, decoding and machine.
 
     RESULT is a result file, a pattern such as 'results/quick__*.json', or a folder of result files. Everything is
@@ -41,7 +47,8 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
 
     entries = read_entries(list(_paths(results)))
     chosen = None if baseline is None else find_baseline(baseline, entries)
-    tables = compare(entries, chosen, by_category=by == "category")
+    dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
+    tables = compare(entries, chosen, by_category=by == "category", dialects=dialects)
     _write(render(tables, form, Console(file=sys.stdout)))
 
 

@@ -10,9 +10,10 @@ from collections import ChainMap, Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from spdbench.errors import InputError, NotComparableError, did_you_mean
+from spdbench.judge.dialects import metric_name
 from spdbench.judge.flags import disqualifies, diverged, interval_is_noisy, noisy
 from spdbench.judge.pairing import Entry, Outputs, Pairing, Speedup, pair, read_entries
 from spdbench.judge.result import Flag, Result
@@ -44,19 +45,30 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Results that may stand together. `head` is one of theirs, for the title; `baseline` is its label here, if any."""
+    """Results that may stand together. `head` is one of theirs, for the title; `baseline` is its label here, if any.
+
+    `dialects` are those in which acceptance lengths were asked for: each row's metrics hold them.
+    """
 
     head: Result
     baseline: str | None
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    dialects: tuple[str, ...] = ()
 
 
-def compare(entries: Sequence[Entry], baseline: str | Entry | None = None, *, by_category: bool = False) -> list[Table]:
+def compare(
+    entries: Sequence[Entry],
+    baseline: str | Entry | None = None,
+    *,
+    by_category: bool = False,
+    dialects: Sequence[str] = (),
+) -> list[Table]:
     """One table for each group of `entries` that may stand together.
 
     `baseline` is a label, looked up in each group, or an entry; by default the first autoregressive result of a group.
     An entry measured on another machine still serves, and every row judged by it is flagged `hardware_mismatch`.
+    `dialects` are names of `dialects.DIALECTS`.
 
     Raises:
         NotComparableError: `baseline` is an entry that did other work than every other entry.
@@ -66,7 +78,20 @@ def compare(entries: Sequence[Entry], baseline: str | Entry | None = None, *, by
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(_workload(entry.head) + _machine(entry.head), []).append(entry)
-    return [_table(group, _choose(group, baseline), by_category) for group in _with_company(groups.values(), baseline)]
+    tables = [
+        _table(group, _choose(group, baseline), by_category) for group in _with_company(groups.values(), baseline)
+    ]
+    return [_in_dialects(table, tuple(dialects)) for table in tables] if dialects else tables
+
+
+def _in_dialects(table: Table, dialects: tuple[str, ...]) -> Table:
+    """The same table with acceptance lengths in `dialects` among its rows' metrics."""
+    names = [metric_name(dialect) for dialect in dialects]
+    rows = []
+    for row in table.rows:
+        told = {name: row.metrics[name] for name in names}
+        rows.append(replace(row, metrics=ChainMap(told, cast("dict[str, Any]", row.metrics))))
+    return replace(table, rows=tuple(rows), dialects=dialects)
 
 
 def _with_company(groups: Iterable[list[Entry]], baseline: str | Entry | None) -> list[list[Entry]]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge import stats
 from spdbench.judge.batch import Batch, batches_of
+from spdbench.judge.dialects import DIALECTS, acceptance_length, metric_name
 from spdbench.judge.flags import degenerate
 from spdbench.judge.lane_metrics import LANE_COLUMNS, LANE_RATIOS, lane_columns
 from spdbench.judge.ratios import (
@@ -153,7 +154,10 @@ class Tally:
 
 
 class Metrics(Mapping[str, Any]):
-    """All metrics of the runs in `categories`, by METRICS.md's names, each worked out when it is first asked for."""
+    """All metrics of the runs in `categories`, by METRICS.md's names, each worked out when it is first asked for.
+
+    Acceptance lengths in dialects are given to whoever asks for them by name, and not listed among the others.
+    """
 
     def __init__(self, tally: Tally, defined: Mapping[str, Ratio], categories: Iterable[str]) -> None:
         self._tally = tally
@@ -165,7 +169,7 @@ class Metrics(Mapping[str, Any]):
         if name not in self._found:
             if name.endswith(WITHOUT) and not self["num_degenerate"]:
                 raise KeyError(name)
-            self._found[name] = MAKERS[name](self)
+            self._found[name] = (MAKERS.get(name) or UNLISTED[name])(self)
         return self._found[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -340,6 +344,10 @@ class Metrics(Mapping[str, Any]):
         far = find_outliers(self._paces, self._askings)
         return [name for (name, _), is_far in zip(self._askings, far, strict=True) if is_far]
 
+    def in_dialect(self, dialect: str) -> float | None:
+        """The acceptance length as `dialect` prints it."""
+        return acceptance_length(dialect, self._table, self._tally.backend)
+
     def peak_memory_bytes(self) -> int | None:
         return max((self._tally.peak_bytes.get(name, 0) for name in self._categories), default=0) or None
 
@@ -365,6 +373,7 @@ def _makers() -> dict[str, Callable[[Metrics], Any]]:
 
 
 MAKERS = _makers()
+UNLISTED = {metric_name(dialect): methodcaller("in_dialect", dialect) for dialect in DIALECTS}
 
 
 def _ratio_of(ratio: Ratio | None, sums: NDArray[np.float64]) -> float | None:

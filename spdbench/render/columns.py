@@ -1,28 +1,21 @@
-"""The words in a comparison: its columns and cells, the title line, the notes below. For terminal, Markdown, LaTeX.
+"""The words in a comparison: its columns and cells, and the title line. For terminal, Markdown, LaTeX.
 
 Judges nothing and knows no output format. A line break in a cell is where it may be folded on a narrow terminal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spdbench.judge.compare import Row, Table
-from spdbench.judge.flags import DISQUALIFYING, is_untrained
-from spdbench.judge.lane_metrics import CAUSES
+from spdbench.judge.dialects import metric_name
+from spdbench.judge.flags import is_untrained
 from spdbench.judge.result import DecodingInfo, Result
 
 EMPTY = "-"
-INTERVAL_NOTE = (
-    "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
-    "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
-)
-IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing."
-
-BUBBLE_NOTE = "bubble: the share of decode time in which the lanes that hold the target computed nothing of it."
 
 
 @dataclass(frozen=True)
@@ -38,8 +31,22 @@ class Column:
 def columns_for(table: Table) -> list[Column]:
     """The columns that say anything in `table`; the label always comes first."""
     return [
-        column for column in COLUMNS if not column.leave_out or any(column.cell(row) != EMPTY for row in table.rows)
+        column
+        for column in _columns_with(table.dialects)
+        if not column.leave_out or any(column.cell(row) != EMPTY for row in table.rows)
     ]
+
+
+def _columns_with(dialects: Sequence[str]) -> list[Column]:
+    """All columns, with tau in the one dialect that was asked for; with several, what leaves room for them all."""
+    if not dialects:
+        return list(COLUMNS)
+    header = "tau\n{}" if len(dialects) == 1 else "{}"
+    taus = [Column(header.format(name), _metric(metric_name(name), ".2f")) for name in dialects]
+    if len(dialects) == 1:
+        at = COLUMNS.index(TAU)
+        return [*COLUMNS[:at], *taus, *COLUMNS[at + 1 :]]
+    return [COLUMNS[0], *(replace(column, leave_out=rank) for column, rank in BESIDE_DIALECTS), *taus]
 
 
 def _metric(name: str, form: str) -> Callable[[Row], str]:
@@ -78,14 +85,14 @@ def _speedup(row: Row) -> str:
 
 
 def _acceptance(row: Row) -> str:
-    return _share(row.metrics["acceptance_rate"])
+    return share(row.metrics["acceptance_rate"])
 
 
 def _bubble(row: Row) -> str:
-    return _share(row.metrics["bubble_ratio"])
+    return share(row.metrics["bubble_ratio"])
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
     return EMPTY if value is None else f"{100 * value:.1f}%"
 
 
@@ -97,6 +104,18 @@ def _tau(row: Row) -> str:
 def _per_device(row: Row) -> str:
     """Blank with one device, where it repeats the speed-up."""
     return EMPTY if row.head.backend.num_devices == 1 else _metric("speedup_per_device", ".2f")(row)
+
+
+def _device_ms(row: Row) -> str:
+    """Blank with one device, where tok/s says the same."""
+    seconds = row.metrics["device_s_per_token"]
+    return EMPTY if row.head.backend.num_devices == 1 or seconds is None else f"{1000 * seconds:.1f}"
+
+
+def _memory(row: Row) -> str:
+    """The highest over the run, whose categories share a process: blank for them."""
+    num_bytes = row.metrics["peak_memory_bytes"]
+    return EMPTY if row.category is not None or num_bytes is None else f"{num_bytes / 2**30:.2f}"
 
 
 def _rate(row: Row) -> str:
@@ -115,18 +134,29 @@ def _outputs(row: Row) -> str:
     return f"{same}/{compared}\nidentical" if same == compared else f"differs\n{compared - same}/{compared}"
 
 
+DRAFTER = Column("drafter", _drafter, numeric=False)
+RATE = Column("tok/s", _rate)
+SPEEDUP = Column("speed-up\n[95 %]", _speedup)
+ACCEPTANCE = Column("accept", _acceptance, leave_out=3)
+TAU = Column("tau", _tau, leave_out=2)
+BESIDE_DIALECTS = ((DRAFTER, 1), (RATE, 2), (SPEEDUP, 4), (ACCEPTANCE, 3))
+"""What stands beside acceptance lengths in several dialects, and in which order it makes room, highest first."""
+
 COLUMNS = (
     Column("label", _label, numeric=False),
-    Column("drafter", _drafter, numeric=False),
-    Column("tok/s", _rate),
-    Column("speed-up\n[95 %]", _speedup),
+    DRAFTER,
+    RATE,
+    SPEEDUP,
     Column("per\ndevice", _per_device, leave_out=4),
-    Column("accept", _acceptance, leave_out=3),
-    Column("tau", _tau, leave_out=2),
+    ACCEPTANCE,
+    TAU,
     Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=5),
     Column("ideal", _metric("ideal_speedup", ".2f"), leave_out=1),
     Column("bubble", _bubble, leave_out=5),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=6),
+    Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=7),
+    Column("device\nms/tok", _device_ms, leave_out=8),
+    Column("memory\nGiB", _memory, leave_out=9),
     Column("score", _metric("score", ".2f"), leave_out=2),
     Column("outputs", _outputs, numeric=False),
 )
@@ -177,72 +207,18 @@ def _prompts(table: Table) -> str:
 
 def machine(head: Result) -> str:
     """The machine's name as far as the environment tells it, and the start of its fingerprint."""
-    found = [text for key in ("gpu", "gpus", "cpu") if (text := _device_name(head.environment.get(key)))]
+    found = [text for key in ("gpu", "gpus", "cpu") if (text := device_name(head.environment.get(key)))]
     fingerprint = str(head.environment.get("fingerprint") or "unknown machine")[:8]
     return f"{', '.join(found)} ({fingerprint})" if found else fingerprint
 
 
-def _device_name(value: Any) -> str:
+def device_name(value: Any) -> str:
     """The name in `value`: text, {"name" or "model": text}, or a list of such."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
         return str(value.get("name") or value.get("model") or "")
     if isinstance(value, Sequence):
-        names = [name for item in value if (name := _device_name(item))]
+        names = [name for item in value if (name := device_name(item))]
         return ", ".join(dict.fromkeys(names))
     return ""
-
-
-def notes(table: Table) -> list[str]:
-    """What stands below a table: how to read it, what was left out, each flag once."""
-    found = []
-    if table.baseline is not None and any(not row.is_baseline for row in table.rows):
-        found.append(INTERVAL_NOTE.format(baseline=table.baseline))
-    if any(row.head.backend.kind == "pipeline" for row in table.rows):
-        found.append(IDEAL_NOTE)
-    best = [
-        f"{row.label} ({row.category or 'all'})" if by_category(table) else row.label for row in table.rows if row.best
-    ]
-    if best:
-        found.append(f"best: {', '.join(best)}.")
-    return [*found, *_bubble_notes(table), *table.notes, *_divergence_notes(table), *_flag_notes(table)]
-
-
-def _bubble_notes(table: Table) -> Iterator[str]:
-    """What each row's bubble is made of, largest first, and what its lanes did in vain."""
-    told = []
-    for row in table.rows:
-        metrics = row.metrics
-        if row.category is None and metrics["bubble_ratio"] is not None:
-            causes = sorted((name for name in CAUSES if metrics[name]), key=lambda name: -round(metrics[name], 3))
-            words = [f"{name} {_share(metrics[name])}" for name in causes]
-            wasted = [f"and wasted {_share(metrics['wasted'])}"] * (metrics["wasted"] > 0)
-            told.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
-    if told:
-        yield f"{BUBBLE_NOTE} {'; '.join(told)}."
-
-
-def _divergence_notes(table: Table) -> Iterator[str]:
-    """What the first differences were, where the file says it."""
-    for label, row in {row.label: row for row in table.rows}.items():
-        classes = row.head.divergence.model_dump() if row.head.divergence else {}
-        if sum(classes.values()) > classes.get("identical", 0):
-            words = [f"{count} {name.replace('_', ' ')}" for name, count in classes.items() if count]
-            yield f"{label}, outputs against vanilla's: {', '.join(words)}."
-
-
-def _flag_notes(table: Table) -> Iterator[str]:
-    labels: dict[str, dict[str, list[str]]] = {}
-    remedies: dict[str, str] = {}
-    for row in table.rows:
-        for flag in row.flags:
-            named = labels.setdefault(flag.name, {}).setdefault(flag.reason, [])
-            if row.category is None:
-                named.append(row.label)
-            remedies.setdefault(flag.name, flag.remedy)
-    for name, by_reason in labels.items():
-        reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in by_reason.items() if who)
-        weight = "disqualifies" if name in DISQUALIFYING else "warning"
-        if reasons:
-            yield f"{name} ({weight}): {reasons}. {remedies[name]}."

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spdbench.judge.compare import Row, Table
+from spdbench.judge.dialects import DIALECTS
 from spdbench.render.columns import decoding, machine
 
 
@@ -25,6 +26,7 @@ def _table(table: Table) -> dict[str, Any]:
         "decoding": head.decoding.model_dump(),
         "environment": head.environment,
         "baseline": table.baseline,
+        "dialects": {name: DIALECTS[name].rule for name in table.dialects},
         "notes": list(table.notes),
         "rows": [_row(row) for row in table.rows],
     }

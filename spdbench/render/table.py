@@ -1,6 +1,6 @@
 """A comparison for people: a terminal table that fits its width, GitHub Markdown, LaTeX; and the door to CSV and JSON.
 
-Must not judge: it shows what `judge.compare` found, in words from `columns.py`.
+Must not judge: it shows what `judge.compare` found, in words from `columns.py` and `notes.py`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from rich.text import Text
 from tabulate import tabulate
 
 from spdbench.judge.compare import Row, Table
-from spdbench.render.columns import COLUMNS, Column, by_category, columns_for, notes, titles
+from spdbench.render.columns import COLUMNS, Column, by_category, columns_for, titles
 from spdbench.render.export import to_csv, to_json
+from spdbench.render.notes import notes
 
 Format = Literal["table", "github", "latex", "csv", "json"]
 LEFT_ALIGNED = {"category", *(column.header for column in COLUMNS if not column.numeric)}

@@ -14,10 +14,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from spdbench.cli.compare import FORMATS, command
+from spdbench.cli.compare import DIALECTS, FORMATS, command
 from spdbench.errors import InputError, NotComparableError
+from spdbench.judge import dialects
 from spdbench.render.table import FORMATS as RENDERED
-from tests.builders import ORACLE, make_backend, make_result, make_run, pipeline_steps, write_result
+from tests.builders import (
+    ORACLE,
+    TRAINED,
+    chunk_steps,
+    make_backend,
+    make_result,
+    make_run,
+    pipeline_steps,
+    write_result,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "results"
 VANILLA, SPD, EAGLE = (str(FIXTURES / f"{name}.json") for name in ("vanilla", "spd_oracle", "eagle_with_failure"))
@@ -85,6 +95,65 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert compare().exit_code == 2
     assert compare(VANILLA, "--by", "colour").exit_code == 2
     assert compare(VANILLA, "--format", "xml").exit_code == 2
+
+
+def test_a_dialect_that_nobody_speaks_is_refused_naming_those_that_are_known() -> None:
+    refused = compare(VANILLA, "--dialect", "foo")
+    assert refused.exit_code == 2
+    assert refused.stdout == ""
+    assert "'foo' is not one of" in refused.stderr
+    assert all(f"'{name}'" in refused.stderr for name in [*dialects.DIALECTS, "all"])
+
+
+def test_dialects_of_the_command_are_those_of_the_judge() -> None:
+    assert tuple(dialects.DIALECTS) == DIALECTS
+
+
+@pytest.fixture
+def worked_example(tmp_path: Path) -> str:
+    """METRICS.md's: chunks of 1, 4, 3, 4 and 2 ids, the first from prefill."""
+    result = make_result([make_run(chunk_steps([1, 4, 3, 4, 2]))], make_backend("draft_verify"), drafter=TRAINED)
+    return str(write_result(result, tmp_path / "eagle.json"))
+
+
+@pytest.mark.parametrize(
+    ("dialect", "value"), [("vllm", "3.25"), ("sglang", "3.50"), ("nvidia", "2.80"), ("eagle", "4.33")]
+)
+def test_one_dialect_takes_the_place_of_tau_and_says_by_which_rule(
+    worked_example: str, dialect: str, value: str
+) -> None:
+    text = compare(worked_example, "--dialect", dialect, "--format", "github").stdout
+    assert f"tau {dialect}" in text
+    assert f" {value} |" in text
+    assert f"tau as {dialect} prints it: {dialects.DIALECTS[dialect].rule}." in text
+    assert "tau |" not in text
+
+
+def test_all_dialects_stand_side_by_side_in_every_format(worked_example: str) -> None:
+    for form in ("table", "github", "latex"):
+        text = " ".join(compare(worked_example, "--dialect", "all", "--format", form).stdout.split())
+        for name in dialects.DIALECTS:
+            assert name in text
+        assert all(value in text for value in ("3.25", "3.50", "2.80", "4.33"))
+        assert "sglang: N / verify steps" in text
+    [row] = csv.DictReader(io.StringIO(compare(worked_example, "--dialect", "all", "--format", "csv").stdout))
+    assert (row["acceptance_length_sglang"], row["acceptance_length_spd"]) == ("3.5", "")
+    assert row["acceptance_length_spec_bench"] == row["acceptance_length"] == "3.25"
+    [table] = json.loads(compare(worked_example, "--dialect", "all", "--format", "json").stdout)["tables"]
+    assert table["dialects"].keys() == dialects.DIALECTS.keys()
+    assert table["rows"][0]["metrics"]["acceptance_length_nvidia"] == pytest.approx(2.8)
+    assert table["rows"][0]["metrics"]["acceptance_length_spd"] is None
+
+
+def test_without_a_dialect_nothing_is_said_of_any(worked_example: str) -> None:
+    assert "prints it" not in compare(worked_example).stdout
+    assert "acceptance_length_vllm" not in compare(worked_example, "--format", "csv").stdout
+    assert json.loads(compare(worked_example, "--format", "json").stdout)["tables"][0]["dialects"] == {}
+
+
+def test_dialects_go_by_category_as_well(worked_example: str) -> None:
+    text = compare(worked_example, "--dialect", "eagle", "--by", "category", "--format", "csv").stdout
+    assert [row["acceptance_length_eagle"][:4] for row in csv.DictReader(io.StringIO(text))] == ["4.33", "4.33"]
 
 
 def test_width_follows_the_columns_variable_and_pipes_have_no_colour() -> None:

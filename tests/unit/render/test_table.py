@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from spdbench.judge.compare import Table, compare
+from spdbench.judge.dialects import DIALECTS
 from spdbench.judge.pairing import Entry, entry_from
 from spdbench.judge.result import BubbleParts, Divergence, DrafterRecord, Run
 from spdbench.render.table import FORMATS, Format, render
@@ -220,6 +221,76 @@ def test_latex_is_escaped_and_its_notes_are_comments() -> None:
     assert "95 \\%" in text
     outside = text.split("\\end{tabular}")[1].strip().splitlines()
     assert all(line.startswith("% ") for line in outside)
+
+
+def dialects(width: int, *names: str) -> str:
+    entries = [*demo(), entry("draft_verify", TRAINED)]
+    return show(compare(entries, dialects=names or list(DIALECTS)), width=width)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_all_dialects_fit_the_terminal_and_other_columns_make_room(width: int) -> None:
+    text = dialects(width)
+    assert max(map(len, text.splitlines())) <= width
+    header = "\n".join(text.splitlines()[:5])
+    assert all(name in header for name in DIALECTS)
+
+
+def test_a_dialect_stays_on_a_narrow_terminal_since_it_was_asked_for() -> None:
+    text = dialects(62, "sglang")
+    assert max(map(len, text.splitlines())) <= 62
+    header = "\n".join(text.splitlines()[:5])
+    assert "sglang" in header
+    assert "left out at this width" in text
+
+
+def test_rows_that_a_dialect_says_nothing_of_are_blank() -> None:
+    vanilla, spd, eagle = grid(dialects(160, "eagle"))[1:]
+    assert "8.00" in eagle
+    assert "8.00" not in vanilla + spd
+
+
+# Resources
+
+
+def test_resource_columns_are_there_only_where_they_say_something() -> None:
+    text = show(compare(everything()), width=200)
+    assert "J/tok" not in text
+    assert "ms/tok" not in text
+    assert "GiB" not in text
+
+
+def metered() -> list[Entry]:
+    steps = chunk_steps([1, 4, 4], step_ns=25 * MS)
+    runs = [make_run(steps, prompt=f"p{i}", peak_memory_bytes=3 * 2**29, energy_j=4.5) for i in range(10)]
+    return [entry("autoregressive"), entry("draft_verify", TRAINED, runs=runs, num_devices=2)]
+
+
+def test_energy_memory_and_device_time_are_columns() -> None:
+    text = show(compare(metered()), width=200)
+    assert "J/tok  device ms/tok  memory GiB" in text
+    vanilla, eagle = grid(text)[1:]
+    assert eagle.split()[-5:-2] == ["0.50", "12.5", "1.50"]
+    assert vanilla.split()[-4:-1] == ["-", "-", "-"]
+    assert "J/tok: what the machine counted from before each request" in text
+
+
+def test_the_note_on_energy_names_the_counters() -> None:
+    rows = metered()
+    environment = rows[0].head.environment | {"energy": ["RAPL package-0", "NVML cuda:0"]}
+    rows = [replace(row, head=row.head.model_copy(update={"environment": environment})) for row in rows]
+    assert "what RAPL package-0, NVML cuda:0 counted" in show(compare(rows), width=300)
+
+
+def test_resource_columns_are_the_first_to_be_left_out() -> None:
+    text = show(compare(metered()), width=70)
+    assert "left out at this width: memory GiB, device ms/tok, J/tok" in " ".join(text.split())
+
+
+def test_energy_is_in_the_exports_and_empty_where_it_was_not_measured() -> None:
+    vanilla, eagle = csv.DictReader(io.StringIO(show(compare(metered()), "csv")))
+    assert (vanilla["energy_j_per_token"], float(eagle["energy_j_per_token"])) == ("", 0.5)
+    assert (vanilla["peak_memory_bytes"], eagle["peak_memory_bytes"]) == ("", str(3 * 2**29))
 
 
 def bubbly(label: str, **shares: float) -> Entry:
