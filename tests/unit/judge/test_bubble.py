@@ -259,9 +259,11 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
             if name in here:
                 return name
         if lanes > 1 and begun:
-            cycle = cycle_with(max(begun, key=lambda s: s.start_ns))
+            newest = max(begun, key=lambda s: s.start_ns)
+            cycle = cycle_with(newest)
             done = all(cycle_with(s) != cycle for s in mine if s.start_ns > t)
-            if done and t < slowest[cycle]:
+            waited_for = min(cycle, cycle_of(newest.end_ns))  # it may have been ahead of its cycle
+            if done and t < slowest.get(waited_for, 0):
                 return "imbalance"
         return "host" if "host" in here else "unattributed"
 
@@ -274,6 +276,7 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
 
 @given(timelines())
 @example(([], [10, 10, 15], 2))
+@example(([span(0, "target", 1, 13, cycle=0), span(1, "target", 0, 11, cycle=1)], [10, 12, 13], 2))
 def test_every_nanosecond_is_charged_as_the_definition_says(timeline: tuple[list[Span], list[int], int]) -> None:
     spans, ends, lanes = timeline
     assert lane_time(read_spans(spans, lanes), ends) == by_the_nanosecond(spans, ends, lanes)
