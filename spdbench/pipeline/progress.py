@@ -1,6 +1,7 @@
-"""Whether processes that nobody hears from still get on: by their processor time and by what they read from disk.
+"""Whether processes that nobody hears from still get on: by processor time and by what they read from disk.
 
-Linux tells (proc(5), `stat` and `io`); elsewhere they are always taken to get on. Must not know what they do.
+Of the time only the main thread's counts, for others poll: gloo's does, in a process that only waits. Linux tells
+(proc(5), `stat` and `io`); elsewhere processes are always taken to get on. Must not know what they do.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ class Progress:
 
 
 def _used_by(process_id: int) -> tuple[str, ...]:
-    """Processor ticks in user and system mode, and bytes read from storage; empty where they are not told."""
+    """The main thread's ticks in user and system mode, and bytes read from storage; empty where they are not told."""
     folder = Path(f"/proc/{process_id}")
     try:
-        after_name = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        after_name = (folder / "task" / str(process_id) / "stat").read_text(errors="replace").rpartition(")")[2].split()
         read = [line for line in (folder / "io").read_text().splitlines() if line.startswith("read_bytes")]
     except OSError:
         return ()

@@ -44,8 +44,9 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class _Held:
-    """One worker, and the controller's ends of its pipes."""
+    """One worker, whose pipeline is `label`'s, and the controller's ends of its pipes."""
 
+    label: str
     spec: StageSpec
     process: SpawnProcess
     report: Connection
@@ -57,7 +58,7 @@ class _Held:
     def name(self) -> str:
         layers = self.spec.layers
         where = f"layers {layers.start} to {layers.stop - 1}, process {self.process.pid}"
-        return f"stage {self.spec.index} of {self.spec.num_stages} ({where})"
+        return f"stage {self.spec.index} of {self.spec.num_stages} of {self.label} ({where})"
 
 
 class _Words(NamedTuple):
@@ -68,10 +69,11 @@ class _Words(NamedTuple):
 
 
 class StageWorkers:
-    """The processes of a pipeline. Use as a context, or call `close`."""
+    """The processes of a pipeline, whose owner is called `label`. Use as a context, or call `close`."""
 
-    def __init__(self, specs: Sequence[StageSpec], timeout_s: float) -> None:
+    def __init__(self, specs: Sequence[StageSpec], timeout_s: float, label: str = "spd") -> None:
         self._timeout_s = timeout_s
+        self._label = label
         self._held: list[_Held] = []
         self._first: Connection | None = None
         self._lost: str | None = None
@@ -112,7 +114,7 @@ class StageWorkers:
         def write() -> None:
             try:
                 first.send_bytes(message)
-            except OSError:
+            except (OSError, TypeError):  # its reader has gone, or it was closed meanwhile
                 broken.set()
 
         writer = threading.Thread(target=write, daemon=True)
@@ -146,7 +148,7 @@ class StageWorkers:
         held, deadline = self._held[stage], time.monotonic() + LOAD_TIMEOUT_S
         while not (ready := held.waiter.poll(LOOK_EVERY_S * 1e3)):
             if progress.silence_s > self._timeout_s:
-                self._fail_hanging(self._timeout_s, "spd.timeout_s; it was loading")
+                self._fail_hanging(self._timeout_s, f"{self._label}.timeout_s; it was loading")
             if time.monotonic() > deadline:
                 self._fail_hanging(LOAD_TIMEOUT_S, "the limit for loading")
         return self._read(held, ready)
@@ -187,7 +189,7 @@ class StageWorkers:
                 )
                 with _signals_wait():
                     process.start()
-                self._held.append(_Held(spec, process, report[0], news[1], stacks[0], select.poll()))
+                self._held.append(_Held(self._label, spec, process, report[0], news[1], stacks[0], select.poll()))
         finally:
             for connection in given:  # else a worker's death would not close its pipes
                 connection.close()
@@ -237,9 +239,10 @@ class StageWorkers:
                 self._fail_with(f"{held.name} ended with exit code {held.process.exitcode}")
         self._fail_with("a stage closed its pipes and lives on")
 
-    def _fail_hanging(self, limit_s: float, which: str = "spd.timeout_s") -> NoReturn:
+    def _fail_hanging(self, limit_s: float, which: str | None = None) -> NoReturn:
         """Nobody died, but an answer is overdue: the first stage that waits neither for a message nor for its successor
         to take one is at fault."""
+        which = which or f"{self._label}.timeout_s"
         for held in self._held:
             with contextlib.suppress(OSError, TypeError):
                 os.kill(held.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]

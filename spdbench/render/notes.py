@@ -27,6 +27,7 @@ DIALECT_NOTE = (
     "requests."
 )
 BUBBLE_NOTE = "bubble: the share of decode time in which the lanes that hold the target computed nothing of it."
+CYCLE_NOTE = "cycles in which every stage was at work: the share of them that the slowest stage's work took."
 
 
 def notes(table: Table) -> list[str]:
@@ -74,6 +75,14 @@ def _bubble_notes(table: Table) -> Iterator[str]:
             told.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
     if told:
         yield f"{BUBBLE_NOTE} {'; '.join(told)}."
+    cycles = [
+        f"{row.label}: {share(row.metrics['cycle_efficiency'])}, "
+        f"and {row.metrics['control_s_per_cycle'] * 1e3:.2f} ms a cycle beside it"
+        for row in table.rows
+        if row.category is None and row.metrics["cycle_efficiency"] is not None
+    ]
+    if cycles:
+        yield f"{CYCLE_NOTE} {'; '.join(cycles)}."
 
 
 def _divergence_notes(table: Table) -> Iterator[str]:

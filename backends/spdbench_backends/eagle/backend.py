@@ -25,6 +25,7 @@ ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
 
 LARGEST_AUTO_TREE = 32
+CHAIN_DEPTH = 4
 STATIC_DEPTH = 5
 """Levels of EAGLE-1's tree."""
 
@@ -40,7 +41,9 @@ class Eagle(DraftVerify):
         )
         depth: int | None = Field(None, ge=1, le=32, description="levels drafted; default: 4 in a chain, 5 in a tree")
         top_k: int = Field(8, ge=1, le=64, description="dynamic: nodes of a level that go on")
-        total_tokens: int = Field(24, ge=2, le=256, description="dynamic: nodes verified, the newest token included")
+        total_tokens: int = Field(
+            24, ge=2, le=256, description="dynamic: nodes verified, the newest token included; auto: at most, then 32"
+        )
         aux_convention: Literal["auto", "hidden_states", "layer_output"] = Field(
             "auto", description="what a head's auxiliary layer ids count: hidden states, or layers' outputs"
         )
@@ -78,6 +81,12 @@ class Eagle(DraftVerify):
         options, label = self._options, self._context.label
         if options.tree == "static" and (options.depth or 0) > STATIC_DEPTH:
             raise InputError(f"-o {label}.depth={options.depth}: the static tree has {STATIC_DEPTH} levels")
+        for name, trees in (("top_k", ("dynamic",)), ("total_tokens", ("dynamic", "auto"))):
+            if name in options.model_fields_set and options.tree not in trees:
+                raise InputError(
+                    f"-o {label}.{name}={getattr(options, name)}: has no meaning with {label}.tree={options.tree}; "
+                    f"allowed with {' and '.join(trees)}"
+                )
         counts = options.tree == "dynamic" or "total_tokens" in options.model_fields_set
         if counts and options.depth is not None and options.total_tokens < options.depth + 1:
             raise InputError(
@@ -119,11 +128,12 @@ class Eagle(DraftVerify):
 
         options = self._options
         if options.tree == "chain":
-            return ChainGrowth(options.depth or 4)
+            return ChainGrowth(options.depth or CHAIN_DEPTH)
         if not self._decoder.takes_trees:
             if options.tree == "auto":
-                self._chosen = {"tree": "chain, depth 4: transformers' layers take no trees"}
-                return ChainGrowth(options.depth or 4)
+                depth = options.depth or CHAIN_DEPTH
+                self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
+                return ChainGrowth(depth)
             raise self._no_trees(options.tree)
         if options.tree == "static":
             paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or STATIC_DEPTH))
@@ -138,13 +148,14 @@ class Eagle(DraftVerify):
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
         from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
 
-        depth = self._options.depth or 8
+        largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
+        depth = self._options.depth or min(8, largest - 1)
         by_level = list(file.acceptance_by_position) if file is not None else [choice.probability]
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
-        costs, draft_s = measure_row_costs(self._decoder, LARGEST_AUTO_TREE), self._draft_seconds()
-        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
+        costs, draft_s = measure_row_costs(self._decoder, largest), self._draft_seconds()
+        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
         levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
         if num_nodes <= levels + 1:
             self._chosen = {"tree": f"chain, depth {levels}"}

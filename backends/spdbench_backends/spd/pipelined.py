@@ -273,7 +273,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
             )
             for index, layers in enumerate(self._stages)
         ]
-        workers = StageWorkers(specs, self._options.timeout_s)
+        workers = StageWorkers(specs, self._options.timeout_s, self._context.label)
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
 
 

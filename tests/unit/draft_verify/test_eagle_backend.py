@@ -30,6 +30,20 @@ def test_a_tree_of_fewer_tokens_than_levels_is_refused(target: Target, tree: dic
         load(target, {**tree, "depth": "5", "total_tokens": "5"})
 
 
+@pytest.mark.parametrize(("tree", "option"), [("static", "total_tokens"), ("chain", "top_k"), ("auto", "top_k")])
+def test_an_option_that_would_do_nothing_is_refused(target: Target, tree: str, option: str) -> None:
+    with pytest.raises(
+        InputError, match=rf"-o e\.{option}=9: has no meaning with e\.tree={tree}; allowed with dynamic"
+    ):
+        load(target, {"tree": tree, option: "9"})
+
+
+def test_auto_keeps_to_the_tokens_that_it_may_verify(target: Target) -> None:
+    backend = load(target, {"total_tokens": "3"})
+    assert backend._growth is not None
+    assert backend._growth.max_nodes <= 3
+
+
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:
     with pytest.raises(InputError, match=r"-o e\.depth=6: the static tree has 5 levels"):
         load(target, {"tree": "static", "depth": "6"})
