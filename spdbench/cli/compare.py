@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.errors import InputError
+from spdbench.cli.files import result_paths, write_stdout
 
 if TYPE_CHECKING:
     from spdbench.render.table import Format
@@ -45,39 +42,8 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
     from spdbench.judge.pairing import read_entries
     from spdbench.render.table import render
 
-    entries = read_entries(list(_paths(results)))
+    entries = read_entries(list(result_paths(results)))
     chosen = None if baseline is None else find_baseline(baseline, entries)
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
     tables = compare(entries, chosen, by_category=by == "category", dialects=dialects)
-    _write(render(tables, form, Console(file=sys.stdout)))
-
-
-def _paths(words: Sequence[str]) -> Iterator[Path]:
-    """The files that `words` mean: themselves, what a pattern matches, or the `*.json` of a folder.
-
-    Raises:
-        InputError: a pattern or a folder gives no file.
-    """
-    for word in words:
-        path = Path(word)
-        if path.is_dir():
-            found = sorted(path.glob("*.json"))
-            if not found:
-                raise InputError(f"{word}: no result files (*.json) in this folder")
-            yield from found
-        elif glob.has_magic(word) and not path.exists():
-            matches = sorted(glob.glob(word, recursive=True))
-            if not matches:
-                raise InputError(f"{word}: no file matches this pattern")
-            yield from map(Path, matches)
-        else:
-            yield path
-
-
-def _write(text: str) -> None:
-    """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    write_stdout(render(tables, form, Console(file=sys.stdout)))

@@ -36,6 +36,7 @@ COMMANDS = {
     "run": LazyCommand("spdbench.cli.run", "Measure backends on a suite and compare them."),
     "train": LazyCommand("spdbench.cli.train", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
+    "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "distill": LazyCommand("spdbench.cli.distill", "Let the target write training data by itself."),
     "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),
     "suites": LazyCommand("spdbench.cli.suites", "List the suites that come with spdbench."),
@@ -70,7 +71,8 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 fine; 1 a failed prompt or a wrong output; 2 wrong usage or input.",
+    epilog="Exit codes: 0 fine; 1 a regression, a failed prompt or a wrong output; 2 wrong usage or input; "
+    "3 inconclusive; 4 not comparable.",
 )
 @click.version_option(__version__, prog_name="spdbench")
 def spdbench() -> None:

@@ -1,4 +1,4 @@
-"""Durations and sizes as people write them: `20m`, `1h30m`, `8GB`. Knows words and numbers only."""
+"""Durations, sizes and shares as people write them: `20m`, `1h30m`, `8GB`, `5%`. Knows words and numbers only."""
 
 from __future__ import annotations
 
@@ -39,3 +39,17 @@ class Size(click.ParamType[int]):
         if not parts:
             self.fail(f"{value!r} is not a size; write 0, 500MB or 8GB", param, ctx)
         return int(float(parts[1]) * BYTES[(parts[2] or "").upper()])
+
+
+class Percent(click.ParamType[float]):
+    """A share from `5%`, `0.5%`; less than all."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(value).strip())
+        if not parts or float(parts[1]) >= 100:
+            self.fail(f"{value!r} is not a share from 0% to below 100%; write 5% or 0.5%", param, ctx)
+        return float(parts[1]) / 100

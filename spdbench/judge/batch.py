@@ -32,6 +32,7 @@ class Batch:
     num_steps: NDArray[np.int64]
     t_ns: NDArray[np.int64]
     emitted: NDArray[np.int64]
+    drafted: NDArray[np.int64]
     judged: NDArray[np.int64]
     accepted: NDArray[np.int64]
     forwards: NDArray[np.float64]
@@ -64,6 +65,7 @@ class Batch:
             self.num_steps[list(chosen)],
             self.t_ns[steps],
             self.emitted[steps],
+            self.drafted[steps],
             self.judged[steps],
             self.accepted[steps],
             self.forwards[steps],
@@ -79,6 +81,7 @@ def batch_of(runs: Sequence[Run]) -> Batch:
         np.array([len(columns.t_ns) for columns in steps], dtype=np.int64),
         np.fromiter(chain.from_iterable(columns.t_ns for columns in steps), np.int64),
         np.fromiter(chain.from_iterable(columns.emitted for columns in steps), np.int64),
+        np.fromiter(chain.from_iterable(columns.drafted for columns in steps), np.int64),
         np.fromiter(chain.from_iterable(columns.judged for columns in steps), np.int64),
         np.fromiter(chain.from_iterable(columns.accepted for columns in steps), np.int64),
         np.fromiter(chain.from_iterable(columns.forwards for columns in steps), np.float64),

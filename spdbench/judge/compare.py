@@ -17,6 +17,7 @@ from spdbench.judge.dialects import metric_name
 from spdbench.judge.flags import disqualifies, diverged, interval_is_noisy, noisy
 from spdbench.judge.pairing import Entry, Outputs, Pairing, Speedup, pair, read_entries
 from spdbench.judge.result import Flag, Result
+from spdbench.judge.workload import differences, machine, workload
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def compare(
         _require_company(baseline, entries)
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
-        groups.setdefault(_workload(entry.head) + _machine(entry.head), []).append(entry)
+        groups.setdefault(workload(entry.head) + machine(entry.head), []).append(entry)
     tables = [
         _table(group, _choose(group, baseline), by_category) for group in _with_company(groups.values(), baseline)
     ]
@@ -106,32 +107,12 @@ def _require_company(baseline: Entry, entries: Sequence[Entry]) -> None:
     others = [entry for entry in entries if entry is not baseline]
     if not others or _serves(baseline, others):
         return
-    like = min(others, key=lambda entry: len(_differences(baseline.head, entry.head)))
+    like = min(others, key=lambda entry: len(differences(baseline.head, entry.head)))
     count = "" if len(others) == 1 else f", and no less from the other {len(others) - 1}"
     raise NotComparableError(
-        f"--baseline {baseline.file}: differs from {like.file} in {'; '.join(_differences(baseline.head, like.head))}"
+        f"--baseline {baseline.file}: differs from {like.file} in {'; '.join(differences(baseline.head, like.head))}"
         f"{count}. Name a result of the same suite, model, dtype and decoding."
     )
-
-
-def _differences(base: Result, mine: Result) -> list[str]:
-    """What of `_workload` differs, each with both values."""
-    found = []
-    for name, *values in (
-        ("suite", *(f"{head.suite.name} v{head.suite.version}" for head in (base, mine))),
-        ("model", base.model.id, mine.model.id),
-    ):
-        hashes = [getattr(head, name).sha256 for head in (base, mine)]
-        if values[0] != values[1]:
-            found.append(f"{name} ({values[0]}, not {values[1]})")
-        elif hashes[0] != hashes[1]:
-            found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
-    if base.model.dtype != mine.model.dtype:
-        found.append(f"dtype ({base.model.dtype}, not {mine.model.dtype})")
-    others = mine.decoding.model_dump()
-    pairs = [(name, value, others[name]) for name, value in base.decoding.model_dump().items()]
-    changed = [f"{name} {value}, not {other}" for name, value, other in pairs if value != other]
-    return [*found, f"decoding ({', '.join(changed)})"] if changed else found
 
 
 def find_baseline(word: str, entries: Sequence[Entry]) -> str | Entry:
@@ -154,18 +135,8 @@ def find_baseline(word: str, entries: Sequence[Entry]) -> str | Entry:
     return read_entries([path])[0]
 
 
-def _workload(head: Result) -> str:
-    """Equal for results that did the same work: suite, model, dtype and decoding."""
-    suite, model = head.suite, head.model
-    return repr((suite.name, suite.version, suite.sha256, model.sha256, model.dtype, head.decoding.model_dump()))
-
-
-def _machine(head: Result) -> str:
-    return repr(head.environment.get("fingerprint"))
-
-
 def _serves(baseline: Entry, others: Sequence[Entry]) -> bool:
-    return any(_workload(baseline.head) == _workload(entry.head) for entry in others)
+    return any(workload(baseline.head) == workload(entry.head) for entry in others)
 
 
 def _choose(group: Sequence[Entry], baseline: str | Entry | None) -> Entry | None:
@@ -264,7 +235,7 @@ def _speedup_metrics(speedup: Speedup | None, num_devices: int) -> dict[str, Any
 
 
 def _same_machine(pairing: Pairing) -> bool:
-    return _machine(pairing.baseline.head) == _machine(pairing.candidate.head)
+    return machine(pairing.baseline.head) == machine(pairing.candidate.head)
 
 
 def _ids_compare(pairing: Pairing) -> bool:

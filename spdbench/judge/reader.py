@@ -230,7 +230,7 @@ def _batch(runs: Sequence[Run], columns: Sequence[Sequence[bytes]]) -> Batch:
     (emitted, drafted, judged, accepted, forwards), counts = zip(*others, strict=True)
     if any((count != num_steps).any() for count in counts):
         raise NotPlain
-    batch = Batch(runs, outputs, num_steps, t_ns, emitted, judged, accepted, forwards)
+    batch = Batch(runs, outputs, num_steps, t_ns, emitted, drafted, judged, accepted, forwards)
     if not ((accepted <= judged).all() and (judged <= drafted).all() and (np.diff(t_ns)[batch.decodes[1:]] >= 0).all()):
         raise NotPlain
     return batch

@@ -171,3 +171,28 @@ def paired_ratio_interval(
     totals = resample_sums(cells, sums, resamples, seed)
     rates = divide(totals[:, 2], totals[:, 3])
     return percentile_interval(divide(rates, divide(totals[:, 0], totals[:, 1])), num_conversations)
+
+
+def double_ratio_interval(
+    conversations: Sequence[str],
+    repeats: Sequence[int],
+    before: NDArray[np.float64],
+    now: NDArray[np.float64],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval | None:
+    """95 % interval of (speed-up now) / (speed-up before), each the ratio of two ratios of sums.
+
+    `before` and `now` are [runs, 4]: numerator and denominator of the reference, then of what is measured against it.
+    All eight columns of a cell are redrawn together, so that what a conversation does to all of them cancels. It tells
+    nothing of what differs from one start of a run to the next. None with fewer than two conversations.
+
+    Source: T. Kalibera and R. Jones, "Quantifying Performance Changes with Effect Size Confidence Intervals" (2012,
+    arXiv 2007.10899): the interval of a ratio, by resampling every level at which the experiment was repeated.
+    """
+    num_conversations = len(set(conversations))
+    if num_conversations < 2:
+        return None
+    cells, sums = sum_cells(conversations, repeats, np.hstack([before, now]))
+    rates = [divide(totals[0], totals[1]) for totals in np.split(resample_sums(cells, sums, resamples, seed).T, 4)]
+    return percentile_interval(divide(divide(rates[3], rates[2]), divide(rates[1], rates[0])), num_conversations)

@@ -1,0 +1,159 @@
+"""`spdbench check`: result files in, a verdict and an exit code out. Only parses the command line, reads and writes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spdbench.cli.files import CALIBRATION, result_paths, write_file, write_stdout
+from spdbench.cli.quantities import Percent
+from spdbench.errors import InputError
+
+if TYPE_CHECKING:
+    from spdbench.judge.calibration import Calibration
+    from spdbench.judge.recording import Recording
+    from spdbench.judge.verdict import Judgement
+
+OUTPUT = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command("check", short_help="Judge results against a baseline, for CI.")
+@click.argument("results", metavar="NEW...", nargs=-1, required=True)
+@click.option("--baseline", metavar="FILE|DIR", required=True, help="The results that NEW must not fall behind.")
+@click.option(
+    "--gate",
+    type=click.Choice(["exact", "timing", "all"]),
+    default="all",
+    show_default=True,
+    help="exact: ids, steps, acceptance, on any machine; timing: speed, on the baseline's machine.",
+)
+@click.option(
+    "--max-slowdown",
+    type=Percent(),
+    metavar="5%",
+    help="How much slower it may be. [default: what --calibrate found, else 5%]",
+)
+@click.option(
+    "--max-acceptance-drop",
+    type=Percent(),
+    metavar="0.5%",
+    help="How far acceptance may fall; in greedy float32 not at all. [default: 0.5%]",
+)
+@click.option("--by", type=click.Choice(["category"]), help="What each category shows as well.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="NEW are runs of the same code: find the slowdown that is noise, and keep it beside the baseline.",
+)
+@click.option("--junit", type=OUTPUT, metavar="FILE", help="Write JUnit XML as well.")
+@click.option("--summary", type=OUTPUT, metavar="FILE", help="Write Markdown as well, for a CI job's page.")
+@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write every finding as JSON as well.")
+@click.option(
+    "--benchmark-json", type=OUTPUT, metavar="FILE", help="Write what github-action-benchmark reads, bigger is better."
+)
+@click.pass_context
+def command(
+    context: click.Context,
+    /,
+    results: tuple[str, ...],
+    baseline: str,
+    gate: str,
+    max_slowdown: float | None,
+    max_acceptance_drop: float | None,
+    by: str | None,
+    calibrate: bool,
+    **outputs: Path | None,
+) -> None:
+    """Judge results against a baseline, label by label. Needs no model.
+
+    NEW is a result file, a pattern, or a folder of result files. Exit codes: 0 fine; 1 regression, divergence or
+    failed prompt; 2 wrong usage or input; 3 inconclusive; 4 not comparable. Where several hold: 2, then 1, 4, 3.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
+    from spdbench.judge.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
+    from spdbench.judge.recording import read_recordings
+    from spdbench.judge.verdict import EXIT_CODES, verdict_of
+
+    candidates = read_recordings(result_paths(results))
+    folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
+    if calibrate:
+        _refuse_outputs(outputs)
+        _calibrate(candidates, folder)
+        return
+    baselines = read_recordings(result_paths([baseline]))
+    limits = Limits(
+        max_slowdown,
+        MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,
+        _read_calibration(folder / CALIBRATION),
+    )
+    judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
+    _show(judgements, **outputs)
+    context.exit(EXIT_CODES[verdict_of(judgements)])
+
+
+def _refuse_outputs(outputs: dict[str, Path | None]) -> None:
+    for name, path in outputs.items():
+        if path is not None:
+            option = "--" + name.removesuffix("_file").replace("_", "-")
+            raise click.UsageError(f"{option} has nothing to say with --calibrate, which judges nothing")
+
+
+def _calibrate(candidates: Sequence[Recording], folder: Path) -> None:
+    from rich.console import Console
+
+    from spdbench.judge.calibration import calibrate
+    from spdbench.render.check import calibration_to_terminal
+
+    if not folder.is_dir():
+        raise InputError(f"--baseline {folder}: no such folder, and {CALIBRATION} has to lie beside the baseline")
+    found = calibrate(candidates)
+    write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
+    write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))
+    click.echo(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself", err=True)
+
+
+def _read_calibration(path: Path) -> Calibration | None:
+    """The calibration beside the baseline, if there is one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from spdbench.judge.calibration import parse_calibration
+
+    try:
+        return parse_calibration(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is no calibration ({error}); remove it or make it anew with --calibrate") from None
+
+
+def _show(
+    judgements: Sequence[Judgement],
+    junit: Path | None,
+    summary: Path | None,
+    json_file: Path | None,
+    benchmark_json: Path | None,
+) -> None:
+    """The table to stdout, then the files that were asked for."""
+    from rich.console import Console
+
+    from spdbench.render.check import to_markdown, to_terminal
+    from spdbench.render.check_files import to_benchmark_json, to_json, to_junit
+
+    write_stdout(to_terminal(judgements, Console(file=sys.stdout)))
+    for option, path, render in (
+        ("--junit", junit, to_junit),
+        ("--summary", summary, to_markdown),
+        ("--json", json_file, to_json),
+        ("--benchmark-json", benchmark_json, to_benchmark_json),
+    ):
+        if path is not None:
+            write_file(option, path, render(judgements))

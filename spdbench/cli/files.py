@@ -1,0 +1,66 @@
+"""The result files that words on a command line mean, and text on its way to stdout or to a file.
+
+Must not know what is in the files.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from spdbench.errors import InputError
+
+CALIBRATION = "calibration.json"
+"""What `check --calibrate` leaves in a folder of results; no result itself."""
+
+
+def result_paths(words: Sequence[str]) -> Iterator[Path]:
+    """The files that `words` mean: themselves, what a pattern matches, or the `*.json` of a folder.
+
+    Raises:
+        InputError: a pattern or a folder gives no file.
+    """
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            found = _results(path.glob("*.json"))
+            if not found:
+                raise InputError(f"{word}: no result files (*.json) in this folder")
+            yield from found
+        elif glob.has_magic(word) and not path.exists():
+            matches = _results(map(Path, glob.glob(word, recursive=True)))
+            if not matches:
+                raise InputError(f"{word}: no file matches this pattern")
+            yield from matches
+        else:
+            yield path
+
+
+def _results(paths: Iterator[Path]) -> list[Path]:
+    return sorted(path for path in paths if path.name != CALIBRATION)
+
+
+def write_stdout(text: str) -> None:
+    """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def write_file(option: str, path: Path, text: str) -> None:
+    """`text` to the file that `option` names.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,194 @@
+"""What slowdown a gate may take seriously: found from runs of the same code (A/A), which differ by noise alone.
+
+With x the logarithm of a metric in each of K runs, d = sqrt(mean of (x_i - x_j)^2 over all pairs) is how far two runs
+of the same code lie apart, between-run noise included. Of two further runs one falls behind the other by more than
+
+    s = 1 - exp(-t * d)        t: the 99.5 % quantile of Student's t with K - 1 degrees of freedom
+
+once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs.
+
+Sources: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation);
+M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4 (the distribution of t).
+
+Must not know where calibrations are kept or how they are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import combinations
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spdbench.errors import InputError, NotComparableError
+from spdbench.judge.counterpart import reference
+from spdbench.judge.recording import Recording, speeds
+from spdbench.judge.result import Result, RunKey
+from spdbench.judge.timing import SPEED, SPEEDUP
+from spdbench.judge.workload import machine, workload
+
+SCHEMA = "spdbench.calibration/1"
+MIN_RUNS = 5
+ONE_SIDED = 0.995
+SMALLEST = 0.01
+"""A slowdown of less than this is not worth a red build, however quiet the machine is."""
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Threshold(BaseModel):
+    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    suite: str
+    label: str
+    model: str
+    dtype: str
+    metric: Literal["speedup", "decode_tokens_per_s"]
+    num_runs: Annotated[int, Field(ge=2)]
+    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_slowdown: Share
+
+    def fits(self, head: Result, metric: str) -> bool:
+        mine = (self.suite, self.label, self.model, self.dtype, self.metric)
+        return mine == (head.suite.name, head.backend.label, head.model.id, head.model.dtype, metric)
+
+
+class Calibration(BaseModel):
+    """The noise of one machine, by its fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_: Literal["spdbench.calibration/1"] = Field(alias="schema")
+    created: str
+    fingerprint: str
+    thresholds: list[Threshold]
+
+    @property
+    def max_slowdown(self) -> float:
+        """What serves every label: the largest of the thresholds that decide."""
+        deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
+        return max(deciding or [each.max_slowdown for each in self.thresholds])
+
+    def find(self, head: Result, metric: str) -> float | None:
+        """The slowdown that a label's `metric` may show on this machine; None if that was not calibrated."""
+        if head.environment.get("fingerprint") != self.fingerprint:
+            return None
+        return next((each.max_slowdown for each in self.thresholds if each.fits(head, metric)), None)
+
+
+def calibrate(recordings: Sequence[Recording]) -> Calibration:
+    """Thresholds from repeated runs of the same code.
+
+    Raises:
+        InputError: a label has fewer than `MIN_RUNS` runs, or nothing was decoded.
+        NotComparableError: the runs are not of one machine, or not of the same prompts.
+    """
+    groups: dict[str, list[Recording]] = {}
+    for each in recordings:
+        groups.setdefault(workload(each.head) + each.label, []).append(each)
+    _check(recordings, list(groups.values()))
+    thresholds = [found for group in groups.values() for found in _thresholds(group, recordings)]
+    return Calibration(
+        schema=SCHEMA,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=str(recordings[0].head.environment["fingerprint"]),
+        thresholds=thresholds,
+    )
+
+
+def _check(recordings: Sequence[Recording], groups: Sequence[Sequence[Recording]]) -> None:
+    machines = {machine(each.head) for each in recordings}
+    if len(machines) > 1 or not recordings[0].head.environment.get("fingerprint"):
+        raise NotComparableError(
+            f"--calibrate: the runs are of {len(machines)} machines (environment.fingerprint); noise is one machine's"
+        )
+    for group in groups:
+        if len(group) < MIN_RUNS:
+            raise InputError(
+                f"--calibrate: {len(group)} results of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
+                "Run the same code that often, with a --name or --results of its own each time."
+            )
+        prompts = {frozenset((key, run.prompt_sha256) for key, run in each.runs.items()) for each in group}
+        if len(prompts) > 1 or any(run.failed for each in group for run in each.runs.values()):
+            raise NotComparableError(
+                f"--calibrate: the results of the label '{group[0].label}' are not of the same prompts, all answered"
+            )
+
+
+def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> Iterator[Threshold]:
+    """For the speed-up, where each run has plain decoding beside the label; and for tokens/s."""
+    keys = list(group[0].runs)
+    rates = [_rate(each, keys) for each in group]
+    beside = [reference(each, recordings) for each in group]
+    if all(other is not None and other is not each for each, other in zip(group, beside, strict=True)):
+        over = [_rate(other, keys) for other in beside if other is not None]
+        yield _threshold(group[0].head, SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
+    yield _threshold(group[0].head, SPEED, rates)
+
+
+def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
+    if any(key not in recording.runs for key in keys):
+        raise NotComparableError(f"--calibrate: {recording.file} lacks prompts that were measured in its run")
+    tokens, seconds = speeds(recording, keys).sum(axis=0)
+    if not (tokens and seconds):
+        raise InputError(f"--calibrate: {recording.file}: no tokens were decoded after the first")
+    return float(tokens / seconds)
+
+
+def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]) -> Threshold:
+    spread = distance([math.log(value) for value in values])
+    return Threshold(
+        suite=head.suite.name,
+        label=head.backend.label,
+        model=head.model.id,
+        dtype=head.model.dtype,
+        metric=metric,
+        num_runs=len(values),
+        spread=spread,
+        max_slowdown=max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, len(values) - 1) * spread)),
+    )
+
+
+def distance(logarithms: Sequence[float]) -> float:
+    """d above: the root of the mean squared distance of two of them."""
+    squares = [(a - b) ** 2 for a, b in combinations(logarithms, 2)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Student's t below which `probability` (at least 0.5) lies, by halving."""
+    low, high = 0.0, 1.0
+    while _t_below(high, degrees) < probability:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_below(middle, degrees) < probability else (low, middle)
+    return high
+
+
+def _t_below(t: float, degrees: int) -> float:
+    """P(T < t) for t >= 0: Abramowitz and Stegun 26.7.3 for odd, 26.7.4 for even degrees of freedom."""
+    angle = math.atan(t / math.sqrt(degrees))
+    squared_cosine, odd = math.cos(angle) ** 2, degrees % 2
+    term = math.cos(angle) if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= squared_cosine * (k - 1) / k
+        total += term
+    inside = math.sin(angle) * total
+    return 0.5 + ((angle + inside) / math.pi if odd else inside / 2)
+
+
+def parse_calibration(text: str) -> Calibration:
+    """Raises `ValueError` in one line if `text` is no calibration."""
+    try:
+        return Calibration.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None

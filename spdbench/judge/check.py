@@ -1,0 +1,147 @@
+"""Results in, a judgement of each label out: is it still what the baseline says.
+
+What belongs together is `counterpart.py`'s; what is asked of it stands in `completeness.py`, `exact.py` and
+`timing.py`. The line over all prompts decides; those of categories say where it comes from. Must not know files,
+printing, or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from spdbench.judge.calibration import Calibration
+from spdbench.judge.completeness import complete
+from spdbench.judge.counterpart import Pair, counterpart, forgotten, pair, reference
+from spdbench.judge.exact import exact
+from spdbench.judge.recording import Recording
+from spdbench.judge.timing import timing
+from spdbench.judge.verdict import Finding, Gate, Judgement
+
+MAX_SLOWDOWN = 0.05
+MAX_ACCEPTANCE_DROP = 0.005
+GATES: Mapping[str, tuple[Gate, ...]] = {"exact": ("exact",), "timing": ("timing",), "all": ("exact", "timing")}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be lost. A `max_slowdown` that was given wins over the calibration, and that over the default."""
+
+    max_slowdown: float | None = None
+    max_acceptance_drop: float = MAX_ACCEPTANCE_DROP
+    calibration: Calibration | None = None
+
+    def slowdown(self, recording: Recording, metric: str) -> float:
+        if self.max_slowdown is not None:
+            return self.max_slowdown
+        found = self.calibration.find(recording.head, metric) if self.calibration else None
+        return MAX_SLOWDOWN if found is None else found
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """One new result with its counterpart; `plain` is the plain decoding beside both, if there is any."""
+
+    pair: Pair
+    plain: Pair | None
+    decides_alone: bool
+
+    def part(self, category: str) -> _Case:
+        plain = None if self.plain is None else self.plain.part(category)
+        return _Case(self.pair.part(category), plain, self.decides_alone)
+
+
+def check(
+    candidates: Sequence[Recording],
+    baselines: Sequence[Recording],
+    gates: Sequence[Gate],
+    limits: Limits,
+    *,
+    by_category: bool = False,
+) -> list[Judgement]:
+    """A judgement of each of `candidates`, in their order, then of each label that they should have and lack.
+
+    Raises:
+        InputError: the baseline has two results that could be meant.
+    """
+    found = [_judge(each, candidates, baselines, gates, limits, by_category) for each in candidates]
+    return [*found, *(_missing(each, gates[0]) for each in forgotten(candidates, baselines))]
+
+
+def _judge(
+    candidate: Recording,
+    candidates: Sequence[Recording],
+    baselines: Sequence[Recording],
+    gates: Sequence[Gate],
+    limits: Limits,
+    by_category: bool,
+) -> Judgement:
+    base = counterpart(candidate, baselines)
+    if isinstance(base, str):
+        finding = Finding(gates[0], "paired_runs", "not comparable", base)
+        return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
+    plain = _plain(candidate, base, candidates, baselines)
+    serves = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
+    case = _Case(pair(base, candidate), plain, decides_alone=not serves)
+    findings = list(_findings(case, gates, limits))
+    if by_category:
+        for category in case.pair.categories:
+            parts = _findings(case.part(category), gates, limits, of_all=False)
+            findings += [replace(each, category=category, decides=False) for each in parts]
+    notes = tuple(_notes(case, gates, limits))
+    return Judgement(candidate.label, candidate.file, base.file, candidate.head, tuple(findings), notes)
+
+
+def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: bool = True) -> Iterator[Finding]:
+    yield from complete(case.pair, gates[0], of_all=of_all)
+    if "exact" in gates:
+        found = exact(case.pair, limits.max_acceptance_drop)
+        yield from (each for each in found if of_all or each.metric != "real_divergences")
+    if "timing" in gates:
+        allowed = partial(limits.slowdown, case.pair.candidate)
+        yield from timing(case.pair, case.plain, allowed, decides_alone=case.decides_alone)
+
+
+def _plain(
+    candidate: Recording, base: Recording, candidates: Sequence[Recording], baselines: Sequence[Recording]
+) -> Pair | None:
+    """The plain decoding that took turns with each of the two, if both had it under the same label."""
+    new, old = reference(candidate, candidates), reference(base, baselines)
+    if new is None or old is None or new is candidate or old is base or new.label != old.label:
+        return None
+    return pair(old, new)
+
+
+def _missing(base: Recording, gate: Gate) -> Judgement:
+    reason = f"{base.file} has this label and the new results lack it; name single files as --baseline to check fewer"
+    finding = Finding(gate, "paired_runs", "not comparable", reason, before=len(base.runs), now=0)
+    return Judgement(base.label, None, base.file, base.head, (finding,))
+
+
+def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
+    """What a reader should know beside the verdicts."""
+    old, new = case.pair.baseline.head, case.pair.candidate.head
+    if old.backend.name != new.backend.name:
+        yield f"the label is {new.backend.name} now and was {old.backend.name}"
+    for name in sorted(old.backend.options.keys() | new.backend.options.keys()):
+        values = [head.backend.options.get(name) for head in (old, new)]
+        if values[0] != values[1]:
+            yield f"option {name} is {values[1]} now and was {values[0]}"
+    for name in sorted(old.backend.chosen.keys() & new.backend.chosen.keys()):
+        values = [head.backend.chosen[name] for head in (old, new)]
+        if values[0] != values[1]:
+            yield f"it chose {name} {values[1]} for itself, and {values[0]} before; set what it is to use with -o"
+    drafters = [head.drafter and (head.drafter.id, head.drafter.sha256) for head in (old, new)]
+    if drafters[0] != drafters[1]:
+        yield "it has another drafter than the baseline"
+    if "timing" not in gates:
+        return
+    calibration = limits.calibration
+    if calibration is not None and new.environment.get("fingerprint") != calibration.fingerprint:
+        yield "calibration.json is of another machine and was not used; make one here with --calibrate"
+    if case.plain is None and case.decides_alone:
+        yield (
+            "no plain decoding of the same run stands beside it on both sides, so tokens/s decide; measure vanilla in "
+            "the same run, and name folders that hold both"
+        )

@@ -1,0 +1,100 @@
+"""A result with what a gate needs of each run: its ids and its steps, in compact columns.
+
+`pairing.Entry` keeps less, for tables of many files; a gate has to tell where two runs part. Must not know verdicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.batch import Batch, batches_of
+from spdbench.judge.columns import NotPlain
+from spdbench.judge.ratios import is_failed
+from spdbench.judge.reader import reading
+from spdbench.judge.result import Result, RunKey, read_result
+
+STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
+
+
+class RunTrace(NamedTuple):
+    """One run. `output` are its ids in decimal digits, joined by commas; `steps` is [len(STEP_COLUMNS), steps], prefill
+    first. A failed run says why in `error` and counts for nothing else."""
+
+    category: str
+    prompt_sha256: str
+    failed: bool
+    error: str | None
+    decode_tokens: int
+    decode_s: float
+    output: bytes
+    steps: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One result: the file's `head` (no runs, its metrics as they stand there) and the trace of each run."""
+
+    file: str
+    head: Result
+    runs: Mapping[RunKey, RunTrace]
+
+    @property
+    def label(self) -> str:
+        return self.head.backend.label
+
+
+def recording_from(result: Result, file: str) -> Recording:
+    """`result` ready for a gate."""
+    return _record(batches_of(result.runs), lambda: result.model_copy(update={"runs": []}), file)
+
+
+def read_recordings(paths: Iterable[Path]) -> list[Recording]:
+    """The results in `paths`; a file that is named twice is read once.
+
+    Raises:
+        InputError: a file cannot be read, or is not a result.
+    """
+    unique: dict[Path, Path] = {}
+    for path in paths:
+        unique.setdefault(path.resolve(), path)
+    return [_read(path) for path in unique.values()]
+
+
+def _read(path: Path) -> Recording:
+    try:
+        with reading(path) as file:
+            return _record(file.batches, file.head, str(path))
+    except NotPlain:
+        return recording_from(read_result(path), str(path))
+
+
+def _record(batches: Iterable[Batch], head: Callable[[], Result], file: str) -> Recording:
+    """Goes through `batches` before it asks for the `head`."""
+    runs: dict[RunKey, RunTrace] = {}
+    for batch in batches:
+        table = np.stack([getattr(batch, name) for name in STEP_COLUMNS]).astype(np.int32)
+        traces = np.split(table, np.cumsum(batch.num_steps)[:-1], axis=1)
+        for run, output, steps in zip(batch.runs, batch.outputs, traces, strict=True):
+            runs[run.key] = RunTrace(
+                category=run.category,
+                prompt_sha256=run.prompt_sha256,
+                failed=is_failed(run),
+                error=run.error,
+                decode_tokens=run.num_new_tokens - 1,
+                decode_s=run.decode_s or 0.0,
+                output=output,
+                steps=steps,
+            )
+    return Recording(file, head(), runs)
+
+
+def speeds(recording: Recording, keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each run: [keys, 2]."""
+    traces = [recording.runs[key] for key in keys]
+    return np.array([(run.decode_tokens, run.decode_s) for run in traces], dtype=np.float64).reshape(-1, 2)

@@ -1,0 +1,204 @@
+"""A gate's judgements for people: a terminal table, or Markdown for a CI job's page.
+
+Must not judge: it shows what `judge.check` found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table as RichTable
+from rich.text import Text
+from tabulate import tabulate
+
+from spdbench.judge.calibration import Calibration
+from spdbench.judge.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
+from spdbench.judge.workload import workload
+from spdbench.render.columns import EMPTY, decoding
+
+NAMES = {
+    "failed_runs": "failed runs",
+    "paired_runs": "paired runs",
+    "identical_outputs": "same outputs",
+    "real_divergences": "divergences",
+    "num_steps": "steps",
+    "acceptance_rate": "accept",
+    "acceptance_length": "tau",
+    "tokens_per_cycle": "tok/cycle",
+    "speedup": "speed-up",
+    "decode_tokens_per_s": "tok/s",
+}
+QUIET = frozenset({"failed_runs", "real_divergences"})
+"""Not shown while nothing is wrong."""
+STYLES: dict[Verdict, str] = {
+    "regression": "bold red",
+    "not comparable": "magenta",
+    "inconclusive": "yellow",
+    "improved": "green",
+    "pass": "",
+}
+IN_BRACKETS = "A verdict in brackets informs and does not decide."
+CHANGES = "change: now over before, with its 95 % interval (paired bootstrap over prompts) where it is of times."
+
+
+def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
+    """A table for each suite, model, dtype and decoding, then what is wrong, then the verdict of all."""
+    with console.capture() as captured:
+        for group in _groups(judgements):
+            console.print(Text(_title(group), style="bold"), highlight=False)
+            console.print(_table(group), highlight=False)
+            for line in _lines(group):
+                bullet = RichTable.grid(padding=(0, 1, 0, 0))
+                bullet.add_row("-", Text(line))
+                console.print(bullet, highlight=False)
+            console.print()
+        verdict = verdict_of(judgements)
+        console.print(Text(_summary(judgements), style=STYLES[verdict]), highlight=False)
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+
+
+def to_markdown(judgements: Sequence[Judgement]) -> str:
+    """The same for a page, the verdict first."""
+    parts = [f"### spdbench check: {_escape(_summary(judgements))}", ""]
+    for group in _groups(judgements):
+        cells = [[_escape(cell) for cell in row] for row in _cells(group)]
+        aligns = ["right" if name in NUMERIC else "left" for name in _headers(group)]
+        grid = tabulate(cells, _headers(group), tablefmt="pipe", disable_numparse=True, colalign=aligns)
+        parts += [f"**{_escape(_title(group))}**", "", grid, "", *(f"- {_escape(line)}" for line in _lines(group)), ""]
+    return "\n".join(parts)
+
+
+def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
+    """A row for each metric of each label, and the one number that serves all of them."""
+    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for header in ("label", "metric", "runs", "apart", "max slowdown"):
+        grid.add_column(header, justify="left" if header in ("label", "metric") else "right")
+    for each in calibration.thresholds:
+        numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
+        grid.add_row(each.label, NAMES[each.metric], *numbers)
+    with console.capture() as captured:
+        console.print(grid, highlight=False)
+        console.print(
+            "apart: how far two runs of the same code lie from each other (root mean square). max slowdown: what "
+            "one of two such runs exceeds once in 200 times.",
+            highlight=False,
+        )
+        console.print(f"For all labels: --max-slowdown {percent(calibration.max_slowdown)}", highlight=False)
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+
+
+def percent(share: float) -> str:
+    """A share rounded up to a tenth of a per cent, as `--max-slowdown` takes it."""
+    return f"{-(-share * 1000 // 1) / 10:g}%"
+
+
+def _groups(judgements: Sequence[Judgement]) -> list[list[Judgement]]:
+    groups: dict[str, list[Judgement]] = {}
+    for each in judgements:
+        groups.setdefault(workload(each.head), []).append(each)
+    return list(groups.values())
+
+
+def _title(group: Sequence[Judgement]) -> str:
+    head = group[0].head
+    return f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype} | {decoding(head.decoding)}"
+
+
+def _summary(judgements: Sequence[Judgement]) -> str:
+    """`regression (exit code 1): spd`."""
+    verdict = verdict_of(judgements)
+    words = f"{verdict} (exit code {EXIT_CODES[verdict]})"
+    if EXIT_CODES[verdict] == 0:
+        return words
+    return f"{words}: {', '.join(dict.fromkeys(each.label for each in judgements if each.verdict == verdict))}"
+
+
+NUMERIC = frozenset({"before", "now", "change"})
+
+
+def _has_categories(group: Sequence[Judgement]) -> bool:
+    return any(finding.category is not None for each in group for finding in each.findings)
+
+
+def _headers(group: Sequence[Judgement]) -> list[str]:
+    category = ["category"] if _has_categories(group) else []
+    return ["label", *category, "metric", "before", "now", "change", "verdict"]
+
+
+def _shown(judgement: Judgement) -> Iterator[Finding]:
+    """All over all prompts, then category by category."""
+    order = {name: place for place, name in enumerate(dict.fromkeys(each.category for each in judgement.findings))}
+    for finding in sorted(judgement.findings, key=lambda each: order[each.category]):
+        if finding.verdict != "pass" or finding.metric not in QUIET:
+            yield finding
+
+
+def names(group: Sequence[Judgement]) -> list[str]:
+    """Labels, with the file where several results share one."""
+    labels = [each.label for each in group]
+    return [
+        f"{each.label} ({each.file})" if labels.count(each.label) > 1 and each.file else each.label for each in group
+    ]
+
+
+def _cells(group: Sequence[Judgement]) -> list[list[str]]:
+    with_categories = _has_categories(group)
+    rows = []
+    for each, name in zip(group, names(group), strict=True):
+        for number, finding in enumerate(_shown(each)):
+            category = [finding.category or "all"] if with_categories else []
+            rows.append([name if number == 0 else "", *category, *_finding_cells(finding)])
+    return rows
+
+
+def _finding_cells(finding: Finding) -> list[str]:
+    verdict = finding.verdict if finding.decides else f"({finding.verdict})"
+    return [NAMES[finding.metric], _number(finding.before), _number(finding.now), _change(finding), verdict]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return EMPTY
+    return str(value) if isinstance(value, int) else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+
+
+def _change(finding: Finding) -> str:
+    if finding.change is None:
+        return EMPTY
+    if finding.interval is None:
+        return f"{finding.change:.3f}"
+    return f"{finding.change:.3f} [{finding.interval[0]:.3f}, {finding.interval[1]:.3f}]"
+
+
+def _table(group: Sequence[Judgement]) -> RichTable:
+    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for header in _headers(group):
+        justify: JustifyMethod = "right" if header in NUMERIC else "left"
+        grid.add_column(header, justify=justify, overflow="fold", no_wrap=header in ("metric", "verdict"))
+    rows = iter(_cells(group))
+    for each in group:
+        for finding in _shown(each):
+            grid.add_row(*(Text(cell, style=STYLES[finding.verdict]) for cell in next(rows)))
+        grid.add_section()
+    return grid
+
+
+def _lines(group: Sequence[Judgement]) -> Iterator[str]:
+    """What is not a plain pass, in words; notes; how to read the table."""
+    for each, name in zip(group, names(group), strict=True):
+        for finding in _shown(each):
+            if finding.verdict != "pass" and finding.category is None:
+                yield f"{name}, {NAMES[finding.metric]}: {finding.verdict}. {finding.reason}."
+        for note in each.notes:
+            yield f"{name}: {note}."
+    findings = [finding for each in group for finding in _shown(each)]
+    if any(finding.interval for finding in findings):
+        yield CHANGES
+    if any(not finding.decides for finding in findings):
+        yield IN_BRACKETS
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
