@@ -7,16 +7,21 @@ MAX_NEW_TOKENS ?= 32
 
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --constraint constraints.txt
+# Drafts are right or wrong by a hash, and trees are named, so that no machine's times or rounding change a step.
+GATE_RUN := run quick --dtype float32 --drafter oracle:0.8 --limit 4 --max-new-tokens 24 --devices cpu \
+	-b vanilla -b spd -b ppsd -b eagle -b medusa -b ngram -o eagle.tree=static -o medusa.tree=chain
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test check gate baselines format clean
 
 help:
 	@echo "make demo     measure every method on the embedded model, and compare them"
 	@echo "              (LIMIT=$(LIMIT) conversations, MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) each)"
 	@echo "make test     install what the tests need, fetch the embedded model, and run all checks"
-	@echo "make check    formatting, lint, types and tests, in what is installed already"
+	@echo "make check    formatting, lint, types, tests and gate, in what is installed already"
+	@echo "make gate     a small run of every method, which has to give results/baselines to the token"
+	@echo "make baselines  renew results/baselines, when a change of ids or steps is meant"
 	@echo "make format   format the code"
 	@echo "make clean    remove $(VENV), build folders and caches; results stay"
 	@echo "PYTHON=$(PYTHON) makes $(VENV), once."
@@ -39,6 +44,16 @@ check:
 	@$(RUN) mypy
 	@echo "Testing ..."
 	@$(RUN) pytest
+	@$(MAKE) --no-print-directory gate
+
+gate:
+	@echo "Running every method against results/baselines ..."
+	@new=`mktemp -d` && trap 'rm -rf "$$new"' EXIT && \
+		$(RUN) spdbench $(GATE_RUN) --results "$$new" >"$$new/table" && \
+		$(RUN) spdbench check "$$new" --baseline results/baselines --gate exact
+
+baselines:
+	@$(RUN) spdbench $(GATE_RUN) --results results/baselines
 
 format:
 	@$(RUN) ruff format .

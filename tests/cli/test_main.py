@@ -66,6 +66,7 @@ def test_help_and_version_load_only_click(args: tuple[str, ...]) -> None:
     [
         ("compare", str(RESULTS / "vanilla.json"), str(RESULTS / "spd_oracle.json")),
         ("compare", "--help"),
+        ("check", "--help"),
         ("run", "--help"),
         ("env", "--help"),
         ("backends",),
@@ -126,6 +127,7 @@ def test_an_unknown_command_is_answered_with_the_nearest_one() -> None:
         (("run", "quick", "-o", "stages=3"), "LABEL.KEY=VALUE"),
         (("compare",), "RESULT"),
         (("compare", "no-such-file.json"), "no-such-file.json"),
+        (("check", "no-such-file.json"), "--baseline"),
         (("backends", "vanila"), "did you mean 'vanilla'?"),
         (("--no-such-option",), "--no-such-option"),
     ],

@@ -129,3 +129,32 @@ class Study:
 @pytest.mark.parametrize("conversations", TRIALS)
 def test_intervals_hold_the_truth_as_often_as_they_say(conversations: int, repeats: int) -> None:
     assert 0.93 <= Study(conversations, repeats).coverage() <= 0.97
+
+
+def test_double_ratio_takes_out_what_both_runs_and_both_sides_share() -> None:
+    rng = np.random.default_rng(4)
+    tokens, seconds = np.full(50, 100.0), rng.lognormal(0, 1, 50)
+    before = np.stack([tokens, seconds, tokens, seconds / 2], axis=1)
+    now = np.stack([tokens, 3 * seconds, tokens, 3 * seconds / 1.8], axis=1)
+    names = [str(index) for index in range(50)]
+    assert stats.double_ratio_interval(names, [0] * 50, before, now) == pytest.approx((0.9, 0.9))
+    assert stats.double_ratio_interval(names, [0] * 50, now, before) == pytest.approx((1 / 0.9, 1 / 0.9))
+
+
+def test_double_ratio_of_one_conversation_has_no_interval() -> None:
+    ones = np.ones((3, 4))
+    assert stats.double_ratio_interval(["a"] * 3, [0, 1, 2], ones, ones) is None
+
+
+def test_intervals_of_double_ratios_cover_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(6)
+    names, repeats = [str(index // 2) for index in range(60)], [index % 2 for index in range(60)]
+    hits, trials = 0, 200
+    for trial in range(trials):
+        shared = np.repeat(rng.lognormal(0, 0.3, 30), 2)
+        times = [shared * factor * rng.lognormal(0, 0.05, 60) for factor in (1.0, 0.5, 1.0, 0.55)]
+        tokens = np.full(60, 64.0)
+        before, now = (np.stack([tokens, own, tokens, other], axis=1) for own, other in (times[:2], times[2:]))
+        low, high = stats.double_ratio_interval(names, repeats, before, now, resamples=500, seed=trial) or (0, 0)
+        hits += low <= 0.5 / 0.55 <= high
+    assert 0.90 <= hits / trials <= 1.0

@@ -1,0 +1,193 @@
+"""`spdbench check` put to the test: does it stay silent when nothing changed, and speak up when something did.
+
+Why: a gate that fails from noise is switched off, and one that passes what got worse is worth nothing. Only repeated
+runs on a machine with noise can tell which one it is.
+Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Some runs of the same code make
+the calibration, one is the baseline; then, in turn, a round each: the same code, which nothing may be said against;
+spd made slower on purpose, which the timing gate has to catch; and, in float32 with `oracle:0.8`, spd with one
+accepted draft in fifty turned into a rejection, another one each round, which the exact gate has to catch.
+Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code lie apart; then
+targets. Everything lies in `--folder`: what is there is not measured again, so that the same command goes on after an
+interruption, and adds rounds when told of more.
+
+    python -m benchmarks.gate --folder DIR [--rounds 20] [--calibration-runs 8] [--limit 8] [--tokens 32] [--repeats 1]
+                              [--slower-by 0.1] [--drafter auto] [--option executor=inline]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import sides
+from benchmarks.gate_backends import ENTRY_POINTS
+from benchmarks.sides import Goal, Report, show
+
+ROOT = Path(__file__).parents[1]
+EXIT_WORDS = {0: "pass", 1: "REGRESSION", 3: "inconclusive", 4: "NOT COMPARABLE"}
+METADATA = "Metadata-Version: 2.1\nName: spdbench-gate-experiment\nVersion: 1.0\n"
+EVERY = 50
+
+
+class Checked(NamedTuple):
+    """What `spdbench check` said of spd: its exit code and, from the timing gate, the speed-up's change."""
+
+    exit_code: int
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    allowed: float | None = None
+
+    def __str__(self) -> str:
+        words = EXIT_WORDS.get(self.exit_code, f"exit code {self.exit_code}")
+        if self.change is None or self.interval is None:
+            return words
+        return f"{words} {self.change:.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The folder of the experiment, and how a run in it is made."""
+
+    folder: Path
+    chosen: argparse.Namespace
+
+    def prepare(self) -> None:
+        """The folder with what its runs need; refuses one that was filled with other settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = ("limit", "tokens", "repeats", "slower_by", "drafter", "option", "dtypes", "threads")
+        settings = json.dumps({name: getattr(self.chosen, name) for name in kept}, indent=1)
+        noted = self.folder / "settings.json"
+        if noted.exists() and noted.read_text("utf-8") != settings:
+            sys.exit(f"{self.folder} holds runs with other settings ({noted}); choose another --folder")
+        noted.write_text(settings, "utf-8")
+        info = self._site / "spdbench_gate_experiment-1.0.dist-info"
+        info.mkdir(parents=True, exist_ok=True)
+        (info / "METADATA").write_text(METADATA, "utf-8")
+        (info / "entry_points.txt").write_text(ENTRY_POINTS, "utf-8")
+
+    @property
+    def _site(self) -> Path:
+        return self.folder / "site"
+
+    def timed(self, name: str, backend: str = "spd", options: Sequence[str] = ()) -> Path:
+        """A run of vanilla and spd, for the timing gate."""
+        words = ["--dtype", self.chosen.dtypes[0], "--drafter", self.chosen.drafter]
+        return self._run(name, ["-b", "vanilla", "-b", f"spd={backend}", *words, *_options(options)])
+
+    def counted(self, name: str, backend: str = "spd", options: Sequence[str] = ()) -> Path:
+        """A run of spd alone, in float32, for the exact gate."""
+        words = ["--dtype", "float32", "--drafter", "oracle:0.8"]
+        return self._run(name, ["-b", f"spd={backend}", *words, *_options(options)])
+
+    def _run(self, name: str, words: Sequence[str]) -> Path:
+        """The folder of a finished run; one that was interrupted is made anew."""
+        place = self.folder / name
+        if (place / "done").exists():
+            return place
+        shutil.rmtree(place, ignore_errors=True)
+        chosen = self.chosen
+        settings = ["--limit", chosen.limit, "--max-new-tokens", chosen.tokens, "--repeats", chosen.repeats]
+        more = [*_options(chosen.option), "--threads", chosen.threads, "--results", place]
+        began = time.perf_counter()
+        done = self._spdbench("run", "quick", *words, *settings, *more)
+        if done.returncode != 0:
+            sys.exit(f"{name}: `spdbench run` ended with {done.returncode}:\n{done.stderr}")
+        (place / "done").write_text(f"{time.perf_counter() - began:.1f} s\n", "utf-8")
+        return place
+
+    def calibrate(self, runs: Sequence[Path], baseline: Path) -> None:
+        done = self._spdbench("check", *runs, "--baseline", baseline, "--calibrate")
+        print(done.stdout or done.stderr, flush=True)
+
+    def check(self, new: Path, baseline: Path, gate: str) -> Checked:
+        told = self.folder / "check.json"
+        done = self._spdbench("check", new, "--baseline", baseline, "--gate", gate, "--json", told)
+        if done.returncode not in EXIT_WORDS:
+            sys.exit(f"`spdbench check` ended with {done.returncode}:\n{done.stderr}")
+        findings = [
+            finding
+            for judgement in json.loads(told.read_text("utf-8"))["judgements"]
+            for finding in judgement["findings"]
+            if finding["metric"] == "speedup"
+        ]
+        if not findings:
+            return Checked(done.returncode)
+        [found] = findings
+        return Checked(done.returncode, found["change"], found["interval"], found["allowed"])
+
+    def _spdbench(self, *words: object) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join(map(str, (self._site.resolve(), ROOT, ROOT / "backends")))
+        command = [sys.executable, "-m", "spdbench", *map(str, words)]
+        return subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+
+
+def _options(words: Sequence[str]) -> list[str]:
+    return [part for word in words for part in ("-o", f"spd.{word}")]
+
+
+def main() -> None:
+    arguments = sides.parser(__doc__, rounds=20, tokens=32)
+    arguments.set_defaults(dtypes=["bfloat16"])
+    arguments.add_argument("--folder", type=Path, required=True, help="where runs are kept; may hold some already")
+    arguments.add_argument("--calibration-runs", type=int, default=8, help="runs of the same code (default 8)")
+    arguments.add_argument("--limit", type=int, default=8, help="conversations of a run (default 8)")
+    arguments.add_argument("--repeats", type=int, default=1, help="of each conversation (default 1)")
+    arguments.add_argument("--slower-by", type=float, default=0.1, help="share of a step's time (default 0.1)")
+    arguments.add_argument("--drafter", default="auto", help="of the timed runs (default auto)")
+    arguments.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of spd, in every run")
+    sides.run("gate", arguments.parse_args(), measure)
+
+
+def measure(chosen: argparse.Namespace, report: Report) -> None:
+    bench = Bench(chosen.folder, chosen)
+    bench.prepare()
+    baseline, exact = bench.timed("baseline"), bench.counted("exact-baseline")
+    print(f"a timed run takes {(baseline / 'done').read_text('utf-8').strip()}", flush=True)
+    bench.calibrate([bench.timed(f"calibration-{n}") for n in range(chosen.calibration_runs)], baseline)
+    print(f"exact gate on the same code: {bench.check(bench.counted('exact-again'), exact, 'exact')}", flush=True)
+    rounds = [one_round(bench, number, baseline, exact) for number in range(chosen.rounds)]
+    report.tables["rounds"] = rounds
+    counts = {side: Counter(each[side]["exit_code"] for each in rounds) for side in ("same", "slower", "rejecting")}
+    show(
+        ("side", *EXIT_WORDS.values()),
+        [(side, *(found[code] for code in EXIT_WORDS)) for side, found in counts.items()],
+    )
+    report.goals += goals(counts, chosen.rounds)
+
+
+def one_round(bench: Bench, number: int, baseline: Path, exact: Path) -> dict[str, Any]:
+    """The same code, slower code and rejecting code, each judged as soon as it has run."""
+    slower = [f"slower_by={bench.chosen.slower_by}"]
+    rejecting = [f"every={EVERY}", f"first={number % EVERY + 1}"]
+    same = bench.check(bench.timed(f"same-{number}"), baseline, "timing")
+    slow = bench.check(bench.timed(f"slower-{number}", "slower_spd", slower), baseline, "timing")
+    wrong = bench.check(bench.counted(f"rejecting-{number}", "rejecting_spd", rejecting), exact, "exact")
+    print(f"round {number + 1}: same code {same}; slower {slow}; rejecting {wrong}", flush=True)
+    return {"same": same._asdict(), "slower": slow._asdict(), "rejecting": wrong._asdict()}
+
+
+def goals(counts: dict[str, Counter[int]], rounds: int) -> list[Goal]:
+    """The shares that were aimed at: of 20 runs none, three and 18."""
+    same = counts["same"]
+    return [
+        Goal("same code, share of regressions", (same[1] + same[4]) / rounds, at_most=0),
+        Goal("same code, share of inconclusive", same[3] / rounds, at_most=3 / 20),
+        Goal("slower code, share of regressions", counts["slower"][1] / rounds, at_least=18 / 20),
+        Goal("rejecting code, share of regressions", counts["rejecting"][1] / rounds, at_least=1),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The timing gate: the speed-up of a run over its own plain decoding, by size and interval."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spdbench.judge.recording import Recording
+from spdbench.judge.timing import decide
+from spdbench.judge.verdict import Verdict
+from tests.builders import MS
+from tests.unit.judge.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
+
+
+def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **more: object) -> list[Recording]:
+    """One run of two labels."""
+    return [
+        plain(plain_runs(num_prompts, step_ns=round(plain_ms * MS)), **more),
+        eagle(drafted_runs(num_prompts, step_ns=lambda _: round(eagle_ms * MS)), **more),
+    ]
+
+
+def speedup(new: list[Recording], old: list[Recording], **limits: float) -> Verdict:
+    return finding(of(judged(new, old, "timing", **limits), "eagle"), "speedup").verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "interval", "verdict"),
+    [
+        (0.90, (0.85, 0.97), "regression"),
+        (0.94, (0.90, 1.00), "inconclusive"),
+        (0.96, (0.91, 0.99), "pass"),
+        (0.96, (0.90, 1.03), "inconclusive"),
+        (1.00, (0.91, 1.10), "pass"),
+        (1.04, (1.01, 1.07), "pass"),
+        (1.06, (0.99, 1.12), "pass"),
+        (1.06, (1.02, 1.12), "improved"),
+        (1.20, (0.80, 1.60), "inconclusive"),
+        (1.00, None, "inconclusive"),
+        (None, None, "inconclusive"),
+    ],
+)
+def test_the_table_of_decisions(change: float | None, interval: tuple[float, float] | None, verdict: Verdict) -> None:
+    assert decide(change, interval, 0.05)[0] == verdict
+
+
+@given(st.floats(0.3, 3), st.floats(0, 0.7), st.floats(0, 0.7), st.floats(0, 0.3))
+def test_swapped_sides_mirror_regression_and_improvement(change: float, down: float, up: float, share: float) -> None:
+    low, high = change * (1 - down), change * (1 + up)
+    there, back = decide(change, (low, high), share)[0], decide(1 / change, (1 / high, 1 / low), share)[0]
+    edge = 1e-9
+    if min(abs(change - (1 - share)), abs(change * (1 - share) - 1), abs(low - 1), abs(high - 1)) < edge:
+        return
+    assert (there == "regression") == (back == "improved")
+    assert (there == "improved") == (back == "regression")
+
+
+@given(st.floats(0.5, 1), st.floats(0, 0.5), st.floats(0.01, 0.3))
+def test_a_faster_result_is_never_a_regression(slower: float, width: float, share: float) -> None:
+    change = 1 / slower
+    assert decide(change, (change - width, change + width), share)[0] != "regression"
+
+
+def test_slower_than_allowed_is_a_regression_and_the_other_way_round_an_improvement() -> None:
+    assert speedup(run(eagle_ms=22), run()) == "regression"
+    assert speedup(run(), run(eagle_ms=22)) == "improved"
+    assert speedup(run(eagle_ms=22), run(), max_slowdown=0.2) == "pass"
+
+
+def test_a_machine_that_slows_all_alike_has_slowed_nothing() -> None:
+    found = judged(run(30, 30), run(), "timing")
+    eagles = of(found, "eagle")
+    assert finding(eagles, "speedup").verdict == "pass"
+    assert finding(eagles, "decode_tokens_per_s").verdict == "regression"
+    assert not finding(eagles, "decode_tokens_per_s").decides
+    assert [each.verdict for each in found] == ["pass", "pass"]
+
+
+def test_the_speedups_are_shown_with_their_change_and_interval() -> None:
+    found = finding(of(judged(run(eagle_ms=25), run(), "timing"), "eagle"), "speedup")
+    assert found.before == pytest.approx(3.0)
+    assert found.now == pytest.approx(2.4)
+    assert found.change == pytest.approx(0.8)
+    assert found.interval == pytest.approx((0.8, 0.8))
+
+
+def test_noise_between_prompts_is_inconclusive() -> None:
+    noisy = [plain(), eagle(drafted_runs(step_ns=lambda i: (14 + 17 * (i % 2)) * MS))]
+    assert speedup(noisy, run()) == "inconclusive"
+
+
+def test_one_conversation_is_inconclusive() -> None:
+    assert speedup(run(num_prompts=1), run(num_prompts=1)) == "inconclusive"
+
+
+# Machines
+
+
+@pytest.mark.parametrize("machine", ["machine-b", None])
+def test_another_machine_is_not_comparable(machine: str | None) -> None:
+    for found in judged(run(machine=machine), run(), "timing"):
+        assert found.verdict == "not comparable"
+        assert "--gate exact" in found.findings[-1].reason
+
+
+def test_other_devices_are_not_comparable() -> None:
+    assert only(judged(eagle(devices=["cuda:0"]), eagle(), "timing")).verdict == "not comparable"
+
+
+# Which plain decoding
+
+
+def begun(at: str, bandwidth: float = 1.0, **times: float) -> list[Recording]:
+    environment = {"fingerprint": "machine-a", "read_bandwidth_bytes_per_s": bandwidth}
+    return run(**times, created=at, environment=environment)
+
+
+def test_each_result_is_held_against_the_plain_decoding_of_its_own_run() -> None:
+    """The second run's machine was half as fast: by the first one's plain decoding eagle would look slow."""
+    new = [*begun("2026-06-01T12:00:00+00:00"), *begun("2026-06-01T12:05:00+00:00", 2.0, plain_ms=40, eagle_ms=40)]
+    found = judged(new, run(), "timing")
+    assert [each.verdict for each in found] == ["pass"] * 4
+
+
+def test_where_environments_are_equal_the_plain_decoding_begun_at_the_same_time_counts() -> None:
+    new = [*begun("2026-06-01T12:00:01+00:00"), *begun("2026-06-01T12:05:00+00:00", plain_ms=40, eagle_ms=40)]
+    assert [each.verdict for each in judged(new, run(), "timing")] == ["pass"] * 4
+
+
+def test_without_plain_decoding_on_both_sides_tokens_per_s_decide_and_that_is_said() -> None:
+    for new, old in ((run(eagle_ms=25)[1:], run()[1:]), (run(eagle_ms=25)[1:], run())):
+        found = of(judged(new, old, "timing"), "eagle")
+        assert found.verdict == "regression"
+        assert [each.metric for each in found.findings if each.verdict == "regression"] == ["decode_tokens_per_s"]
+        assert "so tokens/s decide" in found.notes[0]
+
+
+def test_plain_decoding_that_others_are_held_against_only_informs_and_alone_it_decides() -> None:
+    slow = run(plain_ms=30)
+    assert of(judged(slow, run(), "timing"), "vanilla").verdict == "pass"
+    assert only(judged(slow[:1], run()[:1], "timing")).verdict == "regression"
+
+
+def test_other_plain_decoding_is_held_against_vanilla() -> None:
+    def side(ms: int) -> list[Recording]:
+        return [plain(plain_runs(step_ns=ms * MS), label="another", name="other"), plain()]
+
+    found = judged(side(25), side(20), "timing")
+    assert finding(of(found, "another"), "speedup").verdict == "regression"
+    assert of(found, "vanilla").verdict == "pass"

@@ -1,0 +1,145 @@
+"""A gate's judgements as a table, Markdown, JUnit XML, JSON, and for github-action-benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from spdbench.judge.calibration import Calibration, Threshold
+from spdbench.judge.verdict import Judgement
+from spdbench.render.check import NAMES, calibration_to_terminal, percent, to_markdown, to_terminal
+from spdbench.render.check_files import UNITS, to_benchmark_json, to_json, to_junit
+from tests.builders import MS, failed_run
+from tests.unit.judge.gates import drafted_runs, eagle, judged, plain
+
+
+def fine(**more: bool) -> list[Judgement]:
+    run = [plain(), eagle()]
+    return judged(run, run, **more)
+
+
+def wrong() -> list[Judgement]:
+    """A failed prompt, a prompt that is missing, slower, and a label that the baseline lacks."""
+    broken = [*drafted_runs(8, step_ns=lambda _: 25 * MS), failed_run("p8\x00", "a|b")]
+    return judged([plain(), eagle(broken), eagle(label="new|one")], [plain(), eagle()])
+
+
+def show(judgements: Sequence[Judgement], width: int = 80) -> str:
+    return to_terminal(judgements, Console(width=width, force_terminal=False))
+
+
+def test_every_metric_has_a_name_and_what_is_better_when_bigger_a_unit() -> None:
+    found = {each.metric for judgement in [*fine(), *wrong()] for each in judgement.findings}
+    assert found <= set(NAMES)
+    assert set(UNITS) <= set(NAMES)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_fits_and_ends_with_the_verdict_and_its_exit_code(width: int) -> None:
+    for judgements in (fine(), wrong(), fine(by_category=True)):
+        assert max(map(len, show(judgements, width).splitlines())) <= width
+    assert show(fine()).splitlines()[-1] == "pass (exit code 0)"
+    assert show(wrong()).splitlines()[-1] == "regression (exit code 1): eagle"
+
+
+def test_what_is_wrong_is_told_below_the_table_and_what_is_fine_is_not() -> None:
+    text = " ".join(show(wrong(), 200).split())
+    assert "eagle, failed runs: regression. 1 of 9 runs failed" in text
+    assert "eagle, speed-up: regression. slower by 20.0%, and 5.0% is allowed." in text
+    assert "new|one, paired runs: not comparable. the baseline has no label" in text
+    assert "paired runs: pass" not in text
+
+
+def test_failures_and_divergences_are_shown_only_where_there_are_any() -> None:
+    assert "failed runs" not in show(fine())
+    assert "failed runs" in show(wrong())
+
+
+def test_what_only_informs_stands_in_brackets() -> None:
+    lines = [line.split() for line in show(fine()).splitlines()]
+    [speed] = [line for line in lines if line[:1] == ["tok/s"] and line[1] != "50.0"]
+    assert speed[-1] == "(pass)"
+
+
+def test_categories_get_rows_of_their_own() -> None:
+    text = show(fine(by_category=True))
+    assert "category" in text
+    assert "writing" in text
+    assert "category" not in show(fine())
+
+
+def test_results_that_share_a_label_are_told_apart_by_file() -> None:
+    text = show(judged([eagle(file="1.json"), eagle(file="2.json")], eagle(), "exact"), 100)
+    assert "eagle (1.json)" in text
+    assert "eagle (2.json)" in text
+
+
+def test_markdown_starts_with_the_verdict_and_escapes_cells() -> None:
+    text = to_markdown(wrong())
+    assert text.startswith("### spdbench check: regression (exit code 1): eagle\n")
+    [header] = [line for line in text.splitlines() if line.startswith("| label")]
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {row.replace("\\|", "").count("|") for row in rows} == {header.count("|")}
+
+
+def test_junit_counts_regressions_as_failures_and_what_cannot_be_told_as_errors() -> None:
+    root = ElementTree.fromstring(to_junit(wrong()))
+    suites = {suite.get("name"): suite for suite in root}
+    assert list(suites) == ["quick vanilla", "quick eagle", "quick new|one"]
+    bad = suites["quick eagle"]
+    assert bad.get("tests") == str(len(bad.findall("testcase")))
+    assert {case.get("name") for case in bad if case.find("failure") is not None} == {
+        "exact: failed runs",
+        "timing: speed-up",
+    }
+    assert {case.get("name") for case in bad if case.find("error") is not None} == {"exact: paired runs"}
+    assert suites["quick new|one"].get("errors") == "1"
+    assert "p8?" in (bad.find("testcase/failure").get("message") or "")  # type: ignore[union-attr]
+
+
+def test_junit_never_fails_for_what_only_informs() -> None:
+    slow = [plain(), eagle(drafted_runs(step_ns=lambda i: (16 + 8 * (i % 2)) * MS))]
+    root = ElementTree.fromstring(to_junit(judged(slow, [plain(), eagle()], "exact", by_category=True)))
+    assert root.findall(".//failure") == root.findall(".//error") == []
+
+
+def test_json_holds_every_finding() -> None:
+    found = json.loads(to_json(wrong()))
+    assert (found["schema"], found["verdict"], found["exit_code"]) == ("spdbench.check/1", "regression", 1)
+    [bad] = [each for each in found["judgements"] if each["label"] == "eagle"]
+    assert (bad["file"], bad["against"]) == ("eagle.json", "eagle.json")
+    [speedup] = [each for each in bad["findings"] if each["metric"] == "speedup"]
+    assert speedup["verdict"] == "regression"
+    assert speedup["interval"] == pytest.approx([0.8, 0.8])
+
+
+def test_benchmark_file_lists_the_new_values_with_names_of_their_own() -> None:
+    found = json.loads(to_benchmark_json(fine(by_category=True)))
+    names = [entry["name"] for entry in found]
+    assert len(set(names)) == len(names)
+    values = {name: entry["value"] for name, entry in zip(names, found, strict=True)}
+    assert values["quick, smollm2, float32, eagle: speed-up over plain decoding"] == pytest.approx(3.0)
+    assert values["quick, smollm2, float32, eagle: acceptance length"] == pytest.approx(3.0)
+    for entry in found:
+        assert {"name", "unit", "value", "extra"} <= set(entry)
+        assert isinstance(entry["value"], float)
+
+
+def test_calibration_ends_with_the_option_to_use() -> None:
+    words = {"suite": "quick", "model": "smollm2", "dtype": "float32", "num_runs": 5, "spread": 0.012}
+    thresholds = [
+        Threshold(label="spd", metric="speedup", max_slowdown=0.0712, **words),
+        Threshold(label="spd", metric="decode_tokens_per_s", max_slowdown=0.3, **words),
+    ]
+    found = Calibration(schema="spdbench.calibration/1", created="now", fingerprint="f", thresholds=thresholds)
+    text = calibration_to_terminal(found, Console(width=80, force_terminal=False))
+    assert text.rstrip().splitlines()[-1] == "For all labels: --max-slowdown 7.2%"
+    assert "1.20%" in text
+
+
+def test_shares_are_rounded_up() -> None:
+    assert [percent(share) for share in (0.05, 0.0501, 0.01, 0.0712)] == ["5%", "5.1%", "1%", "7.2%"]

@@ -1,0 +1,70 @@
+"""What `benchmarks.gate` does on purpose, and how it counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from time import perf_counter_ns
+
+import pytest
+
+from benchmarks.gate import Checked, goals
+from benchmarks.gate_backends import RejectingOptions, RejectingSPD, slowed
+from spdbench.decoding.verify import Verdict
+from spdbench.types import Step
+
+
+def steps(closed: list[bool], busy_ns: int = 0) -> Iterator[Step]:
+    try:
+        for token in range(3):
+            until = perf_counter_ns() + busy_ns
+            while perf_counter_ns() < until:
+                pass
+            yield Step((token,), 0, 0, 0, 1.0)
+    finally:
+        closed.append(True)
+
+
+def test_slowed_steps_are_the_same_steps_and_take_their_share_longer() -> None:
+    busy_ns, began = 2_000_000, perf_counter_ns()
+    found = list(slowed(steps([], busy_ns), share=2.0))
+    assert [step.token_ids for step in found] == [(0,), (1,), (2,)]
+    assert perf_counter_ns() - began >= 3 * 3 * busy_ns
+
+
+def test_slowed_steps_that_are_closed_early_close_what_they_slow() -> None:
+    closed: list[bool] = []
+    found = slowed(steps(closed), share=0.0)
+    next(found)
+    found.close()  # type: ignore[attr-defined]
+    assert closed == [True]
+
+
+def test_one_accepted_draft_in_so_many_is_rejected_and_the_token_stays() -> None:
+    backend = RejectingSPD.__new__(RejectingSPD)
+    backend._options = RejectingOptions(every=4, first=2)
+    answers = iter([True, False] * 12)
+    judge = backend._rejecting(lambda _logits, _draft, position: Verdict(next(answers), position))
+    found = [judge(None, None, position) for position in range(24)]  # type: ignore[arg-type]
+    accepted = [verdict.accepted for verdict in found[::2]]
+    assert [at + 1 for at, kept in enumerate(accepted) if not kept] == [2, 6, 10]
+    assert [verdict.token_id for verdict in found] == list(range(24))
+    assert not any(verdict.accepted for verdict in found[1::2])
+
+
+@pytest.mark.parametrize(
+    ("same", "slower", "met"),
+    [
+        ({0: 17, 3: 3}, {1: 18, 3: 2}, [True, True, True]),
+        ({0: 16, 3: 4}, {1: 18, 3: 2}, [True, False, True]),
+        ({0: 19, 1: 1}, {1: 17, 0: 3}, [False, True, False]),
+    ],
+)
+def test_goals_of_twenty_rounds(same: dict[int, int], slower: dict[int, int], met: list[bool]) -> None:
+    counts = {"same": Counter(same), "slower": Counter(slower), "rejecting": Counter({1: 20})}
+    assert [goal.met for goal in goals(counts, 20)] == [*met, True]
+
+
+def test_an_outcome_is_told_with_the_change_and_its_interval() -> None:
+    assert str(Checked(1, 0.9, (0.85, 0.95), 0.05)) == "REGRESSION 0.900 [0.850, 0.950]"
+    assert str(Checked(0)) == "pass"
