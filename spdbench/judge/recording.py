@@ -79,8 +79,8 @@ def _record(batches: Iterable[Batch], head: Callable[[], Result], file: str) -> 
     runs: dict[RunKey, RunTrace] = {}
     for batch in batches:
         table = np.stack([getattr(batch, name) for name in STEP_COLUMNS]).astype(np.int32)
-        traces = np.split(table, np.cumsum(batch.num_steps)[:-1], axis=1)
-        for run, output, steps in zip(batch.runs, batch.outputs, traces, strict=True):
+        ends = np.cumsum(batch.num_steps)
+        for run, output, end, size in zip(batch.runs, batch.outputs, ends, batch.num_steps, strict=True):
             runs[run.key] = RunTrace(
                 category=run.category,
                 prompt_sha256=run.prompt_sha256,
@@ -89,7 +89,7 @@ def _record(batches: Iterable[Batch], head: Callable[[], Result], file: str) -> 
                 decode_tokens=run.num_new_tokens - 1,
                 decode_s=run.decode_s or 0.0,
                 output=output,
-                steps=steps,
+                steps=table[:, end - size : end],
             )
     return Recording(file, head(), runs)
 

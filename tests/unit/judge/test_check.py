@@ -138,6 +138,11 @@ def test_nothing_but_failures_is_a_regression() -> None:
     assert verdict_of(judged(eagle([failed_run()]), eagle(drafted_runs(1)))) == "regression"
 
 
+def test_result_without_any_run_is_not_comparable() -> None:
+    for new, old in ((eagle([]), eagle()), (eagle(), eagle([])), (eagle([]), eagle([]))):
+        assert verdict_of(judged(new, old)) == "not comparable"
+
+
 def test_another_prompt_under_the_same_name_is_not_comparable() -> None:
     other = [make_run(prompt=f"p{i}", prompt_sha256="0" * 64) for i in range(10)]
     found = only(judged(plain(other), plain(plain_runs()), "exact"))
@@ -175,7 +180,7 @@ def test_the_worst_verdict_gives_the_exit_code(verdicts: list[Verdict], code: in
 
 
 def test_categories_inform_and_do_not_decide() -> None:
-    slow = drafted_runs(20, step_ns=lambda i: (24 if i % 2 else 18) * MS)
+    slow = drafted_runs(20, step_ns=lambda i: (22 if i % 2 else 18) * MS)
     run = [plain(plain_runs(20)), eagle(slow)]
     found = judged(run, [plain(plain_runs(20)), eagle(drafted_runs(20))], "timing", by_category=True)
     assert finding(of(found, "eagle"), "speedup", "writing").verdict == "regression"
