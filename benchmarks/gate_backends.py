@@ -70,7 +70,7 @@ class RejectingSPD(SPD):
         steps = super()._decode(request, drafter)
         decoding = self._decoding
         assert decoding is not None
-        decoding._judge = self._rejecting(decoding._judge)  # type: ignore[method-assign]
+        decoding._judge = self._rejecting(decoding._judge)  # type: ignore[method-assign, assignment]
         return steps
 
     def _rejecting(

@@ -22,6 +22,7 @@ Must not know files or how findings are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,8 @@ from spdbench.judge.result import Result, RunKey
 from spdbench.judge.verdict import Finding, Verdict
 from spdbench.judge.workload import machine
 
-SPEEDUP, SPEED = "speedup", "decode_tokens_per_s"
+SPEEDUP: Final = "speedup"
+SPEED: Final = "decode_tokens_per_s"
 Allowed = Callable[[str], float]
 """Metric -> the share that it may fall by."""
 

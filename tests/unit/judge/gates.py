@@ -70,9 +70,9 @@ def _recording(result: Any, file: str, more: dict[str, Any]) -> Recording:
 def judged(
     new: Sequence[Recording] | Recording, old: Sequence[Recording] | Recording, gate: str = "all", **more: Any
 ) -> list[Judgement]:
-    sides = ([side] if isinstance(side, Recording) else list(side) for side in (new, old))
+    candidates, baselines = ([side] if isinstance(side, Recording) else list(side) for side in (new, old))
     by_category = more.pop("by_category", False)
-    return check(*sides, GATES[gate], Limits(**more), by_category=by_category)
+    return check(candidates, baselines, GATES[gate], Limits(**more), by_category=by_category)
 
 
 def only(judgements: Sequence[Judgement]) -> Judgement:

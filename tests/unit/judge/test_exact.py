@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spdbench.judge.recording import Recording
 from spdbench.judge.result import Divergence, Steps
 from spdbench.judge.verdict import Verdict
 from tests.builders import make_run
@@ -57,9 +59,13 @@ def test_any_accepted_draft_turned_into_a_rejection_is_caught(rounds: list[list[
     run, at = data.draw(st.sampled_from(places))
     worse = [list(chunks) for chunks in rounds]
     worse[run][at : at + 1] = [rounds[run][at] - 1, 1]
-    old, new = (eagle(drafted_runs(len(rounds), chunks=lambda i, side=side: (1, *side[i]))) for side in (rounds, worse))
+    old, new = rounds_of(rounds), rounds_of(worse)
     assert only(judged(new, old, "exact")).verdict == "regression"
     assert only(judged(old, new, "exact")).verdict == "improved"
+
+
+def rounds_of(chunks: Sequence[Sequence[int]]) -> Recording:
+    return eagle(drafted_runs(len(chunks), chunks=lambda i: (1, *chunks[i])))
 
 
 def test_other_drafts_with_the_same_outcome_are_no_pass_in_greedy_float32() -> None:
@@ -84,7 +90,7 @@ def test_times_do_not_matter_to_the_exact_gate() -> None:
 
 
 @pytest.mark.parametrize("loose", [{"dtype": "bfloat16"}, {"temperature": 0.8}])
-def test_other_ids_outside_of_greedy_float32_inform(loose: dict[str, object]) -> None:
+def test_other_ids_outside_of_greedy_float32_inform(loose: dict[str, Any]) -> None:
     other = drafted_runs(ids=lambda i: [7] * 10 if i == 3 else None)
     found = only(judged(eagle(other, **loose), eagle(**loose), "exact"))
     assert found.verdict == "pass"
@@ -103,7 +109,8 @@ def test_acceptance_may_fall_by_half_a_per_cent(old: int, new: int, verdict: Ver
         [make_run(steps_of(accepted), output_ids=range(300 + accepted + 1), prompt=f"p{i}") for i in range(2)]
         for accepted in (new, old)
     )
-    found = only(judged(*(eagle(side, dtype="bfloat16") for side in sides), "exact"))
+    new_result, old_result = (eagle(side, dtype="bfloat16") for side in sides)
+    found = only(judged(new_result, old_result, "exact"))
     assert finding(found, "acceptance_rate").verdict == verdict
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from tests.builders import MS
 from tests.unit.judge.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
 
 
-def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **more: object) -> list[Recording]:
+def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **more: Any) -> list[Recording]:
     """One run of two labels."""
     return [
         plain(plain_runs(num_prompts, step_ns=round(plain_ms * MS)), **more),
@@ -111,7 +113,7 @@ def test_other_devices_are_not_comparable() -> None:
 # Which plain decoding
 
 
-def begun(at: str, bandwidth: float = 1.0, **times: float) -> list[Recording]:
+def begun(at: str, bandwidth: float = 1.0, **times: Any) -> list[Recording]:
     environment = {"fingerprint": "machine-a", "read_bandwidth_bytes_per_s": bandwidth}
     return run(**times, created=at, environment=environment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,7 +18,7 @@ from tests.builders import MS, failed_run
 from tests.unit.judge.gates import drafted_runs, eagle, judged, plain
 
 
-def fine(**more: bool) -> list[Judgement]:
+def fine(**more: Any) -> list[Judgement]:
     run = [plain(), eagle()]
     return judged(run, run, **more)
 
