@@ -2,15 +2,15 @@
 
 Why: a gate that fails from noise is switched off, and one that passes what got worse is worth nothing. Only repeated
 runs on a machine with noise can tell which one it is.
-Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Some runs of the same code make
-the calibration, one is the baseline; then, in turn, a round each: the same code, which nothing may be said against;
+Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Runs of the same code are the
+baseline and its calibration; then, in turn, a round each: the same code, which nothing may be said against;
 spd made slower on purpose, which the timing gate has to catch; and, in float32 with `oracle:0.8`, spd with one
 accepted draft in fifty turned into a rejection, another one each round, which the exact gate has to catch.
 Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code lie apart; then
 targets. Everything lies in `--folder`: what is there is not measured again, so that the same command goes on after an
 interruption, and adds rounds when told of more.
 
-    python -m benchmarks.gate --folder DIR [--rounds 20] [--calibration-runs 8] [--limit 8] [--tokens 32] [--repeats 1]
+    python -m benchmarks.gate --folder DIR [--rounds 20] [--baselines 8] [--limit 8] [--tokens 32] [--repeats 1]
                               [--slower-by 0.1] [--drafter auto] [--option executor=inline]
 """
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -79,39 +78,42 @@ class Bench:
     def _site(self) -> Path:
         return self.folder / "site"
 
-    def timed(self, name: str, backend: str = "spd", options: Sequence[str] = ()) -> Path:
-        """A run of vanilla and spd, for the timing gate."""
+    def timed(self, place: str, number: int, backend: str = "spd", options: Sequence[str] = ()) -> list[Path]:
+        """The results of a run of vanilla and spd, for the timing gate."""
         words = ["--dtype", self.chosen.dtypes[0], "--drafter", self.chosen.drafter]
-        return self._run(name, ["-b", "vanilla", "-b", f"spd={backend}", *words, *_options(options)])
+        return self._run(place, number, ["-b", "vanilla", "-b", f"spd={backend}", *words, *_options(options)])
 
-    def counted(self, name: str, backend: str = "spd", options: Sequence[str] = ()) -> Path:
-        """A run of spd alone, in float32, for the exact gate."""
+    def counted(self, place: str, number: int, backend: str = "spd", options: Sequence[str] = ()) -> list[Path]:
+        """The result of a run of spd alone, in float32, for the exact gate."""
         words = ["--dtype", "float32", "--drafter", "oracle:0.8"]
-        return self._run(name, ["-b", f"spd={backend}", *words, *_options(options)])
+        return self._run(place, number, ["-b", f"spd={backend}", *words, *_options(options)])
 
-    def _run(self, name: str, words: Sequence[str]) -> Path:
-        """The folder of a finished run; one that was interrupted is made anew."""
-        place = self.folder / name
-        if (place / "done").exists():
-            return place
-        shutil.rmtree(place, ignore_errors=True)
+    def _run(self, place: str, number: int, words: Sequence[str]) -> list[Path]:
+        """The results of a finished run; one that was interrupted is made anew."""
+        folder = self.folder / place
+        results, noted = f"quick__*__{number}.json", folder / f"done-{number}"
+        if noted.exists():
+            return sorted(folder.glob(results))
+        for left in folder.glob(f"quick__*__{number}.*"):
+            left.unlink()
         chosen = self.chosen
         settings = ["--limit", chosen.limit, "--max-new-tokens", chosen.tokens, "--repeats", chosen.repeats]
-        more = [*_options(chosen.option), "--threads", chosen.threads, "--results", place]
+        more = [*_options(chosen.option), "--threads", chosen.threads, "--results", folder, "--name", number]
         began = time.perf_counter()
         done = self._spdbench("run", "quick", *words, *settings, *more)
         if done.returncode != 0:
-            sys.exit(f"{name}: `spdbench run` ended with {done.returncode}:\n{done.stderr}")
-        (place / "done").write_text(f"{time.perf_counter() - began:.1f} s\n", "utf-8")
-        return place
+            sys.exit(f"{folder}: `spdbench run` ended with {done.returncode}:\n{done.stderr}")
+        noted.write_text(f"{time.perf_counter() - began:.1f}", "utf-8")
+        print(f"{place} {number}: {noted.read_text('utf-8')} s", flush=True)
+        return sorted(folder.glob(results))
 
-    def calibrate(self, runs: Sequence[Path], baseline: Path) -> None:
-        done = self._spdbench("check", *runs, "--baseline", baseline, "--calibrate")
+    def calibrate(self, place: str) -> None:
+        done = self._spdbench("check", self.folder / place, "--baseline", self.folder / place, "--calibrate")
         print(done.stdout or done.stderr, flush=True)
 
-    def check(self, new: Path, baseline: Path, gate: str) -> Checked:
+    def check(self, new: Sequence[Path], place: str, gate: str) -> Checked:
         told = self.folder / "check.json"
-        done = self._spdbench("check", new, "--baseline", baseline, "--gate", gate, "--json", told)
+        done = self._spdbench("check", *new, "--baseline", self.folder / place, "--gate", gate, "--json", told)
         if done.returncode not in EXIT_WORDS:
             sys.exit(f"`spdbench check` ended with {done.returncode}:\n{done.stderr}")
         findings = [
@@ -141,7 +143,9 @@ def main() -> None:
     arguments = sides.parser(__doc__, rounds=20, tokens=32)
     arguments.set_defaults(dtypes=["bfloat16"])
     arguments.add_argument("--folder", type=Path, required=True, help="where runs are kept; may hold some already")
-    arguments.add_argument("--calibration-runs", type=int, default=8, help="runs of the same code (default 8)")
+    arguments.add_argument(
+        "--baselines", type=int, default=8, help="runs that are baseline and calibration (default 8)"
+    )
     arguments.add_argument("--limit", type=int, default=8, help="conversations of a run (default 8)")
     arguments.add_argument("--repeats", type=int, default=1, help="of each conversation (default 1)")
     arguments.add_argument("--slower-by", type=float, default=0.1, help="share of a step's time (default 0.1)")
@@ -153,11 +157,13 @@ def main() -> None:
 def measure(chosen: argparse.Namespace, report: Report) -> None:
     bench = Bench(chosen.folder, chosen)
     bench.prepare()
-    baseline, exact = bench.timed("baseline"), bench.counted("exact-baseline")
-    print(f"a timed run takes {(baseline / 'done').read_text('utf-8').strip()}", flush=True)
-    bench.calibrate([bench.timed(f"calibration-{n}") for n in range(chosen.calibration_runs)], baseline)
-    print(f"exact gate on the same code: {bench.check(bench.counted('exact-again'), exact, 'exact')}", flush=True)
-    rounds = [one_round(bench, number, baseline, exact) for number in range(chosen.rounds)]
+    for number in range(chosen.baselines):
+        bench.timed("baseline", number)
+    bench.calibrate("baseline")
+    bench.counted("exact-baseline", 0)
+    again = bench.check(bench.counted("exact-again", 0), "exact-baseline", "exact")
+    print(f"exact gate on the same code: {again}", flush=True)
+    rounds = [one_round(bench, number) for number in range(chosen.rounds)]
     report.tables["rounds"] = rounds
     counts = {side: Counter(each[side]["exit_code"] for each in rounds) for side in ("same", "slower", "rejecting")}
     show(
@@ -167,13 +173,13 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     report.goals += goals(counts, chosen.rounds)
 
 
-def one_round(bench: Bench, number: int, baseline: Path, exact: Path) -> dict[str, Any]:
+def one_round(bench: Bench, number: int) -> dict[str, Any]:
     """The same code, slower code and rejecting code, each judged as soon as it has run."""
     slower = [f"slower_by={bench.chosen.slower_by}"]
     rejecting = [f"every={EVERY}", f"first={number % EVERY + 1}"]
-    same = bench.check(bench.timed(f"same-{number}"), baseline, "timing")
-    slow = bench.check(bench.timed(f"slower-{number}", "slower_spd", slower), baseline, "timing")
-    wrong = bench.check(bench.counted(f"rejecting-{number}", "rejecting_spd", rejecting), exact, "exact")
+    same = bench.check(bench.timed("same", number), "baseline", "timing")
+    slow = bench.check(bench.timed("slower", number, "slower_spd", slower), "baseline", "timing")
+    wrong = bench.check(bench.counted("rejecting", number, "rejecting_spd", rejecting), "exact-baseline", "exact")
     print(f"round {number + 1}: same code {same}; slower {slow}; rejecting {wrong}", flush=True)
     return {"same": same._asdict(), "slower": slow._asdict(), "rejecting": wrong._asdict()}
 

@@ -5,7 +5,8 @@ of the same code lie apart, between-run noise included. Of two further runs one 
 
     s = 1 - exp(-t * d)        t: the 99.5 % quantile of Student's t with K - 1 degrees of freedom
 
-once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs.
+once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. Behind the mean
+of B runs it falls by less: s = 1 - exp(-t * d * sqrt((1 + 1 / B) / 2)).
 
 Sources: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation);
 M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4 (the distribution of t).
@@ -40,7 +41,7 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Threshold(BaseModel):
-    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s."""
+    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,6 +53,10 @@ class Threshold(BaseModel):
     num_runs: Annotated[int, Field(ge=2)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     max_slowdown: Share
+
+    def slowdown(self, num_baselines: int) -> float:
+        """s against the mean of so many runs."""
+        return slowdown(self.spread, self.num_runs, num_baselines)
 
     def fits(self, head: Result, metric: str) -> bool:
         mine = (self.suite, self.label, self.model, self.dtype, self.metric)
@@ -74,11 +79,11 @@ class Calibration(BaseModel):
         deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
         return max(deciding or [each.max_slowdown for each in self.thresholds])
 
-    def find(self, head: Result, metric: str) -> float | None:
-        """The slowdown that a label's `metric` may show on this machine; None if that was not calibrated."""
+    def find(self, head: Result, metric: str) -> Threshold | None:
+        """What was found of a label's `metric`; None if that was not calibrated on this machine."""
         if head.environment.get("fingerprint") != self.fingerprint:
             return None
-        return next((each.max_slowdown for each in self.thresholds if each.fits(head, metric)), None)
+        return next((each for each in self.thresholds if each.fits(head, metric)), None)
 
 
 def calibrate(recordings: Sequence[Recording]) -> Calibration:
@@ -150,8 +155,14 @@ def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], 
         metric=metric,
         num_runs=len(values),
         spread=spread,
-        max_slowdown=max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, len(values) - 1) * spread)),
+        max_slowdown=slowdown(spread, len(values), num_baselines=1),
     )
+
+
+def slowdown(spread: float, num_runs: int, num_baselines: int) -> float:
+    """s above, from d over `num_runs` runs."""
+    beside_the_mean = spread * math.sqrt((1 + 1 / num_baselines) / 2)
+    return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * beside_the_mean))
 
 
 def distance(logarithms: Sequence[float]) -> float:

@@ -13,11 +13,12 @@ from functools import partial
 
 from spdbench.judge.calibration import Calibration
 from spdbench.judge.completeness import complete
-from spdbench.judge.counterpart import Pair, counterpart, forgotten, pair, reference
+from spdbench.judge.counterpart import Pair, counterparts, forgotten, pair, reference
 from spdbench.judge.exact import exact
 from spdbench.judge.recording import Recording
-from spdbench.judge.timing import timing
+from spdbench.judge.timing import Versus, timing
 from spdbench.judge.verdict import Finding, Gate, Judgement
+from spdbench.judge.workload import workload
 
 MAX_SLOWDOWN = 0.05
 MAX_ACCEPTANCE_DROP = 0.005
@@ -32,24 +33,27 @@ class Limits:
     max_acceptance_drop: float = MAX_ACCEPTANCE_DROP
     calibration: Calibration | None = None
 
-    def slowdown(self, recording: Recording, metric: str) -> float:
+    def slowdown(self, recording: Recording, metric: str, num_baselines: int) -> float:
         if self.max_slowdown is not None:
             return self.max_slowdown
         found = self.calibration.find(recording.head, metric) if self.calibration else None
-        return MAX_SLOWDOWN if found is None else found
+        return MAX_SLOWDOWN if found is None else found.slowdown(num_baselines)
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """One new result with its counterpart; `plain` is the plain decoding beside both, if there is any."""
+    """One new result beside its baselines, the newest first; ids and steps are held against that one alone."""
 
-    pair: Pair
-    plain: Pair | None
+    versus: tuple[Versus, ...]
     decides_alone: bool
 
+    @property
+    def pair(self) -> Pair:
+        return self.versus[0].pair
+
     def part(self, category: str) -> _Case:
-        plain = None if self.plain is None else self.plain.part(category)
-        return _Case(self.pair.part(category), plain, self.decides_alone)
+        parts = (Versus(own.part(category), plain and plain.part(category)) for own, plain in self.versus)
+        return _Case(tuple(parts), self.decides_alone)
 
 
 def check(
@@ -60,13 +64,10 @@ def check(
     *,
     by_category: bool = False,
 ) -> list[Judgement]:
-    """A judgement of each of `candidates`, in their order, then of each label that they should have and lack.
-
-    Raises:
-        InputError: the baseline has two results that could be meant.
-    """
+    """A judgement of each of `candidates`, in their order, then of each label that they should have and lack."""
     found = [_judge(each, candidates, baselines, gates, limits, by_category) for each in candidates]
-    return [*found, *(_missing(each, gates[0]) for each in forgotten(candidates, baselines))]
+    missing = {(workload(each.head), each.label): each for each in forgotten(candidates, baselines)}
+    return [*found, *(_missing(each, gates[0]) for each in missing.values())]
 
 
 def _judge(
@@ -77,20 +78,20 @@ def _judge(
     limits: Limits,
     by_category: bool,
 ) -> Judgement:
-    base = counterpart(candidate, baselines)
-    if isinstance(base, str):
-        finding = Finding(gates[0], "paired_runs", "not comparable", base)
+    old = counterparts(candidate, baselines)
+    if isinstance(old, str):
+        finding = Finding(gates[0], "paired_runs", "not comparable", old)
         return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
-    plain = _plain(candidate, base, candidates, baselines)
+    versus = (Versus(pair(base, candidate), _plain(candidate, base, candidates, baselines)) for base in old)
     serves = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
-    case = _Case(pair(base, candidate), plain, decides_alone=not serves)
+    case = _Case(tuple(versus), decides_alone=not serves)
     findings = list(_findings(case, gates, limits))
     if by_category:
         for category in case.pair.categories:
             parts = _findings(case.part(category), gates, limits, of_all=False)
             findings += [replace(each, category=category, decides=False) for each in parts]
     notes = tuple(_notes(case, gates, limits))
-    return Judgement(candidate.label, candidate.file, base.file, candidate.head, tuple(findings), notes)
+    return Judgement(candidate.label, candidate.file, old[0].file, candidate.head, tuple(findings), notes)
 
 
 def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: bool = True) -> Iterator[Finding]:
@@ -100,7 +101,7 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
         yield from (each for each in found if of_all or each.metric != "real_divergences")
     if "timing" in gates:
         allowed = partial(limits.slowdown, case.pair.candidate)
-        yield from timing(case.pair, case.plain, allowed, decides_alone=case.decides_alone)
+        yield from timing(case.versus, allowed, decides_alone=case.decides_alone)
 
 
 def _plain(
@@ -140,7 +141,9 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     calibration = limits.calibration
     if calibration is not None and new.environment.get("fingerprint") != calibration.fingerprint:
         yield "calibration.json is of another machine and was not used; make one here with --calibrate"
-    if case.plain is None and case.decides_alone:
+    if len(case.versus) > 1:
+        yield f"the baseline has {len(case.versus)} results; speed is held against all of them on this machine"
+    if case.decides_alone and all(each.plain is None for each in case.versus):
         yield (
             "no plain decoding of the same run stands beside it on both sides, so tokens/s decide; measure vanilla in "
             "the same run, and name folders that hold both"

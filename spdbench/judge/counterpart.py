@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from spdbench.errors import InputError
 from spdbench.judge.recording import Recording
 from spdbench.judge.result import RunKey
 from spdbench.judge.workload import differences, workload
@@ -55,29 +54,20 @@ def _part(recording: Recording, category: str) -> Recording:
     return replace(recording, runs={key: run for key, run in recording.runs.items() if run.category == category})
 
 
-def counterpart(candidate: Recording, baselines: Sequence[Recording]) -> Recording | str:
-    """The baseline's result of the same label and the same work, or why there is none.
-
-    Raises:
-        InputError: there are several, so that it cannot be told which one is meant.
-    """
+def counterparts(candidate: Recording, baselines: Sequence[Recording]) -> list[Recording] | str:
+    """The baseline's results of the same label and the same work, the newest first; or why there is none."""
     namesakes = [each for each in baselines if each.label == candidate.label]
     if not namesakes:
         known = ", ".join(sorted({each.label for each in baselines}))
         return f"the baseline has no label '{candidate.label}', only {known}"
     fit = [each for each in namesakes if workload(each.head) == workload(candidate.head)]
-    if len(fit) > 1:
-        raise InputError(
-            f"--baseline: {fit[0].file} and {fit[1].file} both hold the label '{candidate.label}' of the same suite, "
-            "model, dtype and decoding. Name one of them, or keep one baseline a folder."
-        )
     if not fit:
         nearest = min(namesakes, key=lambda each: len(differences(each.head, candidate.head)))
         return f"{nearest.file} did other work: {'; '.join(differences(candidate.head, nearest.head))}"
     kinds = [each.head.backend.kind for each in (candidate, fit[0])]
     if kinds[0] != kinds[1]:
         return f"the label is a backend of kind {kinds[0]} now, and was one of kind {kinds[1]}"
-    return fit[0]
+    return sorted(fit, key=lambda each: each.head.created, reverse=True)
 
 
 def forgotten(candidates: Sequence[Recording], baselines: Sequence[Recording]) -> Iterator[Recording]:

@@ -14,6 +14,9 @@ Plain decoding takes turns with it prompt by prompt, so that whatever the machin
 A pass therefore rules out a slowdown of about twice s. The interval knows what differs between prompts and between
 repeats, not what differs between one start of the command and the next; s has to cover that (`calibration.py`).
 
+Several baselines of a label count as one run that lasted longer, which takes out most of their own noise; of those made
+on other machines none is used.
+
 Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
 
 Must not know files or how findings are shown.
@@ -22,7 +25,7 @@ Must not know files or how findings are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,21 +39,31 @@ from spdbench.judge.workload import machine
 
 SPEEDUP: Final = "speedup"
 SPEED: Final = "decode_tokens_per_s"
-Allowed = Callable[[str], float]
-"""Metric -> the share that it may fall by."""
+Allowed = Callable[[str, int], float]
+"""Metric, number of baselines -> the share that it may fall by."""
 
 
-def timing(pair: Pair, reference: Pair | None, allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
-    """Findings on the runs that pair. `reference` is the plain decoding of both runs, if both have it; without it
-    tokens/s decide if `decides_alone`."""
-    if (why := _other_machine(pair)) is not None:
-        yield Finding("timing", SPEED if reference is None else SPEEDUP, "not comparable", why)
+class Versus(NamedTuple):
+    """A new result beside one baseline, and `plain`, the plain decoding of both of their runs, if both have it."""
+
+    pair: Pair
+    plain: Pair | None
+
+
+def timing(versus: Sequence[Versus], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
+    """Findings on one new result beside its baselines, on the runs that pair with all of them. Without plain decoding
+    anywhere tokens/s decide if `decides_alone`."""
+    near = [each for each in versus if _other_machine(each.pair) is None]
+    held = [each for each in near if each.plain is not None]
+    if not near:
+        metric = SPEED if all(each.plain is None for each in versus) else SPEEDUP
+        yield Finding("timing", metric, "not comparable", _other_machine(versus[0].pair) or "")
         return
-    if not pair.keys:
+    if not all(each.pair.keys for each in near):
         return
-    if reference is not None:
-        yield _speedup(pair, reference, allowed(SPEEDUP))
-    yield _speed(pair, allowed(SPEED), decides=reference is None and decides_alone)
+    if held:
+        yield _speedup(held, allowed(SPEEDUP, len(held)))
+    yield _speed([each.pair for each in near], allowed(SPEED, len(near)), decides=not held and decides_alone)
 
 
 def _other_machine(pair: Pair) -> str | None:
@@ -71,19 +84,31 @@ def _machine_name(head: Result) -> str:
     return str(head.environment.get("fingerprint") or "unknown")[:8]
 
 
-def _speedup(pair: Pair, reference: Pair, allowed: float) -> Finding:
-    shared = set(reference.keys)
-    keys = [key for key in pair.keys if key in shared]
-    before = np.hstack([speeds(reference.baseline, keys), speeds(pair.baseline, keys)])
-    now = np.hstack([speeds(reference.candidate, keys), speeds(pair.candidate, keys)])
+def _speedup(versus: Sequence[Versus], allowed: float) -> Finding:
+    own = [each.pair for each in versus]
+    plain = [each.plain for each in versus if each.plain is not None]
+    keys = _shared_keys([*own, *plain])
+    before = np.hstack([_together(plain, keys), _together(own, keys)])
+    now = np.hstack([speeds(plain[0].candidate, keys), speeds(own[0].candidate, keys)])
     interval = stats.double_ratio_interval(*_cells(keys), before, now)
     return _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
 
 
-def _speed(pair: Pair, allowed: float, *, decides: bool) -> Finding:
-    before, now = speeds(pair.baseline, pair.keys), speeds(pair.candidate, pair.keys)
-    interval = stats.paired_ratio_interval(*_cells(pair.keys), before, now)
+def _speed(pairs: Sequence[Pair], allowed: float, *, decides: bool) -> Finding:
+    keys = _shared_keys(pairs)
+    before, now = _together(pairs, keys), speeds(pairs[0].candidate, keys)
+    interval = stats.paired_ratio_interval(*_cells(keys), before, now)
     return _judged(SPEED, _rate(before), _rate(now), interval, allowed, decides=decides)
+
+
+def _shared_keys(pairs: Sequence[Pair]) -> list[RunKey]:
+    shared = set.intersection(*(set(each.keys) for each in pairs))
+    return [key for key in pairs[0].keys if key in shared]
+
+
+def _together(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
+    return np.sum([speeds(each.baseline, keys) for each in pairs], axis=0)
 
 
 def _cells(keys: Sequence[RunKey]) -> tuple[list[str], list[int]]:

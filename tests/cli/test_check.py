@@ -124,6 +124,12 @@ def test_calibration_lies_beside_the_baseline_and_is_read_by_the_next_check(
     assert spdbench("compare", base).code == 0, "a folder with a calibration is still a folder of results"
 
 
+def test_runs_of_the_same_code_may_be_baseline_and_calibration_in_one(repeated: Path, tmp_path: Path) -> None:
+    assert check(repeated, repeated, "--calibrate").code == 0
+    assert check(write_run(tmp_path / "same", eagle_ms=20.3), repeated).code == 0
+    assert check(write_run(tmp_path / "slower", eagle_ms=25), repeated).code == 1
+
+
 def test_calibration_beside_a_baseline_that_is_a_file(base: Path, repeated: Path) -> None:
     assert check(repeated, base / "quick__eagle__smollm2.json", "--calibrate").code == 0
     assert (base / "calibration.json").exists()
@@ -190,13 +196,6 @@ def test_files_that_cannot_be_judged_are_named(base: Path, tmp_path: Path) -> No
             assert said.code == 2
             assert message in said.err
             assert said.out == ""
-
-
-def test_two_baselines_of_one_label_are_named(base: Path) -> None:
-    write_run(base, "again")
-    said = check(base, base)
-    assert said.code == 2
-    assert "quick__eagle__smollm2.json and" in said.err
 
 
 def test_baseline_and_results_have_to_be_named(base: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from spdbench.errors import InputError, NotComparableError
-from spdbench.judge.calibration import MIN_RUNS, SMALLEST, calibrate, distance, parse_calibration, t_quantile
+from spdbench.judge.calibration import MIN_RUNS, SMALLEST, calibrate, distance, parse_calibration, slowdown, t_quantile
 from spdbench.judge.recording import Recording
 from tests.builders import MS, failed_run
 from tests.unit.judge.gates import drafted_runs, eagle, plain, plain_runs
@@ -79,6 +79,12 @@ def test_normal_noise_crosses_the_threshold_about_once_in_two_hundred_times() ->
         limit = t_quantile(0.995, 5) * distance(list(values[:6]))
         crossed += values[6] - values[7] < -limit
     assert 0.002 <= crossed / trials <= 0.009
+
+
+def test_beside_the_mean_of_several_baselines_less_is_noise() -> None:
+    allowed = [slowdown(0.02, 8, number) for number in (1, 2, 8)]
+    assert allowed == sorted(allowed, reverse=True)
+    assert allowed[1] == pytest.approx(1 - math.exp(-scipy_stats.t.ppf(0.995, 7) * 0.02 * math.sqrt(1.5 / 2)))
 
 
 def test_too_few_runs_are_refused() -> None:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdbench.errors import InputError
-from spdbench.judge.calibration import Calibration, Threshold
+from spdbench.judge.calibration import Calibration, Threshold, slowdown
 from spdbench.judge.verdict import EXIT_CODES, Verdict, verdict_of, worst
 from tests.builders import MS, failed_run, make_run, vanilla_steps
 from tests.unit.judge.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
@@ -82,9 +81,16 @@ def test_baselines_of_work_that_nobody_did_are_not_missed() -> None:
     assert verdict_of(judged(eagle(), [eagle(), plain(dtype="bfloat16")], "exact")) == "pass"
 
 
-def test_two_baselines_of_one_label_are_the_users_mistake() -> None:
-    with pytest.raises(InputError, match=r"a\.json and b\.json both hold the label 'eagle'"):
-        judged(eagle(), [eagle(file="a.json"), eagle(file="b.json")])
+def test_of_several_baselines_the_newest_says_what_ids_and_steps_should_be() -> None:
+    other = eagle(drafted_runs(chunks=lambda _: (1, 5, 4)), file="a.json", created="2026-06-02T12:00:00+00:00")
+    found = only(judged(eagle(), [eagle(file="b.json", created="2026-06-01T12:00:00+00:00"), other], "exact"))
+    assert found.against == "a.json"
+    assert found.verdict == "regression"
+
+
+def test_label_that_several_baselines_have_is_missing_once() -> None:
+    found = judged(plain(), [plain(), eagle(file="a.json"), eagle(file="b.json")], "exact")
+    assert [each.label for each in found] == ["vanilla", "eagle"]
 
 
 def test_several_new_results_of_one_label_are_all_judged() -> None:
@@ -192,9 +198,9 @@ def test_categories_inform_and_do_not_decide() -> None:
 # What may be lost
 
 
-def calibration(max_slowdown: float, fingerprint: str = "machine-a") -> Calibration:
+def calibration(fingerprint: str = "machine-a") -> Calibration:
     words = {"suite": "quick", "label": "eagle", "model": "smollm2", "dtype": "float32"}
-    found = Threshold(metric="speedup", num_runs=5, spread=0.01, max_slowdown=max_slowdown, **words)
+    found = Threshold(metric="speedup", num_runs=5, spread=0.01, max_slowdown=0.08, **words)
     return Calibration(schema="spdbench.calibration/1", created="now", fingerprint=fingerprint, thresholds=[found])
 
 
@@ -206,11 +212,11 @@ def allowed(**limits: Any) -> tuple[float | None, tuple[str, ...]]:
 
 def test_given_slowdown_wins_over_the_calibration_and_that_over_the_default() -> None:
     assert allowed() == (0.05, ())
-    assert allowed(calibration=calibration(0.08)) == (0.08, ())
-    assert allowed(calibration=calibration(0.08), max_slowdown=0.02) == (0.02, ())
+    assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1), ())
+    assert allowed(calibration=calibration(), max_slowdown=0.02) == (0.02, ())
 
 
 def test_calibration_of_another_machine_is_not_used_and_that_is_said() -> None:
-    slowdown, notes = allowed(calibration=calibration(0.08, "machine-b"))
+    slowdown, notes = allowed(calibration=calibration("machine-b"))
     assert slowdown == 0.05
     assert "of another machine" in notes[0]

@@ -110,6 +110,25 @@ def test_other_devices_are_not_comparable() -> None:
     assert only(judged(eagle(devices=["cuda:0"]), eagle(), "timing")).verdict == "not comparable"
 
 
+# Several baselines
+
+
+def test_speed_is_held_against_all_baselines_together() -> None:
+    """One of them was lucky; beside both together the new run is as fast as ever."""
+    lucky, usual = (begun(f"2026-06-0{n}T12:00:00+00:00", n, eagle_ms=ms) for n, ms in ((2, 18.5), (1, 21)))
+    new = begun("2026-06-03T12:00:00+00:00", 3, eagle_ms=20)
+    assert of(judged(new, lucky, "timing"), "eagle").verdict == "regression"
+    found = of(judged(new, [*lucky, *usual], "timing"), "eagle")
+    assert found.verdict == "pass"
+    assert finding(found, "speedup").before == pytest.approx(60 / (18.5 + 21) * 2)
+    assert "2 results" in found.notes[0]
+
+
+def test_baselines_of_other_machines_are_left_out() -> None:
+    found = of(judged(run(), [*run(), *run(eagle_ms=5, machine="b")], "timing"), "eagle")
+    assert finding(found, "speedup").verdict == "pass"
+
+
 # Which plain decoding
 
 
