@@ -108,7 +108,8 @@ def _shared_keys(pairs: Sequence[Pair]) -> list[RunKey]:
 
 def _together(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
-    return np.sum([speeds(each.baseline, keys) for each in pairs], axis=0)
+    total: NDArray[np.float64] = np.sum([speeds(each.baseline, keys) for each in pairs], axis=0)
+    return total
 
 
 def _cells(keys: Sequence[RunKey]) -> tuple[list[str], list[int]]:
