@@ -14,8 +14,8 @@ Plain decoding takes turns with it prompt by prompt, so that whatever the machin
 A pass therefore rules out a slowdown of about twice s. The interval knows what differs between prompts and between
 repeats, not what differs between one start of the command and the next; s has to cover that (`calibration.py`).
 
-Several baselines of a label count as one run that lasted longer, which takes out most of their own noise; of those made
-on other machines none is used.
+Several baselines of a label count as one run that lasted longer, which takes out most of their own noise; those of
+other machines, or without all the prompts, are left out.
 
 Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
 
@@ -51,19 +51,22 @@ class Versus(NamedTuple):
 
 
 def timing(versus: Sequence[Versus], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
-    """Findings on one new result beside its baselines, on the runs that pair with all of them. Without plain decoding
-    anywhere tokens/s decide if `decides_alone`."""
-    near = [each for each in versus if _other_machine(each.pair) is None]
-    held = [each for each in near if each.plain is not None]
-    if not near:
-        metric = SPEED if all(each.plain is None for each in versus) else SPEEDUP
-        yield Finding("timing", metric, "not comparable", _other_machine(versus[0].pair) or "")
+    """Findings on one new result beside its baselines, the newest first: beside those of its machine whose runs pair as
+    the newest's do. Without plain decoding anywhere tokens/s decide if `decides_alone`."""
+    keys = versus[0].pair.keys
+    if not keys:
         return
-    if not all(each.pair.keys for each in near):
+    near = [each for each in versus if _other_machine(each.pair) is None]
+    used = [each for each in near if set(each.pair.keys) == set(keys)]
+    held = [each for each in used if each.plain is not None]
+    if not used:
+        metric = SPEED if all(each.plain is None for each in versus) else SPEEDUP
+        why = "no baseline of this machine has all the prompts" if near else _other_machine(versus[0].pair)
+        yield Finding("timing", metric, "not comparable", why or "")
         return
     if held:
         yield _speedup(held, allowed(SPEEDUP, len(held)))
-    yield _speed([each.pair for each in near], allowed(SPEED, len(near)), decides=not held and decides_alone)
+    yield _speed([each.pair for each in used], allowed(SPEED, len(used)), decides=not held and decides_alone)
 
 
 def _other_machine(pair: Pair) -> str | None:

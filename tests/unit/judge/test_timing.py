@@ -124,9 +124,19 @@ def test_speed_is_held_against_all_baselines_together() -> None:
     assert "2 results" in found.notes[0]
 
 
-def test_baselines_of_other_machines_are_left_out() -> None:
-    found = of(judged(run(), [*run(), *run(eagle_ms=5, machine="b")], "timing"), "eagle")
+@pytest.mark.parametrize("other", [{"machine": "b"}, {"num_prompts": 8}])
+def test_baselines_of_other_machines_or_without_all_prompts_are_left_out(other: dict[str, Any]) -> None:
+    found = of(
+        judged(run(), [*run(), *run(eagle_ms=5, created="2026-01-01T00:00:00+00:00", **other)], "timing"), "eagle"
+    )
     assert finding(found, "speedup").verdict == "pass"
+
+
+def test_where_only_an_incomplete_baseline_is_of_this_machine_speed_is_not_comparable() -> None:
+    older = run(num_prompts=8, created="2026-01-01T00:00:00+00:00")
+    found = of(judged(run(), [*run(machine="b"), *older], "timing"), "eagle")
+    assert finding(found, "speedup").verdict == "not comparable"
+    assert "all the prompts" in finding(found, "speedup").reason
 
 
 # Which plain decoding
