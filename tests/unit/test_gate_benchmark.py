@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from time import perf_counter_ns
 
 import pytest
 
 from benchmarks.gate import Checked, goals
-from benchmarks.gate_backends import RejectingOptions, RejectingSPD, slowed
+from benchmarks.gate_backends import RejectingOptions, RejectingSPD, SlowerSPD, slowed
+from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.verify import Verdict
 from spdbench.types import Step
+from spdbench_backends.spd.backend import SPD
+from tests import tiny
 
 
 def steps(closed: list[bool], busy_ns: int = 0) -> Iterator[Step]:
@@ -50,6 +54,31 @@ def test_one_accepted_draft_in_so_many_is_rejected_and_the_token_stays() -> None
     assert [at + 1 for at, kept in enumerate(accepted) if not kept] == [2, 6, 10]
     assert [verdict.token_id for verdict in found] == list(range(24))
     assert not any(verdict.accepted for verdict in found[1::2])
+
+
+def test_worse_backends_give_spds_ids_and_the_rejecting_one_takes_more_cycles(tiny_model: Path) -> None:
+    target, request = tiny.load(tiny_model), tiny.greedy((1, 2, 3), 30)
+
+    def cycles(cls: type[SPD], **options: str) -> list[Step]:
+        words = {"stages": "3", "executor": "inline", **options}
+        backend = cls(
+            parse_options("spd", cls.Options, words), BackendContext("spd", target, "oracle:0.9", ("cpu",), 1, 0)
+        )
+        backend.load()
+        try:
+            return list(backend.generate(request))
+        finally:
+            backend.close()
+
+    plain, slower = cycles(SPD), cycles(SlowerSPD, slower_by="0.1")
+    rejecting = cycles(RejectingSPD, every="50", first="3")
+    assert slower == plain
+    assert ids(rejecting) == ids(plain)
+    assert len(rejecting) > len(plain)
+
+
+def ids(found: list[Step]) -> list[int]:
+    return [token for step in found for token in step.token_ids]
 
 
 @pytest.mark.parametrize(
