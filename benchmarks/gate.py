@@ -142,7 +142,7 @@ def _options(words: Sequence[str]) -> list[str]:
 def main() -> None:
     arguments = sides.parser(__doc__, rounds=20, tokens=32)
     arguments.set_defaults(dtypes=["bfloat16"])
-    arguments.add_argument("--folder", type=Path, required=True, help="where runs are kept; may hold some already")
+    arguments.add_argument("--folder", required=True, help="where runs are kept; may hold some already")
     arguments.add_argument(
         "--baselines", type=int, default=8, help="runs that are baseline and calibration (default 8)"
     )
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace, report: Report) -> None:
-    bench = Bench(chosen.folder, chosen)
+    bench = Bench(Path(chosen.folder), chosen)
     bench.prepare()
     for number in range(chosen.baselines):
         bench.timed("baseline", number)
