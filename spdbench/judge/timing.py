@@ -14,6 +14,10 @@ Plain decoding takes turns with it prompt by prompt, so that whatever the machin
 A pass therefore rules out a slowdown of about twice s. The interval knows what differs between prompts and between
 repeats, not what differs between one start of the command and the next; s has to cover that (`calibration.py`).
 
+What slows both sides alike cancels only while the machine is roughly the same: beside busy neighbours a pipeline's many
+processes get a larger share of it than plain decoding does. So where plain decoding itself runs at less than half or
+more than twice its former speed, a regression or an improvement is inconclusive, too.
+
 Several baselines of a label count as one run that lasted longer, which takes out most of their own noise; those of
 other machines, or without all the prompts, are left out.
 
@@ -25,6 +29,7 @@ Must not know files or how findings are shown.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -39,6 +44,8 @@ from spdbench.judge.workload import machine
 
 SPEEDUP: Final = "speedup"
 SPEED: Final = "decode_tokens_per_s"
+OTHER_STATE = 2.0
+"""How many times as fast, or as slow, plain decoding may be for its speed-ups to be comparable."""
 Allowed = Callable[[str, int], float]
 """Metric, number of baselines -> the share that it may fall by."""
 
@@ -94,7 +101,21 @@ def _speedup(versus: Sequence[Versus], allowed: float) -> Finding:
     before = np.hstack([_together(plain, keys), _together(own, keys)])
     now = np.hstack([speeds(plain[0].candidate, keys), speeds(own[0].candidate, keys)])
     interval = stats.double_ratio_interval(*_cells(keys), before, now)
-    return _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
+    found = _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
+    return _unless_the_machine_changed(found, _rate(before[:, :2]), _rate(now[:, :2]))
+
+
+def _unless_the_machine_changed(found: Finding, before: float | None, now: float | None) -> Finding:
+    """`found`, but no word of a difference if plain decoding's tokens/s say that the machine was in another state."""
+    if found.verdict not in ("regression", "improved") or not (before and now):
+        return found
+    if 1 / OTHER_STATE <= now / before <= OTHER_STATE:
+        return found
+    reason = (
+        f"plain decoding itself runs at {now / before:.2g} times its former speed, so the machine is in another state; "
+        "measure again when it is as it was, or the baseline anew"
+    )
+    return replace(found, verdict="inconclusive", reason=reason)
 
 
 def _speed(pairs: Sequence[Pair], allowed: float, *, decides: bool) -> Finding:

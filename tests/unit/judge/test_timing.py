@@ -79,6 +79,15 @@ def test_a_machine_that_slows_all_alike_has_slowed_nothing() -> None:
     assert [each.verdict for each in found] == ["pass", "pass"]
 
 
+@pytest.mark.parametrize("factor", [3, 1 / 3])
+def test_machine_in_another_state_gives_no_word_of_a_difference(factor: float) -> None:
+    for eagle_ms in (25, 16):
+        found = finding(of(judged(run(20 * factor, eagle_ms * factor), run(), "timing"), "eagle"), "speedup")
+        assert found.verdict == "inconclusive"
+        assert "plain decoding itself" in found.reason
+    assert speedup(run(20 * factor, 20 * factor), run()) == "pass"
+
+
 def test_the_speedups_are_shown_with_their_change_and_interval() -> None:
     found = finding(of(judged(run(eagle_ms=25), run(), "timing"), "eagle"), "speedup")
     assert found.before == pytest.approx(3.0)
