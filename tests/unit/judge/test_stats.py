@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import tracemalloc
 from dataclasses import dataclass
 
@@ -78,17 +77,14 @@ def test_nothing_but_nan_has_no_interval() -> None:
     assert stats.percentile_interval(np.full(10, np.nan)) is None
 
 
-@pytest.mark.parametrize(("num_conversations", "num_repeats", "seconds"), [(80, 3, 1.0), (10_000, 1, 15.0)])
-def test_bootstrap_is_quick_and_small(num_conversations: int, num_repeats: int, seconds: float) -> None:
-    """0.06 s and 1.3 s on two cores; the limits leave room for a busy machine."""
+@pytest.mark.parametrize(("num_conversations", "num_repeats"), [(80, 3), (10_000, 1)])
+def test_bootstrap_is_small(num_conversations: int, num_repeats: int) -> None:
     cells = np.repeat(np.arange(num_conversations), num_repeats)
     sums = np.ones((len(cells), 4))
     tracemalloc.start()
-    started = time.perf_counter()
     stats.resample_sums(cells, sums)
-    taken, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert taken < seconds
     assert peak < 100_000_000
 
 
