@@ -3,15 +3,15 @@
 Why: a gate that fails from noise is switched off, and one that passes what got worse is worth nothing. Only repeated
 runs on a machine with noise can tell which one it is.
 Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Runs of the same code are the
-baseline and its calibration; then, in turn, a round each: the same code, which nothing may be said against;
-spd made slower on purpose, which the timing gate has to catch; and, in float32 with `oracle:0.8`, spd with one
-accepted draft in fifty turned into a rejection, another one each round, which the exact gate has to catch.
+baseline and its calibration; then rounds of spd in float32 with `oracle:0.8` and one accepted draft in fifty turned
+into a rejection, another one each round, which the exact gate has to catch; then rounds of a few starts of the same
+code, which nothing may be said against, and of spd made slower on purpose, which the timing gate has to catch.
 Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code lie apart; then
 targets. Everything lies in `--folder`: what is there is not measured again, so that the same command goes on after an
 interruption, and adds rounds when told of more.
 
-    python -m benchmarks.gate --folder DIR [--rounds 20] [--baselines 8] [--limit 8] [--tokens 32] [--repeats 1]
-                              [--slower-by 0.1] [--drafter auto] [--option executor=inline]
+    python -m benchmarks.gate --folder DIR [--rounds 20] [--baselines 8] [--together 5] [--limit 8] [--tokens 32]
+                              [--repeats 1] [--slower-by 0.1] [--drafter auto] [--option executor=inline]
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def main() -> None:
     arguments.add_argument(
         "--baselines", type=int, default=8, help="runs that are baseline and calibration (default 8)"
     )
+    arguments.add_argument("--together", type=int, default=5, help="new runs that a check is given (default 5)")
     arguments.add_argument("--limit", type=int, default=8, help="conversations of a run (default 8)")
     arguments.add_argument("--repeats", type=int, default=1, help="of each conversation (default 1)")
     arguments.add_argument("--slower-by", type=float, default=0.1, help="share of a step's time (default 0.1)")
@@ -163,7 +164,8 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     bench.counted("exact-baseline", 0)
     again = bench.check(bench.counted("exact-again", 0), "exact-baseline", "exact")
     print(f"exact gate on the same code: {again}", flush=True)
-    rounds = [one_round(bench, number) for number in range(chosen.rounds)]
+    wrongs = [rejecting_round(bench, number) for number in range(chosen.rounds)]
+    rounds = [{**timed_round(bench, number), "rejecting": wrongs[number]} for number in range(chosen.rounds)]
     report.tables["rounds"] = rounds
     counts = {side: Counter(each[side]["exit_code"] for each in rounds) for side in ("same", "slower", "rejecting")}
     show(
@@ -173,15 +175,24 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     report.goals += goals(counts, chosen.rounds)
 
 
-def one_round(bench: Bench, number: int) -> dict[str, Any]:
-    """The same code, slower code and rejecting code, each judged as soon as it has run."""
-    slower = [f"slower_by={bench.chosen.slower_by}"]
-    rejecting = [f"every={EVERY}", f"first={number % EVERY + 1}"]
-    same = bench.check(bench.timed("same", number), "baseline", "timing")
-    slow = bench.check(bench.timed("slower", number, "slower_spd", slower), "baseline", "timing")
-    wrong = bench.check(bench.counted("rejecting", number, "rejecting_spd", rejecting), "exact-baseline", "exact")
-    print(f"round {number + 1}: same code {same}; slower {slow}; rejecting {wrong}", flush=True)
-    return {"same": same._asdict(), "slower": slow._asdict(), "rejecting": wrong._asdict()}
+def rejecting_round(bench: Bench, number: int) -> dict[str, Any]:
+    """Rejecting code, which no noise can excuse."""
+    options = [f"every={EVERY}", f"first={number % EVERY + 1}"]
+    found = bench.check(bench.counted("rejecting", number, "rejecting_spd", options), "exact-baseline", "exact")
+    print(f"round {number + 1}: rejecting code {found}", flush=True)
+    return found._asdict()
+
+
+def timed_round(bench: Bench, number: int) -> dict[str, Any]:
+    """The same code and slower code, a few starts of each, judged as soon as they have run."""
+    chosen = bench.chosen
+    starts = range(number * chosen.together, (number + 1) * chosen.together)
+    slower = [f"slower_by={chosen.slower_by}"]
+    same = [file for start in starts for file in bench.timed("same", start)]
+    slow = [file for start in starts for file in bench.timed("slower", start, "slower_spd", slower)]
+    found = {name: bench.check(files, "baseline", "timing") for name, files in (("same", same), ("slower", slow))}
+    print(f"round {number + 1}: same code {found['same']}; slower {found['slower']}", flush=True)
+    return {name: checked._asdict() for name, checked in found.items()}
 
 
 def goals(counts: dict[str, Counter[int]], rounds: int) -> list[Goal]:

@@ -5,8 +5,8 @@ of the same code lie apart, between-run noise included. Of two further runs one 
 
     s = 1 - exp(-t * d)        t: the 99.5 % quantile of Student's t with K - 1 degrees of freedom
 
-once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. Behind the mean
-of B runs it falls by less: s = 1 - exp(-t * d * sqrt((1 + 1 / B) / 2)).
+once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. The mean of M
+runs falls behind the mean of B others by less: s = 1 - exp(-t * d * sqrt((1 / M + 1 / B) / 2)).
 
 Sources: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation);
 M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4 (the distribution of t).
@@ -54,9 +54,9 @@ class Threshold(BaseModel):
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     max_slowdown: Share
 
-    def slowdown(self, num_baselines: int) -> float:
-        """s against the mean of so many runs."""
-        return slowdown(self.spread, self.num_runs, num_baselines)
+    def slowdown(self, num_new: int, num_baselines: int) -> float:
+        """s of the mean of so many runs against that of so many others."""
+        return slowdown(self.spread, self.num_runs, num_new, num_baselines)
 
     def fits(self, head: Result, metric: str) -> bool:
         mine = (self.suite, self.label, self.model, self.dtype, self.metric)
@@ -155,13 +155,13 @@ def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], 
         metric=metric,
         num_runs=len(values),
         spread=spread,
-        max_slowdown=slowdown(spread, len(values), num_baselines=1),
+        max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
     )
 
 
-def slowdown(spread: float, num_runs: int, num_baselines: int) -> float:
+def slowdown(spread: float, num_runs: int, num_new: int, num_baselines: int) -> float:
     """s above, from d over `num_runs` runs."""
-    beside_the_mean = spread * math.sqrt((1 + 1 / num_baselines) / 2)
+    beside_the_mean = spread * math.sqrt((1 / num_new + 1 / num_baselines) / 2)
     return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * beside_the_mean))
 
 

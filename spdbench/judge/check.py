@@ -33,18 +33,23 @@ class Limits:
     max_acceptance_drop: float = MAX_ACCEPTANCE_DROP
     calibration: Calibration | None = None
 
-    def slowdown(self, recording: Recording, metric: str, num_baselines: int) -> float:
+    def slowdown(self, recording: Recording, metric: str, num_new: int, num_baselines: int) -> float:
         if self.max_slowdown is not None:
             return self.max_slowdown
         found = self.calibration.find(recording.head, metric) if self.calibration else None
-        return MAX_SLOWDOWN if found is None else found.slowdown(num_baselines)
+        return MAX_SLOWDOWN if found is None else found.slowdown(num_new, num_baselines)
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """One new result beside its baselines, the newest first; ids and steps are held against that one alone."""
+    """One new result beside its baselines, the newest first; ids and steps are held against that one alone.
+
+    `peers` are the other new results of the same work beside theirs, if speed is judged here for all of them; None if
+    it is judged with another.
+    """
 
     versus: tuple[Versus, ...]
+    peers: tuple[tuple[Versus, ...], ...] | None
     decides_alone: bool
 
     @property
@@ -52,8 +57,12 @@ class _Case:
         return self.versus[0].pair
 
     def part(self, category: str) -> _Case:
-        parts = (Versus(own.part(category), plain and plain.part(category)) for own, plain in self.versus)
-        return _Case(tuple(parts), self.decides_alone)
+        peers = None if self.peers is None else tuple(_part(each, category) for each in self.peers)
+        return _Case(_part(self.versus, category), peers, self.decides_alone)
+
+
+def _part(versus: Sequence[Versus], category: str) -> tuple[Versus, ...]:
+    return tuple(Versus(own.part(category), plain and plain.part(category)) for own, plain in versus)
 
 
 def check(
@@ -82,9 +91,14 @@ def _judge(
     if isinstance(old, str):
         finding = Finding(gates[0], "paired_runs", "not comparable", old)
         return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
-    versus = (Versus(pair(base, candidate), _plain(candidate, base, candidates, baselines)) for base in old)
+    together = [each for each in candidates if _same_work(each, candidate)]
+    versus, *peers = (
+        tuple(Versus(pair(base, each), _plain(each, base, candidates, baselines)) for base in old)
+        for each in (candidate, *(each for each in together if each is not candidate))
+    )
+    newest = max(together, key=lambda each: each.head.created)
     serves = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
-    case = _Case(tuple(versus), decides_alone=not serves)
+    case = _Case(versus, tuple(peers) if candidate is newest else None, decides_alone=not serves)
     findings = list(_findings(case, gates, limits))
     if by_category:
         for category in case.pair.categories:
@@ -99,9 +113,13 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
     if "exact" in gates:
         found = exact(case.pair, limits.max_acceptance_drop)
         yield from (each for each in found if of_all or each.metric != "real_divergences")
-    if "timing" in gates:
+    if "timing" in gates and case.peers is not None:
         allowed = partial(limits.slowdown, case.pair.candidate)
-        yield from timing(case.versus, allowed, decides_alone=case.decides_alone)
+        yield from timing([case.versus, *case.peers], allowed, decides_alone=case.decides_alone)
+
+
+def _same_work(one: Recording, other: Recording) -> bool:
+    return one.label == other.label and workload(one.head) == workload(other.head)
 
 
 def _plain(
@@ -141,6 +159,10 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     calibration = limits.calibration
     if calibration is not None and new.environment.get("fingerprint") != calibration.fingerprint:
         yield "calibration.json is of another machine and was not used; make one here with --calibrate"
+    if case.peers is None:
+        yield "speed is judged of the new results of this label together, with the newest"
+    elif case.peers:
+        yield f"{len(case.peers) + 1} new results; their speeds count together"
     if len(case.versus) > 1:
         yield f"the baseline has {len(case.versus)} results; speed is held against all of them on this machine"
     if case.decides_alone and all(each.plain is None for each in case.versus):

@@ -18,8 +18,9 @@ What slows both sides alike cancels only while the machine is roughly the same: 
 processes get a larger share of it than plain decoding does. So where plain decoding itself runs at less than half or
 more than twice its former speed, a regression or an improvement is inconclusive, too.
 
-Several baselines of a label count as one run that lasted longer, which takes out most of their own noise; those of
-other machines, or without all the prompts, are left out.
+Several baselines of a label count as one run that lasted longer, and so do several new results: a start of the command
+has a speed of its own, which repeats within it do not average out. Those of other machines, or without all the prompts,
+are left out.
 
 Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
 
@@ -46,8 +47,8 @@ SPEEDUP: Final = "speedup"
 SPEED: Final = "decode_tokens_per_s"
 OTHER_STATE = 2.0
 """How many times as fast, or as slow, plain decoding may be for its speed-ups to be comparable."""
-Allowed = Callable[[str, int], float]
-"""Metric, number of baselines -> the share that it may fall by."""
+Allowed = Callable[[str, int, int], float]
+"""Metric, number of new results and of baselines -> the share that it may fall by."""
 
 
 class Versus(NamedTuple):
@@ -57,23 +58,27 @@ class Versus(NamedTuple):
     plain: Pair | None
 
 
-def timing(versus: Sequence[Versus], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
-    """Findings on one new result beside its baselines, the newest first: beside those of its machine whose runs pair as
-    the newest's do. Without plain decoding anywhere tokens/s decide if `decides_alone`."""
-    keys = versus[0].pair.keys
+def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
+    """Findings on new results of one label, each beside all its baselines, the newest first: beside those of its
+    machine whose runs pair as the newest's do. Without plain decoding anywhere tokens/s decide if `decides_alone`."""
+    first = news[0]
+    keys = first[0].pair.keys
     if not keys:
         return
-    near = [each for each in versus if _other_machine(each.pair) is None]
-    used = [each for each in near if set(each.pair.keys) == set(keys)]
-    held = [each for each in used if each.plain is not None]
+    near = [[each for each in versus if _other_machine(each.pair) is None] for versus in news]
+    used = [[each for each in versus if set(each.pair.keys) == set(keys)] for versus in near]
+    used = [versus for versus in used if versus]
+    held = [[each for each in versus if each.plain is not None] for versus in used]
+    held = [versus for versus in held if versus]
     if not used:
-        metric = SPEED if all(each.plain is None for each in versus) else SPEEDUP
-        why = "no baseline of this machine has all the prompts" if near else _other_machine(versus[0].pair)
+        metric = SPEED if all(each.plain is None for each in first) else SPEEDUP
+        why = "no baseline of this machine has all the prompts" if near[0] else _other_machine(first[0].pair)
         yield Finding("timing", metric, "not comparable", why or "")
         return
     if held:
-        yield _speedup(held, allowed(SPEEDUP, len(held)))
-    yield _speed([each.pair for each in used], allowed(SPEED, len(used)), decides=not held and decides_alone)
+        yield _speedup(held, allowed(SPEEDUP, len(held), len(held[0])))
+    pairs = [[each.pair for each in versus] for versus in used]
+    yield _speed(pairs, allowed(SPEED, len(pairs), len(pairs[0])), decides=not held and decides_alone)
 
 
 def _other_machine(pair: Pair) -> str | None:
@@ -94,12 +99,12 @@ def _machine_name(head: Result) -> str:
     return str(head.environment.get("fingerprint") or "unknown")[:8]
 
 
-def _speedup(versus: Sequence[Versus], allowed: float) -> Finding:
-    own = [each.pair for each in versus]
-    plain = [each.plain for each in versus if each.plain is not None]
+def _speedup(news: Sequence[Sequence[Versus]], allowed: float) -> Finding:
+    own = [[each.pair for each in versus] for versus in news]
+    plain = [[each.plain for each in versus if each.plain is not None] for versus in news]
     keys = _shared_keys([*own, *plain])
-    before = np.hstack([_together(plain, keys), _together(own, keys)])
-    now = np.hstack([speeds(plain[0].candidate, keys), speeds(own[0].candidate, keys)])
+    before = np.hstack([_before(plain[0], keys), _before(own[0], keys)])
+    now = np.hstack([_now(plain, keys), _now(own, keys)])
     interval = stats.double_ratio_interval(*_cells(keys), before, now)
     found = _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
     return _unless_the_machine_changed(found, _rate(before[:, :2]), _rate(now[:, :2]))
@@ -118,21 +123,27 @@ def _unless_the_machine_changed(found: Finding, before: float | None, now: float
     return replace(found, verdict="inconclusive", reason=reason)
 
 
-def _speed(pairs: Sequence[Pair], allowed: float, *, decides: bool) -> Finding:
-    keys = _shared_keys(pairs)
-    before, now = _together(pairs, keys), speeds(pairs[0].candidate, keys)
+def _speed(news: Sequence[Sequence[Pair]], allowed: float, *, decides: bool) -> Finding:
+    keys = _shared_keys(news)
+    before, now = _before(news[0], keys), _now(news, keys)
     interval = stats.paired_ratio_interval(*_cells(keys), before, now)
     return _judged(SPEED, _rate(before), _rate(now), interval, allowed, decides=decides)
 
 
-def _shared_keys(pairs: Sequence[Pair]) -> list[RunKey]:
-    shared = set.intersection(*(set(each.keys) for each in pairs))
-    return [key for key in pairs[0].keys if key in shared]
+def _shared_keys(news: Sequence[Sequence[Pair]]) -> list[RunKey]:
+    shared = set.intersection(*(set(each.keys) for pairs in news for each in pairs))
+    return [key for key in news[0][0].keys if key in shared]
 
 
-def _together(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+def _before(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
     total: NDArray[np.float64] = np.sum([speeds(each.baseline, keys) for each in pairs], axis=0)
+    return total
+
+
+def _now(news: Sequence[Sequence[Pair]], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """The same, added up over the new results."""
+    total: NDArray[np.float64] = np.sum([speeds(pairs[0].candidate, keys) for pairs in news], axis=0)
     return total
 
 

@@ -82,9 +82,14 @@ def test_normal_noise_crosses_the_threshold_about_once_in_two_hundred_times() ->
 
 
 def test_beside_the_mean_of_several_baselines_less_is_noise() -> None:
-    allowed = [slowdown(0.02, 8, number) for number in (1, 2, 8)]
+    allowed = [slowdown(0.02, 8, 1, number) for number in (1, 2, 8)]
     assert allowed == sorted(allowed, reverse=True)
     assert allowed[1] == pytest.approx(1 - math.exp(-scipy_stats.t.ppf(0.995, 7) * 0.02 * math.sqrt(1.5 / 2)))
+
+
+def test_the_mean_of_several_new_runs_is_held_closer_too() -> None:
+    assert slowdown(0.02, 8, 4, 8) < slowdown(0.02, 8, 1, 8)
+    assert slowdown(0.02, 8, 4, 1) == slowdown(0.02, 8, 1, 4)
 
 
 def test_too_few_runs_are_refused() -> None:

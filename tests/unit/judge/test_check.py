@@ -212,7 +212,7 @@ def allowed(**limits: Any) -> tuple[float | None, tuple[str, ...]]:
 
 def test_given_slowdown_wins_over_the_calibration_and_that_over_the_default() -> None:
     assert allowed() == (0.05, ())
-    assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1), ())
+    assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1, 1), ())
     assert allowed(calibration=calibration(), max_slowdown=0.02) == (0.02, ())
 
 

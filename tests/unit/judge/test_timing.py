@@ -133,6 +133,19 @@ def test_speed_is_held_against_all_baselines_together() -> None:
     assert "2 results" in found.notes[0]
 
 
+def test_new_results_of_a_label_count_together() -> None:
+    """One of them was unlucky; together they are as fast as ever."""
+    unlucky, usual = (begun(f"2026-06-0{n}T12:00:00+00:00", n, eagle_ms=ms) for n, ms in ((2, 21.5), (3, 19)))
+    assert of(judged(unlucky, run(), "timing"), "eagle").verdict == "regression"
+    found = judged([*unlucky, *usual], run(), "timing")
+    older, newest = (each for each in found if each.label == "eagle")
+    assert "speedup" not in {each.metric for each in older.findings}
+    assert "together" in older.notes[0]
+    assert newest.verdict == older.verdict == "pass"
+    assert finding(newest, "speedup").now == pytest.approx(60 / (21.5 + 19) * 2)
+    assert "2 new results" in newest.notes[0]
+
+
 @pytest.mark.parametrize("other", [{"machine": "b"}, {"num_prompts": 8}])
 def test_baselines_of_other_machines_or_without_all_prompts_are_left_out(other: dict[str, Any]) -> None:
     found = of(
