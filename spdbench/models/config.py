@@ -15,6 +15,8 @@ from typing import Any
 from spdbench.errors import InputError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+WINDOWED = frozenset(FAMILIES) - {"llama"}
+"""Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 UNLIMITED = 2**31 - 1
 """Positions of a model that says no limit, as those without learned or rotary positions do."""
@@ -144,8 +146,9 @@ def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...]) -> 
 
 
 def _windows(standard: Any) -> tuple[int | None, ...]:
+    """By layer. A family that knows no windows passes over a key that its config happens to have."""
     layers = int(standard.num_hidden_layers)
-    window = getattr(standard, "sliding_window", None)
+    window = getattr(standard, "sliding_window", None) if standard.model_type in WINDOWED else None
     kinds = getattr(standard, "layer_types", None)
     if window is None:
         return (None,) * layers

@@ -78,10 +78,12 @@ class Crew:
 
 @cache
 def the_crew() -> Crew | None:
-    """The one crew of this process; None where numba is missing."""
+    """The one crew of this process; None where compiled code cannot be had, which work that is none has shown."""
     try:
         from spdbench.models import sharing
-    except ImportError:
+
+        sharing.work(np.zeros(sharing.BOARD_WORDS, np.int64), sharing.no_work(), 0, LEADER, 0)
+    except Exception:  # numba missing, switched off, or at a loss with this processor: each fails in its own way
         return None
     hired = Crew(sharing)
     os.register_at_fork(after_in_child=hired._forget)

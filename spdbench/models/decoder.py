@@ -51,9 +51,11 @@ class Decoder:
 
     @property
     def kernels(self) -> str:
-        """What multiplies and does the rest for few rows: `numba` where weights are packed, else `torch`."""
-        packed = any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values())
-        return "numba" if packed else "torch"
+        """What multiplies and does the rest for few rows: `numba` where weights are packed, else `torch`. Experts are
+        always torch's."""
+        if not any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values()):
+            return "torch"
+        return "numba, experts torch" if any(layer.experts for layer in self.weights.values()) else "numba"
 
     @property
     def takes_trees(self) -> bool:

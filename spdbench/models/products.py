@@ -3,8 +3,8 @@
 A weight `[N, K]` is laid out for this: blocks of 16 outputs, in each block the 16 outputs' numbers side by side for one
 input after the other (bfloat16: for one pair of inputs after the other). A block is then one run of memory, read from
 front to back and asked for ahead of time; the 16 sums of up to 16 rows stay in registers; no sum is taken across a
-register, so a row's result is the same to the last bit whoever stands beside it. One row or eight cost the same: memory
-is what they wait for.
+register, so a row's result is the same to the last bit whoever stands beside it. As long as memory is
+what they wait for, one row or eight cost the same; how long that is depends on the processor (benchmarks/README.md).
 
 Must not know torch, layers or models, nor who else works on a product. Importing this module needs numba.
 

@@ -79,6 +79,13 @@ def _breathe(_typing: Any) -> Any:
     return types.int64(), build
 
 
+def no_work() -> Any:
+    """Attention of no rows."""
+    job = np.zeros(DETAILS + WINDOW + 1, np.int64)
+    job[KIND] = ATTENTION_FLOATS
+    return job
+
+
 @inner
 def _attend(job: Any, begin: int, end: int, like: Any) -> None:
     """Some heads of some rows' attention."""

@@ -205,6 +205,8 @@ def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
 @cache
 def compiled_functions() -> ModuleType | None:
     """The module of compiled functions, if this machine can have them."""
+    if the_crew() is None:
+        return None
     try:
         from spdbench.models import compiled
     except ImportError:  # numba is missing, or does not fit this Python or numpy

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -15,6 +20,7 @@ from spdbench.models.interface import AbandonedError
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +46,38 @@ def test_greedy_output_equals_transformers_generate(folders: dict[str, Path], fa
     expected = ids[0, len(PROMPT) :].tolist()
     assert len(set(expected)) > 5, "a model that repeats itself proves little"
     assert list(decode(target.decoder, tiny.greedy(PROMPT, 40))) == expected
+
+
+def test_a_window_means_nothing_to_a_family_without(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers keeps a key that it does not know, and its Llama attends to everything all the same."""
+    shutil.copytree(folders["llama"], tmp_path / "llama")
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sliding_window": 5}))
+    request = tiny.greedy(PROMPT, 40)
+    found, plain = (list(decode(tiny.load(folder).decoder, request)) for folder in (config.parent, folders["llama"]))
+    assert found == plain
+
+
+WITHOUT_COMPILED_CODE = """
+import sys
+from pathlib import Path
+from spdbench.decoding.autoregressive import decode
+from tests import tiny
+for folder in sys.argv[1:]:
+    decoder = tiny.load(Path(folder)).decoder
+    print(decoder.kernels, *decode(decoder, tiny.greedy(tiny.PROMPT, 20)))
+"""
+
+
+def test_where_compiled_code_cannot_be_had_torch_serves(folders: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", WITHOUT_COMPILED_CODE, *map(str, folders.values())]
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=True)
+    for folder, line in zip(folders.values(), done.stdout.splitlines(), strict=True):
+        kernels, *ids = line.split()
+        assert kernels == "torch"
+        expected = list(decode(tiny.load(folder).decoder, tiny.greedy(tiny.PROMPT, 20)))
+        assert [int(token) for token in ids] == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
