@@ -142,9 +142,11 @@ def choose_way(
 def _shown(way: Way, told: Sequence[Chunk]) -> Sequence[Way]:
     """Which ways of counting an answer allows that was asked for with the extras of `way`."""
     speaking = [chunk for chunk in told if chunk.says]
+    stated = max((chunk.completion_tokens or 0 for chunk in told), default=0)
     shown: list[Way] = []
     if speaking and all(chunk.ids is not None for chunk in speaking):
-        shown.append("ids")
+        num_ids = sum(len(chunk.ids or ()) for chunk in told)
+        shown += ["ids"] * (stated in (0, num_ids))  # a server might send all ids so far each time
     if len(speaking) > 1 and all(chunk.completion_tokens for chunk in speaking):
         shown.append("running_usage")
     if any(chunk.completion_tokens for chunk in told):
