@@ -24,8 +24,8 @@ class ServedModel(Target):
         self.unknown = None
         self.config = Sizes(NOT_KNOWN, 0, 0, 0, ENDLESS, frozenset())
 
-    tokenizer = None  # type: ignore[assignment]
+    tokenizer = None
 
     @property
-    def decoder(self) -> TargetDecoder:  # type: ignore[override]
+    def decoder(self) -> TargetDecoder:
         raise InputError(f"-m: {self.files.id} is with its server alone; name the same model with -m to load it here")

@@ -81,7 +81,7 @@ def test_beside_vanilla_speeds_compare_and_outputs_do_not(run: Runs, tiny_model:
     assert result.model.num_layers == 6
     compared = spdbench("compare", run.results, "--format", "json")
     assert compared.code == 0, compared.err
-    rows = {row["label"]: row for row in json.loads(compared.out)[0]["rows"]}
+    rows = {row["label"]: row for row in json.loads(compared.out)["tables"][0]["rows"]}
     assert rows["openai"]["metrics"]["speedup"] > 0
     assert rows["vanilla"]["metrics"]["speedup"] == 1.0
 

@@ -12,9 +12,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from pydantic import Field, computed_field
 
@@ -33,6 +33,8 @@ from spdbench_backends.openai.client import (
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, unknown
 from spdbench_backends.openai.words import describe_refusal, describe_unreachable
+
+Answer = TypeVar("Answer")
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 QUESTION = "Count from one to twenty in words."
@@ -260,7 +262,7 @@ class OpenAI:
         except (RefusedError, ValueError, AttributeError):
             return None
 
-    def _patiently(self, ask: Any) -> Any:
+    def _patiently(self, ask: Callable[[Connection], Answer]) -> Answer:
         """What `ask` makes of a new connection, before the run; a server that is busy gets time."""
         for tries in range(self._options.retries + 1):
             try:

@@ -87,9 +87,10 @@ def _number(value: Any) -> int | None:
 
 def _listed(logprobs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """A token each, by id where the server writes ids in their place, as vLLM does if it is asked to."""
-    if (content := logprobs.get("content")) is not None:
+    content, tokens = logprobs.get("content"), logprobs.get("tokens")
+    if content is not None:
         tokens = [entry["token"] for entry in content]
-    elif (tokens := logprobs.get("tokens")) is None:
+    if tokens is None:
         return None
     return tuple(
         int(token.removeprefix(ID_PREFIX)) if str(token).startswith(ID_PREFIX) else UNKNOWN_ID for token in tokens

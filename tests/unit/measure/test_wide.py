@@ -70,12 +70,13 @@ class Lost(Wide):
         super().__init__()
         self.closed = threading.Event()
 
-    def generate(self, request: GenerationRequest) -> Iterator[Step]:  # noqa: ARG002
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
         if self.gate.wait(timeout=20) == 0:
             raise BackendLostError("the server is gone")
         self.closed.wait(20)
-        raise PromptFailedError("the connection was lost")
-        yield
+        if self.closed.is_set():
+            raise PromptFailedError("the connection was lost")
+        yield from super().generate(request)
 
     def close(self) -> None:
         self.closed.set()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, cast
 
 import pytest
 
-from spdbench.backend import parse_options
+from spdbench.backend import Backend, parse_options
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
 from spdbench.measure.clock import Measurement, measure
 from spdbench.types import UNKNOWN_ID, GenerationRequest, Sampling
@@ -28,7 +29,11 @@ def ask(max_new_tokens: int = 20, sampling: Sampling | None = None) -> Generatio
 def run(backend: OpenAI, request: GenerationRequest | None = None) -> Measurement:
     request = request or ask()
     backend.prepare(request)
-    return measure(backend, request)
+    return clocked(backend, request)
+
+
+def clocked(backend: OpenAI, request: GenerationRequest) -> Measurement:
+    return measure(cast(Backend, backend), request)
 
 
 def loaded(backend: OpenAI) -> OpenAI:
@@ -250,11 +255,13 @@ def test_usage_that_fails_to_come_is_a_failed_prompt(server: StubServer, backend
 def test_an_answer_cut_by_a_small_context_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
     server.answer = [("One",)]
-    original = server.tokens
-    server.events = lambda handler, body: StubServer.events(server, handler, body | {"max_tokens": 1})  # type: ignore[method-assign]
+
+    def cut(handler: Any, body: Any) -> Any:
+        return StubServer.events(server, handler, {**body, "max_tokens": 1})
+
+    server.events = cut  # type: ignore[method-assign]
     with pytest.raises(PromptFailedError, match="after 1 of 20 tokens: its context is too small"):
         run(made)
-    assert original
 
 
 def test_a_busy_server_is_asked_again_after_as_long_as_it_says(server: StubServer, backend: Make) -> None:
@@ -265,7 +272,7 @@ def test_a_busy_server_is_asked_again_after_as_long_as_it_says(server: StubServe
     for _ in range(2):
         made.prepare(request)
         with pytest.raises(TryAgainError) as later:
-            measure(made, request)
+            clocked(made, request)
         waits.append(later.value.wait_s)
     assert waits == [3.0, 1.0]
     assert run(made, request).finish_reason == "eos"
@@ -277,7 +284,7 @@ def test_a_server_that_stays_busy_fails_the_prompt(server: StubServer, backend: 
     request = ask()
     made.prepare(request)
     with pytest.raises(TryAgainError):
-        measure(made, request)
+        clocked(made, request)
     with pytest.raises(PromptFailedError, match="refused it 2 times, the last time with 503: busy"):
         run(made, request)
     assert run(made, request).finish_reason == "eos"  # its tries are counted anew
@@ -296,7 +303,7 @@ def test_a_server_that_is_gone_ends_the_run(server: StubServer, backend: Make) -
     request = ask()
     made.prepare(request)
     with pytest.raises(TryAgainError):
-        measure(made, request)
+        clocked(made, request)
     with pytest.raises(BackendLostError, match=r"cannot be reached any more.*--resume"):
         run(made, request)
 
