@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spdbench.errors import InputError, did_you_mean
-from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench.types import Account, BackendKind, GenerationRequest, Span, Step, Unknown
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -65,6 +65,8 @@ class BackendInfo:
     `lane_bytes` are the target's bytes that each lane reads for one token. `chosen` is what the backend decided for
     itself where the options left it open, such as a tree.
     `kernels` is what computes the target's layers (`TargetDecoder.kernels`); None if the backend does not tell.
+    `unknown` is what it cannot know of its steps: the metrics made of it are null. `other_model` is what it runs where
+    that is not the target as vanilla runs it, so that no output of its is held against vanilla's.
     """
 
     devices: tuple[str, ...]
@@ -73,6 +75,8 @@ class BackendInfo:
     drafter: DrafterInfo | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
+    unknown: tuple[Unknown, ...] = ()
+    other_model: str | None = None
 
     @property
     def lanes(self) -> int:
@@ -81,7 +85,11 @@ class BackendInfo:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`."""
+    """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
+
+    A backend that drives an engine may have more: `account()`, see `account_of`; `text_only = True` in its class if it
+    needs nothing of the target, see `is_text_only`; `concurrency`, see `concurrency_of`.
+    """
 
     kind: ClassVar[BackendKind]
     Options: ClassVar[type[BackendOptions]]
@@ -114,6 +122,22 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees what `load` took. May be called twice, and after a failure."""
+
+
+def account_of(backend: Backend) -> Account:
+    """What `backend` tells of the request that this thread made last, if it has a method `account` for it."""
+    tell = getattr(backend, "account", None)
+    return Account() if tell is None else cast(Account, tell())
+
+
+def is_text_only(cls: type[Backend]) -> bool:
+    """True for a backend that knows text only: it works without the target's weights, and without its tokenizer."""
+    return bool(getattr(cls, "text_only", False))
+
+
+def concurrency_of(backend: Backend) -> int:
+    """How many requests `backend` takes at once, each from a thread of its own; 1 unless it says otherwise."""
+    return int(getattr(backend, "concurrency", 1))
 
 
 def installed_backends() -> dict[str, EntryPoint]:

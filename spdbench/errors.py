@@ -2,6 +2,8 @@
 
     SpdbenchError                 exit 1   something failed; the message says what
     ├── BackendLostError          exit 1   a backend broke down for good, such as by the death of one of its processes
+    ├── PromptFailedError         exit 1   one prompt failed for a reason outside of spdbench; the run goes on
+    ├── TryAgainError             exit 1   a backend cannot answer now, but may in a while
     ├── InputError                exit 2   wrong usage or input: names file, key, value and what is allowed
     └── NotComparableError        exit 4   results that may not stand in one table
 
@@ -22,6 +24,18 @@ class SpdbenchError(Exception):
 
 class BackendLostError(SpdbenchError):
     """A backend broke down and cannot go on: the prompt at hand failed, and the run ends with what it has."""
+
+
+class PromptFailedError(SpdbenchError):
+    """One prompt cannot be answered, and nobody's code is to blame: it has failed, and the next one may not."""
+
+
+class TryAgainError(SpdbenchError):
+    """The request should be made anew after `wait_s` seconds; whoever raises it sees to it that this ends."""
+
+    def __init__(self, reason: str, wait_s: float) -> None:
+        super().__init__(reason)
+        self.wait_s = wait_s
 
 
 class InputError(SpdbenchError):

@@ -12,6 +12,11 @@ from typing import Literal, NamedTuple
 BackendKind = Literal["autoregressive", "draft_verify", "pipeline"]
 FinishReason = Literal["eos", "length", "error"]
 SpanKind = Literal["target", "head", "draft", "verify", "host"]
+Unknown = Literal["ids", "times", "drafts", "forwards", "devices"]
+"""What a backend cannot know of its own steps: tokens' ids, when single tokens came, what was drafted and judged, the
+target's work, what it runs on."""
+UNKNOWN_ID = -1
+"""Stands in a step for a token that came without its id."""
 Message = Mapping[str, str]
 """One chat message: `{"role": ..., "content": ...}`."""
 
@@ -70,6 +75,29 @@ class Step(NamedTuple):
     judged: int
     accepted: int
     forwards: float
+
+
+@dataclass(frozen=True)
+class DraftCounts:
+    """What an engine counted over one request, prefill left out: verify rounds, drafts that got a verdict (None where
+    it does not tell), drafts accepted."""
+
+    rounds: int
+    judged: int | None
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Account:
+    """What an engine tells of a request when it is over, beside its steps; None for what it does not tell.
+
+    `finish` is why it stopped, for engines that do not show their end of sequence as a token.
+    """
+
+    text: str | None = None
+    finish: FinishReason | None = None
+    num_prompt_tokens: int | None = None
+    drafts: DraftCounts | None = None
 
 
 class Span(NamedTuple):

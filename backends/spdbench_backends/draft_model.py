@@ -60,7 +60,7 @@ class DraftModel(DraftVerify):
         if name is None:
             raise InputError(f"-b {label}: needs a smaller model; give -o {label}.model=FOLDER_OR_HUB_ID")
         small = load_target(name, target.dtype_name, str(target.device))
-        if small.config.vocab_size != target.config.vocab_size or not _same_words(small, target):
+        if small.config.vocab_size != target.config.vocab_size or not same_words(small, target):
             raise InputError(
                 f"-o {label}.model={name}: its vocabulary ({small.config.vocab_size} tokens) is not the target's "
                 f"({target.config.vocab_size}), so its drafts would mean other words"
@@ -162,7 +162,7 @@ def random_decoder(target: Decoder, seed: int) -> Decoder:
     return replace(target, layers=range(1), weights={0: layer})
 
 
-def _same_words(small: object, target: object) -> bool:
+def same_words(small: object, target: object) -> bool:
     """True if both tokenizers give every token the same id; models without a tokenizer are taken at their word."""
     try:
         return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]

@@ -10,8 +10,9 @@ from spdbench.backend import Backend, BackendOptions
 from spdbench.judge.result import BackendRecord, DecodingInfo, DrafterRecord, ModelInfo, SuiteInfo
 from spdbench.measure.assemble import ResultHead
 from spdbench.measure.runner import Workload
+from spdbench.models.served import ServedModel
 from spdbench.models.target import Target
-from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
 
 
@@ -19,7 +20,7 @@ def result_head(
     suite: Suite,
     workload: Workload,
     target: Target,
-    chat: ChatFormat,
+    chat: ChatFormat | PlainText,
     name: str,
     label: str,
     backend: Backend,
@@ -29,6 +30,7 @@ def result_head(
 ) -> ResultHead:
     """All of `label`'s result but its runs."""
     info = backend.describe()
+    known = not isinstance(target, ServedModel)
     return ResultHead(
         suite=SuiteInfo(
             name=suite.name,
@@ -58,14 +60,16 @@ def result_head(
             stage_layers=list(info.stage_layers),
             chosen=dict(info.chosen),
             kernels=info.kernels,
+            unknown=list(info.unknown),
+            other_model=info.other_model,
         ),
         model=ModelInfo(
             id=target.files.id,
             sha256=target.files.sha256,
             dtype=target.dtype_name,
-            num_layers=target.config.num_layers,
-            num_parameters=target.num_parameters,
-            bytes=target.num_bytes,
+            num_layers=target.config.num_layers if known else None,
+            num_parameters=target.num_parameters if known else None,
+            bytes=target.num_bytes if known else None,
             template_sha256=chat.template_sha256,
             tokenizer_sha256=target.files.tokenizer_sha256,
         ),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spdbench.cli.session import Entrant
     from spdbench.measure.runner import Workload
     from spdbench.models.target import Target
-    from spdbench.prompts.chat import ChatFormat
+    from spdbench.prompts.chat import ChatFormat, PlainText
     from spdbench.prompts.suite import Suite
 
 DEFAULT_BACKENDS = ("vanilla", "spd")
@@ -79,6 +79,12 @@ COLDEST = 1e-3
 @click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="0: all tokens. [default: the suite's]")
 @click.option("--seed", type=click.IntRange(min=0), metavar="S", help="[default: the suite's, else 0]")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Where the suite's files lie.")
+@click.option(
+    "--concurrency",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Requests that a server has to answer at once. [default: 1]",
+)
 @model_options
 @click.pass_context
 def command(
@@ -93,6 +99,7 @@ def command(
     name: str | None,
     resume: bool,
     data: Path | None,
+    concurrency: int | None,
     chosen: ModelOptions,
     **decoding: Any,
 ) -> None:
@@ -107,11 +114,11 @@ def command(
 
     labels = parse_labels(backends or DEFAULT_BACKENDS)
     check_name(name)
-    entrants = _entrants(labels, chosen)
+    entrants = _entrants(labels, chosen, concurrency)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)
     devices = _devices(chosen)
-    target = _target(suite, chosen, devices[0])
+    target = _target(suite, chosen, devices[0], entrants)
     chat, sampling, settings = _decoding(suite, target, decoding)
     workload = Workload(
         prompts=prompts,
@@ -128,15 +135,25 @@ def command(
     context.exit(session.run(resume=resume))
 
 
-def _entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:
+def _entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None) -> list[Entrant]:
+    """`concurrency` goes to every backend that has an option of that name, unless its own -o says otherwise."""
     from spdbench.backend import find_backend, parse_options
     from spdbench.cli.session import Entrant
 
     options = parse_backend_options(chosen.options, list(labels))
     drafters = parse_drafters(chosen.drafters, list(labels))
     entrants = []
+    classes = {label: find_backend(name) for label, name in labels.items()}
+    wide = [label for label, cls in classes.items() if "concurrency" in cls.Options.model_fields]
+    if concurrency is not None and not wide:
+        raise InputError(
+            f"--concurrency {concurrency}: {', '.join(labels)} take one request at a time; of the built-in backends "
+            "only openai takes several"
+        )
+    for label in wide if concurrency is not None else ():
+        options[label] = {"concurrency": str(concurrency), **options[label]}
     for label, name in labels.items():
-        cls = find_backend(name)
+        cls = classes[label]
         entrants.append(Entrant(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label]))
     return entrants
 
@@ -154,14 +171,23 @@ def _devices(chosen: ModelOptions) -> tuple[str, ...]:
     return devices
 
 
-def _target(suite: Suite, chosen: ModelOptions, device: str) -> Target:
+def _target(suite: Suite, chosen: ModelOptions, device: str, entrants: Sequence[Entrant]) -> Target:
+    """What backends share; where none of them needs it and no model is named, no more of it than what they call it."""
+    from spdbench.backend import is_text_only
+    from spdbench.models.served import ServedModel
     from spdbench.models.target import load_target
 
-    return load_target(chosen.model or suite.model or "smollm2", chosen.dtype, device)
+    named = chosen.model or suite.model
+    if named is None and all(is_text_only(entrant.cls) for entrant in entrants):
+        names = dict.fromkeys(str(getattr(entrant.options, "model", None) or "served") for entrant in entrants)
+        return ServedModel("+".join(names))
+    return load_target(named or "smollm2", chosen.dtype, device)
 
 
-def _decoding(suite: Suite, target: Target, given: Mapping[str, Any]) -> tuple[ChatFormat, Any, dict[str, Any]]:
-    from spdbench.prompts.chat import ChatFormat
+def _decoding(
+    suite: Suite, target: Target, given: Mapping[str, Any]
+) -> tuple[ChatFormat | PlainText, Any, dict[str, Any]]:
+    from spdbench.prompts.chat import ChatFormat, PlainText
     from spdbench.types import Sampling
 
     settings = suite.decoding.model_dump() | {key: value for key, value in given.items() if value is not None}
@@ -170,15 +196,17 @@ def _decoding(suite: Suite, target: Target, given: Mapping[str, Any]) -> tuple[C
             f"--temperature {settings['temperature']}: too small to divide by; 0 is greedy, else at least {COLDEST}"
         )
     sampling = Sampling(settings["temperature"], settings["top_p"], settings["top_k"])
-    return ChatFormat(target.tokenizer), sampling, settings
+    chat = PlainText() if target.tokenizer is None else ChatFormat(target.tokenizer)
+    return chat, sampling, settings
 
 
-def _check(entrants: Sequence[Entrant], workload: Workload, chat: ChatFormat) -> None:
+def _check(entrants: Sequence[Entrant], workload: Workload, chat: ChatFormat | PlainText) -> None:
     """What can be known to be wrong before anything is loaded or written."""
+    from spdbench.backend import is_text_only
     from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 
     for entrant in entrants:
-        if entrant.cls.kind != "autoregressive":
+        if entrant.cls.kind != "autoregressive" and not is_text_only(entrant.cls):
             require_known_answer(parse_drafter(entrant.drafter), workload.sampling)
     for prompt in workload.prompts:
         try:

@@ -30,13 +30,13 @@ from spdbench.judge.pairing import Entry
 from spdbench.judge.reader import reading, reread
 from spdbench.judge.result import Result, read_result
 from spdbench.measure.assemble import ResultHead, run_key, write_result
-from spdbench.measure.energy import energy_meter
+from spdbench.measure.energy import EnergyMeter, energy_meter
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
 from spdbench.measure.privacy import names_only
 from spdbench.measure.runner import Contestant, Runner, Workload
 from spdbench.models.target import Target
-from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
 from spdbench.render.table import render
 
@@ -66,7 +66,7 @@ class Session:
 
     suite: Suite
     workload: Workload
-    chat: ChatFormat
+    chat: ChatFormat | PlainText
     target: Target
     devices: tuple[str, ...]
     threads: int
@@ -92,7 +92,7 @@ class Session:
                 for (entrant, backend), place in zip(loaded, places, strict=True)
             ]
             contestants = [
-                Contestant(entrant.label, backend, journal, energy_meter(backend.describe().devices))
+                Contestant(entrant.label, backend, journal, _meter(backend))
                 for (entrant, backend), journal in zip(loaded, journals, strict=True)
             ]
             report = progress_report(len(self.workload.keys()) * len(journals), sum(map(len, journals)))
@@ -232,6 +232,12 @@ class Session:
         tables = compare(entries, self.entrants[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
         return 1 if any(map(_went_wrong, entries)) else 0
+
+
+def _meter(backend: Backend) -> EnergyMeter:
+    """The counters of what it runs on; none if nobody here knows what that is."""
+    info = backend.describe()
+    return EnergyMeter() if "devices" in info.unknown else energy_meter(info.devices)
 
 
 def _went_wrong(entry: Entry) -> bool:

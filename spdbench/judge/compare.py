@@ -213,6 +213,8 @@ def _row(entry: Entry, name: str, category: str | None, pairing: Pairing | None,
         speedup = pairing.speedup(category)
         outputs = pairing.outputs(category) if _ids_compare(pairing) else None
     compared = _speedup_metrics(speedup, entry.head.backend.num_devices)
+    if "devices" in entry.head.backend.unknown:
+        compared |= dict.fromkeys(("speedup_per_device", "speedup_per_device_ci"))
     compared["num_dropped"] = pairing.num_dropped if pairing and category is None else None
     flags = [*entry.head.flags, *(_pair_flags(pairing) if pairing else ())]
     if speedup and interval_is_noisy(speedup.value, speedup.interval) and all(flag.name != "noisy" for flag in flags):
@@ -242,7 +244,8 @@ def _ids_compare(pairing: Pairing) -> bool:
     """True if equal ids may be expected: greedy, on the same machine, with verdicts that are the model's own."""
     head = pairing.candidate.head
     forced = head.drafter is not None and head.drafter.id.startswith("forced")
-    return head.decoding.temperature == 0 and _same_machine(pairing) and not forced
+    known = all("ids" not in entry.head.backend.unknown for entry in (pairing.baseline, pairing.candidate))
+    return head.decoding.temperature == 0 and _same_machine(pairing) and not forced and known
 
 
 def _pair_flags(pairing: Pairing) -> Iterator[Flag]:
@@ -267,7 +270,8 @@ def _pair_flags(pairing: Pairing) -> Iterator[Flag]:
             reason="its prompts are not the baseline's",
             remedy="Run both with the same suite, --data and --limit, best in one `spdbench run`",
         )
-    against_vanilla = base.backend.kind == "autoregressive" and not mine.backend.lossy and mine.divergence is None
+    own = not mine.backend.lossy and mine.backend.other_model is None
+    against_vanilla = base.backend.kind == "autoregressive" and own and mine.divergence is None
     if against_vanilla and _ids_compare(pairing):
         outputs = pairing.outputs()
         if outputs.num_identical < outputs.num_compared:

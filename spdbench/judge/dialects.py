@@ -86,9 +86,11 @@ def acceptance_length(dialect: str, table: Numbers, backend: BackendRecord) -> f
     """The acceptance length of the requests in `table` [R, columns] as `dialect` prints it.
 
     None where the rule says nothing: for vanilla, for a pipeline in a dialect of verify steps and the other way round,
-    and where there is nothing to divide by.
+    where steps are not verify steps but what a server sent, and where there is nothing to divide by.
     """
     rule = DIALECTS[dialect]
+    if "drafts" in backend.unknown:
+        return None
     if backend.kind == "autoregressive" or rule.of_pipelines != (backend.kind == "pipeline"):
         return None
     tokens, rounds = rule.parts(Counts(*(table[:, COLUMN[name]] for name in Counts._fields)))

@@ -24,6 +24,7 @@ DISQUALIFYING = frozenset(
         "prompt_mismatch",
         "template_mismatch",
         "unattributed",
+        "other_model",
     }
 )
 """A row with one of these is never shown as best."""
@@ -42,6 +43,7 @@ MADE_FROM_ONE_RESULT = frozenset(
         "unattributed",
         "drift",
         "outliers",
+        "other_model",
     }
 )
 """What `flags_for` can tell, and so tells anew whenever a file is read."""
@@ -120,6 +122,12 @@ def flags_for(
 
 
 def _output_flags(backend: BackendRecord, divergence: Divergence | None) -> Iterator[Flag]:
+    if backend.other_model is not None:
+        yield Flag(
+            name="other_model",
+            reason=f"it runs {backend.other_model}, whose weights, precision and place need not be vanilla's",
+            remedy="Read its speed as what one would use instead: a speed-up may be that of its weights or its machine",
+        )
     if backend.lossy:
         yield Flag(
             name="lossy",

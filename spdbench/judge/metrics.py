@@ -53,6 +53,9 @@ COUNTS = {
 }
 """Metrics that are the sum of a column."""
 
+TOLD = ("num_steps", "num_judged", "num_accepted")
+"""Counts that nobody has where a backend's steps are not its engine's."""
+
 SPEED = "decode_tokens_per_s"
 PACE_COLUMNS = ("prompt_tokens", "new_tokens", "decode_s", "steps", "forwards")
 
@@ -216,6 +219,8 @@ class Metrics(Mapping[str, Any]):
     def count(self, name: str) -> int | None:
         if name == "num_cycles" and self._tally.backend.kind != "pipeline":
             return None
+        if name in TOLD and "drafts" in self._tally.backend.unknown:
+            return None
         return round(float(self._sums[COLUMN[COUNTS[name]]]))
 
     def micro(self, name: str) -> float | None:
@@ -290,16 +295,20 @@ class Metrics(Mapping[str, Any]):
         return found or (None,) * len(ITL_PERCENTS)
 
     def latency(self, index: int) -> float | None:
-        return self._latencies[index]
+        return None if "times" in self._tally.backend.unknown else self._latencies[index]
 
     def latency_macro(self, index: int) -> float | None:
         """The mean of the runs' own percentiles, of those that have decode tokens."""
+        if "times" in self._tally.backend.unknown:
+            return None
         found = self._tally.percentiles[self._rows, index]
         finite = found[np.isfinite(found)]
         return float(finite.mean()) if len(finite) else None
 
     def acceptance_by_position(self) -> list[float] | None:
-        """accepted / judged at positions 1, 2, ...; None where nothing was judged."""
+        """accepted / judged at positions 1, 2, ...; None where nothing was judged, or nobody here knows."""
+        if "drafts" in self._tally.backend.unknown:
+            return None
         groups = [self._tally.categories[name] for name in self._categories]
         rows = [group for group in groups if group < len(self._tally.judged)]
         judged, accepted = self._tally.judged[rows].sum(axis=0), self._tally.accepted[rows].sum(axis=0)

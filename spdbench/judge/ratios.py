@@ -6,6 +6,7 @@ bootstrap interval come from the same few numbers. Must not know how runs are co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,9 +37,13 @@ COLUMNS = (
     "scored",
     "energy_j",
     "metered_tokens",
+    "told_rounds",
+    "told_judged",
+    "told_accepted",
 )
 """One run's numbers. `steps` to `forwards` are sums over decode steps, so without prefill; `scored` is 1 or 0;
-`metered_tokens` are the new tokens of runs whose energy was measured."""
+`metered_tokens` are the new tokens of runs whose energy was measured; `told_rounds` and the next two are what an engine
+counted itself, NaN for what it does not tell."""
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 RATIO_NAMES = (
@@ -87,7 +92,7 @@ class Ratio:
 
 def ratios(backend: BackendRecord, read_bandwidth: float | None) -> dict[str, Ratio]:
     """The ratio metrics that are defined for this backend; `read_bandwidth` is in bytes/s. See METRICS.md, "Steps"."""
-    return {
+    found = {
         "ttft_s": Ratio("ttft_s", "runs"),
         "decode_s": Ratio("decode_s", "runs"),
         "total_s": Ratio("total_s", "runs"),
@@ -100,6 +105,8 @@ def ratios(backend: BackendRecord, read_bandwidth: float | None) -> dict[str, Ra
         "score": Ratio("score", "scored"),
         **_RATIOS_OF_KIND[backend.kind](backend, read_bandwidth),
     }
+    nulls = {name for unknown in backend.unknown for name in NULL_WITHOUT.get(unknown, ())}
+    return {name: ratio for name, ratio in found.items() if name not in nulls}
 
 
 def _autoregressive(backend: BackendRecord, read_bandwidth: float | None) -> dict[str, Ratio]:
@@ -112,7 +119,18 @@ def _autoregressive(backend: BackendRecord, read_bandwidth: float | None) -> dic
     return found
 
 
-def _draft_verify(_backend: BackendRecord, _read_bandwidth: float | None) -> dict[str, Ratio]:
+NULL_WITHOUT = {"forwards": ("token_efficiency",), "devices": ("device_s_per_token",)}
+"""Ratios that are null where the backend does not know what they are made of."""
+
+
+def _draft_verify(backend: BackendRecord, _read_bandwidth: float | None) -> dict[str, Ratio]:
+    if "drafts" in backend.unknown:  # then only what the engine counted itself can tell
+        tau = Ratio("told_accepted", "told_rounds", plus=1.0)
+        return {
+            "acceptance_rate": Ratio("told_accepted", "told_judged"),
+            "acceptance_length": tau,
+            "ideal_speedup": tau,
+        }
     tau = Ratio("accepted", "steps", plus=1.0)
     return {"acceptance_rate": Ratio("accepted", "judged"), "acceptance_length": tau, "ideal_speedup": tau}
 
@@ -157,7 +175,11 @@ def _plain_columns(run: Run) -> tuple[float, ...]:
     times = (ttft_s, decode_s, ttft_s + decode_s)
     scored = (run.score or 0.0, run.score is not None)
     metered = (run.energy_j or 0.0, tokens if run.energy_j else 0)
-    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, *scored, *metered)
+    told: tuple[float, ...] = (0, 0, 0)
+    if run.drafts is not None:
+        judged = run.drafts.judged
+        told = (run.drafts.rounds, math.nan if judged is None else judged, run.drafts.accepted)
+    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, *scored, *metered, *told)
 
 
 def token_intervals(steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

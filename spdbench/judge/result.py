@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError
-from spdbench.types import BackendKind, FinishReason
+from spdbench.types import BackendKind, FinishReason, Unknown
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
@@ -80,15 +80,21 @@ class BackendRecord(Record):
         default_factory=dict, description="what the backend decided for itself where the options left it open"
     )
     kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
+    unknown: list[Unknown] = Field(
+        default_factory=list, description="what the backend cannot know of its steps; metrics made of it are null"
+    )
+    other_model: str | None = Field(
+        None, description="what it runs where that is not the model as vanilla runs it; outputs are not compared then"
+    )
 
 
 class ModelInfo(Record):
     id: str
     sha256: str
     dtype: str
-    num_layers: int
-    num_parameters: int
-    bytes: int
+    num_layers: int | None = Field(description="null, as the next two, of a model that only its server knows")
+    num_parameters: int | None
+    bytes: int | None
     template_sha256: str | None
     tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
 
@@ -160,6 +166,14 @@ class FullCycles(Record):
     wall_s: Seconds
 
 
+class Drafts(Record):
+    """What an engine counted of its drafts over one request, prefill left out."""
+
+    rounds: Count = Field(description="verify steps")
+    judged: Count | None = Field(description="drafts that got a verdict; null where it is not told")
+    accepted: Count
+
+
 class Run(Record):
     """One request: a turn of a prompt, in one repeat."""
 
@@ -181,6 +195,8 @@ class Run(Record):
     full_cycles: FullCycles | None = None
     peak_memory_bytes: Large | None = None
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
+    text: str | None = Field(None, description="the answer as an engine told it; null where the ids say it")
+    drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
 
     @property
     def key(self) -> RunKey:

@@ -15,16 +15,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdbench.backend import Backend
+from spdbench.backend import Backend, account_of
 from spdbench.judge.result import Steps
-from spdbench.types import FinishReason, GenerationRequest, Step
+from spdbench.types import Account, FinishReason, GenerationRequest, Step
 
 
 @dataclass(frozen=True)
 class Measurement:
     """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit.
 
-    `start_ns` is the clock's reading at the start, from which the steps count.
+    `start_ns` is the clock's reading at the start, from which the steps count. `account` is what the engine told when
+    it was over.
     """
 
     start_ns: int
@@ -33,6 +34,7 @@ class Measurement:
     ttft_s: float
     decode_s: float
     steps: Steps
+    account: Account
 
 
 def peak_memory_bytes(devices: Sequence[str]) -> int | None:
@@ -85,6 +87,9 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
     finally:
         if isinstance(steps, Generator):  # any other iterator ends itself
             steps.close()
+    account = account_of(backend)
+    if finish is None and ids:
+        finish = account.finish
     if finish is None:
         raise IncompleteOutputError(
             f"it stopped after {len(ids)} of {request.max_new_tokens} tokens, none of which ends the sequence"
@@ -98,7 +103,7 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
         accepted=[step.accepted for _, _, step in rows],
         forwards=[step.forwards for _, _, step in rows],
     )
-    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns)
+    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns, account)
 
 
 def _cut(

@@ -1,27 +1,30 @@
 """Measures several backends on the same prompts, interleaved, one request at a time.
 
 Order: conversation, turn, repeat, backend; the backends in alternating order (A B, B A, ...) so that drift hits all
-alike. The first backend's answers are everyone's context, so that all face the same prompts in every turn. Must not
-know of models, tables, progress bars or the command line.
+alike. The first backend's answers are everyone's context, so that all face the same prompts in every turn. A backend
+that takes several requests at once has the run to itself for as long as it works, with so many conversations going on.
+Must not know of models, tables, progress bars or the command line.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
-from spdbench.backend import Backend
-from spdbench.errors import BackendLostError, SpdbenchError
-from spdbench.judge.result import Run, Steps
-from spdbench.measure.clock import measure, peak_memory_bytes
+from spdbench.backend import Backend, concurrency_of
+from spdbench.errors import BackendLostError, PromptFailedError, SpdbenchError, TryAgainError
+from spdbench.judge.result import Drafts, Run, Steps
+from spdbench.measure.clock import Measurement, measure, peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, RunKey
 from spdbench.measure.lanes import lane_figures
 from spdbench.measure.privacy import without_secrets
-from spdbench.types import GenerationRequest, Message, Prompt, Sampling
+from spdbench.types import UNKNOWN_ID, Account, GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
 NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
@@ -100,10 +103,13 @@ class Runner:
         self._chat = chat
         self._classify = classify
         self._observer = observer
-        self._reference = next((c for c in contestants if c.backend.kind == "autoregressive"), None)
-        self._first_devices = self._contestants[0].backend.describe().devices
+        in_turns = (c for c in contestants if concurrency_of(c.backend) == 1)
+        self._reference = next((c for c in in_turns if c.backend.kind == "autoregressive"), None)
+        self._first = self._contestants[0].backend.describe()
         comparable = self._reference is not None and workload.sampling.greedy
-        self._compared = [c for c in contestants if comparable and c is not self._reference and c.backend.lossless]
+        self._compared = [c for c in contestants if comparable and c is not self._reference and _is_comparable(c)]
+        self._writing = threading.Lock()  # for journals, observer and tokenizer, which know nothing of threads
+        self._stopped = threading.Event()
 
     def run(self) -> None:
         """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt, unless it leaves
@@ -111,31 +117,59 @@ class Runner:
         everything = self._workload.keys()
         if any(everything - contestant.journal.offsets.keys() for contestant in self._contestants):
             self._warm_up()
+        for group in _groups(self._contestants):
+            if (width := concurrency_of(group[0].backend)) > 1:
+                self._run_wide(group[0], width)
+            else:
+                self._run_in_turns(group)
+
+    def _run_in_turns(self, contestants: Sequence[Contestant]) -> None:
+        """All of `contestants`, one request at a time."""
         number = 0
         for prompt in self._workload.prompts:
-            keys = [(prompt.id, turn, repeat) for turn in range(len(prompt.turns)) for repeat in self._repeats]
-            if not self._is_behind_us(keys):
-                self._converse(prompt, number)
+            keys = self._keys(prompt)
+            if not self._is_behind_us(keys, contestants):
+                self._converse(prompt, number, contestants)
             number += len(keys)
+
+    def _run_wide(self, contestant: Contestant, width: int) -> None:
+        """One contestant, with `width` conversations going on at any time until they run out."""
+        todo = [prompt for prompt in self._workload.prompts if not self._is_behind_us(self._keys(prompt), [contestant])]
+        with ThreadPoolExecutor(width, thread_name_prefix=contestant.label) as pool:
+            asked = [pool.submit(self._converse, prompt, 0, [contestant]) for prompt in todo]
+            try:
+                wait(asked, return_when=FIRST_EXCEPTION)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if any(not one.done() for one in asked):  # interrupted, or one failed for good: end the others' waits
+                    self._stopped.set()
+                    contestant.backend.close()
+        errors = [one.exception() for one in asked if not one.cancelled()]
+        if error := next((error for error in errors if error and not isinstance(error, _StoppedError)), None):
+            raise error
+
+    def _keys(self, prompt: Prompt) -> list[RunKey]:
+        return [(prompt.id, turn, repeat) for turn in range(len(prompt.turns)) for repeat in self._repeats]
 
     @property
     def _repeats(self) -> range:
         return range(self._workload.repeats)
 
-    def _is_behind_us(self, keys: Sequence[RunKey]) -> bool:
+    def _is_behind_us(self, keys: Sequence[RunKey], contestants: Sequence[Contestant]) -> bool:
         """True if a conversation has nothing left to do, so that it need not even be put into tokens again."""
-        return all(key in contestant.journal for contestant in self._contestants for key in keys) and all(
+        return all(key in contestant.journal for contestant in contestants for key in keys) and all(
             key in contestant.journal.outcomes for contestant in self._compared for key in keys
         )
 
-    def _converse(self, prompt: Prompt, first: int) -> None:
-        """Asks everybody all of one conversation, which begins with the run's request number `first`."""
+    def _converse(self, prompt: Prompt, first: int, contestants: Sequence[Contestant]) -> None:
+        """Asks `contestants` all of one conversation, which begins with the run's request number `first`."""
         for number, ask in enumerate(self._asks(prompt), start=first):
-            order = self._contestants if number % 2 == 0 else self._contestants[::-1]
+            order = contestants if number % 2 == 0 else contestants[::-1]
             for contestant in order:
                 if ask.key not in contestant.journal:
                     self._finish(contestant, ask)
-            self._compare_outputs(ask)
+            if concurrency_of(contestants[0].backend) == 1:
+                self._compare_outputs(ask)
 
     def _asks(self, prompt: Prompt) -> Iterator[_Ask]:
         messages: list[Message] = []
@@ -148,15 +182,17 @@ class Runner:
                     obstacle = obstacle or "the conversation no longer fits into the model's context"
                 yield _Ask(prompt, turn, repeat, request, obstacle)
             if turn + 1 < len(prompt.turns):
-                answered = self._contestants[0].journal.run((prompt.id, turn, 0))
+                with self._writing:
+                    answered = self._contestants[0].journal.run((prompt.id, turn, 0))
                 if answered.finish_reason == "error":
                     obstacle = obstacle or f"{self._contestants[0].label} failed in turn {turn}: nothing to go on from"
-                answer = self._chat.decode(answered.output_ids)
+                answer = self._chat.decode(answered.output_ids) if answered.text is None else answered.text
                 messages.append({"role": "assistant", "content": answer})
 
     def _request(self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]) -> GenerationRequest:
         workload = self._workload
-        ids = self._chat.encode(messages)
+        with self._writing:  # tokenizers do not like to be asked from several threads at once
+            ids = self._chat.encode(messages)
         seed = hashlib.sha256(f"{workload.seed}/{prompt.id}/{turn}/{repeat}".encode()).digest()
         return GenerationRequest(
             prompt_ids=ids,
@@ -175,8 +211,9 @@ class Runner:
             for _ in range(self._workload.warmup):
                 for contestant in self._contestants:
                     try:
-                        contestant.backend.prepare(request)
-                        measure(contestant.backend, request)
+                        _measure(contestant, request, self._stopped)
+                    except PromptFailedError:  # the same holds of this
+                        continue
                     except SpdbenchError:
                         raise
                     except Exception:  # it will fail again on its first prompt, and be recorded there
@@ -185,15 +222,19 @@ class Runner:
     def _finish(self, contestant: Contestant, ask: _Ask) -> None:
         lost: BackendLostError | None = None
         try:
-            run, trace = _attempt(contestant, ask)
+            run, trace = _attempt(contestant, ask, self._stopped)
         except BackendLostError as error:
             lost, run, trace = error, _failed(ask, str(error).partition("\n")[0]), ""
-        if len(self._contestants) == 1:  # backends that share a process have no memory of their own
-            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first_devices)})
-        contestant.journal.append(run)
-        self._observer.finished(contestant.label, run)
-        if trace:
-            self._observer.crashed(contestant.label, run, trace)
+        if self._stopped.is_set():  # it failed because it was to stop, and has not been measured
+            raise _StoppedError
+        # Backends that share a process have no memory of their own, and of a server's nobody knows.
+        if len(self._contestants) == 1 and "devices" not in self._first.unknown:
+            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first.devices)})
+        with self._writing:
+            contestant.journal.append(run)
+            self._observer.finished(contestant.label, run)
+            if trace:
+                self._observer.crashed(contestant.label, run, trace)
         if lost is not None:
             raise lost
 
@@ -212,17 +253,19 @@ class Runner:
             contestant.journal.add_outcome(ask.key, outcome)
 
 
-def _attempt(contestant: Contestant, ask: _Ask) -> tuple[Run, str]:
+class _StoppedError(Exception):
+    """A conversation was given up since the run ends."""
+
+
+def _attempt(contestant: Contestant, ask: _Ask, stopped: threading.Event) -> tuple[Run, str]:
     """The run, and the traceback if the backend crashed: a bug, and a failed prompt instead of a number."""
     if ask.obstacle is not None:
         return _failed(ask, ask.obstacle), ""
     try:
-        backend, meter = contestant.backend, contestant.meter
-        backend.prepare(ask.request)
-        before = meter.read()
-        measured = measure(backend, ask.request)
-        energy_j = meter.joules(before, meter.read())
-        figures = lane_figures(backend, measured)
+        measured, energy_j = _measure(contestant, ask.request, stopped)
+        figures = lane_figures(contestant.backend, measured)
+    except PromptFailedError as error:
+        return _failed(ask, str(error)), str(error)
     except SpdbenchError:
         raise
     except Exception as error:
@@ -231,15 +274,58 @@ def _attempt(contestant: Contestant, ask: _Ask) -> tuple[Run, str]:
         update={
             "num_new_tokens": len(measured.output_ids),
             "finish_reason": measured.finish_reason,
-            "output_ids": list(measured.output_ids),
+            "output_ids": [] if UNKNOWN_ID in measured.output_ids else list(measured.output_ids),
             "ttft_s": measured.ttft_s,
             "decode_s": measured.decode_s,
             "steps": measured.steps,
             "energy_j": energy_j,
             **figures,
+            **_told(measured.account),
         }
     )
     return run, ""
+
+
+def _measure(
+    contestant: Contestant, request: GenerationRequest, stopped: threading.Event
+) -> tuple[Measurement, float | None]:
+    """The request as measured, and its energy; made anew, on a new clock, for as long as the backend asks for it."""
+    backend, meter = contestant.backend, contestant.meter
+    while True:
+        try:
+            backend.prepare(request)
+            before = meter.read()
+            measured = measure(backend, request)
+            return measured, meter.joules(before, meter.read())
+        except TryAgainError as later:
+            if stopped.wait(later.wait_s):
+                raise _StoppedError from None
+
+
+def _told(account: Account) -> dict[str, object]:
+    """What of a run an engine told itself."""
+    told: dict[str, object] = {"text": account.text}
+    if account.drafts is not None:
+        told["drafts"] = Drafts(**asdict(account.drafts))
+    if account.num_prompt_tokens is not None:
+        told["num_prompt_tokens"] = account.num_prompt_tokens
+    return told
+
+
+def _is_comparable(contestant: Contestant) -> bool:
+    """True if the backend's greedy ids should be vanilla's."""
+    info, backend = contestant.backend.describe(), contestant.backend
+    own = info.other_model is None and "ids" not in info.unknown
+    return own and backend.lossless and concurrency_of(backend) == 1
+
+
+def _groups(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
+    """Who runs together, in order: those that take one request at a time, and each of the others by itself; the first
+    contestant's group first, since everyone goes on from its answers."""
+    alone = [[contestant] for contestant in contestants if concurrency_of(contestant.backend) > 1]
+    in_turns = [contestant for contestant in contestants if concurrency_of(contestant.backend) == 1]
+    groups = [*alone, in_turns] if alone and alone[0][0] is contestants[0] else [in_turns, *alone]
+    return [group for group in groups if group]
 
 
 def _failed(ask: _Ask, reason: str) -> Run:

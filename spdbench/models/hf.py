@@ -1,5 +1,5 @@
 """All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download;
-for models that our own layers do not know, the models themselves and their caches.
+for models that our own layers do not know, the models themselves and their caches; and its `generate`, as a peer.
 
 Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from spdbench import hub
 from spdbench.errors import InputError
 from spdbench.models.rotary import plain_frequencies
+from spdbench.types import GenerationRequest
 
 WEIGHTS = ("*.safetensors",)
 OLD_WEIGHTS = ("pytorch_model*.bin",)
@@ -145,6 +146,53 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False).to(device)
+
+
+def for_generation(model: Any) -> Any:
+    """`model` with none of the settings that its makers gave to `generate`, so that only ours hold."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def generation_settings(request: GenerationRequest, **drafting: int) -> Any:
+    """How `generate` decodes what `request` asks for: the same warping, in the same order, as `decoding.sampling`."""
+    from transformers import GenerationConfig
+
+    sampling = request.sampling
+    warping: dict[str, Any] = {"do_sample": False}
+    if not sampling.greedy:
+        warping = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,  # 0 is off; unset, it would be 50
+            "top_p": sampling.top_p,
+        }
+    return GenerationConfig(
+        max_new_tokens=request.max_new_tokens,
+        eos_token_id=sorted(request.eos_ids) or None,
+        pad_token_id=0,  # of no use for one sequence, but missed with a warning
+        **warping,
+        **drafting,
+    )
+
+
+def assistant_settings(num_tokens: int | None) -> Any:
+    """How an assistant drafts: always `num_tokens`, or as transformers has it by default."""
+    from transformers import GenerationConfig
+
+    if num_tokens is None:
+        return GenerationConfig()
+    return GenerationConfig(
+        num_assistant_tokens=num_tokens, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
+    )
+
+
+def version() -> str:
+    import transformers
+
+    return str(transformers.__version__)
 
 
 def range_cache(layers: range) -> tuple[Any, list[Any]]:

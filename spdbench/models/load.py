@@ -20,11 +20,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk. `id` is what results call it; `sha256` that of its published weights."""
+    """A model on disk. `id` is what results call it; `sha256` that of its published weights. `gguf` is the file that
+    the folder was made from, where there is one."""
 
     id: str
     directory: Path
     sha256: str
+    gguf: Path | None = None
 
     @property
     def tokenizer_sha256(self) -> str | None:
@@ -79,7 +81,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             _rename_unless_there(scratch, directory)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return ModelFiles(identity, directory, sha256)
+    return ModelFiles(identity, directory, sha256, file)
 
 
 def _rename_unless_there(scratch: Path, directory: Path) -> None:

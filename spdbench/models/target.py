@@ -119,6 +119,13 @@ class Target:
         with closing(Checkpoint(self.files.directory)) as checkpoint:
             return load_decoder(checkpoint, self._known, frequencies, self.dtype, self.device, layers)
 
+    def load_for_generation(self) -> Any:
+        """transformers' own model, to be run by its own `generate`: a copy beside `decoder`."""
+        with closing(Checkpoint(self.files.directory)) as checkpoint:
+            checkpoint.refuse_quantised()
+        hf.require_causal(self.files.directory, self._standard)
+        return hf.for_generation(hf.load_causal_model(self.files.directory, self._standard, self.dtype, self.device))
+
     def _load_standard(self, layers: range | None) -> StandardDecoder:
         directory = self.files.directory
         with closing(Checkpoint(directory)) as checkpoint:

@@ -6,6 +6,7 @@ Works with any tokenizer that has the interface of transformers; this module imp
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,24 @@ OPEN_END = "\u2063open end\u2063"
 """Stands where a turn that is left open is cut off, in no text that anybody writes."""
 
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
+
+
+class PlainText:
+    """Conversations with a model whose tokenizer nobody here has: its server makes tokens of them.
+
+    Ids are the UTF-8 bytes of what is said, so that equal conversations are known as such.
+    """
+
+    template_sha256 = None
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        return tuple(json.dumps([dict(message) for message in messages], ensure_ascii=False).encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Raises `ValueError`: a server tells its answers as text."""
+        if ids:
+            raise ValueError("the ids of a served model mean nothing here")
+        return ""
 
 
 class ChatFormat:

@@ -27,7 +27,8 @@ def runs(num: int = NUM, *, step_ms: Callable[[int], float] = lambda _: 20, **mo
 
 
 def mine(made: list[Run] | None = None, **more: Any) -> Entry:
-    backend = make_backend("draft_verify", lossy=more.pop("lossy", False))
+    own = {name: more.pop(name) for name in ("lossy", "other_model") if name in more}
+    backend = make_backend("draft_verify", **own)
     result = make_result(runs() if made is None else made, backend, **({"drafter": TRAINED} | more))
     return entry_from(result, "mine.json")
 
@@ -52,6 +53,7 @@ MAKERS: dict[str, Callable[[], Entry]] = {
     "unattributed": lambda: mine(runs(bubble=bubble(useful=0.8, unattributed=0.2))),
     "degenerate": lambda: mine(runs(output_ids=[5] * 37)),
     "truncated": lambda: mine(runs(finish="length")),
+    "other_model": lambda: mine(other_model="llama in its server"),
     "few_prompts": lambda: mine(runs(7)),
     "noisy": lambda: mine(runs(step_ms=lambda i: (8, 14, 21)[i % 3])),
     "drift": lambda: mine(runs(step_ms=lambda i: 20 + i)),

@@ -1,0 +1,180 @@
+"""`llamacpp`: llama.cpp through llama-cpp-python, plain or with prompt lookup: what people run on a CPU.
+
+It reads a GGUF file's weights as they are, so its outputs are those of another precision and are not held against
+vanilla's. Its loop is watched from outside: each call of `eval` is a step, and what it is given behind the first token
+is the draft. Prompts are the same ids, and nothing is kept of the request before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.errors import InputError
+from spdbench.types import BackendKind, GenerationRequest, Sampling, Span, Step
+from spdbench_backends.rounds import verdict
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_DEFAULT_CONTEXT = 8192
+SEED_BITS = 32
+
+
+class LlamaCpp:
+    """llama.cpp on a GGUF file: plain, or with prompt lookup."""
+
+    class Options(BackendOptions):
+        model: str | None = Field(None, description="the GGUF file; by default the one that -m means")
+        prompt_lookup: int = Field(0, ge=0, le=64, description="tokens that are looked up in the context; 0: none")
+        max_ngram: int = Field(2, ge=1, le=64, description="longest run of last tokens that is looked up")
+        context: int | None = Field(
+            None, ge=8, description=f"tokens of context; by default the model's, {MAX_DEFAULT_CONTEXT} at most"
+        )
+
+    kind: ClassVar[BackendKind] = "draft_verify"
+    lossless = True
+
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        self._options = cast(LlamaCpp.Options, options)
+        self._context = context
+        self._model: Any = None
+        self._fed: list[list[int]] = []
+
+    def load(self) -> None:
+        options, label, target = self._options, self._context.label, self._context.target
+        package = _package(label)
+        self._file = self._find_file()
+        num_context = options.context or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
+        try:
+            self._model = package.Llama(
+                str(self._file),
+                n_ctx=num_context,
+                n_threads=self._context.threads,
+                n_threads_batch=self._context.threads,
+                n_gpu_layers=-1 if target.device.type == "cuda" else 0,
+                draft_model=_lookup(options) if options.prompt_lookup else None,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(f"-o {label}.model={self._file.name}: llama.cpp cannot load it ({error})") from None
+        if self._model.n_vocab() != target.config.vocab_size:
+            raise InputError(
+                f"-o {label}.model={self._file.name}: its vocabulary ({self._model.n_vocab()} tokens) is not that of "
+                f"-m ({target.config.vocab_size}), so the same ids would mean other words"
+            )
+        self._version = str(package.__version__)
+        self._watch()
+
+    def _find_file(self) -> Path:
+        given, label, files = self._options.model, self._context.label, self._context.target.files
+        found = Path(given).expanduser() if given is not None else files.gguf
+        if found is None:
+            raise InputError(
+                f"-b {label}: -m is not a GGUF file; give the same model as one: -o {label}.model=FILE.gguf"
+            )
+        if found.suffix != ".gguf" or not found.is_file():
+            raise InputError(f"-o {label}.model={given}: no such GGUF file")
+        return found
+
+    def _watch(self) -> None:
+        """Has every call of `eval` noted."""
+        original: Callable[[Sequence[int]], None] = self._model.eval
+
+        def noting(tokens: Sequence[int]) -> None:
+            self._fed.append(list(tokens))  # the loop goes on with the same list
+            original(tokens)
+
+        self._model.eval = noting
+
+    def describe(self) -> BackendInfo:
+        info = None
+        if self._options.prompt_lookup:
+            info = DrafterInfo("prompt lookup", method="prompt_lookup", synthetic=False)
+        return BackendInfo(
+            devices=self._context.devices[:1],
+            lane_bytes=(self._file.stat().st_size,),
+            stage_layers=(self._context.target.config.num_layers,),
+            drafter=info,
+            chosen={"engine": f"llama-cpp-python {self._version}"},
+            other_model=f"{self._file.name} in llama.cpp",
+        )
+
+    def prepare(self, request: GenerationRequest) -> None:
+        needed, room = len(request.prompt_ids) + request.max_new_tokens, self._loaded().n_ctx()
+        if needed > room:
+            label = self._context.label
+            raise InputError(
+                f"-b {label}: {needed} tokens do not fit into its context; give -o {label}.context={needed}"
+            )
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        model = self._loaded()
+        model.reset()  # else it keeps what it knows of the prompt
+        model.set_seed(request.seed % 2**SEED_BITS)
+        self._fed.clear()
+        tokens = model.generate(list(request.prompt_ids), **_sampling(request.sampling))
+        unread = len(request.prompt_ids)
+        try:
+            ended = False
+            while not ended:
+                found = [int(next(tokens))]
+                fed = self._fed.pop()
+                drafts = fed[unread:]
+                unread = 1
+                # The loop gives the next token of the same forward for as long as the draft was right.
+                while (
+                    found[-1] not in request.eos_ids
+                    and len(found) <= len(drafts)
+                    and found[-1] == drafts[len(found) - 1]
+                ):
+                    found.append(int(next(tokens)))
+                ended = found[-1] in request.eos_ids
+                yield verdict(found, drafts, forwards=len(fed))
+        finally:
+            tokens.close()
+
+    def spans(self) -> Sequence[Span]:
+        return ()
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        self._model = None
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("llamacpp is not loaded")
+        return self._model
+
+
+def _package(label: str) -> Any:
+    try:
+        return importlib.import_module("llama_cpp")
+    except ImportError:
+        raise InputError(f"-b {label}: needs llama-cpp-python: pip install 'spdbench[llamacpp]'") from None
+
+
+def _lookup(options: LlamaCpp.Options) -> Any:
+    drafting = importlib.import_module("llama_cpp.llama_speculative")
+    return drafting.LlamaPromptLookupDecoding(max_ngram_size=options.max_ngram, num_pred_tokens=options.prompt_lookup)
+
+
+def _sampling(sampling: Sampling) -> dict[str, Any]:
+    """llama.cpp's words for the same distribution.
+
+    It would divide by the temperature after top-k and top-p, so that is done beforehand, as in `decoding.sampling`.
+    """
+    off = {"min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0}
+    if sampling.greedy:
+        return {"temp": 0.0, **off}
+
+    def cool(_ids: NDArray[Any], logits: NDArray[Any]) -> NDArray[Any]:
+        return logits / sampling.temperature
+
+    return {"temp": 1.0, "top_k": sampling.top_k, "top_p": sampling.top_p, "logits_processor": [cool], **off}

@@ -1,0 +1,1 @@
+"""`openai`: any server that speaks OpenAI's protocol, from outside."""

@@ -1,0 +1,235 @@
+"""HTTP to one server: connections, a key, JSON in, a stream of lines out.
+
+The key goes into one header and nowhere else: it is blotted out of whatever the server says. Must not know what is
+asked, nor what answers mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from threading import Lock
+from typing import Any
+from urllib.parse import urlsplit
+
+CONNECT_TIMEOUT_S = 10.0
+MAX_LINE_BYTES = 2**20
+MAX_BODY_BYTES = 2**24
+MAX_WORDS = 300
+HIDDEN = "***"
+
+
+class UnreachableError(Exception):
+    """Nobody took the request: no such host, nobody listens there, the connection was dropped before any answer."""
+
+
+class BrokenError(Exception):
+    """An answer came to an end in the wrong way: silence, a lost connection, something that is not HTTP."""
+
+
+class RefusedError(Exception):
+    """The server answered with another status than 200; `words` are what it said about it, in one line."""
+
+    def __init__(self, status: int, words: str, retry_after_s: float | None) -> None:
+        super().__init__(f"{status}: {words}" if words else str(status))
+        self.status = status
+        self.words = words
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is; `path` is what stands before `/chat/completions`."""
+
+    secure: bool
+    host: str
+    port: int
+    path: str
+
+
+def parse_address(url: str) -> Address:
+    """Raises `ValueError` with what is wrong with `url`, whose own text may hold a password and is not repeated."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("is not an address; expected http://HOST:PORT/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("holds more than an address; a key goes into the environment variable OPENAI_API_KEY")
+    secure = parts.scheme == "https"
+    return Address(secure, parts.hostname, parts.port or (443 if secure else 80), parts.path.rstrip("/"))
+
+
+class Server:
+    """One server. May be asked from several threads, each with a connection of its own; `close` ends all of them."""
+
+    def __init__(self, address: Address, key: str, timeout_s: float) -> None:
+        self.address = address
+        self._key = key
+        self._timeout_s = timeout_s
+        self._sockets: set[socket.socket] = set()
+        self._lock = Lock()
+
+    def connect(self) -> Connection:
+        """A new connection.
+
+        Raises:
+            UnreachableError: there is none to be had.
+        """
+        address = self.address
+        kind = HTTPSConnection if address.secure else HTTPConnection
+        connection = kind(address.host, address.port, timeout=min(CONNECT_TIMEOUT_S, self._timeout_s))
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
+        connection.sock.settimeout(self._timeout_s)
+        with self._lock:
+            self._sockets.add(connection.sock)
+        return Connection(self, connection, connection.sock)
+
+    def get(self, path: str, *, from_root: bool = False) -> bytes:
+        """What stands at `path`, below the address's own path unless `from_root`.
+
+        Raises:
+            UnreachableError, BrokenError, RefusedError: it cannot be had.
+        """
+        with contextlib.closing(self.connect()) as connection:
+            response = connection.ask("GET", path if from_root else self.address.path + path, None)
+            return connection.body(response)
+
+    def headers(self) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
+
+    def without_key(self, text: str) -> str:
+        return text.replace(self._key, HIDDEN) if self._key else text
+
+    def forget(self, used: socket.socket) -> None:
+        with self._lock:
+            self._sockets.discard(used)
+
+    def close(self) -> None:
+        """Ends every connection, so that whoever waits on one stops waiting."""
+        with self._lock:
+            for used in self._sockets:
+                with contextlib.suppress(OSError):
+                    used.shutdown(socket.SHUT_RDWR)
+
+    @property
+    def timeout_s(self) -> float:
+        return self._timeout_s
+
+
+class Connection:
+    """One connection, for one request."""
+
+    def __init__(self, server: Server, connection: HTTPConnection, used: socket.socket) -> None:
+        self._server = server
+        self._connection = connection
+        self._socket = used
+
+    def ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> HTTPResponse:
+        """The beginning of the answer.
+
+        Raises:
+            UnreachableError: the server hung up before it answered.
+            BrokenError: it said nothing for too long, or something else than HTTP.
+            RefusedError: its status is not 200.
+        """
+        try:
+            text = None if body is None else json.dumps(body).encode()
+            self._connection.request(method, path, text, self._server.headers())
+            response = self._connection.getresponse()
+        except TimeoutError:
+            raise BrokenError(f"the server said nothing for {self._server.timeout_s:g} s") from None
+        except OSError as error:  # a connection that was dropped is one
+            raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
+        except HTTPException as error:
+            raise BrokenError(f"the server does not speak HTTP ({type(error).__name__})") from None
+        if response.status != 200:
+            raise self._refusal(response)
+        return response
+
+    def body(self, response: HTTPResponse) -> bytes:
+        """All of an answer."""
+        try:
+            return response.read(MAX_BODY_BYTES)
+        except (OSError, HTTPException) as error:
+            raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
+
+    def lines(self, response: HTTPResponse) -> Iterator[bytes]:
+        """The answer line by line as they come, without their ends.
+
+        Raises:
+            BrokenError: nothing came for too long, the connection was lost, or a line has no end.
+        """
+        timeout_s = self._server.timeout_s
+        last = time.monotonic()
+        while True:
+            try:
+                line = response.readline(MAX_LINE_BYTES)
+            except TimeoutError:
+                raise BrokenError(f"the server fell silent for {timeout_s:g} s in the middle of its answer") from None
+            except (OSError, HTTPException, ValueError) as error:
+                raise BrokenError(f"the connection was lost in the middle of the answer ({_name(error)})") from None
+            if not line:
+                return
+            if len(line) >= MAX_LINE_BYTES:
+                raise BrokenError("the server sends a line without end")
+            if line.startswith(b"data:"):
+                last = time.monotonic()
+            elif time.monotonic() - last > timeout_s:  # signs of life, and nothing said
+                raise BrokenError(f"the server said nothing for {timeout_s:g} s in the middle of its answer")
+            yield line.rstrip(b"\r\n")
+
+    def close(self) -> None:
+        self._server.forget(self._socket)
+        self._connection.close()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # a response that is still open would keep it
+        self._socket.close()
+
+    def _refusal(self, response: HTTPResponse) -> RefusedError:
+        try:
+            text = response.read(MAX_LINE_BYTES).decode(errors="replace")
+        except (OSError, HTTPException):
+            text = ""
+        return RefusedError(
+            response.status, self._server.without_key(words_of(text)), _seconds(response.getheader("Retry-After"))
+        )
+
+
+def words_of(text: str) -> str:
+    """What an error's body says, in one line: the message in it if it is JSON as servers write it."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError:
+        found = text
+    for key in ("error", "message", "detail"):
+        if isinstance(found, Mapping) and key in found:
+            found = found[key]
+    shown = found if isinstance(found, str) else json.dumps(found)
+    line = " ".join(shown.split())
+    return line if len(line) <= MAX_WORDS else line[: MAX_WORDS - 3] + "..."
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """`Retry-After`, which is seconds or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdigit():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _name(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__

@@ -1,0 +1,211 @@
+"""`spdbench run -b openai` from the command line to the files, against a server on loopback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from spdbench.judge.result import Result, json_schema, read_result
+from tests.cli.run_helpers import Said, spdbench, write_suite
+from tests.stub_server import Refusal, StubServer
+
+KEY = "sk-very-secret-0123456789"
+TEXT = "One two, three four five six."
+
+
+@pytest.fixture(autouse=True)
+def _no_model(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks for the embedded model fails."""
+
+    def refuse() -> Path:
+        raise AssertionError("the embedded model was asked for")
+
+    assert own_cache
+    monkeypatch.setattr("spdbench.models.embedded.embedded_gguf", refuse)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def server() -> Iterator[StubServer]:
+    stub = StubServer()
+    yield stub
+    stub.close()
+
+
+class Runs:
+    def __init__(self, server: StubServer, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.results = folder / "results"
+
+    def __call__(self, *words: str | Path, turns: int = 1) -> Said:
+        suite = write_suite(self.folder, turns=turns)
+        where = ("-o", f"openai.base_url={self.server.url}", "-o", "openai.model=stub")
+        return spdbench("run", suite, "-b", "openai", *where, "--results", self.results, "--threads", "1", *words)
+
+    def result(self, label: str = "openai", model: str = "stub") -> Result:
+        return read_result(self.results / f"mini__{label}__{model}.json")
+
+
+@pytest.fixture
+def run(server: StubServer, tmp_path: Path) -> Runs:
+    return Runs(server, tmp_path)
+
+
+def test_a_server_alone_needs_no_model_here(run: Runs) -> None:
+    said = run("--max-new-tokens", "20")
+    assert said.code == 0, said.err
+    result = run.result()
+    jsonschema.validate(json.loads((run.results / "mini__openai__stub.json").read_text()), json_schema())
+    assert (result.model.id, result.model.num_layers, result.model.dtype) == ("stub", None, "unknown")
+    assert result.backend.chosen["tokens"] == "the server's usage, told at the end"
+    assert result.backend.other_model == "stub in its server"
+    assert [(one.text, one.num_new_tokens, one.output_ids, one.num_prompt_tokens) for one in result.runs] == [
+        (TEXT, 8, [], 11)
+    ] * 4
+    overall = result.summary.overall
+    assert overall["decode_tokens_per_s"] > 0
+    for name in ("acceptance_length", "itl_p50_s", "token_efficiency", "device_s_per_token", "peak_memory_bytes"):
+        assert overall[name] is None
+    assert "other_model" in " ".join(said.out.split())
+
+
+def test_beside_vanilla_speeds_compare_and_outputs_do_not(run: Runs, tiny_model: Path) -> None:
+    said = run("-b", "vanilla", "-m", tiny_model, "--dtype", "float32", "--max-new-tokens", "20")
+    assert said.code == 0, said.err
+    result = run.result(model=tiny_model.name)
+    assert result.divergence is None
+    assert result.model.num_layers == 6
+    compared = spdbench("compare", run.results, "--format", "json")
+    assert compared.code == 0, compared.err
+    rows = {row["label"]: row for row in json.loads(compared.out)["tables"][0]["rows"]}
+    assert rows["openai"]["metrics"]["speedup"] > 0
+    assert rows["vanilla"]["metrics"]["speedup"] == 1.0
+
+
+def test_the_next_turn_goes_on_from_the_servers_own_words(run: Runs) -> None:
+    assert run("--max-new-tokens", "20", "--limit", "1", turns=2).code == 0
+    messages = run.server.asked[-1]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"] == TEXT
+
+
+def test_a_server_that_dies_in_the_middle_of_each_answer_gives_failed_prompts_and_no_numbers(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StubServer.objection
+
+    def dies_from_now_on(stub: StubServer, *words: object) -> object:
+        stub.fault = "die" if len(stub.asked) > 4 else None
+        return original(stub, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StubServer, "objection", dies_from_now_on)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 1, said.err
+    assert "Traceback" not in said.err
+    result = run.result()
+    failed = [one for one in result.runs if one.finish_reason == "error"]
+    assert failed
+    assert all(one.ttft_s is None and one.error and "in the middle" in one.error for one in failed)
+
+
+def test_a_busy_server_gets_time_and_nothing_fails(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = StubServer.objection
+
+    def busy(stub: StubServer, *words: object) -> object:
+        odd = len(stub.asked) > 2 and len(stub.asked) % 2
+        return Refusal(429, "slow", {"Retry-After": "0"}) if odd else original(stub, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StubServer, "objection", busy)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 0, said.err
+    assert [one.num_new_tokens for one in run.result().runs] == [8] * 4
+
+
+def test_the_key_is_in_no_file_and_no_message_even_if_the_server_repeats_it(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 0
+    run.server.key = "sk-other"
+    refused = run("--max-new-tokens", "20", "--name", "again")
+    assert refused.code == 2
+    assert "OPENAI_API_KEY" in refused.err
+    for text in (said.out, said.err, refused.out, refused.err):
+        assert KEY not in text
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        content = path.read_bytes()
+        assert KEY.encode() not in content
+        assert b"127.0.0.1" not in content
+
+
+def test_a_server_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = StubServer.post
+    server = run.server
+
+    def leave(stub: StubServer, handler: object) -> None:
+        original(stub, handler)  # type: ignore[arg-type]
+        if stub is server and len(stub.asked) == 4:
+            handler.server.socket.close()  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(StubServer, "post", leave)
+    said = run("--max-new-tokens", "20", "-o", "openai.retries=0")
+    assert said.code == 1, said.err
+    assert "cannot be reached any more" in said.err
+    assert "--resume goes on from there" in said.err
+    partial = run.result()
+    assert 0 < len(partial.runs) < 4
+    assert partial.runs[-1].finish_reason == "error"
+    server.close()
+    back = StubServer(port=int(server.url.rpartition(":")[2].partition("/")[0]))
+    try:
+        again = run("--max-new-tokens", "20", "-o", "openai.retries=0", "--resume")
+    finally:
+        back.close()
+    assert again.code == 1, again.err
+    assert len(run.result().runs) == 4
+    assert run.result().summary.overall["num_failed"] == 1
+
+
+def test_concurrency_asks_for_several_answers_at_once(run: Runs) -> None:
+    run.server.pause_s = 0.05
+    said = run("--max-new-tokens", "20", "--concurrency", "3")
+    assert said.code == 0, said.err
+    assert run.server.most_at_once == 3
+    result = run.result()
+    assert result.backend.options["concurrency"] == 3
+    assert len(result.runs) == 4
+    assert all(one.num_new_tokens == 8 for one in result.runs)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-o", "openai.base_url=http://127.0.0.1:1/v1"), "no server answers at 127.0.0.1:1"),
+        (("-o", "openai.model=other"), "the server has no such model"),
+        (("-o", "openai.api=chatty"), "-o openai.api=chatty: "),
+        (("-o", "openai.timeout_s=0"), "-o openai.timeout_s=0: "),
+        (("-o", "openai.concurrency=0"), "-o openai.concurrency=0: "),
+        (("-o", "openai.count=ids"), "-o openai.count=ids: the server does not tell that"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(run: Runs, words: tuple[str, ...], message: str) -> None:
+    said = run(*words)
+    assert said.code == 2
+    assert message in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert not run.results.exists() or not list(run.results.iterdir())
+
+
+def test_concurrency_is_for_servers(tmp_path: Path, tiny_model: Path) -> None:
+    said = spdbench("run", write_suite(tmp_path), "-b", "vanilla", "-m", tiny_model, "--concurrency", "2")
+    assert said.code == 2
+    assert "--concurrency 2: vanilla take one request at a time" in said.err

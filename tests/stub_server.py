@@ -1,0 +1,221 @@
+"""A server of OpenAI's protocol on loopback that answers from a list, and misbehaves in any way that it is told to."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, NamedTuple
+
+Offer = Literal["ids", "running_usage", "usage", "logprobs"]
+Fault = Literal["die", "stall", "malformed", "error", "no_end", "no_stream", "endless_line", "silent"]
+ANSWER = (("One",), (" two", ","), (" three",), (" four", " five", " six"), (".",))
+"""Chunks of an answer, and the tokens in each."""
+
+
+class Refusal(NamedTuple):
+    status: int
+    body: str = ""
+    headers: Mapping[str, str] = {}
+
+
+class StubServer:
+    """Answers `answer`, up to the limit asked for; tells of its tokens what it `offers`.
+
+    `refusals` are given first, one a request. `fault` happens after two chunks. `key` and `model` are the only ones it
+    takes. Chunks come `pause_s` apart. `counts_end` if the end of sequence is one of its tokens. `counters` is what it
+    shows to Prometheus. All its requests' bodies are in `asked`, and headers in `headers`.
+    """
+
+    def __init__(self, port: int = 0) -> None:
+        self.answer: Sequence[Sequence[str]] = ANSWER
+        self.offers: set[Offer] = {"usage"}
+        self.refusals: list[Refusal] = []
+        self.fault: Fault | None = None
+        self.key: str | None = None
+        self.model = "stub"
+        self.models: Sequence[str] = ("stub",)
+        self.context = 10**6
+        self.takes_ids = False
+        self.takes_extras = True
+        self.counts_end = False
+        self.counters: Callable[[], str] | None = None
+        self.asked: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.most_at_once = self._at_once = 0
+        self.pause_s = 0.0
+        self._lock = threading.Lock()
+        self._released = threading.Event()
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                stub.get(self)
+
+            def do_POST(self) -> None:
+                with stub.counting():
+                    stub.post(self)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None: ...
+
+        self._server = Quiet(("127.0.0.1", port), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def close(self) -> None:
+        self._released.set()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=10)
+
+    def counting(self) -> Any:
+        stub = self
+
+        class Scope:
+            def __enter__(self) -> None:
+                with stub._lock:
+                    stub._at_once += 1
+                    stub.most_at_once = max(stub.most_at_once, stub._at_once)
+
+            def __exit__(self, *_: object) -> None:
+                with stub._lock:
+                    stub._at_once -= 1
+
+        return Scope()
+
+    def get(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/v1/models":
+            return self.send(handler, 200, json.dumps({"data": [{"id": name} for name in self.models]}))
+        if handler.path == "/metrics" and self.counters is not None:
+            return self.send(handler, 200, self.counters(), {"Content-Type": "text/plain"})
+        return self.send(handler, 404, "")
+
+    def post(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        with self._lock:
+            self.asked.append(body)
+            self.headers.append(dict(handler.headers))
+            refusal = self.refusals.pop(0) if self.refusals else self.objection(handler, body)
+        if refusal is not None:
+            return self.send(handler, refusal.status, refusal.body, refusal.headers)
+        if self.fault == "silent":
+            self._released.wait(60)
+            return None
+        if not body.get("stream") or self.fault == "no_stream":
+            usage = {"completion_tokens": len(self.tokens(body))}
+            return self.send(handler, 200, json.dumps({"choices": [{}], "usage": usage}))
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        for number, event in enumerate(self.events(handler, body)):
+            if number >= 3 and self.fault is not None and self.misbehave(handler):
+                return None
+            self.write(handler, b"data: " + event + b"\n\n")
+        self.write(handler, b"")
+        return None
+
+    def objection(self, handler: BaseHTTPRequestHandler, body: Mapping[str, Any]) -> Refusal | None:
+        """Why it refuses this request, if it does."""
+        said = handler.headers.get("Authorization", "")
+        if self.key is not None and said != f"Bearer {self.key}":
+            return Refusal(401, json.dumps({"error": {"message": f"Incorrect API key provided: {said}"}}))
+        if body["model"] != self.model:
+            return Refusal(404, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}}))
+        if isinstance(body.get("prompt"), list) and not self.takes_ids:
+            return Refusal(422, json.dumps({"detail": "prompt: str type expected"}))
+        if not self.takes_extras and {"return_token_ids", "logprobs", "stream_options"} & body.keys():
+            return Refusal(400, json.dumps({"error": {"message": "unknown field"}}))
+        length = len(json.dumps(body.get("messages") or body.get("prompt")))
+        if length > self.context:
+            words = f"This model's maximum context length is {self.context} tokens."
+            return Refusal(400, json.dumps({"error": {"message": words}}))
+        return None
+
+    def tokens(self, body: Mapping[str, Any]) -> list[str]:
+        return [token for chunk in self.answer for token in chunk][: body["max_tokens"]]
+
+    def events(self, handler: BaseHTTPRequestHandler, body: Mapping[str, Any]) -> Iterator[bytes]:
+        chat = handler.path.endswith("/chat/completions")
+        if chat:
+            yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+        room, sent = body["max_tokens"], 0
+        for chunk in self.answer:
+            kept = list(chunk)[: room - sent]
+            self._released.wait(self.pause_s)
+            if not kept:
+                break
+            choice = {"delta": {"content": "".join(kept)}} if chat else {"text": "".join(kept)}
+            told = self.told(body, kept, sent)
+            sent += len(kept)
+            more = {"usage": usage(sent)} if self.shows("running_usage", body) else {}
+            yield event({"choices": [choice | told], **more})
+        finish = "length" if sent == room else "stop"
+        ended = self.counts_end and finish == "stop"
+        told = self.told(body, ["</s>"], sent) if ended else {}
+        yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | told]})
+        if self.shows("usage", body):
+            yield event({"choices": [], "usage": usage(sent + ended)})
+        yield b"[DONE]"
+
+    def told(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:
+        """What a chunk says of its tokens beside their text."""
+        found: dict[str, Any] = {}
+        if "ids" in self.offers and body.get("return_token_ids"):
+            found["token_ids"] = [2 if token == "</s>" else 100 + first + i for i, token in enumerate(tokens)]
+        if "logprobs" in self.offers and body.get("logprobs"):
+            found["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in tokens]}
+        return found
+
+    def shows(self, offer: Offer, body: Mapping[str, Any]) -> bool:
+        asked = body.get("stream_options") or {}
+        wanted = asked.get("include_usage") if offer == "usage" else asked.get("continuous_usage_stats")
+        return bool(offer in self.offers and wanted)
+
+    def misbehave(self, handler: BaseHTTPRequestHandler) -> bool:
+        """True if the answer ends here."""
+        if self.fault == "stall":
+            self._released.wait(60)
+        elif self.fault == "malformed":
+            self.write(handler, b"data: {not json\n\n")
+        elif self.fault == "error":
+            self.write(handler, b'data: {"error": {"message": "out of memory"}}\n\n')
+        elif self.fault == "no_end":
+            self.write(handler, b"")
+        elif self.fault == "endless_line":
+            self.write(handler, b"data: " + b"x" * (3 * 2**20))
+        else:
+            handler.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    @staticmethod
+    def write(handler: BaseHTTPRequestHandler, data: bytes) -> None:
+        handler.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        handler.wfile.flush()
+
+    @staticmethod
+    def send(handler: BaseHTTPRequestHandler, status: int, text: str, headers: Mapping[str, str] | None = None) -> None:
+        data = text.encode()
+        handler.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {}), "Content-Length": len(data)}.items():
+            handler.send_header(name, str(value))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+
+def event(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode()
+
+
+def usage(num_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": 11, "completion_tokens": num_tokens}

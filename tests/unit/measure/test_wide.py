@@ -1,0 +1,152 @@
+"""Backends that take several requests at once, that ask for time, and that tell of an answer what steps do not."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.errors import BackendLostError, PromptFailedError, TryAgainError
+from spdbench.types import UNKNOWN_ID, Account, DraftCounts, GenerationRequest, Prompt, Step
+from tests.mock_backend import MockBackend, MockDraftVerify
+from tests.unit.measure.test_runner import Bench
+
+MANY = tuple(Prompt(f"p{i}", "maths", ("one", "two")) for i in range(6))
+
+
+class Wide(MockDraftVerify):
+    """Takes three requests at once, and answers when three are there."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**more)
+        self.concurrency = 3
+        self.gate = threading.Barrier(3)
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.gate.wait(timeout=20)
+        yield from super().generate(request)
+
+
+def test_as_many_conversations_go_on_at_once_as_the_backend_takes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Wide(), prompts=MANY)
+    runs = bench.run()
+    assert sorted(run.key for run in runs) == [(f"p{i}", turn, 0) for i in range(6) for turn in (0, 1)]
+    assert all(run.finish_reason == "length" for run in runs)
+
+
+def test_a_wide_backend_never_shares_the_machine_with_another(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend(), Wide(), MockDraftVerify(), prompts=MANY)
+    bench.run()
+    labels = [label for label, _ in bench.watcher.seen]
+    assert set(labels[:24]) == {"first", "third"}
+    assert labels[24:] == ["second"] * 12
+
+
+def test_a_wide_baseline_goes_first_and_gives_the_context(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Wide(), MockBackend(), prompts=MANY)
+    bench.run()
+    labels = [label for label, _ in bench.watcher.seen]
+    assert labels == ["first"] * 12 + ["second"] * 12
+    runs = {run.key: run for run in bench.journals[0].runs()}
+    assert all(run.prompt_sha256 == runs[run.key].prompt_sha256 for run in bench.journals[1].runs())
+
+
+def test_a_finished_wide_run_is_not_run_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Wide(), prompts=MANY)
+    bench.run()
+    bench.close()
+    again = Bench(tmp_path, wide := Wide(), prompts=MANY, resume=True)
+    again.run()
+    assert wide.requests == []
+
+
+class Lost(Wide):
+    """Its server is gone after three requests, while others wait for an answer that never comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = threading.Event()
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        if self.gate.wait(timeout=20) == 0:
+            raise BackendLostError("the server is gone")
+        self.closed.wait(20)
+        if self.closed.is_set():
+            raise PromptFailedError("the connection was lost")
+        yield from super().generate(request)
+
+    def close(self) -> None:
+        self.closed.set()
+        self.gate.abort()
+
+
+def test_what_is_lost_ends_the_run_and_whoever_waited_has_not_failed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Lost(), prompts=MANY)
+    with pytest.raises(BackendLostError, match="gone"):
+        bench.run()
+    assert [run.error for run in bench.journals[0].runs()] == ["the server is gone"]
+
+
+class Busy(MockDraftVerify):
+    """Busy twice before each answer."""
+
+    tries = 0
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.tries += 1
+        if self.tries % 3:
+            raise TryAgainError("busy", 0.01)
+        yield from super().generate(request)
+
+
+def test_a_request_that_has_to_wait_is_measured_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Busy())
+    runs = bench.run()
+    assert [run.finish_reason for run in runs] == ["length"] * 4
+    assert all(run.ttft_s is not None and run.ttft_s < 0.01 for run in runs)
+    assert bench.contestants[0].backend.log.count("prepare") == 12  # type: ignore[attr-defined]
+
+
+class Teller(MockDraftVerify):
+    """Knows text only, and says in words why it stopped."""
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.requests.append(request)
+        yield Step((UNKNOWN_ID,), 0, 0, 0, 0.0)
+        yield Step((UNKNOWN_ID, UNKNOWN_ID), 0, 0, 0, 0.0)
+
+    def account(self) -> Account:
+        return Account("an answer", "eos", 21, DraftCounts(2, None, 1))
+
+
+def test_what_an_engine_tells_of_an_answer_is_kept_and_is_the_next_turns_context(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, teller := Teller())
+    run = bench.run()[0]
+    assert (run.text, run.num_prompt_tokens, run.finish_reason) == ("an answer", 21, "eos")
+    assert (run.num_new_tokens, run.output_ids) == (3, [])
+    assert run.drafts is not None
+    assert (run.drafts.rounds, run.drafts.judged, run.drafts.accepted) == (2, None, 1)
+    assert teller.requests[1].messages[1] == {"role": "assistant", "content": "an answer"}
+
+
+class Unlucky(MockDraftVerify):
+    """Its first answer breaks off, and that is nobody's bug."""
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        self.requests.append(request)
+        yield Step((1,), 0, 0, 0, 1.0)
+        if len(self.requests) == 1:
+            raise PromptFailedError("the server died")
+        yield Step((2, 3, 4), 0, 0, 0, 1.0)
+
+
+def test_an_answer_that_breaks_off_is_a_failed_prompt_without_a_number_or_a_traceback(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Unlucky())
+    runs = {run.key: run for run in bench.run()}
+    failed = runs["a", 0, 0]
+    assert (failed.error, failed.ttft_s, failed.num_new_tokens) == ("the server died", None, 0)
+    assert bench.watcher.traces == ["the server died"]
+    assert runs["b", 0, 0].finish_reason == "length"

@@ -1,0 +1,381 @@
+"""The openai backend against a server that behaves, and against one that does not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, cast
+
+import pytest
+
+from spdbench.backend import Backend, parse_options
+from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
+from spdbench.measure.clock import Measurement, measure
+from spdbench.types import UNKNOWN_ID, GenerationRequest, Sampling
+from spdbench_backends.openai import backend as module
+from spdbench_backends.openai.backend import OpenAI
+from tests.stub_server import Fault, Offer, Refusal, StubServer
+from tests.unit.openai.conftest import Make, context
+
+KEY = "sk-very-secret-0123456789"
+MESSAGES = ({"role": "user", "content": "Count."},)
+
+
+def ask(max_new_tokens: int = 20, sampling: Sampling | None = None) -> GenerationRequest:
+    return GenerationRequest((1, 2, 3), MESSAGES, max_new_tokens, sampling or Sampling(), 2**40 + 7, frozenset())
+
+
+def run(backend: OpenAI, request: GenerationRequest | None = None) -> Measurement:
+    request = request or ask()
+    backend.prepare(request)
+    return clocked(backend, request)
+
+
+def clocked(backend: OpenAI, request: GenerationRequest) -> Measurement:
+    return measure(cast(Backend, backend), request)
+
+
+def loaded(backend: OpenAI) -> OpenAI:
+    backend.load()
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("offers", "emitted", "words", "unknown"),
+    [
+        ({"ids", "usage"}, [1, 2, 1, 3, 1], "token ids", {"drafts", "forwards", "devices"}),
+        ({"running_usage", "usage"}, [1, 2, 1, 3, 1], "with each chunk", {"drafts", "forwards", "devices", "ids"}),
+        ({"usage"}, [1, 7], "at the end", {"drafts", "forwards", "devices", "ids", "times"}),
+        ({"logprobs"}, [1, 2, 1, 3, 1], "log-probabilities", {"drafts", "forwards", "devices", "ids"}),
+    ],
+)
+def test_tokens_are_counted_by_the_best_that_the_server_tells(
+    server: StubServer, backend: Make, offers: set[Offer], emitted: list[int], words: str, unknown: set[str]
+) -> None:
+    server.offers = offers
+    made = loaded(backend())
+    measured = run(made)
+    assert measured.steps.emitted == emitted
+    assert (len(measured.output_ids), measured.finish_reason) == (8, "eos")
+    assert measured.account.text == "One two, three four five six."
+    info = made.describe()
+    assert words in info.chosen["tokens"]
+    assert set(info.unknown) == unknown
+    assert (UNKNOWN_ID in measured.output_ids) == ("ids" in unknown)
+
+
+def test_chunks_are_counted_only_where_the_servers_usage_agrees(server: StubServer, backend: Make) -> None:
+    server.offers, server.takes_extras = set(), False
+    server.answer = [("One",), (" two",), (" three",)]
+    made = loaded(backend())
+    assert "one token a chunk" in made.describe().chosen["tokens"]
+    assert run(made).steps.emitted == [1, 1, 1]
+    server.answer = [("One", " two"), (" three",)]
+    with pytest.raises(InputError, match="its tokens cannot be counted"):
+        backend().load()
+
+
+def test_a_way_of_counting_that_was_asked_for_is_used_or_refused(server: StubServer, backend: Make) -> None:
+    server.offers = {"ids", "usage", "logprobs"}
+    assert "log-probabilities" in loaded(backend(count="logprobs")).describe().chosen["tokens"]
+    server.offers = {"usage"}
+    with pytest.raises(InputError, match=r"-o openai\.count=ids: the server does not tell that\. Others: auto, usage"):
+        backend(count="ids").load()
+
+
+def test_an_end_of_sequence_counts_where_the_server_counts_it(server: StubServer, backend: Make) -> None:
+    server.offers, server.counts_end = {"ids", "usage"}, True
+    measured = run(loaded(backend()))
+    assert measured.output_ids == (*range(100, 108), 2)
+    assert measured.finish_reason == "eos"
+
+
+def test_the_limit_ends_an_answer_and_the_rest_is_still_heard(server: StubServer, backend: Make) -> None:
+    server.offers = {"ids", "usage"}
+    measured = run(loaded(backend()), ask(4))
+    assert (len(measured.output_ids), measured.finish_reason) == (4, "length")
+    assert measured.account.num_prompt_tokens == 11
+
+
+def test_what_is_asked_is_what_was_meant(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    run(made)
+    greedy = server.asked[-1]
+    assert (greedy["temperature"], greedy["max_tokens"], greedy["stream"]) == (0.0, 20, True)
+    assert "top_p" not in greedy
+    assert greedy["messages"] == [{"role": "user", "content": "Count."}]
+    run(made, ask(20, Sampling(0.7, top_p=0.9, top_k=5)))
+    warm = server.asked[-1]
+    assert (warm["temperature"], warm["top_p"], warm["top_k"], warm["seed"]) == (0.7, 0.9, 5, 7 + 2**40 % 2**31)
+
+
+class Words:
+    """A tokenizer that knows one word."""
+
+    bos_token_id = 1
+
+    def encode(self, _text: str) -> list[int]:
+        return [1, 5]
+
+    def decode(self, ids: tuple[int, ...]) -> str:
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.parametrize(("takes_ids", "prompt"), [(True, [1, 2, 3]), (False, "2 3")])
+def test_completions_get_ids_where_the_server_takes_them_and_text_without_its_bos_elsewhere(
+    server: StubServer, takes_ids: bool, prompt: object
+) -> None:
+    server.takes_ids = takes_ids
+    options = parse_options("o", OpenAI.Options, {"base_url": server.url, "model": "stub", "api": "completions"})
+    made = OpenAI(options, context(Words()))
+    made.load()
+    assert made.describe().chosen["prompt"] == ("ids" if takes_ids else "text")
+    assert run(made).finish_reason == "eos"
+    assert server.asked[-1]["prompt"] == prompt
+
+
+def test_the_only_model_need_not_be_named_where_m_names_it(server: StubServer, backend: Make) -> None:
+    made = OpenAI(parse_options("openai", OpenAI.Options, {"base_url": server.url}), context(Words()))
+    assert run(loaded(made)).finish_reason == "eos"
+    with pytest.raises(InputError, match=r"-o openai\.model=NAME; the server has stub$"):
+        backend(model="").load()
+    server.models = ("stub", "other")
+    with pytest.raises(InputError, match=r"-o openai\.model=NAME; the server has stub, other"):
+        backend(model="").load()
+
+
+# What goes wrong before the run.
+
+
+def test_no_server_there_is_one_message(backend: Make) -> None:
+    with pytest.raises(InputError, match=r"base_url: no server answers at 127\.0\.0\.1:1 .*start it"):
+        backend(base_url="http://127.0.0.1:1/v1").load()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "http://me:hunter2@x/v1", "http://x/v1?key=hunter2"])
+def test_an_address_that_is_none_is_refused_without_repeating_it(backend: Make, url: str) -> None:
+    with pytest.raises(InputError, match="base_url") as caught:
+        backend(base_url=url).load()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_server_is_needed() -> None:
+    options = parse_options("openai", OpenAI.Options, {})
+    with pytest.raises(InputError, match=r"-o openai\.base_url=http://HOST:PORT/v1"):
+        OpenAI(options, context()).load()
+
+
+def test_a_wrong_key_is_one_message_that_does_not_tell_it(
+    server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.key = "sk-right"
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(InputError, match=r"refuses the key \(401\).*OPENAI_API_KEY") as caught:
+        backend().load()
+    assert KEY not in str(caught.value)
+    assert "***" in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-right\n")
+    assert run(loaded(backend())).finish_reason == "eos"
+
+
+def test_a_key_that_no_header_can_hold_is_refused(backend: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nx")
+    with pytest.raises(InputError, match="OPENAI_API_KEY") as caught:
+        backend().load()
+    assert "sk-" not in str(caught.value)
+
+
+def test_neither_key_nor_address_is_among_the_options_of_a_result(
+    backend: Make, server: StubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    made = loaded(backend())
+    kept = str(made._options.model_dump(mode="json")) + str(made.describe())
+    assert KEY not in kept
+    assert server.url not in kept
+    assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda stub: setattr(stub, "model", "else"), r"model=stub: the server has no such model.*does not exist"),
+        (lambda stub: setattr(stub, "fault", "no_stream"), "answers at once instead of streaming"),
+        (lambda stub: setattr(stub, "context", 10), r"context is too small \(400\).*larger one"),
+        (lambda stub: setattr(stub, "refusals", [Refusal(302, "", {"Location": "/"})]), "sends one elsewhere"),
+        (lambda stub: setattr(stub, "fault", "malformed"), "not a part of an answer"),
+        (lambda stub: setattr(stub, "answer", []), "cannot be counted"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_one_message(
+    server: StubServer, backend: Make, change: Callable[[StubServer], None], message: str
+) -> None:
+    change(server)
+    with pytest.raises(InputError, match=message) as caught:
+        backend().load()
+    assert "\n" not in str(caught.value)
+
+
+# What goes wrong in the middle of a run.
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("die", "in the middle of"),
+        ("stall", "fell silent for 0.3 s in the middle"),
+        ("silent", "said nothing for 0.3 s"),
+        ("malformed", "not a part of an answer"),
+        ("error", "failed in the middle of its answer: out of memory"),
+        ("no_end", "ended in the middle"),
+        ("endless_line", "a line without end"),
+    ],
+)
+def test_an_answer_that_breaks_off_is_a_failed_prompt_and_the_next_one_is_fine(
+    server: StubServer, backend: Make, fault: Fault, message: str
+) -> None:
+    made = loaded(backend(timeout_s="0.3"))
+    server.fault = fault
+    started = time.monotonic()
+    with pytest.raises(PromptFailedError, match=message):
+        run(made)
+    assert time.monotonic() - started < 5
+    server.fault = None
+    assert run(made).finish_reason == "eos"
+
+
+def test_usage_that_fails_to_come_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.offers = set()
+    with pytest.raises(PromptFailedError, match="told no usage"):
+        run(made)
+
+
+def test_an_answer_cut_by_a_small_context_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.answer = [("One",)]
+
+    def cut(handler: Any, body: Any) -> Any:
+        return StubServer.events(server, handler, {**body, "max_tokens": 1})
+
+    server.events = cut  # type: ignore[method-assign]
+    with pytest.raises(PromptFailedError, match="after 1 of 20 tokens: its context is too small"):
+        run(made)
+
+
+def test_a_busy_server_is_asked_again_after_as_long_as_it_says(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.refusals = [Refusal(429, "slow down", {"Retry-After": "3"}), Refusal(503, "busy")]
+    request = ask()
+    waits = []
+    for _ in range(2):
+        made.prepare(request)
+        with pytest.raises(TryAgainError) as later:
+            clocked(made, request)
+        waits.append(later.value.wait_s)
+    assert waits == [3.0, 1.0]
+    assert run(made, request).finish_reason == "eos"
+
+
+def test_a_server_that_stays_busy_fails_the_prompt(server: StubServer, backend: Make) -> None:
+    made = loaded(backend(retries="1"))
+    server.refusals = [Refusal(503, "busy", {"Retry-After": "0"})] * 2
+    request = ask()
+    made.prepare(request)
+    with pytest.raises(TryAgainError):
+        clocked(made, request)
+    with pytest.raises(PromptFailedError, match="refused it 2 times, the last time with 503: busy"):
+        run(made, request)
+    assert run(made, request).finish_reason == "eos"  # its tries are counted anew
+
+
+def test_waits_between_tries_grow_and_have_an_end() -> None:
+    waits = [module._wait_s(tries, None) for tries in range(10)]
+    assert waits[:3] == [0.5, 1.0, 2.0]
+    assert all(a <= b for a, b in pairwise(waits))
+    assert max(waits) == module._wait_s(0, 1e9) == module.LONGEST_WAIT_S
+
+
+def test_a_server_that_is_gone_ends_the_run(server: StubServer, backend: Make) -> None:
+    made = loaded(backend(retries="1"))
+    server.close()
+    request = ask()
+    made.prepare(request)
+    with pytest.raises(TryAgainError):
+        clocked(made, request)
+    with pytest.raises(BackendLostError, match=r"cannot be reached any more.*--resume"):
+        run(made, request)
+
+
+def test_closing_early_leaves_the_backend_usable_and_twice_is_fine(server: StubServer, backend: Make) -> None:
+    server.offers = {"ids", "usage"}
+    made = backend()
+    made.close()
+    made.load()
+    request = ask()
+    for num_steps in (0, 1, 3):
+        made.prepare(request)
+        steps = made.generate(request)
+        for _ in range(num_steps):
+            next(steps)
+        steps.close()  # type: ignore[attr-defined]
+    assert len(run(made).output_ids) == 8
+    made.close()
+    made.close()
+
+
+# Acceptance, from the server's counters.
+
+
+class Vllm:
+    """vLLM's counters: each reading after a request shows what `moves` says."""
+
+    def __init__(self, server: StubServer, requests: int = 1) -> None:
+        self.server, self.per_request = server, requests
+        self.extra = 0
+
+    def __call__(self) -> str:
+        done = len(self.server.asked) * self.per_request + self.extra
+        rows = {
+            'vllm:request_success_total{engine="0",finished_reason="stop"}': done,
+            'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done,
+            'vllm:spec_decode_num_draft_tokens_total{engine="0"}': 12 * done,
+            'vllm:spec_decode_num_accepted_tokens_total{engine="0"}': 6 * done,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"}': 3 * done,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"}': 2 * done,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="2"}': 1 * done,
+        }
+        return "# HELP nothing\n" + "".join(f"{name} {value}.0\n" for name, value in rows.items())
+
+
+def test_acceptance_comes_from_the_difference_of_vllms_counters(server: StubServer, backend: Make) -> None:
+    server.counters = Vllm(server)
+    made = loaded(backend())
+    assert made.describe().chosen["acceptance"].startswith("vLLM's counters")
+    drafts = run(made).account.drafts
+    assert drafts is not None
+    assert (drafts.rounds, drafts.judged, drafts.accepted) == (4, 4 + 3 + 2, 6)
+
+
+def test_counters_tell_nothing_where_others_use_the_server(server: StubServer, backend: Make) -> None:
+    server.counters = Vllm(server, requests=2)
+    assert run(loaded(backend())).account.drafts is None
+    server.counters = Vllm(server)
+    assert loaded(backend(metrics="false")).describe().chosen["acceptance"] == "not told"
+    assert loaded(backend(concurrency="2")).describe().chosen["acceptance"] == "not told"
+
+
+def test_a_server_without_counters_has_no_acceptance(backend: Make) -> None:
+    made = loaded(backend())
+    assert made.describe().chosen["acceptance"] == "not told"
+    assert run(made).account.drafts is None
+
+
+def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer, backend: Make) -> None:
+    server.offers = {"ids", "running_usage", "usage"}
+    told = server.told
+    server.told = lambda body, tokens, first: told(body, ["x"] * first + list(tokens), 0)  # type: ignore[method-assign]
+    made = loaded(backend())
+    assert "usage, told with each chunk" in made.describe().chosen["tokens"]
+    assert run(made).steps.emitted == [1, 2, 1, 3, 1]
