@@ -21,6 +21,7 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.cli.session import Entrant
+    from spdbench.judge.score import Scorer
     from spdbench.measure.runner import Workload
     from spdbench.models.target import Target
     from spdbench.prompts.chat import ChatFormat
@@ -79,6 +80,7 @@ COLDEST = 1e-3
 @click.option("--top-k", type=click.IntRange(min=0), metavar="K", help="0: all tokens. [default: the suite's]")
 @click.option("--seed", type=click.IntRange(min=0), metavar="S", help="[default: the suite's, else 0]")
 @click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Where the suite's files lie.")
+@click.option("--allow-code-execution", is_flag=True, help="Run code that a model wrote, in a sandbox, to score it.")
 @model_options
 @click.pass_context
 def command(
@@ -93,6 +95,7 @@ def command(
     name: str | None,
     resume: bool,
     data: Path | None,
+    allow_code_execution: bool,
     chosen: ModelOptions,
     **decoding: Any,
 ) -> None:
@@ -110,6 +113,7 @@ def command(
     entrants = _entrants(labels, chosen)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)
+    score = _scorer(suite, allow_code_execution)
     devices = _devices(chosen)
     target = _target(suite, chosen, devices[0])
     chat, sampling, settings = _decoding(suite, target, decoding)
@@ -124,8 +128,26 @@ def command(
         context_limit=target.config.max_positions,
     )
     _check(entrants, workload, chat)
-    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name)
+    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name, score)
     context.exit(session.run(resume=resume))
+
+
+def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
+    """How the suite's answers are scored, its references being fit for it; says what is left out, or what guards."""
+    from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
+    from spdbench.measure.sandbox import passes, require_sandbox
+
+    check_references(suite.name, suite.score, suite.prompts, runs_code=allow_code_execution, missing=suite.missing)
+    code = [prompt for prompt in suite.prompts if judge_of(suite.score, prompt.category) in RUNS_CODE]
+    if code and allow_code_execution:
+        click.echo(f"NOTE: answers that are code are run, each by itself; {require_sandbox()}", err=True)
+    elif code:
+        kind = "answers" if len(code) == len(suite.prompts) else f"answers to {len(code)} prompts for code"
+        click.echo(
+            f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution",
+            err=True,
+        )
+    return Scorer(suite.score, passes if allow_code_execution else None)
 
 
 def _entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:

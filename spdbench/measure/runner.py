@@ -63,6 +63,9 @@ class Observer(Protocol):
 Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], int], Outcome]
 """(prompt ids, vanilla's output, the other output, the other's widest forward in tokens) -> what the difference is."""
 
+Score = Callable[[Prompt, int, str], float | None]
+"""(prompt, turn, answer) -> what the answer is worth; None where nobody can tell."""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -93,13 +96,20 @@ class Runner:
     """Runs a workload to its end; what the journals already hold is not run again."""
 
     def __init__(
-        self, workload: Workload, contestants: Sequence[Contestant], chat: Chat, classify: Classify, observer: Observer
+        self,
+        workload: Workload,
+        contestants: Sequence[Contestant],
+        chat: Chat,
+        classify: Classify,
+        observer: Observer,
+        score: Score | None = None,
     ) -> None:
         self._workload = workload
         self._contestants = tuple(contestants)
         self._chat = chat
         self._classify = classify
         self._observer = observer
+        self._score = score
         self._reference = next((c for c in contestants if c.backend.kind == "autoregressive"), None)
         self._first_devices = self._contestants[0].backend.describe().devices
         comparable = self._reference is not None and workload.sampling.greedy
@@ -190,6 +200,9 @@ class Runner:
             lost, run, trace = error, _failed(ask, str(error).partition("\n")[0]), ""
         if len(self._contestants) == 1:  # backends that share a process have no memory of their own
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first_devices)})
+        if self._score is not None and run.finish_reason != "error":
+            answer = self._chat.decode(run.output_ids)
+            run = run.model_copy(update={"score": self._score(ask.prompt, ask.turn, answer)})
         contestant.journal.append(run)
         self._observer.finished(contestant.label, run)
         if trace:

@@ -106,6 +106,14 @@ def _per_device(row: Row) -> str:
     return EMPTY if row.head.backend.num_devices == 1 else _metric("speedup_per_device", ".2f")(row)
 
 
+def _score(row: Row) -> str:
+    """The mean with its interval, where there is one."""
+    value, interval = row.metrics["score"], row.metrics["score_ci"]
+    if value is None or interval is None:
+        return EMPTY if value is None else f"{value:.2f}"
+    return f"{value:.2f}\n[{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
 def _device_ms(row: Row) -> str:
     """Blank with one device, where tok/s says the same."""
     seconds = row.metrics["device_s_per_token"]
@@ -157,7 +165,7 @@ COLUMNS = (
     Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=7),
     Column("device\nms/tok", _device_ms, leave_out=8),
     Column("memory\nGiB", _memory, leave_out=9),
-    Column("score", _metric("score", ".2f"), leave_out=2),
+    Column("score", _score, leave_out=2),
     Column("outputs", _outputs, numeric=False),
 )
 
