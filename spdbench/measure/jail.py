@@ -61,6 +61,7 @@ OTHER_CALLING_CONVENTION = 0x40000000
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_FILE, TRUNCATE = 16, 32, 128, 256, 2**14
 RIGHTS_BY_VERSION = ((1, 13), (2, 14), (3, 15), (5, 16))
 """From which version of Landlock on how many rights there are."""
 
@@ -73,6 +74,8 @@ PATH_EVENTS = (
     "os.scandir", "os.symlink", "os.truncate", "os.utime", "shutil.",
 )  # fmt: skip
 
+READS = ("os.listdir", "os.scandir", "os.chdir")
+
 
 def main() -> None:
     request = json.load(sys.stdin)
@@ -83,12 +86,14 @@ def main() -> None:
         os.dup2(nothing, descriptor)
     os.close(nothing)
     readable = _library_folders()
-    guards = [*_limit(request["limits"])]
-    libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    if sys.platform == "linux" and libc.unshare(NEW_USER | NEW_NET | NEW_IPC) == 0:
-        guards.append("namespaces")
-    files = _guard_files(libc, folder, readable)
-    calls = _guard_calls(libc)
+    guards = _limit(request["limits"])
+    files = calls = False
+    if sys.platform == "linux":
+        libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+        if libc.unshare(NEW_USER | NEW_NET | NEW_IPC) == 0:
+            guards.append("namespaces")
+        files = _guard_files(libc, folder, readable)
+        calls = _guard_calls(libc)
     guards += ["files"] * files + ["calls"] * calls
     if not (files and calls):
         _hook(folder, readable, files=not files, calls=not calls)
@@ -131,7 +136,7 @@ def _limit(limits: dict[str, int]) -> list[str]:
 
 def _guard_calls(libc: Any) -> bool:
     """Refuses the system calls above, by seccomp. False where there is none."""
-    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+    if platform.machine() not in ARCHITECTURES:
         return False
     audit, refused = ARCHITECTURES[platform.machine()]
     numbers = sorted(number for group in refused.values() for number in group)
@@ -147,8 +152,6 @@ def _guard_calls(libc: Any) -> bool:
 
 def _guard_files(libc: Any, folder: str, readable: Sequence[str]) -> bool:
     """Leaves `folder` to be written and `readable` to be read, by Landlock. False where there is none."""
-    if sys.platform != "linux":
-        return False
     version = libc.syscall(CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -159,7 +162,8 @@ def _guard_files(libc: Any, folder: str, readable: Sequence[str]) -> bool:
     if rules < 0:
         return False
     reading = EXECUTE | READ_FILE | READ_DIR
-    for path, rights in ((folder, every & ~EXECUTE), *((path, reading) for path in readable)):
+    writing = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_FILE | TRUNCATE
+    for path, rights in ((folder, writing & every), *((path, reading) for path in readable)):
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0) != 0:
             return False
@@ -200,8 +204,6 @@ def _hook(folder: str, readable: Sequence[str], *, files: bool, calls: bool) -> 
 
     sys.addaudithook(watch)
 
-
-READS = ("os.listdir", "os.scandir", "os.chdir")
 
 if __name__ == "__main__":
     main()
