@@ -110,11 +110,11 @@ def command(
 
     labels = parse_labels(backends or DEFAULT_BACKENDS)
     check_name(name)
-    entrants = _entrants(labels, chosen)
+    entrants = find_entrants(labels, chosen)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)
     score = _scorer(suite, allow_code_execution)
-    devices = _devices(chosen)
+    devices = find_devices(chosen)
     target = _target(suite, chosen, devices[0])
     chat, sampling, settings = _decoding(suite, target, decoding)
     workload = Workload(
@@ -150,7 +150,8 @@ def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
     return Scorer(suite.score, passes if allow_code_execution else None)
 
 
-def _entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:
+def find_entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:
+    """The backends asked for, by label, with their options and drafters; none is loaded."""
     from spdbench.backend import find_backend, parse_options
     from spdbench.cli.session import Entrant
 
@@ -163,7 +164,7 @@ def _entrants(labels: Mapping[str, str], chosen: ModelOptions) -> list[Entrant]:
     return entrants
 
 
-def _devices(chosen: ModelOptions) -> tuple[str, ...]:
+def find_devices(chosen: ModelOptions) -> tuple[str, ...]:
     """The devices asked for, all checked; by default the first GPU, or the CPU where there is none."""
     import torch
 
