@@ -67,6 +67,7 @@ def test_help_and_version_load_only_click(args: tuple[str, ...]) -> None:
         ("compare", str(RESULTS / "vanilla.json"), str(RESULTS / "spd_oracle.json")),
         ("compare", "--help"),
         ("run", "--help"),
+        ("eval", "--help"),
         ("env", "--help"),
         ("backends",),
         ("suites",),

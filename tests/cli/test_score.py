@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,8 @@ class Runs:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model, self.folder = model, folder
 
-    def __call__(self, rows: list[dict[str, object]], score: object, *words: str) -> Said:
-        suite = write_suite(self.folder, prompts={"source": [{"inline": rows}]}, score=score)
+    def __call__(self, rows: Sequence[Mapping[str, object]], score: object, *words: str) -> Said:
+        suite = write_suite(self.folder, prompts={"source": [{"inline": [dict(row) for row in rows]}]}, score=score)
         common = ("-m", self.model, "--dtype", "float32", "--results", self.folder / "results", "--threads", "1")
         return spdbench("run", suite, *common, *words)
 

@@ -58,7 +58,12 @@ def test_code_is_never_run_without_someone_who_may() -> None:
     task = Prompt("c", "code", ("Write f.",), ("assert f() == 1",))
     assert Scorer("humaneval")(task, 0, "def f(): return 1") is None
     seen: list[str] = []
-    assert Scorer("humaneval", lambda text: bool(seen.append(text)) or True)(task, 0, "def f(): return 1") == 1.0
+
+    def run(text: str) -> bool:
+        seen.append(text)
+        return True
+
+    assert Scorer("humaneval", run)(task, 0, "def f(): return 1") == 1.0
     assert seen == ["def f(): return 1\nassert f() == 1"]
 
 

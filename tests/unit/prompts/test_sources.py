@@ -202,7 +202,7 @@ def test_reference_may_be_made_of_several_columns(package: Path) -> None:
 def test_path_takes_references_from_a_package(package: Path, tmp_path: Path) -> None:
     (package / "p.jsonl").write_bytes(jsonl({"q": "def f():\n", "test": "f()"}, {"q": "def h():", "test": "h()"}))
     texts = ["Complete this.\ndef f():", "Complete that.\ndef g():"]
-    (tmp_path / "q.jsonl").write_bytes(jsonl(*({"question_id": t[9], "turns": [t], "reference": "x"} for t in texts)))
+    (tmp_path / "q.jsonl").write_bytes(jsonl(*({"question_id": t[-4], "turns": [t], "reference": "x"} for t in texts)))
     tests = PackageSource(package="some_prompts", file="p.jsonl", prompt="q", reference="test")
     prompts = load(PathSource(path="q.jsonl", references=tests), tmp_path).prompts
     assert [prompt.reference for prompt in prompts] == [("f()",), None]
