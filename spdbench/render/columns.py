@@ -65,7 +65,7 @@ def _drafter(row: Row) -> str:
     drafter = row.head.drafter
     if drafter is None:
         return EMPTY
-    name = Path(drafter.id).name or drafter.id
+    name = (Path(drafter.id).name or drafter.id).replace(" ", "\n")
     if drafter.synthetic:
         return f"{name}\n(synthetic)"
     return f"{name}\n(untrained)" if is_untrained(drafter) else name
@@ -107,11 +107,11 @@ def _per_device(row: Row) -> str:
 
 
 def _score(row: Row) -> str:
-    """The mean with its interval, where there is one."""
+    """The mean with its interval, where there is one; narrow, as it stands beside everything else."""
     value, interval = row.metrics["score"], row.metrics["score_ci"]
     if value is None or interval is None:
         return EMPTY if value is None else f"{value:.2f}"
-    return f"{value:.2f}\n[{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f}\n[{interval[0]:.2f},\n{interval[1]:.2f}]"
 
 
 def _device_ms(row: Row) -> str:
