@@ -50,7 +50,7 @@ class GenerationRequest:
 
     `prompt_ids` are the ids as fed to the model, after the chat template; `messages` are the same thing for backends
     that know text only. `seed` is this request's own. Generation ends at the first of `eos_ids`, which counts, or
-    after `max_new_tokens`.
+    after `max_new_tokens`. `stop` are texts at which the asker cuts the answer; backends that can end there may.
     """
 
     prompt_ids: tuple[int, ...]

@@ -29,8 +29,6 @@ def result_head(
     git: str | None,
 ) -> ResultHead:
     """All of `label`'s result but its runs."""
-    info = backend.describe()
-    known = not isinstance(target, ServedModel)
     return ResultHead(
         suite=SuiteInfo(
             name=suite.name,
@@ -38,6 +36,7 @@ def result_head(
             sha256=suite.sha256,
             source=suite.source,
             num_prompts=len(workload.prompts),
+            score=suite.score if suite.score is None or isinstance(suite.score, str) else dict(suite.score),
         ),
         decoding=DecodingInfo(
             max_new_tokens=workload.max_new_tokens,
@@ -47,33 +46,48 @@ def result_head(
             seed=workload.seed,
             eos_ids=sorted(workload.eos_ids),
         ),
-        backend=BackendRecord(
-            name=name,
-            label=label,
-            kind=backend.kind,
-            options=options.model_dump(mode="json"),
-            devices=list(info.devices),
-            num_devices=len(info.devices),
-            lossy=not backend.lossless,
-            lanes=info.lanes,
-            lane_bytes=list(info.lane_bytes),
-            stage_layers=list(info.stage_layers),
-            chosen=dict(info.chosen),
-            kernels=info.kernels,
-            unknown=list(info.unknown),
-            other_model=info.other_model,
-        ),
-        model=ModelInfo(
-            id=target.files.id,
-            sha256=target.files.sha256,
-            dtype=target.dtype_name,
-            num_layers=target.config.num_layers if known else None,
-            num_parameters=target.num_parameters if known else None,
-            bytes=target.num_bytes if known else None,
-            template_sha256=chat.template_sha256,
-            tokenizer_sha256=target.files.tokenizer_sha256,
-        ),
-        drafter=None if info.drafter is None else DrafterRecord(**asdict(info.drafter)),
+        backend=backend_record(name, label, backend, options),
+        model=model_record(target, chat),
+        drafter=drafter_record(backend),
         environment=environment,
         git=git,
     )
+
+
+def backend_record(name: str, label: str, backend: Backend, options: BackendOptions) -> BackendRecord:
+    info = backend.describe()
+    return BackendRecord(
+        name=name,
+        label=label,
+        kind=backend.kind,
+        options=options.model_dump(mode="json"),
+        devices=list(info.devices),
+        num_devices=len(info.devices),
+        lossy=not backend.lossless,
+        lanes=info.lanes,
+        lane_bytes=list(info.lane_bytes),
+        stage_layers=list(info.stage_layers),
+        chosen=dict(info.chosen),
+        kernels=info.kernels,
+        unknown=list(info.unknown),
+        other_model=info.other_model,
+    )
+
+
+def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:
+    known = not isinstance(target, ServedModel)
+    return ModelInfo(
+        id=target.files.id,
+        sha256=target.files.sha256,
+        dtype=target.dtype_name,
+        num_layers=target.config.num_layers if known else None,
+        num_parameters=target.num_parameters if known else None,
+        bytes=target.num_bytes if known else None,
+        template_sha256=chat.template_sha256,
+        tokenizer_sha256=target.files.tokenizer_sha256,
+    )
+
+
+def drafter_record(backend: Backend) -> DrafterRecord | None:
+    drafter = backend.describe().drafter
+    return None if drafter is None else DrafterRecord(**asdict(drafter))

@@ -38,6 +38,8 @@ COMMANDS = {
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "distill": LazyCommand("spdbench.cli.distill", "Let the target write training data by itself."),
+    "eval": LazyCommand("spdbench.cli.eval", "Score backends on lm-eval's tasks."),
+    "lm-eval": LazyCommand("spdbench.cli.lm_eval", "lm-eval's own command line, with our backends."),
     "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),
     "suites": LazyCommand("spdbench.cli.suites", "List the suites that come with spdbench."),
     "env": LazyCommand("spdbench.cli.env", "Show what results record about this machine."),

@@ -21,6 +21,7 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.cli.session import Entrant
+    from spdbench.judge.score import Scorer
     from spdbench.measure.runner import Workload
     from spdbench.models.target import Target
     from spdbench.prompts.chat import ChatFormat, PlainText
@@ -85,6 +86,7 @@ COLDEST = 1e-3
     metavar="N",
     help="Requests that a server has to answer at once. [default: 1]",
 )
+@click.option("--allow-code-execution", is_flag=True, help="Run code that a model wrote, in a sandbox, to score it.")
 @model_options
 @click.pass_context
 def command(
@@ -100,6 +102,7 @@ def command(
     resume: bool,
     data: Path | None,
     concurrency: int | None,
+    allow_code_execution: bool,
     chosen: ModelOptions,
     **decoding: Any,
 ) -> None:
@@ -114,10 +117,11 @@ def command(
 
     labels = parse_labels(backends or DEFAULT_BACKENDS)
     check_name(name)
-    entrants = _entrants(labels, chosen, concurrency)
+    entrants = find_entrants(labels, chosen, concurrency)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)
-    devices = _devices(chosen)
+    score = _scorer(suite, allow_code_execution)
+    devices = find_devices(chosen)
     target = _target(suite, chosen, devices[0], entrants)
     chat, sampling, settings = _decoding(suite, target, decoding)
     workload = Workload(
@@ -131,12 +135,31 @@ def command(
         context_limit=target.config.max_positions,
     )
     _check(entrants, workload, chat)
-    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name)
+    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name, score)
     context.exit(session.run(resume=resume))
 
 
-def _entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None) -> list[Entrant]:
-    """`concurrency` goes to every backend that has an option of that name, unless its own -o says otherwise."""
+def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
+    """How the suite's answers are scored, its references being fit for it; says what is left out, or what guards."""
+    from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
+    from spdbench.measure.sandbox import passes, require_sandbox
+
+    check_references(suite.name, suite.score, suite.prompts, runs_code=allow_code_execution, missing=suite.missing)
+    code = [prompt for prompt in suite.prompts if judge_of(suite.score, prompt.category) in RUNS_CODE]
+    if code and allow_code_execution:
+        click.echo(f"NOTE: answers that are code are run, each by itself; {require_sandbox()}", err=True)
+    elif code:
+        kind = "answers" if len(code) == len(suite.prompts) else f"answers to {len(code)} prompts for code"
+        click.echo(
+            f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution",
+            err=True,
+        )
+    return Scorer(suite.score, passes if allow_code_execution else None)
+
+
+def find_entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[Entrant]:
+    """The backends asked for, by label, with their options and drafters; none is loaded. `concurrency` goes to every
+    backend that has an option of that name, unless its own -o says otherwise."""
     from spdbench.backend import find_backend, parse_options
     from spdbench.cli.session import Entrant
 
@@ -158,7 +181,7 @@ def _entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int 
     return entrants
 
 
-def _devices(chosen: ModelOptions) -> tuple[str, ...]:
+def find_devices(chosen: ModelOptions) -> tuple[str, ...]:
     """The devices asked for, all checked; by default the first GPU, or the CPU where there is none."""
     import torch
 

@@ -29,6 +29,7 @@ from spdbench.judge.compare import compare
 from spdbench.judge.pairing import Entry
 from spdbench.judge.reader import reading, reread
 from spdbench.judge.result import Result, read_result
+from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter
 from spdbench.measure.environment import environment, git_state
@@ -39,6 +40,9 @@ from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
 from spdbench.render.table import render
+
+NOBODY = Scorer(None)
+"""Scores nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Session:
     entrants: Sequence[Entrant]
     results: Path
     name: str | None
+    score: Scorer = NOBODY
 
     def run(self, *, resume: bool) -> int:
         """The exit code: 1 if a prompt failed or an output is not vanilla's without excuse."""
@@ -96,7 +101,7 @@ class Session:
                 for (entrant, backend), journal in zip(loaded, journals, strict=True)
             ]
             report = progress_report(len(self.workload.keys()) * len(journals), sum(map(len, journals)))
-            runner = Runner(self.workload, contestants, self.chat, self._classify, report)
+            runner = Runner(self.workload, contestants, self.chat, self._classify, report, self.score)
             try:
                 with report:
                     runner.run()
@@ -193,6 +198,17 @@ class Session:
             "backends": [other.label for other in self.entrants],
             "devices": list(self.devices),
             "threads": self.threads,
+            **self._scoring(),
+        }
+
+    def _scoring(self) -> dict[str, Any]:
+        """What scores depend on; nothing where there are none."""
+        if self.score.judges is None:
+            return {}
+        references = repr([prompt.reference for prompt in self.workload.prompts]).encode()
+        return {
+            "allow_code_execution": self.score.execute is not None,
+            "references_sha256": hashlib.sha256(references).hexdigest(),
         }
 
     def _heads(self, loaded: Sequence[tuple[Entrant, Backend]]) -> list[ResultHead]:

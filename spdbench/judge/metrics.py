@@ -50,6 +50,7 @@ COUNTS = {
     "num_cycles": "steps",
     "num_judged": "judged",
     "num_accepted": "accepted",
+    "num_scored": "scored",
 }
 """Metrics that are the sum of a column."""
 

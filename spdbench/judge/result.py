@@ -54,6 +54,9 @@ class SuiteInfo(Record):
     sha256: str
     source: str
     num_prompts: int = Field(description="conversations asked for, after --limit")
+    score: str | dict[str, str] | None = Field(
+        None, description="the judge of answers, or judges by category; null where nothing is scored"
+    )
 
 
 class DecodingInfo(Record):

@@ -66,6 +66,9 @@ class Observer(Protocol):
 Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], int], Outcome]
 """(prompt ids, vanilla's output, the other output, the other's widest forward in tokens) -> what the difference is."""
 
+Score = Callable[[Prompt, int, str], float | None]
+"""(prompt, turn, answer) -> what the answer is worth; None where nobody can tell."""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -96,7 +99,13 @@ class Runner:
     """Runs a workload to its end; what the journals already hold is not run again."""
 
     def __init__(
-        self, workload: Workload, contestants: Sequence[Contestant], chat: Chat, classify: Classify, observer: Observer
+        self,
+        workload: Workload,
+        contestants: Sequence[Contestant],
+        chat: Chat,
+        classify: Classify,
+        observer: Observer,
+        score: Score | None = None,
     ) -> None:
         self._workload = workload
         self._contestants = tuple(contestants)
@@ -106,6 +115,7 @@ class Runner:
         in_turns = (c for c in contestants if concurrency_of(c.backend) == 1)
         self._reference = next((c for c in in_turns if c.backend.kind == "autoregressive"), None)
         self._first = self._contestants[0].backend.describe()
+        self._score = score
         comparable = self._reference is not None and workload.sampling.greedy
         self._compared = [c for c in contestants if comparable and c is not self._reference and _is_comparable(c)]
         self._writing = threading.Lock()  # for journals, observer and tokenizer, which know nothing of threads
@@ -186,8 +196,14 @@ class Runner:
                     answered = self._contestants[0].journal.run((prompt.id, turn, 0))
                 if answered.finish_reason == "error":
                     obstacle = obstacle or f"{self._contestants[0].label} failed in turn {turn}: nothing to go on from"
-                answer = self._chat.decode(answered.output_ids) if answered.text is None else answered.text
-                messages.append({"role": "assistant", "content": answer})
+                messages.append({"role": "assistant", "content": self._answer(answered)})
+
+    def _answer(self, run: Run) -> str:
+        """What was answered, as text."""
+        if run.text is not None:
+            return run.text
+        with self._writing:
+            return self._chat.decode(run.output_ids)
 
     def _request(self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]) -> GenerationRequest:
         workload = self._workload
@@ -230,6 +246,8 @@ class Runner:
         # Backends that share a process have no memory of their own, and of a server's nobody knows.
         if len(self._contestants) == 1 and "devices" not in self._first.unknown:
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first.devices)})
+        if self._score is not None and run.finish_reason != "error":
+            run = run.model_copy(update={"score": self._score(ask.prompt, ask.turn, self._answer(run))})
         with self._writing:
             contestant.journal.append(run)
             self._observer.finished(contestant.label, run)

@@ -66,7 +66,7 @@ class ChatFormat:
             InputError: the chat template refuses these messages or crashes on them, or there is nothing to feed.
         """
         if self._template is None:
-            ids = self._encode_plain("\n".join(message["content"] for message in messages))
+            ids = self.encode_text("\n".join(message["content"] for message in messages))
         else:
             ids = self._encode_chat(messages, self._template)
         if not ids:
@@ -87,6 +87,26 @@ class ChatFormat:
         if not mark:
             raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
         return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Ids of a text as it is, after a BOS token if this tokenizer adds one and the text has none."""
+        # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.
+        bos = self._tokenizer.bos_token_id
+        plain = tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+        adds_bos = bos is not None and list(self._tokenizer.encode(text))[:1] == [bos]
+        return (bos, *plain) if adds_bos and plain[:1] != (bos,) else plain
+
+    def text(self, messages: Sequence[Message], *, answered: bool) -> str:
+        """The conversation with the chat template around it, open for an answer, or for the rest of the last message
+        if that is an answer (`answered`).
+
+        Raises:
+            InputError: there is no chat template, or as `encode`.
+        """
+        if self._template is None:
+            raise InputError("the model has no chat template to apply; leave the option out")
+        how = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
+        return str(self._render(messages, self._template, tokenize=False, **how))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text alone, as the model would put them out: without any special token around it."""
@@ -118,10 +138,3 @@ class ChatFormat:
         except Exception as error:  # a template is the model's own code and may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None
-
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.
-        bos = self._tokenizer.bos_token_id
-        plain = tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
-        adds_bos = bos is not None and list(self._tokenizer.encode(text))[:1] == [bos]
-        return (bos, *plain) if adds_bos and plain[:1] != (bos,) else plain

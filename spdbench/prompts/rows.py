@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 GZIP_MAGIC = b"\x1f\x8b"
+COLUMN_IN_TEMPLATE = re.compile(r"\{([A-Za-z_]\w*)\}")
 TYPE_WORDS = {
     "string_type": "must be text",
     "int_type": "must be a whole number",
@@ -164,6 +166,38 @@ def rows_to_prompts(
     if not prompts:
         raise InputError(f"{name}: holds no prompts")
     return tuple(prompts)
+
+
+def columns_in(template: str) -> tuple[str, ...]:
+    """The columns that a reference is made of: those in braces, or the only one that it names."""
+    return tuple(dict.fromkeys(COLUMN_IN_TEMPLATE.findall(template))) or (template,)
+
+
+def with_reference(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], template: str | None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """`rows` with one more column, named and made by `template`, if that holds columns in braces.
+
+    Raises:
+        InputError: a row lacks one of them.
+    """
+    if template is None or columns_in(template) == (template,):
+        yield from rows
+        return
+    for where, row in rows:
+        yield where, {**row, template: filled(template, row, where)}
+
+
+def filled(template: str, row: Mapping[str, Any], where: str) -> str:
+    """`template` with `row`'s columns in the place of their names in braces.
+
+    Raises:
+        InputError: the row, whose place is `where`, lacks one of them.
+    """
+    for name in COLUMN_IN_TEMPLATE.findall(template):
+        if name not in row:
+            raise InputError(f"{where}: has no '{name}'{did_you_mean(name, row)}")
+    return COLUMN_IN_TEMPLATE.sub(lambda found: str(row[found[1]]), template)
 
 
 def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Row:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import importlib.resources
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError
-from spdbench.prompts.rows import Part, Row, Text, json_lines, rows_to_prompts
+from spdbench.prompts.rows import Part, Row, Text, columns_in, filled, json_lines, rows_to_prompts, with_reference
 from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 
@@ -36,10 +36,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Prompts as their source has them, before template and limit; `words` name the source, without absolute paths."""
+    """Prompts as their source has them, before template and limit; `words` name the source, without absolute paths.
+
+    `missing` says why the prompts have no references, where they should come from another source that is not there.
+    """
 
     prompts: tuple[Prompt, ...]
     words: str
+    missing: str = ""
 
 
 def _has_placeholder(template: str) -> str:
@@ -91,7 +95,8 @@ class Source(Part, ABC):
 
 
 class ColumnSource(Source):
-    """A source of rows whose columns are named by keys. `prompt` is a text (one turn) or a list of them."""
+    """A source of rows whose columns are named by keys. `prompt` is a text (one turn) or a list of them; `reference` is
+    a column, or a text with columns in braces."""
 
     prompt: Text
     id: Text | None = None
@@ -104,6 +109,16 @@ class ColumnSource(Source):
         named = {"id": self.id, "turns": self.prompt, "category": self.category, "reference": self.reference}
         return {field: column for field, column in named.items() if column is not None}
 
+    def prompts_of(
+        self,
+        rows: Iterable[tuple[str, Mapping[str, Any]]],
+        name: str,
+        place: Place,
+        optional: frozenset[str] = frozenset(),
+    ) -> tuple[Prompt, ...]:
+        """Prompts from this source's rows; see `rows_to_prompts`."""
+        return rows_to_prompts(with_reference(rows, self.reference), self.columns, name, place.category, optional)
+
 
 class PathSource(ColumnSource):
     """A JSONL file, plain or gzipped; the columns default to those of EAGLE and Spec-Bench."""
@@ -114,6 +129,9 @@ class PathSource(ColumnSource):
     id: Text | None = "question_id"
     reference: Text | None = "reference"
     category: Text | None = "category"
+    references: PackageSource | None = Field(
+        None, description="whose rows have the references: of the row whose prompt a prompt of this file holds"
+    )
 
     @property
     def words(self) -> str:
@@ -129,8 +147,23 @@ class PathSource(ColumnSource):
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
         not_asked_for = frozenset({"reference", "category"} - self.model_fields_set)
-        rows = json_lines(raw, str(file))
-        return Loaded(rows_to_prompts(rows, self.columns, str(file), place.category, not_asked_for), self.words)
+        prompts = self.prompts_of(json_lines(raw, str(file)), str(file), place, not_asked_for)
+        if self.references is None:
+            return Loaded(prompts, self.words)
+        try:
+            known = self.references.load(place).prompts
+        except SourceUnavailable as error:
+            bare = tuple(replace(prompt, reference=None) for prompt in prompts)
+            words = f"They are in {self.references.words}: {error.reason}; to get it: {error.command}"
+            return Loaded(bare, self.words, words)
+        return Loaded(tuple(_with_reference_of(prompt, known) for prompt in prompts), self.words)
+
+
+def _with_reference_of(prompt: Prompt, known: tuple[Prompt, ...]) -> Prompt:
+    """`prompt` with the reference of the one in `known` whose text it holds; with none if there is no such."""
+    text = prompt.turns[0]
+    found = next((other.reference for other in known if other.turns[0].strip() in text), None)
+    return replace(prompt, reference=found)
 
 
 class PackageSource(ColumnSource):
@@ -154,7 +187,7 @@ class PackageSource(ColumnSource):
         except OSError:
             raise SourceUnavailable("the package is installed but holds no such file", command) from None
         name = f"{self.package}/{self.file}"
-        return Loaded(rows_to_prompts(json_lines(raw, name), self.columns, name, place.category), self.words)
+        return Loaded(self.prompts_of(json_lines(raw, name), name, place), self.words)
 
 
 class HubSource(ColumnSource):
@@ -173,10 +206,11 @@ class HubSource(ColumnSource):
     def load(self, place: Place) -> Loaded:
         from spdbench.prompts.hub import read_dataset
 
-        rows, commit = read_dataset(self.hub, self.config, self.split, self.revision, tuple(self.columns.values()))
+        columns = [name for column in self.columns.values() for name in columns_in(column)]
+        needed = tuple(dict.fromkeys(columns))
+        rows, commit = read_dataset(self.hub, self.config, self.split, self.revision, needed)
         numbered = ((f"{self.words} row {number}", row) for number, row in enumerate(rows))
-        prompts = rows_to_prompts(numbered, self.columns, self.words, place.category)
-        return Loaded(prompts, f"{self.words} at {commit[:12]}")
+        return Loaded(self.prompts_of(numbered, self.words, place), f"{self.words} at {commit[:12]}")
 
 
 class LmEvalSource(Source):
@@ -185,6 +219,7 @@ class LmEvalSource(Source):
     kind = "lm_eval"
     lm_eval: Text
     include_path: RelativePath | None = Field(None, description="a folder of task files, instead of lm-eval's own")
+    reference: Text | None = Field(None, description="a text with a document's fields in braces, not `doc_to_target`")
 
     @property
     def words(self) -> str:
@@ -192,7 +227,7 @@ class LmEvalSource(Source):
 
     def load(self, place: Place) -> Loaded:
         folder = None if self.include_path is None else place.base / self.include_path
-        rows = (row for name, task in self._tasks(folder) for row in _task_rows(name, task))
+        rows = (row for name, task in self._tasks(folder) for row in _task_rows(name, task, self.reference))
         named = ((f"{self.words} {row['id']}", row) for row in rows)
         columns = {"id": "id", "turns": "doc_to_text", "category": "task", "reference": "doc_to_target"}
         return Loaded(rows_to_prompts(named, columns, self.words, place.category), self.words)
@@ -216,16 +251,19 @@ class LmEvalSource(Source):
             raise SourceUnavailable(f"the task's data cannot be loaded ({_brief(error)})", command) from None
 
 
-def _task_rows(name: str, task: Any) -> Iterator[dict[str, Any]]:
+def _task_rows(name: str, task: Any, template: str | None) -> Iterator[dict[str, Any]]:
     """Rows of an lm-eval task's documents: of its test split, else its validation split, as in lm-eval itself."""
     documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
     for number, document in enumerate(documents):
+        where = f"lm_eval {name}/{number}"
         try:
             text, target = task.doc_to_text(document), task.doc_to_target(document)
             if isinstance(target, int) and task.config.doc_to_choice is not None:
                 target = task.doc_to_choice(document)[target]
         except Exception as error:  # the task's own templates and code
-            raise InputError(f"lm_eval {name}/{number}: cannot be made into a prompt ({_brief(error)})") from None
+            raise InputError(f"{where}: cannot be made into a prompt ({_brief(error)})") from None
+        if template is not None:
+            target = filled(template, document, where)
         yield {"id": f"{name}/{number}", "doc_to_text": text, "task": name, "doc_to_target": target}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SHIPPED_IN = "spdbench_suites"
-Judge = Literal["gsm8k", "humaneval"]
-"""How answers may be scored; DESIGN.md, "Suite file"."""
+Judge = Literal["gsm8k", "gsm8k_strict", "humaneval"]
+"""How answers may be scored; judge/score.py."""
 
 
 class Decoding(Part):
@@ -58,7 +58,8 @@ class Decoding(Part):
 class Suite:
     """Prompts to measure, after the suite's own template and limit. `sha256` is of the YAML file's bytes.
 
-    `source` names the source that won in words. `model` is the suite's own target, `score` how answers are judged.
+    `source` names the source that won in words. `model` is the suite's own target, `score` how answers are judged: all
+    alike, or by category. `missing` says why prompts lack the references that another source has.
     """
 
     name: str
@@ -69,7 +70,8 @@ class Suite:
     model: str | None
     prompts: tuple[Prompt, ...]
     decoding: Decoding
-    score: str | None
+    score: str | Mapping[str, str] | None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ _AnySource = Annotated[
 ]
 
 
+_Score = Annotated[
+    Annotated[Judge, Tag("all")] | Annotated[dict[Text, Judge], Tag("by category")],
+    Discriminator(lambda value: "by category" if isinstance(value, Mapping) else "all"),
+]
+
+
 class _Prompts(Part):
     source: list[_AnySource] = Field(min_length=1)
     template: Template | None = None
@@ -115,7 +123,7 @@ class _SuiteFile(Part):
     model: Text | None = None
     prompts: _Prompts
     decoding: Decoding = Decoding()
-    score: Judge | None = None
+    score: _Score | None = None
 
 
 class _Loader(yaml.SafeLoader):
@@ -155,7 +163,7 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
         raise InputError(f"--data {data}: no such folder")
     file, sha256 = _read(path)
     place = Place(name_or_path, path.parent if data is None else data, file.prompts.category or file.name)
-    prompts, source = _first_there(file.prompts, place, path)
+    prompts, source, missing = _first_there(file.prompts, place, path)
     return Suite(
         name=file.name,
         version=file.version,
@@ -166,6 +174,7 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
         prompts=limit_prompts(prompts, file.prompts.limit),
         decoding=file.decoding,
         score=file.score,
+        missing=missing,
     )
 
 
@@ -250,8 +259,8 @@ def _read(path: Path) -> tuple[_SuiteFile, str]:
 def _reason(details: ErrorDetails) -> str:
     """One mistake with its key path, as in the file; an unknown key or judge comes with those that are known."""
     loc, kind, value = details["loc"], details["type"], details["input"]
-    in_source = loc[:2] == ("prompts", "source") and len(loc) > 3
-    key = ".".join(str(part) for part in (loc[:3] + loc[4:] if in_source else loc))  # loc[3] is pydantic's own tag
+    tag = 3 if loc[:2] == ("prompts", "source") else 1 if loc[:1] == ("score",) else len(loc)  # pydantic's own words
+    key = ".".join(str(part) for part in loc[:tag] + loc[tag + 1 :])
     if kind == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(str(loc[-1]), _model_at(loc[:-1]).model_fields)}"
     if kind == "literal_error" and isinstance(value, str):
@@ -263,6 +272,8 @@ def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
     match loc:
         case ("prompts",):
             return _Prompts
+        case ("prompts", "source", int(), "path", "references"):
+            return PackageSource
         case ("prompts", "source", int(), str() as kind):
             return SOURCES[kind]
         case ("prompts", "source", int(), "inline", "inline", int()):
@@ -272,8 +283,8 @@ def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
     return _SuiteFile
 
 
-def _first_there(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt, ...], str]:
-    """The prompts of the first source that is there, wrapped in their template, and its words."""
+def _first_there(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt, ...], str, str]:
+    """The prompts of the first source that is there, wrapped in their template; its words; what it lacks."""
     missing: list[str] = []
     for source in part.source:
         try:
@@ -282,7 +293,7 @@ def _first_there(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt
             missing.append(f"  {source.words}: {error.reason}\n    to get it: {error.command}")
             continue
         template = source.template or part.template
-        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.words
+        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.words, loaded.missing
     raise InputError("\n".join([f"{path}: none of its prompt sources is there:", *missing]))
 
 

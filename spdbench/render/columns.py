@@ -65,7 +65,7 @@ def _drafter(row: Row) -> str:
     drafter = row.head.drafter
     if drafter is None:
         return EMPTY
-    name = Path(drafter.id).name or drafter.id
+    name = (Path(drafter.id).name or drafter.id).replace(" ", "\n")
     if drafter.synthetic:
         return f"{name}\n(synthetic)"
     return f"{name}\n(untrained)" if is_untrained(drafter) else name
@@ -104,6 +104,14 @@ def _tau(row: Row) -> str:
 def _per_device(row: Row) -> str:
     """Blank with one device, where it repeats the speed-up."""
     return EMPTY if row.head.backend.num_devices == 1 else _metric("speedup_per_device", ".2f")(row)
+
+
+def _score(row: Row) -> str:
+    """The mean with its interval, where there is one; narrow, as it stands beside everything else."""
+    value, interval = row.metrics["score"], row.metrics["score_ci"]
+    if value is None or interval is None:
+        return EMPTY if value is None else f"{value:.2f}"
+    return f"{value:.2f}\n[{interval[0]:.2f},\n{interval[1]:.2f}]"
 
 
 def _device_ms(row: Row) -> str:
@@ -157,7 +165,7 @@ COLUMNS = (
     Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=7),
     Column("device\nms/tok", _device_ms, leave_out=8),
     Column("memory\nGiB", _memory, leave_out=9),
-    Column("score", _metric("score", ".2f"), leave_out=2),
+    Column("score", _score, leave_out=2),
     Column("outputs", _outputs, numeric=False),
 )
 

@@ -22,6 +22,9 @@ ENERGY_NOTE = (
     "J/tok: what {counters} counted from before each request to after it, for each new token; what idled or ran beside "
     "it on these devices is in it."
 )
+SCORE_NOTE = (
+    "score: the mean over the answers that have one ({counts}), with its 95 % interval; not part of any speed-up."
+)
 DIALECT_NOTE = (
     "N: all new tokens, prefill's among them; decode tokens: N - 1; micro: totals over totals; macro: the mean over "
     "requests."
@@ -40,12 +43,23 @@ def notes(table: Table) -> list[str]:
     if any(row.metrics["energy_j_per_token"] is not None for row in table.rows):
         counters = device_name(table.head.environment.get("energy")) or "the machine"
         found.append(ENERGY_NOTE.format(counters=counters))
+    found += _score_notes(table)
     best = [
         f"{row.label} ({row.category or 'all'})" if by_category(table) else row.label for row in table.rows if row.best
     ]
     if best:
         found.append(f"best: {', '.join(best)}.")
     return [*found, *_bubble_notes(table), *table.notes, *_divergence_notes(table), *_flag_notes(table)]
+
+
+def _score_notes(table: Table) -> Iterator[str]:
+    """How many answers stand behind the scores."""
+    rows = [row for row in table.rows if row.category is None and row.metrics["score"] is not None]
+    counts = {row.label: f"{row.metrics['num_scored']} of {row.metrics['num_runs']}" for row in rows}
+    if counts:
+        told = set(counts.values())
+        alike = told.pop() if len(told) == 1 else "; ".join(f"{label}: {count}" for label, count in counts.items())
+        yield SCORE_NOTE.format(counts=alike)
 
 
 def _dialect_notes(table: Table) -> Iterator[str]:

@@ -68,6 +68,7 @@ def test_help_and_version_load_only_click(args: tuple[str, ...]) -> None:
         ("compare", "--help"),
         ("check", "--help"),
         ("run", "--help"),
+        ("eval", "--help"),
         ("env", "--help"),
         ("backends",),
         ("suites",),

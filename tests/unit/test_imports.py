@@ -47,6 +47,9 @@ COMMANDS_WITH_MODELS = (
     "distill_prompts",
     "train",
     "train_session",
+    "eval",
+    "eval_session",
+    "lm_model",
 )
 WIRING = {f"spdbench.cli.{name}" for name in COMMANDS_WITH_MODELS}
 """Where harness and engine are put together: the only commands' modules that know models."""

@@ -49,7 +49,13 @@ class Bench:
     """Two mock backends, `first` being the baseline, on journals in a folder."""
 
     def __init__(
-        self, folder: Path, *backends: MockBackend, resume: bool = False, classify: Any = never, **changes: Any
+        self,
+        folder: Path,
+        *backends: MockBackend,
+        resume: bool = False,
+        classify: Any = never,
+        score: Any = None,
+        **changes: Any,
     ) -> None:
         self.watcher = Watcher()
         self.journals: list[Journal] = []
@@ -60,7 +66,7 @@ class Bench:
             journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
             self.journals.append(journal)
             self.contestants.append(Contestant(["first", "second", "third"][number], backend, journal))
-        self.runner = Runner(workload(**changes), self.contestants, WordChat(), classify, self.watcher)
+        self.runner = Runner(workload(**changes), self.contestants, WordChat(), classify, self.watcher, score)
 
     def run(self) -> list[Run]:
         self.runner.run()
@@ -107,6 +113,24 @@ def test_repeats_share_the_context_of_the_first(tmp_path: Path) -> None:
     Bench(tmp_path, drifting, repeats=3).run()
     second_turns = [r.prompt_ids for r in drifting.requests[3:6]]
     assert second_turns[0] == second_turns[1] == second_turns[2]
+
+
+def test_answers_are_scored_after_the_clock_has_stopped(tmp_path: Path) -> None:
+    log: list[str] = []
+
+    def score(prompt: Prompt, turn: int, answer: str) -> float | None:
+        log.append(f"score {prompt.id}/{turn} {answer}")
+        return None if turn else 0.5
+
+    runs = Bench(tmp_path, MockBackend(log=log), score=score, prompts=PROMPTS[:1]).run()
+    asked = ["prepare", "generate", "closed"]
+    assert log == [*asked, "score a/0 100 101 102 103", *asked, "score a/1 100 101 102 103"]
+    assert [run.score for run in runs] == [0.5, None]
+
+
+def test_failed_answers_have_no_score(tmp_path: Path) -> None:
+    runs = Bench(tmp_path, MockBackend(crash_on(5)), score=lambda *_: 1.0, prompts=PROMPTS[1:]).run()
+    assert [(run.finish_reason, run.score) for run in runs] == [("error", None), ("length", 1.0)]
 
 
 def test_warm_up_is_short_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -190,6 +190,28 @@ def test_broken_package_file_is_told_with_package_and_line(package: Path) -> Non
     assert message == "some_prompts/p.jsonl line 1: has no 'q'. Known: none."
 
 
+def test_reference_may_be_made_of_several_columns(package: Path) -> None:
+    rows = [{"q": "def f():", "test": "def check(g): assert g() == {1}", "name": "f"}, {"q": "x", "name": "g"}]
+    (package / "p.jsonl").write_bytes(jsonl(rows[0]))
+    asked = {"package": "some_prompts", "file": "p.jsonl", "prompt": "q", "reference": "{test}\ncheck({name})"}
+    assert load(PackageSource(**asked)).prompts[0].reference == ("def check(g): assert g() == {1}\ncheck(f)",)
+    (package / "p.jsonl").write_bytes(jsonl(*rows))
+    assert broken(PackageSource(**asked)) == "some_prompts/p.jsonl line 2: has no 'test'. Known: name, q."
+
+
+def test_path_takes_references_from_a_package(package: Path, tmp_path: Path) -> None:
+    (package / "p.jsonl").write_bytes(jsonl({"q": "def f():\n", "test": "f()"}, {"q": "def h():", "test": "h()"}))
+    texts = ["Complete this.\ndef f():", "Complete that.\ndef g():"]
+    (tmp_path / "q.jsonl").write_bytes(jsonl(*({"question_id": t[-4], "turns": [t], "reference": "x"} for t in texts)))
+    tests = PackageSource(package="some_prompts", file="p.jsonl", prompt="q", reference="test")
+    prompts = load(PathSource(path="q.jsonl", references=tests), tmp_path).prompts
+    assert [prompt.reference for prompt in prompts] == [("f()",), None]
+    gone = tests.model_copy(update={"package": "no_such_package"})
+    loaded = load(PathSource(path="q.jsonl", references=gone), tmp_path)
+    assert [prompt.reference for prompt in loaded.prompts] == [None, None]
+    assert loaded.missing.endswith("to get it: pip install no-such-package")
+
+
 # Hub
 
 
@@ -376,6 +398,13 @@ def test_lm_eval_task_is_read_zero_shot(tasks: Path) -> None:
         Prompt("sums/0", "sums", ("Q: 1 + 1? A:",), ("two",)),
         Prompt("sums/1", "sums", ("Q: 2 + 2? A:",), ("four",)),
     )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_reference_may_be_made_of_a_documents_fields(tasks: Path) -> None:
+    pytest.importorskip("lm_eval")
+    source = LmEvalSource(lm_eval="sums", include_path="tasks", reference="{a} of {q}")
+    assert load(source, tasks).prompts[0].reference == ("two of 1 + 1?",)
 
 
 @pytest.mark.filterwarnings("ignore")

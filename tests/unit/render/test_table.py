@@ -360,3 +360,35 @@ def test_json_is_one_object_with_every_metric_and_flag() -> None:
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_shows_a_result_of_failures_only(form: Format) -> None:
     assert show(compare([entry("autoregressive", runs=[failed_run()])], by_category=True), form)
+
+
+def scored(label: str, *, missing: int = 0) -> Entry:
+    """Ten answers, of which every second is right, and the last `missing` have no score."""
+    runs = [
+        make_run(
+            vanilla_steps(9), prompt=f"p{i}", category=CATEGORIES[i % 2], score=None if i >= 10 - missing else i % 2
+        )
+        for i in range(10)
+    ]
+    return entry("autoregressive", runs=runs, label=label)
+
+
+def test_scores_stand_beside_speed_with_their_interval_and_how_many_there_are() -> None:
+    text = show(compare([scored("vanilla"), scored("other", missing=2)]), width=200)
+    assert "0.50 [0." in grid(text)[-1]
+    assert "score: the mean over the answers that have one (vanilla: 10 of 10; other: 8 of 10)" in " ".join(
+        text.split()
+    )
+    by_category = show(compare([scored("vanilla")], by_category=True), width=200)
+    assert "0.00 [0.00, 0.00]" in by_category
+    assert "1.00 [1.00, 1.00]" in by_category
+    assert "score" not in show(compare(demo()), width=200)
+
+
+def test_names_of_drafters_make_room_for_scores_on_a_narrow_terminal() -> None:
+    lookup = DrafterRecord(id="prompt lookup", sha256=None, method="ngram", trained_tokens=None, synthetic=False)
+    text = show(compare([scored("vanilla"), entry("draft_verify", lookup)]), width=80)
+    assert "lookup" in text
+    assert "prompt lookup" not in text
+    assert "left out" not in text
+    assert " score " in text

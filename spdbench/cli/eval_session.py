@@ -1,0 +1,199 @@
+"""One `spdbench eval` from loading to the table: each backend answers lm-eval's tasks, and its file is written.
+
+Importing it needs lm-eval. Scores nothing itself: that is lm-eval's part.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from tabulate import tabulate
+
+from spdbench import __version__
+from spdbench.cli.heads import backend_record, drafter_record, model_record
+from spdbench.cli.interrupts import sigterm_interrupts
+from spdbench.cli.lm_model import SpdbenchLM
+from spdbench.cli.lm_tasks import input_error_in, scores_of
+from spdbench.cli.model_options import ModelOptions
+from spdbench.cli.run import find_devices, find_entrants
+from spdbench.judge.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
+from spdbench.measure.environment import git_state
+from spdbench.measure.journal import write_error
+from spdbench.measure.privacy import names_only
+from spdbench.models.target import Target, load_target
+from spdbench.prompts.chat import ChatFormat
+
+PACKAGES = ("lm_eval", "torch", "transformers")
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class EvalSession:
+    """What is scored, on what, and where the files go. `manager` is lm-eval's, and knows all tasks."""
+
+    labels: Mapping[str, str]
+    chosen: ModelOptions
+    settings: EvalSettings
+    manager: Any
+    results: Path
+    name: str | None
+
+    def run(self) -> None:
+        _check_writable(self.results)
+        entrants = find_entrants(self.labels, self.chosen)
+        devices = find_devices(self.chosen)
+        target = load_target(self.chosen.model or "smollm2", self.chosen.dtype, devices[0])
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its progress in words, and warnings of every option
+        found = []
+        with sigterm_interrupts():
+            for entrant in entrants:
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                try:
+                    model = SpdbenchLM(entrant, target, devices, self.chosen.threads, self.settings.seed)
+                    scored = self._scored(model)
+                    found.append(self._evaluation(model, target, scored, created))
+                finally:
+                    SpdbenchLM.close_all()
+                self._write(found[-1], target)
+        click.echo(_table(found))
+
+    def _scored(self, model: SpdbenchLM) -> Mapping[str, Any]:
+        from lm_eval.evaluator import simple_evaluate
+
+        settings = self.settings
+        try:
+            scored: Mapping[str, Any] = simple_evaluate(
+                model=model,
+                tasks=self.manager.match_tasks(list(settings.tasks)),
+                task_manager=self.manager,
+                num_fewshot=settings.num_fewshot,
+                limit=settings.limit,
+                apply_chat_template=settings.apply_chat_template,
+                fewshot_as_multiturn=settings.apply_chat_template,
+                log_samples=True,
+                confirm_run_unsafe_code=settings.allow_code_execution,
+            )
+        except Exception as error:
+            if (mistake := input_error_in(error)) is not None:
+                raise mistake from None
+            raise
+        return scored
+
+    def _evaluation(self, model: SpdbenchLM, target: Target, scored: Mapping[str, Any], created: str) -> Evaluation:
+        entrant, backend = model.entrant, model.backend
+        samples = scored["samples"]
+        return Evaluation(
+            schema=SCHEMA,
+            created=created,
+            spdbench={"version": __version__, "git": git_state()},
+            versions={name: version(name) for name in PACKAGES},
+            settings=self.settings,
+            backend=_public(backend_record(entrant.name, entrant.label, backend, entrant.options)),
+            model=_public(model_record(target, ChatFormat(target.tokenizer))),
+            drafter=_public(drafter_record(backend)),
+            tasks={name: _task(name, scored) for name in samples},
+            samples=[_sample(name, sample) for name, found in samples.items() for sample in found],
+        )
+
+    def _write(self, evaluation: Evaluation, target: Target) -> None:
+        tasks = re.sub(r"[^A-Za-z0-9.+-]+", "-", "+".join(self.settings.tasks))
+        if len(tasks) > LONGEST_NAME:
+            tasks = f"{len(self.settings.tasks)}-tasks"
+        words = [
+            tasks,
+            evaluation.backend.label,
+            target.files.id.replace("/", "-"),
+            *([self.name] if self.name else []),
+        ]
+        path = self.results / f"{'__'.join(words)}.json"
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_text(evaluation.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                part.unlink()
+            raise write_error(path, error) from None
+        click.echo(f"Wrote {path}", err=True)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises `InputError` now rather than after all answers."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_error(folder, error) from None
+
+
+def _public(record: Any) -> Any:
+    """`record` with the names of files in it, but not their folders."""
+    return None if record is None else type(record).model_validate(names_only(record.model_dump()))
+
+
+def _task(name: str, scored: Mapping[str, Any]) -> EvalTask:
+    told = scored["versions"].get(name)
+    scores = scores_of(scored["results"][name])
+    return EvalTask(
+        version=None if told is None else str(told),
+        num_fewshot=int(scored["n-shot"].get(name, 0)),
+        num_documents=len({sample["doc_id"] for sample in scored["samples"][name]}),
+        scores={
+            key: EvalScore(**{part: _finite(value) for part, value in found.items()}) for key, found in scores.items()
+        },
+    )
+
+
+def _sample(task: str, sample: Mapping[str, Any]) -> EvalSample:
+    numbers = {name: _finite(sample[name]) for name in sample["metrics"] if isinstance(sample[name], int | float)}
+    return EvalSample(
+        task=task,
+        document=sample["doc_id"],
+        filter=sample["filter"],
+        prompt_sha256=sample["prompt_hash"],
+        answers=_plain(sample["filtered_resps"]),
+        scores={name: number for name, number in numbers.items() if number is not None},
+    )
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it; infinite numbers, which JSON has not, in words."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    return float(value) if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _table(evaluations: Sequence[Evaluation]) -> str:
+    """A line for each score of a task, a column for each label."""
+    rows = []
+    for task, told in evaluations[0].tasks.items():
+        for key in told.scores:
+            metric, _, chosen = key.partition(",")
+            cells = [_cell(evaluation.tasks[task].scores.get(key)) for evaluation in evaluations]
+            rows.append([task, told.num_documents, metric, chosen, *cells])
+    headers = ["task", "documents", "metric", "filter", *(evaluation.backend.label for evaluation in evaluations)]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+def _cell(score: EvalScore | None) -> str:
+    if score is None or score.value is None:
+        return "-"
+    return f"{score.value:.4f}" if score.stderr is None else f"{score.value:.4f} +- {score.stderr:.4f}"

@@ -1,0 +1,118 @@
+"""Runs a program that a model wrote, in a process of its own that can do as little as the system lets us take away.
+
+The process starts anew (nothing of ours is in its memory), in an empty folder that is deleted afterwards, with an
+environment that holds no variable of the user's, and without site-packages: answers have the standard library. It has
+limits on time, memory, file size, open files and processes, and `jail.py` shuts off network, other processes, and all
+files but its folder and the standard library. Must not know what the programs are for.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spdbench.errors import InputError
+
+JAIL = Path(__file__).with_name("jail.py")
+COMMAND = (sys.executable, "-S", "-s", "-P", "-B", str(JAIL))
+MAX_REPLY_BYTES = 2**16
+
+PROMISES = {
+    "calls": "no network, no further processes, no signals to others (seccomp)",
+    "files": "no files but an empty folder and the standard library (Landlock)",
+    "memory_bytes": "a limit on memory",
+}
+"""What each guard of the kernel's promises, whatever the program does."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use. `wall_s` is for those that sleep."""
+
+    cpu_s: int = 5
+    wall_s: int = 15
+    memory_bytes: int = 2**30
+    file_bytes: int = 2**20
+    open_files: int = 32
+    processes: int = 0
+
+
+STANDARD = Limits()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a program ended; `guards` are those that the kernel kept."""
+
+    finished: bool
+    guards: tuple[str, ...]
+
+
+def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
+    """Runs `program` to its end or its limits; an exception, an exit and a limit are all no end.
+
+    Raises:
+        InputError: no process can be started, or no folder made.
+    """
+    token = secrets.token_hex(16)
+    asked = {name: value for name, value in asdict(limits).items() if name != "wall_s"}
+    request = json.dumps({"program": program, "token": token, "limits": asked})
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="spdbench-answer-", ignore_cleanup_errors=True) as folder,
+            tempfile.TemporaryFile() as question,
+            tempfile.TemporaryFile() as reply,
+        ):
+            question.write(request.encode("utf-8", "surrogatepass"))
+            question.seek(0)
+            environment = {"HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"}
+            process = subprocess.Popen(
+                COMMAND,
+                stdin=question,
+                stdout=reply,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                process.wait(limits.wall_s)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                process.kill()
+                process.wait()
+            reply.seek(0)
+            guards, _, verdict = reply.read(MAX_REPLY_BYTES).partition(b"\n")
+    except OSError as error:
+        raise InputError(f"--allow-code-execution: answers cannot be run here ({error.strerror})") from None
+    return Outcome(verdict == token.encode(), tuple(json.loads(guards)) if guards else ())
+
+
+def passes(program: str) -> bool:
+    """True if `program` comes to its end within the standard limits."""
+    return run_program(program).finished
+
+
+def require_sandbox() -> str:
+    """What is guaranteed here, in words, after one program that does nothing has come to its end.
+
+    Raises:
+        InputError: it did not.
+    """
+    outcome = run_program("pass")
+    if not outcome.finished:
+        raise InputError(
+            "--allow-code-execution: a program that does nothing fails in the sandbox; nothing is run here"
+        )
+    kept = [words for name, words in PROMISES.items() if name in outcome.guards]
+    lacking = [words for name, words in PROMISES.items() if name not in outcome.guards]
+    told = f"guaranteed by the system: {'; '.join(kept) or 'nothing'}"
+    if lacking:
+        told += f". NOT guaranteed, only asked of Python: {'; '.join(lacking)}. Use a machine that may be lost"
+    return f"{told}."

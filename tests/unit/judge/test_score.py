@@ -1,0 +1,125 @@
+"""Scores: which number counts, which code counts, and references that cannot be used."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.judge.score import Scorer, any_number, check_references, code_in, final_number, program
+from spdbench.types import Prompt
+
+SUM = Prompt("s", "maths", ("What is 3 + 4?", "And twice that?"), ("7", "14"))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She has 3 apples and 4 pears, so 7.", "7"),
+        ("That makes $1,250.50 in all.", "1250.50"),
+        ("The answer is **42**.", "42"),
+        ("It fell to -3 degrees", "-3"),
+        ("12-5", "5"),
+        ("= 109\n#### 109 years, not 5", "109"),
+        ("18 / 2 = 9 m2", "9"),
+        ("Room B12", None),
+        ("None at all", None),
+        ("#### none, but 3", "3"),
+        ("x = \\boxed{1,000}", "1000"),
+        ("1,2 and 3", "3"),
+    ],
+)
+def test_flexible_takes_the_last_number_or_the_marked_one(text: str, number: str | None) -> None:
+    assert any_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(("text", "number"), [("so 7", None), ("8\n#### 7\nor 9", "7"), ("#### 1\n#### 2", "2")])
+def test_strict_takes_only_the_marked_number(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_numbers_are_compared_by_value_turn_by_turn() -> None:
+    score = Scorer("gsm8k")
+    assert [score(SUM, turn, "It is 14.00") for turn in (0, 1)] == [0.0, 1.0]
+    assert score(SUM, 0, "no idea") == 0.0
+    assert Scorer("gsm8k_strict")(SUM, 0, "It is 7") == 0.0
+
+
+def test_only_what_has_a_judge_and_a_reference_is_scored() -> None:
+    assert Scorer({"code": "humaneval"})(SUM, 0, "7") is None
+    assert Scorer(None)(SUM, 0, "7") is None
+    assert Scorer("gsm8k")(Prompt("s", "maths", ("a", "b"), ("", "2")), 0, "7") is None
+    assert Scorer("gsm8k")(Prompt("s", "maths", ("a", "b"), ("1",)), 1, "7") is None
+    assert Scorer("gsm8k")(Prompt("s", "maths", ("a",)), 0, "7") is None
+
+
+def test_code_is_never_run_without_someone_who_may() -> None:
+    task = Prompt("c", "code", ("Write f.",), ("assert f() == 1",))
+    assert Scorer("humaneval")(task, 0, "def f(): return 1") is None
+    seen: list[str] = []
+
+    def run(text: str) -> bool:
+        seen.append(text)
+        return True
+
+    assert Scorer("humaneval", run)(task, 0, "def f(): return 1") == 1.0
+    assert seen == ["def f(): return 1\nassert f() == 1"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("Sure:\n```python\ndef f():\n    return 1\n```\nDone.", "def f():\n    return 1"),
+        ("```\npip install x\n```\n```py\ndef f(): pass\n```", "def f(): pass"),
+        ("```python\ndef f():\n    return 1", "def f():\n    return 1"),
+        ("Here it is.\ndef f():\n    return 1\n", "def f():\n    return 1\n"),
+        ("    return 1\n\ndef g(): pass", "    return 1\n\ndef g(): pass"),
+        ("I cannot.", "I cannot."),
+    ],
+)
+def test_code_is_found_among_words(answer: str, code: str) -> None:
+    assert code_in(answer) == code
+
+
+def test_words_behind_the_code_are_left_out() -> None:
+    text = program("def f():\n    return 1\n\nThis returns one.", "assert f() == 1")
+    assert text == "def f():\n    return 1\n\nassert f() == 1"
+
+
+def test_body_of_a_function_goes_on_where_the_prompt_stops() -> None:
+    reference = 'def f(x):\n    """Twice x."""\n# <answer>\nassert f(2) == 4\n'
+    assert program("    return 2 * x\n", reference).startswith('def f(x):\n    """Twice x."""\n    return 2 * x\n')
+    whole = program("```python\ndef f(x):\n    return x + x\n```", reference)
+    scope: dict[str, object] = {}
+    exec(whole, scope)
+
+
+def test_answer_that_is_no_python_stays_a_mistake() -> None:
+    with pytest.raises(SyntaxError):
+        compile(program("Sorry, I cannot.", "assert True"), "x", "exec")
+
+
+def refused(judges: object, prompts: list[Prompt], *, runs_code: bool = True, missing: str = "") -> str:
+    with pytest.raises(InputError) as caught:
+        check_references("mine", judges, prompts, runs_code=runs_code, missing=missing)  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+def test_references_that_are_missing_or_useless_are_refused_with_what_to_do() -> None:
+    bare = [Prompt("a", "maths", ("1 + 1?",))]
+    assert refused("gsm8k", bare) == (
+        "suite mine: score: gsm8k needs a reference for each prompt, and there is none. Name what holds them with the "
+        "source's key `reference`, or leave `score` out."
+    )
+    assert refused("humaneval", bare, missing="They are elsewhere.").endswith("there is none. They are elsewhere.")
+    assert "no number" not in refused({"sums": "gsm8k"}, bare)
+    assert refused({"sums": "gsm8k"}, bare).endswith("score.sums: no prompt has this category. Known: maths.")
+    words = [Prompt("a", "maths", ("1 + 1?",), ("two",))]
+    assert refused("gsm8k", words).endswith("reference: gsm8k needs a number in it, and there is none in 'two'")
+    solution = [Prompt("a", "code", ("f?",), ("    return 1\n",))]
+    assert "humaneval needs Python that tests the answer" in refused("humaneval", solution)
+
+
+def test_references_of_code_are_not_asked_for_when_no_code_is_run() -> None:
+    check_references("mine", "humaneval", [Prompt("a", "code", ("f?",))], runs_code=False, missing="")
