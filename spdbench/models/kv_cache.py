@@ -50,6 +50,12 @@ class KVCache:
         self._check(num_rows)
         return self.length, *self._arrays[layer - self.layers.start]
 
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """For who writes by slot, wherever that stands: keys and values of all slots, valid or not, `[K, capacity, D]`
+        each."""
+        row = layer - self.layers.start
+        return self._keys[row], self._values[row]
+
     def filled(self, layer: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all valid slots and of S new rows behind them, each `[K, T, D]`."""
         row, end = layer - self.layers.start, self.length + num_rows
