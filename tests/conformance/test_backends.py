@@ -31,6 +31,13 @@ PIPELINES: tuple[dict[str, str], ...] = tuple(
 )
 """Stages in processes of their own have tests of their own, in tests/processes."""
 
+STREAMS: tuple[dict[str, str], ...] = (
+    {"executor": "streams", "stages": "1"},
+    {"executor": "streams", "stages": "3"},
+    {"executor": "streams", "stage_layers": "3,1,2"},
+)
+"""On a CPU a rehearsal of what a GPU replays."""
+
 OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
     "draft_model": ({}, {"num_tokens": "1"}),
     "eagle": (
@@ -48,8 +55,9 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "chain", "heads": "1"},
     ),
     "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
-    "ppsd": PIPELINES,
-    "spd": PIPELINES,
+    "ppsd": (*PIPELINES, STREAMS[1]),
+    "spd": PIPELINES + STREAMS,
+    "vanilla": ({}, {"graphs": "on"}),
 }
 ALONE = {"ngram", "vanilla"}
 """They take no drafter."""
