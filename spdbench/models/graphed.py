@@ -48,6 +48,13 @@ def usual_capacity(decoder: TargetDecoder) -> int:
     return min(USUAL_CAPACITY, decoder.config.max_positions)
 
 
+def recorded_on_gpu(decoder: TargetDecoder, row_counts: Collection[int], wanted: Collection[int]) -> TargetDecoder:
+    """The decoder, with forwards of so many rows recorded where a GPU computes them and they can be."""
+    if decoder.device.type != "cuda" or not isinstance(decoder, Decoder) or not recordable(decoder):
+        return decoder
+    return GraphedDecoder(decoder, row_counts, usual_capacity(decoder), wanted)
+
+
 class RecordedStep:
     """One token through the whole model, recorded: reads `token_1` and `position_1`, both int64 and on the device, and
     leaves the likeliest next token and the next position there, so that a replay can follow a replay. `logits_1V` is
@@ -114,7 +121,8 @@ class _Shape:
 
 
 class GraphedDecoder:
-    """A `TargetDecoder` for one sequence at a time, over `decoder`, with forwards of `row_counts` rows recorded."""
+    """A `TargetDecoder` for one sequence at a time, over all layers that `decoder` holds, with forwards of `row_counts`
+    rows recorded."""
 
     takes_trees = True
 
@@ -179,7 +187,7 @@ class GraphedDecoder:
         if (
             shape is None
             or cache is not self._cache
-            or layers is not None
+            or layers not in (None, self.plain.layers)
             or start != cache.length
             or not self._wanted.issuperset(wanted)
             or (tree is not None and tree.visible_SW.shape[1] != num_rows)
@@ -200,7 +208,7 @@ class GraphedDecoder:
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """As `Decoder.logits`; there already for what the newest replay gave."""
         newest = self._newest
-        if newest is not None and hidden_SM is newest.out_SM:
+        if newest is not None and self.plain.head is not None and hidden_SM is newest.out_SM:
             return newest.logits_SV
         return self.plain.logits(hidden_SM)
 
@@ -209,13 +217,18 @@ class GraphedDecoder:
 
     def new_cache(self, capacity: int, layers: range | None = None) -> TargetCache:
         """The recorded cache, emptied, where it has the room; the sequence before is forgotten."""
-        if layers is not None or capacity > self._cache.capacity:
+        if layers not in (None, self.plain.layers) or capacity > self._cache.capacity:
             return self.plain.new_cache(capacity, layers)
         self._cache.rollback(0)
         return self._cache
 
     def bytes_per_token(self, layers: range, head: bool) -> int:
         return self.plain.bytes_per_token(layers, head)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that has room in the recorded cache."""
+        return self._cache.capacity
 
     def _chain_rows(self, num_rows: int) -> tuple[Tensor, Tensor]:
         depths_S = torch.arange(num_rows, device=self.device)
@@ -235,10 +248,11 @@ class GraphedDecoder:
 
         def work(bucket: int) -> None:
             place = self._layers.tree(self._first.words, shape.depths_S, shape.visible_SS, bucket)
-            keep(0, shape.hidden_SM)
+            keep(plain.layers.start, shape.hidden_SM)
             hidden_SM = run_layers(plain, self._layers, shape.hidden_SM, place, see=keep)
             shape.out_SM.copy_(hidden_SM)
-            shape.logits_SV.copy_(plain.logits(hidden_SM))
+            if plain.head is not None:
+                shape.logits_SV.copy_(plain.logits(hidden_SM))
 
         for bucket in buckets(self._cache.capacity):
             if bucket >= num_rows:

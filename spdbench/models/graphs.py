@@ -21,6 +21,15 @@ WARM_UPS = 2
 """Runs before a capture, in which libraries choose their algorithms and allocate what they keep."""
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event() -> torch.cuda.Event:
+    """One that takes no time and no times."""
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+
 class GraphRunner:
     """Records work for one device. All its graphs share their memory, so that none may run beside another; what is to
     outlive a replay belongs into tensors that were made outside."""
@@ -30,7 +39,7 @@ class GraphRunner:
         self.captures = device.type == "cuda"
         self._side_streams: list[torch.cuda.Stream] = []
         if self.captures:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = new_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
 
     def record(self, work: Work) -> Work:
@@ -49,14 +58,14 @@ class GraphRunner:
             return
         here = torch.cuda.current_stream(self.device)
         while len(self._side_streams) < len(works) - 1:
-            self._side_streams.append(torch.cuda.Stream(self.device))
-        fork, joins = torch.cuda.Event(), []
+            self._side_streams.append(new_stream(self.device))
+        fork, joins = new_event(), []
         fork.record(here)
         for stream, work in zip(self._side_streams, works[1:], strict=False):
             stream.wait_event(fork)
             with torch.cuda.stream(stream):
                 work()
-            join = torch.cuda.Event()
+            join = new_event()
             join.record(stream)
             joins.append(join)
         for work in works[:1]:
@@ -103,10 +112,11 @@ class Upload:
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         self.words = torch.zeros(count, dtype=dtype, device=device)
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(count, dtype=dtype, pin_memory=self._on_gpu) for _ in range(self.COPIES)]
         self._views = [host.numpy() for host in self._hosts]
-        self._events = [torch.cuda.Event() for _ in self._hosts] if self._on_gpu else []
+        self._events = [new_event() for _ in self._hosts] if self._on_gpu else []
         self._next = 0
 
     def send(self, numbers: Sequence[int] | Sequence[float]) -> None:
@@ -117,7 +127,7 @@ class Upload:
         self._views[turn][:] = np.asarray(numbers)
         self.words.copy_(self._hosts[turn], non_blocking=True)
         if self._on_gpu:
-            self._events[turn].record()
+            self._events[turn].record(torch.cuda.current_stream(self._device))
 
 
 class Readback:
@@ -127,9 +137,10 @@ class Readback:
     COPIES = 4
 
     def __init__(self, count: int, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
         self._hosts = [torch.zeros(count, dtype=torch.long, pin_memory=self._on_gpu) for _ in range(self.COPIES)]
-        self._events = [torch.cuda.Event() for _ in self._hosts] if self._on_gpu else []
+        self._events = [new_event() for _ in self._hosts] if self._on_gpu else []
         self._next = 0
 
     def start(self, numbers: Tensor) -> int:
@@ -137,7 +148,7 @@ class Readback:
         ticket, self._next = self._next, (self._next + 1) % self.COPIES
         self._hosts[ticket].copy_(numbers, non_blocking=True)
         if self._on_gpu:
-            self._events[ticket].record()
+            self._events[ticket].record(torch.cuda.current_stream(self._device))
         return ticket
 
     def read(self, ticket: int) -> list[int]:

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench.models.sending import sent
+
 
 def array(tensor: Tensor) -> Any:
     """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not know, as uint16."""
@@ -87,7 +89,7 @@ class KVCache:
         Offsets must rise. What a tree's accepted path leaves behind; nothing moves where the path stands first.
         """
         if list(chosen) != list(range(len(chosen))):
-            slots = torch.tensor(chosen, device=self._keys.device) + mark
+            slots = sent(chosen, self._keys.device) + mark
             end = mark + len(chosen)
             self._keys[:, :, mark:end] = self._keys[:, :, slots]
             self._values[:, :, mark:end] = self._values[:, :, slots]

@@ -25,6 +25,7 @@ from spdbench.models.steps import Geometry, TorchSteps
 
 SMALLEST_BUCKET = 256
 NOWHERE = float("-inf")
+RECORDED_SHAPES = 64
 
 
 def buckets(capacity: int) -> tuple[int, ...]:
@@ -72,6 +73,7 @@ class StaticLayers:
         self._wide = not compiled and wide_products(self._cos_PD.device, self._cos_PD.dtype)
         self._layer: Callable[..., Tensor] = static_layer
         if compiled:
+            allow_shapes(RECORDED_SHAPES)
             self._layer = torch.compile(static_layer, dynamic=False, fullgraph=True)
         for layer in kv_cache.layers:  # what nobody wrote is read too, and multiplied by 0
             for part in kv_cache.slots(layer):
@@ -128,6 +130,11 @@ class StaticLayers:
             self._sin_PD.index_select(0, positions_S)[:, None],
             {window: _added(seen_SB, self._group) for window, seen_SB in seen.items()},
         )
+
+
+def allow_shapes(count: int) -> None:
+    """Lets torch.compile keep code for so many shapes of one function: every bucket and every number of rows is one."""
+    torch._dynamo.config.recompile_limit = max(count, torch._dynamo.config.recompile_limit)
 
 
 def _added(seen_SB: Tensor, group: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -91,6 +93,27 @@ def test_what_was_not_recorded_takes_the_plain_path_into_the_same_cache(decoder:
     assert graphed.new_cache(61) is not cache
     assert graphed.new_cache(60) is cache
     assert cache.length == 0
+
+
+@torch.inference_mode()
+def test_a_stages_layers_can_be_recorded_by_themselves(tiny_model: Path) -> None:
+    """As a stage in a process of its own does on a GPU."""
+    target = tiny.load(tiny_model)
+    whole = target.own_decoder
+    for layers in (range(2), range(2, 5), range(5, 6)):
+        part = target.load_layers(layers)
+        assert isinstance(part, Decoder)
+        graphed, plain = GraphedDecoder(part, (1,), 40, wanted=(3, 6)), whole.new_cache(30, layers)
+        cache, wanted = graphed.new_cache(30, layers), [index for index in (3, 6) if index - 1 in layers]
+        rows_SM = torch.randn(9, whole.config.hidden_size, generator=torch.Generator().manual_seed(1))
+        for some_SM in (rows_SM[:5], rows_SM[5:6], rows_SM[6:7], rows_SM[7:8]):
+            found, states = graphed.forward(some_SM, cache.length, cache, layers, wanted)  # type: ignore[arg-type]
+            expected, theirs = whole.forward(some_SM, plain.length, plain, layers, wanted)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            for index in wanted:
+                torch.testing.assert_close(states[index], theirs[index], rtol=1e-4, atol=1e-4)
+        if part.head is not None:
+            torch.testing.assert_close(graphed.logits(found), whole.logits(expected), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -53,7 +53,7 @@ def test_every_cycle_gives_the_logits_and_states_of_the_stages_in_turn(
     for pipeline in (streams, inline):
         pipeline.prefill(PROMPT, 60, greedy=False)
     schedule = PipelineSchedule(len(stages))
-    node = schedule.start(5, len(PROMPT))
+    node: Node | None = schedule.start(5, len(PROMPT))
     for turn in range(30):
         cycle = schedule.cycle()
         found = []
