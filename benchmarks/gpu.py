@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 from benchmarks.gpu_parts import REAL, REHEARSAL, Found, Settings, generate, machine, streams, vanilla
@@ -91,7 +92,7 @@ def main() -> None:
     for name in [*(chosen.parts or []), *([chosen.part] if chosen.part else [])]:
         if name not in known:
             arguments.error(f"no part {name}. Allowed: {', '.join(known)}")
-    if not chosen.rehearse and not has_gpu():
+    if not chosen.rehearse and not torch.cuda.is_available():
         arguments.error("no GPU that torch can use; --rehearse runs all parts on the CPU, and measures nothing")
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.part:
@@ -107,12 +108,6 @@ def main() -> None:
     print(f"{chosen.out / 'gpu.md'}: {sum(each['status'] == 'done' for each in report)} of {len(known)} parts done")
     names = {each["part"] for each in report if each["status"] == "done"}
     sys.exit(0 if all(part.name in names for part in wanted) else 1)
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def run_part(part: Part, settings: Settings, chosen: argparse.Namespace) -> None:
@@ -142,6 +137,8 @@ def run_part(part: Part, settings: Settings, chosen: argparse.Namespace) -> None
 
 def run_here(part: Part, settings: Settings, out: Path) -> None:
     """The part itself; writes its file."""
+    if not settings.on_gpu:
+        torch.set_num_threads(1)  # tiny tensors gain nothing from a second one, which may have to wait for a processor
     began = time.monotonic()
     try:
         found = part.run(settings, out)
@@ -157,8 +154,6 @@ def record(name: str, settings: Settings, out: Path, status: str, took_s: float,
 
 
 def versions() -> dict[str, str]:
-    import torch
-
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"torch": torch.__version__, "python": sys.version.split()[0], "gpu": device}
 

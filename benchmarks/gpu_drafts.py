@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu_models import SHAPES
-from benchmarks.gpu_parts import CAPACITY, FORCED, Found, Settings, Turn, attempt, graphed_side, seconds, timing
+from benchmarks.gpu_parts import FORCED, Found, Settings, Turn, attempt, graphed_side, room, seconds, timing
 from benchmarks.sides import Row, ratio, take_turns, times
 from spdbench.decoding.named_trees import named_tree
 from spdbench.decoding.sampling import Sampler
@@ -69,16 +69,16 @@ class Setting:
 
 def eagle(name: str, settings: Settings) -> Found:
     """EAGLE-3's head: a chain, and a dynamic tree."""
-    decoder = settings.decoder(SHAPES[name])
+    decoder, capacity = settings.decoder(SHAPES[name]), room(settings.request(SHAPES[name]))
     file = random_eagle(decoder, 0)
     weights = build_eagle(file, decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
 
     def setting(growth: Growth) -> Setting:
         def recorded() -> NewDrafter:
-            module = RecordedEagle(weights, decoder, growth, CAPACITY)
+            module = RecordedEagle(weights, decoder, growth, capacity)
             return lambda: RecordedEagleDrafter(weights, decoder, growth, module)
 
-        return Setting(lambda: EagleDrafter(weights, decoder, growth, CAPACITY), recorded, growth.max_nodes)
+        return Setting(lambda: EagleDrafter(weights, decoder, growth, capacity), recorded, growth.max_nodes)
 
     trees = {"chain of 4": setting(ChainGrowth(4)), "24 nodes, 5 levels": setting(DynamicGrowth(5, 8, 24))}
     return compare(name, "eagle", decoder, settings, trees, weights.aux)
@@ -119,7 +119,7 @@ def compare(
     }
     for tree, setting in trees.items():
         ways: dict[str, tuple[TargetDecoder, NewDrafter]] = {"eager": (decoder, setting.plain)}
-        made, why = attempt(partial(recorded_target, decoder, setting, wanted))
+        made, why = attempt(partial(GraphedDecoder, decoder, (1, setting.num_nodes), room(request), wanted))
         if made is None:
             notes.append(f"{method}, {tree}, target: {why}")
         else:
@@ -147,10 +147,6 @@ def compare(
         for (tree, way, forced), found in turns.items()
     ]
     return Found(rows, [], notes)
-
-
-def recorded_target(decoder: Decoder, setting: Setting, wanted: Sequence[int]) -> GraphedDecoder:
-    return GraphedDecoder(decoder, (1, setting.num_nodes), CAPACITY, wanted)
 
 
 def tokens_per_round(found: Turn) -> float:

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_drafts import Dictated
 from benchmarks.gpu_models import SHAPES, stages_of
-from benchmarks.gpu_parts import CAPACITY, Found, Settings, synthetic
+from benchmarks.gpu_parts import Found, Settings, room, synthetic
 from benchmarks.sides import Goal, Row
 from spdbench.decoding.graphed import GraphedDecoding
 from spdbench.decoding.speculate import Speculation
@@ -41,10 +41,10 @@ def trace(name: str, settings: Settings, folder: Path) -> Found:
     shape = SHAPES[name]
     decoder, request = settings.decoder(shape), settings.request(shape)
     stages = stages_of(shape, 4)
-    pipeline = StreamsPipeline(decoder, stages, (), CAPACITY)
+    pipeline = StreamsPipeline(decoder, stages, (), room(request))
     drafter = synthetic(decoder, request, 1.0)
     sides: dict[str, Iterator[Any]] = {
-        "vanilla": GraphedDecoding(decoder, CAPACITY).decode(request),
+        "vanilla": GraphedDecoding(decoder, room(request)).decode(request),
         "streams": PipelinedDecoding(pipeline, stages, drafter, request).steps(),
         "eagle": recorded_eagle(decoder, request),
     }
@@ -66,8 +66,8 @@ def recorded_eagle(decoder: Decoder, request: GenerationRequest) -> Iterator[Ste
     """Rounds of a dynamic tree whose drafts are all wrong, so that there are enough of them."""
     weights = build_eagle(random_eagle(decoder, 0), decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
     growth = DynamicGrowth(5, 8, 24)
-    target = GraphedDecoder(decoder, (1, growth.max_nodes), CAPACITY, weights.aux)
-    module = RecordedEagle(weights, decoder, growth, CAPACITY)
+    target = GraphedDecoder(decoder, (1, growth.max_nodes), room(request), weights.aux)
+    module = RecordedEagle(weights, decoder, growth, room(request))
     drafter = RecordedEagleDrafter(weights, decoder, growth, module)
     drafts = synthetic_drafts(parse_drafter("forced:0"), 0, decoder, request)
     return Speculation(target, Dictated(drafter, drafts), request).steps()

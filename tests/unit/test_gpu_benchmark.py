@@ -60,17 +60,10 @@ def test_layers_made_for_a_stage_are_those_of_the_whole_model() -> None:
     assert stages_of(shape, 4, head_layers=2) == (range(3), range(3, 5), range(5, 7), range(7, 8))
 
 
-def test_the_largest_sequence_has_room_in_what_is_recorded() -> None:
-    from benchmarks.gpu_parts import CAPACITY
-
-    for settings in (REAL, REHEARSAL):
-        assert settings.prompt_tokens + settings.tokens + 64 <= CAPACITY
-
-
 def test_parts_that_matter_most_come_first_and_none_twice() -> None:
     names = list(gpu.parts(REAL))
     assert names[:5] == ["machine", "vanilla-0.6B", "streams-0.6B", "vanilla-4B", "generate-0.6B"]
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 16
     assert {"streams-8B", "processes-4B", "eagle-4B", "medusa-0.6B", "trace-0.6B"} <= set(names)
 
 
