@@ -5,7 +5,7 @@ A method fills in how drafters are loaded and made. Must not know any method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from spdbench.backend import BackendContext, BackendInfo
@@ -15,6 +15,9 @@ from spdbench_backends.drafting import Drafting
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
+    from spdbench.models.decoder import Decoder
+    from spdbench.models.graphed import GraphedDecoder
+    from spdbench_backends.graph_options import Graphs
 
 
 class DraftVerify(Drafting["Drafter"]):
@@ -26,6 +29,7 @@ class DraftVerify(Drafting["Drafter"]):
         super().__init__(context)
         self._spans: Sequence[Span] = ()
         self._chosen: Mapping[str, str] = {}  # what the backend decided for itself, to be kept in the result
+        self._recorded: GraphedDecoder | None = None
 
     def describe(self) -> BackendInfo:
         decoder = self._decoder
@@ -44,13 +48,33 @@ class DraftVerify(Drafting["Drafter"]):
     def close(self) -> None:
         super().close()
         self._spans = ()
+        self._recorded = None
 
     def _decode(self, request: GenerationRequest, drafter: Drafter) -> Iterator[Step]:
         from spdbench.decoding.speculate import Speculation
 
-        speculation = Speculation(self._decoder, drafter, request, self._judge())
+        speculation = Speculation(self._recorded or self._decoder, drafter, request, self._judge())
         self._spans = speculation.spans
         return speculation.steps()
+
+    def _record(self, graphs: Graphs, num_nodes: int, wanted: Collection[int]) -> Decoder | None:
+        """Records the target's forwards of one row and of `num_nodes`, if the option says so; then the target, for the
+        drafter's own steps."""
+        from spdbench_backends.graph_options import to_be_recorded
+
+        decoder = to_be_recorded(graphs, self._context)
+        if decoder is not None:
+            from spdbench.models.graphed import GraphedDecoder, usual_capacity
+
+            capacity, compiled = usual_capacity(decoder), graphs == "compiled"
+            self._recorded = GraphedDecoder(decoder, (1, num_nodes), capacity, wanted, compiled=compiled)
+            self._chosen = {**self._chosen, "graphs": "on"}
+        return decoder
+
+    def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:
+        """True if a sequence so long has room in what was recorded."""
+        needed = len(request.prompt_ids) + request.max_new_tokens + num_nodes
+        return self._recorded is not None and needed <= self._recorded.capacity
 
     def _judge(self) -> Judge:
         from spdbench.decoding.verify import judge_tree

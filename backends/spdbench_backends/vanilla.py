@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench_backends.graph_options import GraphOptions, to_be_recorded
 
 if TYPE_CHECKING:
+    from spdbench.decoding.graphed import GraphedDecoding
     from spdbench.models.interface import TargetDecoder
 
 
 class Vanilla:
     """Autoregressive decoding, one token a forward: the baseline."""
 
-    class Options(BackendOptions):
+    class Options(GraphOptions):
         """vanilla has no options of its own."""
 
     kind: ClassVar[BackendKind] = "autoregressive"
     lossless = True
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:  # noqa: ARG002 - the protocol's
+    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
+        self._options = cast(Vanilla.Options, options)
         self._context = context
         self._decoder: TargetDecoder | None = None
+        self._graphed: GraphedDecoding | None = None
 
     def load(self) -> None:
         self._decoder = self._context.target.decoder
+        graphs = self._options.graphs
+        if (recorded := to_be_recorded(graphs, self._context)) is not None:
+            from spdbench.decoding.graphed import GraphedDecoding
+            from spdbench.models.graphed import usual_capacity
+
+            self._graphed = GraphedDecoding(recorded, usual_capacity(recorded), compiled=graphs == "compiled")
 
     def describe(self) -> BackendInfo:
         decoder = self._loaded()
@@ -34,6 +44,7 @@ class Vanilla:
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
+            chosen={} if self._graphed is None else {"graphs": "on"},
             kernels=decoder.kernels,
         )
 
@@ -44,7 +55,8 @@ class Vanilla:
         from spdbench.decoding.autoregressive import decode
 
         forwards = float(len(request.prompt_ids))
-        for token in decode(self._loaded(), request):
+        decoder, graphed = self._loaded(), self._graphed
+        for token in decode(decoder, request) if graphed is None else graphed.decode(request):
             yield Step((token,), 0, 0, 0, forwards)
             forwards = 1.0
 
@@ -52,7 +64,7 @@ class Vanilla:
         return ()
 
     def close(self) -> None:
-        self._decoder = None
+        self._decoder = self._graphed = None
 
     def _loaded(self) -> TargetDecoder:
         if self._decoder is None:

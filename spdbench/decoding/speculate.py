@@ -25,6 +25,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
 from spdbench.decoding.verify import TreeVerdict, judge_tree
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.sending import sent
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
 
 
@@ -40,7 +41,7 @@ class Features:
         """The same for some of the rows."""
         if list(rows) == list(range(len(self.hidden))):
             return self
-        chosen = torch.tensor(rows, device=self.hidden.device)
+        chosen = sent(rows, self.hidden.device)
         return Features(self.hidden[chosen], {index: state[chosen] for index, state in self.states.items()})
 
 

@@ -73,6 +73,18 @@ def from_paths(paths: Sequence[Path], device: torch.device | None = None) -> Tre
 
 
 @dataclass(frozen=True)
+class GrownTree(Tree):
+    """A tree of which it is already known who sees whom."""
+
+    known: TreeRows | None = None
+
+    @cached_property
+    def rows(self) -> TreeRows:
+        assert self.known is not None
+        return self.known
+
+
+@dataclass(frozen=True)
 class DraftTree:
     """Tokens for a tree: `ids_N[0]` is the root's. `drawn` holds, for the chain of a drafter that samples, the
     distribution `[V]` that each draft was drawn from; None where drafts were picked."""

@@ -27,6 +27,7 @@ from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.memory import return_freed_memory
 from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
+from spdbench.models.sending import sent
 from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
 
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -109,7 +110,7 @@ class Decoder:
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
-        return torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
+        return sent(list(token_ids), self.device)
 
     def new_cache(self, capacity: int, layers: range | None = None) -> KVCache:
         """An empty cache for `layers` (all by default) with room for `capacity` tokens."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench.models.sending import sent
+
 
 def array(tensor: Tensor) -> Any:
     """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not know, as uint16."""
@@ -50,6 +52,12 @@ class KVCache:
         self._check(num_rows)
         return self.length, *self._arrays[layer - self.layers.start]
 
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """For who writes by slot, wherever that stands: keys and values of all slots, valid or not, `[K, capacity, D]`
+        each."""
+        row = layer - self.layers.start
+        return self._keys[row], self._values[row]
+
     def filled(self, layer: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all valid slots and of S new rows behind them, each `[K, T, D]`."""
         row, end = layer - self.layers.start, self.length + num_rows
@@ -81,7 +89,7 @@ class KVCache:
         Offsets must rise. What a tree's accepted path leaves behind; nothing moves where the path stands first.
         """
         if list(chosen) != list(range(len(chosen))):
-            slots = torch.tensor(chosen, device=self._keys.device) + mark
+            slots = sent(chosen, self._keys.device) + mark
             end = mark + len(chosen)
             self._keys[:, :, mark:end] = self._keys[:, :, slots]
             self._values[:, :, mark:end] = self._values[:, :, slots]

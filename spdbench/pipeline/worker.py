@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spdbench.models.graphed import recorded_on_gpu
 from spdbench.models.interface import AbandonedError, TargetCache, TargetDecoder
 from spdbench.models.likeliest import likeliest
 from spdbench.models.memory import return_freed_memory
@@ -129,7 +130,7 @@ class _Stage:
         self._spans: list[tuple[int, ...]] = []
         self._free_ns = 0
         self._cache: TargetCache | None = None
-        self._decoder: TargetDecoder = spec.source.load(spec.layers, spec.device)
+        self._decoder: TargetDecoder = recorded_on_gpu(spec.source.load(spec.layers, spec.device), (1,), spec.wanted)
         self._on_gpu = self._decoder.device.type == "cuda"
         self._warm_up()
         self._inbox, self._outbox = self._links()

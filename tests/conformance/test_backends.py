@@ -31,6 +31,13 @@ PIPELINES: tuple[dict[str, str], ...] = tuple(
 )
 """Stages in processes of their own have tests of their own, in tests/processes."""
 
+STREAMS: tuple[dict[str, str], ...] = (
+    {"executor": "streams", "stages": "1"},
+    {"executor": "streams", "stages": "3"},
+    {"executor": "streams", "stage_layers": "3,1,2"},
+)
+"""On a CPU a rehearsal of what a GPU replays."""
+
 OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
     "draft_model": ({}, {"num_tokens": "1"}),
     "hf": ({}, {"prompt_lookup": "3"}),
@@ -41,16 +48,21 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "dynamic", "depth": "3", "top_k": "3", "total_tokens": "9"},
         {"tree": "dynamic", "depth": "1", "top_k": "1", "total_tokens": "2"},
         {"tree": "auto"},
+        {"tree": "chain", "depth": "3", "graphs": "on"},
+        {"tree": "static", "graphs": "on"},
+        {"tree": "dynamic", "depth": "3", "top_k": "3", "total_tokens": "9", "graphs": "on"},
     ),
     "medusa": (
         {"tree": "chain"},
         {"tree": "mc_sim_7b_63", "heads": "4"},
         {"tree": "auto"},
         {"tree": "chain", "heads": "1"},
+        {"tree": "mc_sim_7b_63", "heads": "4", "graphs": "on"},
     ),
     "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
-    "ppsd": PIPELINES,
-    "spd": PIPELINES,
+    "ppsd": (*PIPELINES, STREAMS[1]),
+    "spd": PIPELINES + STREAMS,
+    "vanilla": ({}, {"graphs": "on"}),
 }
 ALONE = {"hf", "ngram", "vanilla"}
 """They take no drafter."""

@@ -13,6 +13,7 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
+from spdbench_backends.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from spdbench_backends.eagle.formats import EagleFile
     from spdbench_backends.eagle.growth import Growth
     from spdbench_backends.eagle.head import EagleWeights
+    from spdbench_backends.eagle.recorded import RecordedEagle
 
 ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
@@ -33,7 +35,7 @@ STATIC_DEPTH = 5
 class Eagle(DraftVerify):
     """EAGLE: a head drafts a tree from the target's features."""
 
-    class Options(BackendOptions):
+    class Options(GraphOptions):
         tree: Literal["chain", "static", "dynamic", "auto"] = Field(
             "auto",
             description="chain: one draft a level; static: EAGLE-1's 25 nodes; dynamic: EAGLE-2's most probable paths; "
@@ -59,6 +61,7 @@ class Eagle(DraftVerify):
         self._options = cast(Eagle.Options, options)
         self._weights: EagleWeights | None = None
         self._growth: Growth | None = None
+        self._module: RecordedEagle | None = None
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -76,6 +79,7 @@ class Eagle(DraftVerify):
             self._info = drafter_info(choice.kind, file.path.name, method, file.sha256, file.trained_tokens)
         self._choice = choice
         self._growth = self._choose_growth(choice, file)
+        self._record_all(self._growth)
 
     def _check_options(self) -> None:
         options, label = self._options, self._context.label
@@ -187,9 +191,23 @@ class Eagle(DraftVerify):
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
             return SyntheticEagleDrafter(self._drafts(request), self._growth, self._decoder.device)
+        target = self._context.target.own_decoder
+        if self._module is not None and self._is_recorded_for(request, self._growth.max_nodes):
+            from spdbench_backends.eagle.recorded import RecordedEagleDrafter
+
+            return RecordedEagleDrafter(self._weights, target, self._growth, self._module)
         capacity = len(request.prompt_ids) + request.max_new_tokens
-        return EagleDrafter(self._weights, self._context.target.own_decoder, self._growth, capacity)
+        return EagleDrafter(self._weights, target, self._growth, capacity)
+
+    def _record_all(self, growth: Growth) -> None:
+        """The target's forwards and the head's rounds, if the option says so."""
+        weights = self._weights
+        target = self._record(self._options.graphs, growth.max_nodes, () if weights is None else weights.aux)
+        if target is not None and weights is not None and self._recorded is not None:
+            from spdbench_backends.eagle.recorded import RecordedEagle
+
+            self._module = RecordedEagle(weights, target, growth, self._recorded.capacity)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._growth = None
+        self._weights = self._growth = self._module = None

@@ -26,13 +26,20 @@ from spdbench_backends.synthetic_trees import SyntheticTrees
 class EagleDrafter:
     """A head at work on one request. True target features replace guessed ones as soon as they are known."""
 
-    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int) -> None:
+    def __init__(
+        self,
+        weights: EagleWeights,
+        target: Decoder,
+        growth: Growth,
+        capacity: int,
+        module: EagleModule | None = None,
+    ) -> None:
         self.wanted = weights.aux
         self.max_nodes = growth.max_nodes
         self._target = target
         self._growth = growth
         # A growth feeds at most all of its levels but the last, each as wide as the whole tree could be.
-        self._module = EagleModule(weights, capacity + growth.num_levels * growth.max_nodes)
+        self._module = module or EagleModule(weights, capacity + growth.num_levels * growth.max_nodes)
         self._features: Features | None = None
         self._next_ids: Tensor | None = None
 
@@ -47,7 +54,7 @@ class EagleDrafter:
         if max_levels < 1:
             return DraftTree(ROOT, root)
         logits, state = self._module.extend(self._inputs(self._features), self._next_ids)
-        return self._growth.grow(_HeadProposer(self._module, logits, state), root, max_levels)
+        return self._growth.grow(HeadProposer(self._module, logits, state), root, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._features = features
@@ -62,7 +69,7 @@ class EagleDrafter:
         return torch.cat([features.states[index] for index in self.wanted], dim=-1)
 
 
-class _HeadProposer:
+class HeadProposer:
     """A head's candidates of one round. `_states` are those of the rows asked last."""
 
     def __init__(self, module: EagleModule, logits_1U: Tensor, state_1M: Tensor) -> None:

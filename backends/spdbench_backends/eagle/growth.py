@@ -70,7 +70,7 @@ class ChainGrowth:
         ids = [root, proposer.first(1).ids_SK[0]]
         for level in range(1, levels):
             rows = TreeRows(
-                torch.tensor([level - 1], device=root.device),
+                torch.full((1,), level - 1, device=root.device),
                 torch.ones(1, level, dtype=torch.bool, device=root.device),
             )
             ids.append(proposer.next(torch.zeros_like(root), ids[-1], rows, 1).ids_SK[0])
@@ -179,7 +179,7 @@ class DynamicGrowth:
             child_scores = (beam_scores[:, None] + found.scores_SK.double() - TIE_BREAK).flatten()
             scores.append(child_scores)
             ids.append(found.ids_SK.flatten())
-            parents.append(beam_nodes.repeat_interleave(k))
+            parents.append(beam_nodes[:, None].expand(k, k).flatten())
             beam_scores, best = child_scores.topk(k)
             beam_ids, beam_rows, beam_nodes = ids[-1][best], best // k, best + pool
             visible = torch.cat((visible[beam_rows], eye), dim=1)

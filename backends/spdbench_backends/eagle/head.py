@@ -109,6 +109,11 @@ class EagleModule:
         place = Place(self.weights.rotary, self._committed, len(ids_S), rows)
         return self._logits(self._forward(states_SM, ids_S, place))
 
+    def reset(self) -> None:
+        """Forgets everything: another sequence begins."""
+        self._cache.rollback(0)
+        self._committed = 0
+
     def token_ids(self, draft_ids: Tensor) -> Tensor:
         """Draft vocabulary indices as token ids, of the same shape."""
         ids_U = self.weights.token_ids_U
@@ -133,6 +138,16 @@ class EagleModule:
 
     def _forward(self, features_SM: Tensor, ids_S: Tensor, place: Place) -> Tensor:
         weights, steps = self.weights, self._choose_steps(len(ids_S))
+        inputs, residual_SM = self._entering(features_SM, ids_S)
+        hidden_SM = layer_body(weights.layers[0], steps, place, 0, inputs, residual_SM, self._cache)
+        for index, layer in enumerate(weights.layers[1:], 1):
+            hidden_SM = layer_forward(layer, steps, place, index, hidden_SM, self._cache)
+        self._cache.advance(len(ids_S))
+        return hidden_SM
+
+    def _entering(self, features_SM: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        """What layer 0 reads, and the residual that it is added to."""
+        weights, steps = self.weights, self._choose_steps(len(ids_S))
         embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
         first = weights.layers[0]
         if weights.is_eagle3:
@@ -143,11 +158,7 @@ class EagleModule:
             residual_SM = normed_SM if weights.residual_normed else features_SM
         else:
             residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
-        hidden_SM = layer_body(first, steps, place, 0, inputs, residual_SM, self._cache)
-        for index, layer in enumerate(weights.layers[1:], 1):
-            hidden_SM = layer_forward(layer, steps, place, index, hidden_SM, self._cache)
-        self._cache.advance(len(ids_S))
-        return hidden_SM
+        return inputs, residual_SM
 
     def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
         weights = self.weights

@@ -13,6 +13,7 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
+from spdbench_backends.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spdbench_backends.fixed_tree import FixedTree
     from spdbench_backends.medusa.formats import MedusaFile
     from spdbench_backends.medusa.head import MedusaWeights
+    from spdbench_backends.medusa.recorded import RecordedMedusa
 
 ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
 """First-choice accuracy by head where a drafter says nothing about it: each head sees one token less far."""
@@ -32,7 +34,7 @@ SYNTHETIC_HEADS = 5
 class Medusa(DraftVerify):
     """Medusa: several heads draft a tree from the target's last hidden state."""
 
-    class Options(BackendOptions):
+    class Options(GraphOptions):
         tree: str = Field(
             "auto",
             description="auto: what pays here, by measured costs and the heads' accuracies; chain; a name such as "
@@ -50,6 +52,7 @@ class Medusa(DraftVerify):
         self._options = cast(Medusa.Options, options)
         self._weights: MedusaWeights | None = None
         self._tree: FixedTree | None = None
+        self._heads: RecordedMedusa | None = None
 
     @property
     def lossless(self) -> bool:
@@ -71,6 +74,11 @@ class Medusa(DraftVerify):
             self._info = drafter_info(choice.kind, file.path.name, "medusa", file.sha256, file.trained_tokens)
         self._choice = choice
         self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
+        target = self._record(self._options.graphs, len(self._tree.tree), ())
+        if target is not None and self._weights is not None:
+            from spdbench_backends.medusa.recorded import RecordedMedusa
+
+            self._heads = RecordedMedusa(self._weights, target, self._tree)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
         if choice.kind in ("oracle", "forced"):
@@ -170,8 +178,13 @@ class Medusa(DraftVerify):
             raise RuntimeError("medusa is not loaded")
         if self._weights is None:
             return SyntheticTreeDrafter(self._drafts(request), self._tree, self._decoder.device)
-        return MedusaDrafter(self._weights, self._context.target.own_decoder, self._tree)
+        target = self._context.target.own_decoder
+        if self._heads is not None:
+            from spdbench_backends.medusa.recorded import RecordedMedusaDrafter
+
+            return RecordedMedusaDrafter(self._weights, target, self._tree, self._heads)
+        return MedusaDrafter(self._weights, target, self._tree)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._tree = None
+        self._weights = self._tree = self._heads = None

@@ -22,8 +22,10 @@ from spdbench_backends.spd.pipelined import Pipelined
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.pipeline.streams import Beside
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.head import HeadWeights
+    from spdbench_backends.spd.recorded import RecordedDraftModule
 
 
 class SPD(Pipelined):
@@ -34,10 +36,11 @@ class SPD(Pipelined):
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
         super().__init__(options, context)
         self._head: HeadWeights | None = None
+        self._module: RecordedDraftModule | None = None
 
     def close(self) -> None:
         super().close()
-        self._head = None
+        self._head = self._module = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.drafter_files import drafter_info
@@ -71,6 +74,21 @@ class SPD(Pipelined):
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticDrafter
 
+        if self._head is not None and self._module is not None:
+            from spdbench.pipeline.streams import StreamsPipeline
+            from spdbench_backends.spd.recorded import RecordedHeadDrafter
+
+            assert isinstance(self._pipeline, StreamsPipeline)
+            vocab_size = self._decoder.config.vocab_size
+            return RecordedHeadDrafter(self._head, vocab_size, self._module, self._pipeline.drafted)
         if self._head is not None:
             return HeadDrafter(self._head, self._decoder.config.vocab_size)
         return SyntheticDrafter(self._drafts(request))
+
+    def _beside(self, capacity: int) -> Beside | None:
+        """Heads that read rows as if all stages were level are drafted with outside of what is recorded."""
+        from spdbench_backends.spd.recorded import RecordedDraftModule
+
+        if self._head is not None and self._head.use_deepest:
+            self._module = RecordedDraftModule(self._head, capacity)
+        return self._module

@@ -96,8 +96,7 @@ class HeadDrafter:
         logits_U = self._module.logits(self._rows.next(in_flight, newest.position))
         if sampler.greedy:
             return Draft(self._target_id(sampler.choose(logits_U)))
-        drafted_U = sampler.probabilities(logits_U)
-        return Draft(self._target_id(sampler.draw(drafted_U)), self._over_vocabulary(drafted_U))
+        return self._drawn(logits_U, sampler)
 
     def dictated(self, position: int) -> bool | None:  # noqa: ARG002
         return None
@@ -105,6 +104,10 @@ class HeadDrafter:
     def rollback(self, length: int) -> None:
         self._rows.rollback(length)
         self._module.rollback(length)
+
+    def _drawn(self, logits_U: Tensor, sampler: Sampler) -> Draft:
+        drafted_U = sampler.probabilities(logits_U)
+        return Draft(self._target_id(sampler.draw(drafted_U)), self._over_vocabulary(drafted_U))
 
     def _target_id(self, draft_index: int) -> int:
         return draft_index if self._token_ids is None else int(self._token_ids[draft_index])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
+    from spdbench.pipeline.streams import Beside, StreamsPipeline
     from spdbench.pipeline.transport import RowTransport
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.engine import PipelinedDecoding
@@ -62,10 +63,14 @@ class PipelineOptions(BackendOptions):
     stage_layers: Annotated[tuple[int, ...] | Literal["auto"] | None, BeforeValidator(counts_of)] = Field(
         None, description="layers of each stage, e.g. 11,10,9; auto: balanced by measured times; default: equal stages"
     )
-    executor: Literal["auto", "process", "inline"] = Field(
+    executor: Literal["auto", "process", "inline", "streams"] = Field(
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
+        "streams: all stages side by side on one GPU, recorded as CUDA graphs (on a CPU a rehearsal); "
         "auto: process for more than one stage",
+    )
+    context: int | None = Field(
+        None, ge=64, le=2**20, description="streams: tokens of the longest sequence; default: 4096, or the model's own"
     )
     transport: Literal["auto", "pipe", "gloo", "nccl"] = Field(
         "auto",
@@ -140,12 +145,12 @@ class Pipelined(Drafting["PipelineDrafter"]):
         assert self._pipeline is not None
         self._decoding = PipelinedDecoding(self._pipeline, self._stages, drafter, request)
         steps = self._decoding.steps()
-        if self._executor == "inline":
+        if self._executor != "process":
             return steps
         return _with_threads(steps, self._drafters_threads)
 
     @property
-    def _executor(self) -> Literal["process", "inline"]:
+    def _executor(self) -> Literal["process", "inline", "streams"]:
         if self._options.executor == "auto":
             return "process" if len(self._stages) > 1 else "inline"
         return self._options.executor
@@ -162,9 +167,9 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
 
     def _device(self, stage: int) -> str:
-        """Devices are dealt to the stages in order."""
+        """Devices are dealt to the stages in order; streams share one."""
         devices = self._context.devices
-        return devices[stage % len(devices)]
+        return devices[0 if self._executor == "streams" else stage % len(devices)]
 
     @property
     def _drafters_device(self) -> str:
@@ -246,6 +251,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
             from spdbench.pipeline.inline import InlinePipeline
 
             return InlinePipeline(self._decoder, self._stages, anchors)
+        if self._executor == "streams":
+            return self._start_streams()
         from spdbench.pipeline.process import ProcessPipeline
         from spdbench.pipeline.stages import StageWorkers
         from spdbench.pipeline.worker import StageSpec
@@ -275,6 +282,19 @@ class Pipelined(Drafting["PipelineDrafter"]):
         ]
         workers = StageWorkers(specs, self._options.timeout_s, self._context.label)
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
+
+    def _start_streams(self) -> StreamsPipeline:
+        from spdbench.models.graphed import refuse_unrecordable, usual_capacity
+        from spdbench.pipeline.streams import StreamsPipeline
+
+        asked = f"-o {self._context.label}.executor=streams"
+        decoder = refuse_unrecordable(self._decoder, asked, "process, inline")
+        capacity = min(self._options.context or usual_capacity(decoder), decoder.config.max_positions)
+        return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._beside(capacity))
+
+    def _beside(self, capacity: int) -> Beside | None:  # noqa: ARG002 - for methods that have one
+        """What drafts beside the stages where these are recorded; None where drafts are made after or before."""
+        return None
 
 
 def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:

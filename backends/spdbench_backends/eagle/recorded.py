@@ -1,0 +1,145 @@
+"""EAGLE's round of drafting, recorded as one piece: committed rows through the head, and the tree behind them.
+
+    rows of accepted tokens (as many as a round can accept; what is behind the valid ones is written over by the tree)
+    candidates behind the last valid row, then level by level, as the growth has it
+
+All is on the device: what the host sends are tokens and where they stand. The cache is that of a plain `EagleModule`,
+which serves the first round and those near the limit. Must not know how trees are verified.
+
+Shapes: S rows, R rows of a round, F feature columns, N nodes, M draft width, U draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.speculate import Features
+from spdbench.decoding.tree import DraftTree, GrownTree
+from spdbench.models.decoder import Decoder
+from spdbench.models.graphs import GraphRunner, Upload
+from spdbench.models.place import TreeRows
+from spdbench.models.static import StaticLayers, StaticPlace, bucket_for, buckets
+from spdbench_backends.eagle.drafter import EagleDrafter, HeadProposer
+from spdbench_backends.eagle.growth import Growth
+from spdbench_backends.eagle.head import EagleModule, EagleWeights
+
+
+class RecordedEagle(EagleModule):
+    """A head for one sequence at a time of up to `capacity` tokens, with a round recorded for every bucket."""
+
+    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int) -> None:
+        self._num_rows = growth.num_levels + 1
+        self._scratch = growth.num_levels * growth.max_nodes
+        super().__init__(weights, capacity + self._num_rows + self._scratch)
+        self._growth = growth
+        self._runner = GraphRunner(weights.device)
+        self._bucket = 0  # of the round that is being recorded
+        with torch.inference_mode():
+            windows = {layer.window for layer in weights.layers}
+            self._static = StaticLayers(weights.geometry, weights.rotary, self._cache, windows)
+            self._sent = Upload(2 + self._num_rows, torch.long, weights.device)
+            words = self._sent.words
+            self._first_1, self._count_1, self._ids_R = words[:1], words[1:2], words[2:]
+            columns = target.config.hidden_size * max(1, len(weights.aux))
+            self._features_RF = torch.zeros(self._num_rows, columns, dtype=weights.dtype, device=weights.device)
+            self._sent.send([0, 1, *[0] * self._num_rows])
+            ids_U = weights.token_ids_U
+            self._draft = self._empty_draft(target.config.vocab_size if ids_U is None else len(ids_U))
+            sizes = buckets(self._cache.capacity)
+            self._replays = {bucket: self._runner.record(partial(self._work, bucket)) for bucket in sizes}
+
+    @property
+    def num_rows(self) -> int:
+        """The most rows that a round can begin with."""
+        return self._num_rows
+
+    def replay(self, features_SF: Tensor, token_ids: Sequence[int]) -> DraftTree:
+        """Commits rows as `extend` does and grows a tree of all levels behind them; holds until the next replay."""
+        count = len(token_ids)
+        self._features_RF[:count].copy_(features_SF)
+        self._sent.send([self._committed, count, *token_ids, *[0] * (self._num_rows - count)])
+        self._replays[bucket_for(self._committed + self._num_rows + self._scratch, self._replays)]()
+        self._committed += count
+        self._cache.rollback(0)
+        self._cache.advance(self._committed)
+        return self._draft
+
+    def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
+        """As ever, or, while a round is recorded, behind the rows that it begins with."""
+        if not self._bucket:
+            return super().grow(states_SM, ids_S, rows)
+        first_1 = self._first_1 + self._count_1
+        place = self._static.tree(first_1, rows.depths_S, rows.visible_SW, self._bucket)
+        return self._logits(self._through(states_SM, ids_S, place))
+
+    def _work(self, bucket: int) -> None:
+        self._bucket = bucket
+        try:
+            positions_R = self._first_1 + torch.arange(self._num_rows, device=self.weights.device)
+            place = self._static.chain(positions_R, bucket)
+            hidden_RM = self._through(self._fused(self._features_RF), self._ids_R, place)
+            logits_1U, state_1M = self._logits(hidden_RM.index_select(0, self._count_1 - 1))
+            root_1 = self._ids_R.index_select(0, self._count_1 - 1)
+            proposer = HeadProposer(self, logits_1U, state_1M)
+            draft = self._growth.grow(proposer, root_1, self._growth.num_levels)
+            self._keep(draft)
+        finally:
+            self._bucket = 0
+
+    def _through(self, features_SM: Tensor, ids_S: Tensor, place: StaticPlace) -> Tensor:
+        inputs, hidden_SM = self._entering(features_SM, ids_S)
+        layers = self.weights.layers
+        hidden_SM = self._static.body(layers[0], 0, inputs, hidden_SM, place)
+        for index, layer in enumerate(layers[1:], 1):
+            hidden_SM = self._static.forward(layer, index, hidden_SM, place)
+        return hidden_SM
+
+    def _keep(self, draft: DraftTree) -> None:
+        """The draft, in tensors that outlive the replay."""
+        kept, rows = self._draft, draft.tree.rows
+        kept.ids_N.copy_(draft.ids_N)
+        kept.tree.parents_N.copy_(draft.tree.parents_N)
+        kept.tree.rows.depths_S.copy_(rows.depths_S)
+        kept.tree.rows.visible_SW.copy_(rows.visible_SW)
+
+    def _empty_draft(self, num_ids: int) -> DraftTree:
+        """Found by growing a tree of nothing, so that its size need not be known beforehand."""
+        weights = self.weights
+        state_1M = torch.zeros(1, weights.width, dtype=weights.dtype, device=weights.device)
+        logits_1U = torch.zeros(1, num_ids, dtype=weights.dtype, device=weights.device)
+        root_1 = torch.zeros(1, dtype=torch.long, device=weights.device)
+        grown = self._growth.grow(HeadProposer(self, logits_1U, state_1M), root_1, self._growth.num_levels)
+        self.reset()
+        tree, rows = grown.tree, grown.tree.rows
+        known = TreeRows(rows.depths_S.clone(), rows.visible_SW.clone())
+        return DraftTree(GrownTree(tree.parents_N.clone(), tree.num_levels, tree.is_chain, known), grown.ids_N.clone())
+
+
+class RecordedEagleDrafter(EagleDrafter):
+    """One request's drafter over a recorded head."""
+
+    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, recorded: RecordedEagle) -> None:
+        super().__init__(weights, target, growth, 0, recorded)
+        self._recorded = recorded
+        self._tokens: tuple[int, ...] = ()
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
+        self._recorded.reset()
+        self._tokens = ()
+        super().start(prompt_ids, features, root)
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
+        """The prompt, and trees that must not be as deep as they were recorded, take the plain path."""
+        if not self._tokens or max_levels < self._growth.num_levels:
+            return super().propose(max_levels, sampler)
+        assert self._features is not None
+        return self._recorded.replay(self._inputs(self._features), self._tokens)
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:
+        self._tokens = tuple(token_ids)
+        super().accept(token_ids, features)

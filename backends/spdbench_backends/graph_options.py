@@ -1,0 +1,38 @@
+"""Whether a backend's steps are recorded at load and replayed. Must not know the steps; loads no torch by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from spdbench.backend import BackendContext, BackendOptions
+
+if TYPE_CHECKING:
+    from spdbench.models.decoder import Decoder
+
+Graphs = Literal["auto", "on", "off", "compiled"]
+
+
+class GraphOptions(BackendOptions):
+    """Options of all backends whose steps can be recorded."""
+
+    graphs: Graphs = Field(
+        "auto",
+        description="on: steps are recorded at load and replayed, as CUDA graphs on a GPU, on a CPU to rehearse that; "
+        "compiled: fused by torch.compile before that; auto: on where a GPU holds a model that can be recorded",
+    )
+
+
+def to_be_recorded(graphs: Graphs, context: BackendContext) -> Decoder | None:
+    """The decoder whose steps are to be recorded; None where they are not.
+
+    Raises:
+        InputError: graphs were asked for, and the model's layers cannot be recorded.
+    """
+    from spdbench.models.graphed import recordable, refuse_unrecordable
+
+    decoder = context.target.decoder
+    if graphs == "off" or (graphs == "auto" and (decoder.device.type != "cuda" or not recordable(decoder))):
+        return None
+    return refuse_unrecordable(decoder, f"-o {context.label}.graphs={graphs}", "auto, off")

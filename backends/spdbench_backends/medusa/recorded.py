@@ -1,0 +1,58 @@
+"""Medusa's round of drafting, recorded as one piece: heads, candidates, the tree filled. Must not know of verdicts.
+
+Shapes: M model width, N nodes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.tree import DraftTree
+from spdbench.models.decoder import Decoder
+from spdbench.models.graphs import GraphRunner, Upload
+from spdbench_backends.fixed_tree import FixedTree
+from spdbench_backends.medusa.drafter import MedusaDrafter
+from spdbench_backends.medusa.head import MedusaWeights
+
+
+class RecordedMedusa:
+    """The heads over a tree of one shape."""
+
+    def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree) -> None:
+        self._weights, self._target, self._tree = weights, target, tree
+        with torch.inference_mode():
+            self._root = Upload(1, torch.long, target.device)
+            self._hidden_1M = torch.zeros(1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+            self._ids_N = torch.zeros(len(tree.tree), dtype=torch.long, device=target.device)
+            self._replay = GraphRunner(target.device).record(self._work)
+
+    def fill(self, hidden_1M: Tensor, root: int) -> DraftTree:
+        """The whole tree behind the token `root`, chosen from `hidden_1M`; holds until the next one."""
+        self._hidden_1M.copy_(hidden_1M)
+        self._root.send([root])
+        self._replay()
+        return DraftTree(self._tree.tree, self._ids_N)
+
+    def _work(self) -> None:
+        tree, weights = self._tree, self._weights
+        levels = tree.tree.num_levels
+        logits = weights.logits(self._target.normed(self._hidden_1M), levels)
+        best = weights.token_ids(logits.topk(tree.num_ranks, dim=-1).indices)
+        self._ids_N.copy_(tree.fill(self._root.words, best, levels).ids_N)
+
+
+class RecordedMedusaDrafter(MedusaDrafter):
+    """One request's drafter over recorded heads."""
+
+    def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree, recorded: RecordedMedusa) -> None:
+        super().__init__(weights, target, tree)
+        self._recorded = recorded
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
+        """Trees that must not be as deep as they were recorded take the plain path."""
+        if max_levels < self._tree.tree.num_levels:
+            return super().propose(max_levels, sampler)
+        assert self._hidden is not None
+        return self._recorded.fill(self._hidden, self._root)

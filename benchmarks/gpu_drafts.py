@@ -1,0 +1,163 @@
+"""EAGLE and Medusa with untrained heads and dialled acceptance: what drafting and verifying cost on a GPU.
+
+Must not know what other parts measure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks.gpu_models import SHAPES
+from benchmarks.gpu_parts import FORCED, Found, Settings, Turn, attempt, graphed_side, room, seconds, timing
+from benchmarks.sides import Row, ratio, take_turns, times
+from spdbench.decoding.named_trees import named_tree
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.speculate import Drafter, Features, Speculation
+from spdbench.decoding.synthetic import SyntheticDrafts, parse_drafter, synthetic_drafts
+from spdbench.decoding.tree import DraftTree, Path
+from spdbench.models.decoder import Decoder
+from spdbench.models.graphed import GraphedDecoder
+from spdbench.models.interface import TargetDecoder
+from spdbench.types import GenerationRequest
+from spdbench_backends.eagle.build import build_eagle, random_eagle
+from spdbench_backends.eagle.drafter import EagleDrafter
+from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, Growth
+from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.fixed_tree import FixedTree
+from spdbench_backends.medusa.build import build_medusa, random_medusa
+from spdbench_backends.medusa.drafter import MedusaDrafter
+from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
+
+NewDrafter = Callable[[], Drafter]
+
+
+class Dictated:
+    """A drafter at work whose drafts' verdicts are dialled."""
+
+    def __init__(self, drafter: Drafter, drafts: SyntheticDrafts) -> None:
+        self.wanted, self.max_nodes = drafter.wanted, drafter.max_nodes
+        self._drafter, self._drafts = drafter, drafts
+        self._index = 0
+
+    def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
+        self._drafter.start(prompt_ids, features, root)
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
+        return self._drafter.propose(max_levels, sampler)
+
+    def accept(self, token_ids: Sequence[int], features: Features) -> None:
+        self._index += len(token_ids)
+        self._drafter.accept(token_ids, features)
+
+    def dictated(self, num_levels: int) -> Sequence[bool] | None:
+        return self._drafts.verdicts(self._index + 1, num_levels)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One tree: a drafter that launches its steps one by one, the same one recorded, and the most nodes."""
+
+    plain: NewDrafter
+    recorded: Callable[[], NewDrafter]
+    num_nodes: int
+
+
+def eagle(name: str, settings: Settings) -> Found:
+    """EAGLE-3's head: a chain, and a dynamic tree."""
+    decoder, capacity = settings.decoder(SHAPES[name]), room(settings.request(SHAPES[name]))
+    file = random_eagle(decoder, 0)
+    weights = build_eagle(file, decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
+
+    def setting(growth: Growth) -> Setting:
+        def recorded() -> NewDrafter:
+            module = RecordedEagle(weights, decoder, growth, capacity)
+            return lambda: RecordedEagleDrafter(weights, decoder, growth, module)
+
+        return Setting(lambda: EagleDrafter(weights, decoder, growth, capacity), recorded, growth.max_nodes)
+
+    trees = {"chain of 4": setting(ChainGrowth(4)), "24 nodes, 5 levels": setting(DynamicGrowth(5, 8, 24))}
+    return compare(name, "eagle", decoder, settings, trees, weights.aux)
+
+
+def medusa(name: str, settings: Settings) -> Found:
+    """Four heads: a chain, and the published tree of 63 drafts."""
+    decoder = settings.decoder(SHAPES[name])
+    weights = build_medusa(random_medusa(decoder, 4, 0), decoder)
+
+    def setting(paths: Sequence[Path]) -> Setting:
+        tree = FixedTree(paths, decoder.device)
+
+        def recorded() -> NewDrafter:
+            heads = RecordedMedusa(weights, decoder, tree)
+            return lambda: RecordedMedusaDrafter(weights, decoder, tree, heads)
+
+        return Setting(lambda: MedusaDrafter(weights, decoder, tree), recorded, len(tree.tree))
+
+    chain = [(0,) * level for level in range(1, 5)]
+    trees = {"chain of 4": setting(chain), "63 drafts": setting(named_tree("mc_sim_7b_63"))}
+    return compare(name, "medusa", decoder, settings, trees, ())
+
+
+def compare(
+    name: str,
+    method: str,
+    decoder: Decoder,
+    settings: Settings,
+    trees: Mapping[str, Setting],
+    wanted: Sequence[int],
+) -> Found:
+    """Every tree without graphs, with the target's forwards recorded, and with the drafts' steps recorded as well,
+    against vanilla with graphs."""
+    request, notes = settings.request(SHAPES[name]), []
+    sides: dict[tuple[str, str, float], Callable[[], Turn]] = {
+        ("vanilla", "graphs", 0.0): graphed_side(decoder, request)
+    }
+    for tree, setting in trees.items():
+        ways: dict[str, tuple[TargetDecoder, NewDrafter]] = {"eager": (decoder, setting.plain)}
+        made, why = attempt(partial(GraphedDecoder, decoder, (1, setting.num_nodes), room(request), wanted))
+        if made is None:
+            notes.append(f"{method}, {tree}, target: {why}")
+        else:
+            ways["target"] = made, setting.plain
+            drafter, why = attempt(setting.recorded)
+            notes += [f"{method}, {tree}, drafts: {why}"] if drafter is None else []
+            ways |= {} if drafter is None else {"target and drafts": (made, drafter)}
+        for forced in FORCED:
+            drafts = synthetic_drafts(parse_drafter(f"forced:{forced}"), 0, decoder, request)
+            for way, (target, new) in ways.items():
+                sides[tree, way, forced] = partial(turn, target, new, drafts, request)
+    turns = take_turns(sides, settings.rounds)
+    base = seconds(turns["vanilla", "graphs", 0.0])
+    rows: list[Row] = [
+        {
+            "shape": name,
+            "method": method if forced else "vanilla",
+            "tree": tree if forced else "",
+            "recorded": way,
+            "P": forced or "",
+            **timing(found),
+            "over_vanilla": times(ratio(base, seconds(found))),
+            "tokens_per_round": tokens_per_round(found[-1]) if forced else 1.0,
+        }
+        for (tree, way, forced), found in turns.items()
+    ]
+    return Found(rows, [], notes)
+
+
+def tokens_per_round(found: Turn) -> float:
+    return round(sum(len(step.token_ids) for step in found.steps) / len(found.steps), 3)
+
+
+def turn(target: TargetDecoder, new: NewDrafter, drafts: SyntheticDrafts, request: GenerationRequest) -> Turn:
+    steps = Speculation(target, Dictated(new(), drafts), request).steps()
+    next(steps)
+    began = time.perf_counter()
+    found = tuple(steps)
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return Turn((time.perf_counter() - began) / sum(len(step.token_ids) for step in found), found)

@@ -1,0 +1,97 @@
+"""Drafts of recorded rounds are those of the plain path, round by round: verdicts alone would hardly show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from spdbench.decoding.named_trees import named_tree
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.speculate import Drafter, Features
+from spdbench.models.decoder import Decoder
+from spdbench.types import Sampling
+from spdbench_backends.eagle.build import build_eagle, random_eagle
+from spdbench_backends.eagle.drafter import EagleDrafter
+from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, Growth, StaticGrowth
+from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.fixed_tree import FixedTree
+from spdbench_backends.medusa.build import build_medusa, random_medusa
+from spdbench_backends.medusa.drafter import MedusaDrafter
+from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
+from tests import tiny
+
+PROMPT = tuple(range(30, 41))
+CPU = torch.device("cpu")
+GROWTHS: dict[str, Growth] = {
+    "chain": ChainGrowth(4),
+    "chain of 1": ChainGrowth(1),
+    "static": StaticGrowth(tuple(EAGLE_1), CPU),
+    "dynamic": DynamicGrowth(4, 5, 17),
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    folder: Path = tiny.make_model(tmp_path_factory.mktemp("drafts") / "qwen3", "qwen3")
+    return tiny.load(folder).own_decoder
+
+
+def features(target: Decoder, count: int, seed: int, wanted: Sequence[int]) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(count, target.config.hidden_size, generator=generator) for _ in range(1 + len(wanted))]
+    return Features(rows[0], dict(zip(wanted, rows[1:], strict=True)))
+
+
+@torch.inference_mode()
+def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: int) -> None:
+    """Two requests, with rounds that accept more and fewer tokens, and trees cut short now and then."""
+    sampler = Sampler(Sampling(), 0)
+    for request in range(2):
+        sides = [make() for make in new]
+        wanted = tuple(sides[0].wanted)
+        for side in sides:
+            side.start(PROMPT, features(target, len(PROMPT), request, wanted), 7)
+        seen = set()
+        for turn in range(12):
+            room = levels if turn % 5 != 4 else max(1, levels - 1)
+            plain, recorded = (side.propose(room, sampler) for side in sides)
+            assert plain.ids_N.tolist() == recorded.ids_N.tolist(), f"round {turn}"
+            assert plain.tree.parents_N.tolist() == recorded.tree.parents_N.tolist()
+            assert plain.tree.is_chain == recorded.tree.is_chain
+            assert torch.equal(plain.tree.rows.visible_SW, recorded.tree.rows.visible_SW)
+            assert torch.equal(plain.tree.rows.depths_S, recorded.tree.rows.depths_S)
+            seen.add(tuple(plain.ids_N.tolist()))
+            count = 1 + turn % (levels + 1)
+            token_ids = [(13 * turn + index) % 250 for index in range(count)]
+            for side in sides:
+                side.accept(token_ids, features(target, count, 100 + turn, wanted))
+        assert len(seen) > 8
+
+
+@pytest.mark.parametrize("growth", GROWTHS.values(), ids=GROWTHS)
+@pytest.mark.parametrize("version", [1, 3])
+def test_eagles_recorded_rounds(target: Decoder, growth: Growth, version: int) -> None:
+    file = random_eagle(target, 3, version)  # type: ignore[arg-type]
+    weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
+    recorded = RecordedEagle(weights, target, growth, 120)
+    new = (
+        lambda: EagleDrafter(weights, target, growth, 120),
+        lambda: RecordedEagleDrafter(weights, target, growth, recorded),
+    )
+    same_drafts(target, new, growth.num_levels)
+
+
+@pytest.mark.parametrize("tree", ["chain", "mc_sim_7b_63"])
+def test_medusas_recorded_rounds(target: Decoder, tree: str) -> None:
+    weights = build_medusa(random_medusa(target, 4, 3), target)
+    paths = [(0,) * level for level in range(1, 5)] if tree == "chain" else named_tree(tree)
+    fixed = FixedTree(paths, target.device)
+    recorded = RecordedMedusa(weights, target, fixed)
+    new = (
+        lambda: MedusaDrafter(weights, target, fixed),
+        lambda: RecordedMedusaDrafter(weights, target, fixed, recorded),
+    )
+    same_drafts(target, new, 4)
