@@ -6,6 +6,7 @@ lm-eval is imported when it is asked for. Must not know models or backends.
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from math import comb
 from pathlib import Path
@@ -35,6 +36,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None, *, allow_code: b
 
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path}: no such folder")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # every retry in words; we tell the end of it
     manager = None
     if include_path is not None:  # lm-eval's own thousands of files are read only where they are needed
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
