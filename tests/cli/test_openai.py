@@ -73,6 +73,13 @@ def test_a_server_alone_needs_no_model_here(run: Runs) -> None:
     assert "other_model" in " ".join(said.out.split())
 
 
+def test_a_model_that_its_server_calls_by_its_folder_is_called_by_its_name(run: Runs) -> None:
+    run.server.model = "/home/someone/models/llama"
+    said = run("--max-new-tokens", "20", "-o", f"openai.model={run.server.model}")
+    assert said.code == 0, said.err
+    assert "someone" not in (run.results / "mini__openai__llama.json").read_text()
+
+
 def test_beside_vanilla_speeds_compare_and_outputs_do_not(run: Runs, tiny_model: Path) -> None:
     said = run("-b", "vanilla", "-m", tiny_model, "--dtype", "float32", "--max-new-tokens", "20")
     assert said.code == 0, said.err
