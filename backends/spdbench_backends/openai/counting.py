@@ -2,7 +2,7 @@
 
 Chunks are not tokens: a server that drafts sends several at once, and half a letter waits for its other half. So the
 server's own word is taken, and which word it was stands in the result. Log-probabilities come after usage, although
-they tell more: having them computed slows a server down, which is then no longer what people use.
+they tell more: having them computed is work that a server does not do for its users, on the clock.
 """
 
 from __future__ import annotations
