@@ -115,7 +115,8 @@ def test_the_readmes_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [code] = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
     [line] = [line for line in text.splitlines() if line == 'mine = "mine:Mine"']
-    [suite] = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    suites = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    [suite] = [each for each in suites if each.startswith("name: mine\n")]
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", "utf-8")
