@@ -30,7 +30,10 @@ DIALECT_NOTE = (
     "requests."
 )
 BUBBLE_NOTE = "bubble: the share of decode time in which the lanes that hold the target computed nothing of it."
-CYCLE_NOTE = "cycles in which every stage was at work: the share of them that the slowest stage's work took."
+CYCLE_NOTE = (
+    "cycles in which every stage was at work: the share of them that the slowest stage's work took, over 100 % where "
+    "stages ran ahead of the verdict."
+)
 
 
 def notes(table: Table) -> list[str]:
