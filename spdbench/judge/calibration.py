@@ -8,8 +8,7 @@ of the same code lie apart, between-run noise included. Of two further runs one 
 once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. The mean of M
 runs falls behind the mean of B others by less: s = 1 - exp(-t * d * sqrt((1 / M + 1 / B) / 2)).
 
-Sources: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation);
-M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions" (1964), 26.7.3 and 26.7.4 (the distribution of t).
+Source: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation).
 
 Must not know where calibrations are kept or how they are shown.
 """
@@ -26,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.counterpart import reference
+from spdbench.judge.quantiles import t_quantile
 from spdbench.judge.recording import Recording, speeds
 from spdbench.judge.result import Result, RunKey
 from spdbench.judge.timing import SPEED, SPEEDUP
@@ -169,30 +169,6 @@ def distance(logarithms: Sequence[float]) -> float:
     """d above: the root of the mean squared distance of two of them."""
     squares = [(a - b) ** 2 for a, b in combinations(logarithms, 2)]
     return math.sqrt(sum(squares) / len(squares))
-
-
-def t_quantile(probability: float, degrees: int) -> float:
-    """Student's t below which `probability` (at least 0.5) lies, by halving."""
-    low, high = 0.0, 1.0
-    while _t_below(high, degrees) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_below(middle, degrees) < probability else (low, middle)
-    return high
-
-
-def _t_below(t: float, degrees: int) -> float:
-    """P(T < t) for t >= 0: Abramowitz and Stegun 26.7.3 for odd, 26.7.4 for even degrees of freedom."""
-    angle = math.atan(t / math.sqrt(degrees))
-    squared_cosine, odd = math.cos(angle) ** 2, degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= squared_cosine * (k - 1) / k
-        total += term
-    inside = math.sin(angle) * total
-    return 0.5 + ((angle + inside) / math.pi if odd else inside / 2)
 
 
 def parse_calibration(text: str) -> Calibration:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from spdbench.errors import InputError, NotComparableError
-from spdbench.judge.calibration import MIN_RUNS, SMALLEST, calibrate, distance, parse_calibration, slowdown, t_quantile
+from spdbench.judge.calibration import MIN_RUNS, SMALLEST, calibrate, distance, parse_calibration, slowdown
+from spdbench.judge.quantiles import t_quantile
 from spdbench.judge.recording import Recording
 from tests.builders import MS, failed_run
 from tests.unit.judge.gates import drafted_runs, eagle, plain, plain_runs
@@ -30,12 +31,6 @@ def runs(*eagle_speeds: float, **more: object) -> list[Recording]:
             eagle(drafted_runs(step_ns=lambda _: round(factor * 20 * MS / speed)), environment=environment),  # noqa: B023
         ]
     return found
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9, 10, 19, 40])
-@pytest.mark.parametrize("probability", [0.6, 0.975, 0.995])
-def test_quantiles_of_student_are_scipys(probability: float, degrees: int) -> None:
-    assert t_quantile(probability, degrees) == pytest.approx(scipy_stats.t.ppf(probability, degrees))
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=20))
