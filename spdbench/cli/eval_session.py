@@ -23,7 +23,7 @@ from tabulate import tabulate
 from spdbench import __version__
 from spdbench.cli.heads import backend_record, drafter_record, model_record
 from spdbench.cli.interrupts import sigterm_interrupts
-from spdbench.cli.lm_model import SpdbenchLM
+from spdbench.cli.lm_model import SpdbenchLM, with_ids
 from spdbench.cli.lm_tasks import input_error_in, scores_of
 from spdbench.cli.model_options import ModelOptions
 from spdbench.cli.run import find_devices, find_entrants
@@ -51,7 +51,7 @@ class EvalSession:
 
     def run(self) -> None:
         _check_writable(self.results)
-        entrants = find_entrants(self.labels, self.chosen)
+        entrants = with_ids(find_entrants(self.labels, self.chosen))
         devices = find_devices(self.chosen)
         target = load_target(self.chosen.model or "smollm2", self.chosen.dtype, devices[0])
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its progress in words, and warnings of every option

@@ -1,5 +1,5 @@
-"""Every backend as a model of lm-eval's, called `spdbench` there: it generates by the backend, and judges texts by the
-target.
+"""Every backend that gives ids as a model of lm-eval's, called `spdbench` there: it generates by the backend, and
+judges texts by the target.
 
 Importing it needs lm-eval. Answers come one at a time, since that is what the backends are for. Must not know tasks,
 scores or result files.
@@ -17,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from spdbench.backend import Backend, BackendContext
+from spdbench.backend import Backend, BackendContext, is_text_only
 from spdbench.cli.model_options import DTYPES, ModelOptions
 from spdbench.cli.run import find_devices, find_entrants
 from spdbench.cli.session import Entrant
@@ -33,6 +33,21 @@ MODEL_ARGS = ("backend", "model", "drafter", "dtype", "devices", "threads", "see
 GENERATION_ARGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
 LM_EVAL_DEVICE = "cuda:0"
 """What lm-eval says where its user said nothing."""
+
+
+def with_ids(entrants: list[Entrant]) -> list[Entrant]:
+    """`entrants`, if lm-eval can have all of them as models.
+
+    Raises:
+        InputError: one is a server, which knows text only.
+    """
+    for entrant in entrants:
+        if is_text_only(entrant.cls):
+            raise InputError(
+                f"-b {entrant.label}: {entrant.name} knows text only; lm-eval has a model of its own for servers "
+                "(--model local-completions)"
+            )
+    return entrants
 
 
 class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -66,7 +81,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             given.setdefault("devices", str(device))
         name = given.get("backend", "vanilla")
         chosen = _chosen(given, name)
-        [entrant] = find_entrants({name: name}, chosen)
+        [entrant] = with_ids(find_entrants({name: name}, chosen))
         devices = find_devices(chosen)
         target = load_target(chosen.model or "smollm2", chosen.dtype, devices[0])
         return cls(entrant, target, devices, chosen.threads, _whole(given, "seed", 0))

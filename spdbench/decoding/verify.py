@@ -22,6 +22,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import Logits, Sampler, draw_rows
 from spdbench.decoding.tree import DraftTree
 from spdbench.models.likeliest import likeliest
+from spdbench.models.sending import sent
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,15 @@ def judge(logits_V: Logits, draft: Draft, sampler: Sampler) -> Verdict:
     # Strictly less: a token that the target gives no mass must not pass when u is 0.
     if sampler.uniform() * likelihood < float(target_V[token]):
         return Verdict(True, token)
-    if draft_V is None:
-        residual_V = target_V.clone()
-        residual_V[token] = 0.0
-    else:
-        residual_V = (target_V - draft_V).clamp_(min=0.0)
-    if not float(residual_V.sum()) > 0.0:  # p equals q up to rounding, so a refusal has no probability to speak of
-        residual_V = target_V
-    return Verdict(False, sampler.draw(residual_V))
+    return Verdict(False, sampler.draw(_residual(target_V, torch.tensor([token], device=target_V.device), draft_V)))
+
+
+def _residual(target_V: Tensor, refused: Tensor, drafted_V: Tensor | None) -> Tensor:
+    """What a token behind a refusal is drawn from: the target without the tokens `refused` that were picked, or what it
+    has more of than the distribution that the refused one was drawn from."""
+    residual_V = target_V.index_fill(0, refused, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(min=0.0)
+    # Nothing left: the drafts had all the mass up to rounding, so that a refusal has no probability to speak of.
+    return residual_V if float(residual_V.sum()) > 0.0 else target_V
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,7 @@ class _Sampled:
         found = _first_accepted(self._ids[children], likely, likelihoods, self._verdict_N[children])
         if found is not None:
             return int(children[found])
-        self._residual_V = (
-            target_V.index_fill(0, tokens, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(0)
-        )
-        if not float(self._residual_V.sum()) > 0.0:  # the children had all the mass: a refusal is rounding
-            self._residual_V = target_V
+        self._residual_V = _residual(target_V, tokens, drafted_V)
         return None
 
     def last(self, node: int) -> int:
@@ -191,7 +189,7 @@ class SampledAtOnce:
             residual_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
         nothing_left_N1 = residual_NV.sum(-1, keepdim=True) <= 0.0
         residual_NV = torch.where(nothing_left_N1, target_NV, residual_NV)
-        drawn_N = draw_rows(residual_NV, torch.from_numpy(draw_N).to(device, non_blocking=True))
+        drawn_N = draw_rows(residual_NV, sent(draw_N, device, torch.float64))
         read = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).cpu().numpy()
         self.parents, self.ids, self._drawn = (row.astype(np.int64) for row in read[:3])
         self._likelihood, self._drafted = read[3:]

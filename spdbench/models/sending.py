@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 
-def sent(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`numbers` as int64 on `device`. A copy out of ordinary memory would wait until a GPU had done all its work."""
+def sent(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """`numbers` on `device`. A copy out of ordinary memory would wait until a GPU had done all its work."""
     if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.long, device=device)
-    return torch.tensor(numbers, dtype=torch.long, pin_memory=True).to(device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -4,10 +4,10 @@
         stage 0 | stage 1 | ... | last stage, head, likeliest token | what drafts beside them
     every row moves before the next stage
 
-At batch one no stage fills a GPU, so its branches share it. There is a recording for every number of busy stages, 0 to
-s, and every bucket; a stage in between that idles works for a slot that nobody reads. The host sends tokens and
-positions before a cycle and waits once in it, for the numbers that come out. On a CPU the branches run one after the
-other: a rehearsal. Knows stages and hidden states; must not know who drafts or how tokens are judged.
+At batch one no stage fills a GPU, so its branches share it. There is a recording for every number of stages up to the
+last busy one, 1 to s, and every bucket; a stage in between that idles works for a slot that nobody reads. The host
+sends tokens and positions before a cycle and waits once in it, for the numbers that come out. On a CPU the branches run
+one after the other: a rehearsal. Knows stages and hidden states; must not know who drafts or how tokens are judged.
 
 Shapes: S rows, M model width, V vocabulary.
 """

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError
+from spdbench.hub import brief
 from spdbench.prompts.rows import Part, Row, Text, columns_in, filled, json_lines, rows_to_prompts, with_reference
 from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
@@ -248,7 +249,7 @@ class LmEvalSource(Source):
             return list(manager.load(self.lm_eval)["tasks"].items())
         except Exception as error:  # a task's own code and its download may throw anything
             command = f"lm-eval run --model dummy --tasks {self.lm_eval} --limit 1"
-            raise SourceUnavailable(f"the task's data cannot be loaded ({_brief(error)})", command) from None
+            raise SourceUnavailable(f"the task's data cannot be loaded ({brief(error)})", command) from None
 
 
 def _task_rows(name: str, task: Any, template: str | None) -> Iterator[dict[str, Any]]:
@@ -261,14 +262,10 @@ def _task_rows(name: str, task: Any, template: str | None) -> Iterator[dict[str,
             if isinstance(target, int) and task.config.doc_to_choice is not None:
                 target = task.doc_to_choice(document)[target]
         except Exception as error:  # the task's own templates and code
-            raise InputError(f"{where}: cannot be made into a prompt ({_brief(error)})") from None
+            raise InputError(f"{where}: cannot be made into a prompt ({brief(error)})") from None
         if template is not None:
             target = filled(template, document, where)
         yield {"id": f"{name}/{number}", "doc_to_text": text, "task": name, "doc_to_target": target}
-
-
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 class InlineSource(Source):

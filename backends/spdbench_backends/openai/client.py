@@ -53,15 +53,22 @@ class Address:
     path: str
 
 
+NO_ADDRESS = "is not an address; expected http://HOST:PORT/v1"
+
+
 def parse_address(url: str) -> Address:
     """Raises `ValueError` with what is wrong with `url`, whose own text may hold a password and is not repeated."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError(NO_ADDRESS) from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("is not an address; expected http://HOST:PORT/v1")
+        raise ValueError(NO_ADDRESS)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("holds more than an address; a key goes into the environment variable OPENAI_API_KEY")
     secure = parts.scheme == "https"
-    return Address(secure, parts.hostname, parts.port or (443 if secure else 80), parts.path.rstrip("/"))
+    return Address(secure, parts.hostname, port or (443 if secure else 80), parts.path.rstrip("/"))
 
 
 class Server:

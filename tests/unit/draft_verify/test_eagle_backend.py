@@ -57,7 +57,9 @@ def test_a_depth_that_was_not_given_is_no_more_than_there_are_tokens_for(target:
 
 
 def test_a_chain_may_be_longer_than_a_trees_default(target: Target) -> None:
-    load(target, {"tree": "chain", "depth": "32"})
+    growth = load(target, {"tree": "chain", "depth": "32"})._growth
+    assert growth is not None
+    assert growth.num_levels == 32
 
 
 def test_a_random_head_fits_a_target_of_one_layer(tmp_path: Path) -> None:

@@ -64,7 +64,9 @@ def test_every_cycle_gives_the_logits_and_states_of_the_stages_in_turn(
             found.append((pipeline.finish(), by_place(pipeline.states())))
         (ours, our_states), (theirs, their_states) = found
         assert (ours is None) == (theirs is None) == (cycle.completing is None)
-        if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        if ours is not None:
+            assert isinstance(ours, torch.Tensor)
+            assert isinstance(theirs, torch.Tensor)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         assert our_states.keys() == their_states.keys()
         for key, state in our_states.items():
