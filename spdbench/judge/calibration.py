@@ -15,6 +15,7 @@ Must not know where calibrations are kept or how they are shown.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -41,7 +42,8 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Threshold(BaseModel):
-    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run."""
+    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run. `work`
+    hashes all that the runs were asked to do."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,6 +51,7 @@ class Threshold(BaseModel):
     label: str
     model: str
     dtype: str
+    work: str
     metric: Literal["speedup", "decode_tokens_per_s"]
     num_runs: Annotated[int, Field(ge=2)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,8 +62,7 @@ class Threshold(BaseModel):
         return slowdown(self.spread, self.num_runs, num_new, num_baselines)
 
     def fits(self, head: Result, metric: str) -> bool:
-        mine = (self.suite, self.label, self.model, self.dtype, self.metric)
-        return mine == (head.suite.name, head.backend.label, head.model.id, head.model.dtype, metric)
+        return (self.work, self.label, self.metric) == (work_of(head), head.backend.label, metric)
 
 
 class Calibration(BaseModel):
@@ -152,11 +154,17 @@ def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], 
         label=head.backend.label,
         model=head.model.id,
         dtype=head.model.dtype,
+        work=work_of(head),
         metric=metric,
         num_runs=len(values),
         spread=spread,
         max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
     )
+
+
+def work_of(head: Result) -> str:
+    """The same for results that did the same work."""
+    return hashlib.sha256(workload(head).encode()).hexdigest()[:16]
 
 
 def slowdown(spread: float, num_runs: int, num_new: int, num_baselines: int) -> float:

@@ -92,13 +92,13 @@ def _judge(
         finding = Finding(gates[0], "paired_runs", "not comparable", old)
         return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
     together = [each for each in candidates if _same_work(each, candidate)]
+    speaks = candidate is max(together, key=lambda each: each.head.created)
     versus, *peers = (
         tuple(Versus(pair(base, each), _plain(each, base, candidates, baselines)) for base in old)
-        for each in (candidate, *(each for each in together if each is not candidate))
+        for each in (candidate, *(each for each in together if speaks and each is not candidate))
     )
-    newest = max(together, key=lambda each: each.head.created)
     serves = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
-    case = _Case(versus, tuple(peers) if candidate is newest else None, decides_alone=not serves)
+    case = _Case(versus, tuple(peers) if speaks else None, decides_alone=not serves)
     findings = list(_findings(case, gates, limits))
     if by_category:
         for category in case.pair.categories:

@@ -29,10 +29,16 @@ class Pair:
         )
 
     @property
+    def knows_ids(self) -> bool:
+        """False if an engine on either side gave text alone."""
+        return all("ids" not in side.head.backend.unknown for side in (self.baseline, self.candidate))
+
+    @property
     def is_strict(self) -> bool:
-        """True where nothing excuses a difference: greedy in float32."""
+        """True where nothing excuses a difference: greedy in float32, by the model itself."""
         head = self.candidate.head
-        return head.model.dtype == "float32" and head.decoding.temperature == 0
+        own = self.knows_ids and head.backend.other_model is None
+        return own and head.model.dtype == "float32" and head.decoding.temperature == 0
 
     def part(self, category: str) -> Pair:
         """The runs of one category."""

@@ -11,6 +11,8 @@ share. An output that its own run called a real divergence from plain decoding i
 | ids equal, steps not        | improved if acceptance and steps are no worse and one is better, else    |
 |                             | regression; an improvement holds once the baseline is renewed            |
 
+Of an engine that gives text alone neither can be told, and the gate says that it cannot judge.
+
 Must not know clocks, files or how findings are shown. METRICS.md, "Losslessness".
 """
 
@@ -35,6 +37,10 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
     """Findings on the runs that pair. `max_acceptance_drop` is the share that acceptance may fall by where ids may
     differ; there they need not, it is 0."""
     if not pair.keys:
+        return
+    if not pair.knows_ids:
+        reason = "ids are not known of an engine that gives text alone; use --gate timing"
+        yield Finding("exact", "identical_outputs", "not comparable", reason)
         return
     yield _outputs(pair)
     if pair.candidate.head.divergence is not None:

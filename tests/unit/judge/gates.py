@@ -49,12 +49,13 @@ def plain(runs: Iterable[Run] | None = None, *, file: str = "vanilla.json", **mo
 
 
 def eagle(runs: Iterable[Run] | None = None, *, file: str = "eagle.json", **more: Any) -> Recording:
-    names = {name: more.pop(name) for name in ("label", "options", "devices", "lossy", "chosen") if name in more}
+    names = {name: more.pop(name) for name in BACKEND if name in more}
     backend = make_backend("draft_verify", **names)
     result = make_result(drafted_runs() if runs is None else runs, backend, drafter=ORACLE, **_known(more))
     return _recording(result, file, more)
 
 
+BACKEND = ("label", "options", "devices", "lossy", "chosen", "unknown", "other_model")
 MADE = ("suite", "dtype", "temperature", "machine", "num_prompts", "divergence")
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdbench.judge.calibration import Calibration, Threshold, slowdown
+from spdbench.judge.calibration import Calibration, Threshold, slowdown, work_of
 from spdbench.judge.verdict import EXIT_CODES, Verdict, verdict_of, worst
 from tests.builders import MS, failed_run, make_run, vanilla_steps
 from tests.unit.judge.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
@@ -199,7 +199,7 @@ def test_categories_inform_and_do_not_decide() -> None:
 
 
 def calibration(fingerprint: str = "machine-a") -> Calibration:
-    words = {"suite": "quick", "label": "eagle", "model": "smollm2", "dtype": "float32"}
+    words = {"suite": "quick", "label": "eagle", "model": "smollm2", "dtype": "float32", "work": work_of(eagle().head)}
     found = Threshold(metric="speedup", num_runs=5, spread=0.01, max_slowdown=0.08, **words)
     return Calibration(schema="spdbench.calibration/1", created="now", fingerprint=fingerprint, thresholds=[found])
 
@@ -214,6 +214,13 @@ def test_given_slowdown_wins_over_the_calibration_and_that_over_the_default() ->
     assert allowed() == (0.05, ())
     assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1, 1), ())
     assert allowed(calibration=calibration(), max_slowdown=0.02) == (0.02, ())
+
+
+def test_calibration_of_other_decoding_is_not_used() -> None:
+    """Greedy and sampled decoding of one label differ in noise."""
+    run = [plain(temperature=1.0), eagle(temperature=1.0)]
+    found = of(judged(run, run, "timing", calibration=calibration()), "eagle")
+    assert finding(found, "speedup").allowed == 0.05
 
 
 def test_calibration_of_another_machine_is_not_used_and_that_is_said() -> None:

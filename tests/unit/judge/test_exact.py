@@ -144,3 +144,16 @@ def test_what_the_run_found_against_plain_decoding_counts(counts: dict[str, int]
     none = {"identical": 5, "ties": 0, "near_ties": 0, "real": 0, "unclassified": 0}
     new = eagle(dtype="bfloat16", divergence=Divergence(**(none | counts)))
     assert only(judged(new, eagle(dtype="bfloat16"), "exact", by_category=True)).verdict == verdict
+
+
+def test_an_engine_that_gives_text_alone_is_never_called_equal() -> None:
+    """It keeps no ids, so that any two of its outputs would look alike."""
+    for new, old in ((eagle(unknown=["ids"]), eagle()), (eagle(), eagle(unknown=["ids"]))):
+        found = only(judged(new, old, "exact"))
+        assert found.verdict == "not comparable"
+        assert "--gate timing" in finding(found, "identical_outputs").reason
+
+
+def test_another_model_is_not_held_to_every_step() -> None:
+    new = eagle(drafted_runs(chunks=lambda _: (1, 3, 3, 3)), other_model="quantised")
+    assert "num_steps" not in {each.metric for each in only(judged(new, eagle(), "exact")).findings}

@@ -131,7 +131,7 @@ def test_benchmark_file_lists_the_new_values_with_names_of_their_own() -> None:
 
 
 def test_calibration_ends_with_the_option_to_use() -> None:
-    words = {"suite": "quick", "model": "smollm2", "dtype": "float32", "num_runs": 5, "spread": 0.012}
+    words = {"suite": "quick", "model": "smollm2", "dtype": "float32", "work": "w", "num_runs": 5, "spread": 0.012}
     thresholds = [
         Threshold(label="spd", metric="speedup", max_slowdown=0.0712, **words),
         Threshold(label="spd", metric="decode_tokens_per_s", max_slowdown=0.3, **words),
