@@ -79,13 +79,13 @@ def command(
     from spdbench.judge.recording import read_recordings
     from spdbench.judge.verdict import EXIT_CODES, verdict_of
 
-    candidates = read_recordings(result_paths(results))
+    candidates = read_recordings(list(result_paths(results)))
     folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
     if calibrate:
         _refuse_outputs(outputs)
         _calibrate(candidates, folder)
         return
-    baselines = read_recordings(result_paths([baseline]))
+    baselines = read_recordings(list(result_paths([baseline])))
     limits = Limits(
         max_slowdown,
         MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,

@@ -27,7 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.counterpart import reference
 from spdbench.judge.quantiles import t_quantile
-from spdbench.judge.recording import Recording, speeds
+from spdbench.judge.ratios import speeds
+from spdbench.judge.recording import Recording
 from spdbench.judge.result import Result, RunKey
 from spdbench.judge.timing import SPEED, SPEEDUP
 from spdbench.judge.workload import machine, workload
@@ -141,7 +142,7 @@ def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> 
 def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
     if any(key not in recording.runs for key in keys):
         raise NotComparableError(f"--calibrate: {recording.file} lacks prompts that were measured in its run")
-    tokens, seconds = speeds(recording, keys).sum(axis=0)
+    tokens, seconds = speeds(recording.runs, keys).sum(axis=0)
     if not (tokens and seconds):
         raise InputError(f"--calibrate: {recording.file}: no tokens were decoded after the first")
     return float(tokens / seconds)

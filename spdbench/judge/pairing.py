@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spdbench.judge import stats
 from spdbench.judge.batch import Batch, batches_of
 from spdbench.judge.columns import NotPlain
 from spdbench.judge.flags import MADE_FROM_ONE_RESULT, flags_for
 from spdbench.judge.metrics import Tally
-from spdbench.judge.ratios import is_failed
+from spdbench.judge.ratios import is_failed, speeds
 from spdbench.judge.reader import reading
 from spdbench.judge.result import BackendRecord, Result, Run, RunKey, Summary, read_result
 from spdbench.judge.sharing import share_out
@@ -96,7 +95,7 @@ class Pairing:
     def speedup(self, category: str | None = None) -> Speedup:
         """The candidate's speed-up, of one `category` or all."""
         keys = list(self._keys(category))
-        base, mine = (_speeds(entry, keys) for entry in (self.baseline, self.candidate))
+        base, mine = (speeds(entry.runs, keys) for entry in (self.baseline, self.candidate))
         if not (base.sum(axis=0).all() and mine.sum(axis=0).all()):
             return Speedup(None, None, len(keys))
         base_tokens, base_s, mine_tokens, mine_s = np.hstack([base, mine]).sum(axis=0)
@@ -110,12 +109,6 @@ class Pairing:
 
     def _keys(self, category: str | None) -> Iterator[RunKey]:
         return (key for key in self.keys if category is None or self.candidate.runs[key].category == category)
-
-
-def _speeds(entry: Entry, keys: Sequence[RunKey]) -> NDArray[np.float64]:
-    """Decode tokens and seconds of each run: [keys, 2]."""
-    facts = [entry.runs[key] for key in keys]
-    return np.array([(run.decode_tokens, run.decode_s) for run in facts], dtype=np.float64).reshape(-1, 2)
 
 
 def pair(baseline: Entry, candidate: Entry) -> Pairing:
@@ -175,10 +168,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
     Raises:
         InputError: a file cannot be read, or is not a result.
     """
-    unique: dict[Path, Path] = {}
-    for path in paths:
-        unique.setdefault(path.resolve(), path)
-    return share_out(_read_entry, list(unique.values()))
+    return share_out(_read_entry, paths)
 
 
 def _read_entry(path: Path) -> Entry:

@@ -7,14 +7,15 @@ bootstrap interval come from the same few numbers. Must not know how runs are co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge.batch import Batch
-from spdbench.judge.result import BackendRecord, Run, Steps
+from spdbench.judge.result import BackendRecord, Run, RunKey, Steps
 from spdbench.judge.stats import divide
 from spdbench.types import BackendKind
 
@@ -151,6 +152,22 @@ def _pipeline(backend: BackendRecord, _read_bandwidth: float | None) -> dict[str
 
 
 _RATIOS_OF_KIND = {"autoregressive": _autoregressive, "draft_verify": _draft_verify, "pipeline": _pipeline}
+
+
+class Timed(Protocol):
+    """A run, as far as its speed goes."""
+
+    @property
+    def decode_tokens(self) -> int: ...
+
+    @property
+    def decode_s(self) -> float: ...
+
+
+def speeds(runs: Mapping[RunKey, Timed], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each of the runs `keys`: [keys, 2]."""
+    found = [(runs[key].decode_tokens, runs[key].decode_s) for key in keys]
+    return np.array(found, dtype=np.float64).reshape(-1, 2)
 
 
 def is_failed(run: Run) -> bool:

@@ -18,6 +18,7 @@ from spdbench.judge.columns import NotPlain
 from spdbench.judge.ratios import is_failed
 from spdbench.judge.reader import reading
 from spdbench.judge.result import Result, RunKey, read_result
+from spdbench.judge.sharing import share_out
 
 STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
 
@@ -54,16 +55,13 @@ def recording_from(result: Result, file: str) -> Recording:
     return _record(batches_of(result.runs), lambda: result.model_copy(update={"runs": []}), file)
 
 
-def read_recordings(paths: Iterable[Path]) -> list[Recording]:
+def read_recordings(paths: Sequence[Path]) -> list[Recording]:
     """The results in `paths`; a file that is named twice is read once.
 
     Raises:
         InputError: a file cannot be read, or is not a result.
     """
-    unique: dict[Path, Path] = {}
-    for path in paths:
-        unique.setdefault(path.resolve(), path)
-    return [_read(path) for path in unique.values()]
+    return share_out(_read, paths)
 
 
 def _read(path: Path) -> Recording:
@@ -92,9 +90,3 @@ def _record(batches: Iterable[Batch], head: Callable[[], Result], file: str) -> 
                 steps=table[:, end - size : end],
             )
     return Recording(file, head(), runs)
-
-
-def speeds(recording: Recording, keys: Sequence[RunKey]) -> NDArray[np.float64]:
-    """Decode tokens and seconds of each run: [keys, 2]."""
-    traces = [recording.runs[key] for key in keys]
-    return np.array([(run.decode_tokens, run.decode_s) for run in traces], dtype=np.float64).reshape(-1, 2)

@@ -21,7 +21,12 @@ Made = TypeVar("Made")
 
 
 def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]:
-    """`work` done on each of `files`, in their order; raises what the first of them raises."""
+    """`work` done on each of `files`, in their order, and once on a file that is named twice; raises what the first of
+    them raises."""
+    named: dict[Path, Path] = {}
+    for file in files:
+        named.setdefault(file.resolve(), file)
+    files = list(named.values())
     processes = min(len(os.sched_getaffinity(0)), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
     if sys.platform != "linux" or processes < 2 or sum(map(_num_bytes, files)) < WORTHWHILE_BYTES:
         return [work(file) for file in files]

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge import stats
 from spdbench.judge.counterpart import Pair
-from spdbench.judge.recording import speeds
+from spdbench.judge.ratios import speeds
 from spdbench.judge.result import Result, RunKey
 from spdbench.judge.verdict import Finding, Verdict
 from spdbench.judge.workload import machine
@@ -137,13 +137,13 @@ def _shared_keys(news: Sequence[Sequence[Pair]]) -> list[RunKey]:
 
 def _before(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
-    total: NDArray[np.float64] = np.sum([speeds(each.baseline, keys) for each in pairs], axis=0)
+    total: NDArray[np.float64] = np.sum([speeds(each.baseline.runs, keys) for each in pairs], axis=0)
     return total
 
 
 def _now(news: Sequence[Sequence[Pair]], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """The same, added up over the new results."""
-    total: NDArray[np.float64] = np.sum([speeds(pairs[0].candidate, keys) for pairs in news], axis=0)
+    total: NDArray[np.float64] = np.sum([speeds(pairs[0].candidate.runs, keys) for pairs in news], axis=0)
     return total
 
 

@@ -57,3 +57,9 @@ def test_the_first_files_error_is_the_one_that_is_told(files: list[Path]) -> Non
 def test_a_file_that_is_not_there_is_left_to_the_work(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         share_out(name_and_process, [tmp_path / "nowhere"])
+
+
+def test_a_file_that_is_named_twice_is_worked_on_once(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("{}")
+    assert share_out(lambda path: path, [file, tmp_path / ".." / tmp_path.name / "a.json", file]) == [file]
