@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.tree import DraftTree
     from spdbench.models.decoder import Decoder
     from spdbench.models.interface import TargetDecoder
+    from spdbench.models.target import Target
 
 
 class DraftModel(DraftVerify):
@@ -54,17 +55,10 @@ class DraftModel(DraftVerify):
             self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
 
     def _load_small(self, name: str | None) -> None:
-        from spdbench.models.target import load_target
-
-        label, target = self._context.label, self._context.target
         if name is None:
+            label = self._context.label
             raise InputError(f"-b {label}: needs a smaller model; give -o {label}.model=FOLDER_OR_HUB_ID")
-        small = load_target(name, target.dtype_name, str(target.device))
-        if small.config.vocab_size != target.config.vocab_size or not same_words(small, target):
-            raise InputError(
-                f"-o {label}.model={name}: its vocabulary ({small.config.vocab_size} tokens) is not the target's "
-                f"({target.config.vocab_size}), so its drafts would mean other words"
-            )
+        small = load_small(self._context, "model", name)
         self._small = small.decoder
         self._info = DrafterInfo(small.files.id, method="draft_model", synthetic=False, sha256=small.files.sha256)
 
@@ -162,7 +156,25 @@ def random_decoder(target: Decoder, seed: int) -> Decoder:
     return replace(target, layers=range(1), weights={0: layer})
 
 
-def same_words(small: object, target: object) -> bool:
+def load_small(context: BackendContext, option: str, name: str) -> Target:
+    """The model `name` that drafts for the context's target, which the backend's `option` asked for.
+
+    Raises:
+        InputError: no such model, or its tokens are not the target's.
+    """
+    from spdbench.models.target import load_target
+
+    target = context.target
+    small = load_target(name, target.dtype_name, str(target.device))
+    if small.config.vocab_size != target.config.vocab_size or not _same_words(small, target):
+        raise InputError(
+            f"-o {context.label}.{option}={name}: its vocabulary ({small.config.vocab_size} tokens) is not the "
+            f"target's ({target.config.vocab_size}), so its drafts would mean other words"
+        )
+    return small
+
+
+def _same_words(small: object, target: object) -> bool:
     """True if both tokenizers give every token the same id; models without a tokenizer are taken at their word."""
     try:
         return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]

@@ -19,7 +19,6 @@ from spdbench_backends.rounds import verdict
 
 if TYPE_CHECKING:
     from spdbench.models.generation import Generation
-    from spdbench.models.target import Target
 
 
 class HF:
@@ -53,6 +52,8 @@ class HF:
             )
         if options.assistant_tokens is not None and options.assistant is None:
             raise InputError(f"-o {label}.assistant_tokens={options.assistant_tokens}: needs {label}.assistant=MODEL")
+        if "max_ngram" in options.model_fields_set and not options.prompt_lookup:
+            raise InputError(f"-o {label}.max_ngram={options.max_ngram}: needs {label}.prompt_lookup=TOKENS")
         if options.assistant is not None:
             self._load_assistant(options.assistant)
         elif options.prompt_lookup:
@@ -61,16 +62,9 @@ class HF:
 
     def _load_assistant(self, name: str) -> None:
         from spdbench.models import hf
-        from spdbench.models.target import load_target
-        from spdbench_backends.draft_model import same_words
+        from spdbench_backends.draft_model import load_small
 
-        target, label = self._context.target, self._context.label
-        small: Target = load_target(name, target.dtype_name, str(target.device))
-        if small.config.vocab_size != target.config.vocab_size or not same_words(small, target):
-            raise InputError(
-                f"-o {label}.assistant={name}: its vocabulary ({small.config.vocab_size} tokens) is not the target's "
-                f"({target.config.vocab_size}), so its drafts would mean other words"
-            )
+        small = load_small(self._context, "assistant", name)
         self._assistant = small.load_for_generation()
         self._assistant.generation_config = hf.assistant_settings(self._options.assistant_tokens)
         self._info = DrafterInfo(small.files.id, method="assistant_model", synthetic=False, sha256=small.files.sha256)

@@ -48,6 +48,8 @@ class LlamaCpp:
 
     def load(self) -> None:
         options, label, target = self._options, self._context.label, self._context.target
+        if "max_ngram" in options.model_fields_set and not options.prompt_lookup:
+            raise InputError(f"-o {label}.max_ngram={options.max_ngram}: needs {label}.prompt_lookup=TOKENS")
         package = _package(label)
         self._file = self._find_file()
         num_context = options.context or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
