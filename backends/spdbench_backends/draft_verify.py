@@ -68,7 +68,7 @@ class DraftVerify(Drafting["Drafter"]):
 
             capacity, compiled = usual_capacity(decoder), graphs == "compiled"
             self._recorded = GraphedDecoder(decoder, (1, num_nodes), capacity, wanted, compiled=compiled)
-            self._chosen = {**self._chosen, "graphs": "on"}
+            self._chosen = {**self._chosen, "graphs": "compiled" if compiled else "on"}
         return decoder
 
     def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:

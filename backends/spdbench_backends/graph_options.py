@@ -20,7 +20,8 @@ class GraphOptions(BackendOptions):
     graphs: Graphs = Field(
         "auto",
         description="on: steps are recorded at load and replayed, as CUDA graphs on a GPU, on a CPU to rehearse that; "
-        "compiled: fused by torch.compile before that; auto: on where a GPU holds a model that can be recorded",
+        "compiled: the target's are fused by torch.compile before that; "
+        "auto: on where a GPU holds a model that can be recorded",
     )
 
 

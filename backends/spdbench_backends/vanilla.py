@@ -44,7 +44,9 @@ class Vanilla:
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
-            chosen={} if self._graphed is None else {"graphs": "on"},
+            chosen={}
+            if self._graphed is None
+            else {"graphs": "compiled" if self._options.graphs == "compiled" else "on"},
             kernels=decoder.kernels,
         )
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
-from spdbench.errors import InputError
+from spdbench.errors import PromptFailedError
 from spdbench.models.decoder import Decoder
 from spdbench.models.graphed import run_layers
 from spdbench.models.graphs import GraphRunner, Readback, Upload, Work
@@ -90,7 +90,7 @@ class StreamsPipeline:
 
     def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
         if capacity > self.capacity:
-            raise InputError(
+            raise PromptFailedError(
                 f"a sequence of {capacity} tokens is longer than the {self.capacity} that executor=streams was "
                 "recorded for; give the pipeline a larger -o LABEL.context, or another executor"
             )

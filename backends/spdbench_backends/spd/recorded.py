@@ -29,7 +29,7 @@ class RecordedDraftModule:
     """A head with the cache of one sequence of up to `capacity` tokens. A token that stands at `capacity` is nobody's:
     its features go to a row of the ring, and its rows to slots of the cache, that no other reads."""
 
-    def __init__(self, weights: HeadWeights, capacity: int, *, compiled: bool = False) -> None:
+    def __init__(self, weights: HeadWeights, capacity: int) -> None:
         decoder, plan = weights.decoder, weights.plan
         self._weights = weights
         self._capacity = capacity
@@ -39,7 +39,7 @@ class RecordedDraftModule:
         with torch.inference_mode():
             self._cache = decoder.new_cache(capacity + plan.full_depth + 2)
             windows = {layer.window for layer in decoder.weights.values()}
-            self._layers = StaticLayers(decoder.geometry, decoder.rotary, self._cache, windows, compiled=compiled)
+            self._layers = StaticLayers(decoder.geometry, decoder.rotary, self._cache, windows)
             shape = self._ring_size + 1, len(plan.anchors) * self._width
             self._ring = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             num_ids = decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)

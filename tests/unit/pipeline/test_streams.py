@@ -9,7 +9,7 @@ import torch
 
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.decoding.sampling import Sampler
-from spdbench.errors import InputError
+from spdbench.errors import InputError, PromptFailedError
 from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
@@ -141,7 +141,7 @@ def test_drafts_of_the_recorded_module_are_those_of_the_module(target: Target) -
 
 
 def test_a_sequence_longer_than_recorded_is_refused_with_the_option_that_helps(target: Target) -> None:
-    with pytest.raises(InputError, match=r"sequence of 81 tokens [^\n]*-o LABEL.context"):
+    with pytest.raises(PromptFailedError, match=r"sequence of 81 tokens [^\n]*-o LABEL.context"):
         steps(target, {"executor": "streams", "context": "64"}, "oracle:1", tiny.greedy(PROMPT, 70))
 
 
