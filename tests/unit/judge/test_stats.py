@@ -153,4 +153,4 @@ def test_intervals_of_double_ratios_cover_about_as_often_as_they_say() -> None:
         before, now = (np.stack([tokens, own, tokens, other], axis=1) for own, other in (times[:2], times[2:]))
         low, high = stats.double_ratio_interval(names, repeats, before, now, resamples=500, seed=trial) or (0, 0)
         hits += low <= 0.5 / 0.55 <= high
-    assert 0.90 <= hits / trials <= 1.0
+    assert 0.93 <= hits / trials < 1.0

@@ -98,16 +98,17 @@ class Busy(MockDraftVerify):
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         self.tries += 1
         if self.tries % 3:
-            raise TryAgainError("busy", 0.01)
+            raise TryAgainError("busy", 0.5)
         yield from super().generate(request)
 
 
 def test_a_request_that_has_to_wait_is_measured_anew(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, Busy())
-    runs = bench.run()
-    assert [run.finish_reason for run in runs] == ["length"] * 4
-    assert all(run.ttft_s is not None and run.ttft_s < 0.01 for run in runs)
-    assert bench.contestants[0].backend.log.count("prepare") == 12  # type: ignore[attr-defined]
+    bench = Bench(tmp_path, Busy(), prompts=(Prompt("p", "maths", ("one",)),))
+    (run,) = bench.run()
+    assert run.finish_reason == "length"
+    assert run.ttft_s is not None
+    assert run.ttft_s < 0.5
+    assert bench.contestants[0].backend.log.count("prepare") == 3  # type: ignore[attr-defined]
 
 
 class Teller(MockDraftVerify):

@@ -224,8 +224,8 @@ def test_a_server_that_cannot_be_used_is_one_message(
     ("fault", "message"),
     [
         ("die", "in the middle of"),
-        ("stall", "fell silent for 0.3 s in the middle"),
-        ("silent", "said nothing for 0.3 s"),
+        ("stall", "fell silent for 1 s in the middle"),
+        ("silent", "said nothing for 1 s"),
         ("malformed", "not a part of an answer"),
         ("error", "failed in the middle of its answer: out of memory"),
         ("no_end", "ended in the middle"),
@@ -235,7 +235,7 @@ def test_a_server_that_cannot_be_used_is_one_message(
 def test_an_answer_that_breaks_off_is_a_failed_prompt_and_the_next_one_is_fine(
     server: StubServer, backend: Make, fault: Fault, message: str
 ) -> None:
-    made = loaded(backend(timeout_s="0.3"))
+    made = loaded(backend(timeout_s="1"))
     server.fault = fault
     started = time.monotonic()
     with pytest.raises(PromptFailedError, match=message):
@@ -329,14 +329,13 @@ def test_closing_early_leaves_the_backend_usable_and_twice_is_fine(server: StubS
 
 
 class Vllm:
-    """vLLM's counters: each reading after a request shows what `moves` says."""
+    """vLLM's counters, as each request moves them."""
 
     def __init__(self, server: StubServer, requests: int = 1) -> None:
         self.server, self.per_request = server, requests
-        self.extra = 0
 
     def __call__(self) -> str:
-        done = len(self.server.asked) * self.per_request + self.extra
+        done = len(self.server.asked) * self.per_request
         rows = {
             'vllm:request_success_total{engine="0",finished_reason="stop"}': done,
             'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done,
