@@ -16,6 +16,7 @@ from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
+from spdbench_backends.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class DraftModel(DraftVerify):
     """Speculative sampling with a smaller model as the drafter."""
 
-    class Options(BackendOptions):
+    class Options(GraphOptions):
         model: str | None = Field(
             None, description="the smaller model: folder, GGUF file or hub id; `--drafter PATH` says the same"
         )
@@ -53,6 +54,16 @@ class DraftModel(DraftVerify):
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
         else:
             self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
+        self._record_all()
+
+    def _record_all(self) -> None:
+        """The forwards of the target and of the smaller model, where they are recorded."""
+        target = self._record(self._options.graphs, self._options.num_tokens + 1, ())
+        if target is not None and self._small is not None:
+            from spdbench.models.graphed import GraphedDecoder, recordable, usual_capacity
+
+            if recordable(self._small):
+                self._small = GraphedDecoder(self._small, (1, 2), usual_capacity(self._small), ())
 
     def _load_small(self, name: str | None) -> None:
         if name is None:
@@ -120,7 +131,7 @@ class ModelDrafter:
     def _next(self, ids: Sequence[int]) -> Tensor:
         decoder, cache = self._decoder, self._cache
         hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), cache.length, cache)
-        return decoder.logits(hidden_SM[-1:])[0]
+        return decoder.logits(hidden_SM if len(ids) == 1 else hidden_SM[-1:])[0]
 
 
 def random_decoder(target: Decoder, seed: int) -> Decoder:

@@ -15,6 +15,7 @@ from spdbench_backends.drafting import Drafting
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
+    from spdbench.decoding.tree_choice import RowCosts
     from spdbench.models.decoder import Decoder
     from spdbench.models.graphed import GraphedDecoder
     from spdbench_backends.graph_options import Graphs
@@ -70,6 +71,20 @@ class DraftVerify(Drafting["Drafter"]):
             self._recorded = GraphedDecoder(decoder, (1, num_nodes), capacity, wanted, compiled=compiled)
             self._chosen = {**self._chosen, "graphs": "compiled" if compiled else "on"}
         return decoder
+
+    def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:
+        """What forwards of up to `largest` rows take here: replayed, where the method's own will be."""
+        from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
+        from spdbench_backends.graph_options import to_be_recorded
+
+        decoder = to_be_recorded(graphs, self._context)
+        if decoder is None:
+            return measure_row_costs(self._decoder, largest)
+        from spdbench.models.graphed import GraphedDecoder
+
+        counts = [count for count in ROW_COUNTS if count <= largest]
+        recorded = GraphedDecoder(decoder, counts, CONTEXT + largest, compiled=graphs == "compiled")
+        return measure_row_costs(recorded, largest)
 
     def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:
         """True if a sequence so long has room in what was recorded."""

@@ -13,6 +13,7 @@ from pydantic import Field
 from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
+from spdbench_backends.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Ngram(DraftVerify):
     """Prompt lookup: drafts what followed the last few tokens when they occurred before."""
 
-    class Options(BackendOptions):
+    class Options(GraphOptions):
         num_tokens: int = Field(8, ge=1, le=64, description="tokens drafted at most")
         max_ngram: int = Field(3, ge=1, le=64, description="longest run of last tokens that is looked up")
         min_ngram: int = Field(2, ge=1, description="shortest run; shorter ones match more and are right less often")
@@ -40,7 +41,7 @@ class Ngram(DraftVerify):
             raise InputError(
                 f"-o {self._context.label}.min_ngram={options.min_ngram}: is more than max_ngram={options.max_ngram}"
             )
-        _ = self._decoder
+        self._record(options.graphs, options.num_tokens + 1, ())
         self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002

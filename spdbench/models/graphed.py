@@ -1,7 +1,8 @@
 """A target whose forwards of certain numbers of rows are recorded at load and replayed; all others take the plain path.
 
-Both paths write to one cache and mean the same, so whoever decodes with a `TargetDecoder` need not know which one was
-taken. What a replay returns holds until the next one of as many rows. Must not know who decodes, or how.
+A chain of fewer rows than were recorded is filled up: on a GPU a few rows take as long as one. Both paths write to one
+cache and mean the same, so whoever decodes with a `TargetDecoder` need not know which one was taken. What a replay
+returns holds until the next one of as many rows. Must not know who decodes, or how.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,13 +36,13 @@ def refuse_unrecordable(decoder: TargetDecoder, asked: str, instead: str) -> Dec
     Raises:
         InputError: they wait for the host, as experts do, or they are not ours.
     """
-    if isinstance(decoder, Decoder) and decoder.config.experts is None:
+    if recordable(decoder):
         return decoder
     why = "experts are chosen on the host" if isinstance(decoder, Decoder) else "transformers' layers serve it"
     raise InputError(f"{asked}: this model cannot be recorded for replays: {why}. Allowed: {instead}.")
 
 
-def recordable(decoder: TargetDecoder) -> bool:
+def recordable(decoder: TargetDecoder) -> TypeGuard[Decoder]:
     return isinstance(decoder, Decoder) and decoder.config.experts is None
 
 
@@ -50,7 +52,7 @@ def usual_capacity(decoder: TargetDecoder) -> int:
 
 def recorded_on_gpu(decoder: TargetDecoder, row_counts: Collection[int], wanted: Collection[int]) -> TargetDecoder:
     """The decoder, with forwards of so many rows recorded where a GPU computes them and they can be."""
-    if decoder.device.type != "cuda" or not isinstance(decoder, Decoder) or not recordable(decoder):
+    if decoder.device.type != "cuda" or not recordable(decoder):
         return decoder
     return GraphedDecoder(decoder, row_counts, usual_capacity(decoder), wanted)
 
@@ -139,12 +141,15 @@ class GraphedDecoder:
         self.runner = GraphRunner(decoder.device)
         self._wanted = frozenset(wanted)
         self._cache = decoder.new_cache(capacity)
-        self._newest: _Shape | None = None
+        self._newest: tuple[Tensor, Tensor] | None = None  # rows as they were returned, and their logits
         with torch.inference_mode():
             self._first = Upload(1, torch.long, decoder.device)
             self._layers = StaticLayers(
                 decoder.geometry, decoder.rotary, self._cache, decoder.config.windows, compiled=compiled
             )
+            most = max((count for count in row_counts if count <= capacity), default=0)
+            self._depths_S = torch.arange(most, device=decoder.device)
+            self._before_SS = self._depths_S <= self._depths_S[:, None]
             self._shapes = {count: self._record(count) for count in sorted(set(row_counts)) if count <= capacity}
 
     @property
@@ -181,35 +186,41 @@ class GraphedDecoder:
         in_vain: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """As `Decoder.forward`; replayed where rows, cache and what is wanted are as recorded."""
-        num_rows = len(hidden_SM)
-        shape = self._shapes.get(num_rows)
-        self._newest = None
+        num_rows, self._newest = len(hidden_SM), None
+        count = self._recorded_count(num_rows, tree)
         if (
-            shape is None
+            not count
+            or start + count > cache.capacity
             or cache is not self._cache
             or layers not in (None, self.plain.layers)
             or start != cache.length
             or not self._wanted.issuperset(wanted)
-            or (tree is not None and tree.visible_SW.shape[1] != num_rows)
         ):
             return self.plain.forward(hidden_SM, start, cache, layers, wanted, tree, in_vain)
-        if start + num_rows > cache.capacity:
-            raise IndexError(f"KV cache of {cache.capacity} slots cannot hold {start + num_rows}")
-        shape.hidden_SM.copy_(hidden_SM)
+        shape = self._shapes[count]
+        shape.hidden_SM[:num_rows].copy_(hidden_SM)
         self._first.send([start])
-        depths_S, visible_SS = self._chain_rows(num_rows) if tree is None else (tree.depths_S, tree.visible_SW)
+        depths_S, visible_SS = self._chain_rows(count) if tree is None else (tree.depths_S, tree.visible_SW)
         shape.depths_S.copy_(depths_S)
         shape.visible_SS.copy_(visible_SS)
-        shape.replays[bucket_for(start + num_rows, shape.replays)]()
+        shape.replays[bucket_for(start + count, shape.replays)]()
         cache.advance(num_rows)
-        self._newest = shape
-        return shape.out_SM, {index: shape.states[index] for index in wanted}
+        out_SM = shape.out_SM[:num_rows]
+        self._newest = (out_SM, shape.logits_SV[:num_rows])
+        return out_SM, {index: shape.states[index][:num_rows] for index in wanted}
+
+    def _recorded_count(self, num_rows: int, tree: TreeRows | None) -> int:
+        """The recorded number of rows that serves so many, 0 if none does. No row sees those that fill up a chain, and
+        the next rows are written over them."""
+        if tree is None:
+            return min((count for count in self._shapes if count >= num_rows), default=0)
+        return num_rows if num_rows in self._shapes and tree.visible_SW.shape[1] == num_rows else 0
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """As `Decoder.logits`; there already for what the newest replay gave."""
         newest = self._newest
-        if newest is not None and self.plain.head is not None and hidden_SM is newest.out_SM:
-            return newest.logits_SV
+        if newest is not None and self.plain.head is not None and hidden_SM is newest[0]:
+            return newest[1]
         return self.plain.logits(hidden_SM)
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
@@ -231,13 +242,12 @@ class GraphedDecoder:
         return self._cache.capacity
 
     def _chain_rows(self, num_rows: int) -> tuple[Tensor, Tensor]:
-        depths_S = torch.arange(num_rows, device=self.device)
-        return depths_S, depths_S <= depths_S[:, None]
+        return self._depths_S[:num_rows], self._before_SS[:num_rows, :num_rows]
 
     def _record(self, num_rows: int) -> _Shape:
         plain, device = self.plain, self.device
         rows_SM = torch.zeros(num_rows, plain.config.hidden_size, dtype=plain.dtype, device=device)
-        depths_S, visible_SS = self._chain_rows(num_rows)
+        depths_S, visible_SS = (chain.clone() for chain in self._chain_rows(num_rows))
         states = {index: torch.zeros_like(rows_SM) for index in self._wanted}
         logits_SV = torch.zeros(num_rows, plain.config.vocab_size, dtype=plain.dtype, device=device)
         shape = _Shape(rows_SM, depths_S, visible_SS, torch.zeros_like(rows_SM), logits_SV, states, {})

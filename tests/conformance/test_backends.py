@@ -39,7 +39,7 @@ STREAMS: tuple[dict[str, str], ...] = (
 """On a CPU a rehearsal of what a GPU replays."""
 
 OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
-    "draft_model": ({}, {"num_tokens": "1"}),
+    "draft_model": ({}, {"num_tokens": "1"}, {"graphs": "on"}),
     "hf": ({}, {"prompt_lookup": "3"}),
     "eagle": (
         {"tree": "chain"},
@@ -48,6 +48,7 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "dynamic", "depth": "3", "top_k": "3", "total_tokens": "9"},
         {"tree": "dynamic", "depth": "1", "top_k": "1", "total_tokens": "2"},
         {"tree": "auto"},
+        {"tree": "auto", "graphs": "on"},
         {"tree": "chain", "depth": "3", "graphs": "on"},
         {"tree": "static", "graphs": "on"},
         {"tree": "dynamic", "depth": "3", "top_k": "3", "total_tokens": "9", "graphs": "on"},
@@ -57,9 +58,10 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
         {"tree": "mc_sim_7b_63", "heads": "4"},
         {"tree": "auto"},
         {"tree": "chain", "heads": "1"},
+        {"tree": "auto", "graphs": "on"},
         {"tree": "mc_sim_7b_63", "heads": "4", "graphs": "on"},
     ),
-    "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}),
+    "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}, {"graphs": "on"}),
     "ppsd": (*PIPELINES, STREAMS[1]),
     "spd": PIPELINES + STREAMS,
     "vanilla": ({}, {"graphs": "on"}),

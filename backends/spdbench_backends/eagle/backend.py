@@ -13,7 +13,7 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions
+from spdbench_backends.graph_options import GraphOptions, to_be_recorded
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -149,7 +149,7 @@ class Eagle(DraftVerify):
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
         """The growth that promises the most tokens a second; METRICS.md's speed-up is what it then turns out to be."""
-        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
+        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
         from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
 
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
@@ -158,7 +158,7 @@ class Eagle(DraftVerify):
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
-        costs, draft_s = measure_row_costs(self._decoder, largest), self._draft_seconds()
+        costs, draft_s = self._row_costs(self._options.graphs, largest), self._draft_seconds()
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
         levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
         if num_nodes <= levels + 1:
@@ -169,7 +169,7 @@ class Eagle(DraftVerify):
         return DynamicGrowth(levels, top_k, num_nodes)
 
     def _draft_seconds(self) -> float:
-        """What a level of drafting takes: one row through the head, timed."""
+        """What a level of drafting takes: one row through the head, timed as it will run."""
         import torch
 
         from spdbench.models.timing import median_seconds
@@ -178,10 +178,16 @@ class Eagle(DraftVerify):
         weights = self._weights
         if weights is None:
             return 0.0
-        module = EagleModule(weights, 64)
         inputs = len(weights.aux) if weights.is_eagle3 else 1
         features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
-        ids = self._decoder.ids((0,))
+        target = to_be_recorded(self._options.graphs, self._context)
+        if target is not None:
+            from spdbench_backends.eagle.growth import ChainGrowth
+            from spdbench_backends.eagle.recorded import RecordedEagle
+
+            recorded = RecordedEagle(weights, target, ChainGrowth(CHAIN_DEPTH), 64)
+            return median_seconds(lambda: int(recorded.replay(features, (0,)).ids_N[-1])) / CHAIN_DEPTH
+        module, ids = EagleModule(weights, 64), self._decoder.ids((0,))
         return median_seconds(lambda: int(module.extend(features, ids)[0].argmax()))
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:

@@ -13,7 +13,7 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions
+from spdbench_backends.graph_options import GraphOptions, to_be_recorded
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
@@ -134,7 +134,7 @@ class Medusa(DraftVerify):
         return self._decoder.config.vocab_size if ids is None else len(ids)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
-        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree, measure_row_costs
+        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
 
         if file is None:
             accuracies = assumed_accuracies([choice.probability] * heads, 1)
@@ -143,16 +143,17 @@ class Medusa(DraftVerify):
         else:
             by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
             accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))
-        draft_s, costs = self._draft_seconds(), measure_row_costs(self._decoder, LARGEST_AUTO_TREE)
+        draft_s, costs = self._draft_seconds(), self._row_costs(self._options.graphs, LARGEST_AUTO_TREE)
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         paths = best.paths or ((0,),)
         self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 
     def _draft_seconds(self) -> float:
-        """What a head takes, timed."""
+        """What a head takes, timed as it will run."""
         import torch
 
+        from spdbench.models.graphs import GraphRunner
         from spdbench.models.timing import median_seconds
 
         weights, decoder = self._weights, self._decoder
@@ -160,7 +161,21 @@ class Medusa(DraftVerify):
             return 0.0
         heads = weights.num_heads
         state = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
-        return median_seconds(lambda: weights.logits(state, heads).argmax(dim=-1).tolist()) / heads
+        best = torch.zeros(heads, dtype=torch.long, device=decoder.device)
+
+        def draft() -> None:
+            best.copy_(weights.logits(state, heads).argmax(dim=-1).flatten())
+
+        if to_be_recorded(self._options.graphs, self._context) is not None:
+            with torch.inference_mode():
+                draft = GraphRunner(decoder.device).record(draft)
+
+        def drafted() -> list[int]:
+            draft()
+            found: list[int] = best.tolist()
+            return found
+
+        return median_seconds(drafted) / heads
 
     def _judge(self) -> Judge:
         from spdbench_backends.medusa.typical import TypicalAcceptance

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,47 @@ def test_what_was_not_recorded_takes_the_plain_path_into_the_same_cache(decoder:
     assert graphed.new_cache(61) is not cache
     assert graphed.new_cache(60) is cache
     assert cache.length == 0
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of rows that took the plain path."""
+    counts: list[int] = []
+    forward = Decoder.forward
+
+    def noted(self: Decoder, hidden_SM: torch.Tensor, *more: Any, **named: Any) -> Any:
+        counts.append(len(hidden_SM))
+        return forward(self, hidden_SM, *more, **named)
+
+    monkeypatch.setattr(Decoder, "forward", noted)
+    return counts
+
+
+@torch.inference_mode()
+def test_a_chain_is_filled_up_to_what_was_recorded(decoder: Decoder, eager: list[int]) -> None:
+    graphed = GraphedDecoder(decoder, (1, 4), 12, wanted=(2,))
+    cache, plain = graphed.new_cache(12), decoder.new_cache(12)
+    for count in (2, 3, 1, 2, 4):
+        rows_SM = decoder.embed(decoder.ids(range(count)))
+        found, states = graphed.forward(rows_SM, cache.length, cache, wanted=(2,))  # type: ignore[arg-type]
+        assert eager == []
+        expected, theirs = decoder.forward(rows_SM, plain.length, plain, wanted=(2,))
+        eager.clear()
+        assert len(found) == len(states[2]) == count
+        torch.testing.assert_close(graphed.logits(found), decoder.logits(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(states[2], theirs[2], rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_filled_up_takes_the_plain_path(decoder: Decoder, eager: list[int]) -> None:
+    """A tree, whose rows are seen by what it says, and a chain that would then reach past the cache."""
+    graphed = GraphedDecoder(decoder, (1, 4), 12)
+    cache = graphed.new_cache(12)
+    tree = from_paths([(0,), (1,)]).rows
+    graphed.forward(decoder.embed(decoder.ids(range(3))), 0, cache, tree=tree)  # type: ignore[arg-type]
+    cache.advance(6)
+    graphed.forward(decoder.embed(decoder.ids(range(2))), 9, cache)  # type: ignore[arg-type]
+    assert eager == [3, 2]
 
 
 @torch.inference_mode()
