@@ -65,6 +65,7 @@ class StreamsPipeline:
         compiled: bool = False,
     ) -> None:
         self.capacity = capacity
+        self._buckets = buckets(capacity)
         self._decoder = decoder
         self._stages = stages
         self._wanted = frozenset(wanted)
@@ -84,7 +85,7 @@ class StreamsPipeline:
             self._sent.send([0, *[capacity] * len(stages)])  # for the runs while recording
             self._replays = {
                 (count, bucket): self._runner.record(partial(self._work, count, bucket))
-                for bucket in buckets(capacity)
+                for bucket in self._buckets
                 for count in range(1, len(stages) + 1)
             }
 
@@ -115,7 +116,7 @@ class StreamsPipeline:
         positions = [self.capacity if node is None else node.position for node in cycle.stages]
         length = 1 + max(node.position for node in cycle.stages if node is not None)
         self._sent.send([cycle.stages[0].token_id if cycle.stages[0] else 0, *positions])
-        self._replays[busy[-1] + 1, bucket_for(length, buckets(self.capacity))]()
+        self._replays[busy[-1] + 1, bucket_for(length, self._buckets)]()
         asked = cycle.completing is not None or self._beside is not None
         self._ticket = self._readback.start(self._answers) if asked else None
         self._numbers = None

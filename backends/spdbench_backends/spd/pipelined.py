@@ -108,6 +108,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         from spdbench.decoding.synthetic import parse_drafter
 
         choice = parse_drafter(self._context.drafter)
+        self._check_context()
         self._load_drafter(choice)
         self._choice = choice
         self._pipeline = self._start_pipeline()
@@ -245,6 +246,16 @@ class Pipelined(Drafting["PipelineDrafter"]):
         count = len(self._stages)
         return max(1, self._context.threads - count * self._threads(count))
 
+    def _check_context(self) -> None:
+        context, label = self._options.context, self._context.label
+        if context is None:
+            return
+        if self._options.executor != "streams":
+            raise InputError(f"-o {label}.context={context}: has a meaning with {label}.executor=streams only")
+        most = self._context.target.config.max_positions
+        if context > most:
+            raise InputError(f"-o {label}.context={context}: the model has {most} positions")
+
     def _start_pipeline(self) -> Pipeline:
         anchors = self._anchors()
         if self._executor == "inline":
@@ -289,7 +300,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         asked = f"-o {self._context.label}.executor=streams"
         decoder = refuse_unrecordable(self._decoder, asked, "process, inline")
-        capacity = min(self._options.context or usual_capacity(decoder), decoder.config.max_positions)
+        capacity = self._options.context or usual_capacity(decoder)
         return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._beside(capacity))
 
     def _beside(self, capacity: int) -> Beside | None:  # noqa: ARG002 - for methods that have one

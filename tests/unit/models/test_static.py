@@ -132,7 +132,7 @@ def test_what_cannot_be_filled_up_takes_the_plain_path(decoder: Decoder, eager: 
     cache = graphed.new_cache(12)
     tree = from_paths([(0,), (1,)]).rows
     graphed.forward(decoder.embed(decoder.ids(range(3))), 0, cache, tree=tree)  # type: ignore[arg-type]
-    cache.advance(6)
+    cache.advance(6)  # type: ignore[attr-defined]
     graphed.forward(decoder.embed(decoder.ids(range(2))), 9, cache)  # type: ignore[arg-type]
     assert eager == [3, 2]
 

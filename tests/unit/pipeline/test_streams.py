@@ -145,6 +145,17 @@ def test_a_sequence_longer_than_recorded_is_refused_with_the_option_that_helps(t
         steps(target, {"executor": "streams", "context": "64"}, "oracle:1", tiny.greedy(PROMPT, 70))
 
 
+@pytest.mark.parametrize(
+    ("executor", "context", "message"),
+    [("inline", "64", "with spd.executor=streams only"), ("streams", "100000", r"the model has \d+ positions")],
+)
+def test_a_context_that_would_mean_nothing_is_refused(
+    target: Target, executor: str, context: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=f"spd.context={context}: .*{message}"):
+        steps(target, {"executor": executor, "context": context}, "oracle:1", tiny.greedy(PROMPT, 5))
+
+
 def test_a_model_whose_layers_wait_for_the_host_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     sparse = tiny.load(tiny.make_model(tmp_path_factory.mktemp("sparse") / "moe", "qwen3_moe"))
     with pytest.raises(InputError, match=r"executor=streams: this model cannot be recorded .* experts"):
