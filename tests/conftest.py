@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from tests import tiny
 from tests.stub_hub import StubHub
 
 torch.set_num_threads(1)  # tiny matrices gain nothing from a second one, and lose much where cores are shared
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a wrong answer
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

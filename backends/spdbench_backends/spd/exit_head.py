@@ -2,7 +2,8 @@
 
     config.json         method, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
                         trained_tokens
-    model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own
+    model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
+                        matrices may be in 8 bits, as `packing` has them
 
 Source: METHODS.md, section C; the published code was not to be had, so the format is ours. Must not know how stages
 run.
@@ -29,6 +30,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.steps import NormWeight
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.drafter_files import load_tensors, read_config
+from spdbench_backends.packing import unpacked
 from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
 
 HEAD_NORM = "layers.0.self_attn.q_norm.weight"
@@ -74,7 +76,7 @@ def read_exit(path: Path) -> ExitFile:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(f"{path}: config.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return ExitFile(path, checked, load_tensors(file), sha256_of_files([file]))
+    return ExitFile(path, checked, unpacked(load_tensors(file)), sha256_of_files([file]))
 
 
 def random_exit(target: Decoder, stages: tuple[range, ...], seed: int) -> ExitFile:

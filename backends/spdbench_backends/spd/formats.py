@@ -5,7 +5,8 @@ a head is used.
 
     published   one file, torch.save({"state_dict": ..., "config": ...})
     ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
-                uneven) and model.safetensors; no lm_head.weight where it is the target's own rows
+                uneven) and model.safetensors; no lm_head.weight where it is the target's own rows; matrices may be
+                in 8 bits, as `packing` has them
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.kernels import Linear, linear
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files import read_config
+from spdbench_backends.packing import unpacked
 from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
@@ -93,7 +95,7 @@ def read_head(path: Path) -> HeadFile:
 def _read_folder(path: Path) -> tuple[object, object, Path]:
     config, file = read_config(path), path / "model.safetensors"
     try:
-        return config, load_file(file), file
+        return config, unpacked(load_file(file)), file
     except FileNotFoundError:
         raise InputError(f"{path}: is not a drafter folder, it has no {file.name}") from None
     except Exception as error:  # safetensors raises a type of its own

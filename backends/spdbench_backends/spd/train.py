@@ -20,6 +20,7 @@ from spdbench.training.losses import greedy_tokens, kl_rows
 from spdbench.training.modules import DecoderLayer
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
 from spdbench_backends.drafter_files import origin
+from spdbench_backends.packing import Storage, stored, unpacked
 from spdbench_backends.spd.formats import VERSION, write_folder, write_published
 from spdbench_backends.spd.pipelined import counts_of, usual_stages
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
@@ -38,6 +39,9 @@ class PipelineTraining(RecipeOptions):
     layers: int = Field(1, ge=1, description="decoder layers of the drafter")
     init_layers: Counted = Field(
         None, description="the target's layers that the drafter's begin as, e.g. 29; default: the last ones"
+    )
+    storage: Storage = Field(
+        "bfloat16", description="a matrix's numbers in the file; int8: half the bytes, a row a scale"
     )
 
 
@@ -113,10 +117,9 @@ class SPDRecipe:
         return Counts((agreed.numel(),), (int(agreed.sum()),))
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
-        tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.module.state_dict().items()}
-        config = self._config(about)
+        config, tensors = self._config(about), stored(self.module.state_dict(), self._options.storage)
         if layout == "spd-v11":
-            tensors["lm_head.weight"] = self._head.detach().to("cpu", torch.bfloat16)
+            tensors = stored({"lm_head.weight": self._head, **unpacked(tensors)}, "bfloat16")
             write_published(directory / PUBLISHED, config, tensors)
         write_folder(directory, config, tensors)
 

@@ -18,6 +18,7 @@ from spdbench.training.losses import greedy_tokens, kl_rows
 from spdbench.training.modules import DecoderLayer
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
 from spdbench_backends.drafter_files import origin
+from spdbench_backends.packing import stored
 from spdbench_backends.spd.formats import write_folder
 from spdbench_backends.spd.train import DraftVocabulary, PipelineTraining, begin_as, cut
 from spdbench_backends.spd.trainable import positions
@@ -56,7 +57,7 @@ class PPSDRecipe:
         self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
     ) -> None:
         chosen = cast(PipelineTraining, options)
-        self._teacher = teacher
+        self._teacher, self._storage = teacher, chosen.storage
         self._stages = cut(teacher.config.num_layers, num_stages, chosen.stage_layers)
         self._exit_layer = self._stages[0].stop
         self._vocabulary = DraftVocabulary(teacher, draft_ids_U)
@@ -90,8 +91,7 @@ class PPSDRecipe:
         }
         if len(set(sizes)) > 1:
             config["stage_layers"] = sizes
-        tensors = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.module.state_dict().items()}
-        write_folder(directory, config, tensors)
+        write_folder(directory, config, stored(self.module.state_dict(), self._storage))
 
     def _rows(self, batch: Batch) -> Tensor:
         angles = positions(self._teacher.decoder, batch.ids_BS.shape[1], batch.ids_BS.device)

@@ -22,7 +22,7 @@ def test_a_result_against_itself_passes_every_gate() -> None:
     assert {each.metric for each in of(found, "eagle").findings} >= {"num_steps", "acceptance_length", "speedup"}
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(5, 40), min_size=2, max_size=8), st.integers(5, 40))
 def test_any_result_against_itself_passes_every_gate(step_ms: list[int], plain_ms: int) -> None:
     count = len(step_ms)

@@ -49,7 +49,7 @@ def test_one_rejection_less_is_improved() -> None:
     assert verdicts((1, 5, 4))[0] == "improved"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=8), min_size=2, max_size=6), st.data())
 def test_any_accepted_draft_turned_into_a_rejection_is_caught(rounds: list[list[int]], data: st.DataObject) -> None:
     """The same ids, but one round commits one less and another round makes up for it."""
