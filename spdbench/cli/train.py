@@ -34,7 +34,7 @@ from spdbench.errors import InputError
 @click.option("--lr", type=FiniteRange(min=0, min_open=True), default=1e-3, show_default=True, help="Learning rate.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option(
-    "--batch-tokens", type=click.IntRange(min=1), default=4096, show_default=True, help="Tokens a forward, padded."
+    "--batch-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Tokens a forward, padded."
 )
 @click.option("--accumulate", type=click.IntRange(min=1), default=1, show_default=True, help="Forwards a step.")
 @click.option(
