@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from pydantic import Field
 
@@ -19,10 +19,14 @@ from spdbench_backends.spd.backend import SPD
 from spdbench_backends.spd.pipelined import PipelineOptions
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from spdbench.decoding.sampling import Logits
     from spdbench.decoding.verify import Draft, Verdict
+    from spdbench.models.target import Target
     from spdbench_backends.spd.drafter import PipelineDrafter
 
+T = TypeVar("T")
 ENTRY_POINTS = """[spdbench.backends]
 slower_spd = benchmarks.gate_backends:SlowerSPD
 rejecting_spd = benchmarks.gate_backends:RejectingSPD
@@ -30,29 +34,70 @@ rejecting_spd = benchmarks.gate_backends:RejectingSPD
 
 
 class SlowerOptions(PipelineOptions):
-    slower_by: float = Field(0.1, ge=0, description="share of each step's time that is added to it")
+    slower_by: float = Field(0.1, ge=0, description="share of each stage's time that is added to it")
 
 
 class SlowerSPD(SPD):
-    """spd with steps that take longer, by work that comes to nothing."""
+    """spd whose stages take longer, by work that comes to nothing. In the stages and not between the steps: there it
+    would pass while they are at work on the next one."""
 
     Options: ClassVar[type[BackendOptions]] = SlowerOptions
 
-    def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
-        return slowed(super()._decode(request, drafter), cast(SlowerOptions, self._options).slower_by)
+    def load(self) -> None:
+        share = cast(SlowerOptions, self._options).slower_by
+        target = cast("Target", SlowTarget(self._context.target, share))
+        self._context = replace(self._context, target=target)
+        super().load()
 
 
-def slowed(steps: Iterator[Step], share: float) -> Iterator[Step]:
-    """The same steps, each after a busy wait of so much of the time it took."""
-    with closing(steps):  # type: ignore[type-var]
-        began = perf_counter_ns()
-        for step in steps:
-            now = perf_counter_ns()
-            until = now + share * (now - began)
-            while perf_counter_ns() < until:
-                pass
-            yield step
-            began = perf_counter_ns()
+class _Slow:
+    """Something that is as ever but for what its subclass has."""
+
+    def __init__(self, inner: Any, share: float) -> None:
+        self._inner, self._share = inner, share
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # pickle asks before there is anything to ask
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+class SlowTarget(_Slow):
+    """A target whose stages are slow, in this process and in others; what drafts is built of its own decoder."""
+
+    @cached_property
+    def decoder(self) -> SlowDecoder:
+        return SlowDecoder(self._inner.decoder, self._share)
+
+    @property
+    def source(self) -> SlowSource:
+        return SlowSource(self._inner.source, self._share)
+
+
+class SlowSource(_Slow):
+    def load(self, layers: range, device: str) -> SlowDecoder:
+        return SlowDecoder(self._inner.load(layers, device), self._share)
+
+    def __reduce__(self) -> tuple[type[SlowSource], tuple[Any, float]]:
+        return SlowSource, (self._inner, self._share)
+
+
+class SlowDecoder(_Slow):
+    def forward(self, *rows: Any, **more: Any) -> Any:
+        return slowed(lambda: self._inner.forward(*rows, **more), self._share)
+
+    def logits(self, hidden_SM: Tensor) -> Any:
+        return slowed(lambda: self._inner.logits(hidden_SM), self._share)
+
+
+def slowed(work: Callable[[], T], share: float) -> T:
+    """What `work` gives, after a busy wait of so much of the time it took."""
+    began = perf_counter_ns()
+    found = work()
+    now = perf_counter_ns()
+    while perf_counter_ns() < now + share * (now - began):
+        pass
+    return found
 
 
 class RejectingOptions(PipelineOptions):

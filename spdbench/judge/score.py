@@ -27,9 +27,11 @@ FINAL = "####"
 """What stands before the result in GSM8K's own solutions."""
 
 NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<!\w)(?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?"
+    r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<![\w.])(?:"
+    r"(?P<whole>\d{1,3}(?:(?:,|\{,\}|[\u00a0\u202f])\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?P<bare>\.\d+))"
 )
-FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
+"""With groups of three after a comma, as LaTeX writes it too, or after a space that does not break."""
+FENCE = re.compile(r"(?:^([ \t]*))?```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 CODE_BEGINS = re.compile(r"^(?:(?:def|class|from|import|async def)\s|@\w)", re.MULTILINE)
 
 Judges = str | Mapping[str, str] | None
@@ -85,8 +87,8 @@ def any_number(text: str) -> Decimal | None:
 
 
 def _value(found: re.Match[str]) -> Decimal:
-    sign = "-" if found["sign"] else ""
-    return Decimal(sign + found["whole"].replace(",", "") + (found["part"] or ""))
+    sign, whole = "-" if found["sign"] else "", re.sub(r"\D", "", found["whole"] or "0")
+    return Decimal(sign + whole + (found["part"] or found["bare"] or ""))
 
 
 def program(answer: str, reference: str) -> str:
@@ -106,12 +108,17 @@ def program(answer: str, reference: str) -> str:
 def code_in(answer: str) -> str:
     """The code of an answer: its first fenced block with a function in it, else its first fenced block; without any,
     all from the first line on that looks like code, or the whole text where that is the inside of a function."""
-    blocks: list[str] = FENCE.findall(answer)
+    blocks = [_without_indent(block, len(indent)) for indent, block in FENCE.findall(answer)]
     if blocks:
         return next((block for block in blocks if "def " in block), blocks[0])
     begun = CODE_BEGINS.search(answer)
     is_inside = answer.lstrip("\r\n")[:1] in (" ", "\t")
     return answer if begun is None or is_inside else answer[begun.start() :]
+
+
+def _without_indent(block: str, most: int) -> str:
+    """A block without what its fence, in an item of a list, is indented by."""
+    return re.sub(rf"^[ \t]{{0,{most}}}", "", block, flags=re.MULTILINE)
 
 
 def _around_answer(reference: str) -> tuple[str, str]:

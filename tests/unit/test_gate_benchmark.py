@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter_ns
 
@@ -18,30 +17,35 @@ from spdbench_backends.spd.backend import SPD
 from tests import tiny
 
 
-def steps(closed: list[bool], busy_ns: int = 0) -> Iterator[Step]:
-    try:
-        for token in range(3):
-            until = perf_counter_ns() + busy_ns
-            while perf_counter_ns() < until:
-                pass
-            yield Step((token,), 0, 0, 0, 1.0)
-    finally:
-        closed.append(True)
-
-
-def test_slowed_steps_are_the_same_steps_and_take_their_share_longer() -> None:
+def test_slowed_work_is_the_same_work_and_takes_its_share_longer() -> None:
     busy_ns, began = 2_000_000, perf_counter_ns()
-    found = list(slowed(steps([], busy_ns), share=2.0))
-    assert [step.token_ids for step in found] == [(0,), (1,), (2,)]
-    assert perf_counter_ns() - began >= 3 * 3 * busy_ns
+
+    def work() -> str:
+        until = perf_counter_ns() + busy_ns
+        while perf_counter_ns() < until:
+            pass
+        return "done"
+
+    assert slowed(work, share=2.0) == "done"
+    assert perf_counter_ns() - began >= 3 * busy_ns
 
 
-def test_slowed_steps_that_are_closed_early_close_what_they_slow() -> None:
-    closed: list[bool] = []
-    found = slowed(steps(closed), share=0.0)
-    next(found)
-    found.close()  # type: ignore[attr-defined]
-    assert closed == [True]
+def test_stages_in_processes_of_their_own_take_their_share_longer(tiny_model: Path) -> None:
+    target, request = tiny.load(tiny_model), tiny.greedy((1, 2, 3), 12)
+
+    def stages_ns(share: str) -> int:
+        options = {"stages": "2", "executor": "process", "slower_by": share}
+        context = BackendContext("spd", target, "oracle:1", ("cpu",), 1, 0)
+        backend = SlowerSPD(parse_options("spd", SlowerSPD.Options, options), context)
+        backend.load()
+        try:
+            list(backend.generate(request))
+            spans = [span for span in backend.spans() if span.kind == "target"]
+            return sum(span.end_ns - span.start_ns for span in spans)
+        finally:
+            backend.close()
+
+    assert stages_ns("4") > 2 * stages_ns("0")
 
 
 def test_one_accepted_draft_in_so_many_is_rejected_and_the_token_stays() -> None:

@@ -24,6 +24,10 @@ SUM = Prompt("s", "maths", ("What is 3 + 4?", "And twice that?"), ("7", "14"))
         ("= 109\n#### 109 years, not 5", "109"),
         ("18 / 2 = 9 m2", "9"),
         ("Room B12", None),
+        ("It is .5 of it", "0.5"),
+        ("In all $1{,}250$ of them", "1250"),
+        ("In all 1\u202f250 of them", "1250"),
+        ("Version 1.2.3", "1.2"),
         ("None at all", None),
         ("#### none, but 3", "3"),
         ("x = \\boxed{1,000}", "1000"),
@@ -76,6 +80,9 @@ def test_code_is_never_run_without_someone_who_may() -> None:
         ("Here it is.\ndef f():\n    return 1\n", "def f():\n    return 1\n"),
         ("    return 1\n\ndef g(): pass", "    return 1\n\ndef g(): pass"),
         ("I cannot.", "I cannot."),
+        ("1. Code:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1"),
+        ("So: ```python\n    return 1\n```", "    return 1"),
+        ("```python\n    return 1\n```", "    return 1"),
     ],
 )
 def test_code_is_found_among_words(answer: str, code: str) -> None:
