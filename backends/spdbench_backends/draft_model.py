@@ -118,7 +118,8 @@ class ModelDrafter:
                 drawn.append(sampler.probabilities(logits_V))
                 ids.append(sampler.draw(drawn[-1]))
             feed = ids[-1:]
-        return DraftTree(chain(levels), self._decoder.ids(ids), tuple(drawn) if drawn else None)
+        ids_N = self._decoder.ids(ids)
+        return DraftTree(chain(levels, ids_N.device), ids_N, tuple(drawn) if drawn else None)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
         """What was drafted and accepted keeps its place in the cache; the target's own token is new to it."""

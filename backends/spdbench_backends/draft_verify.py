@@ -61,7 +61,7 @@ class DraftVerify(Drafting["Drafter"]):
     def _record(self, graphs: Graphs, num_nodes: int, wanted: Collection[int]) -> Decoder | None:
         """Records the target's forwards of one row and of `num_nodes`, if the option says so; then the target, for the
         drafter's own steps."""
-        from spdbench_backends.graph_options import to_be_recorded
+        from spdbench_backends.graph_options import recorded_as, to_be_recorded
 
         decoder = to_be_recorded(graphs, self._context)
         if decoder is not None:
@@ -69,7 +69,7 @@ class DraftVerify(Drafting["Drafter"]):
 
             capacity, compiled = usual_capacity(decoder), graphs == "compiled"
             self._recorded = GraphedDecoder(decoder, (1, num_nodes), capacity, wanted, compiled=compiled)
-            self._chosen = {**self._chosen, "graphs": "compiled" if compiled else "on"}
+            self._chosen = {**self._chosen, "graphs": recorded_as(graphs, capacity)}
         return decoder
 
     def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:

@@ -69,7 +69,8 @@ class NgramDrafter:
         from spdbench.decoding.tree import DraftTree, chain
 
         found = self._lookup()[: max(max_levels, 0)]
-        return DraftTree(chain(len(found)), self._decoder.ids((self._ids[-1], *found)))
+        ids_N = self._decoder.ids((self._ids[-1], *found))
+        return DraftTree(chain(len(found), ids_N.device), ids_N)
 
     def accept(self, token_ids: Sequence[int], features: object) -> None:  # noqa: ARG002
         self._append(token_ids)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.synthetic import SyntheticDrafts
-from spdbench.decoding.tree import ROOT, DraftTree
+from spdbench.decoding.tree import DraftTree, chain
 
 
 class SyntheticTrees(ABC):
@@ -38,7 +38,7 @@ class SyntheticTrees(ABC):
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
         root = torch.tensor([self._root], device=self._device)
-        return DraftTree(ROOT, root) if max_levels < 1 else self._grow(root, max_levels)
+        return DraftTree(chain(0, root.device), root) if max_levels < 1 else self._grow(root, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
         self._index += len(token_ids)

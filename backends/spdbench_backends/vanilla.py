@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
-from spdbench_backends.graph_options import GraphOptions, to_be_recorded
+from spdbench_backends.graph_options import GraphOptions, recorded_as, to_be_recorded
 
 if TYPE_CHECKING:
     from spdbench.decoding.graphed import GraphedDecoding
@@ -39,14 +39,12 @@ class Vanilla:
             self._graphed = GraphedDecoding(recorded, usual_capacity(recorded), compiled=graphs == "compiled")
 
     def describe(self) -> BackendInfo:
-        decoder = self._loaded()
+        decoder, graphed = self._loaded(), self._graphed
         return BackendInfo(
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
-            chosen={}
-            if self._graphed is None
-            else {"graphs": "compiled" if self._options.graphs == "compiled" else "on"},
+            chosen={} if graphed is None else {"graphs": recorded_as(self._options.graphs, graphed.capacity)},
             kernels=decoder.kernels,
         )
 

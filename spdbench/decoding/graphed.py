@@ -35,10 +35,15 @@ class GraphedDecoding:
     def device(self) -> torch.device:
         return self._decoder.device
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest sequence that is replayed."""
+        return self._step.capacity
+
     def decode(self, request: GenerationRequest) -> Iterator[int]:
         """New token ids one by one, ending with the first end-of-sequence id or at the limit. Sequences that are longer
         than what was recorded are decoded without graphs."""
-        if len(request.prompt_ids) + request.max_new_tokens > self._step.capacity:
+        if len(request.prompt_ids) + request.max_new_tokens > self.capacity:
             return decode(self._decoder, request)
         return self._decode(request)
 
@@ -46,16 +51,19 @@ class GraphedDecoding:
     def _decode(self, request: GenerationRequest) -> Iterator[int]:
         sampler, length = Sampler(request.sampling, request.seed), len(request.prompt_ids)
         ticket = self._prefill(request.prompt_ids, sampler)
-        for left in reversed(range(request.max_new_tokens)):
-            coming = ticket
-            if left:
-                length += 1
-                self._step(length)
-                ticket = self._chosen(self._step.logits_1V, sampler)
-            token = self._readback.read(coming)[0]
-            yield token
-            if token in request.eos_ids:
-                return
+        try:
+            for left in reversed(range(request.max_new_tokens)):
+                coming = ticket
+                if left:
+                    length += 1
+                    self._step(length)
+                    ticket = self._chosen(self._step.logits_1V, sampler)
+                token = self._readback.read(coming)[0]
+                yield token
+                if token in request.eos_ids:
+                    return
+        finally:
+            self._readback.read(ticket)  # nothing is left at work, which would take its time from whoever comes next
 
     def _prefill(self, prompt_ids: tuple[int, ...], sampler: Sampler) -> int:
         """The ticket of the first new token, which then stands ready for the first step."""

@@ -50,11 +50,8 @@ class Tree:
         return Tree(self.parents_N[:num_nodes], num_levels, self.is_chain)
 
 
-ROOT = Tree(torch.tensor([-1]), 0, is_chain=True)
-
-
 def chain(num_levels: int, device: torch.device | None = None) -> Tree:
-    """One draft a level."""
+    """One draft a level; of no level a lone root."""
     return Tree(torch.arange(-1, num_levels, device=device), num_levels, is_chain=True)
 
 
@@ -92,3 +89,7 @@ class DraftTree:
     tree: Tree
     ids_N: Tensor
     drawn: tuple[Tensor, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tree.parents_N.device != self.ids_N.device:
+            raise ValueError(f"a tree on {self.tree.parents_N.device} of tokens on {self.ids_N.device}")

@@ -78,6 +78,13 @@ class TreeVerdict:
     def accepted(self) -> int:
         return len(self.path) - 1
 
+    def within(self, room: int) -> TreeVerdict:
+        """As of a tree that was grown for `room` tokens: of what lies deeper nothing counts."""
+        levels = room - 1
+        if self.drafted <= levels:
+            return self
+        return TreeVerdict(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
+
 
 def judge_tree(
     logits_NV: Tensor, draft: DraftTree, sampler: Sampler, dictated: Sequence[bool] | None = None

@@ -141,6 +141,7 @@ class GraphedDecoder:
         self.runner = GraphRunner(decoder.device)
         self._wanted = frozenset(wanted)
         self._cache = decoder.new_cache(capacity)
+        self._hold_trees: set[int] = set()  # the shapes whose last rows were no chain
         self._newest: tuple[Tensor, Tensor] | None = None  # rows as they were returned, and their logits
         with torch.inference_mode():
             self._first = Upload(1, torch.long, decoder.device)
@@ -200,9 +201,11 @@ class GraphedDecoder:
         shape = self._shapes[count]
         shape.hidden_SM[:num_rows].copy_(hidden_SM)
         self._first.send([start])
-        depths_S, visible_SS = self._chain_rows(count) if tree is None else (tree.depths_S, tree.visible_SW)
-        shape.depths_S.copy_(depths_S)
-        shape.visible_SS.copy_(visible_SS)
+        if tree is not None or count in self._hold_trees:
+            depths_S, visible_SS = self._chain_rows(count) if tree is None else (tree.depths_S, tree.visible_SW)
+            shape.depths_S.copy_(depths_S)
+            shape.visible_SS.copy_(visible_SS)
+            (self._hold_trees.discard if tree is None else self._hold_trees.add)(count)
         shape.replays[bucket_for(start + count, shape.replays)]()
         cache.advance(num_rows)
         out_SM = shape.out_SM[:num_rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -86,8 +86,11 @@ class GraphRunner:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     work()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):  # it only says that the capture is no longer valid
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
             torch.cuda.synchronize()
         return graph.replay
 
@@ -122,7 +125,7 @@ class Upload:
     def send(self, numbers: Sequence[int] | Sequence[float]) -> None:
         """Puts `numbers` into `words`, behind the work that was launched so far."""
         turn, self._next = self._next, (self._next + 1) % self.COPIES
-        if self._on_gpu:
+        if self._on_gpu and not self._events[turn].query():  # type: ignore[no-untyped-call]
             self._events[turn].synchronize()
         self._views[turn][:] = np.asarray(numbers)
         self.words.copy_(self._hosts[turn], non_blocking=True)

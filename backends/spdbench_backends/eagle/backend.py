@@ -185,7 +185,7 @@ class Eagle(DraftVerify):
             from spdbench_backends.eagle.growth import ChainGrowth
             from spdbench_backends.eagle.recorded import RecordedEagle
 
-            recorded = RecordedEagle(weights, target, ChainGrowth(CHAIN_DEPTH), 64)
+            recorded = RecordedEagle(weights, target, ChainGrowth(CHAIN_DEPTH), 64, compiled=self._compiled)
             return median_seconds(lambda: int(recorded.replay(features, (0,)).ids_N[-1])) / CHAIN_DEPTH
         module, ids = EagleModule(weights, 64), self._decoder.ids((0,))
         return median_seconds(lambda: int(module.extend(features, ids)[0].argmax()))
@@ -212,7 +212,12 @@ class Eagle(DraftVerify):
         if target is not None and weights is not None and self._recorded is not None:
             from spdbench_backends.eagle.recorded import RecordedEagle
 
-            self._module = RecordedEagle(weights, target, growth, self._recorded.capacity)
+            capacity = self._recorded.capacity
+            self._module = RecordedEagle(weights, target, growth, capacity, compiled=self._compiled)
+
+    @property
+    def _compiled(self) -> bool:
+        return self._options.graphs == "compiled"
 
     def close(self) -> None:
         super().close()

@@ -14,7 +14,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
-from spdbench.decoding.tree import ROOT, DraftTree
+from spdbench.decoding.tree import DraftTree, chain
 from spdbench.models.decoder import Decoder
 from spdbench.models.likeliest import likeliest
 from spdbench.models.place import TreeRows
@@ -52,7 +52,7 @@ class EagleDrafter:
         assert self._next_ids is not None
         root = self._next_ids[-1:]
         if max_levels < 1:
-            return DraftTree(ROOT, root)
+            return DraftTree(chain(0, root.device), root)
         logits, state = self._module.extend(self._inputs(self._features), self._next_ids)
         return self._growth.grow(HeadProposer(self._module, logits, state), root, max_levels)
 

@@ -32,7 +32,9 @@ from spdbench_backends.eagle.head import EagleModule, EagleWeights
 class RecordedEagle(EagleModule):
     """A head for one sequence at a time of up to `capacity` tokens, with a round recorded for every bucket."""
 
-    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int) -> None:
+    def __init__(
+        self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int, *, compiled: bool = False
+    ) -> None:
         self._num_rows = growth.num_levels + 1
         self._scratch = growth.num_levels * growth.max_nodes
         super().__init__(weights, capacity + self._num_rows + self._scratch)
@@ -41,7 +43,7 @@ class RecordedEagle(EagleModule):
         self._bucket = 0  # of the round that is being recorded
         with torch.inference_mode():
             windows = {layer.window for layer in weights.layers}
-            self._static = StaticLayers(weights.geometry, weights.rotary, self._cache, windows)
+            self._static = StaticLayers(weights.geometry, weights.rotary, self._cache, windows, compiled=compiled)
             self._sent = Upload(2 + self._num_rows, torch.long, weights.device)
             words = self._sent.words
             self._first_1, self._count_1, self._ids_R = words[:1], words[1:2], words[2:]
@@ -130,15 +132,20 @@ class RecordedEagleDrafter(EagleDrafter):
 
     def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
         self._recorded.reset()
-        self._tokens = ()
+        self._tokens = (root,)
         super().start(prompt_ids, features, root)
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
-        """The prompt, and trees that must not be as deep as they were recorded, take the plain path."""
-        if not self._tokens or max_levels < self._growth.num_levels:
+        """As deep as was recorded, however few levels there is room for. All of the prompt but its last row takes the
+        plain path."""
+        if max_levels < 1:
             return super().propose(max_levels, sampler)
         assert self._features is not None
-        return self._recorded.replay(self._inputs(self._features), self._tokens)
+        assert self._next_ids is not None
+        features_SF = self._inputs(self._features)
+        if len(features_SF) > len(self._tokens):
+            self._recorded.extend(features_SF[:-1], self._next_ids[:-1])
+        return self._recorded.replay(features_SF[-len(self._tokens) :], self._tokens)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._tokens = tuple(token_ids)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.tree import ROOT, DraftTree
+from spdbench.decoding.tree import DraftTree, chain
 from spdbench.models.decoder import Decoder
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.head import MedusaWeights
@@ -37,7 +37,7 @@ class MedusaDrafter:
         root = self._target.ids((self._root,))
         levels = min(max_levels, self._tree.tree.num_levels)
         if levels < 1:
-            return DraftTree(ROOT, root)
+            return DraftTree(chain(0, root.device), root)
         assert self._hidden is not None
         logits = self._weights.logits(self._target.normed(self._hidden), levels)
         best = logits.topk(self._tree.num_ranks, dim=-1).indices

@@ -51,8 +51,8 @@ class RecordedMedusaDrafter(MedusaDrafter):
         self._recorded = recorded
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
-        """Trees that must not be as deep as they were recorded take the plain path."""
-        if max_levels < self._tree.tree.num_levels:
+        """As deep as was recorded, however few levels there is room for."""
+        if max_levels < 1:
             return super().propose(max_levels, sampler)
         assert self._hidden is not None
         return self._recorded.fill(self._hidden, self._root)

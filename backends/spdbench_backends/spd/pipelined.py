@@ -67,7 +67,7 @@ class PipelineOptions(BackendOptions):
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
         "streams: all stages side by side on one GPU, recorded as CUDA graphs (on a CPU a rehearsal); "
-        "auto: process for more than one stage",
+        "auto: streams where there is one GPU, else process for more than one stage",
     )
     context: int | None = Field(
         None, ge=64, le=2**20, description="streams: tokens of the longest sequence; default: 4096, or the model's own"
@@ -152,9 +152,19 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     @property
     def _executor(self) -> Literal["process", "inline", "streams"]:
-        if self._options.executor == "auto":
-            return "process" if len(self._stages) > 1 else "inline"
-        return self._options.executor
+        if self._options.executor != "auto":
+            return self._options.executor
+        if self._share_a_gpu:
+            return "streams"
+        return "process" if len(self._stages) > 1 else "inline"
+
+    @property
+    def _share_a_gpu(self) -> bool:
+        """True where all that there is is one GPU, whose processes would take turns, and recorded stages need not."""
+        from spdbench.models.graphed import recordable
+
+        devices = set(self._context.devices)
+        return len(devices) == 1 and devices.pop().startswith("cuda") and recordable(self._decoder)
 
     @property
     def _transport(self) -> RowTransport:

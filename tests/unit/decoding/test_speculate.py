@@ -12,7 +12,7 @@ import torch
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features, Speculation
-from spdbench.decoding.tree import ROOT, DraftTree, from_paths
+from spdbench.decoding.tree import DraftTree, chain, from_paths
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
 from tests import tiny
@@ -44,7 +44,7 @@ class RandomTrees:
             if len(parent) < max_levels:
                 paths.add((*parent, sum(len(p) == len(parent) + 1 and p[:-1] == parent for p in paths)))
         if not paths:
-            return DraftTree(ROOT, self._decoder.ids(self.ids[-1:]))
+            return DraftTree(chain(0), self._decoder.ids(self.ids[-1:]))
         tree = from_paths(sorted(paths))
         depths = tree.rows.depths_S.tolist()
         ids = [self.ids[-1]]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdbench.decoding.tree import ROOT, chain, from_paths, sorted_paths
+from spdbench.decoding.tree import chain, from_paths, sorted_paths
 from spdbench.decoding.tree_choice import RowCosts, assumed_accuracies, best_paths, choose_tree
 
 PATHS = [(1,), (0, 0, 1), (0,), (0, 0), (1, 2)]
@@ -41,7 +41,8 @@ def test_chains_are_chains() -> None:
     assert chain(3).is_chain
     assert from_paths([(0,), (0, 0)]).is_chain
     assert not from_paths([(0,), (1,)]).is_chain
-    assert (len(ROOT), ROOT.num_levels, ROOT.is_chain) == (1, 0, True)
+    root = chain(0)
+    assert (len(root), root.num_levels, root.is_chain) == (1, 0, True)
 
 
 def test_a_cut_tree_ends_at_that_depth() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.tree import ROOT, DraftTree, chain, from_paths
-from spdbench.decoding.verify import SampledAtOnce, judge_tree
+from spdbench.decoding.tree import DraftTree, chain, from_paths
+from spdbench.decoding.verify import SampledAtOnce, TreeVerdict, judge_tree
 from spdbench.types import Sampling
 from tests.chisquare import p_value
 
@@ -46,7 +46,7 @@ def test_the_longest_right_path_counts(
 
 
 def test_a_lone_root_gets_the_targets_own_token() -> None:
-    verdict = judge_tree(logits(4), DraftTree(ROOT, torch.tensor([1])), GREEDY)
+    verdict = judge_tree(logits(4), DraftTree(chain(0), torch.tensor([1])), GREEDY)
     assert (verdict.path, verdict.token_ids, verdict.drafted, verdict.judged) == ((0,), (4,), 0, 0)
 
 
@@ -131,7 +131,7 @@ def test_a_device_that_is_asked_once_gives_the_verdicts_of_the_walk(sampling: Sa
         elif kind == "twins":
             tree, ids = from_paths([(0,), (1,), (2,), (1, 0)]), torch.tensor([4, 2, 2, 3, 1])
         elif kind == "root":
-            tree, ids = ROOT, torch.tensor([1])
+            tree, ids = chain(0), torch.tensor([1])
         else:
             tree = chain(2)
             drawn = tuple(drawing.probabilities(torch.randn(5, generator=generator)) for _ in range(2))
@@ -173,3 +173,18 @@ def test_children_that_have_all_the_mass_leave_no_other_token() -> None:
         draft = DraftTree(from_paths([(0,), (1,)]), torch.cat((torch.tensor([4]), children)))
         found = judge_tree(row.expand(3, -1), draft, Greatest(sampling, 0))
         assert set(found.token_ids) <= set(children.tolist())
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (1, TreeVerdict((0,), (5,), 0, 0)),
+        (2, TreeVerdict((0, 1), (5, 6), 1, 1)),
+        (3, TreeVerdict((0, 1, 2), (5, 6, 7), 2, 2)),
+        (4, TreeVerdict((0, 1, 2), (5, 6, 7), 3, 3)),
+        (9, TreeVerdict((0, 1, 2), (5, 6, 7), 4, 3)),
+    ],
+)
+def test_of_a_tree_deeper_than_there_is_room_nothing_counts_that_lies_deeper(room: int, expected: TreeVerdict) -> None:
+    """Drafts 5 and 6 of four levels accepted, the third refused, and 7 the target's own."""
+    assert TreeVerdict((0, 1, 2), (5, 6, 7), 4, 3).within(room) == expected

@@ -76,6 +76,34 @@ def test_uploads_arrive_in_order(device: torch.device) -> None:
     assert seen.tolist() == [[turn, turn * turn] for turn in range(10)]
 
 
+@pytest.mark.parametrize("read", [True, False], ids=["read already", "still to be read"])
+def test_an_upload_waits_only_for_what_the_device_has_not_read(monkeypatch: pytest.MonkeyPatch, read: bool) -> None:
+    """With events that stand for a GPU's."""
+    events: list[Event] = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.waits = 0
+            events.append(self)
+
+        def query(self) -> bool:
+            return read
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+        def record(self, _stream: object) -> None:
+            pass
+
+    monkeypatch.setattr("spdbench.models.graphs.new_event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
+    upload = Upload(1, torch.long, CPU)
+    upload._on_gpu, upload._events = True, [Event() for _ in range(Upload.COPIES)]  # type: ignore[misc]
+    for turn in range(6):
+        upload.send([turn])
+    assert sum(event.waits for event in events) == (0 if read else 6)
+
+
 @torch.inference_mode()
 def test_a_ticket_is_worth_what_there_was_when_it_was_given(device: torch.device) -> None:
     number, readback = torch.zeros(1, dtype=torch.long, device=device), Readback(1, device)
