@@ -23,8 +23,8 @@ COMMAND = (sys.executable, "-S", "-s", "-P", "-B", str(JAIL))
 MAX_REPLY_BYTES = 2**16
 
 PROMISES = {
-    "calls": "no network, no further processes, no signals to others (seccomp)",
-    "files": "no files but an empty folder and the standard library (Landlock)",
+    "calls": "no network, no further processes, no signals to others, no changes to how they run (seccomp)",
+    "files": "no files but an empty folder and the standard library (Landlock and seccomp)",
     "memory_bytes": "a limit on memory",
 }
 """What each guard of the kernel's promises, whatever the program does."""
