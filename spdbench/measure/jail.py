@@ -138,7 +138,7 @@ def main() -> None:
     _hook(places)
     os.write(verdict, json.dumps(guards).encode() + b"\n")
     if _comes_to_its_end(request["program"]):
-        os.write(verdict, request["token"].encode())
+        os.write(verdict, request["token"].encode() + b"\n")
     os._exit(0)
 
 
