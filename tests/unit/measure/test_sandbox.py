@@ -204,6 +204,17 @@ def test_python_that_does_not_start_in_time_is_no_verdict(
         run_program("pass")
 
 
+@pytest.mark.parametrize("much", ["open(f'{i}', 'wb').write(b'a' * 2**16)", "os.makedirs(f'{i}/{i}')"])
+def test_what_a_program_leaves_on_the_disk_has_a_limit(much: str) -> None:
+    program = f"import os, time\nfor i in range(20): {much}\n"
+    limits = Limits(disk_bytes=2**20, entries=30, wall_s=50)
+    assert not run_program(program, limits).finished
+    start = time.monotonic()
+    assert not run_program(f"{program}time.sleep(100)", limits).finished
+    assert time.monotonic() - start < 50
+    assert run_program(program, Limits(disk_bytes=2**21, entries=50)).finished
+
+
 def test_memory_has_a_limit() -> None:
     assert not run_program("x = bytearray(2**29)", Limits(memory_bytes=2**28)).finished
     assert run_program("x = bytearray(2**20)", Limits(memory_bytes=2**28)).finished
@@ -218,6 +229,17 @@ def test_folder_is_empty_at_first_and_gone_afterwards(tmp_path: Path, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert passes("import os\nassert not os.listdir('.')\nos.mkdir('a')\nopen('a/b', 'w').close()\nos.mkdir('c', 0)")
     assert os.listdir(tmp_path) == []
+
+
+def test_folder_is_gone_however_deep_it_is(
+    change_jail: Callable[[str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_jail("_hook=lambda *_: None")  # it takes long for long paths
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    deep = "import os\nfor _ in range(1100):\n    os.mkdir('a')\n    os.chdir('a')"
+    assert run_program(deep, Limits(entries=2000, disk_bytes=2**30)).finished
+    assert os.listdir(tmp_path / "temporary") == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the guards are Linux's")
