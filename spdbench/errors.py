@@ -44,6 +44,10 @@ class InputError(SpdbenchError):
     exit_code = 2
 
 
+class NotRunError(InputError):
+    """A program that a model wrote could not be run, so that nobody knows what it does."""
+
+
 class NotComparableError(SpdbenchError):
     """These results may not be compared with each other."""
 

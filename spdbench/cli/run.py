@@ -17,7 +17,7 @@ from spdbench.cli.model_options import (
     parse_drafters,
     parse_labels,
 )
-from spdbench.errors import InputError
+from spdbench.errors import InputError, NotRunError
 
 if TYPE_CHECKING:
     from spdbench.cli.session import Entrant
@@ -142,7 +142,7 @@ def command(
 def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
     """How the suite's answers are scored, its references being fit for it; says what is left out, or what guards."""
     from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
-    from spdbench.measure.sandbox import passes, require_sandbox
+    from spdbench.measure.sandbox import require_sandbox
 
     check_references(suite.name, suite.score, suite.prompts, runs_code=allow_code_execution, missing=suite.missing)
     code = [prompt for prompt in suite.prompts if judge_of(suite.score, prompt.category) in RUNS_CODE]
@@ -154,7 +154,18 @@ def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
             f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution",
             err=True,
         )
-    return Scorer(suite.score, passes if allow_code_execution else None)
+    return Scorer(suite.score, _passes if allow_code_execution else None)
+
+
+def _passes(program: str) -> bool | None:
+    """None, with a note why, where the program could not be run."""
+    from spdbench.measure.sandbox import passes
+
+    try:
+        return passes(program)
+    except NotRunError as error:
+        click.echo(f"NOTE: an answer has no score: {error}", err=True)
+        return None
 
 
 def find_entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[Entrant]:

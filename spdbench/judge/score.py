@@ -37,8 +37,8 @@ CODE_BEGINS = re.compile(r"^(?:(?:def|class|from|import|async def)\s|@\w)", re.M
 Judges = str | Mapping[str, str] | None
 """One judge for all prompts, or judges by category; None where nothing is scored."""
 
-Execute = Callable[[str], bool]
-"""Runs a program where it can do no harm; true if it came to its end."""
+Execute = Callable[[str], bool | None]
+"""Runs a program where it can do no harm; true if it came to its end, None if it could not be run."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ class Scorer:
     execute: Execute | None = None
 
     def __call__(self, prompt: Prompt, turn: int, answer: str) -> float | None:
-        """None where no judge is named for the prompt, or it has no reference in this turn."""
+        """None where no judge is named for the prompt, it has no reference in this turn, or code could not be run."""
         judge, reference = judge_of(self.judges, prompt.category), reference_of(prompt, turn)
         if judge is None or reference is None:
             return None
         if judge in RUNS_CODE:
-            return None if self.execute is None else float(self.execute(program(answer, reference)))
+            passed = self.execute(program(answer, reference)) if self.execute else None
+            return None if passed is None else float(passed)
         found = final_number(answer) if judge == "gsm8k_strict" else any_number(answer)
         return float(found is not None and found == any_number(reference))
 

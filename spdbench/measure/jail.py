@@ -1,12 +1,12 @@
 """The child's side of `sandbox.py`: gives up all that a program does not need, then runs the program.
 
 A script for the interpreter alone: it imports nothing of ours. What the kernel refuses it refuses whatever the program
-does: system calls by seccomp, files by Landlock (https://docs.kernel.org/userspace-api/landlock.html), sizes by
-rlimits. Where the kernel lacks one of the first two, a hook inside Python stands in, which only code that does not
-try to get round it respects.
+does: all system calls but those named here, by seccomp; files, by Landlock
+(https://docs.kernel.org/userspace-api/landlock.html); sizes, by rlimits. A hook inside Python comes on top, and is all
+there is where the kernel lacks one of the first two; only code that does not try to get round it respects it.
 
-stdin: {"program", "token", "limits"}. stdout: the guards in force as a line of JSON, then `token` if the program came
-to its end.
+stdin: {"program", "token", "limits"}. stdout: the guards in force as a line of JSON, then, if the program came to its
+end, `token` as another. The program runs in this process, so one that looks for `token` finds it.
 """
 
 from __future__ import annotations
@@ -20,58 +20,98 @@ import struct
 import sys
 import sysconfig
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SHARED_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+TIME_ZONES = "/usr/share/zoneinfo"
 
 NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 NEW_USER, NEW_NET, NEW_IPC = 0x10000000, 0x40000000, 0x08000000
 
-ARCHITECTURES: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {
-    "x86_64": (
-        0xC000003E,
-        {
-            "network": (41, 42, 43, 44, 46, 49, 50, 53, 288, 425),
-            "processes": (56, 57, 58, 59, 322, 435),
-            "other processes": (62, 101, 129, 200, 234, 297, 310, 311, 312, 424, 434, 438),
-            "limits": (160, 302),
-            "shared memory": (29, 64, 68),
-            "the system": (161, 165, 166, 169, 175, 248, 249, 250, 272, 298, 304, 308, 313, 321, 323),
-        },
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {
-            "network": (198, 199, 200, 201, 202, 203, 206, 211, 242, 425),
-            "processes": (220, 221, 281, 435),
-            "other processes": (117, 129, 130, 131, 138, 240, 270, 271, 272, 424, 434, 438),
-            "limits": (164, 261),
-            "shared memory": (186, 190, 194),
-            "the system": (39, 40, 51, 97, 105, 142, 217, 218, 219, 241, 265, 268, 273, 280, 282),
-        },
-    ),
-}
-"""Machine -> its number in audit records, and the system calls that a program is refused, by what they are for."""
+ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+"""Machine -> its number in audit records, and its column in `CALLS`."""
 
-LOAD_WORD, JUMP_IF_EQUAL, JUMP_IF_GREATER_OR_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
-ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050001, 0x80000000
-"""seccomp's answers: go on; fail with EPERM; end the process."""
-OTHER_CALLING_CONVENTION = 0x40000000
+CALLS: dict[str, tuple[int | None, int | None]] = {
+    "brk": (12, 214), "madvise": (28, 233), "mmap": (9, 222), "mprotect": (10, 226), "mremap": (25, 216),
+    "msync": (26, 227), "munmap": (11, 215),
+
+    "access": (21, None), "chdir": (80, 49), "close": (3, 57), "close_range": (436, 436), "copy_file_range": (326, 285),
+    "creat": (85, None), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "faccessat": (269, 48),
+    "faccessat2": (439, 439), "fadvise64": (221, 223), "fallocate": (285, 47), "fchdir": (81, 50), "fcntl": (72, 25),
+    "fdatasync": (75, 83), "flock": (73, 32), "fstat": (5, 80), "fstatfs": (138, 44), "fsync": (74, 82),
+    "ftruncate": (77, 46), "getcwd": (79, 17), "getdents64": (217, 61), "ioctl": (16, 29), "lseek": (8, 62),
+    "lstat": (6, None), "mkdir": (83, None), "mkdirat": (258, 34), "newfstatat": (262, 79), "open": (2, None),
+    "openat": (257, 56), "pread64": (17, 67), "preadv": (295, 69), "preadv2": (327, 286), "pwrite64": (18, 68),
+    "pwritev": (296, 70), "pwritev2": (328, 287), "read": (0, 63), "readlink": (89, None), "readlinkat": (267, 78),
+    "readv": (19, 65), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "rmdir": (84, None),
+    "sendfile": (40, 71), "stat": (4, None), "statfs": (137, 43), "statx": (332, 291), "umask": (95, 166),
+    "unlink": (87, None), "unlinkat": (263, 35), "write": (1, 64), "writev": (20, 66),
+
+    "epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_pwait": (281, 22),
+    "epoll_pwait2": (441, 441), "epoll_wait": (232, None), "eventfd2": (290, 19), "getpeername": (52, 205),
+    "getsockname": (51, 204), "getsockopt": (55, 209), "pipe": (22, None), "pipe2": (293, 59), "poll": (7, None),
+    "ppoll": (271, 73), "pselect6": (270, 72), "recvfrom": (45, 207), "select": (23, None), "sendto": (44, 206),
+    "shutdown": (48, 210), "socketpair": (53, 199),
+
+    "alarm": (37, None), "clock_getres": (229, 114), "clock_gettime": (228, 113), "clock_nanosleep": (230, 115),
+    "getitimer": (36, 102), "gettimeofday": (96, 169), "nanosleep": (35, 101), "setitimer": (38, 103),
+    "time": (201, None), "times": (100, 153),
+
+    "exit": (60, 93), "exit_group": (231, 94), "futex": (202, 98), "getcpu": (309, 168), "getegid": (108, 177),
+    "geteuid": (107, 175), "getgid": (104, 176), "getgroups": (115, 158), "getpgid": (121, 155), "getpid": (39, 172),
+    "getppid": (110, 173), "getrandom": (318, 278), "getrlimit": (97, 163), "getrusage": (98, 165),
+    "getsid": (124, 156), "gettid": (186, 178), "getuid": (102, 174), "pause": (34, None),
+    "restart_syscall": (219, 128), "rt_sigaction": (13, 134), "rt_sigpending": (127, 136), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "rt_sigsuspend": (130, 133), "rt_sigtimedwait": (128, 137),
+    "sched_getaffinity": (204, 123), "sched_yield": (24, 124), "sigaltstack": (131, 132), "sysinfo": (99, 179),
+    "uname": (63, 160),
+}  # fmt: skip
+"""The system calls that a program has: memory, files, waiting, clocks, itself. All others, those of kernels to come
+among them, are refused."""
+
+ACCESS_MODE, TRUNCATING = 0o3, 0o1000
+OPENED = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | TRUNCATING, os.O_RDWR | TRUNCATING)
+"""Landlock before version 3 looks at reading and writing alone, and files can be emptied without either."""
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)
+"""Descriptors, their flags and locks; not who gets which signal."""
+IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""Is it a terminal, its size, how much can be read, blocking, closing at exec."""
+UNIX, STREAM, NONBLOCK_OR_CLOEXEC = 1, 1, 0o2004000
+"""A pair of such sockets is connected for good, while datagrams could be sent to anybody."""
+WORD = 0xFFFFFFFF
+
+CONDITIONS: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
+    "open": ((1, ACCESS_MODE | TRUNCATING, OPENED),),
+    "openat": ((2, ACCESS_MODE | TRUNCATING, OPENED),),
+    "fcntl": ((1, WORD, FCNTL),),
+    "ioctl": ((1, WORD, IOCTL),),
+    "socketpair": ((0, WORD, (UNIX,)), (1, WORD ^ NONBLOCK_OR_CLOEXEC, (STREAM,))),
+}
+"""What has to hold of arguments: each one's place, the bits that count, and the values that these may have."""
+
+LOAD_WORD, AND, JUMP_IF_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
+ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050026, 0x80000000
+"""seccomp's answers: go on; fail with ENOSYS, for which C libraries have a second way; end the process."""
+NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = 0, 4, 16
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_FILE, TRUNCATE = 16, 32, 128, 256, 2**14
+READING = EXECUTE | READ_FILE | READ_DIR
+WRITING = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_FILE | TRUNCATE
 RIGHTS_BY_VERSION = ((1, 13), (2, 14), (3, 15), (5, 16))
 """From which version of Landlock on how many rights there are."""
+NO_ABSTRACT_SOCKETS_NO_SIGNALS, SCOPED_SINCE = 3, 6
 
 FORBIDDEN_EVENTS = (
-    "socket.", "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "ctypes.",
-    "pty.", "signal.pthread_kill", "resource.",
+    "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostby", "socket.getnameinfo", "socket.send",
+    "subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "os.kill", "ctypes.", "pty.",
+    "signal.pthread_kill", "resource.", "fcntl.fcntl", "fcntl.ioctl",
 )  # fmt: skip
 PATH_EVENTS = (
     "os.chdir", "os.chmod", "os.chown", "os.link", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir",
-    "os.scandir", "os.symlink", "os.truncate", "os.utime", "shutil.",
+    "os.removexattr", "os.scandir", "os.setxattr", "os.symlink", "os.truncate", "os.utime", "shutil.",
 )  # fmt: skip
 
 READS = ("os.listdir", "os.scandir", "os.chdir")
@@ -85,21 +125,20 @@ def main() -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
     os.close(nothing)
-    readable = _library_folders()
+    places = {folder: WRITING, **_library()}
     guards = _limit(request["limits"])
     files = calls = False
     if sys.platform == "linux":
         libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
         if libc.unshare(NEW_USER | NEW_NET | NEW_IPC) == 0:
             guards.append("namespaces")
-        files = _guard_files(libc, folder, readable)
+        files = _guard_files(libc, places)
         calls = _guard_calls(libc)
-    guards += ["files"] * files + ["calls"] * calls
-    if not (files and calls):
-        _hook(folder, readable, files=not files, calls=not calls)
+    guards += ["files"] * (files and calls) + ["calls"] * calls  # Landlock leaves modes, owners and times to seccomp
+    _hook(places)
     os.write(verdict, json.dumps(guards).encode() + b"\n")
     if _comes_to_its_end(request["program"]):
-        os.write(verdict, request["token"].encode())
+        os.write(verdict, request["token"].encode() + b"\n")
     os._exit(0)
 
 
@@ -113,10 +152,12 @@ def _comes_to_its_end(program: str) -> bool:
     return True
 
 
-def _library_folders() -> list[str]:
-    """What a program may read: the standard library, and the shared libraries below it."""
-    found = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), *SHARED_LIBRARIES}
-    return sorted({os.path.realpath(path) for path in found if os.path.isdir(path)})
+def _library() -> dict[str, int]:
+    """The standard library, what it needs to be there, and a program's rights to each."""
+    stdlib = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+    found = dict.fromkeys((*stdlib, *SHARED_LIBRARIES, TIME_ZONES), READING)
+    found |= {"/dev/null": READ_FILE | WRITE_FILE, "/dev/urandom": READ_FILE}
+    return {os.path.realpath(path): rights for path, rights in found.items() if os.path.exists(path)}
 
 
 def _limit(limits: dict[str, int]) -> list[str]:
@@ -135,50 +176,61 @@ def _limit(limits: dict[str, int]) -> list[str]:
 
 
 def _guard_calls(libc: Any) -> bool:
-    """Refuses the system calls above, by seccomp. False where there is none."""
+    """Refuses all system calls but those above, by seccomp. False where there is none."""
     if platform.machine() not in ARCHITECTURES:
         return False
-    audit, refused = ARCHITECTURES[platform.machine()]
-    numbers = sorted(number for group in refused.values() for number in group)
-    lines = [(LOAD_WORD, 0, 0, 4), (JUMP_IF_EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL), (LOAD_WORD, 0, 0, 0)]
-    tests = [(JUMP_IF_GREATER_OR_EQUAL, OTHER_CALLING_CONVENTION), *((JUMP_IF_EQUAL, number) for number in numbers)]
-    lines += [(code, len(tests) - at, 0, value) for at, (code, value) in enumerate(tests)]
-    lines += [(RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE)]
+    audit, column = ARCHITECTURES[platform.machine()]
+    lines = [(LOAD_WORD, 0, 0, MACHINE_AT), (JUMP_IF_EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL)]
+    lines += [(LOAD_WORD, 0, 0, NUMBER_AT)]
+    for name, numbers in CALLS.items():
+        if (number := numbers[column]) is not None:
+            answer = _answer(name)
+            lines += [(JUMP_IF_EQUAL, 0, len(answer), number), *answer]
+    lines += [(RETURN, 0, 0, REFUSE)]
     text = b"".join(struct.pack("HBBI", *line) for line in lines)
     buffer = ctypes.create_string_buffer(text, len(text))
     head = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(buffer)))
     return bool(libc.prctl(SET_SECCOMP, FILTER, ctypes.byref(head), 0, 0) == 0)
 
 
-def _guard_files(libc: Any, folder: str, readable: Sequence[str]) -> bool:
-    """Leaves `folder` to be written and `readable` to be read, by Landlock. False where there is none."""
+def _answer(name: str) -> list[tuple[int, int, int, int]]:
+    """The filter's lines that settle one call. The kernel, too, takes only the lower words of these arguments."""
+    lines = []
+    for place, mask, values in CONDITIONS.get(name, ()):
+        lines += [(LOAD_WORD, 0, 0, ARGUMENTS_AT + 8 * place), (AND, 0, 0, mask)]
+        lines += [(JUMP_IF_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
+        lines += [(RETURN, 0, 0, REFUSE)]
+    return [*lines, (RETURN, 0, 0, ALLOW)]
+
+
+def _guard_files(libc: Any, places: Mapping[str, int]) -> bool:
+    """Leaves `places` with their rights, by Landlock. False where there is none."""
     version = libc.syscall(CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
     number = [count for since, count in RIGHTS_BY_VERSION if since <= version][-1]
     every = (1 << number) - 1
-    attributes = struct.pack("Q", every)
+    scoped = NO_ABSTRACT_SOCKETS_NO_SIGNALS if version >= SCOPED_SINCE else 0
+    attributes = struct.pack("QQQ", every, 0, scoped)  # kernels that know less take zeros at the end
     rules = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     if rules < 0:
         return False
-    reading = EXECUTE | READ_FILE | READ_DIR
-    writing = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_FILE | TRUNCATE
-    for path, rights in ((folder, writing & every), *((path, reading) for path in readable)):
+    for path, rights in places.items():
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        if libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights, place), 0) != 0:
+        if libc.syscall(ADD_RULE, rules, 1, struct.pack("=Qi", rights & every, place), 0) != 0:
             return False
         os.close(place)
     return bool(libc.syscall(RESTRICT_SELF, rules, 0) == 0)
 
 
-def _hook(folder: str, readable: Sequence[str], *, files: bool, calls: bool) -> None:
-    """Python's own hook in the place of `files` and `calls` guards; it cannot be taken off again."""
+def _hook(places: Mapping[str, int]) -> None:
+    """Python's own hook, which refuses much of the same; it cannot be taken off again."""
 
-    def within(path: Any, places: Sequence[str]) -> bool:
+    def within(path: Any, right: int) -> bool:
         if isinstance(path, int):
             return True
         real = os.path.realpath(os.fsdecode(path))
-        return any(real == place or real.startswith(place + os.sep) for place in places)
+        return any(rights & right and (real + os.sep).startswith(place + os.sep) for place, rights in places.items())
 
     busy = False
 
@@ -188,16 +240,16 @@ def _hook(folder: str, readable: Sequence[str], *, files: bool, calls: bool) -> 
             return
         busy = True
         try:
-            if event.startswith("ctypes.") or (calls and event.startswith(FORBIDDEN_EVENTS)):
+            if event.startswith(FORBIDDEN_EVENTS) or (event == "socket.__new__" and arguments[1] != UNIX):
                 raise PermissionError(f"{event} is not for answers")
-            if files and event == "open":
+            if event == "open":
                 path, _, flags = arguments
                 writes = bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
-                if not within(path, [folder] if writes else [folder, *readable]):
+                if not within(path, WRITE_FILE if writes else READ_FILE):
                     raise PermissionError("answers have a folder of their own")
-            if files and event.startswith(PATH_EVENTS):
+            if event.startswith(PATH_EVENTS):
                 paths = [item for item in arguments if isinstance(item, str | bytes | os.PathLike)]
-                if not all(within(path, [folder, *readable] if event in READS else [folder]) for path in paths):
+                if not all(within(path, READ_DIR if event in READS else MAKE_FILE) for path in paths):
                     raise PermissionError("answers have a folder of their own")
         finally:
             busy = False

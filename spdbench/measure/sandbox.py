@@ -3,28 +3,40 @@
 The process starts anew (nothing of ours is in its memory), in an empty folder that is deleted afterwards, with an
 environment that holds no variable of the user's, and without site-packages: answers have the standard library. It has
 limits on time, memory, file size, open files and processes, and `jail.py` shuts off network, other processes, and all
-files but its folder and the standard library. Must not know what the programs are for.
+files but its folder and the standard library. What it may leave in its folder is watched from here.
+
+A program that comes to its end says so by a token that it has not been given. It could be found all the same: its
+tests run in the process that holds it. So the verdict is for code that does what it can, not for code that sets out to
+be judged right. Must not know what the programs are for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import secrets
+import selectors
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, NotRunError
 
 JAIL = Path(__file__).with_name("jail.py")
 COMMAND = (sys.executable, "-S", "-s", "-P", "-B", str(JAIL))
 MAX_REPLY_BYTES = 2**16
+START_S, LOOK_S = 60.0, 0.1
+"""How long Python may take to start, and how often is looked what a program has left in its folder."""
 
 PROMISES = {
-    "calls": "no network, no further processes, no signals to others (seccomp)",
-    "files": "no files but an empty folder and the standard library (Landlock)",
+    "calls": "no network, no further processes, no signals to others, no changes to how they run (seccomp)",
+    "files": "no files but an empty folder and the standard library (Landlock and seccomp)",
     "memory_bytes": "a limit on memory",
 }
 """What each guard of the kernel's promises, whatever the program does."""
@@ -32,7 +44,7 @@ PROMISES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. `wall_s` is for those that sleep."""
+    """What one program may use. `wall_s` is for those that sleep; `entries` are files and folders in its own."""
 
     cpu_s: int = 5
     wall_s: int = 15
@@ -40,6 +52,8 @@ class Limits:
     file_bytes: int = 2**20
     open_files: int = 32
     processes: int = 0
+    disk_bytes: int = 2**24
+    entries: int = 1000
 
 
 STANDARD = Limits()
@@ -57,41 +71,102 @@ def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
     """Runs `program` to its end or its limits; an exception, an exit and a limit are all no end.
 
     Raises:
-        InputError: no process can be started, or no folder made.
+        NotRunError: no process can be started, or no folder made, or Python has not started in time.
     """
     token = secrets.token_hex(16)
-    asked = {name: value for name, value in asdict(limits).items() if name != "wall_s"}
-    request = json.dumps({"program": program, "token": token, "limits": asked})
+    request = json.dumps({"program": program, "token": token, "limits": asdict(limits)})
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="spdbench-answer-", ignore_cleanup_errors=True) as folder,
-            tempfile.TemporaryFile() as question,
-            tempfile.TemporaryFile() as reply,
-        ):
+        with _folder() as folder, tempfile.TemporaryFile() as question:
             question.write(request.encode("utf-8", "surrogatepass"))
             question.seek(0)
             environment = {"HOME": folder, "TMPDIR": folder, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0"}
-            process = subprocess.Popen(
+            with subprocess.Popen(
                 COMMAND,
                 stdin=question,
-                stdout=reply,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=folder,
                 env=environment,
                 start_new_session=True,
-            )
-            try:
-                process.wait(limits.wall_s)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                process.kill()
-                process.wait()
-            reply.seek(0)
-            guards, _, verdict = reply.read(MAX_REPLY_BYTES).partition(b"\n")
+            ) as process:
+                assert process.stdout is not None
+                try:
+                    reply = _reply(process.stdout.fileno(), folder, limits)
+                finally:
+                    process.kill()
+            guards, began, verdict = reply.partition(b"\n")
+            if not began:
+                raise NotRunError("--allow-code-execution: answers cannot be run here (Python does not start)")
+            finished = verdict == token.encode() + b"\n" and not _is_over(folder, limits)
     except OSError as error:
-        raise InputError(f"--allow-code-execution: answers cannot be run here ({error.strerror})") from None
-    return Outcome(verdict == token.encode(), tuple(json.loads(guards)) if guards else ())
+        raise NotRunError(f"--allow-code-execution: answers cannot be run here ({error.strerror})") from None
+    return Outcome(finished, tuple(json.loads(guards)))
+
+
+def _reply(pipe: int, folder: str, limits: Limits) -> bytes:
+    """What the child says until its second line ends, or it ends, or it breaks a limit. Its time runs from its first
+    line on, by which Python has started."""
+    said, end = b"", time.monotonic() + START_S
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while said.count(b"\n") < 2 and len(said) < MAX_REPLY_BYTES and time.monotonic() < end:
+            if selector.select(LOOK_S):
+                piece = os.read(pipe, MAX_REPLY_BYTES)
+                if not piece:
+                    break
+                if b"\n" in piece and b"\n" not in said:
+                    end = time.monotonic() + limits.wall_s
+                said += piece
+            if _is_over(folder, limits):
+                break
+    return said
+
+
+def _is_over(folder: str, limits: Limits) -> bool:
+    """True if `folder` holds more than it may, or what cannot be looked at and so may hold anything."""
+    folders, entries, size = [folder], 0, 0
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as found:
+                for entry in found:
+                    entries += 1
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    with contextlib.suppress(FileNotFoundError):
+                        size += entry.stat(follow_symlinks=False).st_size
+                    if entries > limits.entries or size > limits.disk_bytes:
+                        return True
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    """An empty folder, deleted at the end however deep a program has built in it: its inside is moved up first."""
+    folder = tempfile.mkdtemp(prefix="spdbench-answer-")
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            while inner := _folders_in(folder):
+                for path in inner:
+                    _folders_in(path)
+                    for name in os.listdir(path):
+                        os.rename(os.path.join(path, name), os.path.join(folder, secrets.token_hex(16)))
+                    os.rmdir(path)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _folders_in(folder: str) -> list[str]:
+    """The folders in `folder`, made accessible."""
+    with os.scandir(folder) as found:
+        folders = [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+    for path in folders:
+        os.chmod(path, 0o700)
+    return folders
 
 
 def passes(program: str) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from spdbench.errors import NotRunError
 from spdbench.judge.result import Result, read_result
 from spdbench.judge.score import Scorer
+from spdbench.measure import sandbox
 from tests.cli.run_helpers import Said, spdbench, write_suite
 
 SUMS = [{"id": f"s{i}", "category": "maths", "turns": [f"Say {i}."], "reference": str(i)} for i in range(3)]
@@ -70,6 +72,17 @@ def test_code_is_left_unscored_with_a_note_unless_it_is_allowed(run: Runs) -> No
     assert said.code == 0, said.err
     assert "NOTE: answers that are code are run, each by itself;" in said.err
     assert scores(run.result("vanilla"))[3] == 0.0
+
+
+def test_code_that_could_not_be_run_is_left_unscored_with_a_note(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> bool:
+        raise NotRunError("Python does not start")
+
+    monkeypatch.setattr(sandbox, "passes", fail)
+    said = run(CODE, "humaneval", "-b", "vanilla", "--allow-code-execution")
+    assert said.code == 0, said.err
+    assert "NOTE: an answer has no score: Python does not start" in said.err
+    assert scores(run.result("vanilla")) == [None]
 
 
 def test_resuming_with_other_rules_for_scores_is_refused(run: Runs) -> None:

@@ -69,6 +69,7 @@ def test_code_is_never_run_without_someone_who_may() -> None:
 
     assert Scorer("humaneval", run)(task, 0, "def f(): return 1") == 1.0
     assert seen == ["def f(): return 1\nassert f() == 1"]
+    assert Scorer("humaneval", lambda _: None)(task, 0, "def f(): return 1") is None
 
 
 @pytest.mark.parametrize(
