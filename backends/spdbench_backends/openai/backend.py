@@ -110,7 +110,11 @@ class OpenAI:
         self._engine = None if counters is None else counters.engine
 
     def describe(self) -> BackendInfo:
-        acceptance = f"{self._engine}'s counters, before and after each request" if self._engine else "not told"
+        acceptance = "not told"
+        if self._engine is not None:
+            acceptance = (
+                f"{self._engine.name}'s counters, before and after each request; null where others used the server"
+            )
         return BackendInfo(
             devices=("server",),
             lane_bytes=(0,),

@@ -329,20 +329,22 @@ def test_closing_early_leaves_the_backend_usable_and_twice_is_fine(server: StubS
 
 
 class Vllm:
-    """vLLM's counters, as each request moves them."""
+    """vLLM's counters, as each request moves them; one of a stranger that is `running` does with each reading."""
 
-    def __init__(self, server: StubServer, requests: int = 1) -> None:
-        self.server, self.per_request = server, requests
+    def __init__(self, server: StubServer, requests: int = 1, running: int = 0) -> None:
+        self.server, self.per_request, self.running, self.readings = server, requests, running, 0
 
     def __call__(self) -> str:
-        done = len(self.server.asked) * self.per_request
+        self.readings += self.running
+        done, other = len(self.server.asked) * self.per_request, 50 * self.readings
         rows = {
             'vllm:request_success_total{engine="0",finished_reason="stop"}': done,
-            'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done,
-            'vllm:spec_decode_num_draft_tokens_total{engine="0"}': 12 * done,
-            'vllm:spec_decode_num_accepted_tokens_total{engine="0"}': 6 * done,
-            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"}': 3 * done,
-            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"}': 2 * done,
+            'vllm:generation_tokens_total{engine="0"}': 8 * done,
+            'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done + other,
+            'vllm:spec_decode_num_draft_tokens_total{engine="0"}': 12 * done + 3 * other,
+            'vllm:spec_decode_num_accepted_tokens_total{engine="0"}': 6 * done + 2 * other,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"}': 3 * done + other,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"}': 2 * done + other,
             'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="2"}': 1 * done,
         }
         return "# HELP nothing\n" + "".join(f"{name} {value}.0\n" for name, value in rows.items())
@@ -378,3 +380,9 @@ def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer
     made = loaded(backend())
     assert "usage, told with each chunk" in made.describe().chosen["tokens"]
     assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+            'vllm:num_requests_running{engine="0"}': self.running,
+            'vllm:num_requests_waiting{engine="0"}': 0,
+    server.counters = Vllm(server, running=1)
+    made = loaded(backend())
+    assert run(made).account.drafts is None
+    assert "null where others used the server" in made.describe().chosen["acceptance"]
