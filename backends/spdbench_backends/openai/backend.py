@@ -1,13 +1,12 @@
 """`openai`: any server that speaks OpenAI's protocol, measured from outside: vLLM, SGLang, llama.cpp, TGI, ...
 
 What is timed is what a user of the server sees: from the request, over a connection that is open already, to each chunk
-of the answer. Requests that fail are failed prompts, and what has to be asked again is timed anew. The result says by a
-hash whether the server was the same, never where it is.
+of the answer. Requests that fail are failed prompts, and what has to be asked again is timed anew. The result does not
+say where the server is, not even by a hash: there are few enough addresses to try them all.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import Field, computed_field
+from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
@@ -67,12 +66,6 @@ class OpenAI:
         timeout_s: float = Field(120.0, gt=0, le=86400, description="a server that is silent for longer has failed")
         retries: int = Field(4, ge=0, le=20, description="how often a busy or unreachable server is asked again")
         metrics: bool = Field(True, description="read acceptance from the counters of vLLM and SGLang")
-
-        @computed_field  # type: ignore[prop-decorator]
-        @property
-        def server(self) -> str:
-            """Equal for one server, and no address."""
-            return hashlib.sha256((self.base_url or "").encode()).hexdigest()[:12]
 
     kind: ClassVar[BackendKind] = "draft_verify"
     text_only: ClassVar[bool] = True
