@@ -30,7 +30,7 @@ from spdbench_backends.openai.client import (
     parse_address,
 )
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
-from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, unknown
+from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, have_whole_tokens, unknown
 from spdbench_backends.openai.words import describe_refusal, describe_unreachable
 
 Answer = TypeVar("Answer")
@@ -109,6 +109,7 @@ class OpenAI:
                 f"{self._engine.name}'s counters, before and after each request; null where others used the server"
             )
         return BackendInfo(
+        self._whole = have_whole_tokens(told)
             devices=("server",),
             lane_bytes=(0,),
             chosen={"tokens": WORDS[self._way], "prompt": self._prompt_form, "acceptance": acceptance},
@@ -135,7 +136,7 @@ class OpenAI:
         try:
             with closing(exchange.connection or self._loaded().connect()) as connection:
                 chunks = self._ask(connection, self._body(request, self._extras))
-                yield from exchange.steps(chunks, Counter(self._way))
+                yield from exchange.steps(chunks, Counter(self._way, request.max_new_tokens, whole=self._whole))
         except RefusedError as refusal:
             raise self._refusal(refusal, exchange) from None
         except UnreachableError as why:

@@ -52,6 +52,7 @@ def loaded(backend: OpenAI) -> OpenAI:
     ],
 )
 def test_tokens_are_counted_by_the_best_that_the_server_tells(
+        ({"logprobs", "usage"}, [1, 2, 1, 3, 1], "log-probabilities", {"drafts", "forwards", "devices", "ids"}),
     server: StubServer, backend: Make, offers: set[Offer], emitted: list[int], words: str, unknown: set[str]
 ) -> None:
     server.offers = offers
@@ -67,7 +68,7 @@ def test_tokens_are_counted_by_the_best_that_the_server_tells(
 
 
 def test_chunks_are_counted_only_where_the_servers_usage_agrees(server: StubServer, backend: Make) -> None:
-    server.offers, server.takes_extras = set(), False
+    server.offers, server.refuses = set(), {"return_token_ids", "logprobs", "stream_options"}
     server.answer = [("One",), (" two",), (" three",)]
     made = loaded(backend())
     assert "one token a chunk" in made.describe().chosen["tokens"]
@@ -88,6 +89,30 @@ def test_a_way_of_counting_that_was_asked_for_is_used_or_refused(server: StubSer
 def test_an_end_of_sequence_counts_where_the_server_counts_it(server: StubServer, backend: Make) -> None:
     server.offers, server.counts_end = {"ids", "usage"}, True
     measured = run(loaded(backend()))
+def test_a_server_that_refuses_ids_still_tells_usage_with_each_chunk(server: StubServer, backend: Make) -> None:
+    """As SGLang does in a chat."""
+    server.offers, server.refuses = {"running_usage", "usage", "logprobs"}, {"return_token_ids"}
+    made = loaded(backend())
+    assert "usage, told with each chunk" in made.describe().chosen["tokens"]
+    assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+    assert "return_token_ids" not in server.asked[-1]
+    assert "logprobs" not in server.asked[-1]
+
+
+def test_log_probabilities_do_not_cost_the_prompts_length(server: StubServer, backend: Make) -> None:
+    server.offers = {"logprobs", "usage"}
+    assert run(loaded(backend())).account.num_prompt_tokens == 11
+    server.refuses = {"stream_options"}
+    assert "log-probabilities" in loaded(backend()).describe().chosen["tokens"]
+
+
+def test_usage_that_is_the_whole_answers_from_the_first_chunk_on_tells_no_times(
+    server: StubServer, backend: Make
+) -> None:
+    server.offers, server.stated = {"running_usage", "usage"}, 8
+    assert "told at the end" in loaded(backend()).describe().chosen["tokens"]
+
+
     assert measured.output_ids == (*range(100, 108), 2)
     assert measured.finish_reason == "eos"
 
