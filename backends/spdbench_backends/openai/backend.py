@@ -42,6 +42,8 @@ BUSY = frozenset({408, 429, 500, 502, 503, 504})
 NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
 LONGEST_WAIT_S = 30.0
 FIRST_WAIT_S = 0.5
+FOR_ALL = frozenset({401, 403, 404})
+"""Refusals that would meet every other prompt as well."""
 FINISHES: Mapping[str, FinishReason] = {"stop": "eos", "length": "length"}
 COUNTERS_PATIENCE_S = 1.0
 COUNTERS_PAUSE_S = 0.05
@@ -141,7 +143,7 @@ class OpenAI:
             raise self._refusal(refusal, exchange) from None
         except UnreachableError as why:
             raise self._unreachable(why, exchange) from None
-        except BrokenError as why:
+        except (BrokenError, NotStreamedError) as why:
             raise PromptFailedError(str(why)) from None
         if exchange.num_tokens == 0 or (exchange.finish is None and exchange.num_tokens < request.max_new_tokens):
             raise PromptFailedError(f"the server stopped after {exchange.num_tokens} tokens, and did not say why")
@@ -182,15 +184,20 @@ class OpenAI:
     def _ask(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
         response = connection.ask("POST", self._path, body)
         if "text/event-stream" not in (response.getheader("Content-Type") or ""):
-            raise InputError(
-                f"-b {self._context.label}: the server answers at once instead of streaming, so single tokens cannot "
-                "be timed; switch streaming on, or use a server that has it"
+            raise NotStreamedError(
+                "the server answers at once instead of streaming, so single tokens cannot be timed; switch streaming "
+                "on, or use a server that has it"
             )
         return read_chunks(connection.lines(response))
 
     def _body(self, request: GenerationRequest, extras: Extras) -> dict[str, Any]:
         sampling = request.sampling
         body: dict[str, Any] = {
+        """The answer; what tells something gives the server its time anew, but only so often.
+
+        Raises:
+            NotStreamedError: it does not come in chunks.
+        """
             "model": self._model,
             "max_tokens": request.max_new_tokens,
             "temperature": sampling.temperature,
@@ -291,6 +298,8 @@ class OpenAI:
             names = []
         if len(names) != 1 or self._context.target.tokenizer is None:  # then results are told apart by this name
             there = f"; the server has {', '.join(names)}" if names else ""
+            except NotStreamedError as why:
+                raise InputError(f"-b {self._context.label}: {why}") from None
             raise InputError(f"-b {label}: which model? Give -o {label}.model=NAME{there}")
         return names[0]
 
@@ -312,7 +321,7 @@ class OpenAI:
 
     def _refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
         if refusal.status not in BUSY:
-            return describe_refusal(self._context.label, self._model, refusal)
+            return PromptFailedError(str(describe_refusal(self._context.label, self._model, refusal)))
         if exchange.tries > self._options.retries or self._closed:
             return PromptFailedError(f"the server refused it {exchange.tries} times, the last time with {refusal}")
         return exchange.again(str(refusal), refusal.retry_after_s)
@@ -332,6 +341,8 @@ class Exchange:
     def __init__(self, request: GenerationRequest) -> None:
         self.request = request
         self.tries = 0
+        if refusal.status in FOR_ALL:
+            return BackendLostError(str(describe_refusal(self._context.label, self._model, refusal)))
         self.to_be_asked_again = False
         self.connection: Connection | None = None
         self.before: Counters | None = None
@@ -347,6 +358,10 @@ class Exchange:
     def steps(self, chunks: Iterator[Chunk], counter: Counter) -> Iterator[Step]:
         """A step for each chunk with tokens. Closed at the end of the answer, it still hears the server out."""
         for chunk in chunks:
+class NotStreamedError(Exception):
+    """A server answered at once that was asked to stream."""
+
+
             self._note(chunk)
             if ids := counter.take(chunk):
                 yield from self._step(ids, chunks)
