@@ -10,7 +10,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
 Offer = Literal["ids", "running_usage", "usage", "logprobs"]
-Fault = Literal["die", "stall", "malformed", "error", "no_end", "no_stream", "endless_line", "silent"]
+Fault = Literal[
+    "die",
+    "stall",
+    "malformed",
+    "error",
+    "no_end",
+    "no_stream",
+    "endless_line",
+    "silent",
+    "dribble",
+    "nothing_said",
+    "without_end",
+]
+ENDLESS: Mapping[str, bytes] = {
+    "dribble": b" ",
+    "nothing_said": b'data: {"choices": [{"delta": {"content": ""}}]}\n\n',
+    "without_end": b'data: {"choices": [{"delta": {"content": " x"}, "token_ids": [5]}], "usage": null}\n\n',
+}
 ANSWER = (("One",), (" two", ","), (" three",), (" four", " five", " six"), (".",))
 """Chunks of an answer, and the tokens in each."""
 
@@ -24,9 +41,11 @@ class Refusal(NamedTuple):
 class StubServer:
     """Answers `answer`, up to the limit asked for; tells of its tokens what it `offers`.
 
-    `refusals` are given first, one a request. `fault` happens after two chunks. `key` and `model` are the only ones it
-    takes. Chunks come `pause_s` apart. `counts_end` if the end of sequence is one of its tokens. `counters` is what it
-    shows to Prometheus. All its requests' bodies are in `asked`, and headers in `headers`.
+    `refusals` are given first, one a request; `refuses` are fields that it refuses to have asked for. `fault` happens
+    after two chunks, where it sends the events that are `inserted`, too. `stated` is what its usage says instead of the
+    truth. `key` and `model` are the only ones it takes. Chunks come `pause_s` apart. `counts_end` if the end of
+    sequence is one of its tokens. `counters` is what it shows to Prometheus. All its requests' bodies are in `asked`,
+    and headers in `headers`.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -39,7 +58,9 @@ class StubServer:
         self.models: Sequence[str] = ("stub",)
         self.context = 10**6
         self.takes_ids = False
-        self.takes_extras = True
+        self.refuses: set[str] = set()
+        self.inserted: Sequence[bytes] = ()
+        self.stated: int | None = None
         self.counts_end = False
         self.counters: Callable[[], str] | None = None
         self.asked: list[dict[str, Any]] = []
@@ -121,7 +142,8 @@ class StubServer:
         for number, event in enumerate(self.events(handler, body)):
             if number >= 3 and self.fault is not None and self.misbehave(handler):
                 return None
-            self.write(handler, b"data: " + event + b"\n\n")
+            for one in (*(self.inserted if number == 3 else ()), event):
+                self.write(handler, b"data: " + one + b"\n\n")
         self.write(handler, b"")
         return None
 
@@ -134,8 +156,9 @@ class StubServer:
             return Refusal(404, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}}))
         if isinstance(body.get("prompt"), list) and not self.takes_ids:
             return Refusal(422, json.dumps({"detail": "prompt: str type expected"}))
-        if not self.takes_extras and {"return_token_ids", "logprobs", "stream_options"} & body.keys():
-            return Refusal(400, json.dumps({"error": {"message": "unknown field"}}))
+        if refused := self.refuses & body.keys():
+            words = f"{', '.join(sorted(refused))} is not supported with streaming"
+            return Refusal(400, json.dumps({"error": {"message": words}}))
         length = len(json.dumps(body.get("messages") or body.get("prompt")))
         if length > self.context:
             words = f"This model's maximum context length is {self.context} tokens."
@@ -158,14 +181,14 @@ class StubServer:
             choice = {"delta": {"content": "".join(kept)}} if chat else {"text": "".join(kept)}
             told = self.told(body, kept, sent)
             sent += len(kept)
-            more = {"usage": usage(sent)} if self.shows("running_usage", body) else {}
+            more = {"usage": self.usage(sent)} if self.shows("running_usage", body) else {}
             yield event({"choices": [choice | told], **more})
         finish = "length" if sent == room else "stop"
         ended = self.counts_end and finish == "stop"
         told = self.told(body, ["</s>"], sent) if ended else {}
         yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | told]})
         if self.shows("usage", body):
-            yield event({"choices": [], "usage": usage(sent + ended)})
+            yield event({"choices": [], "usage": self.usage(sent + ended)})
         yield b"[DONE]"
 
     def told(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:
@@ -176,6 +199,9 @@ class StubServer:
         if "logprobs" in self.offers and body.get("logprobs"):
             found["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in tokens]}
         return found
+
+    def usage(self, num_tokens: int) -> dict[str, int]:
+        return {"prompt_tokens": 11, "completion_tokens": num_tokens if self.stated is None else self.stated}
 
     def shows(self, offer: Offer, body: Mapping[str, Any]) -> bool:
         asked = body.get("stream_options") or {}
@@ -194,6 +220,9 @@ class StubServer:
             self.write(handler, b"")
         elif self.fault == "endless_line":
             self.write(handler, b"data: " + b"x" * (3 * 2**20))
+        elif self.fault is not None and self.fault in ENDLESS:
+            while not self._released.wait(0.02):
+                self.write(handler, ENDLESS[self.fault])
         else:
             handler.connection.shutdown(socket.SHUT_RDWR)
         return True
@@ -215,7 +244,3 @@ class StubServer:
 
 def event(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content).encode()
-
-
-def usage(num_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": 11, "completion_tokens": num_tokens}

@@ -5,6 +5,7 @@ Must not know what the texts are about.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -27,8 +28,12 @@ def names_only(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out."""
-    hidden = [value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET]
+    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out,
+    also as JSON writes it."""
+    secrets = [
+        value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
+    ]
+    hidden = {form for value in secrets for form in (value, json.dumps(value)[1:-1])}
     for value in sorted(hidden, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     home = os.path.expanduser("~").rstrip("/")

@@ -283,11 +283,11 @@ def _attempt(contestant: Contestant, ask: _Ask, stopped: threading.Event) -> tup
         measured, energy_j = _measure(contestant, ask.request, stopped)
         figures = lane_figures(contestant.backend, measured)
     except PromptFailedError as error:
-        return _failed(ask, str(error)), str(error)
+        return _failed(ask, str(error)), without_secrets(str(error))
     except SpdbenchError:
         raise
     except Exception as error:
-        return _failed(ask, f"{type(error).__name__}: {error}"), traceback.format_exc()
+        return _failed(ask, f"{type(error).__name__}: {error}"), without_secrets(traceback.format_exc())
     run = _run(ask).model_copy(
         update={
             "num_new_tokens": len(measured.output_ids),

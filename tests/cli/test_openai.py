@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -100,16 +103,64 @@ def test_the_next_turn_goes_on_from_the_servers_own_words(run: Runs) -> None:
     assert messages[1]["content"] == TEXT
 
 
-def test_a_server_that_dies_in_the_middle_of_each_answer_gives_failed_prompts_and_no_numbers(
+MEASURED = 20
+"""Tokens that the prompts of these tests are asked for, and neither trials nor warm-ups."""
+
+
+def answer_otherwise(server: StubServer, how: Callable[[int], Refusal | None]) -> None:
+    """Refuses as `how` says of the measured request of that number, which counts from 1."""
+    original, numbers = server.objection, count(1)
+
+    def objection(handler: BaseHTTPRequestHandler, body: Mapping[str, Any]) -> Refusal | None:
+        refusal = how(next(numbers)) if body["max_tokens"] == MEASURED else None
+        return refusal or original(handler, body)
+
+    server.objection = objection  # type: ignore[method-assign]
+
+
+def test_a_prompt_that_does_not_fit_has_failed_and_the_run_goes_on(run: Runs) -> None:
+    words = json.dumps({"error": {"message": "This model's maximum context length is 10 tokens."}})
+    answer_otherwise(run.server, lambda number: Refusal(400, words) if number == 2 else None)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 1, said.err
+    assert "Traceback" not in said.err
+    runs = run.result().runs
+    assert [one.finish_reason for one in runs] == ["eos", "error", "eos", "eos"]
+    assert "context is too small (400)" in str(runs[1].error)
+
+
+def test_a_key_that_is_refused_in_the_middle_ends_the_run_with_what_it_has(run: Runs) -> None:
+    answer_otherwise(run.server, lambda number: Refusal(401) if number == 3 else None)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 1, said.err
+    assert "refuses the key (401)" in said.err
+    assert "--resume goes on from there" in said.err
+    assert [one.finish_reason for one in run.result().runs] == ["eos", "eos", "error"]
+
+
+def test_a_key_in_the_middle_of_an_answer_is_in_no_file_and_no_message(
     run: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = StubServer.objection
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    def dies_from_now_on(stub: StubServer, *words: object) -> object:
-        stub.fault = "die" if len(stub.asked) > 4 else None
-        return original(stub, *words)  # type: ignore[arg-type]
+    def breaks(_number: int) -> None:
+        run.server.inserted = [json.dumps({"error": {"message": f"refused {KEY}"}}).encode()]
 
-    monkeypatch.setattr(StubServer, "objection", dies_from_now_on)
+    answer_otherwise(run.server, breaks)
+    said = run("--max-new-tokens", "20")
+    assert said.code == 1
+    assert "refused ***" in said.err
+    assert KEY not in said.out + said.err
+    assert all(KEY.encode() not in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+
+
+def test_a_server_that_dies_in_the_middle_of_each_answer_gives_failed_prompts_and_no_numbers(
+    run: Runs,
+) -> None:
+    def die(_number: int) -> None:
+        run.server.fault = "die"
+
+    answer_otherwise(run.server, die)
     said = run("--max-new-tokens", "20")
     assert said.code == 1, said.err
     assert "Traceback" not in said.err
@@ -160,7 +211,7 @@ def test_a_server_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
 
     def leave(stub: StubServer, handler: object) -> None:
         original(stub, handler)  # type: ignore[arg-type]
-        if stub is server and len(stub.asked) == 4:
+        if stub is server and [body["max_tokens"] for body in stub.asked].count(MEASURED) == 2:
             handler.server.socket.close()  # type: ignore[attr-defined]
 
     monkeypatch.setattr(StubServer, "post", leave)

@@ -1,37 +1,39 @@
 """`openai`: any server that speaks OpenAI's protocol, measured from outside: vLLM, SGLang, llama.cpp, TGI, ...
 
 What is timed is what a user of the server sees: from the request, over a connection that is open already, to each chunk
-of the answer. Requests that fail are failed prompts, and what has to be asked again is timed anew. The result says by a
-hash whether the server was the same, never where it is.
+of the answer. Requests that fail are failed prompts, and what has to be asked again is timed anew. The result does not
+say where the server is, not even by a hash: there are few enough addresses to try them all.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from http.client import HTTPResponse
 from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import Field, computed_field
+from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
 from spdbench.types import UNKNOWN_ID, Account, BackendKind, FinishReason, GenerationRequest, Sampling, Span, Step
 from spdbench_backends.openai.chunks import Chunk, read_chunks
 from spdbench_backends.openai.client import (
+    MALFORMED,
     BrokenError,
     Connection,
     RefusedError,
     Server,
     UnreachableError,
+    one_line,
     parse_address,
 )
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
-from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, unknown
+from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, have_whole_tokens, unknown
 from spdbench_backends.openai.words import describe_refusal, describe_unreachable
 
 Answer = TypeVar("Answer")
@@ -40,10 +42,20 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 QUESTION = "Count from one to twenty in words."
 QUESTION_TOKENS = 16
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
+FOR_ALL = frozenset({401, 403, 404})
+"""Refusals that would meet every other prompt as well."""
 NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
 LONGEST_WAIT_S = 30.0
 FIRST_WAIT_S = 0.5
-FINISHES: Mapping[str, FinishReason] = {"stop": "eos", "length": "length"}
+FINISHES: Mapping[str, FinishReason] = {
+    "stop": "eos",
+    "length": "length",
+    "eos_token": "eos",  # this and the next are TGI's
+    "stop_sequence": "eos",
+}
+CHUNKS_A_TOKEN, SPARE_CHUNKS = 16, 64
+"""Chunks that a server may send for the tokens it was asked for: far more than any has, and yet not without end."""
+MAX_AFTERWORDS = 64
 COUNTERS_PATIENCE_S = 1.0
 COUNTERS_PAUSE_S = 0.05
 MAX_SEED = 2**31
@@ -67,12 +79,6 @@ class OpenAI:
         timeout_s: float = Field(120.0, gt=0, le=86400, description="a server that is silent for longer has failed")
         retries: int = Field(4, ge=0, le=20, description="how often a busy or unreachable server is asked again")
         metrics: bool = Field(True, description="read acceptance from the counters of vLLM and SGLang")
-
-        @computed_field  # type: ignore[prop-decorator]
-        @property
-        def server(self) -> str:
-            """Equal for one server, and no address."""
-            return hashlib.sha256((self.base_url or "").encode()).hexdigest()[:12]
 
     kind: ClassVar[BackendKind] = "draft_verify"
     text_only: ClassVar[bool] = True
@@ -103,6 +109,7 @@ class OpenAI:
         self._prompt_form = "messages" if options.api == "chat" else self._form_of_prompts()
         self._way, self._extras, told = choose_way(options.count, options.api, self._probe, self._usage, label)
         speaking = [chunk for chunk in told if chunk.says]
+        self._whole = have_whole_tokens(told)
         self._ids = self._way == "ids" or (
             self._way == "logprobs" and all(UNKNOWN_ID not in (chunk.listed or ()) for chunk in speaking)
         )
@@ -110,7 +117,11 @@ class OpenAI:
         self._engine = None if counters is None else counters.engine
 
     def describe(self) -> BackendInfo:
-        acceptance = f"{self._engine}'s counters, before and after each request" if self._engine else "not told"
+        acceptance = "not told"
+        if self._engine is not None:
+            acceptance = (
+                f"{self._engine.name}'s counters, before and after each request; null where others used the server"
+            )
         return BackendInfo(
             devices=("server",),
             lane_bytes=(0,),
@@ -122,7 +133,7 @@ class OpenAI:
     def prepare(self, request: GenerationRequest) -> None:
         """Untimed: connects, and reads the counters."""
         last: Exchange | None = getattr(self._local, "exchange", None)
-        exchange = self._local.exchange = Exchange(request)
+        exchange = self._local.exchange = Exchange(request, self._options.timeout_s)
         if last is not None and last.to_be_asked_again:
             exchange.tries = last.tries
         if last is not None and last.connection is not None:
@@ -138,12 +149,12 @@ class OpenAI:
         try:
             with closing(exchange.connection or self._loaded().connect()) as connection:
                 chunks = self._ask(connection, self._body(request, self._extras))
-                yield from exchange.steps(chunks, Counter(self._way))
+                yield from exchange.steps(chunks, Counter(self._way, request.max_new_tokens, whole=self._whole))
         except RefusedError as refusal:
             raise self._refusal(refusal, exchange) from None
         except UnreachableError as why:
             raise self._unreachable(why, exchange) from None
-        except BrokenError as why:
+        except (BrokenError, NotStreamedError) as why:
             raise PromptFailedError(str(why)) from None
         if exchange.num_tokens == 0 or (exchange.finish is None and exchange.num_tokens < request.max_new_tokens):
             raise PromptFailedError(f"the server stopped after {exchange.num_tokens} tokens, and did not say why")
@@ -182,13 +193,28 @@ class OpenAI:
         return self._loaded().address.path + ending
 
     def _ask(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        """The answer; what tells something gives the server its time anew, but only so often.
+
+        Raises:
+            NotStreamedError: it does not come in chunks.
+        """
         response = connection.ask("POST", self._path, body)
         if "text/event-stream" not in (response.getheader("Content-Type") or ""):
-            raise InputError(
-                f"-b {self._context.label}: the server answers at once instead of streaming, so single tokens cannot "
-                "be timed; switch streaming on, or use a server that has it"
+            raise NotStreamedError(
+                "the server answers at once instead of streaming, so single tokens cannot be timed; switch streaming "
+                "on, or use a server that has it"
             )
-        return read_chunks(connection.lines(response))
+        return self._chunks(connection, response, body["max_tokens"])
+
+    def _chunks(self, connection: Connection, response: HTTPResponse, max_tokens: int) -> Iterator[Chunk]:
+        left = SPARE_CHUNKS + CHUNKS_A_TOKEN * max_tokens
+        for chunk in read_chunks(connection.lines(response), self._loaded().harmless):
+            if chunk.tells:
+                left -= 1
+                connection.renew()
+            if left < 0:
+                raise BrokenError(f"the server does not stop: it was asked for {max_tokens} tokens at most")
+            yield chunk
 
     def _body(self, request: GenerationRequest, extras: Extras) -> dict[str, Any]:
         sampling = request.sampling
@@ -259,7 +285,7 @@ class OpenAI:
 
         try:
             return self._patiently(ask)
-        except (RefusedError, ValueError, AttributeError):
+        except (RefusedError, *MALFORMED):
             return None
 
     def _patiently(self, ask: Callable[[Connection], Answer]) -> Answer:
@@ -272,6 +298,8 @@ class OpenAI:
                 raise describe_unreachable(self._context.label, self._loaded().address, why) from None
             except BrokenError as why:
                 raise InputError(f"-b {self._context.label}: {why}; is it a server of OpenAI's protocol?") from None
+            except NotStreamedError as why:
+                raise InputError(f"-b {self._context.label}: {why}") from None
             except RefusedError as refusal:
                 busy = refusal.status in (BUSY - NOT_UNDERSTOOD)
                 if not busy or tries == self._options.retries:
@@ -284,12 +312,12 @@ class OpenAI:
         label = self._context.label
         try:
             listed = json.loads(self._loaded().get("/models"))["data"]
-            names = [str(entry["id"]) for entry in listed]
+            names = [self._loaded().harmless(str(entry["id"])) for entry in listed]
         except UnreachableError as why:
             raise describe_unreachable(label, self._loaded().address, why) from None
         except RefusedError as refusal:
             raise describe_refusal(label, "", refusal) from None
-        except (BrokenError, ValueError, KeyError, TypeError):
+        except (BrokenError, *MALFORMED):
             names = []
         if len(names) != 1 or self._context.target.tokenizer is None:  # then results are told apart by this name
             there = f"; the server has {', '.join(names)}" if names else ""
@@ -313,8 +341,10 @@ class OpenAI:
         return after
 
     def _refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
+        if refusal.status in FOR_ALL:
+            return BackendLostError(str(describe_refusal(self._context.label, self._model, refusal)))
         if refusal.status not in BUSY:
-            return describe_refusal(self._context.label, self._model, refusal)
+            return PromptFailedError(str(describe_refusal(self._context.label, self._model, refusal)))
         if exchange.tries > self._options.retries or self._closed:
             return PromptFailedError(f"the server refused it {exchange.tries} times, the last time with {refusal}")
         return exchange.again(str(refusal), refusal.retry_after_s)
@@ -328,11 +358,16 @@ class OpenAI:
         return exchange.again(str(why), None)
 
 
+class NotStreamedError(Exception):
+    """A server answered at once that was asked to stream."""
+
+
 class Exchange:
     """One try of a request, and what came of it; `tries` counts this one and those before it."""
 
-    def __init__(self, request: GenerationRequest) -> None:
+    def __init__(self, request: GenerationRequest, patience_s: float) -> None:
         self.request = request
+        self.patience_s = patience_s
         self.tries = 0
         self.to_be_asked_again = False
         self.connection: Connection | None = None
@@ -351,20 +386,28 @@ class Exchange:
         for chunk in chunks:
             self._note(chunk)
             if ids := counter.take(chunk):
-                yield from self._step(ids, chunks)
+                yield from self._step(ids, chunks, counter)
         if ids := counter.rest():
-            yield from self._step(ids, chunks)
+            yield from self._step(ids, chunks, counter)
 
-    def _step(self, ids: tuple[int, ...], chunks: Iterator[Chunk]) -> Iterator[Step]:
+    def _step(self, ids: tuple[int, ...], chunks: Iterator[Chunk], counter: Counter) -> Iterator[Step]:
         self.num_tokens += len(ids)
         try:
             yield Step(ids, 0, 0, 0, 0.0)
         except GeneratorExit:
             if self.num_tokens >= self.request.max_new_tokens or not self.request.eos_ids.isdisjoint(ids):
-                with suppress(BrokenError):
-                    for chunk in chunks:
-                        self._note(chunk)
+                self._hear_out(chunks, counter)
             raise
+
+    def _hear_out(self, chunks: Iterator[Chunk], counter: Counter) -> None:
+        """What comes behind the last token that counts: why it ended, usage, and text that was held back."""
+        until = time.monotonic() + self.patience_s
+        with suppress(BrokenError):
+            for number, chunk in enumerate(chunks, start=1):
+                self._note(chunk)
+                counter.check(chunk)
+                if number > MAX_AFTERWORDS or time.monotonic() > until:
+                    raise PromptFailedError("the server does not stop after the last token that it was asked for")
 
     def _note(self, chunk: Chunk) -> None:
         self.parts.append(chunk.text)
@@ -372,7 +415,9 @@ class Exchange:
             self.num_prompt_tokens = chunk.prompt_tokens
         if chunk.finish is not None:
             if chunk.finish not in FINISHES:
-                raise PromptFailedError(f"the server ended the answer for a reason of its own: {chunk.finish}")
+                raise PromptFailedError(
+                    f"the server ended the answer for a reason of its own: {one_line(chunk.finish)}"
+                )
             self.finish = FINISHES[chunk.finish]
 
 

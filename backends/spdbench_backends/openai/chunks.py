@@ -6,12 +6,12 @@ Must not know connections, nor how tokens are counted.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from spdbench.types import UNKNOWN_ID
-from spdbench_backends.openai.client import BrokenError, words_of
+from spdbench_backends.openai.client import MALFORMED, BrokenError, words_of
 
 DATA, DONE = b"data:", b"[DONE]"
 ID_PREFIX = "token_id:"
@@ -34,9 +34,14 @@ class Chunk:
     def says(self) -> bool:
         return bool(self.text or self.thought)
 
+    @property
+    def tells(self) -> bool:
+        """False for a mere sign of life."""
+        return bool(self.says or self.ids or self.listed or self.finish) or self.completion_tokens is not None
 
-def read_chunks(lines: Iterable[bytes]) -> Iterator[Chunk]:
-    """The events of a stream, to its end.
+
+def read_chunks(lines: Iterable[bytes], harmless: Callable[[str], str]) -> Iterator[Chunk]:
+    """The events of a stream, to its end, with texts made `harmless`.
 
     Raises:
         BrokenError: an event cannot be read or is an error, or the stream ends without having come to an end.
@@ -48,41 +53,48 @@ def read_chunks(lines: Iterable[bytes]) -> Iterator[Chunk]:
         data = line.removeprefix(DATA).strip()
         if data == DONE:
             return
-        chunk = _chunk(data)
+        chunk = _chunk(data, harmless)
         finished = finished or chunk.finish is not None
         yield chunk
     if not finished:
         raise BrokenError("the server ended in the middle of its answer")
 
 
-def _chunk(data: bytes) -> Chunk:
+def _chunk(data: bytes, harmless: Callable[[str], str]) -> Chunk:
     try:
         event = json.loads(data)
-        if "error" in event:
-            raise BrokenError(f"the server failed in the middle of its answer: {words_of(json.dumps(event))}")
+        if event.get("error"):
+            raise BrokenError(f"the server failed in the middle of its answer: {words_of(json.dumps(event), harmless)}")
         usage = event.get("usage") or {}
         choices = event.get("choices") or [{}]
-        return _from(choices[0], usage)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return _from(choices[0], usage, harmless)
+    except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
 
 
-def _from(choice: Mapping[str, Any], usage: Mapping[str, Any]) -> Chunk:
+def _from(choice: Mapping[str, Any], usage: Mapping[str, Any], harmless: Callable[[str], str]) -> Chunk:
     delta = choice.get("delta") or {}
-    ids, listed = choice.get("token_ids"), choice.get("logprobs")
+    ids, listed, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
     return Chunk(
-        text=str(choice.get("text") or delta.get("content") or ""),
+        text=harmless(str(choice.get("text") or delta.get("content") or "")),
         thought=str(delta.get("reasoning_content") or delta.get("reasoning") or ""),
-        ids=None if ids is None else tuple(map(int, ids)),
+        ids=None if ids is None else tuple(map(_number, ids)),
         listed=None if listed is None else _listed(listed),
-        completion_tokens=_number(usage.get("completion_tokens")),
-        prompt_tokens=_number(usage.get("prompt_tokens")),
-        finish=choice.get("finish_reason"),
+        completion_tokens=_number_or_none(usage.get("completion_tokens")),
+        prompt_tokens=_number_or_none(usage.get("prompt_tokens")),
+        finish=harmless(str(finish)) if finish else None,
     )
 
 
-def _number(value: Any) -> int | None:
-    return None if value is None else int(value)
+def _number(value: Any) -> int:
+    number = int(value)
+    if number < 0:
+        raise ValueError("neither ids nor counts are negative")
+    return number
+
+
+def _number_or_none(value: Any) -> int | None:
+    return None if value is None else _number(value)
 
 
 def _listed(logprobs: Mapping[str, Any]) -> tuple[int, ...] | None:

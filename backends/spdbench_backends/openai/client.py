@@ -1,16 +1,17 @@
 """HTTP to one server: connections, a key, JSON in, a stream of lines out.
 
-The key goes into one header and nowhere else: it is blotted out of whatever the server says. Must not know what is
-asked, nor what answers mean.
+The key goes into one header and nowhere else: whoever keeps or shows what the server says has it made `harmless`. Must
+not know what is asked, nor what answers mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
@@ -23,6 +24,8 @@ MAX_LINE_BYTES = 2**20
 MAX_BODY_BYTES = 2**24
 MAX_WORDS = 300
 HIDDEN = "***"
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+"""What reading a server's JSON may raise if it is not what was expected."""
 
 
 class UnreachableError(Exception):
@@ -77,6 +80,8 @@ class Server:
     def __init__(self, address: Address, key: str, timeout_s: float) -> None:
         self.address = address
         self._key = key
+        quoted = json.dumps(key)[1:-1]
+        self._forms_of_key = sorted({key, quoted, quoted.replace("/", r"\/")} - {""}, key=len, reverse=True)
         self._timeout_s = timeout_s
         self._sockets: set[socket.socket] = set()
         self._lock = Lock()
@@ -98,7 +103,7 @@ class Server:
         connection.sock.settimeout(self._timeout_s)
         with self._lock:
             self._sockets.add(connection.sock)
-        return Connection(self, connection, connection.sock)
+        return Connection(self, connection)
 
     def get(self, path: str, *, from_root: bool = False) -> bytes:
         """What stands at `path`, below the address's own path unless `from_root`.
@@ -114,8 +119,11 @@ class Server:
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
 
-    def without_key(self, text: str) -> str:
-        return text.replace(self._key, HIDDEN) if self._key else text
+    def harmless(self, text: str) -> str:
+        """What the server says without the key, as it is or as JSON writes it, and as text that a file can hold."""
+        for form in self._forms_of_key:
+            text = text.replace(form, HIDDEN)
+        return text if text.isascii() else text.encode(errors="replace").decode()
 
     def forget(self, used: socket.socket) -> None:
         with self._lock:
@@ -133,13 +141,47 @@ class Server:
         return self._timeout_s
 
 
+class Incoming(io.RawIOBase):
+    """What comes in on a socket until a deadline, which small pieces do not put off: `renew` does.
+
+    Stands in for the socket where `HTTPConnection` reads.
+    """
+
+    def __init__(self, used: socket.socket, timeout_s: float) -> None:
+        self._socket = used
+        self._timeout_s = timeout_s
+        self.sendall = used.sendall
+        self.renew()
+
+    def renew(self) -> None:
+        self._deadline = time.monotonic() + self._timeout_s
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._socket.settimeout(left)
+        return self._socket.recv_into(buffer)
+
+    def close(self) -> None:
+        """Nothing: `HTTPConnection` closes its socket while an answer is still to be read from it."""
+
+
 class Connection:
     """One connection, for one request."""
 
-    def __init__(self, server: Server, connection: HTTPConnection, used: socket.socket) -> None:
+    def __init__(self, server: Server, connection: HTTPConnection) -> None:
         self._server = server
         self._connection = connection
-        self._socket = used
+        self._socket: socket.socket = connection.sock
+        self._incoming = Incoming(self._socket, server.timeout_s)
+        connection.sock = self._incoming
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> HTTPResponse:
         """The beginning of the answer.
@@ -149,6 +191,7 @@ class Connection:
             BrokenError: it said nothing for too long, or something else than HTTP.
             RefusedError: its status is not 200.
         """
+        self.renew()
         try:
             text = None if body is None else json.dumps(body).encode()
             self._connection.request(method, path, text, self._server.headers())
@@ -161,7 +204,12 @@ class Connection:
             raise BrokenError(f"the server does not speak HTTP ({type(error).__name__})") from None
         if response.status != 200:
             raise self._refusal(response)
+        self.renew()
         return response
+
+    def renew(self) -> None:
+        """Gives the server its time anew, since it said something."""
+        self._incoming.renew()
 
     def body(self, response: HTTPResponse) -> bytes:
         """All of an answer."""
@@ -171,28 +219,23 @@ class Connection:
             raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
 
     def lines(self, response: HTTPResponse) -> Iterator[bytes]:
-        """The answer line by line as they come, without their ends.
+        """The answer line by line as they come, without their ends. Whoever finds something said in one has to `renew`.
 
         Raises:
-            BrokenError: nothing came for too long, the connection was lost, or a line has no end.
+            BrokenError: the server's time is over, the connection was lost, or a line has no end.
         """
-        timeout_s = self._server.timeout_s
-        last = time.monotonic()
         while True:
             try:
                 line = response.readline(MAX_LINE_BYTES)
             except TimeoutError:
-                raise BrokenError(f"the server fell silent for {timeout_s:g} s in the middle of its answer") from None
+                timeout_s = self._server.timeout_s
+                raise BrokenError(f"the server said nothing for {timeout_s:g} s in the middle of its answer") from None
             except (OSError, HTTPException, ValueError) as error:
                 raise BrokenError(f"the connection was lost in the middle of the answer ({_name(error)})") from None
             if not line:
                 return
             if len(line) >= MAX_LINE_BYTES:
                 raise BrokenError("the server sends a line without end")
-            if line.startswith(b"data:"):
-                last = time.monotonic()
-            elif time.monotonic() - last > timeout_s:  # signs of life, and nothing said
-                raise BrokenError(f"the server said nothing for {timeout_s:g} s in the middle of its answer")
             yield line.rstrip(b"\r\n")
 
     def close(self) -> None:
@@ -204,37 +247,41 @@ class Connection:
 
     def _refusal(self, response: HTTPResponse) -> RefusedError:
         try:
-            text = response.read(MAX_LINE_BYTES).decode(errors="replace")
+            data = response.read(MAX_LINE_BYTES)
         except (OSError, HTTPException):
-            text = ""
-        return RefusedError(
-            response.status, self._server.without_key(words_of(text)), _seconds(response.getheader("Retry-After"))
-        )
+            data = b""
+        text = data.decode(errors="replace") if len(data) < MAX_LINE_BYTES else ""
+        words = words_of(text, self._server.harmless)
+        return RefusedError(response.status, words, _seconds(response.getheader("Retry-After")))
 
 
-def words_of(text: str) -> str:
+def words_of(text: str, harmless: Callable[[str], str]) -> str:
     """What an error's body says, in one line: the message in it if it is JSON as servers write it."""
     try:
         found: Any = json.loads(text)
-    except ValueError:
-        found = text
-    for key in ("error", "message", "detail"):
-        if isinstance(found, Mapping) and key in found:
-            found = found[key]
-    shown = found if isinstance(found, str) else json.dumps(found)
-    line = " ".join(shown.split())
+        for key in ("error", "message", "detail"):
+            if isinstance(found, Mapping) and key in found:
+                found = found[key]
+        shown = found if isinstance(found, str) else json.dumps(found)
+    except MALFORMED:
+        shown = text
+    return one_line(harmless(shown))  # cut after the key is gone, of which half would be left otherwise
+
+
+def one_line(text: str) -> str:
+    line = " ".join(text.split())
     return line if len(line) <= MAX_WORDS else line[: MAX_WORDS - 3] + "..."
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After`, which is seconds or a date."""
+    """`Retry-After`, which is seconds or a date; None for anything else."""
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
+    if retry_after.isascii() and retry_after.strip().isdigit():
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (*MALFORMED, OSError):
         return None
 
 

@@ -1,7 +1,8 @@
 """What vLLM and SGLang count of their drafts, out of the text that they show to Prometheus.
 
-Counters belong to a whole server, so their difference is a request's only if no other request came in between: the
-server's own count of requests has to have moved by exactly one. Must not know how the text is fetched.
+Counters belong to a whole server, so their difference is a request's only if the server did nothing else: no other
+request ran or waited at either reading, one was finished between them, and as many tokens were made as it has. Must not
+know how the text is fetched.
 """
 
 from __future__ import annotations
@@ -10,17 +11,59 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil, isfinite
+from typing import NamedTuple
 
 from spdbench.types import DraftCounts
 
 LINE = re.compile(r"^([a-z_]+:[a-z0-9_]+)(?:\{([^}]*)\})?\s+([0-9.eE+-]+)")
 POSITION = re.compile(r'position="([0-9]+)"')
-VLLM_REQUESTS, SGLANG_REQUESTS = "vllm:request_success_total", "sglang:num_requests_total"
 ROUNDS = "vllm:spec_decode_num_drafts_total"
 DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
 BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
 SGLANG_ROUNDS = "sglang:spec_verify_calls_total"
+
+
+class Engine(NamedTuple):
+    """What an engine calls its verify rounds, requests finished, tokens made, and requests that run and wait.
+
+    `stale` is how many requests it may still show as running when it is idle.
+    """
+
+    name: str
+    rounds: str
+    requests: str
+    tokens: str
+    running: str
+    waiting: str
+    stale: int
+
+
+ENGINES = (
+    Engine(
+        "vLLM",
+        ROUNDS,
+        "vllm:request_success_total",
+        "vllm:generation_tokens_total",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        stale=0,
+    ),
+    # It renews these two every 40 steps, and every 30 s when it is idle, so that our own request may still stand in
+    # them. All the others it moves when a request is finished, so that one which goes on does not show in them.
+    Engine(
+        "SGLang",
+        SGLANG_ROUNDS,
+        "sglang:num_requests_total",
+        "sglang:generation_tokens_total",
+        "sglang:num_running_reqs",
+        "sglang:num_queue_reqs",
+        stale=1,
+    ),
+)
+UNCOUNTED = 1
+"""Tokens by which two counts of an answer may differ: its end of sequence, which only one of them counts."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +74,16 @@ class Counters:
     by_position: tuple[float, ...]
 
     @property
-    def engine(self) -> str | None:
-        """Whose counters of drafts these are; None where there are none."""
-        if ROUNDS in self.values and VLLM_REQUESTS in self.values:
-            return "vLLM"
-        return "SGLang" if SGLANG_ROUNDS in self.values and SGLANG_REQUESTS in self.values else None
+    def engine(self) -> Engine | None:
+        """Whose counters these are; None where what is needed is not among them."""
+        return next((engine for engine in ENGINES if all(name in self.values for name in engine[1:-1])), None)
 
     @property
     def requests(self) -> float:
-        return self.values.get(VLLM_REQUESTS, 0) + self.values.get(SGLANG_REQUESTS, 0)
+        return sum(self.values.get(engine.requests, 0) for engine in ENGINES)
+
+    def idle(self, engine: Engine) -> bool:
+        return self.values.get(engine.running, 0) <= engine.stale and self.values.get(engine.waiting, 0) == 0
 
 
 def parse_counters(text: str) -> Counters:
@@ -53,6 +97,8 @@ def parse_counters(text: str) -> Counters:
             value = float(match[3])
         except ValueError:
             continue
+        if not isfinite(value):
+            continue
         values[match[1]] += value
         if match[1] == BY_POSITION and (place := POSITION.search(match[2] or "")):
             positions[int(place[1])] += value
@@ -62,19 +108,25 @@ def parse_counters(text: str) -> Counters:
 def drafts_between(before: Counters, after: Counters, num_new_tokens: int) -> DraftCounts | None:
     """What was drafted for the one request between two readings, which had `num_new_tokens`.
 
-    None where the counters do not tell: there are none, or the server answered others as well.
+    None where the counters do not tell: there are none, the server had something else to do as well, or they cannot be
+    true of such an answer.
     """
-    if after.engine is None or after.requests - before.requests != 1:
+    engine = after.engine
+    if engine is None or not (before.idle(engine) and after.idle(engine)) or after.requests - before.requests != 1:
         return None
 
     def moved(name: str) -> int:
         return round(after.values.get(name, 0) - before.values.get(name, 0))
 
-    if after.engine == "SGLang":  # rounds alone: each commits its accepted drafts and one token more
-        rounds = moved(SGLANG_ROUNDS)
-        return DraftCounts(rounds, None, max(0, num_new_tokens - 1 - rounds))
-    rounds, drafted, accepted = moved(ROUNDS), moved(DRAFTED), moved(ACCEPTED)
-    if min(rounds, drafted, accepted) < 0:
+    rounds = moved(engine.rounds)
+    if abs(moved(engine.tokens) - num_new_tokens) > UNCOUNTED or not 0 <= rounds < num_new_tokens + UNCOUNTED:
+        return None
+    if engine.rounds == SGLANG_ROUNDS:  # rounds alone: each commits its accepted drafts and one token more
+        accepted = num_new_tokens - 1 - rounds
+        return DraftCounts(rounds, None, accepted) if rounds and accepted >= 0 else None
+    drafted, accepted = moved(DRAFTED), moved(ACCEPTED)
+    depth = len(after.by_position) or ceil(drafted / max(1, rounds))  # accepted in the last round, past the end
+    if not 0 <= accepted <= drafted or rounds + accepted > num_new_tokens + depth:
         return None
     return DraftCounts(rounds, _judged(before, after, rounds, drafted), accepted)
 

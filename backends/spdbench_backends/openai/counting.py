@@ -1,13 +1,13 @@
 """How tokens are counted that come as text: by what the server tells of them, in one of five ways.
 
 Chunks are not tokens: a server that drafts sends several at once, and half a letter waits for its other half. So the
-server's own word is taken, and which word it was stands in the result. Log-probabilities come after usage, although
-they tell more: having them computed is work that a server does not do for its users, on the clock.
+server's own word is taken, and which word it was stands in the result. What tells of each token comes before what tells
+of all of them at the end; of two that do, usage comes first, since log-probabilities are work on the clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from spdbench.errors import InputError, PromptFailedError
@@ -26,37 +26,56 @@ WORDS: Mapping[Way, str] = {
     "logprobs": "the server's log-probabilities, one a token",
     "chunks": "one token a chunk, as the server's usage confirmed for one answer",
 }
-TRIES: Mapping[Asked, tuple[tuple[Way, ...], tuple[Way, ...]]] = {
-    "auto": (("ids", "usage", "logprobs", "chunks"), ("ids", "running_usage", "usage", "logprobs", "chunks")),
-    "ids": (("ids",), ("ids",)),
-    "usage": (("ids", "usage"), ("running_usage", "usage")),
-    "logprobs": (("logprobs",), ("logprobs",)),
-    "chunks": (("chunks",), ("chunks",)),
+TRIES: Mapping[Asked, tuple[tuple[Way, ...], ...]] = {
+    "auto": (("ids", "usage"), ("running_usage",), ("logprobs", "usage"), ("logprobs",), ("usage",), ("chunks",)),
+    "ids": (("ids", "usage"), ("ids",)),
+    "usage": (("running_usage",), ("usage",)),
+    "logprobs": (("logprobs", "usage"), ("logprobs",)),
+    "chunks": (("chunks",),),
 }
-"""What `count` asks for: whose extras are tried, one after the other, and which ways will do, the best one first."""
-ALL_TOLD = {"include_usage": True, "continuous_usage_stats": True}
-AT_THE_END = {"include_usage": True}
+"""What is tried for each that can be asked for, one after the other: the first way of a try is how it would count, and
+the extras of all its ways are asked for. A server that does not know one extra may refuse the request."""
+MAX_UNCOUNTED = 1
+"""An end of sequence that the server counts beside the tokens that it was asked for."""
+SPARE_CHUNKS = 2
+"""More chunks with text than tokens: what was held back and comes at the end."""
 
 
 class Counter:
     """The tokens of one answer: `take` every chunk, then `rest`; both give ids of tokens that were not counted yet."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, limit: int, *, whole: bool) -> None:
+        """`limit` is the most tokens that were asked for; `whole` if the server's chunks hold whole tokens."""
         self._way = way
+        self._limit = limit
+        self._whole = whole
         self._stated: int | None = None
+        self._num_saying = 0
         self.total = 0
 
     def take(self, chunk: Chunk) -> tuple[int, ...]:
         """Tokens that came with `chunk`.
 
         Raises:
-            PromptFailedError: it does not tell what the server told before the run.
+            PromptFailedError: it does not tell what the server told before the run, or more than can be.
         """
+        self.check(chunk)
+        found = self._found(chunk)
+        self._num_saying += chunk.says
+        self.total += len(found)
+        if self._way != "chunks":
+            self._refuse_above_limit(self.total)
+        return found
+
+    def check(self, chunk: Chunk) -> None:
+        """Raises `PromptFailedError` if the server says that it made more tokens than it was asked for."""
         if chunk.completion_tokens is not None:
             self._stated = chunk.completion_tokens
-        found = self._found(chunk)
-        self.total += len(found)
-        return found
+            self._refuse_above_limit(self._stated)
+
+    def _refuse_above_limit(self, count: int) -> None:
+        if count > self._limit + MAX_UNCOUNTED:
+            raise PromptFailedError(f"the server tells of {count} tokens, and was asked for {self._limit} at most")
 
     def _found(self, chunk: Chunk) -> tuple[int, ...]:
         if self._way in ("ids", "logprobs"):
@@ -73,12 +92,18 @@ class Counter:
         """Tokens that only the end tells of.
 
         Raises:
-            PromptFailedError: the server told no usage.
+            PromptFailedError: the server told no usage, or one that its answer contradicts.
         """
-        if self._way != "usage":
+        if self._way not in ("usage", "running_usage"):
             return ()
         if self._stated is None:
             raise PromptFailedError("the server told no usage, so its tokens cannot be counted")
+        fewest = self._num_saying - SPARE_CHUNKS if self._whole else 1
+        if self._num_saying and self._stated < max(1, fewest):
+            raise PromptFailedError(
+                f"the server's usage is {self._stated} tokens, and its answer came in {self._num_saying} chunks, so "
+                "its tokens cannot be counted"
+            )
         found = (UNKNOWN_ID,) * max(0, self._stated - self.total)
         self.total += len(found)
         return found
@@ -94,15 +119,21 @@ def unknown(way: Way, ids: bool) -> tuple[Unknown, ...]:
     return tuple(found)
 
 
-def extras(way: Way, api: Api) -> Extras:
+def have_whole_tokens(told: Sequence[Chunk]) -> bool:
+    """True if an answer came in no more chunks than its usage tells tokens."""
+    return sum(chunk.says for chunk in told) <= _stated(told)
+
+
+def extras(ways: Iterable[Way], api: Api) -> Extras:
     """What has to be asked for beside an answer."""
-    if way in ("ids", "running_usage"):
-        return {"return_token_ids": True, "stream_options": ALL_TOLD}
-    if way == "usage":
-        return {"stream_options": AT_THE_END}
-    if way == "logprobs":
-        return {"logprobs": True if api == "chat" else 1}
-    return {}
+    parts: Mapping[Way, Extras] = {
+        "ids": {"return_token_ids": True},
+        "running_usage": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        "usage": {"stream_options": {"include_usage": True}},
+        "logprobs": {"logprobs": True if api == "chat" else 1},
+        "chunks": {},
+    }
+    return {key: value for way in ways for key, value in parts[way].items()}
 
 
 def choose_way(
@@ -120,15 +151,13 @@ def choose_way(
     Raises:
         InputError: the server tells nothing that tokens could be counted by, or not what was `asked`.
     """
-    tries, wanted = TRIES[asked]
-    for way in tries:
-        more = extras(way, api)
+    for ways in TRIES[asked]:
+        way, more = ways[0], extras(ways, api)
         told = probe(more)
         if told is None or (way == "chunks" and usage() != sum(chunk.says for chunk in told)):
             continue
-        shown = _shown(way, told)
-        if best := next((one for one in wanted if one in shown), None):
-            return best, more, told
+        if _shows(told, way):
+            return way, more, told
     allowed = ", ".join(name for name in TRIES if name not in ("auto", asked))
     if asked == "auto":
         raise InputError(
@@ -139,20 +168,19 @@ def choose_way(
     raise InputError(f"-o {label}.count={asked}: the server does not tell that. Others: auto, {allowed}.")
 
 
-def _shown(way: Way, told: Sequence[Chunk]) -> Sequence[Way]:
-    """Which ways of counting an answer allows that was asked for with the extras of `way`."""
-    speaking = [chunk for chunk in told if chunk.says]
-    stated = max((chunk.completion_tokens or 0 for chunk in told), default=0)
-    shown: list[Way] = []
-    if speaking and all(chunk.ids is not None for chunk in speaking):
-        num_ids = sum(len(chunk.ids or ()) for chunk in told)
-        shown += ["ids"] * (stated in (0, num_ids))  # a server might send all ids so far each time
-    if len(speaking) > 1 and all(chunk.completion_tokens for chunk in speaking):
-        shown.append("running_usage")
-    if any(chunk.completion_tokens for chunk in told):
-        shown.append("usage")
-    if way == "logprobs" and speaking and all(chunk.listed for chunk in speaking):
-        shown.append("logprobs")
-    if way == "chunks" and speaking:
-        shown.append("chunks")
-    return shown
+def _shows(told: Sequence[Chunk], way: Way) -> bool:
+    """True if an answer can be counted in this way."""
+    saying = [chunk for chunk in told if chunk.says]
+    if way == "usage":
+        return _stated(told) > 0
+    if way == "running_usage":
+        counts = [chunk.completion_tokens or 0 for chunk in saying]
+        return len(counts) > 1 and 0 < counts[0] < counts[-1] and all(counts)
+    if way == "ids":
+        num_ids = sum(len(chunk.ids or ()) for chunk in told)  # a server might send all ids so far each time
+        return bool(saying) and all(chunk.ids is not None for chunk in saying) and _stated(told) in (0, num_ids)
+    return bool(saying) and (way == "chunks" or all(chunk.listed for chunk in saying))
+
+
+def _stated(told: Sequence[Chunk]) -> int:
+    return max((chunk.completion_tokens or 0 for chunk in told), default=0)

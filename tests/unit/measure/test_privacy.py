@@ -62,6 +62,11 @@ def test_messages_keep_their_words_but_neither_home_nor_secret() -> None:
     assert without_secrets(message) == "FileNotFoundError: '~/a b' for ***, short, ultramarine"
 
 
+def test_a_secret_is_found_as_json_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", 'a"planted"one')
+    assert without_secrets(r'{"key": "a\"planted\"one"}') == '{"key": "***"}'
+
+
 def test_a_folder_that_only_begins_like_home_is_not_home() -> None:
     assert without_secrets("/home/planted2/a /home/planted") == "/home/planted2/a ~"
 

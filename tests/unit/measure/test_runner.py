@@ -318,9 +318,12 @@ def test_a_crash_tells_neither_home_nor_secret(tmp_path: Path, monkeypatch: pyte
     def crash(request: GenerationRequest) -> Sequence[Step]:  # noqa: ARG001
         raise OSError("cannot open /home/planted/model with hf_planted_token")
 
-    runs = Bench(tmp_path, MockBackend(crash), prompts=PROMPTS[1:2]).run()
+    bench = Bench(tmp_path, MockBackend(crash), prompts=PROMPTS[1:2])
+    runs = bench.run()
     assert [run.error for run in runs] == ["OSError: cannot open ~/model with ***"]
     assert "planted" not in (tmp_path / "0.journal.jsonl").read_text()
+    assert "OSError: cannot open ~/model with ***" in bench.watcher.traces[0]
+    assert "planted" not in bench.watcher.traces[0]
 
 
 def test_conversations_that_are_finished_are_not_put_into_tokens_again(tmp_path: Path) -> None:

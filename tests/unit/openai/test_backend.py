@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any, cast
 
@@ -15,6 +17,8 @@ from spdbench.measure.clock import Measurement, measure
 from spdbench.types import UNKNOWN_ID, GenerationRequest, Sampling
 from spdbench_backends.openai import backend as module
 from spdbench_backends.openai.backend import OpenAI
+from spdbench_backends.openai.chunks import Chunk
+from spdbench_backends.openai.counting import Counter
 from tests.stub_server import Fault, Offer, Refusal, StubServer
 from tests.unit.openai.conftest import Make, context
 
@@ -48,6 +52,7 @@ def loaded(backend: OpenAI) -> OpenAI:
         ({"running_usage", "usage"}, [1, 2, 1, 3, 1], "with each chunk", {"drafts", "forwards", "devices", "ids"}),
         ({"usage"}, [1, 7], "at the end", {"drafts", "forwards", "devices", "ids", "times"}),
         ({"logprobs"}, [1, 2, 1, 3, 1], "log-probabilities", {"drafts", "forwards", "devices", "ids"}),
+        ({"logprobs", "usage"}, [1, 2, 1, 3, 1], "log-probabilities", {"drafts", "forwards", "devices", "ids"}),
     ],
 )
 def test_tokens_are_counted_by_the_best_that_the_server_tells(
@@ -66,7 +71,7 @@ def test_tokens_are_counted_by_the_best_that_the_server_tells(
 
 
 def test_chunks_are_counted_only_where_the_servers_usage_agrees(server: StubServer, backend: Make) -> None:
-    server.offers, server.takes_extras = set(), False
+    server.offers, server.refuses = set(), {"return_token_ids", "logprobs", "stream_options"}
     server.answer = [("One",), (" two",), (" three",)]
     made = loaded(backend())
     assert "one token a chunk" in made.describe().chosen["tokens"]
@@ -82,6 +87,30 @@ def test_a_way_of_counting_that_was_asked_for_is_used_or_refused(server: StubSer
     server.offers = {"usage"}
     with pytest.raises(InputError, match=r"-o openai\.count=ids: the server does not tell that\. Others: auto, usage"):
         backend(count="ids").load()
+
+
+def test_a_server_that_refuses_ids_still_tells_usage_with_each_chunk(server: StubServer, backend: Make) -> None:
+    """As SGLang does in a chat."""
+    server.offers, server.refuses = {"running_usage", "usage", "logprobs"}, {"return_token_ids"}
+    made = loaded(backend())
+    assert "usage, told with each chunk" in made.describe().chosen["tokens"]
+    assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+    assert "return_token_ids" not in server.asked[-1]
+    assert "logprobs" not in server.asked[-1]
+
+
+def test_log_probabilities_do_not_cost_the_prompts_length(server: StubServer, backend: Make) -> None:
+    server.offers = {"logprobs", "usage"}
+    assert run(loaded(backend())).account.num_prompt_tokens == 11
+    server.refuses = {"stream_options"}
+    assert "log-probabilities" in loaded(backend()).describe().chosen["tokens"]
+
+
+def test_usage_that_is_the_whole_answers_from_the_first_chunk_on_tells_no_times(
+    server: StubServer, backend: Make
+) -> None:
+    server.offers, server.stated = {"running_usage", "usage"}, 8
+    assert "told at the end" in loaded(backend()).describe().chosen["tokens"]
 
 
 def test_an_end_of_sequence_counts_where_the_server_counts_it(server: StubServer, backend: Make) -> None:
@@ -194,6 +223,7 @@ def test_neither_key_nor_address_is_among_the_options_of_a_result(
     kept = str(made._options.model_dump(mode="json")) + str(made.describe())
     assert KEY not in kept
     assert server.url not in kept
+    assert sha256(server.url.encode()).hexdigest()[:8] not in kept
     assert server.headers[-1]["Authorization"] == f"Bearer {KEY}"
 
 
@@ -224,12 +254,14 @@ def test_a_server_that_cannot_be_used_is_one_message(
     ("fault", "message"),
     [
         ("die", "in the middle of"),
-        ("stall", "fell silent for 1 s in the middle"),
+        ("stall", "said nothing for 1 s in the middle"),
         ("silent", "said nothing for 1 s"),
         ("malformed", "not a part of an answer"),
         ("error", "failed in the middle of its answer: out of memory"),
         ("no_end", "ended in the middle"),
         ("endless_line", "a line without end"),
+        ("dribble", "said nothing for 1 s in the middle"),
+        ("nothing_said", "said nothing for 1 s in the middle"),
     ],
 )
 def test_an_answer_that_breaks_off_is_a_failed_prompt_and_the_next_one_is_fine(
@@ -250,6 +282,173 @@ def test_usage_that_fails_to_come_is_a_failed_prompt(server: StubServer, backend
     server.offers = set()
     with pytest.raises(PromptFailedError, match="told no usage"):
         run(made)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        (30_000_000, "tells of 30000000 tokens, and was asked for 20 at most"),
+        (22, "tells of 22 tokens"),
+        (1, "usage is 1 tokens, and its answer came in 5 chunks"),
+        (0, "usage is 0 tokens"),
+    ],
+)
+@pytest.mark.parametrize("offers", [{"usage"}, {"running_usage", "usage"}])
+def test_usage_that_cannot_be_true_is_a_failed_prompt(
+    server: StubServer, backend: Make, offers: set[Offer], stated: int, message: str
+) -> None:
+    server.offers = offers
+    made = loaded(backend())
+    server.stated = stated
+    with pytest.raises(PromptFailedError, match=message):
+        run(made)
+
+
+def test_usage_is_believed_of_a_server_whose_chunks_are_parts_of_tokens(server: StubServer, backend: Make) -> None:
+    server.stated = 2
+    assert len(run(loaded(backend())).output_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (b'{"choices": [], "usage": {"completion_tokens": 1e999}}', "not a part of an answer"),
+        (b'{"choices": [], "usage": {"completion_tokens": -5}}', "not a part of an answer"),
+        (b'{"choices": [], "usage": "many"}', "not a part of an answer"),
+        (b'{"choices": [{"delta": {}, "token_ids": [1e999]}]}', "not a part of an answer"),
+        (b"[" * 100_000, "not a part of an answer"),
+        (b"[]", "not a part of an answer"),
+        (b'{"choices": [{"delta": {}, "finish_reason": ["a\\n"]}]}', r"for a reason of its own: \['a\\n'\]"),
+    ],
+)
+def test_an_event_that_means_nothing_is_a_failed_prompt(
+    server: StubServer, backend: Make, event: bytes, message: str
+) -> None:
+    made = loaded(backend())
+    server.inserted = [event]
+    with pytest.raises(PromptFailedError, match=message) as caught:
+        run(made)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"choices": [{"delta": {"content": ""}, "finish_reason": ""}]}',
+        b'{"choices": [{"delta": {"content": ""}}], "error": null}',
+        b'{"choices": null, "usage": null}',
+    ],
+)
+def test_what_is_empty_is_as_good_as_absent(server: StubServer, backend: Make, event: bytes) -> None:
+    made = loaded(backend())
+    server.inserted = [event]
+    assert run(made).account.text == "One two, three four five six."
+
+
+@pytest.mark.parametrize("reason", [b"eos_token", b"stop_sequence"])
+def test_tgis_words_for_an_end_are_understood(server: StubServer, backend: Make, reason: bytes) -> None:
+    made = loaded(backend())
+    original = server.events
+    server.events = lambda *ask: (each.replace(b'"stop"', b'"%b"' % reason) for each in original(*ask))  # type: ignore[method-assign]
+    assert run(made).finish_reason == "eos"
+
+
+def test_half_a_character_does_not_get_into_a_result(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.answer = [("One",), ("\ud83d",)]
+    assert run(made).account.text == "One?"
+
+
+def test_a_server_that_does_not_stop_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
+    """Whether its tokens are counted as they come, so that the last one is known, or at the end, which never comes."""
+    server.offers = {"ids", "usage"}
+    by_ids, by_usage = loaded(backend(timeout_s="60")), loaded(backend(timeout_s="60", count="usage"))
+    server.fault = "without_end"
+    with pytest.raises(PromptFailedError, match="does not stop after the last token"):
+        run(by_ids, ask(2))
+    with pytest.raises(PromptFailedError, match="does not stop: it was asked for 2 tokens at most"):
+        run(by_usage, ask(2))
+    server.fault = None
+    assert run(by_ids).finish_reason == "eos"
+
+
+def test_what_comes_behind_the_last_token_gets_no_more_time_for_coming() -> None:
+    exchange = module.Exchange(ask(2), patience_s=-1)
+    chunks = iter([Chunk("a", ids=(1, 2)), Chunk("b"), Chunk("c")])
+    steps = exchange.steps(chunks, Counter("ids", 2, whole=True))
+    next(steps)
+    with pytest.raises(PromptFailedError, match="does not stop after the last token"):
+        steps.close()  # type: ignore[attr-defined]
+    assert next(chunks).text == "c"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_the_server_refuses_has_failed_and_the_next_one_is_fine(
+    server: StubServer, backend: Make, status: int
+) -> None:
+    made = loaded(backend())
+    server.refusals = [Refusal(status, json.dumps({"error": {"message": "maximum context length is 10 tokens"}}))]
+    with pytest.raises(PromptFailedError, match=rf"context is too small \({status}\)"):
+        run(made)
+    assert run(made).finish_reason == "eos"
+
+
+def test_an_answer_that_comes_at_once_in_the_middle_of_a_run_is_a_failed_prompt(
+    server: StubServer, backend: Make
+) -> None:
+    made = loaded(backend())
+    server.fault = "no_stream"
+    with pytest.raises(PromptFailedError, match="at once instead of streaming"):
+        run(made)
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "refuses the key"), (403, "the key"), (404, "no such model")])
+def test_what_would_be_refused_of_every_prompt_ends_the_run(
+    server: StubServer, backend: Make, status: int, message: str
+) -> None:
+    made = loaded(backend())
+    server.refusals = [Refusal(status)]
+    with pytest.raises(BackendLostError, match=message):
+        run(made)
+
+
+@pytest.mark.parametrize("form", [KEY, r"sk\/very\/secret-0123456789", r"\u0073k/very/secret-0123456789"])
+def test_a_key_that_the_server_repeats_is_not_in_what_we_say(
+    server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", json.loads(f'"{form}"'))
+    made = loaded(backend(retries="0"))
+    server.inserted = [b'{"error": {"message": "refused %b"}}' % form.encode()]
+    with pytest.raises(PromptFailedError, match=r"answer: refused \*\*\*$"):
+        run(made)
+    server.inserted = [b'{"choices": [{"delta": {"content": "%b"}}]}' % form.encode()]
+    assert "two,*** three" in str(run(made).account.text)
+    server.refusals = [Refusal(503, '{"message": "' + "x" * 285 + form + '"}')]
+    with pytest.raises(PromptFailedError, match=r"x\*\*\*$"):
+        run(made)
+
+
+def test_a_key_that_json_writes_otherwise_is_not_in_what_we_say(
+    server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", 'sk-"very"/secret')
+    made = loaded(backend(retries="0"))
+    for text in (r'{"detail": [{"input": "sk-\"very\"/secret"}]}', r'No: "sk-\"very\"\/secret"'):
+        server.refusals = [Refusal(422, text)]
+        with pytest.raises(PromptFailedError) as caught:
+            run(made)
+        assert "very" not in str(caught.value)
+        assert "***" in str(caught.value)
+
+
+@pytest.mark.parametrize("wait", ["\u00b2", "-5", "soon", "Fri, 99 Foo 99999999 00:00:00 GMT", "9" * 400])
+def test_a_wait_that_is_none_is_ours(server: StubServer, backend: Make, wait: str) -> None:
+    made = loaded(backend())
+    server.refusals = [Refusal(503, "busy", {"Retry-After": wait})]
+    made.prepare(ask())
+    with pytest.raises(TryAgainError) as later:
+        clocked(made, ask())
+    assert later.value.wait_s == (module.LONGEST_WAIT_S if wait[0] == "9" else module.FIRST_WAIT_S)
 
 
 def test_an_answer_cut_by_a_small_context_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
@@ -329,20 +528,24 @@ def test_closing_early_leaves_the_backend_usable_and_twice_is_fine(server: StubS
 
 
 class Vllm:
-    """vLLM's counters, as each request moves them."""
+    """vLLM's counters, as each request moves them; one of a stranger that is `running` does with each reading."""
 
-    def __init__(self, server: StubServer, requests: int = 1) -> None:
-        self.server, self.per_request = server, requests
+    def __init__(self, server: StubServer, requests: int = 1, running: int = 0) -> None:
+        self.server, self.per_request, self.running, self.readings = server, requests, running, 0
 
     def __call__(self) -> str:
-        done = len(self.server.asked) * self.per_request
+        self.readings += self.running
+        done, other = len(self.server.asked) * self.per_request, 50 * self.readings
         rows = {
+            'vllm:num_requests_running{engine="0"}': self.running,
+            'vllm:num_requests_waiting{engine="0"}': 0,
             'vllm:request_success_total{engine="0",finished_reason="stop"}': done,
-            'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done,
-            'vllm:spec_decode_num_draft_tokens_total{engine="0"}': 12 * done,
-            'vllm:spec_decode_num_accepted_tokens_total{engine="0"}': 6 * done,
-            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"}': 3 * done,
-            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"}': 2 * done,
+            'vllm:generation_tokens_total{engine="0"}': 8 * done,
+            'vllm:spec_decode_num_drafts_total{engine="0"}': 4 * done + other,
+            'vllm:spec_decode_num_draft_tokens_total{engine="0"}': 12 * done + 3 * other,
+            'vllm:spec_decode_num_accepted_tokens_total{engine="0"}': 6 * done + 2 * other,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="0"}': 3 * done + other,
+            'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="1"}': 2 * done + other,
             'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",position="2"}': 1 * done,
         }
         return "# HELP nothing\n" + "".join(f"{name} {value}.0\n" for name, value in rows.items())
@@ -360,6 +563,10 @@ def test_acceptance_comes_from_the_difference_of_vllms_counters(server: StubServ
 def test_counters_tell_nothing_where_others_use_the_server(server: StubServer, backend: Make) -> None:
     server.counters = Vllm(server, requests=2)
     assert run(loaded(backend())).account.drafts is None
+    server.counters = Vllm(server, running=1)
+    made = loaded(backend())
+    assert run(made).account.drafts is None
+    assert "null where others used the server" in made.describe().chosen["acceptance"]
     server.counters = Vllm(server)
     assert loaded(backend(metrics="false")).describe().chosen["acceptance"] == "not told"
     assert loaded(backend(concurrency="2")).describe().chosen["acceptance"] == "not told"
