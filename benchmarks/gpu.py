@@ -3,14 +3,15 @@
 Why: most users have a GPU, many have one; there launches rule small models and bandwidth the large ones.
 Regimes: batch 1, greedy, one GPU, models of Qwen3's shapes (0.6B, 1.7B, 4B, 8B) with random weights in bfloat16, drafts
 whose acceptance is dialled (`forced:P`); sides of a part take turns, after a warm-up each.
-Output: `DIR/PART.json` for each part, which stands alone; `DIR/gpu.json` with all of them; `DIR/gpu.md`, a table for
-each part, and goals; traces beside them. Each part runs in a process of its own within a time limit. One that is done
-is not run again with the same settings (`--fresh` does); one that failed or ran out of time is.
+Output: `DIR/gpu.json` with all parts; `DIR/gpu.md`, tables of all parts and goals; three traces beside them. Both
+reports are written anew after every part. Each part runs in a process of its own within a time limit, what matters most
+first, and none begins when too little of the budget is left. The same command goes on where it was stopped: what is
+done is not run again with the same settings, card, versions and sources (`--fresh` does); what failed is, last.
 
-    python -m benchmarks.gpu --out DIR [--parts vanilla-4B trace-0.6B ...] [--fresh]
-    python -m benchmarks.gpu --out DIR --rehearse      all of it on the CPU with a tiny model, within two minutes
+    python -m benchmarks.gpu --out DIR [--budget-s 1200] [--parts vanilla-4B trace-0.6B ...] [--fresh]
+    python -m benchmarks.gpu --out DIR --rehearse      all of it on the CPU with a tiny model, within minutes
 
-Exit code: 0 if every part is done, 1 if not, 2 for wrong usage or without a GPU.
+Exit code: 0 if every part is done, 1 if not, 2 for wrong usage, without a GPU or where packages are missing.
 """
 
 from __future__ import annotations
@@ -18,25 +19,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
-import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tabulate import tabulate
+from benchmarks import gpu_running
+from benchmarks.gpu_running import ROOT, TAIL, run_apart
+from spdbench.measure.environment import git_state
 
-from benchmarks.gpu_parts import REAL, REHEARSAL, Found, Settings, generate, machine, streams, vanilla
+if TYPE_CHECKING:
+    from benchmarks.gpu_parts import Found, Settings
 
-SCHEMA = "spdbench.gpu/1"
-TAIL = 2000
-"""Characters of a failed part's output that are kept."""
+sys.path.append(str(ROOT / "backends"))  # where nothing is installed, the checkout will do
+
+SCHEMA = "spdbench.gpu/2"
+BUDGET_S = 1200.0
+LEAST_SHARE = 1 / 3
+"""Of its limit that must be left for a part to begin: limits are set for slow days."""
+
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,10 @@ class Part:
 
 
 def parts(settings: Settings) -> dict[str, Part]:
-    """By name, in the order of running: what matters most comes first, should time run out."""
+    """By name, in the order of running: one of each kind by its importance, then the other shapes."""
     from benchmarks.gpu_drafts import eagle, medusa
-    from benchmarks.gpu_processes import processes
+    from benchmarks.gpu_parts import compiled, generate, machine, streams, vanilla
+    from benchmarks.gpu_processes import nccl, processes
     from benchmarks.gpu_trace import trace
 
     def of(kind: str, limit_s: float, run: Callable[..., Found], shape: str, *, files: bool = False) -> Part:
@@ -61,139 +69,226 @@ def parts(settings: Settings) -> dict[str, Part]:
 
     small, shapes = settings.shapes[0], settings.shapes
     large = shapes[min(2, len(shapes) - 1)]
+    four, eight = (4, 8) if settings.on_gpu else (2, 2)
     found = [
-        Part("machine", 60, lambda settings, _: machine(settings)),
-        of("vanilla", 150, vanilla, small),
-        of("streams", 300, streams, small),
-        of("vanilla", 150, vanilla, large),
-        of("generate", 180, generate, small),
+        Part("machine", 90, lambda settings, _: machine(settings)),
+        of("vanilla", 120, vanilla, small),
+        of("vanilla", 120, vanilla, large),
+        of("generate", 150, generate, small),
+        of("streams", 240, streams, small),
+        of("eagle", 150, eagle, small),
+        of("medusa", 150, medusa, small),
+        of(f"processes-n{four}", 180, partial(processes, count=four), large),
+        Part("nccl", 90, lambda settings, _: nccl(settings)),
         of("trace", 120, trace, small, files=True),
-        *(of("vanilla", 150, vanilla, shape) for shape in shapes),
-        *(of("streams", 300, streams, shape) for shape in shapes),
-        of("eagle", 180, eagle, small),
-        of("medusa", 180, medusa, small),
-        of("processes", 300, processes, large),
-        of("eagle", 180, eagle, large),
-        of("medusa", 180, medusa, large),
+        of("compiled", 240, compiled, large),
+        of("compiled", 240, compiled, small),
+        *(of("vanilla", 120, vanilla, shape) for shape in shapes),
+        of("streams", 240, streams, large),
+        *(of("streams", 240, streams, shape) for shape in shapes),
+        of(f"processes-n{eight}", 240, partial(processes, count=eight), large),
+        of("eagle", 150, eagle, large),
+        of("medusa", 150, medusa, large),
     ]
-    return {part.name: part for part in found}
+    return {part.name: part for part in found}  # a second mention keeps the first one's place
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
-    arguments.add_argument("--parts", nargs="+", metavar="PART", help="only these")
-    arguments.add_argument("--fresh", action="store_true", help="also run what is done")
-    arguments.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
-    arguments.add_argument("--part", help=argparse.SUPPRESS)  # what a part's own process is told
-    chosen = arguments.parse_args()
-    settings = REHEARSAL if chosen.rehearse else REAL
-    known = parts(settings)
-    for name in [*(chosen.parts or []), *([chosen.part] if chosen.part else [])]:
-        if name not in known:
-            arguments.error(f"no part {name}. Allowed: {', '.join(known)}")
-    if not chosen.rehearse and not torch.cuda.is_available():
-        arguments.error("no GPU that torch can use; --rehearse runs all parts on the CPU, and measures nothing")
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    if chosen.part:
-        run_here(known[chosen.part], settings, chosen.out)
-        return
-    wanted = [part for name, part in known.items() if not chosen.parts or name in chosen.parts]
+class Results:
+    """All records in `out`, and both reports of them. A record belongs to one part, settings and identity."""
+
+    def __init__(self, out: Path, settings: Settings, identity: Mapping[str, str], names: Iterable[str]) -> None:
+        self.out, self.rehearsal, self._names = out, not settings.on_gpu, list(names)
+        self._group = {"settings": json.loads(json.dumps(asdict(settings))), "identity": dict(identity)}
+        out.mkdir(parents=True, exist_ok=True)
+        self._records = _read(out / "gpu.json")
+
+    def find(self, name: str) -> Record | None:
+        """What is known of a part from the same settings, card, versions and sources."""
+        wanted = {"part": name, **self._group}
+        return next((each for each in self._records if wanted.items() <= each.items()), None)
+
+    def done(self, name: str) -> bool:
+        return self._status(name) == "done"
+
+    def failed(self, name: str) -> bool:
+        """Where the part itself is to blame."""
+        return self._status(name) in ("failed", "out of time")
+
+    def keep(self, name: str, status: str, took_s: float, found: Mapping[str, Any]) -> None:
+        """In both reports. What was done is not given up for a later run that failed: that one is a note."""
+        before = self.find(name)
+        if status != "done" and before and before["status"] == "done":
+            before["notes"] += [f"run again: {status}", *found["notes"]]
+        else:
+            self._records = [each for each in self._records if each is not before]
+            taken = {"taken": time.strftime("%Y-%m-%d %H:%M:%S"), "git": git_state()}
+            record = {"part": name, **self._group, **taken, "status": status, "seconds": round(took_s, 1)}
+            self._records.append({**record, **found})
+        self.write()
+
+    def write(self) -> None:
+        _write(self.out / "gpu.json", json.dumps({"schema": SCHEMA, "records": self._records}, indent=1) + "\n")
+        _write(self.out / "gpu.md", self.markdown())
+
+    def markdown(self) -> str:
+        """A section for each card, versions, sources and settings, this call's first."""
+        groups = [self._group]
+        for each in reversed(self._records):
+            if (group := {key: each[key] for key in self._group}) not in groups:
+                groups.append(group)
+        lines = ["# spdbench on one GPU", ""]
+        for group in groups:
+            records = [each for each in self._records if group.items() <= each.items()]
+            missing = [name for name in self._names if not self.find(name)] if group == self._group else []
+            lines += _section(group, sorted(records, key=self._place), missing)
+        return "\n".join(lines)
+
+    def _place(self, record: Record) -> int:
+        return self._names.index(record["part"]) if record["part"] in self._names else len(self._names)
+
+    def _status(self, name: str) -> str:
+        record = self.find(name)
+        return str(record["status"]) if record else ""
+
+
+def _section(group: Mapping[str, Any], records: Iterable[Record], missing: Iterable[str]) -> Iterator[str]:
+    """A table a part, its notes, and all goals at the end."""
+    from tabulate import tabulate
+
+    identity, records = group["identity"], list(records)
+    on_cpu = group["settings"]["device"] == "cpu"
+    versions = ", ".join(f"{name} {identity[name]}" for name in ("python", "torch", "transformers", "sources"))
+    yield from (f"## {'Rehearsal on a CPU' if on_cpu else identity['gpu']}, {versions}", "")
+    if on_cpu:
+        yield from ("With a tiny model: none of these numbers means anything.", "")
+    for each in records:
+        about = [f"{each['seconds']:.0f} s", each["taken"], *([f"commit {each['git']}"] if each["git"] else [])]
+        yield from (f"### {each['part']}: {each['status']} ({', '.join(about)})", "")
+        if each["rows"]:
+            headers = list(dict.fromkeys(key for row in each["rows"] for key in row))
+            cells = [[row.get(key, "") for key in headers] for row in each["rows"]]
+            yield from (tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True), "")
+        for note in each["notes"]:
+            yield from ("```", *note.splitlines(), "```", "") if "\n" in note else (f"- {note}", "")
+    goals = [goal["text"] for each in records for goal in each["goals"]]
+    yield from ("### Goals", "", *(f"- {goal}" for goal in goals or ["none was measured"]), "")
+    if names := list(missing):
+        yield from (f"Not run yet: {', '.join(names)}.", "")
+
+
+def run_parts(wanted: Iterable[Part], results: Results, deadline: float, *, fresh: bool = False) -> list[str]:
+    """Those that are not done, failed ones last; returns the names of those for which no time was left."""
+    results.write()
+    todo, left_out = [], []
     for part in wanted:
-        run_part(part, settings, chosen)
-    found = [read(chosen.out, name) for name in known]
-    report = [each for each in found if each is not None]
-    write(chosen.out / "gpu.json", {"schema": SCHEMA, "settings": asdict(settings), "parts": report})
-    (chosen.out / "gpu.md").write_text(markdown(report, settings), encoding="utf-8")
-    print(f"{chosen.out / 'gpu.md'}: {sum(each['status'] == 'done' for each in report)} of {len(known)} parts done")
-    names = {each["part"] for each in report if each["status"] == "done"}
-    sys.exit(0 if all(part.name in names for part in wanted) else 1)
+        if fresh or not results.done(part.name):
+            todo.append(part)
+        else:
+            print(f"{part.name}: done before", flush=True)
+    for part in sorted(todo, key=lambda part: results.failed(part.name)):
+        left_s = deadline - time.monotonic()
+        if left_s < part.limit_s * LEAST_SHARE:
+            print(f"{part.name}: not begun, {max(left_s, 0):.0f} s are left", flush=True)
+            left_out.append(part.name)
+        else:
+            run_part(part, results, left_s)
+    return left_out
 
 
-def run_part(part: Part, settings: Settings, chosen: argparse.Namespace) -> None:
-    """In a process of its own, unless it is done."""
-    before = read(chosen.out, part.name)
-    if not chosen.fresh and before and before["status"] == "done" and before["settings"] == as_read(settings):
-        print(f"{part.name}: done before", flush=True)
-        return
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(chosen.out), "--part", part.name]
-    command += ["--rehearse"] if chosen.rehearse else []
+def run_part(part: Part, results: Results, left_s: float) -> None:
+    """In a process of its own. What it has written counts, however the process ended."""
     began = time.monotonic()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        said, _ = process.communicate(timeout=part.limit_s)
-        status = "failed" if process.returncode else "done"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its stages with it
-        said, _ = process.communicate()
-        status = "out of time"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(results.out)]
+        command += ["--part", part.name, str(file), str(os.getpid())]
+        command += ["--rehearse"] if results.rehearsal else []
+        code, said = run_apart(command, min(part.limit_s, left_s))
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     took = time.monotonic() - began
-    if status != "done":
-        record(part.name, settings, chosen.out, status, took, {"rows": [], "goals": [], "notes": [said[-TAIL:]]})
+    late = "out of time" if left_s > part.limit_s else "out of budget"
+    ended = f"{late} after {took:.0f} s" if code is None else f"exit code {code}"
+    status = "done" if found else late if code is None else "failed"
+    if found and code != 0:
+        found["notes"].append(f"{ended}, after all was measured\n{said[-TAIL:]}")
+    results.keep(part.name, status, took, found or {"rows": [], "goals": [], "notes": [f"{ended}\n{said[-TAIL:]}"]})
     print(f"{part.name}: {status}, {took:.0f} s", flush=True)
 
 
-def run_here(part: Part, settings: Settings, out: Path) -> None:
-    """The part itself; writes its file."""
+def run_here(part: Part, settings: Settings, out: Path, file: Path) -> None:
+    """The part itself; what it finds goes into `file`."""
+    import torch
+
     if not settings.on_gpu:
         torch.set_num_threads(1)  # tiny tensors gain nothing from a second one, which may have to wait for a processor
-    began = time.monotonic()
     try:
         found = part.run(settings, out)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
-    record(part.name, settings, out, "done", time.monotonic() - began, found.as_json())
+    _write(file, json.dumps(found.as_json()))
 
 
-def record(name: str, settings: Settings, out: Path, status: str, took_s: float, found: Mapping[str, Any]) -> None:
-    content = {"schema": SCHEMA, "part": name, "settings": asdict(settings), "status": status}
-    write(out / f"{name}.json", {**content, "seconds": round(took_s, 1), "versions": versions(), **found})
-
-
-def versions() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"torch": torch.__version__, "python": sys.version.split()[0], "gpu": device}
-
-
-def read(out: Path, name: str) -> dict[str, Any] | None:
-    """A part's file; None if there is none that can be read."""
+def _read(path: Path) -> list[Record]:
+    """The records there. A file that says something else is put aside."""
     try:
-        found = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] == SCHEMA:
+            return list(content["records"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError):
+        pass
+    path.replace(path.with_suffix(".old"))
+    return []
 
 
-def as_read(settings: Settings) -> Any:
-    return json.loads(json.dumps(asdict(settings)))
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
 
 
-def markdown(report: Iterable[Mapping[str, Any]], settings: Settings) -> str:
-    """A table a part, its notes, and all goals at the end."""
-    report = list(report)
-    lines = ["# spdbench on one GPU", ""]
-    if settings.device == "cpu":
-        lines += ["A rehearsal on a CPU with a tiny model: none of these numbers means anything.", ""]
-    for each in report:
-        lines += [f"## {each['part']}: {each['status']} ({each['seconds']:.0f} s, {each['versions']['gpu']})", ""]
-        if each["rows"]:
-            headers = list(dict.fromkeys(key for row in each["rows"] for key in row))
-            cells = [[row.get(key, "") for key in headers] for row in each["rows"]]
-            lines += [tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True), ""]
-        for note in each["notes"]:
-            lines += ["```", *note.splitlines(), "```", ""] if "\n" in note else [f"- {note}", ""]
-    goals = [goal["text"] for each in report for goal in each["goals"]]
-    return "\n".join([*lines, "## Goals", "", *(f"- {goal}" for goal in goals or ["none was measured"]), ""])
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
+    arguments.add_argument("--budget-s", type=float, default=BUDGET_S, help=f"for this call (default {BUDGET_S:.0f})")
+    arguments.add_argument("--parts", nargs="+", metavar="PART", help="only these")
+    arguments.add_argument("--fresh", action="store_true", help="also run what is done")
+    arguments.add_argument("--rehearse", action="store_true", help="on the CPU, with a tiny model")
+    arguments.add_argument("--part", nargs=3, help=argparse.SUPPRESS)  # for its own process: name, file, parent
+    chosen = arguments.parse_args()
+    began = time.monotonic()
+    if why := gpu_running.missing():
+        arguments.error(why)
+    try:
+        from benchmarks.gpu_parts import REAL, REHEARSAL
+
+        settings = REHEARSAL if chosen.rehearse else REAL
+        known = parts(settings)
+    except ImportError as error:
+        arguments.error(f"cannot be imported: {error}")
+    if chosen.part:
+        name, file, parent = chosen.part
+        gpu_running.end_with(int(parent))
+        run_here(known[name], settings, chosen.out, Path(file))
+        return
+    for name in chosen.parts or []:
+        if name not in known:
+            arguments.error(f"no part {name}. Allowed: {', '.join(known)}")
+    gpu = "" if chosen.rehearse else gpu_running.gpu_name()
+    if not chosen.rehearse and not gpu:
+        arguments.error("no GPU that torch can use; --rehearse runs all parts on the CPU, and measures nothing")
+    gpu_running.raise_when_told_to_stop()
+    wanted = [part for name, part in known.items() if not chosen.parts or name in chosen.parts]
+    results = Results(chosen.out.resolve(), settings, gpu_running.identity(gpu), known)
+    left_out = run_parts(wanted, results, began + chosen.budget_s, fresh=chosen.fresh)
+    undone = [part.name for part in wanted if part.name in left_out or not results.done(part.name)]
+    print(f"{results.out / 'gpu.md'}: {len(wanted) - len(undone)} of {len(wanted)} parts done")
+    if undone:
+        print(f"The same command goes on with: {' '.join(undone)}")
+    sys.exit(1 if undone else 0)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
 from benchmarks.gpu_models import SHAPES
-from benchmarks.gpu_parts import FORCED, Found, Settings, Turn, attempt, graphed_side, room, seconds, timing
-from benchmarks.sides import Row, ratio, take_turns, times
+from benchmarks.gpu_parts import (
+    FORCED,
+    Found,
+    Settings,
+    Turn,
+    attempt,
+    graphed_side,
+    guarded_turns,
+    over,
+    room,
+    timing,
+    wait,
+)
+from benchmarks.sides import Row
 from spdbench.decoding.named_trees import named_tree
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Drafter, Features, Speculation
@@ -23,7 +33,7 @@ from spdbench.decoding.tree import DraftTree, Path
 from spdbench.models.decoder import Decoder
 from spdbench.models.graphed import GraphedDecoder
 from spdbench.models.interface import TargetDecoder
-from spdbench.types import GenerationRequest
+from spdbench.types import GenerationRequest, Step
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.drafter import EagleDrafter
 from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, Growth
@@ -34,6 +44,9 @@ from spdbench_backends.medusa.drafter import MedusaDrafter
 from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
 
 NewDrafter = Callable[[], Drafter]
+
+MOST_LEVELS = 5
+VANILLA = "vanilla", "graphs", 0.0
 
 
 class Dictated:
@@ -69,7 +82,7 @@ class Setting:
 
 def eagle(name: str, settings: Settings) -> Found:
     """EAGLE-3's head: a chain, and a dynamic tree."""
-    decoder, capacity = settings.decoder(SHAPES[name]), room(settings.request(SHAPES[name]))
+    decoder, capacity = settings.decoder(SHAPES[name]), room(longer(settings.request(SHAPES[name])))
     file = random_eagle(decoder, 0)
     weights = build_eagle(file, decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
 
@@ -78,9 +91,10 @@ def eagle(name: str, settings: Settings) -> Found:
             module = RecordedEagle(weights, decoder, growth, capacity)
             return lambda: RecordedEagleDrafter(weights, decoder, growth, module)
 
-        return Setting(lambda: EagleDrafter(weights, decoder, growth, capacity), recorded, growth.max_nodes)
+        plain = partial(EagleDrafter, weights, decoder, growth, capacity)
+        return Setting(plain, recorded, growth.max_nodes)
 
-    trees = {"chain of 4": setting(ChainGrowth(4)), "24 nodes, 5 levels": setting(DynamicGrowth(5, 8, 24))}
+    trees = {"chain of 4": setting(ChainGrowth(4)), "24 nodes, 5 levels": setting(DynamicGrowth(MOST_LEVELS, 8, 24))}
     return compare(name, "eagle", decoder, settings, trees, weights.aux)
 
 
@@ -96,7 +110,8 @@ def medusa(name: str, settings: Settings) -> Found:
             heads = RecordedMedusa(weights, decoder, tree)
             return lambda: RecordedMedusaDrafter(weights, decoder, tree, heads)
 
-        return Setting(lambda: MedusaDrafter(weights, decoder, tree), recorded, len(tree.tree))
+        plain = partial(MedusaDrafter, weights, decoder, tree)
+        return Setting(plain, recorded, len(tree.tree))
 
     chain = [(0,) * level for level in range(1, 5)]
     trees = {"chain of 4": setting(chain), "63 drafts": setting(named_tree("mc_sim_7b_63"))}
@@ -113,9 +128,9 @@ def compare(
 ) -> Found:
     """Every tree without graphs, with the target's forwards recorded, and with the drafts' steps recorded as well,
     against vanilla with graphs."""
-    request, notes = settings.request(SHAPES[name]), []
+    request, notes = longer(settings.request(SHAPES[name])), []
     sides: dict[tuple[str, str, float], Callable[[], Turn]] = {
-        ("vanilla", "graphs", 0.0): graphed_side(decoder, request)
+        VANILLA: graphed_side(decoder, settings.request(SHAPES[name]))
     }
     for tree, setting in trees.items():
         ways: dict[str, tuple[TargetDecoder, NewDrafter]] = {"eager": (decoder, setting.plain)}
@@ -130,9 +145,8 @@ def compare(
         for forced in FORCED:
             drafts = synthetic_drafts(parse_drafter(f"forced:{forced}"), 0, decoder, request)
             for way, (target, new) in ways.items():
-                sides[tree, way, forced] = partial(turn, target, new, drafts, request)
-    turns = take_turns(sides, settings.rounds)
-    base = seconds(turns["vanilla", "graphs", 0.0])
+                sides[tree, way, forced] = partial(turn, target, new, drafts, request, settings.tokens)
+    turns, dropped = guarded_turns(sides, settings.rounds, needed=[VANILLA])
     rows: list[Row] = [
         {
             "shape": name,
@@ -141,23 +155,34 @@ def compare(
             "recorded": way,
             "P": forced or "",
             **timing(found),
-            "over_vanilla": times(ratio(base, seconds(found))),
+            "over_vanilla": over(turns[VANILLA], found),
             "tokens_per_round": tokens_per_round(found[-1]) if forced else 1.0,
         }
         for (tree, way, forced), found in turns.items()
     ]
-    return Found(rows, [], notes)
+    return Found(rows, [], [*notes, *dropped])
 
 
 def tokens_per_round(found: Turn) -> float:
     return round(sum(len(step.token_ids) for step in found.steps) / len(found.steps), 3)
 
 
-def turn(target: TargetDecoder, new: NewDrafter, drafts: SyntheticDrafts, request: GenerationRequest) -> Turn:
+def longer(request: GenerationRequest) -> GenerationRequest:
+    """A request for more than is counted: so many rounds have room for a whole tree that none is cut."""
+    return replace(request, max_new_tokens=request.max_new_tokens + 2 * (MOST_LEVELS + 1))
+
+
+def turn(
+    target: TargetDecoder, new: NewDrafter, drafts: SyntheticDrafts, request: GenerationRequest, tokens: int
+) -> Turn:
+    """Rounds of whole trees until there are `tokens`: neither the first one, in which EAGLE reads the prompt, nor those
+    near the limit, whose trees are cut and were not recorded."""
     steps = Speculation(target, Dictated(new(), drafts), request).steps()
-    next(steps)
+    for _ in range(2):
+        next(steps)
     began = time.perf_counter()
-    found = tuple(steps)
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return Turn((time.perf_counter() - began) / sum(len(step.token_ids) for step in found), found)
+    found: list[Step] = []
+    while (count := sum(len(step.token_ids) for step in found)) < tokens:
+        found.append(next(steps))
+    wait(target.device)
+    return Turn((time.perf_counter() - began) / count, tuple(found))

@@ -5,17 +5,19 @@ A part takes the settings and returns rows and goals. Must not know of processes
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from benchmarks.gpu_models import SHAPES, Shape, random_decoder, stages_of
-from benchmarks.sides import Goal, Row, ratio, take_turns, times
+from benchmarks.gpu_running import tail
+from benchmarks.sides import Goal, Key, Row, ratio, take_turns, times
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.graphed import GraphedDecoding
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
@@ -133,53 +135,54 @@ def wait(device: torch.device) -> None:
 
 
 def vanilla(name: str, settings: Settings) -> Found:
-    """Plain decoding without graphs, with them, and fused by torch.compile before they are captured."""
+    """Plain decoding without graphs and with them."""
     shape = SHAPES[name]
     decoder, request = settings.decoder(shape), settings.request(shape)
-    notes: list[str] = []
-    sides: dict[str, Callable[[], Turn]] = {"eager": lambda: timed_tokens(decode(decoder, request))}
-    for side, compiled in (("graphs", False), ("graphs, compiled", True)):
-        if compiled and not settings.on_gpu:
-            notes.append("graphs, compiled: not rehearsed, it makes code for a GPU")
-            continue
-        made, why = attempt(partial(graphed_side, decoder, request, compiled=compiled))
-        if made is None:
-            notes.append(f"{side}: {why}")
-        else:
-            sides[side] = made
-    turns = take_turns(sides, settings.rounds)
+    sides = {"graphs": graphed_side(decoder, request), "eager": lambda: timed_tokens(decode(decoder, request))}
     copy, num_bytes = copy_bandwidth(settings.where), decoder.bytes_per_token(decoder.layers, head=True)
-    rows = [
+    turns, notes = guarded_turns(sides, settings.rounds)
+    rows: list[Row] = [
         {
             "shape": name,
             "side": side,
-            **timing(turns[side]),
-            "over_eager": times(ratio(seconds(turns["eager"]), seconds(turns[side]))),
+            **timing(found),
+            "over_eager": over(turns.get("eager"), found),
             "gb_per_token": round(num_bytes / 1e9, 3),
-            "share_of_copy_bandwidth": round(num_bytes / statistics.median(seconds(turns[side])) / copy, 4),
+            "share_of_copy_bandwidth": round(num_bytes / statistics.median(seconds(found)) / copy, 4),
         }
-        for side in sides
+        for side, found in turns.items()
     ]
-    best = max(row["share_of_copy_bandwidth"] for row in rows)
-    goals = [Goal(f"share of the copy bandwidth, vanilla {name}", best, at_least=0.7)] if name == "4B" else []
-    return Found(rows, goals, notes)
+    return Found(rows, roofline(name, rows, ""), notes)
+
+
+def roofline(name: str, rows: Sequence[Row], how: str) -> list[Goal]:
+    best = max(row["share_of_copy_bandwidth"] for row in rows if not row.get("P"))
+    return [Goal(f"share of the copy bandwidth, vanilla {name}{how}", best, at_least=0.7)] if name == "4B" else []
+
+
+def over(base: Sequence[Turn] | None, found: Sequence[Turn]) -> str:
+    """How many times as fast as `base`; empty where that one failed."""
+    return times(ratio(seconds(base), seconds(found))) if base else ""
 
 
 def generate(name: str, settings: Settings) -> Found:
     """Vanilla with graphs against transformers' `generate` of the same shape, each with random weights of its own."""
     shape = SHAPES[name]
     request = settings.request(shape)
-    sides = {
-        "vanilla with graphs": graphed_side(settings.decoder(shape), request, whole=True),
-        "transformers": transformers_side(shape, request, settings),
-    }
-    turns = take_turns(sides, settings.rounds)
-    ours, theirs = (seconds(turns[side]) for side in sides)
-    rows = [{"shape": name, "side": side, **timing(turns[side])} for side in sides]
-    rows[0]["over_transformers"] = times(ratio(theirs, ours))
-    faster = ratio(theirs, ours).median
+    ours, theirs = "vanilla with graphs", "transformers"
+    sides = {ours: graphed_side(settings.decoder(shape), request, whole=True)}
+    made, why = attempt(partial(transformers_side, shape, request, settings))
+    if made is not None:
+        sides[theirs] = made
+    turns, notes = guarded_turns(sides, settings.rounds)
+    notes += [f"{theirs}: {why}"] if made is None else []
+    rows: list[Row] = [{"shape": name, "side": side, **timing(found)} for side, found in turns.items()]
+    if turns.keys() != {ours, theirs}:
+        return Found(rows, [], notes)
+    rows[0]["over_transformers"] = over(turns[theirs], turns[ours])
+    faster = ratio(seconds(turns[theirs]), seconds(turns[ours])).median
     goal = Goal(f"times transformers' generate, {name}", faster, at_least=3.0)
-    return Found(rows, [goal] if settings.on_gpu else [])
+    return Found(rows, [goal] if settings.on_gpu else [], notes)
 
 
 VANILLA = "vanilla", "", 0.0
@@ -193,40 +196,68 @@ def streams(name: str, settings: Settings) -> Found:
     decoder, request = settings.decoder(shape), settings.request(shape)
     cuts = {f"n={count}": stages_of(shape, count) for count in STAGES}
     cuts["n=4, light end"] = stages_of(shape, 4, head_layers=HEAD_LAYERS)
-    sides: Sides = {VANILLA: graphed_side(decoder, request)}
-    for cut, stages in cuts.items():
-        sides |= dialled_sides(decoder, cut, stages, request)
-    more: dict[str, Callable[[], Sides]] = {"n=4 with a head": lambda: headed_sides(decoder, cuts["n=4"], request)}
+    makes: dict[str, Callable[[], Sides]] = {
+        cut: partial(dialled_sides, decoder, cut, stages, request) for cut, stages in cuts.items()
+    }
+    makes["n=4 with a head"] = partial(headed_sides, decoder, cuts["n=4"], request)
+    return against_vanilla(name, settings, decoder, cuts, makes)
+
+
+def compiled(name: str, settings: Settings) -> Found:
+    """Vanilla and four stages, both fused by torch.compile before they are captured, against vanilla with graphs."""
+    shape = SHAPES[name]
+    decoder, request = settings.decoder(shape), settings.request(shape)
+    cut, vanilla = "n=4" + COMPILED, ("vanilla" + COMPILED, "", 0.0)
+    cuts = {cut: stages_of(shape, 4)}
+    makes: dict[str, Callable[[], Sides]] = {}
     if settings.on_gpu:
-        more["compiled"] = lambda: compiled_sides(decoder, cuts["n=4"], request)
-    notes = []
-    for what, make in more.items():
+        makes[vanilla[0]] = lambda: {vanilla: graphed_side(decoder, request, compiled=True)}
+        makes[cut] = partial(dialled_sides, decoder, cut, cuts[cut], request, compiled=True)
+    found = against_vanilla(name, settings, decoder, cuts, makes)
+    if not settings.on_gpu:
+        return Found(found.rows, [], [*found.notes, "not rehearsed, it makes code for a GPU"])
+    return Found(found.rows, [*found.goals, *roofline(name, found.rows, COMPILED)], found.notes)
+
+
+def against_vanilla(
+    name: str,
+    settings: Settings,
+    decoder: Decoder,
+    cuts: Mapping[str, tuple[range, ...]],
+    makes: Mapping[str, Callable[[], Sides]],
+) -> Found:
+    """Rows of all sides that can be made and run. `cuts` has the stages by the sides' first word."""
+    sides, notes = {VANILLA: graphed_side(decoder, settings.request(SHAPES[name]))}, []
+    for what, make in makes.items():
         made, why = attempt(make)
         notes += [f"{what}: {why}"] if made is None else []
         sides |= made or {}
-    turns = take_turns(sides, settings.rounds)
-    base, copy = seconds(turns[VANILLA]), copy_bandwidth(settings.where)
+    copy = copy_bandwidth(settings.where)
+    turns, dropped = guarded_turns(sides, settings.rounds, needed=[VANILLA])
     rows = []
     for (cut, drafts, forced), found in turns.items():
-        stages = cuts.get(cut.removesuffix(COMPILED), (decoder.layers,))
+        stages = cuts.get(cut, (decoder.layers,))
         row = {"shape": name, "side": cut, "drafts": drafts, "P": forced or "", **timing(found)}
-        row |= {"over_vanilla": times(ratio(base, seconds(found))), "layers": "/".join(str(len(s)) for s in stages)}
+        row |= {"over_vanilla": over(turns[VANILLA], found), "layers": "/".join(str(len(s)) for s in stages)}
         row |= cycles(found, settings.tokens) if forced else {}
         row["share_of_copy_bandwidth"] = round(bytes_read(decoder, found[-1], settings.tokens) / copy, 4)
         rows.append(row)
-    goals = [Goal(f"SPD streams over vanilla, {name}, n=4, P=0.9", best_of_four(turns), at_least=1.25)]
-    return Found(rows, goals if name == "0.6B" else [], notes)
+    return Found(rows, fours_goal(name, turns), [*notes, *dropped])
 
 
-def best_of_four(turns: Mapping[tuple[str, str, float], Sequence[Turn]]) -> float:
-    """The fastest pipeline of four stages over the fastest vanilla, compiled ones included; drafts are free."""
+def fours_goal(name: str, turns: Mapping[tuple[str, str, float], Sequence[Turn]]) -> list[Goal]:
+    """The fastest pipeline of four stages over the fastest vanilla of the same part; drafts are free."""
     vanillas = [seconds(found) for (_, _, forced), found in turns.items() if not forced]
-    fours = [
-        seconds(found)
+    fours = {
+        cut: seconds(found)
         for (cut, drafts, forced), found in turns.items()
         if cut.startswith("n=4") and drafts == "free" and forced == max(FORCED)
-    ]
-    return ratio(min(vanillas, key=statistics.median), min(fours, key=statistics.median)).median
+    }
+    if name != "0.6B" or not fours:
+        return []
+    best = min(fours, key=lambda cut: statistics.median(fours[cut]))
+    faster = ratio(min(vanillas, key=statistics.median), fours[best]).median
+    return [Goal(f"SPD streams over vanilla, {name}, {best}, P={max(FORCED)}", faster, at_least=1.25)]
 
 
 def dialled_sides(
@@ -237,15 +268,6 @@ def dialled_sides(
     return {
         (cut, "free", forced): pipeline_side(pipeline, stages, request, partial(synthetic, decoder, request, forced))
         for forced in FORCED
-    }
-
-
-def compiled_sides(decoder: Decoder, stages: tuple[range, ...], request: GenerationRequest) -> Sides:
-    """Vanilla and four stages, both fused by torch.compile before they are captured."""
-    vanilla = ("vanilla" + COMPILED, "", 0.0)
-    return {
-        vanilla: graphed_side(decoder, request, compiled=True),
-        **dialled_sides(decoder, "n=4" + COMPILED, stages, request, compiled=True),
     }
 
 
@@ -384,5 +406,29 @@ def attempt(make: Callable[[], Any]) -> tuple[Any | None, str]:
     """What was made, or why it could not be: one side's failure must not cost a part's other sides."""
     try:
         return make(), ""
-    except Exception as error:  # whatever a compiler or a driver may raise; the note goes into the table
-        return None, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as error:  # whatever a compiler or a driver may raise; the note stands below the table
+        return None, f"failed\n{tail(error)}"
+
+
+def guarded_turns(
+    sides: Mapping[Key, Callable[[], Turn]], rounds: int, needed: Collection[Key] = ()
+) -> tuple[dict[Key, list[Turn]], list[str]]:
+    """As `take_turns`, without the sides that failed in any turn, of which the notes tell.
+
+    Raises:
+        RuntimeError: one that is `needed` failed, or all did.
+    """
+    whys: dict[Key, str] = {}
+
+    def guarded(key: Key, side: Callable[[], Turn]) -> Turn:
+        if key not in whys:
+            found, why = attempt(side)
+            if found is not None:
+                return cast(Turn, found)
+            whys[key] = f"{', '.join(map(str, key)) if isinstance(key, tuple) else key}: dropped, it {why}"
+        return Turn(math.nan)
+
+    turns = take_turns({key: partial(guarded, key, side) for key, side in sides.items()}, rounds)
+    if whys.keys() >= sides.keys() or not whys.keys().isdisjoint(needed):
+        raise RuntimeError("\n".join(whys.values()))
+    return {key: found for key, found in turns.items() if key not in whys}, list(whys.values())

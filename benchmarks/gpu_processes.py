@@ -1,23 +1,28 @@
 """SPD's stages as processes that share one GPU: what a cycle takes there, and what of it is not a stage's work.
 
 The published cycles beside it are of n + 1 GPUs. Without MPS, processes on one GPU take turns, and their kernels never
-overlap: that is what is measured. NCCL refuses two processes on one GPU, so rows travel by pipe or gloo. Must not know
-what other parts measure.
+overlap: that is what is measured. NCCL refuses two processes on one GPU, so rows travel by pipe or gloo, and of NCCL
+there is what one process can do. Must not know what other parts measure.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from benchmarks.gpu_models import SHAPES, random_decoder, random_source, stages_of
-from benchmarks.gpu_parts import Found, Settings, attempt, synthetic
+from benchmarks.gpu_parts import Found, Settings, attempt, synthetic, wait
 from benchmarks.sides import Row
 from spdbench.judge.bubble import full_cycles, lane_time, read_spans
 from spdbench.models.target import DTYPES
 from spdbench.pipeline.process import ProcessPipeline
 from spdbench.pipeline.stages import StageWorkers
-from spdbench.pipeline.transport import RowTransport
+from spdbench.pipeline.transport import RowTransport, host_store, join_group
 from spdbench.pipeline.worker import StageSpec
 from spdbench_backends.spd.engine import PipelinedDecoding
 
@@ -26,22 +31,72 @@ PUBLISHED_MS = {4: 9.25, 8: 5.41}
 
 TIMEOUT_S = 60.0
 FORCED = 0.9
+NCCL_ROW = 2560
+"""A row of a 4B shape."""
+
+CALLS = 20
 
 
-def processes(name: str, settings: Settings) -> Found:
-    """Four and eight processes on one GPU, by pipe and by gloo."""
+def processes(name: str, settings: Settings, count: int) -> Found:
+    """So many processes on one GPU, by pipe and by gloo."""
     rows, notes = [], []
     transports: tuple[RowTransport, ...] = ("pipe", "gloo")
-    for count in (4, 8) if settings.on_gpu else (2,):
-        for transport in transports:
-            row, why = attempt(partial(breakdown, name, settings, count, transport))
-            if row is None:
-                notes.append(f"n={count}, {transport}: {why}")
-            else:
-                rows.append(row)
+    for transport in transports:
+        row, why = attempt(partial(breakdown, name, settings, count, transport))
+        if row is None:
+            notes.append(f"n={count}, {transport}: {why}")
+        else:
+            rows.append(row)
     if not rows:
-        raise RuntimeError("; ".join(notes))
-    return Found(rows, [], [*notes, "nccl: not run, it refuses two processes on one GPU"])
+        raise RuntimeError("\n".join(notes))
+    return Found(rows, [], notes)
+
+
+def nccl(settings: Settings) -> Found:
+    """A group of one, joined as stages join theirs: a sum over it, and a row that it sends to itself."""
+    kind: RowTransport = "nccl" if settings.on_gpu else "gloo"
+    if settings.on_gpu:
+        torch.cuda.set_device(settings.where)
+    join_group(host_store(1), kind, 0, 1, TIMEOUT_S)
+    sent = torch.arange(1, 1 + NCCL_ROW, dtype=torch.float32, device=settings.where)
+    received = torch.zeros_like(sent)
+
+    def add_up() -> None:
+        dist.all_reduce(sent)
+
+    def to_itself() -> None:
+        both = [dist.P2POp(dist.isend, sent, 0), dist.P2POp(dist.irecv, received, 0)]
+        for each in dist.batch_isend_irecv(both):
+            each.wait()
+
+    rows, notes = [], []
+    sides = {"all-reduce": (add_up, sent), "send to itself": (to_itself, received)}
+    if not settings.on_gpu:
+        del sides["send to itself"]
+        notes.append("nccl: skipped, there is no GPU; gloo added up in its place, and it sends nothing to itself")
+    for what, (call, result) in sides.items():
+        took, why = attempt(partial(timed_call, call, result, settings))
+        if took is None:
+            notes.append(f"{what}: {why}")
+        else:
+            rows.append({"transport": kind, "processes": 1, "call": what, "us": took})
+    dist.destroy_process_group()
+    if not rows:
+        raise RuntimeError("\n".join(notes))
+    return Found(rows, [], [*notes, "between stages on one GPU: not run, NCCL refuses two processes there"])
+
+
+def timed_call(call: Callable[[], None], result: Tensor, settings: Settings) -> float:
+    """Microseconds a call, once it is known to give what was sent."""
+    call()
+    if result.tolist() != list(range(1, 1 + NCCL_ROW)):
+        raise RuntimeError(f"it gave {result[:4].tolist()} ...")
+    wait(settings.where)
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    wait(settings.where)
+    return round((time.perf_counter() - began) / CALLS * 1e6, 1)
 
 
 def breakdown(name: str, settings: Settings, count: int, transport: RowTransport) -> Row:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_drafts import Dictated
+from benchmarks.gpu_drafts import Dictated, longer
 from benchmarks.gpu_models import SHAPES, stages_of
 from benchmarks.gpu_parts import Found, Settings, room, synthetic
 from benchmarks.sides import Goal, Row
@@ -46,7 +46,7 @@ def trace(name: str, settings: Settings, folder: Path) -> Found:
     sides: dict[str, Iterator[Any]] = {
         "vanilla": GraphedDecoding(decoder, room(request)).decode(request),
         "streams": PipelinedDecoding(pipeline, stages, drafter, request).steps(),
-        "eagle": recorded_eagle(decoder, request),
+        "eagle": recorded_eagle(decoder, longer(request)),
     }
     rows, goals = [], []
     for side, steps in sides.items():
