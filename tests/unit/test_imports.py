@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -141,3 +142,19 @@ def test_what_judges_reads_and_schedules_really_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, *light], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    ids=["nothing chosen", "a count", "a policy"],
+)
+def test_openmps_threads_soon_stop_looking_for_work_unless_the_user_chose_otherwise(
+    own: dict[str, str], found: str | None
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import spdbench.cli.main, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **own}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(found), "False"]
