@@ -10,7 +10,8 @@ Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `
 against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there
 whole is not made again.
 
-    python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--limit 20]
+    python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--stages ...]
+                              [--limit 20]
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> None:
     arguments.add_argument("--out", type=Path, default=Path("results/claim"))
     arguments.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     arguments.add_argument("--temperatures", nargs="+", type=float, default=(0.0, 1.0))
+    arguments.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
     arguments.add_argument("--limit", type=int, default=20)
     arguments.add_argument("--max-new-tokens", type=int, default=64)
     chosen = arguments.parse_args()
@@ -79,24 +81,24 @@ def main() -> None:
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:
     """The results of one run, which is made, or gone on with, where it is not there."""
     name = f"t{temperature:g}"
-    labels = ["vanilla", "eagle", "medusa", "ngram", "ppsd", *(f"spd-{stages}" for stages in STAGES)]
+    labels = ["vanilla", "eagle", "medusa", "ngram", "ppsd", *(f"spd-{stages}" for stages in chosen.stages)]
     files = [chosen.results / f"{suite}__{label}__smollm2__{name}.json" for label in labels]
     if all(file.exists() for file in files):
         return files
     command = [sys.executable, "-m", "spdbench", "run", suite, f"--name={name}", f"--results={chosen.results}"]
     command += [f"--limit={chosen.limit}", f"--max-new-tokens={chosen.max_new_tokens}", f"--data={chosen.data}"]
-    command += [f"--temperature={temperature:g}", "--resume", *words_of_backends(chosen.drafters)]
+    command += [f"--temperature={temperature:g}", "--resume", *words_of_backends(chosen.drafters, chosen.stages)]
     code = subprocess.run(command, check=False).returncode
     if code not in (0, 1):
         sys.exit(f"{' '.join(command)}: exit code {code}")
     return files
 
 
-def words_of_backends(drafters: Path) -> Iterator[str]:
+def words_of_backends(drafters: Path, every_stages: Sequence[int]) -> Iterator[str]:
     yield from ("-b", "vanilla", "-b", "eagle", "-b", "medusa", "-b", "ngram", "-b", "ppsd")
     yield from ("--drafter", f"eagle={drafters / 'eagle3'}", "--drafter", f"medusa={drafters / 'medusa'}")
     yield from ("--drafter", f"ppsd={drafters / f'ppsd-{PPSD_STAGES}'}", "-o", f"ppsd.stages={PPSD_STAGES}")
-    for stages in STAGES:
+    for stages in every_stages:
         label = f"spd-{stages}"
         yield from ("-b", f"{label}=spd", "-o", f"{label}.stages={stages}")
         yield from ("--drafter", f"{label}={drafters / label}")
