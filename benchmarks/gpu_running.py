@@ -72,13 +72,15 @@ def _end_group(process: subprocess.Popen[str]) -> None:
 
 
 def raise_when_told_to_stop() -> None:
-    """SIGTERM and SIGHUP become exceptions, as SIGINT is, so that what was started is ended."""
+    """SIGTERM and SIGHUP become exceptions, so that what was started is ended; and SIGINT is one in the background as
+    well, where shells have it ignored."""
 
     def stop(number: int, _: object) -> NoReturn:
         sys.exit(128 + number)
 
     for each in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end_with(parent: int) -> None:

@@ -47,7 +47,8 @@ def features(target: Decoder, count: int, seed: int, wanted: Sequence[int]) -> F
 
 @torch.inference_mode()
 def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: int) -> None:
-    """Two requests, with rounds that accept more and fewer tokens, and trees cut short now and then."""
+    """Two requests, with rounds that accept more and fewer tokens; what was recorded is as deep wherever there is room
+    for a level at least, and what lies too deep will not count."""
     sampler = Sampler(Sampling(), 0)
     for request in range(2):
         sides = [make() for make in new]
@@ -57,7 +58,7 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
         seen = set()
         for turn in range(12):
             room = levels if turn % 5 != 4 else max(1, levels - 1)
-            plain, recorded = (side.propose(room, sampler) for side in sides)
+            plain, recorded = sides[0].propose(levels, sampler), sides[1].propose(room, sampler)
             assert plain.ids_N.tolist() == recorded.ids_N.tolist(), f"round {turn}"
             assert plain.tree.parents_N.tolist() == recorded.tree.parents_N.tolist()
             assert plain.tree.is_chain == recorded.tree.is_chain
