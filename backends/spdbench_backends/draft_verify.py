@@ -12,13 +12,13 @@ from spdbench.backend import BackendContext, BackendInfo
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.drafting import Drafting
+from spdbench_backends.graph_options import Graphs, recorded_as, to_be_recorded
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
     from spdbench.decoding.tree_choice import RowCosts
     from spdbench.models.decoder import Decoder
     from spdbench.models.graphed import GraphedDecoder
-    from spdbench_backends.graph_options import Graphs
 
 
 class DraftVerify(Drafting["Drafter"]):
@@ -61,8 +61,6 @@ class DraftVerify(Drafting["Drafter"]):
     def _record(self, graphs: Graphs, num_nodes: int, wanted: Collection[int]) -> Decoder | None:
         """Records the target's forwards of one row and of `num_nodes`, if the option says so; then the target, for the
         drafter's own steps."""
-        from spdbench_backends.graph_options import recorded_as, to_be_recorded
-
         decoder = to_be_recorded(graphs, self._context)
         if decoder is not None:
             from spdbench.models.graphed import GraphedDecoder, usual_capacity
@@ -75,7 +73,6 @@ class DraftVerify(Drafting["Drafter"]):
     def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:
         """What forwards of up to `largest` rows take here: replayed, where the method's own will be."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
-        from spdbench_backends.graph_options import to_be_recorded
 
         decoder = to_be_recorded(graphs, self._context)
         if decoder is None:

@@ -53,7 +53,7 @@ def judge(logits_V: Logits, draft: Draft, sampler: Sampler) -> Verdict:
     # Strictly less: a token that the target gives no mass must not pass when u is 0.
     if sampler.uniform() * likelihood < float(target_V[token]):
         return Verdict(True, token)
-    return Verdict(False, sampler.draw(_residual(target_V, torch.tensor([token], device=target_V.device), draft_V)))
+    return Verdict(False, sampler.draw(_residual(target_V, sent((token,), target_V.device), draft_V)))
 
 
 def _residual(target_V: Tensor, refused: Tensor, drafted_V: Tensor | None) -> Tensor:

@@ -201,16 +201,22 @@ class GraphedDecoder:
         shape = self._shapes[count]
         shape.hidden_SM[:num_rows].copy_(hidden_SM)
         self._first.send([start])
-        if tree is not None or count in self._hold_trees:
-            depths_S, visible_SS = self._chain_rows(count) if tree is None else (tree.depths_S, tree.visible_SW)
-            shape.depths_S.copy_(depths_S)
-            shape.visible_SS.copy_(visible_SS)
-            (self._hold_trees.discard if tree is None else self._hold_trees.add)(count)
+        if tree is not None:
+            self._place(count, tree.depths_S, tree.visible_SW)
+            self._hold_trees.add(count)
+        elif count in self._hold_trees:
+            self._place(count, *self._chain_rows(count))
+            self._hold_trees.remove(count)
         shape.replays[bucket_for(start + count, shape.replays)]()
         cache.advance(num_rows)
         out_SM = shape.out_SM[:num_rows]
         self._newest = (out_SM, shape.logits_SV[:num_rows])
         return out_SM, {index: shape.states[index][:num_rows] for index in wanted}
+
+    def _place(self, count: int, depths_S: Tensor, visible_SS: Tensor) -> None:
+        shape = self._shapes[count]
+        shape.depths_S.copy_(depths_S)
+        shape.visible_SS.copy_(visible_SS)
 
     def _recorded_count(self, num_rows: int, tree: TreeRows | None) -> int:
         """The recorded number of rows that serves so many, 0 if none does. No row sees those that fill up a chain, and

@@ -260,7 +260,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         context, label = self._options.context, self._context.label
         if context is None:
             return
-        if self._options.executor != "streams":
+        if self._executor != "streams":
             raise InputError(f"-o {label}.context={context}: has a meaning with {label}.executor=streams only")
         most = self._context.target.config.max_positions
         if context > most:

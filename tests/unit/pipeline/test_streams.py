@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -154,6 +155,20 @@ def test_a_context_that_would_mean_nothing_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"spd.context={context}: .*{message}"):
         steps(target, {"executor": executor, "context": context}, "oracle:1", tiny.greedy(PROMPT, 5))
+
+
+@pytest.mark.parametrize(
+    ("devices", "executor"), [(("cuda:0",), "streams"), (("cuda:0", "cuda:1"), "process"), (("cpu",), "process")]
+)
+def test_stages_are_streams_by_themselves_where_there_is_one_gpu(
+    target: Target, devices: tuple[str, ...], executor: str
+) -> None:
+    context = BackendContext("spd", target, "oracle:1", devices, 1, seed=3)
+    backend = SPD(parse_options("spd", SPD.Options, {"context": "64"}), context)
+    backend._stages = split_by_counts(target.config.num_layers, [2, 2, 2])
+    assert backend._executor == executor
+    with nullcontext() if executor == "streams" else pytest.raises(InputError, match="executor=streams only"):
+        backend._check_context()
 
 
 def test_a_model_whose_layers_wait_for_the_host_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
