@@ -5,7 +5,7 @@ A method fills in how drafters are loaded and made. Must not know any method.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from spdbench.backend import BackendContext, BackendInfo
@@ -82,6 +82,21 @@ class DraftVerify(Drafting["Drafter"]):
         counts = [count for count in ROW_COUNTS if count <= largest]
         recorded = GraphedDecoder(decoder, counts, CONTEXT + largest, compiled=graphs == "compiled")
         return measure_row_costs(recorded, largest)
+
+    def _forward_between(self) -> Callable[[], object]:
+        """A forward of the target, as there is one between any two drafts: what a drafter reads is then in no cache of
+        the processor."""
+        from spdbench.models.likeliest import likeliest
+
+        decoder = self._decoder
+        cache = decoder.new_cache(1)
+
+        def forward() -> None:
+            hidden, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
+            likeliest(decoder.logits(hidden)).tolist()
+            cache.rollback(0)
+
+        return forward
 
     def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:
         """True if a sequence so long has room in what was recorded."""

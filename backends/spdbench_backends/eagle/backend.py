@@ -5,6 +5,7 @@ EAGLE-1, 2 and 3 differ by their heads' tensors, and any head grows any tree. So
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -28,6 +29,9 @@ ASSUMED_ACCURACY = 0.6
 
 LARGEST_AUTO_TREE = 32
 CHAIN_DEPTH = 4
+TIMED_TOKENS = 64
+"""Room for the drafts that are timed: a token each."""
+
 STATIC_DEPTH = 5
 """Levels of EAGLE-1's tree."""
 
@@ -158,37 +162,52 @@ class Eagle(DraftVerify):
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
-        costs, draft_s = self._row_costs(self._options.graphs, largest), self._draft_seconds()
-        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
-        levels, num_nodes = max(1, best.num_levels), len(best.paths) + 1
-        if num_nodes <= levels + 1:
+        costs = self._row_costs(self._options.graphs, largest)
+        chain_s = self._level_seconds(ChainGrowth(CHAIN_DEPTH))
+        tree_s = self._level_seconds(DynamicGrowth(CHAIN_DEPTH, top_k=2, total_tokens=8))
+        chain = choose_tree([ranks[:1] for ranks in accuracies], costs, lambda levels: chain_s * levels, largest - 1)
+        tree = choose_tree(accuracies, costs, lambda levels: tree_s * levels, largest - 1)
+        if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
+            levels = max(1, chain.num_levels)
             self._chosen = {"tree": f"chain, depth {levels}"}
             return ChainGrowth(levels)
-        top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
+        levels, num_nodes = tree.num_levels, len(tree.paths) + 1
+        top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         return DynamicGrowth(levels, top_k, num_nodes)
 
-    def _draft_seconds(self) -> float:
-        """What a level of drafting takes: one row through the head, timed as it will run."""
+    def _level_seconds(self, growth: Growth) -> float:
+        """What a level of `growth` takes, timed as it will run: in turn with the target's forwards."""
+        from spdbench.models.timing import median_seconds
+
+        if self._weights is None:
+            return 0.0
+        draft_s = median_seconds(self._drafting(self._weights, growth), between=self._forward_between())
+        return draft_s / growth.num_levels
+
+    def _drafting(self, weights: EagleWeights, growth: Growth) -> Callable[[], object]:
+        """A draft, as there is one a round; its tokens are of no use."""
         import torch
 
-        from spdbench.models.timing import median_seconds
-        from spdbench_backends.eagle.head import EagleModule
-
-        weights = self._weights
-        if weights is None:
-            return 0.0
         inputs = len(weights.aux) if weights.is_eagle3 else 1
         features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
         target = to_be_recorded(self._options.graphs, self._context)
         if target is not None:
-            from spdbench_backends.eagle.growth import ChainGrowth
             from spdbench_backends.eagle.recorded import RecordedEagle
 
-            recorded = RecordedEagle(weights, target, ChainGrowth(CHAIN_DEPTH), 64, compiled=self._compiled)
-            return median_seconds(lambda: int(recorded.replay(features, (0,)).ids_N[-1])) / CHAIN_DEPTH
-        module, ids = EagleModule(weights, 64), self._decoder.ids((0,))
-        return median_seconds(lambda: int(module.extend(features, ids)[0].argmax()))
+            recorded = RecordedEagle(weights, target, growth, TIMED_TOKENS, compiled=self._compiled)
+            return lambda: recorded.replay(features, (0,)).ids_N.tolist()
+        from spdbench_backends.eagle.drafter import HeadProposer
+        from spdbench_backends.eagle.head import EagleModule
+
+        module, root = EagleModule(weights, TIMED_TOKENS), self._decoder.ids((0,))
+
+        def draft() -> list[int]:
+            proposer = HeadProposer(module, *module.extend(features, root))
+            ids: list[int] = growth.grow(proposer, root, growth.num_levels).ids_N.tolist()
+            return ids
+
+        return draft
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter

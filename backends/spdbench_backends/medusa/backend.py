@@ -175,7 +175,7 @@ class Medusa(DraftVerify):
             found: list[int] = best.tolist()
             return found
 
-        return median_seconds(drafted) / heads
+        return median_seconds(drafted, between=self._forward_between()) / heads
 
     def _judge(self) -> Judge:
         from spdbench_backends.medusa.typical import TypicalAcceptance

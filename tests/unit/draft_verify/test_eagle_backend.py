@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from spdbench.backend import BackendContext, parse_options
+from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.eagle.backend import Eagle
+from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
 from tests import tiny
 
 
@@ -42,6 +46,31 @@ def test_auto_keeps_to_the_tokens_that_it_may_verify(target: Target) -> None:
     backend = load(target, {"total_tokens": "3"})
     assert backend._growth is not None
     assert backend._growth.max_nodes <= 3
+
+
+@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicGrowth), (1e3, ChainGrowth)])
+def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
+    target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {DynamicGrowth: tree_s, ChainGrowth: 1.0}
+    monkeypatch.setattr(Eagle, "_level_seconds", lambda _, growth: seconds[type(growth)])
+    monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
+    assert isinstance(load(target, {}, "random")._growth, kind)
+
+
+def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+
+    def timed(work: Callable[[], object], between: Callable[[], object]) -> float:
+        for name, act in (("forward", between), ("draft", work)):
+            with torch.inference_mode():
+                act()
+            done.append(name)
+        return 1.0
+
+    monkeypatch.setattr("spdbench.models.timing.median_seconds", timed)
+    load(target, {}, "random")
+    assert done == ["forward", "draft"] * 2
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:

@@ -18,6 +18,18 @@ def test_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert median_seconds(work, rounds=3) == 2.0
 
 
+def test_what_comes_between_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, done = [0.0], list[str]()
+    monkeypatch.setattr("spdbench.models.timing.perf_counter", lambda: now[0])
+
+    def takes(name: str, seconds: float) -> None:
+        done.append(name)
+        now[0] += seconds
+
+    assert median_seconds(lambda: takes("work", 1.0), rounds=2, between=lambda: takes("between", 5.0)) == 1.0
+    assert done == ["between", "work"] * 2
+
+
 def test_threads_are_lent() -> None:
     before, seen = torch.get_num_threads(), set[int]()
 
