@@ -26,8 +26,3 @@ def offline() -> bool:
 
     said = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return said or bool(constants.HF_HUB_OFFLINE)
-
-
-def brief(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

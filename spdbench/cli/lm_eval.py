@@ -7,7 +7,7 @@ import traceback
 
 import click
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, brief
 
 ENGINE = ("spdbench_backends", "spdbench.models", "spdbench.decoding", "spdbench.pipeline")
 """Where an error is a bug, not the user's input."""
@@ -28,7 +28,7 @@ def command(arguments: tuple[str, ...]) -> None:
 
     spdbench lm-eval run --model spdbench --model_args backend=spd,model=smollm2 --tasks gsm8k
     """
-    from spdbench.cli.lm_tasks import brief, input_error_in, require_lm_eval, run_code_in_sandbox
+    from spdbench.cli.lm_tasks import input_error_in, require_lm_eval, run_code_in_sandbox
 
     require_lm_eval()
     from lm_eval._cli import HarnessCLI

@@ -12,7 +12,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, brief
 from spdbench.measure.sandbox import passes, require_sandbox
 
 LOCAL = "--include-path DIR names a folder of task files over local JSONL; README, lm-eval, shows one"
@@ -70,10 +70,6 @@ def _require_data(manager: Any, name: str, *, allow_code: bool) -> None:
                 f"--tasks {name}: scores answers by running the code in them; --allow-code-execution lets it, each "
                 "answer in a sandbox of its own"
             )
-
-
-def brief(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def input_error_in(error: BaseException | None) -> InputError | None:

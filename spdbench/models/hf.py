@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spdbench import hub
-from spdbench.errors import InputError
+from spdbench.errors import InputError, brief
 from spdbench.models.rotary import plain_frequencies
 from spdbench.types import GenerationRequest
 
@@ -263,7 +263,7 @@ def download(repo: str) -> Path:
                 f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
             ) from None
         except Exception as error:  # the client's and its HTTP library's own, which differ by version
-            reason = hub.brief(error)
+            reason = brief(error)
     try:
         return Path(
             snapshot_download(repo, allow_patterns=[*WEIGHTS, *OLD_WEIGHTS, *TEXTS], local_files_only=True, **where)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench import hub
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, brief, did_you_mean
 from spdbench.prompts.unavailable import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"
@@ -48,7 +48,7 @@ def read_dataset(
                     raise InputError(f"hub {repo} {file.name}: has no column '{column}'{did_you_mean(column, known)}")
             rows += parquet.read_table(file, columns=list(columns)).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({hub.brief(error)})") from None
+            raise InputError(f"{file}: not a readable parquet file ({brief(error)})") from None
     return rows, _snapshot_of(files[0]).name
 
 
@@ -71,7 +71,7 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
             held = f"; it has {', '.join(sorted(set(found)))}" if found else ""
             reason = f"no parquet files for {config or 'default'}/{split}{held}"
         except Exception as error:  # the client's and its HTTP library's, which has changed its name over the versions
-            reason = f"{hub.brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT})"
+            reason = f"{brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT})"
     for name in revisions:
         files = _cached(repo, config, split, name)
         if files:

@@ -16,8 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from spdbench.errors import InputError
-from spdbench.hub import brief
+from spdbench.errors import InputError, brief
 from spdbench.prompts.rows import Part, Row, Text, columns_in, filled, json_lines, rows_to_prompts, with_reference
 from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
