@@ -19,8 +19,8 @@ from typing import Any, ClassVar, TypeVar, cast
 from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
-from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
-from spdbench.types import UNKNOWN_ID, Account, BackendKind, FinishReason, GenerationRequest, Sampling, Span, Step
+from spdbench.errors import BackendLostError, InputError, PromptFailedError
+from spdbench.types import UNKNOWN_ID, Account, BackendKind, GenerationRequest, Sampling, Span, Step
 from spdbench_backends.openai.chunks import Chunk, read_chunks
 from spdbench_backends.openai.client import (
     MALFORMED,
@@ -29,11 +29,11 @@ from spdbench_backends.openai.client import (
     RefusedError,
     Server,
     UnreachableError,
-    one_line,
     parse_address,
 )
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, have_whole_tokens, unknown
+from spdbench_backends.openai.exchange import Exchange, wait_s
 from spdbench_backends.openai.words import describe_refusal, describe_unreachable
 
 Answer = TypeVar("Answer")
@@ -45,17 +45,8 @@ BUSY = frozenset({408, 429, 500, 502, 503, 504})
 FOR_ALL = frozenset({401, 403, 404})
 """Refusals that would meet every other prompt as well."""
 NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
-LONGEST_WAIT_S = 30.0
-FIRST_WAIT_S = 0.5
-FINISHES: Mapping[str, FinishReason] = {
-    "stop": "eos",
-    "length": "length",
-    "eos_token": "eos",  # this and the next are TGI's
-    "stop_sequence": "eos",
-}
 CHUNKS_A_TOKEN, SPARE_CHUNKS = 16, 64
 """Chunks that a server may send for the tokens it was asked for: far more than any has, and yet not without end."""
-MAX_AFTERWORDS = 64
 COUNTERS_PATIENCE_S = 1.0
 COUNTERS_PAUSE_S = 0.05
 MAX_SEED = 2**31
@@ -304,7 +295,7 @@ class OpenAI:
                 busy = refusal.status in (BUSY - NOT_UNDERSTOOD)
                 if not busy or tries == self._options.retries:
                     raise
-                time.sleep(_wait_s(tries, refusal.retry_after_s))
+                time.sleep(wait_s(tries, refusal.retry_after_s))
         raise AssertionError("the last try returns or raises")
 
     def _only_model(self) -> str:
@@ -362,73 +353,9 @@ class NotStreamedError(Exception):
     """A server answered at once that was asked to stream."""
 
 
-class Exchange:
-    """One try of a request, and what came of it; `tries` counts this one and those before it."""
-
-    def __init__(self, request: GenerationRequest, patience_s: float) -> None:
-        self.request = request
-        self.patience_s = patience_s
-        self.tries = 0
-        self.to_be_asked_again = False
-        self.connection: Connection | None = None
-        self.before: Counters | None = None
-        self.parts: list[str] = []
-        self.finish: FinishReason | None = None
-        self.num_prompt_tokens: int | None = None
-        self.num_tokens = 0
-
-    def again(self, reason: str, asked_s: float | None) -> TryAgainError:
-        self.to_be_asked_again = True
-        return TryAgainError(reason, _wait_s(self.tries - 1, asked_s))
-
-    def steps(self, chunks: Iterator[Chunk], counter: Counter) -> Iterator[Step]:
-        """A step for each chunk with tokens. Closed at the end of the answer, it still hears the server out."""
-        for chunk in chunks:
-            self._note(chunk)
-            if ids := counter.take(chunk):
-                yield from self._step(ids, chunks, counter)
-        if ids := counter.rest():
-            yield from self._step(ids, chunks, counter)
-
-    def _step(self, ids: tuple[int, ...], chunks: Iterator[Chunk], counter: Counter) -> Iterator[Step]:
-        self.num_tokens += len(ids)
-        try:
-            yield Step(ids, 0, 0, 0, 0.0)
-        except GeneratorExit:
-            if self.num_tokens >= self.request.max_new_tokens or not self.request.eos_ids.isdisjoint(ids):
-                self._hear_out(chunks, counter)
-            raise
-
-    def _hear_out(self, chunks: Iterator[Chunk], counter: Counter) -> None:
-        """What comes behind the last token that counts: why it ended, usage, and text that was held back."""
-        until = time.monotonic() + self.patience_s
-        with suppress(BrokenError):
-            for number, chunk in enumerate(chunks, start=1):
-                self._note(chunk)
-                counter.check(chunk)
-                if number > MAX_AFTERWORDS or time.monotonic() > until:
-                    raise PromptFailedError("the server does not stop after the last token that it was asked for")
-
-    def _note(self, chunk: Chunk) -> None:
-        self.parts.append(chunk.text)
-        if chunk.prompt_tokens is not None:
-            self.num_prompt_tokens = chunk.prompt_tokens
-        if chunk.finish is not None:
-            if chunk.finish not in FINISHES:
-                raise PromptFailedError(
-                    f"the server ended the answer for a reason of its own: {one_line(chunk.finish)}"
-                )
-            self.finish = FINISHES[chunk.finish]
-
-
 def _key() -> str:
     """The key that the environment holds, or nothing."""
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise InputError(f"{KEY_VARIABLE}: holds characters that no key has")
     return key
-
-
-def _wait_s(tries: int, asked_s: float | None) -> float:
-    """How long to wait before the next try: what the server asks for, else twice as long each time."""
-    return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**tries if asked_s is None else asked_s)

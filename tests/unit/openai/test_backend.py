@@ -15,7 +15,7 @@ from spdbench.backend import Backend, parse_options
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
 from spdbench.measure.clock import Measurement, measure
 from spdbench.types import UNKNOWN_ID, GenerationRequest, Sampling
-from spdbench_backends.openai import backend as module
+from spdbench_backends.openai import exchange as exchanges
 from spdbench_backends.openai.backend import OpenAI
 from spdbench_backends.openai.chunks import Chunk
 from spdbench_backends.openai.counting import Counter
@@ -373,7 +373,7 @@ def test_a_server_that_does_not_stop_is_a_failed_prompt(server: StubServer, back
 
 
 def test_what_comes_behind_the_last_token_gets_no_more_time_for_coming() -> None:
-    exchange = module.Exchange(ask(2), patience_s=-1)
+    exchange = exchanges.Exchange(ask(2), patience_s=-1)
     chunks = iter([Chunk("a", ids=(1, 2)), Chunk("b"), Chunk("c")])
     steps = exchange.steps(chunks, Counter("ids", 2, whole=True))
     next(steps)
@@ -448,7 +448,7 @@ def test_a_wait_that_is_none_is_ours(server: StubServer, backend: Make, wait: st
     made.prepare(ask())
     with pytest.raises(TryAgainError) as later:
         clocked(made, ask())
-    assert later.value.wait_s == (module.LONGEST_WAIT_S if wait[0] == "9" else module.FIRST_WAIT_S)
+    assert later.value.wait_s == (exchanges.LONGEST_WAIT_S if wait[0] == "9" else exchanges.FIRST_WAIT_S)
 
 
 def test_an_answer_cut_by_a_small_context_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
@@ -490,10 +490,10 @@ def test_a_server_that_stays_busy_fails_the_prompt(server: StubServer, backend: 
 
 
 def test_waits_between_tries_grow_and_have_an_end() -> None:
-    waits = [module._wait_s(tries, None) for tries in range(10)]
+    waits = [exchanges.wait_s(tries, None) for tries in range(10)]
     assert waits[:3] == [0.5, 1.0, 2.0]
     assert all(a <= b for a, b in pairwise(waits))
-    assert max(waits) == module._wait_s(0, 1e9) == module.LONGEST_WAIT_S
+    assert max(waits) == exchanges.wait_s(0, 1e9) == exchanges.LONGEST_WAIT_S
 
 
 def test_a_server_that_is_gone_ends_the_run(server: StubServer, backend: Make) -> None:
