@@ -11,13 +11,14 @@ targets. Everything lies in `--folder`: what is there is not measured again, so 
 interruption, and adds rounds when told of more.
 
     python -m benchmarks.gate --folder DIR [--rounds 20] [--baselines 8] [--together 5] [--limit 8] [--tokens 32]
-                              [--repeats 1] [--slower-by 0.1] [--drafter auto] [--option executor=inline]
+                              [--repeats 1] [--slower-by 0.115] [--drafter auto] [--option executor=inline]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, NamedTuple
 
 from benchmarks import sides
@@ -36,6 +38,8 @@ ROOT = Path(__file__).parents[1]
 EXIT_WORDS = {0: "pass", 1: "REGRESSION", 3: "inconclusive", 4: "NOT COMPARABLE"}
 METADATA = "Metadata-Version: 2.1\nName: spdbench-gate-experiment\nVersion: 1.0\n"
 EVERY = 50
+SLOWER_BY = 0.115
+"""What stages take longer for the whole engine to be a tenth slower: drafting, messages and verdicts are as ever."""
 
 
 class Checked(NamedTuple):
@@ -149,7 +153,7 @@ def main() -> None:
     arguments.add_argument("--together", type=int, default=5, help="new runs that a check is given (default 5)")
     arguments.add_argument("--limit", type=int, default=8, help="conversations of a run (default 8)")
     arguments.add_argument("--repeats", type=int, default=1, help="of each conversation (default 1)")
-    arguments.add_argument("--slower-by", type=float, default=0.1, help="share of a step's time (default 0.1)")
+    arguments.add_argument("--slower-by", type=float, default=SLOWER_BY, help="share of a stage's time (default 0.115)")
     arguments.add_argument("--drafter", default="auto", help="of the timed runs (default auto)")
     arguments.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of spd, in every run")
     sides.run("gate", arguments.parse_args(), measure)
@@ -172,6 +176,7 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
         ("side", *EXIT_WORDS.values()),
         [(side, *(found[code] for code in EXIT_WORDS)) for side, found in counts.items()],
     )
+    print(f"slower code has {slowdown(rounds):.3f} of the same code's speed, over all rounds", flush=True)
     report.goals += goals(counts, chosen.rounds)
 
 
@@ -193,6 +198,12 @@ def timed_round(bench: Bench, number: int) -> dict[str, Any]:
     found = {name: bench.check(files, "baseline", "timing") for name, files in (("same", same), ("slower", slow))}
     print(f"round {number + 1}: same code {found['same']}; slower {found['slower']}", flush=True)
     return {name: checked._asdict() for name, checked in found.items()}
+
+
+def slowdown(rounds: Sequence[dict[str, Any]]) -> float:
+    """How slow the slower side was in truth: geometric mean of its change over that of the same code."""
+    pairs = [(each["slower"]["change"], each["same"]["change"]) for each in rounds]
+    return geometric_mean([slower / same for slower, same in pairs if slower and same] or [math.nan])
 
 
 def goals(counts: dict[str, Counter[int]], rounds: int) -> list[Goal]:

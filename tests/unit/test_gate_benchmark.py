@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from time import perf_counter_ns
 
 import pytest
 
-from benchmarks.gate import Checked, goals
+from benchmarks.gate import Checked, goals, slowdown
 from benchmarks.gate_backends import RejectingOptions, RejectingSPD, SlowerSPD, slowed
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.verify import Verdict
@@ -101,3 +102,9 @@ def test_goals_of_twenty_rounds(same: dict[int, int], slower: dict[int, int], me
 def test_an_outcome_is_told_with_the_change_and_its_interval() -> None:
     assert str(Checked(1, 0.9, (0.85, 0.95), 0.05)) == "REGRESSION 0.900 [0.850, 0.950]"
     assert str(Checked(0)) == "pass"
+
+
+def test_how_slow_the_slower_code_was_is_told_by_its_own_round() -> None:
+    sides = [{"same": {"change": same}, "slower": {"change": slower}} for same, slower in ((1.1, 0.99), (0.9, 0.81))]
+    assert slowdown(sides) == pytest.approx(0.9)
+    assert math.isnan(slowdown([{"same": {"change": None}, "slower": {"change": 0.9}}]))
