@@ -163,10 +163,10 @@ class Eagle(DraftVerify):
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
         costs = self._row_costs(self._options.graphs, largest)
-        chain_s = self._level_seconds(ChainGrowth(CHAIN_DEPTH))
-        tree_s = self._level_seconds(DynamicGrowth(CHAIN_DEPTH, top_k=2, total_tokens=8))
-        chain = choose_tree([ranks[:1] for ranks in accuracies], costs, lambda levels: chain_s * levels, largest - 1)
-        tree = choose_tree(accuracies, costs, lambda levels: tree_s * levels, largest - 1)
+        chain_s = self._draft_costs(ChainGrowth(1), ChainGrowth(CHAIN_DEPTH))
+        tree_s = self._draft_costs(DynamicGrowth(1, 2, total_tokens=3), DynamicGrowth(CHAIN_DEPTH, 2, total_tokens=8))
+        chain = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
+        tree = choose_tree(accuracies, costs, tree_s, largest - 1)
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
             levels = max(1, chain.num_levels)
             self._chosen = {"tree": f"chain, depth {levels}"}
@@ -176,14 +176,20 @@ class Eagle(DraftVerify):
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         return DynamicGrowth(levels, top_k, num_nodes)
 
-    def _level_seconds(self, growth: Growth) -> float:
-        """What a level of `growth` takes, timed as it will run: in turn with the target's forwards."""
+    def _draft_costs(self, shallow: Growth, deep: Growth) -> Callable[[int], float]:
+        """What so many levels of drafting take, from two growths of the kind: the first level, behind all tokens that
+        were accepted, costs more than each further one."""
+        first_s, all_s = self._draft_seconds(shallow), self._draft_seconds(deep)
+        further_s = max(0.0, all_s - first_s) / (deep.num_levels - shallow.num_levels)
+        return lambda levels: first_s + further_s * (levels - shallow.num_levels)
+
+    def _draft_seconds(self, growth: Growth) -> float:
+        """What a draft takes, timed as it will run: in turn with the target's forwards."""
         from spdbench.models.timing import median_seconds
 
         if self._weights is None:
             return 0.0
-        draft_s = median_seconds(self._drafting(self._weights, growth), between=self._forward_between())
-        return draft_s / growth.num_levels
+        return median_seconds(self._drafting(self._weights, growth), between=self._forward_between())
 
     def _drafting(self, weights: EagleWeights, growth: Growth) -> Callable[[], object]:
         """A draft, as there is one a round; its tokens are of no use."""

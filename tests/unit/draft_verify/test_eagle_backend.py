@@ -53,7 +53,7 @@ def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
     target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {DynamicGrowth: tree_s, ChainGrowth: 1.0}
-    monkeypatch.setattr(Eagle, "_level_seconds", lambda _, growth: seconds[type(growth)])
+    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[type(growth)] * growth.num_levels)
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
     assert isinstance(load(target, {}, "random")._growth, kind)
 
@@ -70,7 +70,17 @@ def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypat
 
     monkeypatch.setattr("spdbench.models.timing.median_seconds", timed)
     load(target, {}, "random")
-    assert done == ["forward", "draft"] * 2
+    assert done == ["forward", "draft"] * 4
+
+
+def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {1: 5.0, 4: 8.0}
+    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[growth.num_levels])
+    eagle = load(target, {"tree": "chain"})
+    costs = eagle._draft_costs(ChainGrowth(1), ChainGrowth(4))
+    assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
+    seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
+    assert eagle._draft_costs(ChainGrowth(1), ChainGrowth(4))(6) == 5.0
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:
