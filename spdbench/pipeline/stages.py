@@ -14,6 +14,7 @@ import select
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -52,7 +53,7 @@ class _Held:
     report: Connection
     news: Connection
     stacks: Connection
-    waiter: select.poll
+    unread: deque[tuple[Header, bytes]]
 
     @property
     def name(self) -> str:
@@ -75,6 +76,7 @@ class StageWorkers:
         self._timeout_s = timeout_s
         self._label = label
         self._held: list[_Held] = []
+        self._waiter = select.poll()
         self._first: Connection | None = None
         self._lost: str | None = None
         try:
@@ -137,25 +139,36 @@ class StageWorkers:
             BackendLostError: a stage died, failed, or did not answer in time.
         """
         self._require_life()
-        held = self._held[stage]
-        ready = held.waiter.poll(self._timeout_s * 1e3)
-        if not ready:
-            self._fail_hanging(self._timeout_s)
-        return self._read(held, ready)
+        held, deadline = self._held[stage], time.monotonic() + self._timeout_s
+        while not held.unread:
+            if not self._hear(held, deadline - time.monotonic()):
+                self._fail_hanging(self._timeout_s)
+        return held.unread.popleft()
 
     def _receive_from_loading(self, stage: int, progress: Progress) -> tuple[Header, bytes]:
         """As `receive`. Loading takes as long as it takes, while somebody gets on with it."""
         held, deadline = self._held[stage], time.monotonic() + LOAD_TIMEOUT_S
-        while not (ready := held.waiter.poll(LOOK_EVERY_S * 1e3)):
+        while not held.unread:
+            if self._hear(held, LOOK_EVERY_S):
+                continue
             if progress.silence_s > self._timeout_s:
                 self._fail_hanging(self._timeout_s, f"{self._label}.timeout_s; it was loading")
             if time.monotonic() > deadline:
                 self._fail_hanging(LOAD_TIMEOUT_S, "the limit for loading")
-        return self._read(held, ready)
+        return held.unread.popleft()
 
-    def _read(self, held: _Held, ready: Sequence[tuple[int, int]]) -> tuple[Header, bytes]:
-        if held.report.fileno() not in dict(ready):  # some stage has died
+    def _hear(self, wanted: _Held, limit_s: float) -> bool:
+        """Reads what stages report, whichever do, within `limit_s`; False if none does. A stage whose report nobody
+        took, such as logits of a token that was dropped, would stop, and with it those that have rows for it."""
+        ready = dict(self._waiter.poll(max(0.0, limit_s) * 1e3))
+        speaking = [held for held in self._held if held.report.fileno() in ready]
+        if wanted not in speaking and any(held.process.sentinel in ready for held in self._held):
             self._fail()
+        for held in speaking:
+            held.unread.append(self._read(held))
+        return bool(ready)
+
+    def _read(self, held: _Held) -> tuple[Header, bytes]:
         try:
             header, payload = unpack(held.report.recv_bytes())
         except (EOFError, OSError):
@@ -189,13 +202,13 @@ class StageWorkers:
                 )
                 with _signals_wait():
                     process.start()
-                self._held.append(_Held(self._label, spec, process, report[0], news[1], stacks[0], select.poll()))
+                self._held.append(_Held(self._label, spec, process, report[0], news[1], stacks[0], deque()))
         finally:
             for connection in given:  # else a worker's death would not close its pipes
                 connection.close()
-        for held in self._held:  # any death ends the wait for any stage
-            for ready in (held.report.fileno(), *(other.process.sentinel for other in self._held)):
-                held.waiter.register(ready, select.POLLIN)
+        for held in self._held:
+            self._waiter.register(held.report.fileno(), select.POLLIN)
+            self._waiter.register(held.process.sentinel, select.POLLIN)  # any death ends the wait for any stage
 
     def _wait_until_ready(self, specs: Sequence[StageSpec]) -> None:
         grouped = specs[0].transport != "pipe" and len(specs) > 1

@@ -134,6 +134,21 @@ def test_a_request_that_is_left_early_leaves_nothing_behind(pair: tuple[Pipeline
         assert ids(pair[0], request) == list(decode(target.decoder, request))
 
 
+def test_logits_of_dropped_tokens_that_nobody_reads_stop_no_stage(tmp_path: Path) -> None:
+    """They fill the last stage's pipe, and the rows of a long prompt the pipe to it; half of the stages then wait for
+    each other, as soon as the controller waits for one of them alone."""
+    wide = tiny.load(tiny.make_model(tmp_path, vocab_size=40_000, max_position_embeddings=2048))
+    backend = load(wide, "spd", {"stages": "3", "timeout_s": "10"}, "random")
+    try:
+        for seed in range(2):
+            steps = backend.generate(GenerationRequest((5,) * 1000, (), 20, Sampling(1.0), seed, frozenset()))
+            for _ in range(4):
+                next(steps)
+            steps.close()  # type: ignore[attr-defined]
+    finally:
+        backend.close()
+
+
 def test_sampling_draws_what_one_process_draws(pair: tuple[Pipelined, Pipelined]) -> None:
     if "oracle" in pair[0]._context.drafter:
         pytest.skip("an oracle knows greedy answers only")
