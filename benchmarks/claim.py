@@ -89,8 +89,8 @@ def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list
     command += [f"--limit={chosen.limit}", f"--max-new-tokens={chosen.max_new_tokens}", f"--data={chosen.data}"]
     command += [f"--temperature={temperature:g}", "--resume", *words_of_backends(chosen.drafters, chosen.stages)]
     code = subprocess.run(command, check=False).returncode
-    if code not in (0, 1):
-        sys.exit(f"{' '.join(command)}: exit code {code}")
+    if code not in (0, 1) or not all(file.exists() for file in files):
+        sys.exit(f"{' '.join(command)}: exit code {code}; the same command goes on from there")
     return files
 
 
