@@ -45,7 +45,8 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True)
 class _Held:
-    """One worker, whose pipeline is `label`'s, and the controller's ends of its pipes."""
+    """One worker, whose pipeline is `label`'s, and the controller's ends of its pipes. `unread` are reports that came
+    while another stage's was awaited."""
 
     label: str
     spec: StageSpec

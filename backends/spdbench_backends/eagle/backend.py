@@ -177,8 +177,8 @@ class Eagle(DraftVerify):
         return DynamicGrowth(levels, top_k, num_nodes)
 
     def _draft_costs(self, shallow: Growth, deep: Growth) -> Callable[[int], float]:
-        """What so many levels of drafting take, from two growths of the kind: the first level, behind all tokens that
-        were accepted, costs more than each further one."""
+        """What so many levels of drafting take, from two growths of the kind: the first level, which takes the target's
+        features in, costs more than each further one."""
         first_s, all_s = self._draft_seconds(shallow), self._draft_seconds(deep)
         further_s = max(0.0, all_s - first_s) / (deep.num_levels - shallow.num_levels)
         return lambda levels: first_s + further_s * (levels - shallow.num_levels)
@@ -208,10 +208,9 @@ class Eagle(DraftVerify):
 
         module, root = EagleModule(weights, TIMED_TOKENS), self._decoder.ids((0,))
 
-        def draft() -> list[int]:
+        def draft() -> object:
             proposer = HeadProposer(module, *module.extend(features, root))
-            ids: list[int] = growth.grow(proposer, root, growth.num_levels).ids_N.tolist()
-            return ids
+            return growth.grow(proposer, root, growth.num_levels).ids_N.tolist()
 
         return draft
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spdbench.backend import BackendContext, parse_options
+from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
@@ -102,4 +103,6 @@ def test_a_chain_may_be_longer_than_a_trees_default(target: Target) -> None:
 
 
 def test_a_random_head_fits_a_target_of_one_layer(tmp_path: Path) -> None:
-    load(tiny.load(tiny.make_model(tmp_path / "one", num_hidden_layers=1)), {"tree": "chain"}, "random")
+    target, request = tiny.load(tiny.make_model(tmp_path / "one", num_hidden_layers=1)), tiny.greedy(tiny.PROMPT, 9)
+    steps = load(target, {"tree": "chain"}, "random").generate(request)
+    assert [token for step in steps for token in step.token_ids] == list(decode(target.decoder, request))
