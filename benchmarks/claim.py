@@ -4,14 +4,14 @@ Why: the paper (arXiv 2605.30852) measures large models on a GPU a stage; whoeve
 drafters and fewer devices. Here every method has a drafter trained on the same data, and one clock.
 Regimes: the embedded model in bfloat16, `quick` and the first prompts of MT-Bench, GSM8K and HumanEval, at
 temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there
-are more of them than processors, tokens/s say what this machine makes of it, and `ideal` what devices of their own
-would.
+are more of them than processors, tokens/s say what this machine makes of it, `ideal` what devices of their own would,
+and `ideal a device` what each of these would add.
 Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance
-against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`, and a run that stands there
-whole is not made again.
+against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`; a run that stands there
+whole is not made again, and one that was interrupted goes on.
 
     python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--stages ...]
-                              [--limit 20]
+                              [--temperatures 0 1] [--limit 20] [--sampled-limit 8]
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ HEADER = (
     "accept",
     "tau or equivalent",
     "ideal",
+    "ideal a device",
     "speed-up",
     "per device",
     "bubble",
@@ -63,9 +64,11 @@ def main() -> None:
     arguments.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     arguments.add_argument("--temperatures", nargs="+", type=float, default=(0.0, 1.0))
     arguments.add_argument("--stages", nargs="+", type=int, choices=STAGES, default=STAGES)
-    arguments.add_argument("--limit", type=int, default=20)
+    arguments.add_argument("--limit", type=int, default=20, help="conversations of a suite (default 20)")
+    arguments.add_argument("--sampled-limit", type=int, default=8, help="the same above temperature 0 (default 8)")
     arguments.add_argument("--max-new-tokens", type=int, default=64)
     chosen = arguments.parse_args()
+    hold(chosen)
     tables = [
         table
         for suite, temperature in product(chosen.suites, chosen.temperatures)
@@ -78,20 +81,37 @@ def main() -> None:
     print(shown(tables))
 
 
+def hold(chosen: argparse.Namespace) -> None:
+    """Ends where `--results` holds runs with other settings: a table of both would be of neither."""
+    kept = ("limit", "sampled_limit", "max_new_tokens", "drafters", "stages")
+    settings = json.dumps({name: getattr(chosen, name) for name in kept}, indent=1, default=str)
+    noted = chosen.results / "settings.txt"
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    if noted.exists() and noted.read_text("utf-8") != settings:
+        sys.exit(f"{chosen.results} holds runs with other settings ({noted}); choose another --results")
+    noted.write_text(settings, "utf-8")
+
+
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:
     """The results of one run, which is made, or gone on with, where it is not there."""
     name = f"t{temperature:g}"
     labels = ["vanilla", "eagle", "medusa", "ngram", "ppsd", *(f"spd-{stages}" for stages in chosen.stages)]
     files = [chosen.results / f"{suite}__{label}__smollm2__{name}.json" for label in labels]
-    if all(file.exists() for file in files):
+    if are_whole(files):
         return files
     command = [sys.executable, "-m", "spdbench", "run", suite, f"--name={name}", f"--results={chosen.results}"]
-    command += [f"--limit={chosen.limit}", f"--max-new-tokens={chosen.max_new_tokens}", f"--data={chosen.data}"]
+    limit = chosen.sampled_limit if temperature else chosen.limit
+    command += [f"--limit={limit}", f"--max-new-tokens={chosen.max_new_tokens}", f"--data={chosen.data}"]
     command += [f"--temperature={temperature:g}", "--resume", *words_of_backends(chosen.drafters, chosen.stages)]
     code = subprocess.run(command, check=False).returncode
-    if code not in (0, 1) or not all(file.exists() for file in files):
+    if code not in (0, 1) or not are_whole(files):
         sys.exit(f"{' '.join(command)}: exit code {code}; the same command goes on from there")
     return files
+
+
+def are_whole(files: Sequence[Path]) -> bool:
+    """True if all are there and nothing is left to resume: what an interruption leaves has its journal beside it."""
+    return all(file.exists() and not file.with_name(f"{file.stem}.journal.jsonl").exists() for file in files)
 
 
 def words_of_backends(drafters: Path, every_stages: Sequence[int]) -> Iterator[str]:
@@ -118,13 +138,10 @@ def cells(table: Table, row: Row) -> Iterator[str]:
     yield with_interval(metrics, "acceptance_rate", ".1%")
     yield with_interval(metrics, "equivalent_acceptance_length" if pipeline else "acceptance_length", ".2f")
     yield with_interval(metrics, "ideal_speedup", ".2f")
-    speedup = row.speedup
-    if row.is_baseline or speedup is None or speedup.value is None:
-        yield from (ABSENT, ABSENT)
-    else:
-        low, high = speedup.interval or (float("nan"), float("nan"))
-        yield f"{speedup.value:.2f} [{low:.2f}, {high:.2f}]"
-        yield f"{speedup.value / (backend.lanes or 1):.2f}"
+    ideal = metrics["ideal_speedup"]
+    yield ABSENT if ideal is None else f"{ideal / (backend.lanes or 1):.2f}"
+    for name in ("speedup", "speedup_per_device"):
+        yield ABSENT if row.is_baseline else with_interval(metrics, name, ".2f")
     yield with_interval(metrics, "bubble_ratio", ".0%")
     yield f"{metrics['decode_tokens_per_s']:.1f}"
     yield f"{row.outputs.num_identical}/{row.outputs.num_compared}" if row.outputs else ABSENT

@@ -3,9 +3,9 @@
 Why: a gate that fails from noise is switched off, and one that passes what got worse is worth nothing. Only repeated
 runs on a machine with noise can tell which one it is.
 Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Runs of the same code are the
-baseline and its calibration; then rounds of spd in float32 with `oracle:0.8` and one accepted draft in fifty turned
-into a rejection, another one each round, which the exact gate has to catch; then rounds of a few starts of the same
-code, which nothing may be said against, and of spd made slower on purpose, which the timing gate has to catch.
+baseline and its calibration; then rounds of a few starts of the same code, which nothing may be said against, and of
+spd made slower on purpose, which the timing gate has to catch; then rounds of spd in float32 with `oracle:0.8` and one
+accepted draft in fifty turned into a rejection, another one each round, which the exact gate has to catch.
 Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code lie apart; then
 targets. Everything lies in `--folder`: what is there is not measured again, so that the same command goes on after an
 interruption, and adds rounds when told of more.
@@ -165,11 +165,11 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     for number in range(chosen.baselines):
         bench.timed("baseline", number)
     bench.calibrate("baseline")
+    timed = [timed_round(bench, number) for number in range(chosen.rounds)]
     bench.counted("exact-baseline", 0)
     again = bench.check(bench.counted("exact-again", 0), "exact-baseline", "exact")
     print(f"exact gate on the same code: {again}", flush=True)
-    wrongs = [rejecting_round(bench, number) for number in range(chosen.rounds)]
-    rounds = [{**timed_round(bench, number), "rejecting": wrongs[number]} for number in range(chosen.rounds)]
+    rounds = [{**found, "rejecting": rejecting_round(bench, number)} for number, found in enumerate(timed)]
     report.tables["rounds"] = rounds
     counts = {side: Counter(each[side]["exit_code"] for each in rounds) for side in ("same", "slower", "rejecting")}
     show(

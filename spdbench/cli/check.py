@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,21 @@ def command(
     )
     judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
     _show(judgements, **outputs)
+    _tell_unasked(candidates, baselines)
     context.exit(EXIT_CODES[verdict_of(judgements)])
+
+
+def _tell_unasked(candidates: Sequence[Recording], baselines: Sequence[Recording]) -> None:
+    """A baseline may serve several jobs, each of which does part of its work; but nobody should take that for all."""
+    from spdbench.judge.counterpart import unasked
+
+    if left := unasked(candidates, baselines):
+        work = sorted({f"{each.head.suite.name} in {each.head.model.dtype}" for each in left})
+        click.echo(
+            f"NOTE: {len(left)} of {len(baselines)} baseline results are of work that NEW holds nothing of, and were "
+            f"not judged: {', '.join(work)}, or with other decoding.",
+            err=True,
+        )
 
 
 def _refuse_outputs(outputs: dict[str, Path | None]) -> None:
@@ -112,6 +127,9 @@ def _calibrate(candidates: Sequence[Recording], folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"--baseline {folder}: no such folder, and {CALIBRATION} has to lie beside the baseline")
     found = calibrate(candidates)
+    with contextlib.suppress(InputError):  # a damaged one is made anew
+        older = _read_calibration(folder / CALIBRATION)
+        found = found if older is None else found.beside(older)
     write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
     write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))
     click.echo(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself", err=True)

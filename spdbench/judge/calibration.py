@@ -44,7 +44,7 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 class Threshold(BaseModel):
     """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run. `work`
-    hashes all that the runs were asked to do."""
+    hashes all that the runs were asked to do, and `num_answers` is how many answers each of them measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,13 +57,16 @@ class Threshold(BaseModel):
     num_runs: Annotated[int, Field(ge=2)]
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     max_slowdown: Share
+    num_answers: Annotated[int, Field(ge=1)] | None = None
 
     def slowdown(self, num_new: int, num_baselines: int) -> float:
         """s of the mean of so many runs against that of so many others."""
         return slowdown(self.spread, self.num_runs, num_new, num_baselines)
 
-    def fits(self, head: Result, metric: str) -> bool:
-        return (self.work, self.label, self.metric) == (work_of(head), head.backend.label, metric)
+    def fits(self, recording: Recording, metric: str) -> bool:
+        """True for the same work in no fewer answers: fewer of them (`--limit`, `--repeats`) have more noise."""
+        same = (self.work, self.label, self.metric) == (work_of(recording.head), recording.label, metric)
+        return same and len(recording.runs) >= (self.num_answers or 0)
 
 
 class Calibration(BaseModel):
@@ -82,11 +85,19 @@ class Calibration(BaseModel):
         deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
         return max(deciding or [each.max_slowdown for each in self.thresholds])
 
-    def find(self, head: Result, metric: str) -> Threshold | None:
+    def find(self, recording: Recording, metric: str) -> Threshold | None:
         """What was found of a label's `metric`; None if that was not calibrated on this machine."""
-        if head.environment.get("fingerprint") != self.fingerprint:
+        if recording.head.environment.get("fingerprint") != self.fingerprint:
             return None
-        return next((each for each in self.thresholds if each.fits(head, metric)), None)
+        return next((each for each in self.thresholds if each.fits(recording, metric)), None)
+
+    def beside(self, older: Calibration) -> Calibration:
+        """With what `older` knows of other labels and other work of this machine."""
+        if older.fingerprint != self.fingerprint:
+            return self
+        known = {(each.work, each.label) for each in self.thresholds}
+        kept = [each for each in older.thresholds if (each.work, each.label) not in known]
+        return self.model_copy(update={"thresholds": [*self.thresholds, *kept]})
 
 
 def calibrate(recordings: Sequence[Recording]) -> Calibration:
@@ -135,8 +146,8 @@ def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> 
     beside = [reference(each, recordings) for each in group]
     if all(other is not None and other is not each for each, other in zip(group, beside, strict=True)):
         over = [_rate(other, keys) for other in beside if other is not None]
-        yield _threshold(group[0].head, SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
-    yield _threshold(group[0].head, SPEED, rates)
+        yield _threshold(group[0], SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
+    yield _threshold(group[0], SPEED, rates)
 
 
 def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
@@ -148,7 +159,11 @@ def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
     return float(tokens / seconds)
 
 
-def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]) -> Threshold:
+def _threshold(
+    one: Recording, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]
+) -> Threshold:
+    """From the values of a metric in runs of which `one` is one."""
+    head = one.head
     spread = distance([math.log(value) for value in values])
     return Threshold(
         suite=head.suite.name,
@@ -160,6 +175,7 @@ def _threshold(head: Result, metric: Literal["speedup", "decode_tokens_per_s"], 
         num_runs=len(values),
         spread=spread,
         max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
+        num_answers=len(one.runs),
     )
 
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from spdbench.judge.calibration import Calibration
+from spdbench.judge.calibration import Calibration, Threshold
 from spdbench.judge.completeness import complete
 from spdbench.judge.counterpart import Pair, counterparts, forgotten, pair, reference
 from spdbench.judge.exact import exact
 from spdbench.judge.recording import Recording
-from spdbench.judge.timing import Versus, timing
+from spdbench.judge.timing import SPEED, SPEEDUP, Versus, timing
 from spdbench.judge.verdict import Finding, Gate, Judgement
-from spdbench.judge.workload import workload
+from spdbench.judge.workload import machine, same_machine, workload
 
 MAX_SLOWDOWN = 0.05
 MAX_ACCEPTANCE_DROP = 0.005
@@ -36,16 +36,20 @@ class Limits:
     def slowdown(self, recording: Recording, metric: str, num_new: int, num_baselines: int) -> float:
         if self.max_slowdown is not None:
             return self.max_slowdown
-        found = self.calibration.find(recording.head, metric) if self.calibration else None
+        found = self.calibrated(recording, metric)
         return MAX_SLOWDOWN if found is None else found.slowdown(num_new, num_baselines)
+
+    def calibrated(self, recording: Recording, metric: str) -> Threshold | None:
+        """What the calibration holds for this metric of such a result."""
+        return self.calibration.find(recording, metric) if self.calibration else None
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
     """One new result beside its baselines, the newest first; ids and steps are held against that one alone.
 
-    `peers` are the other new results of the same work beside theirs, if speed is judged here for all of them; None if
-    it is judged with another.
+    `peers` are the other new results that count together with it, beside theirs, if speed is judged here for all of
+    them; None if it is judged with another.
     """
 
     versus: tuple[Versus, ...]
@@ -74,13 +78,16 @@ def check(
     by_category: bool = False,
 ) -> list[Judgement]:
     """A judgement of each of `candidates`, in their order, then of each label that they should have and lack."""
-    found = [_judge(each, candidates, baselines, gates, limits, by_category) for each in candidates]
+    kind = {each: _kind(each, candidates) for each in candidates}
+    together = {each: [other for other in candidates if kind[other] == kind[each]] for each in candidates}
+    found = [_judge(each, together[each], candidates, baselines, gates, limits, by_category) for each in candidates]
     missing = {(workload(each.head), each.label): each for each in forgotten(candidates, baselines)}
     return [*found, *(_missing(each, gates[0]) for each in missing.values())]
 
 
 def _judge(
     candidate: Recording,
+    together: Sequence[Recording],
     candidates: Sequence[Recording],
     baselines: Sequence[Recording],
     gates: Sequence[Gate],
@@ -91,7 +98,6 @@ def _judge(
     if isinstance(old, str):
         finding = Finding(gates[0], "paired_runs", "not comparable", old)
         return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
-    together = [each for each in candidates if _same_work(each, candidate)]
     speaks = candidate is max(together, key=lambda each: each.head.created)
     versus, *peers = (
         tuple(Versus(pair(base, each), _plain(each, base, candidates, baselines)) for base in old)
@@ -118,8 +124,12 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
         yield from timing([case.versus, *case.peers], allowed, decides_alone=case.decides_alone)
 
 
-def _same_work(one: Recording, other: Recording) -> bool:
-    return one.label == other.label and workload(one.head) == workload(other.head)
+def _kind(recording: Recording, others: Sequence[Recording]) -> tuple[object, ...]:
+    """Equal for results whose speeds count together: one label and one work on one machine's devices. One without plain
+    decoding beside it can tell no speed-up, and is judged by itself."""
+    head = recording.head
+    alone = reference(recording, others) is None
+    return recording.label, workload(head), machine(head), tuple(head.backend.devices), alone
 
 
 def _plain(
@@ -156,9 +166,6 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
         yield "it has another drafter than the baseline"
     if "timing" not in gates:
         return
-    calibration = limits.calibration
-    if calibration is not None and new.environment.get("fingerprint") != calibration.fingerprint:
-        yield "calibration.json is of another machine and was not used; make one here with --calibrate"
     if case.peers is None:
         yield "speed is judged of the new results of this label together, with the newest"
     elif case.peers:
@@ -170,3 +177,21 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
             "no plain decoding of the same run stands beside it on both sides, so tokens/s decide; measure vanilla in "
             "the same run, and name folders that hold both"
         )
+    if case.peers is not None and same_machine(old, new):
+        yield from _threshold_notes(case, limits)
+
+
+def _threshold_notes(case: _Case, limits: Limits) -> Iterator[str]:
+    """Where the slowdown that is allowed is nobody's choice and nobody's finding."""
+    metric = SPEED if all(each.plain is None for each in case.versus) else SPEEDUP
+    decides = metric == SPEEDUP or case.decides_alone
+    if not decides or limits.max_slowdown is not None or limits.calibrated(case.pair.candidate, metric) is not None:
+        return
+    calibration, fingerprint = limits.calibration, case.pair.candidate.head.environment.get("fingerprint")
+    if calibration is None:
+        why = "there is no calibration.json beside the baseline"
+    elif calibration.fingerprint != fingerprint:
+        why = "calibration.json is of another machine and was not used"
+    else:
+        why = "calibration.json holds nothing for a result like this one"
+    yield f"a slowdown of {MAX_SLOWDOWN:.0%} is allowed by default, as {why}; --calibrate finds what is noise here"

@@ -17,7 +17,7 @@ from spdbench.judge.dialects import metric_name
 from spdbench.judge.flags import disqualifies, diverged, interval_is_noisy, noisy
 from spdbench.judge.pairing import Entry, Outputs, Pairing, Speedup, pair, read_entries
 from spdbench.judge.result import Flag, Result
-from spdbench.judge.workload import differences, machine, workload
+from spdbench.judge.workload import differences, machine, same_machine, workload
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,11 @@ def _speedup_metrics(speedup: Speedup | None, num_devices: int) -> dict[str, Any
 
 
 def _same_machine(pairing: Pairing) -> bool:
-    return machine(pairing.baseline.head) == machine(pairing.candidate.head)
+    """True if both are of one machine, and of one kind of its devices as far as an engine tells them."""
+    heads = [pairing.baseline.head, pairing.candidate.head]
+    told = [head.backend for head in heads if "devices" not in head.backend.unknown]
+    kinds = {frozenset(name.partition(":")[0] for name in backend.devices) for backend in told}
+    return same_machine(*heads) and len(kinds) <= 1
 
 
 def _ids_compare(pairing: Pairing) -> bool:
@@ -254,7 +258,7 @@ def _pair_flags(pairing: Pairing) -> Iterator[Flag]:
     if not _same_machine(pairing):
         yield Flag(
             name="hardware_mismatch",
-            reason="the baseline was measured on another machine or other software",
+            reason="the baseline was measured on another machine, other devices or other software",
             remedy="Measure both on the same machine, best in one `spdbench run`",
         )
     templates = {base.model.template_sha256, mine.model.template_sha256} - {None}

@@ -87,6 +87,12 @@ def forgotten(candidates: Sequence[Recording], baselines: Sequence[Recording]) -
             yield each
 
 
+def unasked(candidates: Sequence[Recording], baselines: Sequence[Recording]) -> list[Recording]:
+    """The baseline's results of work that none of the new ones did: of another suite, model, dtype or decoding."""
+    done = {workload(each.head) for each in candidates}
+    return [each for each in baselines if workload(each.head) not in done]
+
+
 def reference(recording: Recording, others: Sequence[Recording]) -> Recording | None:
     """The plain decoding that took turns with `recording` in one run, itself perhaps; None if there was none.
 

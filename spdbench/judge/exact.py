@@ -1,8 +1,9 @@
 """The exact gate: everything of a run but its times, which any machine can judge.
 
 Greedy in float32 nothing excuses a difference: ids and every step must be equal. Elsewhere (bfloat16, sampling) a tie
-may fall the other way and take the rest of an answer with it, so that ids inform, and acceptance may fall by a small
-share. An output that its own run called a real divergence from plain decoding is a regression anywhere.
+may fall the other way and take the rest of an answer with it, so that ids inform, and the number of tokens, that of
+steps and acceptance may get worse by a small share. An output that its own run called a real divergence from plain
+decoding is a regression anywhere.
 
 | float32, greedy             | verdict                                                                  |
 |-----------------------------|--------------------------------------------------------------------------|
@@ -30,12 +31,14 @@ from spdbench.judge.result import RunKey
 from spdbench.judge.verdict import Finding, Verdict
 
 ACCEPTANCE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle")
+AS_ALLOWED = "within what is allowed"
+TOLD = [COLUMN[name] for name in ("told_rounds", "told_judged", "told_accepted")]
 JUDGED, ACCEPTED = STEP_COLUMNS.index("judged"), STEP_COLUMNS.index("accepted")
 
 
 def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
-    """Findings on the runs that pair. `max_acceptance_drop` is the share that acceptance may fall by where ids may
-    differ; there they need not, it is 0."""
+    """Findings on the runs that pair. `max_acceptance_drop` is the share that acceptance may fall by, and that counts
+    may change by, where ids may differ; where they may not, it is 0."""
     if not pair.keys:
         return
     if not pair.knows_ids:
@@ -47,6 +50,8 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
         yield _divergence(pair.candidate)
     if pair.is_strict:
         yield _steps(pair)
+    else:
+        yield from _counts(pair, max_acceptance_drop)
     yield from _acceptance(pair, 0.0 if pair.is_strict else max_acceptance_drop)
 
 
@@ -99,6 +104,26 @@ def _steps(pair: Pair) -> Finding:
     return Finding("exact", "num_steps", "improved" if is_better else "regression", reason, before, now)
 
 
+def _counts(pair: Pair, share: float) -> Iterator[Finding]:
+    """Number of new tokens, which may neither grow nor shrink by more than `share`, and that of decode steps, where the
+    steps are the engine's own and not what came over a connection at once."""
+    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
+    before, now = (int(totals[COLUMN["decode_tokens"]] + totals[COLUMN["runs"]]) for totals in (was, is_now))
+    other_length = abs(now - before) > share * before
+    reason = f"answers end elsewhere: by more than {share:.3g} of all tokens" if other_length else AS_ALLOWED
+    verdict: Verdict = "regression" if other_length else "pass"
+    yield Finding("exact", "num_new_tokens", verdict, reason, before, now, allowed=share)
+    if "drafts" in pair.candidate.head.backend.unknown:
+        return
+    before, now = (int(totals[COLUMN["steps"]]) for totals in (was, is_now))
+    verdict, reason = "pass", AS_ALLOWED
+    if now > before * (1 + share):
+        verdict, reason = "regression", f"more by over {share:.3g} of them"
+    elif now < before * (1 - share):
+        verdict, reason = "improved", "fewer; renew the baseline to hold it"
+    yield Finding("exact", "num_steps", verdict, reason, before, now, allowed=share)
+
+
 def _acceptance(pair: Pair, max_drop: float) -> Iterator[Finding]:
     defined = ratios(pair.candidate.head.backend, None)
     was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
@@ -108,6 +133,8 @@ def _acceptance(pair: Pair, max_drop: float) -> Iterator[Finding]:
         before, now = (float(defined[name].of(totals)) for totals in (was, is_now))
         if np.isfinite(before) and np.isfinite(now):
             yield _within(name, before, now, max_drop)
+        elif np.isfinite(before):
+            yield Finding("exact", name, "regression", "no draft came to a verdict any more", before, allowed=max_drop)
 
 
 def _within(name: str, before: float, now: float, max_drop: float) -> Finding:
@@ -119,7 +146,7 @@ def _within(name: str, before: float, now: float, max_drop: float) -> Finding:
     elif now * (1 - max_drop) > before:
         verdict, reason = "improved", "rose; renew the baseline to hold it"
     else:
-        verdict, reason = "pass", "as before" if now == before else "within what is allowed"
+        verdict, reason = "pass", "as before" if now == before else AS_ALLOWED
     return Finding("exact", name, verdict, reason, before, now, change, allowed=max_drop)
 
 
@@ -134,6 +161,7 @@ def _totals(recording: Recording, keys: Iterable[RunKey]) -> NDArray[np.float64]
         sums[COLUMN["steps"]] += decode.shape[1]
         sums[COLUMN["judged"]] += decode[JUDGED].sum()
         sums[COLUMN["accepted"]] += decode[ACCEPTED].sum()
+        sums[TOLD] += run.told
     return sums
 
 

@@ -177,10 +177,12 @@ def _drafter_flags(drafter: DrafterRecord | None) -> Iterator[Flag]:
 def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     num_runs, num_prompts = overall["num_runs"], overall["num_prompts"]
     if overall["num_degenerate"]:
+        rest = overall.get("acceptance_rate_without_degenerate")
+        without = "" if rest is None else f" (without them {rest:.1%} of the drafts are accepted)"
         yield Flag(
             name="degenerate",
-            reason=f"{overall['num_degenerate']} of {num_runs} outputs end in a loop, which is easy to draft",
-            remedy="Read acceptance without them (NAME_without_degenerate), or use a model that suits the prompts",
+            reason=f"{overall['num_degenerate']} of {num_runs} outputs end in a loop, which is easy to draft{without}",
+            remedy="Use a model that suits the prompts; NAME_without_degenerate in CSV and JSON leaves them out",
         )
     if 2 * overall["num_truncated"] > num_runs:
         yield Flag(

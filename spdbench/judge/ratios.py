@@ -192,11 +192,16 @@ def _plain_columns(run: Run) -> tuple[float, ...]:
     times = (ttft_s, decode_s, ttft_s + decode_s)
     scored = (run.score or 0.0, run.score is not None)
     metered = (run.energy_j or 0.0, tokens if run.energy_j else 0)
-    told: tuple[float, ...] = (0, 0, 0)
-    if run.drafts is not None:
-        judged = run.drafts.judged
-        told = (run.drafts.rounds, math.nan if judged is None else judged, run.drafts.accepted)
-    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, *scored, *metered, *told)
+    return (1, run.num_prompt_tokens, tokens, tokens - 1, *times, 0, 0, 0, 0, *scored, *metered, *told_columns(run))
+
+
+def told_columns(run: Run) -> tuple[float, float, float]:
+    """Rounds, and drafts judged and accepted, that the engine counted itself: `told_rounds` and the next two columns.
+    All 0 where it counted nothing."""
+    if run.drafts is None:
+        return 0.0, 0.0, 0.0
+    judged = run.drafts.judged
+    return float(run.drafts.rounds), math.nan if judged is None else float(judged), float(run.drafts.accepted)
 
 
 def token_intervals(steps: Steps) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge.batch import Batch, batches_of
 from spdbench.judge.columns import NotPlain
-from spdbench.judge.ratios import is_failed
+from spdbench.judge.ratios import is_failed, told_columns
 from spdbench.judge.reader import reading
 from spdbench.judge.result import Result, RunKey, read_result
 from spdbench.judge.sharing import share_out
@@ -25,7 +25,8 @@ STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
 
 class RunTrace(NamedTuple):
     """One run. `output` are its ids in decimal digits, joined by commas; `steps` is [len(STEP_COLUMNS), steps], prefill
-    first. A failed run says why in `error` and counts for nothing else."""
+    first; `told` is what an engine counted itself, as `told_columns` gives it. A failed run says why in `error` and
+    counts for nothing else."""
 
     category: str
     prompt_sha256: str
@@ -35,6 +36,7 @@ class RunTrace(NamedTuple):
     decode_s: float
     output: bytes
     steps: NDArray[np.int32]
+    told: tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,5 +90,6 @@ def _record(batches: Iterable[Batch], head: Callable[[], Result], file: str) -> 
                 decode_s=run.decode_s or 0.0,
                 output=output,
                 steps=table[:, end - size : end],
+                told=told_columns(run),
             )
     return Recording(file, head(), runs)

@@ -27,14 +27,21 @@ def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]
     for file in files:
         named.setdefault(file.resolve(), file)
     files = list(named.values())
-    processes = min(len(os.sched_getaffinity(0)), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
-    if sys.platform != "linux" or processes < 2 or sum(map(_num_bytes, files)) < WORTHWHILE_BYTES:
+    processes = _num_processes(files)
+    if processes < 2:
         return [work(file) for file in files]
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     with ProcessPoolExecutor(processes, get_context("fork"), _leave_interrupts_to_the_parent) as pool:
         return list(pool.map(work, files, chunksize=FILES_AT_ONCE))
+
+
+def _num_processes(files: Sequence[Path]) -> int:
+    """1 where a second one would not pay, or a fork is not safe."""
+    if sys.platform != "linux" or sum(map(_num_bytes, files)) < WORTHWHILE_BYTES:
+        return 1
+    return min(len(os.sched_getaffinity(0)), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
 
 
 def _num_bytes(file: Path) -> int:

@@ -19,8 +19,8 @@ processes get a larger share of it than plain decoding does. So where plain deco
 more than twice its former speed, a regression or an improvement is inconclusive, too.
 
 Several baselines of a label count as one run that lasted longer, and so do several new results: a start of the command
-has a speed of its own, which repeats within it do not average out. Those of other machines, or without all the prompts,
-are left out.
+has a speed of its own, which repeats within it do not average out. Baselines of other machines, or without all the
+prompts, are left out.
 
 Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
 
@@ -41,7 +41,7 @@ from spdbench.judge.counterpart import Pair
 from spdbench.judge.ratios import speeds
 from spdbench.judge.result import Result, RunKey
 from spdbench.judge.verdict import Finding, Verdict
-from spdbench.judge.workload import machine
+from spdbench.judge.workload import same_machine
 
 SPEEDUP: Final = "speedup"
 SPEED: Final = "decode_tokens_per_s"
@@ -59,14 +59,15 @@ class Versus(NamedTuple):
 
 
 def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
-    """Findings on new results of one label, each beside all its baselines, the newest first: beside those of its
-    machine whose runs pair as the newest's do. Without plain decoding anywhere tokens/s decide if `decides_alone`."""
+    """Findings on new results of one label on one machine, each beside all its baselines, the newest first: beside
+    those of this machine that lack no run of the newest's. Without plain decoding anywhere tokens/s decide if
+    `decides_alone`."""
     first = news[0]
     keys = first[0].pair.keys
     if not keys:
         return
     near = [[each for each in versus if _other_machine(each.pair) is None] for versus in news]
-    used = [[each for each in versus if set(each.pair.keys) == set(keys)] for versus in near]
+    used = [[each for each in versus if set(each.pair.keys) >= set(keys)] for versus in near]
     used = [versus for versus in used if versus]
     held = [[each for each in versus if each.plain is not None] for versus in used]
     held = [versus for versus in held if versus]
@@ -84,8 +85,7 @@ def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone:
 def _other_machine(pair: Pair) -> str | None:
     """Why times of the two may not be held against each other; None if they may."""
     old, new = pair.baseline.head, pair.candidate.head
-    unknown = None in (old.environment.get("fingerprint"), new.environment.get("fingerprint"))
-    if unknown or machine(old) != machine(new):
+    if not same_machine(old, new):
         return (
             f"the baseline was measured on another machine or software ({_machine_name(old)}, now "
             f"{_machine_name(new)}); measure it here, or use --gate exact"

@@ -18,6 +18,11 @@ def machine(head: Result) -> str:
     return repr(head.environment.get("fingerprint"))
 
 
+def same_machine(base: Result, mine: Result) -> bool:
+    """True if both are known to be of one machine and its software."""
+    return base.environment.get("fingerprint") is not None and machine(base) == machine(mine)
+
+
 def differences(base: Result, mine: Result) -> list[str]:
     """What of `workload` differs, each with both values."""
     found = []

@@ -12,7 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$|_(KEY|PAT|PWD)$", re.IGNORECASE
+)
+LOGIN = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
+"""Who logs in where, as URLs write it."""
 SHORTEST_SECRET = 8
 """A shorter value would be blotted out of words that have nothing to do with it."""
 HIDDEN = "***"
@@ -28,16 +32,19 @@ def names_only(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out,
-    also as JSON writes it."""
+    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out, also as JSON
+    writes it, and what stands in a URL before its host."""
     secrets = [
         value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
     ]
     hidden = {form for value in secrets for form in (value, json.dumps(value)[1:-1])}
     for value in sorted(hidden, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    home = os.path.expanduser("~").rstrip("/")
-    return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
+    home = os.path.expanduser("~")
+    for folder in (home, os.path.realpath(home)):
+        if path := folder.rstrip("/"):
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
+    return LOGIN.sub(HIDDEN, text)
 
 
 def _is_path(text: str) -> bool:

@@ -23,6 +23,7 @@ NAMES = {
     "paired_runs": "paired runs",
     "identical_outputs": "same outputs",
     "real_divergences": "divergences",
+    "num_new_tokens": "tokens",
     "num_steps": "steps",
     "acceptance_rate": "accept",
     "acceptance_length": "tau",

@@ -135,6 +135,32 @@ def test_calibration_beside_a_baseline_that_is_a_file(base: Path, repeated: Path
     assert (base / "calibration.json").exists()
 
 
+def test_calibrating_another_label_keeps_the_first(base: Path, repeated: Path) -> None:
+    def labels() -> set[str]:
+        return {each["label"] for each in json.loads((base / "calibration.json").read_text())["thresholds"]}
+
+    assert spdbench("check", repeated / "quick__vanilla*.json", "--baseline", base, "--calibrate").code == 0
+    assert labels() == {"vanilla"}
+    assert spdbench("check", repeated, "--baseline", base, "--calibrate").code == 0
+    assert labels() == {"vanilla", "eagle"}
+    assert spdbench("check", repeated / "quick__vanilla*.json", "--baseline", base, "--calibrate").code == 0
+    assert labels() == {"vanilla", "eagle"}
+
+
+def test_calibrating_replaces_a_damaged_calibration(base: Path, repeated: Path) -> None:
+    (base / "calibration.json").write_text("{")
+    assert check(repeated, base, "--calibrate").code == 0
+    assert json.loads((base / "calibration.json").read_text())["schema"] == "spdbench.calibration/1"
+
+
+def test_baselines_of_other_work_are_told_of_and_do_not_decide(base: Path, tmp_path: Path) -> None:
+    write_run(base, "half", dtype="bfloat16")
+    said = check(write_run(tmp_path / "new"), base, "--gate", "exact")
+    assert said.code == 0
+    assert "2 of 4 baseline results are of work that NEW holds nothing of" in said.err
+    assert "quick in bfloat16" in said.err
+
+
 def test_damaged_calibration_is_named(base: Path) -> None:
     (base / "calibration.json").write_text('{"schema": "spdbench.calibration/9"}')
     said = check(base, base)

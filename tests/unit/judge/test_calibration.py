@@ -103,6 +103,20 @@ def test_runs_of_several_machines_or_prompts_are_not_comparable() -> None:
         calibrate([eagle([*drafted_runs(9), failed_run("p9")])] * MIN_RUNS)
 
 
+def test_a_new_calibration_keeps_what_is_known_of_other_labels() -> None:
+    both, older = calibrate(runs(*SPEEDS)), calibrate(runs(1.0, 1.1, 0.9, 1.05, 0.95))
+    vanilla, eagles = both.thresholds[:1], both.thresholds[1:]
+    again = both.model_copy(update={"thresholds": eagles}).beside(older)
+    assert again.thresholds == [*eagles, *older.thresholds[:1]]
+    assert older.thresholds[:1] != vanilla
+    other = older.model_copy(update={"fingerprint": "machine-b"})
+    assert both.beside(other) == both
+
+
+def test_calibration_says_how_much_each_run_measured() -> None:
+    assert {each.num_answers for each in calibrate(runs(*SPEEDS)).thresholds} == {10}
+
+
 def test_calibration_is_read_back_as_it_was_written() -> None:
     found = calibrate(runs(*SPEEDS))
     assert parse_calibration(found.model_dump_json(by_alias=True)) == found

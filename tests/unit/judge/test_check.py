@@ -211,7 +211,9 @@ def allowed(**limits: Any) -> tuple[float | None, tuple[str, ...]]:
 
 
 def test_given_slowdown_wins_over_the_calibration_and_that_over_the_default() -> None:
-    assert allowed() == (0.05, ())
+    share, notes = allowed()
+    assert share == 0.05
+    assert "5% is allowed by default, as there is no calibration.json" in notes[0]
     assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1, 1), ())
     assert allowed(calibration=calibration(), max_slowdown=0.02) == (0.02, ())
 
@@ -221,6 +223,21 @@ def test_calibration_of_other_decoding_is_not_used() -> None:
     run = [plain(temperature=1.0), eagle(temperature=1.0)]
     found = of(judged(run, run, "timing", calibration=calibration()), "eagle")
     assert finding(found, "speedup").allowed == 0.05
+    assert "holds nothing for a result like this one" in found.notes[0]
+
+
+@pytest.mark.parametrize(("num_answers", "used"), [(None, True), (10, True), (11, False)])
+def test_calibration_of_longer_runs_is_not_used(num_answers: int | None, *, used: bool) -> None:
+    longer = calibration()
+    [threshold] = longer.thresholds
+    thresholds = [threshold.model_copy(update={"num_answers": num_answers})]
+    share, notes = allowed(calibration=longer.model_copy(update={"thresholds": thresholds}))
+    assert (share != 0.05) == (notes == ()) == used
+
+
+def test_plain_decoding_that_only_informs_needs_no_calibration() -> None:
+    run = [plain(), eagle()]
+    assert of(judged(run, run, "timing"), "vanilla").notes == ()
 
 
 def test_calibration_of_another_machine_is_not_used_and_that_is_said() -> None:

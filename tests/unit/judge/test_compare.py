@@ -220,6 +220,21 @@ def test_baseline_file_from_another_machine_serves_but_disqualifies() -> None:
     assert not row.best
 
 
+@pytest.mark.parametrize(("devices", "other"), [(["cuda:0"], True), (["cpu", "cpu"], False)])
+def test_plain_decoding_on_another_kind_of_device_serves_but_disqualifies(devices: list[str], *, other: bool) -> None:
+    mine = eagle()
+    backend = mine.head.backend.model_copy(update={"devices": devices})
+    mine = replace(mine, head=mine.head.model_copy(update={"backend": backend}))
+    row = only(compare([vanilla(), mine], vanilla())).rows[1]
+    assert ("hardware_mismatch" in flag_names(row)) == other
+    assert row.best != other
+
+
+def test_machines_that_are_not_known_are_not_the_same() -> None:
+    base, mine = vanilla(machine=None), eagle(machine=None)
+    assert "hardware_mismatch" in flag_names(only(compare([base, mine], base)).rows[1])
+
+
 def test_baseline_file_that_serves_some_tables_leaves_the_others_blank() -> None:
     base = vanilla()
     tables = compare([base, eagle(), eagle("g.json", suite="gsm8k")], base)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdbench.judge.recording import Recording
-from spdbench.judge.result import Divergence, Steps
+from spdbench.judge.result import Divergence, Drafts, Steps
 from spdbench.judge.verdict import Verdict
-from tests.builders import make_run
-from tests.unit.judge.gates import CHUNKS, drafted_runs, eagle, finding, judged, only, plain, plain_runs
+from tests.builders import chunk_steps, make_run, vanilla_steps
+from tests.unit.judge.gates import CATEGORIES, CHUNKS, drafted_runs, eagle, finding, judged, only, plain, plain_runs
 
 
 def verdicts(chunks: Sequence[int]) -> tuple[Verdict, str]:
@@ -154,6 +154,49 @@ def test_an_engine_that_gives_text_alone_is_never_called_equal() -> None:
         assert "--gate timing" in finding(found, "identical_outputs").reason
 
 
-def test_another_model_is_not_held_to_every_step() -> None:
+def test_another_model_is_held_to_the_number_of_steps_and_not_to_each_of_them() -> None:
     new = eagle(drafted_runs(chunks=lambda _: (1, 3, 3, 3)), other_model="quantised")
-    assert "num_steps" not in {each.metric for each in only(judged(new, eagle(), "exact")).findings}
+    assert finding(only(judged(new, eagle(), "exact")), "num_steps").verdict == "pass"
+
+
+@pytest.mark.parametrize(("chunks", "verdict"), [((1, 4, 2, 1, 2), "regression"), ((1, 5, 4), "improved")])
+def test_outside_of_greedy_float32_the_number_of_steps_may_grow_by_little(
+    chunks: Sequence[int], verdict: Verdict
+) -> None:
+    new, old = (eagle(drafted_runs(chunks=lambda _, way=way: way), dtype="bfloat16") for way in (chunks, CHUNKS))
+    assert finding(only(judged(new, old, "exact")), "num_steps").verdict == verdict
+
+
+@pytest.mark.parametrize("tokens", [5, 15])
+def test_answers_of_other_lengths_are_a_regression_anywhere(tokens: int) -> None:
+    """Half as long, or half as long again, whatever is in them."""
+    runs = [make_run(vanilla_steps(tokens), prompt=f"p{i}", category=CATEGORIES[i % 2]) for i in range(10)]
+    found = only(judged(plain(runs, dtype="bfloat16"), plain(dtype="bfloat16"), "exact"))
+    assert found.verdict == "regression"
+    assert finding(found, "num_new_tokens").now == 10 * tokens
+
+
+def test_chunks_of_a_connection_are_no_steps() -> None:
+    other = drafted_runs(chunks=lambda _: (1, 1, 1, 1, 1, 5))
+    new, old = (eagle(runs, unknown=["drafts"], other_model="served") for runs in (other, drafted_runs()))
+    assert only(judged(new, old, "exact")).verdict == "pass"
+
+
+def test_acceptance_that_cannot_be_told_any_more_is_no_pass() -> None:
+    """Every answer ends with its first token, so that no draft is judged."""
+    ended = [make_run(chunk_steps([1]), prompt=f"p{i}", category=CATEGORIES[i % 2]) for i in range(10)]
+    found = only(judged(eagle(ended, dtype="bfloat16"), eagle(dtype="bfloat16"), "exact"))
+    assert finding(found, "acceptance_rate").verdict == "regression"
+    assert finding(found, "acceptance_rate").now is None
+
+
+def test_acceptance_that_an_engine_counted_itself_is_judged() -> None:
+    def served(accepted: int) -> Recording:
+        counted = Drafts(rounds=10, judged=40, accepted=accepted)
+        runs = [run.model_copy(update={"drafts": counted}) for run in drafted_runs()]
+        return eagle(runs, unknown=["drafts"], other_model="served")
+
+    assert only(judged(served(20), served(20), "exact")).verdict == "pass"
+    found = only(judged(served(10), served(20), "exact"))
+    assert finding(found, "acceptance_length").before == pytest.approx(3.0)
+    assert finding(found, "acceptance_length").verdict == finding(found, "acceptance_rate").verdict == "regression"

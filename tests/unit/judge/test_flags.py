@@ -15,7 +15,7 @@ from spdbench.cli.main import COMMANDS
 from spdbench.judge.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT, flags_for, is_degenerate
 from spdbench.judge.metrics import summarise
 from spdbench.judge.result import BackendRecord, Divergence, DrafterRecord, Run
-from tests.builders import MS, ORACLE, RANDOM, TRAINED, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import MS, ORACLE, RANDOM, TRAINED, chunk_steps, make_backend, make_result, make_run, vanilla_steps
 
 EIGHT = [make_run(vanilla_steps(20, step_ns=12 * MS), prompt=f"p{index}") for index in range(8)]
 
@@ -60,6 +60,15 @@ def test_truncated_means_more_than_half_cut_by_the_limit() -> None:
     cut = [run.model_copy(update={"finish_reason": "length"}) for run in EIGHT]
     assert "truncated" not in names(cut[:4] + EIGHT[4:])
     assert "truncated" in names(cut[:5] + EIGHT[5:])
+
+
+def test_loops_are_flagged_with_the_acceptance_of_the_others() -> None:
+    eagle = make_backend("draft_verify")
+    loop = make_run(chunk_steps([1, *[5] * 8]), prompt="loop", output_ids=[7] * 41)
+    overall = summarise([loop, make_run(chunk_steps([1, *[2] * 20]), prompt="sane")], eagle, None).overall
+    [flag] = [each for each in flags_for(overall, eagle, None, None) if each.name == "degenerate"]
+    assert "1 of 2 outputs" in flag.reason
+    assert "without them 50.0% of the drafts are accepted" in flag.reason
 
 
 def test_speed_that_varies_over_prompts_is_noisy() -> None:

@@ -161,6 +161,47 @@ def test_where_only_an_incomplete_baseline_is_of_this_machine_speed_is_not_compa
     assert "all the prompts" in finding(found, "speedup").reason
 
 
+def test_a_baseline_with_a_prompt_too_many_counts_as_well() -> None:
+    more = run(num_prompts=11, created="2026-01-01T00:00:00+00:00")
+    assert "2 results" in of(judged(run(), [*run(), *more], "timing"), "eagle").notes[0]
+
+
+def machines(**times: float) -> list[Recording]:
+    """A run on each of two machines, of which the second decodes plainly in half the time."""
+    return [
+        *run(machine="a", created="2026-06-02T12:00:00+00:00", **times),
+        *run(machine="b", created="2026-06-01T12:00:00+00:00", plain_ms=10, **times),
+    ]
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_new_results_of_several_machines_are_judged_machine_by_machine(first: int) -> None:
+    """Together their speed-ups would be of no machine."""
+    new, old = machines(), machines()
+    found = judged([*new[first:], *new[:first]], old, "timing")
+    assert [each.verdict for each in found] == ["pass"] * 4
+    assert len([each for each in found for one in each.findings if one.metric == "speedup"]) == 2
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_new_result_of_a_machine_without_baseline_is_not_comparable_beside_one_with(known: int) -> None:
+    new = machines()
+    found = judged(new, new[2 * known : 2 * known + 2], "timing")
+    words = [each.verdict for each in found]
+    assert words[2 * known : 2 * known + 2] == ["pass", "pass"]
+    assert words.count("not comparable") == 2
+
+
+def test_a_new_result_without_plain_decoding_beside_others_with_it_is_judged_by_itself() -> None:
+    usual = begun("2026-06-01T12:00:00+00:00")
+    slow = begun("2026-06-02T12:00:00+00:00", 2.0, eagle_ms=29)[1]
+    paired, lone = (each for each in judged([*usual, slow], run(), "timing") if each.label == "eagle")
+    assert paired.verdict == "pass"
+    assert finding(paired, "speedup").verdict == "pass"
+    assert lone.verdict == finding(lone, "decode_tokens_per_s").verdict == "regression"
+    assert "so tokens/s decide" in lone.notes[0]
+
+
 # Which plain decoding
 
 

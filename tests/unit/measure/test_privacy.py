@@ -62,6 +62,29 @@ def test_messages_keep_their_words_but_neither_home_nor_secret() -> None:
     assert without_secrets(message) == "FileNotFoundError: '~/a b' for ***, short, ultramarine"
 
 
+@pytest.mark.parametrize("name", ["OPENAI_KEY", "GH_PAT", "MYSQL_PWD", "DB_PASSWORD", "key"])
+def test_names_that_secrets_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "planted-secret")
+    assert without_secrets("with planted-secret") == "with ***"
+
+
+@pytest.mark.parametrize("name", ["PWD", "KEYBOARD", "PATTERN"])
+def test_names_that_secrets_do_not_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "no-secret-at-all")
+    assert without_secrets("with no-secret-at-all") == "with no-secret-at-all"
+
+
+def test_a_login_in_a_url_is_cut_out() -> None:
+    assert without_secrets("postgres://me:planted@db:5432/x, http://a:80/@b") == "postgres://***@db:5432/x, http://a:80/@b"
+
+
+def test_home_is_found_by_its_real_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("HOME", str(tmp_path / "link"))
+    assert without_secrets(f"{tmp_path}/real/a {tmp_path}/link/b") == "~/a ~/b"
+
+
 def test_a_secret_is_found_as_json_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", 'a"planted"one')
     assert without_secrets(r'{"key": "a\"planted\"one"}') == '{"key": "***"}'
