@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from spdbench import __version__
-from spdbench.cli.distill_prompts import Asked, excluded, read_asked, room_needed
+from spdbench.cli.distill_prompts import Asked, excluded, not_at_hand, read_asked, room_needed
 from spdbench.cli.model_options import ModelOptions, target_options
 from spdbench.errors import InputError
 
@@ -89,15 +89,21 @@ def command(
 
     What is finished is in the file at once; the same command goes on after an interruption.
     """
-    from spdbench.cli.distill_run import conversations, fill, new_slots, say, say_end
+    from spdbench.cli.distill_run import conversations, fill, new_slots, require_slot, say, say_end
     from spdbench.training.datafile import open_data
 
     _check_folder(out, tokens)
     asked = None if prompts_file is None else read_asked(prompts_file)
     kept_out = excluded(exclude, data)
+    if missing := not_at_hand(kept_out):
+        say(
+            f"NOTE: no prompts of {', '.join(missing)} are at hand, so only --exclude keeps them out. --data DIR says "
+            "where they lie, `spdbench suites` names their files."
+        )
     target = _target(chosen)
     decoder = target.own_decoder
     distiller, header = _distiller(target, asked, kept_out, max_new_tokens, seed)
+    require_slot(decoder, distiller.room)
     header |= {"tokens": tokens, "batch": batch, "prompts_sha256": _sha256(prompts_file)}
     with open_data(out, header) as file:
         for kept in file.found:
@@ -106,7 +112,8 @@ def command(
             say(f"{out}: goes on after {file.num_conversations:,} conversations, {file.num_tokens:,} tokens.")
         if file.num_tokens < tokens:
             slots = new_slots(decoder, batch, tokens - file.num_tokens, distiller.room, chosen.threads)
-            fill(file, tokens, conversations(distiller, asked, file), slots, chosen.threads)
+            talks = conversations(distiller, asked, file)
+            fill(file, tokens, talks, slots, chosen.threads, endless=asked is None)
         say_end(file, tokens)
 
 
@@ -159,12 +166,15 @@ def _target(chosen: ModelOptions) -> Target:
     import torch
 
     from spdbench.models.target import load_target
+    from spdbench.training.space import require_memory
 
     torch.set_num_threads(chosen.threads)
     devices = chosen.devices or (("cuda:0",) if torch.cuda.is_available() else ("cpu",))
     if len(devices) > 1:
         raise InputError(f"--devices {','.join(devices)}: one device makes the data; give one")
-    return load_target(chosen.model or "smollm2", chosen.dtype, devices[0])
+    target = load_target(chosen.model or "smollm2", chosen.dtype, devices[0])
+    require_memory(target.num_bytes, target.device, f"the model {target.files.id}", "Give a smaller model.")
+    return target
 
 
 def _check_folder(out: Path, tokens: int) -> None:
@@ -173,6 +183,8 @@ def _check_folder(out: Path, tokens: int) -> None:
         raise InputError(f"--out {out}: is a folder; give the name of a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and not out.is_file():
+            raise InputError(f"--out {out}: is no regular file; give the name of a file")
         free = shutil.disk_usage(out.parent).free
         there = out.stat().st_size if out.exists() else 0
     except OSError as error:

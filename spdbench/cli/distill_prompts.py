@@ -5,6 +5,7 @@ Reads files; must not know what is generated, or how.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,6 +43,13 @@ def excluded(paths: tuple[Path, ...], data: Path | None) -> dict[str, tuple[str,
         for file in files:
             found[str(file)] = tuple(turn for one in read_asked(file) for turn in one.turns)
     return found
+
+
+def not_at_hand(kept_out: Collection[str]) -> list[str]:
+    """The shipped suites that are not among `kept_out`."""
+    from spdbench.prompts.suite import shipped_suites
+
+    return [name for name in shipped_suites() if name not in kept_out]
 
 
 def read_asked(path: Path) -> list[Asked]:

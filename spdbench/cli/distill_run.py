@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
@@ -13,23 +14,26 @@ from spdbench.cli.distill_prompts import Asked
 from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
-from spdbench.training.batched import Slots
+from spdbench.training.batched import Slots, slot_bytes
 from spdbench.training.continuous import Batch
 from spdbench.training.datafile import DataFile
 from spdbench.training.distil import Distiller, Dropped, Talk
+from spdbench.training.space import GB, how_many_fit, require_memory
 from spdbench.training.threads import results_of
 
 SECONDS_BETWEEN_SUMMARIES = 10.0
 HOPELESS = 1000
-"""After so many conversations dropped in a row, nothing that is worth keeping will come any more."""
+"""After so many conversations of the model's own dropped in a row, nothing worth keeping will come any more."""
 SLOTS_A_PART = 32
 """A thread gets a part of the conversations if it is at least this one: weights are read once for all of a part."""
 TOKENS_PER_SLOT = 100
 """Fewer slots are used for little data: about an answer for each, or short answers alone would be in time."""
 
 
-def fill(file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[Slots], num_threads: int) -> None:
-    """Adds conversations until there are enough tokens or no more prompts."""
+def fill(
+    file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[Slots], num_threads: int, *, endless: bool
+) -> None:
+    """Adds conversations until there are enough tokens or no more prompts; `endless` if there are always more."""
     lock = threading.Lock()
     batches = [Batch(part, scripts, lock) for part in slots]
     stream = results_of(batches, num_threads)
@@ -50,8 +54,12 @@ def fill(file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[S
                     if outcome is not None:
                         file.add(outcome)
                         in_vain = in_vain + 1 if isinstance(outcome, Dropped) else 0
-                    if in_vain == HOPELESS:
-                        raise SpdbenchError(f"{HOPELESS:,} conversations in a row were dropped: {_reasons(file)}")
+                    if endless and in_vain == HOPELESS:
+                        count()
+                        file.write_summary(complete=False)
+                        raise SpdbenchError(
+                            f"{HOPELESS:,} conversations in a row were dropped: {_reasons(file.dropped)}"
+                        )
                     progress.show(file.num_tokens, count(), file.num_conversations, file.dropped.total())
                     if time.monotonic() - summed > SECONDS_BETWEEN_SUMMARIES:
                         summed = time.monotonic()
@@ -72,16 +80,29 @@ def fill(file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[S
 def say_end(file: DataFile, tokens: int) -> None:
     if file.num_tokens < tokens:
         say(f"All prompts are used up, {tokens - file.num_tokens:,} tokens before the end.")
-    say(f"{file.path}: {file.num_tokens:,} tokens (dropped: {_reasons(file)})")
+    dropped, cut = _reasons(file.dropped), _reasons(file.cut_short)
+    say(f"{file.path}: {file.num_tokens:,} tokens (dropped: {dropped}; cut short: {cut})")
 
 
-def _reasons(file: DataFile) -> str:
-    return ", ".join(f"{reason} {count:,}" for reason, count in file.dropped.most_common()) or "nothing"
+def _reasons(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()) or "nothing"
+
+
+def require_slot(decoder: Decoder, room: int) -> None:
+    """Raises `InputError` where the memory that is free does not hold a single conversation of `room` tokens."""
+    remedy = "Give a smaller --max-new-tokens, shorter --prompts or a smaller model."
+    require_memory(slot_bytes(decoder, room), decoder.device, f"a conversation of {room:,} tokens", remedy)
 
 
 def new_slots(decoder: Decoder, batch: int, tokens: int, room: int, num_threads: int) -> list[Slots]:
-    """Room for `batch` conversations, or fewer for little data: on a CPU one part for each of a few threads."""
-    num_slots = min(batch, max(1, tokens // TOKENS_PER_SLOT))
+    """Room for `batch` conversations, fewer for little data or memory: on a CPU one part for each of a few threads."""
+    wanted, each = min(batch, max(1, tokens // TOKENS_PER_SLOT)), slot_bytes(decoder, room)
+    num_slots = how_many_fit(each, wanted, decoder.device)
+    if num_slots < wanted:
+        say(
+            f"NOTE: {num_slots} conversations at a time, not {wanted}: no more fit in the free memory. Room for "
+            f"{room:,} tokens, which the longest may come to, takes {each / GB:.3f} GB."
+        )
     num_parts = max(1, min(num_threads, num_slots // SLOTS_A_PART)) if decoder.device.type == "cpu" else 1
     return [Slots(decoder, num_slots // num_parts + (i < num_slots % num_parts), room) for i in range(num_parts)]
 

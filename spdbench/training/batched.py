@@ -26,6 +26,13 @@ ROUND_UP = 64
 """torch's attention looks at a multiple of so many positions, so that buffers come in few sizes."""
 
 
+def slot_bytes(decoder: Decoder, capacity: int) -> int:
+    """Bytes of one of `Slots`: its keys and values, and its row of logits twice."""
+    geometry = decoder.geometry
+    cached = 2 * len(decoder.layers) * geometry.num_kv_heads * capacity * geometry.head_dim
+    return (cached + 2 * decoder.config.vocab_size) * decoder.dtype.itemsize
+
+
 class Slots:
     """`num_slots` sequences of up to `capacity` tokens; `lengths[b]` of slot b are read.
 

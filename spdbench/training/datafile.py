@@ -1,7 +1,8 @@
 """A data file while it grows: a header that says how it is made, then a line for each conversation kept.
 
 A line is whole or it is not there: a kill can only cut the last one, which is dropped when the file is opened again.
-Beside it lies `FILE.summary.json` with counts of what was dropped, and why. Must not know how conversations are made.
+Beside it lies `FILE.summary.json` with counts of what was dropped or cut short, and why. Must not know how
+conversations are made.
 
     {"schema": "spdbench.data/1", "created": ..., "model": {...}, "seed": 0, "tokens": 500000, ...}
     {"messages": [...], "sampling": {"index": 0, ...}, "num_tokens": 214}
@@ -42,6 +43,8 @@ class DataFile:
         self.dropped, self.num_written, self.seconds = (
             _read_summary(summary_path(path)) if kept else (Counter(), 0, 0.0)
         )
+        self.cut_short = Counter(one.cut_short for one in kept if one.cut_short is not None)
+        """Conversations that were kept up to a turn that was not, by the reason."""
         self._file = file
 
     def add(self, outcome: Kept | Dropped) -> None:
@@ -53,6 +56,8 @@ class DataFile:
         _write(self._file, self.path, json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self.num_conversations += 1
         self.num_tokens += outcome.num_tokens
+        if outcome.cut_short is not None:
+            self.cut_short[outcome.cut_short] += 1
 
     def write_summary(self, *, complete: bool) -> None:
         """The counts so far as `FILE.summary.json`, there whole or as they were before."""
@@ -64,6 +69,7 @@ class DataFile:
             "tokens": self.num_tokens,
             "dropped": dict(self.dropped.most_common()),
             "num_dropped": self.dropped.total(),
+            "cut_short": dict(self.cut_short.most_common()),
             "generated_tokens": self.num_written,
             "seconds": round(self.seconds, 1),
         }

@@ -39,7 +39,7 @@ class Chat(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """A conversation for the file; `num_tokens` counts the answers' ids."""
+    """A conversation for the file; `sampling` says how it came about, and `num_tokens` counts the answers' ids."""
 
     index: int
     messages: tuple[Message, ...]
@@ -118,6 +118,8 @@ class Distiller:
 
     def reply(self, index: int, system: Sequence[Message], turns: Sequence[str]) -> Talk:
         """A conversation whose user turns are given."""
+        if any(message["content"] in self.overlap for message in system):
+            return Dropped(index, "overlap")
         talk = _Talk(self, index, random.Random(f"{self.seed} {index}"), list(system))
         for turn in turns:
             failure = talk.take(turn) or (yield from talk.answer())
@@ -193,6 +195,8 @@ class _Talk:
             return Dropped(self._index, failure or "empty")
         if not self._shared.seen.claim(messages[-1]["content"]):
             return Dropped(self._index, "duplicate")
+        if failure is not None:
+            facts["cut_short"] = failure
         sampling = {"index": self._index, "temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
         return Kept(self._index, messages, sampling | facts, self._num_tokens)
 

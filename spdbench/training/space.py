@@ -16,6 +16,9 @@ MASTER_BYTES = 16
 """For a trained number: itself, its gradient, two moments. The best weights so far are a fifth float."""
 ROW_FLOATS = 100
 """Floats that a step keeps for each number of a token's row, over all rows that are made of it."""
+SHARE_OF_MEMORY = 0.8
+"""Of what is free, so that a run that takes as much as there is leaves something for its steps and for others."""
+SMALLER_TRAINING = "Give a smaller --batch-tokens, --draft-vocab or model."
 GB = 1e9
 
 
@@ -43,14 +46,18 @@ def available_bytes(device: torch.device) -> int:
     return min((size for size in free if size is not None), default=1 << 62)
 
 
-def require_memory(needed: int, device: torch.device, what: str) -> None:
-    """Raises `InputError` where `needed` bytes are more than is free."""
+def require_memory(needed: int, device: torch.device, what: str, remedy: str = SMALLER_TRAINING) -> None:
+    """Raises `InputError` where `needed` bytes are more than is free; `remedy` is its last sentence."""
     free = available_bytes(device)
     if needed > free:
         raise InputError(
-            f"{what} needs about {needed / GB:.1f} GB of memory on {device}, {free / GB:.1f} GB are free. "
-            "Give a smaller --batch-tokens, --draft-vocab or model."
+            f"{what} needs about {needed / GB:.1f} GB of memory on {device}, {free / GB:.1f} GB are free. {remedy}"
         )
+
+
+def how_many_fit(each: int, most: int, device: torch.device) -> int:
+    """How many things of `each` bytes the free memory holds: `most` at most, and one at least."""
+    return max(1, min(most, int(available_bytes(device) * SHARE_OF_MEMORY) // each))
 
 
 def require_disk(needed: int, folder: Path, what: str) -> None:

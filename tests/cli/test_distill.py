@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
+from spdbench.cli.distill_run import new_slots
+from spdbench.models.decoder import Decoder
 from spdbench.prompts.chat import ChatFormat
+from spdbench.training.batched import slot_bytes
 from spdbench.training.conversations import read_conversations
 from spdbench.training.datafile import DataFile
 from tests.cli.run_helpers import Said, spdbench
@@ -54,6 +57,8 @@ def test_model_writes_conversations_until_there_are_enough_tokens(tiny_model: Pa
     assert said.code == 0, said.err
     assert said.out == ""
     assert "tok/s kept" in said.err
+    assert "NOTE: no prompts of gsm8k, " in said.err
+    assert "--data DIR" in said.err
     header, *kept = rows(out)
     assert header["schema"] == "spdbench.data/1"
     assert (header["tokens"], header["seed"], header["model"]["id"]) == (200, 0, tiny_model.name)
@@ -130,6 +135,50 @@ def test_prompts_of_a_file_are_answered_once_each(tiny_model: Path, out: Path, t
     assert summary(out)["dropped"] == {"duplicate": 1}
 
 
+def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
+    tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spdbench.cli.distill_run.HOPELESS", 3)
+    prompts = write_prompts(tmp_path / "p.jsonl", *[{"turns": ["Say one."]}] * 7)
+    for _ in range(2):
+        said = distill(tiny_model, out, "--prompts", prompts, tokens=10_000)
+        assert said.code == 0, said.err
+        assert "All prompts are used up" in said.err
+        assert "(dropped: duplicate 6; cut short: nothing)" in said.err
+        assert len(rows(out)) == 2
+        assert summary(out)["dropped"] == {"duplicate": 6}
+
+
+def test_prompts_that_are_all_of_a_suite_end_with_their_number(
+    tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spdbench.cli.distill_run.HOPELESS", 3)
+    mine = write_prompts(tmp_path / "mine.jsonl", {"turns": ["Name the seven colours of a rainbow in order, please."]})
+    five = write_prompts(tmp_path / "five.jsonl", *[{"turns": ["Name the seven colours of a rainbow in order!"]}] * 5)
+    said = distill(tiny_model, out, "--prompts", five, "--exclude", mine, tokens=10_000)
+    assert said.code == 0, said.err
+    assert "(dropped: overlap 5; cut short: nothing)" in said.err
+    assert summary(out)["dropped"] == {"overlap": 5}
+
+
+def test_suite_prompt_in_a_later_turn_or_a_system_message_is_counted(
+    tiny_model: Path, out: Path, tmp_path: Path
+) -> None:
+    text = "Name the seven colours of a rainbow in order, please."
+    mine = write_prompts(tmp_path / "mine.jsonl", {"turns": [text]})
+    prompts = write_prompts(
+        tmp_path / "p.jsonl",
+        {"turns": ["Say one.", text]},
+        {"messages": [{"role": "system", "content": text}, {"role": "user", "content": "Say three."}]},
+    )
+    said = distill(tiny_model, out, "--prompts", prompts, "--exclude", mine, tokens=10_000)
+    assert said.code == 0, said.err
+    assert "rainbow" not in out.read_text()
+    assert len(rows(out)) == 2
+    assert summary(out)["dropped"] == {"overlap": 1}
+    assert summary(out)["cut_short"] == {"overlap": 1}
+
+
 def test_prompts_that_are_in_a_suite_are_kept_out_and_counted(tiny_model: Path, out: Path, tmp_path: Path) -> None:
     mine = write_prompts(tmp_path / "mine.jsonl", {"turns": ["Name the seven colours of a rainbow in order, please."]})
     data = tmp_path / "data"
@@ -145,6 +194,9 @@ def test_prompts_that_are_in_a_suite_are_kept_out_and_counted(tiny_model: Path, 
     assert said.code == 0, said.err
     assert summary(out)["dropped"] == {"overlap": 2}
     assert rows(out)[0]["excluded"].items() >= {"gsm8k": 1, str(mine): 1}.items()
+    note = next(line for line in said.err.splitlines() if line.startswith("NOTE: no prompts of "))
+    assert "mtbench" in note
+    assert "gsm8k" not in note
 
 
 def test_model_without_a_chat_template_is_said(tiny_model: Path, out: Path, tmp_path: Path) -> None:
@@ -185,6 +237,46 @@ def test_wrong_input_is_one_clear_message(words: list[str], said: str, tiny_mode
     assert not out.exists()
 
 
+def test_out_that_is_no_regular_file_is_left_alone(tiny_model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "null"  # a link, so that a failure of this test cannot take the device away
+    link.symlink_to("/dev/null")
+    said = distill(tiny_model, link)
+    assert said.code == 2
+    assert f"--out {link}: is no regular file" in said.err
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("free", "said"),
+    [([10], "the model tiny-llama needs about"), ([1 << 40, 10], "a conversation of ")],
+    ids=["model", "conversation"],
+)
+def test_too_little_memory_is_said_before_anything_is_written(
+    free: list[int], said: str, tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(free)
+    monkeypatch.setattr("spdbench.training.space.available_bytes", lambda _: next(left))
+    found = distill(tiny_model, out)
+    assert found.code == 2
+    assert said in found.err
+    assert "Give a smaller" in found.err
+    assert "--draft-vocab" not in found.err
+    assert not out.exists()
+
+
+def test_fewer_conversations_run_side_by_side_where_memory_holds_no_more(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    each = slot_bytes(decoder, 100)
+    assert each > 2 * 6 * 2 * 100 * 8 * 4  # keys and values of 6 layers with 2 heads of 8 float32
+    for free, expected in ((11 * each, 8), (each, 1), (1 << 40, 20)):
+        monkeypatch.setattr("spdbench.training.space.available_bytes", lambda _, free=free: free)
+        slots = new_slots(decoder, 20, 10_000, 100, 1)
+        assert sum(len(part.lengths) for part in slots) == expected
+        note = f"NOTE: {expected} conversations at a time, not 20: "
+        assert (note in capsys.readouterr().err) is (expected < 20)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -208,3 +300,6 @@ def test_model_that_writes_nothing_of_worth_ends_with_the_reasons(
     said = distill(tiny_model, out)
     assert said.code == 1
     assert "5 conversations in a row were dropped: " in said.err
+    assert summary(out)["num_dropped"] == 5
+    assert summary(out)["generated_tokens"] > 0
+    assert not summary(out)["complete"]

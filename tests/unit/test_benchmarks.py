@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import generate, llamacpp, memory, scaling, sides
+from benchmarks import distill, generate, llamacpp, memory, scaling, sides
 from benchmarks.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
 from benchmarks.workload import Decoded, common_prefix
+from spdbench.cli.distill import command as distill_command
 
 
 def test_sides_warm_up_and_then_alternate() -> None:
@@ -203,6 +204,28 @@ def test_scaling_rows_compare_with_the_first_setting_and_judge_the_targets(monke
     assert report.goals[0].what == "rows 8 over 1, float32"
 
 
-@pytest.mark.parametrize("module", [generate, llamacpp, memory, scaling])
+def test_distill_divides_the_counts_of_the_summaries_by_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    summaries = iter([(9, 9, 9.0), (600, 300, 2.0), (1000, 600, 2.0), (810, 500, 2.0)])  # the first to warm up
+
+    def distilled(*_: object) -> dict[str, Any]:
+        return dict(zip(("generated_tokens", "tokens", "seconds"), next(summaries), strict=True))
+
+    monkeypatch.setattr(distill, "distilled", distilled)
+    report = Report("distill", {}, {}, {})
+    distill.measure(argparse.Namespace(dtypes=["bfloat16"], rounds=3), report)
+    (row,) = report.tables["distill"]
+    assert row["generated_per_s"].rounds == (300.0, 500.0, 405.0)
+    assert row["kept_per_s"].rounds == (150.0, 300.0, 250.0)
+    assert [(goal.measured, goal.at_least, goal.met) for goal in report.goals] == [(405.0, 400.0, True)]
+
+
+def test_distill_runs_the_command_as_it_is() -> None:
+    name, *options = distill.words("float32", argparse.Namespace(tokens=70, threads=2), Path("d.jsonl"))
+    with distill_command.make_context(name, options) as context:
+        assert context.params["tokens"] == 70
+        assert context.params["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("module", [distill, generate, llamacpp, memory, scaling])
 def test_every_script_opens_with_why_regimes_and_output(module: Any) -> None:
     assert {"Why", "Regimes", "Output"} <= {line.partition(":")[0] for line in (module.__doc__ or "").splitlines()}

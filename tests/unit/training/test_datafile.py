@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ def test_counts_of_what_was_dropped_outlive_the_process(tmp_path: Path) -> None:
     summary = json.loads(summary_path(path).read_text())
     assert summary["dropped"] == {"loop": 1, "overlap": 1}
     assert summary["complete"]
+
+
+def test_conversations_cut_short_are_kept_and_counted_apart_even_without_a_summary(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    cut = replace(kept(0), sampling={"index": 0, "cut_short": "overlap"})
+    with open_data(path, HEADER) as file:
+        file.add(cut)
+        file.add(kept(1))
+        assert file.cut_short == {"overlap": 1}
+    with open_data(path, HEADER) as file:
+        file.add(replace(cut, index=2))
+        file.write_summary(complete=True)
+    summary = json.loads(summary_path(path).read_text())
+    assert summary["cut_short"] == {"overlap": 2}
+    assert (summary["conversations"], summary["num_dropped"], summary["dropped"]) == (3, 0, {})
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"dropped": 3}'])

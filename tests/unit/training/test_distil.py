@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from spdbench.training.continuous import Completion
 from spdbench.training.distil import Distiller, Dropped, Kept, Outcome, Seen, Talk
 from spdbench.training.filters import Overlap
@@ -124,6 +126,39 @@ def test_no_suite_prompt_gets_in_by_turn_or_by_answer() -> None:
     talk = shared.reply(0, (), ["So what is the sum of two and three?"])
     assert list(talk) == []
     assert asked(shared, (1, 2, 3, 4, 5, 6, 7, 8, END)) == Dropped(0, "overlap")
+
+
+@pytest.mark.parametrize(
+    ("second_turn", "second_answer"),
+    [("So what is the sum of two and three?", GOOD), ("three", (1, 2, 3, 4, 5, 6, 7, 8, END))],
+    ids=["turn", "answer"],
+)
+def test_suite_prompt_in_a_later_turn_cuts_the_conversation_which_says_so(
+    second_turn: str, second_answer: tuple[int, ...]
+) -> None:
+    shared = distiller(overlap=Overlap(["what is the sum of two and three", "w1 w2 w3 w4 w5 w6 w7 w8"]))
+    outcome = asked(shared, GOOD, second_answer, turns=["one two", second_turn])
+    assert isinstance(outcome, Kept)
+    assert [message["content"] for message in outcome.messages] == ["one two", " w11 w12 w13 w14 w15"]
+    assert outcome.cut_short == "overlap"
+
+
+def test_conversation_that_is_whole_was_not_cut_short() -> None:
+    outcome = asked(distiller(), GOOD, (21, 22, 23, END), turns=["one two", "three"])
+    assert isinstance(outcome, Kept)
+    assert len(outcome.messages) == 4
+    assert outcome.cut_short is None
+    assert "cut_short" not in outcome.sampling
+
+
+def test_no_suite_prompt_gets_in_by_a_system_message() -> None:
+    shared = distiller(overlap=Overlap(["what is the sum of two and three"]))
+    talk = shared.reply(0, [{"role": "system", "content": "Tell what is the sum of two and three."}], ["one two"])
+    with pytest.raises(StopIteration) as end:
+        next(talk)
+    assert end.value.value == Dropped(0, "overlap")
+    talk = shared.reply(1, [{"role": "system", "content": "Be brief."}], ["one two"])
+    assert isinstance(play(talk, GOOD)[0], Kept)
 
 
 def test_same_turn_or_same_answer_is_kept_once() -> None:
