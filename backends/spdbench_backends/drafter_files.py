@@ -6,6 +6,7 @@ Must not know any method.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.training.recipe import Provenance
+
+VERSION = 1
+"""Of our own folders, for methods without a published version to name. A folder that names none is of the first."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -36,6 +40,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{file}: is not a mapping")
     return raw
+
+
+def require_version(folder: Path, config: Mapping[str, Any]) -> None:
+    """Checks the version that the config of a folder of ours names.
+
+    Raises:
+        InputError: it is not this one.
+    """
+    found = config.get("version", VERSION)
+    if found != VERSION:
+        raise InputError(
+            f"{folder}/config.json: version {found!r} is not known. Allowed: {VERSION}. A newer spdbench may read it."
+        )
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from spdbench.models.target import Target, find_device, load_target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
-from spdbench.training.conversations import read_conversations
+from spdbench.training.conversations import Conversations, read_conversations
+from spdbench.training.ending import is_finished, mark_finished
 from spdbench.training.features import Features, make_teacher
 from spdbench.training.loop import Training
 from spdbench.training.order import split_held_out
-from spdbench.training.recipe import Provenance, Recipe, RecipeOptions
+from spdbench.training.recipe import Particular, Provenance, Recipe, RecipeOptions
 from spdbench.training.registry import check_layout, find_recipe, parse_recipe_options
 from spdbench.training.schedule import Data, Limits, Plan
 from spdbench.training.space import (
@@ -41,7 +42,6 @@ from spdbench.training.space import (
     training_bytes,
 )
 from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
-from spdbench.types import Message
 
 EPOCHS = 3.0
 MOST_HELD_OUT_TOKENS = 20_000
@@ -75,35 +75,38 @@ def train(wishes: Wishes, chosen: ModelOptions, started: float, *, resume: bool)
     options = parse_recipe_options(chosen.options, recipe_class.Options)
     check_layout(recipe_class, wishes.layout)
     conversations = read_conversations(wishes.data)
-    if _finished(wishes, resume=resume):
-        return
+    if not is_writable(wishes.out):
+        raise InputError(f"--out {wishes.out}: cannot be written")
     torch.set_num_threads(chosen.threads)
     target = _target(chosen)
+    identity = _identity(wishes, options, target, conversations.sha256)
+    if resume and _nothing_is_left(wishes, identity):
+        return
     made_by = (conversations.header or {}).get("model", {}).get("sha256", target.files.sha256)
     if made_by != target.files.sha256:
         _say(f"NOTE: {wishes.data} holds what another model said; a drafter learns best from its own model.")
-    sequences = _sequences(conversations.messages, target, wishes)
-    identity = _identity(wishes, options, target, conversations.sha256)
+    sequences = _sequences(conversations, target, wishes)
     torch.manual_seed(wishes.seed)
     recipe, features = _prepared(recipe_class, options, target, sequences, wishes)
     data, plan = _data(sequences, wishes), _plan(wishes)
+    if not resume and checkpoint.set_aside(wishes.out):
+        _say(
+            f"An unfinished run is set aside as {checkpoint.ASIDE} until this one has finished; --resume would have "
+            "gone on with it."
+        )
     training = Training(recipe, features, data, plan, wishes.out, identity, TrainingProgress(), started=started)
     _finish(training.run(resume=resume), recipe, target, wishes, conversations.sha256, started)
 
 
-def _finished(wishes: Wishes, *, resume: bool) -> bool:
-    """True if there is nothing left to do. What an unfinished run left is set aside where it is not resumed."""
-    if not is_writable(wishes.out):
-        raise InputError(f"--out {wishes.out}: cannot be written")
-    unfinished = wishes.out / checkpoint.NAME
-    if resume and not unfinished.exists():
-        if (wishes.out / "config.json").exists():
-            _say(f"{wishes.out}: this run is finished.")
-            return True
-        _say("Nothing to resume, so this is a new run.")
-    elif not resume and unfinished.exists():
-        unfinished.replace(unfinished.with_name(checkpoint.NAME + ".old"))
-        _say(f"An unfinished run is set aside as {checkpoint.NAME}.old; --resume would have gone on with it.")
+def _nothing_is_left(wishes: Wishes, identity: Mapping[str, Any]) -> bool:
+    """True if the run that is to be resumed has come to its end."""
+    if (wishes.out / checkpoint.NAME).exists():
+        return False
+    if is_finished(wishes.out, identity, wishes.layout):
+        checkpoint.remove(wishes.out)
+        _say(f"{wishes.out}: this run is finished.")
+        return True
+    _say("Nothing to resume, so this is a new run.")
     return False
 
 
@@ -119,13 +122,18 @@ def _target(chosen: ModelOptions) -> Target:
     return target
 
 
-def _sequences(messages: Iterable[Sequence[Message]], target: Target, wishes: Wishes) -> list[TokenSequence]:
+def _sequences(conversations: Conversations, target: Target, wishes: Wishes) -> list[TokenSequence]:
     chat = ChatFormat(target.tokenizer)
     if not chat.is_chat:
         _say(f"NOTE: {target.files.id} has no chat template: conversations are learned as plain text.")
     length, eos_ids = min(wishes.max_length, target.config.max_positions), target.config.eos_ids
     end_id = ending_token(chat, eos_ids)
-    sequences = [sequence for conversation in messages for sequence in tokenised(conversation, chat, end_id, length)]
+    sequences: list[TokenSequence] = []
+    for number, messages in zip(conversations.lines, conversations.messages, strict=True):
+        try:
+            sequences += tokenised(messages, chat, end_id, length)
+        except InputError as error:
+            raise InputError(f"{wishes.data} line {number}: {error}") from None
     if len(sequences) < 2:
         raise InputError(
             f"{wishes.data}: {len(sequences)} conversations have an answer within {length} tokens; at least 2 are "
@@ -161,6 +169,8 @@ def _prepared(
     config = decoder.config
     draft_ids_U = draft_vocabulary(sequences, wishes.draft_vocab, config.vocab_size, config.eos_ids)
     recipe = recipe_class(options, make_teacher(decoder), draft_ids_U, wishes.stages)
+    if isinstance(recipe, Particular):
+        recipe.require_layout(wishes.layout)
     require_memory(training_bytes(recipe.module, config, wishes.batch_tokens), target.device, "training")
     require_disk(checkpoint_bytes(recipe.module), wishes.out, "training")
     features = Features(decoder, sequences, recipe.wanted)
@@ -211,6 +221,7 @@ def _finish(state: State, recipe: Recipe, target: Target, wishes: Wishes, data_s
         acceptance_by_position=state.best_rates,
     )
     recipe.write(wishes.out, about, wishes.layout)
+    mark_finished(wishes.out, wishes.layout)
     checkpoint.remove(wishes.out)
     rates = ", ".join(f"{rate:.1%}" for rate in state.best_rates)
     _say(

@@ -24,11 +24,13 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclass(frozen=True)
 class Conversations:
-    """The conversations of one file; `header` is None where it was not made by spdbench, `sha256` that of its bytes."""
+    """The conversations of one file, and the number of the line that holds each; `header` is None where it was not made
+    by spdbench, `sha256` that of its bytes."""
 
     header: Mapping[str, Any] | None
     messages: list[tuple[Message, ...]]
     sha256: str
+    lines: list[int]
 
 
 def read_conversations(path: Path) -> Conversations:
@@ -43,6 +45,7 @@ def read_conversations(path: Path) -> Conversations:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     header: Mapping[str, Any] | None = None
     found: list[tuple[Message, ...]] = []
+    places: list[int] = []
     lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -58,14 +61,17 @@ def read_conversations(path: Path) -> Conversations:
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be a JSON object with `messages` or `conversations`")
         if row.get("schema") == SCHEMA:
+            if not isinstance(row.get("model", {}), dict):
+                raise InputError(f"{where}: model: must be an object with the id and sha256 of who made these answers")
             header = row if header is None else header
         elif "schema" in row:
             raise InputError(f"{where}: schema {row['schema']!r} is not known here. Known: {SCHEMA}.")
         else:
             found.append(messages_of(row, where))
+            places.append(number)
     if not found:
         raise InputError(f"{path}: holds no conversation")
-    return Conversations(header, found, hashlib.sha256(raw).hexdigest())
+    return Conversations(header, found, hashlib.sha256(raw).hexdigest(), places)
 
 
 def messages_of(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -93,4 +99,8 @@ def _message(turn: Any, where: str) -> Message:
         raise InputError(f"{where}: role {role!r} is not known. Known: {allowed}.")
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, not {type(content).__name__}")
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: content must be text, but holds half of a surrogate pair") from None
     return {"role": role, "content": content}

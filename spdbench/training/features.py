@@ -58,6 +58,11 @@ class Features:
         """Bytes that the states of all sequences take."""
         return self._starts[-1] * len(self._kinds) * self._decoder.config.hidden_size * torch.bfloat16.itemsize
 
+    @property
+    def kept(self) -> bool:
+        """True if what was computed once is not computed again."""
+        return self._states_TKM is not None
+
     def keep_on_disk(self, folder: Path) -> None:
         """From now on what was computed is kept, in a file without a name in `folder`.
 

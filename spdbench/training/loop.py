@@ -1,7 +1,8 @@
 """The loop that trains any recipe: steps, held-out acceptance, checkpoints, and an end in time with the best so far.
 
 Everything that decides a step (weights, optimiser, generators, place in the data, time used) is in `State` or in the
-checkpoint beside it, so that a killed run goes on to the same numbers. Must not know any method.
+checkpoint beside it, so that a killed run goes on to the same numbers. An interruption may come anywhere: what is saved
+then is the last whole step, or nothing. Must not know any method.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from spdbench.errors import SpdbenchError
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.features import Features
+from spdbench.training.judging import fast_numbers, judge
+from spdbench.training.log import NAME as LOG
 from spdbench.training.log import TrainingLog
 from spdbench.training.order import batches_of, epoch_batches
 from spdbench.training.recipe import Batch, Counts, Fitted, Recipe
@@ -34,13 +36,6 @@ HOLD_OUT_SHARE, FIT_SHARE = 0.2, 0.3
 """Of a budget, when the held-out conversations, and then the first fit, have to be done with."""
 MARGIN_S, MARGIN_SHARE = 2.0, 0.02
 """Of a budget, kept for writing files, beside what another step and the last evaluation take."""
-
-
-def half_precision(device: torch.device) -> bool:
-    """True where products in bfloat16 are faster than in float32, and the machine has them."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
 class Training:
@@ -66,20 +61,23 @@ class Training:
         self._last_save = self._began
         self._params = [p for p in recipe.module.parameters() if p.requires_grad]
         self._device = self._params[0].device
-        self._half = half_precision(self._device)
         self._optimizer = torch.optim.AdamW(self._params, lr=plan.rate, betas=BETAS, weight_decay=DECAY)
         self.state = State()
+        self._settled: checkpoint.Generators | None = None
+        """The generators as they were when weights and `state` last belonged together; None while one of them is ahead
+        of the other."""
 
     def run(self, *, resume: bool) -> State:
         """Trains to the end; the module then holds the best weights by held-out acceptance.
 
-        An interruption leaves a checkpoint and goes on to the caller.
+        An interruption leaves a checkpoint of the last whole step and goes on to the caller. Where it breaks an update
+        in two, the checkpoint before stays.
         """
         module = self._recipe.module
         restored = checkpoint.restore(self._folder, self._identity, module, self._optimizer) if resume else None
         state = self.state = restored or State()
         self._origin = self._began - state.elapsed_s
-        log = self._log = TrainingLog(self._folder / "train.jsonl", state.log_size)
+        log = self._log = TrainingLog(self._folder / LOG, state.log_size)
         try:
             if restored is None:
                 log.write(dict(self._identity))
@@ -101,17 +99,24 @@ class Training:
         return state
 
     def _hold_out(self) -> None:
-        """Prepares what is held out; of a budget no more than a share goes there, and what is not ready is left."""
-        for index in self._data.held_out:
-            self._features.prepare([index])
-            self.state.held_out.append(index)
-            if self._used(HOLD_OUT_SHARE):
+        """Chooses what is judged by, and prepares it. Of a budget, no more than a share goes there, over all
+        evaluations where the target has to run for each of them; what does not fit is left."""
+        wanted, state, plan = self._data.held_out, self.state, self._plan
+        if plan.limits.budget_s is None:
+            self._features.prepare(wanted)
+            state.held_out = list(wanted)
+            return
+        times_more, began = 0 if self._features.kept else plan.num_evaluations, self._clock()
+        for index in wanted:
+            self._features.batch([index])
+            state.held_out.append(index)
+            if self._used(HOLD_OUT_SHARE, times_more * (self._clock() - began)):
                 return
 
-    def _used(self, share: float) -> bool:
-        """True if more than `share` of the budget, where there is one, has gone by."""
+    def _used(self, share: float, to_come_s: float = 0.0) -> bool:
+        """True if more than `share` of the budget, where there is one, has gone by, or will with what is to come."""
         budget_s = self._plan.limits.budget_s
-        return budget_s is not None and self._clock() - self._origin > share * budget_s
+        return budget_s is not None and self._clock() - self._origin + to_come_s > share * budget_s
 
     def _first_batches(self) -> Iterator[Batch]:
         plan, data = self._plan, self._data
@@ -127,18 +132,19 @@ class Training:
         state, plan, learned = self.state, self._plan, self._data.learned
         lengths = self._data.lengths
         batches: list[list[int]] = []
+        self._settle()
         while True:
             if not batches:
                 batches = epoch_batches(learned, lengths, plan.batch_tokens, plan.seed, state.epoch)
             progress = self._progress(len(batches))
-            if progress >= 1 or (state.step and progress * plan.num_evaluations >= state.evaluations):
-                self._evaluate()
-                state.evaluations = int(progress * plan.num_evaluations) + 1
+            due = progress >= 1 or (state.step and progress * plan.num_evaluations >= state.evaluations)
+            if due and state.evaluated != state.step:
+                self._evaluate(progress)
             if progress >= 1:
                 return
             self._step(batches, progress)
-            if state.batch >= len(batches):
-                state.epoch, state.batch, batches = state.epoch + 1, 0, []
+            if not state.batch:
+                batches = []
             if self._clock() - self._last_save >= plan.seconds_between_saves:
                 self._save()
 
@@ -161,7 +167,7 @@ class Training:
         figures: Mapping[str, float] = {}
         for indices in chosen:
             batch = self._features.batch(indices)
-            with self._precision():
+            with fast_numbers(self._device):
                 loss, figures = self._recipe.loss(batch)
             (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
             losses += loss.item() / len(chosen)
@@ -169,6 +175,7 @@ class Training:
         if not math.isfinite(losses):
             raise SpdbenchError(f"step {state.step + 1}: the loss is {losses}; try a lower --lr")
         norm = torch.nn.utils.clip_grad_norm_(self._params, CLIP)
+        self._settled = None
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         state.step, state.batch = state.step + 1, state.batch + len(chosen)
@@ -186,20 +193,21 @@ class Training:
                 "elapsed_s": round(self._clock() - self._origin, 3),
             }
         )
+        if state.batch >= len(batches):
+            state.epoch, state.batch = state.epoch + 1, 0
         state.step_s = max(self._clock() - began, 0.9 * state.step_s)  # on a busy machine some take far longer
+        self._settle()
         left = state.elapsed_s * (1 / progress - 1) if progress else math.nan
         self._report.step(state.step, losses, state.best_score, progress, left)
 
-    def _evaluate(self) -> None:
-        """Held-out acceptance; the best weights so far are kept. Takes nothing from the generators."""
+    def _evaluate(self, progress: float = 0.0) -> None:
+        """Held-out acceptance; the best weights so far are kept."""
         state, began = self.state, self._clock()
-        counts = Counts()
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices), self._precision():
-            for indices in batches_of(state.held_out, self._data.lengths, self._plan.batch_tokens):
-                counts += self._recipe.acceptance(self._features.batch(indices))
+        batches = batches_of(state.held_out, self._data.lengths, self._plan.batch_tokens)
+        counts = judge(self._recipe, self._features, batches, self._device)
         score = expected_length(counts.rates)
         best = score > state.best_score
+        self._settled = None
         if best:
             state.best_score, state.best_rates, state.best_tokens = score, counts.rates, state.trained_tokens
             state.best_weights = {
@@ -207,6 +215,7 @@ class Training:
             }
         took = self._clock() - began
         state.evaluation_s = max(took, 0.9 * state.evaluation_s)
+        state.evaluated, state.evaluations = state.step, int(progress * self._plan.num_evaluations) + 1
         self._log.write(
             {
                 "step": state.step,
@@ -217,17 +226,23 @@ class Training:
                 "elapsed_s": round(self._clock() - self._origin, 3),
             }
         )
+        self._settle()
         self._report.evaluated(state.step, counts.rates, best)
 
+    def _settle(self) -> None:
+        """Weights, `state` and log belong together now: this is what an interruption from here on leaves."""
+        self.state.log_size = self._log.size
+        self._settled = checkpoint.generators(self._device)
+
     def _save(self) -> None:
+        """A checkpoint of what was settled last; none in the middle of an update."""
+        if self._settled is None:
+            return
         self.state.elapsed_s = self._clock() - self._origin
         self._log.sync()
-        self.state.log_size = self._log.size
-        checkpoint.save(self._folder, self._identity, self.state, self._recipe.module, self._optimizer)
+        module = self._recipe.module
+        checkpoint.save(self._folder, self._identity, self.state, module, self._optimizer, self._settled)
         self._last_save = self._clock()
-
-    def _precision(self) -> Any:
-        return torch.autocast(self._device.type, torch.bfloat16) if self._half else nullcontext()
 
 
 def expected_length(rates: Sequence[float]) -> float:

@@ -13,11 +13,11 @@ POOL_BATCHES = 16
 
 
 def split_held_out(lengths: Sequence[int], share: float, seed: int, at_most: int) -> tuple[list[int], list[int]]:
-    """Indices to learn from and indices held out, each ascending: `share` of all, at least one, at most `at_most`
-    tokens where that leaves one."""
+    """Indices to learn from and indices held out, each ascending and of two or more at least one: held out are `share`
+    of all, at most `at_most` tokens where that leaves one."""
     order = list(range(len(lengths)))
     random.Random(f"held out {seed}").shuffle(order)
-    wanted = max(1, round(share * len(order)))
+    wanted = max(1, min(round(share * len(order)), len(order) - 1))
     held, tokens = 0, 0
     for index in order[:wanted]:
         if held and tokens + lengths[index] > at_most:

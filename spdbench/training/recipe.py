@@ -129,6 +129,18 @@ class Recipe(Protocol):
 
 
 @runtime_checkable
+class Particular(Protocol):
+    """What a recipe has besides, if some of its `formats` have no place for what some options ask of a drafter."""
+
+    def require_layout(self, layout: str) -> None:
+        """Asked before training, so that no drafter is trained that cannot be written.
+
+        Raises:
+            InputError: `write` could not use this layout; says what to give instead.
+        """
+
+
+@runtime_checkable
 class Fitted(Protocol):
     """What a recipe has besides, if its module can begin closer to the target than a draw from a distribution."""
 

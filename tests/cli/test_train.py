@@ -39,6 +39,20 @@ def train(method: str, data: Path, out: Path, model: Path, *words: str | Path) -
     return spdbench("train", method, "--data", data, "--out", out, "-m", model, *QUICK, *words)
 
 
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run is interrupted when it has taken so many steps."""
+    from spdbench.training.loop import Training
+
+    whole_step = Training._step
+
+    def stopped(self: Training, *args: Any) -> None:
+        if self.state.step == step:
+            raise KeyboardInterrupt
+        whole_step(self, *args)
+
+    monkeypatch.setattr(Training, "_step", stopped)
+
+
 @pytest.mark.parametrize("method", ["spd", "ppsd"])
 def test_a_trained_drafter_is_found_by_auto_and_measured(
     method: str, data: Path, out: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,20 +77,10 @@ def test_a_trained_drafter_is_found_by_auto_and_measured(
 def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
     data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spdbench.training.loop import Training
-
-    step = Training._step
-
-    def stopped(self: Training, *args: Any) -> None:
-        if self.state.step == 2:
-            raise KeyboardInterrupt
-        step(self, *args)
-
-    monkeypatch.setattr(Training, "_step", stopped)
-    said = train("spd", data, out, tiny_model, "--batch-tokens", "64")
-    assert said.code == 130
+    with monkeypatch.context() as patched:
+        interrupt_at(2, patched)
+        assert train("spd", data, out, tiny_model, "--batch-tokens", "64").code == 130
     assert (out / "checkpoint.pt").exists()
-    monkeypatch.setattr(Training, "_step", step)
     said = train("spd", data, out, tiny_model, "--batch-tokens", "64", "--lr", "0.1", "--resume")
     assert said.code == 2
     assert "lr 0.001, now 0.1" in said.err
@@ -89,12 +93,63 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
     assert "is finished" in said.err
 
 
-def test_a_new_run_sets_an_unfinished_one_aside(data: Path, out: Path, tiny_model: Path) -> None:
+def test_a_new_run_sets_an_unfinished_one_aside_until_it_has_finished(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out.mkdir(parents=True)
     (out / "checkpoint.pt").write_bytes(b"old")
-    said = train("spd", data, out, tiny_model)
-    assert said.code == 0, said.err
+    (out / "checkpoint.pt.part").write_bytes(b"killed while it was written")
+    with monkeypatch.context() as patched:
+        interrupt_at(0, patched)
+        assert train("spd", data, out, tiny_model).code == 130
     assert (out / "checkpoint.pt.old").read_bytes() == b"old"
+    said = train("spd", data, out, tiny_model, "--resume")
+    assert said.code == 0, said.err
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "train.jsonl"]
+
+
+def test_the_drafter_of_an_older_run_is_not_taken_for_that_of_a_killed_one(
+    data: Path, out: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train("spd", data, out, tiny_model).code == 0
+    older = json.loads((out / "config.json").read_text())
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text().replace("answer", "reply"))
+    with monkeypatch.context() as patched:
+        interrupt_at(0, patched)
+        assert train("spd", other, out, tiny_model).code == 130
+    said = train("spd", other, out, tiny_model, "--resume")
+    assert said.code == 0, said.err
+    assert "is finished" not in said.err
+    assert json.loads((out / "config.json").read_text())["data_sha256"] != older["data_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--lr", "0.1"), "lr 0.001, now 0.1"),
+        (("--stages", "2"), "stages None, now 2"),
+        (("--format", "spd-v11"), "format spdbench, now spd-v11"),
+    ],
+)
+def test_a_finished_run_of_other_settings_is_not_this_one(
+    data: Path, out: Path, tiny_model: Path, words: tuple[str, ...], expected: str
+) -> None:
+    assert train("spd", data, out, tiny_model).code == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = train("spd", data, out, tiny_model, *words, "--resume")
+    assert said.code == 2
+    assert f"other settings: {expected}" in " ".join(said.err.split())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_folder_with_a_model_is_no_finished_run(data: Path, out: Path, tiny_model: Path) -> None:
+    out.mkdir(parents=True)
+    (out / "config.json").write_bytes((tiny_model / "config.json").read_bytes())
+    said = train("spd", data, out, tiny_model, "--resume")
+    assert said.code == 2
+    assert "no train.jsonl of a run" in " ".join(said.err.split())
+    assert [path.name for path in out.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +160,7 @@ def test_a_new_run_sets_an_unfinished_one_aside(data: Path, out: Path, tiny_mode
         (("-o", "layers=none"), "-o layers=none"),
         (("-o", "layers"), "expected KEY=VALUE"),
         (("--format", "eagle3"), "spdbench or spd-v11"),
+        (("--format", "spd-v11", "-o", "stage_layers=1,2,3"), "knows equal stages only, not 1,2,3 layers"),
         (("--drafter", "random"), "it takes none"),
         (("--budget", "soon"), "is not a duration"),
         (("--feature-cache", "much"), "is not a size"),
@@ -169,3 +225,28 @@ def test_the_published_layout_is_written(data: Path, out: Path, tiny_model: Path
     content = torch.load(out / "head.pt")
     assert content["config"]["version"] == 11
     assert content["state_dict"]["lm_head.weight"].shape == (50, 32)
+
+
+def test_a_layout_that_medusa_heads_do_not_fit_is_told_before_they_are_trained(
+    data: Path, out: Path, tiny_model: Path
+) -> None:
+    said = train("medusa", data, out, tiny_model, "--format", "v2", "--draft-vocab", "50")
+    assert said.code == 2
+    assert "--format v2: knows no draft vocabulary; give --draft-vocab 262" in " ".join(said.err.split())
+    assert list(out.iterdir()) == []
+    said = train("medusa", data, out, tiny_model, "--format", "v2", "--draft-vocab", "262")
+    assert said.code == 0, said.err
+
+
+def test_a_conversation_that_the_chat_template_refuses_is_named_by_its_line(
+    data: Path, out: Path, tmp_path: Path
+) -> None:
+    model = tiny.make_model(tmp_path / "picky")
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusal + tiny.CHAT_TEMPLATE)
+    talk = [("system", "s"), ("user", "q"), ("assistant", "a")]
+    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in talk]})
+    data.write_text(data.read_text() + "\n" + line + "\n")
+    said = train("spd", data, out, model)
+    assert said.code == 2
+    assert "data.jsonl line 14: the model's chat template refuses" in " ".join(said.err.split())

@@ -36,6 +36,7 @@ def test_each_tells_where_it_comes_from(folder: Path) -> None:
     first, *steps = log_of(folder)
     assert config["model_sha256"] == first["model_sha256"]
     assert config["data_sha256"] == first["data_sha256"]
+    assert config["version"] == {"spd": 11}.get(config["method"], 1)
     assert config["trained_tokens"] >= 500_000
     best = [step["acceptance"] for step in steps if step.get("best")][-1]
     assert config["acceptance_by_position"] == pytest.approx(best)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
-from spdbench_backends.drafter_files import load_tensors, read_config
+from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 
 Layout = Literal["safeailab", "specforge", "speculators", "spdbench"]
 
@@ -122,6 +122,8 @@ def read_eagle(path: Path) -> EagleFile:
     if method is not None and method not in ("eagle3", "eagle"):
         raise InputError(f"{path}: is a drafter for '{method}', not for eagle")
     layout = _layout(raw)
+    if layout == "spdbench":
+        require_version(path, raw)
     try:
         config = EagleConfig.model_validate(_flat(raw, layout, path))
     except ValidationError as error:
@@ -134,7 +136,7 @@ def read_eagle(path: Path) -> EagleFile:
             if name in tensors:
                 raise InputError(f"{part}: two tensors are called {name}")
             tensors[name] = tensor
-    known = {*EagleConfig.model_fields, "method", "aux_hidden_states", "rope_parameters"}
+    known = {*EagleConfig.model_fields, "method", "version", "aux_hidden_states", "rope_parameters"}
     extra = {key: value for key, value in raw.items() if key not in known} if layout == "spdbench" else {}
     file = EagleFile(path, layout, config, tensors, sha256_of_files(weights.files), extra)
     claimed = _claimed_version(raw)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from spdbench_backends.drafter_files import VERSION
 from spdbench_backends.eagle.conventions import feeds_normed
 from spdbench_backends.eagle.formats import FAMILIES, EagleFile, Layout
 from spdbench_backends.eagle.sizes import Sizes, sizes_of
@@ -181,6 +182,7 @@ def _spdbench(file: EagleFile, sizes: Sizes, aux: list[int] | None) -> dict[str,
     return {
         **file.extra,
         "method": "eagle3" if file.is_eagle3 else "eagle",
+        "version": VERSION,
         **_llama(file, sizes),
         **file.config.model_dump(mode="json", exclude=own, exclude_none=True),
         "norm_output": feeds_normed(file),

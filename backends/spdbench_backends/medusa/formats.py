@@ -32,7 +32,7 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
 from spdbench.models.decoder import DRAFT_HEADS
-from spdbench_backends.drafter_files import load_tensors, read_config
+from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 
 Layout = Literal["v0.1", "v2", "medusa2", "vllm", "spdbench"]
 
@@ -161,6 +161,8 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     if raw.get("method", "medusa") != "medusa":
         raise InputError(f"{path}: is a drafter for {raw['method']!r}, not for medusa")
     layout, tensors, files = _read_tensors(path, raw)
+    if layout == "spdbench":
+        require_version(path, raw)
     if layout == "medusa2" and (model is None or path.resolve() != model.resolve()):
         raise InputError(
             f"{path}: is a whole model, and its Medusa heads were trained together with it (Medusa-2); use it as the "
@@ -177,7 +179,7 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     heads = take.heads(raw, config)
     take.refuse_leftovers()
     _check_accuracies(path, config, len(blocks))
-    known = {*MedusaConfig.model_fields, "method"}
+    known = {*MedusaConfig.model_fields, "method", "version"}
     extra = {key: value for key, value in raw.items() if key not in known} if layout == "spdbench" else {}
     return MedusaFile(path, layout, config, blocks, heads, sha256_of_files(files), extra)
 

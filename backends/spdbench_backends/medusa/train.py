@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from spdbench.errors import InputError
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
 from spdbench_backends.drafter_files import add_origin, origin
 from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile
@@ -134,6 +135,14 @@ class MedusaRecipe:
             return ()
         shares_KR = self._counts("ranks_KR").cpu().double() / judged_K[:, None]
         return tuple(tuple(round(share, 6) for share in ranks) for ranks in shares_KR.tolist())
+
+    def require_layout(self, layout: str) -> None:
+        """The layouts of the method's authors draft from the whole vocabulary."""
+        if layout in ("v0.1", "v2") and self._vocabulary.ids_U is not None:
+            raise InputError(
+                f"--format {layout}: knows no draft vocabulary; give --draft-vocab {self._teacher.config.vocab_size}, "
+                "which is all of it, or --format vllm or spdbench"
+            )
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """`medusa` is the published layout that has words for these heads: vLLM's where they draft some tokens only."""

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from spdbench.errors import InputError
+from spdbench_backends.drafter_files import VERSION
 from spdbench_backends.medusa.formats import TOKEN_MAP, MedusaFile
 
 WrittenLayout = Literal["v0.1", "v2", "vllm", "spdbench"]
@@ -63,7 +64,7 @@ def _written(file: MedusaFile, layout: WrittenLayout) -> dict[str, Any]:
     width = file.blocks[0][0].weight_MM.shape[0]
     if layout == "spdbench":
         kept = config.model_dump(mode="json", exclude_defaults=True)
-        return {**file.extra, "method": "medusa", "hidden_size": width, **kept}
+        return {**file.extra, "method": "medusa", "version": VERSION, "hidden_size": width, **kept}
     if layout == "vllm":
         return {
             "architectures": ["MedusaModel"],

@@ -1,6 +1,6 @@
 """PPSD's exit head: decoder layers over stage 0's output, then a final norm and a head, by default the target's own.
 
-    config.json         method, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
+    config.json         method, version, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
                         trained_tokens
     model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
                         matrices may be in 8 bits, as `packing` has them
@@ -29,7 +29,7 @@ from spdbench.models.kernels import linear
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.steps import NormWeight
 from spdbench.pipeline.schedule import Cycle
-from spdbench_backends.drafter_files import load_tensors, read_config
+from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 from spdbench_backends.packing import unpacked
 from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
 
@@ -68,6 +68,7 @@ def read_exit(path: Path) -> ExitFile:
     config = read_config(path)
     if config.get("method") != "ppsd":
         raise InputError(f"{path}: is not a PPSD drafter: config.method is {config.get('method')!r}, expected 'ppsd'")
+    require_version(path, config)
     file = path / "model.safetensors"
     if not file.is_file():
         raise InputError(f"{path}: is not a drafter folder, it has no {file.name}")

@@ -116,7 +116,17 @@ class SPDRecipe:
         agreed = self._agreed(row_BSM, batch)[batch.answers_BS]
         return Counts((agreed.numel(),), (int(agreed.sum()),))
 
+    def require_layout(self, layout: str) -> None:
+        """A version 11 file has no words for uneven stages."""
+        sizes = [len(layers) for layers in self._plan.stages]
+        if layout == "spd-v11" and len(set(sizes)) > 1:
+            raise InputError(
+                f"--format spd-v11: knows equal stages only, not {','.join(map(str, sizes))} layers; give --stages N "
+                f"that divides {sum(sizes)} in place of -o stage_layers, or --format spdbench"
+            )
+
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
+        self.require_layout(layout)
         config, tensors = self._config(about), stored(self.module.state_dict(), self._options.storage)
         if layout == "spd-v11":
             tensors = stored({"lm_head.weight": self._head, **unpacked(tensors)}, "bfloat16")

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spdbench.training.losses import greedy_tokens, kl_rows
 from spdbench.training.modules import DecoderLayer
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
-from spdbench_backends.drafter_files import origin
+from spdbench_backends.drafter_files import VERSION, origin
 from spdbench_backends.packing import stored
 from spdbench_backends.spd.formats import write_folder
 from spdbench_backends.spd.train import DraftVocabulary, PipelineTraining, begin_as, cut
@@ -82,6 +82,7 @@ class PPSDRecipe:
         base, sizes = self._teacher.config, [len(layers) for layers in self._stages]
         config = {
             "method": self.method,
+            "version": VERSION,
             "hidden_size": base.hidden_size,
             "vocab_size": base.vocab_size,
             "exit_layer": self._exit_layer,

@@ -493,7 +493,7 @@ def own_folder(decoder: Decoder, **update: Any) -> EagleFile:
 def test_our_own_folder_takes_head_rows_from_the_target(decoder: Decoder, tmp_path: Path) -> None:
     file = own_folder(decoder, draft_token_ids=tuple(IDS), trained_tokens=7)
     found = read_eagle(write_eagle(file, tmp_path, "spdbench"))
-    assert raw_config(tmp_path)["method"] == "eagle3"
+    assert (raw_config(tmp_path)["method"], raw_config(tmp_path)["version"]) == ("eagle3", 1)
     assert found.trained_tokens == 7
     assert found.extra["model_sha256"] == "ab"
     assert read_eagle(write_eagle(found, tmp_path, "spdbench")).config == found.config
@@ -516,6 +516,14 @@ def test_our_own_folder_takes_head_rows_from_the_target(decoder: Decoder, tmp_pa
 def test_a_listed_draft_vocabulary_is_checked(decoder: Decoder, ids: tuple[int, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_eagle(own_folder(decoder, draft_token_ids=ids), decoder)
+
+
+def test_a_version_that_is_not_known_is_refused_and_none_is_the_first(decoder: Decoder, tmp_path: Path) -> None:
+    file = own_folder(decoder)
+    folder = write_eagle(file, tmp_path, "spdbench")
+    assert read_eagle(altered(folder, version=None)).config == read_eagle(altered(folder, version=1)).config
+    with pytest.raises(InputError, match=r"version 2 is not known\. Allowed: 1\. A newer spdbench"):
+        read_eagle(altered(folder, version=2))
 
 
 def test_a_draft_vocabulary_is_named_once(decoder: Decoder) -> None:

@@ -117,7 +117,15 @@ def test_our_own_folder_keeps_what_it_knows(tmp_path: Path) -> None:
     assert found.config == file.config
     assert found.head_accuracies == ((0.5, 0.2), (0.25,), (0.125, 0.1, 0.0))
     assert found.trained_tokens == 1000
-    assert json.loads((tmp_path / "config.json").read_text())["method"] == "medusa"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["method"], config["version"]) == ("medusa", 1)
+
+
+@pytest.mark.parametrize("version", [2, "1"])
+def test_our_own_folder_of_another_version_is_refused(tmp_path: Path, version: object) -> None:
+    folder = altered(write_medusa(heads(), tmp_path, "spdbench"), {}, version=version)
+    with pytest.raises(InputError, match=rf"version {version!r} is not known\. Allowed: 1\. A newer"):
+        read_medusa(folder)
 
 
 def test_published_files_have_the_published_names(tmp_path: Path) -> None:

@@ -127,11 +127,15 @@ def test_every_layout_drafts_alike(
 def test_a_draft_vocabulary_is_written_where_a_layout_has_a_place_for_it(decoder: Decoder, tmp_path: Path) -> None:
     recipe = fresh(decoder)
     for layout in ("spdbench", "vllm"):
+        recipe.require_layout(layout)
         recipe.write(tmp_path / layout, ABOUT, layout)
         file = read_medusa(tmp_path / layout)
         assert file.config.draft_token_ids == tuple(DRAFT_IDS.tolist())
         assert len(file.heads) == (layout == "vllm")
     for layout in ("v0.1", "v2"):
+        with pytest.raises(InputError, match="knows no draft vocabulary; give --draft-vocab 262"):
+            recipe.require_layout(layout)
+        fresh(decoder, None).require_layout(layout)
         with pytest.raises(InputError, match="knows no draft vocabulary"):
             recipe.write(tmp_path / layout, ABOUT, layout)
 

@@ -119,6 +119,7 @@ def test_head_norms_belong_to_the_layer_where_the_file_has_them(decoder: Decoder
         ({}, {"num_layers": 2}, r"tensor layers\.1\."),
         ({}, {"exit_layer": "two"}, r"config\.exit_layer: "),
         ({}, {"method": "spd"}, "is not a PPSD drafter: config.method is 'spd'"),
+        ({}, {"version": 2}, r"version 2 is not known\. Allowed: 1\. A newer spdbench"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -126,6 +126,16 @@ def test_a_published_file_has_to_hold_its_head(decoder: Decoder, teacher: Teache
         build_head(read_head(tmp_path / PUBLISHED), decoder, STAGES)
 
 
+def test_uneven_stages_have_no_place_in_a_published_file(teacher: Teacher, tmp_path: Path) -> None:
+    uneven = spd(teacher, None, stage_layers="1,2,3")
+    uneven.require_layout("spdbench")
+    spd(teacher, None, stage_layers="2,2,2").require_layout("spd-v11")
+    for refused in (lambda: uneven.require_layout("spd-v11"), lambda: uneven.write(tmp_path, ABOUT, "spd-v11")):
+        with pytest.raises(InputError, match="equal stages only, not 1,2,3 layers; give --stages N that divides 6"):
+            refused()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_config_says_where_a_head_comes_from(teacher: Teacher, tmp_path: Path) -> None:
     spd(teacher, None, torch.arange(100), stage_layers="1,2,3").write(tmp_path, ABOUT, "spdbench")
     config = json.loads((tmp_path / "config.json").read_text())
@@ -206,6 +216,7 @@ def test_an_exit_head_drafts_as_it_was_trained(
     recipe.write(tmp_path, ABOUT, "spdbench")
     matrices = sum(weight.numel() for weight in recipe.module.parameters() if weight.ndim == 2)
     assert bytes_each * matrices < (tmp_path / "model.safetensors").stat().st_size < (bytes_each + 0.5) * matrices
+    assert json.loads((tmp_path / "config.json").read_text())["version"] == 1
     head = build_exit(read_exit(tmp_path), decoder, STAGES)
     text = batch(decoder, IDS, padding=0)
     with torch.no_grad():

@@ -26,6 +26,7 @@ def test_our_file_has_a_header_and_conversations(tmp_path: Path) -> None:
     found = read_conversations(path)
     assert found.header == HEADER
     assert found.messages == [tuple(CHAT), tuple(CHAT)]
+    assert found.lines == [2, 4]
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -57,6 +58,8 @@ def test_line_that_a_kill_cut_is_left_out_of_our_files(tmp_path: Path) -> None:
         ([{"messages": [{"role": "bot", "content": ""}]}], "role 'bot' is not known. Known: system, user"),
         ([{"messages": [{"role": ["user"], "content": ""}]}], "is not known"),
         ([{"schema": "spdbench.data/9"}], "line 1: schema 'spdbench.data/9' is not known"),
+        ([{**HEADER, "model": "x"}, {"messages": CHAT}], "line 1: model: must be an object"),
+        ([{"messages": CHAT}, {"messages": [{"role": "user", "content": "\ud83d"}]}], "line 2: .*half of a surrogate"),
     ],
 )
 def test_what_is_no_conversation_is_named_with_its_line(rows: list[Any], said: str, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from spdbench.models.decoder import Decoder
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.features import Features, make_teacher
+from spdbench.training.log import TrainingLog
 from spdbench.training.loop import Training
-from spdbench.training.recipe import Batch, Teacher
+from spdbench.training.recipe import Batch, Counts, Teacher
 from spdbench.training.schedule import Data, Limits, Plan
 from spdbench.training.tokens import TokenSequence
 from spdbench_backends.spd.train import SPDRecipe, SPDTraining
@@ -60,11 +61,21 @@ class Run:
         torch.manual_seed(5)
         return SPDRecipe(SPDTraining(), self.teacher, None, 3)
 
-    def __call__(self, recipe: SPDRecipe, plan: Plan = PLAN, *, resume: bool = False, **more: Any) -> State:
+    def __call__(
+        self,
+        recipe: SPDRecipe,
+        plan: Plan = PLAN,
+        *,
+        resume: bool = False,
+        held_out: int = 2,
+        kept: bool = True,
+        **more: Any,
+    ) -> State:
         features = Features(self.teacher.decoder, self.sequences, recipe.wanted)
-        features.keep_on_disk(self.folder)
+        if kept:
+            features.keep_on_disk(self.folder)
         lengths = [len(sequence.ids) for sequence in self.sequences]
-        data = Data(lengths, range(2, 16), range(2))
+        data = Data(lengths, range(held_out, 16), range(held_out))
         training = Training(recipe, features, data, plan, self.folder, {"seed": plan.seed}, **more)
         return training.run(resume=resume)
 
@@ -77,6 +88,12 @@ class Run:
 @pytest.fixture
 def run(teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path) -> Run:
     return Run(teacher, sequences, tmp_path / "run")
+
+
+@pytest.fixture
+def whole(teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path) -> Run:
+    """Where nothing interrupts."""
+    return Run(teacher, sequences, tmp_path / "whole")
 
 
 class KilledError(BaseException):
@@ -95,6 +112,18 @@ class Mortal(SPDRecipe):
         return super().loss(batch)
 
 
+def assert_goes_on_as_if_nothing_had_been(run: Run, whole: Run) -> None:
+    """Resumes `run`: the same log and the same weights as those of one that was never stopped."""
+    expected = whole.recipe()
+    whole(expected)
+    torch.manual_seed(99)  # what a new process would do first must not matter
+    resumed = run.recipe()
+    run(resumed, resume=True)
+    assert run.log == whole.log
+    for name, weight in expected.module.state_dict().items():
+        assert torch.equal(weight, resumed.module.state_dict()[name]), name
+
+
 def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
     state = run(run.recipe(), replace(PLAN, limits=Limits(20, None)))
     losses = [line["loss"] for line in run.log if "loss" in line]
@@ -104,35 +133,107 @@ def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
     assert run.log[0] == {"seed": 0}
 
 
-def test_a_killed_run_goes_on_to_the_same_curve_and_weights(
-    run: Run, teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path
-) -> None:
-    whole = Run(teacher, sequences, tmp_path / "whole")
-    expected = whole.recipe()
-    whole(expected)
+def test_a_killed_run_goes_on_to_the_same_curve_and_weights(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KilledError):
         run(Mortal(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e-9))
-    torch.manual_seed(99)  # what a new process would do first must not matter
-    resumed = run.recipe()
-    run(resumed, resume=True)
-    assert run.log == whole.log
-    for name, weight in expected.module.state_dict().items():
-        assert torch.equal(weight, resumed.module.state_dict()[name]), name
+    assert_goes_on_as_if_nothing_had_been(run, whole)
 
 
-def test_an_interruption_keeps_a_checkpoint(run: Run, teacher: Teacher) -> None:
-    class Stopped(Mortal):
-        def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
-            try:
-                return super().loss(batch)
-            except KilledError:
-                raise KeyboardInterrupt from None
+class Stopped(SPDRecipe):
+    """Is interrupted at its seventh loss, when it has drawn what it wanted of torch's generator."""
 
+    left = 7
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        found = super().loss(batch)
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return found
+
+
+def test_a_run_interrupted_within_a_step_keeps_the_whole_step_before(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
         run(Stopped(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e9))
     assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 6
+    assert_goes_on_as_if_nothing_had_been(run, whole)
+
+
+def test_a_run_interrupted_within_an_update_keeps_the_checkpoint_before(
+    run: Run, whole: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[torch.optim.Optimizer] = []
+
+    def stopped(self: torch.optim.AdamW, set_to_none: bool = True) -> None:
+        steps.append(self)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        torch.optim.Optimizer.zero_grad(self, set_to_none)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "zero_grad", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(run.recipe())
+    assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 4
+    assert_goes_on_as_if_nothing_had_been(run, whole)
+
+
+def test_a_line_that_an_interruption_cut_is_written_anew(run: Run, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = TrainingLog.write
+
+    def cut(self: TrainingLog, line: Mapping[str, Any]) -> None:
+        if line.get("step") == 5:
+            self._file.write(b'{"step"')
+            raise KeyboardInterrupt
+        write(self, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingLog, "write", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run(run.recipe())
+    assert_goes_on_as_if_nothing_had_been(run, whole)
+
+
+def test_an_interrupted_evaluation_leaves_no_counts_in_the_module(run: Run, teacher: Teacher) -> None:
+    class Counting(SPDRecipe):
+        def acceptance(self, batch: Batch) -> Counts:
+            counted = self.module.get_buffer("counted")
+            counted += 1
+            if int(counted) == 4:
+                raise KeyboardInterrupt
+            return super().acceptance(batch)
+
+    recipe = Counting(SPDTraining(), teacher, None, 3)
+    recipe.module.register_buffer("counted", torch.zeros(()))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, replace(PLAN, seconds_between_saves=1e9))
+    assert int(torch.load(run.folder / checkpoint.NAME)["module"]["counted"]) == 3
+
+
+def test_a_log_that_is_gone_or_cut_is_told(run: Run, teacher: Teacher) -> None:
+    with pytest.raises(KilledError):
+        run(Mortal(SPDTraining(), teacher, None, 3))
+    log = run.folder / "train.jsonl"
+    log.write_bytes(log.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"train\.jsonl is gone or cut.*Run without --resume"):
+        run(run.recipe(), resume=True)
+    log.unlink()
+    with pytest.raises(InputError, match=r"train\.jsonl is gone or cut.*Run without --resume"):
+        run(run.recipe(), resume=True)
+
+
+@pytest.mark.parametrize("part", ["state", "module"])
+def test_a_checkpoint_of_another_version_is_told(run: Run, teacher: Teacher, part: str) -> None:
+    with pytest.raises(KilledError):
+        run(Mortal(SPDTraining(), teacher, None, 3))
+    path = run.folder / checkpoint.NAME
+    content = torch.load(path)
+    content[part]["of_tomorrow"] = torch.zeros(1)
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"another version of spdbench\. Run without --resume"):
+        run(run.recipe(), resume=True)
 
 
 def test_other_settings_are_no_continuation(run: Run) -> None:
@@ -173,6 +274,21 @@ def test_a_resumed_budget_counts_what_was_used(run: Run, teacher: Teacher) -> No
     run(run.recipe(), plan, resume=True, clock=clock, started=0.0)
     assert used > 5
     assert clock.now + used <= 60
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_held_out_fits_a_share_of_the_budget(run: Run, kept: bool) -> None:
+    plan = replace(PLAN, limits=Limits(None, 60.0))
+    state = run(run.recipe(), plan, held_out=8, kept=kept, clock=Clock(), started=0.0)
+    if kept:
+        assert state.held_out == list(range(8))
+    else:  # the target runs again for each of eleven evaluations
+        assert 1 <= len(state.held_out) < 4
+
+
+def test_the_same_weights_are_not_judged_twice(run: Run) -> None:
+    run(run.recipe(), replace(PLAN, limits=Limits(None, 1.0)), clock=Clock(), started=0.0)
+    assert [line["step"] for line in run.log if "acceptance" in line] == [0]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(run: Run) -> None:

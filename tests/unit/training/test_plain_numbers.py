@@ -32,6 +32,13 @@ def test_held_out_is_a_share_at_least_one_and_not_too_long() -> None:
     assert len(split_held_out(LENGTHS, 0.9, 0, 1)[1]) == 1
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_of_two_or_more_one_is_left_to_learn_from(count: int) -> None:
+    learned, held = split_held_out(LENGTHS[:count], 0.9, 0, 10**6)
+    assert len(learned) == 1
+    assert len(held) == count - 1
+
+
 def test_progress_is_that_of_whichever_limit_ends_first() -> None:
     assert Limits(2, None).progress(1.0, 1e9, 0) == 0.5
     assert Limits(None, 100).progress(50, 45, reserve_s=10) == 0.5
