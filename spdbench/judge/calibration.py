@@ -159,9 +159,7 @@ def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
     return float(tokens / seconds)
 
 
-def _threshold(
-    one: Recording, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]
-) -> Threshold:
+def _threshold(one: Recording, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]) -> Threshold:
     """From the values of a metric in runs of which `one` is one."""
     head = one.head
     spread = distance([math.log(value) for value in values])

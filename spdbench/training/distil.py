@@ -46,6 +46,11 @@ class Kept:
     sampling: dict[str, Any]
     num_tokens: int
 
+    @property
+    def cut_short(self) -> str | None:
+        """Why it ends before its last turn; None if it does not."""
+        return self.sampling.get("cut_short")
+
 
 @dataclass(frozen=True)
 class Dropped:

@@ -23,7 +23,7 @@ from spdbench.training.judging import fast_numbers, judge
 from spdbench.training.log import NAME as LOG
 from spdbench.training.log import TrainingLog
 from spdbench.training.order import batches_of, epoch_batches
-from spdbench.training.recipe import Batch, Counts, Fitted, Recipe
+from spdbench.training.recipe import Batch, Fitted, Recipe
 from spdbench.training.report import Report, Silence
 from spdbench.training.schedule import Data, Plan, rate_factor
 

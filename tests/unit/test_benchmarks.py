@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import distill, generate, llamacpp, memory, scaling, sides
+from benchmarks import claim, distill, generate, llamacpp, memory, scaling, sides
 from benchmarks.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
 from benchmarks.workload import Decoded, common_prefix
 from spdbench.cli.distill import command as distill_command
@@ -202,6 +202,25 @@ def test_scaling_rows_compare_with_the_first_setting_and_judge_the_targets(monke
     ]
     assert [goal.met for goal in report.goals] == [True, False]
     assert report.goals[0].what == "rows 8 over 1, float32"
+
+
+def test_a_run_of_the_claim_that_was_interrupted_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    files = [tmp_path / f"quick__{label}__smollm2__t0.json" for label in ("vanilla", "eagle")]
+    files[0].touch()
+    assert not claim.are_whole(files)
+    files[1].touch()
+    assert claim.are_whole(files)
+    (tmp_path / "quick__eagle__smollm2__t0.journal.jsonl").touch()
+    assert not claim.are_whole(files)
+
+
+def test_runs_of_the_claim_with_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    words = {"sampled_limit": 8, "max_new_tokens": 64, "drafters": Path("heads"), "stages": (2, 3)}
+    chosen = argparse.Namespace(results=tmp_path / "runs", limit=20, **words)
+    claim.hold(chosen)
+    claim.hold(chosen)
+    with pytest.raises(SystemExit, match="other settings"):
+        claim.hold(argparse.Namespace(**{**vars(chosen), "limit": 4}))
 
 
 def test_distill_divides_the_counts_of_the_summaries_by_their_seconds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,11 +166,11 @@ def test_a_baseline_with_a_prompt_too_many_counts_as_well() -> None:
     assert "2 results" in of(judged(run(), [*run(), *more], "timing"), "eagle").notes[0]
 
 
-def machines(**times: float) -> list[Recording]:
+def machines() -> list[Recording]:
     """A run on each of two machines, of which the second decodes plainly in half the time."""
     return [
-        *run(machine="a", created="2026-06-02T12:00:00+00:00", **times),
-        *run(machine="b", created="2026-06-01T12:00:00+00:00", plain_ms=10, **times),
+        *run(machine="a", created="2026-06-02T12:00:00+00:00"),
+        *run(machine="b", created="2026-06-01T12:00:00+00:00", plain_ms=10),
     ]
 
 

@@ -75,7 +75,9 @@ def test_names_that_secrets_do_not_have(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_login_in_a_url_is_cut_out() -> None:
-    assert without_secrets("postgres://me:planted@db:5432/x, http://a:80/@b") == "postgres://***@db:5432/x, http://a:80/@b"
+    assert (
+        without_secrets("postgres://me:planted@db:5432/x, http://a:80/@b") == "postgres://***@db:5432/x, http://a:80/@b"
+    )
 
 
 def test_home_is_found_by_its_real_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
