@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,17 +80,20 @@ def command(
     from spdbench.judge.recording import read_recordings
     from spdbench.judge.verdict import EXIT_CODES, verdict_of
 
-    candidates = read_recordings(list(result_paths(results)))
     folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
+    new = list(result_paths(results))
     if calibrate:
-        _refuse_outputs(outputs)
-        _calibrate(candidates, folder)
+        judging = {"max_slowdown": max_slowdown, "max_acceptance_drop": max_acceptance_drop, "by": by}
+        _refuse_with_calibrate({**judging, **outputs})
+        _calibrate(read_recordings(new), folder)
         return
-    baselines = read_recordings(list(result_paths([baseline])))
+    old = list(result_paths([baseline]))
+    _refuse_to_overwrite(outputs, [*new, *old])
+    candidates, baselines = read_recordings(new), read_recordings(old)
     limits = Limits(
         max_slowdown,
         MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,
-        _read_calibration(folder / CALIBRATION),
+        _read_calibration(folder / CALIBRATION) if "timing" in GATES[gate] else None,
     )
     judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
     _show(judgements, **outputs)
@@ -111,11 +114,24 @@ def _tell_unasked(candidates: Sequence[Recording], baselines: Sequence[Recording
         )
 
 
-def _refuse_outputs(outputs: dict[str, Path | None]) -> None:
+def _option(name: str) -> str:
+    return "--" + name.removesuffix("_file").replace("_", "-")
+
+
+def _refuse_with_calibrate(given: Mapping[str, object]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise click.UsageError(f"{_option(name)} has nothing to say with --calibrate, which judges nothing")
+
+
+def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Path]) -> None:
+    """Every output needs a file of its own, which is none of the results."""
+    taken = {path.resolve(): "is one of the results" for path in inputs}
     for name, path in outputs.items():
         if path is not None:
-            option = "--" + name.removesuffix("_file").replace("_", "-")
-            raise click.UsageError(f"{option} has nothing to say with --calibrate, which judges nothing")
+            if (place := path.resolve()) in taken:
+                raise InputError(f"{_option(name)} {path}: {taken[place]}; choose another file")
+            taken[place] = f"is what {_option(name)} writes, too"
 
 
 def _calibrate(candidates: Sequence[Recording], folder: Path) -> None:
@@ -129,6 +145,8 @@ def _calibrate(candidates: Sequence[Recording], folder: Path) -> None:
     found = calibrate(candidates)
     with contextlib.suppress(InputError):  # a damaged one is made anew
         older = _read_calibration(folder / CALIBRATION)
+        if older is not None and older.fingerprint != found.fingerprint:
+            click.echo(f"NOTE: {folder / CALIBRATION} was another machine's, and is replaced.", err=True)
         found = found if older is None else found.beside(older)
     write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
     write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))

@@ -69,6 +69,10 @@ def read_asked(path: Path) -> list[Asked]:
             turns = [row["turns"]] if isinstance(row["turns"], str) else row["turns"]
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise InputError(f"{where}: turns: must be a text or a list of texts")
+            try:
+                "".join(turns).encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{where}: turns: holds half of a surrogate pair") from None
             found.append(Asked((), tuple(turns)))
         elif "messages" in row or "conversations" in row:
             messages = messages_of(row, where)

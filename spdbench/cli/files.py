@@ -42,7 +42,16 @@ def result_paths(words: Sequence[str]) -> Iterator[Path]:
 
 
 def _results(paths: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.name != CALIBRATION)
+    return sorted(path for path in paths if path.name != CALIBRATION and not _is_findings(path))
+
+
+def _is_findings(path: Path) -> bool:
+    """True for what `check --json` writes."""
+    try:
+        with path.open("rb") as file:
+            return b'"spdbench.check/' in file.read(64)
+    except OSError:  # whoever reads it will say so
+        return False
 
 
 def write_stdout(text: str) -> None:

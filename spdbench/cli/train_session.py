@@ -5,10 +5,12 @@ Where training and harness are wired; parses nothing and knows no method.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,26 @@ def train(wishes: Wishes, chosen: ModelOptions, started: float, *, resume: bool)
             "gone on with it."
         )
     training = Training(recipe, features, data, plan, wishes.out, identity, TrainingProgress(), started=started)
-    _finish(training.run(resume=resume), recipe, target, wishes, conversations.sha256, started)
+    with _resumable(wishes.out):
+        state = training.run(resume=resume)
+        _finish(state, recipe, target, wishes, conversations.sha256, started)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says how to go on after an interruption or a full disk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / checkpoint.NAME).exists():
+            _say(f"{out}: the same command with --resume goes on from the last step that is kept.")
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); make room, then the same command with --resume"
+        ) from None
 
 
 def _nothing_is_left(wishes: Wishes, identity: Mapping[str, Any]) -> bool:
@@ -228,6 +249,10 @@ def _finish(state: State, recipe: Recipe, target: Target, wishes: Wishes, data_s
         f"Wrote {wishes.out}: held-out acceptance {rates}; {state.trained_tokens} tokens learned in "
         f"{time.monotonic() - started:.0f} s."
     )
+    if not state.best_tokens:
+        _say(
+            "NOTE: that is the drafter as it began: no step made it better. It takes more time (--budget) or more data."
+        )
 
 
 def _say(line: str) -> None:

@@ -95,8 +95,8 @@ class Calibration(BaseModel):
         """With what `older` knows of other labels and other work of this machine."""
         if older.fingerprint != self.fingerprint:
             return self
-        known = {(each.work, each.label) for each in self.thresholds}
-        kept = [each for each in older.thresholds if (each.work, each.label) not in known]
+        known = {(each.work, each.label, each.metric) for each in self.thresholds}
+        kept = [each for each in older.thresholds if (each.work, each.label, each.metric) not in known]
         return self.model_copy(update={"thresholds": [*self.thresholds, *kept]})
 
 
@@ -143,10 +143,16 @@ def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> 
     """For the speed-up, where each run has plain decoding beside the label; and for tokens/s."""
     keys = list(group[0].runs)
     rates = [_rate(each, keys) for each in group]
-    beside = [reference(each, recordings) for each in group]
-    if all(other is not None and other is not each for each, other in zip(group, beside, strict=True)):
-        over = [_rate(other, keys) for other in beside if other is not None]
+    references = ((each, reference(each, recordings)) for each in group)
+    beside = [other for each, other in references if other is not None and other is not each]
+    if len(beside) == len(group):
+        over = [_rate(other, keys) for other in beside]
         yield _threshold(group[0], SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
+    elif beside:
+        raise NotComparableError(
+            f"--calibrate: {len(group) - len(beside)} of {len(group)} results of the label '{group[0].label}' have no "
+            "plain decoding of their own run beside them"
+        )
     yield _threshold(group[0], SPEED, rates)
 
 

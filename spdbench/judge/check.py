@@ -164,6 +164,10 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     drafters = [head.drafter and (head.drafter.id, head.drafter.sha256) for head in (old, new)]
     if drafters[0] != drafters[1]:
         yield "it has another drafter than the baseline"
+    if new.backend.lossy and not old.backend.lossy:
+        yield "it is lossy now, its output not meant to be the model's own, and was not"
+    if old.divergence is not None and new.divergence is None:
+        yield "its run did not hold its outputs against plain decoding's, as the baseline's did"
     if "timing" not in gates:
         return
     if case.peers is None:

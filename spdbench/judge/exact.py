@@ -9,8 +9,8 @@ decoding is a regression anywhere.
 |-----------------------------|--------------------------------------------------------------------------|
 | an output has other ids     | regression                                                               |
 | ids and steps equal         | pass                                                                     |
-| ids equal, steps not        | improved if acceptance and steps are no worse and one is better, else    |
-|                             | regression; an improvement holds once the baseline is renewed            |
+| ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
+|                             | one is better, else regression; it holds once the baseline is renewed    |
 
 Of an engine that gives text alone neither can be told, and the gate says that it cannot judge.
 
@@ -100,7 +100,8 @@ def _steps(pair: Pair) -> Finding:
     accepted = [int(totals[COLUMN["accepted"]]) for totals in (was, is_now)]
     judged = [int(totals[COLUMN["judged"]]) for totals in (was, is_now)]
     acceptance_rose = accepted[1] * judged[0] - accepted[0] * judged[1]
-    is_better = acceptance_rose >= 0 and now <= before and (acceptance_rose > 0 or now < before)
+    no_worse = acceptance_rose >= 0 and now <= before and accepted[1] >= accepted[0]
+    is_better = no_worse and (acceptance_rose > 0 or now < before)
     return Finding("exact", "num_steps", "improved" if is_better else "regression", reason, before, now)
 
 

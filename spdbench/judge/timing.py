@@ -60,10 +60,10 @@ class Versus(NamedTuple):
 
 def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
     """Findings on new results of one label on one machine, each beside all its baselines, the newest first: beside
-    those of this machine that lack no run of the newest's. Without plain decoding anywhere tokens/s decide if
+    those of this machine that lack no run that one of the new has. Without plain decoding anywhere tokens/s decide if
     `decides_alone`."""
     first = news[0]
-    keys = first[0].pair.keys
+    keys = max((versus[0].pair.keys for versus in news), key=len)
     if not keys:
         return
     near = [[each for each in versus if _other_machine(each.pair) is None] for versus in news]

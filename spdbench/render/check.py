@@ -5,7 +5,9 @@ Must not judge: it shows what `judge.check` found.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -137,11 +139,25 @@ def _shown(judgement: Judgement) -> Iterator[Finding]:
 
 
 def names(group: Sequence[Judgement]) -> list[str]:
-    """Labels, with the file where several results share one."""
+    """Labels, with what tells the files apart where several results share one."""
+    files: dict[str, list[str]] = {}
+    for each in group:
+        files.setdefault(each.label, []).extend([each.file] if each.file else [])
+    short = {label: _apart(some) for label, some in files.items()}
     labels = [each.label for each in group]
     return [
-        f"{each.label} ({each.file})" if labels.count(each.label) > 1 and each.file else each.label for each in group
+        f"{each.label} ({short[each.label][each.file]})" if labels.count(each.label) > 1 and each.file else each.label
+        for each in group
     ]
+
+
+def _apart(files: Sequence[str]) -> dict[str, str]:
+    """By file the end of its name in which it differs from the others; all of it where names are the same."""
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) < len(stems):
+        return {file: file for file in files}
+    shared, separator, _ = os.path.commonprefix(stems).rpartition("__")  # noqa: RUF071 - of names, not of paths
+    return {file: stem[len(shared + separator) :] for file, stem in zip(files, stems, strict=True)}
 
 
 def _cells(group: Sequence[Judgement]) -> list[list[str]]:
@@ -192,8 +208,9 @@ def _lines(group: Sequence[Judgement]) -> Iterator[str]:
         for finding in _shown(each):
             if finding.verdict != "pass" and finding.category is None:
                 yield f"{name}, {NAMES[finding.metric]}: {finding.verdict}. {finding.reason}."
-        for note in each.notes:
-            yield f"{name}: {note}."
+    for note in dict.fromkeys(note for each in group for note in each.notes):
+        noted = [name for each, name in zip(group, names(group), strict=True) if note in each.notes]
+        yield f"{', '.join(noted)}: {note}."
     findings = [finding for each in group for finding in _shown(each)]
     if any(finding.interval for finding in findings):
         yield CHANGES

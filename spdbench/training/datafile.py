@@ -140,12 +140,12 @@ def _parse(path: Path, raw: bytes) -> tuple[dict[str, Any], list[Kept], int]:
         try:
             row = json.loads(line)
             if number == 1:
-                if row["schema"] != SCHEMA:
+                if row["schema"] != SCHEMA or "tokens" not in row:
                     raise ValueError
                 header = row
             else:
                 kept.append(_kept(row, where))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             what = "is not the header of a data file" if number == 1 else "is damaged"
             raise InputError(f"{where}: {what}, so the file cannot be gone on with; choose another --out") from None
         whole += len(line)

@@ -176,7 +176,7 @@ class _Talk:
         if len(ids) + shared.max_new_tokens > shared.room:
             return "too_long"
         new = yield Completion(ids, shared.max_new_tokens, self._sampling, self._draw.getrandbits(32), shared.eos_ids)
-        text = shared.chat.decode(new)
+        text = shared.chat.decode(new).rstrip("\ufffd")  # a limit may fall into the middle of a character
         if not text.strip():
             return "empty"
         if len(new) < FEWEST_ANSWER_IDS:

@@ -161,6 +161,40 @@ def test_baselines_of_other_work_are_told_of_and_do_not_decide(base: Path, tmp_p
     assert "quick in bfloat16" in said.err
 
 
+def test_calibration_of_another_machine_is_replaced_and_that_is_said(base: Path, repeated: Path) -> None:
+    (base / "calibration.json").write_text(
+        json.dumps({"schema": "spdbench.calibration/1", "created": "then", "fingerprint": "other", "thresholds": []})
+    )
+    said = check(repeated, base, "--calibrate")
+    assert said.code == 0
+    assert "was another machine's, and is replaced" in said.err
+
+
+def test_exact_gate_needs_no_calibration(base: Path, tmp_path: Path) -> None:
+    (base / "calibration.json").write_text("{")
+    assert check(write_run(tmp_path / "new"), base, "--gate", "exact").code == 0
+
+
+def test_no_output_takes_the_place_of_a_result_or_of_another_output(base: Path, tmp_path: Path) -> None:
+    new = write_run(tmp_path / "new")
+    result = base / "quick__eagle__smollm2.json"
+    before = result.read_bytes()
+    said = check(new, base, "--json", result)
+    assert said.code == 2
+    assert "is one of the results" in said.err
+    assert result.read_bytes() == before
+    said = check(new, base, "--json", tmp_path / "same", "--junit", tmp_path / "same")
+    assert said.code == 2
+    assert "is what --junit writes, too" in said.err or "is what --json writes, too" in said.err
+
+
+def test_findings_in_a_folder_of_results_are_no_result(base: Path, tmp_path: Path) -> None:
+    new = write_run(tmp_path / "new")
+    for _ in range(2):
+        said = check(new, base, "--gate", "exact", "--json", new / "check.json")
+        assert said.code == 0, said.err
+
+
 def test_damaged_calibration_is_named(base: Path) -> None:
     (base / "calibration.json").write_text('{"schema": "spdbench.calibration/9"}')
     said = check(base, base)
@@ -190,6 +224,7 @@ def test_too_few_runs_to_calibrate(base: Path) -> None:
         (("--junit", "no/such/folder/j.xml"), "--junit no/such/folder/j.xml: cannot be written"),
         (("--summary", "/proc/nothing.md"), "--summary /proc/nothing.md: cannot be written"),
         (("--calibrate", "--junit", "j.xml"), "--junit has nothing to say with --calibrate"),
+        (("--calibrate", "--max-slowdown", "3%"), "--max-slowdown has nothing to say with --calibrate"),
     ],
     ids=" ".join,
 )

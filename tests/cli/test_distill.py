@@ -135,6 +135,14 @@ def test_prompts_of_a_file_are_answered_once_each(tiny_model: Path, out: Path, t
     assert summary(out)["dropped"] == {"duplicate": 1}
 
 
+def test_half_a_surrogate_pair_in_a_turn_is_named_by_its_line(tiny_model: Path, out: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"turns": ["Say one."]}\n{"turns": ["Say \\ud800 two."]}\n')
+    said = distill(tiny_model, out, "--prompts", prompts)
+    assert said.code == 2
+    assert "p.jsonl line 2: turns: holds half of a surrogate pair" in said.err
+
+
 def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
     tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
 ) -> None:
     with monkeypatch.context() as patched:
         interrupt_at(2, patched)
-        assert train("spd", data, out, tiny_model, "--batch-tokens", "64").code == 130
+        said = train("spd", data, out, tiny_model, "--batch-tokens", "64")
+        assert said.code == 130
+        assert "--resume goes on" in said.err
     assert (out / "checkpoint.pt").exists()
     said = train("spd", data, out, tiny_model, "--batch-tokens", "64", "--lr", "0.1", "--resume")
     assert said.code == 2
@@ -91,6 +94,27 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
     said = train("spd", data, out, tiny_model, "--batch-tokens", "64", "--resume")
     assert said.code == 0
     assert "is finished" in said.err
+
+
+def test_a_disk_that_fills_up_is_told_with_what_to_do(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("spdbench.training.log.TrainingLog.write", full)
+    said = train("spd", data, out, tiny_model)
+    assert said.code == 2
+    assert f"{out}: cannot be written (File too large); make room, then the same command with --resume" in said.err
+
+
+def test_a_drafter_that_has_learned_nothing_is_told_apart(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spdbench.training.loop.expected_length", lambda _: 0.5)
+    said = train("spd", data, out, tiny_model)
+    assert said.code == 0, said.err
+    assert "that is the drafter as it began" in said.err
 
 
 def test_a_new_run_sets_an_unfinished_one_aside_until_it_has_finished(

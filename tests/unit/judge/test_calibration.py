@@ -87,6 +87,12 @@ def test_the_mean_of_several_new_runs_is_held_closer_too() -> None:
     assert slowdown(0.02, 8, 4, 1) == slowdown(0.02, 8, 1, 4)
 
 
+def test_runs_of_which_some_lack_their_plain_decoding_are_not_comparable() -> None:
+    """From the others alone a threshold of tokens/s would come, which lets everything pass."""
+    with pytest.raises(NotComparableError, match=r"1 of 6 results of the label 'eagle' have no plain decoding"):
+        calibrate(runs(*SPEEDS)[1:])
+
+
 def test_too_few_runs_are_refused() -> None:
     with pytest.raises(InputError, match=r"4 results of the label 'vanilla', and 5 are the fewest"):
         calibrate(runs(*SPEEDS[:4]))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdbench.judge.calibration import Calibration, Threshold, slowdown, work_of
+from spdbench.judge.result import Divergence
 from spdbench.judge.verdict import EXIT_CODES, Verdict, verdict_of, worst
 from tests.builders import MS, failed_run, make_run, vanilla_steps
 from tests.unit.judge.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
@@ -193,6 +194,13 @@ def test_categories_inform_and_do_not_decide() -> None:
     assert finding(of(found, "eagle"), "speedup", "math").verdict == "improved"
     assert finding(of(found, "eagle"), "speedup").verdict == "pass"
     assert verdict_of(found) == "pass"
+
+
+def test_what_a_result_has_lost_beside_its_numbers_is_noted() -> None:
+    compared = Divergence(identical=10, ties=0, near_ties=0, real=0, unclassified=0)
+    notes = only(judged(eagle(lossy=True), eagle(divergence=compared), "exact")).notes
+    assert "it is lossy now" in notes[0]
+    assert "did not hold its outputs against plain decoding's" in notes[1]
 
 
 # What may be lost

@@ -49,6 +49,20 @@ def test_one_rejection_less_is_improved() -> None:
     assert verdicts((1, 5, 4))[0] == "improved"
 
 
+def test_fewer_accepted_drafts_are_no_improvement_however_few_were_judged() -> None:
+    """The same ids in as many steps, of which one accepted nothing and four were not judged."""
+
+    def poorer(steps: Steps) -> Steps:
+        accepted, judged = list(steps.accepted), list(steps.judged)
+        accepted[1], judged[1], judged[2] = accepted[1] - 1, accepted[1] - 1, accepted[2]
+        return steps.model_copy(update={"accepted": accepted, "judged": judged})
+
+    runs = [run.model_copy(update={"steps": poorer(run.steps)}) for run in drafted_runs()]
+    found = only(judged(eagle(runs), eagle(), "exact"))
+    assert finding(found, "acceptance_rate").verdict == "improved"
+    assert finding(found, "num_steps").verdict == found.verdict == "regression"
+
+
 @settings(max_examples=40)
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=8), min_size=2, max_size=6), st.data())
 def test_any_accepted_draft_turned_into_a_rejection_is_caught(rounds: list[list[int]], data: st.DataObject) -> None:

@@ -166,6 +166,13 @@ def test_a_baseline_with_a_prompt_too_many_counts_as_well() -> None:
     assert "2 results" in of(judged(run(), [*run(), *more], "timing"), "eagle").notes[0]
 
 
+def test_a_short_new_result_hides_no_regression_of_whole_ones() -> None:
+    slow = begun("2026-06-01T12:00:00+00:00", eagle_ms=26)
+    short = run(num_prompts=1, created="2026-06-02T12:00:00+00:00")
+    found = judged([*slow, *short], run(), "timing")
+    assert "regression" in {each.verdict for each in found}
+
+
 def machines() -> list[Recording]:
     """A run on each of two machines, of which the second decodes plainly in half the time."""
     return [

@@ -75,8 +75,24 @@ def test_categories_get_rows_of_their_own() -> None:
 
 def test_results_that_share_a_label_are_told_apart_by_file() -> None:
     text = show(judged([eagle(file="1.json"), eagle(file="2.json")], eagle(), "exact"), 100)
-    assert "eagle (1.json)" in text
-    assert "eagle (2.json)" in text
+    assert "eagle (1)" in text
+    assert "eagle (2)" in text
+
+
+def test_files_of_one_label_are_named_by_the_end_in_which_they_differ() -> None:
+    new = [eagle(file=f"/home/me/new/quick__eagle__smollm2__{name}.json") for name in ("10", "11")]
+    text = show(judged(new, eagle(), "timing"), 80)
+    assert "eagle (10)" in text
+    assert "new/" not in text
+    same = [eagle(file=f"{folder}/e.json") for folder in "ab"]
+    assert "eagle (b/e.json)" in show(judged(same, eagle(), "exact"), 100)
+
+
+def test_what_is_noted_of_several_files_is_said_once() -> None:
+    new = [eagle(file=f"{name}.json", options={"depth": 5}) for name in ("a", "b", "c")]
+    text = show(judged(new, eagle(options={"depth": 4}), "exact"), 200)
+    assert text.count("option depth is 5 now and was 4") == 1
+    assert "eagle (a), eagle (b), eagle (c): option depth" in text
 
 
 def test_markdown_starts_with_the_verdict_and_escapes_cells() -> None:

@@ -124,6 +124,21 @@ def test_damage_in_the_middle_is_named_by_its_line(tmp_path: Path) -> None:
         open_data(path, HEADER)
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"messages": 1}'])
+def test_a_line_that_is_no_conversation_is_damage(line: str, tmp_path: Path) -> None:
+    path = filled(tmp_path / "d.jsonl", 0)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(InputError, match="line 3"):
+        open_data(path, HEADER)
+
+
+def test_header_without_a_number_of_tokens_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"schema": "spdbench.data/1", "seed": 0}\n')
+    with pytest.raises(InputError, match="line 1: is not the header of a data file"):
+        open_data(path, HEADER)
+
+
 def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:
     with open_data(tmp_path / "d.jsonl", HEADER), pytest.raises(InputError, match="another process"):
         open_data(tmp_path / "d.jsonl", HEADER)

@@ -108,6 +108,15 @@ def test_user_turn_that_was_cut_ends_at_its_last_sentence() -> None:
     assert outcome.messages[0]["content"].endswith("w13 w19.")
 
 
+def test_half_a_character_at_the_end_of_an_answer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where its limit falls into the bytes of one."""
+    decode = WordChat.decode
+    monkeypatch.setattr(WordChat, "decode", lambda self, ids: decode(self, ids) + "\ufffd")
+    outcome = asked(distiller(), GOOD)
+    assert isinstance(outcome, Kept)
+    assert outcome.messages[-1]["content"] == " w11 w12 w13 w14 w15"
+
+
 def test_bad_answers_are_dropped_with_the_reason() -> None:
     cycle, sentence = (7, 8) * 40, tuple(range(20, 50)) * 3
     for said, reason in (((END,), "empty"), ((5, END), "short"), (cycle, "loop"), (sentence, "repetitive")):
