@@ -27,6 +27,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks import sides
 from spdbench.judge.compare import Row, Table, compare
 from spdbench.judge.pairing import read_entries
 from spdbench.render.export import to_csv
@@ -82,14 +83,9 @@ def main() -> None:
 
 
 def hold(chosen: argparse.Namespace) -> None:
-    """Ends where `--results` holds runs with other settings: a table of both would be of neither."""
+    """Ends where `--results` holds runs with other settings."""
     kept = ("limit", "sampled_limit", "max_new_tokens", "drafters", "stages")
-    settings = json.dumps({name: getattr(chosen, name) for name in kept}, indent=1, default=str)
-    noted = chosen.results / "settings.txt"
-    chosen.results.mkdir(parents=True, exist_ok=True)
-    if noted.exists() and noted.read_text("utf-8") != settings:
-        sys.exit(f"{chosen.results} holds runs with other settings ({noted}); choose another --results")
-    noted.write_text(settings, "utf-8")
+    sides.hold_to({name: getattr(chosen, name) for name in kept}, chosen.results / "settings.txt", "--results")
 
 
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:

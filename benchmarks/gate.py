@@ -66,13 +66,9 @@ class Bench:
 
     def prepare(self) -> None:
         """The folder with what its runs need; refuses one that was filled with other settings."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         kept = ("limit", "tokens", "repeats", "slower_by", "drafter", "option", "dtypes", "threads")
-        settings = json.dumps({name: getattr(self.chosen, name) for name in kept}, indent=1)
-        noted = self.folder / "settings.json"
-        if noted.exists() and noted.read_text("utf-8") != settings:
-            sys.exit(f"{self.folder} holds runs with other settings ({noted}); choose another --folder")
-        noted.write_text(settings, "utf-8")
+        settings = {name: getattr(self.chosen, name) for name in kept}
+        sides.hold_to(settings, self.folder / "settings.json", "--folder")
         info = self._site / "spdbench_gate_experiment-1.0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
         (info / "METADATA").write_text(METADATA, "utf-8")

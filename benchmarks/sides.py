@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,6 +150,16 @@ def run(name: str, chosen: argparse.Namespace, measure: Callable[[argparse.Names
     )
     if chosen.json:
         chosen.json.write_text(report.as_json() + "\n", encoding="utf-8")
+
+
+def hold_to(settings: object, noted: Path, option: str) -> None:
+    """Keeps `settings` in the file `noted`, beside the runs made with them; ends where it holds others, as a table of
+    both would be of neither."""
+    text = json.dumps(settings, indent=1, default=str)
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    if noted.exists() and noted.read_text("utf-8") != text:
+        sys.exit(f"{noted.parent} holds runs with other settings ({noted}); choose another {option}")
+    noted.write_text(text, "utf-8")
 
 
 def show(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

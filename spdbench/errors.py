@@ -13,7 +13,11 @@ Anything else that escapes is a bug and shows its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What an `OSError` says that more room on disk would mend."""
 
 
 class SpdbenchError(Exception):

@@ -115,3 +115,12 @@ class Span(NamedTuple):
     position: int
     kept: bool
     cycle: int = -1
+
+
+def encodable(text: str) -> str:
+    """`text` itself; raises `ValueError` where it is not all of what it was written as."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be text, but holds half of a surrogate pair") from None
+    return text

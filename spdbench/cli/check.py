@@ -85,7 +85,7 @@ def command(
     if calibrate:
         judging = {"max_slowdown": max_slowdown, "max_acceptance_drop": max_acceptance_drop, "by": by}
         _refuse_with_calibrate({**judging, **outputs})
-        _calibrate(read_recordings(new), folder)
+        _calibrate(read_recordings(new), Path(baseline), folder)
         return
     old = list(result_paths([baseline]))
     _refuse_to_overwrite(outputs, [*new, *old])
@@ -134,14 +134,14 @@ def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Pa
             taken[place] = f"is what {_option(name)} writes, too"
 
 
-def _calibrate(candidates: Sequence[Recording], folder: Path) -> None:
+def _calibrate(candidates: Sequence[Recording], baseline: Path, folder: Path) -> None:
     from rich.console import Console
 
     from spdbench.judge.calibration import calibrate
     from spdbench.render.check import calibration_to_terminal
 
-    if not folder.is_dir():
-        raise InputError(f"--baseline {folder}: no such folder, and {CALIBRATION} has to lie beside the baseline")
+    if not baseline.exists():
+        raise InputError(f"--baseline {baseline}: is not there, and {CALIBRATION} has to lie beside the baseline")
     found = calibrate(candidates)
     with contextlib.suppress(InputError):  # a damaged one is made anew
         older = _read_calibration(folder / CALIBRATION)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spdbench.errors import InputError
-from spdbench.types import Message
+from spdbench.types import Message, encodable
 
 if TYPE_CHECKING:
     from spdbench.prompts.chat import ChatFormat
@@ -70,10 +70,9 @@ def read_asked(path: Path) -> list[Asked]:
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise InputError(f"{where}: turns: must be a text or a list of texts")
             try:
-                "".join(turns).encode()
-            except UnicodeEncodeError:
-                raise InputError(f"{where}: turns: holds half of a surrogate pair") from None
-            found.append(Asked((), tuple(turns)))
+                found.append(Asked((), tuple(map(encodable, turns))))
+            except ValueError as error:
+                raise InputError(f"{where}: turns: {error}") from None
         elif "messages" in row or "conversations" in row:
             messages = messages_of(row, where)
             users = tuple(message["content"] for message in messages if message["role"] == "user")

@@ -17,11 +17,10 @@ import click
 
 from spdbench import __version__
 from spdbench.cli.interrupts import Terminated
-from spdbench.errors import InputError, SpdbenchError, did_you_mean
+from spdbench.errors import FULL, InputError, SpdbenchError, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
 
 
@@ -105,7 +104,7 @@ def run(args: Sequence[str]) -> int:
         _silence_stdout()
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in (*FULL, errno.EIO):
             raise
         _silence_stdout()
         click.echo(f"Error: the output cannot be written ({error.strerror}); what is in files is safe", err=True)

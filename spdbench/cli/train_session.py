@@ -5,7 +5,6 @@ Where training and harness are wired; parses nothing and knows no method.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 
 from spdbench.cli.model_options import ModelOptions
 from spdbench.cli.train_progress import TrainingProgress
-from spdbench.errors import InputError
+from spdbench.errors import FULL, InputError
 from spdbench.models.cache import cache_folder
 from spdbench.models.config import ModelConfig
 from spdbench.models.target import Target, find_device, load_target
@@ -112,7 +111,7 @@ def _resumable(out: Path) -> Iterator[None]:
             _say(f"{out}: the same command with --resume goes on from the last step that is kept.")
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in FULL:
             raise
         raise InputError(
             f"{out}: cannot be written ({error.strerror}); make room, then the same command with --resume"

@@ -10,7 +10,6 @@ the last one, and that request had not finished. Must not know what the lines me
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ from typing import IO, Any, Literal, Self, cast, get_args
 
 from pydantic import ValidationError
 
-from spdbench.errors import InputError, SpdbenchError
+from spdbench.errors import FULL, InputError, SpdbenchError
 from spdbench.judge.result import Run
 
 MAGIC = "spdbench.journal/1"
@@ -121,7 +120,7 @@ def _run_json(line: bytes) -> bytes:
 
 def write_error(path: Path, error: OSError) -> SpdbenchError:
     """What to tell a user whose results cannot be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return ResultsFolderError(
             f"{path}: the disk is full. What was finished is kept; make room and run again with --resume."
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from spdbench.errors import InputError, did_you_mean
-from spdbench.types import Prompt
+from spdbench.types import Prompt, encodable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -39,18 +39,10 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("must be text, but holds half of a surrogate pair") from None
-    return text
-
-
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
-    return _encodable(text)
+    return encodable(text)
 
 
 def _number_as_text(value: object) -> object:
@@ -78,7 +70,7 @@ class Row(Part):
     id: Annotated[Text, BeforeValidator(_number_as_text)]
     turns: list[Text] = Field(min_length=1)
     category: Text | None = None
-    reference: Annotated[list[Annotated[str, AfterValidator(_encodable)]] | None, BeforeValidator(_as_texts)] = None
+    reference: Annotated[list[Annotated[str, AfterValidator(encodable)]] | None, BeforeValidator(_as_texts)] = None
 
     def prompt(self, category: str) -> Prompt:
         """The row as a prompt; `category` is for a row that names none."""

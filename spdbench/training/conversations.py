@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError
-from spdbench.types import Message
+from spdbench.types import Message, encodable
 
 SCHEMA = "spdbench.data/1"
 ROLES = ("system", "user", "assistant")
@@ -100,7 +100,6 @@ def _message(turn: Any, where: str) -> Message:
     if not isinstance(content, str):
         raise InputError(f"{where}: content must be text, not {type(content).__name__}")
     try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: content must be text, but holds half of a surrogate pair") from None
-    return {"role": role, "content": content}
+        return {"role": role, "content": encodable(content)}
+    except ValueError as error:
+        raise InputError(f"{where}: content {error}") from None

@@ -10,7 +10,6 @@ conversations are made.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Self, cast
 
-from spdbench.errors import InputError
+from spdbench.errors import FULL, InputError
 from spdbench.training.conversations import SCHEMA, messages_of
 from spdbench.training.distil import Dropped, Kept
 from spdbench.types import Message
@@ -205,7 +204,7 @@ def _write(file: RawIOBase, path: Path, content: bytes) -> None:
 
 
 def _write_error(path: Path, error: OSError) -> InputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return InputError(
             f"{path}: the disk is full. What was finished is kept; make room, then the same command again."
         )

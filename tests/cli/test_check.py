@@ -147,6 +147,13 @@ def test_calibrating_another_label_keeps_the_first(base: Path, repeated: Path) -
     assert labels() == {"vanilla", "eagle"}
 
 
+def test_calibration_beside_a_baseline_that_is_not_there_is_refused(base: Path, repeated: Path) -> None:
+    said = check(repeated, base / "gone.json", "--calibrate")
+    assert said.code == 2
+    assert "gone.json: is not there" in said.err
+    assert not (base / "calibration.json").exists()
+
+
 def test_calibrating_replaces_a_damaged_calibration(base: Path, repeated: Path) -> None:
     (base / "calibration.json").write_text("{")
     assert check(repeated, base, "--calibrate").code == 0

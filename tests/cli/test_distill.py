@@ -140,7 +140,7 @@ def test_half_a_surrogate_pair_in_a_turn_is_named_by_its_line(tiny_model: Path, 
     prompts.write_text('{"turns": ["Say one."]}\n{"turns": ["Say \\ud800 two."]}\n')
     said = distill(tiny_model, out, "--prompts", prompts)
     assert said.code == 2
-    assert "p.jsonl line 2: turns: holds half of a surrogate pair" in said.err
+    assert "p.jsonl line 2: turns: must be text, but holds half of a surrogate pair" in said.err
 
 
 def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
