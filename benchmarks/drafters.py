@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from spdbench.cli.train_progress import TrainingProgress
-from spdbench.models.cache import cache_folder
+from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
@@ -88,7 +88,9 @@ def main() -> None:
     conversations = read_conversations(chosen.data)
     sequences = sequences_of(conversations.messages, target)
     recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in wanted}
-    features = Features(target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.wanted})
+    features = Features(
+        target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.hidden_indices}
+    )
     features.keep_on_disk(cache_folder())
     features.share()
     tokens = [len(sequence.ids) for sequence in sequences]
@@ -180,7 +182,7 @@ def train(
         **{key: getattr(chosen, key) for key in ("epochs", "lr", "batch_tokens", "seed")},
     }
     torch.manual_seed(chosen.seed)
-    training = Training(recipe, features.only(recipe.wanted), data, plan, folder, identity, TrainingProgress())
+    training = Training(recipe, features.only(recipe.hidden_indices), data, plan, folder, identity, TrainingProgress())
     state = training.run(resume=(folder / checkpoint.NAME).exists())
     about = Provenance(
         target.files.id,

@@ -24,7 +24,7 @@ import torch
 from benchmarks import sides
 from benchmarks.sides import Goal, Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
 from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
-from spdbench.models import hf
+from spdbench.models.hf import library
 from spdbench.models.target import Target, load_target
 
 OURS, GREEDY, LOOKUP = "vanilla", "transformers", "prompt lookup"
@@ -89,7 +89,7 @@ def print_table(dtype: str, rows: list[Row]) -> None:
 def all_sides(
     target: Target, prompts: dict[str, tuple[int, ...]], tokens: int
 ) -> dict[tuple[str, str], Callable[[], Decoded]]:
-    with hf.quiet():
+    with library.quiet():
         model = transformers_model(target)
     found = {}
     for name, ids in prompts.items():
@@ -112,7 +112,7 @@ def transformers_side(model: Any, prompt: tuple[int, ...], tokens: int, **drafti
     mask = torch.ones_like(inputs)
 
     def side() -> Decoded:
-        with torch.inference_mode(), hf.quiet():
+        with torch.inference_mode(), library.quiet():
             start = time.perf_counter()
             ids = model.generate(
                 inputs, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, **drafting

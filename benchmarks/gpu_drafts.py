@@ -30,14 +30,14 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Drafter, Features, Speculation
 from spdbench.decoding.synthetic import SyntheticDrafts, parse_drafter, synthetic_drafts
 from spdbench.decoding.tree import DraftTree, Path
+from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphed import GraphedDecoder
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.drafter import EagleDrafter
-from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth, Growth
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder, TreeBuilder
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.drafter import MedusaDrafter
@@ -53,7 +53,7 @@ class Dictated:
     """A drafter at work whose drafts' verdicts are dialled."""
 
     def __init__(self, drafter: Drafter, drafts: SyntheticDrafts) -> None:
-        self.wanted, self.max_nodes = drafter.wanted, drafter.max_nodes
+        self.hidden_indices, self.max_nodes = drafter.hidden_indices, drafter.max_nodes
         self._drafter, self._drafts = drafter, drafts
         self._index = 0
 
@@ -86,7 +86,7 @@ def eagle(name: str, settings: Settings) -> Found:
     file = random_eagle(decoder, 0)
     weights = build_eagle(file, decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
 
-    def setting(growth: Growth) -> Setting:
+    def setting(growth: TreeBuilder) -> Setting:
         def recorded() -> NewDrafter:
             module = RecordedEagle(weights, decoder, growth, capacity)
             return lambda: RecordedEagleDrafter(weights, decoder, growth, module)
@@ -94,7 +94,10 @@ def eagle(name: str, settings: Settings) -> Found:
         plain = partial(EagleDrafter, weights, decoder, growth, capacity)
         return Setting(plain, recorded, growth.max_nodes)
 
-    trees = {"chain of 4": setting(ChainGrowth(4)), "24 nodes, 5 levels": setting(DynamicGrowth(MOST_LEVELS, 8, 24))}
+    trees = {
+        "chain of 4": setting(ChainBuilder(4)),
+        "24 nodes, 5 levels": setting(DynamicTreeBuilder(MOST_LEVELS, 8, 24)),
+    }
     return compare(name, "eagle", decoder, settings, trees, weights.aux)
 
 
@@ -124,7 +127,7 @@ def compare(
     decoder: Decoder,
     settings: Settings,
     trees: Mapping[str, Setting],
-    wanted: Sequence[int],
+    hidden_indices: Sequence[int],
 ) -> Found:
     """Every tree without graphs, with the target's forwards recorded, and with the drafts' steps recorded as well,
     against vanilla with graphs."""
@@ -134,7 +137,7 @@ def compare(
     }
     for tree, setting in trees.items():
         ways: dict[str, tuple[TargetDecoder, NewDrafter]] = {"eager": (decoder, setting.plain)}
-        made, why = attempt(partial(GraphedDecoder, decoder, (1, setting.num_nodes), room(request), wanted))
+        made, why = attempt(partial(CapturedDecoder, decoder, (1, setting.num_nodes), room(request), hidden_indices))
         if made is None:
             notes.append(f"{method}, {tree}, target: {why}")
         else:

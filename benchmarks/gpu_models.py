@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.find_model import ModelFiles
+from spdbench.models.cpu.linear import linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import linear
+from spdbench.models.layer_ops import Geometry, HeadNorms, NormWeight
 from spdbench.models.layers import LayerWeights
-from spdbench.models.load import ModelFiles
 from spdbench.models.partition import split_by_cost
 from spdbench.models.rotary import Rotary, plain_frequencies
-from spdbench.models.steps import Geometry, HeadNorms, NormWeight
 from spdbench.models.target import DTYPES, LayerSource, find_device
 
 ROTARY_BASE = 1e6

@@ -19,7 +19,7 @@ from benchmarks.gpu_models import SHAPES, Shape, random_decoder, stages_of
 from benchmarks.gpu_running import tail
 from benchmarks.sides import Goal, Key, Row, ratio, take_turns, times
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.graphed import GraphedDecoding
+from spdbench.decoding.captured import CapturedDecoding
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
 from spdbench.measure.environment import environment
 from spdbench.models.decoder import Decoder
@@ -305,7 +305,7 @@ def graphed_side(
     decoder: Decoder, request: GenerationRequest, *, compiled: bool = False, whole: bool = False
 ) -> Callable[[], Turn]:
     """`whole`: prefill counts."""
-    decoding = GraphedDecoding(decoder, room(request), compiled=compiled)
+    decoding = CapturedDecoding(decoder, room(request), compiled=compiled)
     return lambda: timed_tokens(decoding.decode(request), whole=whole)
 
 
@@ -321,7 +321,7 @@ def pipeline_side(
 def transformers_side(shape: Shape, request: GenerationRequest, settings: Settings) -> Callable[[], Turn]:
     from transformers import AutoModelForCausalLM, Qwen3Config
 
-    from spdbench.models import hf
+    from spdbench.models.hf import library
 
     config = Qwen3Config(
         vocab_size=shape.vocab_size,
@@ -336,14 +336,14 @@ def transformers_side(shape: Shape, request: GenerationRequest, settings: Settin
         eos_token_id=None,
         pad_token_id=None,
     )
-    with hf.quiet(), torch.device(settings.device):
+    with library.quiet(), torch.device(settings.device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[settings.dtype]).eval()
     inputs = torch.tensor([request.prompt_ids], device=settings.device)
     mask = torch.ones_like(inputs)
 
     @torch.inference_mode()
     def side() -> Turn:
-        with hf.quiet():
+        with library.quiet():
             wait(settings.where)
             began = time.perf_counter()
             ids = model.generate(

@@ -111,7 +111,7 @@ def breakdown(name: str, settings: Settings, count: int, transport: RowTransport
             device=settings.device,
             threads=1,
             cores=None,
-            wanted=(),
+            hidden_indices=(),
             transport=transport,
             timeout_s=TIMEOUT_S,
         )

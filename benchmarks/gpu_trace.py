@@ -17,16 +17,16 @@ from benchmarks.gpu_drafts import Dictated, longer
 from benchmarks.gpu_models import SHAPES, stages_of
 from benchmarks.gpu_parts import Found, Settings, room, synthetic
 from benchmarks.sides import Goal, Row
-from spdbench.decoding.graphed import GraphedDecoding
+from spdbench.decoding.captured import CapturedDecoding
 from spdbench.decoding.speculate import Speculation
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
+from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphed import GraphedDecoder
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.eagle.build import build_eagle, random_eagle
-from spdbench_backends.eagle.growth import DynamicGrowth
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.eagle.tree_builder import DynamicTreeBuilder
 from spdbench_backends.spd.engine import PipelinedDecoding
 
 WAITS = (
@@ -44,7 +44,7 @@ def trace(name: str, settings: Settings, folder: Path) -> Found:
     pipeline = StreamsPipeline(decoder, stages, (), room(request))
     drafter = synthetic(decoder, request, 1.0)
     sides: dict[str, Iterator[Any]] = {
-        "vanilla": GraphedDecoding(decoder, room(request)).decode(request),
+        "vanilla": CapturedDecoding(decoder, room(request)).decode(request),
         "streams": PipelinedDecoding(pipeline, stages, drafter, request).steps(),
         "eagle": recorded_eagle(decoder, longer(request)),
     }
@@ -65,8 +65,8 @@ def trace(name: str, settings: Settings, folder: Path) -> Found:
 def recorded_eagle(decoder: Decoder, request: GenerationRequest) -> Iterator[Step]:
     """Rounds of a dynamic tree whose drafts are all wrong, so that there are enough of them."""
     weights = build_eagle(random_eagle(decoder, 0), decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
-    growth = DynamicGrowth(5, 8, 24)
-    target = GraphedDecoder(decoder, (1, growth.max_nodes), room(request), weights.aux)
+    growth = DynamicTreeBuilder(5, 8, 24)
+    target = CapturedDecoder(decoder, (1, growth.max_nodes), room(request), weights.aux)
     module = RecordedEagle(weights, decoder, growth, room(request))
     drafter = RecordedEagleDrafter(weights, decoder, growth, module)
     drafts = synthetic_drafts(parse_drafter("forced:0"), 0, decoder, request)

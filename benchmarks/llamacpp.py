@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks import llamacpp_side, sides
 from benchmarks.sides import Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
 from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
-from spdbench.models.embedded import embedded_gguf
+from spdbench.models.checkpoints.embedded import embedded_gguf
 from spdbench.models.target import load_target
 
 THEIRS = "llama.cpp"

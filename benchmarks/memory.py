@@ -30,7 +30,7 @@ import torch
 from benchmarks import sides
 from benchmarks.sides import Goal, Report, Row, show, spread, take_turns
 from benchmarks.workload import MODEL, prompt_ids, vanilla_side
-from spdbench.models.kernels import can_pack
+from spdbench.models.cpu.linear import can_pack
 from spdbench.models.target import DTYPES, load_target
 
 LOOK_EVERY_S = 0.002

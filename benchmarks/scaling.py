@@ -32,9 +32,9 @@ from benchmarks import sides
 from benchmarks.sides import Goal, Report, Row, milliseconds, ratio, show, spread, take_turns, times
 from benchmarks.workload import MODEL
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
+from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.likeliest import likeliest
 from spdbench.models.target import load_target
 
 CONTEXTS = (64, 256, 1024, 2048, 4096)
@@ -174,7 +174,7 @@ def forward_side(decoder: Decoder, length: int, num_rows: int, count: int) -> Ca
         for _ in range(count + 1):
             start = time.perf_counter()
             hidden_SM, _states = decoder.forward(decoder.embed(decoder.ids(ids)), length, cache)
-            likeliest(decoder.logits(hidden_SM)).tolist()
+            argmax(decoder.logits(hidden_SM)).tolist()
             seconds.append(time.perf_counter() - start)
             cache.rollback(length)
         return statistics.median(seconds[1:])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spdbench.errors import InputError, did_you_mean
-from spdbench.types import Account, BackendKind, GenerationRequest, Span, Step, Unknown
+from spdbench.types import BackendKind, EngineReport, GenerationRequest, Span, Step, Unknown
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -87,8 +87,8 @@ class BackendInfo:
 class Backend(Protocol):
     """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
 
-    A backend that drives an engine may have more: `account()`, see `account_of`; `text_only = True` in its class if it
-    needs nothing of the target, see `is_text_only`; `concurrency`, see `concurrency_of`.
+    A backend that drives an engine may have more: `account()`, see `engine_report`; `text_only = True` in its class if
+    it needs nothing of the target, see `is_text_only`; `concurrency`, see `concurrency_of`.
     """
 
     kind: ClassVar[BackendKind]
@@ -124,10 +124,10 @@ class Backend(Protocol):
         """Frees what `load` took. May be called twice, and after a failure."""
 
 
-def account_of(backend: Backend) -> Account:
+def engine_report(backend: Backend) -> EngineReport:
     """What `backend` tells of the request that this thread made last, if it has a method `account` for it."""
     tell = getattr(backend, "account", None)
-    return Account() if tell is None else cast(Account, tell())
+    return EngineReport() if tell is None else cast(EngineReport, tell())
 
 
 def is_text_only(cls: type[Backend]) -> bool:

@@ -88,7 +88,7 @@ class DraftCounts:
 
 
 @dataclass(frozen=True)
-class Account:
+class EngineReport:
     """What an engine tells of a request when it is over, beside its steps; None for what it does not tell.
 
     `finish` is why it stopped, for engines that do not show their end of sequence as a token.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from spdbench.models.load import find_model
+from spdbench.models.checkpoints.find_model import find_model
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling
 

@@ -60,10 +60,10 @@ class DraftModel(DraftVerify):
         """The forwards of the target and of the smaller model, where they are recorded."""
         target = self._record(self._options.graphs, self._options.num_tokens + 1, ())
         if target is not None and self._small is not None:
-            from spdbench.models.graphed import GraphedDecoder, recordable, usual_capacity
+            from spdbench.models.cuda.captured_decoder import CapturedDecoder, recordable, usual_capacity
 
             if recordable(self._small):
-                self._small = GraphedDecoder(self._small, (1, 2), usual_capacity(self._small), ())
+                self._small = CapturedDecoder(self._small, (1, 2), usual_capacity(self._small), ())
 
     def _load_small(self, name: str | None) -> None:
         if name is None:
@@ -90,7 +90,7 @@ class DraftModel(DraftVerify):
 class ModelDrafter:
     """A smaller model at work on one request, with a cache of its own."""
 
-    wanted: tuple[int, ...] = ()
+    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, decoder: TargetDecoder, num_tokens: int, capacity: int) -> None:
         self.max_nodes = num_tokens + 1
@@ -139,9 +139,9 @@ def random_decoder(target: Decoder, seed: int) -> Decoder:
     """An untrained model of one layer: matrices drawn from N(0, 0.02²) between the target's embedding and head."""
     import torch
 
-    from spdbench.models.kernels import linear
+    from spdbench.models.cpu.linear import linear
+    from spdbench.models.layer_ops import NormWeight
     from spdbench.models.layers import LayerWeights
-    from spdbench.models.steps import NormWeight
 
     config = target.config
     width, ffn = config.hidden_size, config.intermediate_size

@@ -17,8 +17,8 @@ from spdbench_backends.graph_options import Graphs, recorded_as, to_be_recorded
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter, Judge
     from spdbench.decoding.tree_choice import RowCosts
+    from spdbench.models.cuda.captured_decoder import CapturedDecoder
     from spdbench.models.decoder import Decoder
-    from spdbench.models.graphed import GraphedDecoder
 
 
 class DraftVerify(Drafting["Drafter"]):
@@ -30,7 +30,7 @@ class DraftVerify(Drafting["Drafter"]):
         super().__init__(context)
         self._spans: Sequence[Span] = ()
         self._chosen: Mapping[str, str] = {}  # what the backend decided for itself, to be kept in the result
-        self._recorded: GraphedDecoder | None = None
+        self._recorded: CapturedDecoder | None = None
 
     def describe(self) -> BackendInfo:
         decoder = self._decoder
@@ -58,15 +58,15 @@ class DraftVerify(Drafting["Drafter"]):
         self._spans = speculation.spans
         return speculation.steps()
 
-    def _record(self, graphs: Graphs, num_nodes: int, wanted: Collection[int]) -> Decoder | None:
+    def _record(self, graphs: Graphs, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
         """Records the target's forwards of one row and of `num_nodes`, if the option says so; then the target, for the
         drafter's own steps."""
         decoder = to_be_recorded(graphs, self._context)
         if decoder is not None:
-            from spdbench.models.graphed import GraphedDecoder, usual_capacity
+            from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
 
             capacity, compiled = usual_capacity(decoder), graphs == "compiled"
-            self._recorded = GraphedDecoder(decoder, (1, num_nodes), capacity, wanted, compiled=compiled)
+            self._recorded = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
             self._chosen = {**self._chosen, "graphs": recorded_as(graphs, capacity)}
         return decoder
 
@@ -77,23 +77,23 @@ class DraftVerify(Drafting["Drafter"]):
         decoder = to_be_recorded(graphs, self._context)
         if decoder is None:
             return measure_row_costs(self._decoder, largest)
-        from spdbench.models.graphed import GraphedDecoder
+        from spdbench.models.cuda.captured_decoder import CapturedDecoder
 
         counts = [count for count in ROW_COUNTS if count <= largest]
-        recorded = GraphedDecoder(decoder, counts, CONTEXT + largest, compiled=graphs == "compiled")
+        recorded = CapturedDecoder(decoder, counts, CONTEXT + largest, compiled=graphs == "compiled")
         return measure_row_costs(recorded, largest)
 
     def _forward_between(self) -> Callable[[], object]:
         """A forward of the target, as there is one between any two drafts: what a drafter reads is then in no cache of
         the processor."""
-        from spdbench.models.likeliest import likeliest
+        from spdbench.models.cpu.argmax import argmax
 
         decoder = self._decoder
         cache = decoder.new_cache(1)
 
         def forward() -> None:
             hidden, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
-            likeliest(decoder.logits(hidden)).tolist()
+            argmax(decoder.logits(hidden)).tolist()
             cache.rollback(0)
 
         return forward

@@ -36,7 +36,7 @@ def to_be_recorded(graphs: Graphs, context: BackendContext) -> Decoder | None:
     Raises:
         InputError: graphs were asked for, and the model's layers cannot be recorded.
     """
-    from spdbench.models.graphed import recordable, refuse_unrecordable
+    from spdbench.models.cuda.captured_decoder import recordable, refuse_unrecordable
 
     decoder = context.target.decoder
     if graphs == "off" or (graphs == "auto" and (decoder.device.type != "cuda" or not recordable(decoder))):

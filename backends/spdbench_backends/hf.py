@@ -18,7 +18,7 @@ from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.rounds import verdict
 
 if TYPE_CHECKING:
-    from spdbench.models.generation import Generation
+    from spdbench.models.hf.generation import Generation
 
 
 class HF:
@@ -43,7 +43,7 @@ class HF:
         self._info: DrafterInfo | None = None
 
     def load(self) -> None:
-        from spdbench.models.generation import Generation
+        from spdbench.models.hf.generation import Generation
 
         options, label, target = self._options, self._context.label, self._context.target
         if options.assistant is not None and options.prompt_lookup:
@@ -61,36 +61,36 @@ class HF:
         self._generation = Generation(target.load_for_generation())
 
     def _load_assistant(self, name: str) -> None:
-        from spdbench.models import hf
+        from spdbench.models.hf import library
         from spdbench_backends.draft_model import load_small
 
         small = load_small(self._context, "assistant", name)
         self._assistant = small.load_for_generation()
-        self._assistant.generation_config = hf.assistant_settings(self._options.assistant_tokens)
+        self._assistant.generation_config = library.assistant_settings(self._options.assistant_tokens)
         self._info = DrafterInfo(small.files.id, method="assistant_model", synthetic=False, sha256=small.files.sha256)
 
     def describe(self) -> BackendInfo:
-        from spdbench.models import hf
+        from spdbench.models.hf import library
 
         return BackendInfo(
             devices=self._context.devices[:1],
             lane_bytes=(self._loaded().bytes_per_token(),),
             stage_layers=(self._context.target.config.num_layers,),
             drafter=self._info,
-            chosen={"engine": f"transformers {hf.version()}"},
+            chosen={"engine": f"transformers {library.version()}"},
         )
 
     def prepare(self, request: GenerationRequest) -> None:
         pass
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        from spdbench.models import hf
+        from spdbench.models.hf import library
 
         options = self._options
         drafting = {}
         if options.prompt_lookup:
             drafting = {"prompt_lookup_num_tokens": options.prompt_lookup, "max_matching_ngram_size": options.max_ngram}
-        settings = hf.generation_settings(request, **drafting)
+        settings = library.generation_settings(request, **drafting)
         unread = len(request.prompt_ids)
         for fed, token_ids in self._loaded().rounds(request, settings, self._assistant):
             yield verdict(token_ids, fed[unread:], forwards=len(fed))

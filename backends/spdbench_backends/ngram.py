@@ -51,7 +51,7 @@ class Ngram(DraftVerify):
 class NgramDrafter:
     """The committed tokens of one request, and where each n-gram among them last ended."""
 
-    wanted: tuple[int, ...] = ()
+    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, num_tokens: int, max_ngram: int, min_ngram: int, decoder: Any) -> None:
         self.max_nodes = num_tokens + 1

@@ -20,7 +20,7 @@ from spdbench.decoding.tree import DraftTree, chain
 class SyntheticTrees(ABC):
     """The dialled draft leads on from every node of the spine; all else in a tree is wrong."""
 
-    wanted: tuple[int, ...] = ()
+    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, drafts: SyntheticDrafts, max_nodes: int, device: torch.device) -> None:
         self.max_nodes = max_nodes

@@ -10,7 +10,7 @@ from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.graph_options import GraphOptions, recorded_as, to_be_recorded
 
 if TYPE_CHECKING:
-    from spdbench.decoding.graphed import GraphedDecoding
+    from spdbench.decoding.captured import CapturedDecoding
     from spdbench.models.interface import TargetDecoder
 
 
@@ -27,16 +27,16 @@ class Vanilla:
         self._options = cast(Vanilla.Options, options)
         self._context = context
         self._decoder: TargetDecoder | None = None
-        self._graphed: GraphedDecoding | None = None
+        self._graphed: CapturedDecoding | None = None
 
     def load(self) -> None:
         self._decoder = self._context.target.decoder
         graphs = self._options.graphs
         if (recorded := to_be_recorded(graphs, self._context)) is not None:
-            from spdbench.decoding.graphed import GraphedDecoding
-            from spdbench.models.graphed import usual_capacity
+            from spdbench.decoding.captured import CapturedDecoding
+            from spdbench.models.cuda.captured_decoder import usual_capacity
 
-            self._graphed = GraphedDecoding(recorded, usual_capacity(recorded), compiled=graphs == "compiled")
+            self._graphed = CapturedDecoding(recorded, usual_capacity(recorded), compiled=graphs == "compiled")
 
     def describe(self) -> BackendInfo:
         decoder, graphed = self._loaded(), self._graphed

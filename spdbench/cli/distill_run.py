@@ -17,7 +17,7 @@ from spdbench.models.decoder import Decoder
 from spdbench.training.batched import Slots, slot_bytes
 from spdbench.training.continuous import Batch
 from spdbench.training.datafile import DataFile
-from spdbench.training.distil import Distiller, Dropped, Talk
+from spdbench.training.distill import Distiller, Dropped, Talk
 from spdbench.training.space import GB, how_many_fit, require_memory
 from spdbench.training.threads import results_of
 
@@ -38,7 +38,7 @@ def fill(
     batches = [Batch(part, scripts, lock) for part in slots]
     stream = results_of(batches, num_threads)
     progress = DataProgress(tokens, file.num_tokens)
-    before, in_vain = (file.num_written, file.seconds), 0
+    before, cancelled = (file.num_written, file.seconds), 0
     started = summed = time.monotonic()
 
     def count() -> int:
@@ -53,8 +53,8 @@ def fill(
                 for outcome in outcomes:
                     if outcome is not None:
                         file.add(outcome)
-                        in_vain = in_vain + 1 if isinstance(outcome, Dropped) else 0
-                    if endless and in_vain == HOPELESS:
+                        cancelled = cancelled + 1 if isinstance(outcome, Dropped) else 0
+                    if endless and cancelled == HOPELESS:
                         count()
                         file.write_summary(complete=False)
                         raise SpdbenchError(

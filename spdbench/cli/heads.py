@@ -10,7 +10,7 @@ from spdbench.backend import Backend, BackendOptions
 from spdbench.judge.result import BackendRecord, DecodingInfo, DrafterRecord, ModelInfo, SuiteInfo
 from spdbench.measure.assemble import ResultHead
 from spdbench.measure.runner import Workload
-from spdbench.models.served import ServedModel
+from spdbench.models.remote_target import RemoteTarget
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
@@ -75,7 +75,7 @@ def backend_record(name: str, label: str, backend: Backend, options: BackendOpti
 
 
 def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:
-    known = not isinstance(target, ServedModel)
+    known = not isinstance(target, RemoteTarget)
     return ModelInfo(
         id=target.files.id,
         sha256=target.files.sha256,

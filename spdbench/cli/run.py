@@ -209,13 +209,13 @@ def _target(suite: Suite, chosen: ModelOptions, device: str, entrants: Sequence[
     """What backends share; where none of them needs it and no model is named, no more of it than what they call it."""
     from spdbench.backend import is_text_only
     from spdbench.measure.privacy import names_only
-    from spdbench.models.served import ServedModel
+    from spdbench.models.remote_target import RemoteTarget
     from spdbench.models.target import load_target
 
     named = chosen.model or suite.model
     if named is None and all(is_text_only(entrant.cls) for entrant in entrants):
         names = dict.fromkeys(str(getattr(entrant.options, "model", None) or "served") for entrant in entrants)
-        return ServedModel("+".join(names_only(list(names))))  # a server may call its model by its folder
+        return RemoteTarget("+".join(names_only(list(names))))  # a server may call its model by its folder
     return load_target(named or "smollm2", chosen.dtype, device)
 
 

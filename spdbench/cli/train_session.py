@@ -19,8 +19,8 @@ import torch
 from spdbench.cli.model_options import ModelOptions
 from spdbench.cli.train_progress import TrainingProgress
 from spdbench.errors import FULL, InputError
-from spdbench.models.cache import cache_folder
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target, find_device, load_target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
@@ -193,7 +193,7 @@ def _prepared(
         recipe.require_layout(wishes.layout)
     require_memory(training_bytes(recipe.module, config, wishes.batch_tokens), target.device, "training")
     require_disk(checkpoint_bytes(recipe.module), wishes.out, "training")
-    features = Features(decoder, sequences, recipe.wanted)
+    features = Features(decoder, sequences, recipe.hidden_indices)
     _keep(features, wishes)
     return recipe, features
 

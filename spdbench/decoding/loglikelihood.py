@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.likeliest import likeliest
 
 ROWS = 64
 """Rows whose logits are in memory at a time."""
@@ -41,5 +41,5 @@ def loglikelihood(
         said_R = torch.tensor(continuation_ids[start : start + ROWS], dtype=torch.long, device=logits_RV.device)
         log_probabilities_RV = logits_RV.float().log_softmax(dim=-1)
         total += float(log_probabilities_RV.gather(1, said_R[:, None]).double().sum())
-        is_greedy = is_greedy and bool((likeliest(logits_RV).to(said_R.device) == said_R).all())
+        is_greedy = is_greedy and bool((argmax(logits_RV).to(said_R.device) == said_R).all())
     return total, is_greedy

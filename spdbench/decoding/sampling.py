@@ -12,7 +12,7 @@ import random
 import torch
 from torch import Tensor
 
-from spdbench.models.likeliest import likeliest
+from spdbench.models.cpu.argmax import argmax
 from spdbench.types import Sampling
 
 Logits = Tensor | int
@@ -40,7 +40,7 @@ class Sampler:
         if isinstance(logits_V, int):
             return logits_V
         if self.greedy:
-            return int(likeliest(logits_V))
+            return int(argmax(logits_V))
         return self.draw(self.probabilities(logits_V))
 
     def probabilities(self, logits: Tensor) -> Tensor:

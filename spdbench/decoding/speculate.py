@@ -25,7 +25,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
 from spdbench.decoding.verify import TreeVerdict, judge_tree
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.sending import sent
+from spdbench.models.to_device import to_device
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
 
 
@@ -41,7 +41,7 @@ class Features:
         """The same for some of the rows."""
         if list(rows) == list(range(len(self.hidden))):
             return self
-        chosen = sent(rows, self.hidden.device)
+        chosen = to_device(rows, self.hidden.device)
         return Features(self.hidden[chosen], {index: state[chosen] for index, state in self.states.items()})
 
 
@@ -49,7 +49,7 @@ class Drafter(Protocol):
     """One request's drafter."""
 
     @property
-    def wanted(self) -> Collection[int]:
+    def hidden_indices(self) -> Collection[int]:
         """The target's hidden states that it reads, by index."""
 
     @property
@@ -101,8 +101,10 @@ class Speculation:
 
     def _prefill(self) -> int:
         prompt_ids = self._request.prompt_ids
-        decoder, wanted = self._decoder, self._drafter.wanted
-        hidden_PM, states = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, self.cache, wanted=wanted)
+        decoder, hidden_indices = self._decoder, self._drafter.hidden_indices
+        hidden_PM, states = decoder.forward(
+            decoder.embed(decoder.ids(prompt_ids)), 0, self.cache, hidden_indices=hidden_indices
+        )
         token = self._sampler.choose(decoder.logits(hidden_PM[-1:])[0])
         self._drafter.start(prompt_ids, Features(hidden_PM, states), token)
         return token
@@ -115,7 +117,7 @@ class Speculation:
         drafted = perf_counter_ns()
         tree = None if draft.tree.is_chain else draft.tree.rows
         hidden_NM, states = decoder.forward(
-            decoder.embed(draft.ids_N), mark, self.cache, wanted=self._drafter.wanted, tree=tree
+            decoder.embed(draft.ids_N), mark, self.cache, hidden_indices=self._drafter.hidden_indices, tree=tree
         )
         logits_NV = decoder.logits(hidden_NM)
         forwarded = perf_counter_ns()

@@ -15,7 +15,7 @@ from typing import Literal
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError, did_you_mean
-from spdbench.models.cache import typed_path
+from spdbench.models.checkpoints.folders import typed_path
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
 

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from spdbench.models.place import TreeRows
+from spdbench.models.attention_context import TreeRows
 
 Path = tuple[int, ...]
 """A node as the ranks on the way to it: (0, 2) is the third choice behind the first."""

@@ -18,8 +18,8 @@ from time import perf_counter
 import torch
 
 from spdbench.decoding.tree import Path
+from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.likeliest import likeliest
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3
@@ -53,7 +53,7 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
         for count in counts:
             began = perf_counter()
             hidden, _ = decoder.forward(decoder.embed(decoder.ids([0] * count)), CONTEXT, cache)
-            likeliest(decoder.logits(hidden)).tolist()
+            argmax(decoder.logits(hidden)).tolist()
             times[count].append(perf_counter() - began)
             cache.rollback(CONTEXT)
     return RowCosts(tuple(counts), tuple(median(times[count][1:]) for count in counts))

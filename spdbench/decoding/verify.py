@@ -21,8 +21,8 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits, Sampler, draw_rows
 from spdbench.decoding.tree import DraftTree
-from spdbench.models.likeliest import likeliest
-from spdbench.models.sending import sent
+from spdbench.models.cpu.argmax import argmax
+from spdbench.models.to_device import to_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def judge(logits_V: Logits, draft: Draft, sampler: Sampler) -> Verdict:
     # Strictly less: a token that the target gives no mass must not pass when u is 0.
     if sampler.uniform() * likelihood < float(target_V[token]):
         return Verdict(True, token)
-    return Verdict(False, sampler.draw(_residual(target_V, sent((token,), target_V.device), draft_V)))
+    return Verdict(False, sampler.draw(_residual(target_V, to_device((token,), target_V.device), draft_V)))
 
 
 def _residual(target_V: Tensor, refused: Tensor, drafted_V: Tensor | None) -> Tensor:
@@ -97,7 +97,7 @@ def judge_tree(
     """
     walk: _Walk
     if sampler.greedy:
-        parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, likeliest(logits_NV))).cpu().numpy()
+        parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV))).cpu().numpy()
         walk = _Greedy(ids, best)
     elif logits_NV.device.type == "cpu":
         parents, ids = draft.tree.parents_N.numpy(), draft.ids_N.numpy()
@@ -196,7 +196,7 @@ class SampledAtOnce:
             residual_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
         nothing_left_N1 = residual_NV.sum(-1, keepdim=True) <= 0.0
         residual_NV = torch.where(nothing_left_N1, target_NV, residual_NV)
-        drawn_N = draw_rows(residual_NV, sent(draw_N, device, torch.float64))
+        drawn_N = draw_rows(residual_NV, to_device(draw_N, device, torch.float64))
         read = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).cpu().numpy()
         self.parents, self.ids, self._drawn = (row.astype(np.int64) for row in read[:3])
         self._likelihood, self._drafted = read[3:]

@@ -18,10 +18,10 @@ from spdbench.judge.batch import Batch, batches_of
 from spdbench.judge.columns import NotPlain
 from spdbench.judge.flags import MADE_FROM_ONE_RESULT, flags_for
 from spdbench.judge.metrics import Tally
+from spdbench.judge.process_map import share_out
 from spdbench.judge.ratios import is_failed, speeds
 from spdbench.judge.reader import reading
 from spdbench.judge.result import BackendRecord, Result, Run, RunKey, Summary, read_result
-from spdbench.judge.sharing import share_out
 
 MOST_BYTES_PER_S = 1e18
 """A read bandwidth above this is a damaged file's."""

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from spdbench.judge.batch import Batch, batches_of
 from spdbench.judge.columns import NotPlain
+from spdbench.judge.process_map import share_out
 from spdbench.judge.ratios import is_failed, told_columns
 from spdbench.judge.reader import reading
 from spdbench.judge.result import Result, RunKey, read_result
-from spdbench.judge.sharing import share_out
 
 STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
 

@@ -15,9 +15,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdbench.backend import Backend, account_of
+from spdbench.backend import Backend, engine_report
 from spdbench.judge.result import Steps
-from spdbench.types import Account, FinishReason, GenerationRequest, Step
+from spdbench.types import EngineReport, FinishReason, GenerationRequest, Step
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Measurement:
     ttft_s: float
     decode_s: float
     steps: Steps
-    account: Account
+    account: EngineReport
 
 
 def peak_memory_bytes(devices: Sequence[str]) -> int | None:
@@ -87,7 +87,7 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
     finally:
         if isinstance(steps, Generator):  # any other iterator ends itself
             steps.close()
-    account = account_of(backend)
+    account = engine_report(backend)
     if finish is None and ids:
         finish = account.finish
     if finish is None:

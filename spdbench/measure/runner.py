@@ -24,7 +24,7 @@ from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, RunKey
 from spdbench.measure.lanes import lane_figures
 from spdbench.measure.privacy import without_secrets
-from spdbench.types import UNKNOWN_ID, Account, GenerationRequest, Message, Prompt, Sampling
+from spdbench.types import UNKNOWN_ID, EngineReport, GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
 NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
@@ -320,7 +320,7 @@ def _measure(
                 raise _StoppedError from None
 
 
-def _told(account: Account) -> dict[str, object]:
+def _told(account: EngineReport) -> dict[str, object]:
     """What of a run an engine told itself."""
     told: dict[str, object] = {"text": account.text}
     if account.drafts is not None:

@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import Checkpoint
-from spdbench.models.config import ModelConfig
-from spdbench.models.interface import AbandonedError
-from spdbench.models.kernels import Linear, PackedLinear, can_pack, linear
+from spdbench.models.attention_context import AttentionContext, TreeRows
+from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.weights import Checkpoint
+from spdbench.models.cpu.linear import Linear, PackedLinear, can_pack, linear
+from spdbench.models.cpu.memory import return_freed_memory
+from spdbench.models.interface import CancelledForwardError
 from spdbench.models.kv_cache import KVCache
+from spdbench.models.layer_ops import Geometry, HeadNorms, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
-from spdbench.models.memory import return_freed_memory
-from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
-from spdbench.models.sending import sent
-from spdbench.models.steps import Geometry, HeadNorms, NormWeight, Steps, steps_by_rows
+from spdbench.models.to_device import to_device
 
 QKV = ("q_proj", "k_proj", "v_proj")
 DRAFT_HEADS = "medusa_head."
@@ -73,27 +73,27 @@ class Decoder:
         start: int,
         cache: KVCache,
         layers: range | None = None,
-        wanted: Collection[int] = (),
+        hidden_indices: Collection[int] = (),
         tree: TreeRows | None = None,
-        in_vain: Callable[[], bool] | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), or a tree's rows from `start`.
 
-        Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index; index 0 is
-        taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
+        Returns the last layer's output `[S, M]` and the hidden states asked for in `hidden_indices`, by index; index 0
+        is taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
 
         Raises:
-            AbandonedError: `in_vain`, asked before each layer, said so; the cache is as it was.
+            CancelledForwardError: `cancelled`, asked before each layer, said so; the cache is as it was.
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
-        place, steps = Place(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
-        states = {0: hidden_SM} if layers.start == 0 and 0 in wanted else {}
+        place, steps = AttentionContext(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
+        states = {0: hidden_SM} if layers.start == 0 and 0 in hidden_indices else {}
         for layer in layers:
-            if in_vain is not None and in_vain():
-                raise AbandonedError
+            if cancelled is not None and cancelled():
+                raise CancelledForwardError
             hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
-            if layer + 1 in wanted:
+            if layer + 1 in hidden_indices:
                 states[layer + 1] = hidden_SM
         cache.advance(num_rows)
         return hidden_SM, states
@@ -110,7 +110,7 @@ class Decoder:
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
-        return sent(list(token_ids), self.device)
+        return to_device(list(token_ids), self.device)
 
     def new_cache(self, capacity: int, layers: range | None = None) -> KVCache:
         """An empty cache for `layers` (all by default) with room for `capacity` tokens."""
@@ -144,8 +144,8 @@ class Decoder:
         )
 
     @cached_property
-    def _choose_steps(self) -> Callable[[int], Steps]:
-        return steps_by_rows(self.geometry, self.dtype, self.device)
+    def _choose_steps(self) -> Callable[[int], LayerOps]:
+        return ops_by_rows(self.geometry, self.dtype, self.device)
 
 
 def load_decoder(

@@ -1,6 +1,6 @@
 """What everyone may ask of a target's layers and of their cache, whoever computes them.
 
-Two classes fit: our own `decoder.Decoder`, and `standard_layers.StandardDecoder` for models that ours does not know.
+Two classes fit: our own `decoder.Decoder`, and `standard_layers.HFDecoder` for models that ours does not know.
 This module must know neither.
 
 Shapes: S rows, M model width, V vocabulary.
@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from spdbench.models.config import Sizes
-from spdbench.models.place import TreeRows
+from spdbench.models.attention_context import TreeRows
+from spdbench.models.checkpoints.config import Sizes
 
 
 class TargetCache(Protocol):
@@ -37,7 +37,7 @@ class TargetCache(Protocol):
         """Of the slots from `mark` on keeps those at the rising offsets `chosen` and forgets the others."""
 
 
-class AbandonedError(Exception):
+class CancelledForwardError(Exception):
     """A forward pass was given up because nobody wants its result any more."""
 
 
@@ -73,17 +73,17 @@ class TargetDecoder(Protocol):
         start: int,
         cache: Any,
         layers: range | None = None,
-        wanted: Collection[int] = (),
+        hidden_indices: Collection[int] = (),
         tree: TreeRows | None = None,
-        in_vain: Callable[[], bool] | None = None,
+        cancelled: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), whose `cache` it must be; or a
         tree's rows from `start` on.
 
-        Returns the last layer's output `[S, M]` and the hidden states asked for in `wanted`, by index.
+        Returns the last layer's output `[S, M]` and the hidden states asked for in `hidden_indices`, by index.
 
         Raises:
-            AbandonedError: `in_vain`, which may be asked between layers, said so; the cache is as it was.
+            CancelledForwardError: `cancelled`, which may be asked between layers, said so; the cache is as it was.
         """
 
     def logits(self, hidden_SM: Tensor) -> Tensor:

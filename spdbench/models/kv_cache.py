@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdbench.models.sending import sent
+from spdbench.models.to_device import to_device
 
 
 def array(tensor: Tensor) -> Any:
@@ -89,7 +89,7 @@ class KVCache:
         Offsets must rise. What a tree's accepted path leaves behind; nothing moves where the path stands first.
         """
         if list(chosen) != list(range(len(chosen))):
-            slots = sent(chosen, self._keys.device) + mark
+            slots = to_device(chosen, self._keys.device) + mark
             end = mark + len(chosen)
             self._keys[:, :, mark:end] = self._keys[:, :, slots]
             self._values[:, :, mark:end] = self._values[:, :, slots]

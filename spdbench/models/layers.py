@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from spdbench.models.kernels import Linear
+from spdbench.models.attention_context import AttentionContext
+from spdbench.models.cpu.linear import Linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.place import Place
-from spdbench.models.steps import HeadNorms, NormWeight, Steps
+from spdbench.models.layer_ops import HeadNorms, LayerOps, NormWeight
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LayerWeights:
 
 
 def layer_forward(
-    weights: LayerWeights, steps: Steps, place: Place, layer: int, hidden_SM: Tensor, cache: KVCache
+    weights: LayerWeights, steps: LayerOps, place: AttentionContext, layer: int, hidden_SM: Tensor, cache: KVCache
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
     normed_SM = hidden_SM if weights.input_norm is None else steps.norm(hidden_SM, weights.input_norm)
@@ -67,7 +67,13 @@ def layer_forward(
 
 
 def layer_body(
-    weights: LayerWeights, steps: Steps, place: Place, layer: int, inputs_SI: Tensor, hidden_SM: Tensor, cache: KVCache
+    weights: LayerWeights,
+    steps: LayerOps,
+    place: AttentionContext,
+    layer: int,
+    inputs_SI: Tensor,
+    hidden_SM: Tensor,
+    cache: KVCache,
 ) -> Tensor:
     """What follows a layer's input norm: attention over `inputs_SI` and the feed-forward, added to `hidden_SM`.
 
@@ -77,7 +83,7 @@ def layer_body(
     return after_attention(weights, steps, mixed, hidden_SM)
 
 
-def after_attention(weights: LayerWeights, steps: Steps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
+def after_attention(weights: LayerWeights, steps: LayerOps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
     """The output projection of attention's `mixed` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`."""
     hidden_SM = weights.out.plus(mixed, hidden_SM)
     normed_SM = steps.norm(hidden_SM, weights.post_norm)

@@ -70,7 +70,7 @@ def plain_frequencies(base: float, head_dim: int) -> Tensor:
     return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
 
-def rotate(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
+def apply_rotary(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
     """Turns each pair (d, d + D/2) of every head by its position's angle; the sines bring the signs along."""
     num_rows, num_heads, head_dim = heads_SHD.shape
     swapped = heads_SHD.view(num_rows, num_heads, 2, head_dim // 2).flip(2).view(heads_SHD.shape)

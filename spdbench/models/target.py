@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from spdbench.errors import InputError
-from spdbench.models import hf
-from spdbench.models.checkpoint import Checkpoint
-from spdbench.models.config import (
+from spdbench.models.checkpoints.config import (
     FAMILIES,
     ForeignModelError,
     ModelConfig,
@@ -21,10 +19,12 @@ from spdbench.models.config import (
     read_raw_config,
     sizes,
 )
+from spdbench.models.checkpoints.find_model import ModelFiles, find_model
+from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.decoder import DRAFT_HEADS, Decoder, load_decoder
+from spdbench.models.hf import library
+from spdbench.models.hf.decoder import HFDecoder, SplitError, split_model
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.load import ModelFiles, find_model
-from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -67,20 +67,20 @@ class Target:
         self.dtype = DTYPES[dtype]
         self.device = find_device(device)
         raw = read_raw_config(files.directory)
-        self._standard = hf.standard_config(files.directory, raw["model_type"])
+        self._standard = library.standard_config(files.directory, raw["model_type"])
         self._known: ModelConfig | None = None
         self.unknown: str | None = None
         try:
             self._known = model_config(files.directory, self._standard)
         except ForeignModelError as what:
-            hf.require_causal(files.directory, self._standard)
+            library.require_causal(files.directory, self._standard)
             self.unknown = str(what)
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
     @cached_property
     def tokenizer(self) -> Any:
         """transformers' tokenizer of the model."""
-        return hf.load_tokenizer(self.files.directory)
+        return library.load_tokenizer(self.files.directory)
 
     @cached_property
     def decoder(self) -> TargetDecoder:
@@ -104,7 +104,7 @@ class Target:
         """For processes that load layers of their own."""
         if self._known is None:
             return LayerSource(self.files, self.dtype_name, None, None)
-        inverse, factor = hf.rotary_frequencies(self._standard, self._known.head_dim)
+        inverse, factor = library.rotary_frequencies(self._standard, self._known.head_dim)
         return LayerSource(self.files, self.dtype_name, self._known, (tuple(inverse.tolist()), factor))
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
@@ -115,7 +115,7 @@ class Target:
         """
         if self._known is None:
             return self._load_standard(layers)
-        frequencies = hf.rotary_frequencies(self._standard, self._known.head_dim)
+        frequencies = library.rotary_frequencies(self._standard, self._known.head_dim)
         with closing(Checkpoint(self.files.directory)) as checkpoint:
             return load_decoder(checkpoint, self._known, frequencies, self.dtype, self.device, layers)
 
@@ -123,17 +123,19 @@ class Target:
         """transformers' own model, to be run by its own `generate`: a copy beside `decoder`."""
         with closing(Checkpoint(self.files.directory)) as checkpoint:
             checkpoint.refuse_quantised()
-        hf.require_causal(self.files.directory, self._standard)
-        return hf.for_generation(hf.load_causal_model(self.files.directory, self._standard, self.dtype, self.device))
+        library.require_causal(self.files.directory, self._standard)
+        return library.for_generation(
+            library.load_causal_model(self.files.directory, self._standard, self.dtype, self.device)
+        )
 
-    def _load_standard(self, layers: range | None) -> StandardDecoder:
+    def _load_standard(self, layers: range | None) -> HFDecoder:
         directory = self.files.directory
         with closing(Checkpoint(directory)) as checkpoint:
             checkpoint.refuse_quantised()
-        model = hf.load_causal_model(directory, self._standard, self.dtype, self.device)
+        model = library.load_causal_model(directory, self._standard, self.dtype, self.device)
         try:
-            with hf.quiet():
-                return split_model(model, self.config, hf.range_cache, self.dtype, self.device, layers)
+            with library.quiet():
+                return split_model(model, self.config, library.range_cache, self.dtype, self.device, layers)
         except SplitError as why:
             raise InputError(
                 f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and "

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.likeliest import likeliest
 from spdbench.models.partition import split_by_cost
 from spdbench.models.timing import median_seconds
 
@@ -34,7 +34,7 @@ def balanced_stages(
         decoder.forward(row_1M, CONTEXT, cache)[0].sum().item()
 
     layer_s = median_seconds(layers, threads=threads) / len(decoder.layers)
-    head_s = median_seconds(lambda: likeliest(decoder.logits(row_1M)).item(), threads=threads)
+    head_s = median_seconds(lambda: argmax(decoder.logits(row_1M)).item(), threads=threads)
     extras = [0.0] * num_stages
     extras[0] += drafting_s / layer_s
     extras[-1] += head_s / layer_s

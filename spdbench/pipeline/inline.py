@@ -20,12 +20,12 @@ from spdbench.types import Span
 
 
 class InlinePipeline:
-    """Stages `stages` of `decoder`; reports the hidden states whose index is in `wanted`."""
+    """Stages `stages` of `decoder`; reports the hidden states whose index is in `hidden_indices`."""
 
-    def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], wanted: Collection[int]) -> None:
+    def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], hidden_indices: Collection[int]) -> None:
         self._decoder = decoder
         self._stages = stages
-        self._wanted = frozenset(wanted)
+        self._hidden_indices = frozenset(hidden_indices)
         self._caches: list[TargetCache] = []
         self._inputs: dict[int, Tensor] = {}
         self._states: list[tuple[int, States]] = []
@@ -45,14 +45,14 @@ class InlinePipeline:
         hidden_SM = decoder.embed(decoder.ids(prompt_ids))
         states: dict[int, Tensor] = {}
         for layers, cache in zip(self._stages, self._caches, strict=True):
-            hidden_SM, found = decoder.forward(hidden_SM, 0, cache, layers, self._wanted)
+            hidden_SM, found = decoder.forward(hidden_SM, 0, cache, layers, self._hidden_indices)
             states |= found
         return decoder.logits(hidden_SM[-1:])[0], states
 
     def enter(self, node: Node) -> None:
         hidden_SM = self._decoder.embed(self._decoder.ids((node.token_id,)))
         self._inputs[node.id] = hidden_SM
-        if 0 in self._wanted:
+        if 0 in self._hidden_indices:
             self._states.append((node.position, {0: hidden_SM}))
 
     def offer(self, token_id: int, position: int) -> None:
@@ -66,7 +66,7 @@ class InlinePipeline:
         logits_V: Tensor | None = None
         for stage, node in self._cycle.work():
             hidden_SM, found = self._decoder.forward(
-                self._inputs.pop(node.id), node.position, self._caches[stage], self._stages[stage], self._wanted
+                self._inputs.pop(node.id), node.position, self._caches[stage], self._stages[stage], self._hidden_indices
             )
             self._states.append((node.position, found))
             if stage == len(self._stages) - 1:

@@ -42,12 +42,12 @@ class ProcessPipeline:
     hidden state 0."""
 
     def __init__(
-        self, workers: StageWorkers, specs: Sequence[StageSpec], decoder: TargetDecoder, wanted: Collection[int]
+        self, workers: StageWorkers, specs: Sequence[StageSpec], decoder: TargetDecoder, hidden_indices: Collection[int]
     ) -> None:
         self._workers = workers
         self._specs = tuple(specs)
         self._decoder = decoder
-        self._reads_embedding = 0 in wanted
+        self._reads_embedding = 0 in hidden_indices
         self._epoch = 0
         self._cycle_number = 0
         self._cuts: dict[int, int] = {}  # by epoch: positions from here on were dropped
@@ -107,7 +107,7 @@ class ProcessPipeline:
         found, logits = self._read(spec, header, payload, 1)
         if found:
             self._states.append((oldest.node.position, found))
-        self._unread += [work for work in self._work[1:] if self._specs[work.stage].wanted]
+        self._unread += [work for work in self._work[1:] if self._specs[work.stage].hidden_indices]
         return logits
 
     def states(self) -> Sequence[tuple[int, States]]:
@@ -168,11 +168,11 @@ class ProcessPipeline:
         width, size = decoder.config.hidden_size, num_rows * decoder.config.hidden_size * decoder.dtype.itemsize
         states = {
             index: from_bytes(payload[at * size : (at + 1) * size], decoder.dtype, num_rows, width).to(decoder.device)
-            for at, index in enumerate(spec.wanted)
+            for at, index in enumerate(spec.hidden_indices)
         }
         if not spec.is_last:
             return states, None
         if header.value >= 0:
             return states, header.value
-        logits_V = from_bytes(payload[len(spec.wanted) * size :], torch.float32, decoder.config.vocab_size)
+        logits_V = from_bytes(payload[len(spec.hidden_indices) * size :], torch.float32, decoder.config.vocab_size)
         return states, logits_V.to(decoder.device)

@@ -23,17 +23,17 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
 from spdbench.errors import PromptFailedError
+from spdbench.models.cpu.argmax import argmax
+from spdbench.models.cuda.captured_decoder import run_layers
+from spdbench.models.cuda.graph import GraphRunner, Readback, Upload, Work
+from spdbench.models.cuda.static_layers import StaticLayers, bucket_for, buckets
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphed import run_layers
-from spdbench.models.graphs import GraphRunner, Readback, Upload, Work
-from spdbench.models.likeliest import likeliest
-from spdbench.models.static import StaticLayers, bucket_for, buckets
 from spdbench.pipeline.interface import States
 from spdbench.pipeline.schedule import Cycle, Node
 from spdbench.types import Span
 
 
-class Beside(Protocol):
+class CoDrafter(Protocol):
     """What drafts beside the stages, from what there was before the cycle. All its methods are recorded: they read and
     write tensors that stay in place. Positions at `capacity` stand for nobody and must leave no trace."""
 
@@ -51,16 +51,16 @@ class Beside(Protocol):
 
 
 class StreamsPipeline:
-    """Stages `stages` of `decoder` for sequences of up to `capacity` tokens. The hidden states `wanted` are `beside`'s;
-    without it they are reported cycle by cycle."""
+    """Stages `stages` of `decoder` for sequences of up to `capacity` tokens. The hidden states `hidden_indices` are
+    `beside`'s; without it they are reported cycle by cycle."""
 
     def __init__(
         self,
         decoder: Decoder,
         stages: tuple[range, ...],
-        wanted: Collection[int],
+        hidden_indices: Collection[int],
         capacity: int,
-        beside: Beside | None = None,
+        beside: CoDrafter | None = None,
         *,
         compiled: bool = False,
     ) -> None:
@@ -68,9 +68,9 @@ class StreamsPipeline:
         self._buckets = buckets(capacity)
         self._decoder = decoder
         self._stages = stages
-        self._wanted = frozenset(wanted)
+        self._hidden_indices = frozenset(hidden_indices)
         self._beside = beside
-        self._reported = frozenset() if beside is not None else self._wanted
+        self._reported = frozenset() if beside is not None else self._hidden_indices
         self._runner = GraphRunner(decoder.device)
         self._cycle: Cycle | None = None
         self._greedy = True
@@ -99,7 +99,9 @@ class StreamsPipeline:
         self._found.clear()
         self._cache.rollback(0)
         decoder = self._decoder
-        hidden_SM, states = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, self._cache, wanted=self._wanted)
+        hidden_SM, states = decoder.forward(
+            decoder.embed(decoder.ids(prompt_ids)), 0, self._cache, hidden_indices=self._hidden_indices
+        )
         return decoder.logits(hidden_SM[-1:])[0], states
 
     def enter(self, node: Node) -> None:
@@ -183,7 +185,7 @@ class StreamsPipeline:
         def see(index: int, hidden_1M: Tensor) -> None:
             if index in self._reported:
                 self._states[index].copy_(hidden_1M)
-            elif index in self._wanted and self._beside is not None:
+            elif index in self._hidden_indices and self._beside is not None:
                 self._beside.see(index, position_1, hidden_1M)
 
         hidden_1M = run_layers(decoder, self._layers, self._inputs[stage], place, self._stages[stage], see)
@@ -191,7 +193,7 @@ class StreamsPipeline:
         if stage == len(self._stages) - 1:
             logits_1V = decoder.logits(hidden_1M)
             self._logits_1V.copy_(logits_1V)
-            self._answers[:1].copy_(likeliest(logits_1V))
+            self._answers[:1].copy_(argmax(logits_1V))
 
     def _read(self) -> list[int]:
         if self._numbers is None:

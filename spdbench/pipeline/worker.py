@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.models.graphed import recorded_on_gpu
-from spdbench.models.interface import AbandonedError, TargetCache, TargetDecoder
-from spdbench.models.likeliest import likeliest
-from spdbench.models.memory import return_freed_memory
+from spdbench.models.cpu.argmax import argmax
+from spdbench.models.cpu.memory import return_freed_memory
+from spdbench.models.cuda.captured_decoder import recorded_on_gpu
+from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
 from spdbench.models.target import LayerSource
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
 from spdbench.pipeline.transport import (
@@ -54,7 +54,7 @@ SPAN_COLUMNS = 6
 
 @dataclass(frozen=True)
 class StageSpec:
-    """All that a stage has to know, as plain data. `wanted` are the hidden states that it reports, `cores` the
+    """All that a stage has to know, as plain data. `hidden_indices` are the hidden states that it reports, `cores` the
     processors that it may use, None for all."""
 
     index: int
@@ -64,7 +64,7 @@ class StageSpec:
     device: str
     threads: int
     cores: frozenset[int] | None
-    wanted: tuple[int, ...]
+    hidden_indices: tuple[int, ...]
     transport: RowTransport
     timeout_s: float
 
@@ -130,7 +130,9 @@ class _Stage:
         self._spans: list[tuple[int, ...]] = []
         self._free_ns = 0
         self._cache: TargetCache | None = None
-        self._decoder: TargetDecoder = recorded_on_gpu(spec.source.load(spec.layers, spec.device), (1,), spec.wanted)
+        self._decoder: TargetDecoder = recorded_on_gpu(
+            spec.source.load(spec.layers, spec.device), (1,), spec.hidden_indices
+        )
         self._on_gpu = self._decoder.device.type == "cuda"
         self._warm_up()
         self._inbox, self._outbox = self._links()
@@ -163,7 +165,7 @@ class _Stage:
         rows_SM = torch.zeros(num_rows, width, dtype=decoder.dtype, device=decoder.device)
         cache = decoder.new_cache(num_rows + 1, spec.layers)
         for some_SM in (rows_SM, rows_SM[:1]):
-            hidden_SM, _ = decoder.forward(some_SM, cache.length, cache, spec.layers, spec.wanted)
+            hidden_SM, _ = decoder.forward(some_SM, cache.length, cache, spec.layers, spec.hidden_indices)
         if spec.is_last:
             decoder.logits(hidden_SM)
         self._wait_for_device()
@@ -207,7 +209,7 @@ class _Stage:
             rows_SM = decoder.embed(decoder.ids(np.frombuffer(payload, np.int64).tolist()))
         else:
             rows_SM = self._inbox.rows(header, payload)
-        rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.wanted)
+        rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.hidden_indices)
         if self._outbox is not None:
             self._outbox.send(header._replace(num_rows=len(rows_SM)), rows_SM)
         self._answer(header, states, self._logits(rows_SM[-1:]) if spec.is_last else None)
@@ -226,9 +228,14 @@ class _Stage:
         self._took(HOST, max(header.at_ns, self._free_ns), began, header)
         try:
             rows_SM, states = decoder.forward(
-                rows_SM, header.position, cache, spec.layers, spec.wanted, in_vain=partial(self._is_stale, header)
+                rows_SM,
+                header.position,
+                cache,
+                spec.layers,
+                spec.hidden_indices,
+                cancelled=partial(self._is_stale, header),
             )
-        except AbandonedError:
+        except CancelledForwardError:
             self._took(TARGET, began, time.perf_counter_ns(), header)
             return
         self._wait_for_device()
@@ -243,7 +250,7 @@ class _Stage:
             judged = time.perf_counter_ns()
             self._took(HEAD, computed, judged, header)
             computed = judged
-        if spec.is_last or header.flag or spec.wanted:
+        if spec.is_last or header.flag or spec.hidden_indices:
             self._answer(header, states, logits)
         self._took(HOST, computed, time.perf_counter_ns(), header)
 
@@ -251,14 +258,14 @@ class _Stage:
         """Logits `[V]`, or their argmax `[]` where that is enough, once they are there."""
         logits_V = self._decoder.logits(rows_1M)[0]
         if self._greedy:
-            return likeliest(logits_V).cpu()
+            return argmax(logits_V).cpu()
         self._wait_for_device()
         return logits_V
 
     def _answer(self, header: Header, states: dict[int, Tensor], logits: Tensor | None) -> None:
         """RESULT: the states that are wanted, one behind the other, and the logits in float32."""
         now, value = time.perf_counter_ns(), -1
-        payload = b"".join(to_bytes(states[index]) for index in self._spec.wanted)
+        payload = b"".join(to_bytes(states[index]) for index in self._spec.hidden_indices)
         if logits is not None and self._greedy:
             value = int(logits)
         elif logits is not None:

@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import array
+from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, TorchOps, has_cpu_kernels
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
-from spdbench.models.steps import CompiledSteps, Geometry, Steps, TorchSteps, can_compile
 
 ROUND_UP = 64
 """torch's attention looks at a multiple of so many positions, so that buffers come in few sizes."""
@@ -48,13 +48,13 @@ class Slots:
         self.capacity = capacity
         self.lengths = [0] * num_slots
         self._decoder = decoder
-        self._steps: Steps
+        self._steps: LayerOps
         self._mix: _Mix
-        if can_compile(dtype, device):
-            self._steps = CompiledSteps(geometry, dtype)
+        if has_cpu_kernels(dtype, device):
+            self._steps = CpuOps(geometry, dtype)
             self._mix = _CompiledMix(geometry, decoder.rotary, keys, values)
         else:
-            self._steps = TorchSteps(geometry)
+            self._steps = TorchOps(geometry)
             self._mix = _TorchMix(geometry, decoder.rotary, keys, values)
 
     def rollback(self, slot: int, length: int) -> None:
@@ -101,7 +101,7 @@ class _CompiledMix:
     """Slot by slot and no further than its length, on the calling thread."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        from spdbench.models.compiled import mix_slots
+        from spdbench.models.cpu.kernels import mix_slots
 
         _, num_slots, _, capacity, head_dim = keys.shape
         self._function = mix_slots
@@ -141,7 +141,7 @@ class _TorchMix:
     """All slots at once, padded to the longest."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        self._steps, self._rotary = TorchSteps(geometry), rotary
+        self._steps, self._rotary = TorchOps(geometry), rotary
         self._num_heads = geometry.num_heads
         self._keys, self._values = keys, values
         self._slots = torch.arange(keys.shape[1], device=keys.device)
@@ -155,14 +155,14 @@ class _TorchMix:
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
-        turned, new_values_BKD = self._steps.turn(qkv, weights.head_norms, *self._angles)
+        rotated, new_values_BKD = self._steps.turn(qkv, weights.head_norms, *self._angles)
         keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
-        keys_BKTD[self._slots, :, self._lengths] = turned[:, self._num_heads :]
+        keys_BKTD[self._slots, :, self._lengths] = rotated[:, self._num_heads :]
         values_BKTD[self._slots, :, self._lengths] = new_values_BKD
         if weights.window not in self._masks:
             self._masks[weights.window] = self._visible(weights.window)
         keys_BKTD, values_BKTD = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]
-        return _attend(turned[:, : self._num_heads], keys_BKTD, values_BKTD, self._masks[weights.window])
+        return _attend(rotated[:, : self._num_heads], keys_BKTD, values_BKTD, self._masks[weights.window])
 
     def _visible(self, window: int | None) -> Tensor:
         """`[B, 1, 1, T]`, true where a slot's new token may look: itself and all before it, or `window` in all."""

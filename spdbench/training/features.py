@@ -39,15 +39,15 @@ def make_teacher(decoder: Decoder) -> Teacher:
 
 
 class Features:
-    """The target's view of `sequences`. `wanted` are hidden states by index; the last layer's always comes along."""
+    """The target's view of `sequences`. `hidden_indices` are hidden states; the last layer's always comes along."""
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[TokenSequence], wanted: Collection[int]) -> None:
+    def __init__(self, decoder: Decoder, sequences: Sequence[TokenSequence], hidden_indices: Collection[int]) -> None:
         last = decoder.config.num_layers
         self._decoder = decoder
         self._sequences = sequences
-        self._wanted = sorted({*wanted, last})
-        self._kinds = [kind for kind in self._wanted if kind]  # 0, the embedding, costs nothing
-        self._given = self._wanted  # by `batch`
+        self._hidden_indices = sorted({*hidden_indices, last})
+        self._kinds = [kind for kind in self._hidden_indices if kind]  # 0, the embedding, costs nothing
+        self._given = self._hidden_indices  # by `batch`
         self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
         self._states_TKM: Tensor | None = None
         self._argmax_T = torch.zeros(self._starts[-1], dtype=torch.int32)
@@ -88,10 +88,10 @@ class Features:
         """All sequences have been computed, by whichever process."""
         self._known.update(range(len(self._sequences)))
 
-    def only(self, wanted: Collection[int]) -> Features:
+    def only(self, hidden_indices: Collection[int]) -> Features:
         """The same features, of which batches hold these states and the last layer's: for one of several drafters."""
         view = copy.copy(self)
-        view._given = sorted({*wanted, self._decoder.config.num_layers})
+        view._given = sorted({*hidden_indices, self._decoder.config.num_layers})
         return view
 
     def prepare(self, indices: Sequence[int]) -> None:
@@ -141,7 +141,7 @@ class Features:
         with torch.autocast(decoder.device.type, enabled=False):
             hidden_SM = decoder.embed(decoder.ids(sequence.ids))
             cache = decoder.new_cache(len(sequence.ids))
-            hidden_SM, states = decoder.forward(hidden_SM, 0, cache, wanted=self._kinds)
+            hidden_SM, states = decoder.forward(hidden_SM, 0, cache, hidden_indices=self._kinds)
             argmax = [decoder.logits(rows).argmax(dim=-1) for rows in torch.split(hidden_SM, LOGIT_ROWS)]
         stacked = torch.stack([states[kind] for kind in self._kinds], dim=1)
         return stacked.to("cpu", torch.bfloat16), torch.cat(argmax).to("cpu", torch.int32)

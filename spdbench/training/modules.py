@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm, silu
 
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.rotary import Rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -85,7 +85,7 @@ class DecoderLayer(nn.Module):
         )
         if attention.head_norms:
             queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        return turned(queries, cos_SD, sin_SD), turned(keys, cos_SD, sin_SD), values
+        return rotated(queries, cos_SD, sin_SD), rotated(keys, cos_SD, sin_SD), values
 
     def finish(self, mixed_BHSD: Tensor, residual_BSM: Tensor) -> Tensor:
         """Output projection, residual and feed-forward: `[B, S, M]`."""
@@ -94,7 +94,7 @@ class DecoderLayer(nn.Module):
         return out
 
 
-def turned(heads_BHSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+def rotated(heads_BHSD: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     """Heads turned by their positions' angles; the sines bring signs along, as in `Rotary`."""
     low, high = heads_BHSD.chunk(2, dim=-1)
     return heads_BHSD * cos_SD + torch.cat((high, low), dim=-1) * sin_SD

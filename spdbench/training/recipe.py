@@ -108,7 +108,7 @@ class Recipe(Protocol):
     formats: ClassVar[tuple[str, ...]]
     """The layouts that `write` knows, `spdbench` first."""
     module: nn.Module
-    wanted: tuple[int, ...]
+    hidden_indices: tuple[int, ...]
     """The hidden states that `loss` and `acceptance` read from a batch."""
 
     def __init__(self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spdbench.errors import InputError
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
 
 MASTER_BYTES = 16
 """For a trained number: itself, its gradient, two moments. The best weights so far are a fifth float."""

@@ -25,7 +25,7 @@ def readable(monkeypatch: pytest.MonkeyPatch) -> None:
         return "".join(f" w{token}." for token in ids)
 
     monkeypatch.setattr(ChatFormat, "decode", decode)
-    monkeypatch.setattr("spdbench.training.distil.MAX_USER_TOKENS", 12)
+    monkeypatch.setattr("spdbench.training.distill.MAX_USER_TOKENS", 12)
 
 
 @pytest.fixture

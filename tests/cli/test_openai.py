@@ -28,7 +28,7 @@ def _no_model(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the embedded model was asked for")
 
     assert own_cache
-    monkeypatch.setattr("spdbench.models.embedded.embedded_gguf", refuse)
+    monkeypatch.setattr("spdbench.models.checkpoints.embedded.embedded_gguf", refuse)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

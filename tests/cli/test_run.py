@@ -17,7 +17,7 @@ from spdbench.decoding.verify import Draft
 from spdbench.judge.result import Result, json_schema, read_result
 from spdbench.measure import energy
 from spdbench.measure.energy import RaplZone
-from spdbench.models import hf
+from spdbench.models.hf import library
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
 from tests.mock_backend import MockSpans
@@ -426,7 +426,7 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
 def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
-    from spdbench.models.load import find_model
+    from spdbench.models.checkpoints.find_model import find_model
     from spdbench.models.partition import split_evenly
     from spdbench_backends.spd.formats import random_head
 
@@ -515,7 +515,7 @@ def test_a_model_that_our_own_layers_know_says_which_kernels(run: Runs) -> None:
 def test_a_model_that_cannot_be_run_in_stages_is_refused(
     run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = hf.load_causal_model
+    load = library.load_causal_model
 
     def with_a_shortcut(*words: Any) -> Any:
         """The first layer's output is added to the third's."""
@@ -525,7 +525,7 @@ def test_a_model_that_cannot_be_run_in_stages_is_refused(
         third.register_forward_hook(lambda _layer, _given, out: out + seen[-1])
         return model
 
-    monkeypatch.setattr(hf, "load_causal_model", with_a_shortcut)
+    monkeypatch.setattr(library, "load_causal_model", with_a_shortcut)
     run.model = tiny.make_model(tmp_path / "tiny-gpt2", "gpt2")
     said = run("--drafter", "oracle:0.8")
     assert said.code == 2

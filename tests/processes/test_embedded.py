@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from spdbench.judge.result import Result, read_result
-from spdbench.models.cache import cache_folder
+from spdbench.models.checkpoints.folders import cache_folder
 
 pytestmark = pytest.mark.embedded
 STAGES = 3

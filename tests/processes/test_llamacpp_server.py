@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from spdbench.judge.result import read_result
-from spdbench.models.cache import cache_folder
-from spdbench.models.embedded import embedded_gguf
+from spdbench.models.checkpoints.embedded import embedded_gguf
+from spdbench.models.checkpoints.folders import cache_folder
 from tests.cli.run_helpers import spdbench
 
 PYTHON = os.environ.get("SPDBENCH_LLAMACPP_PYTHON", sys.executable)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.result import Result, read_result
-from spdbench.models.cache import cache_folder
+from spdbench.models.checkpoints.folders import cache_folder
 
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
 LOGS = Path(__file__).parents[2] / "results" / "training"

@@ -335,8 +335,8 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
     command = [sys.executable, "-c", without, "--out", str(tmp_path / "out"), "--rehearse"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    wanted = r"not installed: torch>=[\d.]+, pydantic>=[\d.]+, tabulate>=[\d.]+\. Try: \S+ -m pip install 'torch>="
-    assert re.search(wanted, done.stderr)
+    pattern = r"not installed: torch>=[\d.]+, pydantic>=[\d.]+, tabulate>=[\d.]+\. Try: \S+ -m pip install 'torch>="
+    assert re.search(pattern, done.stderr)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench_backends.eagle.formats import EagleFile
-    from spdbench_backends.eagle.growth import Growth
     from spdbench_backends.eagle.head import EagleWeights
     from spdbench_backends.eagle.recorded import RecordedEagle
+    from spdbench_backends.eagle.tree_builder import TreeBuilder
 
 ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
@@ -64,7 +64,7 @@ class Eagle(DraftVerify):
         super().__init__(context)
         self._options = cast(Eagle.Options, options)
         self._weights: EagleWeights | None = None
-        self._growth: Growth | None = None
+        self._growth: TreeBuilder | None = None
         self._module: RecordedEagle | None = None
 
     def load(self) -> None:
@@ -105,7 +105,7 @@ class Eagle(DraftVerify):
     def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
         if choice.kind in ("oracle", "forced"):
             return None
-        from spdbench.models.drafters import find_drafter
+        from spdbench.models.checkpoints.find_drafter import find_drafter
         from spdbench_backends.eagle.build import random_eagle
         from spdbench_backends.eagle.formats import read_eagle
 
@@ -131,30 +131,30 @@ class Eagle(DraftVerify):
             raise InputError(f"-o {self._context.label}.top_k={options.top_k}: the head knows {vocabulary} tokens only")
         return weights
 
-    def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
-        from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, StaticGrowth
+    def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
+        from spdbench_backends.eagle.tree_builder import EAGLE_1, ChainBuilder, DynamicTreeBuilder, StaticTreeBuilder
 
         options = self._options
         if options.tree == "chain":
-            return ChainGrowth(options.depth or CHAIN_DEPTH)
+            return ChainBuilder(options.depth or CHAIN_DEPTH)
         if not self._decoder.takes_trees:
             if options.tree == "auto":
                 depth = options.depth or CHAIN_DEPTH
                 self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
-                return ChainGrowth(depth)
+                return ChainBuilder(depth)
             raise self._no_trees(options.tree)
         if options.tree == "static":
             paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or STATIC_DEPTH))
-            return StaticGrowth(paths, self._decoder.device)
+            return StaticTreeBuilder(paths, self._decoder.device)
         if options.tree == "dynamic":
             depth = options.depth or min(5, options.total_tokens - 1)
-            return DynamicGrowth(depth, options.top_k, options.total_tokens)
+            return DynamicTreeBuilder(depth, options.top_k, options.total_tokens)
         return self._choose_by_cost(choice, file)
 
-    def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> Growth:
+    def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
         """The growth that promises the most tokens a second; METRICS.md's speed-up is what it then turns out to be."""
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
-        from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
+        from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder
 
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
         depth = self._options.depth or min(8, largest - 1)
@@ -163,27 +163,29 @@ class Eagle(DraftVerify):
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
         costs = self._row_costs(self._options.graphs, largest)
-        chain_s = self._draft_costs(ChainGrowth(1), ChainGrowth(CHAIN_DEPTH))
-        tree_s = self._draft_costs(DynamicGrowth(1, 2, total_tokens=3), DynamicGrowth(CHAIN_DEPTH, 2, total_tokens=8))
+        chain_s = self._draft_costs(ChainBuilder(1), ChainBuilder(CHAIN_DEPTH))
+        tree_s = self._draft_costs(
+            DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
+        )
         chain = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
         tree = choose_tree(accuracies, costs, tree_s, largest - 1)
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
             levels = max(1, chain.num_levels)
             self._chosen = {"tree": f"chain, depth {levels}"}
-            return ChainGrowth(levels)
+            return ChainBuilder(levels)
         levels, num_nodes = tree.num_levels, len(tree.paths) + 1
         top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
-        return DynamicGrowth(levels, top_k, num_nodes)
+        return DynamicTreeBuilder(levels, top_k, num_nodes)
 
-    def _draft_costs(self, shallow: Growth, deep: Growth) -> Callable[[int], float]:
+    def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder) -> Callable[[int], float]:
         """What so many levels of drafting take, from two growths of the kind: the first level, which takes the target's
         features in, costs more than each further one."""
         first_s, all_s = self._draft_seconds(shallow), self._draft_seconds(deep)
         further_s = max(0.0, all_s - first_s) / (deep.num_levels - shallow.num_levels)
         return lambda levels: first_s + further_s * (levels - shallow.num_levels)
 
-    def _draft_seconds(self, growth: Growth) -> float:
+    def _draft_seconds(self, growth: TreeBuilder) -> float:
         """What a draft takes, timed as it will run: in turn with the target's forwards."""
         from spdbench.models.timing import median_seconds
 
@@ -191,7 +193,7 @@ class Eagle(DraftVerify):
             return 0.0
         return median_seconds(self._drafting(self._weights, growth), between=self._forward_between())
 
-    def _drafting(self, weights: EagleWeights, growth: Growth) -> Callable[[], object]:
+    def _drafting(self, weights: EagleWeights, growth: TreeBuilder) -> Callable[[], object]:
         """A draft, as there is one a round; its tokens are of no use."""
         import torch
 
@@ -229,7 +231,7 @@ class Eagle(DraftVerify):
         capacity = len(request.prompt_ids) + request.max_new_tokens
         return EagleDrafter(self._weights, target, self._growth, capacity)
 
-    def _record_all(self, growth: Growth) -> None:
+    def _record_all(self, growth: TreeBuilder) -> None:
         """The target's forwards and the head's rounds, if the option says so."""
         weights = self._weights
         target = self._record(self._options.graphs, growth.max_nodes, () if weights is None else weights.aux)

@@ -13,16 +13,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import Linear, linear
+from spdbench.models.layer_ops import HeadNorms, NormWeight
 from spdbench.models.layers import LayerWeights
-from spdbench.models.steps import HeadNorms, NormWeight
-from spdbench_backends.eagle.conventions import (
+from spdbench_backends.eagle.checkpoint_layouts import (
     AuxConvention,
     NormOutput,
     aux_states,
     default_aux,
-    feeds_normed,
+    feeds_back_normed,
     rotary_of,
 )
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile
@@ -76,7 +76,7 @@ class _Builder:
             head=self._head(token_ids),
             token_ids_U=token_ids,
             residual_normed=eagle3 and self._config.norm_before_residual,
-            feed_normed=eagle3 and feeds_normed(file, norm_output),
+            feed_normed=eagle3 and feeds_back_normed(file, norm_output),
         )
         if self._left:
             raise file.error(f"unknown tensor {min(self._left)} ({len(self._left)} in all)")

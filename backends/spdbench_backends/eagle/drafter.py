@@ -15,11 +15,11 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
 from spdbench.decoding.tree import DraftTree, chain
+from spdbench.models.attention_context import TreeRows
+from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
-from spdbench.models.likeliest import likeliest
-from spdbench.models.place import TreeRows
-from spdbench_backends.eagle.growth import Candidates, Growth
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
+from spdbench_backends.eagle.tree_builder import Candidates, TreeBuilder
 from spdbench_backends.synthetic_trees import SyntheticTrees
 
 
@@ -30,11 +30,11 @@ class EagleDrafter:
         self,
         weights: EagleWeights,
         target: Decoder,
-        growth: Growth,
+        growth: TreeBuilder,
         capacity: int,
         module: EagleModule | None = None,
     ) -> None:
-        self.wanted = weights.aux
+        self.hidden_indices = weights.aux
         self.max_nodes = growth.max_nodes
         self._target = target
         self._growth = growth
@@ -64,9 +64,9 @@ class EagleDrafter:
         return None
 
     def _inputs(self, features: Features) -> Tensor:
-        if not self.wanted:
+        if not self.hidden_indices:
             return self._target.normed(features.hidden)
-        return torch.cat([features.states[index] for index in self.wanted], dim=-1)
+        return torch.cat([features.states[index] for index in self.hidden_indices], dim=-1)
 
 
 class HeadProposer:
@@ -86,7 +86,7 @@ class HeadProposer:
 
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
         if count == 1:
-            best_S1 = likeliest(logits_SU)[:, None]
+            best_S1 = argmax(logits_SU)[:, None]
             return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._module.token_ids(best_S1))
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
@@ -96,7 +96,7 @@ class HeadProposer:
 class SyntheticEagleDrafter(SyntheticTrees):
     """The first child of every level is the dialled draft, its siblings are wrong."""
 
-    def __init__(self, drafts: SyntheticDrafts, growth: Growth, device: torch.device) -> None:
+    def __init__(self, drafts: SyntheticDrafts, growth: TreeBuilder, device: torch.device) -> None:
         super().__init__(drafts, growth.max_nodes, device)
         self._growth = growth
 

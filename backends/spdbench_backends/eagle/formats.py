@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import FLOATS, Checkpoint, sha256_of_files
+from spdbench.models.checkpoints.weights import FLOATS, Checkpoint, sha256_of_files
 from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 
 Layout = Literal["safeailab", "specforge", "speculators", "spdbench"]

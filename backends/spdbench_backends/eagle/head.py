@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from spdbench.models.kernels import Linear
+from spdbench.models.attention_context import AttentionContext, TreeRows
+from spdbench.models.cpu.linear import Linear
 from spdbench.models.kv_cache import KVCache
+from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import LayerWeights, layer_body, layer_forward
-from spdbench.models.place import Place, TreeRows
 from spdbench.models.rotary import Rotary
-from spdbench.models.steps import Geometry, NormWeight, Steps, steps_by_rows
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class EagleModule:
         """Rows of committed tokens from true features: `[S, A T]`, or `[S, T]` in EAGLE-1/2; `ids_S` are the tokens one
         position further. Forgets a tree's rows. Returns logits `[1, U]` and state `[1, M]` of the last row."""
         self._cache.rollback(self._committed)
-        place = Place(self.weights.rotary, self._committed, len(ids_S))
+        place = AttentionContext(self.weights.rotary, self._committed, len(ids_S))
         hidden_SM = self._forward(self._fused(features_SF), ids_S, place)
         self._committed += len(ids_S)
         return self._logits(hidden_SM[-1:])
@@ -106,7 +106,7 @@ class EagleModule:
     def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """Rows of a tree behind the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
         states `[S, M]`."""
-        place = Place(self.weights.rotary, self._committed, len(ids_S), rows)
+        place = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)
         return self._logits(self._forward(states_SM, ids_S, place))
 
     def reset(self) -> None:
@@ -120,9 +120,9 @@ class EagleModule:
         return draft_ids if ids_U is None else ids_U[draft_ids]
 
     @cached_property
-    def _choose_steps(self) -> Callable[[int], Steps]:
+    def _choose_steps(self) -> Callable[[int], LayerOps]:
         weights = self.weights
-        return steps_by_rows(weights.geometry, weights.dtype, weights.device)
+        return ops_by_rows(weights.geometry, weights.dtype, weights.device)
 
     def _fused(self, features_SF: Tensor) -> Tensor:
         """What layer 0 is fed: `fc` of the features in EAGLE-3, the features themselves in EAGLE-1/2."""
@@ -136,7 +136,7 @@ class EagleModule:
             features_SF = torch.cat([steps.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
         return weights.fc(features_SF)
 
-    def _forward(self, features_SM: Tensor, ids_S: Tensor, place: Place) -> Tensor:
+    def _forward(self, features_SM: Tensor, ids_S: Tensor, place: AttentionContext) -> Tensor:
         weights, steps = self.weights, self._choose_steps(len(ids_S))
         inputs, residual_SM = self._entering(features_SM, ids_S)
         hidden_SM = layer_body(weights.layers[0], steps, place, 0, inputs, residual_SM, self._cache)

@@ -20,20 +20,20 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.tree import DraftTree, GrownTree
+from spdbench.models.attention_context import TreeRows
+from spdbench.models.cuda.graph import GraphRunner, Upload
+from spdbench.models.cuda.static_layers import StaticLayers, StaticPlace, bucket_for, buckets
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphs import GraphRunner, Upload
-from spdbench.models.place import TreeRows
-from spdbench.models.static import StaticLayers, StaticPlace, bucket_for, buckets
 from spdbench_backends.eagle.drafter import EagleDrafter, HeadProposer
-from spdbench_backends.eagle.growth import Growth
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
+from spdbench_backends.eagle.tree_builder import TreeBuilder
 
 
 class RecordedEagle(EagleModule):
     """A head for one sequence at a time of up to `capacity` tokens, with a round recorded for every bucket."""
 
     def __init__(
-        self, weights: EagleWeights, target: Decoder, growth: Growth, capacity: int, *, compiled: bool = False
+        self, weights: EagleWeights, target: Decoder, growth: TreeBuilder, capacity: int, *, compiled: bool = False
     ) -> None:
         self._num_rows = growth.num_levels + 1
         self._scratch = growth.num_levels * growth.max_nodes
@@ -125,7 +125,7 @@ class RecordedEagle(EagleModule):
 class RecordedEagleDrafter(EagleDrafter):
     """One request's drafter over a recorded head."""
 
-    def __init__(self, weights: EagleWeights, target: Decoder, growth: Growth, recorded: RecordedEagle) -> None:
+    def __init__(self, weights: EagleWeights, target: Decoder, growth: TreeBuilder, recorded: RecordedEagle) -> None:
         super().__init__(weights, target, growth, 0, recorded)
         self._recorded = recorded
         self._tokens: tuple[int, ...] = ()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spdbench.models.steps import Geometry
+from spdbench.models.layer_ops import Geometry
 from spdbench_backends.eagle.formats import EagleFile
 
 QUERY, KEY = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"

@@ -17,13 +17,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from spdbench.errors import InputError
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.rotary import Rotary, plain_frequencies
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
 from spdbench_backends.drafter_files import add_origin, origin
-from spdbench_backends.eagle.conventions import default_aux
+from spdbench_backends.eagle.checkpoint_layouts import default_aux
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout
-from spdbench_backends.eagle.unroll import EagleHead, places
+from spdbench_backends.eagle.training_time_test import EagleHead, places
 from spdbench_backends.eagle.writing import write_eagle
 from spdbench_backends.soft_targets import (
     DraftRows,
@@ -73,7 +73,7 @@ class Eagle3Recipe:
         if config.num_layers < 3:
             raise InputError(f"eagle3 reads three hidden states of a target, and {config.num_layers} layers have fewer")
         self._aux = default_aux(config.num_layers)
-        self.wanted = tuple(sorted({*self._aux, config.num_layers}))
+        self.hidden_indices = tuple(sorted({*self._aux, config.num_layers}))
         self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
         self._base = teacher.decoder.rotary.plain_base or PLAIN_BASE
         device = training_device(teacher)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from spdbench_backends.drafter_files import VERSION
-from spdbench_backends.eagle.conventions import feeds_normed
+from spdbench_backends.eagle.checkpoint_layouts import feeds_back_normed
 from spdbench_backends.eagle.formats import FAMILIES, EagleFile, Layout
 from spdbench_backends.eagle.sizes import Sizes, sizes_of
 
@@ -66,7 +66,7 @@ def _require_sayable(file: EagleFile, layout: Layout, sizes: Sizes) -> None:
             name.endswith("_norm.weight") and ".self_attn." in name for name in tensors
         ),
         "norm_before_residual": config.norm_before_residual,
-        "norm_output": feeds_normed(file),
+        "norm_output": feeds_back_normed(file),
         "a sliding window": config.sliding_window is not None,
     }
     not_safeailab = {
@@ -172,7 +172,7 @@ def _speculators(file: EagleFile, sizes: Sizes, aux: list[int] | None) -> dict[s
         "norm_before_residual": config.norm_before_residual,
         "norm_before_fc": "input_norm.weight" in tensors,
         "fc_norm": "fc_norm.0.weight" in tensors,
-        "norm_output": feeds_normed(file),
+        "norm_output": feeds_back_normed(file),
         **({} if aux is None else {"eagle_aux_hidden_state_layer_ids": aux}),
     }
 
@@ -185,7 +185,7 @@ def _spdbench(file: EagleFile, sizes: Sizes, aux: list[int] | None) -> dict[str,
         "version": VERSION,
         **_llama(file, sizes),
         **file.config.model_dump(mode="json", exclude=own, exclude_none=True),
-        "norm_output": feeds_normed(file),
+        "norm_output": feeds_back_normed(file),
         **({} if aux is None else {"aux_hidden_states": aux}),
     }
 

@@ -83,7 +83,7 @@ class Medusa(DraftVerify):
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
         if choice.kind in ("oracle", "forced"):
             return None
-        from spdbench.models.drafters import find_drafter
+        from spdbench.models.checkpoints.find_drafter import find_drafter
         from spdbench_backends.medusa.build import random_medusa
         from spdbench_backends.medusa.formats import holds_medusa_heads, read_medusa
 
@@ -153,7 +153,7 @@ class Medusa(DraftVerify):
         """What a head takes, timed as it will run."""
         import torch
 
-        from spdbench.models.graphs import GraphRunner
+        from spdbench.models.cuda.graph import GraphRunner
         from spdbench.models.timing import median_seconds
 
         weights, decoder = self._weights, self._decoder

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from spdbench.errors import InputError
+from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import Linear, linear
 from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile
 from spdbench_backends.medusa.head import MedusaWeights
 

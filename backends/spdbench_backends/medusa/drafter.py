@@ -20,7 +20,7 @@ from spdbench_backends.medusa.head import MedusaWeights
 class MedusaDrafter:
     """The heads at work on one request."""
 
-    wanted: tuple[int, ...] = ()
+    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree) -> None:
         self.max_nodes = len(tree.tree)

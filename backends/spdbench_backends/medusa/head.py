@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from spdbench.models.kernels import Linear
+from spdbench.models.cpu.linear import Linear
 
 
 @dataclass(frozen=True)

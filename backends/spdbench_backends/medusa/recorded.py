@@ -10,8 +10,8 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
+from spdbench.models.cuda.graph import GraphRunner, Upload
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphs import GraphRunner, Upload
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.drafter import MedusaDrafter
 from spdbench_backends.medusa.head import MedusaWeights

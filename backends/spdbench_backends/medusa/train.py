@@ -75,7 +75,7 @@ class MedusaRecipe:
     ) -> None:
         self._options = cast(MedusaOptions, options)
         self._teacher, config = teacher, teacher.config
-        self.wanted: tuple[int, ...] = (config.num_layers,)
+        self.hidden_indices: tuple[int, ...] = (config.num_layers,)
         self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
         heads, layers = self._options.heads, self._options.layers
         self._heads = nn.ModuleList(

@@ -15,7 +15,7 @@ import yaml
 from spdbench.decoding.named_trees import CHILDREN, named_tree
 from spdbench.decoding.tree import Path, sorted_paths
 from spdbench.errors import InputError, did_you_mean
-from spdbench.models.cache import typed_path
+from spdbench.models.checkpoints.folders import typed_path
 
 LARGEST_TREE = 1024
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import BackendLostError, InputError, PromptFailedError
-from spdbench.types import UNKNOWN_ID, Account, BackendKind, GenerationRequest, Sampling, Span, Step
+from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, GenerationRequest, Sampling, Span, Step
 from spdbench_backends.openai.chunks import Chunk, read_chunks
 from spdbench_backends.openai.client import (
     MALFORMED,
@@ -33,8 +33,8 @@ from spdbench_backends.openai.client import (
 )
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import WORDS, Api, Asked, Counter, Extras, choose_way, have_whole_tokens, unknown
+from spdbench_backends.openai.error_messages import describe_refusal, describe_unreachable
 from spdbench_backends.openai.exchange import Exchange, wait_s
-from spdbench_backends.openai.words import describe_refusal, describe_unreachable
 
 Answer = TypeVar("Answer")
 
@@ -155,7 +155,7 @@ class OpenAI:
                 "context is too small; start it with a larger one, or lower --max-new-tokens"
             )
 
-    def account(self) -> Account:
+    def account(self) -> EngineReport:
         exchange: Exchange = self._local.exchange
         drafts = None
         if exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
@@ -163,7 +163,7 @@ class OpenAI:
         fed = exchange.num_prompt_tokens
         if fed is None and self._context.target.tokenizer is None:
             fed = 0  # nobody has put the prompt into tokens but the server, which does not tell
-        return Account("".join(exchange.parts), exchange.finish, fed, drafts)
+        return EngineReport("".join(exchange.parts), exchange.finish, fed, drafts)
 
     def spans(self) -> Sequence[Span]:
         return ()

@@ -22,7 +22,7 @@ from spdbench_backends.spd.pipelined import Pipelined
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
-    from spdbench.pipeline.streams import Beside
+    from spdbench.pipeline.streams import CoDrafter
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.head import HeadWeights
     from spdbench_backends.spd.recorded import RecordedDraftModule
@@ -85,7 +85,7 @@ class SPD(Pipelined):
             return HeadDrafter(self._head, self._decoder.config.vocab_size)
         return SyntheticDrafter(self._drafts(request))
 
-    def _beside(self, capacity: int) -> Beside | None:
+    def _beside(self, capacity: int) -> CoDrafter | None:
         """Heads that read rows as if all stages were level are drafted with outside of what is recorded."""
         from spdbench_backends.spd.recorded import RecordedDraftModule
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import sha256_of_files
+from spdbench.models.checkpoints.weights import sha256_of_files
+from spdbench.models.cpu.linear import linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.steps import NormWeight
+from spdbench.models.layer_ops import NormWeight
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 from spdbench_backends.packing import unpacked

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import sha256_of_files
+from spdbench.models.checkpoints.weights import sha256_of_files
+from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import Linear, linear
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files import read_config
 from spdbench_backends.packing import unpacked

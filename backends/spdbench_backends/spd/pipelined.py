@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
-    from spdbench.pipeline.streams import Beside, StreamsPipeline
+    from spdbench.pipeline.streams import CoDrafter, StreamsPipeline
     from spdbench.pipeline.transport import RowTransport
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.engine import PipelinedDecoding
@@ -161,7 +161,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
     @property
     def _share_a_gpu(self) -> bool:
         """True where all that there is is one GPU, whose processes would take turns, and recorded stages need not."""
-        from spdbench.models.graphed import recordable
+        from spdbench.models.cuda.captured_decoder import recordable
 
         devices = set(self._context.devices)
         return len(devices) == 1 and devices.pop().startswith("cuda") and recordable(self._decoder)
@@ -202,7 +202,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     def _find_head(self, choice: DrafterChoice, read: Callable[[Path], F], draw: Draw[F]) -> F | None:
         """The head that was asked for, None for a synthetic drafter; cuts the model into stages that fit it."""
-        from spdbench.models.drafters import find_drafter
+        from spdbench.models.checkpoints.find_drafter import find_drafter
 
         target = self._context.target
         if choice.kind in ("oracle", "forced"):
@@ -295,7 +295,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 device=self._device(index),
                 threads=threads,
                 cores=frozenset(cores[index * threads : (index + 1) * threads]) if pinned else None,
-                wanted=tuple(anchor for anchor in sorted(anchors) if layers.start < anchor <= layers.stop),
+                hidden_indices=tuple(anchor for anchor in sorted(anchors) if layers.start < anchor <= layers.stop),
                 transport=self._transport,
                 timeout_s=self._options.timeout_s,
             )
@@ -305,7 +305,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
 
     def _start_streams(self) -> StreamsPipeline:
-        from spdbench.models.graphed import refuse_unrecordable, usual_capacity
+        from spdbench.models.cuda.captured_decoder import refuse_unrecordable, usual_capacity
         from spdbench.pipeline.streams import StreamsPipeline
 
         asked = f"-o {self._context.label}.executor=streams"
@@ -313,7 +313,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         capacity = self._options.context or usual_capacity(decoder)
         return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._beside(capacity))
 
-    def _beside(self, capacity: int) -> Beside | None:  # noqa: ARG002 - for methods that have one
+    def _beside(self, capacity: int) -> CoDrafter | None:  # noqa: ARG002 - for methods that have one
         """What drafts beside the stages where these are recorded; None where drafts are made after or before."""
         return None
 

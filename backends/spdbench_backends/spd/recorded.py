@@ -18,8 +18,8 @@ from torch.nn.functional import linear
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
-from spdbench.models.likeliest import likeliest
-from spdbench.models.static import StaticLayers
+from spdbench.models.cpu.argmax import argmax
+from spdbench.models.cuda.static_layers import StaticLayers
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.head import HeadWeights
@@ -81,7 +81,7 @@ class RecordedDraftModule:
             hidden_SM = self._layers.forward(decoder.weights[layer], layer, hidden_SM, place)
         logits_1U = decoder.logits(hidden_SM[-1:])
         self.logits_1U.copy_(logits_1U)
-        best_1 = likeliest(logits_1U)
+        best_1 = argmax(logits_1U)
         ids_U = weights.token_ids_U
         self.answer_1.copy_(best_1 if ids_U is None else ids_U.index_select(0, best_1))
 

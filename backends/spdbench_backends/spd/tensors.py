@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from spdbench.errors import InputError
+from spdbench.models.cpu.linear import linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import linear
+from spdbench.models.layer_ops import HeadNorms, NormWeight
 from spdbench.models.layers import LayerWeights
-from spdbench.models.steps import HeadNorms, NormWeight
 
 
 class TensorTaker:

@@ -81,7 +81,7 @@ class SPDRecipe:
         module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
         first, *_ = begin_as(cast("list[DecoderLayer]", list(module.spec_layers)), teacher, chosen.init_layers)
         self._aim = first
-        self.wanted = tuple(sorted({*anchors, first}))
+        self.hidden_indices = tuple(sorted({*anchors, first}))
         self.module: nn.Module = module.to(device)
         self._module = module
 

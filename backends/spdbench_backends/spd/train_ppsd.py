@@ -61,7 +61,7 @@ class PPSDRecipe:
         self._stages = cut(teacher.config.num_layers, num_stages, chosen.stage_layers)
         self._exit_layer = self._stages[0].stop
         self._vocabulary = DraftVocabulary(teacher, draft_ids_U)
-        self.wanted: tuple[int, ...] = (self._exit_layer,)
+        self.hidden_indices: tuple[int, ...] = (self._exit_layer,)
         module = ExitModule(teacher, chosen.layers)
         begin_as(cast("list[DecoderLayer]", list(module.layers)), teacher, chosen.init_layers)
         self.module: nn.Module = module.to(training_device(teacher))

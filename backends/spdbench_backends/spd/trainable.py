@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from spdbench.models.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.decoder import Decoder
 from spdbench.models.layers import LayerWeights
 from spdbench.training.modules import DecoderLayer, RMSNorm, angles

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from spdbench.decoding.audit import classify_difference
 from spdbench.decoding.autoregressive import decode
+from spdbench.models.cpu.linear import PlainLinear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kernels import PlainLinear
 from tests import tiny
 
 PROMPT = tuple(range(60, 70))

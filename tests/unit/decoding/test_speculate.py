@@ -21,7 +21,7 @@ from tests import tiny
 class RandomTrees:
     """Trees of random shape, some of whose nodes are right, and a check of the features that come back."""
 
-    wanted = (2, 5)
+    hidden_indices = (2, 5)
     max_nodes = 12
 
     def __init__(self, decoder: Decoder, answer: Sequence[int], seed: int) -> None:
@@ -76,7 +76,7 @@ def test_random_trees_change_nothing(decoder: Decoder, seed: int) -> None:
     with torch.inference_mode():
         fresh = decoder.new_cache(64)
         ids = drafter.ids[:-1]  # the newest token has not been through the target
-        _, states = decoder.forward(decoder.embed(decoder.ids(ids)), 0, fresh, wanted=(5,))
+        _, states = decoder.forward(decoder.embed(decoder.ids(ids)), 0, fresh, hidden_indices=(5,))
     assert speculation.cache.length == fresh.length == len(ids)
     assert isinstance(speculation.cache, KVCache)
     for layer in decoder.layers:

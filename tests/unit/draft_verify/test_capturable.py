@@ -13,14 +13,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdbench.decoding.named_trees import named_tree
+from spdbench.models.cuda.captured_decoder import CapturedDecoder, RecordedStep
+from spdbench.models.cuda.graph import GraphRunner, Work
 from spdbench.models.decoder import Decoder
-from spdbench.models.graphed import GraphedDecoder, RecordedStep
-from spdbench.models.graphs import GraphRunner, Work
 from spdbench.models.partition import split_by_counts
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench_backends.eagle.build import build_eagle, random_eagle
-from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, Growth, StaticGrowth
 from spdbench_backends.eagle.recorded import RecordedEagle
+from spdbench_backends.eagle.tree_builder import (
+    EAGLE_1,
+    ChainBuilder,
+    DynamicTreeBuilder,
+    StaticTreeBuilder,
+    TreeBuilder,
+)
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.recorded import RecordedMedusa
@@ -69,7 +75,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return watch
 
 
-def eagle(growth: Growth) -> Callable[[Decoder], object]:
+def eagle(growth: TreeBuilder) -> Callable[[Decoder], object]:
     def make(target: Decoder) -> object:
         file = random_eagle(target, 0)
         weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
@@ -91,11 +97,11 @@ def streams(target: Decoder) -> object:
 
 RECORDED: dict[str, Callable[[Decoder], object]] = {
     "one token": lambda target: RecordedStep(target, 60),
-    "rows of a tree": lambda target: GraphedDecoder(target, (1, 8), 60, (0, 3)),
+    "rows of a tree": lambda target: CapturedDecoder(target, (1, 8), 60, (0, 3)),
     "streams": streams,
-    "eagle, chain": eagle(ChainGrowth(4)),
-    "eagle, static": eagle(StaticGrowth(tuple(EAGLE_1), torch.device("cpu"))),
-    "eagle, dynamic": eagle(DynamicGrowth(4, 5, 17)),
+    "eagle, chain": eagle(ChainBuilder(4)),
+    "eagle, static": eagle(StaticTreeBuilder(tuple(EAGLE_1), torch.device("cpu"))),
+    "eagle, dynamic": eagle(DynamicTreeBuilder(4, 5, 17)),
     "medusa": medusa,
 }
 

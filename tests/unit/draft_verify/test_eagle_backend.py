@@ -14,7 +14,7 @@ from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.eagle.backend import Eagle
-from spdbench_backends.eagle.growth import ChainGrowth, DynamicGrowth
+from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder
 from tests import tiny
 
 
@@ -49,11 +49,11 @@ def test_auto_keeps_to_the_tokens_that_it_may_verify(target: Target) -> None:
     assert backend._growth.max_nodes <= 3
 
 
-@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicGrowth), (1e3, ChainGrowth)])
+@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicTreeBuilder), (1e3, ChainBuilder)])
 def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
     target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {DynamicGrowth: tree_s, ChainGrowth: 1.0}
+    seconds = {DynamicTreeBuilder: tree_s, ChainBuilder: 1.0}
     monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[type(growth)] * growth.num_levels)
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
     assert isinstance(load(target, {}, "random")._growth, kind)
@@ -78,10 +78,10 @@ def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch:
     seconds = {1: 5.0, 4: 8.0}
     monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[growth.num_levels])
     eagle = load(target, {"tree": "chain"})
-    costs = eagle._draft_costs(ChainGrowth(1), ChainGrowth(4))
+    costs = eagle._draft_costs(ChainBuilder(1), ChainBuilder(4))
     assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
     seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
-    assert eagle._draft_costs(ChainGrowth(1), ChainGrowth(4))(6) == 5.0
+    assert eagle._draft_costs(ChainBuilder(1), ChainBuilder(4))(6) == 5.0
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench_backends.eagle.build import build_eagle, random_eagle
-from spdbench_backends.eagle.conventions import default_aux
+from spdbench_backends.eagle.checkpoint_layouts import default_aux
 from spdbench_backends.eagle.formats import EagleFile, Layout, read_eagle
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
 from spdbench_backends.eagle.writing import write_eagle

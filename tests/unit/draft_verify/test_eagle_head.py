@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
+from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
-from spdbench.models.place import TreeRows
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.formats import EagleFile
 from spdbench_backends.eagle.head import EagleModule

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
+from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
-from spdbench.models.place import TreeRows
 from spdbench.models.target import Target
 from spdbench.training.recipe import Batch, Counts
 from spdbench_backends.eagle.backend import Eagle
@@ -55,7 +55,7 @@ def fresh(decoder: Decoder, ids_U: torch.Tensor | None = DRAFT_IDS, **options: A
 
 @pytest.fixture(scope="module")
 def batch(decoder: Decoder) -> Batch:
-    return make_batch(decoder, answers(decoder), fresh(decoder).wanted)
+    return make_batch(decoder, answers(decoder), fresh(decoder).hidden_indices)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_auto_finds_what_was_trained(
         "d",
         5,
         0,
-        trained.acceptance(make_batch(target.own_decoder, answers(target.own_decoder), trained.wanted)).rates,
+        trained.acceptance(make_batch(target.own_decoder, answers(target.own_decoder), trained.hidden_indices)).rates,
     )
     trained.write(tmp_path / "mine", about, "spdbench")
     context = BackendContext("eagle", target, "auto", ("cpu",), 1, seed=0)

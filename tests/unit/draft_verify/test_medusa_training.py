@@ -43,7 +43,7 @@ def fresh(decoder: Decoder, ids_U: torch.Tensor | None = DRAFT_IDS, **options: A
 
 @pytest.fixture(scope="module")
 def batch(decoder: Decoder) -> Batch:
-    return make_batch(decoder, answers(decoder), fresh(decoder).wanted)
+    return make_batch(decoder, answers(decoder), fresh(decoder).hidden_indices)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,14 @@ from spdbench.models.decoder import Decoder
 from spdbench.types import Sampling
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.drafter import EagleDrafter
-from spdbench_backends.eagle.growth import EAGLE_1, ChainGrowth, DynamicGrowth, Growth, StaticGrowth
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.eagle.tree_builder import (
+    EAGLE_1,
+    ChainBuilder,
+    DynamicTreeBuilder,
+    StaticTreeBuilder,
+    TreeBuilder,
+)
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.drafter import MedusaDrafter
@@ -25,11 +31,11 @@ from tests import tiny
 
 PROMPT = tuple(range(30, 41))
 CPU = torch.device("cpu")
-GROWTHS: dict[str, Growth] = {
-    "chain": ChainGrowth(4),
-    "chain of 1": ChainGrowth(1),
-    "static": StaticGrowth(tuple(EAGLE_1), CPU),
-    "dynamic": DynamicGrowth(4, 5, 17),
+GROWTHS: dict[str, TreeBuilder] = {
+    "chain": ChainBuilder(4),
+    "chain of 1": ChainBuilder(1),
+    "static": StaticTreeBuilder(tuple(EAGLE_1), CPU),
+    "dynamic": DynamicTreeBuilder(4, 5, 17),
 }
 
 
@@ -39,10 +45,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return tiny.load(folder).own_decoder
 
 
-def features(target: Decoder, count: int, seed: int, wanted: Sequence[int]) -> Features:
+def features(target: Decoder, count: int, seed: int, hidden_indices: Sequence[int]) -> Features:
     generator = torch.Generator().manual_seed(seed)
-    rows = [torch.randn(count, target.config.hidden_size, generator=generator) for _ in range(1 + len(wanted))]
-    return Features(rows[0], dict(zip(wanted, rows[1:], strict=True)))
+    rows = [torch.randn(count, target.config.hidden_size, generator=generator) for _ in range(1 + len(hidden_indices))]
+    return Features(rows[0], dict(zip(hidden_indices, rows[1:], strict=True)))
 
 
 @torch.inference_mode()
@@ -52,9 +58,9 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
     sampler = Sampler(Sampling(), 0)
     for request in range(2):
         sides = [make() for make in new]
-        wanted = tuple(sides[0].wanted)
+        hidden_indices = tuple(sides[0].hidden_indices)
         for side in sides:
-            side.start(PROMPT, features(target, len(PROMPT), request, wanted), 7)
+            side.start(PROMPT, features(target, len(PROMPT), request, hidden_indices), 7)
         seen = set()
         for turn in range(12):
             room = levels if turn % 5 != 4 else max(1, levels - 1)
@@ -68,13 +74,13 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
             count = 1 + turn % (levels + 1)
             token_ids = [(13 * turn + index) % 250 for index in range(count)]
             for side in sides:
-                side.accept(token_ids, features(target, count, 100 + turn, wanted))
+                side.accept(token_ids, features(target, count, 100 + turn, hidden_indices))
         assert len(seen) > 8
 
 
 @pytest.mark.parametrize("growth", GROWTHS.values(), ids=GROWTHS)
 @pytest.mark.parametrize("version", [1, 3])
-def test_eagles_recorded_rounds(target: Decoder, growth: Growth, version: int) -> None:
+def test_eagles_recorded_rounds(target: Decoder, growth: TreeBuilder, version: int) -> None:
     file = random_eagle(target, 3, version)  # type: ignore[arg-type]
     weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
     recorded = RecordedEagle(weights, target, growth, 120)

@@ -28,15 +28,17 @@ def greedy_text(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int
 
 
 @torch.inference_mode()
-def make_batch(decoder: Decoder, texts: Sequence[tuple[Sequence[int], int]], wanted: Collection[int]) -> Batch:
+def make_batch(decoder: Decoder, texts: Sequence[tuple[Sequence[int], int]], hidden_indices: Collection[int]) -> Batch:
     """Texts with the length of their prompts, side by side."""
     shape = (len(texts), max(len(ids) for ids, _ in texts))
     ids_BS, argmax_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     valid_BS, answers_BS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    states = {index: torch.zeros(*shape, decoder.config.hidden_size) for index in wanted}
+    states = {index: torch.zeros(*shape, decoder.config.hidden_size) for index in hidden_indices}
     for row, (ids, first) in enumerate(texts):
         size = len(ids)
-        hidden, found = decoder.forward(decoder.embed(torch.tensor(ids)), 0, decoder.new_cache(size), wanted=wanted)
+        hidden, found = decoder.forward(
+            decoder.embed(torch.tensor(ids)), 0, decoder.new_cache(size), hidden_indices=hidden_indices
+        )
         ids_BS[row, :size], argmax_BS[row, :size] = torch.tensor(ids), decoder.logits(hidden).argmax(dim=-1)
         valid_BS[row, :size] = answers_BS[row, first - 1 : size - 1] = True
         for index, state in found.items():

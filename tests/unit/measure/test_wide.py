@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import BackendLostError, PromptFailedError, TryAgainError
-from spdbench.types import UNKNOWN_ID, Account, DraftCounts, GenerationRequest, Prompt, Step
+from spdbench.types import UNKNOWN_ID, DraftCounts, EngineReport, GenerationRequest, Prompt, Step
 from tests.mock_backend import MockBackend, MockDraftVerify
 from tests.unit.measure.test_runner import Bench
 
@@ -119,8 +119,8 @@ class Teller(MockDraftVerify):
         yield Step((UNKNOWN_ID,), 0, 0, 0, 0.0)
         yield Step((UNKNOWN_ID, UNKNOWN_ID), 0, 0, 0, 0.0)
 
-    def account(self) -> Account:
-        return Account("an answer", "eos", 21, DraftCounts(2, None, 1))
+    def account(self) -> EngineReport:
+        return EngineReport("an answer", "eos", 21, DraftCounts(2, None, 1))
 
 
 def test_what_an_engine_tells_of_an_answer_is_kept_and_is_the_next_turns_context(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from spdbench.decoding.autoregressive import decode
-from spdbench.models.config import FAMILIES
+from spdbench.models.checkpoints.config import FAMILIES
 from spdbench.models.decoder import Decoder
-from spdbench.models.interface import AbandonedError
+from spdbench.models.interface import CancelledForwardError
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
@@ -85,7 +85,7 @@ def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], famil
     decoder = tiny.load(folders[family]).decoder
     cache = decoder.new_cache(len(PROMPT))
     with torch.inference_mode():
-        hidden, states = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache, wanted=range(7))
+        hidden, states = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache, hidden_indices=range(7))
         found = reference(folders[family])(torch.tensor([PROMPT]), output_hidden_states=True)
     for index in range(6):
         torch.testing.assert_close(states[index], found.hidden_states[index][0], rtol=1e-4, atol=1e-4)
@@ -184,12 +184,12 @@ def test_a_pass_that_nobody_wants_stops_between_layers_and_leaves_the_cache_as_i
         decoder.forward(rows, 0, each)
     asked: list[bool] = []
 
-    def in_vain() -> bool:
+    def cancelled() -> bool:
         asked.append(True)
         return len(asked) == 3
 
-    with pytest.raises(AbandonedError):
-        decoder.forward(rows[:2], len(rows), cache, in_vain=in_vain)
+    with pytest.raises(CancelledForwardError):
+        decoder.forward(rows[:2], len(rows), cache, cancelled=cancelled)
     assert cache.length == len(rows)
     assert len(asked) == 3
     found, expected = (decoder.forward(rows[:1], len(rows), each)[0] for each in (cache, other))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from spdbench.models.graphs import GraphRunner, Readback, Upload
+from spdbench.models.cuda.graph import GraphRunner, Readback, Upload
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph is captured on a GPU only")
@@ -95,7 +95,7 @@ def test_an_upload_waits_only_for_what_the_device_has_not_read(monkeypatch: pyte
         def record(self, _stream: object) -> None:
             pass
 
-    monkeypatch.setattr("spdbench.models.graphs.new_event", Event)
+    monkeypatch.setattr("spdbench.models.cuda.graph.new_event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: None)
     upload = Upload(1, torch.long, CPU)
     upload._on_gpu, upload._events = True, [Event() for _ in range(Upload.COPIES)]  # type: ignore[misc]

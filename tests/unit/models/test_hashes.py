@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spdbench.models.checkpoint import sha256_of_files
+from spdbench.models.checkpoints.weights import sha256_of_files
 
 
 def test_a_file_is_hashed_once(own_cache: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.models.load import find_model
+from spdbench.models.checkpoints.find_model import find_model
 from spdbench.models.target import load_target
 from tests import tiny
 from tests.stub_hub import StubHub

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spdbench.models import kernels
-from spdbench.models.kernels import PackedLinear, PlainLinear, linear
+from spdbench.models.cpu import linear as linear_module
+from spdbench.models.cpu.linear import PackedLinear, PlainLinear, linear
 
 ROOT = Path(__file__).parents[3]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -27,7 +27,7 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 @pytest.fixture
 def unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without numba."""
-    monkeypatch.setattr(kernels, "_packing_works", lambda _: False)
+    monkeypatch.setattr(linear_module, "_packing_works", lambda _: False)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:

