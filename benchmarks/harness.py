@@ -33,7 +33,7 @@ from spdbench.judge.result import BackendRecord, DecodingInfo, ModelInfo, Run, S
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.clock import measure
 from spdbench.measure.journal import Journal, create_journal, resume_journal
-from spdbench.measure.runner import Contestant, Runner, Workload
+from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.render.table import render
 from spdbench.types import BackendKind, GenerationRequest, Message, Prompt, Sampling, Span, Step
 
@@ -279,10 +279,10 @@ def run_prompts(folder: Path, num_prompts: int, labels: Sequence[str], *, resume
     workload = Workload(asked, NUM_TOKENS, Sampling(), 0, frozenset(), repeats=1, warmup=0, context_limit=8192)
     with ExitStack() as stack:
         journals = [stack.enter_context(open_journal(folder, label, resume=resume)) for label in labels]
-        contestants = [
-            Contestant(label, BACKENDS[label](), journal) for label, journal in zip(labels, journals, strict=True)
+        candidates = [
+            Candidate(label, BACKENDS[label](), journal) for label, journal in zip(labels, journals, strict=True)
         ]
-        Runner(workload, contestants, Letters(), lambda *_: "real", Nobody()).run()
+        Runner(workload, candidates, Letters(), lambda *_: "real", Nobody()).run()
 
 
 def open_journal(folder: Path, label: str, *, resume: bool) -> Journal:

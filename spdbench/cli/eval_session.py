@@ -26,7 +26,7 @@ from spdbench.cli.interrupts import sigterm_interrupts
 from spdbench.cli.lm_model import SpdbenchLM, with_ids
 from spdbench.cli.lm_tasks import input_error_in, scores_of
 from spdbench.cli.model_options import ModelOptions
-from spdbench.cli.run import find_devices, find_entrants
+from spdbench.cli.run import find_backends, find_devices
 from spdbench.judge.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import write_error
@@ -51,16 +51,16 @@ class EvalSession:
 
     def run(self) -> None:
         _check_writable(self.results)
-        entrants = with_ids(find_entrants(self.labels, self.chosen))
+        specs = with_ids(find_backends(self.labels, self.chosen))
         devices = find_devices(self.chosen)
         target = load_target(self.chosen.model or "smollm2", self.chosen.dtype, devices[0])
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its progress in words, and warnings of every option
         found = []
         with sigterm_interrupts():
-            for entrant in entrants:
+            for spec in specs:
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 try:
-                    model = SpdbenchLM(entrant, target, devices, self.chosen.threads, self.settings.seed)
+                    model = SpdbenchLM(spec, target, devices, self.chosen.threads, self.settings.seed)
                     scored = self._scored(model)
                     found.append(self._evaluation(model, target, scored, created))
                 finally:
@@ -91,7 +91,7 @@ class EvalSession:
         return scored
 
     def _evaluation(self, model: SpdbenchLM, target: Target, scored: Mapping[str, Any], created: str) -> Evaluation:
-        entrant, backend = model.entrant, model.backend
+        spec, backend = model.spec, model.backend
         samples = scored["samples"]
         return Evaluation(
             schema=SCHEMA,
@@ -99,7 +99,7 @@ class EvalSession:
             spdbench={"version": __version__, "git": git_state()},
             versions={name: version(name) for name in PACKAGES},
             settings=self.settings,
-            backend=_public(backend_record(entrant.name, entrant.label, backend, entrant.options)),
+            backend=_public(backend_record(spec.name, spec.label, backend, spec.options)),
             model=_public(model_record(target, ChatFormat(target.tokenizer))),
             drafter=_public(drafter_record(backend)),
             tasks={name: _task(name, scored) for name in samples},

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from spdbench.backend import Backend, BackendContext, is_text_only
 from spdbench.cli.model_options import DTYPES, ModelOptions
-from spdbench.cli.run import find_devices, find_entrants
-from spdbench.cli.session import Entrant
+from spdbench.cli.run import find_backends, find_devices
+from spdbench.cli.session import BackendSpec
 from spdbench.decoding.loglikelihood import loglikelihood
 from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 from spdbench.errors import InputError, did_you_mean
@@ -35,19 +35,19 @@ LM_EVAL_DEVICE = "cuda:0"
 """What lm-eval says where its user said nothing."""
 
 
-def with_ids(entrants: list[Entrant]) -> list[Entrant]:
-    """`entrants`, if lm-eval can have all of them as models.
+def with_ids(specs: list[BackendSpec]) -> list[BackendSpec]:
+    """`specs`, if lm-eval can have all of them as models.
 
     Raises:
         InputError: one is a server, which knows text only.
     """
-    for entrant in entrants:
-        if is_text_only(entrant.cls):
+    for spec in specs:
+        if is_text_only(spec.cls):
             raise InputError(
-                f"-b {entrant.label}: {entrant.name} knows text only; lm-eval has a model of its own for servers "
+                f"-b {spec.label}: {spec.name} knows text only; lm-eval has a model of its own for servers "
                 "(--model local-completions)"
             )
-    return entrants
+    return specs
 
 
 class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
@@ -55,14 +55,14 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     opened: ClassVar[list[SpdbenchLM]] = []
 
-    def __init__(self, entrant: Entrant, target: Target, devices: tuple[str, ...], threads: int, seed: int) -> None:
+    def __init__(self, spec: BackendSpec, target: Target, devices: tuple[str, ...], threads: int, seed: int) -> None:
         super().__init__()
-        self.target, self.entrant, self.devices = target, entrant, devices
+        self.target, self.spec, self.devices = target, spec, devices
         self.tokenizer = target.tokenizer
         self._chat = ChatFormat(target.tokenizer)
         self._seed = seed
-        context = BackendContext(entrant.label, target, entrant.drafter, devices, threads, seed)
-        self.backend: Backend = entrant.cls(entrant.options, context)
+        context = BackendContext(spec.label, target, spec.drafter, devices, threads, seed)
+        self.backend: Backend = spec.cls(spec.options, context)
         self.opened.append(self)
         self.backend.load()
 
@@ -81,10 +81,10 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             given.setdefault("devices", str(device))
         name = given.get("backend", "vanilla")
         chosen = _chosen(given, name)
-        [entrant] = with_ids(find_entrants({name: name}, chosen))
+        [spec] = with_ids(find_backends({name: name}, chosen))
         devices = find_devices(chosen)
         target = load_target(chosen.model or "smollm2", chosen.dtype, devices[0])
-        return cls(entrant, target, devices, chosen.threads, _whole(given, "seed", 0))
+        return cls(spec, target, devices, chosen.threads, _whole(given, "seed", 0))
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> SpdbenchLM:
@@ -126,7 +126,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The backend's answers, each up to the first of its stop strings."""
         answers = []
-        for number, request in enumerate(tqdm(requests, desc=self.entrant.label, disable=disable_tqdm)):
+        for number, request in enumerate(tqdm(requests, desc=self.spec.label, disable=disable_tqdm)):
             context, settings = request.args
             answers.append(self._answer(context, settings, number))
             self.cache_hook.add_partial("generate_until", (context, settings), answers[-1])
@@ -200,7 +200,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             float(asked.get("temperature", 0.0)), float(asked.get("top_p", 1.0)), int(asked.get("top_k", 0))
         )
         if self.backend.kind != "autoregressive":
-            require_known_answer(parse_drafter(self.entrant.drafter), sampling)
+            require_known_answer(parse_drafter(self.spec.drafter), sampling)
         seed = hashlib.sha256(f"{self._seed}/{number}/{context}".encode()).digest()
         return GenerationRequest(
             prompt_ids=tuple(self.tok_encode(context)[-(self.max_length - limit) :]) or (self.prefix_token_id,),

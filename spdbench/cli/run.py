@@ -20,7 +20,7 @@ from spdbench.cli.model_options import (
 from spdbench.errors import InputError, NotRunError
 
 if TYPE_CHECKING:
-    from spdbench.cli.session import Entrant
+    from spdbench.cli.session import BackendSpec
     from spdbench.judge.score import Scorer
     from spdbench.measure.runner import Workload
     from spdbench.models.target import Target
@@ -117,12 +117,12 @@ def command(
 
     labels = parse_labels(backends or DEFAULT_BACKENDS)
     check_name(name)
-    entrants = find_entrants(labels, chosen, concurrency)
+    specs = find_backends(labels, chosen, concurrency)
     suite = load_suite(suite_name, data)
     prompts = limit_prompts(suite.prompts, limit)
     score = _scorer(suite, allow_code_execution)
     devices = find_devices(chosen)
-    target = _target(suite, chosen, devices[0], entrants)
+    target = _target(suite, chosen, devices[0], specs)
     chat, sampling, settings = _decoding(suite, target, decoding)
     workload = Workload(
         prompts=prompts,
@@ -134,8 +134,8 @@ def command(
         warmup=warmup,
         context_limit=target.config.max_positions,
     )
-    _check(entrants, workload, chat)
-    session = Session(suite, workload, chat, target, devices, chosen.threads, entrants, results, name, score)
+    _check(specs, workload, chat)
+    session = Session(suite, workload, chat, target, devices, chosen.threads, specs, results, name, score)
     context.exit(session.run(resume=resume))
 
 
@@ -168,15 +168,15 @@ def _passes(program: str) -> bool | None:
         return None
 
 
-def find_entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[Entrant]:
+def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[BackendSpec]:
     """The backends asked for, by label, with their options and drafters; none is loaded. `concurrency` goes to every
     backend that has an option of that name, unless its own -o says otherwise."""
     from spdbench.backend import find_backend, parse_options
-    from spdbench.cli.session import Entrant
+    from spdbench.cli.session import BackendSpec
 
     options = parse_backend_options(chosen.options, list(labels))
     drafters = parse_drafters(chosen.drafters, list(labels))
-    entrants = []
+    specs = []
     classes = {label: find_backend(name) for label, name in labels.items()}
     wide = [label for label, cls in classes.items() if "concurrency" in cls.Options.model_fields]
     if concurrency is not None and not wide:
@@ -188,8 +188,8 @@ def find_entrants(labels: Mapping[str, str], chosen: ModelOptions, concurrency: 
         options[label] = {"concurrency": str(concurrency), **options[label]}
     for label, name in labels.items():
         cls = classes[label]
-        entrants.append(Entrant(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label]))
-    return entrants
+        specs.append(BackendSpec(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label]))
+    return specs
 
 
 def find_devices(chosen: ModelOptions) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def find_devices(chosen: ModelOptions) -> tuple[str, ...]:
     return devices
 
 
-def _target(suite: Suite, chosen: ModelOptions, device: str, entrants: Sequence[Entrant]) -> Target:
+def _target(suite: Suite, chosen: ModelOptions, device: str, specs: Sequence[BackendSpec]) -> Target:
     """What backends share; where none of them needs it and no model is named, no more of it than what they call it."""
     from spdbench.backend import is_text_only
     from spdbench.measure.privacy import names_only
@@ -213,8 +213,8 @@ def _target(suite: Suite, chosen: ModelOptions, device: str, entrants: Sequence[
     from spdbench.models.target import load_target
 
     named = chosen.model or suite.model
-    if named is None and all(is_text_only(entrant.cls) for entrant in entrants):
-        names = dict.fromkeys(str(getattr(entrant.options, "model", None) or "served") for entrant in entrants)
+    if named is None and all(is_text_only(spec.cls) for spec in specs):
+        names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in specs)
         return RemoteTarget("+".join(names_only(list(names))))  # a server may call its model by its folder
     return load_target(named or "smollm2", chosen.dtype, device)
 
@@ -235,14 +235,14 @@ def _decoding(
     return chat, sampling, settings
 
 
-def _check(entrants: Sequence[Entrant], workload: Workload, chat: ChatFormat | PlainText) -> None:
+def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText) -> None:
     """What can be known to be wrong before anything is loaded or written."""
     from spdbench.backend import is_text_only
     from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 
-    for entrant in entrants:
-        if entrant.cls.kind != "autoregressive" and not is_text_only(entrant.cls):
-            require_known_answer(parse_drafter(entrant.drafter), workload.sampling)
+    for spec in specs:
+        if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):
+            require_known_answer(parse_drafter(spec.drafter), workload.sampling)
     for prompt in workload.prompts:
         try:
             length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))

@@ -1,4 +1,4 @@
-"""One run from loading to the comparison: entrants become loaded backends with journals, journals become results.
+"""One run from loading to the comparison: specs become loaded backends with journals, journals become results.
 
 Where harness and engine are wired together; parses nothing and prints only what happened to files.
 """
@@ -35,7 +35,7 @@ from spdbench.measure.energy import EnergyMeter, energy_meter
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
 from spdbench.measure.privacy import names_only
-from spdbench.measure.runner import Contestant, Runner, Workload
+from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
@@ -46,7 +46,7 @@ NOBODY = Scorer(None)
 
 
 @dataclass(frozen=True)
-class Entrant:
+class BackendSpec:
     """A backend as asked for: not loaded yet."""
 
     label: str
@@ -74,18 +74,18 @@ class Session:
     target: Target
     devices: tuple[str, ...]
     threads: int
-    entrants: Sequence[Entrant]
+    specs: Sequence[BackendSpec]
     results: Path
     name: str | None
     score: Scorer = NOBODY
 
     def run(self, *, resume: bool) -> int:
         """The exit code: 1 if a prompt failed or an output is not vanilla's without excuse."""
-        places = [self._places(entrant.label) for entrant in self.entrants]
+        places = [self._places(spec.label) for spec in self.specs]
         _check_writable(self.results, places)
         with ExitStack() as stack:
             stack.enter_context(sigterm_interrupts())
-            loaded = [(entrant, stack.enter_context(self._loaded(entrant))) for entrant in self.entrants]
+            loaded = [(spec, stack.enter_context(self._loaded(spec))) for spec in self.specs]
             if self.target.unknown is not None:
                 _say(
                     f"NOTE: {self.target.unknown} is not one that spdbench's own layers know; transformers' layers "
@@ -93,15 +93,15 @@ class Session:
                 )
             heads = self._heads(loaded)
             journals = [
-                stack.enter_context(self._journal(entrant, backend, place, resume=resume))
-                for (entrant, backend), place in zip(loaded, places, strict=True)
+                stack.enter_context(self._journal(spec, backend, place, resume=resume))
+                for (spec, backend), place in zip(loaded, places, strict=True)
             ]
-            contestants = [
-                Contestant(entrant.label, backend, journal, _meter(backend))
-                for (entrant, backend), journal in zip(loaded, journals, strict=True)
+            candidates = [
+                Candidate(spec.label, backend, journal, _meter(backend))
+                for (spec, backend), journal in zip(loaded, journals, strict=True)
             ]
             report = progress_report(len(self.workload.keys()) * len(journals), sum(map(len, journals)))
-            runner = Runner(self.workload, contestants, self.chat, self._classify, report, self.score)
+            runner = Runner(self.workload, candidates, self.chat, self._classify, report, self.score)
             try:
                 with report:
                     runner.run()
@@ -112,11 +112,9 @@ class Session:
             return self._finish(places, heads, journals)
 
     @contextmanager
-    def _loaded(self, entrant: Entrant) -> Iterator[Backend]:
-        context = BackendContext(
-            entrant.label, self.target, entrant.drafter, self.devices, self.threads, self.workload.seed
-        )
-        backend = entrant.cls(entrant.options, context)
+    def _loaded(self, spec: BackendSpec) -> Iterator[Backend]:
+        context = BackendContext(spec.label, self.target, spec.drafter, self.devices, self.threads, self.workload.seed)
+        backend = spec.cls(spec.options, context)
         try:
             backend.load()
             yield backend
@@ -132,9 +130,9 @@ class Session:
         stem = self.results / "__".join(parts)
         return Places(stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".journal.jsonl"))
 
-    def _journal(self, entrant: Entrant, backend: Backend, places: Places, *, resume: bool) -> Journal:
+    def _journal(self, spec: BackendSpec, backend: Backend, places: Places, *, resume: bool) -> Journal:
         """The journal to write to: with `resume`, one that already holds what was finished."""
-        identity = self._identity(entrant, backend)
+        identity = self._identity(spec, backend)
         if resume and places.journal.exists():
             journal = resume_journal(places.journal, identity)
         elif resume and places.result.exists():
@@ -147,7 +145,7 @@ class Session:
                     f"An unfinished run is set aside as {places.journal.name}.old; --resume would have gone on with it."
                 )
             if resume:
-                _say(f"{entrant.label}: nothing to resume, so this is a new run.")
+                _say(f"{spec.label}: nothing to resume, so this is a new run.")
         strangers = journal.offsets.keys() - self.workload.keys()
         if strangers:
             journal.close()
@@ -171,7 +169,7 @@ class Session:
             journal.append_json(key, run)
         return journal
 
-    def _identity(self, entrant: Entrant, backend: Backend) -> dict[str, Any]:
+    def _identity(self, spec: BackendSpec, backend: Backend) -> dict[str, Any]:
         """What has to be the same for a run to go on where another stopped."""
         workload, drafter = self.workload, backend.describe().drafter
         texts = repr([(prompt.id, prompt.turns) for prompt in workload.prompts]).encode()
@@ -190,12 +188,12 @@ class Session:
             "seed": workload.seed,
             "repeats": workload.repeats,
             "warmup": workload.warmup,
-            "backend": entrant.name,
-            "options": names_only(entrant.options.model_dump(mode="json")),
-            "drafter": names_only(entrant.drafter),
+            "backend": spec.name,
+            "options": names_only(spec.options.model_dump(mode="json")),
+            "drafter": names_only(spec.drafter),
             "drafter_sha256": drafter.sha256 if drafter else None,
-            "baseline": self.entrants[0].label,
-            "backends": [other.label for other in self.entrants],
+            "baseline": self.specs[0].label,
+            "backends": [other.label for other in self.specs],
             "devices": list(self.devices),
             "threads": self.threads,
             **self._scoring(),
@@ -211,7 +209,7 @@ class Session:
             "references_sha256": hashlib.sha256(references).hexdigest(),
         }
 
-    def _heads(self, loaded: Sequence[tuple[Entrant, Backend]]) -> list[ResultHead]:
+    def _heads(self, loaded: Sequence[tuple[BackendSpec, Backend]]) -> list[ResultHead]:
         machine, git = environment(self.devices[0]), git_state()
         return [
             result_head(
@@ -219,14 +217,14 @@ class Session:
                 self.workload,
                 self.target,
                 self.chat,
-                entrant.name,
-                entrant.label,
+                spec.name,
+                spec.label,
                 backend,
-                entrant.options,
+                spec.options,
                 machine,
                 git,
             )
-            for entrant, backend in loaded
+            for spec, backend in loaded
         ]
 
     def _write_partial(
@@ -245,7 +243,7 @@ class Session:
             _say(f"Wrote {place.result}")
         for journal in journals:  # only now: until every result is there, --resume can still make them all
             journal.remove()
-        tables = compare(entries, self.entrants[0].label)
+        tables = compare(entries, self.specs[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
         return 1 if any(map(_went_wrong, entries)) else 0
 

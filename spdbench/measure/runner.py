@@ -71,7 +71,7 @@ Score = Callable[[Prompt, int, str], float | None]
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """A loaded backend with its journal and its energy meter. The first of a run is the baseline."""
 
     label: str
@@ -81,7 +81,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class _Ask:
+class RequestTurn:
     """One request as asked of every backend; `obstacle` says why it cannot be asked at all."""
 
     prompt: Prompt
@@ -101,23 +101,23 @@ class Runner:
     def __init__(
         self,
         workload: Workload,
-        contestants: Sequence[Contestant],
+        candidates: Sequence[Candidate],
         chat: Chat,
         classify: Classify,
         observer: Observer,
         score: Score | None = None,
     ) -> None:
         self._workload = workload
-        self._contestants = tuple(contestants)
+        self._candidates = tuple(candidates)
         self._chat = chat
         self._classify = classify
         self._observer = observer
-        in_turns = (c for c in contestants if concurrency_of(c.backend) == 1)
+        in_turns = (c for c in candidates if concurrency_of(c.backend) == 1)
         self._reference = next((c for c in in_turns if c.backend.kind == "autoregressive"), None)
-        self._first = self._contestants[0].backend.describe()
+        self._first = self._candidates[0].backend.describe()
         self._score = score
         comparable = self._reference is not None and workload.sampling.greedy
-        self._compared = [c for c in contestants if comparable and c is not self._reference and _is_comparable(c)]
+        self._compared = [c for c in candidates if comparable and c is not self._reference and _is_comparable(c)]
         self._writing = threading.Lock()  # for journals, observer and tokenizer, which know nothing of threads
         self._stopped = threading.Event()
 
@@ -125,35 +125,35 @@ class Runner:
         """Raises `SpdbenchError` for what ends the whole run; a backend's crash only fails its prompt, unless it leaves
         nothing to go on with (`BackendLostError`): then the prompt has failed, and the run ends."""
         everything = self._workload.keys()
-        if any(everything - contestant.journal.offsets.keys() for contestant in self._contestants):
+        if any(everything - candidate.journal.offsets.keys() for candidate in self._candidates):
             self._warm_up()
-        for group in _groups(self._contestants):
+        for group in _groups(self._candidates):
             if (width := concurrency_of(group[0].backend)) > 1:
                 self._run_wide(group[0], width)
             else:
                 self._run_in_turns(group)
 
-    def _run_in_turns(self, contestants: Sequence[Contestant]) -> None:
-        """All of `contestants`, one request at a time."""
+    def _run_in_turns(self, candidates: Sequence[Candidate]) -> None:
+        """All of `candidates`, one request at a time."""
         number = 0
         for prompt in self._workload.prompts:
             keys = self._keys(prompt)
-            if not self._is_behind_us(keys, contestants):
-                self._converse(prompt, number, contestants)
+            if not self._is_behind_us(keys, candidates):
+                self._converse(prompt, number, candidates)
             number += len(keys)
 
-    def _run_wide(self, contestant: Contestant, width: int) -> None:
-        """One contestant, with `width` conversations going on at any time until they run out."""
-        todo = [prompt for prompt in self._workload.prompts if not self._is_behind_us(self._keys(prompt), [contestant])]
-        with ThreadPoolExecutor(width, thread_name_prefix=contestant.label) as pool:
-            asked = [pool.submit(self._converse, prompt, 0, [contestant]) for prompt in todo]
+    def _run_wide(self, candidate: Candidate, width: int) -> None:
+        """One candidate, with `width` conversations going on at any time until they run out."""
+        todo = [prompt for prompt in self._workload.prompts if not self._is_behind_us(self._keys(prompt), [candidate])]
+        with ThreadPoolExecutor(width, thread_name_prefix=candidate.label) as pool:
+            asked = [pool.submit(self._converse, prompt, 0, [candidate]) for prompt in todo]
             try:
                 wait(asked, return_when=FIRST_EXCEPTION)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
                 if any(not one.done() for one in asked):  # interrupted, or one failed for good: end the others' waits
                     self._stopped.set()
-                    contestant.backend.close()
+                    candidate.backend.close()
         errors = [one.exception() for one in asked if not one.cancelled()]
         if error := next((error for error in errors if error and not isinstance(error, _StoppedError)), None):
             raise error
@@ -165,23 +165,23 @@ class Runner:
     def _repeats(self) -> range:
         return range(self._workload.repeats)
 
-    def _is_behind_us(self, keys: Sequence[RunKey], contestants: Sequence[Contestant]) -> bool:
+    def _is_behind_us(self, keys: Sequence[RunKey], candidates: Sequence[Candidate]) -> bool:
         """True if a conversation has nothing left to do, so that it need not even be put into tokens again."""
-        return all(key in contestant.journal for contestant in contestants for key in keys) and all(
-            key in contestant.journal.outcomes for contestant in self._compared for key in keys
+        return all(key in candidate.journal for candidate in candidates for key in keys) and all(
+            key in candidate.journal.outcomes for candidate in self._compared for key in keys
         )
 
-    def _converse(self, prompt: Prompt, first: int, contestants: Sequence[Contestant]) -> None:
-        """Asks `contestants` all of one conversation, which begins with the run's request number `first`."""
-        for number, ask in enumerate(self._asks(prompt), start=first):
-            order = contestants if number % 2 == 0 else contestants[::-1]
-            for contestant in order:
-                if ask.key not in contestant.journal:
-                    self._finish(contestant, ask)
-            if concurrency_of(contestants[0].backend) == 1:
-                self._compare_outputs(ask)
+    def _converse(self, prompt: Prompt, first: int, candidates: Sequence[Candidate]) -> None:
+        """Asks `candidates` all of one conversation, which begins with the run's request number `first`."""
+        for number, turn in enumerate(self._turns(prompt), start=first):
+            order = candidates if number % 2 == 0 else candidates[::-1]
+            for candidate in order:
+                if turn.key not in candidate.journal:
+                    self._finish(candidate, turn)
+            if concurrency_of(candidates[0].backend) == 1:
+                self._compare_outputs(turn)
 
-    def _asks(self, prompt: Prompt) -> Iterator[_Ask]:
+    def _turns(self, prompt: Prompt) -> Iterator[RequestTurn]:
         messages: list[Message] = []
         obstacle: str | None = None
         for turn, text in enumerate(prompt.turns):
@@ -190,12 +190,12 @@ class Runner:
                 request = self._request(prompt, turn, repeat, messages)
                 if request.max_new_tokens < 1:
                     obstacle = obstacle or "the conversation no longer fits into the model's context"
-                yield _Ask(prompt, turn, repeat, request, obstacle)
+                yield RequestTurn(prompt, turn, repeat, request, obstacle)
             if turn + 1 < len(prompt.turns):
                 with self._writing:
-                    answered = self._contestants[0].journal.run((prompt.id, turn, 0))
+                    answered = self._candidates[0].journal.run((prompt.id, turn, 0))
                 if answered.finish_reason == "error":
-                    obstacle = obstacle or f"{self._contestants[0].label} failed in turn {turn}: nothing to go on from"
+                    obstacle = obstacle or f"{self._candidates[0].label} failed in turn {turn}: nothing to go on from"
                 messages.append({"role": "assistant", "content": self._answer(answered)})
 
     def _answer(self, run: Run) -> str:
@@ -225,9 +225,9 @@ class Runner:
             request = self._request(prompt, 0, 0, messages)
             request = replace(request, max_new_tokens=min(WARMUP_TOKENS, request.max_new_tokens))
             for _ in range(self._workload.warmup):
-                for contestant in self._contestants:
+                for candidate in self._candidates:
                     try:
-                        _measure(contestant, request, self._stopped)
+                        _measure(candidate, request, self._stopped)
                     except PromptFailedError:  # the same holds of this
                         continue
                     except SpdbenchError:
@@ -235,60 +235,60 @@ class Runner:
                     except Exception:  # it will fail again on its first prompt, and be recorded there
                         continue
 
-    def _finish(self, contestant: Contestant, ask: _Ask) -> None:
+    def _finish(self, candidate: Candidate, turn: RequestTurn) -> None:
         lost: BackendLostError | None = None
         try:
-            run, trace = _attempt(contestant, ask, self._stopped)
+            run, trace = _attempt(candidate, turn, self._stopped)
         except BackendLostError as error:
-            lost, run, trace = error, _failed(ask, str(error).partition("\n")[0]), ""
+            lost, run, trace = error, _failed(turn, str(error).partition("\n")[0]), ""
         if self._stopped.is_set():  # it failed because it was to stop, and has not been measured
             raise _StoppedError
         # Backends that share a process have no memory of their own, and of a server's nobody knows.
-        if len(self._contestants) == 1 and "devices" not in self._first.unknown:
+        if len(self._candidates) == 1 and "devices" not in self._first.unknown:
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first.devices)})
         if self._score is not None and run.finish_reason != "error":
-            run = run.model_copy(update={"score": self._score(ask.prompt, ask.turn, self._answer(run))})
+            run = run.model_copy(update={"score": self._score(turn.prompt, turn.turn, self._answer(run))})
         with self._writing:
-            contestant.journal.append(run)
-            self._observer.finished(contestant.label, run)
+            candidate.journal.append(run)
+            self._observer.finished(candidate.label, run)
             if trace:
-                self._observer.crashed(contestant.label, run, trace)
+                self._observer.crashed(candidate.label, run, trace)
         if lost is not None:
             raise lost
 
-    def _compare_outputs(self, ask: _Ask) -> None:
+    def _compare_outputs(self, turn: RequestTurn) -> None:
         """Notes how each lossless backend's greedy output differs from vanilla's, if it does. Untimed."""
-        for contestant in self._compared:
-            if self._reference is None or ask.key in contestant.journal.outcomes:
+        for candidate in self._compared:
+            if self._reference is None or turn.key in candidate.journal.outcomes:
                 continue
-            expected, found = self._reference.journal.run(ask.key), contestant.journal.run(ask.key)
+            expected, found = self._reference.journal.run(turn.key), candidate.journal.run(turn.key)
             if "error" in (expected.finish_reason, found.finish_reason):
                 continue
             outcome: Outcome = "identical"
             if expected.output_ids != found.output_ids:
                 width = max(1, round(max(found.steps.forwards[1:], default=1)))
-                outcome = self._classify(ask.request.prompt_ids, expected.output_ids, found.output_ids, width)
-            contestant.journal.add_outcome(ask.key, outcome)
+                outcome = self._classify(turn.request.prompt_ids, expected.output_ids, found.output_ids, width)
+            candidate.journal.add_outcome(turn.key, outcome)
 
 
 class _StoppedError(Exception):
     """A conversation was given up since the run ends."""
 
 
-def _attempt(contestant: Contestant, ask: _Ask, stopped: threading.Event) -> tuple[Run, str]:
+def _attempt(candidate: Candidate, turn: RequestTurn, stopped: threading.Event) -> tuple[Run, str]:
     """The run, and the traceback if the backend crashed: a bug, and a failed prompt instead of a number."""
-    if ask.obstacle is not None:
-        return _failed(ask, ask.obstacle), ""
+    if turn.obstacle is not None:
+        return _failed(turn, turn.obstacle), ""
     try:
-        measured, energy_j = _measure(contestant, ask.request, stopped)
-        figures = lane_figures(contestant.backend, measured)
+        measured, energy_j = _measure(candidate, turn.request, stopped)
+        figures = lane_figures(candidate.backend, measured)
     except PromptFailedError as error:
-        return _failed(ask, str(error)), without_secrets(str(error))
+        return _failed(turn, str(error)), without_secrets(str(error))
     except SpdbenchError:
         raise
     except Exception as error:
-        return _failed(ask, f"{type(error).__name__}: {error}"), without_secrets(traceback.format_exc())
-    run = _run(ask).model_copy(
+        return _failed(turn, f"{type(error).__name__}: {error}"), without_secrets(traceback.format_exc())
+    run = _run(turn).model_copy(
         update={
             "num_new_tokens": len(measured.output_ids),
             "finish_reason": measured.finish_reason,
@@ -305,10 +305,10 @@ def _attempt(contestant: Contestant, ask: _Ask, stopped: threading.Event) -> tup
 
 
 def _measure(
-    contestant: Contestant, request: GenerationRequest, stopped: threading.Event
+    candidate: Candidate, request: GenerationRequest, stopped: threading.Event
 ) -> tuple[Measurement, float | None]:
     """The request as measured, and its energy; made anew, on a new clock, for as long as the backend asks for it."""
-    backend, meter = contestant.backend, contestant.meter
+    backend, meter = candidate.backend, candidate.meter
     while True:
         try:
             backend.prepare(request)
@@ -330,34 +330,34 @@ def _told(account: EngineReport) -> dict[str, object]:
     return told
 
 
-def _is_comparable(contestant: Contestant) -> bool:
+def _is_comparable(candidate: Candidate) -> bool:
     """True if the backend's greedy ids should be vanilla's."""
-    info, backend = contestant.backend.describe(), contestant.backend
+    info, backend = candidate.backend.describe(), candidate.backend
     own = info.other_model is None and "ids" not in info.unknown
     return own and backend.lossless and concurrency_of(backend) == 1
 
 
-def _groups(contestants: Sequence[Contestant]) -> list[list[Contestant]]:
+def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Who runs together, in order: those that take one request at a time, and each of the others by itself; the first
-    contestant's group first, since everyone goes on from its answers."""
-    alone = [[contestant] for contestant in contestants if concurrency_of(contestant.backend) > 1]
-    in_turns = [contestant for contestant in contestants if concurrency_of(contestant.backend) == 1]
-    groups = [*alone, in_turns] if alone and alone[0][0] is contestants[0] else [in_turns, *alone]
+    candidate's group first, since everyone goes on from its answers."""
+    alone = [[candidate] for candidate in candidates if concurrency_of(candidate.backend) > 1]
+    in_turns = [candidate for candidate in candidates if concurrency_of(candidate.backend) == 1]
+    groups = [*alone, in_turns] if alone and alone[0][0] is candidates[0] else [in_turns, *alone]
     return [group for group in groups if group]
 
 
-def _failed(ask: _Ask, reason: str) -> Run:
-    return _run(ask).model_copy(update={"error": without_secrets(reason)})
+def _failed(turn: RequestTurn, reason: str) -> Run:
+    return _run(turn).model_copy(update={"error": without_secrets(reason)})
 
 
-def _run(ask: _Ask) -> Run:
+def _run(turn: RequestTurn) -> Run:
     """The record of a request that gave nothing yet."""
-    ids = ask.request.prompt_ids
+    ids = turn.request.prompt_ids
     return Run(
-        prompt_id=ask.prompt.id,
-        category=ask.prompt.category,
-        turn=ask.turn,
-        repeat=ask.repeat,
+        prompt_id=turn.prompt.id,
+        category=turn.prompt.category,
+        turn=turn.turn,
+        repeat=turn.repeat,
         prompt_sha256=hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest(),
         num_prompt_tokens=len(ids),
         num_new_tokens=0,

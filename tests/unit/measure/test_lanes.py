@@ -11,7 +11,7 @@ import pytest
 from spdbench.judge.metrics import summarise
 from spdbench.judge.result import BubbleParts, Run
 from spdbench.measure.journal import Journal, create_journal, resume_journal
-from spdbench.measure.runner import Contestant, Runner
+from spdbench.measure.runner import Candidate, Runner
 from spdbench.types import GenerationRequest, Span, Step
 from tests.builders import make_backend
 from tests.mock_backend import MS, FakeTime, MockBackend, MockPipelineSpans, MockSpans, Watcher, WordChat
@@ -27,9 +27,9 @@ def _fake_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def journal_of(backend: MockBackend, path: Path, *, resume: bool = False, max_new_tokens: int = 9) -> Journal:
     journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
-    contestant = Contestant("first", backend, journal)
+    candidate = Candidate("first", backend, journal)
     try:
-        Runner(workload(max_new_tokens=max_new_tokens), [contestant], WordChat(), never, Watcher()).run()
+        Runner(workload(max_new_tokens=max_new_tokens), [candidate], WordChat(), never, Watcher()).run()
     except BaseException:
         journal.close()
         raise

@@ -16,7 +16,7 @@ from spdbench.judge.result import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
-from spdbench.measure.runner import Contestant, Runner, Workload
+from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 
@@ -59,14 +59,14 @@ class Bench:
     ) -> None:
         self.watcher = Watcher()
         self.journals: list[Journal] = []
-        self.contestants: list[Contestant] = []
+        self.candidates: list[Candidate] = []
         folder.mkdir(exist_ok=True)
         for number, backend in enumerate(backends):
             path = folder / f"{number}.journal.jsonl"
             journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
             self.journals.append(journal)
-            self.contestants.append(Contestant(["first", "second", "third"][number], backend, journal))
-        self.runner = Runner(workload(**changes), self.contestants, WordChat(), classify, self.watcher, score)
+            self.candidates.append(Candidate(["first", "second", "third"][number], backend, journal))
+        self.runner = Runner(workload(**changes), self.candidates, WordChat(), classify, self.watcher, score)
 
     def run(self) -> list[Run]:
         self.runner.run()
@@ -301,8 +301,8 @@ class Ticking:
 def test_energy_is_read_before_and_after_a_request_and_never_within(tmp_path: Path) -> None:
     log: list[str] = []
     bench = Bench(tmp_path, MockBackend(log=log), prompts=PROMPTS[1:2])
-    contestant = replace(bench.contestants[0], meter=EnergyMeter((Ticking(log),)))
-    Runner(workload(prompts=PROMPTS[1:2]), [contestant], WordChat(), never, bench.watcher).run()
+    candidate = replace(bench.candidates[0], meter=EnergyMeter((Ticking(log),)))
+    Runner(workload(prompts=PROMPTS[1:2]), [candidate], WordChat(), never, bench.watcher).run()
     assert log == ["prepare", "read", "generate", "closed", "read"]
     assert [run.energy_j for run in bench.journals[0].runs()] == [1.0]
 
@@ -342,6 +342,6 @@ def test_conversations_that_are_finished_are_not_put_into_tokens_again(tmp_path:
 
     last = MockDraftVerify()
     again = Bench(tmp_path, MockBackend(), last, resume=True)
-    Runner(workload(), again.contestants, Listening(), never, again.watcher).run()
+    Runner(workload(), again.candidates, Listening(), never, again.watcher).run()
     assert asked == ["one", "four"], "the first is warm-up's"
     assert [request.messages[0]["content"] for request in last.requests] == ["four"]

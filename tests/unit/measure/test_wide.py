@@ -108,7 +108,7 @@ def test_a_request_that_has_to_wait_is_measured_anew(tmp_path: Path) -> None:
     assert run.finish_reason == "length"
     assert run.ttft_s is not None
     assert run.ttft_s < 0.5
-    assert bench.contestants[0].backend.log.count("prepare") == 3  # type: ignore[attr-defined]
+    assert bench.candidates[0].backend.log.count("prepare") == 3  # type: ignore[attr-defined]
 
 
 class Teller(MockDraftVerify):
