@@ -87,12 +87,12 @@ class Decoder:
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
-        place, steps = AttentionContext(self.rotary, start, num_rows, tree), self._choose_steps(num_rows)
+        context, ops = AttentionContext(self.rotary, start, num_rows, tree), self._ops_for(num_rows)
         states = {0: hidden_SM} if layers.start == 0 and 0 in hidden_indices else {}
         for layer in layers:
             if cancelled is not None and cancelled():
                 raise CancelledForwardError
-            hidden_SM = layer_forward(self.weights[layer], steps, place, layer, hidden_SM, cache)
+            hidden_SM = layer_forward(self.weights[layer], ops, context, layer, hidden_SM, cache)
             if layer + 1 in hidden_indices:
                 states[layer + 1] = hidden_SM
         cache.advance(num_rows)
@@ -101,7 +101,7 @@ class Decoder:
     def normed(self, hidden_SM: Tensor) -> Tensor:
         """The last layer's output after the final norm: `[S, M]`."""
         assert self.final_norm is not None
-        return self._choose_steps(hidden_SM.shape[0]).norm(hidden_SM, self.final_norm)
+        return self._ops_for(hidden_SM.shape[0]).norm(hidden_SM, self.final_norm)
 
     def logits(self, hidden_SM: Tensor) -> Tensor:
         """Next-token logits `[S, V]` of the last layer's output, final norm included."""
@@ -144,7 +144,7 @@ class Decoder:
         )
 
     @cached_property
-    def _choose_steps(self) -> Callable[[int], LayerOps]:
+    def _ops_for(self) -> Callable[[int], LayerOps]:
         return ops_by_rows(self.geometry, self.dtype, self.device)
 
 

@@ -73,17 +73,17 @@ class HeadNorms:
 
 
 class LayerOps(Protocol):
-    """The steps of a layer, over rows that stand in one place."""
+    """The steps of a layer, over rows in one attention context."""
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         """Rows over their root mean square, times the weight: `[S, M]`."""
 
-    def mix(
+    def attention(
         self,
         qkv: Tensor,
         norms: HeadNorms | None,
         window: int | None,
-        place: AttentionContext,
+        context: AttentionContext,
         cache: KVCache,
         layer: int,
     ) -> Tensor:
@@ -102,22 +102,24 @@ class TorchOps:
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
 
-    def mix(
+    def attention(
         self,
         qkv: Tensor,
         norms: HeadNorms | None,
         window: int | None,
-        place: AttentionContext,
+        context: AttentionContext,
         cache: KVCache,
         layer: int,
     ) -> Tensor:
         heads = self.geometry.num_heads
-        rotated, values_SKD = self.turn(qkv, norms, *place.angles)
+        rotated, values_SKD = self.rotate_heads(qkv, norms, *context.angles)
         keys_KTD, values_KTD = cache.write(layer, rotated[:, heads:], values_SKD)
-        mask_ST = place.mask(keys_KTD.shape[1], window, qkv.device)
+        mask_ST = context.mask(keys_KTD.shape[1], window, qkv.device)
         return attend(rotated[:, :heads], keys_KTD, values_KTD, mask_ST, window)
 
-    def turn(self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor) -> tuple[Tensor, Tensor]:
+    def rotate_heads(
+        self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Queries and keys, normalised and turned by their rows' angles, `[S, H + K, D]`; and values `[S, K, D]`."""
         heads, kv, eps = self.geometry.num_heads, self.geometry.num_kv_heads, self.geometry.norm_eps
         split = qkv.view(qkv.shape[0], heads + 2 * kv, self.geometry.head_dim)
@@ -140,7 +142,7 @@ class CpuOps:
     """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
-        functions = compiled_functions()
+        functions = cpu_kernels()
         assert functions is not None
         self._functions = functions
         crew = worker_pool()
@@ -156,26 +158,26 @@ class CpuOps:
         self._functions.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
         return out
 
-    def mix(
+    def attention(
         self,
         qkv: Tensor,
         norms: HeadNorms | None,
         window: int | None,
-        place: AttentionContext,
+        context: AttentionContext,
         cache: KVCache,
         layer: int,
     ) -> Tensor:
-        geometry, num_rows = self._geometry, place.num_rows
+        geometry, num_rows = self._geometry, context.num_rows
         width = geometry.num_heads * geometry.head_dim
         queries, queries_array = self._buffer("queries", num_rows, width)
         out, _ = self._buffer("mixed", num_rows, width)
         slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
         q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
-        eps, angles = geometry.norm_eps, place.angle_arrays
+        eps, angles = geometry.norm_eps, context.angle_arrays
         self._functions.turn(
-            array(qkv), q_norm, k_norm, eps, place.positions, *angles, keys_KTD, values_KTD, slot, queries_array
+            array(qkv), q_norm, k_norm, eps, context.positions, *angles, keys_KTD, values_KTD, slot, queries_array
         )
-        depths, visible = place.depths, place.visible
+        depths, visible = context.depths, context.visible
         self._crew.lead(
             np.array(
                 (
@@ -212,7 +214,7 @@ def ops_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) ->
 
 def has_cpu_kernels(dtype: torch.dtype, device: torch.device) -> bool:
     """True if `CpuOps` can serve: on a CPU, in a dtype it knows, where numba is installed."""
-    return device.type == "cpu" and dtype in COMPILED_DTYPES and compiled_functions() is not None
+    return device.type == "cpu" and dtype in COMPILED_DTYPES and cpu_kernels() is not None
 
 
 def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -221,7 +223,7 @@ def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
 
 
 @cache
-def compiled_functions() -> ModuleType | None:
+def cpu_kernels() -> ModuleType | None:
     """The module of compiled functions, if this machine can have them."""
     if worker_pool() is None:
         return None

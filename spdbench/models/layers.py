@@ -59,17 +59,17 @@ class LayerWeights:
 
 
 def layer_forward(
-    weights: LayerWeights, steps: LayerOps, place: AttentionContext, layer: int, hidden_SM: Tensor, cache: KVCache
+    weights: LayerWeights, ops: LayerOps, context: AttentionContext, layer: int, hidden_SM: Tensor, cache: KVCache
 ) -> Tensor:
     """One layer over S new rows whose keys and values go into `cache`: `[S, M]`, before any final norm."""
-    normed_SM = hidden_SM if weights.input_norm is None else steps.norm(hidden_SM, weights.input_norm)
-    return layer_body(weights, steps, place, layer, normed_SM, hidden_SM, cache)
+    normed_SM = hidden_SM if weights.input_norm is None else ops.norm(hidden_SM, weights.input_norm)
+    return layer_body(weights, ops, context, layer, normed_SM, hidden_SM, cache)
 
 
 def layer_body(
     weights: LayerWeights,
-    steps: LayerOps,
-    place: AttentionContext,
+    ops: LayerOps,
+    context: AttentionContext,
     layer: int,
     inputs_SI: Tensor,
     hidden_SM: Tensor,
@@ -79,19 +79,19 @@ def layer_body(
 
     Inputs are as wide as the layer's query weights read: M in a decoder, 2M in EAGLE-3's first layer.
     """
-    mixed = steps.mix(weights.qkv(inputs_SI), weights.head_norms, weights.window, place, cache, layer)
-    return after_attention(weights, steps, mixed, hidden_SM)
+    mixed = ops.attention(weights.qkv(inputs_SI), weights.head_norms, weights.window, context, cache, layer)
+    return after_attention(weights, ops, mixed, hidden_SM)
 
 
-def after_attention(weights: LayerWeights, steps: LayerOps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
+def after_attention(weights: LayerWeights, ops: LayerOps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
     """The output projection of attention's `mixed` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`."""
     hidden_SM = weights.out.plus(mixed, hidden_SM)
-    normed_SM = steps.norm(hidden_SM, weights.post_norm)
+    normed_SM = ops.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:
         return hidden_SM + _mixture(weights.experts, normed_SM)
     assert weights.gate_up is not None
     assert weights.down is not None
-    return weights.down.plus(steps.gate(weights.gate_up(normed_SM)), hidden_SM)
+    return weights.down.plus(ops.gate(weights.gate_up(normed_SM)), hidden_SM)
 
 
 def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:

@@ -48,13 +48,13 @@ class Slots:
         self.capacity = capacity
         self.lengths = [0] * num_slots
         self._decoder = decoder
-        self._steps: LayerOps
+        self._ops: LayerOps
         self._mix: _Mix
         if has_cpu_kernels(dtype, device):
-            self._steps = CpuOps(geometry, dtype)
+            self._ops = CpuOps(geometry, dtype)
             self._mix = _CompiledMix(geometry, decoder.rotary, keys, values)
         else:
-            self._steps = TorchOps(geometry)
+            self._ops = TorchOps(geometry)
             self._mix = _TorchMix(geometry, decoder.rotary, keys, values)
 
     def rollback(self, slot: int, length: int) -> None:
@@ -67,14 +67,14 @@ class Slots:
 
         Rows of slots without a token hold nothing of worth.
         """
-        decoder, steps = self._decoder, self._steps
+        decoder, ops = self._decoder, self._ops
         self._mix.begin(self.lengths)
         hidden_BM = decoder.embed(decoder.ids([0 if token is None else token for token in ids_B]))
         for layer in decoder.layers:
             weights = decoder.weights[layer]
-            normed_BM = hidden_BM if weights.input_norm is None else steps.norm(hidden_BM, weights.input_norm)
+            normed_BM = hidden_BM if weights.input_norm is None else ops.norm(hidden_BM, weights.input_norm)
             mixed = self._mix(layer - decoder.layers.start, weights.qkv(normed_BM), weights)
-            hidden_BM = after_attention(weights, steps, mixed, hidden_BM)
+            hidden_BM = after_attention(weights, ops, mixed, hidden_BM)
         for slot, token in enumerate(ids_B):
             self.lengths[slot] += token is not None
         return hidden_BM
@@ -84,7 +84,7 @@ class Slots:
         """Next-token logits `[B, V]` of some rows that `read` returned."""
         assert self._decoder.final_norm is not None
         assert self._decoder.head is not None
-        return self._decoder.head(self._steps.norm(hidden_BM, self._decoder.final_norm))
+        return self._decoder.head(self._ops.norm(hidden_BM, self._decoder.final_norm))
 
 
 class _Mix(Protocol):
@@ -101,10 +101,10 @@ class _CompiledMix:
     """Slot by slot and no further than its length, on the calling thread."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        from spdbench.models.cpu.kernels import mix_slots
+        from spdbench.models.cpu.kernels import attend_in_slots
 
         _, num_slots, _, capacity, head_dim = keys.shape
-        self._function = mix_slots
+        self._function = attend_in_slots
         self._eps = geometry.norm_eps
         self._angles = rotary.arrays(capacity)
         self._keys, self._values = array(keys), array(values)
@@ -141,7 +141,7 @@ class _TorchMix:
     """All slots at once, padded to the longest."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        self._steps, self._rotary = TorchOps(geometry), rotary
+        self._ops, self._rotary = TorchOps(geometry), rotary
         self._num_heads = geometry.num_heads
         self._keys, self._values = keys, values
         self._slots = torch.arange(keys.shape[1], device=keys.device)
@@ -155,7 +155,7 @@ class _TorchMix:
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
-        rotated, new_values_BKD = self._steps.turn(qkv, weights.head_norms, *self._angles)
+        rotated, new_values_BKD = self._ops.rotate_heads(qkv, weights.head_norms, *self._angles)
         keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
         keys_BKTD[self._slots, :, self._lengths] = rotated[:, self._num_heads :]
         values_BKTD[self._slots, :, self._lengths] = new_values_BKD

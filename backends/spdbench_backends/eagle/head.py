@@ -98,16 +98,16 @@ class EagleModule:
         """Rows of committed tokens from true features: `[S, A T]`, or `[S, T]` in EAGLE-1/2; `ids_S` are the tokens one
         position further. Forgets a tree's rows. Returns logits `[1, U]` and state `[1, M]` of the last row."""
         self._cache.rollback(self._committed)
-        place = AttentionContext(self.weights.rotary, self._committed, len(ids_S))
-        hidden_SM = self._forward(self._fused(features_SF), ids_S, place)
+        context = AttentionContext(self.weights.rotary, self._committed, len(ids_S))
+        hidden_SM = self._forward(self._fused(features_SF), ids_S, context)
         self._committed += len(ids_S)
         return self._logits(hidden_SM[-1:])
 
     def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """Rows of a tree behind the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
         states `[S, M]`."""
-        place = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)
-        return self._logits(self._forward(states_SM, ids_S, place))
+        context = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)
+        return self._logits(self._forward(states_SM, ids_S, context))
 
     def reset(self) -> None:
         """Forgets everything: another sequence begins."""
@@ -120,7 +120,7 @@ class EagleModule:
         return draft_ids if ids_U is None else ids_U[draft_ids]
 
     @cached_property
-    def _choose_steps(self) -> Callable[[int], LayerOps]:
+    def _ops_for(self) -> Callable[[int], LayerOps]:
         weights = self.weights
         return ops_by_rows(weights.geometry, weights.dtype, weights.device)
 
@@ -131,30 +131,30 @@ class EagleModule:
             return features_SF
         norms = weights.fc_norms
         if norms:
-            steps = self._choose_steps(len(features_SF))
+            ops = self._ops_for(len(features_SF))
             chunks: Sequence[Tensor] = features_SF.chunk(len(norms), dim=-1)
-            features_SF = torch.cat([steps.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
+            features_SF = torch.cat([ops.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
         return weights.fc(features_SF)
 
-    def _forward(self, features_SM: Tensor, ids_S: Tensor, place: AttentionContext) -> Tensor:
-        weights, steps = self.weights, self._choose_steps(len(ids_S))
+    def _forward(self, features_SM: Tensor, ids_S: Tensor, context: AttentionContext) -> Tensor:
+        weights, ops = self.weights, self._ops_for(len(ids_S))
         inputs, residual_SM = self._entering(features_SM, ids_S)
-        hidden_SM = layer_body(weights.layers[0], steps, place, 0, inputs, residual_SM, self._cache)
+        hidden_SM = layer_body(weights.layers[0], ops, context, 0, inputs, residual_SM, self._cache)
         for index, layer in enumerate(weights.layers[1:], 1):
-            hidden_SM = layer_forward(layer, steps, place, index, hidden_SM, self._cache)
+            hidden_SM = layer_forward(layer, ops, context, index, hidden_SM, self._cache)
         self._cache.advance(len(ids_S))
         return hidden_SM
 
     def _entering(self, features_SM: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
         """What layer 0 reads, and the residual that it is added to."""
-        weights, steps = self.weights, self._choose_steps(len(ids_S))
+        weights, ops = self.weights, self._ops_for(len(ids_S))
         embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
         first = weights.layers[0]
         if weights.is_eagle3:
             assert first.input_norm is not None
             assert weights.feature_norm is not None
-            normed_SM = steps.norm(features_SM.contiguous(), weights.feature_norm)
-            inputs = torch.cat((steps.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
+            normed_SM = ops.norm(features_SM.contiguous(), weights.feature_norm)
+            inputs = torch.cat((ops.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
             residual_SM = normed_SM if weights.residual_normed else features_SM
         else:
             residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
@@ -164,5 +164,5 @@ class EagleModule:
         weights = self.weights
         if weights.norm is None:
             return weights.head(hidden_SM), hidden_SM
-        normed_SM = self._choose_steps(len(hidden_SM)).norm(hidden_SM.contiguous(), weights.norm)
+        normed_SM = self._ops_for(len(hidden_SM)).norm(hidden_SM.contiguous(), weights.norm)
         return weights.head(normed_SM), normed_SM.clone() if weights.feed_normed else hidden_SM

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from spdbench.models.kv_cache import array
-from spdbench.models.layer_ops import compiled_functions, has_cpu_kernels
+from spdbench.models.layer_ops import cpu_kernels, has_cpu_kernels
 
 
 def argmax(logits: Tensor) -> Tensor:
     """The argmax over the last dimension of `[V]` or `[S, V]`; of several equal ones on a CPU the first."""
     if logits.dim() == 0 or logits.dim() > 2 or not has_cpu_kernels(logits.dtype, logits.device):
         return logits.argmax(dim=-1)
-    functions = compiled_functions()
+    functions = cpu_kernels()
     assert functions is not None
     rows_SV = logits if logits.dim() == 2 else logits[None]
     ids_S = torch.empty(len(rows_SV), dtype=torch.long)

@@ -348,7 +348,7 @@ NO_TREE = np.zeros((0, 0), dtype=np.bool_)
 
 
 @compiled
-def mix_slots(
+def attend_in_slots(
     qkv: Any,
     q_norm_D: Any,
     k_norm_D: Any,

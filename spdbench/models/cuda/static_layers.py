@@ -155,7 +155,7 @@ def static_layer(
 ) -> Tensor:
     """A layer from behind its input norm on: `[S, M]`. Writes keys and values to the rows' slots."""
     num_heads, bucket = steps.geometry.num_heads, hidden_RB.shape[1]
-    rotated, values_SKD = steps.turn(weights.qkv(inputs_SI), weights.head_norms, *angles)
+    rotated, values_SKD = steps.rotate_heads(weights.qkv(inputs_SI), weights.head_norms, *angles)
     keys_KTD.index_copy_(1, slots_S, rotated[:, num_heads:].transpose(0, 1))
     values_KTD.index_copy_(1, slots_S, values_SKD.transpose(0, 1))
     mixed = attend_masked(rotated[:, :num_heads], keys_KTD[:, :bucket], values_KTD[:, :bucket], hidden_RB, wide)

@@ -18,12 +18,12 @@ from spdbench.models.layer_ops import CpuOps, Geometry
 torch.set_num_threads(1)
 cpu, found = torch.device("cpu"), hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16):
-    steps, cache = CpuOps(Geometry(9, 3, 64, 1e-5), dtype), KVCache(range(1), 3, 64, 128, dtype, cpu)
+    ops, cache = CpuOps(Geometry(9, 3, 64, 1e-5), dtype), KVCache(range(1), 3, 64, 128, dtype, cpu)
     angles = Rotary(plain_frequencies(10000.0, 64), 1.0, dtype, cpu)
     for count in (60, 40):
         qkv = torch.randn(count, 960, generator=torch.Generator().manual_seed(count)).to(dtype)
-        mixed = steps.mix(qkv, None, None, AttentionContext(angles, cache.length, count), cache, 0)
-        gated = steps.gate(qkv)
+        mixed = ops.attention(qkv, None, None, AttentionContext(angles, cache.length, count), cache, 0)
+        gated = ops.gate(qkv)
         cache.advance(count)
         for tensor in (mixed, gated):
             found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())

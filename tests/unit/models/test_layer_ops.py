@@ -1,4 +1,4 @@
-"""The steps between products: the compiled ones against torch's, and torch's against what is written down."""
+"""The ops between products: the compiled ones against torch's, and torch's against what is written down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from spdbench.models import layer_ops as ops_module
+from spdbench.models import layer_ops
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.kv_cache import KVCache, array
 from spdbench.models.layer_ops import (
@@ -67,8 +67,8 @@ def test_norms_equal_what_is_written_down(dtype: torch.dtype, shape: tuple[int, 
 
 def test_a_row_of_zeros_stays_finite() -> None:
     zeros, ones = torch.zeros(1, 8), NormWeight(torch.ones(8))
-    for steps in (TorchOps(geometry()), CpuOps(geometry(), torch.float32)):
-        assert steps.norm(zeros, ones).tolist() == [[0.0] * 8]
+    for ops in (TorchOps(geometry()), CpuOps(geometry(), torch.float32)):
+        assert ops.norm(zeros, ones).tolist() == [[0.0] * 8]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +81,7 @@ def test_gates_equal_what_is_written_down(dtype: torch.dtype, rows: int) -> None
 
 
 def run(
-    steps: LayerOps, dtype: torch.dtype, rows: list[int], window: int | None, norms: bool, tree: TreeRows | None
+    ops: LayerOps, dtype: torch.dtype, rows: list[int], window: int | None, norms: bool, tree: TreeRows | None
 ) -> list[torch.Tensor]:
     """Attention's outputs, and at last the cache, for chunks of so many rows, the last one a tree if given."""
     sizes = geometry()
@@ -90,9 +90,9 @@ def run(
     weights = HeadNorms(NormWeight(tensor(8, dtype=dtype, seed=8)), NormWeight(tensor(8, dtype=dtype, seed=9)))
     for chunk, count in enumerate(rows):
         is_tree = tree is not None and chunk == len(rows) - 1
-        place = AttentionContext(angles, cache.length, count, tree if is_tree else None)
+        context = AttentionContext(angles, cache.length, count, tree if is_tree else None)
         qkv = tensor(count, (sizes.num_heads + 2 * sizes.num_kv_heads) * 8, dtype=dtype, seed=chunk)
-        outputs.append(steps.mix(qkv, weights if norms else None, window, place, cache, 4).clone())
+        outputs.append(ops.attention(qkv, weights if norms else None, window, context, cache, 4).clone())
         cache.advance(count)
     return [*outputs, *cache.rows(4)]
 
@@ -122,10 +122,10 @@ def test_a_trees_branch_equals_the_same_tokens_in_a_row(make: type[TorchOps], wi
     prompt = tensor(6, 80, seed=2)
 
     def after_prompt(rows: torch.Tensor, tree: TreeRows | None) -> torch.Tensor:
-        steps, cache, angles = make(sizes), KVCache(range(1), 2, 8, 32, torch.float32, CPU), rotary(8, torch.float32)
-        steps.mix(prompt, None, window, AttentionContext(angles, 0, 6), cache, 0)
+        ops, cache, angles = make(sizes), KVCache(range(1), 2, 8, 32, torch.float32, CPU), rotary(8, torch.float32)
+        ops.attention(prompt, None, window, AttentionContext(angles, 0, 6), cache, 0)
         cache.advance(6)
-        return steps.mix(rows, None, window, AttentionContext(angles, 6, len(rows), tree), cache, 0)
+        return ops.attention(rows, None, window, AttentionContext(angles, 6, len(rows), tree), cache, 0)
 
     near(after_prompt(qkv, TREE)[[0, 2, 4]], after_prompt(qkv[[0, 2, 4]].clone(), None))
 
@@ -139,14 +139,14 @@ def test_a_tree_that_grows_level_by_level_equals_one_that_comes_at_once(
     qkv, prompt = tensor(5, 80, seed=1), tensor(6, 80, seed=2)
 
     def outputs(levels: list[int]) -> torch.Tensor:
-        steps, cache, found = make(sizes), KVCache(range(1), 2, 8, 32, torch.float32, CPU), []
-        steps.mix(prompt, None, window, AttentionContext(angles, 0, 6), cache, 0)
+        ops, cache, found = make(sizes), KVCache(range(1), 2, 8, 32, torch.float32, CPU), []
+        ops.attention(prompt, None, window, AttentionContext(angles, 0, 6), cache, 0)
         cache.advance(6)
         begin = 0
         for end in levels:
             rows = TreeRows(TREE.depths_S[begin:end], TREE.visible_SW[begin:end, :end])
-            place = AttentionContext(angles, 6, end - begin, rows)
-            found.append(steps.mix(qkv[begin:end].clone(), None, window, place, cache, 0).clone())
+            context = AttentionContext(angles, 6, end - begin, rows)
+            found.append(ops.attention(qkv[begin:end].clone(), None, window, context, cache, 0).clone())
             cache.advance(end - begin)
             begin = end
         return torch.cat(found)
@@ -185,5 +185,5 @@ def test_without_numba_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_cpu_kernels(torch.bfloat16, CPU)
     assert not has_cpu_kernels(torch.float16, CPU)
     assert not has_cpu_kernels(torch.float32, torch.device("cuda"))
-    monkeypatch.setattr(ops_module, "compiled_functions", lambda: None)
+    monkeypatch.setattr(layer_ops, "cpu_kernels", lambda: None)
     assert not has_cpu_kernels(torch.float32, CPU)

@@ -48,15 +48,15 @@ def test_shared_products_have_the_bits_of_those_done_alone(dtype: torch.dtype) -
 def test_shared_attention_has_the_bits_of_that_done_alone(dtype: torch.dtype) -> None:
     """Who does which head hangs on the moment."""
     sizes = Geometry(9, 3, 64, 1e-5)
-    steps = CpuOps(sizes, dtype)
+    ops = CpuOps(sizes, dtype)
     angles = Rotary(plain_frequencies(10000.0, 64), 1.0, dtype, torch.device("cpu"))
     prompt, rows = tensor(60, 15 * 64).to(dtype), tensor(3, 15 * 64, seed=1).to(dtype)
 
     def mixed() -> torch.Tensor:
         cache = KVCache(range(1), 3, 64, 80, dtype, torch.device("cpu"))
-        steps.mix(prompt, None, None, AttentionContext(angles, 0, 60), cache, 0)
+        ops.attention(prompt, None, None, AttentionContext(angles, 0, 60), cache, 0)
         cache.advance(60)
-        return steps.mix(rows, None, None, AttentionContext(angles, 60, 3), cache, 0).clone()
+        return ops.attention(rows, None, None, AttentionContext(angles, 60, 3), cache, 0).clone()
 
     torch.set_num_threads(1)
     alone = mixed()
