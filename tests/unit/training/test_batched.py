@@ -47,7 +47,7 @@ def scripts(eos: frozenset[int] = frozenset()) -> Iterator[Script[tuple[int, lis
 @pytest.fixture(params=["compiled", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
-        monkeypatch.setattr(batched, "can_compile", lambda *_: False)
+        monkeypatch.setattr(batched, "has_cpu_kernels", lambda *_: False)
 
 
 @pytest.mark.usefixtures("kernels")
