@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.result import Result, read_result
+from spdbench.models.checkpoints.find_drafter import drafter_folders
 from spdbench.models.checkpoints.folders import cache_folder
 
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
@@ -26,6 +27,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_all_are_there_and_small() -> None:
+    assert drafter_folders()[-1] == SHIPPED
     assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd-2", "spd-3"]
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MOST_BYTES
 

@@ -18,7 +18,7 @@ from spdbench.models.checkpoints.folders import data_folder
 def drafter_folders() -> list[Path]:
     """The folders that are searched, first to last; they need not exist."""
     own = os.environ.get("SPDBENCH_DRAFTERS")
-    shipped = Path(__file__).parents[1] / "drafters"
+    shipped = Path(__file__).parents[2] / "drafters"
     return [*([Path(own)] if own else []), data_folder() / "drafters", shipped]
 
 
