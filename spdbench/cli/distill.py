@@ -22,7 +22,7 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
-    from spdbench.training.distill import Distiller
+    from spdbench.training.distill.talk import Distiller
 
 BYTES_PER_TOKEN = 10
 """Of the file for each token kept: some four letters of the answer, and the user's share."""
@@ -123,15 +123,15 @@ def _distiller(
     """What all conversations share, and what the file's header says of it."""
     from spdbench.cli.distill_run import say
     from spdbench.prompts.chat import ChatFormat
-    from spdbench.training import distill
-    from spdbench.training.continuous import TOP_K
-    from spdbench.training.filters import Overlap
+    from spdbench.training.distill import talk
+    from spdbench.training.distill.continuous import TOP_K
+    from spdbench.training.distill.filters import Overlap
 
     chat = ChatFormat(target.tokenizer)
     if not chat.is_chat:
         say("NOTE: this model has no chat template: user turns and answers are plain completions of each other.")
     room = room_needed(chat, asked, max_new_tokens, target.config.max_positions)
-    distiller = distill.Distiller(
+    distiller = talk.Distiller(
         chat=chat,
         is_chat=chat.is_chat,
         eos_ids=target.config.eos_ids,
@@ -139,7 +139,7 @@ def _distiller(
         max_new_tokens=max_new_tokens,
         room=room,
         overlap=Overlap(text for texts in kept_out.values() for text in texts),
-        seen=distill.Seen(),
+        seen=talk.Seen(),
     )
     texts = repr(sorted(kept_out.items())).encode()
     header = {
@@ -151,10 +151,10 @@ def _distiller(
         "max_new_tokens": max_new_tokens,
         "sampling": {
             "greedy_share": 0.5,
-            "temperatures": list(distill.ANSWER_TEMPERATURES),
-            "top_p": distill.ANSWER_TOP_P,
+            "temperatures": list(talk.ANSWER_TEMPERATURES),
+            "top_p": talk.ANSWER_TOP_P,
             "top_k": TOP_K,
-            "user": None if asked else asdict(distill.USER_SAMPLING),
+            "user": None if asked else asdict(talk.USER_SAMPLING),
         },
         "excluded": {name: len(prompts) for name, prompts in kept_out.items()},
         "excluded_sha256": hashlib.sha256(texts).hexdigest(),

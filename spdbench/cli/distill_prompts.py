@@ -92,8 +92,8 @@ def room_needed(chat: ChatFormat, asked: list[Asked] | None, max_new_tokens: int
     Raises:
         InputError: not even one turn and its answer fit.
     """
-    from spdbench.training.distill import MAX_USER_TOKENS
-    from spdbench.training.seed_prompts import LONGEST
+    from spdbench.training.distill.seed_prompts import LONGEST
+    from spdbench.training.distill.talk import MAX_USER_TOKENS
 
     if asked is None:
         shortest = len(chat.encode([{"role": "user", "content": LONGEST}])) + MAX_USER_TOKENS + max_new_tokens

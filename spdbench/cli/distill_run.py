@@ -14,12 +14,12 @@ from spdbench.cli.distill_prompts import Asked
 from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
-from spdbench.training.batched import Slots, slot_bytes
-from spdbench.training.continuous import Batch
 from spdbench.training.datafile import DataFile
-from spdbench.training.distill import Distiller, Dropped, Talk
+from spdbench.training.distill.batched import Slots, slot_bytes
+from spdbench.training.distill.continuous import Batch
+from spdbench.training.distill.talk import Distiller, Dropped, Talk
+from spdbench.training.distill.threads import results_of
 from spdbench.training.space import GB, how_many_fit, require_memory
-from spdbench.training.threads import results_of
 
 SECONDS_BETWEEN_SUMMARIES = 10.0
 HOPELESS = 1000

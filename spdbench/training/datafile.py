@@ -21,7 +21,7 @@ from typing import Any, Self, cast
 
 from spdbench.errors import FULL, InputError
 from spdbench.training.conversations import SCHEMA, messages_of
-from spdbench.training.distill import Dropped, Kept
+from spdbench.training.distill.talk import Dropped, Kept
 from spdbench.types import Message
 
 SUMMARY_SCHEMA = "spdbench.data-summary/1"

@@ -13,9 +13,9 @@ import pytest
 from spdbench.cli.distill_run import new_slots
 from spdbench.models.decoder import Decoder
 from spdbench.prompts.chat import ChatFormat
-from spdbench.training.batched import slot_bytes
 from spdbench.training.conversations import read_conversations
 from spdbench.training.datafile import DataFile
+from spdbench.training.distill.batched import slot_bytes
 from tests.cli.run_helpers import Said, spdbench
 
 
@@ -25,7 +25,7 @@ def readable(monkeypatch: pytest.MonkeyPatch) -> None:
         return "".join(f" w{token}." for token in ids)
 
     monkeypatch.setattr(ChatFormat, "decode", decode)
-    monkeypatch.setattr("spdbench.training.distill.MAX_USER_TOKENS", 12)
+    monkeypatch.setattr("spdbench.training.distill.talk.MAX_USER_TOKENS", 12)
 
 
 @pytest.fixture

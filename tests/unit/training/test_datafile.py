@@ -13,7 +13,7 @@ import pytest
 from spdbench.errors import InputError
 from spdbench.training.conversations import read_conversations
 from spdbench.training.datafile import open_data, summary_path
-from spdbench.training.distill import Dropped, Kept
+from spdbench.training.distill.talk import Dropped, Kept
 
 HEADER: dict[str, Any] = {"model": {"id": "m"}, "seed": 0, "tokens": 100, "batch": 8}
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from spdbench.models.decoder import Decoder
-from spdbench.training import batched
-from spdbench.training.batched import Slots
-from spdbench.training.continuous import Batch, Completion, Script, choose
-from spdbench.training.threads import results_of
+from spdbench.training.distill import batched
+from spdbench.training.distill.batched import Slots
+from spdbench.training.distill.continuous import Batch, Completion, Script, choose
+from spdbench.training.distill.threads import results_of
 from spdbench.types import Sampling
 from tests import tiny
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from spdbench.training.continuous import Completion
-from spdbench.training.distill import Distiller, Dropped, Kept, Outcome, Seen, Talk
-from spdbench.training.filters import Overlap
-from spdbench.training.seed_prompts import GROUPS, LONGEST
+from spdbench.training.distill.continuous import Completion
+from spdbench.training.distill.filters import Overlap
+from spdbench.training.distill.seed_prompts import GROUPS, LONGEST
+from spdbench.training.distill.talk import Distiller, Dropped, Kept, Outcome, Seen, Talk
 from spdbench.types import Message
 
 END = 0

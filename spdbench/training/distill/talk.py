@@ -14,9 +14,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from spdbench.training.continuous import Completion
-from spdbench.training.filters import Overlap, is_loop, is_repetitive, words
-from spdbench.training.seed_prompts import GROUPS
+from spdbench.training.distill.continuous import Completion
+from spdbench.training.distill.filters import Overlap, is_loop, is_repetitive, words
+from spdbench.training.distill.seed_prompts import GROUPS
 from spdbench.types import Message, Sampling
 
 SECOND_TURN_SHARE = 0.35

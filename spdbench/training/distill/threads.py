@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from spdbench.training.continuous import Batch
+from spdbench.training.distill.continuous import Batch
 
 Result = TypeVar("Result")
 SECONDS_TO_STOP = 60.0

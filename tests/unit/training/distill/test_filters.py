@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from spdbench.judge.flags import is_degenerate
-from spdbench.training.filters import Overlap, is_loop, is_repetitive, words
+from spdbench.training.distill.filters import Overlap, is_loop, is_repetitive, words
 
 
 @pytest.mark.parametrize("cycle", [1, 3, 8])

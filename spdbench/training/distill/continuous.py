@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from spdbench.training.batched import Slots
+from spdbench.training.distill.batched import Slots
 from spdbench.types import Sampling
 
 TOP_K = 64
