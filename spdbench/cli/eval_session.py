@@ -29,7 +29,7 @@ from spdbench.cli.model_options import ModelOptions
 from spdbench.cli.run import find_backends, find_devices
 from spdbench.judge.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
-from spdbench.measure.journal import write_error
+from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
 from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat
@@ -124,7 +124,7 @@ class EvalSession:
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            raise write_error(path, error) from None
+            raise Journal.write_error(path, error) from None
         click.echo(f"Wrote {path}", err=True)
 
 
@@ -135,7 +135,7 @@ def _check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise write_error(folder, error) from None
+        raise Journal.write_error(folder, error) from None
 
 
 def _public(record: Any) -> Any:

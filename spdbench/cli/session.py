@@ -33,7 +33,7 @@ from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter
 from spdbench.measure.environment import environment, git_state
-from spdbench.measure.journal import Journal, create_journal, resume_journal, write_error
+from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.privacy import names_only
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.models.target import Target
@@ -299,7 +299,7 @@ def _check_writable(folder: Path, places: Sequence[Places]) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise write_error(folder, error) from None
+        raise Journal.write_error(folder, error) from None
     for place in places:
         if place.result.is_dir():
             raise InputError(f"{place.result}: is a folder, where a result file has to go")

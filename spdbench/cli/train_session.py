@@ -26,8 +26,8 @@ from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations
-from spdbench.training.ending import is_finished, mark_finished
 from spdbench.training.features import Features, make_teacher
+from spdbench.training.log import is_finished, mark_finished
 from spdbench.training.loop import Training
 from spdbench.training.order import split_held_out
 from spdbench.training.recipe import Particular, Provenance, Recipe, RecipeOptions

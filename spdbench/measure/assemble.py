@@ -25,7 +25,7 @@ from spdbench.judge.result import (
     SuiteInfo,
     Summary,
 )
-from spdbench.measure.journal import Journal, write_error
+from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
 
 Told = TypeVar("Told", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
@@ -76,7 +76,7 @@ def write_result(path: Path, head: ResultHead, journal: Journal) -> Entry:
     except OSError as error:
         with suppress(OSError):
             part.unlink()
-        raise write_error(path, error) from None
+        raise Journal.write_error(path, error) from None
     return entry
 
 

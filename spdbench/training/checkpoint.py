@@ -1,6 +1,6 @@
-"""A run's whole state on disk, so that a killed one goes on as if nothing had been. Knows files, no method.
+"""The whole state of a training run on disk, from which a killed run continues to the same numbers.
 
-One file, replaced in one piece: a kill while it is written leaves the one before.
+One file, replaced in one piece: a kill while it is written leaves the previous one.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spdbench.append_log import require_same_settings
 from spdbench.errors import InputError
+from spdbench.training.log import RESTART
 
 NAME = "checkpoint.pt"
 ASIDE = NAME + ".old"
-"""An unfinished run's, once a new one has begun in its folder."""
+"""The checkpoint of an unfinished run, after a new run began in its folder."""
 PART = NAME + ".part"
 
 Generators = Mapping[str, Tensor | None]
-"""Where torch's generators stand, by the names that they have in a checkpoint."""
+"""States of torch's random generators, by their names in a checkpoint."""
 
 
 @dataclass
 class State:
-    """Where a run stands. `epoch` and `batch` are the place in the data, `log_size` in the log, in bytes; `held_out`
-    is what acceptance is measured on, `evaluated` the step at which it last was, `evaluations` how many of those that
-    are planned are over; `step_s` and `evaluation_s` are what the last ones took."""
+    """The progress of a run. `epoch` and `batch` are the position in the data, `log_size` the one in the log, in bytes;
+    acceptance is measured on the sequences `held_out`, last at step `evaluated`; `evaluations` counts the planned ones
+    that are done; `step_s` and `evaluation_s` are what the last step and evaluation took."""
 
     step: int = 0
     epoch: int = 0
@@ -49,7 +51,7 @@ class State:
 
 
 def generators(device: torch.device) -> Generators:
-    """Those that a run on `device` draws from, as they stand now."""
+    """The current states of the generators that a run on `device` draws from."""
     return {
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -64,7 +66,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     drawn: Generators,
 ) -> None:
-    """Writes the checkpoint of a run; `drawn` are the generators as they were when the rest was."""
+    """Writes the checkpoint of a run; `drawn` are the generators' states at the same moment as `state`."""
     part = folder / PART
     with part.open("wb") as file:
         torch.save(
@@ -88,7 +90,7 @@ def restore(
     """Fills module, optimiser and torch's generators from the checkpoint; None where there is none.
 
     Raises:
-        InputError: it is damaged, of a run with other settings, or another version's.
+        InputError: it is damaged, or was written by a run with other settings or by another version.
     """
     path = folder / NAME
     if not path.exists():
@@ -98,14 +100,12 @@ def restore(
         found = content["identity"]
     except Exception:  # torch raises many types
         raise InputError(f"{path}: cannot be read as a checkpoint; remove it to begin anew") from None
-    require_same(found, identity, path)
+    require_same_settings(f"--resume: {path}", found, identity, RESTART)
     try:
         state = State(**content["state"])
         module.load_state_dict(content["module"])
     except (KeyError, TypeError, RuntimeError):  # fields or tensors that are not ours
-        raise InputError(
-            f"--resume: {path} was written by another version of spdbench. Run without --resume to begin anew."
-        ) from None
+        raise InputError(f"--resume: {path} was written by another version of spdbench. {RESTART}") from None
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["rng"])
     if content["cuda_rng"] is not None:
@@ -113,18 +113,8 @@ def restore(
     return state
 
 
-def require_same(found: Mapping[str, Any], identity: Mapping[str, Any], where: Path) -> None:
-    """Raises `InputError` where the run that `where` belongs to had other settings; names the first that differs."""
-    for key, value in identity.items():
-        if found.get(key) != value:
-            raise InputError(
-                f"--resume: {where} is of a run with other settings: {key} {found.get(key)}, now {value}. "
-                "Run without --resume to begin anew."
-            )
-
-
 def set_aside(folder: Path) -> bool:
-    """Puts an unfinished run's checkpoint out of the way of a new run; True if there was one."""
+    """Renames an unfinished run's checkpoint before a new run begins; True if there was one."""
     if not (folder / NAME).exists():
         return False
     (folder / NAME).replace(folder / ASIDE)
@@ -132,6 +122,6 @@ def set_aside(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Removes what checkpoints leave in the folder of a run that has ended."""
+    """Removes all checkpoint files from the folder of a finished run."""
     for name in (NAME, ASIDE, PART):
         (folder / name).unlink(missing_ok=True)

@@ -1,61 +1,83 @@
-"""`train.jsonl`: a line for the run, each step and each evaluation. Can be cut back to where a checkpoint was made."""
+"""`train.jsonl`: a line with the run's settings, one for each step and evaluation, and a last one at its end.
+
+The log is cut back to where the checkpoint was made when a run is resumed. Every run begins it anew, and it gets its
+last line only when the drafter is written. So a drafter that an earlier run left in the folder is never taken for that
+of a later one, which may have been killed before it kept anything.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.errors import InputError
 
 NAME = "train.jsonl"
+RESTART = "Run without --resume to begin anew."
 
 
-class TrainingLog:
-    """Appends lines to `path`; what lies behind byte `size` is dropped first.
+class TrainingLog(AppendLog):
+    """Appends lines to `path`, after its first `size` bytes; what follows them is dropped.
 
     Raises:
-        InputError: the file does not reach to `size`.
+        InputError: the file is shorter than `size`, cannot be written, or another process is writing it.
     """
+
+    name = "training log"
+    elsewhere = "choose another --out"
+    resume_with = "the same command with --resume"
+    restart = "run without --resume"
 
     def __init__(self, path: Path, size: int = 0) -> None:
         if size and (not path.exists() or path.stat().st_size < size):
-            raise InputError(
-                f"--resume: {path} is gone or cut, and with it what the run has written so far. "
-                "Run without --resume to begin anew."
-            )
-        self._file = path.open("r+b" if size else "wb")
-        self._file.truncate(size)
-        self._file.seek(size)
-
-    @property
-    def size(self) -> int:
-        """Bytes so far, on their way to disk."""
-        return self._file.tell()
+            raise InputError(f"--resume: {path} is gone or cut, and with it what the run has written so far. {RESTART}")
+        super().__init__(path)
+        self.cut(size)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """What is written survives a crash of the machine."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
+        self.append_line(json.dumps(line).encode() + b"\n")
 
 
-def ends(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The first line of a log and its last; one that is not there, or no object, is empty."""
+def is_finished(folder: Path, identity: Mapping[str, Any], layout: str) -> bool:
+    """True if the run of these settings ended in `folder`, which has no checkpoint, with files in this layout.
+
+    Raises:
+        InputError: what is there belongs to a run with other settings, or to none.
+    """
+    path, drafter = folder / NAME, folder / "config.json"
+    if not path.exists():
+        if drafter.exists():
+            raise InputError(
+                f"--resume: {folder} holds a model or a drafter, but no {NAME} of a run that could be resumed; "
+                "choose another --out"
+            )
+        return False
     lines = path.read_bytes().splitlines() or [b""]
-    return _object(lines[0]), _object(lines[-1])
+    first, last = _object(lines[0]), _object(lines[-1])
+    if not first:  # killed before it could write anything
+        return False
+    require_same_settings(f"--resume: {path}", first, identity, RESTART)
+    if not last.get("finished") or not drafter.exists():
+        return False
+    require_same_settings(f"--resume: {path}", {"format": last.get("format")}, {"format": layout}, RESTART)
+    return True
+
+
+def mark_finished(folder: Path, layout: str) -> None:
+    """Adds the line that says that the run's drafter has been written."""
+    path = folder / NAME
+    with TrainingLog(path, path.stat().st_size) as log:
+        log.write({"finished": True, "format": layout})
+        log.sync()
 
 
 def _object(line: bytes) -> Mapping[str, Any]:
+    """The JSON object in a line; empty where a kill cut it."""
     try:
         found = json.loads(line)
-    except (ValueError, RecursionError):  # a kill may have cut it
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

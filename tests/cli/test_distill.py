@@ -221,7 +221,7 @@ def test_other_settings_are_refused(tiny_model: Path, out: Path) -> None:
     distill(tiny_model, out, tokens=20)
     said = distill(tiny_model, out, "--seed", "7", tokens=20)
     assert said.code == 2
-    assert "was begun with seed 0, now 7" in said.err
+    assert "was begun with other settings: seed 0, now 7" in said.err
 
 
 @pytest.mark.parametrize(

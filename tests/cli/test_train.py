@@ -102,7 +102,7 @@ def test_a_disk_that_fills_up_is_told_with_what_to_do(
     def full(*_: Any) -> None:
         raise OSError(errno.EFBIG, "File too large")
 
-    monkeypatch.setattr("spdbench.training.log.TrainingLog.write", full)
+    monkeypatch.setattr("spdbench.training.log.TrainingLog.append_line", full)
     said = train("spd", data, out, tiny_model)
     assert said.code == 2
     assert f"{out}: cannot be written (File too large); make room, then the same command with --resume" in said.err

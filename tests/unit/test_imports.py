@@ -23,17 +23,18 @@ MAY_IMPORT = {
     "types": set[str](),
     "errors": set[str](),
     "hub": set[str](),
+    "append_log": {"errors"},
     "backend": BASE,
     "prompts": BASE | {"hub"},
     "judge": BASE,
     "render": BASE | {"judge"},
-    "measure": BASE | {"version", "backend", "prompts", "judge"},
+    "measure": BASE | {"version", "append_log", "backend", "prompts", "judge"},
     "models": BASE | {"hub"} | ENGINE,
     "decoding": BASE | ENGINE,
     "pipeline": BASE | ENGINE,
-    "training": BASE | ENGINE,
+    "training": BASE | {"append_log"} | ENGINE,
     "cli": BASE | {"version", "backend"} | HARNESS,
-    "wiring": BASE | {"version", "backend", "cli", "wiring", "training"} | HARNESS | ENGINE,
+    "wiring": BASE | {"version", "append_log", "backend", "cli", "wiring", "training"} | HARNESS | ENGINE,
     "__main__": {"cli"},
     "spdbench_backends": BASE | {"backend", "training"} | ENGINE,
 }
@@ -55,7 +56,7 @@ COMMANDS_WITH_MODELS = (
 WIRING = {f"spdbench.cli.{name}" for name in COMMANDS_WITH_MODELS}
 """Where harness and engine are put together: the only commands' modules that know models."""
 
-NO_TORCH = {"version", "types", "errors", "hub", "backend", "prompts", "judge", "render"}
+NO_TORCH = {"version", "types", "errors", "hub", "append_log", "backend", "prompts", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 

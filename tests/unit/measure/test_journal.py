@@ -64,7 +64,7 @@ def test_every_cut_of_the_file_loses_at_most_the_line_that_was_cut(path: Path) -
 @pytest.mark.parametrize("header", [b"", b'{"journal": "spdb', b"hello\n", b'{"journal": "other/1"}\n', b"[]\n"])
 def test_a_broken_header_cannot_be_resumed(path: Path, header: bytes) -> None:
     path.write_bytes(header)
-    with pytest.raises(InputError, match=r"line 1 is not a journal's header"):
+    with pytest.raises(InputError, match=r"line 1 is not the header of a journal"):
         resume_journal(path, IDENTITY)
     assert path.read_bytes() == header
 
@@ -105,7 +105,7 @@ def test_a_journal_that_was_deleted_stops_the_run_at_once(path: Path) -> None:
 
 def test_resuming_something_else_names_what_differs(path: Path) -> None:
     written(path).close()
-    with pytest.raises(InputError, match=r"--resume: temperature is 0.7, but .* was begun with 0.0"):
+    with pytest.raises(InputError, match=r"--resume: .* was begun with other settings: temperature 0.0, now 0.7"):
         resume_journal(path, {**IDENTITY, "temperature": 0.7})
 
 

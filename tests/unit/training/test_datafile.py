@@ -6,6 +6,7 @@ import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_file_may_grow_beyond_its_first_target(tmp_path: Path) -> None:
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     path = filled(tmp_path / "d.jsonl", 0)
     before = path.read_bytes()
-    with pytest.raises(InputError, match="was begun with seed 0, now 1"):
+    with pytest.raises(InputError, match="was begun with other settings: seed 0, now 1"):
         open_data(path, {**HEADER, "seed": 1})
     assert path.read_bytes() == before
 
@@ -120,7 +121,7 @@ def test_damage_in_the_middle_is_named_by_its_line(tmp_path: Path) -> None:
     path = filled(tmp_path / "d.jsonl", 0, 1)
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], lines[1][:20], lines[2], b""]))
-    with pytest.raises(InputError, match="line 2: is damaged"):
+    with pytest.raises(InputError, match="line 2 is damaged"):
         open_data(path, HEADER)
 
 
@@ -135,23 +136,22 @@ def test_a_line_that_is_no_conversation_is_damage(line: str, tmp_path: Path) -> 
 def test_header_without_a_number_of_tokens_is_none(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text('{"schema": "spdbench.data/1", "seed": 0}\n')
-    with pytest.raises(InputError, match="line 1: is not the header of a data file"):
+    with pytest.raises(InputError, match="line 1 is not the header of a data file"):
         open_data(path, HEADER)
 
 
 def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:
-    with open_data(tmp_path / "d.jsonl", HEADER), pytest.raises(InputError, match="another process"):
+    with open_data(tmp_path / "d.jsonl", HEADER), pytest.raises(InputError, match="another run is writing this now"):
         open_data(tmp_path / "d.jsonl", HEADER)
 
 
 def test_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_data(tmp_path / "d.jsonl", HEADER) as file:
 
-        class Full:
-            def write(self, _: bytes) -> int:
-                raise OSError(errno.ENOSPC, "No space left on device")
+        def full(_: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patched:
-            patched.setattr(file, "_file", Full())
+            patched.setattr(file, "_file", SimpleNamespace(seek=file._file.seek, fileno=file._file.fileno, write=full))
             with pytest.raises(InputError, match="the disk is full"):
                 file.add(kept(0))

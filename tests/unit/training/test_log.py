@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.training.ending import is_finished, mark_finished
+from spdbench.training.log import is_finished, mark_finished
 
 IDENTITY: dict[str, Any] = {"schema": "spdbench.train/1", "lr": 0.1}
 BEGUN = json.dumps(IDENTITY) + '\n{"step": 1, "loss": 2.0}\n'
@@ -48,7 +48,7 @@ def test_another_run_is_told_by_the_first_setting_that_differs(folder: Path) -> 
 
 def test_a_drafter_without_a_log_is_of_no_run(folder: Path) -> None:
     (folder / "train.jsonl").unlink()
-    with pytest.raises(InputError, match=r"no train\.jsonl of a run that could go on; choose another --out"):
+    with pytest.raises(InputError, match=r"no train\.jsonl of a run that could be resumed; choose another --out"):
         is_finished(folder, IDENTITY, "spdbench")
     (folder / "config.json").unlink()
     assert not is_finished(folder, IDENTITY, "spdbench")
