@@ -5,6 +5,11 @@ VENV ?= .venv
 LIMIT ?= 8
 MAX_NEW_TOKENS ?= 32
 
+# One test process a core, each with one thread. The tests marked `whole_machine` measure processor time or need all
+# threads, so they run afterwards and alone. Files stay whole (`loadfile`): their models are built once.
+TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
+IN_PARALLEL := --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist loadfile -m "not whole_machine"
+
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --constraint constraints.txt
 # Drafts are right or wrong by a hash, and trees are named, so that no machine's times or rounding change a step.
@@ -21,6 +26,7 @@ help:
 	@echo "              (LIMIT=$(LIMIT) conversations, MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) each)"
 	@echo "make test     install what the tests need, fetch the embedded model, and run all checks"
 	@echo "make check    formatting, lint, types, tests and gate, in what is installed already"
+	@echo "              (TEST_WORKERS=$(TEST_WORKERS) test processes at once)"
 	@echo "make gate     a small run of every method, which has to give results/baselines to the token"
 	@echo "make baselines  renew results/baselines, when a change of ids or steps is meant"
 	@echo "make format   format the code"
@@ -43,8 +49,10 @@ check:
 	@$(RUN) ruff check --quiet .
 	@echo "Checking types ..."
 	@$(RUN) mypy
-	@echo "Testing ..."
-	@$(RUN) pytest
+	@echo "Testing on $(TEST_WORKERS) cores ..."
+	@OMP_NUM_THREADS=1 $(RUN) pytest $(IN_PARALLEL)
+	@echo "Testing what needs the whole machine ..."
+	@$(RUN) pytest -m whole_machine
 	@$(MAKE) --no-print-directory gate
 
 gate:

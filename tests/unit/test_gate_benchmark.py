@@ -31,6 +31,7 @@ def test_slowed_work_is_the_same_work_and_takes_its_share_longer() -> None:
     assert perf_counter_ns() - began >= 3 * busy_ns
 
 
+@pytest.mark.whole_machine
 def test_stages_in_processes_of_their_own_take_their_share_longer(tiny_model: Path) -> None:
     target, request = tiny.load(tiny_model), tiny.greedy((1, 2, 3), 12)
 

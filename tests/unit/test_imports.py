@@ -6,7 +6,7 @@ import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,34 +100,46 @@ def imports(path: Path, module: str) -> Iterator[str]:
             todo += ast.iter_child_nodes(node)
 
 
+IMPORTS = {module: set(imports(path, module)) for module, path in MODULES.items()}
+
+
+def package_of(module: str) -> str:
+    return module.partition(".")[0]
+
+
 def test_there_is_something_to_check() -> None:
     assert {"spdbench.judge.result", "spdbench.cli.main", "spdbench_backends.vanilla"} <= MODULES.keys()
-    assert "spdbench.models.decoder" in set(imports(MODULES["spdbench.models.target"], ""))
+    assert "spdbench.models.decoder" in IMPORTS["spdbench.models.target"]
+    assert forbidden_imports(["spdbench.models.target"], lambda *_: True).keys() == {"spdbench.models.target"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_what_its_part_may(module: str) -> None:
-    part = part_of(module)
-    allowed = MAY_IMPORT[part] | {part}
-    found = {name for name in imports(MODULES[module], module) if name.partition(".")[0] in OURS}
-    assert not {name for name in found if part_of(name) not in allowed}
+def forbidden_imports(modules: Iterable[str], forbidden: Callable[[str, str], bool]) -> dict[str, set[str]]:
+    """Module -> what it imports although it may not, by `forbidden(module, imported)`; only modules that do."""
+    found = {module: {name for name in IMPORTS[module] if forbidden(module, name)} for module in modules}
+    return {module: names for module, names in found.items() if names}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_spdbench_never_imports_its_backends(module: str) -> None:
-    if module.startswith("spdbench."):
-        names = {name.partition(".")[0] for name in imports(MODULES[module], module)}
-        assert "spdbench_backends" not in names
+def test_every_module_imports_only_what_its_part_may() -> None:
+    def forbidden(module: str, imported: str) -> bool:
+        part = part_of(module)
+        return package_of(imported) in OURS and part_of(imported) not in MAY_IMPORT[part] | {part}
+
+    assert forbidden_imports(MODULES, forbidden) == {}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if part_of(m) in NO_TORCH or m == "spdbench.pipeline.schedule"])
-def test_module_that_needs_no_torch_never_asks_for_it(module: str) -> None:
-    assert not {name.partition(".")[0] for name in imports(MODULES[module], module)} & HEAVY
+def test_spdbench_never_imports_its_backends() -> None:
+    ours = [module for module in MODULES if module.startswith("spdbench.")]
+    assert forbidden_imports(ours, lambda _, imported: package_of(imported) == "spdbench_backends") == {}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "spdbench.models.hf.library"])
-def test_only_one_module_knows_transformers(module: str) -> None:
-    assert "transformers" not in {name.partition(".")[0] for name in imports(MODULES[module], module)}
+def test_modules_that_need_no_torch_never_ask_for_it() -> None:
+    light = [module for module in MODULES if part_of(module) in NO_TORCH or module == "spdbench.pipeline.schedule"]
+    assert forbidden_imports(light, lambda _, imported: package_of(imported) in HEAVY) == {}
+
+
+def test_only_one_module_knows_transformers() -> None:
+    others = [module for module in MODULES if module != "spdbench.models.hf.library"]
+    assert forbidden_imports(others, lambda _, imported: package_of(imported) == "transformers") == {}
 
 
 def test_what_judges_reads_and_schedules_really_loads_no_torch() -> None:

@@ -16,6 +16,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import CpuOps, Geometry
 from spdbench.models.rotary import Rotary, plain_frequencies
 
+pytestmark = pytest.mark.whole_machine
 HELPERS = 3
 
 
