@@ -28,8 +28,8 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import sides
-from spdbench.judge.compare import Row, Table, compare
-from spdbench.judge.pairing import read_entries
+from spdbench.judge.comparison.compare import Row, Table, compare
+from spdbench.judge.comparison.pairing import read_entries
 from spdbench.render.export import to_csv
 from spdbench.training.loop import expected_length
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.gpu_models import SHAPES, random_decoder, random_source, stages_of
 from benchmarks.gpu_parts import Found, Settings, attempt, synthetic, wait
 from benchmarks.sides import Row
-from spdbench.judge.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.models.target import DTYPES
 from spdbench.pipeline.process import ProcessPipeline
 from spdbench.pipeline.stages import StageWorkers

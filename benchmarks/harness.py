@@ -28,8 +28,8 @@ import numpy as np
 from rich.console import Console
 
 from spdbench.backend import BackendInfo, BackendOptions
-from spdbench.judge.compare import compare
-from spdbench.judge.result import BackendRecord, DecodingInfo, ModelInfo, Run, Steps, SuiteInfo
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.results.schema import BackendRecord, DecodingInfo, ModelInfo, Run, Steps, SuiteInfo
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.clock import measure
 from spdbench.measure.journal import Journal, create_journal, resume_journal

@@ -27,7 +27,7 @@ from benchmarks.stage_loop import StageLoops, held_bytes
 from benchmarks.workload import prompt_ids
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.judge.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure
 from spdbench.models.target import Target, load_target
 from spdbench.pipeline.process import ProcessPipeline

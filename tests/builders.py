@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from spdbench.judge.flags import flags_for
-from spdbench.judge.metrics import summarise
-from spdbench.judge.result import (
+from spdbench.judge.metrics.flags import flags_for
+from spdbench.judge.metrics.metrics import summarise
+from spdbench.judge.results.schema import (
     BackendRecord,
     DecodingInfo,
     Divergence,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 from spdbench.backend import BackendInfo, BackendOptions
-from spdbench.judge.result import Run
+from spdbench.judge.results.schema import Run
 from spdbench.types import BackendKind, GenerationRequest, Message, Span, SpanKind, Step
 
 MS = 1_000_000

@@ -16,9 +16,9 @@ from spdbench.cli.quantities import Percent
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
-    from spdbench.judge.calibration import Calibration
-    from spdbench.judge.recording import Recording
-    from spdbench.judge.verdict import Judgement
+    from spdbench.judge.gate.calibration import Calibration
+    from spdbench.judge.gate.verdict import Judgement
+    from spdbench.judge.results.recording import Recording
 
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -76,9 +76,9 @@ def command(
     failed prompt; 2 wrong usage or input; 3 inconclusive; 4 not comparable. Where several hold: 2, then 1, 4, 3.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
-    from spdbench.judge.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
-    from spdbench.judge.recording import read_recordings
-    from spdbench.judge.verdict import EXIT_CODES, verdict_of
+    from spdbench.judge.gate.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
+    from spdbench.judge.gate.verdict import EXIT_CODES, verdict_of
+    from spdbench.judge.results.recording import read_recordings
 
     folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
     new = list(result_paths(results))
@@ -103,7 +103,7 @@ def command(
 
 def _tell_unasked(candidates: Sequence[Recording], baselines: Sequence[Recording]) -> None:
     """A baseline may serve several jobs, each of which does part of its work; but nobody should take that for all."""
-    from spdbench.judge.counterpart import unasked
+    from spdbench.judge.gate.counterpart import unasked
 
     if left := unasked(candidates, baselines):
         work = sorted({f"{each.head.suite.name} in {each.head.model.dtype}" for each in left})
@@ -137,7 +137,7 @@ def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Pa
 def _calibrate(candidates: Sequence[Recording], baseline: Path, folder: Path) -> None:
     from rich.console import Console
 
-    from spdbench.judge.calibration import calibrate
+    from spdbench.judge.gate.calibration import calibrate
     from spdbench.render.check import calibration_to_terminal
 
     if not baseline.exists():
@@ -159,7 +159,7 @@ def _read_calibration(path: Path) -> Calibration | None:
     Raises:
         InputError: it cannot be read.
     """
-    from spdbench.judge.calibration import parse_calibration
+    from spdbench.judge.gate.calibration import parse_calibration
 
     try:
         return parse_calibration(path.read_text(encoding="utf-8"))

@@ -38,8 +38,8 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
     from rich.console import Console
 
-    from spdbench.judge.compare import compare, find_baseline
-    from spdbench.judge.pairing import read_entries
+    from spdbench.judge.comparison.compare import compare, find_baseline
+    from spdbench.judge.comparison.pairing import read_entries
     from spdbench.render.table import render
 
     entries = read_entries(list(result_paths(results)))

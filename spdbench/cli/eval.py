@@ -71,7 +71,7 @@ def command(
         click.echo(f"NOTE: answers that are code are run, each by itself; {guards}", err=True)
 
     from spdbench.cli.eval_session import EvalSession
-    from spdbench.judge.evaluation import EvalSettings
+    from spdbench.judge.results.evaluation import EvalSettings
 
     settings = EvalSettings(
         tasks=names,

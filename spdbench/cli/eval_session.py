@@ -27,7 +27,7 @@ from spdbench.cli.lm_model import SpdbenchLM, with_ids
 from spdbench.cli.lm_tasks import input_error_in, scores_of
 from spdbench.cli.model_options import ModelOptions
 from spdbench.cli.run import find_backends, find_devices
-from spdbench.judge.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
+from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only

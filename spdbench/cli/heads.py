@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spdbench.backend import Backend, BackendOptions
-from spdbench.judge.result import BackendRecord, DecodingInfo, DrafterRecord, ModelInfo, SuiteInfo
+from spdbench.judge.results.schema import BackendRecord, DecodingInfo, DrafterRecord, ModelInfo, SuiteInfo
 from spdbench.measure.assemble import ResultHead
 from spdbench.measure.runner import Workload
 from spdbench.models.remote_target import RemoteTarget

@@ -24,11 +24,11 @@ from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
 from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
 from spdbench.errors import BackendLostError, InputError
-from spdbench.judge.columns import NotPlain
-from spdbench.judge.compare import compare
-from spdbench.judge.pairing import Entry
-from spdbench.judge.reader import reading, reread
-from spdbench.judge.result import Result, read_result
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.comparison.pairing import Entry
+from spdbench.judge.results.json_columns import NotPlain
+from spdbench.judge.results.reader import reading, reread
+from spdbench.judge.results.schema import Result, read_result
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spdbench import __version__
-from spdbench.judge.pairing import Collector, Entry
-from spdbench.judge.reader import in_batches, read_lines
-from spdbench.judge.result import (
+from spdbench.judge.comparison.pairing import Collector, Entry
+from spdbench.judge.results.reader import in_batches, read_lines
+from spdbench.judge.results.schema import (
     SCHEMA,
     BackendRecord,
     DecodingInfo,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spdbench.backend import Backend, engine_report
-from spdbench.judge.result import Steps
+from spdbench.judge.results.schema import Steps
 from spdbench.types import EngineReport, FinishReason, GenerationRequest, Step
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
-from spdbench.judge.result import Run
+from spdbench.judge.results.schema import Run
 
 MAGIC = "spdbench.journal/1"
 RUN_START = b'{"run":'

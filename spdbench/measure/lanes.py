@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from spdbench.backend import Backend
-from spdbench.judge.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import Measurement
 
 

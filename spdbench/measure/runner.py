@@ -18,7 +18,7 @@ from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
 from spdbench.errors import BackendLostError, PromptFailedError, SpdbenchError, TryAgainError
-from spdbench.judge.result import Drafts, Run, Steps
+from spdbench.judge.results.schema import Drafts, Run, Steps
 from spdbench.measure.clock import Measurement, measure, peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, RunKey

@@ -15,9 +15,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
-from spdbench.judge.calibration import Calibration
-from spdbench.judge.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
-from spdbench.judge.workload import workload
+from spdbench.judge.comparison.workload import workload
+from spdbench.judge.gate.calibration import Calibration
+from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
 from spdbench.render.columns import EMPTY, decoding
 
 NAMES = {

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-from spdbench.judge.verdict import EXIT_CODES, Finding, Judgement, verdict_of
+from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, verdict_of
 from spdbench.render.check import NAMES, names
 
 UNITS = {

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spdbench.judge.compare import Row, Table
-from spdbench.judge.dialects import metric_name
-from spdbench.judge.flags import is_untrained
-from spdbench.judge.result import DecodingInfo, Result
+from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.metrics.dialects import metric_name
+from spdbench.judge.metrics.flags import is_untrained
+from spdbench.judge.results.schema import DecodingInfo, Result
 
 EMPTY = "-"
 

@@ -8,8 +8,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from spdbench.judge.compare import Row, Table
-from spdbench.judge.dialects import DIALECTS
+from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.render.columns import decoding, machine
 
 

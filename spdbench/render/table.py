@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
-from spdbench.judge.compare import Row, Table
+from spdbench.judge.comparison.compare import Row, Table
 from spdbench.render.columns import COLUMNS, Column, by_category, columns_for, titles
 from spdbench.render.export import to_csv, to_json
 from spdbench.render.notes import notes

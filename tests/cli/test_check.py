@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spdbench.judge.result import Run
+from spdbench.judge.results.schema import Run
 from tests.builders import MS, ORACLE, failed_run, make_backend, make_result, write_result
 from tests.cli.run_helpers import Said, spdbench
-from tests.unit.judge.gates import drafted_runs, plain_runs
+from tests.unit.judge.gate.gates import drafted_runs, plain_runs
 
 
 def write_run(folder: Path, name: str = "", *, eagle_ms: float = 20, runs: Iterable[Run] = (), **more: Any) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.judge.evaluation import Evaluation
+from spdbench.judge.results.evaluation import Evaluation
 from tests.cli.run_helpers import Said, spdbench, write_suite
 from tests.lm_tasks import copy_tasks
 

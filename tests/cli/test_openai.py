@@ -12,7 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from spdbench.judge.result import Result, json_schema, read_result
+from spdbench.judge.results.schema import Result, json_schema, read_result
 from tests.cli.run_helpers import Said, spdbench, write_suite
 from tests.stub_server import Refusal, StubServer
 

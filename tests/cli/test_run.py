@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
-from spdbench.judge.result import Result, json_schema, read_result
+from spdbench.judge.results.schema import Result, json_schema, read_result
 from spdbench.measure import energy
 from spdbench.measure.energy import RaplZone
 from spdbench.models.hf import library

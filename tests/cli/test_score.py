@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spdbench.errors import NotRunError
-from spdbench.judge.result import Result, read_result
+from spdbench.judge.results.schema import Result, read_result
 from spdbench.judge.score import Scorer
 from spdbench.measure import sandbox
 from tests.cli.run_helpers import Said, spdbench, write_suite

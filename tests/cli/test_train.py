@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from spdbench.judge.result import read_result
+from spdbench.judge.results.schema import read_result
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
 

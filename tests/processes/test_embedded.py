@@ -9,7 +9,7 @@ import sys
 import pytest
 from scipy.stats import binom
 
-from spdbench.judge.result import Result, read_result
+from spdbench.judge.results.schema import Result, read_result
 from spdbench.models.checkpoints.folders import cache_folder
 
 pytestmark = pytest.mark.embedded

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.judge.result import read_result
+from spdbench.judge.results.schema import read_result
 from tests.processes.runs import SECONDS, Process
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.judge.result import read_result
+from spdbench.judge.results.schema import read_result
 from spdbench.models.checkpoints.embedded import embedded_gguf
 from spdbench.models.checkpoints.folders import cache_folder
 from tests.cli.run_helpers import spdbench

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.result import Result, read_result
+from spdbench.judge.results.schema import Result, read_result
 from spdbench.models.checkpoints.find_drafter import drafter_folders
 from spdbench.models.checkpoints.folders import cache_folder
 

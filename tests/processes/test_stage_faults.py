@@ -16,7 +16,7 @@ import pytest
 
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.errors import BackendLostError
-from spdbench.judge.result import read_result
+from spdbench.judge.results.schema import read_result
 from spdbench.pipeline.stages import StageWorkers, _signals_wait
 from spdbench.pipeline.worker import StageSpec
 from spdbench.types import GenerationRequest, Step

@@ -16,7 +16,7 @@ import torch
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
-from spdbench.judge.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models import target as models_target
 from spdbench.models.target import Target

@@ -94,7 +94,7 @@ def test_installed_wheel_answers_from_an_empty_folder(folder: Path) -> None:
 def test_installed_wheel_is_what_is_imported_and_has_no_git_state(folder: Path) -> None:
     script = (
         "import spdbench, spdbench_backends, spdbench_suites\n"
-        "from spdbench.judge.result import SCHEMA_FILE\n"
+        "from spdbench.judge.results.schema import SCHEMA_FILE\n"
         "from spdbench.measure.environment import git_state\n"
         "for module in (spdbench, spdbench_backends, spdbench_suites): print(module.__file__)\n"
         "print(SCHEMA_FILE if SCHEMA_FILE.exists() else 'no schema')\n"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.judge.compare import compare
-from spdbench.judge.metrics import summarise
-from spdbench.judge.pairing import Entry, read_entries
-from spdbench.judge.result import Run, read_result
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.comparison.pairing import Entry, read_entries
+from spdbench.judge.metrics.metrics import summarise
+from spdbench.judge.results.schema import Run, read_result
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.journal import Journal, create_journal
 from spdbench.render.export import to_json

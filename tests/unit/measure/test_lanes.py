@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.metrics import summarise
-from spdbench.judge.result import BubbleParts, Run
+from spdbench.judge.metrics.metrics import summarise
+from spdbench.judge.results.schema import BubbleParts, Run
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner
 from spdbench.types import GenerationRequest, Span, Step

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.judge.result import Run
+from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal

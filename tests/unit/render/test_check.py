@@ -10,12 +10,12 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from spdbench.judge.calibration import Calibration, Threshold
-from spdbench.judge.verdict import Judgement
+from spdbench.judge.gate.calibration import Calibration, Threshold
+from spdbench.judge.gate.verdict import Judgement
 from spdbench.render.check import NAMES, calibration_to_terminal, percent, to_markdown, to_terminal
 from spdbench.render.check_files import UNITS, to_benchmark_json, to_json, to_junit
 from tests.builders import MS, failed_run
-from tests.unit.judge.gates import drafted_runs, eagle, judged, plain
+from tests.unit.judge.gate.gates import drafted_runs, eagle, judged, plain
 
 
 def fine(**more: Any) -> list[Judgement]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spdbench.judge.compare import Table, compare
-from spdbench.judge.dialects import DIALECTS
-from spdbench.judge.pairing import Entry, entry_from
-from spdbench.judge.result import BubbleParts, Divergence, DrafterRecord, Run
+from spdbench.judge.comparison.compare import Table, compare
+from spdbench.judge.comparison.pairing import Entry, entry_from
+from spdbench.judge.metrics.dialects import DIALECTS
+from spdbench.judge.results.schema import BubbleParts, Divergence, DrafterRecord, Run
 from spdbench.render.table import FORMATS, Format, render
 from spdbench.types import BackendKind
 from tests.builders import (

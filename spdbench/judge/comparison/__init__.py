@@ -1,0 +1,1 @@
+"""Results compared side by side."""

@@ -1,0 +1,1 @@
+"""Results checked against a baseline, for CI."""

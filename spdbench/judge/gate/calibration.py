@@ -1,0 +1,210 @@
+"""What slowdown a gate may take seriously: found from runs of the same code (A/A), which differ by noise alone.
+
+With x the logarithm of a metric in each of K runs, d = sqrt(mean of (x_i - x_j)^2 over all pairs) is how far two runs
+of the same code lie apart, between-run noise included. Of two further runs one falls behind the other by more than
+
+    s = 1 - exp(-t * d)        t: the 99.5 % quantile of Student's t with K - 1 degrees of freedom
+
+once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. The mean of M
+runs falls behind the mean of B others by less: s = 1 - exp(-t * d * sqrt((1 / M + 1 / B) / 2)).
+
+Source: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation).
+
+Must not know where calibrations are kept or how they are shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import combinations
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spdbench.errors import InputError, NotComparableError
+from spdbench.judge.comparison.workload import machine, workload
+from spdbench.judge.gate.counterpart import reference
+from spdbench.judge.gate.timing import SPEED, SPEEDUP
+from spdbench.judge.metrics.quantiles import t_quantile
+from spdbench.judge.metrics.ratios import speeds
+from spdbench.judge.results.recording import Recording
+from spdbench.judge.results.schema import Result, RunKey
+
+SCHEMA = "spdbench.calibration/1"
+MIN_RUNS = 5
+ONE_SIDED = 0.995
+SMALLEST = 0.01
+"""A slowdown of less than this is not worth a red build, however quiet the machine is."""
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+class Threshold(BaseModel):
+    """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run. `work`
+    hashes all that the runs were asked to do, and `num_answers` is how many answers each of them measured."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    suite: str
+    label: str
+    model: str
+    dtype: str
+    work: str
+    metric: Literal["speedup", "decode_tokens_per_s"]
+    num_runs: Annotated[int, Field(ge=2)]
+    spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    max_slowdown: Share
+    num_answers: Annotated[int, Field(ge=1)] | None = None
+
+    def slowdown(self, num_new: int, num_baselines: int) -> float:
+        """s of the mean of so many runs against that of so many others."""
+        return slowdown(self.spread, self.num_runs, num_new, num_baselines)
+
+    def fits(self, recording: Recording, metric: str) -> bool:
+        """True for the same work in no fewer answers: fewer of them (`--limit`, `--repeats`) have more noise."""
+        same = (self.work, self.label, self.metric) == (work_of(recording.head), recording.label, metric)
+        return same and len(recording.runs) >= (self.num_answers or 0)
+
+
+class Calibration(BaseModel):
+    """The noise of one machine, by its fingerprint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_: Literal["spdbench.calibration/1"] = Field(alias="schema")
+    created: str
+    fingerprint: str
+    thresholds: list[Threshold]
+
+    @property
+    def max_slowdown(self) -> float:
+        """What serves every label: the largest of the thresholds that decide."""
+        deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
+        return max(deciding or [each.max_slowdown for each in self.thresholds])
+
+    def find(self, recording: Recording, metric: str) -> Threshold | None:
+        """What was found of a label's `metric`; None if that was not calibrated on this machine."""
+        if recording.head.environment.get("fingerprint") != self.fingerprint:
+            return None
+        return next((each for each in self.thresholds if each.fits(recording, metric)), None)
+
+    def beside(self, older: Calibration) -> Calibration:
+        """With what `older` knows of other labels and other work of this machine."""
+        if older.fingerprint != self.fingerprint:
+            return self
+        known = {(each.work, each.label, each.metric) for each in self.thresholds}
+        kept = [each for each in older.thresholds if (each.work, each.label, each.metric) not in known]
+        return self.model_copy(update={"thresholds": [*self.thresholds, *kept]})
+
+
+def calibrate(recordings: Sequence[Recording]) -> Calibration:
+    """Thresholds from repeated runs of the same code.
+
+    Raises:
+        InputError: a label has fewer than `MIN_RUNS` runs, or nothing was decoded.
+        NotComparableError: the runs are not of one machine, or not of the same prompts.
+    """
+    groups: dict[str, list[Recording]] = {}
+    for each in recordings:
+        groups.setdefault(workload(each.head) + each.label, []).append(each)
+    _check(recordings, list(groups.values()))
+    thresholds = [found for group in groups.values() for found in _thresholds(group, recordings)]
+    return Calibration(
+        schema=SCHEMA,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=str(recordings[0].head.environment["fingerprint"]),
+        thresholds=thresholds,
+    )
+
+
+def _check(recordings: Sequence[Recording], groups: Sequence[Sequence[Recording]]) -> None:
+    machines = {machine(each.head) for each in recordings}
+    if len(machines) > 1 or not recordings[0].head.environment.get("fingerprint"):
+        raise NotComparableError(
+            f"--calibrate: the runs are of {len(machines)} machines (environment.fingerprint); noise is one machine's"
+        )
+    for group in groups:
+        if len(group) < MIN_RUNS:
+            raise InputError(
+                f"--calibrate: {len(group)} results of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
+                "Run the same code that often, with a --name or --results of its own each time."
+            )
+        prompts = {frozenset((key, run.prompt_sha256) for key, run in each.runs.items()) for each in group}
+        if len(prompts) > 1 or any(run.failed for each in group for run in each.runs.values()):
+            raise NotComparableError(
+                f"--calibrate: the results of the label '{group[0].label}' are not of the same prompts, all answered"
+            )
+
+
+def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> Iterator[Threshold]:
+    """For the speed-up, where each run has plain decoding beside the label; and for tokens/s."""
+    keys = list(group[0].runs)
+    rates = [_rate(each, keys) for each in group]
+    references = ((each, reference(each, recordings)) for each in group)
+    beside = [other for each, other in references if other is not None and other is not each]
+    if len(beside) == len(group):
+        over = [_rate(other, keys) for other in beside]
+        yield _threshold(group[0], SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
+    elif beside:
+        raise NotComparableError(
+            f"--calibrate: {len(group) - len(beside)} of {len(group)} results of the label '{group[0].label}' have no "
+            "plain decoding of their own run beside them"
+        )
+    yield _threshold(group[0], SPEED, rates)
+
+
+def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
+    if any(key not in recording.runs for key in keys):
+        raise NotComparableError(f"--calibrate: {recording.file} lacks prompts that were measured in its run")
+    tokens, seconds = speeds(recording.runs, keys).sum(axis=0)
+    if not (tokens and seconds):
+        raise InputError(f"--calibrate: {recording.file}: no tokens were decoded after the first")
+    return float(tokens / seconds)
+
+
+def _threshold(one: Recording, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]) -> Threshold:
+    """From the values of a metric in runs of which `one` is one."""
+    head = one.head
+    spread = distance([math.log(value) for value in values])
+    return Threshold(
+        suite=head.suite.name,
+        label=head.backend.label,
+        model=head.model.id,
+        dtype=head.model.dtype,
+        work=work_of(head),
+        metric=metric,
+        num_runs=len(values),
+        spread=spread,
+        max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
+        num_answers=len(one.runs),
+    )
+
+
+def work_of(head: Result) -> str:
+    """The same for results that did the same work."""
+    return hashlib.sha256(workload(head).encode()).hexdigest()[:16]
+
+
+def slowdown(spread: float, num_runs: int, num_new: int, num_baselines: int) -> float:
+    """s above, from d over `num_runs` runs."""
+    beside_the_mean = spread * math.sqrt((1 / num_new + 1 / num_baselines) / 2)
+    return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * beside_the_mean))
+
+
+def distance(logarithms: Sequence[float]) -> float:
+    """d above: the root of the mean squared distance of two of them."""
+    squares = [(a - b) ** 2 for a, b in combinations(logarithms, 2)]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def parse_calibration(text: str) -> Calibration:
+    """Raises `ValueError` in one line if `text` is no calibration."""
+    try:
+        return Calibration.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None

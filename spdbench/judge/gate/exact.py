@@ -1,0 +1,195 @@
+"""The exact gate: everything of a run but its times, which any machine can judge.
+
+Greedy in float32 nothing excuses a difference: ids and every step must be equal. Elsewhere (bfloat16, sampling) a tie
+may fall the other way and take the rest of an answer with it, so that ids inform, and the number of tokens, that of
+steps and acceptance may get worse by a small share. An output that its own run called a real divergence from plain
+decoding is a regression anywhere.
+
+| float32, greedy             | verdict                                                                  |
+|-----------------------------|--------------------------------------------------------------------------|
+| an output has other ids     | regression                                                               |
+| ids and steps equal         | pass                                                                     |
+| ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
+|                             | one is better, else regression; it holds once the baseline is renewed    |
+
+Of an engine that gives text alone neither can be told, and the gate says that it cannot judge.
+
+Must not know clocks, files or how findings are shown. METRICS.md, "Losslessness".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.gate.counterpart import Pair
+from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.metrics.ratios import COLUMN, COLUMNS, ratios
+from spdbench.judge.results.recording import STEP_COLUMNS, Recording, RunTrace
+from spdbench.judge.results.schema import RunKey
+
+ACCEPTANCE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle")
+AS_ALLOWED = "within what is allowed"
+TOLD = [COLUMN[name] for name in ("told_rounds", "told_judged", "told_accepted")]
+JUDGED, ACCEPTED = STEP_COLUMNS.index("judged"), STEP_COLUMNS.index("accepted")
+
+
+def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
+    """Findings on the runs that pair. `max_acceptance_drop` is the share that acceptance may fall by, and that counts
+    may change by, where ids may differ; where they may not, it is 0."""
+    if not pair.keys:
+        return
+    if not pair.knows_ids:
+        reason = "ids are not known of an engine that gives text alone; use --gate timing"
+        yield Finding("exact", "identical_outputs", "not comparable", reason)
+        return
+    yield _outputs(pair)
+    if pair.candidate.head.divergence is not None:
+        yield _divergence(pair.candidate)
+    if pair.is_strict:
+        yield _steps(pair)
+    else:
+        yield from _counts(pair, max_acceptance_drop)
+    yield from _acceptance(pair, 0.0 if pair.is_strict else max_acceptance_drop)
+
+
+def _outputs(pair: Pair) -> Finding:
+    old, new = pair.baseline.runs, pair.candidate.runs
+    differ = [key for key in pair.keys if old[key].output != new[key].output]
+    verdict: Verdict = "regression" if differ and pair.is_strict else "pass"
+    reason = "every output is the baseline's, token for token"
+    if differ:
+        at = _first_difference(old[differ[0]].output.split(b","), new[differ[0]].output.split(b","))
+        reason = f"{_count(differ, pair.keys)} outputs differ, the first at token {at} of {name_of(differ[0])}"
+        if not pair.is_strict:
+            reason += "; outside of greedy float32 that alone is no fault"
+    num_same = len(pair.keys) - len(differ)
+    return Finding("exact", "identical_outputs", verdict, reason, len(pair.keys), num_same, decides=pair.is_strict)
+
+
+def _divergence(candidate: Recording) -> Finding:
+    """What `run` found against plain decoding. It is told for all prompts together."""
+    found = candidate.head.divergence
+    assert found is not None
+    num_compared = sum(found.model_dump().values())
+    if found.real:
+        verdict: Verdict = "regression"
+        reason = f"{found.real} of {num_compared} outputs are not plain decoding's, by more than a tie excuses"
+    elif found.unclassified:
+        verdict, reason = (
+            "inconclusive",
+            f"{found.unclassified} outputs are not plain decoding's, and not yet classified",
+        )
+    else:
+        verdict, reason = "pass", "no output differs from plain decoding's by more than a tie"
+    return Finding("exact", "real_divergences", verdict, reason, now=found.real)
+
+
+def _steps(pair: Pair) -> Finding:
+    """Number of decode steps, and whether each step drafted, judged, accepted and emitted as much as before."""
+    old, new = pair.baseline.runs, pair.candidate.runs
+    differ = [key for key in pair.keys if not np.array_equal(old[key].steps, new[key].steps)]
+    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
+    before, now = int(was[COLUMN["steps"]]), int(is_now[COLUMN["steps"]])
+    if not differ:
+        return Finding("exact", "num_steps", "pass", "every step is as before", before, now)
+    difference = _step_difference(old[differ[0]], new[differ[0]])
+    reason = f"{_count(differ, pair.keys)} runs take other steps; {name_of(differ[0])}, {difference}"
+    accepted = [int(totals[COLUMN["accepted"]]) for totals in (was, is_now)]
+    judged = [int(totals[COLUMN["judged"]]) for totals in (was, is_now)]
+    acceptance_rose = accepted[1] * judged[0] - accepted[0] * judged[1]
+    no_worse = acceptance_rose >= 0 and now <= before and accepted[1] >= accepted[0]
+    is_better = no_worse and (acceptance_rose > 0 or now < before)
+    return Finding("exact", "num_steps", "improved" if is_better else "regression", reason, before, now)
+
+
+def _counts(pair: Pair, share: float) -> Iterator[Finding]:
+    """Number of new tokens, which may neither grow nor shrink by more than `share`, and that of decode steps, where the
+    steps are the engine's own and not what came over a connection at once."""
+    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
+    before, now = (int(totals[COLUMN["decode_tokens"]] + totals[COLUMN["runs"]]) for totals in (was, is_now))
+    other_length = abs(now - before) > share * before
+    reason = f"answers end elsewhere: by more than {share:.3g} of all tokens" if other_length else AS_ALLOWED
+    verdict: Verdict = "regression" if other_length else "pass"
+    yield Finding("exact", "num_new_tokens", verdict, reason, before, now, allowed=share)
+    if "drafts" in pair.candidate.head.backend.unknown:
+        return
+    before, now = (int(totals[COLUMN["steps"]]) for totals in (was, is_now))
+    verdict, reason = "pass", AS_ALLOWED
+    if now > before * (1 + share):
+        verdict, reason = "regression", f"more by over {share:.3g} of them"
+    elif now < before * (1 - share):
+        verdict, reason = "improved", "fewer; renew the baseline to hold it"
+    yield Finding("exact", "num_steps", verdict, reason, before, now, allowed=share)
+
+
+def _acceptance(pair: Pair, max_drop: float) -> Iterator[Finding]:
+    defined = ratios(pair.candidate.head.backend, None)
+    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
+    for name in ACCEPTANCE:
+        if name not in defined or pair.candidate.head.backend.kind == "autoregressive":
+            continue
+        before, now = (float(defined[name].of(totals)) for totals in (was, is_now))
+        if np.isfinite(before) and np.isfinite(now):
+            yield _within(name, before, now, max_drop)
+        elif np.isfinite(before):
+            yield Finding("exact", name, "regression", "no draft came to a verdict any more", before, allowed=max_drop)
+
+
+def _within(name: str, before: float, now: float, max_drop: float) -> Finding:
+    """Regression below (1 - `max_drop`) of `before`, improved above its inverse."""
+    change = now / before if before else None
+    if now < before * (1 - max_drop):
+        verdict: Verdict = "regression"
+        reason = "fell" if not max_drop else f"fell by more than {max_drop:.3g} of it"
+    elif now * (1 - max_drop) > before:
+        verdict, reason = "improved", "rose; renew the baseline to hold it"
+    else:
+        verdict, reason = "pass", "as before" if now == before else AS_ALLOWED
+    return Finding("exact", name, verdict, reason, before, now, change, allowed=max_drop)
+
+
+def _totals(recording: Recording, keys: Iterable[RunKey]) -> NDArray[np.float64]:
+    """The sums that acceptance is made of, over decode steps, in the order of `COLUMNS`; the others are 0."""
+    sums = np.zeros(len(COLUMNS))
+    for key in keys:
+        run = recording.runs[key]
+        decode = run.steps[:, 1:]
+        sums[COLUMN["runs"]] += 1
+        sums[COLUMN["decode_tokens"]] += run.decode_tokens
+        sums[COLUMN["steps"]] += decode.shape[1]
+        sums[COLUMN["judged"]] += decode[JUDGED].sum()
+        sums[COLUMN["accepted"]] += decode[ACCEPTED].sum()
+        sums[TOLD] += run.told
+    return sums
+
+
+def _step_difference(old: RunTrace, new: RunTrace) -> str:
+    """`step 5: accepted 2, was 3`, where two runs first part."""
+    shared = min(old.steps.shape[1], new.steps.shape[1])
+    columns, steps = np.nonzero(old.steps[:, :shared] != new.steps[:, :shared])
+    if not len(steps):
+        return f"{new.steps.shape[1]} steps, were {old.steps.shape[1]}"
+    first = int(steps.min())
+    column = int(columns[steps == first].max())  # of what differs in this step, the last is nearest to the verdict
+    return f"step {first}: {STEP_COLUMNS[column]} {new.steps[column, first]}, was {old.steps[column, first]}"
+
+
+def _first_difference(old: Sequence[bytes], new: Sequence[bytes]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+
+
+def runs(number: int) -> str:
+    return f"{number} run{'' if number == 1 else 's'}"
+
+
+def _count(some: Sequence[RunKey], every: Sequence[RunKey]) -> str:
+    return f"{len(some)} of {len(every)}"
+
+
+def name_of(key: RunKey) -> str:
+    """`maths-1`, with turn and repeat where they are not the first."""
+    prompt, turn, repeat = key
+    return prompt + f" turn {turn}" * bool(turn) + f" repeat {repeat}" * bool(repeat)

@@ -1,0 +1,199 @@
+"""The timing gate: has a label become slower, by its speed-up over the plain decoding of its own run.
+
+Plain decoding takes turns with it prompt by prompt, so that whatever the machine did to both cancels; what is judged is
+(speed-up now) / (speed-up before), by its size AND by its 95 % interval. With s the slowdown that is allowed:
+
+| change, estimate  | change, interval           | verdict      |
+|-------------------|----------------------------|--------------|
+| below 1 - s       | wholly below 1             | regression   |
+| below 1 - s       | reaches 1                  | inconclusive |
+| 1 - s or above    | reaches below (1 - s)^2    | inconclusive |
+| above 1 / (1 - s) | wholly above 1             | improved     |
+| otherwise         |                            | pass         |
+
+A pass therefore rules out a slowdown of about twice s. The interval knows what differs between prompts and between
+repeats, not what differs between one start of the command and the next; s has to cover that (`calibration.py`).
+
+What slows both sides alike cancels only while the machine is roughly the same: beside busy neighbours a pipeline's many
+processes get a larger share of it than plain decoding does. So where plain decoding itself runs at less than half or
+more than twice its former speed, a regression or an improvement is inconclusive, too.
+
+Several baselines of a label count as one run that lasted longer, and so do several new results: a start of the command
+has a speed of its own, which repeats within it do not average out. Baselines of other machines, or without all the
+prompts, are left out.
+
+Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
+
+Must not know files or how findings are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.comparison.workload import same_machine
+from spdbench.judge.gate.counterpart import Pair
+from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.metrics.metrics import stats
+from spdbench.judge.metrics.ratios import speeds
+from spdbench.judge.results.schema import Result, RunKey
+
+SPEEDUP: Final = "speedup"
+SPEED: Final = "decode_tokens_per_s"
+OTHER_STATE = 2.0
+"""How many times as fast, or as slow, plain decoding may be for its speed-ups to be comparable."""
+Allowed = Callable[[str, int, int], float]
+"""Metric, number of new results and of baselines -> the share that it may fall by."""
+
+
+class Versus(NamedTuple):
+    """A new result beside one baseline, and `plain`, the plain decoding of both of their runs, if both have it."""
+
+    pair: Pair
+    plain: Pair | None
+
+
+def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
+    """Findings on new results of one label on one machine, each beside all its baselines, the newest first: beside
+    those of this machine that lack no run that one of the new has. Without plain decoding anywhere tokens/s decide if
+    `decides_alone`."""
+    first = news[0]
+    keys = max((versus[0].pair.keys for versus in news), key=len)
+    if not keys:
+        return
+    near = [[each for each in versus if _other_machine(each.pair) is None] for versus in news]
+    used = [[each for each in versus if set(each.pair.keys) >= set(keys)] for versus in near]
+    used = [versus for versus in used if versus]
+    held = [[each for each in versus if each.plain is not None] for versus in used]
+    held = [versus for versus in held if versus]
+    if not used:
+        metric = SPEED if all(each.plain is None for each in first) else SPEEDUP
+        why = "no baseline of this machine has all the prompts" if near[0] else _other_machine(first[0].pair)
+        yield Finding("timing", metric, "not comparable", why or "")
+        return
+    if held:
+        yield _speedup(held, allowed(SPEEDUP, len(held), len(held[0])))
+    pairs = [[each.pair for each in versus] for versus in used]
+    yield _speed(pairs, allowed(SPEED, len(pairs), len(pairs[0])), decides=not held and decides_alone)
+
+
+def _other_machine(pair: Pair) -> str | None:
+    """Why times of the two may not be held against each other; None if they may."""
+    old, new = pair.baseline.head, pair.candidate.head
+    if not same_machine(old, new):
+        return (
+            f"the baseline was measured on another machine or software ({_machine_name(old)}, now "
+            f"{_machine_name(new)}); measure it here, or use --gate exact"
+        )
+    if old.backend.devices != new.backend.devices:
+        return f"the baseline ran on {', '.join(old.backend.devices)}, now on {', '.join(new.backend.devices)}"
+    return None
+
+
+def _machine_name(head: Result) -> str:
+    return str(head.environment.get("fingerprint") or "unknown")[:8]
+
+
+def _speedup(news: Sequence[Sequence[Versus]], allowed: float) -> Finding:
+    own = [[each.pair for each in versus] for versus in news]
+    plain = [[each.plain for each in versus if each.plain is not None] for versus in news]
+    keys = _shared_keys([*own, *plain])
+    before = np.hstack([_before(plain[0], keys), _before(own[0], keys)])
+    now = np.hstack([_now(plain, keys), _now(own, keys)])
+    interval = stats.double_ratio_interval(*_cells(keys), before, now)
+    found = _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
+    return _unless_the_machine_changed(found, _rate(before[:, :2]), _rate(now[:, :2]))
+
+
+def _unless_the_machine_changed(found: Finding, before: float | None, now: float | None) -> Finding:
+    """`found`, but no word of a difference if plain decoding's tokens/s say that the machine was in another state."""
+    if found.verdict not in ("regression", "improved") or not (before and now):
+        return found
+    if 1 / OTHER_STATE <= now / before <= OTHER_STATE:
+        return found
+    reason = (
+        f"plain decoding itself runs at {now / before:.2g} times its former speed, so the machine is in another state; "
+        "measure again when it is as it was, or the baseline anew"
+    )
+    return replace(found, verdict="inconclusive", reason=reason)
+
+
+def _speed(news: Sequence[Sequence[Pair]], allowed: float, *, decides: bool) -> Finding:
+    keys = _shared_keys(news)
+    before, now = _before(news[0], keys), _now(news, keys)
+    interval = stats.paired_ratio_interval(*_cells(keys), before, now)
+    return _judged(SPEED, _rate(before), _rate(now), interval, allowed, decides=decides)
+
+
+def _shared_keys(news: Sequence[Sequence[Pair]]) -> list[RunKey]:
+    shared = set.intersection(*(set(each.keys) for pairs in news for each in pairs))
+    return [key for key in news[0][0].keys if key in shared]
+
+
+def _before(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
+    total: NDArray[np.float64] = np.sum([speeds(each.baseline.runs, keys) for each in pairs], axis=0)
+    return total
+
+
+def _now(news: Sequence[Sequence[Pair]], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """The same, added up over the new results."""
+    total: NDArray[np.float64] = np.sum([speeds(pairs[0].candidate.runs, keys) for pairs in news], axis=0)
+    return total
+
+
+def _cells(keys: Sequence[RunKey]) -> tuple[list[str], list[int]]:
+    return [key[0] for key in keys], [key[2] for key in keys]
+
+
+def _rate(columns: NDArray[np.float64]) -> float | None:
+    """Ratio of the sums of two columns; None where it has none."""
+    tokens, seconds = columns.sum(axis=0)
+    return float(tokens / seconds) if tokens and seconds else None
+
+
+def _ratio(columns: NDArray[np.float64]) -> float | None:
+    """The second pair's rate over the first pair's."""
+    reference, own = _rate(columns[:, :2]), _rate(columns[:, 2:])
+    return None if reference is None or own is None else own / reference
+
+
+def _judged(
+    metric: str,
+    before: float | None,
+    now: float | None,
+    interval: stats.Interval | None,
+    allowed: float,
+    *,
+    decides: bool,
+) -> Finding:
+    change = None if before is None or now is None else now / before
+    verdict, reason = decide(change, interval, allowed)
+    return Finding("timing", metric, verdict, reason, before, now, change, interval, allowed, decides=decides)
+
+
+def decide(change: float | None, interval: stats.Interval | None, allowed: float) -> tuple[Verdict, str]:
+    """The table above, and the words for it."""
+    if change is None:
+        return "inconclusive", "no tokens were decoded after the first"
+    if interval is None:
+        return "inconclusive", "one conversation gives no interval; measure more (--limit)"
+    low, high = interval
+    floor = 1 - allowed
+    if change < floor:
+        if high < 1:
+            return "regression", f"slower by {1 - change:.1%}, and {allowed:.1%} is allowed"
+        return "inconclusive", f"seems slower by {1 - change:.1%}, but the interval reaches 1; {MORE}"
+    if low < floor**2:
+        return "inconclusive", f"the interval reaches down to {low:.3f}, below {floor**2:.3f}; {MORE}"
+    if change * floor > 1 and low > 1:
+        return "improved", f"faster by {change - 1:.1%}; renew the baseline to hold it"
+    return "pass", f"within {allowed:.1%}"
+
+
+MORE = "measure more prompts (--limit) or --repeats, on an idle machine"

@@ -1,0 +1,72 @@
+"""The words of a gate: what was found of one metric, of one label, and the exit code that it comes to.
+
+Must not know how anything is judged or shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from spdbench.judge.results.schema import Result
+
+Verdict = Literal["regression", "not comparable", "inconclusive", "improved", "pass"]
+Gate = Literal["exact", "timing"]
+WORST_FIRST: tuple[Verdict, ...] = get_args(Verdict)
+"""Where several hold, the first of them is the verdict of all."""
+EXIT_CODES: dict[Verdict, int] = {
+    "regression": 1,
+    "not comparable": 4,
+    "inconclusive": 3,
+    "improved": 0,
+    "pass": 0,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One verdict: on one metric, over all prompts or those of one `category`.
+
+    `before` and `now` are the metric's values; `change` is their ratio with its 95 % `interval`, and `allowed` the
+    share that it may fall by. A finding that does not decide is there to inform, and leaves the exit code alone.
+    """
+
+    gate: Gate
+    metric: str
+    verdict: Verdict
+    reason: str
+    before: float | None = None
+    now: float | None = None
+    change: float | None = None
+    interval: tuple[float, float] | None = None
+    allowed: float | None = None
+    category: str | None = None
+    decides: bool = True
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Everything found of one label. `file` is None for a label that only the baseline has, `against` for one that
+    only the new results have; `head` is that of either."""
+
+    label: str
+    file: str | None
+    against: str | None
+    head: Result
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(finding.verdict for finding in self.findings if finding.decides)
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict of all `verdicts` together; `pass` for none."""
+    found = set(verdicts)
+    return next((verdict for verdict in WORST_FIRST if verdict in found), "pass")
+
+
+def verdict_of(judgements: Iterable[Judgement]) -> Verdict:
+    return worst(judgement.verdict for judgement in judgements)

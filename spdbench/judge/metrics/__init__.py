@@ -1,0 +1,1 @@
+"""From a table of runs to metrics, their intervals, and flags."""

@@ -1,0 +1,275 @@
+"""What a request's lanes did with the decode time: work that counted, work thrown away, and waiting, by its cause.
+
+METRICS.md, "Bubble ratio", from spans and the ends of steps, in whole nanoseconds, so that the parts add up exactly.
+Must not know backends, clocks, files or how many requests there are.
+
+Busy are spans of kind `target` and `head`; they lie on the lanes 0 to n - 1 and never overlap on one. `verify` and
+`draft` spans explain the idle time of every lane, wherever they lie, since all wait for a verdict or a draft. A `host`
+span on a lane explains that lane's idle time; one on a number of n or above (the controller's) explains every lane's.
+
+With several lanes a step is a cycle, and a span belongs to the cycle that it names, else to the one in which it begins.
+A lane without a span in a cycle holds no token there, which is `fill`. With one lane the token is always there, and no
+other lane to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.results.schema import BubbleParts, FullCycles
+from spdbench.types import Span
+
+NS_PER_S = 1e9
+TARGET, HEAD, VERIFY, DRAFT, HOST = range(5)
+CODES = {"target": TARGET, "head": HEAD, "verify": VERIFY, "draft": DRAFT, "host": HOST}
+Times = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LaneTime:
+    """Nanoseconds of lanes x decode window, by what they were spent on; together exactly all of them."""
+
+    useful: int
+    wasted: int
+    fill: int
+    verify: int
+    draft: int
+    imbalance: int
+    host: int
+    unattributed: int
+
+    @property
+    def total(self) -> int:
+        return sum(astuple(self))
+
+    @property
+    def bubble(self) -> int:
+        """Time in which a lane computed nothing of the target."""
+        return self.total - self.useful - self.wasted
+
+    def shares(self) -> BubbleParts:
+        return BubbleParts(**{field.name: getattr(self, field.name) / self.total for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class SpanTable:
+    """Spans as columns of equal length, by lane and then by start; those without any duration are left out."""
+
+    lanes: int
+    lane: Times
+    kind: Times
+    start: Times
+    end: Times
+    kept: NDArray[np.bool_]
+    cycle: Times
+
+    @property
+    def busy(self) -> SpanTable:
+        """Only the work on the target."""
+        return self.where(self.kind <= HEAD)
+
+    def where(self, chosen: NDArray[np.bool_] | Times) -> SpanTable:
+        columns = {name: getattr(self, name)[chosen] for name in ("lane", "kind", "start", "end", "kept", "cycle")}
+        return replace(self, **columns)
+
+    def clipped(self, first: int, last: int) -> SpanTable:
+        """What lies between `first` and `last`."""
+        start, end = self.start.clip(first, last), self.end.clip(first, last)
+        return replace(self, start=start, end=end).where(end > start)
+
+
+def read_spans(spans: Sequence[Span], lanes: int) -> SpanTable:
+    """`spans`, in any order, of a backend with so many `lanes`.
+
+    Raises:
+        ValueError: the backend is broken: a kind that there is not, an end before its start, a lane that does not hold
+            layers at work on the target, or two such spans on one lane at the same time.
+    """
+    lane, kind, start, end, _, kept, cycle = zip(*spans, strict=True) if spans else ((),) * 7
+    if unknown := set(kind) - CODES.keys():
+        raise ValueError(f"spans: kind {unknown.pop()!r} is none of {', '.join(CODES)}")
+    codes = np.fromiter(map(CODES.__getitem__, kind), np.int64, len(kind))
+    starts, ends = np.array(start, np.int64), np.array(end, np.int64)
+    order = np.lexsort((starts, lane))
+    kepts, cycles = np.array(kept, bool), np.array(cycle, np.int64)
+    table = SpanTable(lanes, np.array(lane, np.int64), codes, starts, ends, kepts, cycles).where(order)
+    _check(table)
+    return table.where(table.end > table.start)
+
+
+def _check(table: SpanTable) -> None:
+    _refuse(table, table.end < table.start, "ends before it starts")
+    _refuse(table, table.lane < 0, "lies on no lane")
+    homeless = (table.kind <= HEAD) & (table.lane >= table.lanes)
+    _refuse(table, homeless, f"is work on the target, whose last lane is {table.lanes - 1}")
+    busy = table.where((table.kind <= HEAD) & (table.end > table.start))
+    overlaps = (busy.lane[1:] == busy.lane[:-1]) & (busy.start[1:] < busy.end[:-1])
+    _refuse(busy, np.append(False, overlaps), "begins before the work on the same lane before it has ended")
+
+
+def _refuse(table: SpanTable, bad: NDArray[np.bool_], why: str) -> None:
+    if bad.any():
+        at = int(np.flatnonzero(bad)[0])
+        kind = list(CODES)[int(table.kind[at])]
+        raise ValueError(f"spans: {kind} on lane {table.lane[at]} from {table.start[at]} to {table.end[at]} ns {why}")
+
+
+def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
+    """How the lanes spent the decode window.
+
+    `step_ends` are the ends of steps in ns on the spans' clock, ascending: first that of the step with the first token,
+    last that of the one with the last. What spans hold outside of these is not looked at.
+    """
+    ends = _cycle_ends(step_ends)
+    busy = _in_cycles(table.busy, step_ends, ends)
+    duration = busy.end - busy.start
+    causes = _Causes(table)
+    lanes = [_idle_time(lane, busy, ends, causes) for lane in range(table.lanes)]
+    useful, wasted = int(duration[busy.kept].sum()), int(duration[~busy.kept].sum())
+    return LaneTime(useful, wasted, *(sum(times) for times in zip(*lanes, strict=True)))
+
+
+def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None:
+    """The cycles between `step_ends` in which the pipe was full; None if there were none.
+
+    Full: every lane was at work, the last of them on a token that counts. Else it may be on one that a verdict dropped
+    while it was on its way, and then nothing comes of the cycle.
+    """
+    ends = _cycle_ends(step_ends)
+    busy = _in_cycles(table.busy, step_ends, ends)
+    shape = (table.lanes, len(ends) - 1)
+    place = busy.lane * shape[1] + busy.cycle
+    lane_ns = np.bincount(place, busy.end - busy.start, minlength=shape[0] * shape[1]).reshape(shape)
+    full = lane_ns.all(axis=0)
+    full &= np.isin(np.arange(shape[1]), busy.cycle[busy.kept & (busy.lane == table.lanes - 1)])
+    if not full.any():
+        return None
+    return FullCycles(
+        num=int(full.sum()),
+        stage_s=float(lane_ns.max(axis=0)[full].sum()) / NS_PER_S,
+        wall_s=float(np.diff(ends)[full].sum()) / NS_PER_S,
+    )
+
+
+class _Idle(NamedTuple):
+    """One lane's idle nanoseconds by cause, in METRICS.md's order: each is charged to the first cause that holds."""
+
+    fill: int
+    verify: int
+    draft: int
+    imbalance: int
+    host: int
+    unattributed: int
+
+
+class _Causes:
+    """Where verifying, drafting and host work lie: with the causes that come before them taken in, so that what a cause
+    explains beyond the earlier ones is a difference of two measures."""
+
+    def __init__(self, table: SpanTable) -> None:
+        self._table = table
+        self.verify = _union(table.where(table.kind == VERIFY))
+        self.draft = _union(table.where((table.kind == VERIFY) | (table.kind == DRAFT)))
+
+    def host(self, lane: int) -> _Intervals:
+        table = self._table
+        seen = (table.lane == lane) | (table.lane >= table.lanes)
+        return _union(table.where((table.kind == VERIFY) | (table.kind == DRAFT) | ((table.kind == HOST) & seen)))
+
+
+@dataclass(frozen=True)
+class _Intervals:
+    """Intervals in ascending order that do not touch; `before` is how much lies before each."""
+
+    start: Times
+    end: Times
+    before: Times
+
+    def within(self, start: Times, end: Times) -> int:
+        """How much of these lies within the intervals from `start` to `end`, which do not overlap."""
+        return int((self._until(end) - self._until(start)).sum())
+
+    def _until(self, times: Times) -> Times:
+        if not len(self.start):
+            return np.zeros_like(times)
+        last = np.searchsorted(self.start, times, side="right") - 1
+        inside: Times = np.minimum(times, self.end[last]) - self.start[last]
+        return np.where(last < 0, 0, self.before[last] + inside)
+
+
+def _union(table: SpanTable) -> _Intervals:
+    """What the spans cover, each instant once."""
+    order = np.argsort(table.start)
+    start, end = table.start[order], np.maximum.accumulate(table.end[order])
+    opens = np.append(True, start[1:] > end[:-1])[: len(start)]
+    closes = np.append(opens[1:], True)[: len(start)]
+    start, end = start[opens], end[closes]
+    return _Intervals(start, end, np.cumsum(end - start) - (end - start))
+
+
+def _idle_time(lane: int, busy: SpanTable, ends: Times, causes: _Causes) -> _Idle:
+    mine = busy.where(busy.lane == lane)
+    starts, stops = np.append(ends[0], mine.end), np.append(mine.start, ends[-1])
+    fill = 0
+    waiting = starts, starts
+    if busy.lanes > 1:
+        starts, stops, fill = _without_fill(mine, ends)
+        waiting = starts, _waits_until(mine, busy, ends, starts, stops)
+    verdicts, drafts, host = causes.verify, causes.draft, causes.host(lane)
+    verify, draft = verdicts.within(starts, stops), drafts.within(starts, stops)
+    hosted, drafted = host.within(*waiting), drafts.within(*waiting)
+    imbalance = int((waiting[1] - waiting[0]).sum()) - drafted
+    elsewhere = host.within(starts, stops) - draft - (hosted - drafted)
+    unattributed = int((stops - starts).sum()) - draft - imbalance - elsewhere
+    return _Idle(fill, verify, draft - verify, imbalance, elsewhere, unattributed)
+
+
+def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
+    """The lane's idle stretches where it has a token, cut at the ends of cycles; and the ns where it has none."""
+    points = np.unique(np.concatenate((ends, mine.start, mine.end)))
+    starts, stops = points[:-1], points[1:]
+    idle = np.searchsorted(mine.start, starts, side="right") == np.searchsorted(mine.end, starts, side="right")
+    starts, stops = starts[idle], stops[idle]
+    has_token = np.zeros(len(ends) - 1, dtype=np.bool_)
+    has_token[mine.cycle] = True
+    filled = ~has_token[_cycle_of(starts, ends)]
+    return starts[~filled], stops[~filled], int((stops - starts)[filled].sum())
+
+
+def _waits_until(mine: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
+    """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane; where
+    it was ahead of its cycle, for that of the cycle that it lies in."""
+    slowest = np.zeros(len(ends) - 1, dtype=np.int64)
+    np.maximum.at(slowest, busy.cycle, busy.end)
+    done = np.append(mine.cycle[1:] != mine.cycle[:-1], True)[: len(mine.cycle)]
+    cycle = np.minimum(mine.cycle, _cycle_of(mine.end, ends))
+    waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
+    before = np.searchsorted(mine.start, starts, side="right") - 1
+    return waits_for[before].clip(starts, stops)
+
+
+def _cycle_ends(step_ends: Sequence[int]) -> Times:
+    """The ends of steps, without those that took no time."""
+    ends = np.unique(np.asarray(step_ends, dtype=np.int64))
+    if len(ends) < 2:
+        raise ValueError("a decode window has a duration")
+    return ends
+
+
+def _in_cycles(busy: SpanTable, step_ends: Sequence[int], ends: Times) -> SpanTable:
+    """What lies in the window, each span in its cycle: the one that it names, else the one in which it begins."""
+    inside = busy.clipped(int(ends[0]), int(ends[-1]))
+    begins = np.asarray(step_ends, dtype=np.int64)[inside.cycle.clip(0, len(step_ends) - 1)]
+    named = _cycle_of(begins, ends)
+    cycle = np.where(inside.cycle < 0, _cycle_of(inside.start, ends), named)
+    return replace(inside, cycle=cycle.clip(0, len(ends) - 2))
+
+
+def _cycle_of(times: Times, ends: Times) -> Times:
+    """The cycle in which each of `times` lies, from 0; all lie in the window."""
+    return np.searchsorted(ends, times, side="right") - 1

@@ -1,0 +1,1 @@
+"""Result files: the schema, and reading their runs into one table."""

@@ -1,0 +1,312 @@
+"""The result file: one label of one run, as integers and timestamps from which everything printed is computed.
+
+Schema `spdbench.result/1`. A reader accepts every older version; a writer writes the newest. Field names and units are
+the file's contract. This module must not know how results are measured or shown.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from operator import le
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spdbench.errors import InputError
+from spdbench.types import BackendKind, FinishReason, Unknown
+
+SCHEMA = "spdbench.result/1"
+SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+MAX_CHUNK = 2**20
+MAX_FORWARDS = 1e10
+MAX_DEPTH = 2**16
+"""Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
+
+# Bounds keep a damaged file from overflowing the arrays that its numbers go into.
+Count = Annotated[int, Field(ge=0, le=INT32)]
+Large = Annotated[int, Field(ge=0, le=INT64)]
+TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
+Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
+Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
+Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
+
+
+RunKey = tuple[str, int, int]
+"""Prompt id, turn, repeat."""
+
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+SHARE_TOLERANCE = 1e-6
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SuiteInfo(Record):
+    name: str
+    version: int
+    sha256: str
+    source: str
+    num_prompts: int = Field(description="conversations asked for, after --limit")
+    score: str | dict[str, str] | None = Field(
+        None, description="the judge of answers, or judges by category; null where nothing is scored"
+    )
+
+
+class DecodingInfo(Record):
+    max_new_tokens: int = Field(ge=1)
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    eos_ids: list[int]
+
+
+class BackendRecord(Record):
+    name: str
+    label: str
+    kind: BackendKind
+    options: dict[str, Any]
+    devices: list[str]
+    num_devices: int = Field(ge=1, le=INT32)
+    lossy: bool
+    lanes: int = Field(ge=1, le=INT32)
+    lane_bytes: list[Large] = Field(description="the target's bytes that each lane reads for one token, head included")
+    stage_layers: list[Count]
+    chosen: dict[str, str] = Field(
+        default_factory=dict, description="what the backend decided for itself where the options left it open"
+    )
+    kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
+    unknown: list[Unknown] = Field(
+        default_factory=list, description="what the backend cannot know of its steps; metrics made of it are null"
+    )
+    other_model: str | None = Field(
+        None, description="what it runs where that is not the model as vanilla runs it; outputs are not compared then"
+    )
+
+
+class ModelInfo(Record):
+    id: str
+    sha256: str
+    dtype: str
+    num_layers: int | None = Field(description="null, as the next two, of a model that only its server knows")
+    num_parameters: int | None
+    bytes: int | None
+    template_sha256: str | None
+    tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
+
+
+class DrafterRecord(Record):
+    id: str
+    sha256: str | None
+    method: str
+    trained_tokens: int | None
+    synthetic: bool
+
+
+class Steps(Record):
+    """Columns of equal length, one entry a step; the first step is prefill. `t_ns` counts from the request's start.
+
+    Time never runs backwards, and at every step accepted <= judged <= drafted.
+    """
+
+    t_ns: list[Large]
+    emitted: list[Chunk]
+    drafted: list[Depth]
+    judged: list[Depth]
+    accepted: list[Depth]
+    forwards: list[Forwards]
+
+    @model_validator(mode="after")
+    def _columns_fit_together(self) -> Steps:
+        num_steps, times = len(self.t_ns), self.t_ns
+        for column in (self.emitted, self.drafted, self.judged, self.accepted, self.forwards):
+            if len(column) != num_steps:
+                lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+                raise ValueError(f"columns of different length: {lengths}")
+        if not all(map(le, times, times[1:])):
+            at = next(index for index, pair in enumerate(pairwise(times)) if not le(*pair))
+            raise ValueError(f"t_ns.{at + 1}: {times[at + 1]} comes before the {times[at]} of the step before")
+        for fewer, more in (("accepted", "judged"), ("judged", "drafted")):
+            low, high = getattr(self, fewer), getattr(self, more)
+            if not all(map(le, low, high)):
+                at = next(index for index, pair in enumerate(zip(low, high, strict=True)) if not le(*pair))
+                raise ValueError(f"{fewer}.{at}: {low[at]} is more than {more}, which is {high[at]}")
+        return self
+
+
+class BubbleParts(Record):
+    """Shares of lanes x decode time; see METRICS: useful + wasted + the rest = 1."""
+
+    useful: Share
+    wasted: Share
+    fill: Share
+    verify: Share
+    draft: Share
+    imbalance: Share
+    host: Share
+    unattributed: Share
+
+    @model_validator(mode="after")
+    def _parts_make_a_whole(self) -> BubbleParts:
+        total = sum(value for _, value in self)
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"the shares add up to {total:.6g}, not to 1")
+        return self
+
+
+class FullCycles(Record):
+    """A pipeline's cycles with every stage at work: their number, their slowest stages' time, and their duration."""
+
+    num: Annotated[int, Field(ge=1, le=INT32)]
+    stage_s: Seconds
+    wall_s: Seconds
+
+
+class Drafts(Record):
+    """What an engine counted of its drafts over one request, prefill left out."""
+
+    rounds: Count = Field(description="verify steps")
+    judged: Count | None = Field(description="drafts that got a verdict; null where it is not told")
+    accepted: Count
+
+
+class Run(Record):
+    """One request: a turn of a prompt, in one repeat."""
+
+    prompt_id: str
+    category: str
+    turn: Count
+    repeat: Count
+    prompt_sha256: str = Field(description="sha256 of the ids fed in, as decimal numbers joined by commas")
+    num_prompt_tokens: Count
+    num_new_tokens: Count
+    finish_reason: FinishReason
+    error: str | None = None
+    output_ids: list[TokenId]
+    ttft_s: Seconds | None
+    decode_s: Seconds | None
+    steps: Steps
+    score: Annotated[float, Field(ge=-1e10, le=1e10, allow_inf_nan=False)] | None = None
+    bubble: BubbleParts | None = None
+    full_cycles: FullCycles | None = None
+    peak_memory_bytes: Large | None = None
+    energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
+    text: str | None = Field(None, description="the answer as an engine told it; null where the ids say it")
+    drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
+
+    @property
+    def key(self) -> RunKey:
+        return self.prompt_id, self.turn, self.repeat
+
+
+class Divergence(Record):
+    """How many runs equal vanilla's, and what the first difference was in the others."""
+
+    identical: Count
+    ties: Count
+    near_ties: Count
+    real: Count
+    unclassified: Count
+
+
+class Flag(Record):
+    name: str
+    reason: str
+    remedy: str
+
+
+class Summary(Record):
+    """Metrics by name. `NAME` is micro, `NAME_macro` the mean over runs, `NAME_ci` its 95 % interval."""
+
+    overall: dict[str, Any]
+    by_category: dict[str, dict[str, Any]]
+
+
+def _one_run_a_key(runs: list[Run]) -> list[Run]:
+    places: dict[RunKey, int] = {}
+    for place, run in enumerate(runs):
+        if run.key in places:
+            prompt, turn, repeat = run.key
+            raise ValueError(
+                f"entries {places[run.key]} and {place} are both prompt '{prompt}', turn {turn}, repeat {repeat}"
+            )
+        places[run.key] = place
+    return runs
+
+
+class Result(Record):
+    schema_: Literal["spdbench.result/1"] = Field(alias="schema")
+    created: str
+    run_key: str
+    spdbench: dict[str, str | None]
+    suite: SuiteInfo
+    decoding: DecodingInfo
+    backend: BackendRecord
+    model: ModelInfo
+    drafter: DrafterRecord | None
+    environment: dict[str, Any]
+    runs: Annotated[list[Run], AfterValidator(_one_run_a_key)]
+    divergence: Divergence | None
+    summary: Summary
+    flags: list[Flag]
+
+
+def read_result(path: Path) -> Result:
+    """The result in `path`.
+
+    Raises:
+        InputError: the file is not there, is not JSON, or is not a result that this version reads.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    try:
+        return Result.model_validate_json(raw)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_why(raw, error)}") from None
+
+
+def _why(raw: bytes, error: ValidationError) -> str:
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError):
+        return "is not JSON (an interrupted run leaves a .journal.jsonl; `spdbench run --resume` finishes it)"
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if not isinstance(schema, str) or not schema.startswith("spdbench.result/"):
+        return "is not a spdbench result: no 'schema: spdbench.result/N' in it"
+    if schema != SCHEMA:
+        return f"has schema {schema[:60]}, {_age(schema)}; this one reads {SCHEMA}"
+    first = error.errors()[0]
+    if not first["loc"]:  # nested more deeply than our reader goes
+        return f"cannot be read ({first['msg']})"
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{_value(first['input'])}"
+
+
+def _age(schema: str) -> str:
+    """How another schema than ours came about: only a higher number is a newer one."""
+    numbers = [re.fullmatch(r"spdbench\.result/([1-9][0-9]{0,8})", text) for text in (schema, SCHEMA)]
+    found, ours = (int(match[1]) if match else 0 for match in numbers)
+    return "written by a newer spdbench" if found > ours else "which no spdbench writes"
+
+
+def _value(value: object) -> str:
+    """`, not VALUE` for a single value; nothing for a part of the file that is too large to show."""
+    if not isinstance(value, str | int | float):
+        return ""
+    shown = repr(value)
+    return f", not {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a result file; `result.schema.json` holds it for tools that are not Python."""
+    schema = Result.model_json_schema(by_alias=True)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}

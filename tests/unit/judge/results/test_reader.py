@@ -1,0 +1,220 @@
+"""The quick way to read results: it says what the model says, or leaves the word to the model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spdbench.errors import InputError
+from spdbench.judge.comparison.pairing import entry_from, read_entries
+from spdbench.judge.results import reader
+from spdbench.judge.results.batch import Batch, batch_of
+from spdbench.judge.results.json_columns import NotPlain
+from spdbench.judge.results.reader import read_lines, reading, reread
+from spdbench.judge.results.schema import Result, Run, read_result
+from tests.builders import (
+    chunk_steps,
+    failed_run,
+    make_backend,
+    make_result,
+    make_run,
+    make_steps,
+    pipeline_steps,
+    vanilla_steps,
+)
+
+RUNS = [
+    make_run(chunk_steps([1, 4, 3])),
+    failed_run("p1").model_copy(update={"error": 'it said "t_ns":[1] and \\"steps\\": [2], then "runs":[\n'}),
+    make_run(vanilla_steps(20), prompt="p2", category="code", output_ids=[7] * 20),
+    make_run(make_steps([1, 1], forwards=[1.0, 0.6666666666666666]), prompt="p3", turn=1, score=0.5),
+    make_run(pipeline_steps([True, False, True], 3), prompt="p4", peak_memory_bytes=2**40),
+]
+
+
+def by_lines(result: Result) -> bytes:
+    """`result` in the layout that `run` writes."""
+    members = {
+        name: json.dumps(value, separators=(",", ":")).encode()
+        for name, value in result.model_dump(mode="json", by_alias=True).items()
+    }
+    runs = [json.dumps(run.model_dump(mode="json"), separators=(",", ":")).encode() for run in result.runs]
+    members["runs"] = b"[\n" + b",\n".join(runs) + b"\n]"
+    return b"{\n" + b",\n".join(b'"%s":%s' % (name.encode(), text) for name, text in members.items()) + b"\n}\n"
+
+
+LAYOUTS: dict[str, Callable[[Result], bytes]] = {
+    "a line a run": by_lines,
+    "tight": lambda result: result.model_dump_json(by_alias=True).encode(),
+    "spaced": lambda result: json.dumps(result.model_dump(mode="json", by_alias=True)).encode(),
+}
+
+
+@pytest.fixture
+def result() -> Result:
+    return make_result(RUNS, make_backend("draft_verify"), num_prompts=9)
+
+
+def columns(batches: Sequence[Batch]) -> dict[str, list[Any]]:
+    """All that batches tell of their runs."""
+    names = ("outputs", "num_steps", "t_ns", "emitted", "judged", "accepted", "forwards")
+    found = {name: [value for batch in batches for value in list(getattr(batch, name))] for name in names}
+    empty: dict[str, Any] = {"output_ids": [], "steps": None}
+    return found | {"runs": [run.model_copy(update=empty) for batch in batches for run in batch.runs]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_tells_what_the_model_tells(tmp_path: Path, result: Result, layout: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(LAYOUTS[layout](result))
+    with reading(path) as file:
+        assert columns(list(file.batches)) == columns([batch_of(read_result(path).runs)])
+        assert file.head() == result.model_copy(update={"runs": []})
+        assert file.start.backend == result.backend
+
+
+def test_a_result_without_runs_is_read(tmp_path: Path) -> None:
+    empty = make_result([])
+    for number, write in enumerate(LAYOUTS.values()):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(write(empty))
+        assert read_entries([path])[0].num_begun == 0
+
+
+@pytest.mark.parametrize("layout", ["a line a run", "tight"])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_what_is_read_of_a_damaged_file_is_what_the_model_reads(
+    tmp_path: Path, layout: str, data: st.DataObject
+) -> None:
+    """One or two bytes changed, dropped or doubled anywhere: nothing is believed that the model would not believe."""
+    text = LAYOUTS[layout](make_result(RUNS[:3], make_backend("draft_verify")))
+    for _ in range(data.draw(st.integers(1, 2))):
+        at = data.draw(st.integers(0, len(text) - 1))
+        put = data.draw(
+            st.sampled_from([b"", text[at : at + 1] * 2, *(bytes([c]) for c in b'0123456789,.-]["{}e \n:x')])
+        )
+        text = text[:at] + put + text[at + 1 :]
+    path = tmp_path / "a.json"
+    path.write_bytes(text)
+    try:
+        with reading(path) as file:
+            found = columns(list(file.batches))
+            head = file.head()
+    except NotPlain:
+        return
+    told = read_result(path)
+    assert found == columns([batch_of(told.runs)])
+    assert head == told.model_copy(update={"runs": []})
+
+
+def test_a_column_of_another_part_of_the_file_is_not_taken_for_a_runs_own(tmp_path: Path, result: Result) -> None:
+    """Numbers are cut out of the text before anybody knows whose they are."""
+    odd = result.model_copy(update={"environment": {"output_ids": [1, 2, 3], "t_ns": [5, 6]}})
+    for number, write in enumerate(LAYOUTS.values()):
+        path = tmp_path / f"{number}.json"
+        path.write_bytes(write(odd))
+        assert read_entries([path])[0].runs == entry_from(odd, "odd").runs
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"accepted":[0,3,2]', b'"accepted":[0,5,2]'),
+        (b'"judged":[0,4,3]', b'"judged":[0,5,3]'),
+        (b'"t_ns":[50000000,60000000,70000000]', b'"t_ns":[50000000,70000000,60000000]'),
+        (b'"emitted":[1,4,3]', b'"emitted":[1,4]'),
+        (b'"emitted":[1,4,3]', b'"emitted":[1,4,1048577]'),
+        (b'"forwards":[1.0,5.0,5.0]', b'"forwards":[1.0,5.0,-5.0]'),
+        (b'"output_ids":[100,', b'"output_ids":[100000000000000000000,'),
+        (b'"output_ids":[100,', b'"output_ids":[0100,'),
+        (b'"turn":0', b'"turn":-1'),
+        (b'"divergence":null', b'"runs":[],\n"divergence":null'),
+        (b'"flags":[', b'"flags":[1'),
+    ],
+)
+def test_what_the_model_refuses_or_reads_in_another_way_is_left_to_it(
+    tmp_path: Path, result: Result, old: bytes, new: bytes
+) -> None:
+    text = by_lines(result)
+    assert old in text
+    path = tmp_path / "a.json"
+    path.write_bytes(text.replace(old, new, 1))
+    with pytest.raises(NotPlain):
+        read_all(path)
+
+
+def read_all(path: Path) -> Result:
+    with reading(path) as file:
+        for _ in file.batches:
+            pass
+        return file.head()
+
+
+def test_a_file_of_lines_is_gone_through_once(tmp_path: Path, result: Result) -> None:
+    """A pipe cannot be read twice."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=[by_lines(result)])
+    writer.start()
+    with reading(pipe) as file:
+        assert sum(len(batch.runs) for batch in file.batches) == len(RUNS)
+        assert file.head().flags == result.flags
+    writer.join()
+
+
+def test_only_a_few_runs_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_RUNS", 10)
+    path = tmp_path / "a.json"
+    path.write_bytes(by_lines(make_result([make_run(prompt=f"p{index}") for index in range(200)])))
+    gc.collect()
+    before, most = live_runs(), 0
+    with reading(path) as file:
+        for batch in file.batches:
+            assert len(batch.runs) == 10
+            most = max(most, live_runs() - before)
+    assert 10 <= most <= 20, "this batch, and the one before until its name is bound to this one"
+
+
+def live_runs() -> int:
+    return sum(type(thing) is Run for thing in gc.get_objects())
+
+
+def test_run_that_stands_twice_is_found_in_another_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "MAX_RUNS", 1)
+    twice = make_result(RUNS).model_copy(update={"runs": [*RUNS, RUNS[0]]})
+    path = tmp_path / "a.json"
+    path.write_bytes(by_lines(twice))
+    with pytest.raises(InputError, match=r"runs: entries 0 and 5 are both prompt 'p0', turn 0, repeat 0"):
+        read_entries([path])
+
+
+def test_damage_is_named_as_by_the_model(tmp_path: Path, result: Result) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(by_lines(result).replace(b'"emitted":[1,4,3]', b'"emitted":[1,4]'))
+    with pytest.raises(InputError, match=r"a\.json: runs\.0\.steps: columns of different length"):
+        read_entries([path])
+
+
+def test_lines_are_read_like_a_file_and_odd_ones_like_the_model_reads_them() -> None:
+    lines = [run.model_dump_json().encode() for run in RUNS]
+    odd = [json.dumps(run.model_dump(mode="json"), indent=1).encode() for run in RUNS]
+    assert columns([read_lines(lines)]) == columns([read_lines(odd)]) == columns([batch_of(RUNS)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rereading_gives_every_run_as_json_of_its_own(tmp_path: Path, result: Result, layout: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(LAYOUTS[layout](result))
+    head, runs = reread(path)
+    assert head == result.model_copy(update={"runs": []})
+    assert [(key, Run.model_validate_json(text)) for key, text in runs] == [(run.key, run) for run in RUNS]
