@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from spdbench.cli.compare import DIALECTS, FORMATS, command
 from spdbench.errors import InputError, NotComparableError
-from spdbench.judge.metrics.metrics import dialects
+from spdbench.judge.metrics import dialects
 from spdbench.render.table import FORMATS as RENDERED
 from tests.builders import (
     ORACLE,

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 from spdbench.judge.comparison.workload import same_machine
 from spdbench.judge.gate.counterpart import Pair
 from spdbench.judge.gate.verdict import Finding, Verdict
-from spdbench.judge.metrics.metrics import stats
+from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.ratios import speeds
 from spdbench.judge.results.schema import Result, RunKey
 

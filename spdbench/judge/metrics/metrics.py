@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.dialects import DIALECTS, acceptance_length, metric_name
 from spdbench.judge.metrics.flags import degenerate
 from spdbench.judge.metrics.lane_metrics import LANE_COLUMNS, LANE_RATIOS, lane_columns
-from spdbench.judge.metrics.metrics import stats
 from spdbench.judge.metrics.ratios import (
     COLUMN,
     COLUMNS,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdbench.judge.metrics.metrics import stats
+from spdbench.judge.metrics import stats
 
 
 def test_turns_of_one_repeat_are_one_cell() -> None:
