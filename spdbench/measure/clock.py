@@ -1,8 +1,7 @@
 """The only clock: one request, timed from outside the backend.
 
-TTFT is the time until the first new id is an int on the host, which implies device synchronisation; the same holds for
-every later id. Nothing but the backend's own work happens between two readings. Must not know prompts, files or
-progress bars.
+TTFT is the time until the first new id is an int on the host, which implies device synchronisation; every later id is
+timed in the same way. Nothing but the backend's own work happens between two readings.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from spdbench.types import EngineReport, FinishReason, GenerationRequest, Step
 class Measurement:
     """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit.
 
-    `start_ns` is the clock's reading at the start, from which the steps count. `account` is what the engine told when
-    it was over.
+    `start_ns` is the clock's reading at the start, from which the steps count. `report` is what the engine reported
+    at the end.
     """
 
     start_ns: int
@@ -34,28 +33,28 @@ class Measurement:
     ttft_s: float
     decode_s: float
     steps: Steps
-    account: EngineReport
+    report: EngineReport
 
 
 def peak_memory_bytes(devices: Sequence[str]) -> int | None:
-    """The most memory that this process and its workers have held so far, GPUs' included; pages that they share count
-    for each. Of one backend, which runs on `devices`, only where it runs alone.
+    """The most memory in bytes that this process and its workers have held so far, on GPUs too; shared pages count once
+    for each process. This is a backend's own peak only if it is the only one in the process.
 
-    None where workers have memory of a GPU, of which only they know how much.
+    None if workers use one of the GPUs in `devices`: torch counts GPU memory only within the process that uses it.
     """
     workers = multiprocessing.active_children()
     if workers and any(device.startswith("cuda") for device in devices):
         return None
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    total += sum(_peak_of(worker.pid) for worker in workers)
+    total += sum(_peak_bytes(worker.pid) for worker in workers)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total += sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     return total
 
 
-def _peak_of(process: int | None) -> int:
-    """Another process's peak, where the system tells."""
+def _peak_bytes(process: int | None) -> int:
+    """Another process's peak, or 0 where the system does not show it."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -65,11 +64,15 @@ def _peak_of(process: int | None) -> int:
 
 
 class IncompleteOutputError(RuntimeError):
-    """A backend stopped without an end of sequence and short of the limit: its bug, and a failed prompt."""
+    """A backend stopped before the limit without an end of sequence: a bug of the backend, and a failed prompt."""
 
 
 def measure(backend: Backend, request: GenerationRequest) -> Measurement:
-    """Runs `request` once. What the backend commits past the cut neither counts nor takes time."""
+    """Runs `request` once. Tokens past its end of sequence or its limit neither count nor take time.
+
+    Raises:
+        IncompleteOutputError: the backend stopped too early.
+    """
     ids: list[int] = []
     rows: list[tuple[int, int, Step]] = []
     finish: FinishReason | None = None
@@ -87,9 +90,9 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
     finally:
         if isinstance(steps, Generator):  # any other iterator ends itself
             steps.close()
-    account = engine_report(backend)
+    report = engine_report(backend)
     if finish is None and ids:
-        finish = account.finish
+        finish = report.finish
     if finish is None:
         raise IncompleteOutputError(
             f"it stopped after {len(ids)} of {request.max_new_tokens} tokens, none of which ends the sequence"
@@ -103,13 +106,13 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
         accepted=[step.accepted for _, _, step in rows],
         forwards=[step.forwards for _, _, step in rows],
     )
-    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns, account)
+    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns, report)
 
 
 def _cut(
     token_ids: tuple[int, ...], request: GenerationRequest, num_before: int
 ) -> tuple[tuple[int, ...], FinishReason | None]:
-    """The ids that count, and why generation ends with them, if it does."""
+    """The ids that count, and why generation ends with them; None if it goes on."""
     kept = token_ids[: request.max_new_tokens - num_before]
     for index, token in enumerate(kept):
         if token in request.eos_ids:

@@ -63,7 +63,7 @@ def test_tokens_are_counted_by_the_best_that_the_server_tells(
     measured = run(made)
     assert measured.steps.emitted == emitted
     assert (len(measured.output_ids), measured.finish_reason) == (8, "eos")
-    assert measured.account.text == "One two, three four five six."
+    assert measured.report.text == "One two, three four five six."
     info = made.describe()
     assert words in info.chosen["tokens"]
     assert set(info.unknown) == unknown
@@ -101,7 +101,7 @@ def test_a_server_that_refuses_ids_still_tells_usage_with_each_chunk(server: Stu
 
 def test_log_probabilities_do_not_cost_the_prompts_length(server: StubServer, backend: Make) -> None:
     server.offers = {"logprobs", "usage"}
-    assert run(loaded(backend())).account.num_prompt_tokens == 11
+    assert run(loaded(backend())).report.num_prompt_tokens == 11
     server.refuses = {"stream_options"}
     assert "log-probabilities" in loaded(backend()).describe().chosen["tokens"]
 
@@ -124,7 +124,7 @@ def test_the_limit_ends_an_answer_and_the_rest_is_still_heard(server: StubServer
     server.offers = {"ids", "usage"}
     measured = run(loaded(backend()), ask(4))
     assert (len(measured.output_ids), measured.finish_reason) == (4, "length")
-    assert measured.account.num_prompt_tokens == 11
+    assert measured.report.num_prompt_tokens == 11
 
 
 def test_what_is_asked_is_what_was_meant(server: StubServer, backend: Make) -> None:
@@ -342,7 +342,7 @@ def test_an_event_that_means_nothing_is_a_failed_prompt(
 def test_what_is_empty_is_as_good_as_absent(server: StubServer, backend: Make, event: bytes) -> None:
     made = loaded(backend())
     server.inserted = [event]
-    assert run(made).account.text == "One two, three four five six."
+    assert run(made).report.text == "One two, three four five six."
 
 
 @pytest.mark.parametrize("reason", [b"eos_token", b"stop_sequence"])
@@ -356,7 +356,7 @@ def test_tgis_words_for_an_end_are_understood(server: StubServer, backend: Make,
 def test_half_a_character_does_not_get_into_a_result(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
     server.answer = [("One",), ("\ud83d",)]
-    assert run(made).account.text == "One?"
+    assert run(made).report.text == "One?"
 
 
 def test_a_server_that_does_not_stop_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
@@ -422,7 +422,7 @@ def test_a_key_that_the_server_repeats_is_not_in_what_we_say(
     with pytest.raises(PromptFailedError, match=r"answer: refused \*\*\*$"):
         run(made)
     server.inserted = [b'{"choices": [{"delta": {"content": "%b"}}]}' % form.encode()]
-    assert "two,*** three" in str(run(made).account.text)
+    assert "two,*** three" in str(run(made).report.text)
     server.refusals = [Refusal(503, '{"message": "' + "x" * 285 + form + '"}')]
     with pytest.raises(PromptFailedError, match=r"x\*\*\*$"):
         run(made)
@@ -555,17 +555,17 @@ def test_acceptance_comes_from_the_difference_of_vllms_counters(server: StubServ
     server.counters = Vllm(server)
     made = loaded(backend())
     assert made.describe().chosen["acceptance"].startswith("vLLM's counters")
-    drafts = run(made).account.drafts
+    drafts = run(made).report.drafts
     assert drafts is not None
     assert (drafts.rounds, drafts.judged, drafts.accepted) == (4, 4 + 3 + 2, 6)
 
 
 def test_counters_tell_nothing_where_others_use_the_server(server: StubServer, backend: Make) -> None:
     server.counters = Vllm(server, requests=2)
-    assert run(loaded(backend())).account.drafts is None
+    assert run(loaded(backend())).report.drafts is None
     server.counters = Vllm(server, running=1)
     made = loaded(backend())
-    assert run(made).account.drafts is None
+    assert run(made).report.drafts is None
     assert "null where others used the server" in made.describe().chosen["acceptance"]
     server.counters = Vllm(server)
     assert loaded(backend(metrics="false")).describe().chosen["acceptance"] == "not told"
@@ -575,7 +575,7 @@ def test_counters_tell_nothing_where_others_use_the_server(server: StubServer, b
 def test_a_server_without_counters_has_no_acceptance(backend: Make) -> None:
     made = loaded(backend())
     assert made.describe().chosen["acceptance"] == "not told"
-    assert run(made).account.drafts is None
+    assert run(made).report.drafts is None
 
 
 def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer, backend: Make) -> None:

@@ -1,0 +1,147 @@
+"""One request to one backend, from the attempt to the record of a run, whether it succeeds or fails."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from spdbench.backend import Backend
+from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
+from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.results.schema import Drafts, Run, Steps
+from spdbench.measure.clock import Measurement, measure
+from spdbench.measure.energy import EnergyMeter
+from spdbench.measure.journal import RunKey
+from spdbench.measure.privacy import without_secrets
+from spdbench.types import UNKNOWN_ID, EngineReport, GenerationRequest, Prompt
+
+NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
+
+
+@dataclass(frozen=True)
+class RequestTurn:
+    """One turn of a conversation as a request that every backend gets; `obstacle` says why it cannot be made at all."""
+
+    prompt: Prompt
+    turn: int
+    repeat: int
+    request: GenerationRequest
+    obstacle: str | None
+
+    @property
+    def key(self) -> RunKey:
+        return self.prompt.id, self.turn, self.repeat
+
+
+class StoppedError(Exception):
+    """The run ends, so this request was given up without a measurement."""
+
+
+def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: threading.Event) -> tuple[Run, str]:
+    """The run, and the traceback if the backend crashed: a bug, and a failed prompt instead of a number.
+
+    Raises:
+        SpdbenchError: what ends the whole run.
+        StoppedError: `stopped` was set while the backend had to wait.
+    """
+    if turn.obstacle is not None:
+        return failed_run(turn, turn.obstacle), ""
+    try:
+        measured, energy_j = measure_when_ready(backend, meter, turn.request, stopped)
+        figures = lane_figures(backend, measured)
+    except PromptFailedError as error:
+        return failed_run(turn, str(error)), without_secrets(str(error))
+    except SpdbenchError:
+        raise
+    except Exception as error:
+        return failed_run(turn, f"{type(error).__name__}: {error}"), without_secrets(traceback.format_exc())
+    run = _run_without_output(turn).model_copy(
+        update={
+            "num_new_tokens": len(measured.output_ids),
+            "finish_reason": measured.finish_reason,
+            "output_ids": [] if UNKNOWN_ID in measured.output_ids else list(measured.output_ids),
+            "ttft_s": measured.ttft_s,
+            "decode_s": measured.decode_s,
+            "steps": measured.steps,
+            "energy_j": energy_j,
+            **figures,
+            **_reported_fields(measured.report),
+        }
+    )
+    return run, ""
+
+
+def measure_when_ready(
+    backend: Backend, meter: EnergyMeter, request: GenerationRequest, stopped: threading.Event
+) -> tuple[Measurement, float | None]:
+    """The measurement of `request` and its energy in joules. Each `TryAgainError` starts it anew, on a new clock."""
+    while True:
+        try:
+            backend.prepare(request)
+            before = meter.read()
+            measured = measure(backend, request)
+            return measured, meter.joules(before, meter.read())
+        except TryAgainError as later:
+            if stopped.wait(later.wait_s):
+                raise StoppedError from None
+
+
+def lane_figures(backend: Backend, measured: Measurement) -> dict[str, Any]:
+    """The fields of a run that come from the spans of the request just measured; none where there are no spans.
+
+    Raises:
+        ValueError: spans that cannot exist, such as two at once on one lane: the backend has a bug.
+    """
+    spans = backend.spans()
+    step_ends = _decode_step_ends(measured)
+    if not len(spans) or step_ends[0] == step_ends[-1]:
+        return {}
+    table = read_spans(spans, backend.describe().lanes)
+    found: dict[str, Any] = {"bubble": lane_time(table, step_ends).shares()}
+    if backend.kind == "pipeline":
+        found["full_cycles"] = full_cycles(table, step_ends)
+    return found
+
+
+def _decode_step_ends(measured: Measurement) -> list[int]:
+    """Ends in ns of the steps from the one with the first token to the one with the last, on the spans' clock."""
+    counted = np.flatnonzero(measured.steps.emitted)
+    ends = measured.steps.t_ns[counted[0] : counted[-1] + 1]
+    return [measured.start_ns + at for at in ends]
+
+
+def _reported_fields(report: EngineReport) -> dict[str, object]:
+    """The fields of a run that the engine itself reported."""
+    fields: dict[str, object] = {"text": report.text}
+    if report.drafts is not None:
+        fields["drafts"] = Drafts(**asdict(report.drafts))
+    if report.num_prompt_tokens is not None:
+        fields["num_prompt_tokens"] = report.num_prompt_tokens
+    return fields
+
+
+def failed_run(turn: RequestTurn, reason: str) -> Run:
+    return _run_without_output(turn).model_copy(update={"error": without_secrets(reason)})
+
+
+def _run_without_output(turn: RequestTurn) -> Run:
+    ids = turn.request.prompt_ids
+    return Run(
+        prompt_id=turn.prompt.id,
+        category=turn.prompt.category,
+        turn=turn.turn,
+        repeat=turn.repeat,
+        prompt_sha256=hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest(),
+        num_prompt_tokens=len(ids),
+        num_new_tokens=0,
+        finish_reason="error",
+        output_ids=[],
+        ttft_s=None,
+        decode_s=None,
+        steps=NO_STEPS,
+    )
