@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -117,6 +118,12 @@ def forbidden_imports(modules: Iterable[str], forbidden: Callable[[str, str], bo
     """Module -> what it imports although it may not, by `forbidden(module, imported)`; only modules that do."""
     found = {module: {name for name in IMPORTS[module] if forbidden(module, name)} for module in modules}
     return {module: names for module, names in found.items() if names}
+
+
+def test_pyproject_lists_every_package() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert set(settings["tool"]["setuptools"]["packages"]) == packages | {"spdbench_suites"}
 
 
 def test_every_module_imports_only_what_its_part_may() -> None:
