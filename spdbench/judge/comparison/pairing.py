@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.flags import MADE_FROM_ONE_RESULT, flags_for
-from spdbench.judge.metrics.metrics import Tally, stats
+from spdbench.judge.metrics.metrics import Tally
 from spdbench.judge.metrics.ratios import is_failed, speeds
 from spdbench.judge.results.batch import Batch, batches_of
 from spdbench.judge.results.json_columns import NotPlain

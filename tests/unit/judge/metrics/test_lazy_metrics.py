@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.comparison.pairing import entry_from
+from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.flags import degenerate, is_degenerate
-from spdbench.judge.metrics.metrics import Metrics, Tally, stats, summarise
+from spdbench.judge.metrics.metrics import Metrics, Tally, summarise
 from spdbench.judge.metrics.ratios import percentiles_by_run, weighted_percentiles
 from spdbench.judge.results.batch import batch_of
 from spdbench.judge.results.schema import BackendRecord, Run
