@@ -20,17 +20,17 @@ from torch.nn.functional import embedding
 from spdbench.errors import InputError
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
 from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.cpu.linear import Linear, PackedLinear, can_pack, linear
 from spdbench.models.cpu.memory import return_freed_memory
 from spdbench.models.interface import CancelledForwardError
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.layer_ops import Geometry, HeadNorms, LayerOps, NormWeight, ops_by_rows
+from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
 from spdbench.models.to_device import to_device
 
-QKV = ("q_proj", "k_proj", "v_proj")
 DRAFT_HEADS = "medusa_head."
 """How the names of draft heads begin that a Medusa-2 checkpoint carries beside the model, of which they are no part."""
 
@@ -185,7 +185,7 @@ def load_decoder(
     return Decoder(
         config=config,
         layers=layers,
-        geometry=Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps),
+        geometry=geometry_of(config),
         rotary=Rotary(*frequencies, dtype, device),
         weights=weights,
         embeddings_VM=embeddings,
@@ -194,6 +194,11 @@ def load_decoder(
         dtype=dtype,
         device=device,
     )
+
+
+def geometry_of(config: ModelConfig) -> Geometry:
+    """How a model's layers cut their tensors into heads."""
+    return Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
 
 
 @dataclass(frozen=True)
@@ -229,57 +234,26 @@ class _Reader:
         self.taken.add(name)
         return self.checkpoint.tensor(name, shape)
 
-    def norm(self, name: str, size: int) -> NormWeight:
-        return NormWeight(self.read(name, (size,)))
-
-    def fused(self, names: list[str], shapes: list[tuple[int, ...]]) -> Tensor:
-        return torch.cat([self.read(name, shape) for name, shape in zip(names, shapes, strict=True)])
-
-    def fused_bias(self, names: list[str], sizes: list[int]) -> Tensor | None:
-        """The biases of the named projections, or None where the model has none."""
-        if names[0] not in self.checkpoint:
-            return None
-        return self.fused(names, [(size,) for size in sizes])
+    def fused(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
+        return torch.cat([self.read(name, shape) for name in names])
 
     def layer(self, index: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{index}."
-        attention = prefix + "self_attn."
-        width, queries = config.hidden_size, config.num_heads * config.head_dim
-        kv = config.num_kv_heads * config.head_dim
         sparse = config.experts is not None and index in config.experts.layers
-        gate, up, down = (f"{prefix}mlp.{name}_proj." for name in ("gate", "up", "down"))
-        ffn = config.intermediate_size
-        weights = LayerWeights(
-            input_norm=self.norm(prefix + "input_layernorm.weight", width),
-            qkv=linear(
-                self.fused([f"{attention}{p}.weight" for p in QKV], [(queries, width), (kv, width), (kv, width)]),
-                self.fused_bias([f"{attention}{p}.bias" for p in QKV], [queries, kv, kv]),
-            ),
-            head_norms=HeadNorms(
-                self.norm(attention + "q_norm.weight", config.head_dim),
-                self.norm(attention + "k_norm.weight", config.head_dim),
-            )
-            if config.qk_norm
-            else None,
-            out=self.linear(attention + "o_proj.", width, queries),
-            post_norm=self.norm(prefix + "post_attention_layernorm.weight", width),
-            gate_up=None
-            if sparse
-            else linear(
-                self.fused([f"{name}weight" for name in (gate, up)], [(ffn, width)] * 2),
-                self.fused_bias([f"{name}bias" for name in (gate, up)], [ffn] * 2),
-            ),
-            down=None if sparse else self.linear(down, width, ffn),
-            experts=self.experts(prefix + "mlp.") if sparse else None,
-            window=config.windows[index],
-        )
+        expected = ExpectedTensors()
+        ffn = None if sparse else config.intermediate_size
+        expected.add_layer(prefix, geometry_of(config), config.hidden_size, ffn, head_norms=config.qk_norm)
+        shapes = expected.present(self.checkpoint)
+
+        def tensor(name: str) -> Tensor | None:
+            return self.read(name, shapes[name]) if name in shapes else None
+
+        weights = dense_layer(tensor, prefix, config.windows[index])
+        if sparse:
+            weights = replace(weights, experts=self.experts(prefix + "mlp."))
         self.checkpoint.close()
         return_freed_memory()
         return weights
-
-    def linear(self, name: str, outputs: int, inputs: int) -> Linear:
-        """`NAMEweight`, with `NAMEbias` where the model has one."""
-        return linear(self.read(name + "weight", (outputs, inputs)), self.fused_bias([name + "bias"], [outputs]))
 
     def experts(self, prefix: str) -> ExpertWeights:
         experts = self.config.experts
@@ -288,7 +262,7 @@ class _Reader:
         gate_up, down = [], []
         for expert in range(experts.count):
             name = f"{prefix}experts.{expert}."
-            gate_up.append(self.fused([f"{name}gate_proj.weight", f"{name}up_proj.weight"], [(ffn, width)] * 2))
+            gate_up.append(self.fused([f"{name}gate_proj.weight", f"{name}up_proj.weight"], (ffn, width)))
             down.append(self.read(f"{name}down_proj.weight", (width, ffn)))
         return ExpertWeights(
             router=self.read(prefix + "gate.weight", (experts.count, width)),

@@ -52,7 +52,7 @@ class Checkpoint:
             where.update(dict.fromkeys(names, (path, handle)))
         return where
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._where
 
     def __iter__(self) -> Iterator[str]:
