@@ -60,9 +60,9 @@ class DraftModel(DraftVerify):
         """The forwards of the target and of the smaller model, where they are recorded."""
         target = self._record(self._options.graphs, self._options.num_tokens + 1, ())
         if target is not None and self._small is not None:
-            from spdbench.models.cuda.captured_decoder import CapturedDecoder, recordable, usual_capacity
+            from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
 
-            if recordable(self._small):
+            if is_capturable(self._small):
                 self._small = CapturedDecoder(self._small, (1, 2), usual_capacity(self._small), ())
 
     def _load_small(self, name: str | None) -> None:

@@ -36,9 +36,9 @@ def to_be_recorded(graphs: Graphs, context: BackendContext) -> Decoder | None:
     Raises:
         InputError: graphs were asked for, and the model's layers cannot be recorded.
     """
-    from spdbench.models.cuda.captured_decoder import recordable, refuse_unrecordable
+    from spdbench.models.cuda.captured_decoder import is_capturable, refuse_uncapturable
 
     decoder = context.target.decoder
-    if graphs == "off" or (graphs == "auto" and (decoder.device.type != "cuda" or not recordable(decoder))):
+    if graphs == "off" or (graphs == "auto" and (decoder.device.type != "cuda" or not is_capturable(decoder))):
         return None
-    return refuse_unrecordable(decoder, f"-o {context.label}.graphs={graphs}", "auto, off")
+    return refuse_uncapturable(decoder, f"-o {context.label}.graphs={graphs}", "auto, off")

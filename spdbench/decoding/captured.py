@@ -1,7 +1,7 @@
-"""Plain decoding by replays: as `autoregressive.decode`, with a step's token chosen where the model is.
+"""Autoregressive decoding by captured steps: as `autoregressive.decode`, with each token chosen on the device.
 
-The host launches step t + 1 before it has read the token of step t, and waits for that token alone: one wait a step, in
-which the device is at work. What is launched past an end of sequence is never read. Must not know of drafts.
+The host launches step t + 1 before it has read the token of step t, and waits for that token only: one wait a step,
+during which the device is at work. A step launched past an end of sequence is never read.
 
 Shapes: V vocabulary.
 """
@@ -15,69 +15,84 @@ from torch import Tensor
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import Sampler, draw_rows
-from spdbench.models.cuda.captured_decoder import RecordedStep
-from spdbench.models.cuda.graph import Readback, Upload
+from spdbench.models.cpu.argmax import argmax
+from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Readback, Tensors, Upload, buckets
+from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench.types import GenerationRequest
 
 
 class CapturedDecoding:
-    """One decoder's requests, one after the other."""
+    """One decoder's requests, one after the other, of up to `capacity` tokens each.
+
+    A captured step reads `token_1` and `position_1` on the device and leaves the most likely next token and the next
+    position there, so that one replay can follow another.
+    """
 
     def __init__(self, decoder: Decoder, capacity: int, *, compiled: bool = False) -> None:
+        self.device, self.capacity = decoder.device, capacity
         self._decoder = decoder
-        self._step = RecordedStep(decoder, capacity, compiled=compiled)
+        self._cache = decoder.new_cache(capacity)
         with torch.inference_mode():
+            self.token_1, self.position_1 = torch.zeros(2, 1, dtype=torch.long, device=decoder.device)
             self._uniform = Upload(1, torch.float64, decoder.device)
             self._readback = Readback(1, decoder.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self._decoder.device
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest sequence that is replayed."""
-        return self._step.capacity
+            self._layers = CapturedLayers(
+                decoder.weights, decoder.geometry, decoder.rotary, self._cache, compiled=compiled
+            )
+            self._step = CapturedFunction(CudaGraphs(decoder.device), self._run_step, lengths=buckets(capacity))
 
     def decode(self, request: GenerationRequest) -> Iterator[int]:
-        """New token ids one by one, ending with the first end-of-sequence id or at the limit. Sequences that are longer
-        than what was recorded are decoded without graphs."""
+        """New token ids one by one, ending with the first end-of-sequence id or at the limit. Sequences longer than the
+        capacity are decoded without graphs."""
         if len(request.prompt_ids) + request.max_new_tokens > self.capacity:
             return decode(self._decoder, request)
         return self._decode(request)
 
+    def prefill(self, prompt_ids: tuple[int, ...]) -> Tensor:
+        """The prompt's last logits `[1, V]`; their most likely token is the first step's."""
+        decoder, cache = self._decoder, self._cache
+        cache.rollback(0)
+        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, cache)
+        logits_1V = decoder.logits(hidden_SM[-1:])
+        self.token_1.copy_(logits_1V.argmax(dim=-1))
+        self.position_1.fill_(len(prompt_ids))
+        return logits_1V
+
+    def step(self, length: int) -> Tensor:
+        """One step, after which `length` tokens are in the cache: the logits `[1, V]` of the token after them."""
+        (logits_1V,) = self._step(length=length)
+        return logits_1V
+
     @torch.inference_mode()
     def _decode(self, request: GenerationRequest) -> Iterator[int]:
         sampler, length = Sampler(request.sampling, request.seed), len(request.prompt_ids)
-        ticket = self._prefill(request.prompt_ids, sampler)
+        ticket = self._choose(self.prefill(request.prompt_ids), sampler)
         try:
             for left in reversed(range(request.max_new_tokens)):
-                coming = ticket
+                current = ticket
                 if left:
                     length += 1
-                    self._step(length)
-                    ticket = self._chosen(self._step.logits_1V, sampler)
-                token = self._readback.read(coming)[0]
+                    ticket = self._choose(self.step(length), sampler)
+                token = self._readback.read(current)[0]
                 yield token
                 if token in request.eos_ids:
                     return
         finally:
-            self._readback.read(ticket)  # nothing is left at work, which would take its time from whoever comes next
+            self._readback.read(ticket)  # no step may be left at work, taking time from the next request
 
-    def _prefill(self, prompt_ids: tuple[int, ...], sampler: Sampler) -> int:
-        """The ticket of the first new token, which then stands ready for the first step."""
-        decoder, step = self._decoder, self._step
-        step.cache.rollback(0)
-        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, step.cache)
-        logits_1V = decoder.logits(hidden_SM[-1:])
-        step.token_1.copy_(logits_1V.argmax(dim=-1))
-        step.position_1.fill_(len(prompt_ids))
-        return self._chosen(logits_1V, sampler)
-
-    def _chosen(self, logits_1V: Tensor, sampler: Sampler) -> int:
-        """The ticket of the token behind `logits_1V`: the likeliest stands there already, another one is drawn."""
+    def _choose(self, logits_1V: Tensor, sampler: Sampler) -> int:
+        """The readback's ticket for the token after `logits_1V`. Greedy decoding finds it in `token_1` already."""
         if not sampler.greedy:
             self._uniform.send([sampler.uniform()])
-            self._step.token_1.copy_(draw_rows(sampler.probabilities(logits_1V), self._uniform.words))
-        return self._readback.start(self._step.token_1)
+            self.token_1.copy_(draw_rows(sampler.probabilities(logits_1V), self._uniform.words))
+        return self._readback.start(self.token_1)
+
+    def _run_step(self, bucket: int) -> Tensors:
+        context = self._layers.chain(self.position_1, bucket)
+        hidden_1M = self._layers.forward(self._decoder.embed(self.token_1), context, self._decoder.layers)
+        logits_1V = self._decoder.logits(hidden_1M)
+        self.token_1.copy_(argmax(logits_1V))
+        # Warm-ups and captures count on as well: a few positions, all within the smallest bucket.
+        self.position_1.add_(1)
+        return (logits_1V,)

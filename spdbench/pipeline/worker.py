@@ -27,7 +27,7 @@ from torch import Tensor
 
 from spdbench.models.cpu.argmax import argmax
 from spdbench.models.cpu.memory import return_freed_memory
-from spdbench.models.cuda.captured_decoder import recorded_on_gpu
+from spdbench.models.cuda.captured_decoder import captured_on_gpu
 from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
 from spdbench.models.target import LayerSource
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
@@ -130,7 +130,7 @@ class _Stage:
         self._spans: list[tuple[int, ...]] = []
         self._free_ns = 0
         self._cache: TargetCache | None = None
-        self._decoder: TargetDecoder = recorded_on_gpu(
+        self._decoder: TargetDecoder = captured_on_gpu(
             spec.source.load(spec.layers, spec.device), (1,), spec.hidden_indices
         )
         self._on_gpu = self._decoder.device.type == "cuda"

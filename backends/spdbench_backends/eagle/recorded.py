@@ -12,7 +12,6 @@ Shapes: S rows, R rows of a round, F feature columns, N nodes, M draft width, U 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.tree import DraftTree, GrownTree
 from spdbench.models.attention_context import TreeRows
-from spdbench.models.cuda.graph import GraphRunner, Upload
-from spdbench.models.cuda.static_layers import StaticLayers, StaticPlace, bucket_for, buckets
+from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Tensors, Upload, buckets
+from spdbench.models.cuda.captured_layers import CapturedContext, CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench_backends.eagle.drafter import EagleDrafter, HeadProposer
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
@@ -39,21 +38,19 @@ class RecordedEagle(EagleModule):
         self._scratch = growth.num_levels * growth.max_nodes
         super().__init__(weights, capacity + self._num_rows + self._scratch)
         self._growth = growth
-        self._runner = GraphRunner(weights.device)
         self._bucket = 0  # of the round that is being recorded
         with torch.inference_mode():
-            windows = {layer.window for layer in weights.layers}
-            self._static = StaticLayers(weights.geometry, weights.rotary, self._cache, windows, compiled=compiled)
+            self._static = CapturedLayers(
+                dict(enumerate(weights.layers)), weights.geometry, weights.rotary, self._cache, compiled=compiled
+            )
             self._sent = Upload(2 + self._num_rows, torch.long, weights.device)
             words = self._sent.words
             self._first_1, self._count_1, self._ids_R = words[:1], words[1:2], words[2:]
             columns = target.config.hidden_size * max(1, len(weights.aux))
-            self._features_RF = torch.zeros(self._num_rows, columns, dtype=weights.dtype, device=weights.device)
+            features_RF = torch.zeros(self._num_rows, columns, dtype=weights.dtype, device=weights.device)
             self._sent.send([0, 1, *[0] * self._num_rows])
-            ids_U = weights.token_ids_U
-            self._draft = self._empty_draft(target.config.vocab_size if ids_U is None else len(ids_U))
             sizes = buckets(self._cache.capacity)
-            self._replays = {bucket: self._runner.record(partial(self._work, bucket)) for bucket in sizes}
+            self._round = CapturedFunction(CudaGraphs(weights.device), self._work, (features_RF,), sizes)
 
     @property
     def num_rows(self) -> int:
@@ -63,13 +60,14 @@ class RecordedEagle(EagleModule):
     def replay(self, features_SF: Tensor, token_ids: Sequence[int]) -> DraftTree:
         """Commits rows as `extend` does and grows a tree of all levels behind them; holds until the next replay."""
         count = len(token_ids)
-        self._features_RF[:count].copy_(features_SF)
+        self._round.inputs[0][:count].copy_(features_SF)
         self._sent.send([self._committed, count, *token_ids, *[0] * (self._num_rows - count)])
-        self._replays[bucket_for(self._committed + self._num_rows + self._scratch, self._replays)]()
+        ids_N, parents_N, depths_N, visible_NN = self._round(length=self._committed + self._num_rows + self._scratch)
         self._committed += count
         self._cache.rollback(0)
         self._cache.advance(self._committed)
-        return self._draft
+        tree = GrownTree(parents_N, self._growth.num_levels, self._is_chain, TreeRows(depths_N, visible_NN))
+        return DraftTree(tree, ids_N)
 
     def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """As ever, or, while a round is recorded, behind the rows that it begins with."""
@@ -79,47 +77,26 @@ class RecordedEagle(EagleModule):
         place = self._static.tree(first_1, rows.depths_S, rows.visible_SW, self._bucket)
         return self._logits(self._through(states_SM, ids_S, place))
 
-    def _work(self, bucket: int) -> None:
+    def _work(self, bucket: int, features_RF: Tensor) -> Tensors:
         self._bucket = bucket
         try:
             positions_R = self._first_1 + torch.arange(self._num_rows, device=self.weights.device)
-            place = self._static.chain(positions_R, bucket)
-            hidden_RM = self._through(self._fused(self._features_RF), self._ids_R, place)
+            context = self._static.chain(positions_R, bucket)
+            hidden_RM = self._through(self._fused(features_RF), self._ids_R, context)
             logits_1U, state_1M = self._logits(hidden_RM.index_select(0, self._count_1 - 1))
             root_1 = self._ids_R.index_select(0, self._count_1 - 1)
             proposer = HeadProposer(self, logits_1U, state_1M)
             draft = self._growth.grow(proposer, root_1, self._growth.num_levels)
-            self._keep(draft)
+            self._is_chain = draft.tree.is_chain
+            rows = draft.tree.rows
+            return draft.ids_N, draft.tree.parents_N, rows.depths_S, rows.visible_SW
         finally:
             self._bucket = 0
 
-    def _through(self, features_SM: Tensor, ids_S: Tensor, place: StaticPlace) -> Tensor:
+    def _through(self, features_SM: Tensor, ids_S: Tensor, context: CapturedContext) -> Tensor:
         inputs, hidden_SM = self._entering(features_SM, ids_S)
-        layers = self.weights.layers
-        hidden_SM = self._static.body(layers[0], 0, inputs, hidden_SM, place)
-        for index, layer in enumerate(layers[1:], 1):
-            hidden_SM = self._static.forward(layer, index, hidden_SM, place)
-        return hidden_SM
-
-    def _keep(self, draft: DraftTree) -> None:
-        """The draft, in tensors that outlive the replay."""
-        kept, rows = self._draft, draft.tree.rows
-        kept.ids_N.copy_(draft.ids_N)
-        kept.tree.parents_N.copy_(draft.tree.parents_N)
-        kept.tree.rows.depths_S.copy_(rows.depths_S)
-        kept.tree.rows.visible_SW.copy_(rows.visible_SW)
-
-    def _empty_draft(self, num_ids: int) -> DraftTree:
-        """Found by growing a tree of nothing, so that its size need not be known beforehand."""
-        weights = self.weights
-        state_1M = torch.zeros(1, weights.width, dtype=weights.dtype, device=weights.device)
-        logits_1U = torch.zeros(1, num_ids, dtype=weights.dtype, device=weights.device)
-        root_1 = torch.zeros(1, dtype=torch.long, device=weights.device)
-        grown = self._growth.grow(HeadProposer(self, logits_1U, state_1M), root_1, self._growth.num_levels)
-        self.reset()
-        tree, rows = grown.tree, grown.tree.rows
-        known = TreeRows(rows.depths_S.clone(), rows.visible_SW.clone())
-        return DraftTree(GrownTree(tree.parents_N.clone(), tree.num_levels, tree.is_chain, known), grown.ids_N.clone())
+        hidden_SM = self._static.body(0, inputs, hidden_SM, context)
+        return self._static.forward(hidden_SM, context, range(1, len(self.weights.layers)))
 
 
 class RecordedEagleDrafter(EagleDrafter):

@@ -5,6 +5,7 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -153,7 +154,7 @@ class Medusa(DraftVerify):
         """What a head takes, timed as it will run."""
         import torch
 
-        from spdbench.models.cuda.graph import GraphRunner
+        from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
         from spdbench.models.timing import median_seconds
 
         weights, decoder = self._weights, self._decoder
@@ -161,21 +162,14 @@ class Medusa(DraftVerify):
             return 0.0
         heads = weights.num_heads
         state = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
-        best = torch.zeros(heads, dtype=torch.long, device=decoder.device)
 
-        def draft() -> None:
-            best.copy_(weights.logits(state, heads).argmax(dim=-1).flatten())
+        def draft(_bucket: int = 0) -> tuple[torch.Tensor, ...]:
+            return (weights.logits(state, heads).argmax(dim=-1).flatten(),)
 
+        run: Callable[[], tuple[torch.Tensor, ...]] = draft
         if to_be_recorded(self._options.graphs, self._context) is not None:
-            with torch.inference_mode():
-                draft = GraphRunner(decoder.device).record(draft)
-
-        def drafted() -> list[int]:
-            draft()
-            found: list[int] = best.tolist()
-            return found
-
-        return median_seconds(drafted, between=self._forward_between()) / heads
+            run = CapturedFunction(CudaGraphs(decoder.device), draft)
+        return median_seconds(lambda: run()[0].tolist(), between=self._forward_between()) / heads
 
     def _judge(self) -> Judge:
         from spdbench_backends.medusa.typical import TypicalAcceptance

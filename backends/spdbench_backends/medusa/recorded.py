@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
-from spdbench.models.cuda.graph import GraphRunner, Upload
+from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Tensors, Upload
 from spdbench.models.decoder import Decoder
 from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.drafter import MedusaDrafter
@@ -24,23 +24,21 @@ class RecordedMedusa:
         self._weights, self._target, self._tree = weights, target, tree
         with torch.inference_mode():
             self._root = Upload(1, torch.long, target.device)
-            self._hidden_1M = torch.zeros(1, target.config.hidden_size, dtype=target.dtype, device=target.device)
-            self._ids_N = torch.zeros(len(tree.tree), dtype=torch.long, device=target.device)
-            self._replay = GraphRunner(target.device).record(self._work)
+            hidden_1M = torch.zeros(1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+            self._draft = CapturedFunction(CudaGraphs(target.device), self._work, (hidden_1M,))
 
     def fill(self, hidden_1M: Tensor, root: int) -> DraftTree:
         """The whole tree behind the token `root`, chosen from `hidden_1M`; holds until the next one."""
-        self._hidden_1M.copy_(hidden_1M)
         self._root.send([root])
-        self._replay()
-        return DraftTree(self._tree.tree, self._ids_N)
+        (ids_N,) = self._draft(hidden_1M)
+        return DraftTree(self._tree.tree, ids_N)
 
-    def _work(self) -> None:
+    def _work(self, _bucket: int, hidden_1M: Tensor) -> Tensors:
         tree, weights = self._tree, self._weights
         levels = tree.tree.num_levels
-        logits = weights.logits(self._target.normed(self._hidden_1M), levels)
+        logits = weights.logits(self._target.normed(hidden_1M), levels)
         best = weights.token_ids(logits.topk(tree.num_ranks, dim=-1).indices)
-        self._ids_N.copy_(tree.fill(self._root.words, best, levels).ids_N)
+        return (tree.fill(self._root.words, best, levels).ids_N,)
 
 
 class RecordedMedusaDrafter(MedusaDrafter):

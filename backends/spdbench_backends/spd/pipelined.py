@@ -161,10 +161,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
     @property
     def _share_a_gpu(self) -> bool:
         """True where all that there is is one GPU, whose processes would take turns, and recorded stages need not."""
-        from spdbench.models.cuda.captured_decoder import recordable
+        from spdbench.models.cuda.captured_decoder import is_capturable
 
         devices = set(self._context.devices)
-        return len(devices) == 1 and devices.pop().startswith("cuda") and recordable(self._decoder)
+        return len(devices) == 1 and devices.pop().startswith("cuda") and is_capturable(self._decoder)
 
     @property
     def _transport(self) -> RowTransport:
@@ -305,11 +305,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
 
     def _start_streams(self) -> StreamsPipeline:
-        from spdbench.models.cuda.captured_decoder import refuse_unrecordable, usual_capacity
+        from spdbench.models.cuda.captured_decoder import refuse_uncapturable, usual_capacity
         from spdbench.pipeline.streams import StreamsPipeline
 
         asked = f"-o {self._context.label}.executor=streams"
-        decoder = refuse_unrecordable(self._decoder, asked, "process, inline")
+        decoder = refuse_uncapturable(self._decoder, asked, "process, inline")
         capacity = self._options.context or usual_capacity(decoder)
         return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._beside(capacity))
 

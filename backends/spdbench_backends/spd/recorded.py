@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.models.cpu.argmax import argmax
-from spdbench.models.cuda.static_layers import StaticLayers
+from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.head import HeadWeights
@@ -38,13 +38,11 @@ class RecordedDraftModule:
         assert decoder.head is not None
         with torch.inference_mode():
             self._cache = decoder.new_cache(capacity + plan.full_depth + 2)
-            windows = {layer.window for layer in decoder.weights.values()}
-            self._layers = StaticLayers(decoder.geometry, decoder.rotary, self._cache, windows)
+            self._layers = CapturedLayers(decoder.weights, decoder.geometry, decoder.rotary, self._cache)
             shape = self._ring_size + 1, len(plan.anchors) * self._width
             self._ring = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
             num_ids = decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)
             self.logits_1U = torch.zeros(1, num_ids, dtype=decoder.dtype, device=decoder.device)
-            self.answer_1 = torch.zeros(1, dtype=torch.long, device=decoder.device)
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int) -> None:
         """Reads the prompt: its hidden states, `[S, M]` by index."""
@@ -61,10 +59,10 @@ class RecordedDraftModule:
     def enter(self, position_1: Tensor, hidden_1M: Tensor) -> None:
         self._put(0, position_1, hidden_1M)
 
-    def see(self, index: int, position_1: Tensor, hidden_1M: Tensor) -> None:
+    def observe(self, index: int, position_1: Tensor, hidden_1M: Tensor) -> None:
         self._put(index, position_1, hidden_1M)
 
-    def work(self, num_stages: int, position_1: Tensor, bucket: int) -> None:
+    def draft(self, num_stages: int, position_1: Tensor, bucket: int) -> Tensor:
         weights, decoder, plan = self._weights, self._weights.decoder, self._weights.plan
         first_1 = (position_1 - num_stages).masked_fill(position_1 >= self._capacity, self._capacity + 1)
         positions_S = first_1 + torch.arange(num_stages + 1, device=position_1.device)
@@ -76,14 +74,13 @@ class RecordedDraftModule:
             rows = self._ring[:, :columns].index_select(0, places_S[done : done + count])
             parts.append(linear(rows, weights.projections[kind]))
             done += count
-        hidden_SM, place = torch.cat(parts), self._layers.chain(positions_S, bucket)
-        for layer in decoder.layers:
-            hidden_SM = self._layers.forward(decoder.weights[layer], layer, hidden_SM, place)
+        context = self._layers.chain(positions_S, bucket)
+        hidden_SM = self._layers.forward(torch.cat(parts), context, decoder.layers)
         logits_1U = decoder.logits(hidden_SM[-1:])
         self.logits_1U.copy_(logits_1U)
         best_1 = argmax(logits_1U)
         ids_U = weights.token_ids_U
-        self.answer_1.copy_(best_1 if ids_U is None else ids_U.index_select(0, best_1))
+        return best_1 if ids_U is None else ids_U.index_select(0, best_1)
 
     def _put(self, index: int, positions_S: Tensor, hidden_SM: Tensor) -> None:
         anchor = self._weights.plan.anchors.index(index)

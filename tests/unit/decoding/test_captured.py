@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.captured import CapturedDecoding
-from spdbench.models.cuda.graph import Readback
+from spdbench.models.cuda.captured_function import Readback
 from spdbench.models.decoder import Decoder
 from tests import tiny
 

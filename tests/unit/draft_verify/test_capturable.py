@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spdbench.decoding.captured import CapturedDecoding
 from spdbench.decoding.named_trees import named_tree
-from spdbench.models.cuda.captured_decoder import CapturedDecoder, RecordedStep
-from spdbench.models.cuda.graph import GraphRunner, Work
+from spdbench.models.cuda.captured_decoder import CapturedDecoder
+from spdbench.models.cuda.captured_function import CudaGraphs, Work
 from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts
 from spdbench.pipeline.streams import StreamsPipeline
@@ -65,13 +66,13 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """What recorded work does once it has been warmed up."""
     watch = Watch()
 
-    def record(_: GraphRunner, work: Work) -> Work:
+    def capture(_: CudaGraphs, work: Work) -> Work:
         work()
         with watch:
             work()
         return work
 
-    monkeypatch.setattr(GraphRunner, "record", record)
+    monkeypatch.setattr(CudaGraphs, "capture", capture)
     return watch
 
 
@@ -96,7 +97,7 @@ def streams(target: Decoder) -> object:
 
 
 RECORDED: dict[str, Callable[[Decoder], object]] = {
-    "one token": lambda target: RecordedStep(target, 60),
+    "one token": lambda target: CapturedDecoding(target, 60),
     "rows of a tree": lambda target: CapturedDecoder(target, (1, 8), 60, (0, 3)),
     "streams": streams,
     "eagle, chain": eagle(ChainBuilder(4)),
@@ -121,5 +122,5 @@ def test_the_watch_sees_what_is_forbidden(watch: Watch) -> None:
         assert int(numbers[1]) == len(torch.tensor([1]))
         numbers.nonzero()
 
-    GraphRunner(torch.device("cpu")).record(work)
+    CudaGraphs(torch.device("cpu")).capture(work)
     assert {"_local_scalar_dense", "lift_fresh", "nonzero"} <= watch.seen.keys()

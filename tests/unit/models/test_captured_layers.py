@@ -1,4 +1,4 @@
-"""A layer over tensors that stay in place is the plain path's layer, whatever the bucket and the rows."""
+"""A layer over tensors that stay in place gives the eager layer's results, whatever the bucket and the rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from spdbench.decoding.captured import CapturedDecoding
 from spdbench.decoding.tree import from_paths
 from spdbench.models.attention_context import TreeRows
-from spdbench.models.cuda.captured_decoder import CapturedDecoder, RecordedStep
-from spdbench.models.cuda.static_layers import StaticLayers, bucket_for, buckets
+from spdbench.models.cuda.captured_decoder import CapturedDecoder
+from spdbench.models.cuda.captured_layers import CapturedLayers, captured_layer
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
 from tests import tiny
@@ -29,30 +30,21 @@ def prefilled(decoder: Decoder, cache: KVCache) -> None:
     decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache)
 
 
-def test_buckets_are_powers_of_two_and_the_capacity() -> None:
-    assert buckets(100) == (100,)
-    assert buckets(256) == (256,)
-    assert buckets(1500) == (256, 512, 1024, 1500)
-    assert [bucket_for(length, buckets(1500)) for length in (1, 256, 257, 1500)] == [256, 256, 512, 1500]
-
-
 @torch.inference_mode()
 def test_one_row_at_any_length_gives_the_plain_logits(family: Decoder) -> None:
-    step, cache = RecordedStep(family, 40), family.new_cache(40)
-    step.cache.rollback(0)
-    prefilled(family, step.cache)
+    decoding, cache = CapturedDecoding(family, 40), family.new_cache(40)
+    decoding.prefill(PROMPT)
     prefilled(family, cache)
-    step.token_1.fill_(7)
-    step.position_1.fill_(len(PROMPT))
+    decoding.token_1.fill_(7)
     token = 7
     for length in range(len(PROMPT) + 1, 40):
-        step(length)
+        logits_1V = decoding.step(length)
         hidden_SM, _ = family.forward(family.embed(family.ids((token,))), cache.length, cache)
         expected = family.logits(hidden_SM)
-        torch.testing.assert_close(step.logits_1V, expected, rtol=1e-4, atol=1e-4)
-        token = int(step.token_1)
+        torch.testing.assert_close(logits_1V, expected, rtol=1e-4, atol=1e-4)
+        token = int(decoding.token_1)
         assert token == int(expected.argmax())
-        assert int(step.position_1) == length
+        assert int(decoding.position_1) == length
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
@@ -162,7 +154,6 @@ def test_a_stages_layers_can_be_recorded_by_themselves(tiny_model: Path) -> None
 def test_a_layer_can_be_traced_as_a_whole(decoder: Decoder) -> None:
     """What `compiled` asks of torch.compile; the code for a GPU is made where there is one."""
     from spdbench.models.cpu.linear import PlainLinear
-    from spdbench.models.cuda.static_layers import static_layer
     from spdbench.models.layers import LayerWeights
 
     def plain(weights: LayerWeights) -> LayerWeights:
@@ -182,8 +173,8 @@ def test_a_layer_can_be_traced_as_a_whole(decoder: Decoder) -> None:
         )
 
     cache = decoder.new_cache(16)
-    layers = StaticLayers(decoder.geometry, decoder.rotary, cache, (None,))
-    place = layers.chain(torch.tensor([3]), 16)
+    layers = CapturedLayers(decoder.weights, decoder.geometry, decoder.rotary, cache)
+    context = layers.chain(torch.tensor([3]), 16)
     rows_SM = torch.randn(1, decoder.config.hidden_size)
     graphs = 0
 
@@ -192,13 +183,13 @@ def test_a_layer_can_be_traced_as_a_whole(decoder: Decoder) -> None:
         graphs += 1
         return module.forward
 
-    traced = torch.compile(static_layer, backend=backend, fullgraph=True, dynamic=False)
+    traced = torch.compile(captured_layer, backend=backend, fullgraph=True, dynamic=False)
     for layer in range(3):
         keys, values = cache.slots(layer)
-        angles = place.cos_S1D, place.sin_S1D
+        angles = context.cos_S1D, context.sin_S1D
         inputs = (
-            *(plain(decoder.weights[layer]), layers._steps, rows_SM, rows_SM, keys, values, place.slots_S, angles),
-            *(place.hidden_RB[None], False),
+            *(plain(decoder.weights[layer]), layers._ops, rows_SM, rows_SM, keys, values, context.slots_S, angles),
+            *(context.mask_RB[None], False),
         )
-        torch.testing.assert_close(traced(*inputs), static_layer(*inputs))
+        torch.testing.assert_close(traced(*inputs), captured_layer(*inputs))
     assert graphs == 1, "every layer is the same code"
