@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.types import BackendKind, EngineReport, GenerationRequest, Span, Step, Unknown
 
 if TYPE_CHECKING:
@@ -185,7 +185,6 @@ def parse_options(label: str, options: type[BackendOptions], given: Mapping[str,
     try:
         return options.model_validate(dict(given))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "?"
-        reason = first["msg"].removeprefix("Value error, ")
+        loc, reason = first_problem(error)
+        key = loc[0] if loc else "?"
         raise InputError(f"-o {label}.{key}={given.get(key, '')}: {reason}") from None

@@ -15,6 +15,12 @@ from __future__ import annotations
 import difflib
 import errno
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound="BaseModel")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What an `OSError` says that more room on disk would mend."""
@@ -69,3 +75,24 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def brief(error: BaseException) -> str:
     """The kind of an error, whoever raised it, and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """The key path of the first thing that pydantic found wrong, and what is wrong with it."""
+    first = error.errors()[0]
+    return tuple(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+
+
+def validated(model: type[Model], data: object, prefix: str) -> Model:
+    """`data`, an object or JSON text, as a `model`.
+
+    Raises:
+        InputError: it does not fit; names key and reason behind `prefix`.
+    """
+    from pydantic import ValidationError  # a slow import, which `--help` does without
+
+    try:
+        return model.model_validate_json(data) if isinstance(data, str | bytes) else model.model_validate(data)
+    except ValidationError as error:
+        loc, reason = first_problem(error)
+        raise InputError(f"{prefix}{'.'.join(loc)}: {reason}") from None

@@ -11,7 +11,7 @@ from typing import cast
 
 from pydantic import ValidationError
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.training.recipe import Recipe, RecipeOptions
 
 ENTRY_POINT_GROUP = "spdbench.recipes"
@@ -65,9 +65,9 @@ def checked_options(options: type[RecipeOptions], given: Mapping[str, str]) -> R
     try:
         return options.model_validate(dict(given))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else "?"
-        raise InputError(f"-o {key}={given.get(key, '')}: {first['msg'].removeprefix('Value error, ')}") from None
+        loc, reason = first_problem(error)
+        key = loc[0] if loc else "?"
+        raise InputError(f"-o {key}={given.get(key, '')}: {reason}") from None
 
 
 def check_layout(recipe: type[Recipe], layout: str) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.weights import FLOATS, Checkpoint, sha256_of_files
 from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 
@@ -124,11 +124,7 @@ def read_eagle(path: Path) -> EagleFile:
     layout = _layout(raw)
     if layout == "spdbench":
         require_version(path, raw)
-    try:
-        config = EagleConfig.model_validate(_flat(raw, layout, path))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    config = validated(EagleConfig, _flat(raw, layout, path), f"{path}/config.json: ")
     weights = Checkpoint(path)
     tensors: dict[str, Tensor] = {}
     for part in weights.files:

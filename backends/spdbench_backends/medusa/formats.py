@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.weights import FLOATS, Checkpoint, sha256_of_files
 from spdbench.models.decoder import DRAFT_HEADS
 from spdbench_backends.drafter_files import load_tensors, read_config, require_version
@@ -170,11 +170,8 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
         )
     take = _Taker(path, layout, tensors)
     settings = _settings(take, raw)
-    try:
-        config = MedusaConfig.model_validate_json(json.dumps(settings))  # in JSON's terms a list is a tuple
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    # As JSON text, where a list is accepted for a tuple.
+    config = validated(MedusaConfig, json.dumps(settings), f"{path}/config.json: ")
     blocks = take.blocks()
     heads = take.heads(raw, config)
     take.refuse_leftovers()

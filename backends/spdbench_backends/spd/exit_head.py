@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
-from spdbench.errors import InputError
+from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.weights import sha256_of_files
 from spdbench.models.cpu.linear import linear
 from spdbench.models.decoder import Decoder
@@ -72,11 +72,7 @@ def read_exit(path: Path) -> ExitFile:
     file = path / "model.safetensors"
     if not file.is_file():
         raise InputError(f"{path}: is not a drafter folder, it has no {file.name}")
-    try:
-        checked = ExitConfig.model_validate(config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"{path}: config.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    checked = validated(ExitConfig, config, f"{path}: config.")
     return ExitFile(path, checked, unpacked(load_tensors(file)), sha256_of_files([file]))
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.weights import sha256_of_files
 from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
@@ -83,12 +83,7 @@ def read_head(path: Path) -> HeadFile:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or not tensor.is_floating_point():
             raise InputError(f"{path}: {name} is not a dense tensor of floating-point numbers")
-    try:
-        checked = HeadConfig.model_validate(config)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: config.{key}: {first['msg']}") from None
+    checked = validated(HeadConfig, config, f"{path}: config.")
     return HeadFile(path, checked, {str(name): tensor for name, tensor in tensors.items()}, sha256_of_files([file]))
 
 

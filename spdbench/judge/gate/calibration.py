@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spdbench.errors import InputError, NotComparableError
+from spdbench.errors import InputError, NotComparableError, first_problem
 from spdbench.judge.comparison.workload import machine, workload
 from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.timing import SPEED, SPEEDUP
@@ -205,6 +205,5 @@ def parse_calibration(text: str) -> Calibration:
     try:
         return Calibration.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+        loc, reason = first_problem(error)
+        raise ValueError(": ".join(filter(None, [".".join(loc), reason]))) from None

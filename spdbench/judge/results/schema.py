@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, first_problem
 from spdbench.types import BackendKind, FinishReason, Unknown
 
 SCHEMA = "spdbench.result/1"
@@ -284,11 +284,10 @@ def _why(raw: bytes, error: ValidationError) -> str:
         return "is not a spdbench result: no 'schema: spdbench.result/N' in it"
     if schema != SCHEMA:
         return f"has schema {schema[:60]}, {_age(schema)}; this one reads {SCHEMA}"
-    first = error.errors()[0]
-    if not first["loc"]:  # nested more deeply than our reader goes
-        return f"cannot be read ({first['msg']})"
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{_value(first['input'])}"
+    loc, reason = first_problem(error)
+    if not loc:  # nested more deeply than our reader goes
+        return f"cannot be read ({reason})"
+    return f"{'.'.join(loc)}: {reason}{_value(error.errors()[0]['input'])}"
 
 
 def _age(schema: str) -> str:
