@@ -31,12 +31,11 @@ from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.conversations import read_conversations
-from spdbench.training.features import Features, make_teacher
+from spdbench.training.features import Features
 from spdbench.training.loop import Training
-from spdbench.training.order import split_held_out
-from spdbench.training.recipe import Provenance, Recipe
+from spdbench.training.recipe import Provenance, Recipe, Teacher
 from spdbench.training.registry import checked_options, find_recipe
-from spdbench.training.schedule import Data, Limits, Plan
+from spdbench.training.schedule import Data, Limits, Plan, split_held_out
 from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
 
 MODEL, DTYPE = "smollm2", "bfloat16"
@@ -142,7 +141,7 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
     torch.manual_seed(seed)
     kind = find_recipe(each.method)
     draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, config.eos_ids)
-    return kind(checked_options(kind.Options, each.options), make_teacher(decoder), draft_ids_U, each.stages)
+    return kind(checked_options(kind.Options, each.options), Teacher(decoder), draft_ids_U, each.stages)
 
 
 def prepare(features: Features, tokens: Sequence[int], process: int, num_processes: int) -> None:

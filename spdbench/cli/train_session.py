@@ -26,13 +26,12 @@ from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations
-from spdbench.training.features import Features, make_teacher
+from spdbench.training.features import Features
 from spdbench.training.log import is_finished, mark_finished
 from spdbench.training.loop import Training
-from spdbench.training.order import split_held_out
-from spdbench.training.recipe import Particular, Provenance, Recipe, RecipeOptions
+from spdbench.training.recipe import Provenance, Recipe, RecipeOptions, Teacher
 from spdbench.training.registry import check_layout, find_recipe, parse_recipe_options
-from spdbench.training.schedule import Data, Limits, Plan
+from spdbench.training.schedule import Data, Limits, Plan, split_held_out
 from spdbench.training.space import (
     GB,
     checkpoint_bytes,
@@ -188,9 +187,8 @@ def _prepared(
     decoder = target.own_decoder
     config = decoder.config
     draft_ids_U = draft_vocabulary(sequences, wishes.draft_vocab, config.vocab_size, config.eos_ids)
-    recipe = recipe_class(options, make_teacher(decoder), draft_ids_U, wishes.stages)
-    if isinstance(recipe, Particular):
-        recipe.require_layout(wishes.layout)
+    recipe = recipe_class(options, Teacher(decoder), draft_ids_U, wishes.stages)
+    recipe.require_layout(wishes.layout)
     require_memory(training_bytes(recipe.module, config, wishes.batch_tokens), target.device, "training")
     require_disk(checkpoint_bytes(recipe.module), wishes.out, "training")
     features = Features(decoder, sequences, recipe.hidden_indices)

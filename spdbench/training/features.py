@@ -19,23 +19,11 @@ import torch
 from torch import Tensor
 
 from spdbench.models.decoder import Decoder
-from spdbench.training.recipe import Batch, Teacher
+from spdbench.training.recipe import Batch
 from spdbench.training.tokens import TokenSequence
 
 LOGIT_ROWS = 128
 """Positions whose full logits are held at a time."""
-
-
-def make_teacher(decoder: Decoder) -> Teacher:
-    """The decoder as recipes need it."""
-    assert decoder.embeddings_VM is not None
-    assert decoder.head is not None
-    assert decoder.final_norm is not None
-    device = decoder.device
-    head_VM = decoder.head.plain().to(device, torch.float32)
-    tied = decoder.config.tied
-    embeddings_VM = head_VM if tied else decoder.embeddings_VM.to(device, decoder.dtype).float()
-    return Teacher(decoder, embeddings_VM, head_VM, decoder.final_norm.weight_M.float())
 
 
 class Features:

@@ -1,17 +1,19 @@
-"""What a method has to say to be trained: the module, its loss, how good it is, and how it is written.
+"""What a method provides to be trained: its module, its loss, its acceptance, and its files.
 
-The loop knows recipes only through this protocol, and finds them through the entry point group `spdbench.recipes`, as
-the harness finds backends. Must not know any method.
+The loop knows recipes only by the base class here, and finds them through the entry point group `spdbench.recipes`, as
+the harness finds backends.
 
-Shapes: B conversations side by side, S tokens of each, M model width, V vocabulary, U draft vocabulary.
+Shapes: B conversations in a batch, S tokens of each, M model width, V vocabulary, U draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -28,12 +30,12 @@ class RecipeOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Batch:
-    """A few conversations, padded on the right, and what the frozen target made of them.
+    """A few conversations, padded on the right, and what the frozen target computed for them.
 
     `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (SPD.md, section 1: 0 is the embedding, the
-    number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token is
-    there and part of an answer: losses and acceptance count such positions only. `valid_BS` is false on padding.
-    `argmax_BS` is the target's own greedy next token at each position.
+    number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token
+    exists and is part of an answer: only these positions count in losses and acceptance. `valid_BS` is false on
+    padding. `argmax_BS` is the target's own greedy next token at each position.
     """
 
     ids_BS: Tensor
@@ -44,12 +46,17 @@ class Batch:
 
 
 class Teacher:
-    """The frozen target, as recipes need it: embeddings, final norm and output head in float32, without gradients."""
+    """The frozen target as recipes need it: embeddings, final norm and output head in float32, without gradients."""
 
-    def __init__(self, decoder: Decoder, embeddings_VM: Tensor, head_VM: Tensor, norm_M: Tensor) -> None:
-        self.config = decoder.config
-        self.decoder = decoder
-        self.embeddings_VM, self.head_VM, self.norm_M = embeddings_VM, head_VM, norm_M
+    def __init__(self, decoder: Decoder) -> None:
+        assert decoder.embeddings_VM is not None
+        assert decoder.head is not None
+        assert decoder.final_norm is not None
+        self.config, self.decoder, self.device = decoder.config, decoder, decoder.device
+        self.head_VM = decoder.head.plain().to(self.device, torch.float32)
+        tied = decoder.config.tied
+        self.embeddings_VM = self.head_VM if tied else decoder.embeddings_VM.to(self.device, decoder.dtype).float()
+        self.norm_M = decoder.final_norm.weight_M.float()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids of any shape, `[..., M]`."""
@@ -59,10 +66,32 @@ class Teacher:
         """The last layer's output after the final norm."""
         return nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
 
-    def logits(self, hidden: Tensor, token_ids_U: Tensor | None = None) -> Tensor:
-        """Next-token logits of the last layer's output, of the chosen tokens or of all, `[..., U]` or `[..., V]`."""
-        rows = self.head_VM if token_ids_U is None else self.head_VM[token_ids_U]
-        return nn.functional.linear(self.normed(hidden), rows)
+
+class DraftVocabulary:
+    """The tokens that a drafter can propose, and the target's head rows for them; all tokens if `ids_U` is None."""
+
+    def __init__(self, ids_U: Tensor | None, head_VM: Tensor) -> None:
+        device = head_VM.device
+        self._index_V = torch.arange(len(head_VM), device=device)
+        self.ids_U, self.head_UM = None, head_VM
+        if ids_U is not None:
+            self.ids_U = ids_U.to(device)
+            self.head_UM = head_VM[self.ids_U]
+            self._index_V = torch.full_like(self._index_V, -1)
+            self._index_V[self.ids_U] = torch.arange(len(ids_U), device=device)
+
+    def draft_ids(self, token_ids: Tensor) -> Tensor:
+        """Indices of tokens in the draft vocabulary, -1 for those that it lacks."""
+        return self._index_V[token_ids]
+
+    def token_ids(self, draft_ids: Tensor) -> Tensor:
+        """The target's ids of tokens given by their index in the draft vocabulary."""
+        return draft_ids if self.ids_U is None else self.ids_U[draft_ids]
+
+    @property
+    def listed(self) -> tuple[int, ...] | None:
+        """The token ids for a drafter's config; None if drafts come from the whole vocabulary."""
+        return None if self.ids_U is None else tuple(self.ids_U.tolist())
 
 
 @dataclass(frozen=True)
@@ -73,23 +102,18 @@ class Counts:
     accepted: tuple[int, ...] = ()
 
     def __add__(self, other: Counts) -> Counts:
-        size = max(len(self.judged), len(other.judged))
-        return Counts(_added(self.judged, other.judged, size), _added(self.accepted, other.accepted, size))
+        pairs = ((self.judged, other.judged), (self.accepted, other.accepted))
+        return Counts(*(tuple(a + b for a, b in zip_longest(*pair, fillvalue=0)) for pair in pairs))
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Acceptance by position; nothing judged is 0."""
+        """Acceptance by position; 0 where nothing was judged."""
         return tuple(a / j if j else 0.0 for a, j in zip(self.accepted, self.judged, strict=True))
-
-
-def _added(some: Sequence[int], others: Sequence[int], size: int) -> tuple[int, ...]:
-    padded = [tuple(counts) + (0,) * (size - len(counts)) for counts in (some, others)]
-    return tuple(a + b for a, b in zip(*padded, strict=True))
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a drafter's config says of where it comes from, whatever its method."""
+    """What a drafter's config says of its origin, for every method."""
 
     model_id: str
     model_sha256: str
@@ -100,54 +124,52 @@ class Provenance:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Recipe(Protocol):
-    """One method's training. Made anew for a run; `module` holds all that is trained, in float32."""
+class Recipe(ABC):
+    """One method's training, made anew for each run. Every recipe derives from this class."""
 
     method: ClassVar[str]
     Options: ClassVar[type[RecipeOptions]]
     formats: ClassVar[tuple[str, ...]]
     """The layouts that `write` knows, `spdbench` first."""
     module: nn.Module
+    """All that is trained, in float32, on the teacher's device."""
     hidden_indices: tuple[int, ...]
     """The hidden states that `loss` and `acceptance` read from a batch."""
 
-    def __init__(self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None):
-        """A fresh module, drawn with torch's current seed. `draft_ids_U`: the draft vocabulary, ascending; None: all.
+    def __init__(
+        self,
+        options: RecipeOptions,  # noqa: ARG002 - for subclasses
+        teacher: Teacher,
+        draft_ids_U: Tensor | None,
+        num_stages: int | None,  # noqa: ARG002
+    ) -> None:
+        """Subclasses make `module`, drawn with torch's current seed. `draft_ids_U`: the draft vocabulary, ascending;
+        None for all tokens. `num_stages`: of the pipeline that is drafted for, where that matters.
 
         Raises:
             InputError: the options do not fit the model.
         """
+        self._teacher = teacher
+        self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
 
+    def require_layout(self, layout: str) -> None:  # noqa: B027 - most recipes can write all of their layouts
+        """Checks before training that `write` can use a layout with these options.
+
+        Raises:
+            InputError: it cannot; says what to give instead.
+        """
+
+    def fit(self, batches: Iterable[Batch]) -> None:  # noqa: B027 - optional
+        """Sets weights from the first batches before the first step, where that starts closer to the target."""
+
+    @abstractmethod
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """A scalar to minimise, the mean over the positions that count, and figures for the log."""
 
+    @abstractmethod
     def acceptance(self, batch: Batch) -> Counts:
-        """Greedy drafts against the target's own next tokens, as decoding would judge them along the given text."""
+        """Greedy drafts against the target's own next tokens, as decoding would verify them along the given text."""
 
+    @abstractmethod
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
-        """The drafter as files that the method's backend reads, in bfloat16."""
-
-
-@runtime_checkable
-class Particular(Protocol):
-    """What a recipe has besides, if some of its `formats` have no place for what some options ask of a drafter."""
-
-    def require_layout(self, layout: str) -> None:
-        """Asked before training, so that no drafter is trained that cannot be written.
-
-        Raises:
-            InputError: `write` could not use this layout; says what to give instead.
-        """
-
-
-@runtime_checkable
-class Fitted(Protocol):
-    """What a recipe has besides, if its module can begin closer to the target than a draw from a distribution."""
-
-    def fit(self, batches: Iterable[Batch]) -> None:
-        """Sets weights from the first batches that will be learned from, before the first step."""
-
-
-def training_device(teacher: Teacher) -> torch.device:
-    """Where the module and its batches live."""
-    return teacher.head_VM.device
+        """Writes the drafter as files that the method's backend reads."""

@@ -1,6 +1,8 @@
-"""How an SPD head is trained: rows of the newest depth against the target, as if every position were the newest.
+"""How drafters for a pipeline are trained: what SPD and PPSD share, and SPD's own module.
 
-Source: SPD.md, sections 2 and 8. Must not know how steps are taken, nor where data comes from.
+SPD trains rows of the newest depth against the target, as if every position were the newest. Source: SPD.md, sections 2
+and 8.
+
 Shapes: B texts, S positions, N rows that count, M model width, U draft vocabulary.
 """
 
@@ -16,15 +18,15 @@ from torch import Tensor, nn
 
 from spdbench.errors import InputError
 from spdbench.models.partition import split_by_counts, split_evenly
-from spdbench.training.losses import greedy_tokens, kl_rows
-from spdbench.training.modules import DecoderLayer
-from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher, training_device
+from spdbench.training.layers import DecoderLayer, angles
+from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions, Teacher
+from spdbench.training.soft_targets import greedy_drafts, mean_kl
 from spdbench_backends.drafter_files import origin
 from spdbench_backends.packing import Storage, stored, unpacked
 from spdbench_backends.spd.formats import VERSION, write_folder, write_published
 from spdbench_backends.spd.pipelined import counts_of, usual_stages
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
-from spdbench_backends.spd.trainable import TrainableModule, copy_layer, fit_projections, positions
+from spdbench_backends.spd.trainable import TrainableModule
 
 Counted = Annotated[tuple[int, ...] | None, BeforeValidator(counts_of)]
 PUBLISHED = "head.pt"
@@ -32,7 +34,7 @@ MOST_OWN_ANCHORS = 5
 """Up to so many anchors every stage's end is one by default; beyond, projections would outweigh the layers."""
 
 
-class PipelineTraining(RecipeOptions):
+class PipelineTrainOptions(RecipeOptions):
     """Options of what drafts for a pipeline."""
 
     stage_layers: Counted = Field(None, description="layers of each stage, e.g. 11,10,9; default: equal stages")
@@ -45,7 +47,7 @@ class PipelineTraining(RecipeOptions):
     )
 
 
-class SPDTraining(PipelineTraining):
+class SPDTrainOptions(PipelineTrainOptions):
     """Options of `train spd`."""
 
     anchors: Counted = Field(
@@ -57,33 +59,76 @@ class SPDTraining(PipelineTraining):
     all_depths: float = Field(0.0, ge=0, description="weight of the same loss on rows of all other depths")
 
 
-class SPDRecipe:
+class PipelineRecipe(Recipe):
+    """What SPD and PPSD share: a pipeline's stages, layers that begin as the target's, the KL divergence as loss."""
+
+    def __init__(
+        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
+    ) -> None:
+        super().__init__(options, teacher, draft_ids_U, num_stages)
+        self._options = cast(PipelineTrainOptions, options)
+        self._stages = _cut(teacher.config.num_layers, num_stages, self._options.stage_layers)
+
+    def _start_layers(self, layers: nn.ModuleList) -> tuple[int, ...]:
+        """Copies the target's layers of `init_layers`, its last ones by default, into a drafter's; returns which.
+
+        Raises:
+            InputError: another number of them is named, or one is none of the target's.
+        """
+        num_layers, count = self._teacher.config.num_layers, len(layers)
+        if count > num_layers:
+            raise InputError(f"-o layers={count}: the model has {num_layers} layers")
+        indices = self._options.init_layers or tuple(range(num_layers - count, num_layers))
+        if len(indices) != count or max(indices) >= num_layers or min(indices) < 0:
+            raise InputError(
+                f"-o init_layers={','.join(map(str, indices))}: expected {count} of the layers 0 to {num_layers - 1}"
+            )
+        for index, layer in zip(indices, cast("list[DecoderLayer]", list(layers)), strict=True):
+            layer.start_from(self._teacher.decoder.weights[index])
+        return indices
+
+    def _angles(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """cos and sin of a batch's positions, `[S, D]`."""
+        return angles(self._teacher.decoder.rotary, torch.arange(batch.ids_BS.shape[1]))
+
+    def _mean_kl(self, normed_BSM: Tensor, head_UM: Tensor, batch: Batch) -> Tensor:
+        """The divergence from the target where its own next token is an answer's and can be drafted."""
+        counted_BS = batch.answers_BS & (self._vocabulary.draft_ids(batch.argmax_BS) >= 0)
+        teacher_NM = self._teacher.normed(batch.states[self._teacher.config.num_layers][counted_BS])
+        return mean_kl(normed_BSM[counted_BS], head_UM, teacher_NM, self._vocabulary.head_UM)
+
+    @property
+    def _stage_sizes(self) -> list[int]:
+        return [len(layers) for layers in self._stages]
+
+    def _uneven_stages(self) -> dict[str, Any]:
+        """What a config says besides their number of stages that are uneven."""
+        return {"stage_layers": self._stage_sizes} if len(set(self._stage_sizes)) > 1 else {}
+
+
+class SPDRecipe(PipelineRecipe):
     """Trains the Pipeline Draft Module."""
 
     method: ClassVar[str] = "spd"
-    Options: ClassVar[type[RecipeOptions]] = SPDTraining
+    Options: ClassVar[type[RecipeOptions]] = SPDTrainOptions
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "spd-v11")
 
     def __init__(
         self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
     ) -> None:
-        chosen = self._options = cast(SPDTraining, options)
-        config, device = teacher.config, training_device(teacher)
-        stages = cut(config.num_layers, num_stages, chosen.stage_layers)
-        anchors = chosen.anchors or usual_anchors(stages)
+        super().__init__(options, teacher, draft_ids_U, num_stages)
+        chosen = cast(SPDTrainOptions, options)
+        self._all_depths = chosen.all_depths
+        anchors = chosen.anchors or _usual_anchors(self._stages)
         try:
-            self._plan = FeaturePlan(anchors, stages)
+            self._plan = FeaturePlan(anchors, self._stages)
         except ValueError as error:
             raise InputError(f"-o anchors={','.join(map(str, anchors))}: {error}") from None
-        self._teacher = teacher
-        self._vocabulary = DraftVocabulary(teacher, draft_ids_U)
         own_head_UM = self._vocabulary.head_UM if chosen.head == "trained" else None
-        module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
-        first, *_ = begin_as(cast("list[DecoderLayer]", list(module.spec_layers)), teacher, chosen.init_layers)
-        self._aim = first
-        self.hidden_indices = tuple(sorted({*anchors, first}))
-        self.module: nn.Module = module.to(device)
-        self._module = module
+        self._module = TrainableModule(teacher.config, self._plan, chosen.layers, own_head_UM)
+        self._first_copied, *_ = self._start_layers(self._module.spec_layers)
+        self.hidden_indices = tuple(sorted({*anchors, self._first_copied}))
+        self.module: nn.Module = self._module.to(teacher.device)
 
     @property
     def _head(self) -> Tensor:
@@ -91,35 +136,31 @@ class SPDRecipe:
         return self._vocabulary.head_UM if self._module.lm_head is None else self._module.lm_head.weight
 
     def fit(self, batches: Iterable[Batch]) -> None:
-        """Each projection begins as the linear guess, from what its rows read, of what the first layer knew to read."""
-        fit_projections(self._module, batches, self._aim)
+        """Each projection begins as a linear estimate of what the first copied layer read in the target."""
+        self._module.fit_projections(batches, self._first_copied)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         full = self._plan.full_depth
         fill = full if full == 1 or torch.rand(()) < 0.5 else int(torch.randint(1, full, ()))
-        others = (*range(1, fill), full) if self._options.all_depths else ()
-        rows = self._rows(batch, fill, (0, *others))
-        counted_BS = batch.answers_BS & self._vocabulary.holds(batch.argmax_BS)
-        teacher_NM = self._teacher.normed(batch.states[self._teacher.config.num_layers][counted_BS])
-        means = {depth: self._mean_kl(row[counted_BS], teacher_NM) for depth, row in rows.items()}
-        total = means[0]
+        others = (*range(1, fill), full) if self._all_depths else ()
+        rows = self._normed_rows(batch, fill, (0, *others))
+        total = self._mean_kl(rows[0], self._head, batch)
         figures: dict[str, float] = {"fill": fill}
         for depth in others:
-            total = total + self._options.all_depths / len(others) * means[depth]
-            agreed = self._agreed(rows[depth], batch)[batch.answers_BS]
-            figures[f"accuracy_{depth}"] = float(agreed.float().mean()) if len(agreed) else 0.0
+            total = total + self._all_depths / len(others) * self._mean_kl(rows[depth], self._head, batch)
+            agreed_N = self._agreed(rows[depth], batch)
+            figures[f"accuracy_{depth}"] = float(agreed_N.float().mean()) if len(agreed_N) else 0.0
         return total, figures
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:
-        row_BSM = self._rows(batch, self._plan.full_depth, (0,))[0]
-        agreed = self._agreed(row_BSM, batch)[batch.answers_BS]
-        return Counts((agreed.numel(),), (int(agreed.sum()),))
+        agreed_N = self._agreed(self._normed_rows(batch, self._plan.full_depth, (0,))[0], batch)
+        return Counts((len(agreed_N),), (int(agreed_N.sum()),))
 
     def require_layout(self, layout: str) -> None:
-        """A version 11 file has no words for uneven stages."""
-        sizes = [len(layers) for layers in self._plan.stages]
-        if layout == "spd-v11" and len(set(sizes)) > 1:
+        """A version 11 file cannot describe uneven stages."""
+        if layout == "spd-v11" and self._uneven_stages():
+            sizes = self._stage_sizes
             raise InputError(
                 f"--format spd-v11: knows equal stages only, not {','.join(map(str, sizes))} layers; give --stages N "
                 f"that divides {sum(sizes)} in place of -o stage_layers, or --format spdbench"
@@ -134,70 +175,38 @@ class SPDRecipe:
         write_folder(directory, config, tensors)
 
     def _config(self, about: Provenance) -> dict[str, Any]:
-        plan, base, vocabulary = self._plan, self._teacher.config, self._vocabulary
-        sizes = [len(layers) for layers in plan.stages]
-        config: dict[str, Any] = {
+        base, listed = self._teacher.config, self._vocabulary.listed
+        return {
             "method": self.method,
             "version": VERSION,
             "model_type": base.family,
             "base_model_path": about.model_id,
             "hidden_size": base.hidden_size,
             "vocab_size": base.vocab_size,
-            "draft_vocab_size": vocabulary.head_UM.shape[0],
-            "num_stages": len(sizes),
+            "draft_vocab_size": self._vocabulary.head_UM.shape[0],
+            "num_stages": len(self._stages),
             "num_spec_layers": len(self._module.spec_layers),
-            "num_aggr_types": len(plan.anchors),
-            "aggr_feature_bound": list(plan.anchors),
+            "num_aggr_types": len(self._plan.anchors),
+            "aggr_feature_bound": list(self._plan.anchors),
             "trained_with_use_deepest": True,
             **origin(about),
+            **self._uneven_stages(),
+            **({} if listed is None else {"draft_token_ids": list(listed)}),
         }
-        if len(set(sizes)) > 1:
-            config["stage_layers"] = sizes
-        if vocabulary.ids_U is not None:
-            config["draft_token_ids"] = vocabulary.ids_U.tolist()
-        return config
 
-    def _rows(self, batch: Batch, fill: int, read: tuple[int, ...]) -> dict[int, Tensor]:
-        size, device = batch.ids_BS.shape[1], batch.ids_BS.device
-        angles = positions(self._teacher.decoder, size, device)
-        rows: dict[int, Tensor] = self.module(batch.states, *angles, fill, read)
-        return rows
-
-    def _mean_kl(self, rows_NM: Tensor, teacher_NM: Tensor) -> Tensor:
-        student_NM = self._teacher.normed(rows_NM)
-        total = kl_rows(student_NM, teacher_NM, self._head, self._vocabulary.head_UM)
-        return total / max(1, rows_NM.shape[0])
+    def _normed_rows(self, batch: Batch, fill: int, read: tuple[int, ...]) -> dict[int, Tensor]:
+        """Rows `[B, S, M]` of some depths after the target's final norm."""
+        rows = self.module(batch.states, *self._angles(batch), fill, read)
+        return {depth: self._teacher.normed(row_BSM) for depth, row_BSM in rows.items()}
 
     @torch.no_grad()
-    def _agreed(self, row_BSM: Tensor, batch: Batch) -> Tensor:
-        """Where the greedy draft is the target's own next token: `[B, S]`."""
-        agreed_BS = torch.zeros_like(batch.answers_BS)
-        drafts_N = greedy_tokens(self._teacher.normed(row_BSM[batch.answers_BS]), self._head)
-        agreed_BS[batch.answers_BS] = self._vocabulary.target_ids(drafts_N) == batch.argmax_BS[batch.answers_BS]
-        return agreed_BS
+    def _agreed(self, normed_BSM: Tensor, batch: Batch) -> Tensor:
+        """Whether the greedy draft is the target's own next token, for each position of an answer: `[N]`."""
+        drafts_N = self._vocabulary.token_ids(greedy_drafts(normed_BSM[batch.answers_BS], self._head))
+        return drafts_N == batch.argmax_BS[batch.answers_BS]
 
 
-class DraftVocabulary:
-    """The tokens that a drafter knows, and the target's head rows for them `[U, M]` in float32."""
-
-    def __init__(self, teacher: Teacher, ids_U: Tensor | None) -> None:
-        device = training_device(teacher)
-        self.ids_U = None if ids_U is None else ids_U.to(device)
-        self.head_UM = teacher.head_VM if self.ids_U is None else teacher.head_VM[self.ids_U]
-        self._known_V = torch.ones(teacher.config.vocab_size, dtype=torch.bool, device=device)
-        if self.ids_U is not None:
-            self._known_V.zero_()[self.ids_U] = True
-
-    def holds(self, ids: Tensor) -> Tensor:
-        """True for tokens that can be drafted."""
-        return self._known_V[ids]
-
-    def target_ids(self, draft_ids: Tensor) -> Tensor:
-        """The target's ids of the draft vocabulary's."""
-        return draft_ids if self.ids_U is None else self.ids_U[draft_ids]
-
-
-def cut(num_layers: int, num_stages: int | None, counts: tuple[int, ...] | None) -> tuple[range, ...]:
+def _cut(num_layers: int, num_stages: int | None, counts: tuple[int, ...] | None) -> tuple[range, ...]:
     """The stages asked for.
 
     Raises:
@@ -210,27 +219,8 @@ def cut(num_layers: int, num_stages: int | None, counts: tuple[int, ...] | None)
     return split_by_counts(num_layers, counts)
 
 
-def usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:
+def _usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:
     """The ends of all stages, so that every depth has features of its own; the published rule for many stages."""
     if len(stages) + 1 <= MOST_OWN_ANCHORS:
         return (0, *(layers.stop for layers in stages))
     return default_anchors(stages[-1].stop, len(stages))
-
-
-def begin_as(layers: list[DecoderLayer], teacher: Teacher, chosen: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Copies the target's layers `chosen`, its last ones by default, into a drafter's; returns which.
-
-    Raises:
-        InputError: as many are not named, or one is none of the target's.
-    """
-    num_layers = teacher.config.num_layers
-    if len(layers) > num_layers:
-        raise InputError(f"-o layers={len(layers)}: the model has {num_layers} layers")
-    indices = chosen or tuple(range(num_layers - len(layers), num_layers))
-    if len(indices) != len(layers) or max(indices) >= num_layers or min(indices) < 0:
-        raise InputError(
-            f"-o init_layers={','.join(map(str, indices))}: expected {len(layers)} of the layers 0 to {num_layers - 1}"
-        )
-    for index, layer in zip(indices, layers, strict=True):
-        copy_layer(teacher.decoder.weights[index], layer)
-    return indices

@@ -15,20 +15,19 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
 from spdbench.models.target import Target
-from spdbench.training.recipe import Batch, Counts
+from spdbench.training.recipe import Batch, Counts, Teacher
+from spdbench.training.soft_targets import draft_rows
 from spdbench_backends.eagle.backend import Eagle
 from spdbench_backends.eagle.build import build_eagle
 from spdbench_backends.eagle.formats import read_eagle
 from spdbench_backends.eagle.head import EagleModule
 from spdbench_backends.eagle.train import Eagle3Recipe
-from spdbench_backends.soft_targets import draft_rows
 from tests import tiny
 from tests.unit.draft_verify.training import (
     ABOUT,
     DRAFT_IDS,
     answers,
     make_batch,
-    make_teacher,
     round_weights,
     train,
 )
@@ -48,7 +47,7 @@ def decoder(target: Target) -> Decoder:
 
 def fresh(decoder: Decoder, ids_U: torch.Tensor | None = DRAFT_IDS, **options: Any) -> Eagle3Recipe:
     torch.manual_seed(0)
-    recipe = Eagle3Recipe(Eagle3Recipe.Options(**options), make_teacher(decoder), ids_U, None)
+    recipe = Eagle3Recipe(Eagle3Recipe.Options(**options), Teacher(decoder), ids_U, None)
     round_weights(recipe)
     return recipe
 
@@ -108,7 +107,7 @@ def test_gradients_and_loss_are_those_of_the_formula_written_out(decoder: Decode
     loss.backward()  # type: ignore[no-untyped-call]
     found = {name: parameter.grad.clone() for name, parameter in recipe.module.named_parameters()}  # type: ignore[union-attr]
     recipe.module.zero_grad()
-    rows, teacher = draft_rows(batch), recipe._teacher
+    rows, teacher, last_BSM = draft_rows(batch), recipe._teacher, batch.states[decoder.config.num_layers]
     states, total = recipe._states(batch, rows, torch.arange(rows.tokens_BR.shape[1])), torch.tensor(0.0)
     for level, state in enumerate(states):
         entropies = []
@@ -121,7 +120,7 @@ def test_gradients_and_loss_are_those_of_the_formula_written_out(decoder: Decode
                     or int(batch.argmax_BS[row, at]) not in DRAFT_IDS
                 ):
                     continue
-                wanted = teacher.logits(batch.states[decoder.config.num_layers][row, at], DRAFT_IDS).softmax(dim=-1)
+                wanted = linear(teacher.normed(last_BSM[row, at]), teacher.head_VM[DRAFT_IDS]).softmax(dim=-1)
                 logits = linear(recipe._head.norm(state[row, column]), recipe._output_head)
                 entropies.append(-(wanted * logits.log_softmax(dim=-1)).sum())
         mean = torch.stack(entropies).mean()

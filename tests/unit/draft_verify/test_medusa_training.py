@@ -14,14 +14,14 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench.models.target import Target
-from spdbench.training.recipe import Batch, Counts
+from spdbench.training.recipe import Batch, Counts, Teacher
+from spdbench.training.soft_targets import draft_rows
 from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.build import build_medusa
 from spdbench_backends.medusa.formats import read_medusa
 from spdbench_backends.medusa.train import MedusaRecipe
-from spdbench_backends.soft_targets import draft_rows
 from tests import tiny
-from tests.unit.draft_verify.training import ABOUT, DRAFT_IDS, answers, make_batch, make_teacher, round_weights, train
+from tests.unit.draft_verify.training import ABOUT, DRAFT_IDS, answers, make_batch, round_weights, train
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -38,7 +38,7 @@ def decoder(target: Target) -> Decoder:
 
 def fresh(decoder: Decoder, ids_U: torch.Tensor | None = DRAFT_IDS, **options: Any) -> MedusaRecipe:
     torch.manual_seed(0)
-    return MedusaRecipe(MedusaRecipe.Options(**options), make_teacher(decoder), ids_U, None)
+    return MedusaRecipe(MedusaRecipe.Options(**options), Teacher(decoder), ids_U, None)
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,11 @@ import torch
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.decoder import Decoder
-from spdbench.training.recipe import Batch, Provenance, Recipe, Teacher
+from spdbench.training.recipe import Batch, Provenance, Recipe
 from tests import tiny
 
 DRAFT_IDS = torch.arange(0, 262, 2)
 ABOUT = Provenance("tiny", "f" * 64, "d" * 64, 1234, 7, (0.5, 0.25), {"note": "test"})
-
-
-def make_teacher(decoder: Decoder) -> Teacher:
-    assert decoder.embeddings_VM is not None
-    assert decoder.head is not None
-    assert decoder.final_norm is not None
-    return Teacher(decoder, decoder.embeddings_VM, decoder.head.plain(), decoder.final_norm.weight_M)
 
 
 def greedy_text(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int]:

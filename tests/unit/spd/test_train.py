@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench.training.features import make_teacher
+from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import HeadDrafter
@@ -20,9 +20,8 @@ from spdbench_backends.spd.exit_head import ExitDrafter, build_exit, read_exit
 from spdbench_backends.spd.formats import build_head, read_head
 from spdbench_backends.spd.head import DraftModule
 from spdbench_backends.spd.plan import DeepestRows
-from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTraining
+from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTrainOptions
 from spdbench_backends.spd.train_ppsd import PPSDRecipe
-from spdbench_backends.spd.trainable import positions
 from tests import tiny
 from tests.unit.spd.inline import generate
 
@@ -34,13 +33,13 @@ IDS = list(range(30, 46))
 
 @pytest.fixture(scope="module")
 def teacher(decoder: Decoder) -> Teacher:
-    return make_teacher(decoder)
+    return Teacher(decoder)
 
 
 def spd(teacher: Teacher, stages: int | None, ids_U: Tensor | None = None, **options: Any) -> SPDRecipe:
     """A recipe whose weights bfloat16 can hold, so that files lose nothing."""
     torch.manual_seed(1)
-    recipe = SPDRecipe(SPDTraining(**options), teacher, ids_U, stages)
+    recipe = SPDRecipe(SPDTrainOptions(**options), teacher, ids_U, stages)
     for weight in recipe.module.parameters():
         weight.data = weight.data.bfloat16().float()
     return recipe
@@ -88,9 +87,9 @@ def test_training_sees_what_decoding_sees_full_and_while_filling(
     recipe = spd(teacher, stages, **options)
     states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
     for fill in range(1, recipe._plan.full_depth + 1):
-        angles = positions(decoder, len(IDS), decoder.device)
+        tables = angles(decoder.rotary, torch.arange(len(IDS)))
         with torch.no_grad():
-            rows = recipe.module(states, *angles, fill)[0][0]
+            rows = recipe.module(states, *tables, fill)[0][0]
             logits = torch.nn.functional.linear(teacher.normed(rows), recipe._head)
         for newest in (8, 15):
             expected = decoders_logits(recipe, decoder, tmp_path, newest, fill)
@@ -205,7 +204,7 @@ def test_what_does_not_fit_the_model_is_refused(
     teacher: Teacher, options: dict[str, Any], stages: int | None, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
-        SPDRecipe(SPDTraining(**options), teacher, None, stages)
+        SPDRecipe(SPDTrainOptions(**options), teacher, None, stages)
 
 
 @pytest.mark.parametrize(("storage", "bytes_each", "tolerance"), [("bfloat16", 2, 1e-5), ("int8", 1, 0.02)])

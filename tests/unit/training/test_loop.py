@@ -16,13 +16,13 @@ from spdbench.errors import InputError, SpdbenchError
 from spdbench.models.decoder import Decoder
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
-from spdbench.training.features import Features, make_teacher
+from spdbench.training.features import Features
 from spdbench.training.log import TrainingLog
 from spdbench.training.loop import Training
 from spdbench.training.recipe import Batch, Counts, Teacher
 from spdbench.training.schedule import Data, Limits, Plan
 from spdbench.training.tokens import TokenSequence
-from spdbench_backends.spd.train import SPDRecipe, SPDTraining
+from spdbench_backends.spd.train import SPDRecipe, SPDTrainOptions
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -31,7 +31,7 @@ PLAN = Plan(Limits(3, None), rate=3e-3, seed=0, batch_tokens=64, warmup_steps=3,
 
 @pytest.fixture(scope="module")
 def teacher(decoder: Decoder) -> Teacher:
-    return make_teacher(decoder)
+    return Teacher(decoder)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ class Run:
 
     def recipe(self) -> SPDRecipe:
         torch.manual_seed(5)
-        return SPDRecipe(SPDTraining(), self.teacher, None, 3)
+        return SPDRecipe(SPDTrainOptions(), self.teacher, None, 3)
 
     def __call__(
         self,
@@ -136,7 +136,7 @@ def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
 def test_a_killed_run_goes_on_to_the_same_curve_and_weights(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KilledError):
-        run(Mortal(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e-9))
+        run(Mortal(SPDTrainOptions(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e-9))
     assert_goes_on_as_if_nothing_had_been(run, whole)
 
 
@@ -156,7 +156,7 @@ class Stopped(SPDRecipe):
 def test_a_run_interrupted_within_a_step_keeps_the_whole_step_before(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
-        run(Stopped(SPDTraining(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e9))
+        run(Stopped(SPDTrainOptions(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e9))
     assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 6
     assert_goes_on_as_if_nothing_had_been(run, whole)
 
@@ -205,7 +205,7 @@ def test_an_interrupted_evaluation_leaves_no_counts_in_the_module(run: Run, teac
                 raise KeyboardInterrupt
             return super().acceptance(batch)
 
-    recipe = Counting(SPDTraining(), teacher, None, 3)
+    recipe = Counting(SPDTrainOptions(), teacher, None, 3)
     recipe.module.register_buffer("counted", torch.zeros(()))
     with pytest.raises(KeyboardInterrupt):
         run(recipe, replace(PLAN, seconds_between_saves=1e9))
@@ -214,7 +214,7 @@ def test_an_interrupted_evaluation_leaves_no_counts_in_the_module(run: Run, teac
 
 def test_a_log_that_is_gone_or_cut_is_told(run: Run, teacher: Teacher) -> None:
     with pytest.raises(KilledError):
-        run(Mortal(SPDTraining(), teacher, None, 3))
+        run(Mortal(SPDTrainOptions(), teacher, None, 3))
     log = run.folder / "train.jsonl"
     log.write_bytes(log.read_bytes()[:50])
     with pytest.raises(InputError, match=r"train\.jsonl is gone or cut.*Run without --resume"):
@@ -227,7 +227,7 @@ def test_a_log_that_is_gone_or_cut_is_told(run: Run, teacher: Teacher) -> None:
 @pytest.mark.parametrize("part", ["state", "module"])
 def test_a_checkpoint_of_another_version_is_told(run: Run, teacher: Teacher, part: str) -> None:
     with pytest.raises(KilledError):
-        run(Mortal(SPDTraining(), teacher, None, 3))
+        run(Mortal(SPDTrainOptions(), teacher, None, 3))
     path = run.folder / checkpoint.NAME
     content = torch.load(path)
     content[part]["of_tomorrow"] = torch.zeros(1)
@@ -268,7 +268,7 @@ def test_a_resumed_budget_counts_what_was_used(run: Run, teacher: Teacher) -> No
     plan = replace(PLAN, limits=Limits(None, 60.0))
     torch.manual_seed(5)
     with pytest.raises(KilledError):
-        run(Mortal(SPDTraining(), teacher, None, 3), plan, clock=Clock(), started=0.0)
+        run(Mortal(SPDTrainOptions(), teacher, None, 3), plan, clock=Clock(), started=0.0)
     used = torch.load(run.folder / checkpoint.NAME)["state"]["elapsed_s"]
     clock = Clock()
     run(run.recipe(), plan, resume=True, clock=clock, started=0.0)
@@ -298,7 +298,7 @@ def test_a_loss_that_is_no_number_ends_the_run(run: Run) -> None:
             return loss * float("nan"), figures
 
     with pytest.raises(SpdbenchError, match="try a lower --lr"):
-        run(Broken(SPDTraining(), run.teacher, None, 3))
+        run(Broken(SPDTrainOptions(), run.teacher, None, 3))
 
 
 def test_accumulated_forwards_are_one_step(run: Run) -> None:

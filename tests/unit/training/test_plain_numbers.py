@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spdbench.training.loop import expected_length
-from spdbench.training.order import batches_of, epoch_batches, split_held_out
 from spdbench.training.recipe import Counts
-from spdbench.training.schedule import LAST_SHARE, Limits, rate_factor
+from spdbench.training.schedule import LAST_SHARE, Limits, batches_of, epoch_batches, rate_factor, split_held_out
 
 LENGTHS = [5, 90, 40, 7, 33, 61, 8, 12, 100, 3, 45, 28]
 
