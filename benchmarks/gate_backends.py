@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from spdbench.decoding.sampling import Logits
-    from spdbench.decoding.verify import Draft, Verdict
+    from spdbench.decoding.verify import Draft, DraftVerdict
     from spdbench.models.target import Target
     from spdbench_backends.spd.drafter import PipelineDrafter
 
@@ -115,16 +115,16 @@ class RejectingSPD(SPD):
         steps = super()._decode(request, drafter)
         decoding = self._decoding
         assert decoding is not None
-        decoding._judge = self._rejecting(decoding._judge)  # type: ignore[method-assign, assignment]
+        decoding._verify = self._rejecting(decoding._verify)  # type: ignore[method-assign, assignment]
         return steps
 
     def _rejecting(
-        self, judge: Callable[[Logits, Draft | None, int], Verdict]
-    ) -> Callable[[Logits, Draft | None, int], Verdict]:
+        self, verify: Callable[[Logits, Draft | None], DraftVerdict]
+    ) -> Callable[[Logits, Draft | None], DraftVerdict]:
         options = cast(RejectingOptions, self._options)
 
-        def judge_falsely(logits: Logits, draft: Draft | None, position: int) -> Verdict:
-            verdict = judge(logits, draft, position)
+        def reject_some(logits: Logits, draft: Draft | None) -> DraftVerdict:
+            verdict = verify(logits, draft)
             if verdict.accepted:
                 self._accepted += 1
                 late = self._accepted - options.first
@@ -132,4 +132,4 @@ class RejectingSPD(SPD):
                     return replace(verdict, accepted=False)
             return verdict
 
-        return judge_falsely
+        return reject_some

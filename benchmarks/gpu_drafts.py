@@ -25,11 +25,11 @@ from benchmarks.gpu_parts import (
     wait,
 )
 from benchmarks.sides import Row
-from spdbench.decoding.named_trees import named_tree
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Drafter, Features, Speculation
 from spdbench.decoding.synthetic import SyntheticDrafts, parse_drafter, synthetic_drafts
-from spdbench.decoding.tree import DraftTree, Path
+from spdbench.decoding.tree import DraftTree, Path, chain_paths, named_tree
+from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder
 from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
@@ -37,8 +37,6 @@ from spdbench.types import GenerationRequest, Step
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.drafter import EagleDrafter
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
-from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder, TreeBuilder
-from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.drafter import MedusaDrafter
 from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
@@ -49,8 +47,8 @@ MOST_LEVELS = 5
 VANILLA = "vanilla", "graphs", 0.0
 
 
-class Dictated:
-    """A drafter at work whose drafts' verdicts are dialled."""
+class Forced:
+    """A drafter whose drafts' verdicts are forced."""
 
     def __init__(self, drafter: Drafter, drafts: SyntheticDrafts) -> None:
         self.hidden_indices, self.max_nodes = drafter.hidden_indices, drafter.max_nodes
@@ -61,14 +59,12 @@ class Dictated:
         self._drafter.start(prompt_ids, features, root)
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
-        return self._drafter.propose(max_levels, sampler)
+        draft = self._drafter.propose(max_levels, sampler)
+        return replace(draft, forced_verdicts=self._drafts.forced_verdicts(self._index + 1, draft.tree.num_levels))
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._index += len(token_ids)
         self._drafter.accept(token_ids, features)
-
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:
-        return self._drafts.verdicts(self._index + 1, num_levels)
 
 
 @dataclass(frozen=True)
@@ -86,16 +82,16 @@ def eagle(name: str, settings: Settings) -> Found:
     file = random_eagle(decoder, 0)
     weights = build_eagle(file, decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
 
-    def setting(growth: TreeBuilder) -> Setting:
+    def setting(builder: TreeBuilder) -> Setting:
         def recorded() -> NewDrafter:
-            module = RecordedEagle(weights, decoder, growth, capacity)
-            return lambda: RecordedEagleDrafter(weights, decoder, growth, module)
+            module = RecordedEagle(weights, decoder, builder, capacity)
+            return lambda: RecordedEagleDrafter(weights, decoder, builder, module)
 
-        plain = partial(EagleDrafter, weights, decoder, growth, capacity)
-        return Setting(plain, recorded, growth.max_nodes)
+        plain = partial(EagleDrafter, weights, decoder, builder, capacity)
+        return Setting(plain, recorded, builder.max_nodes)
 
     trees = {
-        "chain of 4": setting(ChainBuilder(4)),
+        "chain of 4": setting(chain_builder(4, decoder.device)),
         "24 nodes, 5 levels": setting(DynamicTreeBuilder(MOST_LEVELS, 8, 24)),
     }
     return compare(name, "eagle", decoder, settings, trees, weights.aux)
@@ -107,17 +103,16 @@ def medusa(name: str, settings: Settings) -> Found:
     weights = build_medusa(random_medusa(decoder, 4, 0), decoder)
 
     def setting(paths: Sequence[Path]) -> Setting:
-        tree = FixedTree(paths, decoder.device)
+        builder = StaticTreeBuilder(paths, decoder.device)
 
         def recorded() -> NewDrafter:
-            heads = RecordedMedusa(weights, decoder, tree)
-            return lambda: RecordedMedusaDrafter(weights, decoder, tree, heads)
+            heads = RecordedMedusa(weights, decoder, builder)
+            return lambda: RecordedMedusaDrafter(weights, decoder, builder, heads)
 
-        plain = partial(MedusaDrafter, weights, decoder, tree)
-        return Setting(plain, recorded, len(tree.tree))
+        plain = partial(MedusaDrafter, weights, decoder, builder)
+        return Setting(plain, recorded, builder.max_nodes)
 
-    chain = [(0,) * level for level in range(1, 5)]
-    trees = {"chain of 4": setting(chain), "63 drafts": setting(named_tree("mc_sim_7b_63"))}
+    trees = {"chain of 4": setting(chain_paths(4)), "63 drafts": setting(named_tree("mc_sim_7b_63"))}
     return compare(name, "medusa", decoder, settings, trees, ())
 
 
@@ -180,7 +175,7 @@ def turn(
 ) -> Turn:
     """Rounds of whole trees until there are `tokens`: neither the first one, in which EAGLE reads the prompt, nor those
     near the limit, whose trees are cut and were not recorded."""
-    steps = Speculation(target, Dictated(new(), drafts), request).steps()
+    steps = Speculation(target, Forced(new(), drafts), request).steps()
     for _ in range(2):
         next(steps)
     began = time.perf_counter()

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,13 +20,16 @@ from benchmarks.gpu_running import tail
 from benchmarks.sides import Goal, Key, Row, ratio, take_turns, times
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.captured import CapturedDecoding
+from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
+from spdbench.decoding.verify import Draft
 from spdbench.measure.environment import environment
 from spdbench.models.decoder import Decoder
 from spdbench.models.target import DTYPES
+from spdbench.pipeline.schedule import Cycle
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Sampling, Step
-from spdbench_backends.spd.drafter import PipelineDrafter, SyntheticDrafter
+from spdbench_backends.spd.drafter import PipelineDrafter, SyntheticPipelineDrafter
 from spdbench_backends.spd.engine import PipelinedDecoding
 
 COPIED_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}
@@ -280,25 +283,25 @@ def headed_sides(decoder: Decoder, stages: tuple[range, ...], request: Generatio
     module = RecordedDraftModule(head, room(request))
     pipeline = StreamsPipeline(decoder, stages, head.plan.anchors, room(request), module)
 
-    class Dictated(RecordedHeadDrafter):
-        """A head that works for nothing."""
+    class Forced(RecordedHeadDrafter):
+        """A head whose drafts' verdicts are forced."""
 
         def __init__(self, forced: float) -> None:
-            super().__init__(head, decoder.config.vocab_size, module, pipeline.drafted)
+            super().__init__(head, module, pipeline.drafted)
             self._dial = synthetic(decoder, request, forced)
             self._dial.start({}, len(request.prompt_ids), 0)
 
-        def dictated(self, position: int) -> bool | None:
-            return self._dial.dictated(position)
+        def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
+            forced = self._dial.draft(cycle, sampler).forced_verdict
+            return replace(super().draft(cycle, sampler), forced_verdict=forced)
 
     return {
-        ("n=4", "head", forced): pipeline_side(pipeline, stages, request, partial(Dictated, forced))
-        for forced in FORCED
+        ("n=4", "head", forced): pipeline_side(pipeline, stages, request, partial(Forced, forced)) for forced in FORCED
     }
 
 
-def synthetic(decoder: Decoder, request: GenerationRequest, forced: float) -> SyntheticDrafter:
-    return SyntheticDrafter(synthetic_drafts(parse_drafter(f"forced:{forced}"), 0, decoder, request))
+def synthetic(decoder: Decoder, request: GenerationRequest, forced: float) -> SyntheticPipelineDrafter:
+    return SyntheticPipelineDrafter(synthetic_drafts(parse_drafter(f"forced:{forced}"), 0, decoder, request))
 
 
 def graphed_side(

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.gpu_drafts import Dictated, longer
+from benchmarks.gpu_drafts import Forced, longer
 from benchmarks.gpu_models import SHAPES, stages_of
 from benchmarks.gpu_parts import Found, Settings, room, synthetic
 from benchmarks.sides import Goal, Row
 from spdbench.decoding.captured import CapturedDecoding
 from spdbench.decoding.speculate import Speculation
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
+from spdbench.decoding.tree_builder import DynamicTreeBuilder
 from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.decoder import Decoder
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
-from spdbench_backends.eagle.tree_builder import DynamicTreeBuilder
 from spdbench_backends.spd.engine import PipelinedDecoding
 
 WAITS = (
@@ -65,12 +65,12 @@ def trace(name: str, settings: Settings, folder: Path) -> Found:
 def recorded_eagle(decoder: Decoder, request: GenerationRequest) -> Iterator[Step]:
     """Rounds of a dynamic tree whose drafts are all wrong, so that there are enough of them."""
     weights = build_eagle(random_eagle(decoder, 0), decoder, aux_convention="auto", rope_theta=None, norm_output="auto")
-    growth = DynamicTreeBuilder(5, 8, 24)
-    target = CapturedDecoder(decoder, (1, growth.max_nodes), room(request), weights.aux)
-    module = RecordedEagle(weights, decoder, growth, room(request))
-    drafter = RecordedEagleDrafter(weights, decoder, growth, module)
+    builder = DynamicTreeBuilder(5, 8, 24)
+    target = CapturedDecoder(decoder, (1, builder.max_nodes), room(request), weights.aux)
+    module = RecordedEagle(weights, decoder, builder, room(request))
+    drafter = RecordedEagleDrafter(weights, decoder, builder, module)
     drafts = synthetic_drafts(parse_drafter("forced:0"), 0, decoder, request)
-    return Speculation(target, Dictated(drafter, drafts), request).steps()
+    return Speculation(target, Forced(drafter, drafts), request).steps()
 
 
 def profiled(steps: Iterator[Any], file: Path, settings: Settings) -> Counter[str]:

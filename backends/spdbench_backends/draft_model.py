@@ -1,7 +1,7 @@
 """`draft_model`: speculative sampling. A smaller model of the same vocabulary drafts a chain, the target verifies it.
 
-Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318; METHODS.md D. Greedy drafts are picked, and
-with a temperature they are drawn, so that verification weighs both models' distributions.
+Greedy drafts are picked; with a temperature they are drawn, so that verification compares both models' distributions.
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318; METHODS.md D.
 """
 
 from __future__ import annotations
@@ -74,12 +74,11 @@ class DraftModel(DraftVerify):
         self._info = DrafterInfo(small.files.id, method="draft_model", synthetic=False, sha256=small.files.sha256)
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        from spdbench_backends.fixed_tree import FixedTree, SyntheticTreeDrafter
-
         num_tokens = self._options.num_tokens
         if self._small is None:
-            tree = FixedTree([(0,) * level for level in range(1, num_tokens + 1)], self._decoder.device)
-            return SyntheticTreeDrafter(self._drafts(request), tree, self._decoder.device)
+            from spdbench.decoding.tree_builder import chain_builder
+
+            return self._synthetic_drafter(request, chain_builder(num_tokens, self._decoder.device))
         return ModelDrafter(self._small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
 
     def close(self) -> None:
@@ -88,7 +87,7 @@ class DraftModel(DraftVerify):
 
 
 class ModelDrafter:
-    """A smaller model at work on one request, with a cache of its own."""
+    """A smaller model's drafts for one request, with a cache of its own."""
 
     hidden_indices: tuple[int, ...] = ()
 
@@ -104,30 +103,26 @@ class ModelDrafter:
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
         from spdbench.decoding.tree import DraftTree, chain
+        from spdbench.decoding.verify import Draft
 
-        # Past the positions that it was made for it drafts nothing: learned ones do not exist there.
+        # Beyond the positions that the model was made for it drafts nothing: learned ones do not exist there.
         room = self._decoder.config.max_positions - len(self._ids) + 1
         levels = max(0, min(self._num_tokens, max_levels, room))
         ids, drawn = self._ids[-1:], []
         feed = self._ids[self._cache.length :]
         for _ in range(levels):
-            logits_V = self._next(feed)
-            if sampler.greedy:
-                ids.append(sampler.choose(logits_V))
-            else:
-                drawn.append(sampler.probabilities(logits_V))
-                ids.append(sampler.draw(drawn[-1]))
+            draft = Draft.from_logits(self._next(feed), sampler)
+            ids.append(draft.token_id)
+            if draft.probabilities_V is not None:
+                drawn.append(draft.probabilities_V)
             feed = ids[-1:]
         ids_N = self._decoder.ids(ids)
         return DraftTree(chain(levels, ids_N.device), ids_N, tuple(drawn) if drawn else None)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:  # noqa: ARG002
-        """What was drafted and accepted keeps its place in the cache; the target's own token is new to it."""
+        """Accepted drafts keep their rows in the cache; the target's own token is fed in the next round."""
         self._ids += token_ids
         self._cache.rollback(len(self._ids) - 1)
-
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:  # noqa: ARG002
-        return None
 
     def _next(self, ids: Sequence[int]) -> Tensor:
         decoder, cache = self._decoder, self._cache
@@ -169,7 +164,7 @@ def random_decoder(target: Decoder, seed: int) -> Decoder:
 
 
 def load_small(context: BackendContext, option: str, name: str) -> Target:
-    """The model `name` that drafts for the context's target, which the backend's `option` asked for.
+    """The model `name`, which the backend's option `option` names, as a drafter for the context's target.
 
     Raises:
         InputError: no such model, or its tokens are not the target's.
@@ -187,7 +182,7 @@ def load_small(context: BackendContext, option: str, name: str) -> Target:
 
 
 def _same_words(small: object, target: object) -> bool:
-    """True if both tokenizers give every token the same id; models without a tokenizer are taken at their word."""
+    """True if both tokenizers give every token the same id, or if one of the models has no tokenizer."""
     try:
         return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]
     except InputError:

@@ -1,6 +1,6 @@
-"""What every backend that drafts and verifies shares: its rounds, its spans, the tree that it chose.
+"""What the backends of kind draft_verify share: rounds, spans, captured forwards, and the costs that choose a tree.
 
-A method fills in how drafters are loaded and made. Must not know any method.
+A method adds how its drafters are loaded and made.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from spdbench_backends.drafting import Drafting
 from spdbench_backends.graph_options import Graphs, recorded_as, to_be_recorded
 
 if TYPE_CHECKING:
-    from spdbench.decoding.speculate import Drafter, Judge
+    from spdbench.decoding.speculate import Drafter
+    from spdbench.decoding.synthetic import SyntheticDrafter
+    from spdbench.decoding.tree_builder import TreeBuilder
     from spdbench.decoding.tree_choice import RowCosts
+    from spdbench.decoding.verify import AcceptRule
     from spdbench.models.cuda.captured_decoder import CapturedDecoder
     from spdbench.models.decoder import Decoder
 
@@ -29,7 +32,7 @@ class DraftVerify(Drafting["Drafter"]):
     def __init__(self, context: BackendContext) -> None:
         super().__init__(context)
         self._spans: Sequence[Span] = ()
-        self._chosen: Mapping[str, str] = {}  # what the backend decided for itself, to be kept in the result
+        self._chosen: Mapping[str, str] = {}  # by the backend itself; recorded in the result
         self._recorded: CapturedDecoder | None = None
 
     def describe(self) -> BackendInfo:
@@ -54,13 +57,13 @@ class DraftVerify(Drafting["Drafter"]):
     def _decode(self, request: GenerationRequest, drafter: Drafter) -> Iterator[Step]:
         from spdbench.decoding.speculate import Speculation
 
-        speculation = Speculation(self._recorded or self._decoder, drafter, request, self._judge())
+        speculation = Speculation(self._recorded or self._decoder, drafter, request, self._accept_rule())
         self._spans = speculation.spans
         return speculation.steps()
 
     def _record(self, graphs: Graphs, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
-        """Records the target's forwards of one row and of `num_nodes`, if the option says so; then the target, for the
-        drafter's own steps."""
+        """Records the target's forwards of one row and of `num_nodes` rows if the option says so. Returns the target if
+        it did, for a drafter that records its own steps."""
         decoder = to_be_recorded(graphs, self._context)
         if decoder is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
@@ -71,7 +74,7 @@ class DraftVerify(Drafting["Drafter"]):
         return decoder
 
     def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:
-        """What forwards of up to `largest` rows take here: replayed, where the method's own will be."""
+        """What forwards of up to `largest` rows take here; replayed ones, where the method replays its own."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
 
         decoder = to_be_recorded(graphs, self._context)
@@ -84,8 +87,8 @@ class DraftVerify(Drafting["Drafter"]):
         return measure_row_costs(recorded, largest)
 
     def _forward_between(self) -> Callable[[], object]:
-        """A forward of the target, as there is one between any two drafts: what a drafter reads is then in no cache of
-        the processor."""
+        """A forward of the target of one row. Run between two timed drafts, as in decoding, so that what the drafter
+        reads is not in the processor's caches."""
         from spdbench.models.cpu.argmax import argmax
 
         decoder = self._decoder
@@ -99,14 +102,18 @@ class DraftVerify(Drafting["Drafter"]):
         return forward
 
     def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:
-        """True if a sequence so long has room in what was recorded."""
+        """True if forwards were recorded and the sequence fits into their capacity."""
         needed = len(request.prompt_ids) + request.max_new_tokens + num_nodes
         return self._recorded is not None and needed <= self._recorded.capacity
 
-    def _judge(self) -> Judge:
-        from spdbench.decoding.verify import judge_tree
+    def _accept_rule(self) -> AcceptRule | None:
+        """None: greedy or lossless sampling, as the request says."""
+        return None
 
-        return judge_tree
+    def _synthetic_drafter(self, request: GenerationRequest, builder: TreeBuilder) -> SyntheticDrafter:
+        from spdbench.decoding.synthetic import SyntheticDrafter
+
+        return SyntheticDrafter(self._drafts(request), builder, self._decoder.device)
 
     def _no_trees(self, asked: str) -> InputError:
         return InputError(

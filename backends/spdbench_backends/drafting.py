@@ -1,12 +1,10 @@
-"""What every backend that drafts shares: its drafters' life from request to request, and synthetic ones.
-
-Must not know any method, nor in what order drafts are made and judged.
-"""
+"""What all backends that draft share: a drafter for each request, and where drafters come from."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from spdbench.backend import BackendContext, DrafterInfo
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from spdbench.models.interface import TargetDecoder
 
 D = TypeVar("D")
+F = TypeVar("F")
 
 
 class Drafting(ABC, Generic[D]):
@@ -30,7 +29,7 @@ class Drafting(ABC, Generic[D]):
 
     @abstractmethod
     def _new_drafter(self, request: GenerationRequest) -> D:
-        """A drafter that has seen nothing yet."""
+        """A new drafter for `request`."""
 
     @abstractmethod
     def _decode(self, request: GenerationRequest, drafter: D) -> Iterator[Step]:
@@ -38,7 +37,7 @@ class Drafting(ABC, Generic[D]):
 
     @property
     def lossless(self) -> bool:
-        """Dictated verdicts are for timing; what they let through is not the target's own."""
+        """False for forced verdicts, which serve timing: the tokens that they accept are not the target's own."""
         return not self._context.drafter.startswith("forced:")
 
     def prepare(self, request: GenerationRequest) -> None:
@@ -57,6 +56,28 @@ class Drafting(ABC, Generic[D]):
     @property
     def _decoder(self) -> TargetDecoder:
         return self._context.target.decoder
+
+    def _read_drafter(
+        self,
+        choice: DrafterChoice,
+        method: str,
+        read: Callable[[Path], F],
+        draw: Callable[[], F],
+        num_stages: int | None = None,
+    ) -> F | None:
+        """The drafter that the user chose: read from its folder, or drawn at random; None for a synthetic one.
+
+        Raises:
+            InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read.
+        """
+        from spdbench.models.checkpoints.find_drafter import find_drafter
+
+        if choice.kind in ("oracle", "forced"):
+            return None
+        if choice.kind == "random":
+            return draw()
+        installed = choice.kind == "auto"
+        return read(find_drafter(self._context.target.files, method, num_stages) if installed else choice.path)
 
     def _synthetic(self, choice: DrafterChoice) -> DrafterInfo:
         return DrafterInfo(choice.text, method=choice.kind, synthetic=True)

@@ -1,6 +1,6 @@
-"""`ngram`: prompt lookup. What followed the last n tokens when they stood there before is the draft.
+"""`ngram`: prompt lookup. The draft is what followed the last n tokens when they last occurred.
 
-Needs no head: text repeats itself. Source: Saxena, prompt lookup decoding, 2023; METHODS.md D.
+Needs no head, because text repeats itself. Source: Saxena, prompt lookup decoding, 2023; METHODS.md D.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Ngram(DraftVerify):
 
 
 class NgramDrafter:
-    """The committed tokens of one request, and where each n-gram among them last ended."""
+    """The committed tokens of one request, and the position after the last occurrence of each n-gram among them."""
 
     hidden_indices: tuple[int, ...] = ()
 
@@ -75,11 +75,8 @@ class NgramDrafter:
     def accept(self, token_ids: Sequence[int], features: object) -> None:  # noqa: ARG002
         self._append(token_ids)
 
-    def dictated(self, num_levels: int) -> None:
-        pass
-
     def _append(self, token_ids: Sequence[int]) -> None:
-        """Takes new tokens. An n-gram is known once a token stands behind it, so the last ones are not yet."""
+        """Adds tokens. An n-gram is indexed once a token follows it, so the last ones are not yet."""
         self._ids += token_ids
         for end in range(self._indexed, len(self._ids) - 1):
             for size in self._sizes:
@@ -88,7 +85,7 @@ class NgramDrafter:
         self._indexed = len(self._ids) - 1
 
     def _lookup(self) -> list[int]:
-        """What followed the longest run of last tokens that occurred before, the latest time it did."""
+        """What followed the latest earlier occurrence of the longest possible run of last tokens."""
         for size in self._sizes:
             end = self._ends.get(tuple(self._ids[-size:])) if size <= len(self._ids) else None
             if end is not None:

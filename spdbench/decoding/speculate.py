@@ -1,19 +1,17 @@
-"""Draft and verify: the one decoding loop of every method that drafts ahead and lets the target judge all at once.
+"""Draft and verify: the decoding loop of every method whose drafts the target verifies in one forward.
 
     prefill, then round by round:
-        a drafter proposes a tree behind the newest token
+        the drafter proposes a tree after the newest token
         the target forwards the whole tree
-        the longest right path counts, and the target's own token behind it
-        the cache keeps that path's rows; the drafter sees the path and the target's features on it
-
-Knows the order of things in a round; must not know how drafts are made.
+        the longest accepted path is emitted, followed by the target's own token
+        the cache keeps that path's rows; the drafter receives the path and the target's features on it
 
 Shapes: N nodes, P prompt tokens, M model width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 from typing import Protocol
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
-from spdbench.decoding.verify import TreeVerdict, judge_tree
+from spdbench.decoding.verify import AcceptRule, verify
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.to_device import to_device
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
@@ -32,7 +30,7 @@ from spdbench.types import GenerationRequest, Span, SpanKind, Step
 @dataclass(frozen=True)
 class Features:
     """What the target computed for some rows: the last layer's output before the final norm, and the hidden states
-    that the drafter asked for, by index; `[rows, M]` each."""
+    that the drafter reads, by index; `[rows, M]` each."""
 
     hidden: Tensor
     states: Mapping[int, Tensor]
@@ -46,7 +44,7 @@ class Features:
 
 
 class Drafter(Protocol):
-    """One request's drafter."""
+    """Drafts for one request."""
 
     @property
     def hidden_indices(self) -> Collection[int]:
@@ -60,28 +58,25 @@ class Drafter(Protocol):
         """The prompt with the target's features of it, and the first new token."""
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
-        """A tree behind the newest token; a lone root is allowed. What lies deeper than `max_levels` will not count."""
+        """A tree after the newest token; a lone root is allowed. Levels deeper than `max_levels` will not count."""
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         """New tokens, the last of which is the new root, and the features of the old root and of all new tokens but
         the last: as many rows as tokens."""
 
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:
-        """Verdicts by level that a timing experiment prescribes for the tree just proposed; usually None."""
-
-
-Judge = Callable[[Tensor, DraftTree, Sampler, Sequence[bool] | None], TreeVerdict]
-"""The target's logits behind every node `[N, V]` against a tree; verdicts by level where they are dictated."""
-
 
 class Speculation:
-    """One request on its way through rounds of drafting and verifying. `spans` is what the time went to."""
+    """The rounds of one request. `spans` records where the time went."""
 
     def __init__(
-        self, decoder: TargetDecoder, drafter: Drafter, request: GenerationRequest, judge: Judge = judge_tree
+        self,
+        decoder: TargetDecoder,
+        drafter: Drafter,
+        request: GenerationRequest,
+        accept_rule: AcceptRule | None = None,
     ) -> None:
         self._decoder = decoder
-        self._judge = judge
+        self._accept_rule = accept_rule
         self._drafter = drafter
         self._request = request
         self._sampler = Sampler(request.sampling, request.seed)
@@ -90,7 +85,7 @@ class Speculation:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:
-        """Prefill, then a step a round; ends with the round that holds an end of sequence, or at the limit."""
+        """Prefill, then one step a round; ends with the round that emits an end of sequence, or at the limit."""
         request, num_new = self._request, 1
         step = Step((self._prefill(),), 0, 0, 0, float(len(request.prompt_ids)))
         yield step
@@ -110,7 +105,7 @@ class Speculation:
         return token
 
     def _round(self, room: int) -> Step:
-        """At most `room` tokens."""
+        """One round, of at most `room` tokens."""
         decoder, mark = self._decoder, self.cache.mark()
         began = perf_counter_ns()
         draft = self._drafter.propose(room - 1, self._sampler)
@@ -121,18 +116,17 @@ class Speculation:
         )
         logits_NV = decoder.logits(hidden_NM)
         forwarded = perf_counter_ns()
-        verdict = self._judge(logits_NV, draft, self._sampler, self._drafter.dictated(draft.tree.num_levels))
-        verdict = verdict.within(room)
+        verdict = verify(logits_NV, draft, self._sampler, self._accept_rule).within(room)
         self.cache.keep(mark, verdict.path)
         verified = perf_counter_ns()
         self._drafter.accept(verdict.token_ids, Features(hidden_NM, states).at(verdict.path))
-        self._took("draft", began, drafted, mark)
-        self._took("target", drafted, forwarded, mark)
-        self._took("verify", forwarded, verified, mark)
-        self._took("host", verified, perf_counter_ns(), mark)
+        self._record_span("draft", began, drafted, mark)
+        self._record_span("target", drafted, forwarded, mark)
+        self._record_span("verify", forwarded, verified, mark)
+        self._record_span("host", verified, perf_counter_ns(), mark)
         return Step(verdict.token_ids, verdict.drafted, verdict.judged, verdict.accepted, float(len(draft.tree)))
 
-    def _took(self, kind: SpanKind, start_ns: int, end_ns: int, position: int) -> None:
-        """On a GPU, where the host runs ahead of the work, its clock says nothing of what that took."""
+    def _record_span(self, kind: SpanKind, start_ns: int, end_ns: int, position: int) -> None:
+        """Not on a GPU: there the host runs ahead of the device, and its clock does not measure the work."""
         if self._decoder.device.type != "cuda":
             self.spans.append(Span(0, kind, start_ns, end_ns, position, True))

@@ -1,20 +1,28 @@
-"""Drafters whose acceptance is dialled in: `oracle:P` and `forced:P` (METRICS.md, "Synthetic drafters").
+"""Drafters with a given acceptance: `oracle:P` and `forced:P` (METRICS.md, "Synthetic drafters").
 
-Decisions hang on the seed, the prompt and the position alone, so that every backend meets the same ones. Knows tokens
-and positions; must not know how a backend arranges its drafts.
+Decisions depend on the seed, the prompt and the position alone, so that every backend meets the same ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.tree import DraftTree, lone_root
+from spdbench.decoding.tree_builder import Candidates, TreeBuilder
+from spdbench.decoding.verify import Draft
 from spdbench.errors import InputError, did_you_mean
+from spdbench.models.attention_context import TreeRows
 from spdbench.models.checkpoints.folders import typed_path
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
@@ -64,7 +72,7 @@ class SyntheticDrafts:
     """The drafts of one request. Index t counts new tokens, t = 0 being the one that prefill gives.
 
     `reference` is what plain decoding emits (empty for `forced`). `oracle` drafts the reference's token with
-    probability P and another one otherwise; `forced` drafts arbitrary tokens and dictates the verdict.
+    probability P and another one otherwise; `forced` drafts arbitrary tokens and forces the verdicts.
     """
 
     choice: DrafterChoice
@@ -78,22 +86,29 @@ class SyntheticDrafts:
         """The draft for new token `index`."""
         if self.choice.kind == "forced":
             return self._ordinary(int.from_bytes(self._hash(index, b"token")[:4], "little"))
-        if index >= len(self.reference):  # behind a wrong draft, where nothing can be right
+        if index >= len(self.reference):  # after a wrong draft, where no draft can be right
             return self._ordinary(index)
         right = self.reference[index]
         return right if self.favourable(index) else (right + 1) % self.vocab_size
 
+    def draft(self, index: int) -> Draft:
+        """The same with its forced verdict, None where verification decides."""
+        return Draft(self.token(index), forced_verdict=self.favourable(index) if self.choice.kind == "forced" else None)
+
+    def siblings(self, index: int, count: int) -> list[int]:
+        """`count` different drafts for new token `index`: `token(index)`, then tokens that are wrong for certain."""
+        first = self.token(index)
+        right = self.reference[index] if index < len(self.reference) else first
+        others = (token % self.vocab_size for token in range(first + 1, first + count + 1))
+        return [first, *[token for token in others if token != right][: count - 1]]
+
     def favourable(self, index: int) -> bool:
-        """The dialled decision for new token `index`: true with probability P."""
+        """The decision for new token `index`: true with probability P."""
         draw = int.from_bytes(self._hash(index, b"verdict")[:8], "little") / 2**64
         return draw < self.choice.probability
 
-    def verdict(self, index: int) -> bool | None:
-        """What verification has to find, or None where it finds for itself."""
-        return self.favourable(index) if self.choice.kind == "forced" else None
-
-    def verdicts(self, index: int, count: int) -> list[bool] | None:
-        """What verification has to find for `count` new tokens from `index` on, or None where it finds for itself."""
+    def forced_verdicts(self, index: int, count: int) -> list[bool] | None:
+        """The verdicts on `count` new tokens from `index` on, or None where verification decides."""
         return [self.favourable(t) for t in range(index, index + count)] if self.choice.kind == "forced" else None
 
     def _hash(self, index: int, purpose: bytes) -> bytes:
@@ -108,12 +123,50 @@ class SyntheticDrafts:
         return token
 
 
-def fill_siblings(drafts: SyntheticDrafts, index: int, count: int) -> list[int]:
-    """`count` different drafts for new token `index`: the dialled one first, then such as are wrong for certain."""
-    first = drafts.token(index)
-    right = drafts.reference[index] if index < len(drafts.reference) else first
-    others = (token % drafts.vocab_size for token in range(first + 1, first + count + 1))
-    return [first, *[token for token in others if token != right][: count - 1]]
+class SyntheticDrafter:
+    """The drafter behind `oracle:P` and `forced:P` in rounds, and the proposer of its own trees: at every level the
+    dialled draft is the first child of the first node, and the candidates of all other ranks are wrong."""
+
+    hidden_indices: tuple[int, ...] = ()
+
+    def __init__(self, drafts: SyntheticDrafts, builder: TreeBuilder, device: torch.device) -> None:
+        self.max_nodes = builder.max_nodes
+        self._drafts = drafts
+        self._builder = builder
+        self._device = device
+        self._index = 0  # of the root among the new tokens
+        self._root = 0
+        self._level = 0  # of the candidates proposed last
+
+    def start(self, prompt_ids: Sequence[int], features: object, root: int) -> None:  # noqa: ARG002
+        self._root = root
+
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
+        root_1 = torch.tensor([self._root], device=self._device)
+        draft = self._builder.build_tree(self, root_1, max_levels) if max_levels >= 1 else lone_root(root_1)
+        return replace(draft, forced_verdicts=self._drafts.forced_verdicts(self._index + 1, draft.tree.num_levels))
+
+    def accept(self, token_ids: Sequence[int], features: object) -> None:  # noqa: ARG002
+        self._index += len(token_ids)
+        self._root = token_ids[-1]
+
+    def first(self, count: int) -> Candidates:
+        self._level = 0
+        return self._candidates(1, count)
+
+    def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:  # noqa: ARG002
+        return self._candidates(len(ids_S), count)
+
+    def _candidates(self, num_rows: int, count: int) -> Candidates:
+        self._level += 1
+        ids = torch.tensor(self._drafts.siblings(self._index + self._level, count), device=self._device)
+        scores = RANK_LOG_PROBABILITY * torch.arange(count, device=self._device)
+        return Candidates(scores.expand(num_rows, count), ids.expand(num_rows, count))
+
+
+RANK_LOG_PROBABILITY = -0.7
+"""Each rank is about half as likely as the one before, and the first is certain: no other branch scores more than the
+right one, so the right one is as deep as the tree may be."""
 
 
 def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:
@@ -128,19 +181,17 @@ def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:
 def synthetic_drafts(
     choice: DrafterChoice, seed: int, decoder: TargetDecoder, request: GenerationRequest
 ) -> SyntheticDrafts:
-    """The drafts for `request`. For an oracle this decodes the reference, once however many backends ask.
+    """The drafts for `request`. For an oracle this decodes the reference, once for all backends.
 
     Raises:
         InputError: an oracle with a temperature.
     """
     require_known_answer(choice, request.sampling)
-    reference = _reference(decoder, request) if choice.kind == "oracle" else ()
+    reference: tuple[int, ...] = ()
+    if choice.kind == "oracle":
+        reference = _reference(_ById(decoder), request.prompt_ids, request.max_new_tokens, request.eos_ids)
     digest = hashlib.sha256(",".join(map(str, request.prompt_ids)).encode()).digest()
     return SyntheticDrafts(choice, seed, digest, reference, decoder.config.vocab_size, request.eos_ids)
-
-
-def _reference(decoder: TargetDecoder, request: GenerationRequest) -> tuple[int, ...]:
-    return _decoded(_ById(decoder), request.prompt_ids, request.max_new_tokens, request.eos_ids)
 
 
 class _ById:
@@ -157,6 +208,6 @@ class _ById:
 
 
 @lru_cache(maxsize=64)
-def _decoded(decoder: _ById, prompt_ids: tuple[int, ...], limit: int, eos_ids: frozenset[int]) -> tuple[int, ...]:
+def _reference(decoder: _ById, prompt_ids: tuple[int, ...], limit: int, eos_ids: frozenset[int]) -> tuple[int, ...]:
     request = GenerationRequest(prompt_ids, (), limit, Sampling(), 0, eos_ids)
     return tuple(decode(decoder.decoder, request))

@@ -1,21 +1,33 @@
-"""The verdict on drafted tokens, one or a tree of them, exactly lossless.
+"""Verification: which drafts the target accepts, and the token that it adds.
 
-Greedy: accepted iff it is the target's argmax. Sampling (Leviathan et al., arXiv 2211.17192, Chen et al., arXiv
-2302.01318): with target p and draft q, both warped, accept x with probability min(1, p(x) / q(x)); on refusal draw
-from the normalised max(p - q, 0). A draft that was not drawn but picked has a one-hot q: accept with probability
-p(x), on refusal draw from p without x; of several picked siblings each is asked in turn for what mass the refused ones
-left, which is how EAGLE-2 and 3 judge (METHODS.md A.4). Must not know of pipelines, drafters or caches.
+Drafts form a tree after the newest token, the root; a chain is a tree of width one. The target has computed the logits
+behind every node. `verify` stands on the root first. An accept rule chooses one child of the node that it stands on and
+`verify` moves there, until the rule rejects all children or there are none. Behind the last accepted node follows a
+token of the target's own. Three rules, with p the target's warped distribution behind the node:
 
-Shapes: V vocabulary, N nodes of a tree.
+Greedy. The child that is the target's argmax.
+
+Lossless sampling. The emitted tokens follow p exactly. Two cases:
+    Drawn: child x was drawn from the drafter's distribution q. Accept with probability min(1, p(x) / q(x)); after a
+    rejection draw the token from norm(max(0, p - q)) (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318).
+    Picked: children x_1, x_2, ... were chosen without a draw, so each has a one-hot q. Accept x_i with its probability
+    under p without the rejected siblings, p(x_i) / (1 - p(x_1) - ... - p(x_i-1)); after all are rejected draw the token
+    from norm(p without all of them) (SpecInfer, arXiv 2305.09781; as EAGLE-2 and 3 verify, METHODS.md A.4).
+
+Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1; METHODS.md B). Not lossless. A node passes iff
+p(x) > min(epsilon, delta e^(-H(p))), with p at the request's temperature and H its entropy; accept the longest path
+whose nodes all pass, the most likely one of several.
+
+Shapes: V vocabulary, N nodes of a tree, C children, R rows of nodes that have children.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,47 +39,34 @@ from spdbench.models.to_device import to_device
 
 @dataclass(frozen=True)
 class Draft:
-    """A proposed token; `probabilities_V` is the distribution that it was drawn from, None if it was picked."""
+    """A single drafted token. `probabilities_V` is the distribution that it was drawn from, None if it was picked.
+    `forced_verdict` replaces verification in timing experiments."""
 
     token_id: int
     probabilities_V: Tensor | None = None
+    forced_verdict: bool | None = None
+
+    @classmethod
+    def from_logits(cls, logits_V: Logits, sampler: Sampler) -> Draft:
+        """What a drafter's own logits give: the argmax, picked, when greedy, else a draw."""
+        if isinstance(logits_V, int) or sampler.greedy:
+            return cls(sampler.choose(logits_V))
+        drafted_V = sampler.probabilities(logits_V)
+        return cls(sampler.draw(drafted_V), drafted_V)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`token_id` is what comes out either way: the draft, or the target's correction."""
+class DraftVerdict:
+    """On a single draft: `token_id` is the draft where it is accepted, else the target's correction."""
 
     accepted: bool
     token_id: int
 
 
-def judge(logits_V: Logits, draft: Draft, sampler: Sampler) -> Verdict:
-    """The target's logits for a position against the token drafted for it."""
-    if sampler.greedy:
-        best = sampler.choose(logits_V)
-        return Verdict(best == draft.token_id, best)
-    assert not isinstance(logits_V, int)
-    target_V = sampler.probabilities(logits_V)
-    token, draft_V = draft.token_id, draft.probabilities_V
-    likelihood = 1.0 if draft_V is None else float(draft_V[token])
-    # Strictly less: a token that the target gives no mass must not pass when u is 0.
-    if sampler.uniform() * likelihood < float(target_V[token]):
-        return Verdict(True, token)
-    return Verdict(False, sampler.draw(_residual(target_V, to_device((token,), target_V.device), draft_V)))
-
-
-def _residual(target_V: Tensor, refused: Tensor, drafted_V: Tensor | None) -> Tensor:
-    """What a token behind a refusal is drawn from: the target without the tokens `refused` that were picked, or what it
-    has more of than the distribution that the refused one was drawn from."""
-    residual_V = target_V.index_fill(0, refused, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(min=0.0)
-    # Nothing left: the drafts had all the mass up to rounding, so that a refusal has no probability to speak of.
-    return residual_V if float(residual_V.sum()) > 0.0 else target_V
-
-
 @dataclass(frozen=True)
-class TreeVerdict:
-    """`path` are the accepted nodes, root first, `token_ids` their tokens without the root's, and then the target's own
-    token behind the last. `drafted` is the tree's depth, `judged` counts the levels that got a verdict."""
+class Verdict:
+    """On a tree. `path` holds the accepted nodes, root first; `token_ids` their tokens without the root's, then the
+    target's own token. `drafted` is the tree's depth, `judged` counts the levels that were verified."""
 
     path: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -78,108 +77,180 @@ class TreeVerdict:
     def accepted(self) -> int:
         return len(self.path) - 1
 
-    def within(self, room: int) -> TreeVerdict:
-        """As of a tree that was grown for `room` tokens: of what lies deeper nothing counts."""
+    def within(self, room: int) -> Verdict:
+        """The verdict as if the tree had been built for `room` tokens: deeper levels do not count."""
         levels = room - 1
         if self.drafted <= levels:
             return self
-        return TreeVerdict(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
+        return Verdict(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
 
 
-def judge_tree(
-    logits_NV: Tensor, draft: DraftTree, sampler: Sampler, dictated: Sequence[bool] | None = None
-) -> TreeVerdict:
-    """The target's logits behind every node against the nodes' children.
+class Rule(Protocol):
+    """An accept rule at work on one tree, whose parents and token ids it has read to the host."""
 
-    `dictated`, by level, replaces the verdicts for a timing experiment: yes accepts a node's first child. The host
-    waits for a device once. On a CPU, where there is nothing to wait for, what a sampled verdict needs of a node is
-    computed when the walk has come to that node.
-    """
-    walk: _Walk
-    if sampler.greedy:
-        parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV))).cpu().numpy()
-        walk = _Greedy(ids, best)
-    elif logits_NV.device.type == "cpu":
-        parents, ids = draft.tree.parents_N.numpy(), draft.ids_N.numpy()
-        walk = _Sampled(ids, logits_NV, draft.drawn, sampler)
-    else:
-        walk = SampledAtOnce(logits_NV, draft, sampler)
-        parents, ids = walk.parents, walk.ids
-    node, path, judged = 0, [0], 0
-    while len(children := np.flatnonzero(parents == node)):
-        judged += 1
-        if dictated is None:
-            found = walk.choose(node, children)
-        else:
-            found = int(children[0]) if dictated[judged - 1] else None
-        if found is None:
-            break
-        node = found
-        path.append(node)
-    accepted = tuple(int(ids[node]) for node in path[1:])
-    return TreeVerdict(tuple(path), (*accepted, walk.last(node)), depth_of(parents), judged)
+    parents: list[int]
+    ids: list[int]
 
-
-def depth_of(parents: Any) -> int:
-    """The depth of the deepest node."""
-    depth, nodes = 0, np.flatnonzero(parents == 0)
-    while len(nodes):
-        depth, nodes = depth + 1, np.flatnonzero(np.isin(parents, nodes))
-    return depth
-
-
-class _Walk(Protocol):
-    """Down the tree from accepted node to accepted node."""
-
-    def choose(self, node: int, children: Any) -> int | None:
+    def accept(self, node: int, children: Sequence[int]) -> int | None:
         """The accepted one of a node's children."""
 
-    def last(self, node: int) -> int:
+    def token_behind(self, node: int) -> int:
         """The target's own token behind the last accepted node."""
 
 
+AcceptRule = Callable[[Tensor, DraftTree, Sampler], Rule]
+"""Starts a rule on the target's logits behind every node `[N, V]`."""
+
+
+def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
+    """Greedy or lossless: the target's logits for a position against the token drafted for it.
+
+    Without a draft, and after a forced rejection, the target's own token is its choice from p.
+    """
+    forced = False if draft is None else draft.forced_verdict
+    if draft is not None and forced:
+        return DraftVerdict(True, draft.token_id)
+    if draft is None or forced is False:
+        return DraftVerdict(False, sampler.choose(logits_V))
+    if sampler.greedy:
+        best = sampler.choose(logits_V)
+        return DraftVerdict(best == draft.token_id, best)
+    assert not isinstance(logits_V, int)
+    target_V, drafted_V, tokens = sampler.probabilities(logits_V), draft.probabilities_V, [draft.token_id]
+    drafted = None if drafted_V is None else [float(drafted_V[draft.token_id])]
+    if first_accepted(tokens, [float(target_V[draft.token_id])], drafted, [sampler.uniform()]) is not None:
+        return DraftVerdict(True, draft.token_id)
+    return DraftVerdict(False, sampler.draw(residual(target_V, to_device(tokens, target_V.device), drafted_V)))
+
+
+def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: AcceptRule | None = None) -> Verdict:
+    """The target's logits behind every node against the drafts, by `accept_rule`, by default greedy or lossless
+    sampling as the request says. The host waits for a device once (not so for typical acceptance)."""
+    forced = draft.forced_verdicts
+    rule = (accept_rule if accept_rule is not None and forced is None else lossless)(logits_NV, draft, sampler)
+    children: list[list[int]] = [[] for _ in rule.parents]
+    depths = [0] * len(rule.parents)
+    for node, parent in enumerate(rule.parents[1:], 1):  # parents come before their children
+        children[parent].append(node)
+        depths[node] = depths[parent] + 1
+    path, judged = [0], 0
+    while siblings := children[path[-1]]:
+        judged += 1
+        if forced is None:
+            accepted = rule.accept(path[-1], siblings)
+        else:
+            accepted = siblings[0] if forced[judged - 1] else None
+        if accepted is None:
+            break
+        path.append(accepted)
+    token_ids = [rule.ids[node] for node in path[1:]]
+    return Verdict(tuple(path), (*token_ids, rule.token_behind(path[-1])), max(depths), judged)
+
+
+def lossless(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
+    """Greedy or sampled, as the request says."""
+    if sampler.greedy:
+        return _Greedy(logits_NV, draft)
+    # A CPU computes a node's distribution when the walk reaches the node. A GPU computes those of all nodes at once,
+    # because the host waits for it once.
+    if logits_NV.device.type == "cpu":
+        return _Sampled(logits_NV, draft, sampler)
+    return SampledAtOnce(logits_NV, draft, sampler)
+
+
+def typical(epsilon: float, delta: float) -> AcceptRule:
+    """Typical acceptance; greedy where the request is. `epsilon` is the threshold where the target is certain, `delta`
+    lowers it where the target is not."""
+    return partial(_typical, epsilon, delta)
+
+
+def _typical(epsilon: float, delta: float, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
+    if sampler.greedy:
+        return lossless(logits_NV, draft, sampler)
+    return _Typical(epsilon, delta, logits_NV, draft, sampler)
+
+
+def first_accepted(
+    tokens: Sequence[int], target: Sequence[float], drafted: Sequence[float] | None, uniform: Sequence[float]
+) -> int | None:
+    """Lossless sampling: the index of the first accepted one of siblings `tokens`.
+
+    `target` are their probabilities under p, `drafted` under the distribution that they were drawn from (None: they
+    were picked), `uniform` a number in [0, 1) for each. The comparison is strict: a token without probability must not
+    be accepted where its number is 0.
+    """
+    rejected: set[int] = set()
+    taken = 0.0  # by the siblings rejected so far
+    for index, token in enumerate(tokens):
+        if drafted is not None:
+            if uniform[index] * drafted[index] < target[index]:
+                return index
+        elif token not in rejected:  # a second draft of a rejected token has no probability left
+            if uniform[index] * (1.0 - taken) < target[index]:
+                return index
+            rejected.add(token)
+            taken += target[index]
+    return None
+
+
+def residual(target_V: Tensor, rejected_C: Tensor, drafted_V: Tensor | None) -> Tensor:
+    """Lossless sampling: weights `[V]` of the token behind rejected siblings `rejected_C`, from the distribution
+    `drafted_V` where they were drawn."""
+    left_V = target_V.index_fill(0, rejected_C, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(min=0.0)
+    return _unless_empty(left_V, target_V)
+
+
+def _unless_empty(left: Tensor, target: Tensor) -> Tensor:
+    """Rows `[..., V]` of `left`, or of `target` where nothing is left: then the drafts had all the probability, and
+    were rejected by rounding alone."""
+    return torch.where(left.sum(-1, keepdim=True) > 0.0, left, target)
+
+
 class _Greedy:
-    def __init__(self, ids: Any, best: Any) -> None:
-        self._ids, self._best = ids, best
+    def __init__(self, logits_NV: Tensor, draft: DraftTree) -> None:
+        numbers = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV)))
+        self.parents, self.ids, self._best = numbers.tolist()
 
-    def choose(self, node: int, children: Any) -> int | None:
-        right = children[self._ids[children] == self._best[node]]
-        return int(right[0]) if len(right) else None
+    def accept(self, node: int, children: Sequence[int]) -> int | None:
+        return next((child for child in children if self.ids[child] == self._best[node]), None)
 
-    def last(self, node: int) -> int:
-        return int(self._best[node])
+    def token_behind(self, node: int) -> int:
+        best: int = self._best[node]
+        return best
 
 
 class _Sampled:
-    """Every node has two uniform numbers of its own: one for its verdict, one for the token drawn behind it."""
+    """Lossless sampling, node by node. Every node has two uniform numbers of its own, one for its verdict and one for
+    the token drawn behind it, so that the draws do not depend on the path."""
 
-    def __init__(self, ids: Any, logits_NV: Tensor, drawn: tuple[Tensor, ...] | None, sampler: Sampler) -> None:
-        self._ids, self._logits_NV, self._drawn, self._sampler = ids, logits_NV, drawn, sampler
-        self._verdict_N, self._draw_N = _uniforms(sampler, len(ids))
+    def __init__(self, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
+        self.parents, self.ids = draft.tree.parents_N.tolist(), draft.ids_N.tolist()
+        self._logits_NV, self._drawn, self._sampler = logits_NV, draft.drawn, sampler
+        self._verdict_N, self._draw_N = _uniforms(sampler, len(self.ids))
         self._residual_V: Tensor | None = None
 
-    def choose(self, node: int, children: Any) -> int | None:
+    def accept(self, node: int, children: Sequence[int]) -> int | None:
         target_V = self._sampler.probabilities(self._logits_NV[node])
-        tokens = torch.from_numpy(self._ids[children])
-        drafted_V = None if self._drawn is None else self._drawn[int(children[0]) - 1]
-        likelihoods = None if drafted_V is None else drafted_V[tokens].double().numpy()
-        likely = target_V[tokens].double().numpy()
-        found = _first_accepted(self._ids[children], likely, likelihoods, self._verdict_N[children])
+        tokens = [self.ids[child] for child in children]
+        tokens_C = torch.tensor(tokens)
+        drafted_V = None if self._drawn is None else self._drawn[children[0] - 1]
+        drafted = None if drafted_V is None else drafted_V[tokens_C].tolist()
+        uniform = [self._verdict_N[child] for child in children]
+        found = first_accepted(tokens, target_V[tokens_C].tolist(), drafted, uniform)
         if found is not None:
-            return int(children[found])
-        self._residual_V = _residual(target_V, tokens, drafted_V)
+            return children[found]
+        self._residual_V = residual(target_V, tokens_C, drafted_V)
         return None
 
-    def last(self, node: int) -> int:
+    def token_behind(self, node: int) -> int:
         weights_V = self._residual_V
         if weights_V is None:
             weights_V = self._sampler.probabilities(self._logits_NV[node])
-        return self._sampler.draw(weights_V, float(self._draw_N[node]))
+        return self._sampler.draw(weights_V, self._draw_N[node])
 
 
 class SampledAtOnce:
-    """The same, computed for all nodes where the logits are, and read in one go. Only for trees that are judged: a
-    dictated refusal is followed by a draw as after a refusal of the target's."""
+    """The same numbers, computed for all nodes on the device of the logits and read in one copy."""
 
     def __init__(self, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
         device, parents_N, ids_N = logits_NV.device, draft.tree.parents_N, draft.ids_N
@@ -187,45 +258,60 @@ class SampledAtOnce:
         target_NV = sampler.probabilities(logits_NV)
         of_parent = parents_N.clamp(min=0)
         likelihood_N = target_NV[of_parent, ids_N].double()
-        drafted_N, residual_NV = torch.ones_like(likelihood_N), target_NV.clone()
-        if draft.drawn is None:
-            residual_NV[of_parent[1:], ids_N[1:]] = 0.0
-        elif len(draft.drawn):  # a chain: node i's distribution is its parent i - 1's
+        drafted_N, left_NV = torch.ones_like(likelihood_N), target_NV.clone()
+        if draft.forced_verdicts is not None:
+            pass  # the token behind a forced rejection is drawn from p
+        elif draft.drawn is None:
+            left_NV[of_parent[1:], ids_N[1:]] = 0.0
+        elif len(draft.drawn):  # a chain: node i is drawn from the distribution behind node i - 1
             drafted_NV = torch.stack(draft.drawn)
             drafted_N[1:] = drafted_NV.gather(1, ids_N[1:, None])[:, 0].double()
-            residual_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
-        nothing_left_N1 = residual_NV.sum(-1, keepdim=True) <= 0.0
-        residual_NV = torch.where(nothing_left_N1, target_NV, residual_NV)
-        drawn_N = draw_rows(residual_NV, to_device(draw_N, device, torch.float64))
-        read = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).cpu().numpy()
-        self.parents, self.ids, self._drawn = (row.astype(np.int64) for row in read[:3])
-        self._likelihood, self._drafted = read[3:]
+            left_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
+        drawn_N = draw_rows(_unless_empty(left_NV, target_NV), to_device(draw_N, device, torch.float64))
+        numbers = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).tolist()
+        self.parents, self.ids, self._drawn = ([int(x) for x in row] for row in numbers[:3])
+        self._likelihood, self._drafted = numbers[3:]
         self._was_drawn = draft.drawn is not None
 
-    def choose(self, node: int, children: Any) -> int | None:  # noqa: ARG002 - one protocol with _Sampled
-        drafted = self._drafted[children] if self._was_drawn else None
-        likely, tokens = self._likelihood[children], self.ids[children]
-        found = _first_accepted(tokens, likely, drafted, self._verdict_N[children])
-        return None if found is None else int(children[found])
+    def accept(self, node: int, children: Sequence[int]) -> int | None:  # noqa: ARG002 - one protocol
+        target, drafted, uniform = (
+            [row[child] for child in children] for row in (self._likelihood, self._drafted, self._verdict_N)
+        )
+        tokens = [self.ids[child] for child in children]
+        found = first_accepted(tokens, target, drafted if self._was_drawn else None, uniform)
+        return None if found is None else children[found]
 
-    def last(self, node: int) -> int:
-        return int(self._drawn[node])
-
-
-def _uniforms(sampler: Sampler, num_nodes: int) -> Any:
-    """Numbers in [0, 1): `[2, N]` in float64."""
-    return np.array([sampler.uniform() for _ in range(2 * num_nodes)]).reshape(2, num_nodes)
+    def token_behind(self, node: int) -> int:
+        return self._drawn[node]
 
 
-def _first_accepted(tokens: Any, target: Any, drafted: Any | None, uniform: Any) -> int | None:
-    """Of siblings the first that is accepted, by what target and draft make of each: all are `[children]`.
+def _uniforms(sampler: Sampler, num_nodes: int) -> tuple[list[float], list[float]]:
+    """Numbers in [0, 1): one a node, twice."""
+    numbers = [sampler.uniform() for _ in range(2 * num_nodes)]
+    return numbers[:num_nodes], numbers[num_nodes:]
 
-    Strictly less: a token that the target gives no mass must not pass when u is 0.
-    """
-    if drafted is not None:
-        accepted = np.flatnonzero(uniform * drafted < target)
-    else:  # each is asked for its share of what the refused ones before it left, and a token only once
-        target = np.where(np.isin(np.arange(len(tokens)), np.unique(tokens, return_index=True)[1]), target, 0.0)
-        left = 1.0 - np.concatenate(([0.0], np.cumsum(target)[:-1]))
-        accepted = np.flatnonzero(uniform * left < target)
-    return int(accepted[0]) if len(accepted) else None
+
+class _Typical:
+    """Typical acceptance: finds the path at once, then follows it."""
+
+    def __init__(self, epsilon: float, delta: float, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
+        self.parents, self.ids = draft.tree.parents_N.tolist(), draft.ids_N.tolist()
+        self._logits_NV, self._sampler = logits_NV, sampler
+        log_NV = (logits_NV.float() / sampler.sampling.temperature).log_softmax(dim=-1)
+        entropy_N = -(log_NV.exp() * log_NV).nan_to_num(0.0).sum(dim=-1)
+        bound_N = torch.minimum(torch.full_like(entropy_N, epsilon), delta * torch.exp(-entropy_N))
+        parents_N = draft.tree.parents_N.clamp(min=0)
+        likelihood_N = log_NV[parents_N, draft.ids_N]
+        passes_N = likelihood_N.exp() > bound_N[parents_N]
+        passes_N[0], likelihood_N[0] = True, 0.0
+        sees_NN = draft.tree.rows.visible_SW
+        all_pass_N = (sees_NN & ~passes_N).sum(dim=1) == 0
+        depths_N = draft.tree.rows.depths_S.masked_fill(~all_pass_N, -1)
+        path_likelihood_N = (sees_NN * likelihood_N).sum(dim=1).masked_fill(depths_N < depths_N.max(), -torch.inf)
+        self._path = set(sees_NN[path_likelihood_N.argmax()].nonzero()[:, 0].tolist())
+
+    def accept(self, node: int, children: Sequence[int]) -> int | None:  # noqa: ARG002 - one protocol
+        return next((child for child in children if child in self._path), None)
+
+    def token_behind(self, node: int) -> int:
+        return self._sampler.choose(self._logits_NV[node])

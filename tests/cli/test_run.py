@@ -473,13 +473,13 @@ def test_a_failed_prompt_is_exit_code_1_and_no_number(run: Runs, monkeypatch: py
 
 
 def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spdbench.decoding.verify import Verdict, judge
+    from spdbench.decoding.verify import DraftVerdict, verify_draft
 
-    def accepts_everything(logits: Tensor, draft: Draft, sampler: Sampler) -> Verdict:
-        judge(logits, draft, sampler)
-        return Verdict(True, draft.token_id)
+    def accepts_everything(logits: Tensor, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
+        verdict = verify_draft(logits, draft, sampler)
+        return verdict if draft is None else DraftVerdict(True, draft.token_id)
 
-    monkeypatch.setattr("spdbench_backends.spd.engine.judge", accepts_everything)
+    monkeypatch.setattr("spdbench_backends.spd.engine.verify_draft", accepts_everything)
     said = run("--drafter", "oracle:0.5")
     assert said.code == 1
     divergence = run.result("spd").divergence

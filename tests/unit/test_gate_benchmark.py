@@ -12,7 +12,7 @@ import pytest
 from benchmarks.gate import Checked, goals, slowdown
 from benchmarks.gate_backends import RejectingOptions, RejectingSPD, SlowerSPD, slowed
 from spdbench.backend import BackendContext, parse_options
-from spdbench.decoding.verify import Verdict
+from spdbench.decoding.verify import DraftVerdict
 from spdbench.types import Step
 from spdbench_backends.spd.backend import SPD
 from tests import tiny
@@ -54,8 +54,8 @@ def test_one_accepted_draft_in_so_many_is_rejected_and_the_token_stays() -> None
     backend = RejectingSPD.__new__(RejectingSPD)
     backend._options = RejectingOptions(every=4, first=2)
     answers = iter([True, False] * 12)
-    judge = backend._rejecting(lambda _logits, _draft, position: Verdict(next(answers), position))
-    found = [judge(None, None, position) for position in range(24)]  # type: ignore[arg-type]
+    verify = backend._rejecting(lambda logits, _: DraftVerdict(next(answers), int(logits)))
+    found = [verify(position, None) for position in range(24)]
     accepted = [verdict.accepted for verdict in found[::2]]
     assert [at + 1 for at, kept in enumerate(accepted) if not kept] == [2, 6, 10]
     assert [verdict.token_id for verdict in found] == list(range(24))

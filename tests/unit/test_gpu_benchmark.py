@@ -26,7 +26,7 @@ from benchmarks.sides import Goal
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
 from spdbench.decoding.tree import DraftTree
-from spdbench_backends.fixed_tree import FixedTree
+from spdbench.decoding.tree_builder import chain_builder
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.drafter import MedusaDrafter
 
@@ -294,7 +294,7 @@ def test_a_side_that_cannot_be_made_leaves_the_others_with_its_traceback(monkeyp
 @pytest.mark.parametrize("forced", [0.0, 0.9, 1.0])
 def test_only_rounds_of_whole_trees_are_counted(forced: float) -> None:
     decoder, tokens = random_decoder(SHAPES["tiny"], torch.float32, CPU), 7
-    tree = FixedTree([(0,) * level for level in range(1, 1 + gpu_drafts.MOST_LEVELS)], CPU)
+    tree = chain_builder(gpu_drafts.MOST_LEVELS, CPU)
     weights = build_medusa(random_medusa(decoder, gpu_drafts.MOST_LEVELS, 0), decoder)
     rooms = []
 

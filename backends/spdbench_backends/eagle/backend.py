@@ -1,6 +1,6 @@
-"""`eagle`: a head drafts a chain or a tree from the target's features, the target verifies it in one forward.
+"""`eagle`: a head drafts a chain or a tree from the target's features, and the target verifies it in one forward.
 
-EAGLE-1, 2 and 3 differ by their heads' tensors, and any head grows any tree. Source: METHODS.md, section A.
+EAGLE-1, 2 and 3 differ by their heads' tensors; every head can draft every kind of tree. Source: METHODS.md, section A.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from spdbench_backends.graph_options import GraphOptions, to_be_recorded
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.tree_builder import TreeBuilder
     from spdbench_backends.eagle.formats import EagleFile
     from spdbench_backends.eagle.head import EagleWeights
     from spdbench_backends.eagle.recorded import RecordedEagle
-    from spdbench_backends.eagle.tree_builder import TreeBuilder
 
 ASSUMED_ACCURACY = 0.6
-"""First-choice accuracy of a head that says nothing about it; heads trained on little data reach about so much."""
+"""First-choice accuracy of a head whose file does not give it; heads trained on little data reach about as much."""
 
 LARGEST_AUTO_TREE = 32
 CHAIN_DEPTH = 4
 TIMED_TOKENS = 64
-"""Room for the drafts that are timed: a token each."""
+"""Capacity for the drafts that are timed, each of which commits one token."""
 
 STATIC_DEPTH = 5
 """Levels of EAGLE-1's tree."""
@@ -64,7 +64,7 @@ class Eagle(DraftVerify):
         super().__init__(context)
         self._options = cast(Eagle.Options, options)
         self._weights: EagleWeights | None = None
-        self._growth: TreeBuilder | None = None
+        self._builder: TreeBuilder | None = None
         self._module: RecordedEagle | None = None
 
     def load(self) -> None:
@@ -82,8 +82,8 @@ class Eagle(DraftVerify):
             method = "eagle3" if self._weights.is_eagle3 else "eagle"
             self._info = drafter_info(choice.kind, file.path.name, method, file.sha256, file.trained_tokens)
         self._choice = choice
-        self._growth = self._choose_growth(choice, file)
-        self._record_all(self._growth)
+        self._builder = self._choose_builder(choice, file)
+        self._record_all(self._builder)
 
     def _check_options(self) -> None:
         options, label = self._options, self._context.label
@@ -103,17 +103,11 @@ class Eagle(DraftVerify):
             )
 
     def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
-        if choice.kind in ("oracle", "forced"):
-            return None
-        from spdbench.models.checkpoints.find_drafter import find_drafter
         from spdbench_backends.eagle.build import random_eagle
         from spdbench_backends.eagle.formats import read_eagle
 
-        if choice.kind == "path":
-            return read_eagle(choice.path)
-        if choice.kind == "random":
-            return random_eagle(self._context.target.own_decoder, self._context.seed)
-        return read_eagle(find_drafter(self._context.target.files, "eagle3", None))
+        target, seed = self._context.target, self._context.seed
+        return self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.own_decoder, seed))
 
     def _build(self, file: EagleFile) -> EagleWeights:
         from spdbench_backends.eagle.build import build_eagle
@@ -131,31 +125,33 @@ class Eagle(DraftVerify):
             raise InputError(f"-o {self._context.label}.top_k={options.top_k}: the head knows {vocabulary} tokens only")
         return weights
 
-    def _choose_growth(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
-        from spdbench_backends.eagle.tree_builder import EAGLE_1, ChainBuilder, DynamicTreeBuilder, StaticTreeBuilder
+    def _choose_builder(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
+        from spdbench.decoding.tree import named_tree
+        from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
-        options = self._options
-        if options.tree == "chain":
-            return ChainBuilder(options.depth or CHAIN_DEPTH)
-        if not self._decoder.takes_trees:
+        options, device = self._options, self._decoder.device
+        takes_trees = self._decoder.takes_trees
+        if options.tree == "chain" or (options.tree == "auto" and not takes_trees):
+            depth = options.depth or CHAIN_DEPTH
             if options.tree == "auto":
-                depth = options.depth or CHAIN_DEPTH
                 self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
-                return ChainBuilder(depth)
+            return chain_builder(depth, device)
+        if not takes_trees:
             raise self._no_trees(options.tree)
         if options.tree == "static":
-            paths = tuple(path for path in EAGLE_1 if len(path) <= (options.depth or STATIC_DEPTH))
-            return StaticTreeBuilder(paths, self._decoder.device)
+            depth = options.depth or STATIC_DEPTH
+            return StaticTreeBuilder([path for path in named_tree("eagle_1") if len(path) <= depth], device)
         if options.tree == "dynamic":
             depth = options.depth or min(5, options.total_tokens - 1)
             return DynamicTreeBuilder(depth, options.top_k, options.total_tokens)
         return self._choose_by_cost(choice, file)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
-        """The growth that promises the most tokens a second; METRICS.md's speed-up is what it then turns out to be."""
+        """The builder that promises the most tokens a second."""
+        from spdbench.decoding.tree_builder import DynamicTreeBuilder, chain_builder
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
-        from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder
 
+        device = self._decoder.device
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
         depth = self._options.depth or min(8, largest - 1)
         by_level = list(file.acceptance_by_position) if file is not None else [choice.probability]
@@ -163,7 +159,7 @@ class Eagle(DraftVerify):
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
         costs = self._row_costs(self._options.graphs, largest)
-        chain_s = self._draft_costs(ChainBuilder(1), ChainBuilder(CHAIN_DEPTH))
+        chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device))
         tree_s = self._draft_costs(
             DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
         )
@@ -172,29 +168,29 @@ class Eagle(DraftVerify):
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
             levels = max(1, chain.num_levels)
             self._chosen = {"tree": f"chain, depth {levels}"}
-            return ChainBuilder(levels)
+            return chain_builder(levels, device)
         levels, num_nodes = tree.num_levels, len(tree.paths) + 1
         top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         return DynamicTreeBuilder(levels, top_k, num_nodes)
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder) -> Callable[[int], float]:
-        """What so many levels of drafting take, from two growths of the kind: the first level, which takes the target's
-        features in, costs more than each further one."""
+        """Seconds of drafting by number of levels, from two builders of one kind: the first level, which reads the
+        target's features, costs more than each further one."""
         first_s, all_s = self._draft_seconds(shallow), self._draft_seconds(deep)
         further_s = max(0.0, all_s - first_s) / (deep.num_levels - shallow.num_levels)
         return lambda levels: first_s + further_s * (levels - shallow.num_levels)
 
-    def _draft_seconds(self, growth: TreeBuilder) -> float:
-        """What a draft takes, timed as it will run: in turn with the target's forwards."""
+    def _draft_seconds(self, builder: TreeBuilder) -> float:
+        """Seconds of a draft, timed as it will run: in turn with the target's forwards."""
         from spdbench.models.timing import median_seconds
 
         if self._weights is None:
             return 0.0
-        return median_seconds(self._drafting(self._weights, growth), between=self._forward_between())
+        return median_seconds(self._timed_draft(self._weights, builder), between=self._forward_between())
 
-    def _drafting(self, weights: EagleWeights, growth: TreeBuilder) -> Callable[[], object]:
-        """A draft, as there is one a round; its tokens are of no use."""
+    def _timed_draft(self, weights: EagleWeights, builder: TreeBuilder) -> Callable[[], object]:
+        """The draft of one round, on features of zeros."""
         import torch
 
         inputs = len(weights.aux) if weights.is_eagle3 else 1
@@ -203,43 +199,38 @@ class Eagle(DraftVerify):
         if target is not None:
             from spdbench_backends.eagle.recorded import RecordedEagle
 
-            recorded = RecordedEagle(weights, target, growth, TIMED_TOKENS, compiled=self._compiled)
+            recorded = RecordedEagle(weights, target, builder, TIMED_TOKENS, compiled=self._compiled)
             return lambda: recorded.replay(features, (0,)).ids_N.tolist()
-        from spdbench_backends.eagle.drafter import HeadProposer
+        from spdbench_backends.eagle.drafter import draft_tree
         from spdbench_backends.eagle.head import EagleModule
 
-        module, root = EagleModule(weights, TIMED_TOKENS), self._decoder.ids((0,))
-
-        def draft() -> object:
-            proposer = HeadProposer(module, *module.extend(features, root))
-            return growth.grow(proposer, root, growth.num_levels).ids_N.tolist()
-
-        return draft
+        module, root_1 = EagleModule(weights, TIMED_TOKENS), self._decoder.ids((0,))
+        return lambda: draft_tree(module, builder, features, root_1, builder.num_levels).ids_N.tolist()
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        from spdbench_backends.eagle.drafter import EagleDrafter, SyntheticEagleDrafter
+        from spdbench_backends.eagle.drafter import EagleDrafter
 
-        if self._growth is None:
+        if self._builder is None:
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
-            return SyntheticEagleDrafter(self._drafts(request), self._growth, self._decoder.device)
+            return self._synthetic_drafter(request, self._builder)
         target = self._context.target.own_decoder
-        if self._module is not None and self._is_recorded_for(request, self._growth.max_nodes):
+        if self._module is not None and self._is_recorded_for(request, self._builder.max_nodes):
             from spdbench_backends.eagle.recorded import RecordedEagleDrafter
 
-            return RecordedEagleDrafter(self._weights, target, self._growth, self._module)
+            return RecordedEagleDrafter(self._weights, target, self._builder, self._module)
         capacity = len(request.prompt_ids) + request.max_new_tokens
-        return EagleDrafter(self._weights, target, self._growth, capacity)
+        return EagleDrafter(self._weights, target, self._builder, capacity)
 
-    def _record_all(self, growth: TreeBuilder) -> None:
+    def _record_all(self, builder: TreeBuilder) -> None:
         """The target's forwards and the head's rounds, if the option says so."""
         weights = self._weights
-        target = self._record(self._options.graphs, growth.max_nodes, () if weights is None else weights.aux)
+        target = self._record(self._options.graphs, builder.max_nodes, () if weights is None else weights.aux)
         if target is not None and weights is not None and self._recorded is not None:
             from spdbench_backends.eagle.recorded import RecordedEagle
 
             capacity = self._recorded.capacity
-            self._module = RecordedEagle(weights, target, growth, capacity, compiled=self._compiled)
+            self._module = RecordedEagle(weights, target, builder, capacity, compiled=self._compiled)
 
     @property
     def _compiled(self) -> bool:
@@ -247,4 +238,4 @@ class Eagle(DraftVerify):
 
     def close(self) -> None:
         super().close()
-        self._weights = self._growth = self._module = None
+        self._weights = self._builder = self._module = None

@@ -1,7 +1,6 @@
-"""EAGLE's drafter: a proposer of candidates, and a growth that makes trees of them.
+"""EAGLE's drafter: a head proposes candidates from the target's features, and a tree builder makes a tree of them.
 
-Candidates come from a head that reads the target's features, or from a synthetic drafter that reads the answer; both
-grow the same trees. Must not know how trees are verified.
+Shapes: S rows, k candidates of each, F feature columns, M draft width, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -13,33 +12,31 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.synthetic import SyntheticDrafts, fill_siblings
-from spdbench.decoding.tree import DraftTree, chain
+from spdbench.decoding.tree import DraftTree, lone_root
+from spdbench.decoding.tree_builder import Candidates, TreeBuilder
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
-from spdbench_backends.eagle.tree_builder import Candidates, TreeBuilder
-from spdbench_backends.synthetic_trees import SyntheticTrees
 
 
 class EagleDrafter:
-    """A head at work on one request. True target features replace guessed ones as soon as they are known."""
+    """A head's drafts for one request. The target's true features replace guessed ones as soon as they are known."""
 
     def __init__(
         self,
         weights: EagleWeights,
         target: Decoder,
-        growth: TreeBuilder,
+        builder: TreeBuilder,
         capacity: int,
         module: EagleModule | None = None,
     ) -> None:
         self.hidden_indices = weights.aux
-        self.max_nodes = growth.max_nodes
+        self.max_nodes = builder.max_nodes
         self._target = target
-        self._growth = growth
-        # A growth feeds at most all of its levels but the last, each as wide as the whole tree could be.
-        self._module = module or EagleModule(weights, capacity + growth.num_levels * growth.max_nodes)
+        self._builder = builder
+        # A builder feeds at most all of its levels but the last, each as wide as the whole tree could be.
+        self._module = module or EagleModule(weights, capacity + builder.num_levels * builder.max_nodes)
         self._features: Features | None = None
         self._next_ids: Tensor | None = None
 
@@ -50,18 +47,13 @@ class EagleDrafter:
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
         assert self._features is not None
         assert self._next_ids is not None
-        root = self._next_ids[-1:]
         if max_levels < 1:
-            return DraftTree(chain(0, root.device), root)
-        logits, state = self._module.extend(self._inputs(self._features), self._next_ids)
-        return self._growth.grow(HeadProposer(self._module, logits, state), root, max_levels)
+            return lone_root(self._next_ids[-1:])
+        return draft_tree(self._module, self._builder, self._inputs(self._features), self._next_ids, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._features = features
         self._next_ids = self._target.ids(token_ids)
-
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:  # noqa: ARG002
-        return None
 
     def _inputs(self, features: Features) -> Tensor:
         if not self.hidden_indices:
@@ -69,8 +61,16 @@ class EagleDrafter:
         return torch.cat([features.states[index] for index in self.hidden_indices], dim=-1)
 
 
+def draft_tree(
+    module: EagleModule, builder: TreeBuilder, features_SF: Tensor, next_ids_S: Tensor, max_levels: int
+) -> DraftTree:
+    """One round: commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`."""
+    proposer = HeadProposer(module, *module.extend(features_SF, next_ids_S))
+    return builder.build_tree(proposer, next_ids_S[-1:], max_levels)
+
+
 class HeadProposer:
-    """A head's candidates of one round. `_states` are those of the rows asked last."""
+    """A head's candidates of one round. `_states_SM` are those of the rows of the previous call."""
 
     def __init__(self, module: EagleModule, logits_1U: Tensor, state_1M: Tensor) -> None:
         self._module = module
@@ -81,7 +81,7 @@ class HeadProposer:
         return self._best(self._logits_1U, count)
 
     def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:
-        logits_SU, self._states_SM = self._module.grow(self._states_SM[parents_S], ids_S, rows)
+        logits_SU, self._states_SM = self._module.extend_tree(self._states_SM[parents_S], ids_S, rows)
         return self._best(logits_SU, count)
 
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
@@ -91,40 +91,3 @@ class HeadProposer:
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
         return Candidates(scores, self._module.token_ids(best.indices))
-
-
-class SyntheticEagleDrafter(SyntheticTrees):
-    """The first child of every level is the dialled draft, its siblings are wrong."""
-
-    def __init__(self, drafts: SyntheticDrafts, growth: TreeBuilder, device: torch.device) -> None:
-        super().__init__(drafts, growth.max_nodes, device)
-        self._growth = growth
-
-    def _grow(self, root: Tensor, max_levels: int) -> DraftTree:
-        return self._growth.grow(_SyntheticProposer(self._drafts, self._index, self._device), root, max_levels)
-
-
-class _SyntheticProposer:
-    """Row 0 of every level stands on the spine: its first candidate is the draft, and the most probable of all."""
-
-    def __init__(self, drafts: SyntheticDrafts, index: int, device: torch.device) -> None:
-        self._drafts = drafts
-        self._index = index
-        self._device = device
-
-    def first(self, count: int) -> Candidates:
-        return self._candidates(1, count)
-
-    def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:  # noqa: ARG002
-        return self._candidates(len(ids_S), count)
-
-    def _candidates(self, num_rows: int, count: int) -> Candidates:
-        self._index += 1
-        ids = torch.tensor(fill_siblings(self._drafts, self._index, count), device=self._device)
-        scores = RANK_LOG_PROBABILITY * torch.arange(count, device=self._device)
-        return Candidates(scores.expand(num_rows, count), ids.expand(num_rows, count))
-
-
-RANK_LOG_PROBABILITY = -0.7
-"""Each rank half as likely as the one before, or so, and the first certain: no branch, however short, beats the spine,
-which is thus as deep as was asked for."""

@@ -103,7 +103,7 @@ class EagleModule:
         self._committed += len(ids_S)
         return self._logits(hidden_SM[-1:])
 
-    def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
+    def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """Rows of a tree behind the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
         states `[S, M]`."""
         context = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)

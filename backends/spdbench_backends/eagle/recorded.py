@@ -1,7 +1,7 @@
 """EAGLE's round of drafting, recorded as one piece: committed rows through the head, and the tree behind them.
 
     rows of accepted tokens (as many as a round can accept; what is behind the valid ones is written over by the tree)
-    candidates behind the last valid row, then level by level, as the growth has it
+    candidates behind the last valid row, then level by level, as the builder does
 
 All is on the device: what the host sends are tokens and where they stand. The cache is that of a plain `EagleModule`,
 which serves the first round and those near the limit. Must not know how trees are verified.
@@ -18,26 +18,26 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.tree import DraftTree, GrownTree
+from spdbench.decoding.tree import DraftTree, Tree
+from spdbench.decoding.tree_builder import TreeBuilder
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Tensors, Upload, buckets
 from spdbench.models.cuda.captured_layers import CapturedContext, CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench_backends.eagle.drafter import EagleDrafter, HeadProposer
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
-from spdbench_backends.eagle.tree_builder import TreeBuilder
 
 
 class RecordedEagle(EagleModule):
     """A head for one sequence at a time of up to `capacity` tokens, with a round recorded for every bucket."""
 
     def __init__(
-        self, weights: EagleWeights, target: Decoder, growth: TreeBuilder, capacity: int, *, compiled: bool = False
+        self, weights: EagleWeights, target: Decoder, builder: TreeBuilder, capacity: int, *, compiled: bool = False
     ) -> None:
-        self._num_rows = growth.num_levels + 1
-        self._scratch = growth.num_levels * growth.max_nodes
+        self._num_rows = builder.num_levels + 1
+        self._scratch = builder.num_levels * builder.max_nodes
         super().__init__(weights, capacity + self._num_rows + self._scratch)
-        self._growth = growth
+        self._builder = builder
         self._bucket = 0  # of the round that is being recorded
         with torch.inference_mode():
             self._static = CapturedLayers(
@@ -58,7 +58,7 @@ class RecordedEagle(EagleModule):
         return self._num_rows
 
     def replay(self, features_SF: Tensor, token_ids: Sequence[int]) -> DraftTree:
-        """Commits rows as `extend` does and grows a tree of all levels behind them; holds until the next replay."""
+        """Commits rows as `extend` does and builds a tree of all levels behind them; holds until the next replay."""
         count = len(token_ids)
         self._round.inputs[0][:count].copy_(features_SF)
         self._sent.send([self._committed, count, *token_ids, *[0] * (self._num_rows - count)])
@@ -66,13 +66,13 @@ class RecordedEagle(EagleModule):
         self._committed += count
         self._cache.rollback(0)
         self._cache.advance(self._committed)
-        tree = GrownTree(parents_N, self._growth.num_levels, self._is_chain, TreeRows(depths_N, visible_NN))
+        tree = Tree(parents_N, self._builder.num_levels, self._is_chain, TreeRows(depths_N, visible_NN))
         return DraftTree(tree, ids_N)
 
-    def grow(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
+    def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """As ever, or, while a round is recorded, behind the rows that it begins with."""
         if not self._bucket:
-            return super().grow(states_SM, ids_S, rows)
+            return super().extend_tree(states_SM, ids_S, rows)
         first_1 = self._first_1 + self._count_1
         place = self._static.tree(first_1, rows.depths_S, rows.visible_SW, self._bucket)
         return self._logits(self._through(states_SM, ids_S, place))
@@ -86,7 +86,7 @@ class RecordedEagle(EagleModule):
             logits_1U, state_1M = self._logits(hidden_RM.index_select(0, self._count_1 - 1))
             root_1 = self._ids_R.index_select(0, self._count_1 - 1)
             proposer = HeadProposer(self, logits_1U, state_1M)
-            draft = self._growth.grow(proposer, root_1, self._growth.num_levels)
+            draft = self._builder.build_tree(proposer, root_1, self._builder.num_levels)
             self._is_chain = draft.tree.is_chain
             rows = draft.tree.rows
             return draft.ids_N, draft.tree.parents_N, rows.depths_S, rows.visible_SW
@@ -102,8 +102,8 @@ class RecordedEagle(EagleModule):
 class RecordedEagleDrafter(EagleDrafter):
     """One request's drafter over a recorded head."""
 
-    def __init__(self, weights: EagleWeights, target: Decoder, growth: TreeBuilder, recorded: RecordedEagle) -> None:
-        super().__init__(weights, target, growth, 0, recorded)
+    def __init__(self, weights: EagleWeights, target: Decoder, builder: TreeBuilder, recorded: RecordedEagle) -> None:
+        super().__init__(weights, target, builder, 0, recorded)
         self._recorded = recorded
         self._tokens: tuple[int, ...] = ()
 

@@ -1,4 +1,4 @@
-"""`medusa`: several heads draft a tree from the target's last hidden state, the target verifies it in one forward.
+"""`medusa`: several heads draft a tree from the target's last hidden state, and the target verifies it in one forward.
 
 Source: arXiv 2401.10774; METHODS.md, section B.
 """
@@ -17,16 +17,17 @@ from spdbench_backends.draft_verify import DraftVerify
 from spdbench_backends.graph_options import GraphOptions, to_be_recorded
 
 if TYPE_CHECKING:
-    from spdbench.decoding.speculate import Drafter, Judge
+    from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import Path
-    from spdbench_backends.fixed_tree import FixedTree
+    from spdbench.decoding.tree_builder import StaticTreeBuilder
+    from spdbench.decoding.verify import AcceptRule
+    from spdbench_backends.medusa.drafter import MedusaWeights
     from spdbench_backends.medusa.formats import MedusaFile
-    from spdbench_backends.medusa.head import MedusaWeights
     from spdbench_backends.medusa.recorded import RecordedMedusa
 
 ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
-"""First-choice accuracy by head where a drafter says nothing about it: each head sees one token less far."""
+"""First-choice accuracy by head where the drafter's file does not give it: each head predicts one token further."""
 
 LARGEST_AUTO_TREE = 32
 SYNTHETIC_HEADS = 5
@@ -52,7 +53,7 @@ class Medusa(DraftVerify):
         super().__init__(context)
         self._options = cast(Medusa.Options, options)
         self._weights: MedusaWeights | None = None
-        self._tree: FixedTree | None = None
+        self._builder: StaticTreeBuilder | None = None
         self._heads: RecordedMedusa | None = None
 
     @property
@@ -61,7 +62,7 @@ class Medusa(DraftVerify):
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
-        from spdbench_backends.fixed_tree import FixedTree
+        from spdbench.decoding.tree_builder import StaticTreeBuilder
 
         choice = parse_drafter(self._context.drafter)
         file = self._find_heads(choice)
@@ -74,63 +75,62 @@ class Medusa(DraftVerify):
             self._weights = build_medusa(file, self._context.target.own_decoder)
             self._info = drafter_info(choice.kind, file.path.name, "medusa", file.sha256, file.trained_tokens)
         self._choice = choice
-        self._tree = FixedTree(self._choose_paths(choice, file), self._decoder.device)
-        target = self._record(self._options.graphs, len(self._tree.tree), ())
+        self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
+        target = self._record(self._options.graphs, self._builder.max_nodes, ())
         if target is not None and self._weights is not None:
             from spdbench_backends.medusa.recorded import RecordedMedusa
 
-            self._heads = RecordedMedusa(self._weights, target, self._tree)
+            self._heads = RecordedMedusa(self._weights, target, self._builder)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
-        if choice.kind in ("oracle", "forced"):
-            return None
-        from spdbench.models.checkpoints.find_drafter import find_drafter
         from spdbench_backends.medusa.build import random_medusa
         from spdbench_backends.medusa.formats import holds_medusa_heads, read_medusa
 
-        files = self._context.target.files
-        if choice.kind == "path":
-            return read_medusa(choice.path, files.directory)
-        if choice.kind == "random":
-            return random_medusa(
-                self._context.target.own_decoder, self._options.heads or SYNTHETIC_HEADS, self._context.seed
-            )
-        own = holds_medusa_heads(files.directory)
-        return read_medusa(files.directory if own else find_drafter(files, "medusa", None), files.directory)
+        target, heads, seed = self._context.target, self._options.heads or SYNTHETIC_HEADS, self._context.seed
+        folder = target.files.directory
+        if choice.kind == "auto" and holds_medusa_heads(folder):
+            return read_medusa(folder, folder)
+        return self._read_drafter(
+            choice,
+            "medusa",
+            lambda path: read_medusa(path, folder),
+            lambda: random_medusa(target.own_decoder, heads, seed),
+        )
 
     def _num_heads(self) -> int:
         if self._weights is None:
             return self._options.heads or SYNTHETIC_HEADS
-        there = self._weights.num_heads
-        wanted = self._options.heads or there
-        if wanted > there:
-            raise InputError(f"-o {self._context.label}.heads={wanted}: the drafter has {there} heads")
-        return wanted
+        available = self._weights.num_heads
+        asked = self._options.heads or available
+        if asked > available:
+            raise InputError(f"-o {self._context.label}.heads={asked}: the drafter has {available} heads")
+        return asked
 
     def _choose_paths(self, choice: DrafterChoice, file: MedusaFile | None) -> tuple[Path, ...]:
-        heads = self._num_heads()
-        wanted, chain = self._options.tree, tuple((0,) * level for level in range(1, heads + 1))
-        if wanted == "chain":
-            return chain
+        from spdbench.decoding.tree import chain_paths
+
+        heads, asked = self._num_heads(), self._options.tree
+        if asked == "auto" and not self._decoder.takes_trees:
+            self._chosen = {"tree": "chain: transformers' layers take no trees"}
+            return chain_paths(heads)
+        if asked == "chain":
+            return chain_paths(heads)
         if not self._decoder.takes_trees:
-            if wanted == "auto":
-                self._chosen = {"tree": "chain: transformers' layers take no trees"}
-                return chain
-            raise self._no_trees(wanted)
-        if wanted == "auto":
+            raise self._no_trees(asked)
+        if asked == "auto":
             return self._choose_by_cost(choice, file, heads)
         from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
 
         try:
-            paths = find_tree(self._options.tree)
+            paths = find_tree(asked)
             check_levels(paths, heads)
             check_ranks(paths, self._vocabulary())
         except InputError as error:
-            raise InputError(f"-o {self._context.label}.tree={self._options.tree}: {error}") from None
+            raise InputError(f"-o {self._context.label}.tree={asked}: {error}") from None
         return paths
 
     def _vocabulary(self) -> int:
-        """How many tokens can be drafted."""
+        """The number of tokens that can be drafted."""
         ids = None if self._weights is None else self._weights.token_ids_U
         return self._decoder.config.vocab_size if ids is None else len(ids)
 
@@ -151,7 +151,7 @@ class Medusa(DraftVerify):
         return paths
 
     def _draft_seconds(self) -> float:
-        """What a head takes, timed as it will run."""
+        """Seconds of one head, timed as it will run."""
         import torch
 
         from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
@@ -171,29 +171,28 @@ class Medusa(DraftVerify):
             run = CapturedFunction(CudaGraphs(decoder.device), draft)
         return median_seconds(lambda: run()[0].tolist(), between=self._forward_between()) / heads
 
-    def _judge(self) -> Judge:
-        from spdbench_backends.medusa.typical import TypicalAcceptance
+    def _accept_rule(self) -> AcceptRule | None:
+        from spdbench.decoding.verify import typical
 
         options = self._options
         if options.acceptance == "typical":
-            return TypicalAcceptance(options.posterior_threshold, options.posterior_alpha)
-        return super()._judge()
+            return typical(options.posterior_threshold, options.posterior_alpha)
+        return None
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        from spdbench_backends.fixed_tree import SyntheticTreeDrafter
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
-        if self._tree is None:
+        if self._builder is None:
             raise RuntimeError("medusa is not loaded")
         if self._weights is None:
-            return SyntheticTreeDrafter(self._drafts(request), self._tree, self._decoder.device)
+            return self._synthetic_drafter(request, self._builder)
         target = self._context.target.own_decoder
         if self._heads is not None:
             from spdbench_backends.medusa.recorded import RecordedMedusaDrafter
 
-            return RecordedMedusaDrafter(self._weights, target, self._tree, self._heads)
-        return MedusaDrafter(self._weights, target, self._tree)
+            return RecordedMedusaDrafter(self._weights, target, self._builder, self._heads)
+        return MedusaDrafter(self._weights, target, self._builder)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._tree = self._heads = None
+        self._weights = self._builder = self._heads = None

@@ -15,8 +15,8 @@ from torch import Tensor
 from spdbench.errors import InputError
 from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
+from spdbench_backends.medusa.drafter import MedusaWeights
 from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile
-from spdbench_backends.medusa.head import MedusaWeights
 
 
 def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:

@@ -1,54 +1,121 @@
-"""Medusa's drafter: one look at the last hidden state gives candidates for all levels, a fixed tree combines them.
+"""Medusa's heads, and the drafter that fills a tree with their candidates.
 
-Must not know how trees are verified.
+Head k (from 0) predicts the token k + 2 positions after the target's last hidden state; the target's own head predicts
+the one before. A head is one or more residual blocks x + SiLU(W x + b) and a linear layer of its own, or the target's.
+One hidden state so gives candidates for all levels, which do not depend on the tokens between.
+
+Source: arXiv 2401.10774; METHODS.md B.
+Shapes: M model width, K heads, k candidates of each, S rows, U draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.tree import DraftTree, chain
+from spdbench.decoding.tree import DraftTree, lone_root
+from spdbench.decoding.tree_builder import Candidates, StaticTreeBuilder
+from spdbench.models.attention_context import TreeRows
+from spdbench.models.cpu.linear import Linear
 from spdbench.models.decoder import Decoder
-from spdbench_backends.fixed_tree import FixedTree
-from spdbench_backends.medusa.head import MedusaWeights
+
+
+@dataclass(frozen=True)
+class MedusaWeights:
+    """`blocks[k]` are the residual blocks of head k; `heads` holds one linear layer for each, or one that all share.
+    `token_ids_U` lists the draft vocabulary, None where it is the target's own."""
+
+    blocks: tuple[tuple[Linear, ...], ...]
+    heads: tuple[Linear, ...]
+    token_ids_U: Tensor | None
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one draft reads."""
+        return sum(block.nbytes for head in self.blocks for block in head) + sum(head.nbytes for head in self.heads)
+
+    def logits(self, normed_1M: Tensor, num_heads: int) -> Tensor:
+        """Logits `[K, U]` of the first `num_heads` heads, from the hidden state after the final norm."""
+        states = [self._through(normed_1M, blocks) for blocks in self.blocks[:num_heads]]
+        if len(self.heads) == 1:
+            return self.heads[0](torch.cat(states))
+        return torch.cat([head(state) for head, state in zip(self.heads[:num_heads], states, strict=True)])
+
+    def token_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary indices as token ids, of the same shape."""
+        return draft_ids if self.token_ids_U is None else self.token_ids_U[draft_ids]
+
+    @staticmethod
+    def _through(state_1M: Tensor, blocks: Sequence[Linear]) -> Tensor:
+        for block in blocks:
+            state_1M = state_1M + silu(block(state_1M))
+        return state_1M
 
 
 class MedusaDrafter:
-    """The heads at work on one request."""
+    """The heads' drafts for one request."""
 
     hidden_indices: tuple[int, ...] = ()
 
-    def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree) -> None:
-        self.max_nodes = len(tree.tree)
+    def __init__(self, weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> None:
+        self.max_nodes = builder.max_nodes
         self._weights = weights
         self._target = target
-        self._tree = tree
+        self._builder = builder
         self._hidden: Tensor | None = None
         self._root = 0
 
     def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
-        self._take(features, root)
+        self.accept((root,), features)
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
-        root = self._target.ids((self._root,))
-        levels = min(max_levels, self._tree.tree.num_levels)
-        if levels < 1:
-            return DraftTree(chain(0, root.device), root)
+        root_1 = self._target.ids((self._root,))
+        if max_levels < 1:
+            return lone_root(root_1)
         assert self._hidden is not None
-        logits = self._weights.logits(self._target.normed(self._hidden), levels)
-        best = logits.topk(self._tree.num_ranks, dim=-1).indices
-        return self._tree.fill(root, self._weights.token_ids(best), levels)
+        return draft_tree(self._weights, self._target, self._builder, self._hidden, root_1, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
-        self._take(features, token_ids[-1])
+        """Keeps the hidden state from which the new root was chosen."""
+        self._hidden, self._root = features.hidden[-1:], token_ids[-1]
 
-    def dictated(self, num_levels: int) -> Sequence[bool] | None:  # noqa: ARG002
-        return None
 
-    def _take(self, features: Features, root: int) -> None:
-        """The hidden state that the root was chosen from."""
-        self._hidden, self._root = features.hidden[-1:], root
+def draft_tree(
+    weights: MedusaWeights,
+    target: Decoder,
+    builder: StaticTreeBuilder,
+    hidden_1M: Tensor,
+    root_1: Tensor,
+    max_levels: int,
+) -> DraftTree:
+    """One round: a tree after the token `root_1`, which the target chose from `hidden_1M`."""
+    levels = min(max_levels, builder.num_levels)
+    best_Kk = weights.logits(target.normed(hidden_1M), levels).topk(builder.num_ranks, dim=-1).indices
+    return builder.build_tree(_ByLevel(weights.token_ids(best_Kk)), root_1, levels)
+
+
+class _ByLevel:
+    """Proposes the same candidates after every row of a level. Static trees ask for no scores."""
+
+    def __init__(self, ids_Kk: Tensor) -> None:
+        self._ids_Kk = ids_Kk
+        self._level = 0
+
+    def first(self, count: int) -> Candidates:
+        ids_1k = self._ids_Kk[self._level : self._level + 1, :count]
+        return Candidates(ids_1k, ids_1k)
+
+    def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:  # noqa: ARG002
+        self._level += 1
+        ids_Sk = self._ids_Kk[self._level, :count].expand(len(ids_S), count)
+        return Candidates(ids_Sk, ids_Sk)

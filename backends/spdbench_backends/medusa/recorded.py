@@ -10,18 +10,17 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
+from spdbench.decoding.tree_builder import StaticTreeBuilder
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Tensors, Upload
 from spdbench.models.decoder import Decoder
-from spdbench_backends.fixed_tree import FixedTree
-from spdbench_backends.medusa.drafter import MedusaDrafter
-from spdbench_backends.medusa.head import MedusaWeights
+from spdbench_backends.medusa.drafter import MedusaDrafter, MedusaWeights, draft_tree
 
 
 class RecordedMedusa:
     """The heads over a tree of one shape."""
 
-    def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree) -> None:
-        self._weights, self._target, self._tree = weights, target, tree
+    def __init__(self, weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> None:
+        self._weights, self._target, self._builder = weights, target, builder
         with torch.inference_mode():
             self._root = Upload(1, torch.long, target.device)
             hidden_1M = torch.zeros(1, target.config.hidden_size, dtype=target.dtype, device=target.device)
@@ -31,21 +30,20 @@ class RecordedMedusa:
         """The whole tree behind the token `root`, chosen from `hidden_1M`; holds until the next one."""
         self._root.send([root])
         (ids_N,) = self._draft(hidden_1M)
-        return DraftTree(self._tree.tree, ids_N)
+        return DraftTree(self._builder.tree, ids_N)
 
     def _work(self, _bucket: int, hidden_1M: Tensor) -> Tensors:
-        tree, weights = self._tree, self._weights
-        levels = tree.tree.num_levels
-        logits = weights.logits(self._target.normed(hidden_1M), levels)
-        best = weights.token_ids(logits.topk(tree.num_ranks, dim=-1).indices)
-        return (tree.fill(self._root.words, best, levels).ids_N,)
+        builder, root_1 = self._builder, self._root.words
+        return (draft_tree(self._weights, self._target, builder, hidden_1M, root_1, builder.num_levels).ids_N,)
 
 
 class RecordedMedusaDrafter(MedusaDrafter):
     """One request's drafter over recorded heads."""
 
-    def __init__(self, weights: MedusaWeights, target: Decoder, tree: FixedTree, recorded: RecordedMedusa) -> None:
-        super().__init__(weights, target, tree)
+    def __init__(
+        self, weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder, recorded: RecordedMedusa
+    ) -> None:
+        super().__init__(weights, target, builder)
         self._recorded = recorded
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:

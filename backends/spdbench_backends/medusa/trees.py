@@ -1,6 +1,6 @@
 """The tree that a user asks Medusa for: by name, or from a file; checked against the drafter.
 
-A tree is a list of paths, a path the rank taken at each level. Must not know how a tree is filled or verified.
+A tree is a list of paths; a path lists the rank taken at each level.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from pathlib import Path as FilePath
 
 import yaml
 
-from spdbench.decoding.named_trees import CHILDREN, named_tree
-from spdbench.decoding.tree import Path, sorted_paths
+from spdbench.decoding.tree import CHILDREN, Path, named_tree, sorted_paths
 from spdbench.errors import InputError, did_you_mean
 from spdbench.models.checkpoints.folders import typed_path
 

@@ -72,18 +72,17 @@ class SPD(Pipelined):
         return replace(head, plan=plan)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
-        from spdbench_backends.spd.drafter import HeadDrafter, SyntheticDrafter
+        from spdbench_backends.spd.drafter import HeadDrafter, SyntheticPipelineDrafter
 
         if self._head is not None and self._module is not None:
             from spdbench.pipeline.streams import StreamsPipeline
             from spdbench_backends.spd.recorded import RecordedHeadDrafter
 
             assert isinstance(self._pipeline, StreamsPipeline)
-            vocab_size = self._decoder.config.vocab_size
-            return RecordedHeadDrafter(self._head, vocab_size, self._module, self._pipeline.drafted)
+            return RecordedHeadDrafter(self._head, self._module, self._pipeline.drafted)
         if self._head is not None:
-            return HeadDrafter(self._head, self._decoder.config.vocab_size)
-        return SyntheticDrafter(self._drafts(request))
+            return HeadDrafter(self._head)
+        return SyntheticPipelineDrafter(self._drafts(request))
 
     def _beside(self, capacity: int) -> CoDrafter | None:
         """Heads that read rows as if all stages were level are drafted with outside of what is recorded."""

@@ -1,7 +1,10 @@
-"""Who proposes the next token in SPD: a head that reads features, or a synthetic drafter that reads the answer.
+"""The drafters of pipelined backends: a head over the features of tokens in flight (SPD), an early exit (PPSD), and the
+synthetic one.
 
-Both stand behind `PipelineDrafter`, so the decoding loop is one. Must not know how stages run or who won.
-Index t counts new tokens from 0 (prefill's), position counts from the prompt's start.
+They differ from `decoding.speculate.Drafter` in that they draft one token at a time, after tokens that are not verified
+yet. Index t counts new tokens from 0 (prefill's), a position counts from the prompt's start.
+
+Shapes: S rows, M model width, U draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,38 +18,38 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.synthetic import SyntheticDrafts
 from spdbench.decoding.verify import Draft
+from spdbench.models.decoder import Decoder
+from spdbench.models.kv_cache import KVCache
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.head import DraftModule, HeadWeights
 from spdbench_backends.spd.plan import DeepestRows, NominalRows
 
 
 class PipelineDrafter(Protocol):
-    """One request's drafter. `anchors` are the hidden states it wants to see. `reads_this_cycle`: it drafts when the
-    stages have moved, from what they have just computed; else beside them, from what there was before."""
+    """One request's drafter. `hidden_indices` are the hidden states that it reads. With `reads_this_cycle` it drafts
+    after the stages have moved, from what they have just computed; otherwise in parallel with them, from earlier
+    states."""
 
-    anchors: tuple[int, ...]
+    hidden_indices: tuple[int, ...]
     reads_this_cycle: bool
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
-        """The prompt's hidden states, `[S, M]` by index."""
+        """The prompt's hidden states, `[S, M]` by index; `capacity` tokens is the longest that the sequence can get."""
 
     def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
         """New hidden states of a token in flight, `[1, M]` by index."""
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        """A successor for the node in stage 0, from what was observed."""
-
-    def dictated(self, position: int) -> bool | None:
-        """The verdict that a timing experiment prescribes for the draft at `position`; usually None."""
+        """A successor of the token in stage 0, from what was observed."""
 
     def rollback(self, length: int) -> None:
-        """Everything from position `length` on was dropped."""
+        """Forgets everything from position `length` on."""
 
 
-class SyntheticDrafter:
+class SyntheticPipelineDrafter:
     """`oracle:P` and `forced:P`."""
 
-    anchors: tuple[int, ...] = ()
+    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, drafts: SyntheticDrafts, *, reads_this_cycle: bool = False) -> None:
         self.reads_this_cycle = reads_this_cycle
@@ -61,10 +64,7 @@ class SyntheticDrafter:
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002
         assert cycle.stages[0] is not None
-        return Draft(self._drafts.token(cycle.stages[0].position + 1 - self._prompt_length))
-
-    def dictated(self, position: int) -> bool | None:
-        return self._drafts.verdict(position - self._prompt_length)
+        return self._drafts.draft(cycle.stages[0].position + 1 - self._prompt_length)
 
     def rollback(self, length: int) -> None:
         pass
@@ -75,11 +75,10 @@ class HeadDrafter:
 
     reads_this_cycle = False
 
-    def __init__(self, weights: HeadWeights, vocab_size: int) -> None:
-        self.anchors = weights.plan.anchors
+    def __init__(self, weights: HeadWeights) -> None:
+        self.hidden_indices = weights.plan.anchors
         self._token_ids = None if weights.token_ids_U is None else weights.token_ids_U.tolist()
         self._weights = weights
-        self._vocab_size = vocab_size
         self._module = DraftModule(weights)
         self._rows = DeepestRows(weights.plan) if weights.use_deepest else NominalRows(weights.plan)
 
@@ -93,27 +92,61 @@ class HeadDrafter:
         newest = cycle.stages[0]
         assert newest is not None
         in_flight = [node.position if node else -1 for node in cycle.stages]
-        logits_U = self._module.logits(self._rows.next(in_flight, newest.position))
-        if sampler.greedy:
-            return Draft(self._target_id(sampler.choose(logits_U)))
-        return self._drawn(logits_U, sampler)
-
-    def dictated(self, position: int) -> bool | None:  # noqa: ARG002
-        return None
+        return self._draft(self._module.logits(self._rows.next(in_flight, newest.position)), sampler)
 
     def rollback(self, length: int) -> None:
         self._rows.rollback(length)
         self._module.rollback(length)
 
-    def _drawn(self, logits_U: Tensor, sampler: Sampler) -> Draft:
-        drafted_U = sampler.probabilities(logits_U)
-        return Draft(self._target_id(sampler.draw(drafted_U)), self._over_vocabulary(drafted_U))
+    def _draft(self, logits_U: Tensor, sampler: Sampler) -> Draft:
+        """The draft in the target's vocabulary."""
+        draft, ids_U = Draft.from_logits(logits_U, sampler), self._weights.token_ids_U
+        if ids_U is None or self._token_ids is None:
+            return draft
+        token_id, drafted_U = int(self._token_ids[draft.token_id]), draft.probabilities_V
+        if drafted_U is None:
+            return Draft(token_id)
+        vocab_size = self._weights.decoder.config.vocab_size
+        drafted_V = torch.zeros(vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
+        return Draft(token_id, drafted_V.index_copy_(0, ids_U, drafted_U))
 
-    def _target_id(self, draft_index: int) -> int:
-        return draft_index if self._token_ids is None else int(self._token_ids[draft_index])
 
-    def _over_vocabulary(self, drafted_U: Tensor) -> Tensor:
-        if self._weights.token_ids_U is None:
-            return drafted_U
-        out = torch.zeros(self._vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
-        return out.index_copy_(0, self._weights.token_ids_U, drafted_U)
+class ExitDrafter:
+    """PPSD's exit head: drafts after the stages have moved, from what stage 0 has just computed."""
+
+    reads_this_cycle = True
+
+    def __init__(self, head: Decoder, exit_layer: int) -> None:
+        self.hidden_indices: tuple[int, ...] = (exit_layer,)
+        self._head = head
+        self._exit_layer = exit_layer
+        self._cache: KVCache | None = None
+        self._length = 0
+        self._unread: list[Tensor] = []
+
+    def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
+        self._cache = self._head.new_cache(capacity)
+        self._head.forward(states[self._exit_layer], 0, self._cache)
+        self._length = prompt_length
+        self._unread.clear()
+
+    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+        if self._exit_layer in states:
+            assert position == self._length + len(self._unread)
+            self._unread.append(states[self._exit_layer])
+
+    def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
+        newest = cycle.stages[0]
+        assert newest is not None
+        assert self._cache is not None
+        hidden_SM, _ = self._head.forward(torch.cat(self._unread), self._length, self._cache)
+        self._length += len(self._unread)
+        self._unread.clear()
+        assert newest.position == self._length - 1
+        return Draft.from_logits(self._head.logits(hidden_SM[-1:])[0], sampler)
+
+    def rollback(self, length: int) -> None:
+        assert self._cache is not None
+        del self._unread[max(0, length - self._length) :]
+        self._length = min(self._length, length)
+        self._cache.rollback(self._length)

@@ -1,7 +1,4 @@
-"""SPD's decoding loop: schedule, stages and drafter put together, one cycle a step.
-
-Knows the order of things in a cycle; must not know how drafts are made, where stages run, or what the options were.
-"""
+"""SPD's decoding loop: schedule, stages and drafter together, one cycle a step."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from time import perf_counter_ns
 import torch
 
 from spdbench.decoding.sampling import Logits, Sampler
-from spdbench.decoding.verify import Draft, Verdict, judge
+from spdbench.decoding.verify import Draft, DraftVerdict, verify_draft
 from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
@@ -19,7 +16,7 @@ from spdbench_backends.spd.drafter import PipelineDrafter
 
 
 class PipelinedDecoding:
-    """One request on its way through a pipeline."""
+    """The cycles of one request."""
 
     def __init__(
         self, pipeline: Pipeline, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
@@ -31,7 +28,7 @@ class PipelinedDecoding:
         self._request = request
         self._sampler = Sampler(request.sampling, request.seed)
         self._num_layers = stages[-1].stop
-        self._length = len(request.prompt_ids)  # of what is committed
+        self._length = len(request.prompt_ids)  # of the committed tokens
         self._limit = self._length + request.max_new_tokens
         self._drafts: dict[int, Draft] = {}  # by node, for those in flight
         self._prompt_states: States = {}
@@ -48,11 +45,11 @@ class PipelinedDecoding:
             while not self._is_last(step):
                 step = self._cycle()
                 yield step
-        finally:  # also of a generation that is closed early: nothing may go on in the background
+        finally:  # also when a generation is closed early: no stage may go on in the background
             self._pipeline.rollback(max(self._length - 1, 0))
 
     def spans(self) -> Sequence[Span]:
-        """What the time went to, once all is done; empty where stages share a process."""
+        """Where the time went, after the last step; empty where stages share a process."""
         if not (found := self._pipeline.spans(self._length - 1)):
             return ()
         return [*found, *self._spans]
@@ -90,9 +87,12 @@ class PipelinedDecoding:
             return Step((), 0, 0, 0, forwards)
         assert logits is not None
         began = perf_counter_ns()
-        judged = draft if self._schedule.num_stages == 1 else self._drafts.pop(cycle.child.id) if cycle.child else None
-        verdict = self._judge(logits, judged, cycle.completing.position + 1)
-        self._took("verify", began, cycle.completing.position)
+        if self._schedule.num_stages == 1:
+            judged = draft
+        else:
+            judged = self._drafts.pop(cycle.child.id) if cycle.child else None
+        verdict = self._verify(logits, judged)
+        self._record_span("verify", began, cycle.completing.position)
         self._length += 1
         step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if judged else (0, 0, 0)), forwards)
         if self._is_last(step):
@@ -104,8 +104,8 @@ class PipelinedDecoding:
         return step
 
     def _draft(self, cycle: Cycle) -> Draft | None:
-        """A successor of the newest token. None behind an end of sequence, behind the last position, or behind an idle
-        stage 0."""
+        """A successor of the newest token. None after an end of sequence, after the last position, or when stage 0 is
+        idle."""
         for position, states in self._pipeline.states():
             self._drafter.observe(position, states)
         newest = cycle.stages[0]
@@ -113,17 +113,11 @@ class PipelinedDecoding:
             return None
         began = perf_counter_ns()
         draft = self._drafter.draft(cycle, self._sampler)
-        self._took("draft", began, newest.position)
+        self._record_span("draft", began, newest.position)
         return draft
 
-    def _judge(self, logits: Logits, draft: Draft | None, position: int) -> Verdict:
-        """Without a draft the target's own token goes on."""
-        dictated = None if draft is None else self._drafter.dictated(position)
-        if draft is None or dictated is False:
-            return Verdict(False, self._sampler.choose(logits))
-        if dictated:
-            return Verdict(True, draft.token_id)
-        return judge(logits, draft, self._sampler)
+    def _verify(self, logits: Logits, draft: Draft | None) -> DraftVerdict:
+        return verify_draft(logits, draft, self._sampler)
 
     def _enter(self, node: Node | None, draft: Draft | None = None) -> None:
         if node is None:
@@ -140,7 +134,7 @@ class PipelinedDecoding:
         self._drafts.clear()
         self._enter(self._schedule.restart(token_id))
 
-    def _took(self, kind: SpanKind, start_ns: int, position: int) -> None:
+    def _record_span(self, kind: SpanKind, start_ns: int, position: int) -> None:
         """The drafter's lane comes after the stages', and the controller's after that."""
         lane = len(self._stages) + int(kind != "draft")
         self._spans.append(Span(lane, kind, start_ns, perf_counter_ns(), position, True))

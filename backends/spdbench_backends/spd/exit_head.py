@@ -5,30 +5,22 @@
     model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
                         matrices may be in 8 bits, as `packing` has them
 
-Source: METHODS.md, section C; the published code was not to be had, so the format is ours. Must not know how stages
-run.
-Shapes: S rows, M model width, V vocabulary.
+Source: METHODS.md, section C; the published code is not available, so the format is our own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.verify import Draft
 from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.weights import sha256_of_files
 from spdbench.models.cpu.linear import linear
 from spdbench.models.decoder import Decoder
-from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import NormWeight
-from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.drafter_files import load_tensors, read_config, require_version
 from spdbench_backends.packing import unpacked
 from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
@@ -117,51 +109,3 @@ def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> De
         final_norm=target.final_norm if norm is None else NormWeight(norm),
         head=target.head if head is None else linear(head),
     )
-
-
-class ExitDrafter:
-    """Drafts when the stages have moved, from what stage 0 has just put out."""
-
-    reads_this_cycle = True
-
-    def __init__(self, head: Decoder, exit_layer: int) -> None:
-        self.anchors: tuple[int, ...] = (exit_layer,)
-        self._head = head
-        self._exit_layer = exit_layer
-        self._cache: KVCache | None = None
-        self._length = 0
-        self._unread: list[Tensor] = []
-
-    def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
-        self._cache = self._head.new_cache(capacity)
-        self._head.forward(states[self._exit_layer], 0, self._cache)
-        self._length = prompt_length
-        self._unread.clear()
-
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        if self._exit_layer in states:
-            assert position == self._length + len(self._unread)
-            self._unread.append(states[self._exit_layer])
-
-    def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
-        assert newest is not None
-        assert self._cache is not None
-        hidden_SM, _ = self._head.forward(torch.cat(self._unread), self._length, self._cache)
-        self._length += len(self._unread)
-        self._unread.clear()
-        assert newest.position == self._length - 1
-        logits_V = self._head.logits(hidden_SM[-1:])[0]
-        if sampler.greedy:
-            return Draft(sampler.choose(logits_V))
-        drafted_V = sampler.probabilities(logits_V)
-        return Draft(sampler.draw(drafted_V), drafted_V)
-
-    def dictated(self, position: int) -> bool | None:  # noqa: ARG002
-        return None
-
-    def rollback(self, length: int) -> None:
-        assert self._cache is not None
-        del self._unread[max(0, length - self._length) :]
-        self._length = min(self._length, length)
-        self._cache.rollback(self._length)

@@ -51,9 +51,8 @@ class PPSD(Pipelined):
         return () if self._head is None else (self._stages[0].stop,)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
-        from spdbench_backends.spd.drafter import SyntheticDrafter
-        from spdbench_backends.spd.exit_head import ExitDrafter
+        from spdbench_backends.spd.drafter import ExitDrafter, SyntheticPipelineDrafter
 
         if self._head is not None:
             return ExitDrafter(self._head, self._stages[0].stop)
-        return SyntheticDrafter(self._drafts(request), reads_this_cycle=True)
+        return SyntheticPipelineDrafter(self._drafts(request), reads_this_cycle=True)

@@ -92,10 +92,8 @@ class RecordedDraftModule:
 class RecordedHeadDrafter(HeadDrafter):
     """One request's drafter whose drafts come out of the pipeline's own cycle: `drafted` waits for this one's."""
 
-    def __init__(
-        self, weights: HeadWeights, vocab_size: int, module: RecordedDraftModule, drafted: Callable[[], int]
-    ) -> None:
-        super().__init__(weights, vocab_size)
+    def __init__(self, weights: HeadWeights, module: RecordedDraftModule, drafted: Callable[[], int]) -> None:
+        super().__init__(weights)
         self._recorded = module
         self._drafted = drafted
 
@@ -106,7 +104,7 @@ class RecordedHeadDrafter(HeadDrafter):
         """The stages have put them where they are read."""
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002 - the cycle has drafted
-        return Draft(self._drafted()) if sampler.greedy else self._drawn(self._recorded.logits_1U[0], sampler)
+        return Draft(self._drafted()) if sampler.greedy else self._draft(self._recorded.logits_1U[0], sampler)
 
     def rollback(self, length: int) -> None:
         """Rows from `length` on are written again before they are read."""

@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 
-from spdbench.decoding.named_trees import CHILDREN, named_tree
-from spdbench.decoding.tree import from_paths, sorted_paths
+from spdbench.decoding.tree import CHILDREN, from_paths, named_tree, sorted_paths
 
 LEVELS = {
     "eagle_1": [4, 8, 8, 3, 2],

@@ -60,9 +60,6 @@ class RandomTrees:
         self.states.append(features.states[5])
         self._index += len(token_ids)
 
-    def dictated(self, num_levels: int) -> None:
-        pass
-
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_trees_change_nothing(decoder: Decoder, seed: int) -> None:

@@ -78,11 +78,13 @@ def test_behind_the_reference_an_oracle_drafts_something_ordinary() -> None:
     assert all(0 <= some.token(t) < 1000 and some.token(t) != 7 for t in range(2, 40))
 
 
-def test_forced_drafts_never_end_the_sequence_and_dictate_verdicts() -> None:
+def test_forced_drafts_never_end_the_sequence_and_force_verdicts() -> None:
     some = drafts("forced:0.5")
     assert 7 not in {some.token(t) for t in range(3000)}
-    assert {some.verdict(t) for t in range(50)} == {True, False}
-    assert drafts("oracle:0.5").verdict(3) is None
+    assert {some.draft(t).forced_verdict for t in range(50)} == {True, False}
+    assert some.forced_verdicts(0, 50) == [some.draft(t).forced_verdict for t in range(50)]
+    assert drafts("oracle:0.5").draft(3).forced_verdict is None
+    assert drafts("oracle:0.5").forced_verdicts(0, 3) is None
 
 
 def test_an_oracle_with_a_temperature_is_an_error() -> None:

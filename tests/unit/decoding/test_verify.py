@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.verify import Draft, judge
+from spdbench.decoding.verify import Draft, verify_draft
 from spdbench.types import Sampling
 from tests.chisquare import p_value
 
@@ -23,7 +23,7 @@ def outcomes(make_draft: Callable[[Tensor, Sampler], Draft], sampling: Sampling)
     sampler = Sampler(sampling, 17)
     counts: Counter[object] = Counter()
     for _ in range(DRAWS):
-        counts[judge(TARGET, make_draft(sampler.probabilities(DRAFTER), sampler), sampler).token_id] += 1
+        counts[verify_draft(TARGET, make_draft(sampler.probabilities(DRAFTER), sampler), sampler).token_id] += 1
     return counts
 
 
@@ -39,7 +39,7 @@ def picked(drafted: Tensor, sampler: Sampler) -> Draft:  # noqa: ARG001
     return Draft(int(drafted.argmax()))
 
 
-def picked_but_judged_as_drawn(drafted: Tensor, sampler: Sampler) -> Draft:  # noqa: ARG001
+def picked_but_verified_as_drawn(drafted: Tensor, sampler: Sampler) -> Draft:  # noqa: ARG001
     return Draft(int(drafted.argmax()), drafted)
 
 
@@ -54,34 +54,34 @@ def test_what_comes_out_follows_the_target(make_draft: Callable[[Tensor, Sampler
 
 def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
     """The negative control: were this test unable to fail, the ones above would prove nothing."""
-    assert p_value(outcomes(picked_but_judged_as_drawn, Sampling(1.0)), exact(Sampling(1.0))) < 1e-9
+    assert p_value(outcomes(picked_but_verified_as_drawn, Sampling(1.0)), exact(Sampling(1.0))) < 1e-9
 
 
 def test_greedy_accepts_the_argmax_alone() -> None:
     sampler = Sampler(Sampling(), 0)
-    assert judge(TARGET, Draft(3), sampler) == judge(TARGET, Draft(3, DRAFTER.softmax(0)), sampler)
-    assert judge(TARGET, Draft(3), sampler).accepted
-    refused = judge(TARGET, Draft(0), sampler)
-    assert (refused.accepted, refused.token_id) == (False, 3)
+    assert verify_draft(TARGET, Draft(3), sampler) == verify_draft(TARGET, Draft(3, DRAFTER.softmax(0)), sampler)
+    assert verify_draft(TARGET, Draft(3), sampler).accepted
+    rejected = verify_draft(TARGET, Draft(0), sampler)
+    assert (rejected.accepted, rejected.token_id) == (False, 3)
 
 
-def test_a_draft_that_the_target_gives_no_mass_is_refused_even_at_u_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draft_that_the_target_gives_no_mass_is_rejected_even_at_u_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(Sampling(1.0, top_k=2), 0)
     monkeypatch.setattr(sampler, "uniform", lambda: 0.0)
-    assert not judge(TARGET, Draft(5), sampler).accepted
+    assert not verify_draft(TARGET, Draft(5), sampler).accepted
 
 
-def test_equal_distributions_never_refuse() -> None:
+def test_equal_distributions_never_reject() -> None:
     sampler = Sampler(Sampling(1.0), 5)
     same = sampler.probabilities(TARGET)
-    assert all(judge(TARGET, Draft(sampler.draw(same), same), sampler).accepted for _ in range(2000))
+    assert all(verify_draft(TARGET, Draft(sampler.draw(same), same), sampler).accepted for _ in range(2000))
 
 
-def test_a_refusal_without_residual_mass_draws_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejection_without_residual_mass_draws_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = Sampler(Sampling(1.0), 5)
     same = sampler.probabilities(TARGET)
-    draws = iter([1.0, 0.5])  # u = 1 cannot happen; it forces the refusal that rounding might
+    draws = iter([1.0, 0.5])  # u = 1 cannot happen; it forces the rejection that rounding might
     monkeypatch.setattr(sampler, "uniform", lambda: next(draws))
-    verdict = judge(TARGET, Draft(3, same), sampler)
+    verdict = verify_draft(TARGET, Draft(3, same), sampler)
     assert not verdict.accepted
     assert 0 <= verdict.token_id < 8

@@ -1,4 +1,4 @@
-"""Verdicts on trees: the longest right path when greedy, the exact distribution when sampling."""
+"""Verdicts on trees: the longest right path when greedy, the exact distribution when sampling, typical acceptance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, chain, from_paths
-from spdbench.decoding.verify import SampledAtOnce, TreeVerdict, judge_tree
+from spdbench.decoding.verify import SampledAtOnce, Verdict, typical, verify
 from spdbench.types import Sampling
 from tests.chisquare import p_value
 
@@ -39,23 +39,22 @@ def logits(*best: int) -> Tensor:
 def test_the_longest_right_path_counts(
     best: list[int], path: tuple[int, ...], token_ids: tuple[int, ...], judged: int
 ) -> None:
-    verdict = judge_tree(logits(*best), DraftTree(TREE, IDS), GREEDY)
+    verdict = verify(logits(*best), DraftTree(TREE, IDS), GREEDY)
     assert (verdict.path, verdict.token_ids, verdict.judged) == (path, token_ids, judged)
     assert verdict.drafted == 3
     assert verdict.accepted == len(path) - 1
 
 
 def test_a_lone_root_gets_the_targets_own_token() -> None:
-    verdict = judge_tree(logits(4), DraftTree(chain(0), torch.tensor([1])), GREEDY)
+    verdict = verify(logits(4), DraftTree(chain(0), torch.tensor([1])), GREEDY)
     assert (verdict.path, verdict.token_ids, verdict.drafted, verdict.judged) == ((0,), (4,), 0, 0)
 
 
-def test_dictated_verdicts_follow_first_children() -> None:
-    draft = DraftTree(TREE, IDS)
+def test_forced_verdicts_follow_first_children() -> None:
     everything = logits(8, 8, 8, 8, 8, 8, 8, 8)
-    assert judge_tree(everything, draft, GREEDY, [True, True, True]).path == (0, 1, 4)
-    refused = judge_tree(everything, draft, GREEDY, [True, False, True])
-    assert (refused.path, refused.token_ids, refused.judged) == ((0, 1), (1, 8), 2)
+    assert verify(everything, DraftTree(TREE, IDS, None, [True, True, True]), GREEDY).path == (0, 1, 4)
+    rejected = verify(everything, DraftTree(TREE, IDS, None, [True, False, True]), GREEDY, typical(0.09, 0.3))
+    assert (rejected.path, rejected.token_ids, rejected.judged) == ((0, 1), (1, 8), 2)
 
 
 LOGITS = torch.tensor(
@@ -81,7 +80,7 @@ def pairs(sampling: Sampling, draft: DraftTree, rows: list[int]) -> Counter[obje
     """First two tokens of many verdicts; a verdict of one token is completed from the target."""
     sampler, counts = Sampler(sampling, 3), Counter[object]()
     for _ in range(DRAWS):
-        found = judge_tree(LOGITS[rows], draft, sampler).token_ids
+        found = verify(LOGITS[rows], draft, sampler).token_ids
         second = found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]])
         counts[(found[0], second)] += 1
     return counts
@@ -112,7 +111,7 @@ def test_drawn_chains_leave_the_targets_distribution(sampling: Sampling) -> None
         first = drafting.draw(drafter[4])
         second = drafting.draw(drafter[first])
         draft = DraftTree(chain(2), torch.tensor([4, first, second]), (drafter[4], drafter[first]))
-        found = judge_tree(LOGITS[[4, first, second]], draft, sampler).token_ids
+        found = verify(LOGITS[[4, first, second]], draft, sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
     assert p_value(counts, joint(sampling)) > 1e-4 / 2
 
@@ -137,31 +136,31 @@ def test_a_device_that_is_asked_once_gives_the_verdicts_of_the_walk(sampling: Sa
             drawn = tuple(drawing.probabilities(torch.randn(5, generator=generator)) for _ in range(2))
             ids = torch.tensor([4, *(drawing.draw(each) for each in drawn)])
         draft, logits_NV = DraftTree(tree, ids, drawn), torch.randn(len(ids), 5, generator=generator)
-        expected = judge_tree(logits_NV, draft, Sampler(sampling, seed))
+        expected = verify(logits_NV, draft, Sampler(sampling, seed))
         walk, node, path = SampledAtOnce(logits_NV, draft, Sampler(sampling, seed)), 0, [0]
-        while (children := (tree.parents_N == node).nonzero().flatten().numpy()).size:
-            if (found := walk.choose(node, children)) is None:
+        while children := (tree.parents_N == node).nonzero().flatten().tolist():
+            if (found := walk.accept(node, children)) is None:
                 break
             node = found
             path.append(node)
         assert tuple(path) == expected.path
-        assert walk.last(node) == expected.token_ids[-1]
+        assert walk.token_behind(node) == expected.token_ids[-1]
         seen.add(expected.path)
     assert len(seen) > 1 or kind == "root"
 
 
 def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
-    """The negative control: drafts that were picked, but judged as if drawn."""
+    """The negative control: drafts that were picked, but verified as if drawn."""
     sampler, counts, ids = Sampler(Sampling(1.0), 3), Counter[object](), [4, 3, 2]
     claimed = tuple(sampler.probabilities(LOGITS[row]) for row in (1, 0))
     for _ in range(DRAWS):
-        found = judge_tree(LOGITS[ids], DraftTree(chain(2), torch.tensor(ids), claimed), sampler).token_ids
+        found = verify(LOGITS[ids], DraftTree(chain(2), torch.tensor(ids), claimed), sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
     assert p_value(counts, joint(Sampling(1.0))) < 1e-9
 
 
 def test_children_that_have_all_the_mass_leave_no_other_token() -> None:
-    """The greatest uniform number can refuse them by rounding alone; there is nothing else to draw then."""
+    """The greatest uniform number can reject them by rounding alone; there is nothing else to draw then."""
 
     class Greatest(Sampler):
         def uniform(self) -> float:
@@ -171,20 +170,38 @@ def test_children_that_have_all_the_mass_leave_no_other_token() -> None:
     for row in torch.randn(40, 5, generator=torch.Generator().manual_seed(0)):
         children = row.topk(2).indices
         draft = DraftTree(from_paths([(0,), (1,)]), torch.cat((torch.tensor([4]), children)))
-        found = judge_tree(row.expand(3, -1), draft, Greatest(sampling, 0))
+        found = verify(row.expand(3, -1), draft, Greatest(sampling, 0))
         assert set(found.token_ids) <= set(children.tolist())
 
 
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
-        (1, TreeVerdict((0,), (5,), 0, 0)),
-        (2, TreeVerdict((0, 1), (5, 6), 1, 1)),
-        (3, TreeVerdict((0, 1, 2), (5, 6, 7), 2, 2)),
-        (4, TreeVerdict((0, 1, 2), (5, 6, 7), 3, 3)),
-        (9, TreeVerdict((0, 1, 2), (5, 6, 7), 4, 3)),
+        (1, Verdict((0,), (5,), 0, 0)),
+        (2, Verdict((0, 1), (5, 6), 1, 1)),
+        (3, Verdict((0, 1, 2), (5, 6, 7), 2, 2)),
+        (4, Verdict((0, 1, 2), (5, 6, 7), 3, 3)),
+        (9, Verdict((0, 1, 2), (5, 6, 7), 4, 3)),
     ],
 )
-def test_of_a_tree_deeper_than_there_is_room_nothing_counts_that_lies_deeper(room: int, expected: TreeVerdict) -> None:
-    """Drafts 5 and 6 of four levels accepted, the third refused, and 7 the target's own."""
-    assert TreeVerdict((0, 1, 2), (5, 6, 7), 4, 3).within(room) == expected
+def test_of_a_tree_deeper_than_there_is_room_nothing_counts_that_lies_deeper(room: int, expected: Verdict) -> None:
+    """Drafts 5 and 6 of four levels accepted, the third rejected, and 7 the target's own."""
+    assert Verdict((0, 1, 2), (5, 6, 7), 4, 3).within(room) == expected
+
+
+def test_typical_acceptance_takes_what_is_likely_enough() -> None:
+    """By hand: p = softmax of logits at the parent, bound min(epsilon, delta e^-H)."""
+    tree = from_paths([(0,), (1,), (0, 0), (1, 0), (1, 1)])
+    ids = torch.tensor([0, 1, 2, 3, 1, 2])
+    logits_NV = torch.zeros(6, 4)
+    logits_NV[0] = torch.tensor([0.0, 2.0, 2.1, -9.0])  # both 1 and 2 pass
+    logits_NV[1] = torch.tensor([9.0, 0.0, 0.0, 0.0])  # 3 does not
+    logits_NV[2] = torch.tensor([-9.0, 1.0, 3.0, -9.0])  # 1 and 2 pass, 2 is the likelier
+    verdict = verify(logits_NV, DraftTree(tree, ids), Sampler(Sampling(1.0), 0), typical(0.09, 0.3))
+    assert verdict.path == (0, 2, 5)
+    assert verdict.token_ids[:2] == (2, 2)
+    assert (verdict.drafted, verdict.judged) == (2, 2)
+    strict = verify(logits_NV, DraftTree(tree, ids), Sampler(Sampling(1.0), 0), typical(0.99, 5.0))
+    assert (strict.path, strict.judged) == ((0,), 1)
+    greedy = verify(logits_NV, DraftTree(tree, ids), GREEDY, typical(0.09, 0.3))
+    assert greedy.path == (0, 2, 5)

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spdbench.decoding.captured import CapturedDecoding
-from spdbench.decoding.named_trees import named_tree
+from spdbench.decoding.tree import named_tree
+from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder
 from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.cuda.captured_function import CudaGraphs, Work
 from spdbench.models.decoder import Decoder
@@ -21,14 +22,6 @@ from spdbench.models.partition import split_by_counts
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.recorded import RecordedEagle
-from spdbench_backends.eagle.tree_builder import (
-    EAGLE_1,
-    ChainBuilder,
-    DynamicTreeBuilder,
-    StaticTreeBuilder,
-    TreeBuilder,
-)
-from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.recorded import RecordedMedusa
 from spdbench_backends.spd.formats import build_head, random_head
@@ -76,17 +69,17 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     return watch
 
 
-def eagle(growth: TreeBuilder) -> Callable[[Decoder], object]:
+def eagle(builder: TreeBuilder) -> Callable[[Decoder], object]:
     def make(target: Decoder) -> object:
         file = random_eagle(target, 0)
         weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
-        return RecordedEagle(weights, target, growth, 60)
+        return RecordedEagle(weights, target, builder, 60)
 
     return make
 
 
 def medusa(target: Decoder) -> object:
-    tree = FixedTree(named_tree("mc_sim_7b_63"), target.device)
+    tree = StaticTreeBuilder(named_tree("mc_sim_7b_63"), target.device)
     return RecordedMedusa(build_medusa(random_medusa(target, 4, 0), target), target, tree)
 
 
@@ -100,8 +93,8 @@ RECORDED: dict[str, Callable[[Decoder], object]] = {
     "one token": lambda target: CapturedDecoding(target, 60),
     "rows of a tree": lambda target: CapturedDecoder(target, (1, 8), 60, (0, 3)),
     "streams": streams,
-    "eagle, chain": eagle(ChainBuilder(4)),
-    "eagle, static": eagle(StaticTreeBuilder(tuple(EAGLE_1), torch.device("cpu"))),
+    "eagle, chain": eagle(chain_builder(4, torch.device("cpu"))),
+    "eagle, static": eagle(StaticTreeBuilder(named_tree("eagle_1"), torch.device("cpu"))),
     "eagle, dynamic": eagle(DynamicTreeBuilder(4, 5, 17)),
     "medusa": medusa,
 }

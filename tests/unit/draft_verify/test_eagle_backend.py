@@ -10,11 +10,11 @@ import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.eagle.backend import Eagle
-from spdbench_backends.eagle.tree_builder import ChainBuilder, DynamicTreeBuilder
 from tests import tiny
 
 
@@ -45,18 +45,20 @@ def test_an_option_that_would_do_nothing_is_refused(target: Target, tree: str, o
 
 def test_auto_keeps_to_the_tokens_that_it_may_verify(target: Target) -> None:
     backend = load(target, {"total_tokens": "3"})
-    assert backend._growth is not None
-    assert backend._growth.max_nodes <= 3
+    assert backend._builder is not None
+    assert backend._builder.max_nodes <= 3
 
 
-@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicTreeBuilder), (1e3, ChainBuilder)])
+@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicTreeBuilder), (1e3, StaticTreeBuilder)])
 def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
     target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {DynamicTreeBuilder: tree_s, ChainBuilder: 1.0}
-    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[type(growth)] * growth.num_levels)
+    seconds = {DynamicTreeBuilder: tree_s, StaticTreeBuilder: 1.0}
+    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, builder: seconds[type(builder)] * builder.num_levels)
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
-    assert isinstance(load(target, {}, "random")._growth, kind)
+    builder = load(target, {}, "random")._builder
+    assert isinstance(builder, kind)
+    assert not isinstance(builder, StaticTreeBuilder) or builder.tree.is_chain
 
 
 def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,12 +78,12 @@ def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypat
 
 def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {1: 5.0, 4: 8.0}
-    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, growth: seconds[growth.num_levels])
+    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, builder: seconds[builder.num_levels])
     eagle = load(target, {"tree": "chain"})
-    costs = eagle._draft_costs(ChainBuilder(1), ChainBuilder(4))
+    costs = eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device))
     assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
     seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
-    assert eagle._draft_costs(ChainBuilder(1), ChainBuilder(4))(6) == 5.0
+    assert eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device))(6) == 5.0
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:
@@ -97,9 +99,9 @@ def test_a_depth_that_was_not_given_is_no_more_than_there_are_tokens_for(target:
 
 
 def test_a_chain_may_be_longer_than_a_trees_default(target: Target) -> None:
-    growth = load(target, {"tree": "chain", "depth": "32"})._growth
-    assert growth is not None
-    assert growth.num_levels == 32
+    builder = load(target, {"tree": "chain", "depth": "32"})._builder
+    assert builder is not None
+    assert builder.num_levels == 32
 
 
 def test_a_random_head_fits_a_target_of_one_layer(tmp_path: Path) -> None:

@@ -172,12 +172,12 @@ def test_committed_rows_and_trees_equal_the_method_written_out(
         assert_close(one_by_one, expected)
         # two children of the newest token, then a child of the second
         level = TreeRows(torch.tensor([0, 0]), torch.eye(2).bool())
-        logits, states = module.grow(state.expand(2, -1), torch.tensor([20, 21]), level)
+        logits, states = module.extend_tree(state.expand(2, -1), torch.tensor([20, 21]), level)
         for row, token in enumerate((20, 21)):
             expected, child = reference(file, decoder, [*features, fed[0]], [*ids, token])
             assert_close(logits[row : row + 1], expected)
         deeper = TreeRows(torch.tensor([1]), torch.tensor([[False, True, True]]))
-        logits, _ = module.grow(states[1:], torch.tensor([22]), deeper)
+        logits, _ = module.extend_tree(states[1:], torch.tensor([22]), deeper)
         expected, _ = reference(file, decoder, [*features, fed[0], child[0]], [*ids, 21, 22])
         assert_close(logits, expected)
         # the tree is forgotten when committed rows arrive

@@ -75,7 +75,7 @@ def engine_chain(recipe: Eagle3Recipe, module: EagleModule, batch: Batch, row: i
         if token + 1 + level >= len(ids):
             break
         rows = TreeRows(torch.tensor([level - 1]), torch.ones(1, level, dtype=torch.bool))
-        logits, state = module.grow(state, ids[token + 1 + level][None], rows)
+        logits, state = module.extend_tree(state, ids[token + 1 + level][None], rows)
         found.append(logits[0])
     return found
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.decoding.named_trees import named_tree
+from spdbench.decoding.tree import named_tree
 from spdbench.errors import InputError
 from spdbench_backends.medusa.trees import LARGEST_TREE, check_levels, check_ranks, find_tree, read_tree_file
 

@@ -8,22 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from spdbench.decoding.named_trees import named_tree
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Drafter, Features
+from spdbench.decoding.tree import chain_paths, named_tree
+from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder
 from spdbench.models.decoder import Decoder
 from spdbench.types import Sampling
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.drafter import EagleDrafter
 from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
-from spdbench_backends.eagle.tree_builder import (
-    EAGLE_1,
-    ChainBuilder,
-    DynamicTreeBuilder,
-    StaticTreeBuilder,
-    TreeBuilder,
-)
-from spdbench_backends.fixed_tree import FixedTree
 from spdbench_backends.medusa.build import build_medusa, random_medusa
 from spdbench_backends.medusa.drafter import MedusaDrafter
 from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
@@ -31,10 +24,10 @@ from tests import tiny
 
 PROMPT = tuple(range(30, 41))
 CPU = torch.device("cpu")
-GROWTHS: dict[str, TreeBuilder] = {
-    "chain": ChainBuilder(4),
-    "chain of 1": ChainBuilder(1),
-    "static": StaticTreeBuilder(tuple(EAGLE_1), CPU),
+BUILDERS: dict[str, TreeBuilder] = {
+    "chain": chain_builder(4, CPU),
+    "chain of 1": chain_builder(1, CPU),
+    "static": StaticTreeBuilder(named_tree("eagle_1"), CPU),
     "dynamic": DynamicTreeBuilder(4, 5, 17),
 }
 
@@ -78,27 +71,26 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
         assert len(seen) > 8
 
 
-@pytest.mark.parametrize("growth", GROWTHS.values(), ids=GROWTHS)
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS)
 @pytest.mark.parametrize("version", [1, 3])
-def test_eagles_recorded_rounds(target: Decoder, growth: TreeBuilder, version: int) -> None:
+def test_eagles_recorded_rounds(target: Decoder, builder: TreeBuilder, version: int) -> None:
     file = random_eagle(target, 3, version)  # type: ignore[arg-type]
     weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
-    recorded = RecordedEagle(weights, target, growth, 120)
+    recorded = RecordedEagle(weights, target, builder, 120)
     new = (
-        lambda: EagleDrafter(weights, target, growth, 120),
-        lambda: RecordedEagleDrafter(weights, target, growth, recorded),
+        lambda: EagleDrafter(weights, target, builder, 120),
+        lambda: RecordedEagleDrafter(weights, target, builder, recorded),
     )
-    same_drafts(target, new, growth.num_levels)
+    same_drafts(target, new, builder.num_levels)
 
 
 @pytest.mark.parametrize("tree", ["chain", "mc_sim_7b_63"])
 def test_medusas_recorded_rounds(target: Decoder, tree: str) -> None:
     weights = build_medusa(random_medusa(target, 4, 3), target)
-    paths = [(0,) * level for level in range(1, 5)] if tree == "chain" else named_tree(tree)
-    fixed = FixedTree(paths, target.device)
-    recorded = RecordedMedusa(weights, target, fixed)
+    builder = StaticTreeBuilder(chain_paths(4) if tree == "chain" else named_tree(tree), target.device)
+    recorded = RecordedMedusa(weights, target, builder)
     new = (
-        lambda: MedusaDrafter(weights, target, fixed),
-        lambda: RecordedMedusaDrafter(weights, target, fixed, recorded),
+        lambda: MedusaDrafter(weights, target, builder),
+        lambda: RecordedMedusaDrafter(weights, target, builder, recorded),
     )
     same_drafts(target, new, 4)

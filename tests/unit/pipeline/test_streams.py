@@ -111,8 +111,8 @@ def test_drafts_of_the_recorded_module_are_those_of_the_module(target: Target) -
     head = build_head(random_head(decoder, stages, 5), decoder, stages)
     module = RecordedDraftModule(head, 100)
     streams = StreamsPipeline(decoder, stages, head.plan.anchors, 100, module)
-    recorded = RecordedHeadDrafter(head, decoder.config.vocab_size, module, streams.drafted)
-    plain = HeadDrafter(head, decoder.config.vocab_size)
+    recorded = RecordedHeadDrafter(head, module, streams.drafted)
+    plain = HeadDrafter(head)
     sides: tuple[tuple[Pipeline, PipelineDrafter], ...]
     sides = (streams, recorded), (InlinePipeline(decoder, stages, head.plan.anchors), plain)
     for pipeline, drafter in sides:

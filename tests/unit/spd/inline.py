@@ -14,4 +14,4 @@ from spdbench_backends.spd.engine import PipelinedDecoding
 def generate(
     decoder: Decoder, stages: tuple[range, ...], drafter: PipelineDrafter, request: GenerationRequest
 ) -> Iterator[Step]:
-    return PipelinedDecoding(InlinePipeline(decoder, stages, drafter.anchors), stages, drafter, request).steps()
+    return PipelinedDecoding(InlinePipeline(decoder, stages, drafter.hidden_indices), stages, drafter, request).steps()

@@ -21,7 +21,8 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_evenly
 from spdbench.pipeline.schedule import Cycle
 from spdbench.types import Step
-from spdbench_backends.spd.exit_head import ExitDrafter, ExitFile, build_exit, random_exit, read_exit
+from spdbench_backends.spd.drafter import ExitDrafter
+from spdbench_backends.spd.exit_head import ExitFile, build_exit, random_exit, read_exit
 from tests import tiny
 from tests.unit.spd.inline import generate
 

@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spdbench.decoding.sampling import Sampler
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts, split_evenly
-from spdbench.types import Step
+from spdbench.types import Sampling, Step
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, random_head, read_head
 from tests import tiny
@@ -42,16 +43,17 @@ def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = 
 
 
 def drafts(decoder: Decoder, path: Path) -> list[Step]:
-    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES))
     return list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
 
 
 def test_a_published_head_drafts_within_its_vocabulary(decoder: Decoder, tmp_path: Path) -> None:
     head = build_head(read_head(published(decoder, tmp_path / "head.pt")), decoder, STAGES)
-    drafter = HeadDrafter(head, 262)
+    drafter = HeadDrafter(head)
     steps = list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 20)))
     assert sum(step.judged for step in steps) == 19
-    assert {drafter._target_id(i) for i in range(131)} == set(range(0, 262, 2))
+    greedy = Sampler(Sampling(), 0)
+    assert {drafter._draft(row_U, greedy).token_id for row_U in torch.eye(131)} == set(range(0, 262, 2))
 
 
 def test_a_folder_of_ours_is_the_same_head(decoder: Decoder, tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_head_trained_on_nominal_rows_is_lossless_too(decoder: Decoder, tmp_pa
     from spdbench.decoding.autoregressive import decode
 
     path = published(decoder, tmp_path / "head.pt", trained_with_use_deepest=False)
-    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), 262)
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES))
     request = tiny.greedy(tiny.PROMPT, 20)
     ids = [token for step in generate(decoder, STAGES, drafter, request) for token in step.token_ids]
     assert ids == list(decode(decoder, request))

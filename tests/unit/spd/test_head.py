@@ -30,7 +30,7 @@ class Checked(HeadDrafter):
 
     def __init__(self, decoder: Decoder, num_stages: int, answer: list[int]) -> None:
         stages = split_evenly(6, num_stages)
-        super().__init__(build_head(random_head(decoder, stages, 3, num_layers=2), decoder, stages), 262)
+        super().__init__(build_head(random_head(decoder, stages, 3, num_layers=2), decoder, stages))
         self.features: dict[int, dict[int, Tensor]] = defaultdict(dict)
         self.answer = answer
         self.prompt_length = 0
@@ -89,6 +89,6 @@ def test_cached_drafts_equal_drafts_from_scratch(decoder: Decoder, num_stages: i
 def test_nothing_is_kept_of_old_positions(decoder: Decoder) -> None:
     """Features lie in a ring of two pipelines, whatever the length of the answer."""
     stages = split_evenly(6, 3)
-    drafter = HeadDrafter(build_head(random_head(decoder, stages, 3), decoder, stages), 262)
+    drafter = HeadDrafter(build_head(random_head(decoder, stages, 3), decoder, stages))
     list(generate(decoder, stages, drafter, tiny.greedy(tiny.PROMPT, 60)))
     assert drafter._module._ring._rows.shape[0] == 8

@@ -15,8 +15,8 @@ from spdbench.models.decoder import Decoder
 from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
-from spdbench_backends.spd.drafter import HeadDrafter
-from spdbench_backends.spd.exit_head import ExitDrafter, build_exit, read_exit
+from spdbench_backends.spd.drafter import ExitDrafter, HeadDrafter
+from spdbench_backends.spd.exit_head import build_exit, read_exit
 from spdbench_backends.spd.formats import build_head, read_head
 from spdbench_backends.spd.head import DraftModule
 from spdbench_backends.spd.plan import DeepestRows
@@ -97,7 +97,7 @@ def test_training_sees_what_decoding_sees_full_and_while_filling(
 
 
 def acceptance(decoder: Decoder, path: Path) -> list[Step]:
-    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES), decoder.config.vocab_size)
+    drafter = HeadDrafter(build_head(read_head(path), decoder, STAGES))
     return list(generate(decoder, STAGES, drafter, tiny.greedy(tiny.PROMPT, 24)))
 
 
@@ -225,7 +225,7 @@ def test_an_exit_head_drafts_as_it_was_trained(
         logits = torch.nn.functional.linear(recipe._rows(text)[0], teacher.head_VM)
     hidden_SM, _ = head.forward(text.states[2][0], 0, head.new_cache(len(IDS)))
     assert float((logits - head.logits(hidden_SM)).norm() / logits.norm()) < tolerance
-    assert ExitDrafter(head, 2).anchors == recipe.hidden_indices
+    assert ExitDrafter(head, 2).hidden_indices == recipe.hidden_indices
 
 
 def test_an_exit_head_of_all_that_follows_is_always_right(decoder: Decoder, teacher: Teacher) -> None:

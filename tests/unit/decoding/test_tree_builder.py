@@ -1,4 +1,4 @@
-"""EAGLE's growths: the right candidates in the right places, rows that see their own branch, the best nodes kept."""
+"""Tree builders: the right candidates in the right places, rows that see their own branch, the best nodes kept."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
+from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafter, SyntheticDrafts
 from spdbench.decoding.tree import DraftTree, Path
-from spdbench.models.attention_context import TreeRows
-from spdbench.types import Sampling
-from spdbench_backends.eagle.drafter import SyntheticEagleDrafter
-from spdbench_backends.eagle.tree_builder import (
+from spdbench.decoding.tree_builder import (
     Candidates,
-    ChainBuilder,
     DynamicTreeBuilder,
     StaticTreeBuilder,
     TreeBuilder,
+    chain_builder,
 )
+from spdbench.models.attention_context import TreeRows
+from spdbench.types import Sampling
 
 VOCABULARY = 50
 ROOT = torch.tensor([7])
@@ -79,7 +78,7 @@ def branches(draft: DraftTree) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("levels", [1, 2, 5])
 def test_a_chain_takes_the_best_child_of_the_newest(levels: int) -> None:
-    draft = ChainBuilder(5).grow(Table(), ROOT, levels)
+    draft = chain_builder(5, CPU).build_tree(Table(), ROOT, levels)
     best: tuple[int, ...] = ()
     for found in branches(draft):
         best = (*best, ranked(best)[0][1])
@@ -93,7 +92,7 @@ PATHS: tuple[Path, ...] = ((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 2), 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 9])
 def test_a_static_tree_fills_its_shape(levels: int) -> None:
-    draft = StaticTreeBuilder(PATHS, CPU).grow(Table(), ROOT, levels)
+    draft = StaticTreeBuilder(PATHS, CPU).build_tree(Table(), ROOT, levels)
     expected = []
     for path in sorted(PATHS, key=lambda path: (len(path), path)):
         branch: tuple[int, ...] = ()
@@ -109,7 +108,7 @@ def test_a_static_tree_fills_its_shape(levels: int) -> None:
 @pytest.mark.parametrize("total", [2, 5, 12, 60])
 def test_a_dynamic_tree_keeps_the_most_probable_of_what_its_beams_saw(levels: int, top_k: int, total: int) -> None:
     """Against a search written the plain way."""
-    draft = DynamicTreeBuilder(4, top_k, total).grow(Table(), ROOT, levels)
+    draft = DynamicTreeBuilder(4, top_k, total).build_tree(Table(), ROOT, levels)
     pool: dict[tuple[int, ...], float] = {}
     beams: list[tuple[int, ...]] = [()]
     for _ in range(levels):
@@ -133,28 +132,29 @@ def test_certain_children_never_come_without_their_parents() -> None:
             return Candidates(torch.zeros(len(ids_S), count), torch.arange(count).expand(len(ids_S), count))
 
     for levels, top_k, total in product((2, 4), (2, 3), (3, 5, 9)):
-        draft = DynamicTreeBuilder(levels, top_k, total).grow(Certain(), ROOT, levels)
+        draft = DynamicTreeBuilder(levels, top_k, total).build_tree(Certain(), ROOT, levels)
         parents = draft.tree.parents_N.tolist()
         assert all(parent < node for node, parent in enumerate(parents))
         assert len(set(branches(draft))) == min(total - 1, top_k + (levels - 1) * top_k**2)
 
 
 @pytest.mark.parametrize(
-    "growth", [ChainBuilder(4), StaticTreeBuilder(PATHS, CPU), DynamicTreeBuilder(4, 3, 9), DynamicTreeBuilder(4, 9, 3)]
+    "builder",
+    [chain_builder(4, CPU), StaticTreeBuilder(PATHS, CPU), DynamicTreeBuilder(4, 3, 9), DynamicTreeBuilder(4, 9, 3)],
 )
-def test_bounds_hold(growth: TreeBuilder) -> None:
+def test_bounds_hold(builder: TreeBuilder) -> None:
     for levels in range(1, 6):
         table = Table()
-        draft = growth.grow(table, ROOT, levels)
-        assert len(table.branches) <= growth.num_levels * growth.max_nodes  # what a drafter makes room for
-        assert len(draft.ids_N) <= growth.max_nodes
-        assert int(draft.tree.rows.depths_S.max()) <= min(levels, growth.num_levels)
+        draft = builder.build_tree(table, ROOT, levels)
+        assert len(table.branches) <= builder.num_levels * builder.max_nodes  # what a drafter makes room for
+        assert len(draft.ids_N) <= builder.max_nodes
+        assert int(draft.tree.rows.depths_S.max()) <= min(levels, builder.num_levels)
 
 
 @pytest.mark.parametrize(("levels", "top_k", "total"), [(5, 8, 24), (8, 8, 24), (10, 4, 11), (32, 64, 33)])
 def test_a_synthetic_spine_is_as_deep_as_the_tree_was_asked_to_be(levels: int, top_k: int, total: int) -> None:
     reference = tuple(range(100, 140))
     drafts = SyntheticDrafts(DrafterChoice("oracle", "oracle:1", 1.0), 0, b"", reference, 500, frozenset())
-    drafter = SyntheticEagleDrafter(drafts, DynamicTreeBuilder(levels, top_k, total), CPU)
+    drafter = SyntheticDrafter(drafts, DynamicTreeBuilder(levels, top_k, total), CPU)
     draft = drafter.propose(levels, Sampler(Sampling(), 0))
     assert reference[1 : levels + 1] in branches(draft)
