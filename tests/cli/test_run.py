@@ -22,6 +22,9 @@ from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
 from tests.mock_backend import MockSpans
 
+INLINE = ("-o", "spd.executor=inline")
+"""Stages in this process start at once; tests/processes has those in processes of their own."""
+
 MOCKS = {"drafting": "MockSpans", "piped": "MockPipelineSpans"}
 
 
@@ -83,6 +86,7 @@ def test_results_say_what_was_measured(run: Runs) -> None:
         "5",
         "--limit",
         "2",
+        *INLINE,
     )
     result = run.result("spd")
     assert result.backend.stage_layers == [3, 2, 1]
@@ -233,19 +237,9 @@ def test_results_name_the_tokenizer_by_its_hash(run: Runs, tmp_path: Path) -> No
 
 
 def test_one_backend_in_several_ways(run: Runs) -> None:
-    words = (
-        "-b",
-        "two=spd",
-        "-o",
-        "two.stages=2",
-        "-b",
-        "three=spd",
-        "-o",
-        "three.stages=3",
-        "--drafter",
-        "oracle:0.5",
-    )
-    said = run(*words, "--drafter", "three=oracle:1")
+    two = ("-b", "two=spd", "-o", "two.stages=2", "-o", "two.executor=inline")
+    three = ("-b", "three=spd", "-o", "three.stages=3", "-o", "three.executor=inline")
+    said = run(*two, *three, "--drafter", "oracle:0.5", "--drafter", "three=oracle:1")
     assert said.code == 0, said.err
     assert run.result("two").backend.options["stages"] == 2
     drafters = [run.result(label).drafter for label in ("two", "three")]
@@ -261,7 +255,7 @@ def test_without_backends_vanilla_and_spd_are_measured(run: Runs) -> None:
 
 def test_conversations_share_the_baselines_answers(run: Runs) -> None:
     suite = write_suite(run.folder, turns=3)
-    run("-b", "vanilla", "-b", "spd", "--drafter", "random", "--repeats", "2", suite=suite)
+    run("-b", "vanilla", "-b", "spd", "--drafter", "random", "--repeats", "2", *INLINE, suite=suite)
     vanilla, spd = run.result("vanilla"), run.result("spd")
     assert len(vanilla.runs) == 4 * 3 * 2
     assert {r.key: r.prompt_sha256 for r in vanilla.runs} == {r.key: r.prompt_sha256 for r in spd.runs}
@@ -279,7 +273,7 @@ def test_sampling_is_reproducible_by_seed(run: Runs) -> None:
 
 
 def test_forced_verdicts_are_lossy_and_never_compared(run: Runs) -> None:
-    assert run("--drafter", "forced:0.7").code == 0
+    assert run("--drafter", "forced:0.7", *INLINE).code == 0
     result = run.result("spd")
     assert result.backend.lossy
     assert result.divergence is None
@@ -300,7 +294,7 @@ def test_resuming_nothing_is_a_new_run_and_says_so(run: Runs) -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing(run: Runs) -> None:
-    words = ("-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.7")
+    words = ("-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.7", *INLINE)
     run(*words)
     before = run.result("spd")
     assert run(*words, "--resume").code == 0
@@ -418,7 +412,7 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
     said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
     assert said.code == 2
     assert "config.num_stages is 2, but here it is 3; use -o spd.stages=2" in said.err
-    assert run("--drafter", run.folder / "head.pt").code == 0
+    assert run("--drafter", run.folder / "head.pt", *INLINE).code == 0
     assert run.result("spd").backend.options["stages"] is None
     assert run.result("spd").backend.lanes == 2
 
@@ -442,7 +436,7 @@ def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, m
     (folder / "config.json").write_text(json.dumps(config))
     save_file(head.tensors, folder / "model.safetensors")
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(folder.parent))
-    assert run().code == 0
+    assert run(*INLINE).code == 0
     drafter = run.result("spd").drafter
     assert drafter is not None
     assert (drafter.id, drafter.trained_tokens, drafter.synthetic) == ("mine", 123, False)
@@ -462,7 +456,7 @@ def test_a_failed_prompt_is_exit_code_1_and_no_number(run: Runs, monkeypatch: py
         return original(self, request)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SPD, "generate", breaks_once)
-    said = run("--drafter", "oracle:1")
+    said = run("--drafter", "oracle:1", *INLINE)
     assert said.code == 1
     assert "stage 1 is gone" in said.err
     assert "Traceback" in said.err
@@ -480,7 +474,7 @@ def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyP
         return verdict if draft is None else DraftVerdict(True, draft.token_id)
 
     monkeypatch.setattr("spdbench_backends.spd.engine.verify_draft", accepts_everything)
-    said = run("--drafter", "oracle:0.5")
+    said = run("--drafter", "oracle:0.5", *INLINE)
     assert said.code == 1
     divergence = run.result("spd").divergence
     assert divergence is not None
@@ -497,7 +491,7 @@ def test_the_model_folder_is_left_as_it_was(run: Runs) -> None:
 
 def test_a_model_that_our_own_layers_do_not_know_runs_and_says_so(run: Runs, tmp_path: Path) -> None:
     run.model = tiny.make_model(tmp_path / "tiny-gpt2", "gpt2")
-    said = run("-o", "spd.stages=3", "--drafter", "oracle:0.8")
+    said = run("-o", "spd.stages=3", "--drafter", "oracle:0.8", *INLINE)
     assert said.code == 0, said.err
     divergence = run.result("spd").divergence
     assert divergence is not None

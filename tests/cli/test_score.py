@@ -47,7 +47,7 @@ def scores(result: Result) -> list[float | None]:
 
 def test_lossless_backends_score_alike_answer_by_answer(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Scorer, "__call__", lambda *args: float(len(args[3]) % 2))
-    said = run(SUMS, "gsm8k", "-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.5")
+    said = run(SUMS, "gsm8k", "-b", "vanilla", "-b", "spd", "-o", "spd.executor=inline", "--drafter", "oracle:0.5")
     assert said.code == 0, said.err
     assert scores(run.result("vanilla")) == scores(run.result("spd")) != [None] * 3
     vanilla, spd = (run.result(label).summary.overall for label in ("vanilla", "spd"))
