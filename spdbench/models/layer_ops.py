@@ -14,25 +14,19 @@ from functools import cache, cached_property
 from types import ModuleType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from spdbench.models.attention import attend
 from spdbench.models.attention_context import AttentionContext
-from spdbench.models.cpu.worker_pool import worker_pool
+from spdbench.models.cpu.worker_pool import Attention, TaskKind, worker_pool
 from spdbench.models.kv_cache import KVCache, array
 from spdbench.models.rotary import apply_rotary
 
-COMPILED_DTYPES = (torch.bfloat16, torch.float32)
+COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_PAIRS, torch.float32: TaskKind.ATTENTION_FLOATS}
 COMPILED_ROWS = 64
-"""Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads. The crew's attention
-gives every row the same bits whoever stands beside it, so that a draft is judged by exactly what decoding one token at
-a time would have found."""
-
-ATTENTION = {torch.bfloat16: 1, torch.float32: 2}
-"""Kinds of shared work, as `parallel_for` has them, which cannot be imported without numba."""
+"""Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads."""
 
 
 @dataclass(frozen=True)
@@ -135,19 +129,18 @@ class TorchOps:
 
 
 class CpuOps:
-    """The steps as compiled functions over the tensors' memory.
+    """The operations as compiled kernels over the tensors' memory.
 
-    What a step returns holds until the same step, a norm with the same weight, is taken again over as many rows: a pass
-    writes to the same buffers all the time.
+    What an operation returns holds until the same operation, or a norm with the same weight, is called again with as
+    many rows: a pass writes to the same buffers all the time.
     """
 
     def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
-        functions = cpu_kernels()
-        assert functions is not None
-        self._functions = functions
-        crew = worker_pool()
-        assert crew is not None
-        self._crew = crew
+        kernels, pool = cpu_kernels(), worker_pool()
+        assert kernels is not None
+        assert pool is not None
+        self._kernels = kernels
+        self._pool = pool
         self._geometry = geometry
         self._dtype = dtype
         self._no_norm = array(torch.empty(0, dtype=dtype))
@@ -155,7 +148,7 @@ class CpuOps:
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         out, out_array = self._buffer(weight, *rows_SM.shape)
-        self._functions.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
+        self._kernels.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
         return out
 
     def attention(
@@ -170,33 +163,41 @@ class CpuOps:
         geometry, num_rows = self._geometry, context.num_rows
         width = geometry.num_heads * geometry.head_dim
         queries, queries_array = self._buffer("queries", num_rows, width)
-        out, _ = self._buffer("mixed", num_rows, width)
+        out, _ = self._buffer("attention", num_rows, width)
         slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
         q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
         eps, angles = geometry.norm_eps, context.angle_arrays
-        self._functions.turn(
+        self._kernels.apply_rotary(
             array(qkv), q_norm, k_norm, eps, context.positions, *angles, keys_KTD, values_KTD, slot, queries_array
         )
-        depths, visible = context.depths, context.visible
-        self._crew.lead(
-            np.array(
-                (
-                    *(ATTENTION[self._dtype], 0, queries.data_ptr(), keys_KTD.ctypes.data, values_KTD.ctypes.data),
-                    *(depths.ctypes.data, visible.ctypes.data, out.data_ptr(), slot, num_rows, geometry.num_heads),
-                    *(*keys_KTD.shape[::2], keys_KTD.shape[1], visible.shape[1], window or 0),
-                )
-            )
+        task = Attention(
+            kind=COMPILED_DTYPES[self._dtype],
+            queries=queries.data_ptr(),
+            keys=keys_KTD.ctypes.data,
+            values=values_KTD.ctypes.data,
+            depths=context.depths.ctypes.data,
+            visible=context.visible.ctypes.data,
+            out=out.data_ptr(),
+            slot=slot,
+            num_rows=num_rows,
+            num_heads=geometry.num_heads,
+            num_kv_heads=geometry.num_kv_heads,
+            head_dim=geometry.head_dim,
+            capacity=keys_KTD.shape[1],
+            tree_width=context.visible.shape[1],
+            window=window or 0,
         )
+        self._pool.run(task)
         return out
 
     def gate(self, both_S2F: Tensor) -> Tensor:
         out, out_array = self._buffer("gate", both_S2F.shape[0], both_S2F.shape[1] // 2)
-        self._functions.gate(array(both_S2F), out_array)
+        self._kernels.gate(array(both_S2F), out_array)
         return out
 
-    def _buffer(self, step: object, *shape: int) -> tuple[Tensor, Any]:
+    def _buffer(self, operation: object, *shape: int) -> tuple[Tensor, Any]:
         """A tensor and its memory as numpy sees it."""
-        key = (step, shape)
+        key = (operation, shape)
         if key not in self._buffers:
             tensor = torch.zeros(shape, dtype=self._dtype)
             self._buffers[key] = (tensor, array(tensor))

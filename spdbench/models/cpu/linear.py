@@ -1,9 +1,9 @@
-"""Matrix products as decoding needs them: a few rows against weights that are read once a token.
+"""Matrix products as decoding needs them: a few rows with weights that are read once a token.
 
-On a CPU such a product is bound by reading the weights, and how they lie in memory decides how fast that goes. Weights
-are therefore packed once, when they are loaded, into the layout that `products` reads, and what follows a product (a
-bias, a residual) is done while its result is still in registers. Where packing cannot be had, the plain product
-serves. Must not know what a layer is.
+On a CPU such a product is bound by reading the weights, and their layout in memory decides how fast that goes. Weights
+are therefore packed once, when they are loaded, into the layout that `packed_gemm` reads, and what follows a product (a
+bias, a residual) is added while its result is still in registers. Where weights cannot be packed, torch's product
+serves.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -16,21 +16,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spdbench.models.cpu.worker_pool import worker_pool
+from spdbench.models.cpu.worker_pool import Product, TaskKind, worker_pool
 
-PACKED_DTYPES = (torch.bfloat16, torch.float32)
+PACKED_DTYPES = {torch.bfloat16: TaskKind.PRODUCT_PAIRS, torch.float32: TaskKind.PRODUCT_FLOATS}
 BLOCK = 16
-"""Outputs that stand together in a packed weight."""
+"""Outputs of a block of a packed weight."""
 PAGES_BYTES = 32 << 20
-"""Packed weights share areas of so many bytes, which the system may map in large pages."""
+"""Packed weights share areas of at least so many bytes, which the system may map in large pages."""
 LINE_BYTES = 64
-PRODUCT = 0
-"""As `sharing` has it, which cannot be imported without numba."""
 
 
 class Linear(Protocol):
@@ -78,17 +75,18 @@ class PackedLinear:
         self.shape = tuple(weight_NK.shape)
         self.nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
         self._bias = None if bias_N is None else bias_N.contiguous()
-        self._crew = worker_pool()
         num_outputs, num_inputs = self.shape
         together = 2 if weight_NK.dtype == torch.bfloat16 else 1
         self._packed = _new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
         missing = -num_outputs % BLOCK
         padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
         self._packed.copy_(padded_NK.view(-1, BLOCK, self._packed.shape[1], together).transpose(1, 2))
+        pool = worker_pool()
+        assert pool is not None
+        self._pool = pool
         bias_at = 0 if self._bias is None else self._bias.data_ptr()
-        is_pairs = int(together == 2)
-        self._fixed = (num_outputs, self._packed.shape[1], num_inputs * weight_NK.itemsize, is_pairs)
-        self._at = self._packed.data_ptr(), bias_at
+        sizes = num_outputs, self._packed.shape[1], num_inputs * weight_NK.itemsize
+        self._fixed = int(PACKED_DTYPES[weight_NK.dtype]), self._packed.data_ptr(), bias_at, *sizes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,18 +103,12 @@ class PackedLinear:
         return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
 
     def _multiply(self, rows_SK: Tensor, other_at: int) -> Tensor:
-        assert self._crew is not None
         rows_SK = rows_SK.contiguous()
         num_rows, num_inputs = rows_SK.shape
         if num_inputs != self.shape[1] or rows_SK.dtype != self.dtype:
             raise ValueError(f"rows {list(rows_SK.shape)} of {rows_SK.dtype} do not fit a weight {list(self.shape)}")
         out = torch.empty((num_rows, self.shape[0]), dtype=self.dtype)
-        weight_at, bias_at = self._at
-        self._crew.lead(
-            np.array(
-                (PRODUCT, 0, weight_at, rows_SK.data_ptr(), out.data_ptr(), other_at, bias_at, num_rows, *self._fixed)
-            )
-        )
+        self._pool.run(Product(*self._fixed, rows_SK.data_ptr(), num_rows, out.data_ptr(), other_at))
         return out
 
 
@@ -129,7 +121,7 @@ def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if packed products of such weights can be had here, which one small product has shown."""
+    """True if such weights can be packed here, which one small product has shown."""
     return device.type == "cpu" and dtype in PACKED_DTYPES and _packing_works(dtype)
 
 
@@ -154,8 +146,8 @@ _areas: list[_Area] = [_Area(torch.empty(0, dtype=torch.uint8))]
 
 
 def _new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a packed weight, at the start of a cache line, where the system may use large pages: a tenth to a
-    third faster to read, as fewer addresses have to be looked up. It is free again when all that share an area are."""
+    """Memory for a packed weight that begins with a cache line, where the system may use large pages: these are a tenth
+    to a third faster to read, since fewer addresses have to be translated. An area is freed with its last weight."""
     size = math.prod(shape) * dtype.itemsize
     taken = -(-size // LINE_BYTES) * LINE_BYTES
     area = _areas[-1]

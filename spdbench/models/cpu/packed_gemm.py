@@ -1,12 +1,10 @@
-"""Products of a few rows with a weight that is read once, straight from memory: compiled by numba.
+"""Matrix products of a few rows with a packed weight, which is read once, straight from memory: compiled by numba.
 
-A weight `[N, K]` is laid out for this: blocks of 16 outputs, in each block the 16 outputs' numbers side by side for one
-input after the other (bfloat16: for one pair of inputs after the other). A block is then one run of memory, read from
-front to back and asked for ahead of time; the 16 sums of up to 16 rows stay in registers; no sum is taken across a
-register, so a row's result is the same to the last bit whoever stands beside it. As long as memory is
-what they wait for, one row or eight cost the same; how long that is depends on the processor (benchmarks/README.md).
-
-Must not know torch, layers or models, nor who else works on a product. Importing this module needs numba.
+A packed weight `[N, K]` consists of blocks of 16 outputs; in each block the 16 outputs' numbers lie side by side for
+one input after the other (bfloat16: for one pair of inputs after the other). A block is thus one run of memory, read
+from front to back and prefetched. The 16 sums of up to 16 rows, a tile, stay in registers. No sum is taken across a
+register, so a row's result has the same bits whatever rows are next to it. As long as the processor waits for memory,
+one row or eight cost the same; how long that holds depends on the processor (benchmarks/README.md).
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -21,25 +19,24 @@ from llvmlite import ir
 from numba import carray, config, types
 from numba.extending import intrinsic
 
-from spdbench.models.cpu.kernels import F, inner, narrow, widen
+from spdbench.models.cpu.compile import I32, I64, F, inner, llvm_function, narrow, pointer_to, widen
 
 WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
-AHEAD = 4096
-"""How many bytes ahead of their use a weight's numbers are asked for."""
+BLOCK_STEP_BYTES = 64
+"""What a block holds of one step: 16 float32, or 16 pairs of bfloat16."""
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is prefetched."""
 FEATURES = frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 if config.CPU_FEATURES is not None:  # numba compiles for another processor than this one
     FEATURES = frozenset(word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+"))
-PAIRS_AT_ONCE = "avx512bf16" in FEATURES
-"""The processor multiplies pairs of bfloat16 by itself."""
-MOST_ROWS = 16 if "avx512f" in FEATURES else 4
-"""Rows whose sums fit the registers."""
+MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
+"""The processor has an instruction for pairs of bfloat16."""
+TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4)
+"""Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
+MOST_ROWS = TILE_ROWS[-1]
 
-WEIGHT, ROWS, OUT, OTHER, BIAS, NUM_ROWS, NUM_OUTPUTS, STEPS, ROW_BYTES, IS_PAIRS = range(10)
-"""A product as words of 8 bytes: addresses, of which OTHER and BIAS may be 0; sizes; whether numbers are bfloat16."""
-
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
-_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(_I32, WIDTH)
+_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]
@@ -56,81 +53,95 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _tile(_typing: Any, weight: Any, rows: Any, row_bytes: Any, last: Any, steps: Any, sums: Any, num: Any, pairs: Any):  # type: ignore[no-untyped-def]
-    """The sums `[num, 16]` in float32 of one block for `num` rows, the last of which may be row `last` repeated.
+def _sum_block(_typing: Any, weight: Any, rows: Any, row_bytes: Any, count: Any, steps: Any, sums: Any, like: Any):  # type: ignore[no-untyped-def]
+    """The sums `[count, 16]` in float32 of one block for `count` rows of numbers of the type of `like`.
 
-    `weight`, `rows` and `sums` are addresses; `num` and `pairs` (numbers are bfloat16) are known when compiling.
+    `weight`, `rows` and `sums` are addresses. One loop is generated for each number of rows in `TILE_ROWS`, and the
+    smallest that holds `count` rows is taken; what it has too many repeats the last row, at no cost in memory.
     """
-    if not (isinstance(num, types.IntegerLiteral) and isinstance(pairs, types.BooleanLiteral)):
-        return None
-    count, is_pairs = num.literal_value, pairs.literal_value
+    is_pairs = like == types.uint16
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        weight_at, rows_at, stride, last_row, num_steps, sums_at, _, _ = arguments
-        at = [
-            builder.add(rows_at, builder.mul(stride, _smaller(builder, ir.Constant(_I64, r), last_row)))
-            for r in range(count)
-        ]
-        before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("summed")
-        builder.branch(loop)
-        builder.position_at_end(loop)
-        step = builder.phi(_I64)
-        step.add_incoming(ir.Constant(_I64, 0), before)
-        totals = [builder.phi(_FLOATS) for _ in range(count)]
-        offset = builder.add(weight_at, builder.shl(step, ir.Constant(_I64, 6)))
-        numbers = builder.load(builder.inttoptr(offset, _WORDS.as_pointer()), align=64, typ=_WORDS)
-        _ask_for(builder, builder.add(offset, ir.Constant(_I64, AHEAD)))
-        shift = builder.shl(step, ir.Constant(_I64, 2))
-        for r, total in enumerate(totals):
-            total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
-            word = builder.load(builder.inttoptr(builder.add(at[r], shift), _I32.as_pointer()), typ=_I32)
-            total.add_incoming(_more(builder, total, numbers, word, is_pairs), loop)
-        following = builder.add(step, ir.Constant(_I64, 1))
-        step.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
-        builder.position_at_end(after)
-        for r, total in enumerate(totals):
-            place = builder.add(sums_at, ir.Constant(_I64, 4 * WIDTH * r))
-            builder.store(total.incomings[1][0], builder.inttoptr(place, _FLOATS.as_pointer()), align=4)
-        return ir.Constant(_I64, 0)
+        num_rows = arguments[3]
+        summed = builder.append_basic_block("summed")
+        for tile_rows in TILE_ROWS:
+            tile, larger = builder.append_basic_block("tile"), builder.append_basic_block("larger")
+            builder.cbranch(builder.icmp_signed("<=", num_rows, ir.Constant(I64, tile_rows)), tile, larger)
+            builder.position_at_end(tile)
+            _build_tile(builder, arguments, tile_rows, is_pairs)
+            builder.branch(summed)
+            builder.position_at_end(larger)
+        builder.unreachable()
+        builder.position_at_end(summed)
+        return ir.Constant(I64, 0)
 
-    return types.int64(weight, rows, row_bytes, last, steps, sums, num, pairs), build
+    return types.int64(weight, rows, row_bytes, count, steps, sums, like), build
+
+
+def _build_tile(builder: Any, arguments: Any, tile_rows: int, is_pairs: bool) -> None:
+    """The loop over all steps for `tile_rows` rows, whose sums are stored at its end."""
+    weight, rows, row_bytes, num_rows, num_steps, sums, _ = arguments
+    last = builder.sub(num_rows, ir.Constant(I64, 1))
+    row_at = [
+        builder.add(rows, builder.mul(row_bytes, _smaller(builder, ir.Constant(I64, r), last)))
+        for r in range(tile_rows)
+    ]
+    before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("store")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(I64)
+    step.add_incoming(ir.Constant(I64, 0), before)
+    totals = [builder.phi(_FLOATS) for _ in range(tile_rows)]
+    weight_at = builder.add(weight, builder.mul(step, ir.Constant(I64, BLOCK_STEP_BYTES)))
+    weights = builder.load(builder.inttoptr(weight_at, _WORDS.as_pointer()), align=BLOCK_STEP_BYTES, typ=_WORDS)
+    _prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
+    offset = builder.mul(step, ir.Constant(I64, 4))
+    for at, total in zip(row_at, totals, strict=True):
+        total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
+        word = builder.load(builder.inttoptr(builder.add(at, offset), I32.as_pointer()), typ=I32)
+        total.add_incoming(_add_products(builder, total, weights, word, is_pairs), loop)
+    following = builder.add(step, ir.Constant(I64, 1))
+    step.add_incoming(following, loop)
+    builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
+    builder.position_at_end(after)
+    for r, total in enumerate(totals):
+        sums_at = builder.add(sums, ir.Constant(I64, 4 * WIDTH * r))
+        builder.store(total.incomings[1][0], builder.inttoptr(sums_at, _FLOATS.as_pointer()), align=4)
 
 
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-def _ask_for(builder: Any, address: Any) -> None:
-    """Prefetch, to be read, and kept close."""
+def _prefetch(builder: Any, address: Any) -> None:
+    """For reading (0), into all levels of cache (3), as data (1)."""
     pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
-    function = declared(builder, "llvm.prefetch.p0", kind)
-    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(_I32, value) for value in (0, 3, 1))])
+    function = llvm_function(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]))
+    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, value) for value in (0, 3, 1))])
 
 
-def _more(builder: Any, total: Any, numbers: Any, word: Any, is_pairs: bool) -> Any:
-    """16 sums, each with the product of a row's number or pair of numbers and its own added."""
+def _add_products(builder: Any, total: Any, weights: Any, word: Any, is_pairs: bool) -> Any:
+    """16 sums `total`, and to each the product of a row's number, or pair of numbers, `word` with its own weight."""
     words = builder.shuffle_vector(
-        builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(_I32, 0)),
+        builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(I32, 0)),
         ir.Constant(_WORDS, ir.Undefined),
         ir.Constant(_WORDS, [0] * WIDTH),
     )
     if not is_pairs:
-        return _fused(builder, builder.bitcast(words, _FLOATS), builder.bitcast(numbers, _FLOATS), total)
-    if PAIRS_AT_ONCE:
-        brains = ir.VectorType(_BFloat(), 2 * WIDTH)
-        kind = ir.FunctionType(_FLOATS, [_FLOATS, brains, brains])
-        function = declared(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind)
-        return builder.call(function, [total, builder.bitcast(words, brains), builder.bitcast(numbers, brains)])
+        return _multiply_add(builder, builder.bitcast(words, _FLOATS), builder.bitcast(weights, _FLOATS), total)
+    if MULTIPLIES_PAIRS:
+        pairs = ir.VectorType(_BFloat(), 2 * WIDTH)
+        kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
+        function = llvm_function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind)
+        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(weights, pairs)])
     for first in (True, False):
-        total = _fused(builder, _half(builder, words, first), _half(builder, numbers, first), total)
+        total = _multiply_add(builder, _half(builder, words, first), _half(builder, weights, first), total)
     return total
 
 
-def _fused(builder: Any, some: Any, others: Any, total: Any) -> Any:
-    kind = ir.FunctionType(_FLOATS, [_FLOATS] * 3)
-    return builder.call(declared(builder, f"llvm.fma.v{WIDTH}f32", kind), [some, others, total])
+def _multiply_add(builder: Any, some: Any, others: Any, total: Any) -> Any:
+    function = llvm_function(builder, f"llvm.fma.v{WIDTH}f32", ir.FunctionType(_FLOATS, [_FLOATS] * 3))
+    return builder.call(function, [some, others, total])
 
 
 def _half(builder: Any, words: Any, first: bool) -> Any:
@@ -140,77 +151,26 @@ def _half(builder: Any, words: Any, first: bool) -> Any:
     return builder.bitcast(builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * WIDTH)), _FLOATS)
 
 
-def declared(builder: Any, name: str, kind: Any) -> Any:
-    """One of LLVM's own functions."""
-    return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def numbers_at(_typing: Any, address: Any, like: Any) -> Any:  # noqa: ARG001
-    """A pointer to numbers of the type of `like` at `address`."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like)(types.int64, like), build
-
-
 @inner
-def _sum_up(weight: int, rows: int, row_bytes: int, count: int, steps: int, sums: Any, pairs: bool) -> None:
-    """`_tile` for as many rows as there are, or a few more."""
-    last = count - 1
-    if pairs:
-        if count == 1:
-            _tile(weight, rows, row_bytes, last, steps, sums, 1, True)
-        elif count == 2:
-            _tile(weight, rows, row_bytes, last, steps, sums, 2, True)
-        elif count <= 4:
-            _tile(weight, rows, row_bytes, last, steps, sums, 4, True)
-        elif count <= 6:
-            _tile(weight, rows, row_bytes, last, steps, sums, 6, True)
-        elif count <= 8:
-            _tile(weight, rows, row_bytes, last, steps, sums, 8, True)
-        elif count <= 12:
-            _tile(weight, rows, row_bytes, last, steps, sums, 12, True)
-        else:
-            _tile(weight, rows, row_bytes, last, steps, sums, 16, True)
-    else:
-        if count == 1:
-            _tile(weight, rows, row_bytes, last, steps, sums, 1, False)
-        elif count == 2:
-            _tile(weight, rows, row_bytes, last, steps, sums, 2, False)
-        elif count <= 4:
-            _tile(weight, rows, row_bytes, last, steps, sums, 4, False)
-        elif count <= 6:
-            _tile(weight, rows, row_bytes, last, steps, sums, 6, False)
-        elif count <= 8:
-            _tile(weight, rows, row_bytes, last, steps, sums, 8, False)
-        elif count <= 12:
-            _tile(weight, rows, row_bytes, last, steps, sums, 12, False)
-        else:
-            _tile(weight, rows, row_bytes, last, steps, sums, 16, False)
-
-
-@inner
-def _finish(job: Any, first_row: int, count: int, first: int, sums: Any, like: Any) -> None:
-    """Bias and another summand added, rounded, put where they belong; what is beyond the last output is left out."""
-    width = job[NUM_OUTPUTS]
-    size = np.int64(2) if job[IS_PAIRS] else np.int64(4)
+def _store_outputs(task: Any, first_row: int, count: int, first: int, sums: Any, like: Any) -> None:
+    """Adds the bias and the other summand, rounds, and stores a block's outputs from output `first` on, without the
+    padding behind the last one."""
+    num_outputs = task.num_outputs
     for r in range(count):
-        at = ((first_row + r) * width + first) * size
-        out = carray(numbers_at(job[OUT] + at, like), WIDTH)
-        other = carray(numbers_at(job[OTHER] + at, like), WIDTH)
-        bias = carray(numbers_at(job[BIAS] + first * size, like), WIDTH)
-        stop = min(WIDTH, width - first)
-        if stop < WIDTH or job[BIAS] != 0:
+        at = (first_row + r) * num_outputs + first
+        out = carray(pointer_to(task.out, at, like), WIDTH)
+        other = carray(pointer_to(task.other, at, like), WIDTH)
+        bias = carray(pointer_to(task.bias, first, like), WIDTH)
+        stop = min(WIDTH, num_outputs - first)
+        if stop < WIDTH or task.bias != 0:
             for n in range(stop):
                 total = sums[r, n]
-                if job[BIAS] != 0:
+                if task.bias != 0:
                     total += widen(bias[n])
-                if job[OTHER] != 0:
+                if task.other != 0:
                     total += widen(other[n])
                 out[n] = narrow(total, like)
-        elif job[OTHER] != 0:  # what follows is known to be 16 wide, which compilers make the most of
+        elif task.other != 0:  # in these two loops the compiler knows the length, and vectorises them whole
             for n in range(WIDTH):
                 out[n] = narrow(sums[r, n] + widen(other[n]), like)
         else:
@@ -219,23 +179,19 @@ def _finish(job: Any, first_row: int, count: int, first: int, sums: Any, like: A
 
 
 @inner
-def num_blocks(job: Any) -> Any:
-    """Blocks of outputs of a product."""
-    return (job[NUM_OUTPUTS] + WIDTH - 1) // WIDTH
+def num_blocks(task: Any) -> Any:
+    """Blocks of outputs of the product `task`, a `worker_pool.Product`."""
+    return (task.num_outputs + WIDTH - 1) // WIDTH
 
 
 @inner
-def multiply_blocks(job: Any, begin: int, end: int) -> None:
-    """The outputs of some blocks of a product."""
-    num_rows, steps = job[NUM_ROWS], job[STEPS]
+def multiply_blocks(task: Any, begin: int, end: int, like: Any) -> None:
+    """The outputs of the blocks `begin` to `end` of the product `task`, of numbers of the type of `like`."""
     sums = np.empty((MOST_ROWS, WIDTH), F)
     for block in range(begin, end):
-        weight = job[WEIGHT] + block * steps * 64
-        for first_row in range(0, num_rows, MOST_ROWS):
-            count = min(MOST_ROWS, num_rows - first_row)
-            rows = job[ROWS] + first_row * job[ROW_BYTES]
-            _sum_up(weight, rows, job[ROW_BYTES], count, steps, np.int64(sums.ctypes.data), job[IS_PAIRS] != 0)
-            if job[IS_PAIRS]:
-                _finish(job, first_row, count, block * WIDTH, sums, np.uint16(0))
-            else:
-                _finish(job, first_row, count, block * WIDTH, sums, F(0))
+        weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
+        for first_row in range(0, task.num_rows, MOST_ROWS):
+            count = min(MOST_ROWS, task.num_rows - first_row)
+            rows = task.rows + first_row * task.row_bytes
+            _sum_block(weight, rows, task.row_bytes, count, task.num_steps, np.int64(sums.ctypes.data), like)
+            _store_outputs(task, first_row, count, block * WIDTH, sums, like)

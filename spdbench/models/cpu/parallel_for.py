@@ -1,10 +1,15 @@
-"""Work that several threads share, without locks: a board with one piece of work, of which each takes parts.
+"""A parallel loop over the chunks of one task at a time, without locks: compiled by numba.
 
-A helper that comes late, because somebody else has its processor, is not waited for: the others take its parts. Only a
-part that was begun has to be finished. Compiled by numba; must not know torch or layers.
+The calling thread writes its task onto a board in shared memory; it and the pool's workers then claim chunks of it by
+an atomic increment of the chunk counter. Nobody is assigned anything: a worker that comes late, because its processor
+is busy otherwise, costs no time, since the others do its chunks. Only a chunk that was begun has to be finished, which
+is what the counter `DONE` shows.
 
-The word of tickets holds the work's number, how many parts it has, and which is next: who adds one to it has that part,
-or sees that none is left, whichever work he thought it was about.
+The chunk counter holds three numbers in one word: the number of the task, how many chunks it has, and which is next. So
+one atomic increment either claims a chunk of the task that is on the board at this moment, whichever task the worker
+had looked at before, or shows that none is left. Were they separate words, a worker that is suspended between reading
+the task's number and claiming a chunk could claim one of the next task as if it were the last one's. And as long as a
+claimed chunk is not done, the caller waits, so the task on the board cannot change under a worker.
 """
 
 from __future__ import annotations
@@ -16,152 +21,147 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from spdbench.models.cpu.kernels import F, attend_heads, compiled, inner
-from spdbench.models.cpu.packed_gemm import FEATURES, declared, multiply_blocks, num_blocks, numbers_at
+from spdbench.models.cpu.compile import I64, F, compiled, inner, llvm_function, pointer_to, record_at
+from spdbench.models.cpu.kernels import attend_heads
+from spdbench.models.cpu.packed_gemm import FEATURES, multiply_blocks, num_blocks
+from spdbench.models.cpu.worker_pool import CALLER, Attention, Product, TaskKind
 
-SHARES = 4
-"""Into how many parts work is cut, for each thread."""
-TICKETS, DONE, ALLOWED, JOB = 0, 8, 16, 24
-"""Where things stand on the board, in words of 8 bytes, each in a cache line of its own."""
-BOARD_WORDS = 48
-KIND, PER_SHARE, DETAILS = 0, 1, 2
-"""A piece of work: what it is, how many units a part has, and what its kind needs to know."""
-PRODUCT, ATTENTION_PAIRS, ATTENTION_FLOATS = range(3)
-QUERIES, KEYS, VALUES, DEPTHS, VISIBLE, MIXED, SLOT, NUM_ROWS, NUM_HEADS, NUM_KV, SIZE, CAPACITY, WIDTH, WINDOW = range(
-    14
-)
-"""Attention: addresses, then sizes. WIDTH is the tree's, 0 for a chain."""
-X86 = "sse2" in FEATURES
+CHUNKS_PER_THREAD = 4
+"""More chunks than threads, so that a thread that is slowed down leaves the rest of its share to the others."""
+CHUNK_COUNTER, DONE, MAX_WORKERS, CHUNK_SIZE, TASK = 0, 8, 16, 17, 24
+"""Where the board's words are, in units of 8 bytes; what several threads write has a cache line of its own."""
+BOARD_WORDS = TASK + max(len(Product._fields), len(Attention._fields))
+NUMBER_SHIFT, COUNT_SHIFT, FIELD = 40, 20, 0xFFFFF
+"""The chunk counter: the task's number, 22 bits, then the number of chunks and the next chunk, 20 bits each."""
 
-_I64 = ir.IntType(64)
+PRODUCT = np.dtype([(name, np.int64) for name in Product._fields])
+ATTENTION = np.dtype([(name, np.int64) for name in Attention._fields])
+PRODUCT_PAIRS, PRODUCT_FLOATS = int(TaskKind.PRODUCT_PAIRS), int(TaskKind.PRODUCT_FLOATS)
+ATTENTION_PAIRS = int(TaskKind.ATTENTION_PAIRS)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _take(_typing: Any, address: Any, amount: Any) -> Any:  # noqa: ARG001
-    """Adds to the word at `address`, at once for all threads; what it was before."""
+def _fetch_add(_typing: Any, address: Any, amount: Any) -> Any:  # noqa: ARG001
+    """Adds to the word at `address` in one atomic step; returns what it was before."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], _I64.as_pointer()), arguments[1], "acq_rel")
+        return builder.atomic_rmw("add", builder.inttoptr(arguments[0], I64.as_pointer()), arguments[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _look(_typing: Any, address: Any) -> Any:  # noqa: ARG001
-    """The word at `address`, as other threads left it."""
+def _load(_typing: Any, address: Any) -> Any:  # noqa: ARG001
+    """The word at `address`, with all that its writer wrote before it."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8, typ=_I64)
+        return builder.load_atomic(builder.inttoptr(arguments[0], I64.as_pointer()), "acquire", 8, typ=I64)
 
     return types.int64(types.int64), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _show(_typing: Any, address: Any, value: Any) -> Any:  # noqa: ARG001
-    """Writes the word at `address` for all threads to see, and what was written before it."""
+def _store(_typing: Any, address: Any, value: Any) -> Any:  # noqa: ARG001
+    """Writes the word at `address` for all threads to see, with all that was written before it."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        builder.store_atomic(arguments[1], builder.inttoptr(arguments[0], _I64.as_pointer()), "release", 8)
-        return ir.Constant(_I64, 0)
+        builder.store_atomic(arguments[1], builder.inttoptr(arguments[0], I64.as_pointer()), "release", 8)
+        return ir.Constant(I64, 0)
 
     return types.int64(types.int64, types.int64), build
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _breathe(_typing: Any) -> Any:
-    """A moment's rest in a loop that waits."""
+def _pause(_typing: Any) -> Any:
+    """Tells the processor that this loop waits (x86: PAUSE)."""
 
     def build(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        if X86:
-            builder.call(declared(builder, "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])), [])
-        return ir.Constant(_I64, 0)
+        if "sse2" in FEATURES:
+            builder.call(llvm_function(builder, "llvm.x86.sse2.pause", ir.FunctionType(ir.VoidType(), [])), [])
+        return ir.Constant(I64, 0)
 
     return types.int64(), build
 
 
-def no_work() -> Any:
-    """Attention of no rows."""
-    job = np.zeros(DETAILS + WINDOW + 1, np.int64)
-    job[KIND] = ATTENTION_FLOATS
-    return job
-
-
 @inner
-def _attend(job: Any, begin: int, end: int, like: Any) -> None:
-    """Some heads of some rows' attention."""
-    rows, size, width = job[NUM_ROWS], job[SIZE], job[NUM_HEADS] * job[SIZE]
-    cache = (job[NUM_KV], job[CAPACITY], size)
-    seeing = rows if job[WIDTH] > 0 else 0
+def _attend(task: Any, begin: int, end: int, like: Any) -> None:
+    """Attention of the heads `begin` to `end` of the task, of numbers of the type of `like`."""
+    rows, size, width = task.num_rows, task.head_dim, task.num_heads * task.head_dim
+    cache = (task.num_kv_heads, task.capacity, size)
+    tree_rows = rows if task.tree_width > 0 else 0
     attend_heads(
-        carray(numbers_at(job[QUERIES], like), (rows, width)),
-        carray(numbers_at(job[KEYS], like), cache),
-        carray(numbers_at(job[VALUES], like), cache),
-        job[SLOT],
-        carray(numbers_at(job[DEPTHS], np.int64(0)), rows),
-        carray(numbers_at(job[VISIBLE], np.uint8(0)), (seeing, job[WIDTH])),
-        job[WINDOW],
-        carray(numbers_at(job[MIXED], like), (rows, width)),
+        carray(pointer_to(task.queries, 0, like), (rows, width)),
+        carray(pointer_to(task.keys, 0, like), cache),
+        carray(pointer_to(task.values, 0, like), cache),
+        task.slot,
+        carray(pointer_to(task.depths, 0, np.int64(0)), rows),
+        carray(pointer_to(task.visible, 0, np.uint8(0)), (tree_rows, task.tree_width)),
+        task.window,
+        carray(pointer_to(task.out, 0, like), (rows, width)),
         begin,
         end,
     )
 
 
 @inner
-def _do_part(job: Any, part: int, units: int) -> None:
-    begin = part * job[PER_SHARE]
-    end = min(begin + job[PER_SHARE], units)
-    if job[KIND] == PRODUCT:
-        multiply_blocks(job[DETAILS:], begin, end)
-    elif job[KIND] == ATTENTION_PAIRS:
-        _attend(job[DETAILS:], begin, end, np.uint16(0))
-    else:
-        _attend(job[DETAILS:], begin, end, F(0))
+def _num_units(task: int, kind: int) -> Any:
+    """What the task at the address `task` can be cut into: blocks of a product; the heads of all rows of attention."""
+    if kind <= PRODUCT_FLOATS:
+        return num_blocks(record_at(task, PRODUCT))
+    attention = record_at(task, ATTENTION)
+    return attention.num_rows * attention.num_heads
 
 
 @inner
-def _num_units(job: Any) -> Any:
-    """Blocks of a product; heads of attention, in all rows."""
-    if job[KIND] == PRODUCT:
-        return num_blocks(job[DETAILS:])
-    return job[DETAILS + NUM_ROWS] * job[DETAILS + NUM_HEADS]
+def _run_chunk(task: int, kind: int, chunk: int, chunk_size: int) -> None:
+    begin = chunk * chunk_size
+    end = min(begin + chunk_size, _num_units(task, kind))
+    if kind == PRODUCT_PAIRS:
+        multiply_blocks(record_at(task, PRODUCT), begin, end, np.uint16(0))
+    elif kind == PRODUCT_FLOATS:
+        multiply_blocks(record_at(task, PRODUCT), begin, end, F(0))
+    elif kind == ATTENTION_PAIRS:
+        _attend(record_at(task, ATTENTION), begin, end, np.uint16(0))
+    else:
+        _attend(record_at(task, ATTENTION), begin, end, F(0))
 
 
 @compiled
-def work(board: Any, job: Any, helpers: int, index: int, patience: int) -> None:
-    """Does the work `job` with up to so many helpers; or, as helper number `index`, takes parts of whatever is on the
-    board until it has looked in vain `patience` times.
+def parallel_for(board: Any, task: Any, num_workers: int, index: int, spin_limit: int) -> None:
+    """Runs `task` with up to `num_workers` workers, if `index` is `CALLER`; else, as worker number `index`, runs chunks
+    of what is on the board until it has looked in vain `spin_limit` times in a row.
 
-    One function for both, whose machine code holds the arithmetic once: bits do not depend on who did which part.
-    Who leads has the `index` -1, and without helpers a board of his own.
+    Both roles are one function, so that the arithmetic exists once as machine code: the bits of a result do not depend
+    on who computed which chunk. A caller without workers brings a board of its own.
     """
-    here = np.int64(board.ctypes.data)
-    on_board = board[JOB:]
-    parts = 0
-    if index < 0:
-        units = _num_units(job)
-        hidden_indices = SHARES * (helpers + 1) if helpers > 0 else 1
-        job[PER_SHARE] = max(1, (units + hidden_indices - 1) // hidden_indices)
-        parts = (units + job[PER_SHARE] - 1) // job[PER_SHARE]
-        for word in range(job.shape[0]):
-            on_board[word] = job[word]
-        _show(here + 8 * DONE, 0)
-        _show(here + 8 * ALLOWED, helpers)
-        number = (_look(here + 8 * TICKETS) >> 40) + 1
-        _show(here + 8 * TICKETS, (number & 0x3FFFFF) << 40 | parts << 20)
-    looked = 0
-    while looked < patience:
-        tickets = _look(here + 8 * TICKETS)
-        if tickets & 0xFFFFF < tickets >> 20 & 0xFFFFF and index < _look(here + 8 * ALLOWED):
-            ticket = _take(here + 8 * TICKETS, 1)
-            if ticket & 0xFFFFF < ticket >> 20 & 0xFFFFF:  # that work waits for this part, so it is still there
-                _do_part(on_board, ticket & 0xFFFFF, _num_units(on_board))
-                _take(here + 8 * DONE, 1)
-                looked = 0
-        elif index < 0:
+    words: Any = np.int64(board.ctypes.data)
+    counter, done, max_workers = words + 8 * CHUNK_COUNTER, words + 8 * DONE, words + 8 * MAX_WORKERS
+    num_chunks = 0
+    if index == CALLER:
+        for word in range(task.shape[0]):
+            board[TASK + word] = task[word]
+        units = _num_units(words + 8 * TASK, task[0])
+        wanted = CHUNKS_PER_THREAD * (num_workers + 1) if num_workers > 0 else 1
+        board[CHUNK_SIZE] = max(1, (units + wanted - 1) // wanted)
+        num_chunks = (units + board[CHUNK_SIZE] - 1) // board[CHUNK_SIZE]
+        _store(done, 0)
+        _store(max_workers, num_workers)
+        number = (_load(counter) >> NUMBER_SHIFT) + 1
+        _store(counter, (number & 0x3FFFFF) << NUMBER_SHIFT | num_chunks << COUNT_SHIFT)
+    spins = 0
+    while spins < spin_limit:
+        seen = _load(counter)  # looked at before it is incremented, which would take the cache line from the others
+        if seen & FIELD < seen >> COUNT_SHIFT & FIELD and index < _load(max_workers):
+            claimed = _fetch_add(counter, 1)
+            if claimed & FIELD < claimed >> COUNT_SHIFT & FIELD:
+                _run_chunk(words + 8 * TASK, board[TASK], claimed & FIELD, board[CHUNK_SIZE])
+                _fetch_add(done, 1)
+                spins = 0
+        elif index == CALLER:
             break
         else:
-            looked += 1
-            _breathe()
-    if index < 0:
-        while _look(here + 8 * DONE) < parts:
-            _breathe()
+            spins += 1
+            _pause()
+    if index == CALLER:
+        while _load(done) < num_chunks:
+            _pause()

@@ -26,7 +26,7 @@ from spdbench.models.layer_ops import (
 )
 from spdbench.models.rotary import Rotary
 
-compiled = pytest.importorskip("spdbench.models.cpu.kernels", reason="numba is not installed")
+compiled = pytest.importorskip("spdbench.models.cpu.compile", reason="numba is not installed")
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from spdbench.models.layer_ops import CpuOps, Geometry
 from spdbench.models.rotary import Rotary, plain_frequencies
 
 pytestmark = pytest.mark.whole_machine
-HELPERS = 3
+WORKERS = 3
 
 
 @pytest.fixture
 def shared() -> Iterator[None]:
-    torch.set_num_threads(HELPERS + 1)
+    torch.set_num_threads(WORKERS + 1)
     yield
     torch.set_num_threads(1)
 
@@ -38,7 +38,7 @@ def test_shared_products_have_the_bits_of_those_done_alone(dtype: torch.dtype) -
     rows = tensor(5, 64).to(dtype)
     torch.set_num_threads(1)
     alone = [product(rows) for product in products]
-    torch.set_num_threads(HELPERS + 1)
+    torch.set_num_threads(WORKERS + 1)
     for _ in range(500):
         for product, expected in zip(products, alone, strict=True):
             assert torch.equal(product(rows), expected)
@@ -61,7 +61,7 @@ def test_shared_attention_has_the_bits_of_that_done_alone(dtype: torch.dtype) ->
 
     torch.set_num_threads(1)
     alone = mixed()
-    torch.set_num_threads(HELPERS + 1)
+    torch.set_num_threads(WORKERS + 1)
     assert all(torch.equal(mixed(), alone) for _ in range(100))
 
 
@@ -86,7 +86,7 @@ def test_threads_that_ask_at_once_do_not_mix() -> None:
 
 
 @pytest.mark.usefixtures("shared")
-def test_an_idle_crew_uses_no_processor() -> None:
+def test_an_idle_pool_uses_no_processor() -> None:
     linear(tensor(1003, 64))(tensor(1, 64))
     time.sleep(0.5)
     before = time.process_time()
@@ -97,7 +97,7 @@ def test_an_idle_crew_uses_no_processor() -> None:
 @pytest.mark.usefixtures("shared")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_hires_helpers_of_its_own() -> None:
+def test_a_forked_child_starts_workers_of_its_own() -> None:
     product, rows = linear(tensor(1003, 64)), tensor(2, 64)
     expected = product(rows)
     child = os.fork()
