@@ -67,8 +67,6 @@ class StreamsPipeline:
         hidden_indices: Collection[int],
         capacity: int,
         co_drafter: CoDrafter | None = None,
-        *,
-        compiled: bool = False,
     ) -> None:
         self.capacity = capacity
         self._decoder = decoder
@@ -83,9 +81,7 @@ class StreamsPipeline:
         self._ids: list[int] | None = None
         with torch.inference_mode():
             self._cache = decoder.new_cache(capacity + 1)  # the last slot is that of idle stages
-            self._layers = CapturedLayers(
-                decoder.weights, decoder.geometry, decoder.rotary, self._cache, compiled=compiled
-            )
+            self._layers = CapturedLayers(decoder.weights, decoder.geometry, decoder.rotary, self._cache)
             self._make_tensors()
             self._sent.send([0, *[capacity] * len(stages)])  # idle stages, for the runs of the captures
             self._cycles = {
