@@ -16,9 +16,8 @@ from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
 from spdbench.training.datafile import DataFile
 from spdbench.training.distill.batched import Slots, slot_bytes
-from spdbench.training.distill.continuous import Batch
+from spdbench.training.distill.continuous import Batch, results_of
 from spdbench.training.distill.talk import Distiller, Dropped, Talk
-from spdbench.training.distill.threads import results_of
 from spdbench.training.space import GB, how_many_fit, require_memory
 
 SECONDS_BETWEEN_SUMMARIES = 10.0

@@ -1,7 +1,7 @@
-"""Many sequences side by side through a target's own layers, one token of each a step.
+"""Many sequences in parallel through a target's own layers, one token of each per step.
 
-The current tokens are simply rows for every product; only positions and attention differ by row, so the cache keeps a
-length for each slot. Must not know what the sequences are, or how a next token is chosen.
+The current tokens are rows of every matrix product; only positions and attention differ by row, so the cache keeps a
+length for each slot.
 
 Shapes: B slots, M model width, V vocabulary, H query heads, K kv heads, G = H / K, T cache positions, D head size.
 """
@@ -9,7 +9,7 @@ Shapes: B slots, M model width, V vocabulary, H query heads, K kv heads, G = H /
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
 
 ROUND_UP = 64
-"""torch's attention looks at a multiple of so many positions, so that buffers come in few sizes."""
+"""Torch's attention reads a multiple of this many positions, so that its buffers have few sizes."""
 
 
 def slot_bytes(decoder: Decoder, capacity: int) -> int:
@@ -34,46 +34,42 @@ def slot_bytes(decoder: Decoder, capacity: int) -> int:
 
 
 class Slots:
-    """`num_slots` sequences of up to `capacity` tokens; `lengths[b]` of slot b are read.
+    """`num_slots` sequences of up to `capacity` tokens, of which `lengths[b]` in slot b are read.
 
-    Holds buffers of its own, so that several may be used by as many threads.
+    Each object has its own buffers, so several can run in as many threads.
     """
 
     def __init__(self, decoder: Decoder, num_slots: int, capacity: int) -> None:
         geometry, dtype, device = decoder.geometry, decoder.dtype, decoder.device
         shape = (len(decoder.layers), num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
-        # Zeros, not whatever was there: a masked position still enters a product, and 0 times NaN is NaN.
+        # Zeros, not uninitialised memory: a masked position still enters a product, and 0 times NaN is NaN.
         keys = torch.zeros(shape, dtype=dtype, device=device)
         values = torch.zeros_like(keys)
         self.capacity = capacity
         self.lengths = [0] * num_slots
         self._decoder = decoder
-        self._ops: LayerOps
-        self._mix: _Mix
-        if has_cpu_kernels(dtype, device):
-            self._ops = CpuOps(geometry, dtype)
-            self._mix = _CompiledMix(geometry, decoder.rotary, keys, values)
-        else:
-            self._ops = TorchOps(geometry)
-            self._mix = _TorchMix(geometry, decoder.rotary, keys, values)
+        compiled = has_cpu_kernels(dtype, device)
+        self._ops: LayerOps = CpuOps(geometry, dtype) if compiled else TorchOps(geometry)
+        attention = _CpuAttention if compiled else _TorchAttention
+        self._attention = attention(geometry, decoder.rotary, keys, values)
 
     def rollback(self, slot: int, length: int) -> None:
-        """Forgets what `slot` has read beyond its first `length` tokens."""
+        """Drops the tokens of `slot` beyond its first `length`."""
         self.lengths[slot] = min(self.lengths[slot], length)
 
     @torch.inference_mode()
     def read(self, ids_B: Sequence[int | None]) -> Tensor:
         """Reads one more token in each slot that has one: the last layer's outputs `[B, M]`, before the final norm.
 
-        Rows of slots without a token hold nothing of worth.
+        Rows of slots without a token are undefined.
         """
         decoder, ops = self._decoder, self._ops
-        self._mix.begin(self.lengths)
+        self._attention.begin(self.lengths)
         hidden_BM = decoder.embed(decoder.ids([0 if token is None else token for token in ids_B]))
         for layer in decoder.layers:
             weights = decoder.weights[layer]
             normed_BM = hidden_BM if weights.input_norm is None else ops.norm(hidden_BM, weights.input_norm)
-            mixed = self._mix(layer - decoder.layers.start, weights.qkv(normed_BM), weights)
+            mixed = self._attention(layer - decoder.layers.start, weights.qkv(normed_BM), weights)
             hidden_BM = after_attention(weights, ops, mixed, hidden_BM)
         for slot, token in enumerate(ids_B):
             self.lengths[slot] += token is not None
@@ -87,58 +83,40 @@ class Slots:
         return self._decoder.head(self._ops.norm(hidden_BM, self._decoder.final_norm))
 
 
-class _Mix(Protocol):
-    """Turns the new rows, puts keys and values behind each slot's own, and attends."""
+class _CpuAttention:
+    """Compiled attention, slot by slot and no further than its length, on the calling thread.
 
-    def begin(self, lengths: Sequence[int]) -> None:
-        """A new step: the new row of slot b is at position `lengths[b]`."""
-
-    def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
-        """From queries, keys, values `[B, (H + 2K) D]` to attention's output `[B, H D]`; layers count from 0."""
-
-
-class _CompiledMix:
-    """Slot by slot and no further than its length, on the calling thread."""
+    Rotates the new rows, writes keys and values behind each slot's own, and attends, as `_TorchAttention` does.
+    """
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
         from spdbench.models.cpu.kernels import attend_in_slots
 
         _, num_slots, _, capacity, head_dim = keys.shape
-        self._function = attend_in_slots
+        self._attend: Any = attend_in_slots
         self._eps = geometry.norm_eps
         self._angles = rotary.arrays(capacity)
         self._keys, self._values = array(keys), array(values)
         self._mixed = keys.new_zeros(num_slots, geometry.num_heads * head_dim)
-        self._queries, self._out = array(torch.zeros_like(self._mixed)), array(self._mixed)
+        self._buffers = array(torch.zeros_like(self._mixed)), array(self._mixed)  # queries, output
         self._no_norm = array(keys.new_empty(0))
         self._lengths: Any = None
 
     def begin(self, lengths: Sequence[int]) -> None:
+        """Starts a step: the new row of slot b is at position `lengths[b]`."""
         self._lengths = np.array(lengths)
 
     def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
-        norms = weights.head_norms
-        q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
-        cos_PD, sin_PD = self._angles
-        self._function(
-            array(qkv),
-            q_norm,
-            k_norm,
-            self._eps,
-            self._lengths,
-            cos_PD,
-            sin_PD,
-            self._keys[layer],
-            self._values[layer],
-            weights.window or 0,
-            self._queries,
-            self._out,
-        )
+        """From queries, keys, values `[B, (H + 2K) D]` to attention's output `[B, H D]`; layers count from 0."""
+        head_norms, keys, values = weights.head_norms, self._keys[layer], self._values[layer]
+        norms = (self._no_norm,) * 2 if head_norms is None else (head_norms.query.array, head_norms.key.array)
+        window = weights.window or 0
+        self._attend(array(qkv), *norms, self._eps, self._lengths, *self._angles, keys, values, window, *self._buffers)
         return self._mixed
 
 
-class _TorchMix:
-    """All slots at once, padded to the longest."""
+class _TorchAttention:
+    """Attention of all slots at once, padded to the longest."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
         self._ops, self._rotary = TorchOps(geometry), rotary
@@ -148,6 +126,7 @@ class _TorchMix:
         self.begin([0] * keys.shape[1])
 
     def begin(self, lengths: Sequence[int]) -> None:
+        """Starts a step: the new row of slot b is at position `lengths[b]`."""
         self._size = min(self._keys.shape[3], -(-(max(lengths) + 1) // ROUND_UP) * ROUND_UP)
         self._lengths = torch.tensor(lengths, device=self._keys.device)
         cos_PD, sin_PD = self._rotary.tables(self._size)
@@ -155,30 +134,24 @@ class _TorchMix:
         self._masks: dict[int | None, Tensor] = {}
 
     def __call__(self, layer: int, qkv: Tensor, weights: LayerWeights) -> Tensor:
+        """From queries, keys, values `[B, (H + 2K) D]` to attention's output `[B, H D]`; layers count from 0."""
         rotated, new_values_BKD = self._ops.rotate_heads(qkv, weights.head_norms, *self._angles)
         keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
         keys_BKTD[self._slots, :, self._lengths] = rotated[:, self._num_heads :]
         values_BKTD[self._slots, :, self._lengths] = new_values_BKD
-        if weights.window not in self._masks:
-            self._masks[weights.window] = self._visible(weights.window)
-        keys_BKTD, values_BKTD = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]
-        return _attend(rotated[:, : self._num_heads], keys_BKTD, values_BKTD, self._masks[weights.window])
+        # The G query heads that share a kv head become G rows of one small product, as in `models.attention.attend`.
+        queries_BHD, (num_slots, num_kv) = rotated[:, : self._num_heads], keys_BKTD.shape[:2]
+        folded = queries_BHD.reshape(num_slots, num_kv, -1, queries_BHD.shape[-1])
+        cached = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]
+        mask = self._mask(weights.window).expand(-1, -1, folded.shape[2], -1)
+        return scaled_dot_product_attention(folded, *cached, attn_mask=mask).flatten(1)
 
-    def _visible(self, window: int | None) -> Tensor:
+    def _mask(self, window: int | None) -> Tensor:
         """`[B, 1, 1, T]`, true where a slot's new token may look: itself and all before it, or `window` in all."""
-        positions = torch.arange(self._size, device=self._lengths.device)
-        visible = positions <= self._lengths[:, None]
-        if window is not None:
-            visible &= positions > self._lengths[:, None] - window
-        return visible[:, None, None]
-
-
-def _attend(queries_BHD: Tensor, keys_BKTD: Tensor, values_BKTD: Tensor, visible: Tensor) -> Tensor:
-    """Attention of one query row a slot: `[B, H * D]`. The G heads that share a kv head become G rows of it."""
-    num_slots, num_heads, head_dim = queries_BHD.shape
-    num_kv, size = keys_BKTD.shape[1], keys_BKTD.shape[2]
-    group = num_heads // num_kv
-    folded = queries_BHD.reshape(num_slots, num_kv, group, head_dim)
-    mask = visible.expand(num_slots, 1, group, size)
-    mixed = scaled_dot_product_attention(folded, keys_BKTD, values_BKTD, attn_mask=mask)
-    return mixed.reshape(num_slots, num_heads * head_dim)
+        if window not in self._masks:
+            positions = torch.arange(self._size, device=self._lengths.device)
+            visible = positions <= self._lengths[:, None]
+            if window is not None:
+                visible &= positions > self._lengths[:, None] - window
+            self._masks[window] = visible[:, None, None]
+        return self._masks[window]

@@ -1,15 +1,17 @@
-"""Continuous batching: scripts ask for completions, and a seat whose script ended gets the next one at once.
+"""Continuous batching: scripts ask for completions, and a seat whose script has ended gets the next one at once.
 
-A script is a generator: it yields what it wants completed and is sent the new ids. Its seat keeps what it has read, so
-that a request which goes on where the last one ended reads only what is new, and the system prompt that all share is
-read once a seat. Prompts are read one token a step like anything else: in a full batch a token costs the same whether
-it is read or written. Must not know text.
+A script is a generator: it yields the completion that it wants and is sent the new ids. Its seat keeps what it has
+read, so that a request which continues the last one reads only what is new, and the system prompt that all share is
+read once a seat. Prompts are read one token a step, like anything else: in a full batch a token costs the same whether
+it is read or written.
 """
 
 from __future__ import annotations
 
+import queue
 import random
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -21,15 +23,17 @@ from spdbench.training.distill.batched import Slots
 from spdbench.types import Sampling
 
 TOP_K = 64
-"""Sampling is from so many likeliest tokens at most: what is behind them is mostly noise, and sorting the whole
-vocabulary for each row would cost as much as the layers do."""
+"""Sampling is from this many most probable tokens at most: the rest is mostly noise, and sorting the whole vocabulary
+for each row would cost as much as the layers do."""
+SECONDS_TO_STOP = 60.0
+"""How long to wait for a thread that has been asked to stop; it stops after its step."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A wish: new ids behind `ids`, up to the first of `eos_ids`, which counts, or `max_new_tokens`."""
+    """A request for new ids after `ids`, up to the first of `eos_ids`, which is included, or `max_new_tokens`."""
 
     ids: tuple[int, ...]
     max_new_tokens: int
@@ -43,31 +47,20 @@ Script = Generator[Completion, tuple[int, ...], Result]
 
 @dataclass
 class _Seat(Generic[Result]):
-    """One slot's script and what it is at."""
+    """One slot's script and the completion that it waits for."""
 
     script: Script[Result] | None = None
-    wish: Completion | None = None
+    request: Completion | None = None
     text: list[int] = field(default_factory=list)
-    """The wish's ids and behind them the new ones; the slot has read the first `length` of them."""
+    """The request's ids, then the new ones; the slot has read the first `length` of them."""
     random: random.Random = field(default_factory=random.Random)
-
-    def new_ids(self, wish: Completion) -> tuple[int, ...]:
-        return tuple(self.text[len(wish.ids) :])
-
-    def sit(self, wish: Completion, read: int) -> int:
-        """Takes a wish; returns how many of its ids are read already, `read` of the former text being so."""
-        shared, longest = 0, min(read, len(wish.ids) - 1)
-        while shared < longest and self.text[shared] == wish.ids[shared]:
-            shared += 1
-        self.wish, self.text, self.random = wish, list(wish.ids), random.Random(wish.seed)
-        return shared
 
 
 class Batch(Generic[Result]):
-    """Runs scripts side by side; `num_written` counts all new ids.
+    """Runs scripts in parallel; `num_written` counts all new ids.
 
-    Scripts go on while `lock` is held, so that batches in several threads may take them from one iterator, and scripts
-    may share what they like.
+    Scripts run while `lock` is held, so that batches in several threads may take them from one iterator, and scripts
+    may share state.
     """
 
     def __init__(
@@ -80,11 +73,8 @@ class Batch(Generic[Result]):
         self.num_written = 0
 
     def results(self) -> Iterator[Result | None]:
-        """What scripts return, in the order in which they end; None after every step that ended none."""
-        ended: list[Result] = []
-        with self._lock:
-            for slot in range(len(self._seats)):
-                ended += self._next_script(slot)
+        """The results of scripts in the order in which they end; None after every step in which none ended."""
+        ended = [result for slot in range(len(self._seats)) for result in self._run_scripts(slot)]
         yield from ended
         while any(seat.script is not None for seat in self._seats):
             ended = self._step()
@@ -104,70 +94,119 @@ class Batch(Generic[Result]):
         if not due:
             return []
         rows = hidden_BM if len(due) == len(seats) else hidden_BM[due]
-        wishes = [wish for i in due if (wish := seats[i].wish) is not None]
-        points = [
-            0.0 if wish.sampling.greedy else seats[i].random.random() for i, wish in zip(due, wishes, strict=True)
-        ]
-        tokens = choose(slots.logits(rows), [wish.sampling for wish in wishes], points)
+        requests = [request for i in due if (request := seats[i].request) is not None]
+        samplings = [request.sampling for request in requests]
+        points = [0.0 if how.greedy else seats[i].random.random() for i, how in zip(due, samplings, strict=True)]
+        tokens = choose(slots.logits(rows), samplings, points)
         self.num_written += len(tokens)
         ended: list[Result] = []
-        for i, wish, token in zip(due, wishes, tokens, strict=True):
-            seat = seats[i]
-            seat.text.append(token)
-            if token in wish.eos_ids or len(seat.text) == len(wish.ids) + wish.max_new_tokens:
-                with self._lock:
-                    ended += self._go_on(i, wish)
+        for i, request, token in zip(due, requests, tokens, strict=True):
+            text = seats[i].text
+            text.append(token)
+            if token in request.eos_ids or len(text) == len(request.ids) + request.max_new_tokens:
+                ended += self._run_scripts(i, tuple(text[len(request.ids) :]))
         return ended
 
-    def _go_on(self, slot: int, wish: Completion) -> list[Result]:
-        """Hands the finished wish to the slot's script, and the slot to the next script if that was the last."""
-        seat = self._seats[slot]
-        assert seat.script is not None
+    def _run_scripts(self, slot: int, new_ids: tuple[int, ...] | None = None) -> list[Result]:
+        """Sends `new_ids` to the slot's script, and starts further scripts until one wants a completion.
+
+        Returns the results of those that ended.
+        """
+        seat, ended = self._seats[slot], list[Result]()
+        with self._lock:
+            while True:
+                if seat.script is None:
+                    seat.script = next(self._scripts, None)
+                    if seat.script is None:
+                        return ended
+                try:
+                    request = next(seat.script) if new_ids is None else seat.script.send(new_ids)
+                except StopIteration as end:
+                    ended.append(end.value)
+                    seat.script = new_ids = None
+                    continue
+                self._begin(slot, request)
+                return ended
+
+    def _begin(self, slot: int, request: Completion) -> None:
+        """Gives the slot a request. What it has read of the same ids stays; at least the last id is read again."""
+        seat, room, needed = self._seats[slot], self._slots.capacity, len(request.ids)
+        if needed + request.max_new_tokens > room:
+            raise IndexError(f"slots of {room} tokens cannot hold {needed} and {request.max_new_tokens} more")
+        shared, longest = 0, min(self._slots.lengths[slot], needed - 1)
+        while shared < longest and seat.text[shared] == request.ids[shared]:
+            shared += 1
+        seat.request, seat.text, seat.random = request, list(request.ids), random.Random(request.seed)
+        self._slots.rollback(slot, shared)
+
+
+def results_of(batches: Sequence[Batch[Result]], num_threads: int) -> Generator[Result | None, None, None]:
+    """The results of all batches, each in a thread of its own, with None now and then in between.
+
+    The batches share `num_threads`. Two threads with a batch each do more than both on one batch: they do not wait for
+    each other at the end of every product, which on a machine with other work takes most of the time. Closing the
+    iterator stops the threads; an error in one of them is raised here.
+    """
+    if len(batches) == 1:
+        yield from batches[0].results()
+        return
+    found: queue.SimpleQueue[Result | _Ended | None] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def work(batch: Batch[Result]) -> None:
+        ended = _Ended()
         try:
-            self._sit(slot, seat.script.send(seat.new_ids(wish)))
-        except StopIteration as end:
-            return [end.value, *self._next_script(slot)]
-        return []
+            torch.set_num_threads(max(1, num_threads // len(batches)))  # for products called from this thread
+            for result in batch.results():
+                found.put(result)
+                if stop.is_set():
+                    break
+        except BaseException as error:
+            ended.error = error
+        found.put(ended)
 
-    def _next_script(self, slot: int) -> list[Result]:
-        """Gives the slot a script with a wish; those that end without one have their results returned."""
-        ended: list[Result] = []
-        for script in self._scripts:
-            try:
-                wish = next(script)
-            except StopIteration as end:
-                ended.append(end.value)
-                continue
-            self._seats[slot].script = script
-            self._sit(slot, wish)
-            return ended
-        self._seats[slot].script = None
-        return ended
+    threads = [threading.Thread(target=work, args=(batch,), daemon=True) for batch in batches]
+    for thread in threads:
+        thread.start()
+    running = len(threads)
+    try:
+        while running:
+            result = found.get()
+            if not isinstance(result, _Ended):
+                yield result
+            elif result.error is not None:
+                raise result.error
+            else:
+                running -= 1
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(SECONDS_TO_STOP)
 
-    def _sit(self, slot: int, wish: Completion) -> None:
-        room = self._slots.capacity
-        if len(wish.ids) + wish.max_new_tokens > room:
-            raise IndexError(f"slots of {room} tokens cannot hold {len(wish.ids)} and {wish.max_new_tokens} more")
-        self._slots.rollback(slot, self._seats[slot].sit(wish, self._slots.lengths[slot]))
+
+@dataclass
+class _Ended:
+    """The last thing that a thread reports, with the error that ended it."""
+
+    error: BaseException | None = None
 
 
 def choose(logits_RV: Tensor, samplings: list[Sampling], points: list[float]) -> list[int]:
     """A next token for each row: the argmax where greedy, else by inverse CDF at `points`, uniform in [0, 1).
 
-    Temperature, then the `TOP_K` likeliest, then top-p as in `decoding.sampling.warp`.
+    Temperature, then the `TOP_K` most probable tokens, then top-p as in `decoding.sampling.warp`.
     """
     greedy = [i for i, sampling in enumerate(samplings) if sampling.greedy]
-    warm = [i for i, sampling in enumerate(samplings) if not sampling.greedy]
+    sampled = [i for i, sampling in enumerate(samplings) if not sampling.greedy]
     chosen = dict(zip(greedy, logits_RV[greedy].argmax(dim=-1).tolist(), strict=True)) if greedy else {}
-    if warm:
-        top_RN, ids_RN = logits_RV[warm].topk(min(TOP_K, logits_RV.shape[1]), dim=-1)
-        temperatures = torch.tensor([samplings[i].temperature for i in warm], device=top_RN.device)
-        weights_RN = (top_RN.float() / temperatures[:, None]).softmax(dim=-1)
-        top_ps = torch.tensor([samplings[i].top_p for i in warm], device=top_RN.device)
-        weights_RN[weights_RN.cumsum(dim=-1) - weights_RN >= top_ps[:, None]] = 0.0
+    if sampled:
+        top_RN, ids_RN = logits_RV[sampled].topk(min(TOP_K, logits_RV.shape[1]), dim=-1)
+        settings = [(samplings[i].temperature, samplings[i].top_p, points[i]) for i in sampled]
+        temperatures_R1, top_ps_R1, points_R1 = torch.tensor(settings, device=top_RN.device).T[..., None]
+        weights_RN = (top_RN.float() / temperatures_R1).softmax(dim=-1)
+        weights_RN[weights_RN.cumsum(dim=-1) - weights_RN >= top_ps_R1] = 0.0
         cumulative_RN = weights_RN.cumsum(dim=-1)
-        at = torch.tensor([points[i] for i in warm], device=top_RN.device)[:, None] * cumulative_RN[:, -1:]
-        index_R1 = (cumulative_RN <= at).sum(dim=-1, keepdim=True)
+        index_R1 = (cumulative_RN <= points_R1 * cumulative_RN[:, -1:]).sum(dim=-1, keepdim=True)
         last_R1 = (weights_RN > 0).sum(dim=-1, keepdim=True) - 1  # rounding may put a point at the very end
-        chosen |= dict(zip(warm, ids_RN.gather(1, torch.minimum(index_R1, last_R1))[:, 0].tolist(), strict=True))
+        chosen |= dict(zip(sampled, ids_RN.gather(1, torch.minimum(index_R1, last_R1))[:, 0].tolist(), strict=True))
     return [chosen[i] for i in range(len(samplings))]

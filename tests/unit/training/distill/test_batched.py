@@ -12,8 +12,7 @@ import torch
 from spdbench.models.decoder import Decoder
 from spdbench.training.distill import batched
 from spdbench.training.distill.batched import Slots
-from spdbench.training.distill.continuous import Batch, Completion, Script, choose
-from spdbench.training.distill.threads import results_of
+from spdbench.training.distill.continuous import Batch, Completion, Script, choose, results_of
 from spdbench.types import Sampling
 from tests import tiny
 
