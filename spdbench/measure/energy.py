@@ -1,11 +1,10 @@
 """Energy by the machine's own counters: processor packages and their memory (RAPL), and NVIDIA GPUs (NVML).
 
-Counters belong to whole devices, so what idles or runs beside a backend on them counts as well. They are read before
-and after a request, never within. Where they cannot be read there is no energy, not an energy of zero. Must not know
-requests, results or files.
+Counters belong to whole devices, so they include the idle power and other programs on them. They are read before and
+after a request, never within. Where they cannot be read, energy is missing, not zero.
 
 RAPL is read below /sys/class/powercap, as the kernel's documentation of power capping describes it; many systems let
-only root do so. Its counters move every millisecond or so, a GPU's every 20 to 100 ms.
+only root do so. Its counters move about every millisecond, those of a GPU every 20 to 100 ms.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Reading = tuple[int | None, ...]
 
 
 class Counter(Protocol):
-    """A device's energy since some moment. `wraps_at` is where it begins anew, in microjoules, if that is known."""
+    """A device's energy since an arbitrary moment. At `wraps_at` microjoules it restarts from 0; None if unknown."""
 
     @property
     def name(self) -> str: ...
@@ -66,7 +65,7 @@ class NvmlDevice:
 
 @dataclass(frozen=True)
 class EnergyMeter:
-    """The counters of what one backend runs on; without any, it measures nothing."""
+    """The counters of the devices that one backend runs on; an empty meter measures nothing."""
 
     counters: tuple[Counter, ...] = ()
 
@@ -74,9 +73,9 @@ class EnergyMeter:
         return tuple(counter.read() for counter in self.counters)
 
     def joules(self, before: Reading, after: Reading) -> float | None:
-        """What was used between two readings; None where a counter could not be read, or none of them moved.
+        """Energy used between two readings; None if a counter could not be read, or none of them moved.
 
-        A counter that stands lower than before has begun anew, once: a request outlasts no second round of it.
+        A counter that is lower than before has wrapped around, once: no request is long enough for a second time.
         """
         total = 0
         for counter, start, end in zip(self.counters, before, after, strict=True):
@@ -91,9 +90,9 @@ class EnergyMeter:
 
 
 def energy_meter(devices: Sequence[str], powercap: Path | None = None) -> EnergyMeter:
-    """The meter for a backend on `devices`: all processor packages, whose programs drive every backend, and its GPUs.
+    """The meter for a backend on `devices`: its GPUs, and all processor packages, since every backend uses the CPU.
 
-    Empty if one of the GPUs has no counter, for the rest alone would flatter it.
+    Empty if one of the GPUs has no counter: the rest alone would understate the energy.
     """
     names = [name for name in dict.fromkeys(devices) if name.startswith("cuda")]
     gpus = [_gpu_counter(name) for name in names]
@@ -103,22 +102,22 @@ def energy_meter(devices: Sequence[str], powercap: Path | None = None) -> Energy
 
 
 def rapl_counters(powercap: Path) -> tuple[RaplZone, ...]:
-    """The zones of packages, and of memory where it is counted apart; none if one of them cannot be read.
+    """The zones of packages, and of memory where it has its own; none if one of them cannot be read.
 
-    Zones within a package (cores, graphics) and the one of the whole platform would count the same energy twice.
+    Zones within a package (cores, graphics) and the zone of the whole platform would count the same energy twice.
     """
     zones = []
     for folder in sorted(powercap.glob("intel-rapl:*")):
-        place, name = ZONE.fullmatch(folder.name), _text(folder / "name") or ""
-        if place is None or not (name == "dram" if place[2] else name.startswith("package")):
+        match, name = ZONE.fullmatch(folder.name), _text(folder / "name") or ""
+        if match is None or not (name == "dram" if match[2] else name.startswith("package")):
             continue
-        label = f"{name}-{place[1]}" if place[2] else name
+        label = f"{name}-{match[1]}" if match[2] else name
         zones.append(RaplZone(f"RAPL {label}", folder, _number(folder / "max_energy_range_uj")))
     return tuple(zones) if all(zone.read() is not None for zone in zones) else ()
 
 
 def _gpu_counter(device: str) -> NvmlDevice | None:
-    """The counter of one of torch's GPUs; None where the driver has none."""
+    """The counter of the GPU that torch calls `device`; None if it has none."""
     import torch
 
     index = torch.device(device).index or 0
@@ -126,7 +125,7 @@ def _gpu_counter(device: str) -> NvmlDevice | None:
 
 
 def nvml_counter(uuid: str, name: str, library: Any = None) -> NvmlDevice | None:
-    """The counter of the GPU with this `uuid`; None without a driver, or where the GPU counts no energy."""
+    """The counter of the GPU with this `uuid`; None without a driver, or if the GPU does not measure energy."""
     try:
         nvml = library or ctypes.CDLL(NVML)
     except OSError:

@@ -1,7 +1,6 @@
-"""What a result says about the machine and the software it was made with.
+"""The machine and the software behind a result.
 
-Only what bears on timing, and nothing that says whose machine it is: no host or user name, no path, no environment
-variable. Must not know what is measured.
+Only what affects timing, and nothing that identifies the owner: no host or user name, no path, no environment variable.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ SOURCES = ("spdbench", "backends", "suites", "pyproject.toml")
 PROBE_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}  # several times any cache
 PROBE_NS = 500_000_000
 READ_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
-"""Read at a time, a CPU's for each thread: a fraction of a millisecond, so that most reads are not interrupted."""
-UNDISTURBED_PERCENT = 90
+"""Bytes of one timed read, on a CPU for each thread: a fraction of a millisecond, so that most are not interrupted."""
+RATE_PERCENTILE = 90
 GIT_TIMEOUT_S = 10
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """The `environment` of a result. Takes a moment: the read bandwidth of `device` is measured.
+    """The `environment` of a result. Takes about a second, since it measures the read bandwidth of `device`.
 
-    `fingerprint` is equal for machines whose timings may be compared.
+    Machines with the same `fingerprint` have comparable timings.
     """
     import torch
 
@@ -63,7 +62,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Of the packages that are installed: one may do without some."""
+    """Versions of those `PACKAGES` that are installed."""
     found = {}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -73,18 +72,18 @@ def _versions() -> dict[str, str]:
 
 def fingerprint(found: dict[str, Any]) -> str:
     """16 hex digits over what makes timings comparable: processor, cores, threads, memory, GPUs, system and torch."""
-    quarter_octaves = round(4 * math.log2(found["memory_bytes"]))  # kernels differ in how much they keep for themselves
+    quarter_octaves = round(4 * math.log2(found["memory_bytes"]))  # kernels reserve slightly different amounts
     same = [found[key] for key in ("cpu", "cores", "threads", "gpus", "system", "machine")]
     text = json.dumps([*same, quarter_octaves, found["versions"]["torch"]])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_bandwidth_bytes_per_s(device: str = "cpu") -> int:
-    """How fast `device` reads memory, with torch's current threads, over half a second.
+    """How fast `device` reads memory, with torch's current threads, measured for half a second.
 
-    Takes many short sums, one after the other through a tensor that no cache holds, and of their rates the 90th
-    percentile: it stays where other programs interrupt most of the sums, and no single lucky one sets it. On a CPU the
-    threads are kept apart meanwhile.
+    Sums a tensor that is larger than any cache in short pieces, and takes the 90th percentile of their rates: it holds
+    even if other programs interrupt most of the sums, and does not depend on a single fast one. On a CPU the threads
+    are pinned to different cores meanwhile.
     """
     import torch
 
@@ -95,26 +94,26 @@ def read_bandwidth_bytes_per_s(device: str = "cpu") -> int:
     each = READ_BYTES[where.type] * (num_threads if where.type == "cpu" else 1) // 4
     parts = [data[start : start + each] for start in range(0, len(data), each)]
     with apart:
-        return round(_usual_rate(parts) * 1e9)
+        return round(_read_rate(parts) * 1e9)
 
 
-def _usual_rate(parts: Sequence[Any]) -> float:
-    """Bytes a nanosecond."""
+def _read_rate(parts: Sequence[Any]) -> float:
+    """Bytes per nanosecond."""
     rates: list[float] = []
     end = time.perf_counter_ns() + PROBE_NS
     while not rates or time.perf_counter_ns() < end:
-        rates += [part.nbytes / _pass_ns(part) for part in parts]
-    return sorted(rates)[len(rates) * UNDISTURBED_PERCENT // 100]
+        rates += [part.nbytes / _sum_ns(part) for part in parts]
+    return sorted(rates)[len(rates) * RATE_PERCENTILE // 100]
 
 
-def _pass_ns(data: Any) -> int:
+def _sum_ns(data: Any) -> int:
     start = time.perf_counter_ns()
-    data.sum().item()  # waits for a GPU, too
+    data.sum().item()  # `item` waits for a GPU
     return time.perf_counter_ns() - start
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux knows it, else its architecture."""
+    """The processor's name in /proc/cpuinfo, else its architecture."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -133,9 +132,9 @@ def _nvidia_driver() -> str | None:
 
 
 def git_state(root: Path = ROOT) -> str | None:
-    """The commit of spdbench's own checkout, with `+dirty` if its sources differ from it; None outside of one.
+    """The commit of spdbench's own checkout, with `+dirty` if its sources differ from it; None without a checkout.
 
-    An installed wheel is no checkout, wherever it lies, and its user's repository is not ours to report.
+    An installed wheel has none: a repository around it is the user's own, and is not reported.
     """
     if not ((root / ".git").exists() and (root / "pyproject.toml").exists() and (root / "spdbench").is_dir()):
         return None
@@ -147,7 +146,7 @@ def git_state(root: Path = ROOT) -> str | None:
 
 
 def _git(root: Path, *args: str) -> str | None:
-    """What git prints, or None where there is no git or it refuses. `GIT_DIR` and the like do not lead it astray."""
+    """What git prints, or None if there is no git or it fails. `GIT_DIR` and the like are ignored."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "--no-optional-locks", "-C", str(root), *args]
     try:

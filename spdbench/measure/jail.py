@@ -1,12 +1,12 @@
-"""The child's side of `sandbox.py`: gives up all that a program does not need, then runs the program.
+"""The child's side of `sandbox.py`: gives up every right that a program does not need, then runs the program.
 
-A script for the interpreter alone: it imports nothing of ours. What the kernel refuses it refuses whatever the program
-does: all system calls but those named here, by seccomp; files, by Landlock
-(https://docs.kernel.org/userspace-api/landlock.html); sizes, by rlimits. A hook inside Python comes on top, and is all
-there is where the kernel lacks one of the first two; only code that does not try to get round it respects it.
+A stand-alone script: it imports nothing of ours. Three guards are the kernel's, so the program cannot get round them:
+seccomp refuses all system calls except those listed here, Landlock
+(https://docs.kernel.org/userspace-api/landlock.html) limits files, and rlimits limit sizes. An audit hook inside Python
+comes on top. It is the only guard where the kernel lacks seccomp or Landlock, and deliberate code can get round it.
 
-stdin: {"program", "token", "limits"}. stdout: the guards in force as a line of JSON, then, if the program came to its
-end, `token` as another. The program runs in this process, so one that looks for `token` finds it.
+stdin: {"program", "token", "limits"}. stdout: the guards in force as a line of JSON, then, if the program finishes,
+`token` as another. The program runs in this process, so one that searches for `token` finds it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NO_NEW_PRIVILEGES, SET_SECCOMP, FILTER = 38, 22, 2
 NEW_USER, NEW_NET, NEW_IPC = 0x10000000, 0x40000000, 0x08000000
 
 ARCHITECTURES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
-"""Machine -> its number in audit records, and its column in `CALLS`."""
+"""Machine -> its AUDIT_ARCH number, and its column in `CALLS`."""
 
 CALLS: dict[str, tuple[int | None, int | None]] = {
     "brk": (12, 214), "madvise": (28, 233), "mmap": (9, 222), "mprotect": (10, 226), "mremap": (25, 216),
@@ -67,18 +67,19 @@ CALLS: dict[str, tuple[int | None, int | None]] = {
     "sched_getaffinity": (204, 123), "sched_yield": (24, 124), "sigaltstack": (131, 132), "sysinfo": (99, 179),
     "uname": (63, 160),
 }  # fmt: skip
-"""The system calls that a program has: memory, files, waiting, clocks, itself. All others, those of kernels to come
-among them, are refused."""
+"""The system calls that a program may use: memory, files, waiting, clocks, its own process. All others are refused,
+those of future kernels too."""
 
 ACCESS_MODE, TRUNCATING = 0o3, 0o1000
 OPENED = (os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_WRONLY | TRUNCATING, os.O_RDWR | TRUNCATING)
-"""Landlock before version 3 looks at reading and writing alone, and files can be emptied without either."""
+"""Allowed modes of `open`. Landlock before version 3 checks reading and writing only, and a file can be truncated
+without either."""
 FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 1030)
-"""Descriptors, their flags and locks; not who gets which signal."""
+"""Commands on descriptors, their flags and locks; not those that choose a signal or its receiver."""
 IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
-"""Is it a terminal, its size, how much can be read, blocking, closing at exec."""
+"""Terminal attributes and size, readable bytes, blocking, close on exec."""
 UNIX, STREAM, NONBLOCK_OR_CLOEXEC = 1, 1, 0o2004000
-"""A pair of such sockets is connected for good, while datagrams could be sent to anybody."""
+"""Only pairs of stream sockets: they stay connected to each other, while datagrams could go to any address."""
 WORD = 0xFFFFFFFF
 
 CONDITIONS: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
@@ -88,11 +89,11 @@ CONDITIONS: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
     "ioctl": ((1, WORD, IOCTL),),
     "socketpair": ((0, WORD, (UNIX,)), (1, WORD ^ NONBLOCK_OR_CLOEXEC, (STREAM,))),
 }
-"""What has to hold of arguments: each one's place, the bits that count, and the values that these may have."""
+"""Conditions on a call's arguments: index, mask of the bits that count, and allowed values under that mask."""
 
 LOAD_WORD, AND, JUMP_IF_EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050026, 0x80000000
-"""seccomp's answers: go on; fail with ENOSYS, for which C libraries have a second way; end the process."""
+"""seccomp's actions: allow; fail with ENOSYS, for which C libraries have a fallback; kill the process."""
 NUMBER_AT, MACHINE_AT, ARGUMENTS_AT = 0, 4, 16
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446
@@ -101,7 +102,7 @@ REMOVE_DIR, REMOVE_FILE, MAKE_DIR, MAKE_FILE, TRUNCATE = 16, 32, 128, 256, 2**14
 READING = EXECUTE | READ_FILE | READ_DIR
 WRITING = READ_FILE | READ_DIR | WRITE_FILE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_FILE | TRUNCATE
 RIGHTS_BY_VERSION = ((1, 13), (2, 14), (3, 15), (5, 16))
-"""From which version of Landlock on how many rights there are."""
+"""(version of Landlock, number of rights that exist from it on)."""
 NO_ABSTRACT_SOCKETS_NO_SIGNALS, SCOPED_SINCE = 3, 6
 
 FORBIDDEN_EVENTS = (
@@ -134,16 +135,17 @@ def main() -> None:
             guards.append("namespaces")
         files = _guard_files(libc, places)
         calls = _guard_calls(libc)
-    guards += ["files"] * (files and calls) + ["calls"] * calls  # Landlock leaves modes, owners and times to seccomp
+    # Landlock does not protect modes, owners and times of files; only with seccomp are files safe.
+    guards += ["files"] * (files and calls) + ["calls"] * calls
     _hook(places)
     os.write(verdict, json.dumps(guards).encode() + b"\n")
-    if _comes_to_its_end(request["program"]):
+    if _finishes(request["program"]):
         os.write(verdict, request["token"].encode() + b"\n")
     os._exit(0)
 
 
-def _comes_to_its_end(program: str) -> bool:
-    module = types.ModuleType("answer")  # no __main__, so that examples below one are left alone
+def _finishes(program: str) -> bool:
+    module = types.ModuleType("answer")  # not __main__, so that examples under `if __name__ == ...` do not run
     sys.modules["answer"] = module
     try:
         exec(compile(program, "answer", "exec"), module.__dict__)
@@ -153,7 +155,7 @@ def _comes_to_its_end(program: str) -> bool:
 
 
 def _library() -> dict[str, int]:
-    """The standard library, what it needs to be there, and a program's rights to each."""
+    """The standard library and the files that it needs -> a program's rights to each."""
     stdlib = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
     found = dict.fromkeys((*stdlib, *SHARED_LIBRARIES, TIME_ZONES), READING)
     found |= {"/dev/null": READ_FILE | WRITE_FILE, "/dev/urandom": READ_FILE}
@@ -161,7 +163,7 @@ def _library() -> dict[str, int]:
 
 
 def _limit(limits: dict[str, int]) -> list[str]:
-    """Sets each limit for good; the names of those that hold."""
+    """Sets each limit irrevocably; returns the names of those that are in force."""
     names = {"cpu_s": "CPU", "memory_bytes": "AS", "file_bytes": "FSIZE", "open_files": "NOFILE", "processes": "NPROC"}
     held = []
     for name, value in {**limits, "core": 0}.items():
@@ -176,7 +178,7 @@ def _limit(limits: dict[str, int]) -> list[str]:
 
 
 def _guard_calls(libc: Any) -> bool:
-    """Refuses all system calls but those above, by seccomp. False where there is none."""
+    """Refuses all system calls except `CALLS`, by seccomp. False where it is not available."""
     if platform.machine() not in ARCHITECTURES:
         return False
     audit, column = ARCHITECTURES[platform.machine()]
@@ -194,7 +196,7 @@ def _guard_calls(libc: Any) -> bool:
 
 
 def _answer(name: str) -> list[tuple[int, int, int, int]]:
-    """The filter's lines that settle one call. The kernel, too, takes only the lower words of these arguments."""
+    """The filter's lines for one call. They check the lower words of arguments, as the kernel itself does for these."""
     lines = []
     for place, mask, values in CONDITIONS.get(name, ()):
         lines += [(LOAD_WORD, 0, 0, ARGUMENTS_AT + 8 * place), (AND, 0, 0, mask)]
@@ -204,14 +206,14 @@ def _answer(name: str) -> list[tuple[int, int, int, int]]:
 
 
 def _guard_files(libc: Any, places: Mapping[str, int]) -> bool:
-    """Leaves `places` with their rights, by Landlock. False where there is none."""
+    """Limits file access to `places` and their rights, by Landlock. False where it is not available."""
     version = libc.syscall(CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
     number = [count for since, count in RIGHTS_BY_VERSION if since <= version][-1]
     every = (1 << number) - 1
     scoped = NO_ABSTRACT_SOCKETS_NO_SIGNALS if version >= SCOPED_SINCE else 0
-    attributes = struct.pack("QQQ", every, 0, scoped)  # kernels that know less take zeros at the end
+    attributes = struct.pack("QQQ", every, 0, scoped)  # older kernels accept trailing zeros
     rules = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     if rules < 0:
         return False
@@ -224,7 +226,7 @@ def _guard_files(libc: Any, places: Mapping[str, int]) -> bool:
 
 
 def _hook(places: Mapping[str, int]) -> None:
-    """Python's own hook, which refuses much of the same; it cannot be taken off again."""
+    """Python's audit hook, which refuses much of the same and cannot be removed."""
 
     def within(path: Any, right: int) -> bool:
         if isinstance(path, int):

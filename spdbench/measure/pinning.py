@@ -1,7 +1,6 @@
-"""Threads that compute together, each kept on a processor of its own for a while.
+"""Pins threads that compute together to different processors for a while.
 
-On a machine with other work a scheduler may put two of them on one processor, where one waits for the other for
-milliseconds. Must not know what they compute.
+On a busy machine the scheduler may put two of them on one processor, where one waits for the other for milliseconds.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 @contextlib.contextmanager
 def pinned(work: Callable[[], object], count: int) -> Iterator[None]:
-    """Keeps apart the `count` threads of this process that `work`, which is called once, keeps busiest.
+    """Pins the `count` threads of this process that `work`, which is called once, keeps busiest.
 
-    Where they were allowed to run before is restored at the end. Where threads cannot be pinned, nothing happens.
+    Their former affinity is restored at the end. Does nothing where threads cannot be pinned.
     """
     before: dict[int, set[int]] = {}
     try:
         with contextlib.suppress(OSError):
-            places = cores_first(sorted(os.sched_getaffinity(0)))
-            for index, thread in enumerate(_busiest(work, count)):
+            processors = cores_first(sorted(os.sched_getaffinity(0)))
+            for index, thread in enumerate(_busiest_threads(work, count)):
                 before[thread] = os.sched_getaffinity(thread)
-                os.sched_setaffinity(thread, {places[index % len(places)]})
+                os.sched_setaffinity(thread, {processors[index % len(processors)]})
         yield
     finally:
         for thread, allowed in before.items():
@@ -38,12 +37,12 @@ def pinned(work: Callable[[], object], count: int) -> Iterator[None]:
 
 
 def cores_first(processors: Sequence[int]) -> list[int]:
-    """The same processors: one of each core, then their siblings."""
+    """The same processors in another order: one of each core, then their siblings."""
     return sorted(processors, key=lambda one: (sum(other < one for other in _siblings(one) & set(processors)), one))
 
 
 def _siblings(processor: int) -> set[int]:
-    """All processors of its core, itself included, as far as Linux tells."""
+    """All processors of the same core, `processor` included; only that where Linux does not list them."""
     try:
         text = Path(SIBLINGS.format(processor)).read_text(encoding="ascii")
     except OSError:
@@ -52,7 +51,7 @@ def _siblings(processor: int) -> set[int]:
     return {one for first, last in ranges for one in range(int(first), int(last or first) + 1)}
 
 
-def _busiest(work: Callable[[], object], count: int) -> list[int]:
+def _busiest_threads(work: Callable[[], object], count: int) -> list[int]:
     before = {thread: _cpu_ns(thread) for thread in _threads()}
     work()
     spent = {thread: _cpu_ns(thread) - before.get(thread, 0) for thread in _threads()}
@@ -64,8 +63,8 @@ def _threads() -> list[int]:
 
 
 def _cpu_ns(thread: int) -> int:
-    """Processor time of a thread of this process. The clock's number is what pthread_getcpuclockid(3) makes on Linux:
-    the inverted thread id above three bits that say one thread's own, as scheduled."""
+    """Processor time of a thread of this process. The clock's number is the one that pthread_getcpuclockid(3) computes
+    on Linux: the inverted thread id, then three bits for a clock of one thread's scheduled time."""
     try:
         return time.clock_gettime_ns((~thread << 3) | 0b110)
     except OSError:  # it has ended

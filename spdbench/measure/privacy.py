@@ -1,7 +1,4 @@
-"""Keeps out of files what says more of their maker than of the measurement: folders, and secrets of the environment.
-
-Must not know what the texts are about.
-"""
+"""Removes private data from texts that go into files: folder names, and secrets of the environment."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$|_(KEY|PAT|PWD)$", re.IGNORECASE
 )
 LOGIN = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
-"""Who logs in where, as URLs write it."""
+"""User and password in a URL."""
 SHORTEST_SECRET = 8
-"""A shorter value would be blotted out of words that have nothing to do with it."""
+"""A shorter value would also be replaced within unrelated words."""
 HIDDEN = "***"
 
 
@@ -32,8 +29,8 @@ def names_only(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the home folder as `~`, and with what variables such as HF_TOKEN hold blotted out, also as JSON
-    writes it, and what stands in a URL before its host."""
+    """`text` with the home folder as `~`, and with `***` for the values of variables such as HF_TOKEN, plain or as JSON
+    escapes them, and for the user and password of a URL."""
     secrets = [
         value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
     ]
@@ -48,7 +45,7 @@ def without_secrets(text: str) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """True for what is written as a path, and for a relative one that is there: a hub id looks just the same."""
+    """True if `text` is written as a path. A relative path looks like a hub id, so it counts only if it exists."""
     if text.startswith(("/", "~", "./", "../")):
         return True
     return "/" in text and os.path.exists(text)

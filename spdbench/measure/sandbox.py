@@ -1,13 +1,13 @@
-"""Runs a program that a model wrote, in a process of its own that can do as little as the system lets us take away.
+"""Runs a program that a model wrote, in its own process with as few rights as the system allows.
 
-The process starts anew (nothing of ours is in its memory), in an empty folder that is deleted afterwards, with an
-environment that holds no variable of the user's, and without site-packages: answers have the standard library. It has
-limits on time, memory, file size, open files and processes, and `jail.py` shuts off network, other processes, and all
-files but its folder and the standard library. What it may leave in its folder is watched from here.
+The process is a new interpreter (its memory holds no data of ours), in an empty folder that is deleted afterwards, with
+an environment without the user's variables, and without site-packages: answers have the standard library. It has limits
+on time, memory, file size, open files and processes, and `jail.py` blocks the network, other processes, and all files
+except its folder and the standard library. The size of its folder is watched from here.
 
-A program that comes to its end says so by a token that it has not been given. It could be found all the same: its
-tests run in the process that holds it. So the verdict is for code that does what it can, not for code that sets out to
-be judged right. Must not know what the programs are for.
+The child reports that the program has finished by a secret token. The program is not given the token, but it runs in
+the process that holds it and so could find it. The verdict is therefore reliable for code that tries to solve its task,
+not for code that sets out to deceive the test.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ JAIL = Path(__file__).with_name("jail.py")
 COMMAND = (sys.executable, "-S", "-s", "-P", "-B", str(JAIL))
 MAX_REPLY_BYTES = 2**16
 START_S, LOOK_S = 60.0, 0.1
-"""How long Python may take to start, and how often is looked what a program has left in its folder."""
+"""How long Python may take to start, and how often the size of the program's folder is checked."""
 
 PROMISES = {
     "calls": "no network, no further processes, no signals to others, no changes to how they run (seccomp)",
     "files": "no files but an empty folder and the standard library (Landlock and seccomp)",
     "memory_bytes": "a limit on memory",
 }
-"""What each guard of the kernel's promises, whatever the program does."""
+"""What each guard of the kernel ensures, whatever the program does."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. `wall_s` is for those that sleep; `entries` are files and folders in its own."""
+    """What one program may use. `wall_s` is for programs that sleep; `entries` are files and folders in its folder."""
 
     cpu_s: int = 5
     wall_s: int = 15
@@ -61,14 +61,14 @@ STANDARD = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended; `guards` are those that the kernel kept."""
+    """How a program ended; `guards` are those that were in force."""
 
     finished: bool
     guards: tuple[str, ...]
 
 
 def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
-    """Runs `program` to its end or its limits; an exception, an exit and a limit are all no end.
+    """Runs `program`. It has not finished if it ended by an exception, an exit or a limit.
 
     Raises:
         NotRunError: no process can be started, or no folder made, or Python has not started in time.
@@ -91,39 +91,39 @@ def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
             ) as process:
                 assert process.stdout is not None
                 try:
-                    reply = _reply(process.stdout.fileno(), folder, limits)
+                    reply = _read_reply(process.stdout.fileno(), folder, limits)
                 finally:
                     process.kill()
-            guards, began, verdict = reply.partition(b"\n")
-            if not began:
+            guards, started, verdict = reply.partition(b"\n")
+            if not started:
                 raise NotRunError("--allow-code-execution: answers cannot be run here (Python does not start)")
-            finished = verdict == token.encode() + b"\n" and not _is_over(folder, limits)
+            finished = verdict == token.encode() + b"\n" and not _exceeds_limits(folder, limits)
     except OSError as error:
         raise NotRunError(f"--allow-code-execution: answers cannot be run here ({error.strerror})") from None
     return Outcome(finished, tuple(json.loads(guards)))
 
 
-def _reply(pipe: int, folder: str, limits: Limits) -> bytes:
-    """What the child says until its second line ends, or it ends, or it breaks a limit. Its time runs from its first
-    line on, by which Python has started."""
-    said, end = b"", time.monotonic() + START_S
+def _read_reply(pipe: int, folder: str, limits: Limits) -> bytes:
+    """The child's output until its second line is complete, or it ends, or it exceeds a limit. The program's wall time
+    starts with the first line, which the child writes once Python is ready."""
+    reply, end = b"", time.monotonic() + START_S
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while said.count(b"\n") < 2 and len(said) < MAX_REPLY_BYTES and time.monotonic() < end:
+        while reply.count(b"\n") < 2 and len(reply) < MAX_REPLY_BYTES and time.monotonic() < end:
             if selector.select(LOOK_S):
                 piece = os.read(pipe, MAX_REPLY_BYTES)
                 if not piece:
                     break
-                if b"\n" in piece and b"\n" not in said:
+                if b"\n" in piece and b"\n" not in reply:
                     end = time.monotonic() + limits.wall_s
-                said += piece
-            if _is_over(folder, limits):
+                reply += piece
+            if _exceeds_limits(folder, limits):
                 break
-    return said
+    return reply
 
 
-def _is_over(folder: str, limits: Limits) -> bool:
-    """True if `folder` holds more than it may, or what cannot be looked at and so may hold anything."""
+def _exceeds_limits(folder: str, limits: Limits) -> bool:
+    """True if `folder` holds more than it may, or a folder that cannot be read and so may hold anything."""
     folders, entries, size = [folder], 0, 0
     while folders:
         try:
@@ -145,7 +145,8 @@ def _is_over(folder: str, limits: Limits) -> bool:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[str]:
-    """An empty folder, deleted at the end however deep a program has built in it: its inside is moved up first."""
+    """An empty folder, deleted at the end. Nested folders are moved to its top first, since a program may nest them too
+    deep for `rmtree`."""
     folder = tempfile.mkdtemp(prefix="spdbench-answer-")
     try:
         yield folder
@@ -170,24 +171,24 @@ def _folders_in(folder: str) -> list[str]:
 
 
 def passes(program: str) -> bool:
-    """True if `program` comes to its end within the standard limits."""
+    """True if `program` finishes within the standard limits."""
     return run_program(program).finished
 
 
 def require_sandbox() -> str:
-    """What is guaranteed here, in words, after one program that does nothing has come to its end.
+    """A sentence on what is guaranteed on this machine, after an empty program has run.
 
     Raises:
-        InputError: it did not.
+        InputError: the empty program has not finished.
     """
     outcome = run_program("pass")
     if not outcome.finished:
         raise InputError(
             "--allow-code-execution: a program that does nothing fails in the sandbox; nothing is run here"
         )
-    kept = [words for name, words in PROMISES.items() if name in outcome.guards]
-    lacking = [words for name, words in PROMISES.items() if name not in outcome.guards]
-    told = f"guaranteed by the system: {'; '.join(kept) or 'nothing'}"
+    kept = [promise for name, promise in PROMISES.items() if name in outcome.guards]
+    lacking = [promise for name, promise in PROMISES.items() if name not in outcome.guards]
+    sentence = f"guaranteed by the system: {'; '.join(kept) or 'nothing'}"
     if lacking:
-        told += f". NOT guaranteed, only asked of Python: {'; '.join(lacking)}. Use a machine that may be lost"
-    return f"{told}."
+        sentence += f". NOT guaranteed, only asked of Python: {'; '.join(lacking)}. Use a machine that may be lost"
+    return f"{sentence}."

@@ -1,6 +1,6 @@
-"""From messages to token ids and back: the tokenizer's chat template, or plain completion where there is none.
+"""From messages to token ids and back: the tokenizer's chat template, or plain completion if it has none.
 
-Works with any tokenizer that has the interface of transformers; this module imports nothing of it.
+Works with any tokenizer that has the interface of transformers, without importing transformers.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from spdbench.errors import InputError
 from spdbench.types import Message
 
 PROMPT_DATE = "01 Jan 2025"
-"""The day that templates with a date in them get to see, so that ids are the same on every day."""
+"""The date for templates that write one, so that ids are the same on every day."""
 
 OPEN_END = "\u2063open end\u2063"
-"""Stands where a turn that is left open is cut off, in no text that anybody writes."""
+"""Marks where an open turn is cut off; its invisible separators do not occur in ordinary text."""
 
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
 
 
 class PlainText:
-    """Conversations with a model whose tokenizer nobody here has: its server makes tokens of them.
+    """Conversations with a model whose tokenizer is not available here, since a server tokenizes them.
 
-    Ids are the UTF-8 bytes of what is said, so that equal conversations are known as such.
+    Ids are the UTF-8 bytes of the messages, so that equal conversations have equal ids.
     """
 
     template_sha256 = None
@@ -34,16 +34,16 @@ class PlainText:
         return tuple(json.dumps([dict(message) for message in messages], ensure_ascii=False).encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Raises `ValueError`: a server tells its answers as text."""
+        """Always empty. Raises `ValueError` for ids: a server sends its answers as text."""
         if ids:
             raise ValueError("the ids of a served model mean nothing here")
         return ""
 
 
 class ChatFormat:
-    """The format in which one tokenizer's model expects a conversation.
+    """The format in which a tokenizer's model expects a conversation.
 
-    `template_sha256` identifies the chat template as published; None means plain completion: the messages' texts
+    `template_sha256` identifies the chat template as published. None means plain completion: the messages' texts
     joined by newlines, after the BOS token if this tokenizer adds one.
     """
 
@@ -60,25 +60,27 @@ class ChatFormat:
         return self._template is not None
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids to feed the model so that its answer to the last message comes next.
+        """Ids of the conversation, after which the model's answer to the last message follows.
 
         Raises:
-            InputError: the chat template refuses these messages or crashes on them, or there is nothing to feed.
+            InputError: the chat template refuses these messages or crashes on them, or the conversation has no tokens.
         """
         if self._template is None:
             ids = self.encode_text("\n".join(message["content"] for message in messages))
         else:
             ids = self._encode_chat(messages, self._template)
         if not ids:
-            who = "tokenizer" if self._template is None else "chat template"
-            raise InputError(f"the model's {who} makes no tokens of this conversation, so there is nothing to feed it")
+            source = "tokenizer" if self._template is None else "chat template"
+            raise InputError(
+                f"the model's {source} makes no tokens of this conversation, so there is nothing to feed it"
+            )
         return ids
 
     def encode_open(self, messages: Sequence[Message], begun: str) -> tuple[int, ...]:
-        """Ids to feed the model so that the user's next turn, which begins with `begun`, goes on.
+        """Ids of the conversation and of a user's turn that begins with `begun`, for the model to continue the turn.
 
         Raises:
-            InputError: as `encode`, or the chat template changes what the user says beyond recognition.
+            InputError: as `encode`, or the chat template's output does not contain the user's text.
         """
         if self._template is None:
             return self.encode([*messages, {"role": "user", "content": begun}])
@@ -89,31 +91,31 @@ class ChatFormat:
         return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Ids of a text as it is, after a BOS token if this tokenizer adds one and the text has none."""
-        # Not `add_special_tokens` alone: some tokenizers then add an EOS too, after which there is nothing to say.
+        """Ids of `text`, after a BOS token if this tokenizer adds one and the text has none."""
+        # `add_special_tokens=True` would not do: some tokenizers then add an EOS too, after which a model ends at once.
         bos = self._tokenizer.bos_token_id
         plain = tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
         adds_bos = bos is not None and list(self._tokenizer.encode(text))[:1] == [bos]
         return (bos, *plain) if adds_bos and plain[:1] != (bos,) else plain
 
     def text(self, messages: Sequence[Message], *, answered: bool) -> str:
-        """The conversation with the chat template around it, open for an answer, or for the rest of the last message
-        if that is an answer (`answered`).
+        """The conversation as text in the chat template, open for an answer, or if the last message is one
+        (`answered`), for the rest of it.
 
         Raises:
             InputError: there is no chat template, or as `encode`.
         """
         if self._template is None:
             raise InputError("the model has no chat template to apply; leave the option out")
-        how = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
-        return str(self._render(messages, self._template, tokenize=False, **how))
+        ending = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
+        return str(self._render(messages, self._template, tokenize=False, **ending))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """Ids of an answer's text alone, as the model would put them out: without any special token around it."""
+        """Ids of an answer's text as the model would generate them, without special tokens around it."""
         return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens, spaces as they are."""
+        """The text of `ids` without special tokens, with its spaces unchanged."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
@@ -121,20 +123,20 @@ class ChatFormat:
         ids = self._render(messages, template, tokenize=True, add_generation_prompt=True, return_dict=False)
         return tuple(int(token) for token in ids)
 
-    def _render(self, messages: Sequence[Message], template: str, **how: Any) -> Any:
+    def _render(self, messages: Sequence[Message], template: str, **options: Any) -> Any:
         from jinja2 import TemplateError
 
-        # A template gets the date from `date_string` or from a clock of its own, which only a macro can shadow.
+        # Templates read the date from `date_string` or from `strftime_now`, which only a macro can shadow.
         clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 chat_template=clock + template,
                 date_string=PROMPT_DATE,
-                **how,
+                **options,
             )
         except TemplateError as error:
             raise InputError(f"the model's chat template refuses this conversation: {error}") from None
-        except Exception as error:  # a template is the model's own code and may raise anything
+        except Exception as error:  # a template is code from the model's author and may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None

@@ -1,7 +1,7 @@
 """Rows of a dataset on the Hugging Face hub, from its parquet files or from the hub's conversion to parquet.
 
-Honours HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_CACHE as they are at the time of the call. A hub that cannot be reached
-is not waited for: what is in the cache is used, else the source counts as unavailable.
+Reads HF_ENDPOINT, HF_HUB_OFFLINE and HF_HUB_CACHE at the time of the call. If the hub cannot be reached, files come
+from the cache; if they are not there either, the source is unavailable.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from spdbench import hub
 from spdbench.errors import InputError, brief, did_you_mean
-from spdbench.prompts.unavailable import SourceUnavailable
+from spdbench.prompts.rows import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"
 DEFAULT_FOLDER = "data"
-"""Where the hub's own tools put the parquet files of the config called `default`."""
+"""The folder in which the hub's own tools put the parquet files of the config called `default`."""
 
 PARQUET_NAME = re.compile(
     r"(?:(?P<config>[^/]+)/)?(?P<split>[^/-]+)(?:/\d+|-\d+-of-(?P<shards>\d+)(?:-\w+)?)?\.parquet", re.ASCII
@@ -27,13 +27,14 @@ PARQUET_NAME = re.compile(
 def read_dataset(
     repo: str, config: str | None, split: str, revision: str | None, columns: Sequence[str]
 ) -> tuple[list[Mapping[str, Any]], str]:
-    """Rows with `columns` of one split, and the commit they are from.
+    """Rows with `columns` of one split, and the commit that they come from.
 
     Raises:
         SourceUnavailable: no `hub` extra, no hub, no such dataset, config or split.
         InputError: a column that the dataset does not have, or a file that is not parquet.
     """
     try:
+        import huggingface_hub  # noqa: F401 - the functions below import what they need of it
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
@@ -54,10 +55,8 @@ def read_dataset(
 
 def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> list[Path]:
     """Local copies of the split's parquet files, in order: from the hub, else from the cache of an earlier run."""
-    try:
-        from huggingface_hub import constants
-    except ImportError as error:
-        raise SourceUnavailable(f"needs huggingface_hub and pyarrow ({error})", "pip install 'spdbench[hub]'") from None
+    from huggingface_hub import constants
+
     revisions = (revision,) if revision else ("main", CONVERTED)
     command = f"hf download --repo-type dataset {repo}"
     reason = "HF_HUB_OFFLINE is set, and the cache does not hold it"
@@ -68,9 +67,9 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
                 files = _download(repo, config, split, name, found)
                 if files:
                     return files
-            held = f"; it has {', '.join(sorted(set(found)))}" if found else ""
-            reason = f"no parquet files for {config or 'default'}/{split}{held}"
-        except Exception as error:  # the client's and its HTTP library's, which has changed its name over the versions
+            present = f"; it has {', '.join(sorted(set(found)))}" if found else ""
+            reason = f"no parquet files for {config or 'default'}/{split}{present}"
+        except Exception as error:  # of the client or its HTTP library, whose classes differ between versions
             reason = f"{brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT})"
     for name in revisions:
         files = _cached(repo, config, split, name)
@@ -80,7 +79,7 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
 
 
 def _download(repo: str, config: str | None, split: str, revision: str, found: list[str]) -> list[Path]:
-    """The split's files at `revision`, fetched; none if there are none. Adds every config/split seen to `found`."""
+    """Local copies of the split's files at `revision`; empty if it has none. Adds every config/split to `found`."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -110,7 +109,7 @@ def _download(repo: str, config: str | None, split: str, revision: str, found: l
 
 
 def _cached(repo: str, config: str | None, split: str, revision: str) -> list[Path]:
-    """The split's files in the cache, all of its shards, or none."""
+    """The split's files in the cache; empty unless all of its shards are there."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -119,7 +118,7 @@ def _cached(repo: str, config: str | None, split: str, revision: str) -> list[Pa
                 repo, repo_type="dataset", revision=revision, local_files_only=True, cache_dir=hub.cache_folder()
             )
         )
-    except Exception:  # it is not in the cache, which the client tells by several exceptions
+    except Exception:  # the client has several exceptions for what is not in the cache
         return []
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
     chosen = choose_files(parquet_splits(names), config, split)
@@ -129,7 +128,7 @@ def _cached(repo: str, config: str | None, split: str, revision: str) -> list[Pa
 
 
 def parquet_splits(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
-    """(config, split) -> its files among `names`, sorted; other files are left out."""
+    """(config, split) -> its files among `names`, sorted; ignores other files."""
     splits: dict[tuple[str, str], list[str]] = {}
     for name in sorted(names):
         match = PARQUET_NAME.fullmatch(name)
@@ -141,7 +140,7 @@ def parquet_splits(names: Sequence[str]) -> dict[tuple[str, str], list[str]]:
 
 
 def choose_files(splits: Mapping[tuple[str, str], list[str]], config: str | None, split: str) -> list[str]:
-    """The files of `config`; without one, those of `default` or of the only config that has `split`."""
+    """The files of `config`; if it is None, those of `default` or of the only config that has `split`."""
     if config is not None:
         return splits.get((config, split), [])
     holders = [name for name, part in splits if part == split]

@@ -1,6 +1,6 @@
-"""Rows of any origin, checked and made into prompts; what is wrong with one is said with its place and value.
+"""Rows of any origin, checked and turned into prompts; an error names the row's place and value.
 
-Knows what a conversation must look like, not where it came from: that is sources.py.
+sources.py has the places that rows come from.
 """
 
 from __future__ import annotations
@@ -33,8 +33,17 @@ TYPE_WORDS = {
 }
 
 
+class SourceUnavailable(Exception):  # noqa: N818 - not an error: the next source is tried
+    """A source that is not present on this machine: `reason`, and the `command` that would fetch it."""
+
+    def __init__(self, reason: str, command: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.command = command
+
+
 class Part(BaseModel):
-    """Base of everything that users write in a suite: frozen, strictly typed, no unknown keys."""
+    """Base of all parts of a suite file: frozen, strictly typed, no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -55,7 +64,7 @@ def _number_as_text(value: object) -> object:
 
 
 def _as_texts(value: object) -> object:
-    """A reference as a list of texts, "" for a turn that has none; an empty list is no reference."""
+    """A reference as a list of texts, "" for a turn that has none; None for an empty list."""
     if isinstance(value, list):
         return ["" if item is None else _number_as_text(item) for item in value] or None
     return value if value is None else [_number_as_text(value)]
@@ -65,7 +74,7 @@ Text = Annotated[str, AfterValidator(_not_blank)]
 
 
 class Row(Part):
-    """One conversation, whatever it was written in. Numbers are taken for `id` and `reference`, as text."""
+    """One conversation from any source. `id` and `reference` may be numbers, which become text."""
 
     id: Annotated[Text, BeforeValidator(_number_as_text)]
     turns: list[Text] = Field(min_length=1)
@@ -73,25 +82,25 @@ class Row(Part):
     reference: Annotated[list[Annotated[str, AfterValidator(encodable)]] | None, BeforeValidator(_as_texts)] = None
 
     def prompt(self, category: str) -> Prompt:
-        """The row as a prompt; `category` is for a row that names none."""
+        """The row as a prompt; `category` is the default for a row that names none."""
         reference = None if self.reference is None else tuple(self.reference)
         return Prompt(self.id, self.category or category, tuple(self.turns), reference)
 
 
 def problem(details: ErrorDetails) -> str:
-    """What pydantic found, in our words and with the value; the caller adds the place."""
+    """Pydantic's finding in spdbench's wording, with the value; the caller adds the place."""
     kind, value = details["type"], details["input"]
     if kind == "missing":
         return "is missing"
     reason = TYPE_WORDS.get(kind) or details["msg"].removeprefix("Value error, ")
     reason = reason.replace("Input should be", "must be").replace("String should match", "must match")
-    return f"{reason}, not {_shown(value)}"
+    return f"{reason}, not {_short_repr(value)}"
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python will not write an integer of thousands of digits
+    except ValueError:  # Python does not print an integer of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -119,7 +128,7 @@ def json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]
             raise InputError(f"{where}: not UTF-8") from None
         except RecursionError:
             raise InputError(f"{where}: nested too deeply") from None
-        except ValueError:  # the one that is left: Python reads no integer that long
+        except ValueError:  # the remaining case: Python does not parse an integer of thousands of digits
             raise InputError(f"{where}: holds an integer of thousands of digits; write it as text") from None
         if not isinstance(row, dict):
             raise InputError(f"{where}: must be a JSON object, not {line[:40].decode(errors='replace')}")
@@ -135,8 +144,8 @@ def rows_to_prompts(
 ) -> tuple[Prompt, ...]:
     """Prompts from pairs of place and row.
 
-    `columns` maps a field of `Row` to the column that holds it; those in `optional` may be absent. Without a column
-    for ids, rows are numbered from 0. `name` is the whole source's, for a message when it is empty.
+    `columns` maps a field of `Row` to its column; those in `optional` may be absent. Without a column for ids, rows are
+    numbered from 0. `name` is that of the whole source, for a message if it is empty.
 
     Raises:
         InputError: no rows, a missing column, a value of the wrong type, or an id that occurs twice.
@@ -161,14 +170,14 @@ def rows_to_prompts(
 
 
 def columns_in(template: str) -> tuple[str, ...]:
-    """The columns that a reference is made of: those in braces, or the only one that it names."""
+    """The columns that a reference needs: those in braces, or the one column that `template` names."""
     return tuple(dict.fromkeys(COLUMN_IN_TEMPLATE.findall(template))) or (template,)
 
 
 def with_reference(
     rows: Iterable[tuple[str, Mapping[str, Any]]], template: str | None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """`rows` with one more column, named and made by `template`, if that holds columns in braces.
+    """`rows` with a column more if `template` has columns in braces: named `template`, and filled in from it.
 
     Raises:
         InputError: a row lacks one of them.
@@ -181,7 +190,7 @@ def with_reference(
 
 
 def filled(template: str, row: Mapping[str, Any], where: str) -> str:
-    """`template` with `row`'s columns in the place of their names in braces.
+    """`template` with the names in braces replaced by the values of `row`'s columns.
 
     Raises:
         InputError: the row, whose place is `where`, lacks one of them.
@@ -193,10 +202,10 @@ def filled(template: str, row: Mapping[str, Any], where: str) -> str:
 
 
 def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Row:
-    """`fields` as a `Row`, one text being one turn; what is wrong is told by `where` and the name of the column."""
+    """`fields` as a `Row`; a single text is one turn. Errors name `where` and the column."""
     turns = fields["turns"]
     if not isinstance(turns, str | list):
-        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {_shown(turns)}")
+        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {_short_repr(turns)}")
     try:
         return Row.model_validate({**fields, "turns": [turns] if isinstance(turns, str) else turns})
     except ValidationError as error:

