@@ -33,8 +33,7 @@ from spdbench.training import checkpoint
 from spdbench.training.conversations import read_conversations
 from spdbench.training.features import Features
 from spdbench.training.loop import Training
-from spdbench.training.recipe import Provenance, Recipe, Teacher
-from spdbench.training.registry import checked_options, find_recipe
+from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
 from spdbench.training.schedule import Data, Limits, Plan, split_held_out
 from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
 
@@ -141,7 +140,8 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
     torch.manual_seed(seed)
     kind = find_recipe(each.method)
     draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, config.eos_ids)
-    return kind(checked_options(kind.Options, each.options), Teacher(decoder), draft_ids_U, each.stages)
+    options = parse_recipe_options([f"{key}={value}" for key, value in each.options.items()], kind.Options)
+    return kind(options, Teacher(decoder), draft_ids_U, each.stages)
 
 
 def prepare(features: Features, tokens: Sequence[int], process: int, num_processes: int) -> None:

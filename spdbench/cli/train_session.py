@@ -29,8 +29,15 @@ from spdbench.training.conversations import Conversations, read_conversations
 from spdbench.training.features import Features
 from spdbench.training.log import is_finished, mark_finished
 from spdbench.training.loop import Training
-from spdbench.training.recipe import Provenance, Recipe, RecipeOptions, Teacher
-from spdbench.training.registry import check_layout, find_recipe, parse_recipe_options
+from spdbench.training.recipe import (
+    Provenance,
+    Recipe,
+    RecipeOptions,
+    Teacher,
+    check_layout,
+    find_recipe,
+    parse_recipe_options,
+)
 from spdbench.training.schedule import Data, Limits, Plan, split_held_out
 from spdbench.training.space import (
     GB,

@@ -1,7 +1,6 @@
 """Reads conversations to train on: our own data files, and any JSONL of chats or of ShareGPT rows.
 
-A data file of ours begins with a header, an object with `schema`; all other lines are conversations. Must know nothing
-of models, tokens or templates.
+A data file of ours begins with a header, an object with `schema`; all other lines are conversations.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from spdbench.types import Message, encodable
 SCHEMA = "spdbench.data/1"
 ROLES = ("system", "user", "assistant")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's words for who speaks, where they are not the usual ones."""
+"""ShareGPT's names of roles where they differ."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The conversations of one file, and the number of the line that holds each; `header` is None where it was not made
-    by spdbench, `sha256` that of its bytes."""
+    """The conversations of one file, and the line number of each. `header` is None if spdbench did not make the file;
+    `sha256` is that of its bytes."""
 
     header: Mapping[str, Any] | None
     messages: list[tuple[Message, ...]]
@@ -34,10 +33,10 @@ class Conversations:
 
 
 def read_conversations(path: Path) -> Conversations:
-    """All conversations in `path`, in order. A last line without an end that is no JSON was cut by a kill: left out.
+    """All conversations in `path`, in order. In a file of ours, a last line that a kill cut short is skipped.
 
     Raises:
-        InputError: the file cannot be read or holds no conversation, or a line is none (the message has its number).
+        InputError: the file cannot be read or holds no conversation, or a line is not one (names its number).
     """
     try:
         raw = path.read_bytes()
@@ -78,7 +77,7 @@ def messages_of(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """The messages of one row, under `messages` or `conversations`.
 
     Raises:
-        InputError: it is no conversation; the message begins with `where`.
+        InputError: it is not a conversation; the message begins with `where`.
     """
     key = "messages" if "messages" in row else "conversations"
     if key not in row:

@@ -1,7 +1,7 @@
-"""What the frozen target makes of each sequence: hidden states and greedy next tokens, computed once where they fit.
+"""The frozen target's hidden states and greedy next tokens of each sequence, computed once where the disk has room.
 
-States are kept as bfloat16 in one mapped file, sequence after sequence, and computed when first asked for. The file has
-no name once it is open, so that it is gone with the process, however that ends. Must not know what states are for.
+States are kept as bfloat16 in one memory-mapped file, sequence after sequence, and computed when first needed. The file
+has no name once it is open, so that it disappears with the process, however that ends.
 
 Shapes: B sequences, S tokens of each, T tokens of all, K kinds of states, M model width.
 """
@@ -23,18 +23,18 @@ from spdbench.training.recipe import Batch
 from spdbench.training.tokens import TokenSequence
 
 LOGIT_ROWS = 128
-"""Positions whose full logits are held at a time."""
+"""Positions whose full logits are held at once."""
 
 
 class Features:
-    """The target's view of `sequences`. `hidden_indices` are hidden states; the last layer's always comes along."""
+    """The target's features of `sequences`: hidden states `hidden_indices`, and always the last layer's."""
 
     def __init__(self, decoder: Decoder, sequences: Sequence[TokenSequence], hidden_indices: Collection[int]) -> None:
         last = decoder.config.num_layers
         self._decoder = decoder
         self._sequences = sequences
         self._hidden_indices = sorted({*hidden_indices, last})
-        self._kinds = [kind for kind in self._hidden_indices if kind]  # 0, the embedding, costs nothing
+        self._kinds = [kind for kind in self._hidden_indices if kind]  # 0, the embedding, is cheap to look up
         self._given = self._hidden_indices  # by `batch`
         self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
         self._states_TKM: Tensor | None = None
@@ -48,11 +48,11 @@ class Features:
 
     @property
     def kept(self) -> bool:
-        """True if what was computed once is not computed again."""
+        """True if features are computed once only."""
         return self._states_TKM is not None
 
     def keep_on_disk(self, folder: Path) -> None:
-        """From now on what was computed is kept, in a file without a name in `folder`.
+        """Keeps computed features from now on, in a file without a name in `folder`.
 
         Raises:
             OSError: the disk is full.
@@ -68,28 +68,27 @@ class Features:
         self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
 
     def share(self) -> None:
-        """From now on processes that are forked see each other's features; who computed which they tell by
-        `know_all`."""
+        """Makes features visible between processes that are forked from now on; `know_all` says that they are there."""
         self._argmax_T.share_memory_()  # type: ignore[no-untyped-call]
 
     def know_all(self) -> None:
-        """All sequences have been computed, by whichever process."""
+        """Marks all sequences as computed, by this process or another."""
         self._known.update(range(len(self._sequences)))
 
     def only(self, hidden_indices: Collection[int]) -> Features:
-        """The same features, of which batches hold these states and the last layer's: for one of several drafters."""
+        """A view whose batches hold only these states and the last layer's, for one of several drafters."""
         view = copy.copy(self)
         view._given = sorted({*hidden_indices, self._decoder.config.num_layers})
         return view
 
     def prepare(self, indices: Sequence[int]) -> None:
-        """Computes those of some sequences now, where they can be kept."""
+        """Computes the features of some sequences now, if they can be kept."""
         if self._states_TKM is not None:
             for index in indices:
                 self._features(index)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """Some sequences side by side, padded on the right, where the decoder computes."""
+        """Some sequences in one batch, padded on the right, on the decoder's device."""
         chosen = [self._sequences[index] for index in indices]
         shape = (len(chosen), max(len(sequence.ids) for sequence in chosen))
         device, width = self._decoder.device, self._decoder.config.hidden_size

@@ -1,7 +1,7 @@
-"""What a method provides to be trained: its module, its loss, its acceptance, and its files.
+"""What a method provides to be trained (module, loss, acceptance, files), and how its recipe is found by name.
 
-The loop knows recipes only by the base class here, and finds them through the entry point group `spdbench.recipes`, as
-the harness finds backends.
+The loop knows recipes only by the base class here. They are found through the entry point group `spdbench.recipes`, as
+the harness finds backends; importing this module loads none.
 
 Shapes: B conversations in a batch, S tokens of each, M model width, V vocabulary, U draft vocabulary.
 """
@@ -9,17 +9,21 @@ Shapes: B conversations in a batch, S tokens of each, M model width, V vocabular
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.models.decoder import Decoder
+
+ENTRY_POINT_GROUP = "spdbench.recipes"
 
 
 class RecipeOptions(BaseModel):
@@ -173,3 +177,48 @@ class Recipe(ABC):
     @abstractmethod
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """Writes the drafter as files that the method's backend reads."""
+
+
+def find_recipe(name: str) -> type[Recipe]:
+    """The class of the recipe called `name`.
+
+    Raises:
+        InputError: no recipe has that name, or its package cannot be imported.
+    """
+    installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in installed:
+        raise InputError(f"unknown method '{name}'{did_you_mean(name, installed)}")
+    try:
+        return cast("type[Recipe]", installed[name].load())
+    except Exception as error:  # another project's package, which may fail in any way
+        raise InputError(
+            f"method '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> RecipeOptions:
+    """`-o KEY=VALUE` words as the recipe's typed options; the last word for a key wins.
+
+    Raises:
+        InputError: a word of another form, a key that is not known, or a value of the wrong type.
+    """
+    given: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"-o {word}: expected KEY=VALUE. Known: {', '.join(sorted(options.model_fields))}.")
+        if key not in options.model_fields:
+            raise InputError(f"-o {key}: unknown option{did_you_mean(key, options.model_fields)}")
+        given[key] = value.strip()
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        loc, reason = first_problem(error)
+        key = loc[0] if loc else "?"
+        raise InputError(f"-o {key}={given.get(key, '')}: {reason}") from None
+
+
+def check_layout(recipe: type[Recipe], layout: str) -> None:
+    """Raises `InputError` for a --format that the recipe does not write."""
+    if layout not in recipe.formats:
+        raise InputError(f"--format {layout}: {recipe.method} is written as {' or '.join(recipe.formats)}")

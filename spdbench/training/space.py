@@ -1,4 +1,4 @@
-"""How much memory and disk a run will take, told before it starts. Rough, on the safe side; knows no method."""
+"""Memory and disk that a run needs, checked before it starts. Rough estimates, on the safe side."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import ModelConfig
 
 MASTER_BYTES = 16
-"""For a trained number: itself, its gradient, two moments. The best weights so far are a fifth float."""
+"""Bytes of a trained number, its gradient and two moments. The best weights so far are a fifth float."""
 ROW_FLOATS = 100
-"""Floats that a step keeps for each number of a token's row, over all rows that are made of it."""
+"""Floats that a step keeps for each element of a token's hidden state, over all rows computed from it."""
 SHARE_OF_MEMORY = 0.8
-"""Of what is free, so that a run that takes as much as there is leaves something for its steps and for others."""
+"""Share of the free memory that a run may plan to fill: the rest is for its steps and for other processes."""
 SMALLER_TRAINING = "Give a smaller --batch-tokens, --draft-vocab or model."
 GB = 1e9
 
 
 def training_bytes(module: nn.Module, config: ModelConfig, batch_tokens: int) -> int:
-    """Bytes that training takes beside the target."""
+    """Bytes that training takes in addition to the target."""
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trained * (MASTER_BYTES + 4) + batch_tokens * config.hidden_size * 4 * ROW_FLOATS
 
 
 def checkpoint_bytes(module: nn.Module) -> int:
-    """Bytes on disk of a checkpoint, of the one that replaces it, and of the drafter."""
+    """Bytes on disk of a checkpoint, its replacement, and the drafter."""
     return 2 * sum(p.numel() for p in module.parameters()) * (MASTER_BYTES + 1)
 
 
@@ -39,10 +39,10 @@ def teacher_bytes(target_bytes: int, config: ModelConfig) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free where a run computes; very much where that cannot be told."""
+    """Free memory of the device; a huge number where it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = [_meminfo(), _limit_of_group()]
+    free = [_system_memory(), _cgroup_memory()]
     return min((size for size in free if size is not None), default=1 << 62)
 
 
@@ -56,18 +56,19 @@ def require_memory(needed: int, device: torch.device, what: str, remedy: str = S
 
 
 def how_many_fit(each: int, most: int, device: torch.device) -> int:
-    """How many things of `each` bytes the free memory holds: `most` at most, and one at least."""
+    """How many items of `each` bytes the free memory holds, from 1 to `most`."""
     return max(1, min(most, int(available_bytes(device) * SHARE_OF_MEMORY) // each))
 
 
 def require_disk(needed: int, folder: Path, what: str) -> None:
-    """Raises `InputError` where `needed` bytes are more than is free in `folder`, which is there."""
+    """Raises `InputError` where `needed` bytes are more than is free in `folder`, which exists."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f"{folder}: {what} needs about {needed / GB:.1f} GB, {free / GB:.1f} GB are free")
 
 
-def _meminfo() -> int | None:
+def _system_memory() -> int | None:
+    """Bytes that the system has available."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -77,8 +78,8 @@ def _meminfo() -> int | None:
     return None
 
 
-def _limit_of_group() -> int | None:
-    """What a container's limit leaves."""
+def _cgroup_memory() -> int | None:
+    """Bytes that a container's memory limit leaves free."""
     group = Path("/sys/fs/cgroup")
     try:
         most = int((group / "memory.max").read_text(encoding="ascii"))
@@ -90,7 +91,7 @@ def _limit_of_group() -> int | None:
 
 
 def is_writable(folder: Path) -> bool:
-    """True if files can be made in `folder`, which is made if it is not there."""
+    """True if files can be created in `folder`, which is created if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:

@@ -1,8 +1,8 @@
-"""Conversations as the target reads and writes them: ids, and which of them are answers.
+"""Conversations as the target's token ids, which of them are answers, and the ids that drafts may be.
 
-An answer's ids are those that decoding would put out, up to the token that ends the turn; what comes before is what
+An answer's ids are those that decoding would emit, up to the token that ends the turn; the ids before it are those that
 decoding would be fed. Where the next turn's prompt does not begin with these same ids (templates that drop or trim
-earlier answers), the next turn is a sequence of its own. Must not know where conversations come from.
+earlier answers), the next turn is a sequence of its own.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from spdbench.types import Message
 
 
 class Chat(Protocol):
-    """What is needed of a chat format."""
+    """The model's format of conversations: `prompts.chat.ChatFormat`."""
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids to feed so that the answer to the last message comes next."""
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """Ids of an answer's text, without any special token around it."""
+        """Ids of an answer's text, without special tokens around it."""
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids, and for each whether it is part of an answer."""
+    """Token ids, and whether each is part of an answer."""
 
     ids: tuple[int, ...]
     answer: tuple[bool, ...]
 
     @property
     def num_answer_tokens(self) -> int:
-        """Tokens of answers that have a predecessor: what can be learned from."""
+        """Tokens of answers that have a predecessor, which is what can be learned."""
         return sum(self.answer[1:])
 
 
@@ -66,9 +66,9 @@ def _cut(ids: tuple[int, ...], answer: tuple[bool, ...], max_length: int) -> Ite
 
 
 def ending_token(chat: Chat, eos_ids: Collection[int]) -> int | None:
-    """The end-of-sequence token that closes an answer in this chat format; the lowest where the format does not tell.
+    """The end-of-sequence token that closes an answer in this chat format; the lowest where the format has none.
 
-    None where the model has no such token.
+    None where the model has no end-of-sequence token.
     """
     if not eos_ids:
         return None
@@ -86,8 +86,7 @@ def draft_vocabulary(
 ) -> Tensor | None:
     """The `size` most frequent tokens of answers and every end-of-sequence token, ascending: `[U]`.
 
-    Too few of them are filled up with the lowest ids, which common tokenizers learned first. None where that is the
-    whole vocabulary.
+    If there are too few, the lowest ids follow, which common tokenizers learned first. None for the whole vocabulary.
     """
     if size >= vocab_size:
         return None

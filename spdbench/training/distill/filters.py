@@ -1,7 +1,4 @@
-"""What may not get into a data file: loops, junk, texts that are there already, and anything out of a suite.
-
-Pure functions over ids and words. Must not know models or files.
-"""
+"""What is kept out of a data file: loops, junk, repeated texts, and prompts of a suite."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 NGRAM_WORDS = 8
-"""A text that shares so many words in a row with an excluded prompt overlaps with it."""
+"""A text that shares this many words in a row with an excluded prompt overlaps with it."""
 FEWEST_WORDS = 4
-"""An excluded prompt of fewer words than `NGRAM_WORDS` overlaps where all of it occurs; one of fewer than these, only
-with a text that is the same."""
+"""An excluded prompt shorter than `NGRAM_WORDS` overlaps where all of it occurs; one shorter than this, only with an
+equal text."""
 MAX_CYCLE = 8
 TAIL_TOKENS = 64
 GRAM_TOKENS = 8
@@ -28,8 +25,8 @@ def words(text: str) -> tuple[str, ...]:
 def is_loop(ids: Sequence[int]) -> bool:
     """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
 
-    The test behind the flag `degenerate` (METRICS.md, "Flags"), on one answer: a cycle counts once it has come round
-    twice, and fewer than two cycles of 8 ids are too few to tell.
+    The test of the flag `degenerate` (METRICS.md, "Flags"), on one answer: a cycle counts from its second round, and
+    fewer than two cycles of 8 ids are too few to decide.
     """
     tail = ids[-TAIL_TOKENS:]
     if len(tail) < 2 * MAX_CYCLE:
@@ -45,7 +42,7 @@ def is_loop(ids: Sequence[int]) -> bool:
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
-    """True if over half of the stretches of 8 ids have been there before: longer cycles than a loop's."""
+    """True if over half of the 8-grams of ids repeat an earlier one: longer cycles than a loop's."""
     grams = [tuple(ids[i : i + GRAM_TOKENS]) for i in range(len(ids) - GRAM_TOKENS + 1)]
     return len(grams) > GRAM_TOKENS and 2 * len(set(grams)) < len(grams)
 

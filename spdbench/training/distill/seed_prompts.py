@@ -1,6 +1,6 @@
-"""How user turns may begin, so that a small model does not always ask for the same: words of our own.
+"""Seed prompts: beginnings of user turns that the model continues, so that a small model asks for many things.
 
-The model goes on from them. None ends in a space, which would be a token of its own. A share of turns has no opener.
+None ends in a space, which would be a token of its own. A share of turns has none.
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ GROUPS = {
     "translation": (TRANSLATION, 1),
     "none": (("",), 4),
 }
-"""Openers by what they lead to, and how often each group is drawn."""
+"""Seed prompts by topic, and how often each topic is drawn."""
 
-LONGEST = max((opener for openers, _ in GROUPS.values() for opener in openers), key=len)
+LONGEST = max((prompt for prompts, _ in GROUPS.values() for prompt in prompts), key=len)

@@ -1,7 +1,7 @@
-"""One conversation with the target by itself: it writes the user's turns, or is given them, and answers.
+"""One conversation that the target holds alone: it writes the user's turns, or is given them, and answers.
 
-A conversation is a script for `continuous.Batch` that ends in a `Kept` or a `Dropped`. What becomes of it is settled by
-the run's seed and its own number alone. Must not know files, or how completions are computed.
+A conversation is a script for `continuous.Batch` that ends in a `Kept` or a `Dropped`. The run's seed and its own
+number alone decide its outcome.
 
 Source of the idea: self-synthesised instructions, Xu et al., Magpie, arXiv 2406.08464.
 """
@@ -39,7 +39,7 @@ class Chat(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """A conversation for the file; `sampling` says how it came about, and `num_tokens` counts the answers' ids."""
+    """A conversation for the file; `sampling` describes how it was made, `num_tokens` counts the answers' ids."""
 
     index: int
     messages: tuple[Message, ...]
@@ -54,7 +54,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A conversation that came to nothing, and why, in one word."""
+    """A conversation that is not kept, and why, in one word."""
 
     index: int
     reason: str
@@ -62,26 +62,28 @@ class Dropped:
 
 Outcome = Kept | Dropped
 Talk = Generator[Completion, tuple[int, ...], Outcome]
+Turn = Generator[Completion, tuple[int, ...], str | None]
+"""The making of one turn; returns the reason why the conversation must end, or None."""
 
 
 @dataclass
 class Seen:
     """First user turns and last answers, by their words; shared by all conversations of a run.
 
-    A turn is claimed before it is answered, so that of two that are the same the first one gets the answer.
+    A turn is claimed before it is answered, so that of two equal ones the first gets the answer.
     """
 
     texts: set[tuple[str, ...]] = field(default_factory=set)
 
     def claim(self, text: str) -> bool:
-        """Takes a text in; False if it is there already."""
+        """Adds a text; False if it is known already."""
         key = words(text) or (text,)
         new = key not in self.texts
         self.texts.add(key)
         return new
 
     def add(self, messages: Sequence[Message]) -> None:
-        """Takes a finished conversation in."""
+        """Adds a finished conversation."""
         self.claim(next(message["content"] for message in messages if message["role"] == "user"))
         self.claim(messages[-1]["content"])
 
@@ -100,7 +102,7 @@ class Distiller:
     seen: Seen
 
     def answer_sampling(self, index: int) -> Sampling:
-        """Every other conversation is greedy, the others sampled at a temperature of their own."""
+        """Every other conversation is greedy, the others are sampled at a temperature of their own."""
         if index % 2 == 0:
             return Sampling()
         low, high = ANSWER_TEMPERATURES
@@ -110,41 +112,42 @@ class Distiller:
         """A conversation whose user turns the model writes, one or two of them."""
         draw = random.Random(f"{self.seed} {index}")
         group = draw.choices(list(GROUPS), [weight for _, weight in GROUPS.values()])[0]
-        opener = draw.choice(GROUPS[group][0])
-        if not opener and not self.is_chat:  # nothing to feed
-            opener = "The"
-        talk = _Talk(self, index, draw)
+        begun = draw.choice(GROUPS[group][0])
+        if not begun and not self.is_chat:  # without a template nothing would be fed
+            begun = "The"
+        talk = _Conversation(self, index, draw, [])
+        failure = None
         for _ in range(1 + (draw.random() < SECOND_TURN_SHARE)):
-            failure = (yield from talk.ask(opener)) or (yield from talk.answer())
+            failure = (yield from talk.write_user_turn(begun)) or (yield from talk.write_answer())
             if failure is not None:
-                return talk.end(failure, topic=group)
-            opener = ""
-        return talk.end(None, topic=group)
+                break
+            begun = ""
+        return talk.outcome(failure, topic=group)
 
     def reply(self, index: int, system: Sequence[Message], turns: Sequence[str]) -> Talk:
         """A conversation whose user turns are given."""
         if any(message["content"] in self.overlap for message in system):
             return Dropped(index, "overlap")
-        talk = _Talk(self, index, random.Random(f"{self.seed} {index}"), list(system))
+        talk = _Conversation(self, index, random.Random(f"{self.seed} {index}"), list(system))
+        failure = None
         for turn in turns:
-            failure = talk.take(turn) or (yield from talk.answer())
+            failure = talk.add_user_turn(turn) or (yield from talk.write_answer())
             if failure is not None:
-                return talk.end(failure)
-        return talk.end(None)
+                break
+        return talk.outcome(failure)
 
 
-class _Talk:
-    """A conversation as it grows. Its steps return a reason to stop, or None."""
+class _Conversation:
+    """A conversation that grows turn by turn. Its steps return a reason to stop, or None."""
 
-    def __init__(self, shared: Distiller, index: int, draw: random.Random, system: list[Message] | None = None) -> None:
+    def __init__(self, shared: Distiller, index: int, draw: random.Random, system: list[Message]) -> None:
         self._shared, self._index, self._draw = shared, index, draw
-        self._messages: list[Message] = system or []
-        self._whole = len(self._messages)
+        self._messages = system
         self._num_tokens = self._num_answers = 0
         self._sampling = shared.answer_sampling(index)
 
-    def take(self, turn: str) -> str | None:
-        """The next user turn, as it is."""
+    def add_user_turn(self, turn: str) -> str | None:
+        """Adds the next user turn as it is."""
         if turn in self._shared.overlap:
             return "overlap"
         if not self._num_answers and not self._shared.seen.claim(turn):
@@ -152,61 +155,60 @@ class _Talk:
         self._messages.append({"role": "user", "content": turn})
         return None
 
-    def ask(self, opener: str) -> Generator[Completion, tuple[int, ...], str | None]:
-        """Has the model write the next user turn, from `opener` on."""
+    def write_user_turn(self, begun: str) -> Turn:
+        """Has the model write the next user turn, which begins with `begun`."""
         shared = self._shared
-        ids = shared.chat.encode_open(self._messages, opener)
+        ids = shared.chat.encode_open(self._messages, begun)
         if len(ids) + MAX_USER_TOKENS > shared.room:
             return "too_long"
         new = yield Completion(ids, MAX_USER_TOKENS, USER_SAMPLING, self._draw.getrandbits(32), shared.eos_ids)
-        text = opener + shared.chat.decode(new)
+        text = begun + shared.chat.decode(new)
         if new[-1] not in shared.eos_ids:
             text = _to_last_end(text)
         text = text.strip()
-        if len(words(text)) < max(FEWEST_USER_WORDS, len(words(opener)) + 1):
+        if len(words(text)) < max(FEWEST_USER_WORDS, len(words(begun)) + 1):
             return "short_turn"
         if is_loop(new) or is_repetitive(new) or "\ufffd" in text:
             return "bad_turn"
-        return self.take(text)
+        return self.add_user_turn(text)
 
-    def answer(self) -> Generator[Completion, tuple[int, ...], str | None]:
+    def write_answer(self) -> Turn:
         """Has the model answer the last user turn."""
         shared = self._shared
         ids = shared.chat.encode(self._messages)
         if len(ids) + shared.max_new_tokens > shared.room:
             return "too_long"
         new = yield Completion(ids, shared.max_new_tokens, self._sampling, self._draw.getrandbits(32), shared.eos_ids)
-        text = shared.chat.decode(new).rstrip("\ufffd")  # a limit may fall into the middle of a character
-        if not text.strip():
-            return "empty"
-        if len(new) < FEWEST_ANSWER_IDS:
-            return "short"
-        if is_loop(new):
-            return "loop"
-        if is_repetitive(new):
-            return "repetitive"
-        if text in shared.overlap:
-            return "overlap"
+        text = shared.chat.decode(new).rstrip("\ufffd")  # the limit may fall into the middle of a character
+        checks = (
+            ("empty", not text.strip()),
+            ("short", len(new) < FEWEST_ANSWER_IDS),
+            ("loop", is_loop(new)),
+            ("repetitive", is_repetitive(new)),
+            ("overlap", text in shared.overlap),
+        )
+        if failure := next((reason for reason, failed in checks if failed), None):
+            return failure
         self._messages.append({"role": "assistant", "content": text})
         self._num_tokens += len(new)
         self._num_answers += 1
-        self._whole = len(self._messages)
         return None
 
-    def end(self, failure: str | None, **facts: Any) -> Outcome:
-        """What came of it: all up to the last good answer, if there is one."""
-        messages = tuple(self._messages[: self._whole])
+    def outcome(self, failure: str | None, **facts: Any) -> Outcome:
+        """Keeps everything up to the last good answer, if there is one."""
         if not self._num_answers:
             return Dropped(self._index, failure or "empty")
-        if not self._shared.seen.claim(messages[-1]["content"]):
+        if self._messages[-1]["role"] == "user":  # its answer failed
+            self._messages.pop()
+        if not self._shared.seen.claim(self._messages[-1]["content"]):
             return Dropped(self._index, "duplicate")
         if failure is not None:
             facts["cut_short"] = failure
         sampling = {"index": self._index, "temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
-        return Kept(self._index, messages, sampling | facts, self._num_tokens)
+        return Kept(self._index, tuple(self._messages), sampling | facts, self._num_tokens)
 
 
 def _to_last_end(text: str) -> str:
-    """A text that was cut, up to its last sentence's or line's end; nothing where it has none."""
+    """A text that was cut, up to the end of its last sentence or line; empty if it has none."""
     ends = [match.end() for match in _ENDS.finditer(text)]
     return text[: ends[-1]] if ends else ""

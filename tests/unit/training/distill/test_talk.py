@@ -95,11 +95,11 @@ def test_invented_conversations_have_one_turn_or_two_and_all_topics() -> None:
     assert {outcome.sampling["topic"] for outcome in kept} == set(GROUPS)
 
 
-def test_openers_are_many_and_end_in_no_space() -> None:
-    openers = {opener for group, _ in GROUPS.values() for opener in group}
-    assert len(openers) > 100
-    assert LONGEST in openers
-    assert all(opener == opener.strip() for opener in openers)
+def test_seed_prompts_are_many_and_end_in_no_space() -> None:
+    prompts = {prompt for group, _ in GROUPS.values() for prompt in group}
+    assert len(prompts) > 100
+    assert LONGEST in prompts
+    assert all(prompt == prompt.strip() for prompt in prompts)
 
 
 def test_user_turn_that_was_cut_ends_at_its_last_sentence() -> None:
