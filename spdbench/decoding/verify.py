@@ -25,8 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,49 +85,30 @@ class Verdict:
         return Verdict(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
 
 
-class Rule(Protocol):
-    """An accept rule at work on one tree, whose parents and token ids it has read to the host."""
+class Rule(NamedTuple):
+    """An accept rule on one tree, whose parents and token ids it has read to the host.
+
+    `accept(node, children)` is the accepted child, or None. `token_behind(node, rejected)` is the target's own token
+    behind the last accepted node, whose children `rejected` were rejected by the rule.
+    """
 
     parents: list[int]
     ids: list[int]
-
-    def accept(self, node: int, children: Sequence[int]) -> int | None:
-        """The accepted one of a node's children."""
-
-    def token_behind(self, node: int) -> int:
-        """The target's own token behind the last accepted node."""
+    accept: Callable[[int, list[int]], int | None]
+    token_behind: Callable[[int, list[int]], int]
 
 
 AcceptRule = Callable[[Tensor, DraftTree, Sampler], Rule]
 """Starts a rule on the target's logits behind every node `[N, V]`."""
 
 
-def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
-    """Greedy or lossless: the target's logits for a position against the token drafted for it.
-
-    Without a draft, and after a forced rejection, the target's own token is its choice from p.
-    """
-    forced = False if draft is None else draft.forced_verdict
-    if draft is not None and forced:
-        return DraftVerdict(True, draft.token_id)
-    if draft is None or forced is False:
-        return DraftVerdict(False, sampler.choose(logits_V))
-    if sampler.greedy:
-        best = sampler.choose(logits_V)
-        return DraftVerdict(best == draft.token_id, best)
-    assert not isinstance(logits_V, int)
-    target_V, drafted_V, tokens = sampler.probabilities(logits_V), draft.probabilities_V, [draft.token_id]
-    drafted = None if drafted_V is None else [float(drafted_V[draft.token_id])]
-    if first_accepted(tokens, [float(target_V[draft.token_id])], drafted, [sampler.uniform()]) is not None:
-        return DraftVerdict(True, draft.token_id)
-    return DraftVerdict(False, sampler.draw(residual(target_V, to_device(tokens, target_V.device), drafted_V)))
-
-
 def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: AcceptRule | None = None) -> Verdict:
     """The target's logits behind every node against the drafts, by `accept_rule`, by default greedy or lossless
-    sampling as the request says. The host waits for a device once (not so for typical acceptance)."""
+    sampling as the request says. The host waits for a GPU once, but for typical acceptance."""
     forced = draft.forced_verdicts
-    rule = (accept_rule if accept_rule is not None and forced is None else lossless)(logits_NV, draft, sampler)
+    if accept_rule is None or sampler.greedy or forced is not None:
+        accept_rule = greedy if sampler.greedy else sampled
+    rule = accept_rule(logits_NV, draft, sampler)
     children: list[list[int]] = [[] for _ in rule.parents]
     depths = [0] * len(rule.parents)
     for node, parent in enumerate(rule.parents[1:], 1):  # parents come before their children
@@ -136,38 +117,43 @@ def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: A
     path, judged = [0], 0
     while siblings := children[path[-1]]:
         judged += 1
-        if forced is None:
-            accepted = rule.accept(path[-1], siblings)
-        else:
+        if forced is not None:
             accepted = siblings[0] if forced[judged - 1] else None
+        else:
+            accepted = rule.accept(path[-1], siblings)
         if accepted is None:
             break
         path.append(accepted)
-    token_ids = [rule.ids[node] for node in path[1:]]
-    return Verdict(tuple(path), (*token_ids, rule.token_behind(path[-1])), max(depths), judged)
+    token = rule.token_behind(path[-1], [] if forced is not None else siblings)
+    return Verdict(tuple(path), (*(rule.ids[node] for node in path[1:]), token), max(depths), judged)
 
 
-def lossless(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
-    """Greedy or sampled, as the request says."""
-    if sampler.greedy:
-        return _Greedy(logits_NV, draft)
-    # A CPU computes a node's distribution when the walk reaches the node. A GPU computes those of all nodes at once,
-    # because the host waits for it once.
-    if logits_NV.device.type == "cpu":
-        return _Sampled(logits_NV, draft, sampler)
-    return SampledAtOnce(logits_NV, draft, sampler)
+def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
+    """Greedy or lossless: the target's logits for a position against the token drafted for it.
+
+    Without a draft, and after a forced rejection, the target's own token is its choice from p.
+    """
+    if draft is not None and draft.forced_verdict:
+        return DraftVerdict(True, draft.token_id)
+    if draft is None or draft.forced_verdict is False or sampler.greedy:
+        token = sampler.choose(logits_V)
+        return DraftVerdict(draft is not None and draft.forced_verdict is None and token == draft.token_id, token)
+    assert not isinstance(logits_V, int)
+    target_V, drafted_V, token = sampler.probabilities(logits_V), draft.probabilities_V, draft.token_id
+    drafted = None if drafted_V is None else [float(drafted_V[token])]
+    if first_accepted([token], [float(target_V[token])], drafted, [sampler.uniform()]) is not None:
+        return DraftVerdict(True, token)
+    return DraftVerdict(False, sampler.draw(residual(target_V, to_device([token], target_V.device), drafted_V)))
 
 
-def typical(epsilon: float, delta: float) -> AcceptRule:
-    """Typical acceptance; greedy where the request is. `epsilon` is the threshold where the target is certain, `delta`
-    lowers it where the target is not."""
-    return partial(_typical, epsilon, delta)
+def greedy(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:  # noqa: ARG001 - draws nothing
+    """Greedy acceptance."""
+    parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV))).tolist()
 
+    def accept(node: int, children: list[int]) -> int | None:
+        return next((child for child in children if ids[child] == best[node]), None)
 
-def _typical(epsilon: float, delta: float, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
-    if sampler.greedy:
-        return lossless(logits_NV, draft, sampler)
-    return _Typical(epsilon, delta, logits_NV, draft, sampler)
+    return Rule(parents, ids, accept, lambda node, _: int(best[node]))
 
 
 def first_accepted(
@@ -206,112 +192,99 @@ def _unless_empty(left: Tensor, target: Tensor) -> Tensor:
     return torch.where(left.sum(-1, keepdim=True) > 0.0, left, target)
 
 
-class _Greedy:
-    def __init__(self, logits_NV: Tensor, draft: DraftTree) -> None:
-        numbers = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV)))
-        self.parents, self.ids, self._best = numbers.tolist()
+def sampled(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
+    """Lossless sampling. A CPU computes p for the nodes that the walk reaches. A GPU computes it for all nodes, so that
+    the host waits for it once; the numbers are the same.
 
-    def accept(self, node: int, children: Sequence[int]) -> int | None:
-        return next((child for child in children if self.ids[child] == self._best[node]), None)
-
-    def token_behind(self, node: int) -> int:
-        best: int = self._best[node]
-        return best
+    Every node has two uniform numbers of its own, one for its verdict and one for the token drawn behind it, so that
+    the draws do not depend on the path.
+    """
+    return (sampled_by_node if logits_NV.device.type == "cpu" else sampled_at_once)(logits_NV, draft, sampler)
 
 
-class _Sampled:
-    """Lossless sampling, node by node. Every node has two uniform numbers of its own, one for its verdict and one for
-    the token drawn behind it, so that the draws do not depend on the path."""
+def sampled_by_node(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
+    """Lossless sampling that computes p one node at a time."""
+    ids_N, drawn = draft.ids_N, draft.drawn
+    parents, ids = draft.tree.parents_N.tolist(), ids_N.tolist()
+    verdict_N, draw_N = _uniforms(sampler, len(ids))
+    target = cache(lambda node: sampler.probabilities(logits_NV[node]))
 
-    def __init__(self, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
-        self.parents, self.ids = draft.tree.parents_N.tolist(), draft.ids_N.tolist()
-        self._logits_NV, self._drawn, self._sampler = logits_NV, draft.drawn, sampler
-        self._verdict_N, self._draw_N = _uniforms(sampler, len(self.ids))
-        self._residual_V: Tensor | None = None
-
-    def accept(self, node: int, children: Sequence[int]) -> int | None:
-        target_V = self._sampler.probabilities(self._logits_NV[node])
-        tokens = [self.ids[child] for child in children]
-        tokens_C = torch.tensor(tokens)
-        drafted_V = None if self._drawn is None else self._drawn[children[0] - 1]
-        drafted = None if drafted_V is None else drafted_V[tokens_C].tolist()
-        uniform = [self._verdict_N[child] for child in children]
-        found = first_accepted(tokens, target_V[tokens_C].tolist(), drafted, uniform)
-        if found is not None:
-            return children[found]
-        self._residual_V = residual(target_V, tokens_C, drafted_V)
-        return None
-
-    def token_behind(self, node: int) -> int:
-        weights_V = self._residual_V
-        if weights_V is None:
-            weights_V = self._sampler.probabilities(self._logits_NV[node])
-        return self._sampler.draw(weights_V, self._draw_N[node])
-
-
-class SampledAtOnce:
-    """The same numbers, computed for all nodes on the device of the logits and read in one copy."""
-
-    def __init__(self, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
-        device, parents_N, ids_N = logits_NV.device, draft.tree.parents_N, draft.ids_N
-        self._verdict_N, draw_N = _uniforms(sampler, len(ids_N))
-        target_NV = sampler.probabilities(logits_NV)
-        of_parent = parents_N.clamp(min=0)
-        likelihood_N = target_NV[of_parent, ids_N].double()
-        drafted_N, left_NV = torch.ones_like(likelihood_N), target_NV.clone()
-        if draft.forced_verdicts is not None:
-            pass  # the token behind a forced rejection is drawn from p
-        elif draft.drawn is None:
-            left_NV[of_parent[1:], ids_N[1:]] = 0.0
-        elif len(draft.drawn):  # a chain: node i is drawn from the distribution behind node i - 1
-            drafted_NV = torch.stack(draft.drawn)
-            drafted_N[1:] = drafted_NV.gather(1, ids_N[1:, None])[:, 0].double()
-            left_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
-        drawn_N = draw_rows(_unless_empty(left_NV, target_NV), to_device(draw_N, device, torch.float64))
-        numbers = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likelihood_N, drafted_N)]).tolist()
-        self.parents, self.ids, self._drawn = ([int(x) for x in row] for row in numbers[:3])
-        self._likelihood, self._drafted = numbers[3:]
-        self._was_drawn = draft.drawn is not None
-
-    def accept(self, node: int, children: Sequence[int]) -> int | None:  # noqa: ARG002 - one protocol
-        target, drafted, uniform = (
-            [row[child] for child in children] for row in (self._likelihood, self._drafted, self._verdict_N)
-        )
-        tokens = [self.ids[child] for child in children]
-        found = first_accepted(tokens, target, drafted if self._was_drawn else None, uniform)
+    def accept(node: int, children: list[int]) -> int | None:
+        tokens_C = ids_N[children]
+        drafted = None if drawn is None else drawn[node][tokens_C].tolist()
+        uniform = [verdict_N[child] for child in children]
+        found = first_accepted(tokens_C.tolist(), target(node)[tokens_C].tolist(), drafted, uniform)
         return None if found is None else children[found]
 
-    def token_behind(self, node: int) -> int:
-        return self._drawn[node]
+    def token_behind(node: int, rejected: list[int]) -> int:
+        weights_V = target(node)
+        if rejected:
+            weights_V = residual(weights_V, ids_N[rejected], None if drawn is None else drawn[node])
+        return sampler.draw(weights_V, draw_N[node])
+
+    return Rule(parents, ids, accept, token_behind)
 
 
-def _uniforms(sampler: Sampler, num_nodes: int) -> tuple[list[float], list[float]]:
+def sampled_at_once(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
+    """Lossless sampling that computes p for all nodes where the logits are, and reads what the walk needs in one copy:
+    by node its parent, its token, the token drawn behind it, and its probabilities under p and where it was drawn."""
+    parents_N, ids_N = draft.tree.parents_N, draft.ids_N
+    verdict_N, draw_N = _uniforms(sampler, len(ids_N))
+    target_NV, of_parent = sampler.probabilities(logits_NV), parents_N.clamp(min=0)
+    likely_N = target_NV[of_parent, ids_N].double()
+    drafted_N, left_NV = torch.ones_like(likely_N), target_NV.clone()
+    if draft.forced_verdicts is not None:
+        pass  # the token behind a forced rejection is drawn from p
+    elif draft.drawn is None:
+        left_NV[of_parent[1:], ids_N[1:]] = 0.0
+    elif len(draft.drawn):  # a chain: node i is drawn from the distribution behind node i - 1
+        drafted_NV = torch.stack(draft.drawn)
+        drafted_N[1:] = drafted_NV.gather(1, ids_N[1:, None])[:, 0].double()
+        left_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)
+    drawn_N = draw_rows(_unless_empty(left_NV, target_NV), to_device(draw_N, logits_NV.device, torch.float64))
+    numbers = torch.stack([x.double() for x in (parents_N, ids_N, drawn_N, likely_N, drafted_N)]).tolist()
+    parents, ids, drawn = ([int(x) for x in row] for row in numbers[:3])
+
+    def accept(node: int, children: list[int]) -> int | None:  # noqa: ARG001
+        tokens, likely, drafted, uniform = (
+            [row[child] for child in children] for row in (ids, *numbers[3:], verdict_N)
+        )
+        found = first_accepted(tokens, likely, None if draft.drawn is None else drafted, uniform)
+        return None if found is None else children[found]
+
+    return Rule(parents, ids, accept, lambda node, _: drawn[node])
+
+
+def _uniforms(sampler: Sampler, num_nodes: int) -> tuple[list[float], ...]:
     """Numbers in [0, 1): one a node, twice."""
-    numbers = [sampler.uniform() for _ in range(2 * num_nodes)]
-    return numbers[:num_nodes], numbers[num_nodes:]
+    return tuple([sampler.uniform() for _ in range(num_nodes)] for _ in range(2))
 
 
-class _Typical:
-    """Typical acceptance: finds the path at once, then follows it."""
+def typical(epsilon: float, delta: float) -> AcceptRule:
+    """Typical acceptance. `epsilon` is the threshold where the target is certain, `delta` lowers it where it is not."""
 
-    def __init__(self, epsilon: float, delta: float, logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> None:
-        self.parents, self.ids = draft.tree.parents_N.tolist(), draft.ids_N.tolist()
-        self._logits_NV, self._sampler = logits_NV, sampler
+    def rule(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
         log_NV = (logits_NV.float() / sampler.sampling.temperature).log_softmax(dim=-1)
         entropy_N = -(log_NV.exp() * log_NV).nan_to_num(0.0).sum(dim=-1)
         bound_N = torch.minimum(torch.full_like(entropy_N, epsilon), delta * torch.exp(-entropy_N))
         parents_N = draft.tree.parents_N.clamp(min=0)
-        likelihood_N = log_NV[parents_N, draft.ids_N]
-        passes_N = likelihood_N.exp() > bound_N[parents_N]
-        passes_N[0], likelihood_N[0] = True, 0.0
+        likely_N = log_NV[parents_N, draft.ids_N]
+        passes_N = likely_N.exp() > bound_N[parents_N]
+        passes_N[0], likely_N[0] = True, 0.0
         sees_NN = draft.tree.rows.visible_SW
         all_pass_N = (sees_NN & ~passes_N).sum(dim=1) == 0
         depths_N = draft.tree.rows.depths_S.masked_fill(~all_pass_N, -1)
-        path_likelihood_N = (sees_NN * likelihood_N).sum(dim=1).masked_fill(depths_N < depths_N.max(), -torch.inf)
-        self._path = set(sees_NN[path_likelihood_N.argmax()].nonzero()[:, 0].tolist())
+        path_likely_N = (sees_NN * likely_N).sum(dim=1).masked_fill(depths_N < depths_N.max(), -torch.inf)
+        path = set(sees_NN[path_likely_N.argmax()].nonzero()[:, 0].tolist())
 
-    def accept(self, node: int, children: Sequence[int]) -> int | None:  # noqa: ARG002 - one protocol
-        return next((child for child in children if child in self._path), None)
+        def accept(node: int, children: list[int]) -> int | None:  # noqa: ARG001
+            return next((child for child in children if child in path), None)
 
-    def token_behind(self, node: int) -> int:
-        return self._sampler.choose(self._logits_NV[node])
+        return Rule(
+            draft.tree.parents_N.tolist(),
+            draft.ids_N.tolist(),
+            accept,
+            lambda node, _: sampler.choose(logits_NV[node]),
+        )
+
+    return rule

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, chain, from_paths
-from spdbench.decoding.verify import SampledAtOnce, Verdict, typical, verify
+from spdbench.decoding.verify import Verdict, sampled_at_once, typical, verify
 from spdbench.types import Sampling
 from tests.chisquare import p_value
 
@@ -137,14 +137,14 @@ def test_a_device_that_is_asked_once_gives_the_verdicts_of_the_walk(sampling: Sa
             ids = torch.tensor([4, *(drawing.draw(each) for each in drawn)])
         draft, logits_NV = DraftTree(tree, ids, drawn), torch.randn(len(ids), 5, generator=generator)
         expected = verify(logits_NV, draft, Sampler(sampling, seed))
-        walk, node, path = SampledAtOnce(logits_NV, draft, Sampler(sampling, seed)), 0, [0]
+        rule, node, path = sampled_at_once(logits_NV, draft, Sampler(sampling, seed)), 0, [0]
         while children := (tree.parents_N == node).nonzero().flatten().tolist():
-            if (found := walk.accept(node, children)) is None:
+            if (found := rule.accept(node, children)) is None:
                 break
             node = found
             path.append(node)
         assert tuple(path) == expected.path
-        assert walk.token_behind(node) == expected.token_ids[-1]
+        assert rule.token_behind(node, children) == expected.token_ids[-1]
         seen.add(expected.path)
     assert len(seen) > 1 or kind == "root"
 
