@@ -252,7 +252,7 @@ def test_concurrency_asks_for_several_answers_at_once(run: Runs) -> None:
         (("-o", "openai.api=chatty"), "-o openai.api=chatty: "),
         (("-o", "openai.timeout_s=0"), "-o openai.timeout_s=0: "),
         (("-o", "openai.concurrency=0"), "-o openai.concurrency=0: "),
-        (("-o", "openai.count=ids"), "-o openai.count=ids: the server does not tell that"),
+        (("-o", "openai.count=ids"), "-o openai.count=ids: the server does not report that"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(run: Runs, words: tuple[str, ...], message: str) -> None:

@@ -1,7 +1,7 @@
 """HTTP to one server: connections, a key, JSON in, a stream of lines out.
 
-The key goes into one header and nowhere else: whoever keeps or shows what the server says has it made `harmless`. Must
-not know what is asked, nor what answers mean.
+The key goes into one header and nowhere else: text from the server passes through `Server.without_key` before it is
+kept or shown. This module does not know the content of requests and answers.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from urllib.parse import urlsplit
 CONNECT_TIMEOUT_S = 10.0
 MAX_LINE_BYTES = 2**20
 MAX_BODY_BYTES = 2**24
-MAX_WORDS = 300
+MAX_MESSAGE_CHARS = 300
 HIDDEN = "***"
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""What reading a server's JSON may raise if it is not what was expected."""
+"""What may be raised when a server's JSON does not have the expected form."""
 
 
 class UnreachableError(Exception):
-    """Nobody took the request: no such host, nobody listens there, the connection was dropped before any answer."""
+    """The server did not take the request: unknown host, closed port, connection dropped before any answer."""
 
 
 class BrokenError(Exception):
-    """An answer came to an end in the wrong way: silence, a lost connection, something that is not HTTP."""
+    """An answer ended in the wrong way: silence, a lost connection, something that is not HTTP."""
 
 
 class RefusedError(Exception):
-    """The server answered with another status than 200; `words` are what it said about it, in one line."""
+    """The server answered with another status than 200; `message` is its explanation, in one line."""
 
-    def __init__(self, status: int, words: str, retry_after_s: float | None) -> None:
-        super().__init__(f"{status}: {words}" if words else str(status))
+    def __init__(self, status: int, message: str, retry_after_s: float | None) -> None:
+        super().__init__(f"{status}: {message}" if message else str(status))
         self.status = status
-        self.words = words
+        self.message = message
         self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is; `path` is what stands before `/chat/completions`."""
+    """The parts of a base URL; `path` is the part before `/chat/completions`."""
 
     secure: bool
     host: str
@@ -60,7 +60,11 @@ NO_ADDRESS = "is not an address; expected http://HOST:PORT/v1"
 
 
 def parse_address(url: str) -> Address:
-    """Raises `ValueError` with what is wrong with `url`, whose own text may hold a password and is not repeated."""
+    """The parts of `url`.
+
+    Raises:
+        ValueError: it cannot be used. The message does not repeat it, since it may hold a password.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -75,14 +79,14 @@ def parse_address(url: str) -> Address:
 
 
 class Server:
-    """One server. May be asked from several threads, each with a connection of its own; `close` ends all of them."""
+    """One server. Thread-safe: every thread opens its own connections; `close` ends all of them."""
 
     def __init__(self, address: Address, key: str, timeout_s: float) -> None:
         self.address = address
         self._key = key
         quoted = json.dumps(key)[1:-1]
         self._forms_of_key = sorted({key, quoted, quoted.replace("/", r"\/")} - {""}, key=len, reverse=True)
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._sockets: set[socket.socket] = set()
         self._lock = Lock()
 
@@ -90,26 +94,26 @@ class Server:
         """A new connection.
 
         Raises:
-            UnreachableError: there is none to be had.
+            UnreachableError: the server does not accept it.
         """
         address = self.address
         kind = HTTPSConnection if address.secure else HTTPConnection
-        connection = kind(address.host, address.port, timeout=min(CONNECT_TIMEOUT_S, self._timeout_s))
+        connection = kind(address.host, address.port, timeout=min(CONNECT_TIMEOUT_S, self.timeout_s))
         try:
             connection.connect()
         except OSError as error:
             connection.close()
             raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
-        connection.sock.settimeout(self._timeout_s)
+        connection.sock.settimeout(self.timeout_s)
         with self._lock:
             self._sockets.add(connection.sock)
         return Connection(self, connection)
 
     def get(self, path: str, *, from_root: bool = False) -> bytes:
-        """What stands at `path`, below the address's own path unless `from_root`.
+        """The body at `path`, which is below the address's own path unless `from_root`.
 
         Raises:
-            UnreachableError, BrokenError, RefusedError: it cannot be had.
+            UnreachableError, BrokenError, RefusedError: the request failed.
         """
         with contextlib.closing(self.connect()) as connection:
             response = connection.ask("GET", path if from_root else self.address.path + path, None)
@@ -119,8 +123,9 @@ class Server:
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
 
-    def harmless(self, text: str) -> str:
-        """What the server says without the key, as it is or as JSON writes it, and as text that a file can hold."""
+    def without_key(self, text: str) -> str:
+        """Text from the server with `***` for the key, plain or as JSON escapes it, and without lone surrogates, which
+        cannot be written to a file."""
         for form in self._forms_of_key:
             text = text.replace(form, HIDDEN)
         return text if text.isascii() else text.encode(errors="replace").decode()
@@ -130,21 +135,17 @@ class Server:
             self._sockets.discard(used)
 
     def close(self) -> None:
-        """Ends every connection, so that whoever waits on one stops waiting."""
+        """Ends every connection, so that threads that wait on one stop waiting."""
         with self._lock:
             for used in self._sockets:
                 with contextlib.suppress(OSError):
                     used.shutdown(socket.SHUT_RDWR)
 
-    @property
-    def timeout_s(self) -> float:
-        return self._timeout_s
-
 
 class Incoming(io.RawIOBase):
-    """What comes in on a socket until a deadline, which small pieces do not put off: `renew` does.
+    """Reads from a socket until a deadline. Data that comes in does not extend the deadline; only `renew` does.
 
-    Stands in for the socket where `HTTPConnection` reads.
+    Replaces the socket inside `HTTPConnection`.
     """
 
     def __init__(self, used: socket.socket, timeout_s: float) -> None:
@@ -170,7 +171,7 @@ class Incoming(io.RawIOBase):
         return self._socket.recv_into(buffer)
 
     def close(self) -> None:
-        """Nothing: `HTTPConnection` closes its socket while an answer is still to be read from it."""
+        """Does nothing, since `HTTPConnection` closes its socket before the answer has been read from it."""
 
 
 class Connection:
@@ -184,11 +185,11 @@ class Connection:
         connection.sock = self._incoming
 
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> HTTPResponse:
-        """The beginning of the answer.
+        """Sends a request; the answer with its body still to be read.
 
         Raises:
-            UnreachableError: the server hung up before it answered.
-            BrokenError: it said nothing for too long, or something else than HTTP.
+            UnreachableError: the server closed the connection before it answered.
+            BrokenError: it was silent for too long, or does not speak HTTP.
             RefusedError: its status is not 200.
         """
         self.renew()
@@ -198,7 +199,7 @@ class Connection:
             response = self._connection.getresponse()
         except TimeoutError:
             raise BrokenError(f"the server said nothing for {self._server.timeout_s:g} s") from None
-        except OSError as error:  # a connection that was dropped is one
+        except OSError as error:  # includes a dropped connection
             raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
         except HTTPException as error:
             raise BrokenError(f"the server does not speak HTTP ({type(error).__name__})") from None
@@ -208,21 +209,21 @@ class Connection:
         return response
 
     def renew(self) -> None:
-        """Gives the server its time anew, since it said something."""
+        """Restarts the server's time limit, after it has sent something useful."""
         self._incoming.renew()
 
     def body(self, response: HTTPResponse) -> bytes:
-        """All of an answer."""
+        """The whole body of an answer."""
         try:
             return response.read(MAX_BODY_BYTES)
         except (OSError, HTTPException) as error:
             raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
 
     def lines(self, response: HTTPResponse) -> Iterator[bytes]:
-        """The answer line by line as they come, without their ends. Whoever finds something said in one has to `renew`.
+        """The answer's lines as they come, without line ends. The caller has to `renew` after a line with content.
 
         Raises:
-            BrokenError: the server's time is over, the connection was lost, or a line has no end.
+            BrokenError: the server's time is over, the connection was lost, or a line does not end.
         """
         while True:
             try:
@@ -231,7 +232,9 @@ class Connection:
                 timeout_s = self._server.timeout_s
                 raise BrokenError(f"the server said nothing for {timeout_s:g} s in the middle of its answer") from None
             except (OSError, HTTPException, ValueError) as error:
-                raise BrokenError(f"the connection was lost in the middle of the answer ({_name(error)})") from None
+                raise BrokenError(
+                    f"the connection was lost in the middle of the answer ({_error_name(error)})"
+                ) from None
             if not line:
                 return
             if len(line) >= MAX_LINE_BYTES:
@@ -242,7 +245,7 @@ class Connection:
         self._server.forget(self._socket)
         self._connection.close()
         with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # a response that is still open would keep it
+            self._socket.shutdown(socket.SHUT_RDWR)  # a response that is still open would keep the connection alive
         self._socket.close()
 
     def _refusal(self, response: HTTPResponse) -> RefusedError:
@@ -251,12 +254,12 @@ class Connection:
         except (OSError, HTTPException):
             data = b""
         text = data.decode(errors="replace") if len(data) < MAX_LINE_BYTES else ""
-        words = words_of(text, self._server.harmless)
-        return RefusedError(response.status, words, _seconds(response.getheader("Retry-After")))
+        message = error_message(text, self._server.without_key)
+        return RefusedError(response.status, message, _retry_after_s(response.getheader("Retry-After")))
 
 
-def words_of(text: str, harmless: Callable[[str], str]) -> str:
-    """What an error's body says, in one line: the message in it if it is JSON as servers write it."""
+def error_message(text: str, without_key: Callable[[str], str]) -> str:
+    """The message of an error's body in one line: that in its JSON if it has the usual form, else all of it."""
     try:
         found: Any = json.loads(text)
         for key in ("error", "message", "detail"):
@@ -265,16 +268,16 @@ def words_of(text: str, harmless: Callable[[str], str]) -> str:
         shown = found if isinstance(found, str) else json.dumps(found)
     except MALFORMED:
         shown = text
-    return one_line(harmless(shown))  # cut after the key is gone, of which half would be left otherwise
+    return one_line(without_key(shown))  # shortened last, so that no part of a key is left
 
 
 def one_line(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= MAX_WORDS else line[: MAX_WORDS - 3] + "..."
+    return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 3] + "..."
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After`, which is seconds or a date; None for anything else."""
+def _retry_after_s(retry_after: str | None) -> float | None:
+    """The header `Retry-After` in seconds; it holds seconds or a date. None for anything else."""
     if retry_after is None:
         return None
     if retry_after.isascii() and retry_after.strip().isdigit():
@@ -285,5 +288,5 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
-def _name(error: Exception) -> str:
+def _error_name(error: Exception) -> str:
     return getattr(error, "strerror", None) or type(error).__name__

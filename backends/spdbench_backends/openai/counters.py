@@ -1,8 +1,8 @@
-"""What vLLM and SGLang count of their drafts, out of the text that they show to Prometheus.
+"""Draft counters of vLLM and SGLang, from the text that they export to Prometheus.
 
-Counters belong to a whole server, so their difference is a request's only if the server did nothing else: no other
-request ran or waited at either reading, one was finished between them, and as many tokens were made as it has. Must not
-know how the text is fetched.
+Counters belong to a whole server, so their difference belongs to one request only if the server did nothing else: no
+other request ran or waited at either reading, exactly one finished between them, and the number of generated tokens is
+that of the request.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SGLANG_ROUNDS = "sglang:spec_verify_calls_total"
 
 
 class Engine(NamedTuple):
-    """What an engine calls its verify rounds, requests finished, tokens made, and requests that run and wait.
+    """An engine's names for its verify rounds, finished requests, generated tokens, and running and waiting requests.
 
-    `stale` is how many requests it may still show as running when it is idle.
+    `stale` is how many requests it may still report as running when it is idle.
     """
 
     name: str
@@ -50,8 +50,8 @@ ENGINES = (
         "vllm:num_requests_waiting",
         stale=0,
     ),
-    # It renews these two every 40 steps, and every 30 s when it is idle, so that our own request may still stand in
-    # them. All the others it moves when a request is finished, so that one which goes on does not show in them.
+    # SGLang updates the last two every 40 steps, and every 30 s when it is idle, so they may still include our own
+    # request. It updates the others when a request finishes, so a request that is still running does not show in them.
     Engine(
         "SGLang",
         SGLANG_ROUNDS,
@@ -63,19 +63,19 @@ ENGINES = (
     ),
 )
 UNCOUNTED = 1
-"""Tokens by which two counts of an answer may differ: its end of sequence, which only one of them counts."""
+"""By how many tokens two counts of an answer may differ: only one of them may include the end of sequence."""
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Readings by name, summed over a server's engines; `by_position` are drafts accepted at depth 1, 2, ..."""
+    """Values by name, summed over a server's engines; `by_position` are drafts accepted at depth 1, 2, ..."""
 
     values: Mapping[str, float]
     by_position: tuple[float, ...]
 
     @property
     def engine(self) -> Engine | None:
-        """Whose counters these are; None where what is needed is not among them."""
+        """The engine that these counters belong to; None if no engine has all that are needed."""
         return next((engine for engine in ENGINES if all(name in self.values for name in engine[1:-1])), None)
 
     @property
@@ -87,7 +87,7 @@ class Counters:
 
 
 def parse_counters(text: str) -> Counters:
-    """Every counter in Prometheus' text; what is none of a server's own is left out."""
+    """Every counter of an engine in Prometheus' text format; ignores other lines."""
     values: dict[str, float] = defaultdict(float)
     positions: dict[int, float] = defaultdict(float)
     for line in text.splitlines():
@@ -106,39 +106,39 @@ def parse_counters(text: str) -> Counters:
 
 
 def drafts_between(before: Counters, after: Counters, num_new_tokens: int) -> DraftCounts | None:
-    """What was drafted for the one request between two readings, which had `num_new_tokens`.
+    """Drafts of the one request between two readings, which had `num_new_tokens`.
 
-    None where the counters do not tell: there are none, the server had something else to do as well, or they cannot be
-    true of such an answer.
+    None if the counters are missing, the server also handled another request, or they contradict the answer.
     """
     engine = after.engine
     if engine is None or not (before.idle(engine) and after.idle(engine)) or after.requests - before.requests != 1:
         return None
 
-    def moved(name: str) -> int:
+    def difference(name: str) -> int:
         return round(after.values.get(name, 0) - before.values.get(name, 0))
 
-    rounds = moved(engine.rounds)
-    if abs(moved(engine.tokens) - num_new_tokens) > UNCOUNTED or not 0 <= rounds < num_new_tokens + UNCOUNTED:
+    rounds = difference(engine.rounds)
+    if abs(difference(engine.tokens) - num_new_tokens) > UNCOUNTED or not 0 <= rounds < num_new_tokens + UNCOUNTED:
         return None
-    if engine.rounds == SGLANG_ROUNDS:  # rounds alone: each commits its accepted drafts and one token more
+    if engine.rounds == SGLANG_ROUNDS:  # it counts only rounds; each commits its accepted drafts and one token more
         accepted = num_new_tokens - 1 - rounds
         return DraftCounts(rounds, None, accepted) if rounds and accepted >= 0 else None
-    drafted, accepted = moved(DRAFTED), moved(ACCEPTED)
-    depth = len(after.by_position) or ceil(drafted / max(1, rounds))  # accepted in the last round, past the end
+    drafted, accepted = difference(DRAFTED), difference(ACCEPTED)
+    # The last round may accept drafts past the end of the answer, as many as it is deep.
+    depth = len(after.by_position) or ceil(drafted / max(1, rounds))
     if not 0 <= accepted <= drafted or rounds + accepted > num_new_tokens + depth:
         return None
     return DraftCounts(rounds, _judged(before, after, rounds, drafted), accepted)
 
 
 def _judged(before: Counters, after: Counters, rounds: int, drafted: int) -> int | None:
-    """Drafts that got a verdict: one a round, and one more behind each that was accepted and had a successor.
+    """Drafts that were verified: one a round, and one more after each accepted draft that had a successor.
 
-    Positions tell that of chains of one length; of others nobody counts it.
+    Follows from the counts by position if all chains have the same length; None otherwise.
     """
     depth = len(after.by_position)
     old = before.by_position or (0.0,) * depth
     if not depth or len(old) != depth or drafted != rounds * depth:
         return None
-    moved = [round(new - was) for new, was in zip(after.by_position, old, strict=True)]
-    return rounds + sum(moved[:-1])
+    accepted_at = [round(new - was) for new, was in zip(after.by_position, old, strict=True)]
+    return rounds + sum(accepted_at[:-1])

@@ -1,7 +1,4 @@
-"""One try of a request to a server: its chunks taken as steps, and what the answer says besides.
-
-Must not know addresses, bodies or refusals.
-"""
+"""One try of a request to a server: the answer's chunks as steps, and what it reports besides."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from spdbench_backends.openai.client import BrokenError, Connection, one_line
 from spdbench_backends.openai.counters import Counters
 from spdbench_backends.openai.counting import Counter
 
-LONGEST_WAIT_S = 30.0
+MAX_WAIT_S = 30.0
 FIRST_WAIT_S = 0.5
 FINISHES: Mapping[str, FinishReason] = {
     "stop": "eos",
@@ -24,17 +21,17 @@ FINISHES: Mapping[str, FinishReason] = {
     "eos_token": "eos",  # this and the next are TGI's
     "stop_sequence": "eos",
 }
-MAX_AFTERWORDS = 64
+MAX_TRAILING_CHUNKS = 64
 
 
 class Exchange:
-    """One try of a request, and what came of it; `tries` counts this one and those before it."""
+    """One try of a request, and its outcome; `tries` counts this one and those before it."""
 
-    def __init__(self, request: GenerationRequest, patience_s: float) -> None:
+    def __init__(self, request: GenerationRequest, timeout_s: float) -> None:
         self.request = request
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.tries = 0
-        self.to_be_asked_again = False
+        self.is_to_be_repeated = False
         self.connection: Connection | None = None
         self.before: Counters | None = None
         self.parts: list[str] = []
@@ -42,14 +39,15 @@ class Exchange:
         self.num_prompt_tokens: int | None = None
         self.num_tokens = 0
 
-    def again(self, reason: str, asked_s: float | None) -> TryAgainError:
-        self.to_be_asked_again = True
-        return TryAgainError(reason, wait_s(self.tries - 1, asked_s))
+    def repeat_later(self, reason: str, wait_s: float | None) -> TryAgainError:
+        """The error that has the request repeated, after `wait_s` if the server named a time."""
+        self.is_to_be_repeated = True
+        return TryAgainError(reason, retry_wait_s(self.tries - 1, wait_s))
 
     def steps(self, chunks: Iterator[Chunk], counter: Counter) -> Iterator[Step]:
-        """A step for each chunk with tokens. Closed at the end of the answer, it still hears the server out."""
+        """A step for each chunk with tokens. If it is closed after the last token, it still reads the stream's end."""
         for chunk in chunks:
-            self._note(chunk)
+            self._record(chunk)
             if ids := counter.take(chunk):
                 yield from self._step(ids, chunks, counter)
         if ids := counter.rest():
@@ -61,20 +59,20 @@ class Exchange:
             yield Step(ids, 0, 0, 0, 0.0)
         except GeneratorExit:
             if self.num_tokens >= self.request.max_new_tokens or not self.request.eos_ids.isdisjoint(ids):
-                self._hear_out(chunks, counter)
+                self._read_rest(chunks, counter)
             raise
 
-    def _hear_out(self, chunks: Iterator[Chunk], counter: Counter) -> None:
-        """What comes behind the last token that counts: why it ended, usage, and text that was held back."""
-        until = time.monotonic() + self.patience_s
+    def _read_rest(self, chunks: Iterator[Chunk], counter: Counter) -> None:
+        """Reads what follows the last token that counts: the finish reason, usage, and text that was held back."""
+        until = time.monotonic() + self.timeout_s
         with suppress(BrokenError):
             for number, chunk in enumerate(chunks, start=1):
-                self._note(chunk)
+                self._record(chunk)
                 counter.check(chunk)
-                if number > MAX_AFTERWORDS or time.monotonic() > until:
+                if number > MAX_TRAILING_CHUNKS or time.monotonic() > until:
                     raise PromptFailedError("the server does not stop after the last token that it was asked for")
 
-    def _note(self, chunk: Chunk) -> None:
+    def _record(self, chunk: Chunk) -> None:
         self.parts.append(chunk.text)
         if chunk.prompt_tokens is not None:
             self.num_prompt_tokens = chunk.prompt_tokens
@@ -86,6 +84,6 @@ class Exchange:
             self.finish = FINISHES[chunk.finish]
 
 
-def wait_s(tries: int, asked_s: float | None) -> float:
-    """How long to wait before the next try: what the server asks for, else twice as long each time."""
-    return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0**tries if asked_s is None else asked_s)
+def retry_wait_s(tries: int, requested_s: float | None) -> float:
+    """How long to wait before the next try: as the server requests, else twice as long each time; limited."""
+    return min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**tries if requested_s is None else requested_s)

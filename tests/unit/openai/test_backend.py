@@ -85,7 +85,9 @@ def test_a_way_of_counting_that_was_asked_for_is_used_or_refused(server: StubSer
     server.offers = {"ids", "usage", "logprobs"}
     assert "log-probabilities" in loaded(backend(count="logprobs")).describe().chosen["tokens"]
     server.offers = {"usage"}
-    with pytest.raises(InputError, match=r"-o openai\.count=ids: the server does not tell that\. Others: auto, usage"):
+    with pytest.raises(
+        InputError, match=r"-o openai\.count=ids: the server does not report that\. Others: auto, usage"
+    ):
         backend(count="ids").load()
 
 
@@ -233,7 +235,7 @@ def test_neither_key_nor_address_is_among_the_options_of_a_result(
         (lambda stub: setattr(stub, "model", "else"), r"model=stub: the server has no such model.*does not exist"),
         (lambda stub: setattr(stub, "fault", "no_stream"), "answers at once instead of streaming"),
         (lambda stub: setattr(stub, "context", 10), r"context is too small \(400\).*larger one"),
-        (lambda stub: setattr(stub, "refusals", [Refusal(302, "", {"Location": "/"})]), "sends one elsewhere"),
+        (lambda stub: setattr(stub, "refusals", [Refusal(302, "", {"Location": "/"})]), "the server redirects"),
         (lambda stub: setattr(stub, "fault", "malformed"), "not a part of an answer"),
         (lambda stub: setattr(stub, "answer", []), "cannot be counted"),
     ],
@@ -280,15 +282,15 @@ def test_an_answer_that_breaks_off_is_a_failed_prompt_and_the_next_one_is_fine(
 def test_usage_that_fails_to_come_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
     server.offers = set()
-    with pytest.raises(PromptFailedError, match="told no usage"):
+    with pytest.raises(PromptFailedError, match="reported no usage"):
         run(made)
 
 
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        (30_000_000, "tells of 30000000 tokens, and was asked for 20 at most"),
-        (22, "tells of 22 tokens"),
+        (30_000_000, "reports 30000000 tokens, and was asked for 20 at most"),
+        (22, "reports 22 tokens"),
         (1, "usage is 1 tokens, and its answer came in 5 chunks"),
         (0, "usage is 0 tokens"),
     ],
@@ -373,7 +375,7 @@ def test_a_server_that_does_not_stop_is_a_failed_prompt(server: StubServer, back
 
 
 def test_what_comes_behind_the_last_token_gets_no_more_time_for_coming() -> None:
-    exchange = exchanges.Exchange(ask(2), patience_s=-1)
+    exchange = exchanges.Exchange(ask(2), timeout_s=-1)
     chunks = iter([Chunk("a", ids=(1, 2)), Chunk("b"), Chunk("c")])
     steps = exchange.steps(chunks, Counter("ids", 2, whole=True))
     next(steps)
@@ -448,7 +450,7 @@ def test_a_wait_that_is_none_is_ours(server: StubServer, backend: Make, wait: st
     made.prepare(ask())
     with pytest.raises(TryAgainError) as later:
         clocked(made, ask())
-    assert later.value.wait_s == (exchanges.LONGEST_WAIT_S if wait[0] == "9" else exchanges.FIRST_WAIT_S)
+    assert later.value.wait_s == (exchanges.MAX_WAIT_S if wait[0] == "9" else exchanges.FIRST_WAIT_S)
 
 
 def test_an_answer_cut_by_a_small_context_is_a_failed_prompt(server: StubServer, backend: Make) -> None:
@@ -490,10 +492,10 @@ def test_a_server_that_stays_busy_fails_the_prompt(server: StubServer, backend: 
 
 
 def test_waits_between_tries_grow_and_have_an_end() -> None:
-    waits = [exchanges.wait_s(tries, None) for tries in range(10)]
+    waits = [exchanges.retry_wait_s(tries, None) for tries in range(10)]
     assert waits[:3] == [0.5, 1.0, 2.0]
     assert all(a <= b for a, b in pairwise(waits))
-    assert max(waits) == exchanges.wait_s(0, 1e9) == exchanges.LONGEST_WAIT_S
+    assert max(waits) == exchanges.retry_wait_s(0, 1e9) == exchanges.MAX_WAIT_S
 
 
 def test_a_server_that_is_gone_ends_the_run(server: StubServer, backend: Make) -> None:

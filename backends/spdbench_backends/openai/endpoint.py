@@ -1,0 +1,222 @@
+"""The completions endpoint of one server: request bodies, streamed answers, and the questions before a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from typing import Any, TypeVar
+
+from spdbench.errors import InputError
+from spdbench.types import GenerationRequest, Sampling
+from spdbench_backends.openai.chunks import Chunk, read_chunks
+from spdbench_backends.openai.client import (
+    MALFORMED,
+    Address,
+    BrokenError,
+    Connection,
+    RefusedError,
+    Server,
+    UnreachableError,
+)
+from spdbench_backends.openai.counting import Api, Extras
+from spdbench_backends.openai.exchange import retry_wait_s
+
+Answer = TypeVar("Answer")
+
+QUESTION = "Count from one to twenty in words."
+QUESTION_TOKENS = 16
+BUSY = frozenset({408, 429, 500, 502, 503, 504})
+NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
+CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
+"""Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
+MAX_SEED = 2**31
+TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
+
+
+class NotStreamedError(Exception):
+    """A server sent an answer at once although it was asked to stream."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server answers at once instead of streaming, so single tokens cannot be timed; switch streaming on, "
+            "or use a server that has it"
+        )
+
+
+class Endpoint:
+    """Where and how one model of a server completes conversations.
+
+    Without a `model` the server's only one is taken. `prompt_form` is how a request holds its prompt: `messages`, `ids`
+    or `text`.
+    """
+
+    def __init__(
+        self, server: Server, label: str, *, api: Api, model: str | None, retries: int, tokenizer: Any
+    ) -> None:
+        """Asks the server for what is not given.
+
+        Raises:
+            InputError: the server cannot be used, or the model has to be named.
+        """
+        self._server = server
+        self._label = label
+        self._path = server.address.path + ("/chat/completions" if api == "chat" else "/completions")
+        self._retries = retries
+        self._tokenizer = tokenizer
+        self.model = model or self._only_model()
+        self.prompt_form = "messages"
+        if api != "chat":
+            self.prompt_form = "text" if tokenizer is None else "ids"
+            if self.prompt_form == "ids" and self.probe({}) is None:
+                self.prompt_form = "text"
+
+    def body(self, request: GenerationRequest, extras: Extras) -> dict[str, Any]:
+        """The JSON that asks for `request`, with `extras` added."""
+        sampling = request.sampling
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.max_new_tokens,
+            "temperature": sampling.temperature,
+            "stream": True,
+            **({"stop": list(request.stop)} if request.stop else {}),
+            **extras,
+        }
+        if not sampling.greedy:
+            body |= {"top_p": sampling.top_p, "seed": request.seed % MAX_SEED}
+            body |= {"top_k": sampling.top_k} if sampling.top_k else {}
+        if self.prompt_form == "messages":
+            return body | {"messages": [dict(message) for message in request.messages]}
+        return body | {"prompt": self._prompt(request)}
+
+    def stream(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
+        """The chunks of the answer. A chunk with content restarts the server's time limit.
+
+        Raises:
+            NotStreamedError: the answer does not come in chunks.
+        """
+        response = connection.ask("POST", self._path, body)
+        if "text/event-stream" not in (response.getheader("Content-Type") or ""):
+            raise NotStreamedError
+
+        def chunks() -> Iterator[Chunk]:
+            left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
+            for chunk in read_chunks(connection.lines(response), self._server.without_key):
+                if chunk.has_content:
+                    left -= 1
+                    connection.renew()
+                if left < 0:
+                    raise BrokenError(f"the server does not stop: it was asked for {body['max_tokens']} tokens at most")
+                yield chunk
+
+        return chunks()
+
+    def probe(self, extras: Extras) -> list[Chunk] | None:
+        """The answer to a short question; None if the server does not understand the extras.
+
+        Raises:
+            InputError: the server cannot be used at all.
+        """
+        body = self.body(self._question(), extras)
+        try:
+            return self._ask_until_ready(lambda connection: list(self.stream(connection, body)))
+        except RefusedError as refusal:
+            if refusal.status in NOT_UNDERSTOOD and (extras or self.prompt_form == "ids"):
+                return None
+            raise describe_refusal(self._label, self.model, refusal) from None
+
+    def unstreamed_usage(self) -> int | None:
+        """How many tokens the answer to the same question has when it is not streamed; None if unknown."""
+        body = self.body(self._question(), {}) | {"stream": False}
+
+        def completion_tokens(connection: Connection) -> int | None:
+            answer = json.loads(connection.body(connection.ask("POST", self._path, body)))
+            found = (answer.get("usage") or {}).get("completion_tokens")
+            return None if found is None else int(found)
+
+        try:
+            return self._ask_until_ready(completion_tokens)
+        except (RefusedError, *MALFORMED):
+            return None
+
+    def _prompt(self, request: GenerationRequest) -> str | list[int]:
+        """Ids if the server takes them, else their text without the BOS, which the server adds."""
+        tokenizer, ids = self._tokenizer, request.prompt_ids
+        if tokenizer is None:
+            return "\n".join(message["content"] for message in request.messages)
+        if self.prompt_form == "ids":
+            return list(ids)
+        return str(tokenizer.decode(ids[1:] if ids[:1] == (tokenizer.bos_token_id,) else ids))
+
+    def _question(self) -> GenerationRequest:
+        ids = () if self._tokenizer is None else tuple(map(int, self._tokenizer.encode(QUESTION)))
+        messages = ({"role": "user", "content": QUESTION},)
+        return GenerationRequest(ids, messages, QUESTION_TOKENS, Sampling(), 0, frozenset())
+
+    def _ask_until_ready(self, ask: Callable[[Connection], Answer]) -> Answer:
+        """The result of `ask` on a new connection. A busy server is asked again after a while."""
+        tries = 0
+        while True:
+            try:
+                with closing(self._server.connect()) as connection:
+                    return ask(connection)
+            except UnreachableError as error:
+                raise describe_unreachable(self._label, self._server.address, error) from None
+            except BrokenError as error:
+                raise InputError(f"-b {self._label}: {error}; is it a server of OpenAI's protocol?") from None
+            except NotStreamedError as error:
+                raise InputError(f"-b {self._label}: {error}") from None
+            except RefusedError as refusal:
+                busy = refusal.status in (BUSY - NOT_UNDERSTOOD)
+                if not busy or tries == self._retries:
+                    raise
+                time.sleep(retry_wait_s(tries, refusal.retry_after_s))
+                tries += 1
+
+    def _only_model(self) -> str:
+        """The name of the server's only model."""
+        try:
+            listed = json.loads(self._server.get("/models"))["data"]
+            names = [self._server.without_key(str(entry["id"])) for entry in listed]
+        except UnreachableError as error:
+            raise describe_unreachable(self._label, self._server.address, error) from None
+        except RefusedError as refusal:
+            raise describe_refusal(self._label, "", refusal) from None
+        except (BrokenError, *MALFORMED):
+            names = []
+        if len(names) != 1 or self._tokenizer is None:  # without -m, results are distinguished by this name
+            present = f"; the server has {', '.join(names)}" if names else ""
+            raise InputError(f"-b {self._label}: which model? Give -o {self._label}.model=NAME{present}")
+        return names[0]
+
+
+def describe_unreachable(label: str, address: Address, error: UnreachableError) -> InputError:
+    """The error for a user whose server does not answer."""
+    return InputError(
+        f"-o {label}.base_url: no server answers at {address.host}:{address.port} ({error}); start it, or correct the "
+        "address"
+    )
+
+
+def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputError:
+    """The error for a user whose server refuses a request, and would refuse it again."""
+    status, quote = refusal.status, f" It says: {refusal.message}" if refusal.message else ""
+    if status in (401, 403):
+        return InputError(
+            f"-b {label}: the server refuses the key ({status}); put the right one into the environment variable "
+            f"OPENAI_API_KEY.{quote}"
+        )
+    if status == 404:
+        return InputError(
+            f"-o {label}.model={model}: the server has no such model, or nothing at this address (404); its list is at "
+            f"/models below -o {label}.base_url, which ends in /v1 with most servers.{quote}"
+        )
+    if 300 <= status < 400:
+        return InputError(f"-o {label}.base_url: the server redirects ({status}); give the address it redirects to")
+    if any(word in refusal.message.lower() for word in TOO_LONG):
+        return InputError(
+            f"-b {label}: the server's context is too small ({status}); start it with a larger one, or lower "
+            f"--max-new-tokens.{quote}"
+        )
+    return InputError(f"-b {label}: the server refuses the request ({status}); change what it names.{quote}")
