@@ -407,8 +407,11 @@ def test_a_drafter_for_another_stage_count(run: Runs) -> None:
     from spdbench.models.partition import split_evenly
     from spdbench_backends.spd.formats import random_head
 
-    head = random_head(tiny.load(run.model).own_decoder, split_evenly(6, 2), 0)
-    torch.save({"state_dict": head.tensors, "config": head.config.model_dump()}, run.folder / "head.pt")
+    target = tiny.load(run.model).own_decoder
+    head = random_head(target, split_evenly(6, 2), 0)
+    assert target.head is not None
+    state = {**head.tensors, "lm_head.weight": target.head.plain()}
+    torch.save({"state_dict": state, "config": head.config.model_dump()}, run.folder / "head.pt")
     said = run("-o", "spd.stages=3", "--drafter", run.folder / "head.pt")
     assert said.code == 2
     assert "config.num_stages is 2, but here it is 3; use -o spd.stages=2" in said.err
@@ -434,7 +437,7 @@ def test_an_installed_drafter_is_found_by_weights_method_and_stages(run: Runs, m
         "trained_tokens": 123,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(head.tensors, folder / "model.safetensors")
+    save_file(dict(head.tensors), folder / "model.safetensors")
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(folder.parent))
     assert run(*INLINE).code == 0
     drafter = run.result("spd").drafter

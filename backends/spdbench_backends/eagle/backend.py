@@ -76,11 +76,9 @@ class Eagle(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
-            from spdbench_backends.drafter_files import drafter_info
-
             self._weights = self._build(file)
             method = "eagle3" if self._weights.is_eagle3 else "eagle"
-            self._info = drafter_info(choice.kind, file.path.name, method, file.sha256, file.trained_tokens)
+            self._info = file.info(choice.kind, method)
         self._choice = choice
         self._builder = self._choose_builder(choice, file)
         self._record_all(self._builder)
@@ -154,7 +152,7 @@ class Eagle(DraftVerify):
         device = self._decoder.device
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
         depth = self._options.depth or min(8, largest - 1)
-        by_level = list(file.acceptance_by_position) if file is not None else [choice.probability]
+        by_level = list(file.config.acceptance_by_position) if file is not None else [choice.probability]
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)

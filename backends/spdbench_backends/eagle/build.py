@@ -1,33 +1,54 @@
-"""From an EAGLE head as read to weights that fit a target: every shape checked, no tensor left over.
+"""From an EAGLE head as read to weights that fit a target.
 
-Source: METHODS.md A.1 and A.7. Must not know of files' layouts but for what only our own may leave out.
+What published heads leave open (which features, which rotary positions, what is fed back) is the user's answer where
+one is given, else the file's, else what the method's authors do.
+Tensors' shapes say how large a head is, its config only where shapes leave a choice; a config that says otherwise than
+the tensors is an error, as one of the two is not this head's. Source: METHODS.md A.1 and A.7.
 
 Shapes: T target width, M draft width, A aux features, U draft vocabulary, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from spdbench.models.cpu.linear import Linear, linear
-from spdbench.models.decoder import Decoder
-from spdbench.models.layer_ops import HeadNorms, NormWeight
-from spdbench.models.layers import LayerWeights
-from spdbench_backends.eagle.checkpoint_layouts import (
-    AuxConvention,
-    NormOutput,
-    aux_states,
-    default_aux,
-    feeds_back_normed,
-    rotary_of,
+from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+from spdbench.models.decoder import Decoder, geometry_of
+from spdbench.models.hf.library import scaled_frequencies
+from spdbench.models.layer_ops import Geometry
+from spdbench.models.rotary import Rotary, plain_frequencies
+from spdbench_backends.drafter_files.tensors import (
+    TargetTensors,
+    draft_vocabulary,
+    mapped_ids,
+    random_tensors,
+    require_target,
 )
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile
 from spdbench_backends.eagle.head import EagleWeights
-from spdbench_backends.eagle.sizes import sizes_of
+
+AuxConvention = Literal["auto", "hidden_states", "layer_output"]
+NormOutput = Literal["auto", "feed", "ignore"]
+
+QUERY, KEY = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"
+QUERY_NORM = "layers.0.self_attn.q_norm.weight"
+GATE = "layers.0.mlp.gate_proj.weight"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a head: its width, the columns of `fc`, how its attention is cut, its feed-forward width, its layers."""
+
+    width: int
+    fused: int
+    geometry: Geometry
+    ffn: int
+    num_layers: int
 
 
 def build_eagle(
@@ -41,222 +62,233 @@ def build_eagle(
 
     Raises:
         InputError: made for another hidden size, vocabulary or family; a tensor is unknown, missing or misshapen; a
-            convention that has to be said is not.
+            convention is ambiguous and not given.
     """
-    builder = _Builder(file, target)
-    return builder.build(aux_convention, rope_theta, norm_output)
+    config, base, eagle3, sizes = file.config, target.config, file.is_eagle3, sizes_of(file)
+    wide = config.target_hidden_size if eagle3 else None
+    size = ("the hidden size of fc.weight", sizes.width) if wide is None else ("config.target_hidden_size", wide)
+    require_target(
+        file,
+        (*size, base.hidden_size),
+        ("config.vocab_size", config.vocab_size, base.vocab_size),
+        ("config's target family", config.target_family, base.family),
+    )
+    num_aux = _num_aux(file, sizes, base)
+    file, token_ids_U = _draft_vocabulary(file, target)
+    for name, of_target in (("embed_tokens.weight", "embedding"), ("lm_head.weight", "head")):
+        if name not in file.tensors and sizes.width != base.hidden_size:
+            raise file.error(f"tensor {name} is missing, and the target's {of_target} is of another width")
+    expected = _expected(sizes, eagle3, base)
+    draft_vocab = base.vocab_size if token_ids_U is None else len(token_ids_U)
+    of_all = "input_norm.weight" in file.tensors  # one norm over all features, or one for each
+    norms = ["input_norm.weight"] if of_all else [f"fc_norm.{index}.weight" for index in range(num_aux)]
+    expected.add(dict.fromkeys(norms if eagle3 else (), (sizes.fused if of_all else base.hidden_size,)), optional=True)
+    own_head_is_optional = not eagle3 or file.layout == "spdbench"
+    expected.add({"lm_head.weight": (draft_vocab, sizes.width)}, optional=own_head_is_optional)
+    tensors = TargetTensors(file, expected, target)
+    fc_norms = [tensors.norm(name) for name in norms]
+    # SpecForge's `norm_output` names the norm that every head has; elsewhere it says what the next row is fed.
+    feed_normed = norm_output == "feed" or (norm_output == "auto" and config.norm_output and file.layout != "specforge")
+    embeddings = tensors.get("embed_tokens.weight", target.embeddings_VM)
+    assert embeddings is not None
+    return EagleWeights(
+        geometry=sizes.geometry,
+        rotary=rotary_of(file, sizes.geometry.head_dim, rope_theta, target),
+        width=sizes.width,
+        dtype=target.dtype,
+        device=target.device,
+        embeddings=embeddings,
+        aux=aux_states(file, num_aux, base.num_layers, aux_convention) if eagle3 else (),
+        fc=tensors.linear("fc."),
+        fc_norms=tuple(norm for norm in fc_norms if norm is not None),
+        layers=tuple(
+            dense_layer(tensors.get, f"layers.{index}.", config.sliding_window) for index in range(sizes.num_layers)
+        ),
+        feature_norm=tensors.norm("layers.0.hidden_norm.weight"),
+        norm=tensors.norm("norm.weight"),
+        head=tensors.head("lm_head.weight", token_ids_U),
+        token_ids_U=token_ids_U,
+        residual_normed=eagle3 and config.norm_before_residual,
+        feed_normed=eagle3 and feed_normed,
+    )
 
 
-class _Builder:
-    """Takes a file's tensors once each."""
+def _num_aux(file: EagleFile, sizes: Sizes, base: ModelConfig) -> int:
+    """How many of the target's features `fc` reads in EAGLE-3."""
+    width = base.hidden_size
+    if file.is_eagle3 and sizes.fused % width:
+        raise file.error(f"tensor fc.weight has {sizes.fused} columns, expected a multiple of {width}")
+    if not file.is_eagle3 and sizes.fused != 2 * width:
+        raise file.error(f"tensor fc.weight has {sizes.fused} columns, expected {2 * width}")
+    return sizes.fused // width if file.is_eagle3 else 0
 
-    def __init__(self, file: EagleFile, target: Decoder) -> None:
-        self._file, self._target, self._config, self._base = file, target, file.config, target.config
-        self._left = dict(file.tensors)
-        self._sizes = sizes_of(file)
-        self._check_target()
 
-    def build(self, aux_convention: AuxConvention, rope_theta: float | None, norm_output: NormOutput) -> EagleWeights:
-        file, sizes, target, eagle3 = self._file, self._sizes, self._target, self._file.is_eagle3
-        width, num_aux = sizes.width, self._num_aux()
-        token_ids = self._draft_vocabulary()
-        weights = EagleWeights(
-            geometry=sizes.geometry,
-            rotary=rotary_of(file, sizes.geometry.head_dim, rope_theta, target),
-            width=width,
-            dtype=target.dtype,
-            device=target.device,
-            embeddings=self._embeddings(),
-            aux=aux_states(file, num_aux, self._base.num_layers, aux_convention) if eagle3 else (),
-            fc=linear(self._take("fc.weight", width, sizes.fused), self._optional("fc.bias", width)),
-            fc_norms=self._fc_norms(num_aux) if eagle3 else (),
-            layers=tuple(self._layer(index) for index in range(sizes.num_layers)),
-            feature_norm=self._norm("layers.0.hidden_norm.weight", width) if eagle3 else None,
-            norm=self._norm("norm.weight", width) if eagle3 else None,
-            head=self._head(token_ids),
-            token_ids_U=token_ids,
-            residual_normed=eagle3 and self._config.norm_before_residual,
-            feed_normed=eagle3 and feeds_back_normed(file, norm_output),
-        )
-        if self._left:
-            raise file.error(f"unknown tensor {min(self._left)} ({len(self._left)} in all)")
-        return weights
+def _draft_vocabulary(file: EagleFile, target: Decoder) -> tuple[EagleFile, Tensor | None]:
+    """The draft vocabulary, and the file without the tensors that list it."""
+    config, ids, source = file.config, file.config.draft_token_ids, "config.draft_token_ids"
+    if ids is None:
+        found, source = mapped_ids(file, target.config.vocab_size), "the pair of d2t and t2d"
+        if found is not None and not file.is_eagle3:
+            raise file.error("has a draft vocabulary (tensor d2t), which EAGLE-1 does not know")
+        ids = None if found is None else tuple(found)
+        file = replace(file, tensors={name: t for name, t in file.tensors.items() if name not in ("d2t", "t2d")})
+    return file, draft_vocabulary(file, ids, target, size=config.draft_vocab_size, source=source)
 
-    def _check_target(self) -> None:
-        config, base, width = self._config, self._base, self._sizes.width
-        wide = config.target_hidden_size if self._file.is_eagle3 else None
-        for what, found, expected in (
-            ("config.target_hidden_size" if wide else "the hidden size of fc.weight", wide or width, base.hidden_size),
-            ("config.vocab_size", config.vocab_size or base.vocab_size, base.vocab_size),
-            ("config's target family", config.target_family or base.family, base.family),
-        ):
-            if found != expected:
-                raise self._file.error(f"{what} is {found}, but here it is {expected}: it was made for another model")
 
-    def _num_aux(self) -> int:
-        """How many of the target's features `fc` reads."""
-        fused, width = self._sizes.fused, self._base.hidden_size
-        if self._file.is_eagle3:
-            if fused % width:
-                raise self._file.error(f"tensor fc.weight has {fused} columns, expected a multiple of {width}")
-            return fused // width
-        if fused != 2 * width:
-            raise self._file.error(f"tensor fc.weight has {fused} columns, expected {2 * width}")
-        return 0
-
-    def _fc_norms(self, num_aux: int) -> tuple[NormWeight, ...]:
-        width = self._base.hidden_size
-        if "input_norm.weight" in self._left:
-            return (self._norm("input_norm.weight", num_aux * width),)
-        if not any(name.startswith("fc_norm.") for name in self._left):
-            return ()
-        return tuple(self._norm(f"fc_norm.{index}.weight", width) for index in range(num_aux))
-
-    def _layer(self, index: int) -> LayerWeights:
-        eagle3, geometry, width, ffn = self._file.is_eagle3, self._sizes.geometry, self._sizes.width, self._sizes.ffn
-        prefix, attention = f"layers.{index}.", f"layers.{index}.self_attn."
+def _expected(sizes: Sizes, eagle3: bool, base: ModelConfig) -> ExpectedTensors:
+    """The tensors of a head but for the norms before `fc` and the output head."""
+    width, expected = sizes.width, ExpectedTensors()
+    expected.add({"fc.weight": (width, sizes.fused)})
+    expected.add({"fc.bias": (width,)}, optional=True)
+    for index in range(sizes.num_layers):
         inputs = 2 * width if eagle3 and index == 0 else width
-        queries, kv = geometry.num_heads * geometry.head_dim, geometry.num_kv_heads * geometry.head_dim
-        return LayerWeights(
-            input_norm=self._norm(prefix + "input_layernorm.weight", width) if eagle3 or index else None,
-            qkv=self._fused(attention, {"q_proj": queries, "k_proj": kv, "v_proj": kv}, inputs),
-            head_norms=self._head_norms(attention, geometry.head_dim),
-            out=self._fused(attention, {"o_proj": width}, queries),
-            post_norm=self._norm(prefix + "post_attention_layernorm.weight", width),
-            gate_up=self._fused(prefix + "mlp.", {"gate_proj": ffn, "up_proj": ffn}, width),
-            down=self._fused(prefix + "mlp.", {"down_proj": width}, ffn),
-            experts=None,
-            window=self._config.sliding_window,
-        )
+        prefix, input_norm = f"layers.{index}.", eagle3 or index > 0
+        expected.add_layer(prefix, sizes.geometry, width, sizes.ffn, inputs=inputs, input_norm=input_norm)
+    if eagle3:
+        expected.add({"layers.0.hidden_norm.weight": (width,), "norm.weight": (width,)})
+    expected.add({"embed_tokens.weight": (base.vocab_size, width)}, optional=True)
+    return expected
 
-    def _fused(self, prefix: str, rows: dict[str, int], columns: int) -> Linear:
-        """Some projections as one, with their biases: all of them or none."""
-        weights = [self._take(f"{prefix}{name}.weight", size, columns) for name, size in rows.items()]
-        if not any(f"{prefix}{name}.bias" in self._left for name in rows):
-            return linear(torch.cat(weights))
-        return linear(
-            torch.cat(weights), torch.cat([self._take(f"{prefix}{name}.bias", n) for name, n in rows.items()])
-        )
 
-    def _head_norms(self, attention: str, head_dim: int) -> HeadNorms | None:
-        query, key = (f"{attention}{name}_norm.weight" for name in "qk")
-        if query not in self._left and key not in self._left:
-            return None
-        return HeadNorms(self._norm(query, head_dim), self._norm(key, head_dim))
+def sizes_of(file: EagleFile) -> Sizes:
+    """The sizes of a head.
 
-    def _draft_vocabulary(self) -> Tensor | None:
-        """Token ids of the draft vocabulary, from ids that the config lists or from the published pair of buffers."""
-        file, stated, vocab = self._file, self._config.draft_vocab_size, self._base.vocab_size
-        found = self._listed_vocabulary() if self._config.draft_token_ids else self._paired_vocabulary()
-        size = vocab if found is None else len(found)
-        if stated is not None and stated != size:
-            without = " and d2t and t2d are missing" if found is None else f", but its draft tokens are {size}"
-            raise file.error(f"config.draft_vocab_size is {stated}{without}")
-        return None if found is None else found.to(self._target.device)
+    Raises:
+        InputError: a tensor that they follow from is missing or misshapen, or the config contradicts it.
+    """
+    config, eagle3 = file.config, file.is_eagle3
+    (width, fused), (ffn, _) = _matrix(file, "fc.weight"), _matrix(file, GATE)
+    layers = [name.split(".")[1] for name in file.tensors if name.startswith("layers.")]
+    num_layers = 1 + max((int(index) for index in layers if index.isdecimal()), default=0)  # gaps: missing tensors
+    _require_same(file, "hidden_size", config.hidden_size, width, "fc.weight")
+    _require_same(file, "intermediate_size", config.intermediate_size, ffn, GATE)
+    if file.layout != "safeailab" or not eagle3:  # whose EAGLE-3 has one layer whatever the config says
+        _require_same(file, "num_hidden_layers", config.num_hidden_layers, num_layers, f"layers.{num_layers - 1}")
+    for key, stated, name in (
+        ("bias", None if eagle3 else config.bias, "fc.bias"),
+        ("norm_before_fc", config.norm_before_fc, "input_norm.weight"),
+        ("fc_norm", config.fc_norm, "fc_norm.0.weight"),
+    ):
+        if stated is not None and stated != (name in file.tensors):
+            found = "missing" if stated else "there"
+            raise file.error(f"config.{key} is {str(stated).lower()}, but tensor {name} is {found}")
+    return Sizes(width, fused, _geometry(file), ffn, num_layers)
 
-    def _listed_vocabulary(self) -> Tensor:
-        ids, vocab = self._config.draft_token_ids, self._base.vocab_size
-        assert ids
-        if list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= vocab:
-            raise self._file.error(f"config.draft_token_ids must be ascending ids below {vocab}")
-        return torch.tensor(ids)
 
-    def _paired_vocabulary(self) -> Tensor | None:
-        offsets, member = self._left.pop("d2t", None), self._left.pop("t2d", None)
-        if offsets is None and member is None:
-            return None
-        if offsets is None or member is None:
-            raise self._file.error(
-                f"tensor {'d2t' if offsets is None else 't2d'} is missing, though the other one is there"
+def _geometry(file: EagleFile) -> Geometry:
+    config = file.config
+    queries, keys = _matrix(file, QUERY)[0], _matrix(file, KEY)[0]
+    head_dim, norm = config.head_dim, file.tensors.get(QUERY_NORM)
+    if norm is not None and norm.dim() == 1:
+        _require_same(file, "head_dim", head_dim, len(norm), QUERY_NORM)
+        head_dim = len(norm)
+    if head_dim is None:
+        if config.num_attention_heads is None:
+            raise file.error("its config has neither num_attention_heads nor head_dim")
+        head_dim, left = divmod(queries, config.num_attention_heads)
+        if left:
+            raise file.error(
+                f"config.num_attention_heads is {config.num_attention_heads}, but tensor {QUERY} has {queries} rows"
             )
-        if not self._file.is_eagle3:
-            raise self._file.error("has a draft vocabulary (tensor d2t), which EAGLE-1 does not know")
-        for name, tensor, wanted in (("t2d", member, [self._base.vocab_size]), ("d2t", offsets, [offsets.numel()])):
-            if list(tensor.shape) != wanted:
-                raise self._file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {wanted}")
-        if not len(offsets):
-            raise self._file.error("tensor d2t names no draft token")
-        found = offsets.long() + torch.arange(len(offsets))
-        known = member.bool().nonzero()[:, 0]
-        if not torch.equal(found, known):
-            raise self._file.error(
-                f"d2t does not match t2d: the one names {len(found)} draft tokens, the other {len(known)}, and not "
-                "the same ones"
+    for name, rows in ((QUERY, queries), (KEY, keys)):
+        if head_dim < 2 or head_dim % 2 or rows % head_dim:
+            raise file.error(f"tensor {name} has {rows} rows, which makes no heads of {head_dim}")
+    heads, kv_heads = queries // head_dim, keys // head_dim
+    _require_same(file, "num_attention_heads", config.num_attention_heads, heads, QUERY)
+    _require_same(file, "num_key_value_heads", config.num_key_value_heads, kv_heads, KEY)
+    if heads % kv_heads:
+        raise file.error(f"tensor {KEY} has {kv_heads} heads, which do not divide the {heads} of {QUERY}")
+    return Geometry(heads, kv_heads, head_dim, config.rms_norm_eps)
+
+
+def _matrix(file: EagleFile, name: str) -> tuple[int, int]:
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        raise file.error(f"tensor {name} is missing")
+    if tensor.dim() != 2 or not tensor.numel():
+        raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected a matrix")
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def _require_same(file: EagleFile, key: str, stated: int | None, found: int, name: str) -> None:
+    if stated is not None and stated != found:
+        raise file.error(f"config.{key} is {stated}, but tensor {name} makes it {found}")
+
+
+def default_aux(num_layers: int) -> tuple[int, ...]:
+    """The hidden states that EAGLE-3 reads unless a head says otherwise: near the first layer, the middle, the last."""
+    return (2, num_layers // 2, num_layers - 3)
+
+
+def aux_states(file: EagleFile, num_aux: int, num_layers: int, convention: AuxConvention) -> tuple[int, ...]:
+    """The target's hidden states that the head reads; METHODS.md A.7 on why their ids are counted in two ways.
+
+    Raises:
+        InputError: the config does not say which, or its ids could mean either.
+    """
+    ids, standard = file.config.aux_hidden_states, default_aux(num_layers)
+    if ids is None:
+        if num_aux != len(standard):
+            raise file.error(f"reads {num_aux} auxiliary features, and its config does not say which")
+        ids, convention = standard, "hidden_states"
+    if len(ids) != num_aux:
+        raise file.error(f"config names {len(ids)} auxiliary layers, but fc.weight reads {num_aux}")
+    if file.layout == "spdbench":
+        convention = "hidden_states"
+    if convention == "auto":
+        if ids not in (standard, tuple(index - 1 for index in standard)):
+            raise file.error(
+                f"config names the auxiliary layers {list(ids)}, which may count hidden states or layers' outputs; "
+                "say -o eagle.aux_convention=hidden_states or layer_output (try both: the right one drafts better)"
             )
-        return found
+        convention = "hidden_states" if ids == standard else "layer_output"
+    found = ids if convention == "hidden_states" else tuple(index + 1 for index in ids)
+    if not all(0 <= index <= num_layers for index in found):
+        raise file.error(f"config names the auxiliary layers {list(ids)}, but the target has {num_layers} layers")
+    return found
 
-    def _head(self, token_ids: Tensor | None) -> Linear:
-        """The head's own rows, or the target's where the file has none."""
-        width, base = self._sizes.width, self._base
-        own = self._optional("lm_head.weight", base.vocab_size if token_ids is None else len(token_ids), width)
-        if own is not None:
-            return linear(own)
-        if self._file.is_eagle3 and self._file.layout != "spdbench":
-            raise self._file.error("tensor lm_head.weight is missing")
-        if width != base.hidden_size:
-            raise self._file.error("tensor lm_head.weight is missing, and the target's head is of another width")
-        assert self._target.head is not None
-        return self._target.head if token_ids is None else linear(self._target.head.plain()[token_ids])
 
-    def _embeddings(self) -> Tensor:
-        width, base = self._sizes.width, self._base
-        own = self._optional("embed_tokens.weight", base.vocab_size, width)
-        if own is not None:
-            return own
-        if width != base.hidden_size:
-            raise self._file.error(
-                "tensor embed_tokens.weight is missing, and the target's embedding is of another width"
+def rotary_of(file: EagleFile, head_dim: int, theta: float | None, target: Decoder) -> Rotary:
+    """The head's rotary positions; plain ones with base `theta` where it is given.
+
+    Raises:
+        InputError: of a kind that is not computed here, or described wrongly.
+    """
+    config = file.config
+    if theta is None and config.rope_scaling is not None:
+        kind = config.rope_scaling["rope_type"]
+        if kind not in ROPE_TYPES:
+            raise file.error(
+                f"config's rotary positions are of type {kind}. Supported: {', '.join(ROPE_TYPES)}; "
+                "-o eagle.rope_theta=BASE takes plain ones"
             )
-        assert self._target.embeddings_VM is not None
-        return self._target.embeddings_VM
-
-    def _norm(self, name: str, size: int) -> NormWeight:
-        return NormWeight(self._take(name, size))
-
-    def _optional(self, name: str, *shape: int) -> Tensor | None:
-        return self._take(name, *shape) if name in self._left else None
-
-    def _take(self, name: str, *shape: int) -> Tensor:
-        found = self._left.pop(name, None)
-        if found is None:
-            raise self._file.error(f"tensor {name} is missing")
-        if tuple(found.shape) != shape:
-            raise self._file.error(f"tensor {name} has shape {list(found.shape)}, expected {list(shape)}")
-        return found.to(self._target.device, self._target.dtype)
+        try:
+            parameters = {**config.rope_scaling, "rope_theta": config.rope_theta}
+            scaled = scaled_frequencies(parameters, head_dim, config.max_position_embeddings)
+        except ValueError as error:
+            raise file.error(f"config's rotary positions of type {kind} cannot be used ({error})") from None
+        return Rotary(*scaled, target.dtype, target.device)
+    plain = plain_frequencies(config.rope_theta if theta is None else theta, head_dim)
+    return Rotary(plain, 1.0, target.dtype, target.device)
 
 
 def random_eagle(target: Decoder, seed: int, version: Literal[1, 3] = 3) -> EagleFile:
     """An untrained head of the target's sizes: matrices drawn from N(0, 0.02²), norms of ones, the target's head."""
-    base = target.config
-    width, ffn = base.hidden_size, base.intermediate_size
-    queries, kv = base.num_heads * base.head_dim, base.num_kv_heads * base.head_dim
-    generator = torch.Generator().manual_seed(seed)
-    inputs = 2 * width if version == 3 else width
+    base, eagle3 = target.config, version == 3
+    width, num_aux = base.hidden_size, 3 if eagle3 else 0
+    sizes = Sizes(width, width * (num_aux or 2), geometry_of(base), base.intermediate_size, 1)
     aux = tuple(min(max(index, 0), base.num_layers) for index in default_aux(base.num_layers))
-    shapes = {
-        "fc.weight": (width, 3 * width if version == 3 else 2 * width),
-        "layers.0.self_attn.q_proj.weight": (queries, inputs),
-        "layers.0.self_attn.k_proj.weight": (kv, inputs),
-        "layers.0.self_attn.v_proj.weight": (kv, inputs),
-        "layers.0.self_attn.o_proj.weight": (width, queries),
-        "layers.0.mlp.gate_proj.weight": (ffn, width),
-        "layers.0.mlp.up_proj.weight": (ffn, width),
-        "layers.0.mlp.down_proj.weight": (width, ffn),
-    }
-    tensors = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(width)
-    if version == 3:
-        norms = ("layers.0.hidden_norm.weight", "layers.0.input_layernorm.weight", "norm.weight")
-        tensors |= {name: torch.ones(width) for name in norms}
     config = EagleConfig(
         num_attention_heads=base.num_heads,
         num_key_value_heads=base.num_kv_heads,
         head_dim=base.head_dim,
         hidden_size=width,
-        intermediate_size=ffn,
+        intermediate_size=base.intermediate_size,
         vocab_size=base.vocab_size,
         rms_norm_eps=base.norm_eps,
-        aux_ids=aux if version == 3 else None,
+        aux_hidden_states=aux if eagle3 else None,
         trained_tokens=0,
     )
-    return EagleFile(Path("random"), "spdbench", config, tensors, "")
+    expected = _expected(sizes, eagle3, base)
+    return EagleFile(Path("random"), "spdbench", config, random_tensors(expected.required, seed))

@@ -27,12 +27,11 @@ from spdbench.training.soft_targets import (
     scored_drafts,
     soft_loss,
 )
-from spdbench_backends.drafter_files import add_origin, origin
-from spdbench_backends.eagle.checkpoint_layouts import default_aux
-from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout
+from spdbench_backends.drafter_files.folder import origin, stored
+from spdbench_backends.drafter_files.tensors import vocabulary_maps
+from spdbench_backends.eagle.build import default_aux
+from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout, write_eagle
 from spdbench_backends.eagle.training_time_test import EagleHead, state_index
-from spdbench_backends.eagle.writing import write_eagle
-from spdbench_backends.packing import stored
 
 PLAIN_BASE = 10_000.0
 """Base of the rotary positions where the target's are scaled, which not every layout can say of a head."""
@@ -119,14 +118,12 @@ class Eagle3Recipe(Recipe):
         tensors, ids_U = dict(self.module.state_dict()), self._vocabulary.ids_U
         if layout != "spdbench":  # published layouts store the head and have the vocabulary as tensors
             tensors["lm_head.weight"] = self._output_head
-        tensors = stored(tensors, "bfloat16")
+        tensors = stored(tensors)
         if layout != "spdbench" and ids_U is not None:
-            tensors |= published_vocabulary(ids_U.cpu(), self._teacher.config.vocab_size)
+            tensors |= vocabulary_maps(ids_U.cpu(), self._teacher.config.vocab_size)
         config = self._config(about, self._vocabulary.listed if layout == "spdbench" else None)
         file = EagleFile(directory, "spdbench", config, tensors, "", origin(about))
         write_eagle(file, directory, cast(Layout, "safeailab" if layout == "eagle3" else layout))
-        if layout != "spdbench":
-            add_origin(directory, about)
 
     def _config(self, about: Provenance, listed: tuple[int, ...] | None) -> EagleConfig:
         base = self._teacher.config
@@ -142,15 +139,8 @@ class Eagle3Recipe(Recipe):
             rms_norm_eps=base.norm_eps,
             rope_theta=self._base,
             target_family=base.family,
-            aux_ids=self._aux,
+            aux_hidden_states=self._aux,
             draft_token_ids=listed,
             trained_tokens=about.trained_tokens,
             acceptance_by_position=about.acceptance_by_position,
         )
-
-
-def published_vocabulary(ids_U: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """`d2t`, by how much a draft id falls short of its token id, and `t2d`, which tokens have one."""
-    member = torch.zeros(vocab_size, dtype=torch.bool)
-    member[ids_U] = True
-    return {"d2t": ids_U - torch.arange(len(ids_U)), "t2d": member}

@@ -69,11 +69,10 @@ class Medusa(DraftVerify):
         if file is None:
             self._info = self._synthetic(choice)
         else:
-            from spdbench_backends.drafter_files import drafter_info
             from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
-            self._info = drafter_info(choice.kind, file.path.name, "medusa", file.sha256, file.trained_tokens)
+            self._info = file.info(choice.kind, "medusa")
         self._choice = choice
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
         target = self._record(self._options.graphs, self._builder.max_nodes, ())
@@ -139,8 +138,8 @@ class Medusa(DraftVerify):
 
         if file is None:
             accuracies = assumed_accuracies([choice.probability] * heads, 1)
-        elif file.head_accuracies:
-            accuracies = [list(ranks) for ranks in file.head_accuracies[:heads]]
+        elif file.config.head_accuracies:
+            accuracies = [list(ranks) for ranks in file.config.head_accuracies[:heads]]
         else:
             by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
             accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))

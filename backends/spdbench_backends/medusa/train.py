@@ -28,9 +28,8 @@ from spdbench.training.soft_targets import (
     scored_drafts,
     soft_loss,
 )
-from spdbench_backends.drafter_files import add_origin, origin
-from spdbench_backends.medusa.formats import Block, MedusaConfig, MedusaFile
-from spdbench_backends.medusa.writing import WrittenLayout, write_medusa
+from spdbench_backends.drafter_files.folder import origin, stored
+from spdbench_backends.medusa.formats import SHARED, Layout, MedusaConfig, MedusaFile, write_medusa
 
 NUM_RANKS = 10
 """Ranks of each head whose accuracy is measured; published trees use no more."""
@@ -131,6 +130,7 @@ class MedusaRecipe(Recipe):
         """`medusa` is the published layout that can describe these heads: vLLM's where they draft only some tokens."""
         if layout == "medusa":
             layout = "v0.1" if self._vocabulary.ids_U is None else "vllm"
+        self.require_layout(layout)
         base = self._teacher.config
         config = MedusaConfig(
             hidden_size=base.hidden_size,
@@ -142,20 +142,13 @@ class MedusaRecipe(Recipe):
             head_accuracies=self._accuracies(),
             trained_tokens=about.trained_tokens,
         )
-        file = MedusaFile(directory, "spdbench", config, self._blocks(), self._linear_layers(layout), "", origin(about))
-        write_medusa(file, directory, cast(WrittenLayout, layout))
-        if layout != "spdbench":
-            add_origin(directory, about)
-
-    def _blocks(self) -> tuple[tuple[Block, ...], ...]:
-        heads = cast("list[list[ResidualBlock]]", self._heads)
-        linears = [[(block.linear.weight, block.linear.bias) for block in head] for head in heads]
-        return tuple(
-            tuple(Block(*(tensor.detach().to("cpu", torch.bfloat16) for tensor in pair)) for pair in head)
-            for head in linears
+        blocks = {name: tensor for name, tensor in self._heads.state_dict().items() if ".linear." in name}
+        tensors = stored(blocks | self._linear_layers(layout))
+        write_medusa(
+            MedusaFile(directory, "spdbench", config, tensors, "", origin(about)), directory, cast(Layout, layout)
         )
 
-    def _linear_layers(self, layout: str) -> tuple[Tensor, ...]:
+    def _linear_layers(self, layout: str) -> dict[str, Tensor]:
         """The target's rows as often as a layout stores them: for each head, once for all, or not at all."""
-        count = {"v0.1": self._options.heads, "vllm": 1}.get(layout, 0)
-        return (self._vocabulary.head_UM.to("cpu", torch.bfloat16),) * count
+        own = [f"{head}.{self._options.layers}.weight" for head in range(self._options.heads)]
+        return dict.fromkeys({"v0.1": own, "vllm": [SHARED]}.get(layout, []), self._vocabulary.head_UM)

@@ -43,7 +43,6 @@ class SPD(Pipelined):
         self._head = self._module = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        from spdbench_backends.drafter_files import drafter_info
         from spdbench_backends.spd.formats import build_head, random_head, read_head
 
         file = self._find_head(choice, read_head, random_head)
@@ -53,7 +52,7 @@ class SPD(Pipelined):
         self._head = build_head(file, self._drafters_target, self._stages)
         if self._options.stage_layers == "auto":
             self._head = self._rebalanced(self._head)
-        self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)
+        self._info = file.info(choice.kind, self.method)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors

@@ -3,52 +3,45 @@
     config.json         method, version, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
                         trained_tokens
     model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
-                        matrices may be in 8 bits, as `packing` has them
+                        matrices may be in 8 bits
 
 Source: METHODS.md, section C; the published code is not available, so the format is our own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from pydantic import Field
 
-from spdbench.errors import InputError, validated
-from spdbench.models.checkpoints.weights import sha256_of_files
-from spdbench.models.cpu.linear import linear
-from spdbench.models.decoder import Decoder
-from spdbench.models.layer_ops import NormWeight
-from spdbench_backends.drafter_files import load_tensors, read_config, require_version
-from spdbench_backends.packing import unpacked
-from spdbench_backends.spd.tensors import TensorTaker, dense_layer, layer_shapes, random_tensors
+from spdbench.errors import InputError
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
+from spdbench.models.decoder import Decoder, geometry_of
+from spdbench_backends.drafter_files.folder import (
+    VERSION,
+    DrafterConfig,
+    DrafterFile,
+    checked_config,
+    read_config,
+    read_tensors,
+    require_version,
+)
+from spdbench_backends.drafter_files.tensors import TargetTensors, random_tensors, require_target
 
-HEAD_NORM = "layers.0.self_attn.q_norm.weight"
 
-
-class ExitConfig(BaseModel):
-    """What a folder says of its head. `exit_layer` is how many of the target's layers come before it."""
-
-    model_config = ConfigDict(strict=True, frozen=True)
+class ExitConfig(DrafterConfig):
+    """`exit_layer` is how many of the target's layers come before the head."""
 
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     exit_layer: int = Field(ge=1)
     num_layers: int = Field(ge=1)
     num_stages: int | None = Field(None, ge=1)
-    trained_tokens: int | None = Field(None, ge=0)
 
 
-@dataclass(frozen=True)
-class ExitFile:
-    """A head as read, still without a target."""
-
-    path: Path
-    config: ExitConfig
-    tensors: dict[str, Tensor]
-    sha256: str
+ExitFile = DrafterFile[ExitConfig]
 
 
 def read_exit(path: Path) -> ExitFile:
@@ -57,27 +50,22 @@ def read_exit(path: Path) -> ExitFile:
     Raises:
         InputError: it is no such folder, or damaged.
     """
-    config = read_config(path)
-    if config.get("method") != "ppsd":
-        raise InputError(f"{path}: is not a PPSD drafter: config.method is {config.get('method')!r}, expected 'ppsd'")
-    require_version(path, config)
-    file = path / "model.safetensors"
-    if not file.is_file():
-        raise InputError(f"{path}: is not a drafter folder, it has no {file.name}")
-    checked = validated(ExitConfig, config, f"{path}: config.")
-    return ExitFile(path, checked, unpacked(load_tensors(file)), sha256_of_files([file]))
+    raw = read_config(path, "ppsd")
+    if "method" not in raw:
+        raise InputError(f"{path}: is not a PPSD drafter: its config names no method")
+    require_version(path, raw, VERSION)
+    files = Checkpoint(path).files
+    config = checked_config(ExitConfig, raw, path)
+    return ExitFile(path, "spdbench", config, read_tensors(files), sha256_of_files(files))
 
 
 def random_exit(target: Decoder, stages: tuple[range, ...], seed: int) -> ExitFile:
     """An untrained head of one layer."""
+    base = target.config
     config = ExitConfig(
-        hidden_size=target.config.hidden_size,
-        vocab_size=target.config.vocab_size,
-        exit_layer=stages[0].stop,
-        num_layers=1,
+        hidden_size=base.hidden_size, vocab_size=base.vocab_size, exit_layer=stages[0].stop, num_layers=1
     )
-    shapes = layer_shapes(target, "layers.0.", head_norms=False)
-    return ExitFile(Path("random"), config, random_tensors(shapes, seed), "")
+    return ExitFile(Path("random"), "spdbench", config, random_tensors(_expected(target, 1).required, seed))
 
 
 def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> Decoder:
@@ -87,25 +75,28 @@ def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> De
         InputError: made for another target or another first stage, or damaged.
     """
     base, config = target.config, file.config
-    for key, found, expected in (
-        ("hidden_size", config.hidden_size, base.hidden_size),
-        ("vocab_size", config.vocab_size, base.vocab_size),
-        ("exit_layer", config.exit_layer, stages[0].stop),
-    ):
-        if found != expected:
-            mend = "give ppsd.stages or ppsd.stage_layers that fit" if key == "exit_layer" else "made for another model"
-            raise InputError(f"{file.path}: config.{key} is {found}, but here it is {expected}: {mend}")
-    take = TensorTaker(file.path, file.tensors, target)
-    normed = HEAD_NORM in file.tensors
-    layers = {i: dense_layer(take, target, f"layers.{i}.", head_norms=normed) for i in range(config.num_layers)}
-    norm = take.optional("norm.weight", base.hidden_size)
-    head = take.optional("lm_head.weight", base.vocab_size, base.hidden_size)
-    take.refuse_leftovers()
+    require_target(
+        file,
+        ("config.hidden_size", config.hidden_size, base.hidden_size),
+        ("config.vocab_size", config.vocab_size, base.vocab_size),
+    )
+    fitting = ": give ppsd.stages or ppsd.stage_layers that fit"
+    require_target(file, ("config.exit_layer", config.exit_layer, stages[0].stop), remedy=fitting)
+    tensors, layers = TargetTensors(file, _expected(target, config.num_layers), target), range(config.num_layers)
     return replace(
         target,
-        layers=range(config.num_layers),
-        weights=layers,
+        layers=layers,
+        weights={index: dense_layer(tensors.get, f"layers.{index}.") for index in layers},
         embeddings_VM=None,
-        final_norm=target.final_norm if norm is None else NormWeight(norm),
-        head=target.head if head is None else linear(head),
+        final_norm=tensors.norm("norm.weight") or target.final_norm,
+        head=tensors.head("lm_head.weight", None),
     )
+
+
+def _expected(target: Decoder, num_layers: int) -> ExpectedTensors:
+    base, expected = target.config, ExpectedTensors()
+    for index in range(num_layers):
+        expected.add_layer(f"layers.{index}.", geometry_of(base), base.hidden_size, base.intermediate_size)
+    expected.add({"norm.weight": (base.hidden_size,)}, optional=True)
+    expected.add({"lm_head.weight": (base.vocab_size, base.hidden_size)}, optional=True)
+    return expected

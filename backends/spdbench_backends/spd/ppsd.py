@@ -37,7 +37,6 @@ class PPSD(Pipelined):
         self._head = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        from spdbench_backends.drafter_files import drafter_info
         from spdbench_backends.spd.exit_head import build_exit, random_exit, read_exit
 
         file = self._find_head(choice, read_exit, random_exit)
@@ -45,7 +44,7 @@ class PPSD(Pipelined):
             self._info = self._synthetic(choice)
             return
         self._head = build_exit(file, self._drafters_target, self._stages)
-        self._info = drafter_info(choice.kind, file.path.name, self.method, file.sha256, file.config.trained_tokens)
+        self._info = file.info(choice.kind, self.method)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else (self._stages[0].stop,)

@@ -21,9 +21,8 @@ from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.training.layers import DecoderLayer, angles
 from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions, Teacher
 from spdbench.training.soft_targets import greedy_drafts, mean_kl
-from spdbench_backends.drafter_files import origin
-from spdbench_backends.packing import Storage, stored, unpacked
-from spdbench_backends.spd.formats import VERSION, write_folder, write_published
+from spdbench_backends.drafter_files.folder import Storage, origin, stored, unpacked, write_folder
+from spdbench_backends.spd.formats import VERSION, write_published
 from spdbench_backends.spd.pipelined import counts_of, usual_stages
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 from spdbench_backends.spd.trainable import TrainableModule
@@ -170,7 +169,7 @@ class SPDRecipe(PipelineRecipe):
         self.require_layout(layout)
         config, tensors = self._config(about), stored(self.module.state_dict(), self._options.storage)
         if layout == "spd-v11":
-            tensors = stored({"lm_head.weight": self._head, **unpacked(tensors)}, "bfloat16")
+            tensors = stored({"lm_head.weight": self._head, **unpacked(tensors)})
             write_published(directory / PUBLISHED, config, tensors)
         write_folder(directory, config, tensors)
 

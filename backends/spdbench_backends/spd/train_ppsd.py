@@ -17,9 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spdbench.training.layers import DecoderLayer, RMSNorm
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher
 from spdbench.training.soft_targets import greedy_drafts
-from spdbench_backends.drafter_files import VERSION, origin
-from spdbench_backends.packing import stored
-from spdbench_backends.spd.formats import write_folder
+from spdbench_backends.drafter_files.folder import VERSION, origin, stored, write_folder
 from spdbench_backends.spd.train import PipelineRecipe, PipelineTrainOptions
 
 

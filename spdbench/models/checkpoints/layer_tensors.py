@@ -5,7 +5,7 @@ Serves the target's layers and those of drafters, which are of the same kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,13 @@ class ExpectedTensors:
         """What to read from a file that holds `names`: all that is required, and each group that it holds a part of."""
         groups = [group for group in self.optional if any(name in names for name in group)]
         return self.required | {name: shape for group in groups for name, shape in group.items()}
+
+    def add(self, shapes: Mapping[str, Shape], *, optional: bool = False) -> None:
+        """Tensors that have to be there; if `optional`, all of them or none."""
+        if optional:
+            self.optional.append(dict(shapes))
+        else:
+            self.required.update(shapes)
 
     def add_layer(
         self,
@@ -54,18 +61,15 @@ class ExpectedTensors:
             self._add_projections(prefix + "mlp.", {"gate_proj": ffn, "up_proj": ffn}, width)
             self._add_projections(prefix + "mlp.", {"down_proj": width}, ffn)
         if input_norm:
-            self.required[prefix + "input_layernorm.weight"] = (width,)
-        self.required[prefix + "post_attention_layernorm.weight"] = (width,)
-        norms: dict[str, Shape] = {f"{attention}{name}_norm.weight": (head_dim,) for name in "qk"}
-        if head_norms:
-            self.required.update(norms)
-        elif head_norms is None:
-            self.optional.append(norms)
+            self.add({prefix + "input_layernorm.weight": (width,)})
+        self.add({prefix + "post_attention_layernorm.weight": (width,)})
+        if head_norms is not False:
+            self.add({f"{attention}{name}_norm.weight": (head_dim,) for name in "qk"}, optional=head_norms is None)
 
     def _add_projections(self, prefix: str, rows: dict[str, int], columns: int) -> None:
         """Projections that are computed as one: all of them have a bias, or none."""
-        self.required.update({f"{prefix}{name}.weight": (size, columns) for name, size in rows.items()})
-        self.optional.append({f"{prefix}{name}.bias": (size,) for name, size in rows.items()})
+        self.add({f"{prefix}{name}.weight": (size, columns) for name, size in rows.items()})
+        self.add({f"{prefix}{name}.bias": (size,) for name, size in rows.items()}, optional=True)
 
 
 def dense_layer(tensor: Callable[[str], Tensor | None], prefix: str, window: int | None = None) -> LayerWeights:

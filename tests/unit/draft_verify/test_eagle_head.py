@@ -138,7 +138,10 @@ def variants() -> list[Any]:
         pytest.param(3, eagle3_shapes(width=16) | whole, {"target_hidden_size": 32}, id="narrow"),
         pytest.param(3, eagle3_shapes(width=48) | wide, {"target_hidden_size": 32, "norm_output": True}, id="wide"),
         pytest.param(
-            3, eagle3_shapes(num_aux=2) | {"lm_head.weight": (262, 32)}, {"aux_ids": (1, 5)}, id="two-features"
+            3,
+            eagle3_shapes(num_aux=2) | {"lm_head.weight": (262, 32)},
+            {"aux_hidden_states": (1, 5)},
+            id="two-features",
         ),
     ]
 

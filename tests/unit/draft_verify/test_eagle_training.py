@@ -194,7 +194,7 @@ def test_every_layout_says_where_a_head_comes_from(decoder: Decoder, tmp_path: P
     fresh(decoder, head=head).write(tmp_path, ABOUT, layout)
     file = read_eagle(tmp_path)
     assert file.layout == {"eagle3": "safeailab"}.get(layout, layout)
-    assert (file.trained_tokens, file.acceptance_by_position) == (1234, (0.5, 0.25))
+    assert (file.config.trained_tokens, file.config.acceptance_by_position) == (1234, (0.5, 0.25))
     assert ("lm_head.weight" in file.tensors) == (head == "trained" or layout != "spdbench")
     weights = build_eagle(file, decoder)
     assert weights.aux == (2, 3, 3)

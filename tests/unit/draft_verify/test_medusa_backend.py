@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,7 @@ from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.build import random_medusa
-from spdbench_backends.medusa.formats import MedusaFile
-from spdbench_backends.medusa.writing import write_medusa
+from spdbench_backends.medusa.formats import MedusaFile, write_medusa
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -49,7 +49,7 @@ def emitted(backend: Medusa) -> list[int]:
 
 def test_a_medusa2_models_own_heads_are_found(tiny_model: Path, tmp_path: Path, heads: MedusaFile) -> None:
     folder = Path(shutil.copytree(tiny_model, tmp_path / "tuned"))
-    tensors = {**load_file(folder / "model.safetensors"), **dict(heads.names("medusa2"))}
+    tensors = {**load_file(folder / "model.safetensors"), **heads.renamed("medusa2")}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     target = tiny.load(folder)
     for drafter in ("auto", folder, tmp_path / "tuned" / ".." / "tuned"):
@@ -69,11 +69,7 @@ def test_auto_finds_an_installed_drafter(
     with pytest.raises(InputError, match="no trained medusa drafter"):
         started(target, "auto")
     config = heads.config.model_copy(update={"model_sha256": target.files.sha256, "trained_tokens": 77})
-    folder = write_medusa(
-        MedusaFile(heads.path, heads.layout, config, heads.blocks, heads.heads, ""),
-        tmp_path / "drafters" / "mine",
-        "spdbench",
-    )
+    folder = write_medusa(replace(heads, config=config), tmp_path / "drafters" / "mine", "spdbench")
     info = started(target, "auto", tree="chain").describe().drafter
     assert info is not None
     assert (info.id, info.trained_tokens) == (folder.name, 77)
@@ -94,7 +90,7 @@ def test_trees_that_do_not_fit(
     target: Target, tmp_path: Path, heads: MedusaFile, options: dict[str, str], why: str
 ) -> None:
     small = heads.config.model_copy(update={"draft_token_ids": (40, 50)})
-    file = MedusaFile(heads.path, heads.layout, small, heads.blocks, heads.heads, "")
+    file = replace(heads, config=small)
     folder = write_medusa(file, tmp_path / "heads", "spdbench")
     for name, paths in {"DEEP": [[0], [0, 0]], "WIDE": [[2]], "ORPHAN": [[0], [1, 0]]}.items():
         (tmp_path / f"{name.lower()}.json").write_text(json.dumps(paths))
@@ -112,7 +108,7 @@ def test_measured_accuracies_make_the_tree(
     monkeypatch.setattr("spdbench.decoding.tree_choice.measure_row_costs", lambda *_: costs)
     accuracies = ((0.0, 1.0), (0.0,), (0.0,))
     config = heads.config.model_copy(update={"head_accuracies": accuracies})
-    file = MedusaFile(heads.path, heads.layout, config, heads.blocks, heads.heads, "")
+    file = replace(heads, config=config)
     backend = started(target, write_medusa(file, tmp_path / "heads", "spdbench"))
     assert backend.describe().chosen == {"tree": "2 nodes, 1 levels"}
     assert emitted(backend) == list(decode(target.decoder, REQUEST))
@@ -122,7 +118,7 @@ def test_measured_accuracies_make_the_tree(
 def test_a_drafter_of_few_tokens_keeps_the_output(target: Target, tmp_path: Path, tree: str) -> None:
     file = random_medusa(target.own_decoder, 5, seed=2)
     config = file.config.model_copy(update={"draft_token_ids": tuple(range(250, 230, -1))})
-    file = MedusaFile(file.path, file.layout, config, file.blocks, file.heads, "")
+    file = replace(file, config=config)
     backend = started(target, write_medusa(file, tmp_path / "heads", "spdbench"), tree=tree)
     assert emitted(backend) == list(decode(target.decoder, REQUEST))
 

@@ -11,37 +11,34 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
-from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.formats import Block, MedusaFile
+from spdbench_backends.medusa.build import build_medusa
+from spdbench_backends.medusa.formats import MedusaFile
 from tests import tiny
+from tests.unit.draft_verify.medusa_files import heads
 
 IDS = (200, 3, 7, 261, 0, 99)
 
 
-def loud(target: Decoder, num_blocks: int, linears: int, ids: tuple[int, ...] | None, bias: bool) -> MedusaFile:
+def loud(num_blocks: int, linears: int, ids: tuple[int, ...] | None, bias: bool) -> MedusaFile:
     """Four heads with weights large enough to tell things apart."""
-    generator = torch.Generator().manual_seed(num_blocks + linears)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.5
-
-    file = random_medusa(target, 4, seed=0)
-    blocks = tuple(tuple(Block(draw(32, 32), draw(32) if bias else None) for _ in range(num_blocks)) for _ in range(4))
-    heads = tuple(draw(262 if ids is None else len(ids), 32) for _ in range(linears))
-    return replace(file, blocks=blocks, heads=heads, config=file.config.model_copy(update={"draft_token_ids": ids}))
+    return heads(4, num_blocks, linears, ids, bias)
 
 
 def reference(file: MedusaFile, target: Decoder, state_M: Tensor, k: int) -> Tensor:
     """Head k's logits over the draft vocabulary."""
-    for block in file.blocks[k]:
-        inner_M = block.weight_MM @ state_M + (0.0 if block.bias_M is None else block.bias_M)
+    tensors, num_blocks = file.tensors, file.counts[1]
+    for j in range(num_blocks):
+        weight_MM, bias_M = (tensors.get(f"{k}.{j}.linear.{part}") for part in ("weight", "bias"))
+        assert weight_MM is not None
+        inner_M = weight_MM @ state_M + (0.0 if bias_M is None else bias_M)
         state_M = state_M + inner_M * torch.sigmoid(inner_M)
+    own = tensors.get("lm_head.weight", tensors.get(f"{k}.{num_blocks}.weight"))
+    if own is not None:
+        return linear(state_M, own)
     ids = file.config.draft_token_ids
-    if not file.heads:
-        assert target.head is not None
-        rows = target.head.plain()
-        return linear(state_M, rows if ids is None else rows[list(ids)])
-    return linear(state_M, file.heads[k if len(file.heads) > 1 else 0])
+    assert target.head is not None
+    rows = target.head.plain()
+    return linear(state_M, rows if ids is None else rows[list(ids)])
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -51,7 +48,7 @@ def reference(file: MedusaFile, target: Decoder, state_M: Tensor, k: int) -> Ten
 def test_logits_are_the_methods_own(
     decoder: Decoder, num_blocks: int, linears: int, ids: tuple[int, ...] | None, bias: bool
 ) -> None:
-    file = loud(decoder, num_blocks, linears, ids, bias)
+    file = loud(num_blocks, linears, ids, bias)
     weights = build_medusa(file, decoder)
     state_1M = torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
     for used in (1, 3, 4):
@@ -60,36 +57,32 @@ def test_logits_are_the_methods_own(
 
 
 def test_draft_indices_become_token_ids(decoder: Decoder) -> None:
-    some, every = (build_medusa(loud(decoder, 1, 0, ids, True), decoder) for ids in (IDS, None))
+    some, every = (build_medusa(loud(1, 0, ids, True), decoder) for ids in (IDS, None))
     indices = torch.tensor([[0, 5], [1, 1]])
     assert some.token_ids(indices).tolist() == [[200, 99], [3, 3]]
     assert every.token_ids(indices).tolist() == indices.tolist()
 
 
 def test_bytes_are_those_of_blocks_and_linear_layers(decoder: Decoder) -> None:
-    assert build_medusa(loud(decoder, 2, 4, None, True), decoder).nbytes == 4 * (4 * 2 * (32 * 32 + 32) + 4 * 262 * 32)
-    assert build_medusa(loud(decoder, 1, 0, IDS, False), decoder).nbytes == 4 * (4 * 32 * 32 + len(IDS) * 32)
+    assert build_medusa(loud(2, 4, None, True), decoder).nbytes == 4 * (4 * 2 * (32 * 32 + 32) + 4 * 262 * 32)
+    assert build_medusa(loud(1, 0, IDS, False), decoder).nbytes == 4 * (4 * 32 * 32 + len(IDS) * 32)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_heads_take_the_targets_dtype(tiny_model: Path, dtype: str) -> None:
     target = tiny.load(tiny_model, dtype).own_decoder
-    weights = build_medusa(loud(target, 1, 1, IDS, True), target)
+    weights = build_medusa(loud(1, 1, IDS, True), target)
     assert weights.logits(torch.ones(1, 32, dtype=target.dtype), 2).dtype == target.dtype
 
 
 def test_weights_are_copies_of_what_was_read(tiny_model: Path) -> None:
     """What was read may lie in a mapped file, also where neither packing nor another dtype makes a copy."""
     target = tiny.load(tiny_model, "float16").own_decoder
-    file = loud(target, 1, 1, None, False)
-    file = replace(
-        file,
-        blocks=tuple((Block(head[0].weight_MM.half(), None),) for head in file.blocks),
-        heads=(file.heads[0].half(),),
-    )
+    file = loud(1, 1, None, False)
+    file = replace(file, tensors={name: tensor.half() for name, tensor in file.tensors.items()})
     weights = build_medusa(file, target)
     state = torch.ones(1, 32, dtype=torch.float16)
     before = weights.logits(state, 4)
-    for tensor in (*(head[0].weight_MM for head in file.blocks), *file.heads):
+    for tensor in file.tensors.values():
         tensor.zero_()
     assert torch.equal(weights.logits(state, 4), before)

@@ -131,7 +131,7 @@ def test_a_draft_vocabulary_is_written_where_a_layout_has_a_place_for_it(decoder
         recipe.write(tmp_path / layout, ABOUT, layout)
         file = read_medusa(tmp_path / layout)
         assert file.config.draft_token_ids == tuple(DRAFT_IDS.tolist())
-        assert len(file.heads) == (layout == "vllm")
+        assert ("lm_head.weight" in file.tensors) == (layout == "vllm")
     for layout in ("v0.1", "v2"):
         with pytest.raises(InputError, match="knows no draft vocabulary; give --draft-vocab 262"):
             recipe.require_layout(layout)
@@ -146,15 +146,15 @@ def test_accuracies_are_those_of_the_last_measurement_and_choose_the_tree(
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(tmp_path))
     recipe = fresh(target.own_decoder, heads=2)
     recipe.write(tmp_path / "unmeasured", ABOUT, "spdbench")
-    assert read_medusa(tmp_path / "unmeasured").head_accuracies == ()
+    assert read_medusa(tmp_path / "unmeasured").config.head_accuracies == ()
     recipe.acceptance(batch)
     train(recipe, batch, 60)
     counts = recipe.acceptance(batch)
     about = type(ABOUT)("tiny", target.files.sha256, "d", 5, 0, counts.rates)
     recipe.write(tmp_path / "measured", about, "spdbench")
     file = read_medusa(tmp_path / "measured")
-    assert [len(ranks) for ranks in file.head_accuracies] == [10, 10]
-    assert file.head_accuracies[0][0] == pytest.approx(counts.rates[0], abs=1e-6)
+    assert [len(ranks) for ranks in file.config.head_accuracies] == [10, 10]
+    assert file.config.head_accuracies[0][0] == pytest.approx(counts.rates[0], abs=1e-6)
     assert dict(file.extra) == {
         "model_id": "tiny", "data_sha256": "d", "seed": 0, "acceptance_by_position": list(counts.rates)
     }  # fmt: skip

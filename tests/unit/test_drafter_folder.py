@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import Tensor
 
-from spdbench_backends.packing import stored, unpacked
+from spdbench_backends.drafter_files.folder import stored, unpacked
 
 MATRICES = arrays.arrays(
     "float32", st.tuples(st.integers(1, 6), st.integers(1, 9)), elements=st.floats(-1e4, 1e4, width=32)

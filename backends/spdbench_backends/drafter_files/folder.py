@@ -1,0 +1,231 @@
+"""Drafters on disk as folders and files: a config, tensors, and where they come from.
+
+A method adds what its configs say and how its layouts name tensors. In our own layout matrices may be in 8 bits: a
+row's numbers are whole multiples of its own scale, the largest of them 127. That halves the bytes, and no worse drafts
+could be measured.
+
+    NAME          int8 [O, I]
+    NAME.scale    float32 [O]
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from zipfile import is_zipfile
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spdbench.backend import DrafterInfo
+from spdbench.errors import InputError, validated
+
+if TYPE_CHECKING:
+    from spdbench.training.recipe import Provenance
+
+VERSION = 1
+"""Of our own folders, for methods without a published version to name. A folder that names none is of the first."""
+
+Storage = Literal["bfloat16", "int8"]
+SCALE = ".scale"
+LARGEST = 127
+
+
+class DrafterConfig(BaseModel):
+    """What a drafter's config says, under one set of names whatever the layout calls it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+    trained_tokens: int | None = Field(None, ge=0)
+
+
+C = TypeVar("C", bound=DrafterConfig)
+
+
+@dataclass(frozen=True)
+class DrafterFile(Generic[C]):
+    """A drafter as read, before it meets a target. `sha256` is empty where it was drawn at random; `extra` are keys of
+    our own folders that say where it comes from."""
+
+    path: Path
+    layout: str
+    config: C
+    tensors: Mapping[str, Tensor]
+    sha256: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def error(self, text: str) -> InputError:
+        return InputError(f"{self.path}: {text}")
+
+    def info(self, kind: str, method: str) -> DrafterInfo:
+        """What a result says of the drafter; `kind` is that of the user's choice, e.g. `random`."""
+        untrained = kind == "random"
+        return DrafterInfo(
+            "random" if untrained else self.path.name,
+            method,
+            synthetic=False,
+            sha256=self.sha256 or None,
+            trained_tokens=0 if untrained else self.config.trained_tokens,
+        )
+
+
+def read_config(folder: Path, *methods: str) -> dict[str, Any]:
+    """The config of a drafter's folder.
+
+    Raises:
+        InputError: there is none, it is no mapping, or it names a method that is not one of `methods`.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{folder}: is not a drafter folder, it has no config.json") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: is not a mapping")
+    if raw.get("method", methods[0]) not in methods:
+        raise InputError(f"{folder}: is a drafter for {raw['method']!r}, not for {methods[0]}")
+    return raw
+
+
+def require_version(path: Path, config: Mapping[str, Any], *allowed: int) -> None:
+    """Raises `InputError` if a config names a version that is not one of `allowed`."""
+    found = config.get("version", allowed[0])
+    if found not in allowed:
+        versions = ", ".join(map(str, allowed))
+        raise InputError(
+            f"{path}: config.version {found!r} is not known. Allowed: {versions}. A newer spdbench may read it."
+        )
+
+
+def checked_config(kind: type[C], values: Mapping[str, Any], path: Path) -> C:
+    """The keys of `values` that `kind` knows.
+
+    Raises:
+        InputError: one of them is missing or of a wrong type.
+    """
+    known = {key: values[key] for key in kind.model_fields if key in values}
+    text = json.dumps(known, default=str)  # in strict JSON, a list may be a tuple
+    return validated(kind, text, f"{path}: config.")
+
+
+def origin_keys(kind: type[DrafterConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config of ours that say where a drafter comes from: all but those of `kind` and of every folder."""
+    return {key: value for key, value in raw.items() if key not in {*kind.model_fields, "method", "version"}}
+
+
+def load_content(file: Path) -> object:
+    """What a safetensors file holds, or a torch file of plain data.
+
+    Raises:
+        InputError: it is damaged, or holds something else.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # A whole model may lie in the file, of which only the draft heads are read: mapped where the format allows it.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+    except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
+        raise InputError(
+            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
+        ) from None
+
+
+def tensors_of(content: object, file: Path) -> dict[str, Tensor]:
+    """`content` as tensors by name.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: is not a mapping from names to tensors")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{file}: is not a mapping from names to tensors: {name} is a {type(tensor).__name__}")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = str) -> dict[str, Tensor]:
+    """The tensors of all files under the names that `rename` gives them; those for which it returns None are left out.
+
+    Raises:
+        InputError: a file is damaged, two tensors get the same name, or `rename` raised a `ValueError` that says why a
+            tensor is not supported.
+    """
+    found: dict[str, Tensor] = {}
+    for file in files:
+        for original, tensor in unpacked(tensors_of(load_content(file), file)).items():
+            try:
+                name = rename(original)
+            except ValueError as error:
+                raise InputError(f"{file}: tensor {original} {error}") from None
+            if name in found:
+                raise InputError(f"{file}: two tensors are called {name}")
+            if name is not None:
+                found[name] = tensor
+    return found
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file with what was in 8 bits in bfloat16, as other files have it; all else, and what does not fit,
+    as it is."""
+    scales = {name: scale for name in tensors if (scale := _scale_of(name, tensors)) is not None}
+    found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in scales}
+    return found | {name: (tensors[name] * scale[:, None]).to(torch.bfloat16) for name, scale in scales.items()}
+
+
+def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    packed, scale = tensors[name], tensors.get(name + SCALE)
+    if scale is None or packed.dtype != torch.int8 or packed.ndim != 2 or scale.shape != packed.shape[:1]:
+        return None
+    return scale.float()
+
+
+def stored(tensors: Mapping[str, Tensor], storage: Storage = "bfloat16") -> dict[str, Tensor]:
+    """Tensors as a file holds them: bfloat16, or matrices in 8 bits and the rest in bfloat16; on the CPU."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().to("cpu", torch.float32)
+        if storage == "int8" and plain.ndim == 2:
+            scales_O = plain.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+            found[name] = (plain / scales_O[:, None]).round_().to(torch.int8)
+            found[name + SCALE] = scales_O
+        else:
+            found[name] = plain.to(torch.bfloat16)
+    return found
+
+
+def write_folder(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "model.safetensors"
+) -> Path:
+    """Writes a drafter's folder, which it returns, with its tensors in the file `name`.
+
+    The config, by which a drafter is found, comes last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
+    if name.endswith(".safetensors"):
+        (folder / name).write_bytes(save(own))
+    else:
+        torch.save(own, folder / name)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def origin(about: Provenance) -> dict[str, Any]:
+    """What a trained drafter's config says of where it comes from; readers of published layouts pass over it."""
+    return {
+        "model_id": about.model_id,
+        "model_sha256": about.model_sha256,
+        "data_sha256": about.data_sha256,
+        "trained_tokens": about.trained_tokens,
+        "seed": about.seed,
+        "acceptance_by_position": list(about.acceptance_by_position),
+        **about.extra,
+    }

@@ -1,0 +1,171 @@
+"""A drafter's tensors and its vocabulary, checked against a target.
+
+Strict: a drafter with a tensor too few or misread drafts nonsense, and only its low acceptance would show it. An
+unknown, missing or misshapen tensor is therefore an error that names it.
+
+Shapes: M model width, U draft vocabulary, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape
+from spdbench.models.checkpoints.weights import FLOATS
+from spdbench.models.cpu.linear import Linear, linear
+from spdbench.models.decoder import Decoder
+from spdbench.models.layer_ops import NormWeight
+from spdbench_backends.drafter_files.folder import DrafterFile
+
+
+class TargetTensors(Mapping[str, Tensor]):
+    """The tensors of a file as `target` computes with them: each a copy on its device and in its dtype.
+
+    A copy, since what was read may be a mapped file, whose pages could be dropped in the middle of a measurement; made
+    when it is asked for, so that no drafter is held twice.
+
+    Raises:
+        InputError: a tensor is missing, unknown, misshapen, quantised or not finite.
+    """
+
+    def __init__(self, file: DrafterFile[Any], expected: ExpectedTensors, target: Decoder) -> None:
+        self._target, self._tensors = target, file.tensors
+        shapes = expected.present(file.tensors)
+        for name, shape in shapes.items():
+            tensor = file.tensors.get(name)
+            if tensor is None:
+                raise file.error(f"tensor {name} is missing")
+            if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+                kind = tensor.dtype if tensor.layout == torch.strided else "not dense"
+                raise file.error(f"tensor {name} is {kind}; only unquantised weights are supported")
+            if tuple(tensor.shape) != shape:
+                raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+            if not bool(tensor.isfinite().all()):
+                raise file.error(f"tensor {name} holds values that are not finite")
+        if left := file.tensors.keys() - shapes.keys():
+            raise file.error(f"unknown tensor {min(left)} ({len(left)} in all)")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._target.device, self._target.dtype, copy=True)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def norm(self, name: str) -> NormWeight | None:
+        """The norm of that name, if the drafter has it."""
+        return NormWeight(self[name]) if name in self else None
+
+    def linear(self, prefix: str) -> Linear:
+        """`PREFIXweight`, with `PREFIXbias` where there is one."""
+        return linear(self[prefix + "weight"], self.get(prefix + "bias"))
+
+    def head(self, name: str, token_ids_U: Tensor | None) -> Linear:
+        """The drafter's own rows of the output head, or the target's rows of the draft vocabulary."""
+        return linear(self[name]) if name in self else target_head(self._target, token_ids_U)
+
+
+def target_head(target: Decoder, token_ids_U: Tensor | None) -> Linear:
+    """The target's head, cut to a draft vocabulary if there is one."""
+    assert target.head is not None
+    return target.head if token_ids_U is None else linear(target.head.plain()[token_ids_U])
+
+
+def require_target(
+    file: DrafterFile[Any], *claims: tuple[str, object, object], remedy: str = ": it was made for another model"
+) -> None:
+    """Compares what a drafter was made for with what is here: (name, its value or None if unknown, value here).
+
+    Raises:
+        InputError: two differ.
+    """
+    for name, found, expected in claims:
+        if found is not None and found != expected:
+            raise file.error(f"{name} is {found}, but here it is {expected}{remedy}")
+
+
+def draft_vocabulary(
+    file: DrafterFile[Any],
+    ids: Sequence[int] | None,
+    target: Decoder,
+    *,
+    size: int | None = None,
+    source: str = "config.draft_token_ids",
+    ascending: bool = True,
+) -> Tensor | None:
+    """Token ids of the draft vocabulary on the target's device, `[U]`; None where it is the whole vocabulary.
+
+    `size` is what the config says of it, `source` the part of the file that lists `ids`.
+
+    Raises:
+        InputError: `ids` are none of the target's, out of order or not unique, or not as many as `size` says.
+    """
+    vocab_size = target.config.vocab_size
+    if ids is not None:
+        ordered = sorted(set(ids))
+        fits = ordered and ordered[0] >= 0 and ordered[-1] < vocab_size and len(ordered) == len(ids)
+        if not fits or (ascending and list(ids) != ordered):
+            order = "ascending ids" if ascending else "ids"
+            raise file.error(f"{source} must hold {order} from 0 to {vocab_size - 1}, each of them once")
+    if size not in (None, vocab_size if ids is None else len(ids)):
+        lack = f"{source} is missing" if ids is None else f"its draft tokens are {len(ids)}"
+        raise file.error(f"config.draft_vocab_size is {size}, but {lack}")
+    return None if ids is None else torch.tensor(ids, device=target.device)
+
+
+def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
+    """Token ids that a pair of tensors lists: `d2t`, by how much a draft id falls short of its token id, and `t2d`,
+    which tokens have one. None where the file has neither.
+
+    Raises:
+        InputError: one of the two is missing or misshapen, or they disagree.
+    """
+    offsets, member = file.tensors.get("d2t"), file.tensors.get("t2d")
+    if offsets is None and member is None:
+        return None
+    if offsets is None or member is None:
+        raise file.error(f"tensor {'d2t' if offsets is None else 't2d'} is missing, though the other one is there")
+    for name, tensor, shape in (("t2d", member, [vocab_size]), ("d2t", offsets, [offsets.numel()])):
+        if tensor.is_floating_point() or tensor.layout != torch.strided:
+            raise file.error(f"tensor {name} is {tensor.dtype}; expected whole numbers")
+        if list(tensor.shape) != shape:
+            raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {shape}")
+    if not len(offsets):
+        raise file.error("tensor d2t names no draft token")
+    found = offsets.long() + torch.arange(len(offsets))
+    known = member.bool().nonzero()[:, 0]
+    if not torch.equal(found, known):
+        raise file.error(
+            f"d2t does not match t2d: the one names {len(found)} draft tokens, the other {len(known)}, and not the "
+            "same ones"
+        )
+    ids: list[int] = found.tolist()
+    return ids
+
+
+def vocabulary_maps(ids_U: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """The pair `d2t` and `t2d` that `mapped_ids` reads."""
+    member = torch.zeros(vocab_size, dtype=torch.bool)
+    member[ids_U] = True
+    return {"d2t": ids_U - torch.arange(len(ids_U)), "t2d": member}
+
+
+def random_tensors(shapes: Mapping[str, Shape], seed: int) -> dict[str, Tensor]:
+    """Matrices drawn from N(0, 0.02²) in the order of `shapes`, biases of zeros, norms of ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: Shape) -> Tensor:
+        if len(shape) > 1:
+            return torch.randn(shape, generator=generator) * 0.02
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
