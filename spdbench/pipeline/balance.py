@@ -1,7 +1,4 @@
-"""The cut into stages that take the same time, by what layers, head and drafter take here.
-
-Must not know who drafts or how stages run.
-"""
+"""Splits a model into stages that take the same time, by measuring its layers and head on this machine."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ CONTEXT = 128
 def balanced_stages(
     decoder: TargetDecoder, num_stages: int, threads: int, drafting_s: float = 0.0
 ) -> tuple[range, ...]:
-    """Stages of `threads` threads each for a decoder that holds all layers. The last has the head besides; the first
-    shares its cores with a drafter that takes `drafting_s` seconds a cycle.
+    """Layer ranges of `num_stages` stages with `threads` threads each, for a decoder that holds all layers. The last
+    stage also runs the head; the first shares its cores with a drafter that takes `drafting_s` seconds a cycle.
 
     Raises:
         InputError: there are fewer layers than stages.

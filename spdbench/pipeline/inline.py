@@ -1,7 +1,7 @@
 """A pipeline stepped in one process: every stage in turn, over its own layers and its own cache.
 
-The same arithmetic as a real pipeline and none of its concurrency, so it shows acceptance and cycles, not wall-clock
-gains. Knows stages and hidden states; must not know who drafts or how tokens are judged.
+It does the same arithmetic as a pipeline of processes without its concurrency, so it shows acceptance and cycles, not
+wall-clock gains.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -36,7 +36,7 @@ class InlinePipeline:
         prompt_ids: Collection[int],
         capacity: int,
         *,
-        greedy: bool,  # noqa: ARG002 - what it saves is a message
+        greedy: bool,  # noqa: ARG002 - it only saves a message
     ) -> tuple[Logits, States]:
         decoder = self._decoder
         self._caches = [decoder.new_cache(capacity, layers) for layers in self._stages]
@@ -56,7 +56,7 @@ class InlinePipeline:
             self._states.append((node.position, {0: hidden_SM}))
 
     def offer(self, token_id: int, position: int) -> None:
-        """Nothing is free while something else is computed here."""
+        """Does nothing: no stage is free while another computes."""
 
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle

@@ -1,7 +1,7 @@
-"""What a decoding loop may ask of a pipeline, wherever its stages run.
+"""The interface between a decoding loop and a pipeline, wherever its stages run.
 
-Two classes fit: `inline.InlinePipeline`, stepped in this process, and `process.ProcessPipeline`, whose stages are
-processes. This module must know neither, nor who drafts, nor how tokens are judged.
+Implemented by `inline.InlinePipeline`, which steps all stages in this process, and `process.ProcessPipeline`, whose
+stages are processes. A pipeline knows neither drafters nor how tokens are verified.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -22,35 +22,35 @@ States = Mapping[int, Tensor]
 
 
 class Pipeline(Protocol):
-    """Stages at work on one request after the other. A cycle is `begin`, then `finish`; what lies between them overlaps
-    with the stages' work where these have processes of their own."""
+    """Stages that serve one request after the other. A cycle is `begin`, then `finish`; what the caller does in between
+    overlaps with the stages' work where these have processes of their own."""
 
     def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
-        """A new request: the prompt through all stages, with fresh caches of `capacity` tokens. Logits of its last row,
-        and the hidden states that the pipeline was told to report."""
+        """Begins a request: the prompt goes through all stages, with new caches of `capacity` tokens. Returns the
+        logits of its last row and the hidden states that the pipeline reports."""
 
     def enter(self, node: Node) -> None:
-        """Puts a node before stage 0, for the next cycle."""
+        """Gives stage 0 its node for the next cycle."""
 
     def offer(self, token_id: int, position: int) -> None:
-        """A draft that enters once this cycle is over, unless a verdict drops it: a stage 0 that is free may begin with
-        it, and has to stop when it is dropped."""
+        """Announces a draft that enters after this cycle unless a verdict drops it: a stage 0 that is free may begin
+        with it, and has to stop when it is dropped."""
 
     def begin(self, cycle: Cycle) -> None:
         """Every busy stage may run once on its own node."""
 
     def finish(self) -> Logits | None:
-        """Waits for the cycle's oldest node: the logits behind it if it completed."""
+        """Waits for the cycle's oldest node; returns its logits if it completed."""
 
     def states(self) -> Sequence[tuple[int, States]]:
         """New hidden states by position, each `[1, M]`, from the cycle that finished last; each is given once."""
 
     def rollback(self, length: int) -> None:
-        """Forgets everything in flight, and every token from position `length` on."""
+        """Drops everything in flight, and every token from position `length` on."""
 
     def spans(self, final_length: int) -> Sequence[Span]:
-        """The last request's work on its lanes; kept is what lies before position `final_length` and was never rolled
-        back. Empty where no clock could tell lanes apart."""
+        """What each lane did during the last request; kept is what lies before position `final_length` and was never
+        rolled back. Empty where lanes share one thread and so have no times of their own."""
 
     def close(self) -> None:
         """Frees everything. May be called twice."""

@@ -1,11 +1,11 @@
-"""What a controller and its stages say to each other: one short header, and rows of numbers behind it.
+"""The messages of a controller and its stages: one short header, and rows of numbers behind it.
 
     controller -> stage 0 -> stage 1 -> ...     PROMPT, NODE, SPANS, STOP: in order, each stage passes on what it got
     controller -> every stage                   the newest epoch, so that stale nodes are dropped before their work
     every stage -> controller                   READY, RESULT, SPANS, FAILED
 
-No message carries what its receiver knows: a stage takes its layers' rows, the position tells it what to roll back to,
-and who is served next follows from the order. Must not know how messages travel or what is computed.
+No message repeats what its receiver knows: a stage runs its own layers, a node's position is where its cache is rolled
+back to, and the next receiver follows from the order of the stages.
 
 Shapes: S rows, M model width.
 """
@@ -33,11 +33,11 @@ class Kind(IntEnum):
 
 
 class Header(NamedTuple):
-    """`epoch` counts restarts of the sequence: nodes of older epochs are stale. `cycle` is the one that the receiving
-    stage runs. `value` is a token id (NODE to stage 0, RESULT of a greedy head), the cache's capacity (PROMPT), or -1.
-    `flag` asks for a RESULT from stages that owe none (NODE), or says that the argmax of the logits is enough (PROMPT),
-    or that a neighbour seems to be at fault (FAILED). `at_ns` is when the sender was done, on the clock that all
-    processes share."""
+    """`epoch` counts restarts of the sequence: nodes of older epochs are stale. `cycle` is the receiving stage's.
+    `value` is a token id (NODE to stage 0, RESULT of a greedy head), the cache's capacity (PROMPT), or -1. `flag` asks
+    for a RESULT from stages that owe none (NODE), says that the argmax of the logits is enough (PROMPT), or that a
+    neighbour seems to be at fault (FAILED). `at_ns` is when the sender was done, on the clock that all processes
+    share."""
 
     kind: int
     epoch: int = 0
@@ -67,7 +67,7 @@ def to_bytes(tensor: Tensor) -> bytes:
 
 
 def from_bytes(payload: bytes, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor of its own of these numbers."""
+    """A new tensor of these numbers."""
     if not payload:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(payload), dtype=dtype).view(shape)

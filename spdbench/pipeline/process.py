@@ -1,8 +1,10 @@
-"""A pipeline whose stages are processes: the controller's half of the conversation.
+"""A pipeline whose stages are processes: the controller's side.
 
 A cycle has no barrier: a stage runs as soon as its own input is there, and the controller waits for the oldest node
-alone, whose verdict decides what comes next. Other stages' hidden states are read when a drafter asks for them. Must
-not know who drafts or how tokens are judged.
+alone, whose verdict decides what comes next. Other stages' hidden states are read when a drafter asks for them.
+
+Results are matched by epoch and cycle: each stage reports in the order of its work, so whatever comes before the result
+that is waited for belongs to a node that was dropped meanwhile, and is skipped.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -28,8 +30,8 @@ from spdbench.types import Span
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a stage was given in a cycle."""
+class _StageRun:
+    """A stage's run on its node in one cycle."""
 
     stage: int
     node: Node
@@ -50,24 +52,24 @@ class ProcessPipeline:
         self._reads_embedding = 0 in hidden_indices
         self._epoch = 0
         self._cycle_number = 0
-        self._cuts: dict[int, int] = {}  # by epoch: positions from here on were dropped
-        self._work: list[_Work] = []
-        self._unread: list[_Work] = []
+        self._dropped_from: dict[int, int] = {}  # by epoch: the first position that its end dropped
+        self._runs: list[_StageRun] = []
+        self._unread: list[_StageRun] = []
         self._states: list[tuple[int, States]] = []
         self._offered: tuple[int, int] | None = None  # epoch and position of the draft that stage 0 has already
-        self._decided_ns = 0
+        self._verdict_ns = 0
         self._host_spans: list[Span] = []
 
     def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
         ids = list(prompt_ids)
         self._epoch += 1
         self._cycle_number = 0
-        self._cuts.clear()
-        self._work.clear()
+        self._dropped_from.clear()
+        self._runs.clear()
         self._unread.clear()
         self._states.clear()
         self._host_spans.clear()
-        self._decided_ns = 0
+        self._verdict_ns = 0
         header = Header(Kind.PROMPT, self._epoch, num_rows=len(ids), value=capacity, flag=int(greedy))
         self._workers.send(header, np.array(ids, np.int64).tobytes())
         states: dict[int, Tensor] = {}
@@ -75,94 +77,96 @@ class ProcessPipeline:
             states[0] = self._decoder.embed(self._decoder.ids(ids))
         logits: Logits | None = None
         for spec in self._specs:
-            header, payload = self._result(spec.index, self._epoch, 0)
-            found, logits = self._read(spec, header, payload, len(ids))
+            header, payload = self._receive_result(spec.index, self._epoch, 0)
+            found, logits = self._unpack_result(spec, header, payload, len(ids))
             states |= found
         assert logits is not None
         return logits, states
 
     def enter(self, node: Node) -> None:
-        """Sends the node at once, if it was not offered before: stage 0 waits for nothing else."""
+        """Sends the node at once, unless it was offered before: stage 0 waits for nothing else."""
         if self._reads_embedding:
             self._states.append((node.position, {0: self._decoder.embed(self._decoder.ids((node.token_id,)))}))
         if self._offered == (self._epoch, node.position):
             return
-        self._send(node.token_id, node.position, oldest=node.parent is None)
-        self._explain(node.position)
+        self._send_node(node.token_id, node.position, oldest=node.parent is None)
+        self._record_host_span(node.position)
 
     def offer(self, token_id: int, position: int) -> None:
         self._offered = (self._epoch, position)
-        self._send(token_id, position, oldest=False)
-        self._explain(position)
+        self._send_node(token_id, position, oldest=False)
+        self._record_host_span(position)
 
     def begin(self, cycle: Cycle) -> None:
-        self._work = [_Work(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
+        self._runs = [_StageRun(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
         self._cycle_number += 1
 
     def finish(self) -> Logits | None:
-        oldest = self._work[0]
+        oldest = self._runs[0]
         spec = self._specs[oldest.stage]
-        header, payload = self._result(oldest.stage, oldest.epoch, oldest.cycle)
-        self._decided_ns = header.at_ns
-        found, logits = self._read(spec, header, payload, 1)
+        header, payload = self._receive_result(oldest.stage, oldest.epoch, oldest.cycle)
+        self._verdict_ns = header.at_ns
+        found, logits = self._unpack_result(spec, header, payload, 1)
         if found:
             self._states.append((oldest.node.position, found))
-        self._unread += [work for work in self._work[1:] if self._specs[work.stage].hidden_indices]
+        self._unread += [run for run in self._runs[1:] if self._specs[run.stage].hidden_indices]
         return logits
 
     def states(self) -> Sequence[tuple[int, States]]:
-        for work in self._unread:
-            header, payload = self._result(work.stage, work.epoch, work.cycle)
-            self._states.append((work.node.position, self._read(self._specs[work.stage], header, payload, 1)[0]))
+        for run in self._unread:
+            header, payload = self._receive_result(run.stage, run.epoch, run.cycle)
+            self._states.append((run.node.position, self._unpack_result(self._specs[run.stage], header, payload, 1)[0]))
         self._unread.clear()
         found, self._states = self._states, []
         return found
 
     def rollback(self, length: int) -> None:
-        self._cuts[self._epoch] = length
+        self._dropped_from[self._epoch] = length
         self._epoch += 1
-        self._workers.spread(self._epoch)
-        self._unread = [work for work in self._unread if work.node.position < length]
+        self._workers.announce_epoch(self._epoch)
+        self._unread = [run for run in self._unread if run.node.position < length]
         self._states = [(position, states) for position, states in self._states if position < length]
 
     def spans(self, final_length: int) -> Sequence[Span]:
         self._workers.send(Header(Kind.SPANS))
         found = list(self._host_spans)
         for spec in self._specs:
-            table = np.frombuffer(self._next(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
+            table = np.frombuffer(self._receive_kind(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
             for kind, start, end, position, epoch, cycle in table.tolist():
-                kept = position < min(self._cuts.get(epoch, final_length), final_length)
+                kept = position < min(self._dropped_from.get(epoch, final_length), final_length)
                 found.append(Span(spec.index, SPAN_KINDS[kind], start, end, position, kept, cycle))  # type: ignore[arg-type]
         return found
 
     def close(self) -> None:
         self._workers.close()
 
-    def _send(self, token_id: int, position: int, *, oldest: bool) -> None:
+    def _send_node(self, token_id: int, position: int, *, oldest: bool) -> None:
         """A node to stage 0, for the next cycle."""
         now = perf_counter_ns()
         self._workers.send(Header(Kind.NODE, self._epoch, self._cycle_number, position, 0, token_id, int(oldest), now))
 
-    def _explain(self, position: int) -> None:
-        """The time from the newest verdict until stage 0 had something to do again was ours."""
-        if self._decided_ns:
+    def _record_host_span(self, position: int) -> None:
+        """Records the time from the newest verdict until stage 0 had work again, which is the controller's."""
+        if self._verdict_ns:
             lane = len(self._specs) + 1
-            self._host_spans.append(Span(lane, "host", self._decided_ns, perf_counter_ns(), position, True))
+            self._host_spans.append(Span(lane, "host", self._verdict_ns, perf_counter_ns(), position, True))
 
-    def _result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
-        """A stage's result of one cycle. Those of stale nodes that come before it are dropped."""
+    def _receive_result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
+        """A stage's result of one cycle. Those of stale nodes that come before it are skipped."""
         while True:
-            header, payload = self._next(stage, Kind.RESULT)
+            header, payload = self._receive_kind(stage, Kind.RESULT)
             if (header.epoch, header.cycle) == (epoch, cycle):
                 return header, payload
 
-    def _next(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
+    def _receive_kind(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
         while True:
             header, payload = self._workers.receive(stage)
             if header.kind == kind:
                 return header, payload
 
-    def _read(self, spec: StageSpec, header: Header, payload: bytes, num_rows: int) -> tuple[States, Logits | None]:
+    def _unpack_result(
+        self, spec: StageSpec, header: Header, payload: bytes, num_rows: int
+    ) -> tuple[States, Logits | None]:
         """Hidden states and, from the last stage, logits."""
         decoder = self._decoder
         width, size = decoder.config.hidden_size, num_rows * decoder.config.hidden_size * decoder.dtype.itemsize

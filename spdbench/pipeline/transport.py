@@ -1,8 +1,7 @@
 """How messages get from one process to the next.
 
 Headers always go through a pipe, which wakes its reader within some ten microseconds. Rows go the same way behind
-their header, or between devices through `torch.distributed` (NCCL between GPUs; gloo, which goes by way of the host).
-Must not know what messages mean.
+their header, or between devices through `torch.distributed` (NCCL between GPUs; gloo, by way of the host).
 
 Shapes: S rows, M model width.
 """
@@ -24,7 +23,7 @@ RowTransport = Literal["pipe", "gloo", "nccl"]
 
 
 class LinkClosedError(Exception):
-    """Who is at the other end has gone; its cause is what a process group said of that."""
+    """The process at the other end has ended; the cause, if any, is the process group's error."""
 
 
 class Link(Protocol):
@@ -87,7 +86,7 @@ class DistributedLink(PipeLink):
             except RuntimeError as error:
                 raise LinkClosedError from error
 
-    def rows(self, header: Header, payload: bytes) -> Tensor:  # noqa: ARG002 - they come by another way
+    def rows(self, header: Header, payload: bytes) -> Tensor:  # noqa: ARG002 - rows come through the process group
         shape = (header.num_rows, self._width)
         buffer = self._row if header.num_rows == 1 else torch.empty(shape, dtype=self._dtype, device=self._row.device)
         try:
@@ -98,12 +97,12 @@ class DistributedLink(PipeLink):
 
 
 def host_store(num_stages: int) -> TCPStore:
-    """Where a process group meets, on a port that the system chooses; held by its first stage."""
+    """The store through which a process group's members find each other, on a port that the system chooses."""
     return TCPStore("127.0.0.1", 0, num_stages, is_master=True, wait_for_workers=False)
 
 
 def find_store(port: int, num_stages: int) -> TCPStore:
-    """The store that another stage holds."""
+    """The store that stage 0 holds."""
     return TCPStore("127.0.0.1", port, num_stages, is_master=False)
 
 

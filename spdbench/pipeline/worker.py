@@ -1,7 +1,12 @@
-"""A stage in a process of its own: receive, forward, send, until told to stop.
+"""A stage of a pipeline in a process of its own: receive, forward, send, until the controller says stop.
 
-Loads its own layers and nothing else of the model. Knows its place in the chain; must not know who drafts, how tokens
-are judged, or which of its work will be kept.
+A stage loads its own layers and nothing else of the model. Its inbox delivers messages in order, and it computes each
+before it takes the next; there is no barrier between stages.
+
+A node can become stale on its way: when a verdict drops its token, the controller sends the number of the new epoch
+straight to every stage, past the inboxes. A stage compares it with a node's before it begins, and again before every
+layer, and drops the node in either case. A dropped node's rows may already be in the cache. No message says so: the
+next node's position says where the valid rows end, and the cache is rolled back to it before that node is computed.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -44,7 +49,7 @@ from spdbench.pipeline.transport import (
 
 LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 72
-"""More than compiled steps take at once, so that both ways of computing are used, where the model has positions."""
+"""More than the compiled kernels take at once, so that both ways of computing are used, if the model is that long."""
 
 TARGET, HEAD, HOST = range(3)
 SPAN_KINDS = ("target", "head", "host")
@@ -55,7 +60,7 @@ SPAN_COLUMNS = 6
 @dataclass(frozen=True)
 class StageSpec:
     """All that a stage has to know, as plain data. `hidden_indices` are the hidden states that it reports, `cores` the
-    processors that it may use, None for all."""
+    processors that it may use, or None for all."""
 
     index: int
     num_stages: int
@@ -79,20 +84,18 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class StagePipes:
-    """A stage's ends: messages in and out, reports to the controller, news of epochs from it, a way out for stacks.
-
-    `outbox` is None for the last stage.
-    """
+    """A stage's ends of its pipes: messages in and out, reports to the controller, `control` numbers from it (epochs,
+    and first the port of the process group's store), and where stacks are printed. The last stage has no `outbox`."""
 
     inbox: Connection
     outbox: Connection | None
-    report: Connection
-    news: Connection
+    reports: Connection
+    control: Connection
     stacks: Connection
 
 
 def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
-    """The life of a stage's process."""
+    """What a stage's process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller ends its stages
     die_with(parent)
     faulthandler.register(signal.SIGUSR1, file=pipes.stacks.fileno(), all_threads=False)
@@ -101,18 +104,18 @@ def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
             os.sched_setaffinity(0, spec.cores)
         torch.set_num_threads(spec.threads)
         _Stage(spec, pipes).serve()
-    except LinkClosedError as error:  # another process has gone; the controller knows which
+    except LinkClosedError as error:  # another process has ended; the controller finds out which
         if error.__cause__ is not None:
             with contextlib.suppress(OSError):
-                pipes.report.send_bytes(pack(Header(Kind.FAILED, flag=1), traceback.format_exc().encode()))
+                pipes.reports.send_bytes(pack(Header(Kind.FAILED, flag=1), traceback.format_exc().encode()))
         sys.exit(0)
     except BaseException:
-        pipes.report.send_bytes(pack(Header(Kind.FAILED), traceback.format_exc().encode()))
+        pipes.reports.send_bytes(pack(Header(Kind.FAILED), traceback.format_exc().encode()))
         sys.exit(1)
 
 
 def die_with(parent: int) -> None:
-    """This process is to end with its parent, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
+    """Makes this process end when its parent ends, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
@@ -123,12 +126,12 @@ class _Stage:
     def __init__(self, spec: StageSpec, pipes: StagePipes) -> None:
         self._spec = spec
         self._pipes = pipes
-        self._news = select.poll()
-        self._news.register(pipes.news, select.POLLIN)
+        self._control = select.poll()
+        self._control.register(pipes.control, select.POLLIN)
         self._epoch = 0
         self._greedy = False
         self._spans: list[tuple[int, ...]] = []
-        self._free_ns = 0
+        self._free_since_ns = 0
         self._cache: TargetCache | None = None
         self._decoder: TargetDecoder = captured_on_gpu(
             spec.source.load(spec.layers, spec.device), (1,), spec.hidden_indices
@@ -139,7 +142,7 @@ class _Stage:
 
     @torch.inference_mode()
     def serve(self) -> None:
-        """Answers messages in order; returns when it is told to stop."""
+        """Handles messages in order; returns after STOP."""
         self._report(Header(Kind.READY))
         while True:
             header, payload = self._inbox.receive()
@@ -154,18 +157,18 @@ class _Stage:
                 if kind == Kind.STOP:
                     return
                 self._report_spans()
-            self._free_ns = time.perf_counter_ns()
+            self._free_since_ns = time.perf_counter_ns()
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
-        """A few rows and one row, so that what a first use compiles or allocates counts as loading."""
+        """Computes a few rows and one row, so that what a first use compiles or allocates counts as loading."""
         decoder, spec = self._decoder, self._spec
         width = decoder.config.hidden_size
         num_rows = max(1, min(WARM_UP_ROWS, decoder.config.max_positions - 1))
         rows_SM = torch.zeros(num_rows, width, dtype=decoder.dtype, device=decoder.device)
         cache = decoder.new_cache(num_rows + 1, spec.layers)
-        for some_SM in (rows_SM, rows_SM[:1]):
-            hidden_SM, _ = decoder.forward(some_SM, cache.length, cache, spec.layers, spec.hidden_indices)
+        for part_SM in (rows_SM, rows_SM[:1]):
+            hidden_SM, _ = decoder.forward(part_SM, cache.length, cache, spec.layers, spec.hidden_indices)
         if spec.is_last:
             decoder.logits(hidden_SM)
         self._wait_for_device()
@@ -185,7 +188,7 @@ class _Stage:
         return inbox, outbox
 
     def _join_group(self) -> None:
-        """Stage 0 holds the group's store and tells the controller its port, who tells all others."""
+        """Stage 0 holds the group's store and reports its port to the controller, which sends it to all others."""
         spec = self._spec
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if self._on_gpu:
@@ -194,14 +197,14 @@ class _Stage:
             store = host_store(spec.num_stages)
             self._report(Header(Kind.READY, value=store.port))
         else:
-            port = int.from_bytes(self._pipes.news.recv_bytes(), "little")
+            port = int.from_bytes(self._pipes.control.recv_bytes(), "little")
             store = find_store(port, spec.num_stages)
-        patience_s = LOAD_TIMEOUT_S + spec.timeout_s  # more than the controller's, which knows who is at fault
-        join_group(store, spec.transport, spec.index, spec.num_stages, patience_s)
+        limit_s = LOAD_TIMEOUT_S + spec.timeout_s  # more than the controller's, which finds out who is at fault
+        join_group(store, spec.transport, spec.index, spec.num_stages, limit_s)
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:
         spec, decoder = self._spec, self._decoder
-        self._read_news()  # answers of one token bring news and no nodes: their pipe must not fill up
+        self._read_epochs()  # answers of one token bring epochs and no nodes, and would fill the pipe up
         self._spans.clear()
         self._epoch, self._greedy = header.epoch, bool(header.flag)
         self._cache = decoder.new_cache(header.value, spec.layers)
@@ -212,7 +215,7 @@ class _Stage:
         rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.hidden_indices)
         if self._outbox is not None:
             self._outbox.send(header._replace(num_rows=len(rows_SM)), rows_SM)
-        self._answer(header, states, self._logits(rows_SM[-1:]) if spec.is_last else None)
+        self._report_result(header, states, self._logits(rows_SM[-1:]) if spec.is_last else None)
 
     def _run_node(self, header: Header, payload: bytes) -> None:
         spec, decoder, cache = self._spec, self._decoder, self._cache
@@ -225,7 +228,7 @@ class _Stage:
             return
         cache.rollback(header.position)
         began = time.perf_counter_ns()
-        self._took(HOST, max(header.at_ns, self._free_ns), began, header)
+        self._record_span(HOST, max(header.at_ns, self._free_since_ns), began, header)
         try:
             rows_SM, states = decoder.forward(
                 rows_SM,
@@ -236,34 +239,34 @@ class _Stage:
                 cancelled=partial(self._is_stale, header),
             )
         except CancelledForwardError:
-            self._took(TARGET, began, time.perf_counter_ns(), header)
+            self._record_span(TARGET, began, time.perf_counter_ns(), header)
             return
         self._wait_for_device()
         computed = time.perf_counter_ns()
-        self._took(TARGET, began, computed, header)
+        self._record_span(TARGET, began, computed, header)
         if self._outbox is not None:
             passed_on = header._replace(cycle=header.cycle + 1, num_rows=1, value=-1, at_ns=computed)
             self._outbox.send(passed_on, rows_SM)
         logits = None
         if spec.is_last:
             logits = self._logits(rows_SM)
-            judged = time.perf_counter_ns()
-            self._took(HEAD, computed, judged, header)
-            computed = judged
+            ended = time.perf_counter_ns()
+            self._record_span(HEAD, computed, ended, header)
+            computed = ended
         if spec.is_last or header.flag or spec.hidden_indices:
-            self._answer(header, states, logits)
-        self._took(HOST, computed, time.perf_counter_ns(), header)
+            self._report_result(header, states, logits)
+        self._record_span(HOST, computed, time.perf_counter_ns(), header)
 
     def _logits(self, rows_1M: Tensor) -> Tensor:
-        """Logits `[V]`, or their argmax `[]` where that is enough, once they are there."""
+        """Logits `[V]`, or their argmax `[]` where that is enough, after the device has computed them."""
         logits_V = self._decoder.logits(rows_1M)[0]
         if self._greedy:
             return argmax(logits_V).cpu()
         self._wait_for_device()
         return logits_V
 
-    def _answer(self, header: Header, states: dict[int, Tensor], logits: Tensor | None) -> None:
-        """RESULT: the states that are wanted, one behind the other, and the logits in float32."""
+    def _report_result(self, header: Header, states: dict[int, Tensor], logits: Tensor | None) -> None:
+        """RESULT: the hidden states to report, one behind the other, and the logits in float32."""
         now, value = time.perf_counter_ns(), -1
         payload = b"".join(to_bytes(states[index]) for index in self._spec.hidden_indices)
         if logits is not None and self._greedy:
@@ -273,29 +276,29 @@ class _Stage:
         self._report(header._replace(kind=Kind.RESULT, value=value, at_ns=now), payload)
 
     def _is_stale(self, header: Header) -> bool:
-        """True if a verdict has dropped the node meanwhile."""
-        self._read_news()
+        """True if a verdict has dropped the node since it was sent."""
+        self._read_epochs()
         return header.epoch < self._epoch
 
-    def _read_news(self) -> None:
-        while self._news.poll(0):
+    def _read_epochs(self) -> None:
+        while self._control.poll(0):
             try:
-                self._epoch = max(self._epoch, int.from_bytes(self._pipes.news.recv_bytes(), "little"))
+                self._epoch = max(self._epoch, int.from_bytes(self._pipes.control.recv_bytes(), "little"))
             except (EOFError, OSError):
                 raise LinkClosedError from None
 
     def _report_spans(self) -> None:
         table = np.array(self._spans, np.int64).reshape(-1, SPAN_COLUMNS)
         self._report(Header(Kind.SPANS), table.tobytes())
-        return_freed_memory()  # nobody waits for this stage now
+        return_freed_memory()  # between requests, where it delays nothing
 
     def _report(self, header: Header, payload: bytes = b"") -> None:
         try:
-            self._pipes.report.send_bytes(pack(header, payload))
+            self._pipes.reports.send_bytes(pack(header, payload))
         except OSError:
             raise LinkClosedError from None
 
-    def _took(self, kind: int, start_ns: int, end_ns: int, header: Header) -> None:
+    def _record_span(self, kind: int, start_ns: int, end_ns: int, header: Header) -> None:
         self._spans.append((kind, start_ns, end_ns, header.position, header.epoch, header.cycle))
 
     def _wait_for_device(self) -> None:

@@ -204,12 +204,12 @@ def test_a_stage_loads_its_own_layers_only(target: Target) -> None:
     assert (first.head, last.embeddings_VM) == (None, None)  # type: ignore[attr-defined]
 
 
-def test_answers_of_one_token_do_not_fill_the_pipe_of_news(target: Target) -> None:
+def test_answers_of_one_token_do_not_fill_the_pipe_of_epochs(target: Target) -> None:
     backend = load(target, "spd", {"stages": "2", "timeout_s": "10"}, "oracle:1")
     assert isinstance(backend._pipeline, ProcessPipeline)
-    news = backend._pipeline._workers._held[0].news
-    fcntl.fcntl(news, fcntl.F_SETPIPE_SZ, 4096)  # of 12 bytes a request
-    os.set_blocking(news.fileno(), False)  # so that a full pipe raises
+    control = backend._pipeline._workers._stages[0].control
+    fcntl.fcntl(control, fcntl.F_SETPIPE_SZ, 4096)  # of 12 bytes a request
+    os.set_blocking(control.fileno(), False)  # so that a full pipe raises
     try:
         for _ in range(400):
             assert len(ids(backend, tiny.greedy(tiny.PROMPT[:2], 1))) == 1
