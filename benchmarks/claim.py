@@ -1,14 +1,14 @@
-"""The claim of speculative pipeline decoding, tried again: spd with 2 to 10 stages beside ppsd, EAGLE and Medusa.
+"""Reproduces the claim of speculative pipeline decoding: spd with 2 to 10 stages against ppsd, EAGLE and Medusa.
 
-Why: the paper (arXiv 2605.30852) measures large models on a GPU a stage; whoever decides has another model, other
-drafters and fewer devices. Here every method has a drafter trained on the same data, and one clock.
+Why: the paper (arXiv 2605.30852) measures large models with one GPU per stage; users have other models, other drafters
+and fewer devices. Here every method has a drafter trained on the same data, and one clock measures all.
 Regimes: the embedded model in bfloat16, `quick` and the first prompts of MT-Bench, GSM8K and HumanEval, at
-temperatures 0 and 1, all backends interleaved in one run a suite and temperature. Stages are processes; where there
-are more of them than processors, tokens/s say what this machine makes of it, `ideal` what devices of their own would,
-and `ideal a device` what each of these would add.
-Output: `table.md`, a row a suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance
-against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`; a run that stands there
-whole is not made again, and one that was interrupted goes on.
+temperatures 0 and 1, all backends interleaved in one run per suite and temperature. Stages are processes; where there
+are more of them than processors, tokens/s show what this machine achieves, `ideal` what a device per stage would, and
+`ideal a device` what each of these would add.
+Output: `table.md`, one row per suite, temperature and label, with 95 % intervals; `learning.md`, held-out acceptance
+against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`; a run that is complete
+there is not repeated, and one that was interrupted is resumed.
 
     python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--stages ...]
                               [--temperatures 0 1] [--limit 20] [--sampled-limit 8]
@@ -83,13 +83,13 @@ def main() -> None:
 
 
 def hold(chosen: argparse.Namespace) -> None:
-    """Ends where `--results` holds runs with other settings."""
+    """Exits if `--results` holds runs with other settings."""
     kept = ("limit", "sampled_limit", "max_new_tokens", "drafters", "stages")
     sides.hold_to({name: getattr(chosen, name) for name in kept}, chosen.results / "settings.txt", "--results")
 
 
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:
-    """The results of one run, which is made, or gone on with, where it is not there."""
+    """The results of one run, which is made or resumed unless it is complete."""
     name = f"t{temperature:g}"
     labels = ["vanilla", "eagle", "medusa", "ngram", "ppsd", *(f"spd-{stages}" for stages in chosen.stages)]
     files = [chosen.results / f"{suite}__{label}__smollm2__{name}.json" for label in labels]
@@ -106,7 +106,7 @@ def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list
 
 
 def are_whole(files: Sequence[Path]) -> bool:
-    """True if all are there and nothing is left to resume: what an interruption leaves has its journal beside it."""
+    """True if all exist and none is left to resume: an interrupted run leaves a journal next to its result."""
     return all(file.exists() and not file.with_name(f"{file.stem}.journal.jsonl").exists() for file in files)
 
 

@@ -1,13 +1,13 @@
-"""How fast `spdbench distill` writes training data, in tokens of answers and user turns a second.
+"""How fast `spdbench distill` writes training data, in tokens of answers and user turns per second.
 
-Why: a drafter takes half a million tokens of data or more, so that this speed settles whether one can be trained on a
+Why: a drafter needs half a million tokens of data or more, so this speed decides whether one can be trained on a
 machine without a GPU.
 Regimes: the embedded model on the CPU writes user turns and answers with the command's own settings, in a new process
-to a new file each time, always of the same seed. The clock is the command's own, which leaves out how long the model
-takes to load. With fewer than 12,800 tokens there are fewer than 128 conversations at a time, which is slower.
-Output: a row a dtype: tokens a second that were generated, and those of them that were kept as answers (user turns,
-what was dropped and what was unfinished at the end left out), medians with the extremes. The target is for the former
-in bfloat16 on two cores. Each dtype is warmed up once.
+to a new file each time, always with the same seed. The clock is the command's own, which excludes loading the model.
+With fewer than 12,800 tokens there are fewer than 128 conversations at a time, which is slower.
+Output: one row per dtype: generated tokens per second, and those of them that were kept as answers (without user turns,
+dropped conversations and those unfinished at the end), medians with the extremes. The goal is for the former in
+bfloat16 on two cores. Each dtype is warmed up once.
 
     python -m benchmarks.distill [--rounds 3] [--tokens 20000] [--threads 2] [--dtypes bfloat16] [--json FILE]
 """
@@ -53,7 +53,7 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
 
 
 def row(dtype: str, found: Sequence[dict[str, Any]]) -> Row:
-    """What the summaries of one dtype's files say."""
+    """The figures of one dtype from the summaries of its files."""
     return {
         "dtype": dtype,
         "generated_per_s": spread(each["generated_tokens"] / each["seconds"] for each in found),
@@ -68,7 +68,7 @@ def figures(values: Spread) -> str:
 
 
 def distilled(dtype: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """The summary of a data file made in a process of its own, whose progress goes to stderr."""
+    """The summary of a data file made in a new process, whose progress goes to stderr."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "data.jsonl")
         subprocess.run([sys.executable, "-m", "spdbench", *words(dtype, chosen, out)], check=True)

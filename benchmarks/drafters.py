@@ -1,12 +1,11 @@
-"""Trains the drafters that ship with spdbench, and those that are measured beside them: all methods on the same
-conversations, for as many rounds.
+"""Trains the drafters that ship with spdbench, and others to compare them with, on the same data for as many epochs.
 
-Why: a comparison of methods is fair only if their drafters saw the same data; and what the target makes of the data,
-which takes longer than any drafter's own training, is computed once for all of them here.
+Why: a comparison of methods is fair only if their drafters saw the same data. The target's features of the data, which
+take longer than any drafter's own training, are computed once for all of them here.
 Regimes: the embedded model, conversations of its own (`spdbench distill`), a draft vocabulary of 8,192, the target's
-own head rows; one decoder layer for EAGLE-3, two for what drafts in pipelines, whose matrices are kept in 8 bits.
-Output: a folder a drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints. Several
-processes of one thread each (`--processes`) share the work: two threads on one product wait for each other.
+own head rows; one decoder layer for EAGLE-3, two for pipeline drafters, whose matrices are stored in 8 bits.
+Output: one folder per drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
+Several processes of one thread each (`--processes`) share the work: two threads on one product wait for each other.
 
     python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 2] [--only eagle3 spd-3 | --all]
 """
@@ -53,7 +52,7 @@ class Drafter(NamedTuple):
 
 
 TWO_LAYERS = {"layers": "2", "init_layers": "27,29", "storage": "int8"}
-SHIPS = (  # what takes longest first
+SHIPPED = (  # the longest training first
     Drafter("spd-3", "spd", 3, TWO_LAYERS),
     Drafter("spd-2", "spd", 2, TWO_LAYERS),
     Drafter("eagle3", "eagle3", None, {}),
@@ -61,7 +60,7 @@ SHIPS = (  # what takes longest first
     Drafter("medusa", "medusa", None, {}),
 )
 MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (5, 6, 10))
-"""For pipelines longer than two cores are good for."""
+"""For pipelines of more stages than two cores can run well."""
 
 
 def main() -> None:
@@ -73,19 +72,16 @@ def main() -> None:
     arguments.add_argument("--batch-tokens", type=int, default=512)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--processes", type=int, default=torch.get_num_threads())
-    arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPS, *MEASURED)])
-    arguments.add_argument("--all", action="store_true", help="those that do not ship as well")
+    arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPPED, *MEASURED)])
+    arguments.add_argument("--all", action="store_true", help="also those that do not ship")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
-    wanted = [
-        each
-        for each in (*SHIPS, *MEASURED)
-        if each.name in (chosen.only or ()) or (not chosen.only and (chosen.all or each in SHIPS))
-    ]
+    known = (*SHIPPED, *MEASURED)
+    drafters = [each for each in known if each.name in chosen.only] if chosen.only else known if chosen.all else SHIPPED
     target = load_target(MODEL, DTYPE, "cpu")
     conversations = read_conversations(chosen.data)
     sequences = sequences_of(conversations.messages, target)
-    recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in wanted}
+    recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in drafters}
     features = Features(
         target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.hidden_indices}
     )
@@ -94,23 +90,23 @@ def main() -> None:
     tokens = [len(sequence.ids) for sequence in sequences]
     together(chosen.processes, lambda process: prepare(features, tokens, process, chosen.processes))
     features.know_all()
-    turn = multiprocessing.get_context("fork").Value("i", 0)
+    next_drafter = multiprocessing.get_context("fork").Value("i", 0)
 
     def train_in_turn(_process: int) -> None:
         while True:
-            with turn.get_lock():
-                index = turn.value
-                turn.value += 1
-            if index >= len(wanted):
+            with next_drafter.get_lock():
+                index = next_drafter.value
+                next_drafter.value += 1
+            if index >= len(drafters):
                 return
-            each = wanted[index]
+            each = drafters[index]
             train(each, recipes[each.name], features, sequences, target, conversations.sha256, chosen)
 
     together(chosen.processes, train_in_turn)
 
 
 def together(count: int, work: Callable[[int], None]) -> None:
-    """`work` of 0 to `count` - 1, each in a process that begins as a copy of this one."""
+    """Calls `work` with 0 to `count` - 1, each in a process that begins as a copy of this one."""
     children = []
     for process in range(1, count):
         child = os.fork()
@@ -145,7 +141,7 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
 
 
 def prepare(features: Features, tokens: Sequence[int], process: int, num_processes: int) -> None:
-    """The frozen target over this process's share of the conversations."""
+    """Runs the frozen target over this process's share of the conversations."""
     mine = range(process, len(tokens), num_processes)
     done, began = 0, time.monotonic()
     for count, index in enumerate(mine, 1):

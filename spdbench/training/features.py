@@ -11,12 +11,13 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from spdbench.models.decoder import Decoder
 from spdbench.training.recipe import Batch
@@ -35,7 +36,7 @@ class Features:
         self._sequences = sequences
         self._hidden_indices = sorted({*hidden_indices, last})
         self._kinds = [kind for kind in self._hidden_indices if kind]  # 0, the embedding, is cheap to look up
-        self._given = self._hidden_indices  # by `batch`
+        self._given = self._hidden_indices  # those that `batch` returns
         self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
         self._states_TKM: Tensor | None = None
         self._argmax_T = torch.zeros(self._starts[-1], dtype=torch.int32)
@@ -89,27 +90,26 @@ class Features:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """Some sequences in one batch, padded on the right, on the decoder's device."""
-        chosen = [self._sequences[index] for index in indices]
-        shape = (len(chosen), max(len(sequence.ids) for sequence in chosen))
-        device, width = self._decoder.device, self._decoder.config.hidden_size
-        ids_BS, argmax_BS = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        valid_BS, answers_BS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        features = [self._features(index) for index in indices]
+        sequences = [self._sequences[index] for index in indices]
         places = {kind: self._kinds.index(kind) for kind in self._given if kind}
-        states = {kind: torch.zeros(*shape, width) for kind in places}
-        for row, (index, sequence) in enumerate(zip(indices, chosen, strict=True)):
-            size = len(sequence.ids)
-            states_SKM, argmax_S = self._features(index)
-            for kind, place in places.items():
-                states[kind][row, :size] = states_SKM[:, place]
-            ids_BS[row, :size] = torch.tensor(sequence.ids)
-            argmax_BS[row, :size] = argmax_S
-            valid_BS[row, :size] = True
-            answers_BS[row, : size - 1] = torch.tensor(sequence.answer[1:])
-        ids_BS = ids_BS.to(device)
-        found = {kind: state.to(device) for kind, state in states.items()}
+        states = {
+            kind: self._padded(states_SKM[:, at].float() for states_SKM, _ in features) for kind, at in places.items()
+        }
+        ids_BS = self._padded(torch.tensor(sequence.ids) for sequence in sequences)
         if 0 in self._given:
-            found[0] = self._decoder.embed(ids_BS.flatten()).float().view(*shape, width)
-        return Batch(ids_BS, valid_BS.to(device), answers_BS.to(device), found, argmax_BS.to(device))
+            states[0] = self._decoder.embed(ids_BS.flatten()).float().view(*ids_BS.shape, -1)
+        return Batch(
+            ids_BS=ids_BS,
+            valid_BS=self._padded(torch.ones(len(sequence.ids), dtype=torch.bool) for sequence in sequences),
+            answers_BS=self._padded(torch.tensor((*sequence.answer[1:], False)) for sequence in sequences),
+            states=states,
+            argmax_BS=self._padded(argmax_S.long() for _, argmax_S in features),
+        )
+
+    def _padded(self, rows: Iterable[Tensor]) -> Tensor:
+        """Rows of different lengths as one tensor on the decoder's device, with zeros on the right."""
+        return pad_sequence(list(rows), batch_first=True).to(self._decoder.device)
 
     def _features(self, index: int) -> tuple[Tensor, Tensor]:
         """States `[S, K, M]` and greedy next tokens `[S]` of a sequence."""

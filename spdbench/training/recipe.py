@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -125,7 +125,6 @@ class Provenance:
     trained_tokens: int
     seed: int
     acceptance_by_position: tuple[float, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Recipe(ABC):

@@ -227,5 +227,4 @@ def origin(about: Provenance) -> dict[str, Any]:
         "trained_tokens": about.trained_tokens,
         "seed": about.seed,
         "acceptance_by_position": list(about.acceptance_by_position),
-        **about.extra,
     }

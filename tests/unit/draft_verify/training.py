@@ -12,7 +12,7 @@ from spdbench.training.recipe import Batch, Provenance, Recipe
 from tests import tiny
 
 DRAFT_IDS = torch.arange(0, 262, 2)
-ABOUT = Provenance("tiny", "f" * 64, "d" * 64, 1234, 7, (0.5, 0.25), {"note": "test"})
+ABOUT = Provenance("tiny", "f" * 64, "d" * 64, 1234, 7, (0.5, 0.25))
 
 
 def greedy_text(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Order and schedule: numbers alone."""
+"""Batches, progress and learning rate follow from plain numbers."""
 
 from __future__ import annotations
 
