@@ -85,7 +85,9 @@ def main() -> None:
 def hold(chosen: argparse.Namespace) -> None:
     """Exits if `--results` holds runs with other settings."""
     kept = ("limit", "sampled_limit", "max_new_tokens", "drafters", "stages")
-    sides.hold_to({name: getattr(chosen, name) for name in kept}, chosen.results / "settings.txt", "--results")
+    sides.require_same_settings(
+        {name: getattr(chosen, name) for name in kept}, chosen.results / "settings.txt", "--results"
+    )
 
 
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:

@@ -1,14 +1,14 @@
-"""`spdbench check` put to the test: does it stay silent when nothing changed, and speak up when something did.
+"""Tests `spdbench check`: does it pass when nothing changed, and fail when something did?
 
-Why: a gate that fails from noise is switched off, and one that passes what got worse is worth nothing. Only repeated
-runs on a machine with noise can tell which one it is.
+Why: a gate that fails because of noise is switched off, and one that passes a regression is worth nothing. Only
+repeated runs on a noisy machine show which it is.
 Regimes: `spdbench run quick` with vanilla and spd, each run a fresh process, as in CI. Runs of the same code are the
-baseline and its calibration; then rounds of a few starts of the same code, which nothing may be said against, and of
-spd made slower on purpose, which the timing gate has to catch; then rounds of spd in float32 with `oracle:0.8` and one
-accepted draft in fifty turned into a rejection, another one each round, which the exact gate has to catch.
-Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code lie apart; then
-targets. Everything lies in `--folder`: what is there is not measured again, so that the same command goes on after an
-interruption, and adds rounds when told of more.
+baseline and its calibration; then rounds of a few starts of the same code, which have to pass, and of spd made slower
+on purpose, which the timing gate has to catch; then rounds of spd in float32 with `oracle:0.8` and one accepted draft
+in fifty turned into a rejection, another one each round, which the exact gate has to catch.
+Output: a line a round with the exit codes and the change of the speed-up; how far runs of the same code differ; then
+targets. All runs are kept in `--folder` and not measured again, so that the same command continues after an
+interruption, and adds rounds when `--rounds` is larger.
 
     python -m benchmarks.gate --folder DIR [--rounds 20] [--baselines 8] [--together 5] [--limit 8] [--tokens 32]
                               [--repeats 1] [--slower-by 0.115] [--drafter auto] [--option executor=inline]
@@ -39,11 +39,12 @@ EXIT_WORDS = {0: "pass", 1: "REGRESSION", 3: "inconclusive", 4: "NOT COMPARABLE"
 METADATA = "Metadata-Version: 2.1\nName: spdbench-gate-experiment\nVersion: 1.0\n"
 EVERY = 50
 SLOWER_BY = 0.115
-"""What stages take longer for the whole engine to be a tenth slower: drafting, messages and verdicts are as ever."""
+"""By how much the stages are slowed to make the whole engine a tenth slower: drafting, messages and verification keep
+their speed."""
 
 
 class Checked(NamedTuple):
-    """What `spdbench check` said of spd: its exit code and, from the timing gate, the speed-up's change."""
+    """The finding of `spdbench check` on spd: its exit code and, from the timing gate, the speed-up's change."""
 
     exit_code: int
     change: float | None = None
@@ -59,16 +60,16 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """The folder of the experiment, and how a run in it is made."""
+    """The folder of the experiment, and the runs in it."""
 
     folder: Path
     chosen: argparse.Namespace
 
     def prepare(self) -> None:
-        """The folder with what its runs need; refuses one that was filled with other settings."""
+        """Makes the folder with what its runs need; ends the program if it holds runs with other settings."""
         kept = ("limit", "tokens", "repeats", "slower_by", "drafter", "option", "dtypes", "threads")
         settings = {name: getattr(self.chosen, name) for name in kept}
-        sides.hold_to(settings, self.folder / "settings.json", "--folder")
+        sides.require_same_settings(settings, self.folder / "settings.json", "--folder")
         info = self._site / "spdbench_gate_experiment-1.0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
         (info / "METADATA").write_text(METADATA, "utf-8")
@@ -89,10 +90,10 @@ class Bench:
         return self._run(place, number, ["-b", f"spd={backend}", *words, *_options(options)])
 
     def _run(self, place: str, number: int, words: Sequence[str]) -> list[Path]:
-        """The results of a finished run; one that was interrupted is made anew."""
+        """The results of a finished run; an interrupted one is started again."""
         folder = self.folder / place
-        results, noted = f"quick__*__{number}.json", folder / f"done-{number}"
-        if noted.exists():
+        results, done_file = f"quick__*__{number}.json", folder / f"done-{number}"
+        if done_file.exists():
             return sorted(folder.glob(results))
         for left in folder.glob(f"quick__*__{number}.*"):
             left.unlink()
@@ -103,8 +104,8 @@ class Bench:
         done = self._spdbench("run", "quick", *words, *settings, *more)
         if done.returncode != 0:
             sys.exit(f"{folder}: `spdbench run` ended with {done.returncode}:\n{done.stderr}")
-        noted.write_text(f"{time.perf_counter() - began:.1f}", "utf-8")
-        print(f"{place} {number}: {noted.read_text('utf-8')} s", flush=True)
+        done_file.write_text(f"{time.perf_counter() - began:.1f}", "utf-8")
+        print(f"{place} {number}: {done_file.read_text('utf-8')} s", flush=True)
         return sorted(folder.glob(results))
 
     def calibrate(self, place: str) -> None:
@@ -112,13 +113,13 @@ class Bench:
         print(done.stdout or done.stderr, flush=True)
 
     def check(self, new: Sequence[Path], place: str, gate: str) -> Checked:
-        told = self.folder / "check.json"
-        done = self._spdbench("check", *new, "--baseline", self.folder / place, "--gate", gate, "--json", told)
+        report = self.folder / "check.json"
+        done = self._spdbench("check", *new, "--baseline", self.folder / place, "--gate", gate, "--json", report)
         if done.returncode not in EXIT_WORDS:
             sys.exit(f"`spdbench check` ended with {done.returncode}:\n{done.stderr}")
         findings = [
             finding
-            for judgement in json.loads(told.read_text("utf-8"))["judgements"]
+            for judgement in json.loads(report.read_text("utf-8"))["judgements"]
             for finding in judgement["findings"]
             if finding["metric"] == "speedup"
         ]
@@ -177,7 +178,7 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
 
 
 def rejecting_round(bench: Bench, number: int) -> dict[str, Any]:
-    """Rejecting code, which no noise can excuse."""
+    """The check of rejecting code, whose counts have no noise."""
     options = [f"every={EVERY}", f"first={number % EVERY + 1}"]
     found = bench.check(bench.counted("rejecting", number, "rejecting_spd", options), "exact-baseline", "exact")
     print(f"round {number + 1}: rejecting code {found}", flush=True)
@@ -185,7 +186,7 @@ def rejecting_round(bench: Bench, number: int) -> dict[str, Any]:
 
 
 def timed_round(bench: Bench, number: int) -> dict[str, Any]:
-    """The same code and slower code, a few starts of each, judged as soon as they have run."""
+    """The checks of the same code and of slower code, a few starts of each."""
     chosen = bench.chosen
     starts = range(number * chosen.together, (number + 1) * chosen.together)
     slower = [f"slower_by={chosen.slower_by}"]
@@ -197,13 +198,13 @@ def timed_round(bench: Bench, number: int) -> dict[str, Any]:
 
 
 def slowdown(rounds: Sequence[dict[str, Any]]) -> float:
-    """How slow the slower side was in truth: geometric mean of its change over that of the same code."""
+    """How slow the slower side really was: geometric mean of its change over that of the same code."""
     pairs = [(each["slower"]["change"], each["same"]["change"]) for each in rounds]
     return geometric_mean([slower / same for slower, same in pairs if slower and same] or [math.nan])
 
 
 def goals(counts: dict[str, Counter[int]], rounds: int) -> list[Goal]:
-    """The shares that were aimed at: of 20 runs none, three and 18."""
+    """The targets as shares: of 20 runs none, three and 18."""
     same = counts["same"]
     return [
         Goal("same code, share of regressions", (same[1] + same[4]) / rounds, at_most=0),

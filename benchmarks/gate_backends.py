@@ -1,6 +1,6 @@
-"""Backends that are worse than `spd` on purpose, for `benchmarks.gate` to be caught; no part of spdbench.
+"""Backends that are worse than `spd` on purpose, for `benchmarks.gate`; not part of spdbench.
 
-`gate.py` announces them to spdbench as a stranger's package would, by entry points in a folder of its own.
+`gate.py` registers them as a third-party package would, by entry points in a separate folder.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class SlowerOptions(PipelineOptions):
 
 
 class SlowerSPD(SPD):
-    """spd whose stages take longer, by work that comes to nothing. In the stages and not between the steps: there it
-    would pass while they are at work on the next one."""
+    """spd whose stages wait busily. The delay is in the stages, not between the steps, where it would overlap with the
+    stages' work on the next step."""
 
     Options: ClassVar[type[BackendOptions]] = SlowerOptions
 
@@ -51,19 +51,19 @@ class SlowerSPD(SPD):
 
 
 class _Slow:
-    """Something that is as ever but for what its subclass has."""
+    """Delegates everything to `inner` that a subclass does not replace."""
 
     def __init__(self, inner: Any, share: float) -> None:
         self._inner, self._share = inner, share
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # pickle asks before there is anything to ask
+        if name.startswith("__"):  # pickle looks these up before `_inner` exists
             raise AttributeError(name)
         return getattr(self._inner, name)
 
 
 class SlowTarget(_Slow):
-    """A target whose stages are slow, in this process and in others; what drafts is built of its own decoder."""
+    """A target whose stages are slow, in this process and in others; its `own_decoder`, for drafting, is not."""
 
     @cached_property
     def decoder(self) -> SlowDecoder:
@@ -91,7 +91,7 @@ class SlowDecoder(_Slow):
 
 
 def slowed(work: Callable[[], T], share: float) -> T:
-    """What `work` gives, after a busy wait of so much of the time it took."""
+    """The result of `work`, after a busy wait for `share` of the time that it took."""
     began = perf_counter_ns()
     found = work()
     now = perf_counter_ns()
@@ -106,7 +106,7 @@ class RejectingOptions(PipelineOptions):
 
 
 class RejectingSPD(SPD):
-    """spd that takes an accepted draft in so many for a rejected one: the same ids, in more cycles."""
+    """spd that treats one in `every` accepted drafts as rejected: the same ids, in more cycles."""
 
     Options: ClassVar[type[BackendOptions]] = RejectingOptions
     _accepted = 0

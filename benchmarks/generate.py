@@ -1,12 +1,12 @@
 """Vanilla against transformers' own `generate`: same weights, prompts, dtype, threads and number of tokens.
 
-Why: a speed-up over a slow baseline is worth nothing. Vanilla has to be far ahead of what everybody has, and also of
-the drafting that everybody has, prompt lookup (up to 10 tokens copied from the context).
+Why: a speed-up over a slow baseline is worth nothing. Vanilla has to be far faster than the usual implementation, and
+also than its usual drafting, prompt lookup (up to 10 tokens copied from the context).
 Regimes: batch 1, greedy, four prompts of different kinds, both dtypes; a side's time is that of the whole call, the
 prompt's own forward included, over the number of new tokens.
 Output: a table a dtype, a row a prompt and one for all of them (the sum of each round): medians in ms a token with the
 extremes, how many times as fast vanilla is, round by round, as median and quartiles, and how many of the new ids agree
-before the first that does not. In bfloat16 they may part, since sums are rounded in another order.
+before the first difference. In bfloat16 ids may differ, since sums are rounded in another order.
 The sides take turns, A B C A B C, after a warm-up each.
 
     python -m benchmarks.generate [--rounds 7] [--tokens 64] [--threads 2] [--dtypes float32] [--json FILE]
@@ -103,7 +103,7 @@ def transformers_model(target: Target) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(target.files.directory, dtype=target.dtype).eval()
-    model.generation_config.eos_token_id = None  # all sides go on to the last token
+    model.generation_config.eos_token_id = None  # all sides decode to the last token
     return model
 
 

@@ -1,11 +1,11 @@
-"""What spdbench itself costs: comparing, its own work in a step and a prompt, long runs, the way to the first prompt.
+"""The cost of spdbench itself: comparing, its own work in a step and a prompt, long runs, start-up.
 
-Why: a harness that takes part of what it times measures itself, and one that grows with the run cannot finish a long
-one. None of this may depend on a model, so the backends are mocks whose steps cost nothing.
+Why: a harness whose own work is in the measured time measures itself, and one whose memory grows with the run cannot
+finish a long run. None of this may depend on a model, so the backends are mocks whose steps cost nothing.
 Regimes: `compare` on 200 files of 80 runs of 201 steps, every other one with drafts; requests of 64 tokens; runs of
 1,000, 5,000 and 10,000 prompts by two backends, each size in a process of its own, with result files and table at the
 end; `spdbench run quick` on the embedded model, whose weights have to be in the cache already.
-Output: a line a measure, what was measured beside its target. Wall times are the best of three, with the CPU time of
+Output: a line a measure, with its target. Wall times are the best of three, with the CPU time of
 that one, since machines are shared; the rest is CPU time and peak memory.
 
     python -m benchmarks.harness [compare] [overhead] [prompts] [start]
@@ -41,18 +41,18 @@ NUM_FILES, NUM_RUNS, NUM_STEPS = 200, 80, 201
 SIZES = (1_000, 5_000, 10_000)
 NUM_TOKENS, DEPTH = 64, 4
 TOKEN_S = 0.010
-"""What a token takes, on a fast CPU: overhead is stated as a share of it."""
+"""The time of a token on a fast CPU; overhead is stated as a share of it."""
 LABELS = ("vanilla", "drafts")
 
 
 def main() -> None:
     words = sys.argv[1:]
-    if words[:1] == ["long-run"]:  # this script as `prompts` starts it
+    if words[:1] == ["long-run"]:  # `prompts` starts this script so
         print(json.dumps(long_run(int(words[1]), Path(words[2]))))
         return
     parts = {"compare": comparing, "overhead": overhead, "prompts": prompts, "start": start}
-    if strangers := set(words) - parts.keys():
-        sys.exit(f"unknown: {', '.join(sorted(strangers))}. Known: {', '.join(parts)}.")
+    if unknown := set(words) - parts.keys():
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}. Known: {', '.join(parts)}.")
     print(row("measure", "measured", "target"))
     for name, part in parts.items():
         if not words or name in words:
@@ -160,7 +160,7 @@ def result_head(label: str, shown: str, num_prompts: int) -> ResultHead:
 
 
 class FreeSteps:
-    """A backend whose steps are there already."""
+    """A backend whose steps exist already, so that generating costs nothing."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     kind: ClassVar[BackendKind] = "autoregressive"
@@ -204,7 +204,7 @@ BACKENDS = {"vanilla": FreeSteps, "drafts": FreeDrafts}
 
 
 class Letters:
-    """A token a letter."""
+    """A chat with one token a letter."""
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(ord(letter) for message in messages for letter in message["content"])
@@ -213,8 +213,8 @@ class Letters:
         return " ".join(map(str, ids))
 
 
-class Nobody:
-    """An observer that looks away."""
+class NoObserver:
+    """An observer that does nothing."""
 
     def finished(self, label: str, run: Run) -> None: ...
     def crashed(self, label: str, run: Run, trace: str) -> None: ...
@@ -275,14 +275,14 @@ def peak_mb() -> float:
 
 
 def run_prompts(folder: Path, num_prompts: int, labels: Sequence[str], *, resume: bool = False) -> None:
-    asked = tuple(Prompt(f"prompt-{n}", "abcdefgh"[n % 8], (f"question {n}",)) for n in range(num_prompts))
-    workload = Workload(asked, NUM_TOKENS, Sampling(), 0, frozenset(), repeats=1, warmup=0, context_limit=8192)
+    prompts = tuple(Prompt(f"prompt-{n}", "abcdefgh"[n % 8], (f"question {n}",)) for n in range(num_prompts))
+    workload = Workload(prompts, NUM_TOKENS, Sampling(), 0, frozenset(), repeats=1, warmup=0, context_limit=8192)
     with ExitStack() as stack:
         journals = [stack.enter_context(open_journal(folder, label, resume=resume)) for label in labels]
         candidates = [
             Candidate(label, BACKENDS[label](), journal) for label, journal in zip(labels, journals, strict=True)
         ]
-        Runner(workload, candidates, Letters(), lambda *_: "real", Nobody()).run()
+        Runner(workload, candidates, Letters(), lambda *_: "real", NoObserver()).run()
 
 
 def open_journal(folder: Path, label: str, *, resume: bool) -> Journal:
@@ -291,7 +291,7 @@ def open_journal(folder: Path, label: str, *, resume: bool) -> Journal:
 
 
 def results_and_table(folder: Path, num_prompts: int) -> None:
-    """What ends a run. Its journals are read anew here, as after an interruption."""
+    """The end of a run. The journals are read again here, as after an interruption."""
     entries = []
     for label in LABELS:
         with open_journal(folder, label, resume=True) as journal:
@@ -299,11 +299,11 @@ def results_and_table(folder: Path, num_prompts: int) -> None:
     render(compare(entries), "table", Console(width=100))
 
 
-# The way to the first prompt
+# Start-up
 
 
 def start() -> Iterator[str]:
-    timed("run", "--help")  # reads from disk what is not in memory yet
+    timed("run", "--help")  # brings the files into the page cache
     wall_s, all_s = min(first_prompt() for _ in range(3))
     yield row(
         "`spdbench run quick`, command to first prompt", f"{wall_s:.1f} s ({all_s:.1f} s of CPU to its end)", "6 s"
@@ -326,7 +326,7 @@ def first_prompt() -> tuple[float, float]:
 
 
 def has_run(folder: Path) -> bool:
-    """True once a finished request stands in a journal, or in the result that replaces it."""
+    """True once a finished request is in a journal, or in the result that replaces it."""
     return any(b'{"run":' in path.read_bytes() for path in folder.glob("*.jsonl")) or any(folder.glob("*.json"))
 
 

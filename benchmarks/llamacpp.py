@@ -1,17 +1,17 @@
 """Vanilla against llama.cpp on the same GGUF file: same prompt ids, threads and number of tokens.
 
-Why: llama.cpp is what people run on a CPU. It is the bar, although it starts from an advantage: it reads the file's
-4-bit weights as they are, a third of the bytes that vanilla reads in bfloat16 and a sixth of those in float32, since
-vanilla's weights are the same ones written out. So the bytes a token stand beside the times, and the rate at which each
-side reads them says how well it uses the machine.
+Why: llama.cpp is the usual engine on a CPU. It is the reference, although it has an advantage: it reads the file's
+4-bit weights directly, a third of the bytes that vanilla reads in bfloat16 and a sixth of those in float32, since
+vanilla dequantises them. So the table also has the bytes a token, and the rate at which each side reads them shows how
+well it uses the machine.
 Regimes: batch 1, greedy, four prompts of different kinds; vanilla in both dtypes; llama.cpp as llama-cpp-python sets
 it up, in a process of its own (of another Python, with --python).
 Output: a row a prompt and side, and one a side for all prompts (the sum of each round). `call` is the time of the whole
 call over the number of new tokens, `decode` that after the first new token over the others; medians in ms with the
 extremes, and each over llama.cpp's, round by round, as median and quartiles (below 1, vanilla is the faster one). Then
-MB read a token and GB/s read while decoding, and how many new ids agree with llama.cpp's before the first that does
-not: they part sooner or later, for it rounds activations to 8 bits. Without llama-cpp-python it says so in one line and
-ends.
+MB read a token and GB/s read while decoding, and how many new ids agree with llama.cpp's before the first difference,
+which comes sooner or later, since llama.cpp rounds activations to 8 bits. Without llama-cpp-python it says so in one
+line and ends.
 The sides take turns, A B C A B C, after a warm-up each.
 
     python -m benchmarks.llamacpp [--python OTHER/bin/python] [--rounds 7] [--tokens 64] [--threads 2] [--json FILE]
@@ -164,7 +164,7 @@ class LlamaCpp:
             self._process.stdin.flush()
             line = self._process.stdout.readline()
             if not line:
-                sys.exit("llama.cpp's process ended; what it said stands above")
+                sys.exit("llama.cpp's process ended; see its output above")
             answer: dict[str, Any] = json.loads(line)
             return Decoded(answer["seconds"], tuple(answer["ids"]), answer["first_seconds"])
 

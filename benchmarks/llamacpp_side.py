@@ -1,7 +1,7 @@
-"""The llama.cpp side of `llamacpp.py`, in a process and perhaps a Python of its own: decodes what it is told to.
+"""The llama.cpp side of `llamacpp.py`, in a separate process, which may run another Python.
 
 Reads a request a line from stdin, `{"prompt": [ids], "tokens": n}`, and answers each with a line on stdout,
-`{"seconds": s, "ids": [ids], "first_seconds": s}`. Greedy; the prompt is read anew every time. Imports nothing but
+`{"seconds": s, "ids": [ids], "first_seconds": s}`. Greedy; the prompt is processed again every time. Imports only
 llama-cpp-python, so that it runs where spdbench is not installed.
 
     python benchmarks/llamacpp_side.py FILE.gguf THREADS CONTEXT
@@ -21,7 +21,7 @@ def main() -> None:
     model = llama_cpp.Llama(file, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
     for line in sys.stdin:
         request = json.loads(line)
-        model.reset()  # else it keeps what it knows of the prompt
+        model.reset()  # else it reuses its cache of the prompt
         start = time.perf_counter()
         new = model.generate(request["prompt"], temp=0.0)
         ids = [next(new)]

@@ -1,10 +1,10 @@
-"""SPD's stage processes: what lies between the stages' own work and a cycle.
+"""SPD's stage processes: how much longer a cycle takes than the stages' own work.
 
-Why: a pipeline is worth its slowest stage; messages, waiting and Python come on top, and on one machine the stages
-share its memory.
-Regimes: batch 1, greedy, the embedded model, drafts that are always right, so that the pipe is full; several cuts and
-ways for rows to travel. Sides take turns: vanilla with all threads; the pipeline; its stages looping in processes of
-the same kind without any message, all at once and each alone.
+Why: a pipeline is as fast as its slowest stage at best; messages, waiting and Python come on top, and on one machine
+the stages share its memory.
+Regimes: batch 1, greedy, the embedded model, drafts that are always right, so that the pipeline is full; several cuts
+and transports. Sides take turns: vanilla with all threads; the pipeline; its stages looping in processes of the same
+kind without any messages, all at once and each alone.
 Output: a table a dtype, a row a setting, medians over the rounds: ms a token of vanilla and of the pipeline; a full
 cycle's ms, its control time (what is not its slowest stage), its efficiency; the cycle over the slowest of the stages
 at work without messages; each stage's busy time over its time there; the largest cause of idle time. Then the workers'
@@ -100,7 +100,7 @@ def setting(backend: Pipelined, target: Target, request: GenerationRequest, roun
     pipeline = backend._pipeline
     assert isinstance(pipeline, ProcessPipeline)
     with StageLoops(pipeline._specs) as loops:
-        turn(backend, target, request, loops)  # to warm up
+        turn(backend, target, request, loops)  # warm-up
         turns = [turn(backend, target, request, loops) for _ in range(rounds)]
         base = statistics.mean(loops.base_bytes)
     held = sum(held_bytes(pid, target.files.directory) for pid in pipeline._workers.process_ids)

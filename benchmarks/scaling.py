@@ -1,14 +1,15 @@
-"""How a forward pass of vanilla scales, and how near it comes to the machine's limit.
+"""How a forward pass of vanilla scales, and how close it comes to the machine's limit.
 
-Why: the headline ratios hold for one setting. Long contexts, verification (many rows a forward) and more threads are
-where a fast path usually gives up, and the share of the read bandwidth says what is left to win.
-Regimes: both dtypes, batch 1, the head and the choice of the likeliest token included for every row.
+Why: the headline ratios hold for one setting. Fast paths usually fail with long contexts, verification (many rows a
+forward) and more threads, and the share of the read bandwidth shows how much could still be gained.
+Regimes: both dtypes, batch 1, the head and the argmax included for every row.
   threads   one row at context 64, with 1, 2, 4, ... threads up to all cores
   context   one row at contexts of 64 to 4,096 tokens
   rows      1 to 64 rows at context 256, a chain as verification feeds it
   roofline  one row at context 64: the weights' bytes over the time, over the read bandwidth measured right before and
             right after
-Caches are filled with random keys and values, on which no time depends. A turn is the median time of --tokens forwards.
+Caches are filled with random keys and values, which do not affect times. A turn is the median time of --tokens
+forwards.
 Output: a table each, a row a dtype and setting: median ms a forward with the extremes, and the time over that of the
 first setting, round by round, as median and quartiles; for `roofline` the bandwidth and the share reached, likewise.
 The settings take turns, 1, 2, 4, ... 1, 2, 4, ..., after a warm-up each.
@@ -110,7 +111,7 @@ SETTINGS: dict[str, Callable[[str, argparse.Namespace], Sides]] = {"threads": th
 
 
 class Reading(NamedTuple):
-    """Forwards, and the bandwidth around them."""
+    """The time of a forward, and the bandwidth measured around it."""
 
     seconds: float
     bytes_per_s: float
@@ -164,7 +165,7 @@ def between_readings(side: Callable[[], float]) -> Reading:
 
 
 def forward_side(decoder: Decoder, length: int, num_rows: int, count: int) -> Callable[[], float]:
-    """The median seconds of `count` forwards of `num_rows` rows behind `length` tokens, after one uncounted."""
+    """The median seconds of `count` forwards of `num_rows` rows after `length` tokens, without the first one."""
     ids = tuple(range(1000, 1000 + num_rows))
     cache = filled_cache(decoder, length, num_rows)
 

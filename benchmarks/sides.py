@@ -1,7 +1,7 @@
-"""What all benchmarks share: sides that take turns, what their times say, and the machine they ran on.
+"""What all benchmarks share: alternating sides, statistics of their times, and a description of the machine.
 
-Absolute times on a shared machine mean little, so sides alternate in one run and are compared round by round: what
-slows one side of a round mostly slows the other. Must not know what the sides do.
+Absolute times on a shared machine mean little, so sides alternate in one run and are compared round by round: other
+load that slows one side of a round mostly slows the other, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def take_turns(sides: Mapping[Key, Callable[[], Result]], rounds: int) -> dict[Key, list[Result]]:
-    """Every side once to warm up, unrecorded, then all of them in turn, `rounds` times: A B, A B, ..."""
+    """Runs every side once to warm up, unrecorded, then all in turn, `rounds` times: A B, A B, ..."""
     for side in sides.values():
         side()
     results: dict[Key, list[Result]] = {key: [] for key in sides}
@@ -68,7 +68,7 @@ def mean_by_round(series: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Goal:
-    """A number that was aimed at beside the one that was measured."""
+    """A measured number with its target."""
 
     what: str
     measured: float
@@ -88,7 +88,7 @@ class Goal:
 
 @dataclass
 class Report:
-    """What a benchmark found: tables of raw rows by name, and goals."""
+    """A benchmark's findings: tables of raw rows by name, and goals."""
 
     benchmark: str
     settings: Mapping[str, Any]
@@ -103,7 +103,7 @@ class Report:
 
 
 def parser(doc: str | None, rounds: int, tokens: int) -> argparse.ArgumentParser:
-    """The options that every benchmark has; `doc` is the script's own account of itself."""
+    """A parser with the options that every benchmark has; `doc` is the script's docstring."""
     arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each side (default {rounds})")
     arguments.add_argument("--tokens", type=_positive, default=tokens, help=f"tokens a turn (default {tokens})")
@@ -127,10 +127,10 @@ def _writable(text: str) -> Path:
 
 
 def run(name: str, chosen: argparse.Namespace, measure: Callable[[argparse.Namespace, Report], None]) -> None:
-    """Measures with the chosen threads, the read bandwidth before and after, and prints and writes what was found.
+    """Runs `measure` with the chosen threads, measures the read bandwidth before and after, prints and writes a report.
 
     `measure` prints its tables as they come and adds them to the report. Its figures need an otherwise idle machine: a
-    load average well above 0 at the start says that it was none.
+    load average well above 0 at the start shows that it was not.
     """
     torch.set_num_threads(chosen.threads)
     machine = {**environment(), "load_average": os.getloadavg()[0], "spdbench_git": git_state()}
@@ -152,18 +152,18 @@ def run(name: str, chosen: argparse.Namespace, measure: Callable[[argparse.Names
         chosen.json.write_text(report.as_json() + "\n", encoding="utf-8")
 
 
-def hold_to(settings: object, noted: Path, option: str) -> None:
-    """Keeps `settings` in the file `noted`, beside the runs made with them; ends where it holds others, as a table of
-    both would be of neither."""
+def require_same_settings(settings: object, file: Path, option: str) -> None:
+    """Writes `settings` into `file`, next to the runs made with them. Ends the program if it holds other settings,
+    since one table must not mix both."""
     text = json.dumps(settings, indent=1, default=str)
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    if noted.exists() and noted.read_text("utf-8") != text:
-        sys.exit(f"{noted.parent} holds runs with other settings ({noted}); choose another {option}")
-    noted.write_text(text, "utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and file.read_text("utf-8") != text:
+        sys.exit(f"{file.parent} holds runs with other settings ({file}); choose another {option}")
+    file.write_text(text, "utf-8")
 
 
 def show(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table that reads as text and is Markdown."""
+    """Prints a Markdown table."""
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True), end="\n\n", flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Drafting and verifying against plain decoding, with drafts that are always right: what the engine itself costs.
+"""Drafting and verifying against plain decoding, with drafts that are always right: the cost of the engine itself.
 
-Why: with `oracle:1.0` and a chain of 4 every round but the last emits 5 tokens for one forward of 5 rows. Whatever is
-missing from 5x is the dearer forward and the engine's own overhead.
+Why: with `oracle:1.0` and a chain of 4 every round but the last emits 5 tokens for one forward of 5 rows. The
+difference from 5x is the more expensive forward and the engine's own overhead.
 Regimes: batch 1, greedy, the embedded model, one short prompt, both dtypes; EAGLE's and Medusa's loops, chains of
 several depths, and one dynamic tree. Drafts cost nothing here; a trained head's do.
 Output: a line a setting: ms a token of vanilla and of the method, the ratio run by run (median, least, most), tokens a

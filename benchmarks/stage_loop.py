@@ -1,12 +1,11 @@
-"""Stages at work in processes of their own without any message between them: the yardstick for a pipeline.
+"""Stages that compute in separate processes without any messages between them: the reference for a pipeline.
 
-Each loops over one row with the layers, threads and cores that its pipeline's worker has. Must not know of pipelines.
+Each loops over one row with the layers, threads and cores of its pipeline's worker.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,12 +16,13 @@ from typing import Any
 import torch
 from torch.multiprocessing import get_context
 
+from benchmarks.memory import mapped_bytes, status_bytes
 from spdbench.models.cpu.argmax import argmax
 from spdbench.pipeline.worker import StageSpec, die_with
 
 
 class StageLoops:
-    """A process for each of `specs`. Use as a context."""
+    """One process for each of `specs`. Use as a context manager."""
 
     def __init__(self, specs: Sequence[StageSpec]) -> None:
         context = get_context("spawn")
@@ -36,7 +36,7 @@ class StageLoops:
             self._ends.append(mine)
             self._processes.append(process)
         self.base_bytes: list[int] = [end.recv() for end in self._ends]
-        """Memory of each process that has computed with one layer, without that layer."""
+        """Memory of each process after it has computed with one layer, without that layer."""
 
     def __enter__(self) -> StageLoops:
         return self
@@ -47,7 +47,7 @@ class StageLoops:
             process.join()
 
     def together(self, start: int, num_rows: int) -> list[float]:
-        """Median seconds a row of each stage, all at work at once, over rows from position `start`."""
+        """Median seconds a row of each stage over rows from position `start`, with all stages computing at once."""
         for end in self._ends:
             end.send((start, num_rows))
         return [end.recv() for end in self._ends]
@@ -62,15 +62,8 @@ class StageLoops:
 
 
 def held_bytes(process: int, folder: Path) -> int:
-    """A process's own memory and the pages of the files in `folder` that it maps."""
-    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    own = re.search(r"RssAnon:\s+(\d+) kB", status)
-    areas = re.findall(
-        rf"{re.escape(str(folder))}/.*\n(?:.+:.*\n)*?Rss:\s+(\d+) kB",
-        Path(f"/proc/{process}/smaps").read_text(encoding="utf-8"),
-    )
-    assert own is not None
-    return 1024 * (int(own[1]) + sum(map(int, areas)))
+    """A process's anonymous memory and the resident pages of the files in `folder` that it maps."""
+    return status_bytes("RssAnon", process) + mapped_bytes(folder, process)
 
 
 @torch.inference_mode()
@@ -86,8 +79,8 @@ def _serve(spec: StageSpec, end: Connection, parent: int) -> None:
     decoder.forward(row, 0, decoder.new_cache(1, one), one)
     end.send(held_bytes(os.getpid(), spec.source.files.directory) - decoder.bytes_per_token(one, head=False))
     decoder = spec.source.load(spec.layers, spec.device)
-    while (asked := end.recv()) is not None:
-        start, num_rows = asked
+    while (request := end.recv()) is not None:
+        start, num_rows = request
         cache = decoder.new_cache(start + num_rows, spec.layers)
         decoder.forward(row.expand(start, -1).contiguous(), 0, cache, spec.layers)
         seconds = []

@@ -1,7 +1,4 @@
-"""What the benchmarks decode: four prompts of different kinds, and vanilla's way through them.
-
-Knows the embedded model's chat format and vanilla, and nothing of what these are compared with.
-"""
+"""The benchmarks' workload: four prompts of different kinds, and vanilla decoding as the side to compare with."""
 
 from __future__ import annotations
 
@@ -44,7 +41,7 @@ def is_cube(number):
 
 @dataclass(frozen=True)
 class Decoded:
-    """One turn of a side: the new ids, and the seconds from the prompt's ids to the last and to the first of them."""
+    """One turn of a side: the new ids, and the seconds from the prompt's ids to the last and to the first new id."""
 
     seconds: float
     ids: tuple[int, ...]
@@ -57,7 +54,7 @@ def prompt_ids(target: Target) -> dict[str, tuple[int, ...]]:
 
 
 def vanilla_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callable[[], Decoded]:
-    """Greedy decoding of exactly `tokens` tokens, past the end of the answer if need be."""
+    """Greedy decoding of exactly `tokens` tokens, past the end of the answer if necessary."""
     request = GenerationRequest(prompt, (), tokens, Sampling(), 0, frozenset())
 
     def side() -> Decoded:
@@ -72,5 +69,5 @@ def vanilla_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callab
 
 
 def common_prefix(ours: tuple[int, ...], theirs: tuple[int, ...]) -> int:
-    """How many ids agree before the first that does not."""
+    """How many ids agree before the first difference."""
     return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 POWERCAP = Path("/sys/class/powercap")
 ZONE = re.compile(r"intel-rapl:(\d+)(:\d+)?")
@@ -24,43 +25,16 @@ UJ_PER_MJ, UJ_PER_J = 1_000, 1_000_000
 Reading = tuple[int | None, ...]
 
 
-class Counter(Protocol):
-    """A device's energy since an arbitrary moment. At `wraps_at` microjoules it restarts from 0; None if unknown."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def wraps_at(self) -> int | None: ...
-    def read(self) -> int | None:
-        """Microjoules; None where it cannot be read."""
-
-
 @dataclass(frozen=True)
-class RaplZone:
-    """One zone of the kernel's powercap tree."""
+class Counter:
+    """A device's energy since an arbitrary moment. `read` returns microjoules, or None where it cannot be read.
+
+    At `wraps_at` microjoules the counter restarts from 0; None if unknown.
+    """
 
     name: str
-    folder: Path
-    wraps_at: int | None
-
-    def read(self) -> int | None:
-        return _number(self.folder / "energy_uj")
-
-
-@dataclass(frozen=True)
-class NvmlDevice:
-    """One GPU, by the driver's own library."""
-
-    name: str
-    library: Any
-    handle: Any
+    read: Callable[[], int | None]
     wraps_at: int | None = None
-
-    def read(self) -> int | None:
-        millijoules = ctypes.c_ulonglong()
-        if self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle, ctypes.byref(millijoules)):
-            return None
-        return millijoules.value * UJ_PER_MJ
 
 
 @dataclass(frozen=True)
@@ -101,7 +75,7 @@ def energy_meter(devices: Sequence[str], powercap: Path | None = None) -> Energy
     return EnergyMeter((*rapl_counters(powercap or POWERCAP), *(gpu for gpu in gpus if gpu is not None)))
 
 
-def rapl_counters(powercap: Path) -> tuple[RaplZone, ...]:
+def rapl_counters(powercap: Path) -> tuple[Counter, ...]:
     """The zones of packages, and of memory where it has its own; none if one of them cannot be read.
 
     Zones within a package (cores, graphics) and the zone of the whole platform would count the same energy twice.
@@ -112,11 +86,12 @@ def rapl_counters(powercap: Path) -> tuple[RaplZone, ...]:
         if match is None or not (name == "dram" if match[2] else name.startswith("package")):
             continue
         label = f"{name}-{match[1]}" if match[2] else name
-        zones.append(RaplZone(f"RAPL {label}", folder, _number(folder / "max_energy_range_uj")))
+        read = partial(_number, folder / "energy_uj")
+        zones.append(Counter(f"RAPL {label}", read, _number(folder / "max_energy_range_uj")))
     return tuple(zones) if all(zone.read() is not None for zone in zones) else ()
 
 
-def _gpu_counter(device: str) -> NvmlDevice | None:
+def _gpu_counter(device: str) -> Counter | None:
     """The counter of the GPU that torch calls `device`; None if it has none."""
     import torch
 
@@ -124,18 +99,22 @@ def _gpu_counter(device: str) -> NvmlDevice | None:
     return nvml_counter(f"GPU-{torch.cuda.get_device_properties(index).uuid}", f"NVML cuda:{index}")
 
 
-def nvml_counter(uuid: str, name: str, library: Any = None) -> NvmlDevice | None:
+def nvml_counter(uuid: str, name: str, library: Any = None) -> Counter | None:
     """The counter of the GPU with this `uuid`; None without a driver, or if the GPU does not measure energy."""
     try:
         nvml = library or ctypes.CDLL(NVML)
     except OSError:
         return None
-    handle = ctypes.c_void_p()
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+
+    def read() -> int | None:
+        failed = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        return None if failed else millijoules.value * UJ_PER_MJ
+
     try:
         if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
             return None
-        found = NvmlDevice(name, nvml, handle)
-        return None if found.read() is None else found
+        return None if read() is None else Counter(name, read)
     except AttributeError:  # an old driver's library lacks the function
         return None
 

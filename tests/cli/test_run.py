@@ -16,7 +16,6 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.judge.results.schema import Result, json_schema, read_result
 from spdbench.measure import energy
-from spdbench.measure.energy import RaplZone
 from spdbench.models.hf import library
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
@@ -147,14 +146,15 @@ def test_energy_is_measured_where_the_machine_counts_it(
     zone.mkdir()
     for name, text in (("name", "package-0"), ("energy_uj", "1000"), ("max_energy_range_uj", "262143328850")):
         (zone / name).write_text(text)
-    original = RaplZone.read
+    original = energy._number
 
-    def moving(self: RaplZone) -> int | None:
-        found = original(self)
-        (zone / "energy_uj").write_text(str((found or 0) + 2_000_000))
+    def moving(file: Path) -> int | None:
+        found = original(file)
+        if file.name == "energy_uj":
+            file.write_text(str((found or 0) + 2_000_000))
         return found
 
-    monkeypatch.setattr(RaplZone, "read", moving)
+    monkeypatch.setattr(energy, "_number", moving)
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     said = run("-b", "vanilla")

@@ -181,12 +181,12 @@ def test_memory_counts_the_pages_of_a_mapped_file(tmp_path: Path) -> None:
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"x" * 2**20)
-    assert memory.mapped(tmp_path) == 0
+    assert memory.mapped_bytes(tmp_path) == 0
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as area:
         assert sum(area[::4096]) > 0
-        assert memory.mapped(tmp_path) == 2**20
-        assert memory.mapped(tmp_path / "other") == 0
-    assert memory.status("VmHWM") >= memory.status("RssAnon") > 0
+        assert memory.mapped_bytes(tmp_path) == 2**20
+        assert memory.mapped_bytes(tmp_path / "other") == 0
+    assert memory.status_bytes("VmHWM") >= memory.status_bytes("RssAnon") > 0
 
 
 def test_scaling_rows_compare_with_the_first_setting_and_judge_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spdbench.measure import energy
-from spdbench.measure.energy import EnergyMeter, RaplZone, energy_meter, nvml_counter, rapl_counters
+from spdbench.measure.energy import Counter, EnergyMeter, energy_meter, nvml_counter, rapl_counters
 
 RANGE_UJ = 262_143_328_850
 
@@ -155,7 +155,7 @@ def test_no_driver_is_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_gpu_without_a_counter_leaves_no_energy_at_all(server: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor's share alone would flatter what runs on the GPU."""
-    found = {"cuda:0": RaplZone("NVML cuda:0", server / "intel-rapl:0", None), "cuda:1": None}
+    found = {"cuda:0": Counter("NVML cuda:0", lambda: 0), "cuda:1": None}
     monkeypatch.setattr(energy, "_gpu_counter", found.get)
     names = [counter.name for counter in energy_meter(["cuda:0", "cuda:0"], server).counters]
     assert names[-1] == "NVML cuda:0"

@@ -14,7 +14,7 @@ import pytest
 from spdbench.errors import InputError
 from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
-from spdbench.measure.energy import EnergyMeter
+from spdbench.measure.energy import Counter, EnergyMeter
 from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling, Step
@@ -282,26 +282,20 @@ def test_memory_of_gpus_that_workers_hold_is_not_told(monkeypatch: pytest.Monkey
     assert peak_memory_bytes(["cpu", "cuda:0"]) is None
 
 
-class Ticking:
-    """A counter that moves by a joule at each reading, and keeps in a log when it is read."""
+def ticking(log: list[str]) -> Counter:
+    """A counter that moves by a joule at each reading, and logs the reading."""
 
-    name = "ticking"
-    wraps_at = None
+    def read() -> int:
+        log.append("read")
+        return log.count("read") * 1_000_000
 
-    def __init__(self, log: list[str]) -> None:
-        self.log = log
-        self.microjoules = 0
-
-    def read(self) -> int:
-        self.log.append("read")
-        self.microjoules += 1_000_000
-        return self.microjoules
+    return Counter("ticking", read)
 
 
 def test_energy_is_read_before_and_after_a_request_and_never_within(tmp_path: Path) -> None:
     log: list[str] = []
     bench = Bench(tmp_path, MockBackend(log=log), prompts=PROMPTS[1:2])
-    candidate = replace(bench.candidates[0], meter=EnergyMeter((Ticking(log),)))
+    candidate = replace(bench.candidates[0], meter=EnergyMeter((ticking(log),)))
     Runner(workload(prompts=PROMPTS[1:2]), [candidate], WordChat(), never, bench.watcher).run()
     assert log == ["prepare", "read", "generate", "closed", "read"]
     assert [run.energy_j for run in bench.journals[0].runs()] == [1.0]
