@@ -54,11 +54,11 @@ class DraftModel(DraftVerify):
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
         else:
             self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
-        self._record_all()
+        self._capture_all()
 
-    def _record_all(self) -> None:
+    def _capture_all(self) -> None:
         """The forwards of the target and of the smaller model, where they are recorded."""
-        target = self._record(self._options.graphs, self._options.num_tokens + 1, ())
+        target = self._capture_target(self._options.graphs, self._options.num_tokens + 1, ())
         if target is not None and self._small is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
 

@@ -12,7 +12,7 @@ from spdbench.backend import BackendContext, BackendInfo
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.drafting import Drafting
-from spdbench_backends.graph_options import Graphs, recorded_as, to_be_recorded
+from spdbench_backends.graph_options import Graphs, captured_as, decoder_to_capture
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -33,7 +33,7 @@ class DraftVerify(Drafting["Drafter"]):
         super().__init__(context)
         self._spans: Sequence[Span] = ()
         self._chosen: Mapping[str, str] = {}  # by the backend itself; recorded in the result
-        self._recorded: CapturedDecoder | None = None
+        self._captured: CapturedDecoder | None = None
 
     def describe(self) -> BackendInfo:
         decoder = self._decoder
@@ -52,32 +52,32 @@ class DraftVerify(Drafting["Drafter"]):
     def close(self) -> None:
         super().close()
         self._spans = ()
-        self._recorded = None
+        self._captured = None
 
     def _decode(self, request: GenerationRequest, drafter: Drafter) -> Iterator[Step]:
         from spdbench.decoding.speculate import Speculation
 
-        speculation = Speculation(self._recorded or self._decoder, drafter, request, self._accept_rule())
+        speculation = Speculation(self._captured or self._decoder, drafter, request, self._accept_rule())
         self._spans = speculation.spans
         return speculation.steps()
 
-    def _record(self, graphs: Graphs, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
+    def _capture_target(self, graphs: Graphs, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
         """Records the target's forwards of one row and of `num_nodes` rows if the option says so. Returns the target if
         it did, for a drafter that records its own steps."""
-        decoder = to_be_recorded(graphs, self._context)
+        decoder = decoder_to_capture(graphs, self._context)
         if decoder is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
 
             capacity, compiled = usual_capacity(decoder), graphs == "compiled"
-            self._recorded = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
-            self._chosen = {**self._chosen, "graphs": recorded_as(graphs, capacity)}
+            self._captured = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
+            self._chosen = {**self._chosen, "graphs": captured_as(graphs, capacity)}
         return decoder
 
     def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:
         """What forwards of up to `largest` rows take here; replayed ones, where the method replays its own."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
 
-        decoder = to_be_recorded(graphs, self._context)
+        decoder = decoder_to_capture(graphs, self._context)
         if decoder is None:
             return measure_row_costs(self._decoder, largest)
         from spdbench.models.cuda.captured_decoder import CapturedDecoder
@@ -101,10 +101,10 @@ class DraftVerify(Drafting["Drafter"]):
 
         return forward
 
-    def _is_recorded_for(self, request: GenerationRequest, num_nodes: int) -> bool:
+    def _is_captured_for(self, request: GenerationRequest, num_nodes: int) -> bool:
         """True if forwards were recorded and the sequence fits into their capacity."""
         needed = len(request.prompt_ids) + request.max_new_tokens + num_nodes
-        return self._recorded is not None and needed <= self._recorded.capacity
+        return self._captured is not None and needed <= self._captured.capacity
 
     def _accept_rule(self) -> AcceptRule | None:
         """None: greedy or lossless sampling, as the request says."""

@@ -25,12 +25,12 @@ class GraphOptions(BackendOptions):
     )
 
 
-def recorded_as(graphs: Graphs, capacity: int) -> str:
+def captured_as(graphs: Graphs, capacity: int) -> str:
     """What a result says of a backend whose steps were recorded."""
     return f"{'compiled' if graphs == 'compiled' else 'on'}, for up to {capacity} tokens"
 
 
-def to_be_recorded(graphs: Graphs, context: BackendContext) -> Decoder | None:
+def decoder_to_capture(graphs: Graphs, context: BackendContext) -> Decoder | None:
     """The decoder whose steps are to be recorded; None where they are not.
 
     Raises:

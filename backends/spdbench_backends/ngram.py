@@ -41,7 +41,7 @@ class Ngram(DraftVerify):
             raise InputError(
                 f"-o {self._context.label}.min_ngram={options.min_ngram}: is more than max_ngram={options.max_ngram}"
             )
-        self._record(options.graphs, options.num_tokens + 1, ())
+        self._capture_target(options.graphs, options.num_tokens + 1, ())
         self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002

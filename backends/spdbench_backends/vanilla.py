@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
-from spdbench_backends.graph_options import GraphOptions, recorded_as, to_be_recorded
+from spdbench_backends.graph_options import GraphOptions, captured_as, decoder_to_capture
 
 if TYPE_CHECKING:
     from spdbench.decoding.captured import CapturedDecoding
@@ -32,7 +32,7 @@ class Vanilla:
     def load(self) -> None:
         self._decoder = self._context.target.decoder
         graphs = self._options.graphs
-        if (recorded := to_be_recorded(graphs, self._context)) is not None:
+        if (recorded := decoder_to_capture(graphs, self._context)) is not None:
             from spdbench.decoding.captured import CapturedDecoding
             from spdbench.models.cuda.captured_decoder import usual_capacity
 
@@ -44,7 +44,7 @@ class Vanilla:
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
-            chosen={} if graphed is None else {"graphs": recorded_as(self._options.graphs, graphed.capacity)},
+            chosen={} if graphed is None else {"graphs": captured_as(self._options.graphs, graphed.capacity)},
             kernels=decoder.kernels,
         )
 

@@ -48,7 +48,7 @@ class CoDrafter(Protocol):
     def enter(self, position_1: Tensor, hidden_1M: Tensor) -> None:
         """Hidden state 0 of the newest token, before the branches part."""
 
-    def observe(self, index: int, position_1: Tensor, hidden_1M: Tensor) -> None:
+    def observe_stage(self, index: int, position_1: Tensor, hidden_1M: Tensor) -> None:
         """Hidden state `index` of a token in flight, in the branch of its stage."""
 
     def draft(self, num_stages: int, position_1: Tensor, bucket: int) -> Tensor:
@@ -188,7 +188,7 @@ class StreamsPipeline:
             if index in self._states:
                 self._states[index].copy_(hidden_1M)
             elif index in self._hidden_indices and self._co_drafter is not None:
-                self._co_drafter.observe(index, position_1, hidden_1M)
+                self._co_drafter.observe_stage(index, position_1, hidden_1M)
 
         context = self._layers.chain(position_1, bucket)
         hidden_1M = self._layers.forward(self._inputs[stage], context, self._stages[stage], on_hidden)

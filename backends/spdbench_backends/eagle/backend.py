@@ -14,15 +14,15 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions, to_be_recorded
+from spdbench_backends.graph_options import GraphOptions, decoder_to_capture
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree_builder import TreeBuilder
+    from spdbench_backends.eagle.captured import CapturedRounds
     from spdbench_backends.eagle.formats import EagleFile
     from spdbench_backends.eagle.head import EagleWeights
-    from spdbench_backends.eagle.recorded import RecordedEagle
 
 ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head whose file does not give it; heads trained on little data reach about as much."""
@@ -65,7 +65,7 @@ class Eagle(DraftVerify):
         self._options = cast(Eagle.Options, options)
         self._weights: EagleWeights | None = None
         self._builder: TreeBuilder | None = None
-        self._module: RecordedEagle | None = None
+        self._rounds: CapturedRounds | None = None
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
@@ -81,7 +81,7 @@ class Eagle(DraftVerify):
             self._info = file.info(choice.kind, method)
         self._choice = choice
         self._builder = self._choose_builder(choice, file)
-        self._record_all(self._builder)
+        self._capture_all(self._builder)
 
     def _check_options(self) -> None:
         options, label = self._options, self._context.label
@@ -191,49 +191,47 @@ class Eagle(DraftVerify):
         """The draft of one round, on features of zeros."""
         import torch
 
-        inputs = len(weights.aux) if weights.is_eagle3 else 1
-        features = torch.zeros(1, inputs * self._decoder.config.hidden_size, dtype=weights.dtype, device=weights.device)
-        target = to_be_recorded(self._options.graphs, self._context)
-        if target is not None:
-            from spdbench_backends.eagle.recorded import RecordedEagle
+        from spdbench_backends.eagle.drafter import EagerRounds, Rounds
 
-            recorded = RecordedEagle(weights, target, builder, TIMED_TOKENS, compiled=self._compiled)
-            return lambda: recorded.replay(features, (0,)).ids_N.tolist()
-        from spdbench_backends.eagle.drafter import draft_tree
-        from spdbench_backends.eagle.head import EagleModule
-
-        module, root_1 = EagleModule(weights, TIMED_TOKENS), self._decoder.ids((0,))
-        return lambda: draft_tree(module, builder, features, root_1, builder.num_levels).ids_N.tolist()
+        columns, root_1 = self._num_columns(weights), self._decoder.ids((0,))
+        features = torch.zeros(1, columns, dtype=weights.dtype, device=weights.device)
+        rounds: Rounds
+        if decoder_to_capture(self._options.graphs, self._context) is None:
+            rounds = EagerRounds(weights, builder, TIMED_TOKENS)
+        else:
+            rounds = self._capture_rounds(weights, builder, TIMED_TOKENS)
+        return lambda: rounds.draft(features, root_1, builder.num_levels).ids_N.tolist()
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        from spdbench_backends.eagle.drafter import EagleDrafter
+        from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
 
         if self._builder is None:
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
             return self._synthetic_drafter(request, self._builder)
         target = self._context.target.own_decoder
-        if self._module is not None and self._is_recorded_for(request, self._builder.max_nodes):
-            from spdbench_backends.eagle.recorded import RecordedEagleDrafter
-
-            return RecordedEagleDrafter(self._weights, target, self._builder, self._module)
+        if self._rounds is not None and self._is_captured_for(request, self._builder.max_nodes):
+            return EagleDrafter(target, self._rounds)
         capacity = len(request.prompt_ids) + request.max_new_tokens
-        return EagleDrafter(self._weights, target, self._builder, capacity)
+        return EagleDrafter(target, EagerRounds(self._weights, self._builder, capacity))
 
-    def _record_all(self, builder: TreeBuilder) -> None:
-        """The target's forwards and the head's rounds, if the option says so."""
+    def _capture_all(self, builder: TreeBuilder) -> None:
+        """Captures the target's forwards and the head's rounds, if the option says so."""
         weights = self._weights
-        target = self._record(self._options.graphs, builder.max_nodes, () if weights is None else weights.aux)
-        if target is not None and weights is not None and self._recorded is not None:
-            from spdbench_backends.eagle.recorded import RecordedEagle
+        self._capture_target(self._options.graphs, builder.max_nodes, () if weights is None else weights.aux)
+        if weights is not None and self._captured is not None:
+            self._rounds = self._capture_rounds(weights, builder, self._captured.capacity)
 
-            capacity = self._recorded.capacity
-            self._module = RecordedEagle(weights, target, builder, capacity, compiled=self._compiled)
+    def _capture_rounds(self, weights: EagleWeights, builder: TreeBuilder, capacity: int) -> CapturedRounds:
+        from spdbench_backends.eagle.captured import CapturedRounds
 
-    @property
-    def _compiled(self) -> bool:
-        return self._options.graphs == "compiled"
+        compiled = self._options.graphs == "compiled"
+        return CapturedRounds(weights, self._num_columns(weights), builder, capacity, compiled=compiled)
+
+    def _num_columns(self, weights: EagleWeights) -> int:
+        """The width of the features that the head reads."""
+        return self._decoder.config.hidden_size * max(1, len(weights.aux))
 
     def close(self) -> None:
         super().close()
-        self._weights = self._builder = self._module = None
+        self._weights = self._builder = self._rounds = None

@@ -6,6 +6,7 @@ Shapes: S rows, k candidates of each, F feature columns, M draft width, U draft 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,39 +18,59 @@ from spdbench.decoding.tree_builder import Candidates, TreeBuilder
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
-from spdbench_backends.eagle.head import EagleModule, EagleWeights
+from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
+
+
+class Rounds(Protocol):
+    """A head's rounds of drafting for one sequence: `EagerRounds`, or `captured.CapturedRounds`."""
+
+    weights: EagleWeights
+    builder: TreeBuilder
+
+    def reset(self) -> None:
+        """Forgets everything: another sequence begins."""
+
+    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:
+        """Commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`. Levels deeper
+        than `max_levels`, which is 1 at least, will not count."""
+
+
+class EagerRounds:
+    """Rounds for a sequence of up to `capacity` tokens, step by step."""
+
+    def __init__(self, weights: EagleWeights, builder: TreeBuilder, capacity: int) -> None:
+        self.weights, self.builder = weights, builder
+        # A builder feeds at most all of its levels but the last, each as wide as the whole tree could be.
+        self._module = EagleModule(weights, capacity + builder.num_levels * builder.max_nodes)
+
+    def reset(self) -> None:
+        self._module.reset()
+
+    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:
+        return draft_tree(self._module, self.builder, features_SF, next_ids_S, max_levels)
 
 
 class EagleDrafter:
     """A head's drafts for one request. The target's true features replace guessed ones as soon as they are known."""
 
-    def __init__(
-        self,
-        weights: EagleWeights,
-        target: Decoder,
-        builder: TreeBuilder,
-        capacity: int,
-        module: EagleModule | None = None,
-    ) -> None:
-        self.hidden_indices = weights.aux
-        self.max_nodes = builder.max_nodes
+    def __init__(self, target: Decoder, rounds: Rounds) -> None:
+        self.hidden_indices = rounds.weights.aux
+        self.max_nodes = rounds.builder.max_nodes
         self._target = target
-        self._builder = builder
-        # A builder feeds at most all of its levels but the last, each as wide as the whole tree could be.
-        self._module = module or EagleModule(weights, capacity + builder.num_levels * builder.max_nodes)
+        self._rounds = rounds
         self._features: Features | None = None
         self._next_ids: Tensor | None = None
 
     def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:
-        self._features = features
-        self._next_ids = self._target.ids((*prompt_ids[1:], root))
+        self._rounds.reset()
+        self.accept((*prompt_ids[1:], root), features)
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
         assert self._features is not None
         assert self._next_ids is not None
         if max_levels < 1:
             return lone_root(self._next_ids[-1:])
-        return draft_tree(self._module, self._builder, self._inputs(self._features), self._next_ids, max_levels)
+        return self._rounds.draft(self._inputs(self._features), self._next_ids, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._features = features
@@ -62,18 +83,18 @@ class EagleDrafter:
 
 
 def draft_tree(
-    module: EagleModule, builder: TreeBuilder, features_SF: Tensor, next_ids_S: Tensor, max_levels: int
+    head: EagleHead, builder: TreeBuilder, features_SF: Tensor, next_ids_S: Tensor, max_levels: int
 ) -> DraftTree:
-    """One round: commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`."""
-    proposer = HeadProposer(module, *module.extend(features_SF, next_ids_S))
+    """One round: the head's rows of `next_ids_S`, and a tree after the last of them. Can be captured."""
+    proposer = HeadProposer(head, *head.extend(features_SF, next_ids_S))
     return builder.build_tree(proposer, next_ids_S[-1:], max_levels)
 
 
 class HeadProposer:
     """A head's candidates of one round. `_states_SM` are those of the rows of the previous call."""
 
-    def __init__(self, module: EagleModule, logits_1U: Tensor, state_1M: Tensor) -> None:
-        self._module = module
+    def __init__(self, head: EagleHead, logits_1U: Tensor, state_1M: Tensor) -> None:
+        self._head = head
         self._logits_1U = logits_1U
         self._states_SM = state_1M
 
@@ -81,13 +102,13 @@ class HeadProposer:
         return self._best(self._logits_1U, count)
 
     def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:
-        logits_SU, self._states_SM = self._module.extend_tree(self._states_SM[parents_S], ids_S, rows)
+        logits_SU, self._states_SM = self._head.extend_tree(self._states_SM[parents_S], ids_S, rows)
         return self._best(logits_SU, count)
 
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
         if count == 1:
             best_S1 = argmax(logits_SU)[:, None]
-            return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._module.token_ids(best_S1))
+            return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._head.token_ids(best_S1))
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
-        return Candidates(scores, self._module.token_ids(best.indices))
+        return Candidates(scores, self._head.token_ids(best.indices))

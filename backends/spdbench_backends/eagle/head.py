@@ -17,9 +17,9 @@ Shapes: S rows, A aux features, T target width, M draft width, U draft vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch.nn.functional import embedding
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.cpu.linear import Linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
+from spdbench.models.layer_ops import Geometry, NormWeight, ops_by_rows
 from spdbench.models.layers import LayerWeights, layer_body, layer_forward
 from spdbench.models.rotary import Rotary
 
@@ -73,13 +73,72 @@ class EagleWeights:
         return layers + self.head.nbytes + (0 if self.is_eagle3 else self.fc.nbytes)
 
 
-class EagleModule:
+class EagleHead(ABC):
+    """A head's arithmetic. Where rows stand, and how they go through the layers, is left to the subclasses: to
+    `EagleModule`, and to `captured.CapturedHead` within a captured function."""
+
+    def __init__(self, weights: EagleWeights) -> None:
+        self.weights = weights
+        self._ops_for = ops_by_rows(weights.geometry, weights.dtype, weights.device)
+
+    @abstractmethod
+    def extend(self, features_SF: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of committed tokens from true features: `[S, A T]`, or `[S, T]` in EAGLE-1/2; `ids_S` are the tokens one
+        position further. Returns logits `[1, U]` and state `[1, M]` of the last row."""
+
+    @abstractmethod
+    def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
+        """Rows of a tree after the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
+        states `[S, M]`."""
+
+    def token_ids(self, draft_ids: Tensor) -> Tensor:
+        """Draft vocabulary indices as token ids, of the same shape."""
+        ids_U = self.weights.token_ids_U
+        return draft_ids if ids_U is None else ids_U[draft_ids]
+
+    def _fused(self, features_SF: Tensor) -> Tensor:
+        """The input of layer 0: `fc` of the features in EAGLE-3, the features themselves in EAGLE-1/2."""
+        weights = self.weights
+        if not weights.is_eagle3:
+            return features_SF
+        norms = weights.fc_norms
+        if norms:
+            ops = self._ops_for(len(features_SF))
+            chunks: Sequence[Tensor] = features_SF.chunk(len(norms), dim=-1)
+            features_SF = torch.cat([ops.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
+        return weights.fc(features_SF)
+
+    def _entering(self, features_SM: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+        """What layer 0 reads, and the residual that its output is added to."""
+        weights, ops = self.weights, self._ops_for(len(ids_S))
+        embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
+        first = weights.layers[0]
+        if weights.is_eagle3:
+            assert first.input_norm is not None
+            assert weights.feature_norm is not None
+            normed_SM = ops.norm(features_SM.contiguous(), weights.feature_norm)
+            inputs = torch.cat((ops.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
+            residual_SM = normed_SM if weights.residual_normed else features_SM
+        else:
+            residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
+        return inputs, residual_SM
+
+    def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the states that the rows after these are fed."""
+        weights = self.weights
+        if weights.norm is None:
+            return weights.head(hidden_SM), hidden_SM
+        normed_SM = self._ops_for(len(hidden_SM)).norm(hidden_SM.contiguous(), weights.norm)
+        return weights.head(normed_SM), normed_SM.clone() if weights.feed_normed else hidden_SM
+
+
+class EagleModule(EagleHead):
     """A head with the cache of one sequence."""
 
     def __init__(self, weights: EagleWeights, capacity: int) -> None:
-        self.weights = weights
+        super().__init__(weights)
         geometry = weights.geometry
-        self._cache = KVCache(
+        self.cache = KVCache(
             range(len(weights.layers)),
             geometry.num_kv_heads,
             geometry.head_dim,
@@ -95,74 +154,33 @@ class EagleModule:
         return self._committed
 
     def extend(self, features_SF: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of committed tokens from true features: `[S, A T]`, or `[S, T]` in EAGLE-1/2; `ids_S` are the tokens one
-        position further. Forgets a tree's rows. Returns logits `[1, U]` and state `[1, M]` of the last row."""
-        self._cache.rollback(self._committed)
+        """Forgets a tree's rows."""
+        self.cache.rollback(self._committed)
         context = AttentionContext(self.weights.rotary, self._committed, len(ids_S))
         hidden_SM = self._forward(self._fused(features_SF), ids_S, context)
         self._committed += len(ids_S)
         return self._logits(hidden_SM[-1:])
 
     def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
-        """Rows of a tree behind the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
-        states `[S, M]`."""
         context = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)
         return self._logits(self._forward(states_SM, ids_S, context))
 
+    def commit(self, num_rows: int) -> None:
+        """Takes over rows that were written into the cache after the committed ones."""
+        self.cache.rollback(self._committed)
+        self.cache.advance(num_rows)
+        self._committed += num_rows
+
     def reset(self) -> None:
         """Forgets everything: another sequence begins."""
-        self._cache.rollback(0)
+        self.cache.rollback(0)
         self._committed = 0
-
-    def token_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary indices as token ids, of the same shape."""
-        ids_U = self.weights.token_ids_U
-        return draft_ids if ids_U is None else ids_U[draft_ids]
-
-    @cached_property
-    def _ops_for(self) -> Callable[[int], LayerOps]:
-        weights = self.weights
-        return ops_by_rows(weights.geometry, weights.dtype, weights.device)
-
-    def _fused(self, features_SF: Tensor) -> Tensor:
-        """What layer 0 is fed: `fc` of the features in EAGLE-3, the features themselves in EAGLE-1/2."""
-        weights = self.weights
-        if not weights.is_eagle3:
-            return features_SF
-        norms = weights.fc_norms
-        if norms:
-            ops = self._ops_for(len(features_SF))
-            chunks: Sequence[Tensor] = features_SF.chunk(len(norms), dim=-1)
-            features_SF = torch.cat([ops.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
-        return weights.fc(features_SF)
 
     def _forward(self, features_SM: Tensor, ids_S: Tensor, context: AttentionContext) -> Tensor:
         weights, ops = self.weights, self._ops_for(len(ids_S))
         inputs, residual_SM = self._entering(features_SM, ids_S)
-        hidden_SM = layer_body(weights.layers[0], ops, context, 0, inputs, residual_SM, self._cache)
+        hidden_SM = layer_body(weights.layers[0], ops, context, 0, inputs, residual_SM, self.cache)
         for index, layer in enumerate(weights.layers[1:], 1):
-            hidden_SM = layer_forward(layer, ops, context, index, hidden_SM, self._cache)
-        self._cache.advance(len(ids_S))
+            hidden_SM = layer_forward(layer, ops, context, index, hidden_SM, self.cache)
+        self.cache.advance(len(ids_S))
         return hidden_SM
-
-    def _entering(self, features_SM: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
-        """What layer 0 reads, and the residual that it is added to."""
-        weights, ops = self.weights, self._ops_for(len(ids_S))
-        embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
-        first = weights.layers[0]
-        if weights.is_eagle3:
-            assert first.input_norm is not None
-            assert weights.feature_norm is not None
-            normed_SM = ops.norm(features_SM.contiguous(), weights.feature_norm)
-            inputs = torch.cat((ops.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
-            residual_SM = normed_SM if weights.residual_normed else features_SM
-        else:
-            residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
-        return inputs, residual_SM
-
-    def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
-        weights = self.weights
-        if weights.norm is None:
-            return weights.head(hidden_SM), hidden_SM
-        normed_SM = self._ops_for(len(hidden_SM)).norm(hidden_SM.contiguous(), weights.norm)
-        return weights.head(normed_SM), normed_SM.clone() if weights.feed_normed else hidden_SM

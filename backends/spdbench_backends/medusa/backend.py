@@ -14,7 +14,7 @@ from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions, to_be_recorded
+from spdbench_backends.graph_options import GraphOptions, decoder_to_capture
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from spdbench.decoding.tree import Path
     from spdbench.decoding.tree_builder import StaticTreeBuilder
     from spdbench.decoding.verify import AcceptRule
+    from spdbench.models.cuda.captured_function import CapturedFunction
     from spdbench_backends.medusa.drafter import MedusaWeights
     from spdbench_backends.medusa.formats import MedusaFile
-    from spdbench_backends.medusa.recorded import RecordedMedusa
 
 ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
 """First-choice accuracy by head where the drafter's file does not give it: each head predicts one token further."""
@@ -54,7 +54,7 @@ class Medusa(DraftVerify):
         self._options = cast(Medusa.Options, options)
         self._weights: MedusaWeights | None = None
         self._builder: StaticTreeBuilder | None = None
-        self._heads: RecordedMedusa | None = None
+        self._captured_draft: CapturedFunction | None = None
 
     @property
     def lossless(self) -> bool:
@@ -75,11 +75,11 @@ class Medusa(DraftVerify):
             self._info = file.info(choice.kind, "medusa")
         self._choice = choice
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
-        target = self._record(self._options.graphs, self._builder.max_nodes, ())
+        target = self._capture_target(self._options.graphs, self._builder.max_nodes, ())
         if target is not None and self._weights is not None:
-            from spdbench_backends.medusa.recorded import RecordedMedusa
+            from spdbench_backends.medusa.drafter import capture_draft
 
-            self._heads = RecordedMedusa(self._weights, target, self._builder)
+            self._captured_draft = capture_draft(self._weights, target, self._builder)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
         from spdbench_backends.medusa.build import random_medusa
@@ -166,7 +166,7 @@ class Medusa(DraftVerify):
             return (weights.logits(state, heads).argmax(dim=-1).flatten(),)
 
         run: Callable[[], tuple[torch.Tensor, ...]] = draft
-        if to_be_recorded(self._options.graphs, self._context) is not None:
+        if decoder_to_capture(self._options.graphs, self._context) is not None:
             run = CapturedFunction(CudaGraphs(decoder.device), draft)
         return median_seconds(lambda: run()[0].tolist(), between=self._forward_between()) / heads
 
@@ -186,12 +186,8 @@ class Medusa(DraftVerify):
         if self._weights is None:
             return self._synthetic_drafter(request, self._builder)
         target = self._context.target.own_decoder
-        if self._heads is not None:
-            from spdbench_backends.medusa.recorded import RecordedMedusaDrafter
-
-            return RecordedMedusaDrafter(self._weights, target, self._builder, self._heads)
-        return MedusaDrafter(self._weights, target, self._builder)
+        return MedusaDrafter(self._weights, target, self._builder, self._captured_draft)
 
     def close(self) -> None:
         super().close()
-        self._weights = self._builder = self._heads = None
+        self._weights = self._builder = self._captured_draft = None

@@ -23,6 +23,7 @@ from spdbench.decoding.tree import DraftTree, lone_root
 from spdbench.decoding.tree_builder import Candidates, StaticTreeBuilder
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cpu.linear import Linear
+from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
 from spdbench.models.decoder import Decoder
 
 
@@ -67,11 +68,19 @@ class MedusaDrafter:
 
     hidden_indices: tuple[int, ...] = ()
 
-    def __init__(self, weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> None:
+    def __init__(
+        self,
+        weights: MedusaWeights,
+        target: Decoder,
+        builder: StaticTreeBuilder,
+        captured: CapturedFunction | None = None,
+    ) -> None:
+        """`captured` is what `capture_draft` gave for the same weights, target and builder."""
         self.max_nodes = builder.max_nodes
         self._weights = weights
         self._target = target
         self._builder = builder
+        self._captured = captured
         self._hidden: Tensor | None = None
         self._root = 0
 
@@ -83,6 +92,9 @@ class MedusaDrafter:
         if max_levels < 1:
             return lone_root(root_1)
         assert self._hidden is not None
+        if self._captured is not None:  # all levels, however few will count
+            (ids_N,) = self._captured(self._hidden, root_1)
+            return DraftTree(self._builder.tree, ids_N)
         return draft_tree(self._weights, self._target, self._builder, self._hidden, root_1, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
@@ -102,6 +114,18 @@ def draft_tree(
     levels = min(max_levels, builder.num_levels)
     best_Kk = weights.logits(target.normed(hidden_1M), levels).topk(builder.num_ranks, dim=-1).indices
     return builder.build_tree(_ByLevel(weights.token_ids(best_Kk)), root_1, levels)
+
+
+def capture_draft(weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> CapturedFunction:
+    """`draft_tree` with all levels: from the hidden state `[1, M]` and the root `[1]` to the ids `[N]`."""
+
+    def draft(_bucket: int, hidden_1M: Tensor, root_1: Tensor) -> tuple[Tensor, ...]:
+        return (draft_tree(weights, target, builder, hidden_1M, root_1, builder.num_levels).ids_N,)
+
+    with torch.inference_mode():
+        hidden_1M = torch.zeros(1, target.config.hidden_size, dtype=target.dtype, device=target.device)
+        root_1 = torch.zeros(1, dtype=torch.long, device=target.device)
+        return CapturedFunction(CudaGraphs(target.device), draft, (hidden_1M, root_1))
 
 
 class _ByLevel:

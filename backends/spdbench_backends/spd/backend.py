@@ -23,9 +23,9 @@ from spdbench_backends.spd.pipelined import Pipelined
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.pipeline.streams import CoDrafter
+    from spdbench_backends.spd.captured import CapturedDraftModule
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.head import HeadWeights
-    from spdbench_backends.spd.recorded import RecordedDraftModule
 
 
 class SPD(Pipelined):
@@ -36,7 +36,7 @@ class SPD(Pipelined):
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
         super().__init__(options, context)
         self._head: HeadWeights | None = None
-        self._module: RecordedDraftModule | None = None
+        self._module: CapturedDraftModule | None = None
 
     def close(self) -> None:
         super().close()
@@ -75,18 +75,18 @@ class SPD(Pipelined):
 
         if self._head is not None and self._module is not None:
             from spdbench.pipeline.streams import StreamsPipeline
-            from spdbench_backends.spd.recorded import RecordedHeadDrafter
+            from spdbench_backends.spd.captured import CapturedHeadDrafter
 
             assert isinstance(self._pipeline, StreamsPipeline)
-            return RecordedHeadDrafter(self._head, self._module, self._pipeline.drafted)
+            return CapturedHeadDrafter(self._head, self._module, self._pipeline.drafted)
         if self._head is not None:
             return HeadDrafter(self._head)
         return SyntheticPipelineDrafter(self._drafts(request))
 
-    def _beside(self, capacity: int) -> CoDrafter | None:
-        """Heads that read rows as if all stages were level are drafted with outside of what is recorded."""
-        from spdbench_backends.spd.recorded import RecordedDraftModule
+    def _co_drafter(self, capacity: int) -> CoDrafter | None:
+        """None for heads that read rows as if all stages were level: these draft outside of the captured cycle."""
+        from spdbench_backends.spd.captured import CapturedDraftModule
 
         if self._head is not None and self._head.use_deepest:
-            self._module = RecordedDraftModule(self._head, capacity)
+            self._module = CapturedDraftModule(self._head, capacity)
         return self._module

@@ -79,24 +79,28 @@ class HeadDrafter:
         self.hidden_indices = weights.plan.anchors
         self._token_ids = None if weights.token_ids_U is None else weights.token_ids_U.tolist()
         self._weights = weights
-        self._module = DraftModule(weights)
+        self._module: DraftModule | None = None
         self._rows = DeepestRows(weights.plan) if weights.use_deepest else NominalRows(weights.plan)
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
-        self._module.start(self._rows.start(prompt_length), states, prompt_length, capacity)
+        self._module = DraftModule(self._weights, capacity)
+        self._module.start(len(self._rows.start(prompt_length)), states, prompt_length)
 
     def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+        assert self._module is not None
         self._module.observe(position, states)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
         newest = cycle.stages[0]
         assert newest is not None
+        assert self._module is not None
         in_flight = [node.position if node else -1 for node in cycle.stages]
         return self._draft(self._module.logits(self._rows.next(in_flight, newest.position)), sampler)
 
     def rollback(self, length: int) -> None:
         self._rows.rollback(length)
-        self._module.rollback(length)
+        if self._module is not None:
+            self._module.rollback(length)
 
     def _draft(self, logits_U: Tensor, sampler: Sampler) -> Draft:
         """The draft in the target's vocabulary."""

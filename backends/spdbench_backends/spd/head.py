@@ -3,8 +3,8 @@
     rows -> one projection a row type -> decoder layers with a cache of their own -> newest row -> the target's final
     norm -> the module's own head
 
-Source: SPD.md, section 2. Knows features by position; must not know of stages, files or verdicts.
-Shapes: S rows, M model width, m anchors, U draft vocabulary, V vocabulary.
+Source: SPD.md, section 2.
+Shapes: S rows, M model width, P rows of the ring, F = m M columns for m anchors, U draft vocabulary.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
-from spdbench.models.kv_cache import KVCache
 from spdbench.models.timing import median_seconds
+from spdbench.models.to_device import to_device
 from spdbench_backends.spd.plan import FeaturePlan, Row
 
 
 @dataclass(frozen=True)
 class HeadWeights:
     """`projections[i]` is `[M, (i + 1) M]`; `decoder` holds the module's layers, the target's final norm, and the
-    module's head `[U, M]`. `token_ids_U` names the draft vocabulary; None where it is the target's own."""
+    module's head `[U, M]`. `token_ids_U` lists the draft vocabulary; None where it is the target's own."""
 
     plan: FeaturePlan
     projections: tuple[Tensor, ...]
@@ -35,84 +35,78 @@ class HeadWeights:
     use_deepest: bool
 
 
-class FeatureRing:
-    """Anchor features of the most recent positions, each position's side by side: `[positions, m M]`.
+class DraftModule:
+    """A head with what it remembers of one sequence of up to `capacity` tokens: the anchor features of the most recent
+    positions, and a cache of the module's own layers.
 
-    A row of type i is then the first (i + 1) M columns, with nothing to gather. Old positions are overwritten: none
-    further back than two pipelines is read again.
+    Features of a position stand side by side in a row of `_ring_PF`, so that a row of type i is its first (i + 1) M
+    columns. Rows are reused: no position further back than two pipelines is read again. `spare_slots` of the cache, and
+    one spare row of the ring, are for tokens that do not exist (see `captured.CapturedDraftModule`).
     """
 
-    def __init__(self, plan: FeaturePlan, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._slot_of = {anchor: slice(i * width, (i + 1) * width) for i, anchor in enumerate(plan.anchors)}
-        self._size = 2 * plan.full_depth + 2
-        self._rows = torch.zeros(self._size, len(plan.anchors) * width, dtype=dtype, device=device)
-
-    def put(self, position: int, states: Mapping[int, Tensor], row: int = 0) -> None:
-        """Stores row `row` of each hidden state `[S, M]` in `states` for `position`; others are passed over."""
-        for index, state_SM in states.items():
-            if index in self._slot_of:
-                self._rows[position % self._size, self._slot_of[index]] = state_SM[row]
-
-    def get(self, positions: Sequence[int], columns: int) -> Tensor:
-        """`[len(positions), columns]`."""
-        return self._rows[[position % self._size for position in positions], :columns]
-
-
-class DraftModule:
-    """A head at work on one sequence."""
-
-    def __init__(self, weights: HeadWeights) -> None:
+    def __init__(self, weights: HeadWeights, capacity: int, spare_slots: int = 0) -> None:
+        decoder, plan = weights.decoder, weights.plan
         self.weights = weights
-        self._plan = weights.plan
+        self._plan = plan
         self._width = weights.projections[0].shape[0]
-        self._cache: KVCache | None = None
-        self._ring = self._new_ring()
+        self._ring_size = 2 * plan.full_depth + 2
+        self._columns = {anchor: slice(i * self._width, (i + 1) * self._width) for i, anchor in enumerate(plan.anchors)}
+        self._cache = decoder.new_cache(capacity + spare_slots)
+        shape = self._ring_size + 1, len(plan.anchors) * self._width
+        self._ring_PF = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
 
-    def start(self, rows: Sequence[Row], states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
-        """Reads the prompt: `rows` are its rows at full depth, `states` the prompt's hidden states `[S, M]`."""
-        decoder = self.weights.decoder
-        self._cache = decoder.new_cache(capacity)
-        self._ring = self._new_ring()
-        for position in range(max(0, prompt_length - 2 * self._plan.full_depth), prompt_length):
-            self._ring.put(position, states, row=position)
-        if rows:
+    def start(self, num_rows: int, states: Mapping[int, Tensor], prompt_length: int) -> None:
+        """Reads the prompt's hidden states `[S, M]`: their first `num_rows` are rows at full depth."""
+        self._cache.rollback(0)
+        first = max(0, prompt_length - 2 * self._plan.full_depth)
+        rows_S = to_device(
+            [position % self._ring_size for position in range(first, prompt_length)], self.weights.decoder.device
+        )
+        for anchor, columns in self._columns.items():
+            self._ring_PF[:, columns].index_copy_(0, rows_S, states[anchor][first:])
+        if num_rows:
             kind = self._plan.row_type(self._plan.full_depth)
-            features = torch.cat([states[anchor][: len(rows)] for anchor in self._plan.anchors[: kind + 1]], dim=-1)
-            decoder.forward(linear(features, self.weights.projections[kind]), 0, self._cache)
+            features = torch.cat([states[anchor][:num_rows] for anchor in self._plan.anchors[: kind + 1]], dim=-1)
+            self.weights.decoder.forward(linear(features, self.weights.projections[kind]), 0, self._cache)
 
     def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        """New hidden states of a token in flight, each `[1, M]`."""
-        self._ring.put(position, states)
+        """New hidden states of a token in flight, each `[1, M]`; those that are no anchors are ignored."""
+        for index, state_1M in states.items():
+            if index in self._columns:
+                self._ring_PF[position % self._ring_size, self._columns[index]] = state_1M[0]
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Draft logits `[U]` for the token after the last row. Rewrites the cache from the first row on."""
-        assert self._cache is not None
-        parts = []
-        for kind, group in groupby(rows, key=lambda row: self._plan.row_type(row.depth)):
-            features = self._ring.get([row.position for row in group], (kind + 1) * self._width)
-            parts.append(linear(features, self.weights.projections[kind]))
-        self._cache.rollback(rows[0].position)
-        hidden_SM, _ = self.weights.decoder.forward(torch.cat(parts), rows[0].position, self._cache)
-        return self.weights.decoder.logits(hidden_SM[-1:])[0]
+        decoder, first = self.weights.decoder, rows[0].position
+        positions_S = to_device([row.position for row in rows], decoder.device)
+        self._cache.rollback(first)
+        hidden_SM, _ = decoder.forward(self._project(positions_S, [row.depth for row in rows]), first, self._cache)
+        return decoder.logits(hidden_SM[-1:])[0]
 
     def rollback(self, length: int) -> None:
         """Forgets rows of positions from `length` on."""
-        if self._cache is not None:
-            self._cache.rollback(length)
+        self._cache.rollback(length)
 
-    def _new_ring(self) -> FeatureRing:
-        decoder = self.weights.decoder
-        return FeatureRing(self._plan, self._width, decoder.dtype, decoder.device)
+    def _project(self, positions_S: Tensor, depths: Sequence[int]) -> Tensor:
+        """The layers' inputs `[S, M]`: positions read at `depths`, each row type through its projection."""
+        ring_rows_S, parts, start = positions_S % self._ring_size, [], 0
+        for kind, group in groupby(map(self._plan.row_type, depths)):
+            end = start + len(list(group))
+            features = self._ring_PF[:, : (kind + 1) * self._width].index_select(0, ring_rows_S[start:end])
+            parts.append(linear(features, self.weights.projections[kind]))
+            start = end
+        return torch.cat(parts)
 
 
 def drafting_seconds(weights: HeadWeights, threads: int) -> float:
     """What a draft takes in a full pipeline."""
     plan, decoder = weights.plan, weights.decoder
     width, depth = weights.projections[0].shape[0], plan.full_depth
-    module, prompt_length = DraftModule(weights), 2 * depth
+    prompt_length = 2 * depth
+    module = DraftModule(weights, prompt_length)
     state_SM = torch.zeros(prompt_length, width, dtype=decoder.dtype, device=decoder.device)
     states = dict.fromkeys(plan.anchors, state_SM)
     first = prompt_length - depth
-    module.start([Row(position, depth) for position in range(first)], states, prompt_length, prompt_length)
+    module.start(first, states, prompt_length)
     rows = [Row(position, prompt_length - 1 - position) for position in range(first, prompt_length)]
     return median_seconds(lambda: int(module.logits(rows).argmax()), threads=threads)

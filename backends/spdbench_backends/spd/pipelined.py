@@ -311,10 +311,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
         asked = f"-o {self._context.label}.executor=streams"
         decoder = refuse_uncapturable(self._decoder, asked, "process, inline")
         capacity = self._options.context or usual_capacity(decoder)
-        return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._beside(capacity))
+        return StreamsPipeline(decoder, self._stages, self._anchors(), capacity, self._co_drafter(capacity))
 
-    def _beside(self, capacity: int) -> CoDrafter | None:  # noqa: ARG002 - for methods that have one
-        """What drafts beside the stages where these are recorded; None where drafts are made after or before."""
+    def _co_drafter(self, capacity: int) -> CoDrafter | None:  # noqa: ARG002 - for methods that have one
+        """The drafter that is captured together with the stages; None where drafts are made outside of the cycle."""
         return None
 
 

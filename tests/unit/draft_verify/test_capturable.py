@@ -21,11 +21,11 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench_backends.eagle.build import build_eagle, random_eagle
-from spdbench_backends.eagle.recorded import RecordedEagle
+from spdbench_backends.eagle.captured import CapturedRounds
 from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.recorded import RecordedMedusa
+from spdbench_backends.medusa.drafter import capture_draft
+from spdbench_backends.spd.captured import CapturedDraftModule
 from spdbench_backends.spd.formats import build_head, random_head
-from spdbench_backends.spd.recorded import RecordedDraftModule
 from tests import tiny
 
 FORBIDDEN = {
@@ -73,20 +73,21 @@ def eagle(builder: TreeBuilder) -> Callable[[Decoder], object]:
     def make(target: Decoder) -> object:
         file = random_eagle(target, 0)
         weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
-        return RecordedEagle(weights, target, builder, 60)
+        columns = target.config.hidden_size * max(1, len(weights.aux))
+        return CapturedRounds(weights, columns, builder, 60)
 
     return make
 
 
 def medusa(target: Decoder) -> object:
     tree = StaticTreeBuilder(named_tree("mc_sim_7b_63"), target.device)
-    return RecordedMedusa(build_medusa(random_medusa(target, 4, 0), target), target, tree)
+    return capture_draft(build_medusa(random_medusa(target, 4, 0), target), target, tree)
 
 
 def streams(target: Decoder) -> object:
     stages = split_by_counts(6, (2, 2, 2))
     head = build_head(random_head(target, stages, 0), target, stages)
-    return StreamsPipeline(target, stages, head.plan.anchors, 60, RecordedDraftModule(head, 60))
+    return StreamsPipeline(target, stages, head.plan.anchors, 60, CapturedDraftModule(head, 60))
 
 
 RECORDED: dict[str, Callable[[Decoder], object]] = {

@@ -20,9 +20,9 @@ from spdbench.pipeline.schedule import Node, PipelineSchedule
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Sampling, Step
 from spdbench_backends.spd.backend import SPD
+from spdbench_backends.spd.captured import CapturedDraftModule, CapturedHeadDrafter
 from spdbench_backends.spd.drafter import HeadDrafter, PipelineDrafter
 from spdbench_backends.spd.formats import build_head, random_head
-from spdbench_backends.spd.recorded import RecordedDraftModule, RecordedHeadDrafter
 from tests import tiny
 
 PROMPT = tuple(range(30, 41))
@@ -105,13 +105,13 @@ def test_sampled_steps_are_those_of_the_inline_executor(target: Target) -> None:
 
 
 @torch.inference_mode()
-def test_drafts_of_the_recorded_module_are_those_of_the_module(target: Target) -> None:
+def test_drafts_of_the_captured_module_are_those_of_the_module(target: Target) -> None:
     """Verdicts alone would not show it: an untrained head is hardly ever right."""
     decoder, stages = target.own_decoder, split_by_counts(6, (2, 2, 2))
     head = build_head(random_head(decoder, stages, 5), decoder, stages)
-    module = RecordedDraftModule(head, 100)
+    module = CapturedDraftModule(head, 100)
     streams = StreamsPipeline(decoder, stages, head.plan.anchors, 100, module)
-    recorded = RecordedHeadDrafter(head, module, streams.drafted)
+    recorded = CapturedHeadDrafter(head, module, streams.drafted)
     plain = HeadDrafter(head)
     sides: tuple[tuple[Pipeline, PipelineDrafter], ...]
     sides = (streams, recorded), (InlinePipeline(decoder, stages, head.plan.anchors), plain)

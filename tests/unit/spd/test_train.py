@@ -57,10 +57,11 @@ def decoders_logits(recipe: SPDRecipe, decoder: Decoder, folder: Path, newest: i
     """What decoding computes with `fill` tokens in flight, the newest at `newest`, from the recipe's own files."""
     states, plan = hidden_states(decoder, IDS), recipe._plan
     recipe.write(folder, ABOUT, "spdbench")
-    module, rows = DraftModule(build_head(read_head(folder), decoder, plan.stages)), DeepestRows(plan)
+    module = DraftModule(build_head(read_head(folder), decoder, plan.stages), len(IDS))
+    rows = DeepestRows(plan)
     finished = newest - fill + 1
     prompt = {index: state[:finished] for index, state in states.items()}
-    module.start(rows.start(finished), prompt, finished, len(IDS))
+    module.start(len(rows.start(finished)), prompt, finished)
     for depth in range(fill):
         layers_done = plan.stages[depth - 1].stop if depth else 0
         place = newest - depth

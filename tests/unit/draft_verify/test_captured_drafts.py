@@ -15,11 +15,10 @@ from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder
 from spdbench.models.decoder import Decoder
 from spdbench.types import Sampling
 from spdbench_backends.eagle.build import build_eagle, random_eagle
-from spdbench_backends.eagle.drafter import EagleDrafter
-from spdbench_backends.eagle.recorded import RecordedEagle, RecordedEagleDrafter
+from spdbench_backends.eagle.captured import CapturedRounds
+from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
 from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.drafter import MedusaDrafter
-from spdbench_backends.medusa.recorded import RecordedMedusa, RecordedMedusaDrafter
+from spdbench_backends.medusa.drafter import MedusaDrafter, capture_draft
 from tests import tiny
 
 PROMPT = tuple(range(30, 41))
@@ -76,10 +75,11 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
 def test_eagles_recorded_rounds(target: Decoder, builder: TreeBuilder, version: int) -> None:
     file = random_eagle(target, 3, version)  # type: ignore[arg-type]
     weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
-    recorded = RecordedEagle(weights, target, builder, 120)
+    columns = target.config.hidden_size * max(1, len(weights.aux))
+    captured = CapturedRounds(weights, columns, builder, 120)
     new = (
-        lambda: EagleDrafter(weights, target, builder, 120),
-        lambda: RecordedEagleDrafter(weights, target, builder, recorded),
+        lambda: EagleDrafter(target, EagerRounds(weights, builder, 120)),
+        lambda: EagleDrafter(target, captured),
     )
     same_drafts(target, new, builder.num_levels)
 
@@ -88,9 +88,9 @@ def test_eagles_recorded_rounds(target: Decoder, builder: TreeBuilder, version: 
 def test_medusas_recorded_rounds(target: Decoder, tree: str) -> None:
     weights = build_medusa(random_medusa(target, 4, 3), target)
     builder = StaticTreeBuilder(chain_paths(4) if tree == "chain" else named_tree(tree), target.device)
-    recorded = RecordedMedusa(weights, target, builder)
+    captured = capture_draft(weights, target, builder)
     new = (
         lambda: MedusaDrafter(weights, target, builder),
-        lambda: RecordedMedusaDrafter(weights, target, builder, recorded),
+        lambda: MedusaDrafter(weights, target, builder, captured),
     )
     same_drafts(target, new, 4)
