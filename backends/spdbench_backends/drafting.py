@@ -70,7 +70,7 @@ class Drafting(ABC, Generic[D]):
         Raises:
             InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read.
         """
-        from spdbench.models.checkpoints.find_drafter import find_drafter
+        from spdbench_backends.drafter_files.folder import find_drafter
 
         if choice.kind in ("oracle", "forced"):
             return None

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.results.schema import Result, read_result
-from spdbench.models.checkpoints.find_drafter import drafter_folders
-from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.folders import cache_folder, drafter_folders
 
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
 LOGS = Path(__file__).parents[2] / "results" / "training"

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError, validated
+from spdbench.models.checkpoints.find_model import ModelFiles
+from spdbench.models.checkpoints.folders import drafter_folders
 
 if TYPE_CHECKING:
     from spdbench.training.recipe import Provenance
 
-VERSION = 1
+FOLDER_VERSION = 1
 """Of our own folders, for methods without a published version to name. A folder that names none is of the first."""
 
 Storage = Literal["bfloat16", "int8"]
@@ -49,8 +51,8 @@ C = TypeVar("C", bound=DrafterConfig)
 
 @dataclass(frozen=True)
 class DrafterFile(Generic[C]):
-    """A drafter as read, before it meets a target. `sha256` is empty where it was drawn at random; `extra` are keys of
-    our own folders that say where it comes from."""
+    """A drafter as read, before it meets a target. `sha256` is empty where it was drawn at random; `extra` are keys for
+    the written config that say where it comes from."""
 
     path: Path
     layout: str
@@ -72,6 +74,29 @@ class DrafterFile(Generic[C]):
             sha256=self.sha256 or None,
             trained_tokens=0 if untrained else self.config.trained_tokens,
         )
+
+
+def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
+    """The first drafter trained for these weights and this method; any number of stages if `stages` is None.
+
+    Raises:
+        InputError: there is none; names what was looked for and where.
+    """
+    for folder in drafter_folders():
+        for path in sorted(folder.glob("*/config.json")):
+            try:
+                config = read_config(path.parent, method)
+            except InputError:
+                continue
+            found = config.get("method"), config.get("model_sha256")
+            if found == (method, model.sha256) and stages in (None, config.get("num_stages")):
+                return path.parent
+    cut = f" with {stages} stages" if stages else ""
+    raise InputError(
+        f"--drafter auto: no trained {method} drafter{cut} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "
+        f"the user's data folder and spdbench itself). Train one (`spdbench train {method} --help`), give one with "
+        "--drafter PATH, or an artificial one: --drafter oracle:0.8, or --drafter random."
+    )
 
 
 def read_config(folder: Path, *methods: str) -> dict[str, Any]:
@@ -113,11 +138,6 @@ def checked_config(kind: type[C], values: Mapping[str, Any], path: Path) -> C:
     known = {key: values[key] for key in kind.model_fields if key in values}
     text = json.dumps(known, default=str)  # in strict JSON, a list may be a tuple
     return validated(kind, text, f"{path}: config.")
-
-
-def origin_keys(kind: type[DrafterConfig], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config of ours that say where a drafter comes from: all but those of `kind` and of every folder."""
-    return {key: value for key, value in raw.items() if key not in {*kind.model_fields, "method", "version"}}
 
 
 def load_content(file: Path) -> object:

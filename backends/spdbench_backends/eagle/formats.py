@@ -16,11 +16,10 @@ from pydantic import Field
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench_backends.drafter_files.folder import (
-    VERSION,
+    FOLDER_VERSION,
     DrafterConfig,
     DrafterFile,
     checked_config,
-    origin_keys,
     read_config,
     read_tensors,
     require_version,
@@ -110,11 +109,10 @@ def read_eagle(path: Path) -> EagleFile:
     raw = read_config(path, "eagle", "eagle3")
     layout = _layout(raw)
     if layout == "spdbench":
-        require_version(path, raw, VERSION)
+        require_version(path, raw, FOLDER_VERSION)
     config = checked_config(EagleConfig, _flat(raw, layout, path), path)
     files = Checkpoint(path).files
-    extra = origin_keys(EagleConfig, raw) if layout == "spdbench" else {}
-    file = EagleFile(path, layout, config, read_tensors(files, _our_name), sha256_of_files(files), extra)
+    file = EagleFile(path, layout, config, read_tensors(files, _our_name), sha256_of_files(files))
     claimed = _claimed_version(raw)
     if claimed is not None and claimed != (3 if file.is_eagle3 else 1):
         has, says = ("EAGLE-3", "EAGLE-1") if file.is_eagle3 else ("EAGLE-1", "EAGLE-3")
@@ -209,7 +207,7 @@ def _written_config(file: EagleFile, layout: Layout) -> dict[str, Any]:
     """Complete: readers have defaults of their own for keys that are missing."""
     config = file.config
     if layout == "spdbench":
-        return {"method": "eagle3", "version": VERSION, **config.model_dump(mode="json", exclude_none=True)}
+        return {"method": "eagle3", "version": FOLDER_VERSION, **config.model_dump(mode="json", exclude_none=True)}
     llama = {
         "model_type": "llama",
         **config.model_dump(mode="json", include=LLAMA_KEYS),

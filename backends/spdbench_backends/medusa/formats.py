@@ -32,11 +32,10 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.decoder import DRAFT_HEADS
 from spdbench_backends.drafter_files.folder import (
-    VERSION,
+    FOLDER_VERSION,
     DrafterConfig,
     DrafterFile,
     checked_config,
-    origin_keys,
     read_config,
     read_tensors,
     require_version,
@@ -147,7 +146,7 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
     tensors = read_tensors(files, str if ours or own else _without_vllm_prefix)
     layout = "spdbench" if ours else _layout(path, raw, tensors, alone=own is not None)
     if layout == "spdbench":
-        require_version(path, raw, VERSION)
+        require_version(path, raw, FOLDER_VERSION)
     if layout == "medusa2":
         if model is None or path.resolve() != model.resolve():
             raise InputError(
@@ -164,7 +163,7 @@ def read_medusa(path: Path, model: Path | None = None) -> MedusaFile:
         values = raw if ours else {key: raw.get(key) for key in ("hidden_size", "vocab_size")}
     config = checked_config(MedusaConfig, values, path)
     _check_accuracies(path, config, file.counts[0])
-    return replace(file, config=config, extra=origin_keys(MedusaConfig, raw) if ours else {})
+    return replace(file, config=config)
 
 
 def _without_vllm_prefix(name: str) -> str:
@@ -256,7 +255,7 @@ def write_medusa(file: MedusaFile, directory: Path, layout: Layout) -> Path:
     written: dict[str, Any]
     if layout == "spdbench":
         known = config.model_dump(mode="json", exclude_defaults=True)
-        written = {"method": "medusa", "version": VERSION, "hidden_size": width, **known}
+        written = {"method": "medusa", "version": FOLDER_VERSION, "hidden_size": width, **known}
     elif layout == "vllm":
         linears = [tensor for key, tensor in tensors.items() if key == SHARED or key in file.head_names(layout)]
         written = {

@@ -1,11 +1,19 @@
-"""SPD heads on disk: the published version 11 file, and our own folder with the same tensors.
+"""Heads of pipelines on disk: SPD's published version 11 file and our own folder, and PPSD's exit head.
 
-Source: SPD.md, section 3.
+SPD (source: SPD.md, section 3):
 
     published   one file, torch.save({"state_dict": ..., "config": ...})
     ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
                 uneven) and model.safetensors; no lm_head.weight where it is the target's own rows; matrices may be
                 in 8 bits
+
+PPSD (METHODS.md, section C; the published code is not available, so the format is our own): decoder layers over stage
+0's output, then a final norm and a head, by default the target's own.
+
+    config.json         method, version, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
+                        trained_tokens
+    model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
+                        matrices may be in 8 bits
 """
 
 from __future__ import annotations
@@ -25,6 +33,7 @@ from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.decoder import Decoder, geometry_of
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files.folder import (
+    FOLDER_VERSION,
     DrafterConfig,
     DrafterFile,
     checked_config,
@@ -107,7 +116,7 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
             f"its anchors {list(plan.anchors)}"
         )
     token_ids_U = draft_vocabulary(file, config.draft_token_ids, target, size=config.draft_vocab_size)
-    expected = _expected(target, len(plan.anchors), config.num_spec_layers)
+    expected = _head_tensors(target, len(plan.anchors), config.num_spec_layers)
     rows = {"lm_head.weight": (config.draft_vocab_size, base.hidden_size)}
     expected.add(rows, optional=file.layout == "spdbench")
     tensors, layers = TargetTensors(file, expected, target), range(config.num_spec_layers)
@@ -139,7 +148,7 @@ def _trained_stages(file: HeadFile, num_layers: int) -> tuple[range, ...]:
         raise file.error(f"config: {error}") from None
 
 
-def _expected(target: Decoder, num_anchors: int, num_layers: int) -> ExpectedTensors:
+def _head_tensors(target: Decoder, num_anchors: int, num_layers: int) -> ExpectedTensors:
     """The tensors of a head but for its output head."""
     base, expected = target.config, ExpectedTensors()
     width = base.hidden_size
@@ -162,10 +171,81 @@ def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layer
         aggr_feature_bound=list(anchors),
         trained_with_use_deepest=True,
     )
-    shapes = _expected(target, len(anchors), num_layers).required
+    shapes = _head_tensors(target, len(anchors), num_layers).required
     return HeadFile(Path("random"), "spdbench", config, random_tensors(shapes, seed))
 
 
 def write_published(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """A head as a version 11 file, which has to hold its `lm_head.weight`."""
     torch.save({"state_dict": dict(tensors), "config": dict(config)}, file)
+
+
+class ExitConfig(DrafterConfig):
+    """`exit_layer` is how many of the target's layers come before the head."""
+
+    hidden_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    exit_layer: int = Field(ge=1)
+    num_layers: int = Field(ge=1)
+    num_stages: int | None = Field(None, ge=1)
+
+
+ExitFile = DrafterFile[ExitConfig]
+
+
+def read_exit(path: Path) -> ExitFile:
+    """The head in a folder.
+
+    Raises:
+        InputError: it is no such folder, or damaged.
+    """
+    raw = read_config(path, "ppsd")
+    if "method" not in raw:
+        raise InputError(f"{path}: is not a PPSD drafter: its config names no method")
+    require_version(path, raw, FOLDER_VERSION)
+    files = Checkpoint(path).files
+    config = checked_config(ExitConfig, raw, path)
+    return ExitFile(path, "spdbench", config, read_tensors(files), sha256_of_files(files))
+
+
+def random_exit(target: Decoder, stages: tuple[range, ...], seed: int) -> ExitFile:
+    """An untrained head of one layer."""
+    base = target.config
+    config = ExitConfig(
+        hidden_size=base.hidden_size, vocab_size=base.vocab_size, exit_layer=stages[0].stop, num_layers=1
+    )
+    return ExitFile(Path("random"), "spdbench", config, random_tensors(_exit_tensors(target, 1).required, seed))
+
+
+def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> Decoder:
+    """The head as a decoder of its own layers alone, for `target` cut into `stages`.
+
+    Raises:
+        InputError: made for another target or another first stage, or damaged.
+    """
+    base, config = target.config, file.config
+    require_target(
+        file,
+        ("config.hidden_size", config.hidden_size, base.hidden_size),
+        ("config.vocab_size", config.vocab_size, base.vocab_size),
+    )
+    fitting = ": give ppsd.stages or ppsd.stage_layers that fit"
+    require_target(file, ("config.exit_layer", config.exit_layer, stages[0].stop), remedy=fitting)
+    tensors, layers = TargetTensors(file, _exit_tensors(target, config.num_layers), target), range(config.num_layers)
+    return replace(
+        target,
+        layers=layers,
+        weights={index: dense_layer(tensors.get, f"layers.{index}.") for index in layers},
+        embeddings_VM=None,
+        final_norm=tensors.norm("norm.weight") or target.final_norm,
+        head=tensors.head("lm_head.weight", None),
+    )
+
+
+def _exit_tensors(target: Decoder, num_layers: int) -> ExpectedTensors:
+    base, expected = target.config, ExpectedTensors()
+    for index in range(num_layers):
+        expected.add_layer(f"layers.{index}.", geometry_of(base), base.hidden_size, base.intermediate_size)
+    expected.add({"norm.weight": (base.hidden_size,)}, optional=True)
+    expected.add({"lm_head.weight": (base.vocab_size, base.hidden_size)}, optional=True)
+    return expected

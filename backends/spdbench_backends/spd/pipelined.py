@@ -202,7 +202,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     def _find_head(self, choice: DrafterChoice, read: Callable[[Path], F], draw: Draw[F]) -> F | None:
         """The head that was asked for, None for a synthetic drafter; cuts the model into stages that fit it."""
-        from spdbench.models.checkpoints.find_drafter import find_drafter
+        from spdbench_backends.drafter_files.folder import find_drafter
 
         target = self._context.target
         if choice.kind in ("oracle", "forced"):

@@ -37,7 +37,7 @@ class PPSD(Pipelined):
         self._head = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        from spdbench_backends.spd.exit_head import build_exit, random_exit, read_exit
+        from spdbench_backends.spd.formats import build_exit, random_exit, read_exit
 
         file = self._find_head(choice, read_exit, random_exit)
         if file is None:

@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spdbench.training.layers import DecoderLayer, RMSNorm
 from spdbench.training.recipe import Batch, Counts, Provenance, RecipeOptions, Teacher
 from spdbench.training.soft_targets import greedy_drafts
-from spdbench_backends.drafter_files.folder import VERSION, origin, stored, write_folder
+from spdbench_backends.drafter_files.folder import FOLDER_VERSION, origin, stored, write_folder
 from spdbench_backends.spd.train import PipelineRecipe, PipelineTrainOptions
 
 
@@ -72,7 +72,7 @@ class PPSDRecipe(PipelineRecipe):
         base = self._teacher.config
         config = {
             "method": self.method,
-            "version": VERSION,
+            "version": FOLDER_VERSION,
             "hidden_size": base.hidden_size,
             "vocab_size": base.vocab_size,
             "exit_layer": self._exit_layer,

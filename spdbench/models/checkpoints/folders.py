@@ -23,3 +23,10 @@ def data_folder() -> Path:
 def typed_path(text: str) -> Path:
     """The path that a user typed; a `~name` that nobody here is called stays as it is, and names nothing."""
     return Path(os.path.expanduser(text))
+
+
+def drafter_folders() -> list[Path]:
+    """The folders that are searched for drafters, first to last; they need not exist."""
+    own = os.environ.get("SPDBENCH_DRAFTERS")
+    shipped = Path(__file__).parents[2] / "drafters"
+    return [*([Path(own)] if own else []), data_folder() / "drafters", shipped]

@@ -16,8 +16,7 @@ from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import ExitDrafter, HeadDrafter
-from spdbench_backends.spd.exit_head import build_exit, read_exit
-from spdbench_backends.spd.formats import build_head, read_head
+from spdbench_backends.spd.formats import build_exit, build_head, read_exit, read_head
 from spdbench_backends.spd.head import DraftModule
 from spdbench_backends.spd.plan import DeepestRows
 from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTrainOptions
