@@ -140,20 +140,25 @@ class Recipe(ABC):
     """The hidden states that `loss` and `acceptance` read from a batch."""
 
     def __init__(
-        self,
-        options: RecipeOptions,  # noqa: ARG002 - for subclasses
-        teacher: Teacher,
-        draft_ids_U: Tensor | None,
-        num_stages: int | None,  # noqa: ARG002
+        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
     ) -> None:
-        """Subclasses make `module`, drawn with torch's current seed. `draft_ids_U`: the draft vocabulary, ascending;
-        None for all tokens. `num_stages`: of the pipeline that is drafted for, where that matters.
+        """`draft_ids_U`: the draft vocabulary, ascending; None for all tokens. `num_stages`: of the pipeline that is
+        drafted for, where that matters.
 
         Raises:
             InputError: the options do not fit the model.
         """
-        self._teacher = teacher
+        self._options, self._teacher, self._num_stages = options, teacher, num_stages
         self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
+        self.module = self._build().to(teacher.device)
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """The module, drawn with torch's current seed. Also sets `hidden_indices`.
+
+        Raises:
+            InputError: the options do not fit the model.
+        """
 
     def require_layout(self, layout: str) -> None:  # noqa: B027 - most recipes can write all of their layouts
         """Checks before training that `write` can use a layout with these options.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from spdbench.training.recipe import Batch, Counts, DraftVocabulary
+from spdbench.training.recipe import Batch, Counts, DraftVocabulary, Teacher
 
 CHUNK = 2**21
 """Logits held at once: 8 MB in float32, which nearly fits a CPU's cache."""
@@ -47,14 +47,10 @@ class DraftRows:
         """`[B, R]`: rows from which a draft of `level` ends within the answer."""
         return pad(self.run_BR, (0, level))[:, level:] > level
 
-    def ahead(self, values_BS: Tensor, count: int) -> Tensor:
-        """The values `count` tokens behind each row, `[B, R]`; past the end, the last one."""
-        return values_BS.gather(1, (self.tokens_BR + count).clamp(max=values_BS.shape[1] - 1))
-
-    def states(self, hidden_BSM: Tensor, count: int = 0) -> Tensor:
-        """The hidden states `count` tokens behind each row, `[B, R, M]`."""
-        at_BR = (self.tokens_BR + count).clamp(max=hidden_BSM.shape[1] - 1)
-        return hidden_BSM.gather(1, at_BR[..., None].expand(-1, -1, hidden_BSM.shape[-1]))
+    def ahead(self, values: Tensor, count: int) -> Tensor:
+        """The values `[B, S, ...]` that lie `count` tokens behind each row: `[B, R, ...]`; past the end, the last."""
+        batch_B1 = torch.arange(len(values), device=values.device)[:, None]
+        return values[batch_B1, (self.tokens_BR + count).clamp(max=values.shape[1] - 1)]
 
 
 def draft_rows(batch: Batch) -> DraftRows:
@@ -74,43 +70,47 @@ class ScoredDrafts:
     """X drafts of a batch, in the order of the N positions that score them.
 
     Draft x is of level `levels_X[x]` from row `rows_X[x]` of the batch's B R, and position `positions_X[x]` scores it.
-    Position n lies one token behind row `roots_N[n]`; `labels_N` is the target's choice there, as a draft id. Positions
+    There, `target_NM` is the target's state after its final norm, and `labels_N` its choice as a draft id. Positions
     whose choice is not in the draft vocabulary score nothing.
     """
 
     rows_X: Tensor
     levels_X: Tensor
     positions_X: Tensor
-    roots_N: Tensor
+    target_NM: Tensor
     labels_N: Tensor
 
     def only(self, kept_X: Tensor) -> ScoredDrafts:
         """Some of the drafts."""
         rows, levels, positions = (values[kept_X] for values in (self.rows_X, self.levels_X, self.positions_X))
-        return ScoredDrafts(rows, levels, positions, self.roots_N, self.labels_N)
+        return ScoredDrafts(rows, levels, positions, self.target_NM, self.labels_N)
 
 
-def scored_drafts(batch: Batch, rows: DraftRows, vocabulary: DraftVocabulary, levels: int) -> ScoredDrafts:
+def scored_drafts(
+    batch: Batch, rows: DraftRows, teacher: Teacher, vocabulary: DraftVocabulary, levels: int
+) -> ScoredDrafts:
     """All drafts of the batch. A row's root scores drafts of the row and of those directly before it."""
     labels_BR = vocabulary.draft_ids(rows.ahead(batch.argmax_BS, 1))
     roots_N = (rows.real & (labels_BR >= 0)).flatten().nonzero()[:, 0]
     runs_N = rows.run_BR.flatten()[roots_N]
     positions_X, levels_X = (runs_N[:, None] > torch.arange(levels, device=runs_N.device)).nonzero().unbind(dim=1)
-    return ScoredDrafts(roots_N[positions_X] - levels_X, levels_X, positions_X, roots_N, labels_BR.flatten()[roots_N])
+    last_BRM = rows.ahead(batch.states[teacher.config.num_layers], 1)
+    target_NM, labels_N = teacher.normed(last_BRM.flatten(0, 1)[roots_N]), labels_BR.flatten()[roots_N]
+    return ScoredDrafts(roots_N[positions_X] - levels_X, levels_X, positions_X, target_NM, labels_N)
 
 
 def soft_loss(
-    drafts_XM: Tensor, head_UM: Tensor, target_NM: Tensor, target_head_UM: Tensor, scored: ScoredDrafts, decay: float
+    drafts_XM: Tensor, head_UM: Tensor, target_head_UM: Tensor, scored: ScoredDrafts, decay: float
 ) -> tuple[Tensor, dict[str, float]]:
     """The levels' mean cross entropies against the target's softmax, level k weighted by `decay`^k, and log figures.
 
-    `drafts_XM` and `target_NM` are the states that the heads are applied to.
+    `drafts_XM` are the states that `head_UM` is applied to.
     """
     levels_X = scored.levels_X
     counts_K = levels_X.bincount()
     weights_X = decay**levels_X / counts_K[levels_X]
     total, entropy_X, right_X = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        drafts_XM, head_UM, target_NM, target_head_UM, weights_X, scored.positions_X, scored.labels_N
+        drafts_XM, head_UM, scored.target_NM, target_head_UM, weights_X, scored.positions_X, scored.labels_N
     )
     figures = {}
     for level in counts_K.nonzero()[:, 0].tolist():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spdbench.errors import InputError
 from spdbench.models.rotary import Rotary, plain_frequencies
-from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions, Teacher
+from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions
 from spdbench.training.soft_targets import (
     DraftRows,
     chain_counts,
@@ -59,11 +59,10 @@ class Eagle3Recipe(Recipe):
     Options: ClassVar[type[RecipeOptions]] = Eagle3Options
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "eagle3", "specforge", "speculators")
 
-    def __init__(
-        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
-    ) -> None:
-        super().__init__(options, teacher, draft_ids_U, num_stages)
-        self._options, config = cast(Eagle3Options, options), teacher.config
+    _options: Eagle3Options
+
+    def _build(self) -> nn.Module:
+        teacher, config = self._teacher, self._teacher.config
         if config.num_layers < 3:
             raise InputError(f"eagle3 reads three hidden states of a target, and {config.num_layers} layers have fewer")
         self._aux = default_aux(config.num_layers)
@@ -74,11 +73,11 @@ class Eagle3Recipe(Recipe):
         self._head = EagleHead(config, len(self._aux), rotary, self._vocabulary.head_UM if trained else None)
         if self._options.init == "target":
             self._head.start_from_target(teacher)
-        self.module: nn.Module = self._head.to(teacher.device)
+        return self._head
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         rows, levels = draft_rows(batch), self._options.ttt
-        scored = scored_drafts(batch, rows, self._vocabulary, levels)
+        scored = scored_drafts(batch, rows, self._teacher, self._vocabulary, levels)
         num_conversations, num_rows = rows.tokens_BR.shape
         chosen = torch.randperm(num_rows, device=rows.tokens_BR.device)
         columns_P = chosen[: max(1, round(self._options.unrolled * num_rows))].sort().values
@@ -86,10 +85,7 @@ class Eagle3Recipe(Recipe):
         index_X = state_index(num_conversations, num_rows, columns_P, levels)[scored.levels_X, scored.rows_X]
         scored, index_X = scored.only(index_X >= 0), index_X[index_X >= 0]
         drafts_XM = self._head.norm(torch.cat([state.flatten(0, 1) for state in states])[index_X])
-        last_BRM = rows.states(batch.states[self._teacher.config.num_layers], 1)
-        target_NM = self._teacher.normed(last_BRM.flatten(0, 1)[scored.roots_N])
-        target_head_UM = self._vocabulary.head_UM
-        return soft_loss(drafts_XM, self._output_head, target_NM, target_head_UM, scored, self._options.decay)
+        return soft_loss(drafts_XM, self._output_head, self._vocabulary.head_UM, scored, self._options.decay)
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from spdbench.errors import InputError
-from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions, Teacher
+from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions
 from spdbench.training.soft_targets import (
+    DraftRows,
     best_drafts,
     chain_counts,
     draft_rows,
@@ -64,11 +65,10 @@ class MedusaRecipe(Recipe):
     Options: ClassVar[type[RecipeOptions]] = MedusaOptions
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "medusa", "v0.1", "v2", "vllm")
 
-    def __init__(
-        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
-    ) -> None:
-        super().__init__(options, teacher, draft_ids_U, num_stages)
-        self._options, config = cast(MedusaOptions, options), teacher.config
+    _options: MedusaOptions
+
+    def _build(self) -> nn.Module:
+        config = self._teacher.config
         self.hidden_indices = (config.num_layers,)
         heads, layers = self._options.heads, self._options.layers
         self._heads = nn.ModuleList(
@@ -79,29 +79,31 @@ class MedusaRecipe(Recipe):
         self._num_ranks = min(NUM_RANKS, len(self._vocabulary.head_UM))
         self._heads.register_buffer("ranks_KR", torch.zeros(heads, self._num_ranks, dtype=torch.long))
         self._heads.register_buffer("judged_K", torch.zeros(heads, dtype=torch.long))
-        self.module: nn.Module = self._heads.to(teacher.device)
+        return self._heads
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         for name in ("judged_K", "ranks_KR"):  # a step changes the weights that were measured
             self._heads.get_buffer(name).zero_()
         rows = draft_rows(batch)
-        scored = scored_drafts(batch, rows, self._vocabulary, self._options.heads)
+        scored = scored_drafts(batch, rows, self._teacher, self._vocabulary, self._options.heads)
         drawn_X = torch.rand(scored.levels_X.shape, device=scored.levels_X.device) < self._options.share
         scored = scored.only(drawn_X | (scored.levels_X == 0))
-        last_BSM = batch.states[self._teacher.config.num_layers]
-        normed_YM = self._teacher.normed(rows.states(last_BSM)).flatten(0, 1)  # Y = B R
+        normed_YM = self._normed_rows(batch, rows).flatten(0, 1)  # Y = B R
         of_heads = [(scored.levels_X == level).nonzero()[:, 0] for level in range(self._options.heads)]
         drafts = [head(normed_YM[scored.rows_X[some]]) for head, some in zip(self._heads, of_heads, strict=True)]
         drafts_XM = torch.cat(drafts)[torch.cat(of_heads).argsort()]
-        target_NM = self._teacher.normed(rows.states(last_BSM, 1).flatten(0, 1)[scored.roots_N])
         head_UM = self._vocabulary.head_UM
-        return soft_loss(drafts_XM, head_UM, target_NM, head_UM, scored, self._options.decay)
+        return soft_loss(drafts_XM, head_UM, head_UM, scored, self._options.decay)
+
+    def _normed_rows(self, batch: Batch, rows: DraftRows) -> Tensor:
+        """The target's last hidden states of rows after its final norm, which heads read: `[B, R, M]`."""
+        return self._teacher.normed(rows.ahead(batch.states[self._teacher.config.num_layers], 0))
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:
         """First choices as a chain. Also counts the ranks of each head since the last loss, for `write`."""
         rows = draft_rows(batch)
-        normed_BRM = self._teacher.normed(rows.states(batch.states[self._teacher.config.num_layers]))
+        normed_BRM = self._normed_rows(batch, rows)
         ranked = [
             self._vocabulary.token_ids(best_drafts(head(normed_BRM), self._vocabulary.head_UM, self._num_ranks))
             for head in self._heads

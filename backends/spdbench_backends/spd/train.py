@@ -9,6 +9,7 @@ Shapes: B texts, S positions, N rows that count, M model width, U draft vocabula
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from spdbench.errors import InputError
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.training.layers import DecoderLayer, angles
-from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions, Teacher
+from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions
 from spdbench.training.soft_targets import greedy_drafts, mean_kl
 from spdbench_backends.drafter_files.folder import Storage, origin, stored, unpacked, write_folder
 from spdbench_backends.spd.formats import VERSION, write_published
@@ -61,12 +62,21 @@ class SPDTrainOptions(PipelineTrainOptions):
 class PipelineRecipe(Recipe):
     """What SPD and PPSD share: a pipeline's stages, layers that begin as the target's, the KL divergence as loss."""
 
-    def __init__(
-        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
-    ) -> None:
-        super().__init__(options, teacher, draft_ids_U, num_stages)
-        self._options = cast(PipelineTrainOptions, options)
-        self._stages = _cut(teacher.config.num_layers, num_stages, self._options.stage_layers)
+    _options: PipelineTrainOptions
+
+    @cached_property
+    def _stages(self) -> tuple[range, ...]:
+        """The stages asked for.
+
+        Raises:
+            InputError: they do not fit the model, or `--stages` and `-o stage_layers` disagree.
+        """
+        num_layers, counts = self._teacher.config.num_layers, self._options.stage_layers
+        if counts is None:
+            return split_evenly(num_layers, self._num_stages or usual_stages(num_layers))
+        if self._num_stages not in (None, len(counts)):
+            raise InputError(f"--stages {self._num_stages}: -o stage_layers names {len(counts)} stages")
+        return split_by_counts(num_layers, counts)
 
     def _start_layers(self, layers: nn.ModuleList) -> tuple[int, ...]:
         """Copies the target's layers of `init_layers`, its last ones by default, into a drafter's; returns which.
@@ -112,22 +122,20 @@ class SPDRecipe(PipelineRecipe):
     Options: ClassVar[type[RecipeOptions]] = SPDTrainOptions
     formats: ClassVar[tuple[str, ...]] = ("spdbench", "spd-v11")
 
-    def __init__(
-        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
-    ) -> None:
-        super().__init__(options, teacher, draft_ids_U, num_stages)
-        chosen = cast(SPDTrainOptions, options)
-        self._all_depths = chosen.all_depths
+    _options: SPDTrainOptions
+
+    def _build(self) -> nn.Module:
+        chosen, config = self._options, self._teacher.config
         anchors = chosen.anchors or _usual_anchors(self._stages)
         try:
             self._plan = FeaturePlan(anchors, self._stages)
         except ValueError as error:
             raise InputError(f"-o anchors={','.join(map(str, anchors))}: {error}") from None
         own_head_UM = self._vocabulary.head_UM if chosen.head == "trained" else None
-        self._module = TrainableModule(teacher.config, self._plan, chosen.layers, own_head_UM)
+        self._module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
         self._first_copied, *_ = self._start_layers(self._module.spec_layers)
         self.hidden_indices = tuple(sorted({*anchors, self._first_copied}))
-        self.module: nn.Module = self._module.to(teacher.device)
+        return self._module
 
     @property
     def _head(self) -> Tensor:
@@ -141,12 +149,12 @@ class SPDRecipe(PipelineRecipe):
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         full = self._plan.full_depth
         fill = full if full == 1 or torch.rand(()) < 0.5 else int(torch.randint(1, full, ()))
-        others = (*range(1, fill), full) if self._all_depths else ()
+        others = (*range(1, fill), full) if self._options.all_depths else ()
         rows = self._normed_rows(batch, fill, (0, *others))
         total = self._mean_kl(rows[0], self._head, batch)
         figures: dict[str, float] = {"fill": fill}
         for depth in others:
-            total = total + self._all_depths / len(others) * self._mean_kl(rows[depth], self._head, batch)
+            total = total + self._options.all_depths / len(others) * self._mean_kl(rows[depth], self._head, batch)
             agreed_N = self._agreed(rows[depth], batch)
             figures[f"accuracy_{depth}"] = float(agreed_N.float().mean()) if len(agreed_N) else 0.0
         return total, figures
@@ -203,19 +211,6 @@ class SPDRecipe(PipelineRecipe):
         """Whether the greedy draft is the target's own next token, for each position of an answer: `[N]`."""
         drafts_N = self._vocabulary.token_ids(greedy_drafts(normed_BSM[batch.answers_BS], self._head))
         return drafts_N == batch.argmax_BS[batch.answers_BS]
-
-
-def _cut(num_layers: int, num_stages: int | None, counts: tuple[int, ...] | None) -> tuple[range, ...]:
-    """The stages asked for.
-
-    Raises:
-        InputError: they do not fit the model, or `--stages` and `-o stage_layers` disagree.
-    """
-    if counts is None:
-        return split_evenly(num_layers, num_stages or usual_stages(num_layers))
-    if num_stages not in (None, len(counts)):
-        raise InputError(f"--stages {num_stages}: -o stage_layers names {len(counts)} stages")
-    return split_by_counts(num_layers, counts)
 
 
 def _usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:

@@ -49,15 +49,12 @@ class PPSDRecipe(PipelineRecipe):
     Options: ClassVar[type[RecipeOptions]] = PipelineTrainOptions
     formats: ClassVar[tuple[str, ...]] = ("spdbench",)
 
-    def __init__(
-        self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
-    ) -> None:
-        super().__init__(options, teacher, draft_ids_U, num_stages)
+    def _build(self) -> nn.Module:
         self._exit_layer = self._stages[0].stop
         self.hidden_indices = (self._exit_layer,)
-        module = ExitModule(teacher, self._options.layers)
+        module = ExitModule(self._teacher, self._options.layers)
         self._start_layers(module.layers)
-        self.module: nn.Module = module.to(teacher.device)
+        return module
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         return self._mean_kl(self._rows(batch), self._vocabulary.head_UM, batch), {}
