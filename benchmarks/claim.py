@@ -29,7 +29,7 @@ from tabulate import tabulate
 
 from benchmarks import sides
 from spdbench.judge.comparison.compare import Row, Table, compare
-from spdbench.judge.comparison.pairing import read_entries
+from spdbench.judge.loaded import read_results
 from spdbench.render.export import to_csv
 from spdbench.training.loop import expected_length
 
@@ -73,7 +73,7 @@ def main() -> None:
     tables = [
         table
         for suite, temperature in product(chosen.suites, chosen.temperatures)
-        for table in compare(read_entries(measured(suite, temperature, chosen)))
+        for table in compare(read_results(measured(suite, temperature, chosen)))
     ]
     chosen.out.mkdir(parents=True, exist_ok=True)
     (chosen.out / "table.md").write_text(shown(tables), encoding="utf-8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from spdbench.judge.metrics.flags import flags_for
 from spdbench.judge.metrics.metrics import summarise
@@ -20,6 +23,7 @@ from spdbench.judge.results.schema import (
     Steps,
     SuiteInfo,
 )
+from spdbench.judge.results.table import RunTable
 from spdbench.types import BackendKind, FinishReason
 
 MS = 1_000_000
@@ -195,6 +199,12 @@ def make_result(
         summary=summary,
         flags=flags_for(summary.overall, backend, drafter, divergence),
     )
+
+
+def contents(table: RunTable) -> dict[str, Any]:
+    """All that a table says of its runs, as lists."""
+    columns = {field.name: getattr(table, field.name) for field in fields(table)}
+    return {name: column.tolist() if isinstance(column, np.ndarray) else column for name, column in columns.items()}
 
 
 def write_result(result: Result, path: Path) -> Path:

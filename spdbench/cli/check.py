@@ -18,7 +18,7 @@ from spdbench.errors import InputError
 if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
     from spdbench.judge.gate.verdict import Judgement
-    from spdbench.judge.results.recording import Recording
+    from spdbench.judge.loaded import LoadedResult
 
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
@@ -78,18 +78,18 @@ def command(
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
     from spdbench.judge.gate.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
     from spdbench.judge.gate.verdict import EXIT_CODES, verdict_of
-    from spdbench.judge.results.recording import read_recordings
+    from spdbench.judge.loaded import read_results
 
     folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
     new = list(result_paths(results))
     if calibrate:
         judging = {"max_slowdown": max_slowdown, "max_acceptance_drop": max_acceptance_drop, "by": by}
         _refuse_with_calibrate({**judging, **outputs})
-        _calibrate(read_recordings(new), Path(baseline), folder)
+        _calibrate(read_results(new, keep_ids=True), Path(baseline), folder)
         return
     old = list(result_paths([baseline]))
     _refuse_to_overwrite(outputs, [*new, *old])
-    candidates, baselines = read_recordings(new), read_recordings(old)
+    candidates, baselines = read_results(new, keep_ids=True), read_results(old, keep_ids=True)
     limits = Limits(
         max_slowdown,
         MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,
@@ -97,15 +97,15 @@ def command(
     )
     judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
     _show(judgements, **outputs)
-    _tell_unasked(candidates, baselines)
+    _tell_not_covered(candidates, baselines)
     context.exit(EXIT_CODES[verdict_of(judgements)])
 
 
-def _tell_unasked(candidates: Sequence[Recording], baselines: Sequence[Recording]) -> None:
+def _tell_not_covered(candidates: Sequence[LoadedResult], baselines: Sequence[LoadedResult]) -> None:
     """A baseline may serve several jobs, each of which does part of its work; but nobody should take that for all."""
-    from spdbench.judge.gate.counterpart import unasked
+    from spdbench.judge.gate.counterpart import not_covered
 
-    if left := unasked(candidates, baselines):
+    if left := not_covered(candidates, baselines):
         work = sorted({f"{each.head.suite.name} in {each.head.model.dtype}" for each in left})
         click.echo(
             f"NOTE: {len(left)} of {len(baselines)} baseline results are of work that NEW holds nothing of, and were "
@@ -134,7 +134,7 @@ def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Pa
             taken[place] = f"is what {_option(name)} writes, too"
 
 
-def _calibrate(candidates: Sequence[Recording], baseline: Path, folder: Path) -> None:
+def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path) -> None:
     from rich.console import Console
 
     from spdbench.judge.gate.calibration import calibrate

@@ -39,11 +39,11 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
     from rich.console import Console
 
     from spdbench.judge.comparison.compare import compare, find_baseline
-    from spdbench.judge.comparison.pairing import read_entries
+    from spdbench.judge.loaded import read_results
     from spdbench.render.table import render
 
-    entries = read_entries(list(result_paths(results)))
-    chosen = None if baseline is None else find_baseline(baseline, entries)
+    loaded = read_results(list(result_paths(results)))
+    chosen = None if baseline is None else find_baseline(baseline, loaded)
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
-    tables = compare(entries, chosen, by_category=by == "category", dialects=dialects)
+    tables = compare(loaded, chosen, by_category=by == "category", dialects=dialects)
     write_stdout(render(tables, form, Console(file=sys.stdout)))

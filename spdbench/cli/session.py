@@ -25,10 +25,9 @@ from spdbench.cli.progress import progress_report
 from spdbench.decoding.audit import classify_difference
 from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.pairing import Entry
-from spdbench.judge.results.json_columns import NotPlain
-from spdbench.judge.results.reader import reading, reread
-from spdbench.judge.results.schema import Result, read_result
+from spdbench.judge.loaded import LoadedResult, read_results
+from spdbench.judge.results.reader import reread
+from spdbench.judge.results.schema import Result
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter
@@ -237,15 +236,15 @@ class Session:
         _say(f"{sum(map(len, journals))} finished requests are kept; --resume goes on from there.")
 
     def _finish(self, places: Sequence[Places], heads: Sequence[ResultHead], journals: Sequence[Journal]) -> int:
-        entries = []
+        results = []
         for place, head, journal in zip(places, heads, journals, strict=True):
-            entries.append(write_result(place.result, head, journal))
+            results.append(write_result(place.result, head, journal))
             _say(f"Wrote {place.result}")
         for journal in journals:  # only now: until every result is there, --resume can still make them all
             journal.remove()
-        tables = compare(entries, self.specs[0].label)
+        tables = compare(results, self.specs[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
-        return 1 if any(map(_went_wrong, entries)) else 0
+        return 1 if any(map(_went_wrong, results)) else 0
 
 
 def _meter(backend: Backend) -> EnergyMeter:
@@ -254,21 +253,16 @@ def _meter(backend: Backend) -> EnergyMeter:
     return EnergyMeter() if "devices" in info.unknown else energy_meter(info.devices)
 
 
-def _went_wrong(entry: Entry) -> bool:
+def _went_wrong(result: LoadedResult) -> bool:
     """True if a prompt failed, or an output is not vanilla's and nothing excuses it."""
-    divergence = entry.head.divergence
-    return bool(entry.head.summary.overall["num_failed"] or (divergence and divergence.real))
+    divergence = result.head.divergence
+    return bool(result.metrics["num_failed"] or (divergence and divergence.real))
 
 
 def _created(result: Path) -> str | None:
     """When the run began whose result this is; None if that cannot be told."""
     try:
-        with reading(result) as file:
-            return file.start.created
-    except NotPlain:
-        pass
-    try:
-        return read_result(result).created
+        return read_results([result])[0].head.created
     except InputError:
         return None
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from spdbench import __version__
-from spdbench.judge.comparison.pairing import Collector, Entry
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.reader import in_batches, read_lines
 from spdbench.judge.results.schema import (
     SCHEMA,
@@ -25,10 +25,11 @@ from spdbench.judge.results.schema import (
     SuiteInfo,
     Summary,
 )
+from spdbench.judge.results.table import RunTable, join_tables
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
 
-Told = TypeVar("Told", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
+Recorded = TypeVar("Recorded", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
 
 
 @dataclass(frozen=True)
@@ -49,39 +50,44 @@ def run_key(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_result(path: Path, head: ResultHead, journal: Journal) -> Entry:
+def write_result(path: Path, head: ResultHead, journal: Journal) -> LoadedResult:
     """Writes the result of everything that `journal` holds to `path`, replacing an older file at the last moment.
 
-    The journal is gone through once, a few runs at a time. Returns what `read_entries` would make of the file.
+    The journal's lines are read once: they are copied as they are, and their runs go into the table that is returned,
+    as if the file had been loaded. Keeping that table while the run goes on would save no time, since reading a line
+    costs no more than converting a run that is in memory, and would let memory grow with the run.
 
     Raises:
         InputError: the folder cannot be written, or the disk is full; the older file and the journal stay as they are.
     """
-    collector = Collector(head.backend)
-    told = _without_runs(head, journal)
-    members = told.model_dump(mode="json", by_alias=True)
+    without_runs = _without_runs(head, journal)
+    members = without_runs.model_dump(mode="json", by_alias=True)
     before = {name: members[name] for name in [*members][: [*members].index("runs")]}
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as out:
             out.write(b"{\n" + _lines(before) + b',\n"runs":[')
-            separator = b"\n"
-            for lines in in_batches(journal.lines()):
-                collector.add(read_lines(lines))
-                out.write(separator + b",\n".join(lines))
-                separator = b",\n"
-            entry = collector.entry(told, str(path))
-            out.write(b"\n],\n" + _lines(_judged(entry.head)) + b"\n}\n")
+            result = LoadedResult(str(path), without_runs, join_tables(_copied_runs(journal, out)))
+            out.write(b"\n],\n" + _lines(_computed(result)) + b"\n}\n")
         part.replace(path)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
         raise Journal.write_error(path, error) from None
-    return entry
+    return result
+
+
+def _copied_runs(journal: Journal, out: IO[bytes]) -> Iterator[RunTable]:
+    """The journal's runs, each batch written to `out` first."""
+    separator = b"\n"
+    for lines in in_batches(journal.lines()):
+        out.write(separator + b",\n".join(lines))
+        separator = b",\n"
+        yield read_lines(lines)
 
 
 def _without_runs(head: ResultHead, journal: Journal) -> Result:
-    """The result before its runs are judged."""
+    """The result before anything is computed from its runs."""
     return Result(
         schema=SCHEMA,
         created=journal.created,
@@ -100,18 +106,19 @@ def _without_runs(head: ResultHead, journal: Journal) -> Result:
     )
 
 
-def _public(record: Told) -> Told:
+def _public(record: Recorded) -> Recorded:
     """`record` with the names of files in it, but not their folders."""
     return type(record).model_validate(names_only(record.model_dump()))
 
 
-def _judged(head: Result) -> dict[str, Any]:
-    """What stands behind the runs, with every metric."""
-    by_category = {name: dict(metrics) for name, metrics in head.summary.by_category.items()}
+def _computed(result: LoadedResult) -> dict[str, Any]:
+    """The members that follow the runs, with every metric."""
+    divergence = result.head.divergence
+    by_category = {name: dict(metrics) for name, metrics in result.by_category.items()}
     return {
-        "divergence": None if head.divergence is None else head.divergence.model_dump(),
-        "summary": {"overall": dict(head.summary.overall), "by_category": by_category},
-        "flags": [flag.model_dump() for flag in head.flags],
+        "divergence": None if divergence is None else divergence.model_dump(),
+        "summary": {"overall": dict(result.metrics), "by_category": by_category},
+        "flags": [flag.model_dump() for flag in result.flags],
     }
 
 

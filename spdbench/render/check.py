@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
-from spdbench.judge.comparison.workload import workload
+from spdbench.judge.comparison.pairing import workload
 from spdbench.judge.gate.calibration import Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
 from spdbench.render.columns import EMPTY, decoding

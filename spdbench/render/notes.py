@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from spdbench.judge.comparison.compare import Table
+from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
-from spdbench.judge.metrics.lane_metrics import CAUSES
 from spdbench.render.columns import by_category, device_name, share
 
 INTERVAL_NOTE = (

@@ -1,20 +1,20 @@
-"""Results in, tables of rows out: what may stand together, against which baseline, and what casts doubt on it.
+"""Results in, tables of rows out: what may be compared, against which baseline, and what casts doubt on it.
 
-One table for each (suite, model, dtype, decoding, environment), the baseline taken within it. How tables look is
-`render/`'s business; which runs pair is `pairing.py`'s.
+One table for each (suite, model, dtype, decoding, environment), the baseline taken within it. `pairing.py` says which
+runs pair, `render/` how tables look.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 from spdbench.errors import InputError, NotComparableError, did_you_mean
-from spdbench.judge.comparison.pairing import Entry, Outputs, Pairing, Speedup, pair, read_entries
-from spdbench.judge.comparison.workload import differences, machine, same_machine, workload
+from spdbench.judge.comparison.pairing import Outputs, Pair, Speedup, differences, machine, pair, workload
+from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, noisy
 from spdbench.judge.results.schema import Flag, Result
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Results that may stand together. `head` is one of theirs, for the title; `baseline` is its label here, if any.
+    """Results that may be compared. `head` is one of theirs, for the title; `baseline` is its label here, if any.
 
     `dialects` are those in which acceptance lengths were asked for: each row's metrics hold them.
     """
@@ -59,29 +59,28 @@ class Table:
 
 
 def compare(
-    entries: Sequence[Entry],
-    baseline: str | Entry | None = None,
+    results: Sequence[LoadedResult],
+    baseline: str | LoadedResult | None = None,
     *,
     by_category: bool = False,
     dialects: Sequence[str] = (),
 ) -> list[Table]:
-    """One table for each group of `entries` that may stand together.
+    """One table for each group of `results` that may be compared.
 
-    `baseline` is a label, looked up in each group, or an entry; by default the first autoregressive result of a group.
-    An entry measured on another machine still serves, and every row judged by it is flagged `hardware_mismatch`.
+    `baseline` is a label, looked up in each group, or a result; by default the first autoregressive result of a group.
+    A result of another machine still serves, and every row compared with it is flagged `hardware_mismatch`.
     `dialects` are names of `dialects.DIALECTS`.
 
     Raises:
-        NotComparableError: `baseline` is an entry that did other work than every other entry.
+        NotComparableError: `baseline` is a result that did other work than every other result.
     """
-    if isinstance(baseline, Entry):
-        _require_company(baseline, entries)
-    groups: dict[str, list[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(workload(entry.head) + machine(entry.head), []).append(entry)
-    tables = [
-        _table(group, _choose(group, baseline), by_category) for group in _with_company(groups.values(), baseline)
-    ]
+    if isinstance(baseline, LoadedResult):
+        _require_other_results(baseline, results)
+    groups: dict[str, list[LoadedResult]] = {}
+    for result in results:
+        groups.setdefault(workload(result.head) + machine(result.head), []).append(result)
+    shown = _without_shown_baseline(list(groups.values()), baseline)
+    tables = [_table(group, _choose(group, baseline), by_category) for group in shown]
     return [_in_dialects(table, tuple(dialects)) for table in tables] if dialects else tables
 
 
@@ -90,24 +89,26 @@ def _in_dialects(table: Table, dialects: tuple[str, ...]) -> Table:
     names = [metric_name(dialect) for dialect in dialects]
     rows = []
     for row in table.rows:
-        told = {name: row.metrics[name] for name in names}
-        rows.append(replace(row, metrics=ChainMap(told, cast("dict[str, Any]", row.metrics))))
+        asked = {name: row.metrics[name] for name in names}
+        rows.append(replace(row, metrics=ChainMap(asked, cast("dict[str, Any]", row.metrics))))
     return replace(table, rows=tuple(rows), dialects=dialects)
 
 
-def _with_company(groups: Iterable[list[Entry]], baseline: str | Entry | None) -> list[list[Entry]]:
+def _without_shown_baseline(
+    groups: list[list[LoadedResult]], baseline: str | LoadedResult | None
+) -> list[list[LoadedResult]]:
     """`groups` without the one that is a foreign baseline alone, if it is shown in the tables of others."""
     kept = [group for group in groups if group != [baseline]]
-    shown = isinstance(baseline, Entry) and any(_serves(baseline, group) for group in kept)
-    return kept if shown else list(groups)
+    shown = isinstance(baseline, LoadedResult) and any(_serves(baseline, group) for group in kept)
+    return kept if shown else groups
 
 
-def _require_company(baseline: Entry, entries: Sequence[Entry]) -> None:
+def _require_other_results(baseline: LoadedResult, results: Sequence[LoadedResult]) -> None:
     """Raises if `baseline` can serve none of the others; the message tells what differs from the one most like it."""
-    others = [entry for entry in entries if entry is not baseline]
+    others = [result for result in results if result is not baseline]
     if not others or _serves(baseline, others):
         return
-    like = min(others, key=lambda entry: len(differences(baseline.head, entry.head)))
+    like = min(others, key=lambda result: len(differences(baseline.head, result.head)))
     count = "" if len(others) == 1 else f", and no less from the other {len(others) - 1}"
     raise NotComparableError(
         f"--baseline {baseline.file}: differs from {like.file} in {'; '.join(differences(baseline.head, like.head))}"
@@ -115,13 +116,13 @@ def _require_company(baseline: Entry, entries: Sequence[Entry]) -> None:
     )
 
 
-def find_baseline(word: str, entries: Sequence[Entry]) -> str | Entry:
-    """What `--baseline WORD` means: a label that some entry has, else a result file, read if it is not an entry yet.
+def find_baseline(word: str, results: Sequence[LoadedResult]) -> str | LoadedResult:
+    """What `--baseline WORD` means: a label that some result has, else a result file, read if it is none of them.
 
     Raises:
         InputError: it is neither.
     """
-    labels = {entry.label for entry in entries}
+    labels = {result.label for result in results}
     if word in labels:
         return word
     path = Path(word)
@@ -129,73 +130,75 @@ def find_baseline(word: str, entries: Sequence[Entry]) -> str | Entry:
         raise InputError(
             f"--baseline {word}: no result has that label and no file that name{did_you_mean(word, labels)}"
         )
-    for entry in entries:
-        if Path(entry.file).resolve() == path.resolve():
-            return entry
-    return read_entries([path])[0]
+    for result in results:
+        if Path(result.file).resolve() == path.resolve():
+            return result
+    return read_results([path])[0]
 
 
-def _serves(baseline: Entry, others: Sequence[Entry]) -> bool:
-    return any(workload(baseline.head) == workload(entry.head) for entry in others)
+def _serves(baseline: LoadedResult, others: Sequence[LoadedResult]) -> bool:
+    return any(workload(baseline.head) == workload(result.head) for result in others)
 
 
-def _choose(group: Sequence[Entry], baseline: str | Entry | None) -> Entry | None:
+def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) -> LoadedResult | None:
     """The group's baseline, if it has one."""
-    if isinstance(baseline, Entry):
+    if isinstance(baseline, LoadedResult):
         return baseline if _serves(baseline, group) else None
     if baseline is None:
-        return next((entry for entry in group if entry.head.backend.kind == "autoregressive"), None)
-    return next((entry for entry in group if entry.label == baseline), None)
+        return next((result for result in group if result.head.backend.kind == "autoregressive"), None)
+    return next((result for result in group if result.label == baseline), None)
 
 
-def _table(group: list[Entry], baseline: Entry | None, by_category: bool) -> Table:
+def _table(group: list[LoadedResult], baseline: LoadedResult | None, by_category: bool) -> Table:
     members = group if baseline is None or baseline in group else [baseline, *group]
     names = _names(members)
     rows: list[Row] = []
     notes = list(_naming_notes(members, names, baseline))
-    pairings: list[Pairing | None] = []
-    for entry, name in zip(members, names, strict=True):
-        pairing = None if baseline is None or entry is baseline else pair(baseline, entry)
+    pairings: list[Pair | None] = []
+    for result, name in zip(members, names, strict=True):
+        pairing = None if baseline is None or result is baseline else pair(baseline, result)
         pairings.append(pairing)
-        notes += _run_notes(entry, name, pairing)
+        notes += _run_notes(result, name, pairing)
     for category in _categories(members) if by_category else [None]:
         found = [
-            _row(entry, name, category, pairing, is_baseline=entry is baseline)
-            for entry, name, pairing in zip(members, names, pairings, strict=True)
-            if category is None or category in entry.head.summary.by_category
+            _row(result, name, category, pairing, is_baseline=result is baseline)
+            for result, name, pairing in zip(members, names, pairings, strict=True)
+            if category is None or category in result.by_category
         ]
         rows += _mark_best(found)
     label = None if baseline is None else names[members.index(baseline)]
     return Table(group[0].head, label, tuple(rows), tuple(notes))
 
 
-def _categories(members: Sequence[Entry]) -> list[str | None]:
+def _categories(members: Sequence[LoadedResult]) -> list[str | None]:
     """Categories in the order of the files, then None for all prompts."""
-    return [*dict.fromkeys(name for entry in members for name in entry.head.summary.by_category), None]
+    return [*dict.fromkeys(name for result in members for name in result.by_category), None]
 
 
-def _names(members: Sequence[Entry]) -> list[str]:
+def _names(members: Sequence[LoadedResult]) -> list[str]:
     """Labels, numbered where several results share one."""
-    shared, seen = Counter(entry.label for entry in members), Counter[str]()
+    shared, seen = Counter(result.label for result in members), Counter[str]()
     names = []
-    for entry in members:
-        seen[entry.label] += 1
-        names.append(f"{entry.label} #{seen[entry.label]}" if shared[entry.label] > 1 else entry.label)
+    for result in members:
+        seen[result.label] += 1
+        names.append(f"{result.label} #{seen[result.label]}" if shared[result.label] > 1 else result.label)
     return names
 
 
-def _naming_notes(members: Sequence[Entry], names: Sequence[str], baseline: Entry | None) -> Iterator[str]:
-    for entry, name in zip(members, names, strict=True):
-        if name != entry.label:
-            yield f"{name} is {entry.file}."
+def _naming_notes(
+    members: Sequence[LoadedResult], names: Sequence[str], baseline: LoadedResult | None
+) -> Iterator[str]:
+    for result, name in zip(members, names, strict=True):
+        if name != result.label:
+            yield f"{name} is {result.file}."
     if baseline is None:
         yield "No baseline in this table, so speed-ups stay blank; name one with --baseline LABEL or FILE."
 
 
-def _run_notes(entry: Entry, name: str, pairing: Pairing | None) -> Iterator[str]:
-    overall, num_asked = entry.head.summary.overall, entry.head.suite.num_prompts
-    if entry.num_begun < num_asked:
-        begun = f"{entry.num_begun} of {num_asked} conversations"
+def _run_notes(result: LoadedResult, name: str, pairing: Pair | None) -> Iterator[str]:
+    overall, num_asked = result.metrics, result.head.suite.num_prompts
+    if result.num_begun < num_asked:
+        begun = f"{result.num_begun} of {num_asked} conversations"
         yield f"{name}: {begun}; the run was interrupted, --resume finishes it."
     if overall["num_failed"]:
         yield f"{name}: {overall['num_failed']} of {overall['num_runs'] + overall['num_failed']} runs failed."
@@ -204,58 +207,48 @@ def _run_notes(entry: Entry, name: str, pairing: Pairing | None) -> Iterator[str
         yield f"{name}: {paired}; {pairing.num_dropped} without a partner are left out of the speed-up."
 
 
-def _row(entry: Entry, name: str, category: str | None, pairing: Pairing | None, *, is_baseline: bool) -> Row:
-    summary = entry.head.summary
-    measured = summary.overall if category is None else summary.by_category[category]
+def _row(result: LoadedResult, name: str, category: str | None, pairing: Pair | None, *, is_baseline: bool) -> Row:
+    measured = result.metrics if category is None else result.by_category[category]
     speedup = Speedup(1.0, None, measured["num_runs"]) if is_baseline else None
     outputs = None
     if pairing is not None:
         speedup = pairing.speedup(category)
         outputs = pairing.outputs(category) if _ids_compare(pairing) else None
-    compared = _speedup_metrics(speedup, entry.head.backend.num_devices)
-    if "devices" in entry.head.backend.unknown:
-        compared |= dict.fromkeys(("speedup_per_device", "speedup_per_device_ci"))
+    compared = _speedup_metrics(speedup, None if result.devices is None else result.head.backend.num_devices)
     compared["num_dropped"] = pairing.num_dropped if pairing and category is None else None
-    flags = [*entry.head.flags, *(_pair_flags(pairing) if pairing else ())]
+    flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
     if speedup and interval_is_noisy(speedup.value, speedup.interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", speedup.value or 0.0, speedup.interval or ()))
-    metrics = ChainMap(compared, measured)  # a copy would work out every metric
-    return Row(name, entry.file, category, entry.head, metrics, speedup, outputs, tuple(flags), is_baseline)
+    metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
+    return Row(name, result.file, category, result.head, metrics, speedup, outputs, tuple(flags), is_baseline)
 
 
-def _speedup_metrics(speedup: Speedup | None, num_devices: int) -> dict[str, Any]:
-    """`speedup` and `speedup_per_device` with their intervals; None without a baseline."""
+def _speedup_metrics(speedup: Speedup | None, num_devices: int | None) -> dict[str, Any]:
+    """`speedup` and `speedup_per_device` with their intervals; None without a baseline, or a number of devices."""
     value = speedup.value if speedup else None
     interval = speedup.interval if speedup else None
     return {
         "speedup": value,
         "speedup_ci": None if interval is None else list(interval),
-        "speedup_per_device": None if value is None else value / num_devices,
-        "speedup_per_device_ci": None if interval is None else [bound / num_devices for bound in interval],
+        "speedup_per_device": None if value is None or not num_devices else value / num_devices,
+        "speedup_per_device_ci": (
+            None if interval is None or not num_devices else [bound / num_devices for bound in interval]
+        ),
         "num_paired": speedup.num_paired if speedup else None,
     }
 
 
-def _same_machine(pairing: Pairing) -> bool:
-    """True if both are of one machine, and of one kind of its devices as far as an engine tells them."""
-    heads = [pairing.baseline.head, pairing.candidate.head]
-    told = [head.backend for head in heads if "devices" not in head.backend.unknown]
-    kinds = {frozenset(name.partition(":")[0] for name in backend.devices) for backend in told}
-    return same_machine(*heads) and len(kinds) <= 1
-
-
-def _ids_compare(pairing: Pairing) -> bool:
+def _ids_compare(pairing: Pair) -> bool:
     """True if equal ids may be expected: greedy, on the same machine, with verdicts that are the model's own."""
     head = pairing.candidate.head
     forced = head.drafter is not None and head.drafter.id.startswith("forced")
-    known = all("ids" not in entry.head.backend.unknown for entry in (pairing.baseline, pairing.candidate))
-    return head.decoding.temperature == 0 and _same_machine(pairing) and not forced and known
+    return head.decoding.temperature == 0 and pairing.same_machine and not forced and pairing.knows_ids
 
 
-def _pair_flags(pairing: Pairing) -> Iterator[Flag]:
+def _pair_flags(pairing: Pair) -> Iterator[Flag]:
     """Flags that it takes two results to see."""
-    base, mine = pairing.baseline.head, pairing.candidate.head
-    if not _same_machine(pairing):
+    base, mine = pairing.heads
+    if not pairing.same_machine:
         yield Flag(
             name="hardware_mismatch",
             reason="the baseline was measured on another machine, other devices or other software",

@@ -1,57 +1,54 @@
-"""Two results side by side: which of their runs belong together, how their speed compares, whether the ids agree.
-
-Must not know tables, baselines' names or printing. METRICS.md, "Pairing" and "Intervals".
-"""
+"""Which results did the same work on the same machine, which of their runs belong together, and how their speeds and
+outputs compare. METRICS.md, "Pairing" and "Intervals"."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from functools import cached_property
 
-import numpy as np
-
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
-from spdbench.judge.metrics.flags import MADE_FROM_ONE_RESULT, flags_for
-from spdbench.judge.metrics.metrics import Tally
-from spdbench.judge.metrics.ratios import is_failed, speeds
-from spdbench.judge.results.batch import Batch, batches_of
-from spdbench.judge.results.json_columns import NotPlain
-from spdbench.judge.results.process_map import share_out
-from spdbench.judge.results.reader import reading
-from spdbench.judge.results.schema import BackendRecord, Result, Run, RunKey, Summary, read_result
-
-MOST_BYTES_PER_S = 1e18
-"""A read bandwidth above this is a damaged file's."""
+from spdbench.judge.results.schema import Result, RunKey
 
 
-class RunFacts(NamedTuple):
-    """What comparing needs of a run; `output_digest` stands for its ids."""
-
-    category: str
-    prompt_sha256: str
-    decode_tokens: int
-    decode_s: float
-    output_digest: bytes
+def workload(head: Result) -> str:
+    """Equal for results that did the same work: suite, model, dtype and decoding."""
+    suite, model = head.suite, head.model
+    return repr((suite.name, suite.version, suite.sha256, model.sha256, model.dtype, head.decoding.model_dump()))
 
 
-@dataclass(frozen=True, eq=False)
-class Entry:
-    """One result to compare: the file's `head` (no runs; summary and flags made anew) and a little of each run.
+def machine(head: Result) -> str:
+    return repr(head.environment.get("fingerprint"))
 
-    `num_begun` conversations have a run in the file, failed ones included.
-    """
 
-    file: str
-    head: Result
-    runs: dict[RunKey, RunFacts]
-    num_begun: int
+def same_machine(base: Result, candidate: Result) -> bool:
+    """True if both are known to be of one machine and its software."""
+    return base.environment.get("fingerprint") is not None and machine(base) == machine(candidate)
 
-    @property
-    def label(self) -> str:
-        return self.head.backend.label
+
+def differences(base: Result, candidate: Result) -> list[str]:
+    """What of `workload` differs, each with both values."""
+    heads = base, candidate
+    found = []
+    for name, values, hashes in (
+        (
+            "suite",
+            [f"{head.suite.name} v{head.suite.version}" for head in heads],
+            [head.suite.sha256 for head in heads],
+        ),
+        ("model", [head.model.id for head in heads], [head.model.sha256 for head in heads]),
+    ):
+        if values[0] != values[1]:
+            found.append(f"{name} ({values[0]}, not {values[1]})")
+        elif hashes[0] != hashes[1]:
+            found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
+    if base.model.dtype != candidate.model.dtype:
+        found.append(f"dtype ({base.model.dtype}, not {candidate.model.dtype})")
+    others = candidate.decoding.model_dump()
+    pairs = [(name, value, others[name]) for name, value in base.decoding.model_dump().items()]
+    changed = [f"{name} {value}, not {other}" for name, value, other in pairs if value != other]
+    return [*found, f"decoding ({', '.join(changed)})"] if changed else found
 
 
 @dataclass(frozen=True)
@@ -78,115 +75,91 @@ class Outputs:
     num_identical: int
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """Runs of two results that answer the same prompt, by key. `num_dropped` runs, of either, have no partner.
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two results. `keys` are the runs that answered the same prompt in both, in the candidate's order."""
 
-    `first_prompts_differ` is true if a conversation begins differently in the two, or nothing pairs at all; a later
-    turn may differ without fault, when the answers before it did.
-    """
-
-    baseline: Entry
-    candidate: Entry
+    baseline: LoadedResult
+    candidate: LoadedResult
     keys: tuple[RunKey, ...]
-    num_dropped: int
-    first_prompts_differ: bool
+
+    @property
+    def heads(self) -> tuple[Result, Result]:
+        return self.baseline.head, self.candidate.head
+
+    @property
+    def knows_ids(self) -> bool:
+        return self.baseline.knows_ids and self.candidate.knows_ids
+
+    @property
+    def is_strict(self) -> bool:
+        """True where nothing excuses a difference: greedy in float32, by the model itself."""
+        head = self.candidate.head
+        own = self.knows_ids and head.backend.other_model is None
+        return own and head.model.dtype == "float32" and head.decoding.temperature == 0
+
+    @property
+    def categories(self) -> list[str]:
+        return list(dict.fromkeys([*self.candidate.runs.categories, *self.baseline.runs.categories]))
+
+    @property
+    def same_machine(self) -> bool:
+        """True if both are of one machine, and of one kind of its devices as far as engines report them."""
+        known = [each.devices for each in (self.baseline, self.candidate) if each.devices is not None]
+        kinds = {frozenset(name.partition(":")[0] for name in devices) for devices in known}
+        return same_machine(*self.heads) and len(kinds) <= 1
+
+    @property
+    def num_dropped(self) -> int:
+        """Runs of either that did not fail and have no partner."""
+        return len({*self.baseline.runs.answered, *self.candidate.runs.answered}) - len(self.keys)
+
+    @property
+    def first_prompts_differ(self) -> bool:
+        """True if a conversation begins differently in the two, or nothing pairs at all. A later turn may differ
+        without fault, when the answers before it did."""
+        old, new = set(self.baseline.runs.answered), set(self.candidate.runs.answered)
+        both, paired = old & new, set(self.keys)
+        first_turn = min((turn for _, turn, _ in both), default=0)
+        return bool(old and new) and (not paired or any(key[1] == first_turn for key in both - paired))
+
+    @cached_property
+    def _by_category(self) -> dict[str, list[RunKey]]:
+        found: dict[str, list[RunKey]] = {}
+        runs = self.candidate.runs
+        for key in self.keys:
+            found.setdefault(runs.categories[runs.row_of[key]], []).append(key)
+        return found
+
+    def _keys_of(self, category: str | None) -> Sequence[RunKey]:
+        return self.keys if category is None else self._by_category.get(category, [])
 
     def speedup(self, category: str | None = None) -> Speedup:
         """The candidate's speed-up, of one `category` or all."""
-        keys = list(self._keys(category))
-        base, mine = (speeds(entry.runs, keys) for entry in (self.baseline, self.candidate))
-        if not (base.sum(axis=0).all() and mine.sum(axis=0).all()):
+        keys = self._keys_of(category)
+        sides = self.baseline.runs.rates(keys), self.candidate.runs.rates(keys)
+        (base_tokens, base_s), (tokens, seconds) = (side.sum(axis=0) for side in sides)
+        if not (base_tokens and base_s and tokens and seconds):
             return Speedup(None, None, len(keys))
-        base_tokens, base_s, mine_tokens, mine_s = np.hstack([base, mine]).sum(axis=0)
-        interval = stats.paired_ratio_interval([key[0] for key in keys], [key[2] for key in keys], base, mine)
-        return Speedup(float(mine_tokens / mine_s / (base_tokens / base_s)), interval, len(keys))
+        return Speedup(float(tokens / seconds / (base_tokens / base_s)), stats.ratio_interval(keys, *sides), len(keys))
 
     def outputs(self, category: str | None = None) -> Outputs:
-        keys = list(self._keys(category))
-        mine, base = self.candidate.runs, self.baseline.runs
-        return Outputs(len(keys), sum(mine[key].output_digest == base[key].output_digest for key in keys))
+        keys = self._keys_of(category)
+        return Outputs(len(keys), len(keys) - len(self.with_other_ids(keys)))
 
-    def _keys(self, category: str | None) -> Iterator[RunKey]:
-        return (key for key in self.keys if category is None or self.candidate.runs[key].category == category)
+    def with_other_ids(self, keys: Sequence[RunKey]) -> list[RunKey]:
+        """Which of the runs `keys` gave other ids than the baseline's."""
+        old, new = self.baseline.runs, self.candidate.runs
+        return [key for key in keys if old.output_sha256[old.row_of[key]] != new.output_sha256[new.row_of[key]]]
 
-
-def pair(baseline: Entry, candidate: Entry) -> Pairing:
-    """Pairs runs with the same prompt id, turn and repeat whose `prompt_sha256` agree."""
-    both = [key for key in candidate.runs if key in baseline.runs]
-    can_pair = bool(baseline.runs and candidate.runs)
-    keys = [key for key in both if candidate.runs[key].prompt_sha256 == baseline.runs[key].prompt_sha256]
-    first_turn = min((turn for _, turn, _ in both), default=0)
-    paired = set(keys)
-    return Pairing(
-        baseline=baseline,
-        candidate=candidate,
-        keys=tuple(keys),
-        num_dropped=len(baseline.runs.keys() | candidate.runs.keys()) - len(keys),
-        first_prompts_differ=can_pair and (not keys or any(key[1] == first_turn and key not in paired for key in both)),
-    )
+    def part(self, category: str) -> Pair:
+        """The runs of one category."""
+        return pair(self.baseline.part(category), self.candidate.part(category))
 
 
-class Collector:
-    """Takes runs batch by batch and keeps what it needs to judge them and to compare them: an `Entry` at the end."""
-
-    def __init__(self, backend: BackendRecord) -> None:
-        self.tally = Tally(backend)
-        self._facts: dict[RunKey, RunFacts] = {}
-        self._begun: set[str] = set()
-
-    def add(self, batch: Batch) -> None:
-        self.tally.add(batch)
-        for run, output in zip(batch.runs, batch.outputs, strict=True):
-            self._begun.add(run.prompt_id)
-            if not is_failed(run):
-                self._facts[run.key] = _facts(run, output)
-
-    def entry(self, head: Result, file: str) -> Entry:
-        """All runs so far under `head`, whose metrics and flags are judged anew, whatever it says."""
-        bandwidth = head.environment.get("read_bandwidth_bytes_per_s")
-        sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
-        overall, by_category = self.tally.metrics(bandwidth if sane else None)
-        summary = Summary.model_construct(overall=cast("dict[str, Any]", overall), by_category=cast("Any", by_category))
-        kept = [flag for flag in head.flags if flag.name not in MADE_FROM_ONE_RESULT]
-        flags = flags_for(overall, head.backend, head.drafter, head.divergence) + kept
-        head = head.model_copy(update={"runs": [], "summary": summary, "flags": flags})
-        return Entry(file, head, self._facts, len(self._begun))
-
-
-def entry_from(result: Result, file: str) -> Entry:
-    """`result` ready to compare."""
-    collector = Collector(result.backend)
-    for batch in batches_of(result.runs):
-        collector.add(batch)
-    return collector.entry(result, file)
-
-
-def read_entries(paths: Sequence[Path]) -> list[Entry]:
-    """The results in `paths`, a few runs at a time in memory; a file that is named twice is read once.
-
-    Raises:
-        InputError: a file cannot be read, or is not a result.
-    """
-    return share_out(_read_entry, paths)
-
-
-def _read_entry(path: Path) -> Entry:
-    try:
-        with reading(path) as file:
-            collector = Collector(file.start.backend)
-            for batch in file.batches:
-                collector.add(batch)
-            return collector.entry(file.head(), str(path))
-    except NotPlain:
-        return entry_from(read_result(path), str(path))
-
-
-def _facts(run: Run, output: bytes) -> RunFacts:
-    return RunFacts(
-        category=run.category,
-        prompt_sha256=run.prompt_sha256,
-        decode_tokens=run.num_new_tokens - 1,
-        decode_s=run.decode_s or 0.0,
-        output_digest=hashlib.sha256(output).digest(),
-    )
+def pair(baseline: LoadedResult, candidate: LoadedResult) -> Pair:
+    """Pairs runs that did not fail, with the same prompt id, turn and repeat, whose `prompt_sha256` agree."""
+    old, new = baseline.runs, candidate.runs
+    answered = set(old.answered)
+    keys = (key for key in new.answered if key in answered and new.prompt_of(key) == old.prompt_of(key))
+    return Pair(baseline, candidate, tuple(keys))

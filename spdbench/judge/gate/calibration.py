@@ -9,8 +9,6 @@ once in 200 times, if the logarithms are normal; t counts in that d is itself an
 runs falls behind the mean of B others by less: s = 1 - exp(-t * d * sqrt((1 / M + 1 / B) / 2)).
 
 Source: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation).
-
-Must not know where calibrations are kept or how they are shown.
 """
 
 from __future__ import annotations
@@ -25,12 +23,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdbench.errors import InputError, NotComparableError, first_problem
-from spdbench.judge.comparison.workload import machine, workload
+from spdbench.judge.comparison.pairing import machine, workload
 from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.timing import SPEED, SPEEDUP
-from spdbench.judge.metrics.quantiles import t_quantile
-from spdbench.judge.metrics.ratios import speeds
-from spdbench.judge.results.recording import Recording
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.stats import t_quantile
 from spdbench.judge.results.schema import Result, RunKey
 
 SCHEMA = "spdbench.calibration/1"
@@ -63,10 +60,10 @@ class Threshold(BaseModel):
         """s of the mean of so many runs against that of so many others."""
         return slowdown(self.spread, self.num_runs, num_new, num_baselines)
 
-    def fits(self, recording: Recording, metric: str) -> bool:
+    def fits(self, result: LoadedResult, metric: str) -> bool:
         """True for the same work in no fewer answers: fewer of them (`--limit`, `--repeats`) have more noise."""
-        same = (self.work, self.label, self.metric) == (work_of(recording.head), recording.label, metric)
-        return same and len(recording.runs) >= (self.num_answers or 0)
+        same = (self.work, self.label, self.metric) == (work_of(result.head), result.label, metric)
+        return same and len(result.runs.keys) >= (self.num_answers or 0)
 
 
 class Calibration(BaseModel):
@@ -85,11 +82,11 @@ class Calibration(BaseModel):
         deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
         return max(deciding or [each.max_slowdown for each in self.thresholds])
 
-    def find(self, recording: Recording, metric: str) -> Threshold | None:
+    def find(self, result: LoadedResult, metric: str) -> Threshold | None:
         """What was found of a label's `metric`; None if that was not calibrated on this machine."""
-        if recording.head.environment.get("fingerprint") != self.fingerprint:
+        if result.head.environment.get("fingerprint") != self.fingerprint:
             return None
-        return next((each for each in self.thresholds if each.fits(recording, metric)), None)
+        return next((each for each in self.thresholds if each.fits(result, metric)), None)
 
     def beside(self, older: Calibration) -> Calibration:
         """With what `older` knows of other labels and other work of this machine."""
@@ -100,29 +97,29 @@ class Calibration(BaseModel):
         return self.model_copy(update={"thresholds": [*self.thresholds, *kept]})
 
 
-def calibrate(recordings: Sequence[Recording]) -> Calibration:
+def calibrate(results: Sequence[LoadedResult]) -> Calibration:
     """Thresholds from repeated runs of the same code.
 
     Raises:
         InputError: a label has fewer than `MIN_RUNS` runs, or nothing was decoded.
         NotComparableError: the runs are not of one machine, or not of the same prompts.
     """
-    groups: dict[str, list[Recording]] = {}
-    for each in recordings:
+    groups: dict[str, list[LoadedResult]] = {}
+    for each in results:
         groups.setdefault(workload(each.head) + each.label, []).append(each)
-    _check(recordings, list(groups.values()))
-    thresholds = [found for group in groups.values() for found in _thresholds(group, recordings)]
+    _check(results, list(groups.values()))
+    thresholds = [found for group in groups.values() for found in _thresholds(group, results)]
     return Calibration(
         schema=SCHEMA,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        fingerprint=str(recordings[0].head.environment["fingerprint"]),
+        fingerprint=str(results[0].head.environment["fingerprint"]),
         thresholds=thresholds,
     )
 
 
-def _check(recordings: Sequence[Recording], groups: Sequence[Sequence[Recording]]) -> None:
-    machines = {machine(each.head) for each in recordings}
-    if len(machines) > 1 or not recordings[0].head.environment.get("fingerprint"):
+def _check(results: Sequence[LoadedResult], groups: Sequence[Sequence[LoadedResult]]) -> None:
+    machines = {machine(each.head) for each in results}
+    if len(machines) > 1 or not results[0].head.environment.get("fingerprint"):
         raise NotComparableError(
             f"--calibrate: the runs are of {len(machines)} machines (environment.fingerprint); noise is one machine's"
         )
@@ -132,18 +129,18 @@ def _check(recordings: Sequence[Recording], groups: Sequence[Sequence[Recording]
                 f"--calibrate: {len(group)} results of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
                 "Run the same code that often, with a --name or --results of its own each time."
             )
-        prompts = {frozenset((key, run.prompt_sha256) for key, run in each.runs.items()) for each in group}
-        if len(prompts) > 1 or any(run.failed for each in group for run in each.runs.values()):
+        prompts = {frozenset(zip(each.runs.keys, each.runs.prompt_sha256, strict=True)) for each in group}
+        if len(prompts) > 1 or any(each.runs.failed.any() for each in group):
             raise NotComparableError(
                 f"--calibrate: the results of the label '{group[0].label}' are not of the same prompts, all answered"
             )
 
 
-def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> Iterator[Threshold]:
+def _thresholds(group: Sequence[LoadedResult], results: Sequence[LoadedResult]) -> Iterator[Threshold]:
     """For the speed-up, where each run has plain decoding beside the label; and for tokens/s."""
-    keys = list(group[0].runs)
+    keys = group[0].runs.keys
     rates = [_rate(each, keys) for each in group]
-    references = ((each, reference(each, recordings)) for each in group)
+    references = ((each, reference(each, results)) for each in group)
     beside = [other for each, other in references if other is not None and other is not each]
     if len(beside) == len(group):
         over = [_rate(other, keys) for other in beside]
@@ -156,16 +153,18 @@ def _thresholds(group: Sequence[Recording], recordings: Sequence[Recording]) -> 
     yield _threshold(group[0], SPEED, rates)
 
 
-def _rate(recording: Recording, keys: Sequence[RunKey]) -> float:
-    if any(key not in recording.runs for key in keys):
-        raise NotComparableError(f"--calibrate: {recording.file} lacks prompts that were measured in its run")
-    tokens, seconds = speeds(recording.runs, keys).sum(axis=0)
+def _rate(result: LoadedResult, keys: Sequence[RunKey]) -> float:
+    if any(key not in result.runs.row_of for key in keys):
+        raise NotComparableError(f"--calibrate: {result.file} lacks prompts that were measured in its run")
+    tokens, seconds = result.runs.rates(keys).sum(axis=0)
     if not (tokens and seconds):
-        raise InputError(f"--calibrate: {recording.file}: no tokens were decoded after the first")
+        raise InputError(f"--calibrate: {result.file}: no tokens were decoded after the first")
     return float(tokens / seconds)
 
 
-def _threshold(one: Recording, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]) -> Threshold:
+def _threshold(
+    one: LoadedResult, metric: Literal["speedup", "decode_tokens_per_s"], values: Sequence[float]
+) -> Threshold:
     """From the values of a metric in runs of which `one` is one."""
     head = one.head
     spread = distance([math.log(value) for value in values])
@@ -179,7 +178,7 @@ def _threshold(one: Recording, metric: Literal["speedup", "decode_tokens_per_s"]
         num_runs=len(values),
         spread=spread,
         max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
-        num_answers=len(one.runs),
+        num_answers=len(one.runs.keys),
     )
 
 

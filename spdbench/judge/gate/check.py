@@ -1,8 +1,7 @@
-"""Results in, a judgement of each label out: is it still what the baseline says.
+"""New results in, a judgement of each label out: is it still what the baseline says.
 
-What belongs together is `counterpart.py`'s; what is asked of it stands in `completeness.py`, `exact.py` and
-`timing.py`. The line over all prompts decides; those of categories say where it comes from. Must not know files,
-printing, or models.
+`counterpart.py` says which results are compared; `completeness.py`, `exact.py` and `timing.py` what is asked of them.
+The findings over all prompts decide; those of categories say where a difference comes from.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from spdbench.judge.comparison.workload import machine, same_machine, workload
+from spdbench.judge.comparison.pairing import Pair, machine, pair, same_machine, workload
 from spdbench.judge.gate.calibration import Calibration, Threshold
 from spdbench.judge.gate.completeness import complete
-from spdbench.judge.gate.counterpart import Pair, counterparts, forgotten, pair, reference
+from spdbench.judge.gate.counterpart import counterparts, missing, reference
 from spdbench.judge.gate.exact import exact
-from spdbench.judge.gate.timing import SPEED, SPEEDUP, Versus, timing
+from spdbench.judge.gate.timing import SPEED, SPEEDUP, Comparison, timing
 from spdbench.judge.gate.verdict import Finding, Gate, Judgement
-from spdbench.judge.results.recording import Recording
+from spdbench.judge.loaded import LoadedResult
 
 MAX_SLOWDOWN = 0.05
 MAX_ACCEPTANCE_DROP = 0.005
@@ -33,85 +32,85 @@ class Limits:
     max_acceptance_drop: float = MAX_ACCEPTANCE_DROP
     calibration: Calibration | None = None
 
-    def slowdown(self, recording: Recording, metric: str, num_new: int, num_baselines: int) -> float:
+    def slowdown(self, result: LoadedResult, metric: str, num_new: int, num_baselines: int) -> float:
         if self.max_slowdown is not None:
             return self.max_slowdown
-        found = self.calibrated(recording, metric)
+        found = self.calibrated(result, metric)
         return MAX_SLOWDOWN if found is None else found.slowdown(num_new, num_baselines)
 
-    def calibrated(self, recording: Recording, metric: str) -> Threshold | None:
+    def calibrated(self, result: LoadedResult, metric: str) -> Threshold | None:
         """What the calibration holds for this metric of such a result."""
-        return self.calibration.find(recording, metric) if self.calibration else None
+        return self.calibration.find(result, metric) if self.calibration else None
 
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """One new result beside its baselines, the newest first; ids and steps are held against that one alone.
+    """A new result compared with each of its baselines, the newest first; ids and steps are compared with that alone.
 
-    `peers` are the other new results that count together with it, beside theirs, if speed is judged here for all of
-    them; None if it is judged with another.
+    `peers` are the other new results whose speeds count together with it, each with its baselines, if their speed is
+    judged here; None if it is judged with another of them.
     """
 
-    versus: tuple[Versus, ...]
-    peers: tuple[tuple[Versus, ...], ...] | None
+    comparisons: tuple[Comparison, ...]
+    peers: tuple[tuple[Comparison, ...], ...] | None
     decides_alone: bool
 
     @property
     def pair(self) -> Pair:
-        return self.versus[0].pair
+        return self.comparisons[0].pair
 
     def part(self, category: str) -> _Case:
         peers = None if self.peers is None else tuple(_part(each, category) for each in self.peers)
-        return _Case(_part(self.versus, category), peers, self.decides_alone)
+        return _Case(_part(self.comparisons, category), peers, self.decides_alone)
 
 
-def _part(versus: Sequence[Versus], category: str) -> tuple[Versus, ...]:
-    return tuple(Versus(own.part(category), plain and plain.part(category)) for own, plain in versus)
+def _part(comparisons: Sequence[Comparison], category: str) -> tuple[Comparison, ...]:
+    return tuple(Comparison(own.part(category), plain and plain.part(category)) for own, plain in comparisons)
 
 
 def check(
-    candidates: Sequence[Recording],
-    baselines: Sequence[Recording],
+    candidates: Sequence[LoadedResult],
+    baselines: Sequence[LoadedResult],
     gates: Sequence[Gate],
     limits: Limits,
     *,
     by_category: bool = False,
 ) -> list[Judgement]:
     """A judgement of each of `candidates`, in their order, then of each label that they should have and lack."""
-    kind = {each: _kind(each, candidates) for each in candidates}
-    together = {each: [other for other in candidates if kind[other] == kind[each]] for each in candidates}
-    found = [_judge(each, together[each], candidates, baselines, gates, limits, by_category) for each in candidates]
-    missing = {(workload(each.head), each.label): each for each in forgotten(candidates, baselines)}
-    return [*found, *(_missing(each, gates[0]) for each in missing.values())]
-
-
-def _judge(
-    candidate: Recording,
-    together: Sequence[Recording],
-    candidates: Sequence[Recording],
-    baselines: Sequence[Recording],
-    gates: Sequence[Gate],
-    limits: Limits,
-    by_category: bool,
-) -> Judgement:
-    old = counterparts(candidate, baselines)
-    if isinstance(old, str):
-        finding = Finding(gates[0], "paired_runs", "not comparable", old)
-        return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
-    speaks = candidate is max(together, key=lambda each: each.head.created)
-    versus, *peers = (
-        tuple(Versus(pair(base, each), _plain(each, base, candidates, baselines)) for base in old)
-        for each in (candidate, *(each for each in together if speaks and each is not candidate))
-    )
-    serves = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
-    case = _Case(versus, tuple(peers) if speaks else None, decides_alone=not serves)
-    findings = list(_findings(case, gates, limits))
-    if by_category:
-        for category in case.pair.categories:
+    kinds = [_kind(each, candidates) for each in candidates]
+    found = []
+    for each, kind in zip(candidates, kinds, strict=True):
+        old = counterparts(each, baselines)
+        if isinstance(old, str):
+            finding = Finding(gates[0], "paired_runs", "not comparable", old)
+            found.append(Judgement(each.label, each.file, None, each.head, (finding,)))
+            continue
+        together = [other for other, other_kind in zip(candidates, kinds, strict=True) if other_kind == kind]
+        case = _case(each, together, old, candidates, baselines)
+        findings = list(_findings(case, gates, limits))
+        for category in case.pair.categories if by_category else ():
             parts = _findings(case.part(category), gates, limits, of_all=False)
-            findings += [replace(each, category=category, decides=False) for each in parts]
-    notes = tuple(_notes(case, gates, limits))
-    return Judgement(candidate.label, candidate.file, old[0].file, candidate.head, tuple(findings), notes)
+            findings += [replace(part, category=category, decides=False) for part in parts]
+        notes = tuple(_notes(case, gates, limits))
+        found.append(Judgement(each.label, each.file, old[0].file, each.head, tuple(findings), notes))
+    lacking = {(workload(each.head), each.label): each for each in missing(candidates, baselines)}
+    return [*found, *(_missing(each, gates[0]) for each in lacking.values())]
+
+
+def _case(
+    candidate: LoadedResult,
+    together: Sequence[LoadedResult],
+    old: Sequence[LoadedResult],
+    candidates: Sequence[LoadedResult],
+    baselines: Sequence[LoadedResult],
+) -> _Case:
+    is_newest = candidate is max(together, key=lambda each: each.head.created)
+    comparisons, *peers = (
+        tuple(Comparison(pair(base, each), _plain(each, base, candidates, baselines)) for base in old)
+        for each in (candidate, *(each for each in together if is_newest and each is not candidate))
+    )
+    is_reference = any(reference(each, candidates) is candidate for each in candidates if each is not candidate)
+    return _Case(comparisons, tuple(peers) if is_newest else None, decides_alone=not is_reference)
 
 
 def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: bool = True) -> Iterator[Finding]:
@@ -121,19 +120,19 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
         yield from (each for each in found if of_all or each.metric != "real_divergences")
     if "timing" in gates and case.peers is not None:
         allowed = partial(limits.slowdown, case.pair.candidate)
-        yield from timing([case.versus, *case.peers], allowed, decides_alone=case.decides_alone)
+        yield from timing([case.comparisons, *case.peers], allowed, decides_alone=case.decides_alone)
 
 
-def _kind(recording: Recording, others: Sequence[Recording]) -> tuple[object, ...]:
+def _kind(result: LoadedResult, others: Sequence[LoadedResult]) -> tuple[object, ...]:
     """Equal for results whose speeds count together: one label and one work on one machine's devices. One without plain
     decoding beside it can tell no speed-up, and is judged by itself."""
-    head = recording.head
-    alone = reference(recording, others) is None
-    return recording.label, workload(head), machine(head), tuple(head.backend.devices), alone
+    head = result.head
+    alone = reference(result, others) is None
+    return result.label, workload(head), machine(head), tuple(head.backend.devices), alone
 
 
 def _plain(
-    candidate: Recording, base: Recording, candidates: Sequence[Recording], baselines: Sequence[Recording]
+    candidate: LoadedResult, base: LoadedResult, candidates: Sequence[LoadedResult], baselines: Sequence[LoadedResult]
 ) -> Pair | None:
     """The plain decoding that took turns with each of the two, if both had it under the same label."""
     new, old = reference(candidate, candidates), reference(base, baselines)
@@ -142,9 +141,9 @@ def _plain(
     return pair(old, new)
 
 
-def _missing(base: Recording, gate: Gate) -> Judgement:
+def _missing(base: LoadedResult, gate: Gate) -> Judgement:
     reason = f"{base.file} has this label and the new results lack it; name single files as --baseline to check fewer"
-    finding = Finding(gate, "paired_runs", "not comparable", reason, before=len(base.runs), now=0)
+    finding = Finding(gate, "paired_runs", "not comparable", reason, before=len(base.runs.keys), now=0)
     return Judgement(base.label, None, base.file, base.head, (finding,))
 
 
@@ -174,9 +173,9 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
         yield "speed is judged of the new results of this label together, with the newest"
     elif case.peers:
         yield f"{len(case.peers) + 1} new results; their speeds count together"
-    if len(case.versus) > 1:
-        yield f"the baseline has {len(case.versus)} results; speed is held against all of them on this machine"
-    if case.decides_alone and all(each.plain is None for each in case.versus):
+    if len(case.comparisons) > 1:
+        yield f"the baseline has {len(case.comparisons)} results; speed is held against all of them on this machine"
+    if case.decides_alone and all(each.plain is None for each in case.comparisons):
         yield (
             "no plain decoding of the same run stands beside it on both sides, so tokens/s decide; measure vanilla in "
             "the same run, and name folders that hold both"
@@ -186,8 +185,8 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
 
 
 def _threshold_notes(case: _Case, limits: Limits) -> Iterator[str]:
-    """Where the slowdown that is allowed is nobody's choice and nobody's finding."""
-    metric = SPEED if all(each.plain is None for each in case.versus) else SPEEDUP
+    """Where the slowdown that is allowed was neither chosen nor calibrated."""
+    metric = SPEED if all(each.plain is None for each in case.comparisons) else SPEEDUP
     decides = metric == SPEEDUP or case.decides_alone
     if not decides or limits.max_slowdown is not None or limits.calibrated(case.pair.candidate, metric) is not None:
         return

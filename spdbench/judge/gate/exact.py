@@ -12,28 +12,24 @@ decoding is a regression anywhere.
 | ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
 |                             | one is better, else regression; it holds once the baseline is renewed    |
 
-Of an engine that gives text alone neither can be told, and the gate says that it cannot judge.
-
-Must not know clocks, files or how findings are shown. METRICS.md, "Losslessness".
+Of an engine that gives text alone neither is known, and the gate says that it cannot judge. METRICS.md, "Losslessness".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from spdbench.judge.gate.counterpart import Pair
-from spdbench.judge.gate.verdict import Finding, Verdict
-from spdbench.judge.metrics.ratios import COLUMN, COLUMNS, ratios
-from spdbench.judge.results.recording import STEP_COLUMNS, Recording, RunTrace
+from spdbench.judge.comparison.pairing import Pair
+from spdbench.judge.gate.verdict import Finding, Verdict, name_of
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.definitions import ratios_for
 from spdbench.judge.results.schema import RunKey
+from spdbench.judge.results.table import COLUMN, STEP_COLUMNS
 
 ACCEPTANCE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle")
 AS_ALLOWED = "within what is allowed"
-TOLD = [COLUMN[name] for name in ("told_rounds", "told_judged", "told_accepted")]
-JUDGED, ACCEPTED = STEP_COLUMNS.index("judged"), STEP_COLUMNS.index("accepted")
 
 
 def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
@@ -56,12 +52,12 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
 
 
 def _outputs(pair: Pair) -> Finding:
-    old, new = pair.baseline.runs, pair.candidate.runs
-    differ = [key for key in pair.keys if old[key].output != new[key].output]
+    differ = pair.with_other_ids(pair.keys)
     verdict: Verdict = "regression" if differ and pair.is_strict else "pass"
     reason = "every output is the baseline's, token for token"
     if differ:
-        at = _first_difference(old[differ[0]].output.split(b","), new[differ[0]].output.split(b","))
+        old, new = (each.runs.output_of(differ[0]) for each in (pair.baseline, pair.candidate))
+        at = next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         reason = f"{_count(differ, pair.keys)} outputs differ, the first at token {at} of {name_of(differ[0])}"
         if not pair.is_strict:
             reason += "; outside of greedy float32 that alone is no fault"
@@ -69,7 +65,7 @@ def _outputs(pair: Pair) -> Finding:
     return Finding("exact", "identical_outputs", verdict, reason, len(pair.keys), num_same, decides=pair.is_strict)
 
 
-def _divergence(candidate: Recording) -> Finding:
+def _divergence(candidate: LoadedResult) -> Finding:
     """What `run` found against plain decoding. It is told for all prompts together."""
     found = candidate.head.divergence
     assert found is not None
@@ -87,18 +83,21 @@ def _divergence(candidate: Recording) -> Finding:
     return Finding("exact", "real_divergences", verdict, reason, now=found.real)
 
 
+def _sums(pair: Pair, *columns: str) -> list[tuple[int, int]]:
+    """Of each of the `columns`, the sum over the runs that pair: before, and now."""
+    was, is_now = (each.runs.total(pair.keys) for each in (pair.baseline, pair.candidate))
+    return [(int(was[COLUMN[name]]), int(is_now[COLUMN[name]])) for name in columns]
+
+
 def _steps(pair: Pair) -> Finding:
     """Number of decode steps, and whether each step drafted, judged, accepted and emitted as much as before."""
     old, new = pair.baseline.runs, pair.candidate.runs
-    differ = [key for key in pair.keys if not np.array_equal(old[key].steps, new[key].steps)]
-    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
-    before, now = int(was[COLUMN["steps"]]), int(is_now[COLUMN["steps"]])
+    differ = [key for key in pair.keys if not np.array_equal(old.steps_of(key), new.steps_of(key))]
+    (before, now), accepted, judged = _sums(pair, "steps", "accepted", "judged")
     if not differ:
         return Finding("exact", "num_steps", "pass", "every step is as before", before, now)
-    difference = _step_difference(old[differ[0]], new[differ[0]])
-    reason = f"{_count(differ, pair.keys)} runs take other steps; {name_of(differ[0])}, {difference}"
-    accepted = [int(totals[COLUMN["accepted"]]) for totals in (was, is_now)]
-    judged = [int(totals[COLUMN["judged"]]) for totals in (was, is_now)]
+    where = f"{name_of(differ[0])}, {_step_difference(pair, differ[0])}"
+    reason = f"{_count(differ, pair.keys)} runs take other steps; {where}"
     acceptance_rose = accepted[1] * judged[0] - accepted[0] * judged[1]
     no_worse = acceptance_rose >= 0 and now <= before and accepted[1] >= accepted[0]
     is_better = no_worse and (acceptance_rose > 0 or now < before)
@@ -108,15 +107,14 @@ def _steps(pair: Pair) -> Finding:
 def _counts(pair: Pair, share: float) -> Iterator[Finding]:
     """Number of new tokens, which may neither grow nor shrink by more than `share`, and that of decode steps, where the
     steps are the engine's own and not what came over a connection at once."""
-    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
-    before, now = (int(totals[COLUMN["decode_tokens"]] + totals[COLUMN["runs"]]) for totals in (was, is_now))
+    (before, now), steps = _sums(pair, "new_tokens", "steps")
     other_length = abs(now - before) > share * before
     reason = f"answers end elsewhere: by more than {share:.3g} of all tokens" if other_length else AS_ALLOWED
     verdict: Verdict = "regression" if other_length else "pass"
     yield Finding("exact", "num_new_tokens", verdict, reason, before, now, allowed=share)
-    if "drafts" in pair.candidate.head.backend.unknown:
+    if pair.candidate.metrics["num_steps"] is None:
         return
-    before, now = (int(totals[COLUMN["steps"]]) for totals in (was, is_now))
+    before, now = steps
     verdict, reason = "pass", AS_ALLOWED
     if now > before * (1 + share):
         verdict, reason = "regression", f"more by over {share:.3g} of them"
@@ -126,10 +124,11 @@ def _counts(pair: Pair, share: float) -> Iterator[Finding]:
 
 
 def _acceptance(pair: Pair, max_drop: float) -> Iterator[Finding]:
-    defined = ratios(pair.candidate.head.backend, None)
-    was, is_now = _totals(pair.baseline, pair.keys), _totals(pair.candidate, pair.keys)
+    backend = pair.candidate.head.backend
+    defined = {} if backend.kind == "autoregressive" else ratios_for(backend, None)
+    was, is_now = (each.runs.total(pair.keys) for each in (pair.baseline, pair.candidate))
     for name in ACCEPTANCE:
-        if name not in defined or pair.candidate.head.backend.kind == "autoregressive":
+        if name not in defined:
             continue
         before, now = (float(defined[name].of(totals)) for totals in (was, is_now))
         if np.isfinite(before) and np.isfinite(now):
@@ -151,45 +150,17 @@ def _within(name: str, before: float, now: float, max_drop: float) -> Finding:
     return Finding("exact", name, verdict, reason, before, now, change, allowed=max_drop)
 
 
-def _totals(recording: Recording, keys: Iterable[RunKey]) -> NDArray[np.float64]:
-    """The sums that acceptance is made of, over decode steps, in the order of `COLUMNS`; the others are 0."""
-    sums = np.zeros(len(COLUMNS))
-    for key in keys:
-        run = recording.runs[key]
-        decode = run.steps[:, 1:]
-        sums[COLUMN["runs"]] += 1
-        sums[COLUMN["decode_tokens"]] += run.decode_tokens
-        sums[COLUMN["steps"]] += decode.shape[1]
-        sums[COLUMN["judged"]] += decode[JUDGED].sum()
-        sums[COLUMN["accepted"]] += decode[ACCEPTED].sum()
-        sums[TOLD] += run.told
-    return sums
-
-
-def _step_difference(old: RunTrace, new: RunTrace) -> str:
-    """`step 5: accepted 2, was 3`, where two runs first part."""
-    shared = min(old.steps.shape[1], new.steps.shape[1])
-    columns, steps = np.nonzero(old.steps[:, :shared] != new.steps[:, :shared])
+def _step_difference(pair: Pair, key: RunKey) -> str:
+    """`step 5: accepted 2, was 3`, where a run first differs."""
+    old, new = (each.runs.steps_of(key) for each in (pair.baseline, pair.candidate))
+    shared = min(old.shape[1], new.shape[1])
+    columns, steps = np.nonzero(old[:, :shared] != new[:, :shared])
     if not len(steps):
-        return f"{new.steps.shape[1]} steps, were {old.steps.shape[1]}"
+        return f"{new.shape[1]} steps, were {old.shape[1]}"
     first = int(steps.min())
     column = int(columns[steps == first].max())  # of what differs in this step, the last is nearest to the verdict
-    return f"step {first}: {STEP_COLUMNS[column]} {new.steps[column, first]}, was {old.steps[column, first]}"
-
-
-def _first_difference(old: Sequence[bytes], new: Sequence[bytes]) -> int:
-    return next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-
-
-def runs(number: int) -> str:
-    return f"{number} run{'' if number == 1 else 's'}"
+    return f"step {first}: {STEP_COLUMNS[column]} {new[column, first]}, was {old[column, first]}"
 
 
 def _count(some: Sequence[RunKey], every: Sequence[RunKey]) -> str:
     return f"{len(some)} of {len(every)}"
-
-
-def name_of(key: RunKey) -> str:
-    """`maths-1`, with turn and repeat where they are not the first."""
-    prompt, turn, repeat = key
-    return prompt + f" turn {turn}" * bool(turn) + f" repeat {repeat}" * bool(repeat)

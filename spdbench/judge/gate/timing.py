@@ -23,8 +23,6 @@ has a speed of its own, which repeats within it do not average out. Baselines of
 prompts, are left out.
 
 Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
-
-Must not know files or how findings are shown.
 """
 
 from __future__ import annotations
@@ -36,11 +34,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.comparison.workload import same_machine
-from spdbench.judge.gate.counterpart import Pair
+from spdbench.judge.comparison.pairing import Pair, same_machine
 from spdbench.judge.gate.verdict import Finding, Verdict
 from spdbench.judge.metrics import stats
-from spdbench.judge.metrics.ratios import speeds
 from spdbench.judge.results.schema import Result, RunKey
 
 SPEEDUP: Final = "speedup"
@@ -51,26 +47,26 @@ Allowed = Callable[[str, int, int], float]
 """Metric, number of new results and of baselines -> the share that it may fall by."""
 
 
-class Versus(NamedTuple):
+class Comparison(NamedTuple):
     """A new result beside one baseline, and `plain`, the plain decoding of both of their runs, if both have it."""
 
     pair: Pair
     plain: Pair | None
 
 
-def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
+def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
     """Findings on new results of one label on one machine, each beside all its baselines, the newest first: beside
     those of this machine that lack no run that one of the new has. Without plain decoding anywhere tokens/s decide if
     `decides_alone`."""
     first = news[0]
-    keys = max((versus[0].pair.keys for versus in news), key=len)
+    keys = max((comparisons[0].pair.keys for comparisons in news), key=len)
     if not keys:
         return
-    near = [[each for each in versus if _other_machine(each.pair) is None] for versus in news]
-    used = [[each for each in versus if set(each.pair.keys) >= set(keys)] for versus in near]
-    used = [versus for versus in used if versus]
-    held = [[each for each in versus if each.plain is not None] for versus in used]
-    held = [versus for versus in held if versus]
+    near = [[each for each in comparisons if _other_machine(each.pair) is None] for comparisons in news]
+    used = [[each for each in comparisons if set(each.pair.keys) >= set(keys)] for comparisons in near]
+    used = [comparisons for comparisons in used if comparisons]
+    held = [[each for each in comparisons if each.plain is not None] for comparisons in used]
+    held = [comparisons for comparisons in held if comparisons]
     if not used:
         metric = SPEED if all(each.plain is None for each in first) else SPEEDUP
         why = "no baseline of this machine has all the prompts" if near[0] else _other_machine(first[0].pair)
@@ -78,13 +74,13 @@ def timing(news: Sequence[Sequence[Versus]], allowed: Allowed, *, decides_alone:
         return
     if held:
         yield _speedup(held, allowed(SPEEDUP, len(held), len(held[0])))
-    pairs = [[each.pair for each in versus] for versus in used]
+    pairs = [[each.pair for each in comparisons] for comparisons in used]
     yield _speed(pairs, allowed(SPEED, len(pairs), len(pairs[0])), decides=not held and decides_alone)
 
 
 def _other_machine(pair: Pair) -> str | None:
     """Why times of the two may not be held against each other; None if they may."""
-    old, new = pair.baseline.head, pair.candidate.head
+    old, new = pair.heads
     if not same_machine(old, new):
         return (
             f"the baseline was measured on another machine or software ({_machine_name(old)}, now "
@@ -99,15 +95,16 @@ def _machine_name(head: Result) -> str:
     return str(head.environment.get("fingerprint") or "unknown")[:8]
 
 
-def _speedup(news: Sequence[Sequence[Versus]], allowed: float) -> Finding:
-    own = [[each.pair for each in versus] for versus in news]
-    plain = [[each.plain for each in versus if each.plain is not None] for versus in news]
+def _speedup(news: Sequence[Sequence[Comparison]], allowed: float) -> Finding:
+    own = [[each.pair for each in comparisons] for comparisons in news]
+    plain = [[each.plain for each in comparisons if each.plain is not None] for comparisons in news]
     keys = _shared_keys([*own, *plain])
-    before = np.hstack([_before(plain[0], keys), _before(own[0], keys)])
-    now = np.hstack([_now(plain, keys), _now(own, keys)])
-    interval = stats.double_ratio_interval(*_cells(keys), before, now)
-    found = _judged(SPEEDUP, _ratio(before), _ratio(now), interval, allowed, decides=True)
-    return _unless_the_machine_changed(found, _rate(before[:, :2]), _rate(now[:, :2]))
+    plain_before, plain_now = _before(plain[0], keys), _now(plain, keys)
+    own_before, own_now = _before(own[0], keys), _now(own, keys)
+    interval = stats.ratio_interval(keys, plain_before, own_before, plain_now, own_now)
+    before, now = _ratio(plain_before, own_before), _ratio(plain_now, own_now)
+    found = _judged(SPEEDUP, before, now, interval, allowed, decides=True)
+    return _unless_the_machine_changed(found, _rate(plain_before), _rate(plain_now))
 
 
 def _unless_the_machine_changed(found: Finding, before: float | None, now: float | None) -> Finding:
@@ -126,7 +123,7 @@ def _unless_the_machine_changed(found: Finding, before: float | None, now: float
 def _speed(news: Sequence[Sequence[Pair]], allowed: float, *, decides: bool) -> Finding:
     keys = _shared_keys(news)
     before, now = _before(news[0], keys), _now(news, keys)
-    interval = stats.paired_ratio_interval(*_cells(keys), before, now)
+    interval = stats.ratio_interval(keys, before, now)
     return _judged(SPEED, _rate(before), _rate(now), interval, allowed, decides=decides)
 
 
@@ -137,18 +134,14 @@ def _shared_keys(news: Sequence[Sequence[Pair]]) -> list[RunKey]:
 
 def _before(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
-    total: NDArray[np.float64] = np.sum([speeds(each.baseline.runs, keys) for each in pairs], axis=0)
+    total: NDArray[np.float64] = np.sum([each.baseline.runs.rates(keys) for each in pairs], axis=0)
     return total
 
 
 def _now(news: Sequence[Sequence[Pair]], keys: Sequence[RunKey]) -> NDArray[np.float64]:
     """The same, added up over the new results."""
-    total: NDArray[np.float64] = np.sum([speeds(pairs[0].candidate.runs, keys) for pairs in news], axis=0)
+    total: NDArray[np.float64] = np.sum([pairs[0].candidate.runs.rates(keys) for pairs in news], axis=0)
     return total
-
-
-def _cells(keys: Sequence[RunKey]) -> tuple[list[str], list[int]]:
-    return [key[0] for key in keys], [key[2] for key in keys]
 
 
 def _rate(columns: NDArray[np.float64]) -> float | None:
@@ -157,10 +150,10 @@ def _rate(columns: NDArray[np.float64]) -> float | None:
     return float(tokens / seconds) if tokens and seconds else None
 
 
-def _ratio(columns: NDArray[np.float64]) -> float | None:
-    """The second pair's rate over the first pair's."""
-    reference, own = _rate(columns[:, :2]), _rate(columns[:, 2:])
-    return None if reference is None or own is None else own / reference
+def _ratio(plain: NDArray[np.float64], own: NDArray[np.float64]) -> float | None:
+    """The speed-up."""
+    reference, rate = _rate(plain), _rate(own)
+    return None if reference is None or rate is None else rate / reference
 
 
 def _judged(

@@ -1,7 +1,4 @@
-"""The words of a gate: what was found of one metric, of one label, and the exit code that it comes to.
-
-Must not know how anything is judged or shown.
-"""
+"""What a gate reports: a finding on one metric, the judgement of one label, and the exit code that follows."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spdbench.judge.results.schema import Result
+from spdbench.judge.results.schema import Result, RunKey
 
 Verdict = Literal["regression", "not comparable", "inconclusive", "improved", "pass"]
 Gate = Literal["exact", "timing"]
@@ -70,3 +67,13 @@ def worst(verdicts: Iterable[Verdict]) -> Verdict:
 
 def verdict_of(judgements: Iterable[Judgement]) -> Verdict:
     return worst(judgement.verdict for judgement in judgements)
+
+
+def count_runs(number: int) -> str:
+    return f"{number} run{'' if number == 1 else 's'}"
+
+
+def name_of(key: RunKey) -> str:
+    """`maths-1`, with turn and repeat where they are not the first."""
+    prompt, turn, repeat = key
+    return prompt + f" turn {turn}" * bool(turn) + f" repeat {repeat}" * bool(repeat)

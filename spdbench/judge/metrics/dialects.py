@@ -1,7 +1,7 @@
 """Acceptance length as others print it: a rule for each dialect, on the same columns of the same runs.
 
-METRICS.md, "Dialects". One decoding gives a different number under each rule, so a figure from elsewhere may only stand
-beside ours under its own. Must not know results, files, tables or printing.
+METRICS.md, "Dialects". One decoding gives a different number under each rule, so a figure from elsewhere may only
+be compared with ours under its own.
 
 N are all new tokens, the first from prefill among them; decode tokens are N - 1. Lengths of verify steps are taken
 before an output is cut at its end. Micro is totals over totals, macro the mean over requests.
@@ -16,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.metrics.ratios import COLUMN
+from spdbench.judge.metrics.definitions import by_layers
 from spdbench.judge.metrics.stats import divide
 from spdbench.judge.results.schema import BackendRecord
+from spdbench.judge.results.table import COLUMN
 
 Numbers = NDArray[np.float64]
 
@@ -86,20 +87,13 @@ def acceptance_length(dialect: str, table: Numbers, backend: BackendRecord) -> f
     """The acceptance length of the requests in `table` [R, columns] as `dialect` prints it.
 
     None where the rule says nothing: for vanilla, for a pipeline in a dialect of verify steps and the other way round,
-    where steps are not verify steps but what a server sent, and where there is nothing to divide by.
+    and where there is nothing to divide by.
     """
     rule = DIALECTS[dialect]
-    if "drafts" in backend.unknown:
-        return None
     if backend.kind == "autoregressive" or rule.of_pipelines != (backend.kind == "pipeline"):
         return None
     tokens, rounds = rule.parts(Counts(*(table[:, COLUMN[name]] for name in Counts._fields)))
     values = divide(tokens, rounds) if rule.macro else divide(tokens.sum(keepdims=True), rounds.sum(keepdims=True))
     finite = values[np.isfinite(values)]
-    return float(finite.mean()) * _stages(rule, backend) if len(finite) else None
-
-
-def _stages(rule: Dialect, backend: BackendRecord) -> float:
-    """What a cycle is worth in vanilla's time, by layers: for pipelines, else 1."""
-    layers = backend.stage_layers
-    return sum(layers) / max(layers) if rule.of_pipelines and any(layers) else 1.0
+    scale = by_layers(backend) if rule.of_pipelines else None
+    return float(finite.mean()) * (scale or 1.0) if len(finite) else None

@@ -1,100 +1,75 @@
-"""Reads result files in a fraction of the time and memory that their model takes, and believes no more than it does.
+"""Reads result files in a fraction of the time and memory that the models of `schema.py` take, and as strictly.
 
 Nearly all of a result file is columns of plain numbers. They are cut out of the text and become arrays at once, under
-the bounds that `result.py` sets; what is left, a few hundred bytes a run, goes through the model as ever. A file as
-spdbench writes it, a run a line, is never in memory as a whole. Where anything is not as expected, be it fine or
-damaged, `NotPlain` says so, and the model must read the whole file: it finds the words for what is wrong.
-
-Must not know metrics, nor how results are compared.
+the bounds that the schema sets; what is left, a few hundred bytes a run, is validated by the models. A file as
+spdbench writes it, a run a line, is never in memory as a whole. Where anything is not as expected, fine or damaged,
+`NotPlain` makes the models read the whole file: their messages name what is wrong. (Parsing all numbers with
+`pydantic_core.from_json` instead takes twice the time.)
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from spdbench.judge.results.batch import MAX_RUNS, Batch, batch_of
 from spdbench.judge.results.json_columns import NotPlain, floats, integers, require_plain_integers
-from spdbench.judge.results.schema import (
-    INT64,
-    MAX_CHUNK,
-    MAX_DEPTH,
-    MAX_FORWARDS,
-    Result,
-    Run,
-    RunKey,
-    Steps,
-    read_result,
-)
+from spdbench.judge.results.schema import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, Result, Run, RunKey, read_result
+from spdbench.judge.results.table import RunTable, StepArrays, build_table, join_tables, table_from
 
 BUFFER_BYTES = MAX_BATCH_BYTES = 2**20
-NAMES = ("output_ids", *Steps.model_fields)
-"""A run's columns, in the order in which they are written."""
-TIGHT, SPACED = (tuple(f'"{name}":{space}['.encode() for name in NAMES) for space in ("", " "))
+MAX_RUNS = 256
+"""Runs in a batch: enough that a call of numpy costs next to nothing a run, and few enough to hold at once."""
+MARKS = tuple(f'"{name}":['.encode() for name in ("output_ids", *StepArrays._fields))
+"""The beginnings of a run's columns, in the order in which they are written."""
 FIRST_LINE, RUNS_BEGIN, RUNS_END = b"{\n", b'"runs":[\n', b"],\n"
-NOT_JUDGED: dict[str, Any] = {"divergence": None, "summary": {"overall": {}, "by_category": {}}, "flags": []}
 
 _RUNS = TypeAdapter(list[Run])
 
 
-@dataclass(frozen=True)
-class Reading:
-    """A result file that is being read: go through `batches`, once, then ask for the `head`, all but the runs.
-
-    Of `start` only what stands before the runs counts. `has_lines` if each run has a line of its own.
-    """
-
-    start: Result
-    batches: Iterator[Batch]
-    head: Callable[[], Result]
-    has_lines: bool
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[Reading]:
-    """The result in `path`, to be gone through inside.
+def read_runs(path: Path, *, keep_ids: bool = False) -> tuple[Result, RunTable]:
+    """The result in `path`, in one pass: all of it but the runs, and the runs in columns.
 
     Raises:
-        NotPlain: now, or from what it yields. `read_result` has to read the file, or to say why it cannot.
+        InputError: the file cannot be read, or is not a result.
     """
-    with _unless_plain():
-        file = path.open("rb", buffering=BUFFER_BYTES)
-    with file:
-        yield _by_lines(file) if file.readline(len(FIRST_LINE)) == FIRST_LINE else _as_one(file)
+    try:
+        return read_plain(path, keep_ids=keep_ids)
+    except NotPlain:
+        result = read_result(path)
+        return result.model_copy(update={"runs": []}), table_from(result.runs, keep_ids=keep_ids)
+
+
+def read_plain(path: Path, *, keep_ids: bool = False) -> tuple[Result, RunTable]:
+    """`read_runs` of a file as `measure.assemble` writes it: a line for each member of the object, and for each run.
+
+    Raises:
+        NotPlain: the file is not plainly so; `read_result` has to read it, or to say why it cannot.
+    """
+    with _not_plain_unless_valid(), path.open("rb", buffering=BUFFER_BYTES) as file:
+        if file.readline(len(FIRST_LINE)) != FIRST_LINE:
+            raise NotPlain
+        before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))
+        from_json(before + b'"runs":[]}')  # complete, so these are the outermost object's runs
+        table = join_tables(_read_batches(_lines_until(RUNS_END, file), keep_ids=keep_ids))
+        after = file.read()
+        if b'"runs"' in after or len(table.row_of) < len(table.keys):
+            raise NotPlain
+        return Result.model_validate_json(before + b'"runs":[],' + after), table
 
 
 @contextmanager
-def _unless_plain() -> Iterator[None]:
-    """Whatever may come of a file that is not plainly a result becomes `NotPlain`."""
+def _not_plain_unless_valid() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError):
         raise NotPlain from None
-
-
-def _by_lines(file: IO[bytes]) -> Reading:
-    """A file as `measure.assemble` writes it: a line for each member of the object, and for each run."""
-    before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))
-    with _unless_plain():
-        members = from_json(before + b'"runs":[]}')  # complete, so these are the outermost object's runs
-        start = Result.model_validate(members | NOT_JUDGED)
-
-    def head() -> Result:
-        with _unless_plain():
-            after = file.read()
-            if b'"runs"' in after:
-                raise NotPlain
-            return Result.model_validate_json(before + b'"runs":[],' + after)
-
-    return Reading(start, _batches(_lines_until(RUNS_END, file)), head, has_lines=True)
 
 
 def _lines_until(last: bytes, file: IO[bytes]) -> Iterator[bytes]:
@@ -104,108 +79,90 @@ def _lines_until(last: bytes, file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-def _batches(lines: Iterable[bytes]) -> Iterator[Batch]:
-    """Runs from the `lines` of a result's array, no two of them of one key."""
-    keys: set[RunKey] = set()
-    num_runs = 0
-    for chosen in in_batches(lines):
-        chosen[-1] = chosen[-1].removesuffix(b"\n").removesuffix(b",")
-        with _unless_plain():
-            batch = _read_array(b"".join(chosen))
-        keys.update(run.key for run in batch.runs)
-        num_runs += len(batch.runs)
-        if len(keys) < num_runs:
-            raise NotPlain
-        yield batch
+def _read_batches(lines: Iterable[bytes], *, keep_ids: bool) -> Iterator[RunTable]:
+    for batch in in_batches(lines):
+        batch[-1] = _without_comma(batch[-1])
+        yield _read_array(b"".join(batch), keep_ids=keep_ids)
 
 
-def _as_one(file: IO[bytes]) -> Reading:
-    """A file of any other layout, as a whole."""
-    with _unless_plain():
-        file.seek(0)
-        text = file.read()
-        marks = TIGHT if TIGHT[0] in text else SPACED
-        rest, columns = _cut(text, marks)
-        if marks is SPACED:
-            columns = [[column.replace(b", ", b",") for column in named] for named in columns]
-        found = Result.model_validate_json(rest)
-        batch = _batch(found.runs, columns)
-    head = found.model_copy(update={"runs": []})
-    return Reading(head, iter([batch]), lambda: head, has_lines=False)
+def _without_comma(line: bytes) -> bytes:
+    return line.removesuffix(b"\n").removesuffix(b",")
 
 
 def reread(path: Path) -> tuple[Result, Iterator[tuple[RunKey, bytes]]]:
-    """All of a result but its runs, and each run's key and JSON, not all of them at once if it has a line each.
+    """All of a result but its runs, and each run's key and JSON; the runs are read one by one where possible.
 
     Raises:
         InputError: the file cannot be read, or is not a result.
     """
-    keys: list[RunKey] = []
     try:
-        with reading(path) as file:
-            for batch in file.batches:
-                keys += [run.key for run in batch.runs]
-            if file.has_lines:
-                return file.head(), zip(keys, _run_lines(path), strict=True)
+        head, table = read_plain(path)
+        return head, zip(table.keys, _run_lines(path), strict=True)
     except NotPlain:
-        pass
-    found = read_result(path)
-    texts = (json.dumps(run.model_dump(mode="json"), separators=(",", ":")).encode() for run in found.runs)
-    return found.model_copy(update={"runs": []}), zip([run.key for run in found.runs], texts, strict=True)
+        found = read_result(path)
+        texts = (json.dumps(run.model_dump(mode="json"), separators=(",", ":")).encode() for run in found.runs)
+        return found.model_copy(update={"runs": []}), zip([run.key for run in found.runs], texts, strict=True)
 
 
 def _run_lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         for _ in _lines_until(RUNS_BEGIN, file):
             pass
-        for line in _lines_until(RUNS_END, file):
-            yield line.removesuffix(b"\n").removesuffix(b",")
+        yield from map(_without_comma, _lines_until(RUNS_END, file))
 
 
-def read_lines(lines: Sequence[bytes]) -> Batch:
+def read_lines(lines: Sequence[bytes]) -> RunTable:
     """Runs, each given as JSON.
 
     Raises:
         ValidationError: one of them is no run.
     """
     try:
-        with _unless_plain():
-            return _read_array(b",".join(lines))
+        with _not_plain_unless_valid():
+            return _read_array(b",".join(lines), keep_ids=False)
     except NotPlain:
-        return batch_of([Run.model_validate_json(line) for line in lines])
+        return table_from([Run.model_validate_json(line) for line in lines])
 
 
 def in_batches(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
     """`lines`, as many at a time as a batch holds."""
-    chosen: list[bytes] = []
+    batch: list[bytes] = []
     num_bytes = 0
     for line in lines:
-        chosen.append(line)
+        batch.append(line)
         num_bytes += len(line)
-        if len(chosen) == MAX_RUNS or num_bytes > MAX_BATCH_BYTES:
-            yield chosen
-            chosen, num_bytes = [], 0
-    if chosen:
-        yield chosen
+        if len(batch) == MAX_RUNS or num_bytes > MAX_BATCH_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
+        yield batch
 
 
-def _read_array(text: bytes) -> Batch:
+def _read_array(text: bytes, *, keep_ids: bool) -> RunTable:
     """The runs of an array, whose brackets `text` lacks."""
-    rest, columns = _cut(text, TIGHT)
-    return _batch(_RUNS.validate_json(b"[" + rest + b"]"), columns)
+    rest, columns = _cut(text)
+    runs = _RUNS.validate_json(b"[" + rest + b"]")
+    if len(columns[0]) != len(runs):
+        raise NotPlain
+    for number, run in enumerate(runs):  # is each column that of its own run
+        if not all(column == [number] for column in (run.output_ids, *(values for _, values in run.steps))):
+            raise NotPlain
+    num_steps, steps = _read_columns(columns)
+    require_plain_integers(b",".join(filter(None, columns[0])))
+    return build_table(runs, columns[0], num_steps, steps, keep_ids=keep_ids)
 
 
-def _cut(text: bytes, marks: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
+def _cut(text: bytes) -> tuple[bytes, list[list[bytes]]]:
     """`text` with `[k]` for every column of its k-th run, and the columns' own texts: by name, then by run.
 
-    `marks` are what columns begin with. No string can hold one: the quotation marks in it would end that string.
+    No string can hold the beginning of a column: the quotation marks in it would end that string.
     """
-    columns: list[list[bytes]] = [[] for _ in marks]
+    columns: list[list[bytes]] = [[] for _ in MARKS]
     rest: list[bytes] = []
     done = num_runs = 0
-    while text.find(marks[0], done) >= 0:
+    while text.find(MARKS[0], done) >= 0:
         stand_in = b"%d" % num_runs
-        for mark, named in zip(marks, columns, strict=True):
+        for mark, named in zip(MARKS, columns, strict=True):
             begin = text.find(mark, done) + len(mark)
             end = text.find(b"]", begin)
             if begin < len(mark) or end < 0:
@@ -218,29 +175,20 @@ def _cut(text: bytes, marks: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]
     return b"".join(rest), columns
 
 
-def _batch(runs: Sequence[Run], columns: Sequence[Sequence[bytes]]) -> Batch:
-    """`runs` with the `columns` cut out of their text: checks what `Steps` does, and whose column is whose."""
-    if len(columns[0]) != len(runs):
-        raise NotPlain
-    for number, run in enumerate(runs):
-        steps = run.steps
-        if not (
-            [number] == run.output_ids == steps.t_ns == steps.emitted
-            and [number] == steps.drafted == steps.judged == steps.accepted == steps.forwards
-        ):
-            raise NotPlain
-    outputs, *steps_columns = columns
-    require_plain_integers(b",".join(filter(None, outputs)))
+def _read_columns(columns: Sequence[Sequence[bytes]]) -> tuple[Any, StepArrays]:
+    """The number of steps of each run, and all steps, of columns cut out by `_cut`: checks what `Steps` does."""
     (t_ns, num_steps), *others = (
-        integers(steps_columns[0], INT64),
-        integers(steps_columns[1], MAX_CHUNK),
-        *(integers(column, MAX_DEPTH) for column in steps_columns[2:5]),
-        floats(steps_columns[5], MAX_FORWARDS),
+        integers(columns[1], INT64),
+        integers(columns[2], MAX_CHUNK),
+        *(integers(column, MAX_DEPTH) for column in columns[3:6]),
+        floats(columns[6], MAX_FORWARDS),
     )
-    (emitted, drafted, judged, accepted, forwards), counts = zip(*others, strict=True)
-    if any((count != num_steps).any() for count in counts):
+    if any((count != num_steps).any() for _, count in others):
         raise NotPlain
-    batch = Batch(runs, outputs, num_steps, t_ns, emitted, drafted, judged, accepted, forwards)
-    if not ((accepted <= judged).all() and (judged <= drafted).all() and (np.diff(t_ns)[batch.decodes[1:]] >= 0).all()):
+    steps = StepArrays(t_ns, *(cast("Any", values) for values, _ in others))
+    first = np.cumsum(num_steps)[:-1]
+    backwards = np.diff(t_ns) < 0
+    backwards[first[(first > 0) & (first < len(t_ns))] - 1] = False  # between two runs
+    if backwards.any() or (steps.accepted > steps.judged).any() or (steps.judged > steps.drafted).any():
         raise NotPlain
-    return batch
+    return num_steps, steps

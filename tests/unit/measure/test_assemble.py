@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.pairing import Entry, read_entries
+from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import Run, read_result
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.journal import Journal, create_journal
 from spdbench.render.export import to_json
 from spdbench.types import BackendKind
-from tests.builders import chunk_steps, failed_run, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import chunk_steps, contents, failed_run, make_backend, make_result, make_run, vanilla_steps
 
 RUNS: dict[BackendKind, list[Run]] = {
     "autoregressive": [make_run(vanilla_steps(20), prompt=f"p{i}", category="ab"[i % 2]) for i in range(9)],
@@ -29,7 +29,7 @@ def head(kind: BackendKind) -> ResultHead:
     return ResultHead(like.suite, like.decoding, make_backend(kind), like.model, None, like.environment, None)
 
 
-def written(folder: Path, kind: BackendKind) -> Entry:
+def written(folder: Path, kind: BackendKind) -> LoadedResult:
     with create_journal(folder / f"{kind}.journal.jsonl", "now", {}) as journal:
         for run in RUNS[kind]:
             journal.append(run)
@@ -39,9 +39,9 @@ def written(folder: Path, kind: BackendKind) -> Entry:
 
 def test_what_was_written_need_not_be_read_to_be_compared(tmp_path: Path) -> None:
     entries = [written(tmp_path, kind) for kind in RUNS]
-    read = read_entries([Path(entry.file) for entry in entries])
+    read = read_results([Path(entry.file) for entry in entries])
     assert to_json(compare(entries)) == to_json(compare(read))
-    assert [entry.runs for entry in entries] == [entry.runs for entry in read]
+    assert [contents(entry.runs) for entry in entries] == [contents(entry.runs) for entry in read]
 
 
 def test_a_journal_is_gone_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +65,7 @@ def test_a_result_holds_the_journals_runs_and_every_metric(tmp_path: Path, kind:
     assert result.summary == summarise(RUNS[kind], result.backend, result.environment["read_bandwidth_bytes_per_s"])
     assert result.divergence is not None
     assert result.divergence.ties == 1
-    assert result.flags == entry.head.flags
+    assert result.flags == entry.flags
 
 
 def test_a_result_has_a_line_for_each_run(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from spdbench.judge.comparison.compare import Table, compare
-from spdbench.judge.comparison.pairing import Entry, entry_from
+from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import BubbleParts, Divergence, DrafterRecord, Run
 from spdbench.render.table import FORMATS, Format, render
@@ -36,7 +36,7 @@ CATEGORIES = ("math", "summarization")
 
 def entry(
     kind: BackendKind, drafter: DrafterRecord | None = None, *, runs: list[Run] | None = None, **more: Any
-) -> Entry:
+) -> LoadedResult:
     steps = {
         "autoregressive": vanilla_steps(9, step_ns=20 * MS),
         "draft_verify": chunk_steps([1, 4, 4], step_ns=25 * MS),
@@ -45,15 +45,15 @@ def entry(
     made = runs or [make_run(steps, prompt=f"p{i}", category=CATEGORIES[i % 2]) for i in range(10)]
     names = {name: more.pop(name) for name in ("label", "lossy", "num_devices") if name in more}
     result = make_result(made, make_backend(kind, **names), drafter=drafter, **more)
-    return entry_from(result, f"{result.backend.label}.json")
+    return load(result, f"{result.backend.label}.json")
 
 
-def demo() -> list[Entry]:
+def demo() -> list[LoadedResult]:
     """What `make demo` compares."""
     return [entry("autoregressive"), entry("pipeline", ORACLE)]
 
 
-def everything() -> list[Entry]:
+def everything() -> list[LoadedResult]:
     return [*demo(), entry("draft_verify", TRAINED), entry("draft_verify", RANDOM, label="medusa", lossy=True)]
 
 
@@ -135,7 +135,7 @@ def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
     )
 
 
-def heading(*entries: Entry, by_category: bool = False) -> str:
+def heading(*entries: LoadedResult, by_category: bool = False) -> str:
     return show(compare(list(entries), by_category=by_category), width=200).splitlines()[0]
 
 
@@ -260,7 +260,7 @@ def test_resource_columns_are_there_only_where_they_say_something() -> None:
     assert "GiB" not in text
 
 
-def metered() -> list[Entry]:
+def metered() -> list[LoadedResult]:
     steps = chunk_steps([1, 4, 4], step_ns=25 * MS)
     runs = [make_run(steps, prompt=f"p{i}", peak_memory_bytes=3 * 2**29, energy_j=4.5) for i in range(10)]
     return [entry("autoregressive"), entry("draft_verify", TRAINED, runs=runs, num_devices=2)]
@@ -293,7 +293,7 @@ def test_energy_is_in_the_exports_and_empty_where_it_was_not_measured() -> None:
     assert (vanilla["peak_memory_bytes"], eagle["peak_memory_bytes"]) == ("", str(3 * 2**29))
 
 
-def bubbly(label: str, **shares: float) -> Entry:
+def bubbly(label: str, **shares: float) -> LoadedResult:
     bubble = BubbleParts(**(dict.fromkeys(BubbleParts.model_fields, 0.0) | shares))
     steps = chunk_steps([1, 4, 4], step_ns=25 * MS)
     return entry("draft_verify", label=label, runs=[make_run(steps, prompt=f"p{i}", bubble=bubble) for i in range(10)])
@@ -362,7 +362,7 @@ def test_every_format_shows_a_result_of_failures_only(form: Format) -> None:
     assert show(compare([entry("autoregressive", runs=[failed_run()])], by_category=True), form)
 
 
-def scored(label: str, *, missing: int = 0) -> Entry:
+def scored(label: str, *, missing: int = 0) -> LoadedResult:
     """Ten answers, of which every second is right, and the last `missing` have no score."""
     runs = [
         make_run(

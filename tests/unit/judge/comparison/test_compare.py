@@ -10,7 +10,7 @@ import pytest
 
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.comparison.compare import Row, Table, compare, find_baseline
-from spdbench.judge.comparison.pairing import Entry, entry_from, read_entries
+from spdbench.judge.loaded import LoadedResult, load, read_results
 from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from tests.builders import (
     MS,
@@ -35,14 +35,16 @@ def fast_runs(num_prompts: int = 10, *, step_ns: int = 20 * MS, **more: Any) -> 
     return [make_run(chunk_steps([1, 4, 4], step_ns=step_ns), prompt=f"p{i}", **more) for i in range(num_prompts)]
 
 
-def vanilla(file: str = "vanilla.json", *, label: str = "vanilla", runs: list[Run] | None = None, **more: Any) -> Entry:
-    return entry_from(make_result(runs or vanilla_runs(), make_backend(label=label), **more), file)
+def vanilla(
+    file: str = "vanilla.json", *, label: str = "vanilla", runs: list[Run] | None = None, **more: Any
+) -> LoadedResult:
+    return load(make_result(runs or vanilla_runs(), make_backend(label=label), **more), file)
 
 
-def eagle(file: str = "eagle.json", *, runs: list[Run] | None = None, lossy: bool = False, **more: Any) -> Entry:
+def eagle(file: str = "eagle.json", *, runs: list[Run] | None = None, lossy: bool = False, **more: Any) -> LoadedResult:
     devices = more.pop("num_devices", 1)
     backend = make_backend("draft_verify", lossy=lossy, num_devices=devices, label=more.pop("label", None))
-    return entry_from(make_result(fast_runs() if runs is None else runs, backend, drafter=TRAINED, **more), file)
+    return load(make_result(fast_runs() if runs is None else runs, backend, drafter=TRAINED, **more), file)
 
 
 def only(tables: list[Table]) -> Table:
@@ -50,7 +52,7 @@ def only(tables: list[Table]) -> Table:
     return tables[0]
 
 
-def second(entries: list[Entry], baseline: str | Entry | None = None) -> Row:
+def second(entries: list[LoadedResult], baseline: str | LoadedResult | None = None) -> Row:
     return only(compare(entries, baseline)).rows[1]
 
 
@@ -197,7 +199,7 @@ def test_unknown_baseline_suggests_a_label() -> None:
 
 def test_baseline_file_among_the_results_is_that_entry(tmp_path: Path) -> None:
     path = write_result(make_result(vanilla_runs()), tmp_path / "a.json")
-    entries = read_entries([path, path])
+    entries = read_results([path, path])
     assert len(entries) == 1
     assert find_baseline(str(path), entries) is entries[0]
 
@@ -307,7 +309,7 @@ def test_sampled_outputs_are_not_compared() -> None:
 def test_forced_verdicts_are_never_compared_for_losslessness() -> None:
     forced = DrafterRecord(id="forced:0.8", sha256=None, method="forced", trained_tokens=None, synthetic=True)
     runs = [make_run(chunk_steps([1, 4]), prompt=f"p{i}", output_ids=[1, 2, 3, 4, 5]) for i in range(10)]
-    mine = entry_from(make_result(runs, make_backend("draft_verify"), drafter=forced), "f.json")
+    mine = load(make_result(runs, make_backend("draft_verify"), drafter=forced), "f.json")
     row = second([vanilla(), mine])
     assert row.outputs is None
     assert flag_names(row) == {"synthetic_drafter"}
@@ -318,7 +320,7 @@ def test_forced_verdicts_are_never_compared_for_losslessness() -> None:
 
 def test_disqualified_row_is_never_best() -> None:
     steps = pipeline_steps([True] * 8, 3, step_ns=1 * MS)
-    oracle = entry_from(
+    oracle = load(
         make_result([make_run(steps, prompt=f"p{i}") for i in range(10)], make_backend("pipeline"), drafter=ORACLE),
         "spd.json",
     )
@@ -346,5 +348,5 @@ def test_other_chat_template_is_a_mismatch() -> None:
 def test_flags_are_judged_anew_but_those_of_other_makers_are_kept() -> None:
     result = make_result(fast_runs(), make_backend("draft_verify"), drafter=TRAINED)
     old = [{"name": name, "reason": "r", "remedy": "m"} for name in ("unattributed", "recalled", "few_prompts")]
-    entry = entry_from(type(result).model_validate(result.model_dump(by_alias=True) | {"flags": old}), "a.json")
-    assert [flag.name for flag in entry.head.flags] == ["recalled"]
+    entry = load(type(result).model_validate(result.model_dump(by_alias=True) | {"flags": old}), "a.json")
+    assert [flag.name for flag in entry.flags] == ["recalled"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from spdbench.judge.gate.check import GATES, Limits, check
 from spdbench.judge.gate.verdict import Finding, Judgement
-from spdbench.judge.results.recording import Recording, recording_from
+from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.results.schema import Run
 from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, vanilla_steps
 
@@ -43,12 +43,12 @@ def drafted_runs(
     ]
 
 
-def plain(runs: Iterable[Run] | None = None, *, file: str = "vanilla.json", **more: Any) -> Recording:
+def plain(runs: Iterable[Run] | None = None, *, file: str = "vanilla.json", **more: Any) -> LoadedResult:
     backend = make_backend(label=more.pop("label", None), name=more.pop("name", "vanilla"))
     return _recording(make_result(plain_runs() if runs is None else runs, backend, **_known(more)), file, more)
 
 
-def eagle(runs: Iterable[Run] | None = None, *, file: str = "eagle.json", **more: Any) -> Recording:
+def eagle(runs: Iterable[Run] | None = None, *, file: str = "eagle.json", **more: Any) -> LoadedResult:
     names = {name: more.pop(name) for name in BACKEND if name in more}
     backend = make_backend("draft_verify", **names)
     result = make_result(drafted_runs() if runs is None else runs, backend, drafter=ORACLE, **_known(more))
@@ -63,15 +63,18 @@ def _known(more: dict[str, Any]) -> dict[str, Any]:
     return {name: more[name] for name in MADE if name in more}
 
 
-def _recording(result: Any, file: str, more: dict[str, Any]) -> Recording:
+def _recording(result: Any, file: str, more: dict[str, Any]) -> LoadedResult:
     """`result`, with whatever else was asked for put into its head."""
-    return recording_from(result.model_copy(update={k: v for k, v in more.items() if k not in MADE}), file)
+    return load(result.model_copy(update={k: v for k, v in more.items() if k not in MADE}), file)
 
 
 def judged(
-    new: Sequence[Recording] | Recording, old: Sequence[Recording] | Recording, gate: str = "all", **more: Any
+    new: Sequence[LoadedResult] | LoadedResult,
+    old: Sequence[LoadedResult] | LoadedResult,
+    gate: str = "all",
+    **more: Any,
 ) -> list[Judgement]:
-    candidates, baselines = ([side] if isinstance(side, Recording) else list(side) for side in (new, old))
+    candidates, baselines = ([side] if isinstance(side, LoadedResult) else list(side) for side in (new, old))
     by_category = more.pop("by_category", False)
     return check(candidates, baselines, GATES[gate], Limits(**more), by_category=by_category)
 

@@ -12,15 +12,15 @@ from scipy import stats as scipy_stats
 
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.gate.calibration import MIN_RUNS, SMALLEST, calibrate, distance, parse_calibration, slowdown
-from spdbench.judge.metrics.quantiles import t_quantile
-from spdbench.judge.results.recording import Recording
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.stats import t_quantile
 from tests.builders import MS, failed_run
 from tests.unit.judge.gate.gates import drafted_runs, eagle, plain, plain_runs
 
 SPEEDS = (1.00, 0.98, 1.01, 1.03, 0.97, 1.00)
 
 
-def runs(*eagle_speeds: float, **more: object) -> list[Recording]:
+def runs(*eagle_speeds: float, **more: object) -> list[LoadedResult]:
     """A/A runs in which eagle was so fast; plain decoding was twice as slow each time as the time before."""
     found = []
     for number, speed in enumerate(eagle_speeds):

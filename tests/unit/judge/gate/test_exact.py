@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdbench.judge.gate.verdict import Verdict
-from spdbench.judge.results.recording import Recording
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import Divergence, Drafts, Steps
 from tests.builders import chunk_steps, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import (
@@ -88,7 +88,7 @@ def test_any_accepted_draft_turned_into_a_rejection_is_caught(rounds: list[list[
     assert only(judged(old, new, "exact")).verdict == "improved"
 
 
-def rounds_of(chunks: Sequence[Sequence[int]]) -> Recording:
+def rounds_of(chunks: Sequence[Sequence[int]]) -> LoadedResult:
     return eagle(drafted_runs(len(chunks), chunks=lambda i: (1, *chunks[i])))
 
 
@@ -216,7 +216,7 @@ def test_acceptance_that_cannot_be_told_any_more_is_no_pass() -> None:
 
 
 def test_acceptance_that_an_engine_counted_itself_is_judged() -> None:
-    def served(accepted: int) -> Recording:
+    def served(accepted: int) -> LoadedResult:
         counted = Drafts(rounds=10, judged=40, accepted=accepted)
         runs = [run.model_copy(update={"drafts": counted}) for run in drafted_runs()]
         return eagle(runs, unknown=["drafts"], other_model="served")

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from spdbench.judge.gate.timing import decide
 from spdbench.judge.gate.verdict import Verdict
-from spdbench.judge.results.recording import Recording
+from spdbench.judge.loaded import LoadedResult
 from tests.builders import MS
 from tests.unit.judge.gate.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
 
 
-def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **more: Any) -> list[Recording]:
+def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **more: Any) -> list[LoadedResult]:
     """One run of two labels."""
     return [
         plain(plain_runs(num_prompts, step_ns=round(plain_ms * MS)), **more),
@@ -23,7 +23,7 @@ def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **mor
     ]
 
 
-def speedup(new: list[Recording], old: list[Recording], **limits: float) -> Verdict:
+def speedup(new: list[LoadedResult], old: list[LoadedResult], **limits: float) -> Verdict:
     return finding(of(judged(new, old, "timing", **limits), "eagle"), "speedup").verdict
 
 
@@ -173,7 +173,7 @@ def test_a_short_new_result_hides_no_regression_of_whole_ones() -> None:
     assert "regression" in {each.verdict for each in found}
 
 
-def machines() -> list[Recording]:
+def machines() -> list[LoadedResult]:
     """A run on each of two machines, of which the second decodes plainly in half the time."""
     return [
         *run(machine="a", created="2026-06-02T12:00:00+00:00"),
@@ -212,7 +212,7 @@ def test_a_new_result_without_plain_decoding_beside_others_with_it_is_judged_by_
 # Which plain decoding
 
 
-def begun(at: str, bandwidth: float = 1.0, **times: Any) -> list[Recording]:
+def begun(at: str, bandwidth: float = 1.0, **times: Any) -> list[LoadedResult]:
     environment = {"fingerprint": "machine-a", "read_bandwidth_bytes_per_s": bandwidth}
     return run(**times, created=at, environment=environment)
 
@@ -244,7 +244,7 @@ def test_plain_decoding_that_others_are_held_against_only_informs_and_alone_it_d
 
 
 def test_other_plain_decoding_is_held_against_vanilla() -> None:
-    def side(ms: int) -> list[Recording]:
+    def side(ms: int) -> list[LoadedResult]:
         return [plain(plain_runs(step_ns=ms * MS), label="another", name="other"), plain()]
 
     found = judged(side(25), side(20), "timing")

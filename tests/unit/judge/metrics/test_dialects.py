@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.pairing import entry_from
+from spdbench.judge.loaded import load
 from spdbench.judge.metrics.dialects import DIALECTS, metric_name
 from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BackendRecord, Run
@@ -26,7 +26,7 @@ EAGLE, SPD = make_backend("draft_verify"), make_backend("pipeline")
 
 
 def in_dialects(runs: Sequence[Run], backend: BackendRecord = EAGLE) -> dict[str, float | None]:
-    [table] = compare([entry_from(make_result(runs, backend), "a.json")], dialects=list(DIALECTS))
+    [table] = compare([load(make_result(runs, backend), "a.json")], dialects=list(DIALECTS))
     return {name: table.rows[0].metrics[metric_name(name)] for name in DIALECTS}
 
 
@@ -84,14 +84,14 @@ def test_one_verify_step_has_no_length_in_eagles_words() -> None:
 def test_the_default_lists_no_dialect_and_result_files_hold_none() -> None:
     run = make_run(chunk_steps([1, 4, 3]))
     names = {metric_name(name) for name in DIALECTS}
-    [table] = compare([entry_from(make_result([run], EAGLE), "a.json")])
+    [table] = compare([load(make_result([run], EAGLE), "a.json")])
     assert names.isdisjoint(table.rows[0].metrics)
     assert table.dialects == ()
     assert names.isdisjoint(summarise([run], EAGLE, None).overall)
 
 
 def test_asking_for_one_dialect_works_out_no_other_metric() -> None:
-    entry = entry_from(make_result([make_run(chunk_steps([1, 4, 3]))], EAGLE), "a.json")
+    entry = load(make_result([make_run(chunk_steps([1, 4, 3]))], EAGLE), "a.json")
     [table] = compare([entry], dialects=["nvidia"])
     assert table.rows[0].metrics["acceptance_length_nvidia"] == pytest.approx(8 / 3)
     assert list(table.rows[0].metrics).count("acceptance_length_nvidia") == 1

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from spdbench.judge.comparison.compare import Row, compare
-from spdbench.judge.comparison.pairing import Entry, entry_from
+from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT
 from spdbench.judge.results.schema import BubbleParts, Divergence, Run
 from spdbench.render.table import render
@@ -26,23 +26,23 @@ def runs(num: int = NUM, *, step_ms: Callable[[int], float] = lambda _: 20, **mo
     ]
 
 
-def mine(made: list[Run] | None = None, **more: Any) -> Entry:
+def mine(made: list[Run] | None = None, **more: Any) -> LoadedResult:
     own = {name: more.pop(name) for name in ("lossy", "other_model") if name in more}
     backend = make_backend("draft_verify", **own)
     result = make_result(runs() if made is None else made, backend, **({"drafter": TRAINED} | more))
-    return entry_from(result, "mine.json")
+    return load(result, "mine.json")
 
 
-def vanilla(step_ms: float = 15) -> Entry:
+def vanilla(step_ms: float = 15) -> LoadedResult:
     made = [make_run(vanilla_steps(37, step_ns=round(step_ms * MS)), prompt=f"p{i}") for i in range(NUM)]
-    return entry_from(make_result(made), "vanilla.json")
+    return load(make_result(made), "vanilla.json")
 
 
 def bubble(**shares: float) -> BubbleParts:
     return BubbleParts(**(dict.fromkeys(BubbleParts.model_fields, 0.0) | shares))
 
 
-MAKERS: dict[str, Callable[[], Entry]] = {
+MAKERS: dict[str, Callable[[], LoadedResult]] = {
     "lossy": lambda: mine(lossy=True),
     "diverged": lambda: mine(divergence=Divergence(identical=9, ties=0, near_ties=0, real=1, unclassified=0)),
     "synthetic_drafter": lambda: mine(drafter=ORACLE),
@@ -61,7 +61,7 @@ MAKERS: dict[str, Callable[[], Entry]] = {
 }
 
 
-def row_of(entry: Entry) -> Row:
+def row_of(entry: LoadedResult) -> Row:
     base = vanilla()
     [table] = compare([base, entry], base)
     return next(row for row in table.rows if not row.is_baseline)

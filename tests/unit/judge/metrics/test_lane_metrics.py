@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.metrics.lane_metrics import CAUSES, LANE_RATIOS, PARTS
+from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BubbleParts, FullCycles, Run, read_result
+from spdbench.judge.results.table import PARTS
 from tests.builders import MS, chunk_steps, failed_run, make_backend, make_result, make_run, write_result
 
+LANE_METRICS = {"bubble_ratio", *PARTS, "cycle_efficiency", "control_s_per_cycle"}
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "results"
 
 
@@ -60,7 +62,7 @@ def test_runs_without_spans_do_not_count() -> None:
 
 def test_no_spans_give_nulls_not_zeros() -> None:
     found = overall(make_run(chunk_steps([1, 4, 4])), make_run(chunk_steps([1, 4]), prompt="p1"))
-    assert {name for name in LANE_RATIOS if found[name] is None} == LANE_RATIOS.keys()
+    assert {name for name in LANE_METRICS if found[name] is None} == LANE_METRICS
     assert found["bubble_ratio_macro"] is None
     assert found["bubble_ratio_ci"] is None
 

@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.pairing import entry_from
+from spdbench.judge.loaded import load
 from spdbench.judge.metrics import stats
-from spdbench.judge.metrics.flags import degenerate, is_degenerate
-from spdbench.judge.metrics.metrics import Metrics, Tally, summarise
-from spdbench.judge.metrics.ratios import percentiles_by_run, weighted_percentiles
-from spdbench.judge.results.batch import batch_of
+from spdbench.judge.metrics.metrics import Metrics, summarise
+from spdbench.judge.metrics.steps import percentiles_by_run, weighted_percentiles
 from spdbench.judge.results.schema import BackendRecord, Run
+from spdbench.judge.results.table import degenerate, is_degenerate, join_tables, table_from
 from tests.builders import chunk_steps, failed_run, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
 
 EAGLE = make_backend("draft_verify")
@@ -30,15 +29,14 @@ RUNS = [
 
 
 def metrics(runs: Sequence[Run], backend: BackendRecord = EAGLE, batch_size: int = 100) -> Metrics:
-    tally = Tally(backend)
-    for start in range(0, len(runs), batch_size):
-        tally.add(batch_of(runs[start : start + batch_size]))
-    return tally.metrics(None)[0]
+    parts = [table_from(runs[start : start + batch_size]) for start in range(0, len(runs), batch_size)]
+    return Metrics(join_tables(parts), backend, None)
 
 
 def test_a_table_resamples_only_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--format csv` and result files hold every interval, and take the time for it."""
-    entry = entry_from(make_result(RUNS, EAGLE), "a.json")
+    entry = load(make_result(RUNS, EAGLE), "a.json")
+    assert entry.flags, "they need the interval of the speed, which is known from here on"
     asked: list[int] = []
     original = stats.resample_sums
 

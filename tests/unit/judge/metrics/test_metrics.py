@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from spdbench.judge.metrics.metrics import summarise
-from spdbench.judge.metrics.ratios import token_intervals, weighted_percentiles
+from spdbench.judge.metrics.steps import token_intervals, weighted_percentiles
 from spdbench.judge.results.schema import BackendRecord, Run
+from spdbench.judge.results.table import table_from
 from tests.builders import (
     MS,
     READ_BANDWIDTH,
@@ -207,8 +209,13 @@ def test_only_a_pipeline_has_cycles() -> None:
 # Inter-token latency
 
 
+def intervals(run: Run) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    seconds, tokens, _ = token_intervals(table_from([run]), np.ones(1, dtype=np.bool_))
+    return seconds, tokens
+
+
 def test_chunk_of_k_tokens_counts_k_times_its_share_of_the_wait() -> None:
-    seconds, tokens = token_intervals(make_steps([1, 4, 1], step_ns=20 * MS))
+    seconds, tokens = intervals(make_run(make_steps([1, 4, 1], step_ns=20 * MS)))
     assert seconds.tolist() == pytest.approx([0.005, 0.020])
     assert tokens.tolist() == [4, 1]
     found = overall([make_run(make_steps([1, 4, 1], step_ns=20 * MS))], EAGLE)
@@ -217,7 +224,7 @@ def test_chunk_of_k_tokens_counts_k_times_its_share_of_the_wait() -> None:
 
 
 def test_cycles_that_fill_the_pipe_belong_to_the_token_that_follows() -> None:
-    seconds, tokens = token_intervals(make_steps([1, 0, 0, 1, 1, 0], step_ns=10 * MS))
+    seconds, tokens = intervals(make_run(make_steps([1, 0, 0, 1, 1, 0], step_ns=10 * MS)))
     assert seconds.tolist() == pytest.approx([0.030, 0.010])
     assert tokens.tolist() == [1, 1]
 
@@ -240,7 +247,7 @@ def test_weighted_percentiles_are_numpys_on_the_repeated_values(pairs: list[tupl
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_inter_token_times_add_up_to_decode_time(later: list[int]) -> None:
     run = make_run(make_steps([1, *later], step_ns=7 * MS))
-    seconds, tokens = token_intervals(run.steps)
+    seconds, tokens = intervals(run)
     assert float(seconds @ tokens) == pytest.approx(run.decode_s)
     assert tokens.sum() == run.num_new_tokens - 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import norm, t
 
-from spdbench.judge.metrics.quantiles import expanded_tail_percent, t_quantile
+from spdbench.judge.metrics.stats import expanded_tail_percent, t_quantile
 
 
 @pytest.mark.parametrize("degrees", [*range(1, 31), 79, 80, 199, 999])

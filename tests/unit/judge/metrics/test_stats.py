@@ -64,13 +64,13 @@ def test_pairing_takes_out_what_baseline_and_candidate_share() -> None:
     seconds = rng.lognormal(0, 1, 50)
     baseline = np.stack([np.full(50, 100.0), seconds], axis=1)
     candidate = np.stack([np.full(50, 100.0), seconds / 2], axis=1)
-    names = [str(index) for index in range(50)]
-    assert stats.paired_ratio_interval(names, [0] * 50, baseline, candidate) == pytest.approx((2.0, 2.0))
+    keys = [(str(index), 0, 0) for index in range(50)]
+    assert stats.ratio_interval(keys, baseline, candidate) == pytest.approx((2.0, 2.0))
 
 
 def test_one_conversation_has_no_interval() -> None:
     ones = np.ones((3, 2))
-    assert stats.paired_ratio_interval(["a"] * 3, [0, 1, 2], ones, ones) is None
+    assert stats.ratio_interval([("a", 0, repeat) for repeat in range(3)], ones, ones) is None
 
 
 def test_nothing_but_nan_has_no_interval() -> None:
@@ -107,8 +107,7 @@ class Study:
         """How often the interval holds the ratio of totals over all prompts that there could be."""
         rng = np.random.default_rng(self.conversations * 10 + self.repeats)
         num = self.conversations * self.repeats
-        names = [str(index // self.repeats) for index in range(num)]
-        repeats = [index % self.repeats for index in range(num)]
+        keys = [(str(index // self.repeats), 0, index % self.repeats) for index in range(num)]
         hits, resamples = 0, 1000 if self.conversations == 80 else 2000
         for _ in range(TRIALS[self.conversations]):
             tokens = np.repeat(rng.lognormal(4.5, 0.5, self.conversations), self.repeats)
@@ -116,7 +115,7 @@ class Study:
             base_s = tokens * rng.lognormal(0, self.within, num)
             mine_s = tokens * np.exp(-faster) / 2 * rng.lognormal(0, self.within, num)
             base, mine = (np.stack([tokens, seconds], axis=1) for seconds in (base_s, mine_s))
-            low, high = stats.paired_ratio_interval(names, repeats, base, mine, resamples) or (0, 0)
+            low, high = stats.ratio_interval(keys, base, mine, resamples=resamples) or (0, 0)
             hits += low <= 2.0 / math.exp(self.between**2 / 2) <= high
         return hits / TRIALS[self.conversations]
 
@@ -130,27 +129,27 @@ def test_intervals_hold_the_truth_as_often_as_they_say(conversations: int, repea
 def test_double_ratio_takes_out_what_both_runs_and_both_sides_share() -> None:
     rng = np.random.default_rng(4)
     tokens, seconds = np.full(50, 100.0), rng.lognormal(0, 1, 50)
-    before = np.stack([tokens, seconds, tokens, seconds / 2], axis=1)
-    now = np.stack([tokens, 3 * seconds, tokens, 3 * seconds / 1.8], axis=1)
-    names = [str(index) for index in range(50)]
-    assert stats.double_ratio_interval(names, [0] * 50, before, now) == pytest.approx((0.9, 0.9))
-    assert stats.double_ratio_interval(names, [0] * 50, now, before) == pytest.approx((1 / 0.9, 1 / 0.9))
+    before = [np.stack([tokens, each], axis=1) for each in (seconds, seconds / 2)]
+    now = [np.stack([tokens, each], axis=1) for each in (3 * seconds, 3 * seconds / 1.8)]
+    keys = [(str(index), 0, 0) for index in range(50)]
+    assert stats.ratio_interval(keys, *before, *now) == pytest.approx((0.9, 0.9))
+    assert stats.ratio_interval(keys, *now, *before) == pytest.approx((1 / 0.9, 1 / 0.9))
 
 
 def test_double_ratio_of_one_conversation_has_no_interval() -> None:
-    ones = np.ones((3, 4))
-    assert stats.double_ratio_interval(["a"] * 3, [0, 1, 2], ones, ones) is None
+    ones = np.ones((3, 2))
+    assert stats.ratio_interval([("a", 0, repeat) for repeat in range(3)], ones, ones, ones, ones) is None
 
 
 def test_intervals_of_double_ratios_cover_about_as_often_as_they_say() -> None:
     rng = np.random.default_rng(6)
-    names, repeats = [str(index // 2) for index in range(60)], [index % 2 for index in range(60)]
+    keys = [(str(index // 2), 0, index % 2) for index in range(60)]
     hits, trials = 0, 200
     for trial in range(trials):
         shared = np.repeat(rng.lognormal(0, 0.3, 30), 2)
         times = [shared * factor * rng.lognormal(0, 0.05, 60) for factor in (1.0, 0.5, 1.0, 0.55)]
         tokens = np.full(60, 64.0)
-        before, now = (np.stack([tokens, own, tokens, other], axis=1) for own, other in (times[:2], times[2:]))
-        low, high = stats.double_ratio_interval(names, repeats, before, now, resamples=500, seed=trial) or (0, 0)
+        sides = [np.stack([tokens, each], axis=1) for each in times]
+        low, high = stats.ratio_interval(keys, *sides, resamples=500, seed=trial) or (0, 0)
         hits += low <= 0.5 / 0.55 <= high
     assert 0.93 <= hits / trials < 1.0

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.pairing import entry_from
+from spdbench.judge.loaded import load
 from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.metrics.steadiness import find_drift, find_outliers, log_paces, theil_sen
 from spdbench.judge.results.schema import Run
@@ -21,7 +21,7 @@ NUM = 40
 
 
 def flags(runs: Sequence[Run], kind: BackendKind = "autoregressive") -> dict[str, str]:
-    found = entry_from(make_result(runs, make_backend(kind)), "a.json").head.flags
+    found = load(make_result(runs, make_backend(kind)), "a.json").head.flags
     return {flag.name: f"{flag.reason}. {flag.remedy}" for flag in found if flag.name in ("drift", "outliers")}
 
 
@@ -130,9 +130,7 @@ def test_equal_paces_are_steady() -> None:
 def test_compare_shows_both_flags_and_neither_disqualifies() -> None:
     base = [run(i, 20) for i in range(NUM)]
     mine = [run(i, 10 * (1 + 0.2 * i / NUM) * (3 if i == 11 else 1)) for i in range(NUM)]
-    entries = [
-        entry_from(make_result(runs, make_backend(label=name)), name) for name, runs in (("a", base), ("b", mine))
-    ]
+    entries = [load(make_result(runs, make_backend(label=name)), name) for name, runs in (("a", base), ("b", mine))]
     [table] = compare(entries)
     assert {"drift", "outliers"} <= {flag.name for flag in table.rows[1].flags}
     assert table.rows[1].best

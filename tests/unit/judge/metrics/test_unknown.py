@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.comparison.compare import Row, compare
-from spdbench.judge.comparison.pairing import Entry, entry_from
+from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.results.schema import Drafts, Run
 from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
 
@@ -16,13 +16,13 @@ ITL = ("itl_p50_s", "itl_p95_s", "itl_p99_s_macro")
 DRAFTS = ("acceptance_rate", "acceptance_length", "acceptance_by_position", "ideal_speedup", "num_steps", "num_judged")
 
 
-def served(runs: list[Run] | None = None, **fields: Any) -> Entry:
+def served(runs: list[Run] | None = None, **fields: Any) -> LoadedResult:
     made = [make_run(vanilla_steps(30), prompt=f"p{i}") for i in range(NUM)] if runs is None else runs
-    return entry_from(make_result(made, make_backend("draft_verify", **fields)), "served.json")
+    return load(make_result(made, make_backend("draft_verify", **fields)), "served.json")
 
 
-def row_of(entry: Entry) -> Row:
-    base = entry_from(
+def row_of(entry: LoadedResult) -> Row:
+    base = load(
         make_result([make_run(vanilla_steps(30, step_ns=15 * MS), prompt=f"p{i}") for i in range(NUM)]), "vanilla.json"
     )
     [table] = compare([base, entry], base)
@@ -53,7 +53,7 @@ def test_metrics_of_what_is_not_known_are_null_and_the_others_are_not(unknown: s
 def test_acceptance_is_what_the_engine_counted() -> None:
     drafts = [Drafts(rounds=4, judged=9, accepted=6), Drafts(rounds=6, judged=11, accepted=4)]
     runs = [make_run(vanilla_steps(30), prompt=f"p{i}", drafts=drafts[i % 2]) for i in range(8)]
-    overall = served(runs, unknown=["drafts"]).head.summary.overall
+    overall = served(runs, unknown=["drafts"]).metrics
     assert overall["acceptance_length"] == overall["ideal_speedup"] == pytest.approx(1 + 10 / 10)
     assert overall["acceptance_rate"] == pytest.approx(10 / 20)
     assert overall["acceptance_length_ci"] is not None
@@ -62,13 +62,13 @@ def test_acceptance_is_what_the_engine_counted() -> None:
 def test_a_rate_without_every_verdict_is_null_and_the_length_is_not() -> None:
     drafts = [Drafts(rounds=4, judged=9, accepted=6), Drafts(rounds=6, judged=None, accepted=4)]
     runs = [make_run(vanilla_steps(30), prompt=f"p{i}", drafts=drafts[i % 2]) for i in range(8)]
-    overall = served(runs, unknown=["drafts"]).head.summary.overall
+    overall = served(runs, unknown=["drafts"]).metrics
     assert overall["acceptance_rate"] is None
     assert overall["acceptance_length"] == pytest.approx(2)
 
 
 def test_chunks_of_a_server_have_no_acceptance_length_in_any_dialect() -> None:
-    overall = served(unknown=["drafts"]).head.summary.overall
+    overall = served(unknown=["drafts"]).metrics
     assert overall["acceptance_length_sglang"] is None
     assert overall["acceptance_length_vllm"] is None
 

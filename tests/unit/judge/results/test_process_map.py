@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.judge.results import process_map
-from spdbench.judge.results.process_map import FILES_AT_ONCE, share_out
+from spdbench.judge import loaded
+from spdbench.judge.loaded import FILES_AT_ONCE, share_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -24,7 +24,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def _two_cores_for_any_amount(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_map, "WORTHWHILE_BYTES", 1)
+    monkeypatch.setattr(loaded, "WORTHWHILE_BYTES", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 

@@ -6,7 +6,7 @@ import gc
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from spdbench.errors import InputError
-from spdbench.judge.comparison.pairing import entry_from, read_entries
-from spdbench.judge.results import reader
-from spdbench.judge.results.batch import Batch, batch_of
+from spdbench.judge.loaded import read_results
+from spdbench.judge.results import reader, table
 from spdbench.judge.results.json_columns import NotPlain
-from spdbench.judge.results.reader import read_lines, reading, reread
+from spdbench.judge.results.reader import read_lines, read_plain, read_runs, reread
 from spdbench.judge.results.schema import Result, Run, read_result
+from spdbench.judge.results.table import table_from
 from tests.builders import (
     chunk_steps,
+    contents,
     failed_run,
     make_backend,
     make_result,
@@ -64,22 +65,22 @@ def result() -> Result:
     return make_result(RUNS, make_backend("draft_verify"), num_prompts=9)
 
 
-def columns(batches: Sequence[Batch]) -> dict[str, list[Any]]:
-    """All that batches tell of their runs."""
-    names = ("outputs", "num_steps", "t_ns", "emitted", "judged", "accepted", "forwards")
-    found = {name: [value for batch in batches for value in list(getattr(batch, name))] for name in names}
-    empty: dict[str, Any] = {"output_ids": [], "steps": None}
-    return found | {"runs": [run.model_copy(update=empty) for batch in batches for run in batch.runs]}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_tells_what_the_model_tells(tmp_path: Path, result: Result, layout: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(LAYOUTS[layout](result))
-    with reading(path) as file:
-        assert columns(list(file.batches)) == columns([batch_of(read_result(path).runs)])
-        assert file.head() == result.model_copy(update={"runs": []})
-        assert file.start.backend == result.backend
+    head, table = read_runs(path, keep_ids=True)
+    assert contents(table) == contents(table_from(read_result(path).runs, keep_ids=True))
+    assert head == result.model_copy(update={"runs": []})
+
+
+def test_only_the_layout_that_run_writes_is_read_the_quick_way(tmp_path: Path, result: Result) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(LAYOUTS["a line a run"](result))
+    read_plain(path)
+    path.write_bytes(LAYOUTS["tight"](result))
+    with pytest.raises(NotPlain):
+        read_plain(path)
 
 
 def test_a_result_without_runs_is_read(tmp_path: Path) -> None:
@@ -87,17 +88,14 @@ def test_a_result_without_runs_is_read(tmp_path: Path) -> None:
     for number, write in enumerate(LAYOUTS.values()):
         path = tmp_path / f"{number}.json"
         path.write_bytes(write(empty))
-        assert read_entries([path])[0].num_begun == 0
+        assert read_results([path])[0].num_begun == 0
 
 
-@pytest.mark.parametrize("layout", ["a line a run", "tight"])
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_what_is_read_of_a_damaged_file_is_what_the_model_reads(
-    tmp_path: Path, layout: str, data: st.DataObject
-) -> None:
+def test_what_is_read_of_a_damaged_file_is_what_the_model_reads(tmp_path: Path, data: st.DataObject) -> None:
     """One or two bytes changed, dropped or doubled anywhere: nothing is believed that the model would not believe."""
-    text = LAYOUTS[layout](make_result(RUNS[:3], make_backend("draft_verify")))
+    text = by_lines(make_result(RUNS[:3], make_backend("draft_verify")))
     for _ in range(data.draw(st.integers(1, 2))):
         at = data.draw(st.integers(0, len(text) - 1))
         put = data.draw(
@@ -107,13 +105,11 @@ def test_what_is_read_of_a_damaged_file_is_what_the_model_reads(
     path = tmp_path / "a.json"
     path.write_bytes(text)
     try:
-        with reading(path) as file:
-            found = columns(list(file.batches))
-            head = file.head()
+        head, table = read_plain(path, keep_ids=True)
     except NotPlain:
         return
     told = read_result(path)
-    assert found == columns([batch_of(told.runs)])
+    assert contents(table) == contents(table_from(told.runs, keep_ids=True))
     assert head == told.model_copy(update={"runs": []})
 
 
@@ -123,7 +119,7 @@ def test_a_column_of_another_part_of_the_file_is_not_taken_for_a_runs_own(tmp_pa
     for number, write in enumerate(LAYOUTS.values()):
         path = tmp_path / f"{number}.json"
         path.write_bytes(write(odd))
-        assert read_entries([path])[0].runs == entry_from(odd, "odd").runs
+        assert contents(read_runs(path, keep_ids=True)[1]) == contents(table_from(odd.runs, keep_ids=True))
 
 
 @pytest.mark.parametrize(
@@ -150,14 +146,7 @@ def test_what_the_model_refuses_or_reads_in_another_way_is_left_to_it(
     path = tmp_path / "a.json"
     path.write_bytes(text.replace(old, new, 1))
     with pytest.raises(NotPlain):
-        read_all(path)
-
-
-def read_all(path: Path) -> Result:
-    with reading(path) as file:
-        for _ in file.batches:
-            pass
-        return file.head()
+        read_plain(path)
 
 
 def test_a_file_of_lines_is_gone_through_once(tmp_path: Path, result: Result) -> None:
@@ -166,9 +155,9 @@ def test_a_file_of_lines_is_gone_through_once(tmp_path: Path, result: Result) ->
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_bytes, args=[by_lines(result)])
     writer.start()
-    with reading(pipe) as file:
-        assert sum(len(batch.runs) for batch in file.batches) == len(RUNS)
-        assert file.head().flags == result.flags
+    head, table = read_plain(pipe)
+    assert len(table.keys) == len(RUNS)
+    assert head.flags == result.flags
     writer.join()
 
 
@@ -177,12 +166,17 @@ def test_only_a_few_runs_are_in_memory_at_a_time(tmp_path: Path, monkeypatch: py
     path = tmp_path / "a.json"
     path.write_bytes(by_lines(make_result([make_run(prompt=f"p{index}") for index in range(200)])))
     gc.collect()
-    before, most = live_runs(), 0
-    with reading(path) as file:
-        for batch in file.batches:
-            assert len(batch.runs) == 10
-            most = max(most, live_runs() - before)
-    assert 10 <= most <= 20, "this batch, and the one before until its name is bound to this one"
+    before, most = live_runs(), list[int]()
+    original = table.build_table
+
+    def counting(*columns: Any, **more: Any) -> Any:
+        most.append(live_runs() - before)
+        return original(*columns, **more)
+
+    monkeypatch.setattr(reader, "build_table", counting)
+    assert len(read_plain(path)[1].keys) == 200
+    assert len(most) == 20
+    assert max(most) == 10
 
 
 def live_runs() -> int:
@@ -195,20 +189,20 @@ def test_run_that_stands_twice_is_found_in_another_batch(tmp_path: Path, monkeyp
     path = tmp_path / "a.json"
     path.write_bytes(by_lines(twice))
     with pytest.raises(InputError, match=r"runs: entries 0 and 5 are both prompt 'p0', turn 0, repeat 0"):
-        read_entries([path])
+        read_results([path])
 
 
 def test_damage_is_named_as_by_the_model(tmp_path: Path, result: Result) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(by_lines(result).replace(b'"emitted":[1,4,3]', b'"emitted":[1,4]'))
     with pytest.raises(InputError, match=r"a\.json: runs\.0\.steps: columns of different length"):
-        read_entries([path])
+        read_results([path])
 
 
 def test_lines_are_read_like_a_file_and_odd_ones_like_the_model_reads_them() -> None:
     lines = [run.model_dump_json().encode() for run in RUNS]
     odd = [json.dumps(run.model_dump(mode="json"), indent=1).encode() for run in RUNS]
-    assert columns([read_lines(lines)]) == columns([read_lines(odd)]) == columns([batch_of(RUNS)])
+    assert contents(read_lines(lines)) == contents(read_lines(odd)) == contents(table_from(RUNS))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.judge.comparison.pairing import entry_from
+from spdbench.judge.loaded import load
 from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import SCHEMA_FILE, Steps, json_schema, read_result
 from tests.builders import make_result, make_run, write_result
@@ -163,7 +163,7 @@ def test_run_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
 def test_bandwidth_that_no_machine_has_gives_no_roofline_share(bandwidth: Any) -> None:
     result = make_result([make_run()])
     odd = result.model_copy(update={"environment": {"read_bandwidth_bytes_per_s": bandwidth}})
-    share = entry_from(odd, "a.json").head.summary.overall["roofline_share"]
+    share = load(odd, "a.json").metrics["roofline_share"]
     assert share is None or bandwidth is True
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spdbench.judge.metrics.flags import is_degenerate
+from spdbench.judge.results.table import is_degenerate
 from spdbench.training.distill.filters import Overlap, is_loop, is_repetitive, words
 
 

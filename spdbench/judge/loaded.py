@@ -1,0 +1,136 @@
+"""Results in memory: the head of a file, its runs as a table, and the metrics and flags computed from them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeVar
+
+from spdbench.judge.metrics.flags import MADE_FROM_ONE_RESULT, flags_for
+from spdbench.judge.metrics.metrics import Metrics
+from spdbench.judge.results.reader import read_runs
+from spdbench.judge.results.schema import Flag, Result
+from spdbench.judge.results.table import RunTable, table_from
+
+MOST_BYTES_PER_S = 1e18
+"""A read bandwidth above this comes from a damaged file."""
+WORTHWHILE_BYTES = 24 * 2**20
+"""Files of less than this together are read before a second process would have started."""
+MAX_PROCESSES = 8
+FILES_AT_ONCE = 8
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedResult:
+    """One result: the file's `head`, which is all of it but the runs, and the `runs`.
+
+    `metrics` and `flags` are computed anew, whatever summary and flags the head holds.
+    """
+
+    file: str
+    head: Result
+    runs: RunTable
+
+    @property
+    def label(self) -> str:
+        return self.head.backend.label
+
+    @cached_property
+    def devices(self) -> list[str] | None:
+        """What the backend ran on; None if it does not know."""
+        backend = self.head.backend
+        return None if "devices" in backend.unknown else backend.devices
+
+    @cached_property
+    def knows_ids(self) -> bool:
+        """False if an engine gave text without ids."""
+        return "ids" not in self.head.backend.unknown
+
+    @cached_property
+    def num_begun(self) -> int:
+        """Conversations with a run in the file, failed ones included."""
+        return len({prompt for prompt, _, _ in self.runs.keys})
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        bandwidth = self.head.environment.get("read_bandwidth_bytes_per_s")
+        sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
+        return Metrics(self.runs, self.head.backend, bandwidth if sane else None)
+
+    @cached_property
+    def by_category(self) -> dict[str, Metrics]:
+        return self.metrics.by_category()
+
+    @cached_property
+    def flags(self) -> list[Flag]:
+        kept = [flag for flag in self.head.flags if flag.name not in MADE_FROM_ONE_RESULT]
+        return flags_for(self.metrics, self.head.backend, self.head.drafter, self.head.divergence) + kept
+
+    def part(self, category: str) -> LoadedResult:
+        """The runs of one category."""
+        return replace(self, runs=self.runs.part(category))
+
+
+def load(result: Result, file: str) -> LoadedResult:
+    """A result that is in memory already, with all ids."""
+    return LoadedResult(file, result.model_copy(update={"runs": []}), table_from(result.runs, keep_ids=True))
+
+
+def read_results(paths: Sequence[Path], *, keep_ids: bool = False) -> list[LoadedResult]:
+    """The results in `paths`; a file that is named twice is read once. `keep_ids` for those who show ids.
+
+    Raises:
+        InputError: a file cannot be read, or is not a result.
+    """
+    return share_out(partial(_read, keep_ids=keep_ids), paths)
+
+
+def _read(path: Path, *, keep_ids: bool) -> LoadedResult:
+    head, runs = read_runs(path, keep_ids=keep_ids)
+    loaded = LoadedResult(str(path), head, runs)
+    if not keep_ids:
+        _ = loaded.flags  # a comparison shows them: computed here, in parallel where there are several processes
+    return loaded
+
+
+def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]:
+    """`work` done on each of `files`, in their order, and once on a file that is named twice; in several processes
+    where that pays. Raises what the first of them raises."""
+    named: dict[Path, Path] = {}
+    for file in files:
+        named.setdefault(file.resolve(), file)
+    files = list(named.values())
+    processes = _num_processes(files)
+    if processes < 2:
+        return [work(file) for file in files]
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(processes, get_context("fork"), _leave_interrupts_to_the_parent) as pool:
+        return list(pool.map(work, files, chunksize=FILES_AT_ONCE))
+
+
+def _num_processes(files: Sequence[Path]) -> int:
+    """1 where a second one would not pay, or a fork is not safe."""
+    if sys.platform != "linux" or sum(map(_num_bytes, files)) < WORTHWHILE_BYTES:
+        return 1
+    return min(len(os.sched_getaffinity(0)), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
+
+
+def _num_bytes(file: Path) -> int:
+    """0 for a file that is missing: reading it raises the error."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

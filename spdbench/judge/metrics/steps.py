@@ -1,0 +1,132 @@
+"""What steps tell beyond their sums: times between tokens, and verdicts by the position of the draft.
+
+`rows` [R] chooses runs of a table throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.results.table import STEP_COLUMNS, RunTable
+from spdbench.types import BackendKind
+
+NS_PER_S = 1e9
+MAX_TOKENS = np.iinfo(np.uint16).max
+"""Ids in one chunk, as far as percentiles of times between tokens count them."""
+RUNS_AT_ONCE = 1024
+"""Intermediate arrays have 64 bits a step; taking a limited number of runs keeps their memory flat."""
+EMITTED, JUDGED, ACCEPTED = (STEP_COLUMNS.index(name) for name in ("emitted", "judged", "accepted"))
+
+Rows = NDArray[np.bool_]
+
+
+def token_intervals(table: RunTable, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.uint16], NDArray[np.int64]]:
+    """Times between tokens of the chosen runs, end to end.
+
+    A chunk of k ids that comes dt after the chunk before it counts k times dt / k. Steps that commit nothing (a pipe
+    that fills) belong to the chunk that follows them.
+
+    Returns:
+        Seconds [K], the tokens [K] that each of them counts for, and how many of the K are each chosen run's.
+    """
+    steps = np.repeat(rows, table.num_steps)
+    emitted, gaps_ns, num_steps = table.steps[EMITTED, steps], table.gaps_ns[steps], table.num_steps[rows]
+    ends = np.cumsum(num_steps)
+    parts = []
+    for start in range(0, max(len(num_steps), 1), RUNS_AT_ONCE):
+        block = slice(start, start + RUNS_AT_ONCE)
+        first, last = (ends[block.start - 1] if start else 0), ends[block][-1:].sum()
+        parts.append(_intervals_of(num_steps[block], emitted[first:last], gaps_ns[first:last]))
+    seconds, tokens, counts = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return seconds, tokens, counts
+
+
+def _intervals_of(
+    num_steps: NDArray[np.int64], emitted: NDArray[np.integer], gaps_ns: NDArray[np.integer]
+) -> tuple[NDArray[np.float32], NDArray[np.uint16], NDArray[np.int64]]:
+    t_ns = np.cumsum(gaps_ns, dtype=np.int64)  # goes on from run to run, but only differences within one are used
+    chunks = np.flatnonzero(emitted)
+    run = np.repeat(np.arange(len(num_steps)), num_steps)[chunks]
+    later = run[1:] == run[:-1]
+    tokens = emitted[chunks[1:]][later].astype(np.int64)
+    seconds = np.diff(t_ns[chunks])[later] / NS_PER_S / tokens
+    counts = np.bincount(run[1:][later], minlength=len(num_steps))
+    return seconds.astype(np.float32), np.minimum(tokens, MAX_TOKENS).astype(np.uint16), counts
+
+
+def weighted_percentiles(
+    values: NDArray[np.floating], weights: NDArray[np.integer], percents: Sequence[int]
+) -> tuple[float, ...] | None:
+    """Percentiles of `values` [K] as if each occurred `weights` [K] times: the smallest one that covers the share.
+
+    None for no values. The same as numpy's `inverted_cdf` on the repeated values, without repeating them.
+    """
+    if not len(values):
+        return None
+    order = np.argsort(values)
+    covered = weights[order].astype(np.int64)
+    np.cumsum(covered, out=covered)  # in place: with millions of chunks, copies are what costs memory
+    ranks = [-(-percent * int(covered[-1]) // 100) for percent in percents]
+    return tuple(float(value) for value in values[order[np.searchsorted(covered, ranks)]])
+
+
+def percentiles_by_run(
+    values: NDArray[np.floating], weights: NDArray[np.integer], counts: NDArray[np.integer], percents: Sequence[int]
+) -> NDArray[np.float64]:
+    """`weighted_percentiles` of each run by itself, NaN where it has no values: [R, percents].
+
+    The runs' `values` and `weights` [K] lie end to end, `counts` [R] of each.
+    """
+    found = np.full((len(counts), len(percents)), np.nan)
+    has = np.flatnonzero(counts)
+    run_of_value = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((values, run_of_value))
+    covered = np.cumsum(weights[order].astype(np.int64))
+    ends = covered[np.cumsum(counts[has]) - 1]
+    before = np.concatenate(([0], ends[:-1]))
+    for column, percent in enumerate(percents):
+        ranks = before + -(-percent * (ends - before) // 100)
+        found[has, column] = values[order[np.searchsorted(covered, ranks)]]
+    return found
+
+
+def verdicts_by_position(table: RunTable, rows: Rows, kind: BackendKind) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Drafts judged, and drafts accepted, at positions 1, 2, ...: [K] each.
+
+    A draft's position is its depth; in a pipeline, the number of verdicts since the last flush.
+    """
+    chosen = np.repeat(rows, table.num_steps)
+    chosen[(table.ends - table.num_steps)[table.num_steps > 0]] = False  # prefill
+    judged, accepted = table.steps[JUDGED], table.steps[ACCEPTED]
+    if kind == "pipeline":
+        given = np.flatnonzero(chosen & (judged > 0))
+        run = np.repeat(np.arange(len(rows)), table.num_steps)[given]
+        return _verdicts_since_flush(run, accepted[given].astype(np.int64))
+    if kind == "draft_verify":
+        most = int(judged[chosen].max(initial=0))
+        return _reaching(judged[chosen], most), _reaching(accepted[chosen], most)
+    nothing = np.zeros(0, dtype=np.int64)
+    return nothing, nothing
+
+
+def _verdicts_since_flush(
+    run: NDArray[np.int64], accepted: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """From each verdict's run and whether it accepted."""
+    place = np.arange(len(run))
+    after_flush = np.ones(len(run), dtype=np.bool_)
+    after_flush[1:] = (run[1:] != run[:-1]) | (accepted[:-1] == 0)
+    position = place - np.maximum.accumulate(np.where(after_flush, place, 0))
+    size = int(position.max(initial=-1)) + 1
+    accepted_at = np.zeros(size, dtype=np.int64)
+    np.add.at(accepted_at, position, accepted)
+    return np.bincount(position, minlength=size), accepted_at
+
+
+def _reaching(depths: NDArray[np.integer], most: int) -> NDArray[np.int64]:
+    """How many of `depths` are at least 1, at least 2, ..., at least `most`."""
+    counts = np.bincount(depths, minlength=most + 1)
+    return np.cumsum(counts[::-1])[::-1][1:]
