@@ -33,9 +33,9 @@ from benchmarks import sides
 from benchmarks.sides import Goal, Report, Row, milliseconds, ratio, show, spread, take_turns, times
 from benchmarks.workload import MODEL
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
+from spdbench.models.layer_ops import argmax
 from spdbench.models.target import load_target
 
 CONTEXTS = (64, 256, 1024, 2048, 4096)

@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing import get_context
 
 from benchmarks.memory import mapped_bytes, status_bytes
-from spdbench.models.cpu.argmax import argmax
+from spdbench.models.layer_ops import argmax
 from spdbench.pipeline.worker import StageSpec, die_with
 
 

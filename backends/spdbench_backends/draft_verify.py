@@ -89,7 +89,7 @@ class DraftVerify(Drafting["Drafter"]):
     def _forward_between(self) -> Callable[[], object]:
         """A forward of the target of one row. Run between two timed drafts, as in decoding, so that what the drafter
         reads is not in the processor's caches."""
-        from spdbench.models.cpu.argmax import argmax
+        from spdbench.models.layer_ops import argmax
 
         decoder = self._decoder
         cache = decoder.new_cache(1)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import Sampler, draw_rows
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Readback, Tensors, Upload, buckets
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
+from spdbench.models.layer_ops import argmax
 from spdbench.types import GenerationRequest
 
 

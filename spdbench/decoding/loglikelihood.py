@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.layer_ops import argmax
 
 ROWS = 64
 """Rows whose logits are in memory at a time."""

@@ -12,7 +12,7 @@ import random
 import torch
 from torch import Tensor
 
-from spdbench.models.cpu.argmax import argmax
+from spdbench.models.layer_ops import argmax
 from spdbench.types import Sampling
 
 Logits = Tensor | int

@@ -23,7 +23,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree
 from spdbench.decoding.verify import AcceptRule, verify
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.to_device import to_device
+from spdbench.models.torch_utils import to_device
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
 
 

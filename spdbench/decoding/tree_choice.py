@@ -18,8 +18,8 @@ from time import perf_counter
 import torch
 
 from spdbench.decoding.tree import Path
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.layer_ops import argmax
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3

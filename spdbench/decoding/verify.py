@@ -33,8 +33,8 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits, Sampler, draw_rows
 from spdbench.decoding.tree import DraftTree
-from spdbench.models.cpu.argmax import argmax
-from spdbench.models.to_device import to_device
+from spdbench.models.layer_ops import argmax
+from spdbench.models.torch_utils import to_device
 
 
 @dataclass(frozen=True)

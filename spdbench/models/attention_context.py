@@ -1,5 +1,5 @@
-"""Where new rows stand: their positions, whom they see, and the angles they are turned by. Worked out once a forward
-pass, on demand, for all layers. Must not know what is done with it.
+"""The attention context of new rows: their positions, the slots that they see, and their rotary angles. Computed once a
+forward pass, on demand, for all layers.
 
 Shapes: S new rows, T slots, D head size, P positions.
 """
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.models.attention import causal_mask
 from spdbench.models.rotary import Rotary
 
 
@@ -24,7 +23,7 @@ class TreeRows:
 
     `depths_S` says how many positions each row is behind the first slot of the tree. `visible_SW` says which of the
     last W slots it sees: W = S where the whole tree is new, more where older slots belong to it as well. Every slot
-    before those is seen by all.
+    before those is visible to all rows.
     """
 
     depths_S: Tensor
@@ -72,16 +71,18 @@ class AttentionContext:
 
     @cached_property
     def angle_arrays(self) -> Any:
-        """cos and signed sin of all positions so far, as numpy sees them."""
+        """cos and signed sin of all positions so far, as numpy arrays."""
         return self.rotary.arrays(self._end)
 
     @property
     def _end(self) -> int:
-        """More than the greatest position; known without a look at the tree, which is no deeper than it is wide."""
+        """More than the greatest position. Does not read the tree's depths, which may be on a device: a tree is no
+        deeper than it is wide."""
         return self.start + (self.num_rows if self.tree is None else self.tree.visible_SW.shape[1])
 
     def mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
-        """`[S, T]`, true where a row may look, the rows being in the last S slots; None where causality says it all."""
+        """`[S, T]`, true where a row may look, the rows being in the last S slots; None where plain causality is
+        enough."""
         key = (num_slots, window)
         if key not in self._masks:
             self._masks[key] = self._new_mask(num_slots, window, device)
@@ -92,11 +93,12 @@ class AttentionContext:
             return _tree_mask(self.tree, num_slots, window).to(device)
         if self.num_rows == 1 or (self.num_rows == num_slots and (window is None or window >= num_slots)):
             return None
-        return causal_mask(self.num_rows, num_slots, window, device)
+        return _causal_mask(self.num_rows, num_slots, window, device)
 
 
 def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
-    """All slots before the tree's own that are within the window of a row's position, and those it sees of the tree."""
+    """True for slots before the tree that are within the window of a row's position, and for those it sees of the
+    tree."""
     num_rows, width = tree.visible_SW.shape
     before = num_slots - width
     mask = torch.ones(num_rows, num_slots, dtype=torch.bool, device=tree.visible_SW.device)
@@ -105,3 +107,13 @@ def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
         mask &= torch.arange(num_slots, device=mask.device) >= first.clamp(max=before)
     mask[:, before:] = tree.visible_SW
     return mask
+
+
+def _causal_mask(num_rows: int, num_slots: int, window: int | None, device: torch.device) -> Tensor:
+    """`[S, T]`, true where a row may look: not ahead of itself, and not `window` or more slots back."""
+    slots = torch.arange(num_slots, device=device)
+    own = torch.arange(num_slots - num_rows, num_slots, device=device)[:, None]
+    visible = slots <= own
+    if window is not None:
+        visible &= slots > own - window
+    return visible

@@ -1,7 +1,6 @@
 """The target model's forward pass by layer range, with hidden states at chosen depths. Batch 1, no autograd.
 
-Loads the layers it is asked for straight from a checkpoint and computes them; must not know of files, devices' names,
-tokens' text, or what the logits are used for.
+This is the reference: what captured graphs and pipelines compute has to agree with it.
 
 Shapes: S rows, M model width, V vocabulary. Hidden state k is the output of layer k - 1, before the final norm; k = 0
 is the embedding (SPD.md, section 1).
@@ -23,13 +22,12 @@ from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
 from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.cpu.linear import Linear, PackedLinear, can_pack, linear
-from spdbench.models.cpu.memory import return_freed_memory
 from spdbench.models.interface import CancelledForwardError
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
-from spdbench.models.to_device import to_device
+from spdbench.models.torch_utils import return_freed_memory, to_device
 
 DRAFT_HEADS = "medusa_head."
 """How the names of draft heads begin that a Medusa-2 checkpoint carries beside the model, of which they are no part."""
@@ -52,8 +50,7 @@ class Decoder:
 
     @property
     def kernels(self) -> str:
-        """What multiplies and does the rest for few rows: `numba` where weights are packed, else `torch`. Experts are
-        always torch's."""
+        """What computes a few rows: `numba` where weights are packed, else `torch`. Experts are always torch's."""
         if not any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values()):
             return "torch"
         return "numba, experts torch" if any(layer.experts for layer in self.weights.values()) else "numba"
@@ -83,7 +80,7 @@ class Decoder:
         is taken as given when the range begins at layer 0. The new rows are valid in `cache` afterwards.
 
         Raises:
-            CancelledForwardError: `cancelled`, asked before each layer, said so; the cache is as it was.
+            CancelledForwardError: `cancelled`, called before each layer, returned true; the cache is unchanged.
         """
         layers = self.layers if layers is None else layers
         num_rows = hidden_SM.shape[0]
@@ -109,7 +106,7 @@ class Decoder:
         return self.head(self.normed(hidden_SM))
 
     def ids(self, token_ids: Collection[int]) -> Tensor:
-        """Token ids as a tensor where the embedding lives: `[S]`."""
+        """Token ids as a tensor on the embedding's device: `[S]`."""
         return to_device(list(token_ids), self.device)
 
     def new_cache(self, capacity: int, layers: range | None = None) -> KVCache:

@@ -1,7 +1,7 @@
-"""What everyone may ask of a target's layers and of their cache, whoever computes them.
+"""The interface of a target's layers and of their cache.
 
-Two classes fit: our own `decoder.Decoder`, and `standard_layers.HFDecoder` for models that ours does not know.
-This module must know neither.
+Implemented by our own `decoder.Decoder`, by `cuda.captured_decoder.CapturedDecoder` on a GPU, and by
+`hf.decoder.HFDecoder` for models that our own layers do not compute.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -19,7 +19,7 @@ from spdbench.models.checkpoints.config import Sizes
 
 
 class TargetCache(Protocol):
-    """What a range of layers remembers of the tokens that it has seen: `length` slots of `capacity`."""
+    """Keys and values of a range of layers: `length` of `capacity` slots are valid."""
 
     @property
     def length(self) -> int: ...
@@ -31,14 +31,14 @@ class TargetCache(Protocol):
         """A place to roll back to."""
 
     def rollback(self, mark: int) -> None:
-        """Forgets every slot from `mark` on; a no-op where fewer are valid."""
+        """Forgets every slot from `mark` on; does nothing where fewer are valid."""
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
-        """Of the slots from `mark` on keeps those at the rising offsets `chosen` and forgets the others."""
+        """Keeps of the slots from `mark` on those at the rising offsets `chosen`, and forgets the others."""
 
 
 class CancelledForwardError(Exception):
-    """A forward pass was given up because nobody wants its result any more."""
+    """A forward pass was stopped because its result is no longer needed."""
 
 
 class TargetDecoder(Protocol):
@@ -58,7 +58,7 @@ class TargetDecoder(Protocol):
 
     @property
     def kernels(self) -> str:
-        """What does the arithmetic, as results call it."""
+        """The name of the kernels, as in results."""
 
     @property
     def takes_trees(self) -> bool:
@@ -77,13 +77,13 @@ class TargetDecoder(Protocol):
         tree: TreeRows | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), whose `cache` it must be; or a
-        tree's rows from `start` on.
+        """Rows at positions `start`, `start` + 1, ... through `layers` (all by default), to which `cache` must belong;
+        or a tree's rows from `start` on.
 
         Returns the last layer's output `[S, M]` and the hidden states asked for in `hidden_indices`, by index.
 
         Raises:
-            CancelledForwardError: `cancelled`, which may be asked between layers, said so; the cache is as it was.
+            CancelledForwardError: `cancelled`, which is called between layers, returned true; the cache is unchanged.
         """
 
     def logits(self, hidden_SM: Tensor) -> Tensor:

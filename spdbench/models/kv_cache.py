@@ -1,7 +1,12 @@
-"""A preallocated key-value cache with marks and rollback.
+"""A preallocated key-value cache with rollback.
 
 Slots are rows of the cache, in the order of writing; positions are what the rotary embedding was given. For a chain
 they differ by a constant at most; for a tree they do not agree at all. This module knows slots only.
+
+Rollback sets `length` back and touches no memory: slots from `length` on hold numbers of tokens that were rejected; no
+row sees them, and the next rows are written over them. Of a tree only the accepted path stays: `keep` copies it to the
+front of the tree's slots. Keys are stored rotated by their positions, which do not change when a row moves to another
+slot, so nothing is computed again.
 
 Shapes: K kv heads, T slots, S new rows, D head size.
 """
@@ -15,12 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdbench.models.to_device import to_device
-
-
-def array(tensor: Tensor) -> Any:
-    """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not know, as uint16."""
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+from spdbench.models.torch_utils import array, to_device
 
 
 class KVCache:
@@ -47,14 +47,14 @@ class KVCache:
         self._values = torch.empty(shape, dtype=dtype, device=device)
 
     def room(self, layer: int, num_rows: int) -> tuple[int, Any, Any]:
-        """For who writes S new rows by himself: the first free slot, and keys and values of all slots, `[K, capacity,
-        D]` each, as numpy sees them."""
+        """For a kernel that writes S new rows itself: the first free slot, and keys and values of all slots,
+        `[K, capacity, D]` each, as numpy arrays."""
         self._check(num_rows)
         return self.length, *self._arrays[layer - self.layers.start]
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
-        """For who writes by slot, wherever that stands: keys and values of all slots, valid or not, `[K, capacity, D]`
-        each."""
+        """For callers that write to slots of their choice: keys and values of all slots, valid or not,
+        `[K, capacity, D]` each."""
         row = layer - self.layers.start
         return self._keys[row], self._values[row]
 
@@ -80,14 +80,12 @@ class KVCache:
         return self.length
 
     def rollback(self, mark: int) -> None:
-        """Forgets every slot from `mark` on; a no-op where fewer are valid, as in a stage that lags behind."""
+        """Forgets every slot from `mark` on; does nothing where fewer are valid, as in a stage that lags behind."""
         self.length = min(self.length, mark)
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
-        """Of the slots from `mark` on keeps those at the offsets `chosen`, in that order, and forgets the others.
-
-        Offsets must rise. What a tree's accepted path leaves behind; nothing moves where the path stands first.
-        """
+        """Keeps of the slots from `mark` on those at the rising offsets `chosen`, a tree's accepted path, and forgets
+        the others. Nothing is copied where the path comes first already."""
         if list(chosen) != list(range(len(chosen))):
             slots = to_device(chosen, self._keys.device) + mark
             end = mark + len(chosen)

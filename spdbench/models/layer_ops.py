@@ -1,7 +1,8 @@
-"""What a layer does between its products: norms, rotation, the cache, attention, the gate. Two ways, one meaning.
+"""A layer's operations between its matrix products: norms, rotary positions, the cache, attention, the gate.
 
-`TorchOps` serves every device and any number of rows; `CpuOps` a few rows on a CPU, where an operator's call
-costs more than its arithmetic. Must not know of products or of where weights come from.
+`TorchOps` is the reference, for every device and any number of rows. `CpuOps` computes the same with compiled kernels
+for a few rows on a CPU, where the call of a torch operator takes longer than its arithmetic; tests hold it to the
+reference within rounding.
 
 Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, D head size.
 """
@@ -17,12 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 
-from spdbench.models.attention import attend
 from spdbench.models.attention_context import AttentionContext
 from spdbench.models.cpu.worker_pool import Attention, TaskKind, worker_pool
-from spdbench.models.kv_cache import KVCache, array
+from spdbench.models.kv_cache import KVCache
 from spdbench.models.rotary import apply_rotary
+from spdbench.models.torch_utils import array
 
 COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_PAIRS, torch.float32: TaskKind.ATTENTION_FLOATS}
 COMPILED_ROWS = 64
@@ -31,7 +33,7 @@ COMPILED_ROWS = 64
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes that a layer's tensors are cut by."""
+    """How a layer's tensors are cut into heads, and the epsilon of its norms."""
 
     num_heads: int
     num_kv_heads: int
@@ -67,7 +69,7 @@ class HeadNorms:
 
 
 class LayerOps(Protocol):
-    """The steps of a layer, over rows in one attention context."""
+    """The operations of a layer, over rows in one attention context."""
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         """Rows over their root mean square, times the weight: `[S, M]`."""
@@ -81,15 +83,16 @@ class LayerOps(Protocol):
         cache: KVCache,
         layer: int,
     ) -> Tensor:
-        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; the cache takes the rows."""
+        """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; keys and values are written to
+        `cache`, which the caller advances after the last layer."""
 
     def gate(self, both_S2F: Tensor) -> Tensor:
-        """silu(gate) * up, gate standing before up: `[S, F]`."""
+        """silu(gate) * up of rows in which the gate comes before up: `[S, F]`."""
 
 
 @dataclass(frozen=True)
 class TorchOps:
-    """The steps as torch operators."""
+    """The operations as torch operators."""
 
     geometry: Geometry
 
@@ -114,14 +117,14 @@ class TorchOps:
     def rotate_heads(
         self, qkv: Tensor, norms: HeadNorms | None, cos_S1D: Tensor, sin_S1D: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys, normalised and turned by their rows' angles, `[S, H + K, D]`; and values `[S, K, D]`."""
+        """Queries and keys, normalised and rotated by their rows' angles, `[S, H + K, D]`; and values `[S, K, D]`."""
         heads, kv, eps = self.geometry.num_heads, self.geometry.num_kv_heads, self.geometry.norm_eps
         split = qkv.view(qkv.shape[0], heads + 2 * kv, self.geometry.head_dim)
-        turning = split[:, : heads + kv]
+        unrotated = split[:, : heads + kv]
         if norms is not None:
-            queries = rms_norm(turning[:, :heads], norms.query.weight_M, eps)
-            turning = torch.cat((queries, rms_norm(turning[:, heads:], norms.key.weight_M, eps)), dim=1)
-        return apply_rotary(turning, cos_S1D, sin_S1D), split[:, heads + kv :]
+            queries = rms_norm(unrotated[:, :heads], norms.query.weight_M, eps)
+            unrotated = torch.cat((queries, rms_norm(unrotated[:, heads:], norms.key.weight_M, eps)), dim=1)
+        return apply_rotary(unrotated, cos_S1D, sin_S1D), split[:, heads + kv :]
 
     def gate(self, both_S2F: Tensor) -> Tensor:
         gate, up = both_S2F.chunk(2, dim=-1)
@@ -205,16 +208,16 @@ class CpuOps:
 
 
 def ops_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Callable[[int], LayerOps]:
-    """From a number of rows to the steps that serve them best."""
-    torch_steps = TorchOps(geometry)
+    """Returns a function from a number of rows to the operations that are fastest for them."""
+    torch_ops = TorchOps(geometry)
     if not has_cpu_kernels(dtype, device):
-        return lambda _: torch_steps
-    compiled_steps = CpuOps(geometry, dtype)
-    return lambda num_rows: compiled_steps if num_rows <= COMPILED_ROWS else torch_steps
+        return lambda _: torch_ops
+    cpu_ops = CpuOps(geometry, dtype)
+    return lambda num_rows: cpu_ops if num_rows <= COMPILED_ROWS else torch_ops
 
 
 def has_cpu_kernels(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if `CpuOps` can serve: on a CPU, in a dtype it knows, where numba is installed."""
+    """True if `CpuOps` works: on a CPU, in a dtype that it supports, where numba is installed."""
     return device.type == "cpu" and dtype in COMPILED_DTYPES and cpu_kernels() is not None
 
 
@@ -223,9 +226,62 @@ def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
     return functional.rms_norm(rows_SM, weight_M.shape, weight_M, eps)
 
 
+def attend(
+    queries_SHD: Tensor, keys_KTD: Tensor, values_KTD: Tensor, mask_ST: Tensor | None, window: int | None = None
+) -> Tensor:
+    """Attention of the newest S rows over T slots, of which the last S are their own: `[S, H * D]`.
+
+    `mask_ST` is true where a row may look; None for a single row, or where all slots are the rows' own in a chain. With
+    `window` w a row sees itself and the w - 1 slots before it.
+
+    The G = H / K query heads that share a kv head become G rows of it, so that one small product serves them: one row's
+    attention over 1,024 slots takes a sixth of the time that it takes with `enable_gqa` on a CPU.
+    """
+    num_rows, num_heads, head_dim = queries_SHD.shape
+    num_kv, num_slots, _ = keys_KTD.shape
+    if num_rows == 1:
+        if window is not None and num_slots > window:
+            keys_KTD, values_KTD = keys_KTD[:, -window:], values_KTD[:, -window:]
+        folded = queries_SHD.view(1, num_kv, num_heads // num_kv, head_dim)
+        return scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None]).view(1, num_heads * head_dim)
+    if mask_ST is None:
+        out = scaled_dot_product_attention(
+            queries_SHD.transpose(0, 1)[None],
+            keys_KTD[None],
+            values_KTD[None],
+            is_causal=True,
+            enable_gqa=num_heads != num_kv,
+        )
+        return out[0].transpose(0, 1).reshape(num_rows, num_heads * head_dim)
+    group = num_heads // num_kv
+    folded = (
+        queries_SHD.view(num_rows, num_kv, group, head_dim)
+        .permute(1, 2, 0, 3)
+        .reshape(1, num_kv, group * num_rows, head_dim)
+    )
+    out = scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None], attn_mask=mask_ST.repeat(group, 1))
+    return out.view(num_kv, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """The argmax over the last dimension of `[V]` or `[S, V]`; on a CPU the first of several equal ones.
+
+    By a kernel of one thread where there is one: torch's threads, once they are woken for a few rows of a large
+    vocabulary, keep their processors busy for some milliseconds more, and delay the next token's kernels.
+    """
+    if logits.dim() == 0 or logits.dim() > 2 or not has_cpu_kernels(logits.dtype, logits.device):
+        return logits.argmax(dim=-1)
+    kernels = cpu_kernels()
+    assert kernels is not None
+    rows_SV = logits if logits.dim() == 2 else logits[None]
+    ids_S = torch.empty(len(rows_SV), dtype=torch.long)
+    kernels.argmax(array(rows_SV), ids_S.numpy())
+    return ids_S if logits.dim() == 2 else ids_S[0]
+
+
 @cache
 def cpu_kernels() -> ModuleType | None:
-    """The module of compiled functions, if this machine can have them."""
+    """The module `cpu.kernels`; None where numba cannot be used."""
     if worker_pool() is None:
         return None
     try:

@@ -1,7 +1,6 @@
-"""One decoder layer: its weights, and the arithmetic of the llama family over them.
+"""One decoder layer of the llama family: its weights, and its forward pass.
 
-Serves the target's layers and those of draft modules, which are the same kind. Must not know where weights come from,
-how many layers there are, or whose they are.
+Serves the target's layers and those of drafters, which are of the same kind.
 
 Shapes: S rows, M model width, F feed-forward width, E experts.
 """
@@ -33,8 +32,8 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Query, key and value stand in one matrix, gate and up in another; norms only where they exist; either a dense
-    feed-forward or experts."""
+    """Query, key and value are one matrix, gate and up another. Norms are None where the model has none; the
+    feed-forward is either dense or experts."""
 
     input_norm: NormWeight | None
     qkv: Linear
@@ -47,7 +46,7 @@ class LayerWeights:
     window: int | None
 
     def bytes_per_token(self) -> int:
-        """Bytes that one token's forward reads: everything, but of the experts only those it is routed to."""
+        """Bytes that one token's forward pass reads: all weights, but of the experts only those it is routed to."""
         parts = (self.input_norm, self.qkv, self.head_norms, self.out, self.post_norm, self.gate_up, self.down)
         total = sum(part.nbytes for part in parts if part is not None)
         if self.experts is not None:
@@ -77,15 +76,15 @@ def layer_body(
 ) -> Tensor:
     """What follows a layer's input norm: attention over `inputs_SI` and the feed-forward, added to `hidden_SM`.
 
-    Inputs are as wide as the layer's query weights read: M in a decoder, 2M in EAGLE-3's first layer.
+    The inputs' width I is what the query weights read: M in a decoder, 2M in EAGLE-3's first layer.
     """
-    mixed = ops.attention(weights.qkv(inputs_SI), weights.head_norms, weights.window, context, cache, layer)
-    return after_attention(weights, ops, mixed, hidden_SM)
+    attended = ops.attention(weights.qkv(inputs_SI), weights.head_norms, weights.window, context, cache, layer)
+    return after_attention(weights, ops, attended, hidden_SM)
 
 
-def after_attention(weights: LayerWeights, ops: LayerOps, mixed: Tensor, hidden_SM: Tensor) -> Tensor:
-    """The output projection of attention's `mixed` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`."""
-    hidden_SM = weights.out.plus(mixed, hidden_SM)
+def after_attention(weights: LayerWeights, ops: LayerOps, attended: Tensor, hidden_SM: Tensor) -> Tensor:
+    """The output projection of `attended` `[S, H D]`, and the feed-forward, added to `hidden_SM`: `[S, M]`."""
+    hidden_SM = weights.out.plus(attended, hidden_SM)
     normed_SM = ops.norm(hidden_SM, weights.post_norm)
     if weights.experts is not None:
         return hidden_SM + _mixture(weights.experts, normed_SM)
@@ -95,7 +94,7 @@ def after_attention(weights: LayerWeights, ops: LayerOps, mixed: Tensor, hidden_
 
 
 def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
-    """Top-k experts for each row, weighted by the router's softmax. Walks the experts that were chosen, not all."""
+    """Top-k experts for each row, weighted by the router's softmax. Loops over the chosen experts only."""
     scores = linear(normed_SM, experts.router).softmax(dim=-1, dtype=torch.float32)
     weights_SN, chosen_SN = scores.topk(experts.per_token, dim=-1)
     if experts.normalise:

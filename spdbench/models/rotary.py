@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdbench.models.kv_cache import array
+from spdbench.models.torch_utils import array
 
 
 class Rotary:
@@ -27,12 +27,12 @@ class Rotary:
         self._arrays: Any = None
 
     def on(self, device: torch.device) -> Rotary:
-        """The same for another device."""
+        """The same angles on another device."""
         return Rotary(self._frequencies, self._factor, self._dtype, device)
 
     @property
     def plain_base(self) -> float | None:
-        """The base whose powers the angles' speeds are; None if they are scaled in some way."""
+        """The base of the inverse frequencies, rounded to a whole number where it is one; None if they are scaled."""
         pairs = len(self._frequencies)
         if pairs < 2:
             return None
@@ -49,7 +49,7 @@ class Rotary:
         return self._cos_PD, self._sin_PD
 
     def arrays(self, size: int) -> Any:
-        """The same as numpy sees it."""
+        """`tables` as numpy arrays."""
         if size > self._size or self._arrays is None:
             self._arrays = tuple(array(table) for table in self.tables(size))
         return self._arrays
@@ -71,7 +71,7 @@ def plain_frequencies(base: float, head_dim: int) -> Tensor:
 
 
 def apply_rotary(heads_SHD: Tensor, cos_S1D: Tensor, sin_S1D: Tensor) -> Tensor:
-    """Turns each pair (d, d + D/2) of every head by its position's angle; the sines bring the signs along."""
+    """Rotates each pair (d, d + D/2) of every head by its position's angle; the sines carry the signs."""
     num_rows, num_heads, head_dim = heads_SHD.shape
     swapped = heads_SHD.view(num_rows, num_heads, 2, head_dim // 2).flip(2).view(heads_SHD.shape)
     return torch.addcmul(heads_SHD * cos_S1D, swapped, sin_S1D)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.layer_ops import argmax
 from spdbench.models.partition import split_by_cost
-from spdbench.models.timing import median_seconds
+from spdbench.models.torch_utils import median_seconds
 
 CONTEXT = 128
 

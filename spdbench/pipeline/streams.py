@@ -23,7 +23,6 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
 from spdbench.errors import PromptFailedError
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.cuda.captured_function import (
     CapturedFunction,
     CudaGraphs,
@@ -35,6 +34,7 @@ from spdbench.models.cuda.captured_function import (
 )
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
+from spdbench.models.layer_ops import argmax
 from spdbench.pipeline.interface import States
 from spdbench.pipeline.schedule import Cycle, Node
 from spdbench.types import Span

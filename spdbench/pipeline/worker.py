@@ -30,11 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spdbench.models.cpu.argmax import argmax
-from spdbench.models.cpu.memory import return_freed_memory
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
 from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
+from spdbench.models.layer_ops import argmax
 from spdbench.models.target import LayerSource
+from spdbench.models.torch_utils import return_freed_memory
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
 from spdbench.pipeline.transport import (
     DistributedLink,

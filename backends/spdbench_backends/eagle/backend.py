@@ -181,7 +181,7 @@ class Eagle(DraftVerify):
 
     def _draft_seconds(self, builder: TreeBuilder) -> float:
         """Seconds of a draft, timed as it will run: in turn with the target's forwards."""
-        from spdbench.models.timing import median_seconds
+        from spdbench.models.torch_utils import median_seconds
 
         if self._weights is None:
             return 0.0

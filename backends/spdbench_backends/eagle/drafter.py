@@ -16,8 +16,8 @@ from spdbench.decoding.speculate import Features
 from spdbench.decoding.tree import DraftTree, lone_root
 from spdbench.decoding.tree_builder import Candidates, TreeBuilder
 from spdbench.models.attention_context import TreeRows
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.decoder import Decoder
+from spdbench.models.layer_ops import argmax
 from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
 
 

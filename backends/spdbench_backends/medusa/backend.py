@@ -154,7 +154,7 @@ class Medusa(DraftVerify):
         import torch
 
         from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
-        from spdbench.models.timing import median_seconds
+        from spdbench.models.torch_utils import median_seconds
 
         weights, decoder = self._weights, self._decoder
         if weights is None:

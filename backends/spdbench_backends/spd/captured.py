@@ -16,8 +16,8 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
-from spdbench.models.cpu.argmax import argmax
 from spdbench.models.cuda.captured_layers import CapturedLayers
+from spdbench.models.layer_ops import argmax
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.head import DraftModule, HeadWeights

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
-from spdbench.models.timing import median_seconds
-from spdbench.models.to_device import to_device
+from spdbench.models.torch_utils import median_seconds, to_device
 from spdbench_backends.spd.plan import FeaturePlan, Row
 
 

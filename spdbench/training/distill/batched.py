@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.decoder import Decoder
-from spdbench.models.kv_cache import array
 from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, TorchOps, has_cpu_kernels
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
+from spdbench.models.torch_utils import array
 
 ROUND_UP = 64
 """Torch's attention reads a multiple of this many positions, so that its buffers have few sizes."""
@@ -139,7 +139,7 @@ class _TorchAttention:
         keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
         keys_BKTD[self._slots, :, self._lengths] = rotated[:, self._num_heads :]
         values_BKTD[self._slots, :, self._lengths] = new_values_BKD
-        # The G query heads that share a kv head become G rows of one small product, as in `models.attention.attend`.
+        # The G query heads that share a kv head become G rows of one small product, as in `models.layer_ops.attend`.
         queries_BHD, (num_slots, num_kv) = rotated[:, : self._num_heads], keys_BKTD.shape[:2]
         folded = queries_BHD.reshape(num_slots, num_kv, -1, queries_BHD.shape[-1])
         cached = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]

@@ -71,7 +71,7 @@ def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypat
             done.append(name)
         return 1.0
 
-    monkeypatch.setattr("spdbench.models.timing.median_seconds", timed)
+    monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", timed)
     load(target, {}, "random")
     assert done == ["forward", "draft"] * 4
 

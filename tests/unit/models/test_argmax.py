@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spdbench.models.cpu.argmax import argmax
+from spdbench.models.layer_ops import argmax
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from spdbench.models import layer_ops
 from spdbench.models.attention_context import AttentionContext, TreeRows
-from spdbench.models.kv_cache import KVCache, array
+from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import (
     CpuOps,
     Geometry,
@@ -25,6 +25,7 @@ from spdbench.models.layer_ops import (
     rms_norm,
 )
 from spdbench.models.rotary import Rotary
+from spdbench.models.torch_utils import array
 
 compiled = pytest.importorskip("spdbench.models.cpu.compile", reason="numba is not installed")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spdbench.models.timing import median_seconds
+from spdbench.models.torch_utils import median_seconds
 
 
 def test_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     now, durations = [0.0], iter((9.0, 1.0, 2.0))
-    monkeypatch.setattr("spdbench.models.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("spdbench.models.torch_utils.perf_counter", lambda: now[0])
 
     def work() -> None:
         now[0] += next(durations)
@@ -20,7 +20,7 @@ def test_the_median_of_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_comes_between_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now, done = [0.0], list[str]()
-    monkeypatch.setattr("spdbench.models.timing.perf_counter", lambda: now[0])
+    monkeypatch.setattr("spdbench.models.torch_utils.perf_counter", lambda: now[0])
 
     def takes(name: str, seconds: float) -> None:
         done.append(name)

@@ -1,0 +1,63 @@
+"""Small helpers around torch: tensors as numpy arrays, numbers to the device, freed memory, measured times."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def array(tensor: Tensor) -> Any:
+    """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not have, as uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+    """`numbers` on `device`, without waiting for a GPU: a copy out of memory that is not pinned would wait until the
+    GPU had done all its work."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def return_freed_memory() -> None:
+    """Gives memory that was freed back to the system, which the process would otherwise keep (glibc: malloc_trim(3)):
+    converting weights needs a lot for a while."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+@torch.inference_mode()
+def median_seconds(
+    work: Callable[[], object],
+    rounds: int = 8,
+    threads: int | None = None,
+    between: Callable[[], object] = lambda: None,
+) -> float:
+    """Median seconds that `work` takes, with `threads` threads if given.
+
+    `between` runs before each round and is not timed: what work takes depends on what the processor's caches hold.
+    Neither may return before it is done.
+    """
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return median(_seconds(work, between) for _ in range(rounds))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(work: Callable[[], object], between: Callable[[], object]) -> float:
+    between()
+    began = perf_counter()
+    work()
+    return perf_counter() - began
