@@ -40,7 +40,7 @@ def make_steps(
     accepted: Sequence[int] | None = None,
     forwards: Sequence[float] | None = None,
 ) -> Steps:
-    """Steps of equal duration; `emitted` has prefill's entry first, and unnamed columns are vanilla's."""
+    """Steps of equal duration; `emitted` has prefill's entry first, and omitted columns are those of vanilla."""
     zeros = [0] * len(emitted)
     return Steps(
         t_ns=[prefill_ns + index * step_ns for index in range(len(emitted))],
@@ -66,7 +66,7 @@ def chunk_steps(chunks: Sequence[int], *, depth: int = 4, step_ns: int = 10 * MS
 
 
 def pipeline_steps(verdicts: Sequence[bool], num_stages: int, *, step_ns: int = 10 * MS) -> Steps:
-    """A pipeline's cycles up to its last verdict: n - 1 fill it after prefill and after each rejection."""
+    """A pipeline's cycles up to its last verdict; n - 1 of them fill it after prefill and after each rejection."""
     emitted, judged, accepted = [1], [0], [0]
     fill = True
     for verdict in verdicts:
@@ -166,7 +166,7 @@ def make_result(
     template: str | None = "t" * 64,
     num_prompts: int | None = None,
 ) -> Result:
-    """A result, summary and flags included; complete unless `num_prompts` says that more were asked for."""
+    """A result with summary and flags; complete unless `num_prompts` is larger than the number of prompts in `runs`."""
     runs, backend = list(runs), backend or make_backend()
     summary = summarise(runs, backend, READ_BANDWIDTH)
     return Result(

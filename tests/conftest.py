@@ -1,4 +1,4 @@
-"""Shared fixtures: one tiny model for all tests, and a cache that is not the user's."""
+"""Shared fixtures: one tiny model for all tests, and a cache apart from the user's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from spdbench.models.decoder import Decoder
 from tests import tiny
 from tests.stub_hub import StubHub
 
-torch.set_num_threads(1)  # tiny matrices gain nothing from a second one, and lose much where cores are shared
-hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is not a wrong answer
+torch.set_num_threads(1)  # tiny matrices gain nothing from a second thread, and lose much on a busy machine
+hypothesis.settings.register_profile("no deadline", deadline=None)  # slow on a busy machine is not wrong
 hypothesis.settings.load_profile("no deadline")
 
 
@@ -31,14 +31,14 @@ def decoder(tiny_model: Path) -> Decoder:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own."""
+    """A cache folder for one test."""
     monkeypatch.setenv("SPDBENCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
-    """An empty hub on loopback that HF_ENDPOINT names, and a cache of the test's own."""
+    """An empty hub on loopback as HF_ENDPOINT, and a cache for one test."""
     stub = StubHub()
     monkeypatch.setenv("HF_ENDPOINT", stub.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

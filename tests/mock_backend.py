@@ -1,4 +1,4 @@
-"""A backend fed from a list, and the small things that a runner needs around it."""
+"""Backends that yield prepared steps, and the small mocks that a runner needs besides."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Script = Callable[[GenerationRequest], Sequence[Step]]
 
 
 def one_by_one(request: GenerationRequest) -> Sequence[Step]:
-    """Vanilla-like: as many tokens as asked for, each the position's number."""
+    """As vanilla: as many tokens as requested, one a step, numbered from 100."""
     return [Step((100 + i,), 0, 0, 0, 1.0) for i in range(request.max_new_tokens)]
 
 
 class MockBackend:
-    """Yields what `script` says; keeps a log of everything asked of it."""
+    """Yields the steps of `script`; logs every call."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
     kind: ClassVar[BackendKind] = "autoregressive"
@@ -63,7 +63,7 @@ class MockPipeline(MockBackend):
 
 
 class FakeTime:
-    """A clock that only moves when told to; stands in for the module `time` where a request is measured."""
+    """A clock that moves only by `spend`; replaces the module `time` where a request is measured."""
 
     def __init__(self) -> None:
         self.now_ns = 1_000_000_000
@@ -72,16 +72,16 @@ class FakeTime:
         return self.now_ns
 
     def spend(self, ns: int) -> tuple[int, int]:
-        """Lets `ns` pass; from when to when."""
+        """Moves the clock by `ns`; returns its readings before and after."""
         start, self.now_ns = self.now_ns, self.now_ns + ns
         return start, self.now_ns
 
 
 class MockSpans(MockDraftVerify):
-    """Two tokens a step on one lane, with spans, on a clock that stands still in between.
+    """Two tokens a step on one lane, with spans, on a clock that only its own work moves.
 
     After a prefill of 50 ms each step drafts for 20, runs the target for 60, verifies for 10, and spends 5 on the host
-    and 5 on what it does not tell.
+    and 5 without a span.
     """
 
     time: ClassVar[FakeTime] = FakeTime()
@@ -111,7 +111,8 @@ class MockSpans(MockDraftVerify):
 
 
 class MockPipelineSpans(MockSpans):
-    """Three lanes: cycles of 100 ms in which they work for 50, 80 and 60; two cycles fill the pipe, then all give."""
+    """Three lanes: cycles of 100 ms in which they work for 50, 80 and 60; two cycles fill the pipeline, the others each
+    emit a token."""
 
     kind: ClassVar[BackendKind] = "pipeline"
 
@@ -132,7 +133,7 @@ class MockPipelineSpans(MockSpans):
 
 
 class WordChat:
-    """A token a letter; answers are their ids in words."""
+    """A chat with one token a letter; an answer's text is its ids, separated by spaces."""
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(ord(letter) % 50 for message in messages for letter in message["content"])
@@ -142,7 +143,7 @@ class WordChat:
 
 
 class Watcher:
-    """An observer that remembers."""
+    """An observer that keeps what it hears."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, tuple[str, int, int]]] = []

@@ -1,4 +1,4 @@
-"""A server of OpenAI's protocol on loopback that answers from a list, and misbehaves in any way that it is told to."""
+"""A server of OpenAI's protocol on loopback that answers from a list, and has any fault that a test selects."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
@@ -39,13 +40,13 @@ class Refusal(NamedTuple):
 
 
 class StubServer:
-    """Answers `answer`, up to the limit asked for; tells of its tokens what it `offers`.
+    """Answers `answer`, up to the requested limit; reports what it `offers` of its tokens.
 
-    `refusals` are given first, one a request; `refuses` are fields that it refuses to have asked for. `fault` happens
-    after two chunks, where it sends the events that are `inserted`, too. `stated` is what its usage says instead of the
-    truth. `key` and `model` are the only ones it takes. Chunks come `pause_s` apart. `counts_end` if the end of
-    sequence is one of its tokens. `counters` is what it shows to Prometheus. All its requests' bodies are in `asked`,
-    and headers in `headers`.
+    The first requests get `refusals`, one each; `refuses` are fields that it does not accept. `fault` happens after two
+    chunks, where it also sends the events in `inserted`. `stated` replaces the number of tokens in its usage. It
+    accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as a
+    token. `counters` makes its text for Prometheus. `asked` collects the bodies of all requests, `headers` their
+    headers.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -78,7 +79,7 @@ class StubServer:
                 stub.get(self)
 
             def do_POST(self) -> None:
-                with stub.counting():
+                with stub.counted():
                     stub.post(self)
 
             def log_message(self, *_: Any) -> None: ...
@@ -99,20 +100,17 @@ class StubServer:
         self._server.server_close()
         self._thread.join(timeout=10)
 
-    def counting(self) -> Any:
-        stub = self
-
-        class Scope:
-            def __enter__(self) -> None:
-                with stub._lock:
-                    stub._at_once += 1
-                    stub.most_at_once = max(stub.most_at_once, stub._at_once)
-
-            def __exit__(self, *_: object) -> None:
-                with stub._lock:
-                    stub._at_once -= 1
-
-        return Scope()
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts one more request at once."""
+        with self._lock:
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._at_once -= 1
 
     def get(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path == "/v1/models":
@@ -140,18 +138,18 @@ class StubServer:
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         for number, event in enumerate(self.events(handler, body)):
-            if number >= 3 and self.fault is not None and self.misbehave(handler):
-                return None
+            if number >= 3 and self.fault is not None:
+                return self.fail(handler)
             for one in (*(self.inserted if number == 3 else ()), event):
                 self.write(handler, b"data: " + one + b"\n\n")
         self.write(handler, b"")
         return None
 
     def objection(self, handler: BaseHTTPRequestHandler, body: Mapping[str, Any]) -> Refusal | None:
-        """Why it refuses this request, if it does."""
-        said = handler.headers.get("Authorization", "")
-        if self.key is not None and said != f"Bearer {self.key}":
-            return Refusal(401, json.dumps({"error": {"message": f"Incorrect API key provided: {said}"}}))
+        """The refusal of this request, if it is not acceptable."""
+        sent = handler.headers.get("Authorization", "")
+        if self.key is not None and sent != f"Bearer {self.key}":
+            return Refusal(401, json.dumps({"error": {"message": f"Incorrect API key provided: {sent}"}}))
         if body["model"] != self.model:
             return Refusal(404, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}}))
         if isinstance(body.get("prompt"), list) and not self.takes_ids:
@@ -179,20 +177,20 @@ class StubServer:
             if not kept:
                 break
             choice = {"delta": {"content": "".join(kept)}} if chat else {"text": "".join(kept)}
-            told = self.told(body, kept, sent)
+            report = self.report(body, kept, sent)
             sent += len(kept)
             more = {"usage": self.usage(sent)} if self.shows("running_usage", body) else {}
-            yield event({"choices": [choice | told], **more})
+            yield event({"choices": [choice | report], **more})
         finish = "length" if sent == room else "stop"
         ended = self.counts_end and finish == "stop"
-        told = self.told(body, ["</s>"], sent) if ended else {}
-        yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | told]})
+        report = self.report(body, ["</s>"], sent) if ended else {}
+        yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | report]})
         if self.shows("usage", body):
             yield event({"choices": [], "usage": self.usage(sent + ended)})
         yield b"[DONE]"
 
-    def told(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:
-        """What a chunk says of its tokens beside their text."""
+    def report(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:
+        """What a chunk reports of its tokens besides their text."""
         found: dict[str, Any] = {}
         if "ids" in self.offers and body.get("return_token_ids"):
             found["token_ids"] = [2 if token == "</s>" else 100 + first + i for i, token in enumerate(tokens)]
@@ -208,8 +206,8 @@ class StubServer:
         wanted = asked.get("include_usage") if offer == "usage" else asked.get("continuous_usage_stats")
         return bool(offer in self.offers and wanted)
 
-    def misbehave(self, handler: BaseHTTPRequestHandler) -> bool:
-        """True if the answer ends here."""
+    def fail(self, handler: BaseHTTPRequestHandler) -> None:
+        """Ends the answer as `fault` says."""
         if self.fault == "stall":
             self._released.wait(60)
         elif self.fault == "malformed":
@@ -225,7 +223,6 @@ class StubServer:
                 self.write(handler, ENDLESS[self.fault])
         else:
             handler.connection.shutdown(socket.SHUT_RDWR)
-        return True
 
     @staticmethod
     def write(handler: BaseHTTPRequestHandler, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models with a real tokenizer, made on the spot: every family, no download."""
+"""Tiny random models of every family with a real tokenizer, made without any download."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ FOREIGN: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
-"""Architectures that our own layers do not know: learned positions, scaled and projected embeddings, capped scores and
-logits, fused projections, norms behind their layers, experts."""
+"""Architectures that spdbench's own layers do not support: learned positions, scaled and projected embeddings, capped
+scores and logits, fused projections, norms after their layers, experts."""
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 6,
     "hidden_size": 32,
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 
 
 def make_model(folder: Path, family: str = "llama", vocab_size: int = 262, seed: int = 0, **changes: Any) -> Path:
-    """A random model of `family` saved in `folder`, as a user would have it."""
+    """Saves a random model of `family` in `folder`, with the files that a user's model has."""
     config = AutoConfig.for_model(
         family, vocab_size=vocab_size, **{**SIZES, **(EXTRAS | FOREIGN).get(family, {}), **changes}
     )
@@ -79,7 +79,7 @@ def make_model(folder: Path, family: str = "llama", vocab_size: int = 262, seed:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, and `</s>`."""
+    """A tokenizer with one id a byte, and `</s>`."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 

@@ -1,4 +1,4 @@
-"""`spdbench run` in a process of its own, to be stopped at some moment."""
+"""`spdbench run` in a child process that a test stops at a chosen moment."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from pathlib import Path
 
 from tests.cli.run_helpers import write_suite
 
-SECONDS = 120.0  # a guard against hanging, not an expectation
+SECONDS = 120.0  # a limit against hanging, not an expectation
 
 
-def _heed_ctrl_c() -> None:
-    """A shell starts its background jobs with SIGINT ignored, and their children inherit that; these must not."""
+def _react_to_ctrl_c() -> None:
+    """Undoes that a shell starts background jobs with SIGINT ignored, which their children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Process:
-    """`spdbench run` on the tiny model in a process of its own."""
+    """`spdbench run` on the tiny model in a child process."""
 
     def __init__(self, model: Path, folder: Path, *options: str) -> None:
         self.results = folder / "results"
@@ -40,7 +40,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=_heed_ctrl_c,
+            preexec_fn=_react_to_ctrl_c,
         )
 
     def lines(self) -> int:
@@ -54,12 +54,12 @@ class Process:
         return process.returncode, err
 
     def wait_for(self, num_runs: int, process: subprocess.Popen[str]) -> None:
-        """Until so many requests are in the journals."""
+        """Waits until `num_runs` requests are in the journals."""
         deadline = time.monotonic() + SECONDS
         while self.lines() < num_runs and process.poll() is None:
             if time.monotonic() > deadline:
                 process.kill()
-                raise AssertionError(f"it never got that far: {process.communicate()}")
+                raise AssertionError(f"it never finished {num_runs} requests: {process.communicate()}")
             time.sleep(0.005)
 
     def finish(self, *words: str) -> tuple[int, str]:

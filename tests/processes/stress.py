@@ -1,9 +1,8 @@
 """Kills a run again and again, at random moments and places, and resumes it: no finished request may ever be lost.
 
-Why: a test kills where its writer thought of; users' machines do not. Victims are the run itself or one of its stages,
-while they load, read the prompt or decode.
-Regimes: the tests' tiny model, `spd` with two stages beside vanilla, 160 requests; a run that is done makes room for a
-new one.
+Why: a test kills a run only where its author expects a fault. Victims are the run itself or one of its stages, while
+they load, process the prompt or decode.
+Regimes: the tests' tiny model, `spd` with two stages and vanilla, 160 requests; after a complete run a new one starts.
 Output: a line a kill (victim, moment, seconds to the end, requests finished so far), then the sum. Exit code 1 as soon
 as a finished request is lost or changed, a run takes over 10 s to end, or a process outlives it.
 
@@ -28,7 +27,7 @@ from tests import tiny
 from tests.processes.test_stage_faults import SOON, Marked
 
 Finished = dict[tuple[str, str, int, int], str]
-"""Label, prompt, turn and repeat of each request that finished, and what came of it."""
+"""Label, prompt, turn and repeat of each finished request -> its output."""
 
 
 def main() -> None:
@@ -56,11 +55,11 @@ def new_run(model: Path, folder: Path) -> Marked:
 
 
 def one_kill(run: Marked, draw: random.Random, number: int) -> str:
-    """Starts or resumes the run, kills something in it, and says what."""
+    """Starts or resumes the run, kills one of its processes, and returns which."""
     before = finished(run)
     running = run.start(*(["--resume"] if any(run.results.glob("*")) else []))
     if draw.random() < 0.3:
-        time.sleep(draw.uniform(0, 6))  # wherever it is then
+        time.sleep(draw.uniform(0, 6))  # a random moment, often while it loads
     else:
         wanted = len(before) + draw.randint(1, 12)
         deadline = time.monotonic() + 60
@@ -73,7 +72,7 @@ def one_kill(run: Marked, draw: random.Random, number: int) -> str:
     try:
         os.kill(victim[1], signal.SIGKILL)
     except ProcessLookupError:
-        victim = ("nobody: it had just ended", 0)
+        victim = ("none: it had just ended", 0)
     running.communicate(timeout=60)
     took = time.monotonic() - began
     after = finished(run)
@@ -89,7 +88,7 @@ def one_kill(run: Marked, draw: random.Random, number: int) -> str:
 
 
 def finished(run: Marked) -> Finished:
-    """Every request in the journals, or in the results that took their place."""
+    """Every request in the journals, or in the results that replaced them."""
     found: Finished = {}
     for label, journal in zip(("vanilla", "spd"), run.journals, strict=True):
         result = run.results / f"mini__{label}__tiny-llama.json"
@@ -99,7 +98,7 @@ def finished(run: Marked) -> Finished:
 
 
 def requests(file: Path) -> list[tuple[tuple[str, int, int], str]]:
-    """The runs in a journal or a result; a line that is being written does not count."""
+    """The runs in a journal or a result; an incomplete last line does not count."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

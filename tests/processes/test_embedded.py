@@ -1,4 +1,4 @@
-"""End to end on the embedded model: a real chat model, real text, exact outputs."""
+"""End to end on the embedded model, a real chat model: exact outputs, dialled acceptance, sensible text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = 3
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
-    """`quick` on the embedded model, as the README has it but in float32."""
+    """Results of `quick` on the embedded model, as in the README but in float32."""
     if not list((cache_folder() / "models").glob("SmolLM2*")):
         pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
     folder = tmp_path_factory.mktemp("embedded")
@@ -61,6 +61,6 @@ def test_every_requests_cycles_follow_from_its_verdicts(results: dict[str, Resul
 
 
 def test_answers_are_sensible(results: dict[str, Result]) -> None:
-    """A wrong rotary base or a swapped matrix still decodes, but repeats itself within a few words."""
+    """A model with a wrong rotary base or a swapped matrix still decodes, but soon repeats itself."""
     for run in results["vanilla"].runs:
         assert len(set(run.output_ids)) > len(run.output_ids) // 3

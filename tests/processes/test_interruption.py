@@ -1,4 +1,4 @@
-"""Real processes, really killed: nothing finished is lost, and nothing is done twice."""
+"""Runs that are killed and resumed: no finished request is lost, and none is measured twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_killed_and_resumed_every_prompt_is_there_once(process: Process) -> None
     assert not list(process.results.glob("*.jsonl"))
 
 
-def test_interrupted_the_part_that_is_there_becomes_a_result(process: Process) -> None:
+def test_an_interrupted_run_leaves_what_is_finished_as_a_result(process: Process) -> None:
     code, err = process.stop_after(6, signal.SIGINT)
     assert code == 130
     assert "Traceback" not in err
@@ -69,7 +69,7 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(process: Pro
     before = [path.read_bytes() for path in process.journals]
     code, err = process.finish("--resume", "--max-new-tokens", "9")
     assert code == 2
-    assert "--resume: max_new_tokens is 9" in err
+    assert "max_new_tokens 40, now 9" in err
     assert "Traceback" not in err
     assert [path.read_bytes() for path in process.journals] == before
 
@@ -78,7 +78,7 @@ def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
     first = process.start()
     try:
         process.wait_for(1, first)
-        first.send_signal(signal.SIGSTOP)  # else it may be done before the other has begun
+        first.send_signal(signal.SIGSTOP)  # otherwise it may end before the other starts
         code, err = process.finish()
     finally:
         first.kill()
@@ -87,14 +87,14 @@ def test_two_runs_on_the_same_files_do_not_mix(process: Process) -> None:
     assert "another run is writing this now" in err
 
 
-def test_sigterm_is_a_ctrl_c_from_somebody_else(process: Process) -> None:
+def test_sigterm_ends_a_run_as_ctrl_c_does(process: Process) -> None:
     code, err = process.stop_after(6, signal.SIGTERM)
     assert code == 143
     assert "Traceback" not in err
     assert read_result(process.results / "mini__vanilla__tiny-llama.json").runs
 
 
-def test_an_impatient_ctrl_c_does_not_cut_the_last_words_short(process: Process) -> None:
+def test_repeated_ctrl_c_does_not_cut_the_result_short(process: Process) -> None:
     running = process.start()
     process.wait_for(6, running)
     for _ in range(5):

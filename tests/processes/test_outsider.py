@@ -1,4 +1,4 @@
-"""A backend from somebody else's package: installed beside spdbench, found, listed and run like a built-in one."""
+"""A backend from a third-party package: installed next to spdbench, found, listed and run like a built-in one."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ decoding: {max_new_tokens: 12}
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the outsider's package installed in it."""
+    """A folder in which the third-party package is installed."""
     return install("outsider", tmp_path_factory.mktemp("outsider"))
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a package installed in it that cannot be imported."""
+    """A folder in which a package is installed that cannot be imported."""
     return install("broken_outsider", tmp_path_factory.mktemp("broken"))
 
 
 def install(package: str, work: Path) -> Path:
-    source = shutil.copytree(FIXTURES / package, work / "source")  # building leaves traces in the source folder
+    source = shutil.copytree(FIXTURES / package, work / "source")  # building writes into the source folder
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(work / "site"), str(source)], check=True, capture_output=True)
     return work / "site"
@@ -105,7 +105,11 @@ def test_outsiders_wrong_option_is_the_users_mistake(site: Path, tmp_path: Path,
 
 def test_outsiders_backend_is_held_to_the_same_tests_as_those_that_ship(site: Path) -> None:
     pytest_ = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance"]
-    env = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}  # two threads on a tiny model only wait
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(site),
+        "OMP_NUM_THREADS": "1",
+    }  # a tiny model gains nothing from a second thread
     done = subprocess.run([*pytest_, "-k", "outsider"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout

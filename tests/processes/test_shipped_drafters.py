@@ -1,4 +1,4 @@
-"""The drafters that ship: found by `--drafter auto`, whole, small, and better than chance on answers of their model."""
+"""The shipped drafters: found by `--drafter auto`, complete, small, and better than chance on their model's answers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_all_are_there_and_small() -> None:
+def test_all_are_present_and_small() -> None:
     assert drafter_folders()[-1] == SHIPPED
     assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd-2", "spd-3"]
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MOST_BYTES
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_each_tells_where_it_comes_from(folder: Path) -> None:
+def test_each_names_its_model_data_and_training(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     first, *steps = log_of(folder)
     assert config["model_sha256"] == first["model_sha256"]
@@ -71,7 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("label", LABELS[1:])
-def test_auto_finds_it_and_it_drafts_what_the_model_says(results: dict[str, Result], label: str) -> None:
+def test_auto_finds_it_and_its_drafts_are_accepted(results: dict[str, Result], label: str) -> None:
     result = results[label]
     assert result.drafter is not None
     assert not result.drafter.synthetic

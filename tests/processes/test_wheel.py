@@ -1,4 +1,4 @@
-"""The built wheel, away from the checkout: from an empty folder, with nothing of the source tree on the path."""
+"""The built wheel, used from an empty folder with nothing of the source tree on the path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCES = ("spdbench", "backends", "suites", "pyproject.toml", "README.md", "LIC
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources: building leaves traces."""
+    """The wheel, built from a copy of the sources, since building writes into their folder."""
     work = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -35,13 +35,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(wheel: Path) -> Path:
-    """An empty folder with an environment next to it that holds the wheel and sees this one's dependencies."""
+    """An empty folder; next to it an environment with the wheel, which sees this environment's dependencies."""
     where = wheel.parent / "venv"
     venv.create(where, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(where / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
     [site] = where.glob("lib/python*/site-packages")
-    # Paths in a .pth are added, but a .pth in an added folder is not read: the checkout's editable finder stays out.
+    # Python adds paths in a .pth file, but reads no .pth file in an added folder, so the checkout is not on the path.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     empty = wheel.parent / "empty"
     empty.mkdir()

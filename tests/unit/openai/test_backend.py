@@ -582,8 +582,8 @@ def test_a_server_without_counters_has_no_acceptance(backend: Make) -> None:
 
 def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer, backend: Make) -> None:
     server.offers = {"ids", "running_usage", "usage"}
-    told = server.told
-    server.told = lambda body, tokens, first: told(body, ["x"] * first + list(tokens), 0)  # type: ignore[method-assign]
+    report = server.report
+    server.report = lambda body, tokens, first: report(body, ["x"] * first + list(tokens), 0)  # type: ignore[method-assign]
     made = loaded(backend())
     assert "usage, told with each chunk" in made.describe().chosen["tokens"]
     assert run(made).steps.emitted == [1, 2, 1, 3, 1]
