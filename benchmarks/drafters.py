@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from spdbench.cli.train_progress import TrainingProgress
+from spdbench.cli.progress import TrainingProgress
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat

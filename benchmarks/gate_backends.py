@@ -46,7 +46,7 @@ class SlowerSPD(SPD):
     def load(self) -> None:
         share = cast(SlowerOptions, self._options).slower_by
         target = cast("Target", SlowTarget(self._context.target, share))
-        self._context = replace(self._context, target=target)
+        self._context = replace(self._context, model=target)
         super().load()
 
 

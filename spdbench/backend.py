@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,16 +35,33 @@ class BackendOptions(BaseModel):
 class BackendContext:
     """What a run gives to each of its backends.
 
-    `target` is one object for all backends of a run and loads its weights at the first touch. `drafter` is the user's
-    words (`auto`, a path, `oracle:0.8`, ...), `seed` the run's. `devices` are names such as `cpu` or `cuda:0`.
+    `model` is one object for all backends of a run and loads its weights at first use; None where only a server has the
+    model. `drafter` is what the user gave (`auto`, a path, `oracle:0.8`, ...), `seed` the run's. `devices` are names
+    such as `cpu` or `cuda:0`.
     """
 
     label: str
-    target: Target
+    model: Target | None
     drafter: str
     devices: tuple[str, ...]
     threads: int
     seed: int
+
+    @property
+    def target(self) -> Target:
+        """The model, for backends that decode with it.
+
+        Raises:
+            InputError: only its server has the model.
+        """
+        if self.model is None:
+            raise InputError(f"-b {self.label}: needs a model that can be loaded here; name it with -m")
+        return self.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where only its server has the model."""
+        return None if self.model is None else self.model.tokenizer
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import CALIBRATION, result_paths, write_file, write_stdout
-from spdbench.cli.quantities import Percent
+from spdbench.cli.options import Percent
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:

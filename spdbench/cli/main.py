@@ -1,7 +1,6 @@
-"""The `spdbench` command: which commands there are, and what each way of ending means to the shell.
+"""The `spdbench` command: its commands, and the exit code of each way in which one ends.
 
-Commands are imported when they are called, so that `--help` needs click and nothing else. Must not know what any of
-them does.
+Commands are imported when they are called, so that `--help` needs click and nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple
 import click
 
 from spdbench import __version__
-from spdbench.cli.interrupts import Terminated
+from spdbench.cli.terminal import Terminated
 from spdbench.errors import FULL, InputError, SpdbenchError, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -25,23 +24,23 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
 
 
 class LazyCommand(NamedTuple):
-    """A command by the module that holds it as `command`; `help` is that command's own short help."""
+    """A command by where it is defined, `MODULE` as `command` or `MODULE:NAME`; `help` is its own short help."""
 
-    module: str
+    place: str
     help: str
 
 
 COMMANDS = {
-    "run": LazyCommand("spdbench.cli.run", "Measure backends on a suite and compare them."),
-    "train": LazyCommand("spdbench.cli.train", "Train a drafter on conversations."),
+    "run": LazyCommand("spdbench.cli.run.command", "Measure backends on a suite and compare them."),
+    "train": LazyCommand("spdbench.cli.train.command", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
-    "distill": LazyCommand("spdbench.cli.distill", "Let the target write training data by itself."),
-    "eval": LazyCommand("spdbench.cli.eval", "Score backends on lm-eval's tasks."),
-    "lm-eval": LazyCommand("spdbench.cli.lm_eval", "lm-eval's own command line, with our backends."),
-    "backends": LazyCommand("spdbench.cli.backends", "List installed backends and their options."),
-    "suites": LazyCommand("spdbench.cli.suites", "List the suites that come with spdbench."),
-    "env": LazyCommand("spdbench.cli.env", "Show what results record about this machine."),
+    "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),
+    "eval": LazyCommand("spdbench.cli.evaluate.eval", "Score backends on lm-eval's tasks."),
+    "lm-eval": LazyCommand("spdbench.cli.evaluate.lm_eval", "lm-eval's own command line, with our backends."),
+    "backends": LazyCommand("spdbench.cli.listings:backends", "List installed backends and their options."),
+    "suites": LazyCommand("spdbench.cli.listings:suites", "List the suites that come with spdbench."),
+    "env": LazyCommand("spdbench.cli.listings:env", "Show what results record about this machine."),
 }
 
 
@@ -54,7 +53,8 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name].module).command
+        module, _, name = COMMANDS[cmd_name].place.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name or "command")
         return command
 
     def resolve_command(
@@ -86,7 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(args: Sequence[str]) -> int:
-    """Runs one command line and returns its exit code. What is nobody's mistake but ours escapes as it is."""
+    """Runs one command line and returns its exit code. An exception that is a bug escapes as it is."""
     try:
         code = _invoke(list(args))
         sys.stdout.flush()
@@ -112,7 +112,7 @@ def run(args: Sequence[str]) -> int:
 
 
 def _invoke(args: list[str]) -> int:
-    # Not spdbench.main(): click would answer interrupts and broken pipes in its own way.
+    # Not spdbench.main(): click would handle interrupts and broken pipes in its own way.
     try:
         with spdbench.make_context("spdbench", args) as context:
             spdbench.invoke(context)
@@ -122,5 +122,5 @@ def _invoke(args: list[str]) -> int:
 
 
 def _silence_stdout() -> None:
-    """Nobody reads stdout any more; without this, Python's last flush at exit would complain about it."""
+    """Replaces a stdout that cannot be written, about which Python's last flush at exit would complain."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

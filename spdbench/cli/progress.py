@@ -1,24 +1,75 @@
-"""Progress on stderr: a live bar on a terminal, plain lines elsewhere.
+"""Progress on stderr: one line that is redrawn on a terminal, a line now and then elsewhere.
 
-Must not decide anything, nor do anything while a request is being timed: the bar is drawn between requests, by no
-thread of its own.
+Drawn by the thread that reports, between requests, so that nothing is drawn while a request is timed.
 """
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
 import time
 from collections import defaultdict
-from types import TracebackType
-from typing import Protocol, Self
+from collections.abc import Sequence
+from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from spdbench.cli.terminal import CLEAR, say
 from spdbench.judge.results.schema import Run
 
-SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_DRAWINGS = 0.25
+BAR_WIDTH = 20
+SMOOTHING = 0.95
+"""Weight of the past in the training loss that is shown."""
+
+
+class Progress:
+    """A context in which the state of something long is shown. `done` of `total` units are finished at its start."""
+
+    def __init__(self, total: float = 1.0, done: float = 0.0) -> None:
+        self._live = sys.stderr.isatty()
+        self._total, self._first, self._done = total, done, done
+        self._started = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+
+    @property
+    def seconds(self) -> float:
+        """Since the start; more than 0."""
+        return max(time.monotonic() - self._started, 1e-9)
+
+    @property
+    def left(self) -> str:
+        """`about 12 s left`, at the speed so far; empty before anything is done and at the end."""
+        done = self._done - self._first
+        return (
+            duration_left(self.seconds / done * (self._total - self._done)) if done and self._done < self._total else ""
+        )
+
+    def show(self, done: float, words: str, *, last: bool = False) -> None:
+        """Shows `words`, if it is time or `last`."""
+        self._done = done
+        now = time.monotonic()
+        pause = SECONDS_BETWEEN_DRAWINGS if self._live else SECONDS_BETWEEN_LINES
+        if now - self._last < pause and not (last and not self._live):
+            return
+        self._last = now
+        if self._live:
+            full = round(BAR_WIDTH * min(1.0, done / self._total))
+            line = f"{'━' * full}{'─' * (BAR_WIDTH - full)} {words}"
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps could not be cleared
+            print(f"{CLEAR}{line[:width]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(words, file=sys.stderr, flush=True)
+
+
+def duration_left(seconds: float) -> str:
+    return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
 
 class _Totals:
@@ -39,91 +90,53 @@ class _Totals:
         return f"{speed}, {self.accepted / self.judged:.0%} accepted" if self.judged else speed
 
 
-class ProgressReport(Protocol):
-    """A context in which finished requests are shown."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def finished(self, label: str, run: Run) -> None: ...
-    def crashed(self, label: str, run: Run, trace: str) -> None: ...
-
-
-def progress_report(total: int, done: int) -> ProgressReport:
-    """For `total` requests of which `done` are behind us."""
-    console = Console(stderr=True)
-    return LiveBar(console, total, done) if console.is_terminal else PlainLines(total, done)
-
-
-class LiveBar:
-    """A bar with time left and each label's speed and acceptance so far."""
-
-    def __init__(self, console: Console, total: int, done: int) -> None:
-        self._progress = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
-            console=console,
-            transient=True,
-            auto_refresh=False,  # a thread that draws takes 0.7 % of a core, from what is measured
-        )
-        self._task = self._progress.add_task("starting", total=total, completed=done)
-        self._last_drawing = time.monotonic()
-        self._totals: dict[str, _Totals] = defaultdict(_Totals)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def finished(self, label: str, run: Run) -> None:
-        self._totals[label].add(run)
-        words = "  ".join(f"{name} {totals}" for name, totals in self._totals.items())
-        now = time.monotonic()
-        due = now - self._last_drawing >= SECONDS_BETWEEN_DRAWINGS
-        self._progress.update(self._task, advance=1, description=words, refresh=due)
-        if due:
-            self._last_drawing = now
-
-    def crashed(self, label: str, run: Run, trace: str) -> None:
-        self._progress.console.print(
-            f"{label} failed on prompt {run.prompt_id}:\n{trace}", markup=False, highlight=False
-        )
-
-
-class PlainLines:
-    """A line now and then, for logs and pipes."""
+class RunProgress(Progress):
+    """Requests finished, with each label's speed and acceptance so far."""
 
     def __init__(self, total: int, done: int) -> None:
-        self._total, self._done = total, done
-        self._started, self._first = time.monotonic(), done
-        self._last_line = self._started
+        super().__init__(total, done)
         self._totals: dict[str, _Totals] = defaultdict(_Totals)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
     def finished(self, label: str, run: Run) -> None:
         self._totals[label].add(run)
         self._done += 1
-        now = time.monotonic()
-        if now - self._last_line < SECONDS_BETWEEN_LINES and self._done < self._total:
-            return
-        self._last_line = now
-        left = (now - self._started) / (self._done - self._first) * (self._total - self._done)
-        words = "; ".join(f"{name} {totals}" for name, totals in self._totals.items())
-        print(f"{self._done}/{self._total} requests, about {left:.0f} s left: {words}", file=sys.stderr, flush=True)
+        count = f"{self._done:.0f}/{self._total:.0f} requests"
+        labels = "; ".join(f"{name} {totals}" for name, totals in self._totals.items())
+        words = f"{', '.join(filter(None, [count, self.left]))}: {labels}"
+        self.show(self._done, words, last=self._done == self._total)
 
     def crashed(self, label: str, run: Run, trace: str) -> None:
-        print(f"{label} failed on prompt {run.prompt_id}:\n{trace}", file=sys.stderr, flush=True)
+        say(f"{label} failed on prompt {run.prompt_id}:\n{trace}")
+
+
+class DataProgress(Progress):
+    """Tokens of training data kept out of `total`, with speed, share dropped and time left."""
+
+    def update(self, kept: int, written: int, conversations: int, dropped: int) -> None:
+        self.show(kept, self.words(kept, written, conversations, dropped))
+
+    def words(self, kept: int, written: int, conversations: int, dropped: int) -> str:
+        """Tokens kept in all, tokens generated since the start, conversations kept and dropped, time left."""
+        self._done = kept
+        parts = (
+            f"{kept:,}/{self._total:,} tokens kept in {conversations:,} conversations, {dropped:,} dropped",
+            f"{(kept - self._first) / self.seconds:.0f} tok/s kept, {written / self.seconds:.0f} generated",
+            self.left,
+        )
+        return "; ".join(filter(None, parts))
+
+
+class TrainingProgress(Progress):
+    """Loss, held-out acceptance and time left of a training run."""
+
+    _loss: float | None = None
+
+    def step(self, step: int, loss: float, acceptance: float, progress: float, left_s: float) -> None:
+        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        left = "" if math.isnan(left_s) else f", {duration_left(left_s)}"
+        words = f"step {step} ({progress:.0%}): loss {self._loss:.3f}, held-out acceptance {acceptance:.1%}{left}"
+        self.show(progress, words)
+
+    def evaluated(self, step: int, rates: Sequence[float], best: bool) -> None:
+        words = ", ".join(f"{rate:.1%}" for rate in rates)
+        say(f"step {step}: held-out acceptance {words}{' (best so far)' if best else ''}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from spdbench.cli.distill_run import new_slots
+from spdbench.cli.distill.filling import new_slots
 from spdbench.models.decoder import Decoder
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training.conversations import read_conversations
@@ -89,7 +89,7 @@ def test_interrupted_run_keeps_what_is_finished_and_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(DataFile, "add", stop_after_two)
-        patched.setattr("spdbench.cli.distill_run.ignore_from_now_on", lambda: None)
+        patched.setattr("spdbench.cli.distill.filling.ignore_from_now_on", lambda: None)
         said = distill(tiny_model, out)
     assert said.code == 130
     assert "the same command goes on from there" in said.err
@@ -146,7 +146,7 @@ def test_half_a_surrogate_pair_in_a_turn_is_named_by_its_line(tiny_model: Path, 
 def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
     tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spdbench.cli.distill_run.HOPELESS", 3)
+    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 3)
     prompts = write_prompts(tmp_path / "p.jsonl", *[{"turns": ["Say one."]}] * 7)
     for _ in range(2):
         said = distill(tiny_model, out, "--prompts", prompts, tokens=10_000)
@@ -160,7 +160,7 @@ def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
 def test_prompts_that_are_all_of_a_suite_end_with_their_number(
     tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spdbench.cli.distill_run.HOPELESS", 3)
+    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 3)
     mine = write_prompts(tmp_path / "mine.jsonl", {"turns": ["Name the seven colours of a rainbow in order, please."]})
     five = write_prompts(tmp_path / "five.jsonl", *[{"turns": ["Name the seven colours of a rainbow in order!"]}] * 5)
     said = distill(tiny_model, out, "--prompts", five, "--exclude", mine, tokens=10_000)
@@ -304,7 +304,7 @@ def test_model_that_writes_nothing_of_worth_ends_with_the_reasons(
     tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ChatFormat, "decode", lambda *_: "\ufffd")
-    monkeypatch.setattr("spdbench.cli.distill_run.HOPELESS", 5)
+    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 5)
     said = distill(tiny_model, out)
     assert said.code == 1
     assert "5 conversations in a row were dropped: " in said.err

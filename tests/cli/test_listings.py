@@ -14,7 +14,7 @@ from pydantic import Field
 
 from spdbench import __version__
 from spdbench.backend import BackendOptions
-from spdbench.cli import backends, env, suites
+from spdbench.cli.listings import backends, env, suites
 from spdbench.measure import environment as measured
 from spdbench.prompts.suite import shipped_suites
 
@@ -61,7 +61,7 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_backends_lists_what_ships_with_every_option() -> None:
-    text = stdout(backends.command)
+    text = stdout(backends)
     assert "vanilla  autoregressive" in text
     assert "spd  pipeline" in text
     assert "-o spd.stages=int  [default none]" in text
@@ -69,13 +69,13 @@ def test_backends_lists_what_ships_with_every_option() -> None:
 
 
 def test_backends_can_be_asked_for_one() -> None:
-    text = stdout(backends.command, "vanilla")
+    text = stdout(backends, "vanilla")
     assert "vanilla" in text
     assert "spd.stages" not in text
 
 
 def test_backends_as_json_says_the_same() -> None:
-    found = {listing["name"]: listing for listing in json.loads(stdout(backends.command, "--json"))}
+    found = {listing["name"]: listing for listing in json.loads(stdout(backends, "--json"))}
     assert {"spd", "vanilla"} <= found.keys()
     assert found["spd"]["kind"] == "pipeline"
     assert found["spd"]["error"] is None
@@ -100,19 +100,19 @@ def test_backends_as_json_says_the_same() -> None:
     ],
 )
 def test_options_are_shown_as_they_would_be_typed(line: str) -> None:
-    assert f"    {line}\n" in stdout(backends.command, "odd")
+    assert f"    {line}\n" in stdout(backends, "odd")
 
 
 @pytest.mark.usefixtures("odd")
 def test_a_backend_that_cannot_be_imported_is_listed_with_its_reason() -> None:
-    text = stdout(backends.command)
+    text = stdout(backends)
     assert "gone  cannot be used" in text
     assert "ModuleNotFoundError" in text
     assert "odd  draft_verify" in text
     assert longest_line(text) <= WIDTH
 
 
-@pytest.mark.parametrize("command", [backends.command, suites.command], ids=["backends", "suites"])
+@pytest.mark.parametrize("command", [backends, suites], ids=["backends", "suites"])
 def test_listings_fit_an_80_column_terminal(command: Any) -> None:
     assert longest_line(stdout(command)) <= WIDTH
 
@@ -122,7 +122,7 @@ def longest_line(text: str) -> int:
 
 
 def test_suites_lists_what_ships_with_its_sources() -> None:
-    text = stdout(suites.command)
+    text = stdout(suites)
     for name in shipped_suites():
         assert any(line.split("  ")[0] == name for line in text.splitlines()), name
     assert "from hub openai/gsm8k" in text
@@ -130,7 +130,7 @@ def test_suites_lists_what_ships_with_its_sources() -> None:
 
 
 def test_suites_as_json_says_the_same() -> None:
-    found = {suite["name"]: suite for suite in json.loads(stdout(suites.command, "--json"))}
+    found = {suite["name"]: suite for suite in json.loads(stdout(suites, "--json"))}
     assert found.keys() == {"quick", "mtbench", "gsm8k", "humaneval"}
     assert found["quick"]["num_prompts"] >= 24
     assert found["mtbench"]["num_prompts"] is None
@@ -145,7 +145,7 @@ def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_probe")
 def test_env_as_json_is_what_a_result_holds() -> None:
-    found = json.loads(stdout(env.command, "--json"))
+    found = json.loads(stdout(env, "--json"))
     assert found["spdbench"]["version"] == __version__
     assert len(found["environment"]["fingerprint"]) == 16
     assert found["environment"]["versions"]["torch"]
@@ -153,7 +153,7 @@ def test_env_as_json_is_what_a_result_holds() -> None:
 
 @pytest.mark.usefixtures("small_probe")
 def test_env_is_one_fact_a_line() -> None:
-    lines = stdout(env.command).splitlines()
+    lines = stdout(env).splitlines()
     assert all(": " in line for line in lines)
     names = [line.partition(":")[0] for line in lines]
     assert names[0] == "spdbench"
@@ -165,4 +165,4 @@ def test_env_is_one_fact_a_line() -> None:
 def test_a_suite_of_ones_own_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.yaml").write_text(textwrap.dedent("name: own\nversion: 1\n"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert "own" not in {suite["name"] for suite in json.loads(stdout(suites.command, "--json"))}
+    assert "own" not in {suite["name"] for suite in json.loads(stdout(suites, "--json"))}

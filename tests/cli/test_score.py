@@ -10,7 +10,6 @@ import pytest
 from spdbench.errors import NotRunError
 from spdbench.judge.results.schema import Result, read_result
 from spdbench.judge.score import Scorer
-from spdbench.measure import sandbox
 from tests.cli.run_helpers import Said, spdbench, write_suite
 
 SUMS = [{"id": f"s{i}", "category": "maths", "turns": [f"Say {i}."], "reference": str(i)} for i in range(3)]
@@ -78,7 +77,7 @@ def test_code_that_could_not_be_run_is_left_unscored_with_a_note(run: Runs, monk
     def fail(_: str) -> bool:
         raise NotRunError("Python does not start")
 
-    monkeypatch.setattr(sandbox, "passes", fail)
+    monkeypatch.setattr("spdbench.cli.run.command.passes", fail)
     said = run(CODE, "humaneval", "-b", "vanilla", "--allow-code-execution")
     assert said.code == 0, said.err
     assert "NOTE: an answer has no score: Python does not start" in said.err

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import claim, distill, generate, llamacpp, memory, scaling, sides
 from benchmarks.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
 from benchmarks.workload import Decoded, common_prefix
-from spdbench.cli.distill import command as distill_command
+from spdbench.cli.distill.command import command as distill_command
 
 
 def test_sides_warm_up_and_then_alternate() -> None:

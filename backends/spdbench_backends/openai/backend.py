@@ -92,7 +92,7 @@ class OpenAI:
             api=options.api,
             model=options.model,
             retries=options.retries,
-            tokenizer=self._context.target.tokenizer,
+            tokenizer=self._context.tokenizer,
         )
         ask = (self._endpoint.probe, self._endpoint.unstreamed_usage)
         self._way, self._extras, answer = choose_way(options.count, options.api, *ask, label)
@@ -158,7 +158,7 @@ class OpenAI:
         if exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
             drafts = drafts_between(exchange.before, after, exchange.num_tokens)
         num_prompt_tokens = exchange.num_prompt_tokens
-        if num_prompt_tokens is None and self._context.target.tokenizer is None:
+        if num_prompt_tokens is None and self._context.tokenizer is None:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         return EngineReport("".join(exchange.parts), exchange.finish, num_prompt_tokens, drafts)
 

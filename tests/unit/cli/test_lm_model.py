@@ -22,14 +22,14 @@ TEXTS = ["Say something.", "3 + 4 =", "def f(x):\n"]
 
 @pytest.fixture(autouse=True)
 def _closed() -> Iterator[None]:
-    from spdbench.cli.lm_model import SpdbenchLM
+    from spdbench.cli.evaluate.lm_model import SpdbenchLM
 
     yield
     SpdbenchLM.close_all()
 
 
 def model(folder: Path, **arguments: Any) -> Any:
-    from spdbench.cli.lm_model import SpdbenchLM
+    from spdbench.cli.evaluate.lm_model import SpdbenchLM
 
     return SpdbenchLM.create_from_arg_obj({"model": str(folder), "dtype": "float32", "threads": 1, **arguments})
 
@@ -136,7 +136,7 @@ def test_sampling_depends_on_the_seed_alone(tiny_model: Path) -> None:
 
 
 def test_nothing_of_lm_evals_defaults_chooses_a_device(tiny_model: Path) -> None:
-    from spdbench.cli.lm_model import SpdbenchLM
+    from spdbench.cli.evaluate.lm_model import SpdbenchLM
 
     words = f"model={tiny_model},dtype=float32,threads=1"
     if not torch.cuda.is_available():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spdbench.cli.lm_tasks import CodeEval, input_error_in, scores_of
+from spdbench.cli.evaluate.lm_tasks import CodeEval, input_error_in, scores_of
 from spdbench.errors import InputError
 
 GOOD, BAD = "def f():\n    return 1", "def f():\n    return 2"
@@ -24,7 +24,7 @@ def test_code_is_not_run_unless_it_is_allowed() -> None:
 
 def test_evaluate_hands_out_the_sandbox_and_all_else_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = pytest.importorskip("evaluate")
-    from spdbench.cli.lm_tasks import run_code_in_sandbox
+    from spdbench.cli.evaluate.lm_tasks import run_code_in_sandbox
 
     monkeypatch.setattr(evaluate, "load", lambda path, *_: f"theirs {path}")
     assert run_code_in_sandbox(allowed=False) == ""

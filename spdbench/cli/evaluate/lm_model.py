@@ -8,7 +8,6 @@ scores or result files.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,14 +16,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from spdbench.backend import Backend, BackendContext, is_text_only
-from spdbench.cli.model_options import DTYPES, ModelOptions
-from spdbench.cli.run import find_backends, find_devices
-from spdbench.cli.session import BackendSpec
+from spdbench.backend import Backend, is_text_only
+from spdbench.cli.options import DTYPES, ModelOptions, usable_cores
+from spdbench.cli.setup import BackendSpec, find_backends, find_devices, load_model
 from spdbench.decoding.loglikelihood import loglikelihood
 from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 from spdbench.errors import InputError, did_you_mean
-from spdbench.models.target import Target, load_target
+from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.types import GenerationRequest, Message, Sampling
 
@@ -61,8 +59,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.tokenizer = target.tokenizer
         self._chat = ChatFormat(target.tokenizer)
         self._seed = seed
-        context = BackendContext(spec.label, target, spec.drafter, devices, threads, seed)
-        self.backend: Backend = spec.cls(spec.options, context)
+        self.backend: Backend = spec.make(target, devices, threads, seed)
         self.opened.append(self)
         self.backend.load()
 
@@ -83,7 +80,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         chosen = _chosen(given, name)
         [spec] = with_ids(find_backends({name: name}, chosen))
         devices = find_devices(chosen)
-        target = load_target(chosen.model or "smollm2", chosen.dtype, devices[0])
+        target = load_model(chosen, devices[0])
         return cls(spec, target, devices, chosen.threads, _whole(given, "seed", 0))
 
     @classmethod
@@ -231,12 +228,12 @@ def _chosen(given: Mapping[str, str], name: str) -> ModelOptions:
         raise InputError(f"--model_args dtype={dtype}: not supported. Allowed: {', '.join(DTYPES)}.")
     drafter, devices = given.get("drafter"), given.get("devices")
     return ModelOptions(
-        given.get("model"),
-        (drafter,) if drafter else (),
-        tuple(options),
-        dtype,
-        tuple(devices.split("+")) if devices else None,
-        _whole(given, "threads", len(os.sched_getaffinity(0))),
+        model=given.get("model"),
+        drafters=(drafter,) if drafter else (),
+        options=tuple(options),
+        dtype=dtype,
+        devices=tuple(devices.split("+")) if devices else None,
+        threads=_whole(given, "threads", usable_cores()),
     )
 
 

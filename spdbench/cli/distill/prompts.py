@@ -1,7 +1,4 @@
-"""Prompts for `spdbench distill`: those to answer, those to keep out, and how much room they take.
-
-Reads files; must not know what is generated, or how.
-"""
+"""Prompts for `spdbench distill`: those to answer, those to keep out, and how much room they take."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ if TYPE_CHECKING:
     from spdbench.prompts.chat import ChatFormat
 
 TEMPLATE_TOKENS = 64
-"""More than a chat template puts around a turn."""
+"""An upper bound of what a chat template adds to a turn."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A conversation to answer: what comes before its first user turn, and the user's turns."""
+class PromptConversation:
+    """A conversation to answer: the messages before its first user turn, and the user's turns."""
 
     system: tuple[Message, ...]
     turns: tuple[str, ...]
@@ -41,19 +38,19 @@ def excluded(paths: tuple[Path, ...], data: Path | None) -> dict[str, tuple[str,
         if not files:
             raise InputError(f"--exclude {path}: the folder holds no .jsonl file")
         for file in files:
-            found[str(file)] = tuple(turn for one in read_asked(file) for turn in one.turns)
+            found[str(file)] = tuple(turn for one in read_conversations_to_answer(file) for turn in one.turns)
     return found
 
 
-def not_at_hand(kept_out: Collection[str]) -> list[str]:
+def suites_not_found(kept_out: Collection[str]) -> list[str]:
     """The shipped suites that are not among `kept_out`."""
     from spdbench.prompts.suite import shipped_suites
 
     return [name for name in shipped_suites() if name not in kept_out]
 
 
-def read_asked(path: Path) -> list[Asked]:
-    """Conversations of a JSONL file, with `turns` as EAGLE and Spec-Bench have them, or messages; answers left out."""
+def read_conversations_to_answer(path: Path) -> list[PromptConversation]:
+    """Conversations of a JSONL file, with EAGLE's and Spec-Bench's `turns` or with messages; answers are omitted."""
     from spdbench.prompts.rows import json_lines
     from spdbench.training.conversations import SCHEMA, messages_of
 
@@ -70,7 +67,7 @@ def read_asked(path: Path) -> list[Asked]:
             if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
                 raise InputError(f"{where}: turns: must be a text or a list of texts")
             try:
-                found.append(Asked((), tuple(map(encodable, turns))))
+                found.append(PromptConversation((), tuple(map(encodable, turns))))
             except ValueError as error:
                 raise InputError(f"{where}: turns: {error}") from None
         elif "messages" in row or "conversations" in row:
@@ -78,7 +75,7 @@ def read_asked(path: Path) -> list[Asked]:
             users = tuple(message["content"] for message in messages if message["role"] == "user")
             if not users:
                 raise InputError(f"{where}: has no message of a user")
-            found.append(Asked(messages[:1] if messages[0]["role"] == "system" else (), users))
+            found.append(PromptConversation(messages[:1] if messages[0]["role"] == "system" else (), users))
         else:
             raise InputError(f"{where}: has neither `turns` nor `messages`")
     if not found:
@@ -86,7 +83,7 @@ def read_asked(path: Path) -> list[Asked]:
     return found
 
 
-def room_needed(chat: ChatFormat, asked: list[Asked] | None, max_new_tokens: int, context: int) -> int:
+def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_new_tokens: int, context: int) -> int:
     """Tokens that the longest conversation may come to, within the model's `context`.
 
     Raises:
@@ -95,12 +92,12 @@ def room_needed(chat: ChatFormat, asked: list[Asked] | None, max_new_tokens: int
     from spdbench.training.distill.seed_prompts import LONGEST
     from spdbench.training.distill.talk import MAX_USER_TOKENS
 
-    if asked is None:
+    if prompts is None:
         shortest = len(chat.encode([{"role": "user", "content": LONGEST}])) + MAX_USER_TOKENS + max_new_tokens
         longest = shortest + MAX_USER_TOKENS + max_new_tokens + TEMPLATE_TOKENS
     else:
-        lengths = [_num_tokens(chat, one, number) for number, one in enumerate(asked, start=1)]
-        turns = [len(one.turns) * (max_new_tokens + TEMPLATE_TOKENS) for one in asked]
+        lengths = [_num_tokens(chat, one, number) for number, one in enumerate(prompts, start=1)]
+        turns = [len(one.turns) * (max_new_tokens + TEMPLATE_TOKENS) for one in prompts]
         shortest = min(lengths) + max_new_tokens
         longest = max(length + more for length, more in zip(lengths, turns, strict=True))
     if shortest > context:
@@ -111,7 +108,7 @@ def room_needed(chat: ChatFormat, asked: list[Asked] | None, max_new_tokens: int
     return min(context, longest)
 
 
-def _num_tokens(chat: ChatFormat, one: Asked, number: int) -> int:
+def _num_tokens(chat: ChatFormat, one: PromptConversation, number: int) -> int:
     """Tokens of all user turns, as if they were one."""
     try:
         return len(chat.encode([*one.system, {"role": "user", "content": "\n".join(one.turns)}]))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 
-from spdbench.cli.distill_progress import DataProgress
-from spdbench.cli.distill_prompts import Asked
-from spdbench.cli.interrupts import ignore_from_now_on, sigterm_interrupts
+from spdbench.cli.distill.prompts import PromptConversation
+from spdbench.cli.progress import DataProgress
+from spdbench.cli.terminal import ignore_from_now_on, say, sigterm_interrupts
 from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
 from spdbench.training.datafile import DataFile
@@ -22,11 +21,11 @@ from spdbench.training.space import GB, how_many_fit, require_memory
 
 SECONDS_BETWEEN_SUMMARIES = 10.0
 HOPELESS = 1000
-"""After so many conversations of the model's own dropped in a row, nothing worth keeping will come any more."""
+"""So many conversations of the model's own dropped in a row mean that no more will be kept."""
 SLOTS_A_PART = 32
-"""A thread gets a part of the conversations if it is at least this one: weights are read once for all of a part."""
+"""A thread's smallest part of the conversations: weights are read once for all of a part."""
 TOKENS_PER_SLOT = 100
-"""Fewer slots are used for little data: about an answer for each, or short answers alone would be in time."""
+"""Little data gets fewer slots, about one for each answer; with more, only the short answers would finish in time."""
 
 
 def fill(
@@ -37,14 +36,15 @@ def fill(
     batches = [Batch(part, scripts, lock) for part in slots]
     stream = results_of(batches, num_threads)
     progress = DataProgress(tokens, file.num_tokens)
-    before, cancelled = (file.num_written, file.seconds), 0
+    written_before, seconds_before = file.num_written, file.seconds
+    dropped_in_a_row = 0
     started = summed = time.monotonic()
 
-    def count() -> int:
-        """Brings the file's counts up to date; returns the tokens written since the start."""
+    def count() -> tuple[int, int, int, int]:
+        """Brings the file's counts up to date; returns those that progress shows."""
         written = sum(batch.num_written for batch in batches)
-        file.num_written, file.seconds = before[0] + written, before[1] + time.monotonic() - started
-        return written
+        file.num_written, file.seconds = written_before + written, seconds_before + time.monotonic() - started
+        return file.num_tokens, written, file.num_conversations, file.dropped.total()
 
     with sigterm_interrupts():
         try:
@@ -52,14 +52,13 @@ def fill(
                 for outcome in outcomes:
                     if outcome is not None:
                         file.add(outcome)
-                        cancelled = cancelled + 1 if isinstance(outcome, Dropped) else 0
-                    if endless and cancelled == HOPELESS:
-                        count()
+                        dropped_in_a_row = dropped_in_a_row + 1 if isinstance(outcome, Dropped) else 0
+                    progress.update(*count())
+                    if endless and dropped_in_a_row == HOPELESS:
                         file.write_summary(complete=False)
                         raise SpdbenchError(
                             f"{HOPELESS:,} conversations in a row were dropped: {_reasons(file.dropped)}"
                         )
-                    progress.show(file.num_tokens, count(), file.num_conversations, file.dropped.total())
                     if time.monotonic() - summed > SECONDS_BETWEEN_SUMMARIES:
                         summed = time.monotonic()
                         file.write_summary(complete=False)
@@ -71,12 +70,12 @@ def fill(
             file.write_summary(complete=False)
             say(f"{file.num_tokens:,} tokens are kept; the same command goes on from there.")
             raise
-        written = count()
+        counts = count()
         file.write_summary(complete=True)
-    say(progress.words(file.num_tokens, written, file.num_conversations, file.dropped.total()))
+    say(progress.words(*counts))
 
 
-def say_end(file: DataFile, tokens: int) -> None:
+def report_end(file: DataFile, tokens: int) -> None:
     if file.num_tokens < tokens:
         say(f"All prompts are used up, {tokens - file.num_tokens:,} tokens before the end.")
     dropped, cut = _reasons(file.dropped), _reasons(file.cut_short)
@@ -106,19 +105,15 @@ def new_slots(decoder: Decoder, batch: int, tokens: int, room: int, num_threads:
     return [Slots(decoder, num_slots // num_parts + (i < num_slots % num_parts), room) for i in range(num_parts)]
 
 
-def conversations(distiller: Distiller, asked: list[Asked] | None, file: DataFile) -> Iterator[Talk]:
+def new_conversations(distiller: Distiller, prompts: list[PromptConversation] | None, file: DataFile) -> Iterator[Talk]:
     """Conversations that are not in the file yet: new ones without end, or those of the prompts that are left."""
     done = {kept.index for kept in file.found}
-    if asked is None:
+    if prompts is None:
         index = max(done, default=-1)
         while True:
             index += 1
             yield distiller.invent(index)
     file.dropped.clear()  # those that were dropped are gone through again
-    for index, one in enumerate(asked):
+    for index, one in enumerate(prompts):
         if index not in done:
             yield distiller.reply(index, one.system, one.turns)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -1,14 +1,21 @@
-"""`spdbench backends`: what is installed, and the `-o` options of each. Loads classes, never models or torch."""
+"""The commands that list things: `backends` with their `-o` options, `suites`, and `env`, the facts on this machine.
+
+Each prints text for people, or JSON. No model is loaded.
+"""
 
 from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
+
+from spdbench import __version__
+from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -16,6 +23,9 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from spdbench.backend import BackendOptions
+    from spdbench.prompts.suite import SuiteListing
+
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +41,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Listing:
-    """One installed backend; with an `error`, the rest of it is not known."""
+    """One installed backend; with an `error`, its other facts are unknown."""
 
     name: str
     package: str
@@ -41,27 +51,81 @@ class Listing:
     error: str | None
 
 
+def _print(facts: Any, lines: Iterable[str], as_json: bool) -> None:
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+
+
 @click.command("backends", short_help="List installed backends and their options.")
 @click.argument("name", metavar="[NAME]", required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(name: str | None, as_json: bool) -> None:
+@AS_JSON
+def backends(name: str | None, as_json: bool) -> None:
     """List the installed backends, or only NAME, with what each takes as -o LABEL.KEY=VALUE."""
     from spdbench.backend import installed_backends
-    from spdbench.errors import InputError, did_you_mean
 
     points = installed_backends()
     if name is not None and name not in points:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, points)}")
     listings = [_listing(point) for point in points.values() if name in (None, point.name)]
-    if as_json:
-        click.echo(json.dumps([asdict(listing) for listing in listings], indent=2))
-    else:
-        click.echo("\n\n".join(map(_text, listings)))
+    _print([asdict(listing) for listing in listings], ["\n\n".join(map(_text, listings))], as_json)
+
+
+@click.command("suites", short_help="List the suites that come with spdbench.")
+@AS_JSON
+def suites(as_json: bool) -> None:
+    """List the suites that come with spdbench, and where each takes its prompts from.
+
+    The sources are tried in order, and the first that is there is used; a path is looked up below --data.
+    """
+    from spdbench.prompts.suite import list_suites
+
+    found = list_suites()
+    _print([asdict(suite) for suite in found], map(_suite_text, found), as_json)
+
+
+@click.command("env", short_help="Show what results record about this machine.")
+@AS_JSON
+def env(as_json: bool) -> None:
+    """Show what results record about this machine and its software.
+
+    Results compare only where the fingerprint is the same. The read bandwidth is measured now and takes a moment.
+    """
+    import torch
+
+    from spdbench.cli.options import usable_cores
+    from spdbench.measure.environment import environment, git_state
+
+    torch.set_num_threads(usable_cores())  # as `spdbench run` does by default
+    found = {"spdbench": {"version": __version__, "git": git_state()}, "environment": environment()}
+    _print(found, _environment_lines(found), as_json)
+
+
+def _suite_text(suite: SuiteListing) -> str:
+    count = "" if suite.num_prompts is None else f"  ({suite.num_prompts} prompts)"
+    about = click.wrap_text(suite.description, 80, initial_indent="    ", subsequent_indent="    ")
+    sources = (click.wrap_text(f"from {source}", 80, "    ", "      ") for source in suite.sources)
+    return "\n".join([f"{suite.name}{count}", about, *sources])
+
+
+def _environment_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    git = found["spdbench"]["git"]
+    yield _line("spdbench", found["spdbench"]["version"] + (f" (git {git})" if git else ""))
+    for name, value in found["environment"].items():
+        if isinstance(value, Mapping):
+            yield from (_line(key, text) for key, text in value.items())
+        elif name == "read_bandwidth_bytes_per_s":
+            yield _line("read bandwidth", f"{value / 1e9:.1f} GB/s")
+        elif name == "memory_bytes":
+            yield _line("memory", f"{value / 2**30:.1f} GiB")
+        else:
+            yield _line(name, ", ".join(value) if isinstance(value, list) else value)
+
+
+def _line(name: str, value: object) -> str:
+    return f"{name + ':':<16} {'none' if value in (None, '') else value}"
 
 
 def _listing(point: EntryPoint) -> Listing:
     from spdbench.backend import find_backend
-    from spdbench.errors import SpdbenchError
 
     package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
     try:
@@ -71,7 +135,7 @@ def _listing(point: EntryPoint) -> Listing:
         return Listing(point.name, package, found.kind, about, options, None)
     except SpdbenchError as error:
         reason = str(error)
-    except Exception as error:  # another's package may fail to import in any way; the list goes on
+    except Exception as error:  # a third party's package may fail to import in any way; the list goes on
         reason = f"{point.value} cannot be imported: {type(error).__name__}: {error}"
     return Listing(point.name, package, None, "", (), reason)
 

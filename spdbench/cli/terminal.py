@@ -1,19 +1,25 @@
-"""Ctrl-C and SIGTERM as one kind of event: what was measured so far is written, once, whatever else comes in.
-
-Knows signals and nothing of runs.
-"""
+"""The process at its terminal: notes on stderr, and Ctrl-C and SIGTERM as one kind of interruption."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+CLEAR = "\r\033[K"
+"""Removes what is in the terminal's current line, such as a progress bar."""
+
+
+def say(line: str) -> None:
+    """A line on stderr, in place of a progress bar."""
+    print(f"{CLEAR}{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: somebody else's Ctrl-C."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
@@ -22,7 +28,7 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated`. Does nothing outside the main thread, where signals cannot be had."""
+    """Inside, SIGTERM raises `Terminated`. Does nothing outside the main thread, where signals cannot be handled."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -34,7 +40,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def ignore_from_now_on() -> None:
-    """For the last words of an interrupted process: a second Ctrl-C must not cut them short."""
+    """Ignores further signals, so that a second Ctrl-C does not interrupt the writing of what was finished."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

@@ -8,30 +8,26 @@ from __future__ import annotations
 import logging
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import click
 from tabulate import tabulate
 
 from spdbench import __version__
-from spdbench.cli.heads import backend_record, drafter_record, model_record
-from spdbench.cli.interrupts import sigterm_interrupts
-from spdbench.cli.lm_model import SpdbenchLM, with_ids
-from spdbench.cli.lm_tasks import input_error_in, scores_of
-from spdbench.cli.model_options import ModelOptions
-from spdbench.cli.run import find_backends, find_devices
+from spdbench.cli.evaluate.eval import EvalOptions
+from spdbench.cli.evaluate.lm_model import SpdbenchLM, with_ids
+from spdbench.cli.evaluate.lm_tasks import input_error_in, scores_of
+from spdbench.cli.setup import drafter_record, find_backends, find_devices, load_model, model_record, require_writable
+from spdbench.cli.terminal import say, sigterm_interrupts
 from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
-from spdbench.models.target import Target, load_target
+from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
 
 PACKAGES = ("lm_eval", "torch", "transformers")
@@ -40,27 +36,25 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class EvalSession:
-    """What is scored, on what, and where the files go. `manager` is lm-eval's, and knows all tasks."""
+    """Scores backends on tasks and writes a file for each. `manager` is lm-eval's, and knows all tasks."""
 
     labels: Mapping[str, str]
-    chosen: ModelOptions
+    options: EvalOptions
     settings: EvalSettings
     manager: Any
-    results: Path
-    name: str | None
 
     def run(self) -> None:
-        _check_writable(self.results)
-        specs = with_ids(find_backends(self.labels, self.chosen))
-        devices = find_devices(self.chosen)
-        target = load_target(self.chosen.model or "smollm2", self.chosen.dtype, devices[0])
+        require_writable(self.options.results)
+        specs = with_ids(find_backends(self.labels, self.options))
+        devices = find_devices(self.options)
+        target = load_model(self.options, devices[0])
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its progress in words, and warnings of every option
         found = []
         with sigterm_interrupts():
             for spec in specs:
                 created = datetime.now(UTC).isoformat(timespec="seconds")
                 try:
-                    model = SpdbenchLM(spec, target, devices, self.chosen.threads, self.settings.seed)
+                    model = SpdbenchLM(spec, target, devices, self.options.threads, self.settings.seed)
                     scored = self._scored(model)
                     found.append(self._evaluation(model, target, scored, created))
                 finally:
@@ -99,7 +93,7 @@ class EvalSession:
             spdbench={"version": __version__, "git": git_state()},
             versions={name: version(name) for name in PACKAGES},
             settings=self.settings,
-            backend=_public(backend_record(spec.name, spec.label, backend, spec.options)),
+            backend=_public(spec.record(backend)),
             model=_public(model_record(target, ChatFormat(target.tokenizer))),
             drafter=_public(drafter_record(backend)),
             tasks={name: _task(name, scored) for name in samples},
@@ -114,28 +108,12 @@ class EvalSession:
             tasks,
             evaluation.backend.label,
             target.files.id.replace("/", "-"),
-            *([self.name] if self.name else []),
+            self.options.name,
         ]
-        path = self.results / f"{'__'.join(words)}.json"
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(evaluation.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink()
-            raise Journal.write_error(path, error) from None
-        click.echo(f"Wrote {path}", err=True)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises `InputError` now rather than after all answers."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Journal.write_error(folder, error) from None
+        path = self.options.results / f"{'__'.join(filter(None, words))}.json"
+        content = evaluation.model_dump_json(by_alias=True, indent=1) + "\n"
+        Journal.replace_file(path, content.encode())
+        say(f"Wrote {path}")
 
 
 def _public(record: Any) -> Any:

@@ -7,12 +7,14 @@ import traceback
 
 import click
 
+from spdbench.cli.evaluate.lm_tasks import input_error_in, require_lm_eval, run_code_in_sandbox
+from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.errors import InputError, brief
 
 ENGINE = ("spdbench_backends", "spdbench.models", "spdbench.decoding", "spdbench.pipeline")
 """Where an error is a bug, not the user's input."""
 
-MODULE = "spdbench.cli.lm_model"
+MODULE = "spdbench.cli.evaluate.lm_model"
 CONFIRMED = "--confirm_run_unsafe_code"
 
 
@@ -28,13 +30,9 @@ def command(arguments: tuple[str, ...]) -> None:
 
     spdbench lm-eval run --model spdbench --model_args backend=spd,model=smollm2 --tasks gsm8k
     """
-    from spdbench.cli.lm_tasks import input_error_in, require_lm_eval, run_code_in_sandbox
-
     require_lm_eval()
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
-
-    from spdbench.cli.interrupts import sigterm_interrupts
 
     setup_logging()
     _register()

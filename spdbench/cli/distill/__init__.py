@@ -1,0 +1,1 @@
+"""The `distill` command: the target writes training data."""

@@ -1,0 +1,1 @@
+"""The commands `eval` and `lm-eval`: backends answer lm-eval's tasks."""

@@ -1,0 +1,230 @@
+"""Options of commands: declared once, as the fields of a frozen dataclass, with the types that they share.
+
+    @dataclass(frozen=True, kw_only=True)
+    class DistillOptions(TargetOptions):
+        seed: int = option("--seed", WHOLE, "S", "Seed of all draws.", default=0)
+
+    @click.command("distill")
+    @takes(DistillOptions)
+    def command(options: DistillOptions) -> None: ...
+
+Only parses and checks words; loads no model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spdbench.errors import InputError, did_you_mean
+
+DTYPES = ("bfloat16", "float32", "float16")
+LABEL = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
+SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def option(names: str, kind: Any, metavar: str | None, text: str | None, default: Any = None, **more: Any) -> Any:
+    """A field of a command's options: `names` as typed (`-b --backend`), and what click shows and checks."""
+    more = {"show_default": default is not None, **more}
+    return field(metadata={"option": (names.split(), {"type": kind, "default": default, **more}, metavar, text)})
+
+
+def flag(name: str, text: str) -> Any:
+    """An option without a value: true where it is given."""
+    return option(name, None, None, text, False, is_flag=True, show_default=False)
+
+
+def argument(metavar: str) -> Any:
+    """A word without an option's name."""
+    return field(metadata={"argument": metavar})
+
+
+def takes(options: type[Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
+    """Adds all fields of the dataclass `options` to a command, which is called with one object of it.
+
+    The command's own options come first in its help, those of base classes behind them.
+    """
+
+    def add(function: Callable[[Any], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(**words: Any) -> Any:
+            return function(options(**words))
+
+        for name, metadata in reversed([*_declared(options)]):
+            if "argument" in metadata:
+                wrapper = click.argument(name, metavar=metadata["argument"])(wrapper)
+                continue
+            names, settings, metavar, text = metadata["option"]
+            wrapper = click.option(*names, name, metavar=metavar, help=text, **settings)(wrapper)
+        return wrapper
+
+    return add
+
+
+def _declared(options: type[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    names = [name for cls in (options, *reversed(options.__mro__[1:])) for name in vars(cls).get("__annotations__", ())]
+    for name in dict.fromkeys(names):  # a redeclared one keeps its first place
+        yield name, options.__dataclass_fields__[name].metadata
+
+
+class FiniteRange(click.FloatRange):
+    """A number in a range; `nan` and `inf`, which compare oddly, are no numbers here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class Duration(click.ParamType[float]):
+    """Seconds from `90s`, `20m`, `1h30m`; more than none."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", str(value).strip())
+        found = parts.groups() if parts else ()
+        seconds = sum(float(n or 0) * unit for n, unit in zip(found, SECONDS.values(), strict=False))
+        if not seconds:
+            self.fail(f"{value!r} is not a duration; write 90s, 20m or 1h30m", param, ctx)
+        return seconds
+
+
+class Size(click.ParamType[int]):
+    """Bytes from `0`, `500MB`, `8GB`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", str(value).strip(), re.IGNORECASE)
+        if not parts:
+            self.fail(f"{value!r} is not a size; write 0, 500MB or 8GB", param, ctx)
+        return int(float(parts[1]) * BYTES[(parts[2] or "").upper()])
+
+
+class Percent(click.ParamType[float]):
+    """A share from `5%`, `0.5%`; less than all."""
+
+    name = "percent"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(value).strip())
+        if not parts or float(parts[1]) >= 100:
+            self.fail(f"{value!r} is not a share from 0% to below 100%; write 5% or 0.5%", param, ctx)
+        return float(parts[1]) / 100
+
+
+COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
+POSITIVE = FiniteRange(min=0, min_open=True)
+PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _names(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[str, ...] | None:
+    return tuple(name.strip() for name in words.split(",")) if words else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """Those of MODEL-OPTIONS that are about the target alone; `model` and `devices` None mean the default."""
+
+    model: str | None = option("-m --model", None, "MODEL", "Hub id, local folder or GGUF file. [default: smollm2]")
+    dtype: str = option("--dtype", click.Choice(DTYPES), None, "Precision of weights and arithmetic.", "bfloat16")
+    devices: tuple[str, ...] | None = option(
+        "--devices",
+        None,
+        "LIST",
+        "cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]",
+        callback=_names,
+    )
+    threads: int = option(
+        "--threads",
+        click.IntRange(1, 1024),
+        None,
+        "CPU threads. [default: one a usable core]",
+        usable_cores,
+        show_default=False,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(TargetOptions):
+    """MODEL-OPTIONS as given."""
+
+    drafters: tuple[str, ...] = option(
+        "--drafter", None, "[LABEL=]WHAT", "auto, a path, oracle:P, forced:P or random. [default: auto]", multiple=True
+    )
+    options: tuple[str, ...] = option(
+        "-o", None, "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.", multiple=True
+    )
+
+
+def check_name(name: str | None) -> None:
+    """Raises `InputError` for a --name that cannot be part of a file's name."""
+    if name is not None and not LABEL.fullmatch(name):
+        raise InputError(f"--name {name}: may hold letters, digits and .+- with single _ between; it names a file")
+
+
+def parse_labels(words: Sequence[str]) -> dict[str, str]:
+    """`-b [LABEL=]BACKEND` words as label -> backend name, in order.
+
+    Raises:
+        InputError: a label twice, or one that cannot be part of a file name.
+    """
+    labels: dict[str, str] = {}
+    for word in words:
+        label, _, name = word.rpartition("=")
+        label = label or name
+        if not LABEL.fullmatch(label):
+            raise InputError(
+                f"-b {word}: a label is made of letters, digits and .+- with single _ between; it names a file"
+            )
+        if label in labels:
+            raise InputError(f"-b {word}: the label '{label}' is taken; give this one another, e.g. -b {label}2={name}")
+        labels[label] = name
+    return labels
+
+
+def parse_drafters(words: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+    """`--drafter [LABEL=]WHAT` words as label -> what, for every label; the last word for a label wins."""
+    common, own = "auto", {}
+    for word in words:
+        label, equals, what = word.partition("=")
+        if equals and label in labels:
+            own[label] = what
+        elif equals and LABEL.fullmatch(label) and not os.path.exists(word):
+            raise InputError(f"--drafter {word}: no backend here has the label '{label}'{did_you_mean(label, labels)}")
+        else:
+            common = word
+    return {label: own.get(label, common) for label in labels}
+
+
+def parse_backend_options(words: Sequence[str], labels: Sequence[str]) -> dict[str, Mapping[str, str]]:
+    """`-o LABEL.KEY=VALUE` words as label -> {key: value}, for every label.
+
+    Raises:
+        InputError: a word of another form, or a label that no backend here has.
+    """
+    options: dict[str, dict[str, str]] = {label: {} for label in labels}
+    for word in words:
+        left, equals, value = word.partition("=")
+        label, dot, key = left.rpartition(".")
+        if not equals or not dot or not key:
+            raise InputError(f"-o {word}: expected LABEL.KEY=VALUE, LABEL being one of: {', '.join(labels)}")
+        if label not in options:
+            raise InputError(f"-o {word}: no backend here has the label '{label}'{did_you_mean(label, labels)}")
+        options[label][key] = value
+    return dict(options)

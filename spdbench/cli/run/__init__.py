@@ -1,0 +1,1 @@
+"""The `run` command: measures backends on a suite and compares them."""

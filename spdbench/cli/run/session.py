@@ -1,0 +1,284 @@
+"""One run from loading to the comparison: backends are loaded, their journals become results.
+
+Parses nothing and prints only what happened to files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import click
+from rich.console import Console
+
+from spdbench.append_log import first_difference
+from spdbench.backend import Backend
+from spdbench.cli.progress import RunProgress
+from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable
+from spdbench.cli.terminal import ignore_from_now_on, say, sigterm_interrupts
+from spdbench.decoding.audit import classify_difference
+from spdbench.errors import BackendLostError, InputError
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.loaded import LoadedResult, read_results
+from spdbench.judge.results.reader import reread
+from spdbench.judge.results.schema import DecodingInfo, ModelInfo, SuiteInfo
+from spdbench.judge.score import Scorer
+from spdbench.measure.assemble import ResultHead, run_key, write_result
+from spdbench.measure.energy import EnergyMeter, energy_meter
+from spdbench.measure.environment import environment, git_state
+from spdbench.measure.journal import Journal, create_journal, resume_journal
+from spdbench.measure.privacy import names_only
+from spdbench.measure.runner import Candidate, Runner, Workload
+from spdbench.models.target import Target
+from spdbench.prompts.chat import ChatFormat, PlainText
+from spdbench.prompts.suite import Suite
+from spdbench.render.table import render
+
+if TYPE_CHECKING:
+    from spdbench.cli.run.command import RunOptions
+
+
+class Output(NamedTuple):
+    """What one label's result is made of, and where it goes."""
+
+    path: Path
+    head: ResultHead
+    journal: Journal
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run from loading to the comparison. `target` is None where only servers have the model."""
+
+    options: RunOptions
+    suite: Suite
+    workload: Workload
+    chat: ChatFormat | PlainText
+    target: Target | None
+    devices: tuple[str, ...]
+    specs: Sequence[BackendSpec]
+    score: Scorer
+
+    def run(self) -> int:
+        """The exit code: 1 if a prompt failed or an output differs from vanilla's without excuse."""
+        require_writable(self.options.results)
+        paths = [self._path(spec.label) for spec in self.specs]
+        for path in paths:
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder, where a result file has to go")
+        with ExitStack() as stack:
+            stack.enter_context(sigterm_interrupts())
+            backends = []
+            for spec in self.specs:
+                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed)
+                backends.append(stack.enter_context(closing(made)))
+                made.load()
+            if self.target is not None and self.target.unknown is not None:
+                say(
+                    f"NOTE: {self.target.unknown} is not one that spdbench's own layers know; transformers' layers "
+                    "serve, which are slower."
+                )
+            machine, git = environment(self.devices[0]), git_state()
+            outputs, candidates = [], []
+            for spec, backend, path in zip(self.specs, backends, paths, strict=True):
+                head = self._head(spec, backend, machine, git)
+                journal = stack.enter_context(self._journal(path, spec, backend))
+                outputs.append(Output(path, head, journal))
+                candidates.append(Candidate(spec.label, backend, journal, _meter(backend)))
+            report = RunProgress(
+                len(self.workload.keys()) * len(outputs), sum(len(output.journal) for output in outputs)
+            )
+            runner = Runner(self.workload, candidates, self.chat, self._classify, report, self.score)
+            try:
+                with report:
+                    runner.run()
+            except (KeyboardInterrupt, BackendLostError):
+                ignore_from_now_on()
+                _write_partial(outputs)
+                raise
+            return self._finish(outputs)
+
+    @cached_property
+    def model(self) -> ModelInfo:
+        """What results say of the model; of one that only its servers have, the names that these know it by."""
+        if self.target is not None:
+            return model_record(self.target, self.chat)
+        names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in self.specs)
+        name = "+".join(names_only(list(names)))  # a server may call its model by its folder
+        return ModelInfo(
+            id=name,
+            sha256=f"unknown, served as {name}",
+            dtype="unknown",
+            num_layers=None,
+            num_parameters=None,
+            bytes=None,
+            template_sha256=None,
+        )
+
+    def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
+        target = cast(Target, self.target)  # the outputs of served models have no ids, and are not compared
+        return classify_difference(target.decoder, prompt, expected, found, width)
+
+    def _path(self, label: str) -> Path:
+        """Where the result of `label` goes."""
+        parts = [self.suite.name, label, self.model.id.replace("/", "-"), self.options.name]
+        return self.options.results / f"{'__'.join(filter(None, parts))}.json"
+
+    def _journal(self, result: Path, spec: BackendSpec, backend: Backend) -> Journal:
+        """The journal to write to: with `--resume`, one that already holds what was finished."""
+        identity = self._identity(spec, backend)
+        path, resume = result.with_name(f"{result.stem}.journal.jsonl"), self.options.resume
+        if resume and path.exists():
+            journal = resume_journal(path, identity)
+        elif resume and result.exists():
+            journal = _reopened(result, path, identity)
+        else:
+            if path.exists():
+                say(f"An unfinished run is set aside as {path.name}.old; --resume would have gone on with it.")
+            journal = create_journal(path, datetime.now(UTC).isoformat(timespec="seconds"), identity)
+            if resume:
+                say(f"{spec.label}: nothing to resume, so this is a new run.")
+        if foreign := journal.offsets.keys() - self.workload.keys():
+            journal.close()
+            raise InputError(f"{path}: holds a request that is not in this run: {min(foreign)}")
+        return journal
+
+    def _identity(self, spec: BackendSpec, backend: Backend) -> dict[str, Any]:
+        """The settings that a run must share with the one that it resumes."""
+        workload, drafter = self.workload, backend.describe().drafter
+        texts = repr([(prompt.id, prompt.turns) for prompt in workload.prompts]).encode()
+        return {
+            "suite": self.suite.name,
+            "suite_sha256": self.suite.sha256,
+            "num_prompts": len(workload.prompts),
+            "prompts_sha256": hashlib.sha256(texts).hexdigest(),
+            "model": self.model.id,
+            "model_sha256": self.model.sha256,
+            "dtype": self.model.dtype,
+            "max_new_tokens": workload.max_new_tokens,
+            "temperature": workload.sampling.temperature,
+            "top_p": workload.sampling.top_p,
+            "top_k": workload.sampling.top_k,
+            "seed": workload.seed,
+            "repeats": workload.repeats,
+            "warmup": workload.warmup,
+            "backend": spec.name,
+            "options": names_only(spec.options.model_dump(mode="json")),
+            "drafter": names_only(spec.drafter),
+            "drafter_sha256": drafter.sha256 if drafter else None,
+            "baseline": self.specs[0].label,
+            "backends": [other.label for other in self.specs],
+            "devices": list(self.devices),
+            "threads": self.options.threads,
+            **self._scoring(),
+        }
+
+    def _scoring(self) -> dict[str, Any]:
+        """The settings that scores depend on; none where nothing is scored."""
+        if self.score.judges is None:
+            return {}
+        references = repr([prompt.reference for prompt in self.workload.prompts]).encode()
+        return {
+            "allow_code_execution": self.score.execute is not None,
+            "references_sha256": hashlib.sha256(references).hexdigest(),
+        }
+
+    def _head(self, spec: BackendSpec, backend: Backend, machine: Mapping[str, Any], git: str | None) -> ResultHead:
+        """All of a label's result but its runs."""
+        suite, workload, score = self.suite, self.workload, self.suite.score
+        return ResultHead(
+            suite=SuiteInfo(
+                name=suite.name,
+                version=suite.version,
+                sha256=suite.sha256,
+                source=suite.source,
+                num_prompts=len(workload.prompts),
+                score=score if score is None or isinstance(score, str) else dict(score),
+            ),
+            decoding=DecodingInfo(
+                max_new_tokens=workload.max_new_tokens,
+                temperature=workload.sampling.temperature,
+                top_p=workload.sampling.top_p,
+                top_k=workload.sampling.top_k,
+                seed=workload.seed,
+                eos_ids=sorted(workload.eos_ids),
+            ),
+            backend=spec.record(backend),
+            model=self.model,
+            drafter=drafter_record(backend),
+            environment=machine,
+            git=git,
+        )
+
+    def _finish(self, outputs: Sequence[Output]) -> int:
+        results = []
+        for output in outputs:
+            results.append(write_result(*output))
+            say(f"Wrote {output.path}")
+        for output in outputs:  # only now: until every result is there, --resume can still make them all
+            output.journal.remove()
+        tables = compare(results, self.specs[0].label)
+        click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
+        return 1 if any(map(_went_wrong, results)) else 0
+
+
+def _write_partial(outputs: Sequence[Output]) -> None:
+    """On interruption, writes what is finished, but never in place of an older run's result."""
+    for path, head, journal in outputs:
+        if len(journal) and (not path.exists() or _created(path) == journal.created):
+            write_result(path, head, journal)
+    say(f"{sum(len(output.journal) for output in outputs)} finished requests are kept; --resume goes on from there.")
+
+
+def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
+    """A journal at `path` made from a `result` that is there already, so that a finished run resumes to itself.
+
+    Raises:
+        InputError: the result was measured with other settings.
+    """
+    done, runs = reread(result)
+    if done.run_key != run_key(identity):
+        facts = {
+            **done.decoding.model_dump(exclude={"eos_ids"}),
+            "suite_sha256": done.suite.sha256,
+            "num_prompts": done.suite.num_prompts,
+            "model_sha256": done.model.sha256,
+            "dtype": done.model.dtype,
+            "options": done.backend.options,
+        }
+        difference = first_difference(facts, {key: identity[key] for key in facts})
+        raise InputError(
+            f"--resume: {result} is a finished run with other settings{difference and ': ' + difference}. "
+            "Run without --resume to replace it, or with a --name of its own."
+        )
+    journal = create_journal(path, done.created, identity)
+    for key, run in runs:
+        journal.append_json(key, run)
+    return journal
+
+
+def _meter(backend: Backend) -> EnergyMeter:
+    """The energy counters of the backend's devices; none where the devices are unknown."""
+    info = backend.describe()
+    return EnergyMeter() if "devices" in info.unknown else energy_meter(info.devices)
+
+
+def _went_wrong(result: LoadedResult) -> bool:
+    """True if a prompt failed, or an output differs from vanilla's without excuse."""
+    divergence = result.head.divergence
+    return bool(result.metrics["num_failed"] or (divergence and divergence.real))
+
+
+def _created(result: Path) -> str | None:
+    """When the run of a result began; None where that cannot be read."""
+    try:
+        return read_results([result])[0].head.created
+    except InputError:
+        return None

@@ -1,0 +1,120 @@
+"""The backends, devices, model and folder of a command: found and checked before it begins, and recorded in results."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from spdbench.backend import Backend, BackendContext, BackendOptions, find_backend, parse_options
+from spdbench.cli.options import ModelOptions, TargetOptions, parse_backend_options, parse_drafters
+from spdbench.errors import InputError
+from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
+from spdbench.measure.journal import Journal
+from spdbench.models.target import Target, find_device, load_target
+from spdbench.prompts.chat import ChatFormat, PlainText
+
+DEFAULT_MODEL = "smollm2"
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """A backend as the command line asks for it; not loaded."""
+
+    label: str
+    name: str
+    cls: type[Backend]
+    options: BackendOptions
+    drafter: str
+
+    def make(self, model: Target | None, devices: tuple[str, ...], threads: int, seed: int) -> Backend:
+        """The backend, before its `load`."""
+        return self.cls(self.options, BackendContext(self.label, model, self.drafter, devices, threads, seed))
+
+    def record(self, backend: Backend) -> BackendRecord:
+        """What a result says of the loaded `backend`."""
+        info = backend.describe()
+        return BackendRecord(
+            name=self.name,
+            label=self.label,
+            kind=backend.kind,
+            options=self.options.model_dump(mode="json"),
+            devices=list(info.devices),
+            num_devices=len(info.devices),
+            lossy=not backend.lossless,
+            lanes=info.lanes,
+            lane_bytes=list(info.lane_bytes),
+            stage_layers=list(info.stage_layers),
+            chosen=dict(info.chosen),
+            kernels=info.kernels,
+            unknown=list(info.unknown),
+            other_model=info.other_model,
+        )
+
+
+def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[BackendSpec]:
+    """The backends asked for, by label, with their options and drafters. `concurrency` goes to every backend that has
+    an option of that name, unless its own -o says otherwise."""
+    options = parse_backend_options(chosen.options, list(labels))
+    drafters = parse_drafters(chosen.drafters, list(labels))
+    classes = {label: find_backend(name) for label, name in labels.items()}
+    if concurrency is not None:
+        wide = [label for label, cls in classes.items() if "concurrency" in cls.Options.model_fields]
+        if not wide:
+            raise InputError(
+                f"--concurrency {concurrency}: {', '.join(labels)} take one request at a time; of the built-in "
+                "backends only openai takes several"
+            )
+        options |= {label: {"concurrency": str(concurrency), **options[label]} for label in wide}
+    return [
+        BackendSpec(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label])
+        for (label, name), cls in zip(labels.items(), classes.values(), strict=True)
+    ]
+
+
+def find_devices(chosen: TargetOptions) -> tuple[str, ...]:
+    """The devices asked for, all checked; by default the first GPU, or the CPU where there is none. Sets torch's
+    threads."""
+    torch.set_num_threads(chosen.threads)
+    devices = chosen.devices or (("cuda:0",) if torch.cuda.is_available() else ("cpu",))
+    for device in devices:
+        find_device(device)
+    return devices
+
+
+def load_model(chosen: TargetOptions, device: str, default: str | None = None) -> Target:
+    """The model asked for, else `default`, else `smollm2`; its weights are still on disk."""
+    return load_target(chosen.model or default or DEFAULT_MODEL, chosen.dtype, device)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise Journal.write_error(folder, error) from None
+
+
+def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:
+    """What a result says of the model."""
+    return ModelInfo(
+        id=target.files.id,
+        sha256=target.files.sha256,
+        dtype=target.dtype_name,
+        num_layers=target.config.num_layers,
+        num_parameters=target.num_parameters,
+        bytes=target.num_bytes,
+        template_sha256=chat.template_sha256,
+        tokenizer_sha256=target.files.tokenizer_sha256,
+    )
+
+
+def drafter_record(backend: Backend) -> DrafterRecord | None:
+    """What a result says of where the drafts come from; None where there are none."""
+    drafter = backend.describe().drafter
+    return None if drafter is None else DrafterRecord(**asdict(drafter))

@@ -1,0 +1,1 @@
+"""The `train` command: trains a drafter on conversations."""

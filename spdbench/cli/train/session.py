@@ -1,0 +1,230 @@
+"""A training run from options to files: data, target, recipe and loop put together. Knows no method."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spdbench.cli.progress import TrainingProgress
+from spdbench.cli.setup import find_devices, load_model
+from spdbench.cli.terminal import say
+from spdbench.cli.train.command import TrainOptions
+from spdbench.errors import FULL, InputError
+from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.target import Target
+from spdbench.prompts.chat import ChatFormat
+from spdbench.training import checkpoint
+from spdbench.training.checkpoint import State
+from spdbench.training.conversations import Conversations, read_conversations
+from spdbench.training.features import Features
+from spdbench.training.log import is_finished, mark_finished
+from spdbench.training.loop import Training
+from spdbench.training.recipe import (
+    Provenance,
+    Recipe,
+    RecipeOptions,
+    Teacher,
+    check_layout,
+    find_recipe,
+    parse_recipe_options,
+)
+from spdbench.training.schedule import Data, Limits, Plan, split_held_out
+from spdbench.training.space import (
+    GB,
+    checkpoint_bytes,
+    is_writable,
+    require_disk,
+    require_memory,
+    teacher_bytes,
+    training_bytes,
+)
+from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
+
+EPOCHS = 3.0
+MOST_HELD_OUT_TOKENS = 20_000
+SHARE_OF_DISK = 0.5
+MAY_DIFFER = ("data", "out", "feature_cache", "layout", "resume")
+"""Options that a resumed run need not share with the one that it continues."""
+
+
+def train(options: TrainOptions, started: float) -> None:
+    """A whole run, from options to files; its budget counts from `started`."""
+    recipe_class = find_recipe(options.method)
+    recipe_options = parse_recipe_options(options.options, recipe_class.Options)
+    check_layout(recipe_class, options.layout)
+    conversations = read_conversations(options.data)
+    if not is_writable(options.out):
+        raise InputError(f"--out {options.out}: cannot be written")
+    target = _target(options)
+    identity = _identity(options, recipe_options, target, conversations.sha256)
+    if options.resume and _nothing_is_left(options, identity):
+        return
+    made_by = (conversations.header or {}).get("model", {}).get("sha256", target.files.sha256)
+    if made_by != target.files.sha256:
+        say(f"NOTE: {options.data} holds what another model said; a drafter learns best from its own model.")
+    sequences = _sequences(conversations, target, options)
+    torch.manual_seed(options.seed)
+    recipe, features = _prepared(recipe_class, recipe_options, target, sequences, options)
+    data, plan = _data(sequences, options), _plan(options)
+    if not options.resume and checkpoint.set_aside(options.out):
+        say(
+            f"An unfinished run is set aside as {checkpoint.ASIDE} until this one has finished; --resume would have "
+            "gone on with it."
+        )
+    training = Training(recipe, features, data, plan, options.out, identity, TrainingProgress(), started=started)
+    with _resumable(options.out):
+        state = training.run(resume=options.resume)
+        _finish(state, recipe, target, options, conversations.sha256, started)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Reports how to continue after an interruption or a full disk."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if (out / checkpoint.NAME).exists():
+            say(f"{out}: the same command with --resume goes on from the last step that is kept.")
+        raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); make room, then the same command with --resume"
+        ) from None
+
+
+def _nothing_is_left(options: TrainOptions, identity: Mapping[str, Any]) -> bool:
+    """True if the run to be resumed is finished."""
+    if (options.out / checkpoint.NAME).exists():
+        return False
+    if is_finished(options.out, identity, options.layout):
+        checkpoint.remove(options.out)
+        say(f"{options.out}: this run is finished.")
+        return True
+    say("Nothing to resume, so this is a new run.")
+    return False
+
+
+def _target(options: TrainOptions) -> Target:
+    """The model, its weights still on disk."""
+    target = load_model(options, find_devices(options)[0])
+    if not isinstance(target.config, ModelConfig):
+        raise InputError(f"{target.files.id}: drafters are made of spdbench's own layers, which do not know this model")
+    require_memory(teacher_bytes(target.num_bytes, target.config), target.device, f"the model {target.files.id}")
+    return target
+
+
+def _sequences(conversations: Conversations, target: Target, options: TrainOptions) -> list[TokenSequence]:
+    chat = ChatFormat(target.tokenizer)
+    if not chat.is_chat:
+        say(f"NOTE: {target.files.id} has no chat template: conversations are learned as plain text.")
+    length, eos_ids = min(options.max_length, target.config.max_positions), target.config.eos_ids
+    end_id = ending_token(chat, eos_ids)
+    sequences: list[TokenSequence] = []
+    for number, messages in zip(conversations.lines, conversations.messages, strict=True):
+        try:
+            sequences += tokenised(messages, chat, end_id, length)
+        except InputError as error:
+            raise InputError(f"{options.data} line {number}: {error}") from None
+    if len(sequences) < 2:
+        raise InputError(
+            f"{options.data}: {len(sequences)} conversations have an answer within {length} tokens; at least 2 are "
+            "needed, one of them to judge by"
+        )
+    return sequences
+
+
+def _identity(options: TrainOptions, recipe_options: RecipeOptions, target: Target, data_sha256: str) -> dict[str, Any]:
+    """The settings that a resumed run must share with the one that it continues; the first line of the log."""
+    return {
+        "schema": "spdbench.train/1",
+        **{key: getattr(options, key) for key in TrainOptions.__annotations__ if key not in MAY_DIFFER},
+        "options": recipe_options.model_dump(mode="json"),
+        "model": target.files.id,
+        "model_sha256": target.files.sha256,
+        "dtype": target.dtype_name,
+        "device": target.device.type,
+        "data_sha256": data_sha256,
+    }
+
+
+def _prepared(
+    recipe_class: type[Recipe],
+    recipe_options: RecipeOptions,
+    target: Target,
+    sequences: list[TokenSequence],
+    options: TrainOptions,
+) -> tuple[Recipe, Features]:
+    decoder = target.own_decoder
+    config = decoder.config
+    draft_ids_U = draft_vocabulary(sequences, options.draft_vocab, config.vocab_size, config.eos_ids)
+    recipe = recipe_class(recipe_options, Teacher(decoder), draft_ids_U, options.stages)
+    recipe.require_layout(options.layout)
+    require_memory(training_bytes(recipe.module, config, options.batch_tokens), target.device, "training")
+    require_disk(checkpoint_bytes(recipe.module), options.out, "training")
+    features = Features(decoder, sequences, recipe.hidden_indices)
+    _keep(features, options)
+    return recipe, features
+
+
+def _keep(features: Features, options: TrainOptions) -> None:
+    """Keeps features on disk if there is room."""
+    folder = next((place for place in (cache_folder(), options.out) if is_writable(place)), options.out)
+    free = shutil.disk_usage(folder).free
+    allowed = int(free * SHARE_OF_DISK) if options.feature_cache is None else options.feature_cache
+    if features.num_bytes <= min(allowed, free):
+        try:
+            features.keep_on_disk(folder)
+            return
+        except OSError as error:
+            say(f"NOTE: {folder}: {error.strerror}; the model runs again for every batch.")
+            return
+    if allowed:
+        say(
+            f"NOTE: what the model computes takes {features.num_bytes / GB:.1f} GB, more than the "
+            f"{allowed / GB:.1f} GB allowed in {folder}: it runs again for every batch. --feature-cache raises that."
+        )
+
+
+def _data(sequences: list[TokenSequence], options: TrainOptions) -> Data:
+    lengths = [len(sequence.ids) for sequence in sequences]
+    share, most = (0.05, MOST_HELD_OUT_TOKENS) if options.held_out is None else (options.held_out, sum(lengths))
+    return Data(lengths, *split_held_out(lengths, share, options.seed, most))
+
+
+def _plan(options: TrainOptions) -> Plan:
+    epochs = options.epochs or (None if options.budget else EPOCHS)
+    return Plan(Limits(epochs, options.budget), options.lr, options.seed, options.batch_tokens, options.accumulate)
+
+
+def _finish(
+    state: State, recipe: Recipe, target: Target, options: TrainOptions, data_sha256: str, started: float
+) -> None:
+    about = Provenance(
+        model_id=target.files.id,
+        model_sha256=target.files.sha256,
+        data_sha256=data_sha256,
+        trained_tokens=state.best_tokens,
+        seed=options.seed,
+        acceptance_by_position=state.best_rates,
+    )
+    recipe.write(options.out, about, options.layout)
+    mark_finished(options.out, options.layout)
+    checkpoint.remove(options.out)
+    rates = ", ".join(f"{rate:.1%}" for rate in state.best_rates)
+    say(
+        f"Wrote {options.out}: held-out acceptance {rates}; {state.trained_tokens} tokens learned in "
+        f"{time.monotonic() - started:.0f} s."
+    )
+    if not state.best_tokens:
+        say(
+            "NOTE: that is the drafter as it began: no step made it better. It takes more time (--budget) or more data."
+        )

@@ -1,0 +1,75 @@
+"""Options that are declared as fields: typed, shared by inheritance, and shown with their own first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from spdbench.cli.options import WHOLE, Duration, Percent, Size, argument, flag, option, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    model: str = option("-m --model", None, "MODEL", "The model.", "small")
+    depth: int = option("--depth", WHOLE, "N", "How deep.", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(Shared):
+    word: str = argument("WORD")
+    budget: float | None = option("--budget", Duration(), "TIME", "How long.")
+    size: int | None = option("--size", Size(), None, "How much.")
+    share: float | None = option("--share", Percent(), None, "What share.")
+    quiet: bool = flag("--quiet", "Say less.")
+    depth: int = option("--depth", WHOLE, "N", "How deep, of its own.", 2)
+
+
+def called(*words: str) -> tuple[Own | None, str]:
+    found: list[Own] = []
+
+    @click.command()
+    @takes(Own)
+    def command(options: Own) -> None:
+        """Does something."""
+        found.append(options)
+
+    said = CliRunner().invoke(command, words)
+    return (found[0] if found else None), said.output
+
+
+def test_a_command_gets_one_object_with_everything() -> None:
+    options, _ = called("x", "--budget", "1h30m", "--size", "8GB", "--share", "0.5%", "--quiet", "-m", "big")
+    assert options == Own(model="big", depth=2, word="x", budget=5400.0, size=8 * 10**9, share=0.005, quiet=True)
+
+
+def test_what_is_not_given_has_its_default() -> None:
+    options, _ = called("x")
+    assert options == Own(model="small", depth=2, word="x", budget=None, size=None, share=None, quiet=False)
+
+
+def test_help_shows_own_options_first_and_each_once() -> None:
+    _, text = called("--help")
+    names = ["--budget TIME", "--size SIZE", "--share PERCENT", "--quiet", "--depth N", "-m, --model MODEL"]
+    places = [text.index(name) for name in names]
+    assert places == sorted(places)
+    assert text.count("--depth") == 1
+    assert "[default: 2; x>=0]" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "soon"], "'soon' is not a duration; write 90s, 20m or 1h30m"),
+        (["--size", "much"], "'much' is not a size"),
+        (["--share", "100%"], "'100%' is not a share"),
+        (["--depth", "-1"], "-1 is not in the range"),
+    ],
+)
+def test_wrong_words_are_refused(words: list[Any], said: str) -> None:
+    options, text = called("x", *words)
+    assert options is None
+    assert said in text
