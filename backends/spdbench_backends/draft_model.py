@@ -39,8 +39,8 @@ class DraftModel(DraftVerify):
         num_tokens: int = Field(4, ge=1, le=64, description="tokens drafted a round")
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(context)
         self._options = cast(DraftModel.Options, options)
+        super().__init__(self._options, context)
         self._small: TargetDecoder | None = None
 
     def load(self) -> None:
@@ -48,7 +48,7 @@ class DraftModel(DraftVerify):
 
         self._choice = choice = parse_drafter(self._context.drafter)
         if choice.kind in ("oracle", "forced"):
-            self._info = self._synthetic(choice)
+            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
         elif choice.kind == "random":
             self._small = random_decoder(self._context.target.own_decoder, self._context.seed)
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
@@ -58,7 +58,7 @@ class DraftModel(DraftVerify):
 
     def _capture_all(self) -> None:
         """The forwards of the target and of the smaller model, where they are recorded."""
-        target = self._capture_target(self._options.graphs, self._options.num_tokens + 1, ())
+        target = self._capture_target(self._options.num_tokens + 1, ())
         if target is not None and self._small is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
 

@@ -5,14 +5,14 @@ A method adds how its drafters are loaded and made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from spdbench.backend import BackendContext, BackendInfo
 from spdbench.errors import InputError
-from spdbench.types import BackendKind, GenerationRequest, Span, Step
+from spdbench.types import BackendKind, GenerationRequest, Sampling, Span, Step
 from spdbench_backends.drafting import Drafting
-from spdbench_backends.graph_options import Graphs, captured_as, decoder_to_capture
+from spdbench_backends.graph_options import GraphOptions, captured_as, decoder_to_capture
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -29,8 +29,9 @@ class DraftVerify(Drafting["Drafter"]):
 
     kind: ClassVar[BackendKind] = "draft_verify"
 
-    def __init__(self, context: BackendContext) -> None:
+    def __init__(self, options: GraphOptions, context: BackendContext) -> None:
         super().__init__(context)
+        self._graphs = options.graphs
         self._spans: Sequence[Span] = ()
         self._chosen: Mapping[str, str] = {}  # by the backend itself; recorded in the result
         self._captured: CapturedDecoder | None = None
@@ -61,48 +62,60 @@ class DraftVerify(Drafting["Drafter"]):
         self._spans = speculation.spans
         return speculation.steps()
 
-    def _capture_target(self, graphs: Graphs, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
-        """Records the target's forwards of one row and of `num_nodes` rows if the option says so. Returns the target if
-        it did, for a drafter that records its own steps."""
-        decoder = decoder_to_capture(graphs, self._context)
+    def _capture_target(self, num_nodes: int, hidden_indices: Collection[int]) -> Decoder | None:
+        """Captures the target's forwards of one row and of `num_nodes` rows if the option says so. Returns the target
+        if it did, for a drafter that captures its own steps."""
+        decoder = decoder_to_capture(self._graphs, self._context)
         if decoder is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
 
-            capacity, compiled = usual_capacity(decoder), graphs == "compiled"
+            capacity, compiled = usual_capacity(decoder), self._graphs == "compiled"
             self._captured = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
-            self._chosen = {**self._chosen, "graphs": captured_as(graphs, capacity)}
+            self._chosen = {**self._chosen, "graphs": captured_as(self._graphs, capacity)}
         return decoder
 
-    def _row_costs(self, graphs: Graphs, largest: int) -> RowCosts:
-        """What forwards of up to `largest` rows take here; replayed ones, where the method replays its own."""
+    def _row_costs(self, largest: int) -> RowCosts:
+        """Seconds of forwards of up to `largest` rows; of captured ones if the method captures its own."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
 
-        decoder = decoder_to_capture(graphs, self._context)
+        decoder = decoder_to_capture(self._graphs, self._context)
         if decoder is None:
             return measure_row_costs(self._decoder, largest)
         from spdbench.models.cuda.captured_decoder import CapturedDecoder
 
         counts = [count for count in ROW_COUNTS if count <= largest]
-        recorded = CapturedDecoder(decoder, counts, CONTEXT + largest, compiled=graphs == "compiled")
-        return measure_row_costs(recorded, largest)
+        captured = CapturedDecoder(decoder, counts, CONTEXT + largest, compiled=self._graphs == "compiled")
+        return measure_row_costs(captured, largest)
 
-    def _forward_between(self) -> Callable[[], object]:
-        """A forward of the target of one row. Run between two timed drafts, as in decoding, so that what the drafter
-        reads is not in the processor's caches."""
+    def _seconds_to_draft(self, drafter: Drafter, num_levels: int) -> float:
+        """Seconds of one draft of `num_levels` levels, timed as it will run: in turn with forwards of the target, so
+        that what the drafter reads is not in the processor's caches."""
+        import torch
+
+        from spdbench.decoding.sampling import Sampler
+        from spdbench.decoding.speculate import Features
         from spdbench.models.layer_ops import argmax
+        from spdbench.models.torch_utils import median_seconds
 
-        decoder = self._decoder
+        decoder, sampler = self._decoder, Sampler(Sampling(), 0)
         cache = decoder.new_cache(1)
+        hidden_1M = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        features = Features(hidden_1M, dict.fromkeys(drafter.hidden_indices, hidden_1M))
+        drafter.start((0,), features, 0)
+
+        def draft() -> None:
+            drafter.propose(num_levels, sampler).ids_N.tolist()
+            drafter.accept((0,), features)
 
         def forward() -> None:
-            hidden, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
-            argmax(decoder.logits(hidden)).tolist()
+            hidden_1M, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
+            argmax(decoder.logits(hidden_1M)).tolist()
             cache.rollback(0)
 
-        return forward
+        return median_seconds(draft, between=forward)
 
     def _is_captured_for(self, request: GenerationRequest, num_nodes: int) -> bool:
-        """True if forwards were recorded and the sequence fits into their capacity."""
+        """True if forwards were captured and the sequence fits into their capacity."""
         needed = len(request.prompt_ids) + request.max_new_tokens + num_nodes
         return self._captured is not None and needed <= self._captured.capacity
 

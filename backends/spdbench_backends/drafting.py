@@ -1,11 +1,12 @@
-"""What all backends that draft share: a drafter for each request, and where drafters come from."""
+"""What all backends that draft share: a drafter for each request, where drafters come from, and steps that are observed
+from outside."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from spdbench.backend import BackendContext, DrafterInfo
 from spdbench.types import GenerationRequest, Step
@@ -13,9 +14,10 @@ from spdbench.types import GenerationRequest, Step
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
     from spdbench.models.interface import TargetDecoder
+    from spdbench_backends.drafter_files.folder import DrafterFile
 
 D = TypeVar("D")
-F = TypeVar("F")
+F = TypeVar("F", bound="DrafterFile[Any]")
 
 
 class Drafting(ABC, Generic[D]):
@@ -65,7 +67,8 @@ class Drafting(ABC, Generic[D]):
         draw: Callable[[], F],
         num_stages: int | None = None,
     ) -> F | None:
-        """The drafter that the user chose: read from its folder, or drawn at random; None for a synthetic one.
+        """The drafter that the user chose: read from its folder, or drawn at random; None for a synthetic one. Also
+        sets what results say of it.
 
         Raises:
             InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read.
@@ -73,14 +76,15 @@ class Drafting(ABC, Generic[D]):
         from spdbench_backends.drafter_files.folder import find_drafter
 
         if choice.kind in ("oracle", "forced"):
+            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
             return None
         if choice.kind == "random":
-            return draw()
-        installed = choice.kind == "auto"
-        return read(find_drafter(self._context.target.files, method, num_stages) if installed else choice.path)
-
-    def _synthetic(self, choice: DrafterChoice) -> DrafterInfo:
-        return DrafterInfo(choice.text, method=choice.kind, synthetic=True)
+            file = draw()
+        else:
+            files = self._context.target.files
+            file = read(find_drafter(files, method, num_stages) if choice.kind == "auto" else choice.path)
+        self._info = file.info(choice.kind, method)
+        return file
 
     def _drafts(self, request: GenerationRequest) -> SyntheticDrafts:
         from spdbench.decoding.synthetic import synthetic_drafts
@@ -88,3 +92,18 @@ class Drafting(ABC, Generic[D]):
         if self._choice is None:
             raise RuntimeError(f"{self._context.label} is not loaded")
         return synthetic_drafts(self._choice, self._context.seed, self._decoder, request)
+
+
+def observed_step(token_ids: Sequence[int], drafts: Sequence[int], forwards: int) -> Step:
+    """The step of an engine that is observed from outside: it emitted `token_ids` after `drafts`, and its target
+    forwarded `forwards` tokens.
+
+    Ids equal to the drafts are accepted ones; the first that differs shows that its draft was rejected. Where a round
+    was cut at an end of sequence or at the limit, later verdicts are unknown and do not count.
+    """
+    pairs = zip(token_ids, drafts, strict=False)
+    accepted = next((index for index, (token, draft) in enumerate(pairs) if token != draft), None)
+    rejected = accepted is not None
+    if accepted is None:
+        accepted = min(len(token_ids), len(drafts))
+    return Step(tuple(token_ids), len(drafts), accepted + rejected, accepted, float(forwards))

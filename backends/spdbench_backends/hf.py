@@ -1,8 +1,8 @@
-"""`hf`: transformers' own `generate`, plain, with an assistant model, or with prompt lookup. What most people have.
+"""`hf`: transformers' own `generate`, plain, with an assistant model, or with prompt lookup. What most people use.
 
-Loads transformers' model beside the target's own layers. Its steps are the target's forwards, seen from outside: what
-each was fed is the draft, and the ids that came of it are the verdict. The first one drafts together with the prompt,
-so it may give several tokens; like all of prefill, it counts for no acceptance.
+Loads transformers' model in addition to the target's own layers. Its steps are the target's forwards, observed from
+outside: what a forward was fed is the draft, and the ids that it gave show the verdict. The first forward drafts
+together with the prompt, so it may give several tokens; like all of prefill, it does not count for acceptance.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
-from spdbench_backends.rounds import verdict
+from spdbench_backends.drafting import observed_step
 
 if TYPE_CHECKING:
     from spdbench.models.hf.generation import Generation
@@ -27,7 +27,7 @@ class HF:
     class Options(BackendOptions):
         assistant: str | None = Field(None, description="the model that drafts: folder, GGUF file or hub id")
         assistant_tokens: int | None = Field(
-            None, ge=1, le=64, description="tokens drafted a round; by default what transformers decides"
+            None, ge=1, le=64, description="tokens drafted a round; default: transformers decides"
         )
         prompt_lookup: int = Field(0, ge=0, le=64, description="tokens that are looked up in the context; 0: none")
         max_ngram: int = Field(2, ge=1, le=64, description="longest run of last tokens that is looked up")
@@ -48,7 +48,7 @@ class HF:
         options, label, target = self._options, self._context.label, self._context.target
         if options.assistant is not None and options.prompt_lookup:
             raise InputError(
-                f"-o {label}.prompt_lookup={options.prompt_lookup}: is another way than {label}.assistant; choose one"
+                f"-o {label}.prompt_lookup={options.prompt_lookup}: excludes {label}.assistant; choose one"
             )
         if options.assistant_tokens is not None and options.assistant is None:
             raise InputError(f"-o {label}.assistant_tokens={options.assistant_tokens}: needs {label}.assistant=MODEL")
@@ -93,7 +93,7 @@ class HF:
         settings = library.generation_settings(request, **drafting)
         unread = len(request.prompt_ids)
         for fed, token_ids in self._loaded().rounds(request, settings, self._assistant):
-            yield verdict(token_ids, fed[unread:], forwards=len(fed))
+            yield observed_step(token_ids, fed[unread:], forwards=len(fed))
             unread = 1
 
     def spans(self) -> Sequence[Span]:

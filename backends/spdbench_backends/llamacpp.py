@@ -1,8 +1,8 @@
-"""`llamacpp`: llama.cpp through llama-cpp-python, plain or with prompt lookup: what people run on a CPU.
+"""`llamacpp`: llama.cpp through llama-cpp-python, plain or with prompt lookup: what many people run on a CPU.
 
-It reads a GGUF file's weights as they are, so its outputs are those of another precision and are not held against
-vanilla's. Its loop is watched from outside: each call of `eval` is a step, and what it is given behind the first token
-is the draft. Prompts are the same ids, and nothing is kept of the request before.
+It reads a GGUF file's weights as they are, so its outputs are those of another precision and are not compared with
+vanilla's. Its loop is observed from outside: each call of `eval` is a step, and the tokens that it is given after the
+first are the draft. Prompts are the same ids, and nothing is kept of the previous request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import Field
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Sampling, Span, Step
-from spdbench_backends.rounds import verdict
+from spdbench_backends.drafting import observed_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,11 +30,11 @@ class LlamaCpp:
     """llama.cpp on a GGUF file: plain, or with prompt lookup."""
 
     class Options(BackendOptions):
-        model: str | None = Field(None, description="the GGUF file; by default the one that -m means")
+        model: str | None = Field(None, description="the GGUF file; default: the one that -m names")
         prompt_lookup: int = Field(0, ge=0, le=64, description="tokens that are looked up in the context; 0: none")
         max_ngram: int = Field(2, ge=1, le=64, description="longest run of last tokens that is looked up")
         context: int | None = Field(
-            None, ge=8, description=f"tokens of context; by default the model's, {MAX_DEFAULT_CONTEXT} at most"
+            None, ge=8, description=f"tokens of context; default: the model's, {MAX_DEFAULT_CONTEXT} at most"
         )
 
     kind: ClassVar[BackendKind] = "draft_verify"
@@ -85,14 +85,14 @@ class LlamaCpp:
         return found
 
     def _watch(self) -> None:
-        """Has every call of `eval` noted."""
+        """Records the tokens of every call of `eval`."""
         original: Callable[[Sequence[int]], None] = self._model.eval
 
-        def noting(tokens: Sequence[int]) -> None:
-            self._fed.append(list(tokens))  # the loop goes on with the same list
+        def recording(tokens: Sequence[int]) -> None:
+            self._fed.append(list(tokens))  # a copy, because the loop reuses the list
             original(tokens)
 
-        self._model.eval = noting
+        self._model.eval = recording
 
     def describe(self) -> BackendInfo:
         info = None
@@ -117,7 +117,7 @@ class LlamaCpp:
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         model = self._loaded()
-        model.reset()  # else it keeps what it knows of the prompt
+        model.reset()  # otherwise it reuses its cache of a common prefix
         model.set_seed(request.seed % 2**SEED_BITS)
         self._fed.clear()
         tokens = model.generate(list(request.prompt_ids), **_sampling(request.sampling))
@@ -129,7 +129,7 @@ class LlamaCpp:
                 fed = self._fed.pop()
                 drafts = fed[unread:]
                 unread = 1
-                # The loop gives the next token of the same forward for as long as the draft was right.
+                # The loop yields further tokens of the same forward as long as the draft was accepted.
                 while (
                     found[-1] not in request.eos_ids
                     and len(found) <= len(drafts)
@@ -137,7 +137,7 @@ class LlamaCpp:
                 ):
                     found.append(int(next(tokens)))
                 ended = found[-1] in request.eos_ids
-                yield verdict(found, drafts, forwards=len(fed))
+                yield observed_step(found, drafts, forwards=len(fed))
         finally:
             tokens.close()
 
@@ -168,9 +168,10 @@ def _lookup(options: LlamaCpp.Options) -> Any:
 
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:
-    """llama.cpp's words for the same distribution.
+    """llama.cpp's arguments for the same distribution.
 
-    It would divide by the temperature after top-k and top-p, so that is done beforehand, as in `decoding.sampling`.
+    llama.cpp divides by the temperature after top-k and top-p; here the logits are divided first, as in
+    `decoding.sampling`.
     """
     off = {"min_p": 0.0, "typical_p": 1.0, "repeat_penalty": 1.0}
     if sampling.greedy:

@@ -30,8 +30,8 @@ class Ngram(DraftVerify):
     lossless = True
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(context)
         self._options = cast(Ngram.Options, options)
+        super().__init__(self._options, context)
 
     def load(self) -> None:
         from spdbench.errors import InputError
@@ -41,7 +41,7 @@ class Ngram(DraftVerify):
             raise InputError(
                 f"-o {self._context.label}.min_ngram={options.min_ngram}: is more than max_ngram={options.max_ngram}"
             )
-        self._capture_target(options.graphs, options.num_tokens + 1, ())
+        self._capture_target(options.num_tokens + 1, ())
         self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002

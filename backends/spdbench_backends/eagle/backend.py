@@ -6,6 +6,7 @@ EAGLE-1, 2 and 3 differ by their heads' tensors; every head can draft every kind
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -61,8 +62,8 @@ class Eagle(DraftVerify):
         )
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(context)
         self._options = cast(Eagle.Options, options)
+        super().__init__(self._options, context)
         self._weights: EagleWeights | None = None
         self._builder: TreeBuilder | None = None
         self._rounds: CapturedRounds | None = None
@@ -73,12 +74,10 @@ class Eagle(DraftVerify):
         choice = parse_drafter(self._context.drafter)
         self._check_options()
         file = self._find_head(choice)
-        if file is None:
-            self._info = self._synthetic(choice)
-        else:
+        if file is not None:
             self._weights = self._build(file)
-            method = "eagle3" if self._weights.is_eagle3 else "eagle"
-            self._info = file.info(choice.kind, method)
+            if self._info is not None and not self._weights.is_eagle3:
+                self._info = replace(self._info, method="eagle")
         self._choice = choice
         self._builder = self._choose_builder(choice, file)
         self._capture_all(self._builder)
@@ -156,7 +155,7 @@ class Eagle(DraftVerify):
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
-        costs = self._row_costs(self._options.graphs, largest)
+        costs = self._row_costs(largest)
         chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device))
         tree_s = self._draft_costs(
             DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
@@ -180,57 +179,40 @@ class Eagle(DraftVerify):
         return lambda levels: first_s + further_s * (levels - shallow.num_levels)
 
     def _draft_seconds(self, builder: TreeBuilder) -> float:
-        """Seconds of a draft, timed as it will run: in turn with the target's forwards."""
-        from spdbench.models.torch_utils import median_seconds
-
+        """Seconds of one draft."""
         if self._weights is None:
             return 0.0
-        return median_seconds(self._timed_draft(self._weights, builder), between=self._forward_between())
-
-    def _timed_draft(self, weights: EagleWeights, builder: TreeBuilder) -> Callable[[], object]:
-        """The draft of one round, on features of zeros."""
-        import torch
-
-        from spdbench_backends.eagle.drafter import EagerRounds, Rounds
-
-        columns, root_1 = self._num_columns(weights), self._decoder.ids((0,))
-        features = torch.zeros(1, columns, dtype=weights.dtype, device=weights.device)
-        rounds: Rounds
-        if decoder_to_capture(self._options.graphs, self._context) is None:
-            rounds = EagerRounds(weights, builder, TIMED_TOKENS)
-        else:
-            rounds = self._capture_rounds(weights, builder, TIMED_TOKENS)
-        return lambda: rounds.draft(features, root_1, builder.num_levels).ids_N.tolist()
+        captured = decoder_to_capture(self._graphs, self._context) is not None
+        rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
+        return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
-
         if self._builder is None:
             raise RuntimeError("eagle is not loaded")
         if self._weights is None:
             return self._synthetic_drafter(request, self._builder)
-        target = self._context.target.own_decoder
-        if self._rounds is not None and self._is_captured_for(request, self._builder.max_nodes):
-            return EagleDrafter(target, self._rounds)
-        capacity = len(request.prompt_ids) + request.max_new_tokens
-        return EagleDrafter(target, EagerRounds(self._weights, self._builder, capacity))
+        rounds = self._rounds if self._is_captured_for(request, self._builder.max_nodes) else None
+        return self._head_drafter(self._builder, len(request.prompt_ids) + request.max_new_tokens, rounds)
+
+    def _head_drafter(self, builder: TreeBuilder, capacity: int, captured: CapturedRounds | None) -> Drafter:
+        from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
+
+        assert self._weights is not None
+        rounds = captured or EagerRounds(self._weights, builder, capacity)
+        return EagleDrafter(self._context.target.own_decoder, rounds)
 
     def _capture_all(self, builder: TreeBuilder) -> None:
         """Captures the target's forwards and the head's rounds, if the option says so."""
-        weights = self._weights
-        self._capture_target(self._options.graphs, builder.max_nodes, () if weights is None else weights.aux)
-        if weights is not None and self._captured is not None:
-            self._rounds = self._capture_rounds(weights, builder, self._captured.capacity)
+        self._capture_target(builder.max_nodes, () if self._weights is None else self._weights.aux)
+        if self._weights is not None and self._captured is not None:
+            self._rounds = self._capture_rounds(builder, self._captured.capacity)
 
-    def _capture_rounds(self, weights: EagleWeights, builder: TreeBuilder, capacity: int) -> CapturedRounds:
+    def _capture_rounds(self, builder: TreeBuilder, capacity: int) -> CapturedRounds:
         from spdbench_backends.eagle.captured import CapturedRounds
 
-        compiled = self._options.graphs == "compiled"
-        return CapturedRounds(weights, self._num_columns(weights), builder, capacity, compiled=compiled)
-
-    def _num_columns(self, weights: EagleWeights) -> int:
-        """The width of the features that the head reads."""
-        return self._decoder.config.hidden_size * max(1, len(weights.aux))
+        assert self._weights is not None
+        num_columns = self._decoder.config.hidden_size * max(1, len(self._weights.aux))
+        return CapturedRounds(self._weights, num_columns, builder, capacity, compiled=self._graphs == "compiled")
 
     def close(self) -> None:
         super().close()

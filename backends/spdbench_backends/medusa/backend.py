@@ -5,7 +5,7 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import Field
@@ -50,8 +50,8 @@ class Medusa(DraftVerify):
         posterior_alpha: float = Field(0.3, gt=0, description="typical: how the threshold falls with the entropy")
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(context)
         self._options = cast(Medusa.Options, options)
+        super().__init__(self._options, context)
         self._weights: MedusaWeights | None = None
         self._builder: StaticTreeBuilder | None = None
         self._captured_draft: CapturedFunction | None = None
@@ -66,20 +66,14 @@ class Medusa(DraftVerify):
 
         choice = parse_drafter(self._context.drafter)
         file = self._find_heads(choice)
-        if file is None:
-            self._info = self._synthetic(choice)
-        else:
+        if file is not None:
             from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
-            self._info = file.info(choice.kind, "medusa")
         self._choice = choice
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
-        target = self._capture_target(self._options.graphs, self._builder.max_nodes, ())
-        if target is not None and self._weights is not None:
-            from spdbench_backends.medusa.drafter import capture_draft
-
-            self._captured_draft = capture_draft(self._weights, target, self._builder)
+        self._capture_target(self._builder.max_nodes, ())
+        self._captured_draft = self._capture_draft(self._builder)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
         from spdbench_backends.medusa.build import random_medusa
@@ -88,7 +82,7 @@ class Medusa(DraftVerify):
         target, heads, seed = self._context.target, self._options.heads or SYNTHETIC_HEADS, self._context.seed
         folder = target.files.directory
         if choice.kind == "auto" and holds_medusa_heads(folder):
-            return read_medusa(folder, folder)
+            choice = replace(choice, kind="path", text=str(folder))
         return self._read_drafter(
             choice,
             "medusa",
@@ -143,32 +137,29 @@ class Medusa(DraftVerify):
         else:
             by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
             accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))
-        draft_s, costs = self._draft_seconds(), self._row_costs(self._options.graphs, LARGEST_AUTO_TREE)
+        draft_s, costs = self._draft_seconds(heads), self._row_costs(LARGEST_AUTO_TREE)
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
         paths = best.paths or ((0,),)
         self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 
-    def _draft_seconds(self) -> float:
-        """Seconds of one head, timed as it will run."""
-        import torch
+    def _draft_seconds(self, num_heads: int) -> float:
+        """Seconds of one head in a draft of `num_heads` levels."""
+        from spdbench.decoding.tree_builder import chain_builder
+        from spdbench_backends.medusa.drafter import MedusaDrafter
 
-        from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
-        from spdbench.models.torch_utils import median_seconds
-
-        weights, decoder = self._weights, self._decoder
-        if weights is None:
+        if self._weights is None:
             return 0.0
-        heads = weights.num_heads
-        state = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        builder, target = chain_builder(num_heads, self._decoder.device), self._context.target.own_decoder
+        drafter = MedusaDrafter(self._weights, target, builder, self._capture_draft(builder))
+        return self._seconds_to_draft(drafter, num_heads) / num_heads
 
-        def draft(_bucket: int = 0) -> tuple[torch.Tensor, ...]:
-            return (weights.logits(state, heads).argmax(dim=-1).flatten(),)
+    def _capture_draft(self, builder: StaticTreeBuilder) -> CapturedFunction | None:
+        """The heads' rounds captured, if the option says so."""
+        from spdbench_backends.medusa.drafter import capture_draft
 
-        run: Callable[[], tuple[torch.Tensor, ...]] = draft
-        if decoder_to_capture(self._options.graphs, self._context) is not None:
-            run = CapturedFunction(CudaGraphs(decoder.device), draft)
-        return median_seconds(lambda: run()[0].tolist(), between=self._forward_between()) / heads
+        target = decoder_to_capture(self._graphs, self._context)
+        return None if target is None or self._weights is None else capture_draft(self._weights, target, builder)
 
     def _accept_rule(self) -> AcceptRule | None:
         from spdbench.decoding.verify import typical

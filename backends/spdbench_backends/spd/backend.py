@@ -1,11 +1,12 @@
-"""`spd`: speculative pipeline decoding, n stages at work on n tokens of one sequence.
+"""`spd`: speculative pipeline decoding. n stages work on n tokens of one sequence.
 
     prefill, then cycle by cycle:
-        draft a successor for the newest token, from the features that exist before the step
+        draft a successor of the newest token, from the features that exist before the step
         every stage moves its token one stage on
-        the token that leaves the last stage judges its successor
-            right: it counts, the new draft enters stage 0
-            wrong: all in flight is dropped, the target's own token enters stage 0, and n - 1 cycles give no verdict
+        the logits of the token that leaves the last stage verify its successor
+            accepted: the successor is emitted, and the new draft enters stage 0
+            rejected: all tokens in flight are dropped, the target's own token enters stage 0, and the next n - 1
+                      cycles give no verdict
 
 Source: arXiv 2605.30852; SPD.md section 4, without the faults of its section 11.
 """
@@ -47,18 +48,16 @@ class SPD(Pipelined):
 
         file = self._find_head(choice, read_head, random_head)
         if file is None:
-            self._info = self._synthetic(choice)
             return
         self._head = build_head(file, self._drafters_target, self._stages)
         if self._options.stage_layers == "auto":
             self._head = self._rebalanced(self._head)
-        self._info = file.info(choice.kind, self.method)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors
 
     def _rebalanced(self, head: HeadWeights) -> HeadWeights:
-        """The head at a cut that also counts its own time, if it fits that one."""
+        """The head for stages balanced with its own drafting time, if its row types fit them."""
         from spdbench_backends.spd.head import drafting_seconds
         from spdbench_backends.spd.plan import FeaturePlan
 

@@ -98,7 +98,7 @@ class DraftModule:
 
 
 def drafting_seconds(weights: HeadWeights, threads: int) -> float:
-    """What a draft takes in a full pipeline."""
+    """Seconds of a draft in a full pipeline."""
     plan, decoder = weights.plan, weights.decoder
     width, depth = weights.projections[0].shape[0], plan.full_depth
     prompt_length = 2 * depth

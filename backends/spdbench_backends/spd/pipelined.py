@@ -1,7 +1,4 @@
-"""What every pipelined backend shares: its stages, where they run, and its life. A method adds its drafter.
-
-Must not know how drafts are made.
-"""
+"""What the pipelined backends share: stages, where they run, and the drafter's device. A method adds its drafter."""
 
 from __future__ import annotations
 
@@ -9,14 +6,14 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BeforeValidator, Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
-from spdbench_backends.drafting import Drafting
+from spdbench_backends.drafting import Drafting, F
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -35,25 +32,6 @@ def counts_of(value: Any) -> Any:
     return [part for part in value.replace(";", ",").split(",") if part]
 
 
-class HeadConfig(Protocol):
-    """What a head's file says of the pipeline it was trained for."""
-
-    @property
-    def num_stages(self) -> int | None: ...
-
-
-class HeadFile(Protocol):
-    """A head as read, still without a place in a model."""
-
-    @property
-    def config(self) -> HeadConfig: ...
-
-
-F = TypeVar("F", bound=HeadFile)
-Draw = Callable[["Decoder", tuple[range, ...], int], F]
-"""(target, stages, seed) -> an untrained head."""
-
-
 class PipelineOptions(BackendOptions):
     """Options of all pipelined backends."""
 
@@ -66,7 +44,7 @@ class PipelineOptions(BackendOptions):
     executor: Literal["auto", "process", "inline", "streams"] = Field(
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
-        "streams: all stages side by side on one GPU, recorded as CUDA graphs (on a CPU a rehearsal); "
+        "streams: all stages in parallel on one GPU, recorded as CUDA graphs (on a CPU a rehearsal); "
         "auto: streams where there is one GPU, else process for more than one stage",
     )
     context: int | None = Field(
@@ -77,7 +55,9 @@ class PipelineOptions(BackendOptions):
         description="how hidden states travel between processes; auto: nccl where every stage has a GPU of its own, "
         "else pipe",
     )
-    timeout_s: float = Field(60.0, gt=0, le=1e6, description="a stage that takes longer for an answer is taken to hang")
+    timeout_s: float = Field(
+        60.0, gt=0, le=1e6, description="a stage that does not answer in this time counts as hanging"
+    )
 
 
 class Pipelined(Drafting["PipelineDrafter"]):
@@ -98,7 +78,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     @abstractmethod
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        """Sets the stages and what the drafter is made of."""
+        """Sets the stages and the weights of the drafter."""
 
     @abstractmethod
     def _anchors(self) -> Collection[int]:
@@ -160,7 +140,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     @property
     def _share_a_gpu(self) -> bool:
-        """True where all that there is is one GPU, whose processes would take turns, and recorded stages need not."""
+        """True if one GPU is all there is. Processes would take turns on it; captured stages run in parallel."""
         from spdbench.models.cuda.captured_decoder import is_capturable
 
         devices = set(self._context.devices)
@@ -178,19 +158,19 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
 
     def _device(self, stage: int) -> str:
-        """Devices are dealt to the stages in order; streams share one."""
+        """Stages take the devices in turn; streams share one."""
         devices = self._context.devices
         return devices[0 if self._executor == "streams" else stage % len(devices)]
 
     @property
     def _drafters_device(self) -> str:
-        """A device of its own where more are named than there are stages, else the first."""
+        """A device of its own if there are more devices than stages, else the first."""
         devices, count = self._context.devices, len(self._stages)
         return devices[count] if self._executor == "process" and len(devices) > count else devices[0]
 
     @property
     def _drafters_target(self) -> Decoder:
-        """The target as heads are built on it: its embedding and its head are where the drafter is."""
+        """The target that heads are built on: with its embedding and its head on the drafter's device."""
         from spdbench.models.target import find_device
 
         target, device = self._context.target.own_decoder, find_device(self._drafters_device)
@@ -200,26 +180,33 @@ class Pipelined(Drafting["PipelineDrafter"]):
             self._ends = target.ends_on(device)
         return self._ends
 
-    def _find_head(self, choice: DrafterChoice, read: Callable[[Path], F], draw: Draw[F]) -> F | None:
-        """The head that was asked for, None for a synthetic drafter; cuts the model into stages that fit it."""
-        from spdbench_backends.drafter_files.folder import find_drafter
-
-        target = self._context.target
-        if choice.kind in ("oracle", "forced"):
-            self._stages = self._cut(None)
-            return None
-        if target.unknown:
+    def _find_head(
+        self,
+        choice: DrafterChoice,
+        read: Callable[[Path], F],
+        draw: Callable[[Decoder, tuple[range, ...], int], F],
+    ) -> F | None:
+        """The head that the user chose, None for a synthetic drafter; also cuts the model into stages that fit it.
+        `draw(target, stages, seed)` is an untrained head."""
+        target, counts = self._context.target, self._options.stage_layers
+        if target.unknown and choice.kind not in ("oracle", "forced"):
             raise InputError(
                 f"--drafter {choice.text}: {self.method.upper()} heads are made of spdbench's own layers, which do not "
                 f"know this model ({target.unknown}). Give oracle:P or forced:P."
             )
-        if choice.kind == "random":
+        is_read = choice.kind in ("path", "auto")
+        if not is_read:
             self._stages = self._cut(None)
-            return draw(target.own_decoder, self._stages, self._context.seed)
-        counts = self._options.stage_layers
-        asked = len(counts) if isinstance(counts, tuple) else self._options.stages
-        file = read(choice.path if choice.kind == "path" else find_drafter(target.files, self.method, asked))
-        self._stages = self._cut(file.config.num_stages)
+        file = self._read_drafter(
+            choice,
+            self.method,
+            read,
+            lambda: draw(target.own_decoder, self._stages, self._context.seed),
+            len(counts) if isinstance(counts, tuple) else self._options.stages,
+        )
+        if is_read:
+            assert file is not None
+            self._stages = self._cut(file.config.num_stages)
         return file
 
     def _cut(self, drafters_stages: int | None) -> tuple[range, ...]:
@@ -239,7 +226,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
             raise InputError(f"-o {self._context.label}.{error}") from None
 
     def _balanced(self, num_stages: int, drafting_s: float = 0.0) -> tuple[range, ...]:
-        """Stages that take the same time, the first sharing its cores with the drafter where none are left for it."""
+        """Stages of equal time. The first shares its cores with the drafter if none are left for it."""
         from spdbench.pipeline.balance import balanced_stages
 
         threads = self._threads(num_stages)
@@ -247,12 +234,12 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return balanced_stages(self._decoder, num_stages, threads, drafting_s if shared else 0.0)
 
     def _threads(self, num_stages: int) -> int:
-        """Threads of each stage: all together no more than the run was given, where there are enough."""
+        """Threads of each stage: together no more than the run has, where it has at least one a stage."""
         return max(1, self._context.threads // num_stages)
 
     @property
     def _drafters_threads(self) -> int:
-        """What the stages leave; more would only wait for each other behind these."""
+        """The threads that the stages leave; more would wait for the stages' threads."""
         count = len(self._stages)
         return max(1, self._context.threads - count * self._threads(count))
 
@@ -261,7 +248,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         if context is None:
             return
         if self._executor != "streams":
-            raise InputError(f"-o {label}.context={context}: has a meaning with {label}.executor=streams only")
+            raise InputError(f"-o {label}.context={context}: is used with {label}.executor=streams only")
         most = self._context.target.config.max_positions
         if context > most:
             raise InputError(f"-o {label}.context={context}: the model has {most} positions")
@@ -319,7 +306,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
 
 def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:
-    """The steps, whatever is computed for them here in so many threads."""
+    """The steps, computed with so many threads in this process."""
     import torch
 
     before = torch.get_num_threads()
@@ -331,7 +318,7 @@ def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:
 
 
 def usual_stages(num_layers: int) -> int:
-    """Three stages where the layers can be dealt out so, else as few as can."""
+    """Three stages if they divide the layers, else the fewest that do."""
     if num_layers % 3 == 0:
         return 3
     return next((n for n in range(2, num_layers + 1) if num_layers % n == 0), 1)

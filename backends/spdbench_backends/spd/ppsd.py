@@ -1,9 +1,9 @@
-"""`ppsd`: an early exit behind the first stage drafts, the stages behind it verify earlier tokens meanwhile.
+"""`ppsd`: an early exit after the first stage drafts, while the later stages verify earlier tokens.
 
     cycle by cycle:
         every stage moves its token one stage on
         the exit head reads stage 0's output and drafts that token's successor, while all stages wait
-        verdict, roll back and refill are those of `spd`
+        verdict, rollback and refill are those of `spd`
 
 A re-implementation from the paper's abstract and its reviews (arXiv 2509.19368; METHODS.md, section C).
 """
@@ -40,11 +40,8 @@ class PPSD(Pipelined):
         from spdbench_backends.spd.formats import build_exit, random_exit, read_exit
 
         file = self._find_head(choice, read_exit, random_exit)
-        if file is None:
-            self._info = self._synthetic(choice)
-            return
-        self._head = build_exit(file, self._drafters_target, self._stages)
-        self._info = file.info(choice.kind, self.method)
+        if file is not None:
+            self._head = build_exit(file, self._drafters_target, self._stages)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else (self._stages[0].stop,)

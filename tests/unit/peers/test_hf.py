@@ -126,7 +126,7 @@ def test_closing_leaves_no_thread_behind(target: Target) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"assistant": "/no/such", "prompt_lookup": "3"}, r"hf\.prompt_lookup=3: is another way than hf\.assistant"),
+        ({"assistant": "/no/such", "prompt_lookup": "3"}, r"hf\.prompt_lookup=3: excludes hf\.assistant"),
         ({"max_ngram": "3"}, r"hf\.max_ngram=3: needs hf\.prompt_lookup=TOKENS"),
         ({"assistant_tokens": "3"}, r"hf\.assistant_tokens=3: needs hf\.assistant=MODEL"),
         ({"assistant": "/no/such"}, "/no/such"),
