@@ -54,8 +54,8 @@ def eagle3_shapes(prefix: str = "layers.0.", width: int = WIDTH, num_aux: int = 
     }
 
 
-def eagle1_shapes(prefix: str = "layers.0.") -> Shapes:
-    return {"fc.weight": (WIDTH, 2 * WIDTH), **layer(prefix), "embed_tokens.weight": (VOCAB, WIDTH)}
+def eagle1_shapes() -> Shapes:
+    return {"fc.weight": (WIDTH, 2 * WIDTH), **layer("layers.0."), "embed_tokens.weight": (VOCAB, WIDTH)}
 
 
 def tensors_of(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
@@ -106,15 +106,18 @@ def speculators(folder: Path) -> Path:
     return save(folder, config, tensors_of(shapes) | vocabulary())
 
 
+def eagle1_tensors() -> dict[str, Tensor]:
+    return tensors_of({**eagle1_shapes(), "fc.bias": (WIDTH,)})
+
+
 def eagle1(folder: Path) -> Path:
     config = {"architectures": ["LlamaForCausalLM"], **LLAMA, "bias": True}
-    return save(folder, config, tensors_of({**eagle1_shapes(), "fc.bias": (WIDTH,)}), pickled=True)
+    return save(folder, config, eagle1_tensors(), pickled=True)
 
 
 def eagle1_of_vllm(folder: Path) -> Path:
     config = {"architectures": ["EAGLEModel"], "model_type": "eagle", "model": LLAMA}
-    shapes = {f"model.{name}": shape for name, shape in eagle1_shapes().items()}
-    return save(folder, config, tensors_of(shapes))
+    return save(folder, config, {f"model.{name}": tensor for name, tensor in eagle1_tensors().items()})
 
 
 def eagle1_of_speculators(folder: Path) -> Path:
@@ -125,6 +128,5 @@ def eagle1_of_speculators(folder: Path) -> Path:
         "fusion_bias": True,
         "layernorms": False,
     }
-    shapes = eagle1_shapes("transformer.")
-    shapes |= {"fusion_fc.weight": shapes.pop("fc.weight"), "fusion_fc.bias": (WIDTH,)}
-    return save(folder, config, tensors_of(shapes))
+    names = {name: name.replace("fc.", "fusion_fc.").replace("layers.0.", "transformer.") for name in eagle1_tensors()}
+    return save(folder, config, {names[name]: tensor for name, tensor in eagle1_tensors().items()})

@@ -112,15 +112,12 @@ def test_head_norms_belong_to_the_layer_where_the_file_has_them(decoder: Decoder
     [
         ({"layers.0.mlp.up_proj.weight": None}, {}, r"tensor layers\.0\.mlp\.up_proj\.weight is missing"),
         ({"layers.0.mlp.up_proj.weight": torch.zeros(1, 2)}, {}, r"has shape \[1, 2\], expected \[\d+, 32\]"),
-        ({"layers.0.input_layernorm.weight": torch.full((32,), torch.nan)}, {}, "not finite"),
         ({"fc.weight": torch.zeros(1)}, {}, r"unknown tensor fc\.weight"),
         ({}, {"hidden_size": 64}, r"config\.hidden_size is 64, but here it is 32"),
         ({}, {"exit_layer": 3}, r"config\.exit_layer is 3, but here it is 2: give ppsd\.stages"),
         ({}, {"num_layers": 2}, r"tensor layers\.1\."),
-        ({}, {"exit_layer": "two"}, r"config\.exit_layer: "),
         ({}, {"method": "spd"}, "is a drafter for 'spd', not for ppsd"),
         ({}, {"method": None}, "is not a PPSD drafter: its config names no method"),
-        ({}, {"version": 2}, r"version 2 is not known\. Allowed: 1\. A newer spdbench"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -128,11 +125,3 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=why):
         build_exit(read_exit(written(decoder, tmp_path / "head", tensors, **config)), decoder, STAGES)
-
-
-def test_folders_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="it has no config"):
-        read_exit(tmp_path)
-    (tmp_path / "config.json").write_text('{"method": "ppsd"}')
-    with pytest.raises(InputError, match="a model folder without weights"):
-        read_exit(tmp_path)

@@ -82,18 +82,12 @@ def test_a_file_without_version_is_version_11(decoder: Decoder, tmp_path: Path) 
         ({"vocab_size": 100}, r"config.vocab_size is 100, but here it is 262"),
         ({"num_stages": 2}, r"config.num_stages is 2, but here it is 3; use -o spd.stages=2"),
         ({"model_type": "qwen3"}, r"config.model_type is qwen3, but here it is llama"),
-        ({"hidden_size": None}, r"config.hidden_size: Input should be a valid integer"),
-        ({"trained_tokens": "many"}, r"config.trained_tokens: Input should be a valid integer"),
-        ({"trained_tokens": -5}, r"config.trained_tokens: Input should be greater than or equal to 0"),
         ({"draft_token_ids": [1.5] * 131}, r"config.draft_token_ids.0: Input should be a valid integer"),
-        ({"draft_token_ids": ["1"] * 131}, r"config.draft_token_ids.0: Input should be a valid integer"),
         ({"draft_token_ids": [], "draft_vocab_size": 0}, r"config.draft_vocab_size: Input should be greater"),
-        ({"draft_token_ids": [*range(130), 2**70]}, r"draft_token_ids must hold ascending ids from 0 to 261"),
         ({"aggr_feature_bound": [0, 1.5]}, r"config.aggr_feature_bound.1: Input should be a valid integer"),
         ({"aggr_feature_bound": [0, 2, 9]}, r"aggr_feature_bound: anchor 9 lies beyond"),
         ({"aggr_feature_bound": None}, r"config.aggr_feature_bound: Input should be a valid array"),
         ({"draft_token_ids": [5, 3]}, r"draft_token_ids must hold ascending ids from 0 to 261"),
-        ({"draft_token_ids": [3, 5]}, r"draft_vocab_size is 131, but its draft tokens are 2"),
         ({"draft_token_ids": None}, r"draft_vocab_size is 131, but config.draft_token_ids is missing"),
         ({"num_spec_layers": 1}, r"unknown tensor spec_layers.1."),
         ({"num_spec_layers": 3}, r"tensor spec_layers.2..* is missing"),
@@ -116,14 +110,6 @@ def test_a_head_for_something_else_says_what_differs(
         ),
         ({"surprise": torch.zeros(1)}, r"unknown tensor surprise"),
         ({"surprise": "text"}, r"is not a mapping from names to tensors: surprise is a str"),
-        (
-            {"aggr_projs.0.weight": torch.zeros(32, 32, dtype=torch.int32)},
-            r"aggr_projs.0.weight is torch.int32; only unquantised",
-        ),
-        (
-            {"aggr_projs.0.weight": torch.full((32, 32), torch.nan)},
-            r"aggr_projs.0.weight holds values that are not finite",
-        ),
         ({"spec_layers.0.self_attn.q_norm.weight": None}, r"spec_layers.0.self_attn.q_norm.weight is missing"),
     ],
 )
@@ -169,30 +155,6 @@ def test_files_that_are_no_heads(tmp_path: Path) -> None:
         torch.save(content, tmp_path / "shape.pt")
         with pytest.raises(InputError, match=why):
             read_head(tmp_path / "shape.pt")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"it has no config\.json"):
-        read_head(tmp_path / "empty")
-    (tmp_path / "empty" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="a model folder without weights"):
-        read_head(tmp_path / "empty")
-    (tmp_path / "empty" / "model.safetensors").write_text("hello")
-    with pytest.raises(InputError, match=r"empty/model\.safetensors: cannot be read as weights"):
-        read_head(tmp_path / "empty")
-    for text, why in (("[]", "is not a mapping"), ("{", "cannot be read"), ("[" * 100_000, "cannot be read")):
-        (tmp_path / "empty" / "config.json").write_text(text)
-        with pytest.raises(InputError, match=rf"empty/config\.json: {why}"):
-            read_head(tmp_path / "empty")
-
-
-def test_a_head_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[Path]]:
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"state_dict": Evil(), "config": {}}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="cannot be read as weights"):
-        read_head(tmp_path / "evil.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_a_head_trained_on_nominal_rows_is_lossless_too(decoder: Decoder, tmp_path: Path) -> None:
