@@ -159,7 +159,8 @@ def sizes_of(file: EagleFile) -> Sizes:
     config, eagle3 = file.config, file.is_eagle3
     (width, fused), (ffn, _) = _matrix(file, "fc.weight"), _matrix(file, GATE)
     layers = [name.split(".")[1] for name in file.tensors if name.startswith("layers.")]
-    num_layers = 1 + max((int(index) for index in layers if index.isdecimal()), default=0)  # gaps: missing tensors
+    # A gap between layers shows as missing tensors. No more layers than tensors: a damaged name may hold any number.
+    num_layers = min(1 + max((int(index) for index in layers if index.isdecimal()), default=0), len(file.tensors))
     _require_same(file, "hidden_size", config.hidden_size, width, "fc.weight")
     _require_same(file, "intermediate_size", config.intermediate_size, ffn, GATE)
     if file.layout != "safeailab" or not eagle3:  # whose EAGLE-3 has one layer whatever the config says

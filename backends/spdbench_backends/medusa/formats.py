@@ -49,7 +49,8 @@ VLLM_PREFIX = "medusa_heads."
 SHARED = "lm_head.weight"
 TOKEN_MAP = "token_map"
 PARTS = ("weight", "bias")
-NUMBER = "(0|[1-9][0-9]{0,5})"
+NUMBER = "(0|[1-9][0-9]{0,2})"
+"""Of a head or a block in a name. So few that a damaged name cannot make the table of expected tensors endless."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ from spdbench_backends.spd.head import HeadWeights
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 
 VERSION = 11
+MOST_LAYERS = 1000
+"""Of a head. So few that a damaged config cannot make the table of expected tensors endless."""
 
 
 class HeadConfig(DrafterConfig):
@@ -59,7 +61,7 @@ class HeadConfig(DrafterConfig):
     draft_vocab_size: int = Field(ge=1)
     num_stages: int = Field(ge=1)
     stage_layers: list[int] | None = None
-    num_spec_layers: int = Field(ge=1)
+    num_spec_layers: int = Field(ge=1, le=MOST_LAYERS)
     aggr_feature_bound: list[int]
     trained_with_use_deepest: bool = False
     draft_token_ids: list[int] | None = None
@@ -186,7 +188,7 @@ class ExitConfig(DrafterConfig):
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     exit_layer: int = Field(ge=1)
-    num_layers: int = Field(ge=1)
+    num_layers: int = Field(ge=1, le=MOST_LAYERS)
     num_stages: int | None = Field(None, ge=1)
 
 

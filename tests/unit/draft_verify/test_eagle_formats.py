@@ -280,6 +280,13 @@ def test_eagle1_heads_that_do_not_fit_are_named(
         build(decoder, altered(folder, change, **config))
 
 
+def test_a_layer_of_an_endless_number_is_unknown(decoder: Decoder, tmp_path: Path) -> None:
+    config = {"num_hidden_layers": None, "draft_vocab_size": len(IDS)}
+    folder = altered(eagle_files.specforge(tmp_path), put("layers.999999999.x", torch.ones(1)), **config)
+    with pytest.raises(InputError, match=r"tensor layers\.1\..* is missing"):
+        build(decoder, folder)
+
+
 def test_a_head_for_another_model_says_so(tmp_path: Path) -> None:
     folder = eagle_files.speculators(tmp_path / "head")
 

@@ -160,6 +160,7 @@ BAD_TENSORS: list[tuple[Layout, dict[str, Tensor | None], str]] = [
     ("v0.1", {"2.1.weight": None}, r"tensor 2\.1\.weight is missing"),
     ("v0.1", {"surprise": torch.zeros(1)}, r"unknown tensor surprise \(1 in all\)"),
     ("v0.1", {"01.0.linear.weight": torch.zeros(1)}, r"unknown tensor 01\.0\.linear\.weight"),
+    ("v0.1", {"999999.999999.linear.weight": torch.zeros(1)}, r"unknown tensor 999999\.999999\.linear\.weight"),
     ("v0.1", {"4.0.linear.weight": torch.zeros(1)}, r"tensor 3\.0\.linear\.weight is missing"),
     ("v0.1", {"0.1.bias": torch.zeros(VOCAB)}, r"unknown tensor 0\.1\.bias"),
     (

@@ -90,6 +90,7 @@ def test_a_file_without_version_is_version_11(decoder: Decoder, tmp_path: Path) 
         ({"draft_token_ids": [5, 3]}, r"draft_token_ids must hold ascending ids from 0 to 261"),
         ({"draft_token_ids": None}, r"draft_vocab_size is 131, but config.draft_token_ids is missing"),
         ({"num_spec_layers": 1}, r"unknown tensor spec_layers.1."),
+        ({"num_spec_layers": 10**9}, r"config.num_spec_layers: Input should be less than or equal to 1000"),
         ({"num_spec_layers": 3}, r"tensor spec_layers.2..* is missing"),
     ],
 )
