@@ -57,7 +57,7 @@ class DraftModel(DraftVerify):
         self._capture_all()
 
     def _capture_all(self) -> None:
-        """The forwards of the target and of the smaller model, where they are recorded."""
+        """Captures the forwards of the target and of the smaller model, if the option says so."""
         target = self._capture_target(self._options.num_tokens + 1, ())
         if target is not None and self._small is not None:
             from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity

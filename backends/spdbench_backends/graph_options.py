@@ -1,4 +1,4 @@
-"""Whether a backend's steps are recorded at load and replayed. Must not know the steps; loads no torch by itself."""
+"""The option `graphs`: whether a backend's steps are captured at load and replayed. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ Graphs = Literal["auto", "on", "off", "compiled"]
 
 
 class GraphOptions(BackendOptions):
-    """Options of all backends whose steps can be recorded."""
+    """Options of all backends whose steps can be captured."""
 
     graphs: Graphs = Field(
         "auto",
-        description="on: steps are recorded at load and replayed, as CUDA graphs on a GPU, on a CPU to rehearse that; "
+        description="on: steps are captured at load and replayed, as CUDA graphs on a GPU, on a CPU to rehearse that; "
         "compiled: the target's are fused by torch.compile before that; "
-        "auto: on where a GPU holds a model that can be recorded",
+        "auto: on where a GPU holds a model that can be captured",
     )
 
 
 def captured_as(graphs: Graphs, capacity: int) -> str:
-    """What a result says of a backend whose steps were recorded."""
+    """How a result describes captured steps."""
     return f"{'compiled' if graphs == 'compiled' else 'on'}, for up to {capacity} tokens"
 
 
 def decoder_to_capture(graphs: Graphs, context: BackendContext) -> Decoder | None:
-    """The decoder whose steps are to be recorded; None where they are not.
+    """The decoder whose steps are to be captured; None where they are not.
 
     Raises:
-        InputError: graphs were asked for, and the model's layers cannot be recorded.
+        InputError: graphs were asked for, and the model's layers cannot be captured.
     """
     from spdbench.models.cuda.captured_decoder import is_capturable, refuse_uncapturable
 

@@ -27,24 +27,24 @@ class Vanilla:
         self._options = cast(Vanilla.Options, options)
         self._context = context
         self._decoder: TargetDecoder | None = None
-        self._graphed: CapturedDecoding | None = None
+        self._captured: CapturedDecoding | None = None
 
     def load(self) -> None:
         self._decoder = self._context.target.decoder
         graphs = self._options.graphs
-        if (recorded := decoder_to_capture(graphs, self._context)) is not None:
+        if (decoder := decoder_to_capture(graphs, self._context)) is not None:
             from spdbench.decoding.captured import CapturedDecoding
             from spdbench.models.cuda.captured_decoder import usual_capacity
 
-            self._graphed = CapturedDecoding(recorded, usual_capacity(recorded), compiled=graphs == "compiled")
+            self._captured = CapturedDecoding(decoder, usual_capacity(decoder), compiled=graphs == "compiled")
 
     def describe(self) -> BackendInfo:
-        decoder, graphed = self._loaded(), self._graphed
+        decoder, captured = self._loaded(), self._captured
         return BackendInfo(
             devices=self._context.devices[:1],
             lane_bytes=(decoder.bytes_per_token(decoder.layers, head=True),),
             stage_layers=(len(decoder.layers),),
-            chosen={} if graphed is None else {"graphs": captured_as(self._options.graphs, graphed.capacity)},
+            chosen={} if captured is None else {"graphs": captured_as(self._options.graphs, captured.capacity)},
             kernels=decoder.kernels,
         )
 
@@ -55,8 +55,8 @@ class Vanilla:
         from spdbench.decoding.autoregressive import decode
 
         forwards = float(len(request.prompt_ids))
-        decoder, graphed = self._loaded(), self._graphed
-        for token in decode(decoder, request) if graphed is None else graphed.decode(request):
+        decoder, captured = self._loaded(), self._captured
+        for token in decode(decoder, request) if captured is None else captured.decode(request):
             yield Step((token,), 0, 0, 0, forwards)
             forwards = 1.0
 
@@ -64,7 +64,7 @@ class Vanilla:
         return ()
 
     def close(self) -> None:
-        self._decoder = self._graphed = None
+        self._decoder = self._captured = None
 
     def _loaded(self) -> TargetDecoder:
         if self._decoder is None:

@@ -93,7 +93,7 @@ class StreamsPipeline:
         if capacity > self.capacity:
             raise PromptFailedError(
                 f"a sequence of {capacity} tokens is longer than the {self.capacity} that executor=streams was "
-                "recorded for; give the pipeline a larger -o LABEL.context, or another executor"
+                "captured for; give the pipeline a larger -o LABEL.context, or another executor"
             )
         self._greedy = greedy
         self._found.clear()

@@ -89,7 +89,7 @@ def cases() -> Iterator[tuple[str, dict[str, str], str]]:
 
 
 CASES = [pytest.param(*case, id=f"{case[0]}-{'-'.join(case[1].values())}-{case[2]}") for case in cases()]
-RECORDED = [pytest.param(*case) for case in cases() if "graphs" in case[1] and case[1].get("tree") not in VARYING]
+CAPTURED = [pytest.param(*case) for case in cases() if "graphs" in case[1] and case[1].get("tree") not in VARYING]
 PIPELINE_CASES = [pytest.param(*case) for case in cases() if find_backend(case[0]).kind == "pipeline"]
 ONE_OF_EACH = [case for case in CASES if case.values[2] in ("auto", "oracle:0.7")]
 
@@ -146,13 +146,13 @@ def test_counts_balance(target: Target, name: str, options: dict[str, str], draf
         assert sum(s.accepted for s in rest) == 0 < sum(s.judged for s in rest)
 
 
-@pytest.mark.parametrize(("name", "options", "drafter"), RECORDED)
-def test_recorded_steps_are_the_plain_ones(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+@pytest.mark.parametrize(("name", "options", "drafter"), CAPTURED)
+def test_captured_steps_are_the_eager_ones(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
     """Whatever the room that is left; but for rows that the target works on in vain."""
-    recorded, plain = (load(target, name, {**options, "graphs": graphs}, drafter) for graphs in ("on", "off"))
+    captured, eager = (load(target, name, {**options, "graphs": graphs}, drafter) for graphs in ("on", "off"))
     for limit in (1, 2, 5, 6, 7, 40):
         request = tiny.greedy(PROMPT, limit)
-        assert [step[:4] for step in run(recorded, request)] == [step[:4] for step in run(plain, request)]
+        assert [step[:4] for step in run(captured, request)] == [step[:4] for step in run(eager, request)]
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), PIPELINE_CASES)

@@ -44,7 +44,7 @@ class PipelineOptions(BackendOptions):
     executor: Literal["auto", "process", "inline", "streams"] = Field(
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
-        "streams: all stages in parallel on one GPU, recorded as CUDA graphs (on a CPU a rehearsal); "
+        "streams: all stages in parallel on one GPU, captured in CUDA graphs (on a CPU a rehearsal); "
         "auto: streams where there is one GPU, else process for more than one stage",
     )
     context: int | None = Field(

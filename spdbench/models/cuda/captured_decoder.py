@@ -36,7 +36,7 @@ def refuse_uncapturable(decoder: TargetDecoder, asked: str, instead: str) -> Dec
     if is_capturable(decoder):
         return decoder
     why = "experts are chosen on the host" if isinstance(decoder, Decoder) else "transformers' layers serve it"
-    raise InputError(f"{asked}: this model cannot be recorded for replays: {why}. Allowed: {instead}.")
+    raise InputError(f"{asked}: this model cannot be captured for replays: {why}. Allowed: {instead}.")
 
 
 def is_capturable(decoder: TargetDecoder) -> TypeGuard[Decoder]:

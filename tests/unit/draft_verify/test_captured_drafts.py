@@ -1,4 +1,4 @@
-"""Drafts of recorded rounds are those of the plain path, round by round: verdicts alone would hardly show it."""
+"""Drafts of captured rounds are the eager ones, round by round: verdicts alone would hardly show it."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def features(target: Decoder, count: int, seed: int, hidden_indices: Sequence[in
 
 @torch.inference_mode()
 def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: int) -> None:
-    """Two requests, with rounds that accept more and fewer tokens; what was recorded is as deep wherever there is room
-    for a level at least, and what lies too deep will not count."""
+    """Two requests, of a long and a short prompt, with rounds that accept more and fewer tokens. Captured trees have
+    all levels wherever there is room for one; deeper ones will not count."""
     sampler = Sampler(Sampling(), 0)
-    for request in range(2):
+    for request, prompt in enumerate((PROMPT, PROMPT[:2])):
         sides = [make() for make in new]
         hidden_indices = tuple(sides[0].hidden_indices)
         for side in sides:
-            side.start(PROMPT, features(target, len(PROMPT), request, hidden_indices), 7)
+            side.start(prompt, features(target, len(prompt), request, hidden_indices), 7)
         seen = set()
         for turn in range(12):
             room = levels if turn % 5 != 4 else max(1, levels - 1)
-            plain, recorded = sides[0].propose(levels, sampler), sides[1].propose(room, sampler)
-            assert plain.ids_N.tolist() == recorded.ids_N.tolist(), f"round {turn}"
-            assert plain.tree.parents_N.tolist() == recorded.tree.parents_N.tolist()
-            assert plain.tree.is_chain == recorded.tree.is_chain
-            assert torch.equal(plain.tree.rows.visible_SW, recorded.tree.rows.visible_SW)
-            assert torch.equal(plain.tree.rows.depths_S, recorded.tree.rows.depths_S)
-            seen.add(tuple(plain.ids_N.tolist()))
+            eager, captured = sides[0].propose(levels, sampler), sides[1].propose(room, sampler)
+            assert eager.ids_N.tolist() == captured.ids_N.tolist(), f"round {turn}"
+            assert eager.tree.parents_N.tolist() == captured.tree.parents_N.tolist()
+            assert eager.tree.is_chain == captured.tree.is_chain
+            assert torch.equal(eager.tree.rows.visible_SW, captured.tree.rows.visible_SW)
+            assert torch.equal(eager.tree.rows.depths_S, captured.tree.rows.depths_S)
+            seen.add(tuple(eager.ids_N.tolist()))
             count = 1 + turn % (levels + 1)
             token_ids = [(13 * turn + index) % 250 for index in range(count)]
             for side in sides:
@@ -72,7 +72,7 @@ def same_drafts(target: Decoder, new: Sequence[Callable[[], Drafter]], levels: i
 
 @pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS)
 @pytest.mark.parametrize("version", [1, 3])
-def test_eagles_recorded_rounds(target: Decoder, builder: TreeBuilder, version: int) -> None:
+def test_eagles_captured_rounds(target: Decoder, builder: TreeBuilder, version: int) -> None:
     file = random_eagle(target, 3, version)  # type: ignore[arg-type]
     weights = build_eagle(file, target, aux_convention="auto", rope_theta=None, norm_output="auto")
     columns = target.config.hidden_size * max(1, len(weights.aux))
@@ -85,7 +85,7 @@ def test_eagles_recorded_rounds(target: Decoder, builder: TreeBuilder, version: 
 
 
 @pytest.mark.parametrize("tree", ["chain", "mc_sim_7b_63"])
-def test_medusas_recorded_rounds(target: Decoder, tree: str) -> None:
+def test_medusas_captured_rounds(target: Decoder, tree: str) -> None:
     weights = build_medusa(random_medusa(target, 4, 3), target)
     builder = StaticTreeBuilder(chain_paths(4) if tree == "chain" else named_tree(tree), target.device)
     captured = capture_draft(weights, target, builder)

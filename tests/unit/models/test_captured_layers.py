@@ -31,7 +31,7 @@ def prefilled(decoder: Decoder, cache: KVCache) -> None:
 
 
 @torch.inference_mode()
-def test_one_row_at_any_length_gives_the_plain_logits(family: Decoder) -> None:
+def test_one_row_at_any_length_gives_the_eager_logits(family: Decoder) -> None:
     decoding, cache = CapturedDecoding(family, 40), family.new_cache(40)
     decoding.prefill(PROMPT)
     prefilled(family, cache)
@@ -49,48 +49,48 @@ def test_one_row_at_any_length_gives_the_plain_logits(family: Decoder) -> None:
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 @torch.inference_mode()
-def test_rows_of_chains_and_trees_give_the_plain_rows_and_states(family: Decoder, shape: str) -> None:
+def test_rows_of_chains_and_trees_give_the_eager_rows_and_states(family: Decoder, shape: str) -> None:
     tree: TreeRows | None = None
     ids = [5, 9, 11, 12, 13]
     if shape == "tree":
         tree = from_paths([(0,), (1,), (0, 0), (1, 0)]).rows
-    graphed, cache = CapturedDecoder(family, (5,), 60, hidden_indices=(0, 2, 6)), family.new_cache(60)
-    recorded = graphed.new_cache(60)
-    assert isinstance(recorded, KVCache)
-    prefilled(family, recorded)
+    captured, cache = CapturedDecoder(family, (5,), 60, hidden_indices=(0, 2, 6)), family.new_cache(60)
+    own_cache = captured.new_cache(60)
+    assert isinstance(own_cache, KVCache)
+    prefilled(family, own_cache)
     prefilled(family, cache)
     for _ in range(3):
         rows_SM = family.embed(family.ids(ids))
         expected, states = family.forward(rows_SM, cache.length, cache, hidden_indices=(0, 2, 6), tree=tree)
         logits = family.logits(expected)
-        found, seen = graphed.forward(rows_SM, recorded.length, recorded, hidden_indices=(0, 2, 6), tree=tree)
+        found, seen = captured.forward(rows_SM, own_cache.length, own_cache, hidden_indices=(0, 2, 6), tree=tree)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(graphed.logits(found), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured.logits(found), logits, rtol=1e-4, atol=1e-4)
         for index in (0, 2, 6):
             torch.testing.assert_close(seen[index], states[index], rtol=1e-4, atol=1e-4)
-        for each in (cache, recorded):
+        for each in (cache, own_cache):
             each.keep(each.length - 5, (0, 1, 3) if shape == "tree" else (0, 1))
         ids = [token + 3 for token in ids]
 
 
 @torch.inference_mode()
-def test_what_was_not_recorded_takes_the_plain_path_into_the_same_cache(decoder: Decoder) -> None:
-    graphed = CapturedDecoder(decoder, (1,), 60)
-    cache, plain = graphed.new_cache(30), decoder.new_cache(30)
+def test_what_was_not_captured_takes_the_eager_path_into_the_same_cache(decoder: Decoder) -> None:
+    captured = CapturedDecoder(decoder, (1,), 60)
+    cache, plain = captured.new_cache(30), decoder.new_cache(30)
     for count in (4, 1, 3, 1, 1):
         rows_SM = decoder.embed(decoder.ids(range(count)))
-        found, _ = graphed.forward(rows_SM, cache.length, cache)  # type: ignore[arg-type]
+        found, _ = captured.forward(rows_SM, cache.length, cache)  # type: ignore[arg-type]
         expected, _ = decoder.forward(rows_SM, plain.length, plain)
-        torch.testing.assert_close(graphed.logits(found), decoder.logits(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured.logits(found), decoder.logits(expected), rtol=1e-4, atol=1e-4)
     assert cache.length == plain.length == 10
-    assert graphed.new_cache(61) is not cache
-    assert graphed.new_cache(60) is cache
+    assert captured.new_cache(61) is not cache
+    assert captured.new_cache(60) is cache
     assert cache.length == 0
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of rows that took the plain path."""
+    """Numbers of rows that took the eager path."""
     counts: list[int] = []
     forward = Decoder.forward
 
@@ -103,51 +103,51 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @torch.inference_mode()
-def test_a_chain_is_filled_up_to_what_was_recorded(decoder: Decoder, eager: list[int]) -> None:
-    graphed = CapturedDecoder(decoder, (1, 4), 12, hidden_indices=(2,))
-    cache, plain = graphed.new_cache(12), decoder.new_cache(12)
+def test_a_chain_is_filled_up_to_what_was_captured(decoder: Decoder, eager: list[int]) -> None:
+    captured = CapturedDecoder(decoder, (1, 4), 12, hidden_indices=(2,))
+    cache, plain = captured.new_cache(12), decoder.new_cache(12)
     for count in (2, 3, 1, 2, 4):
         rows_SM = decoder.embed(decoder.ids(range(count)))
-        found, states = graphed.forward(rows_SM, cache.length, cache, hidden_indices=(2,))  # type: ignore[arg-type]
+        found, states = captured.forward(rows_SM, cache.length, cache, hidden_indices=(2,))  # type: ignore[arg-type]
         assert eager == []
         expected, theirs = decoder.forward(rows_SM, plain.length, plain, hidden_indices=(2,))
         eager.clear()
         assert len(found) == len(states[2]) == count
-        torch.testing.assert_close(graphed.logits(found), decoder.logits(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(captured.logits(found), decoder.logits(expected), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(states[2], theirs[2], rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
-def test_what_cannot_be_filled_up_takes_the_plain_path(decoder: Decoder, eager: list[int]) -> None:
+def test_what_cannot_be_filled_up_takes_the_eager_path(decoder: Decoder, eager: list[int]) -> None:
     """A tree, whose rows are seen by what it says, and a chain that would then reach past the cache."""
-    graphed = CapturedDecoder(decoder, (1, 4), 12)
-    cache = graphed.new_cache(12)
+    captured = CapturedDecoder(decoder, (1, 4), 12)
+    cache = captured.new_cache(12)
     tree = from_paths([(0,), (1,)]).rows
-    graphed.forward(decoder.embed(decoder.ids(range(3))), 0, cache, tree=tree)  # type: ignore[arg-type]
+    captured.forward(decoder.embed(decoder.ids(range(3))), 0, cache, tree=tree)  # type: ignore[arg-type]
     cache.advance(6)  # type: ignore[attr-defined]
-    graphed.forward(decoder.embed(decoder.ids(range(2))), 9, cache)  # type: ignore[arg-type]
+    captured.forward(decoder.embed(decoder.ids(range(2))), 9, cache)  # type: ignore[arg-type]
     assert eager == [3, 2]
 
 
 @torch.inference_mode()
-def test_a_stages_layers_can_be_recorded_by_themselves(tiny_model: Path) -> None:
+def test_a_stages_layers_can_be_captured_by_themselves(tiny_model: Path) -> None:
     """As a stage in a process of its own does on a GPU."""
     target = tiny.load(tiny_model)
     whole = target.own_decoder
     for layers in (range(2), range(2, 5), range(5, 6)):
         part = target.load_layers(layers)
         assert isinstance(part, Decoder)
-        graphed, plain = CapturedDecoder(part, (1,), 40, hidden_indices=(3, 6)), whole.new_cache(30, layers)
-        cache, hidden_indices = graphed.new_cache(30, layers), [index for index in (3, 6) if index - 1 in layers]
+        captured, plain = CapturedDecoder(part, (1,), 40, hidden_indices=(3, 6)), whole.new_cache(30, layers)
+        cache, hidden_indices = captured.new_cache(30, layers), [index for index in (3, 6) if index - 1 in layers]
         rows_SM = torch.randn(9, whole.config.hidden_size, generator=torch.Generator().manual_seed(1))
         for some_SM in (rows_SM[:5], rows_SM[5:6], rows_SM[6:7], rows_SM[7:8]):
-            found, states = graphed.forward(some_SM, cache.length, cache, layers, hidden_indices)  # type: ignore[arg-type]
+            found, states = captured.forward(some_SM, cache.length, cache, layers, hidden_indices)  # type: ignore[arg-type]
             expected, theirs = whole.forward(some_SM, plain.length, plain, layers, hidden_indices)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             for index in hidden_indices:
                 torch.testing.assert_close(states[index], theirs[index], rtol=1e-4, atol=1e-4)
         if part.head is not None:
-            torch.testing.assert_close(graphed.logits(found), whole.logits(expected), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(captured.logits(found), whole.logits(expected), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()

@@ -111,10 +111,10 @@ def test_drafts_of_the_captured_module_are_those_of_the_module(target: Target) -
     head = build_head(random_head(decoder, stages, 5), decoder, stages)
     module = CapturedDraftModule(head, 100)
     streams = StreamsPipeline(decoder, stages, head.plan.anchors, 100, module)
-    recorded = CapturedHeadDrafter(head, module, streams.drafted)
+    captured = CapturedHeadDrafter(head, module, streams.drafted)
     plain = HeadDrafter(head)
     sides: tuple[tuple[Pipeline, PipelineDrafter], ...]
-    sides = (streams, recorded), (InlinePipeline(decoder, stages, head.plan.anchors), plain)
+    sides = (streams, captured), (InlinePipeline(decoder, stages, head.plan.anchors), plain)
     for pipeline, drafter in sides:
         _, states = pipeline.prefill(PROMPT, 100, greedy=True)
         drafter.start(states, len(PROMPT), 100)
@@ -144,7 +144,7 @@ def test_drafts_of_the_captured_module_are_those_of_the_module(target: Target) -
     assert len(seen) > 5, "a head that drafts one token proves little"
 
 
-def test_a_sequence_longer_than_recorded_is_refused_with_the_option_that_helps(target: Target) -> None:
+def test_a_sequence_longer_than_captured_is_refused_with_the_option_that_helps(target: Target) -> None:
     with pytest.raises(PromptFailedError, match=r"sequence of 81 tokens [^\n]*-o LABEL.context"):
         steps(target, {"executor": "streams", "context": "64"}, "oracle:1", tiny.greedy(PROMPT, 70))
 
@@ -176,7 +176,7 @@ def test_stages_are_streams_by_themselves_where_there_is_one_gpu(
 
 def test_a_model_whose_layers_wait_for_the_host_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     sparse = tiny.load(tiny.make_model(tmp_path_factory.mktemp("sparse") / "moe", "qwen3_moe"))
-    with pytest.raises(InputError, match=r"executor=streams: this model cannot be recorded .* experts"):
+    with pytest.raises(InputError, match=r"executor=streams: this model cannot be captured .* experts"):
         steps(sparse, {"executor": "streams"}, "oracle:1", tiny.greedy(PROMPT, 5))
     vanilla = find_backend("vanilla")
     context = BackendContext("vanilla", sparse, "auto", ("cpu",), 1, seed=0)
