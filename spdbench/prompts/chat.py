@@ -65,16 +65,17 @@ class ChatFormat:
         Raises:
             InputError: the chat template refuses these messages or crashes on them, or the conversation has no tokens.
         """
+        ids: Sequence[int]
         if self._template is None:
             ids = self.encode_text("\n".join(message["content"] for message in messages))
         else:
-            ids = self._encode_chat(messages, self._template)
+            ids = self._render(messages, self._template, tokenize=True, add_generation_prompt=True, return_dict=False)
         if not ids:
             source = "tokenizer" if self._template is None else "chat template"
             raise InputError(
                 f"the model's {source} makes no tokens of this conversation, so there is nothing to feed it"
             )
-        return ids
+        return tuple(map(int, ids))
 
     def encode_open(self, messages: Sequence[Message], begun: str) -> tuple[int, ...]:
         """Ids of the conversation and of a user's turn that begins with `begun`, for the model to continue the turn.
@@ -88,13 +89,13 @@ class ChatFormat:
         text, mark, _ = self._render([*messages, turn], self._template, tokenize=False).rpartition(OPEN_END)
         if not mark:
             raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
-        return tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+        return self.encode_answer(text)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Ids of `text`, after a BOS token if this tokenizer adds one and the text has none."""
         # `add_special_tokens=True` would not do: some tokenizers then add an EOS too, after which a model ends at once.
         bos = self._tokenizer.bos_token_id
-        plain = tuple(int(token) for token in self._tokenizer.encode(text, add_special_tokens=False))
+        plain = self.encode_answer(text)
         adds_bos = bos is not None and list(self._tokenizer.encode(text))[:1] == [bos]
         return (bos, *plain) if adds_bos and plain[:1] != (bos,) else plain
 
@@ -118,10 +119,6 @@ class ChatFormat:
         """The text of `ids` without special tokens, with its spaces unchanged."""
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
-
-    def _encode_chat(self, messages: Sequence[Message], template: str) -> tuple[int, ...]:
-        ids = self._render(messages, template, tokenize=True, add_generation_prompt=True, return_dict=False)
-        return tuple(int(token) for token in ids)
 
     def _render(self, messages: Sequence[Message], template: str, **options: Any) -> Any:
         from jinja2 import TemplateError

@@ -157,8 +157,7 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
         InputError: no such suite, a mistake in its file or in its data, or none of its sources is present.
     """
     path = _find(name_or_path)
-    if data is not None and not os.path.isdir(data):
-        raise InputError(f"--data {data}: no such folder")
+    _require_folder(data)
     file, sha256 = _read(path)
     place = Place(name_or_path, path.parent if data is None else data, file.prompts.category or file.name)
     prompts, source, missing = _first_present(file.prompts, place, path)
@@ -182,8 +181,7 @@ def prompts_at_hand(data: Path | None) -> dict[str, tuple[Prompt, ...]]:
     Raises:
         InputError: `data` is not a folder, or a source is present but broken.
     """
-    if data is not None and not os.path.isdir(data):
-        raise InputError(f"--data {data}: no such folder")
+    _require_folder(data)
     found: dict[str, tuple[Prompt, ...]] = {}
     for name, path in shipped_suites().items():
         file, _ = _read(path)
@@ -213,6 +211,11 @@ def limit_prompts(prompts: tuple[Prompt, ...], limit: int | None) -> tuple[Promp
         categories.setdefault(prompt.category, []).append(prompt)
     rounds = zip_longest(*categories.values())
     return tuple(prompt for row in rounds for prompt in row if prompt is not None)[:limit]
+
+
+def _require_folder(data: Path | None) -> None:
+    if data is not None and not os.path.isdir(data):
+        raise InputError(f"--data {data}: no such folder")
 
 
 def _find(name_or_path: str) -> Path:
@@ -306,6 +309,5 @@ def _listing(file: _SuiteFile) -> SuiteListing:
     sources: list[Source] = list(file.prompts.source)
     counts = [len(source.inline) for source in sources[:1] if isinstance(source, InlineSource)]
     counts += [file.prompts.limit] if file.prompts.limit else []
-    return SuiteListing(
-        file.name, file.description, tuple(source.title for source in sources), min(counts, default=None)
-    )
+    titles = tuple(source.title for source in sources)
+    return SuiteListing(file.name, file.description, titles, min(counts, default=None))
