@@ -103,10 +103,11 @@ def _distiller(
     options: DistillOptions,
 ) -> tuple[Distiller, dict[str, Any]]:
     """What all conversations share, and the settings that the file's header records."""
+    from spdbench.judge.results.table import is_degenerate
     from spdbench.prompts.chat import ChatFormat
     from spdbench.training.distill import talk
     from spdbench.training.distill.continuous import TOP_K
-    from spdbench.training.distill.filters import Overlap
+    from spdbench.training.distill.filters import Overlap, Seen
 
     chat = ChatFormat(target.tokenizer)
     if not chat.is_chat:
@@ -120,7 +121,8 @@ def _distiller(
         max_new_tokens=options.max_new_tokens,
         room=room,
         overlap=Overlap(text for texts in kept_out.values() for text in texts),
-        seen=talk.Seen(),
+        is_loop=is_degenerate,
+        seen=Seen(),
     )
     texts = repr(sorted(kept_out.items())).encode()
     settings = {

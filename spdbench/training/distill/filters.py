@@ -1,17 +1,18 @@
-"""What is kept out of a data file: loops, junk, repeated texts, and prompts of a suite."""
+"""What is kept out of a data file: repetitive answers, repeated texts, and prompts of a suite."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from spdbench.types import Message
 
 NGRAM_WORDS = 8
 """A text that shares this many words in a row with an excluded prompt overlaps with it."""
 FEWEST_WORDS = 4
 """An excluded prompt shorter than `NGRAM_WORDS` overlaps where all of it occurs; one shorter than this, only with an
 equal text."""
-MAX_CYCLE = 8
-TAIL_TOKENS = 64
 GRAM_TOKENS = 8
 
 _WORD = re.compile(r"\w+")
@@ -20,25 +21,6 @@ _WORD = re.compile(r"\w+")
 def words(text: str) -> tuple[str, ...]:
     """Lower-cased words without punctuation."""
     return tuple(_WORD.findall(text.lower()))
-
-
-def is_loop(ids: Sequence[int]) -> bool:
-    """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
-
-    The test of the flag `degenerate` (METRICS.md, "Flags"), on one answer: a cycle counts from its second round, and
-    fewer than two cycles of 8 ids are too few to decide.
-    """
-    tail = ids[-TAIL_TOKENS:]
-    if len(tail) < 2 * MAX_CYCLE:
-        return False
-    for period in range(1, MAX_CYCLE + 1):
-        longest = stretch = 0
-        for here, there in zip(tail[period:], tail, strict=False):
-            stretch = stretch + 1 if here == there else 0
-            longest = max(longest, stretch)
-        if longest >= period and 2 * (longest + period) > len(tail):
-            return True
-    return False
 
 
 def is_repetitive(ids: Sequence[int]) -> bool:
@@ -72,3 +54,25 @@ class Overlap:
 
 def _grams(found: tuple[str, ...], size: int) -> Iterable[tuple[str, ...]]:
     return (found[i : i + size] for i in range(len(found) - size + 1))
+
+
+@dataclass
+class Seen:
+    """First user turns and last answers, by their words; shared by all conversations of a run.
+
+    A turn is claimed before it is answered, so that of two equal ones the first gets the answer.
+    """
+
+    texts: set[tuple[str, ...]] = field(default_factory=set)
+
+    def claim(self, text: str) -> bool:
+        """Adds a text; False if it is known already."""
+        key = words(text) or (text,)
+        new = key not in self.texts
+        self.texts.add(key)
+        return new
+
+    def add(self, messages: Sequence[Message]) -> None:
+        """Adds a finished conversation."""
+        self.claim(next(message["content"] for message in messages if message["role"] == "user"))
+        self.claim(messages[-1]["content"])

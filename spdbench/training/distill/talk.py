@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from spdbench.training.distill.continuous import Completion
-from spdbench.training.distill.filters import Overlap, is_loop, is_repetitive, words
+from spdbench.training.distill.filters import Overlap, Seen, is_repetitive, words
 from spdbench.training.distill.seed_prompts import GROUPS
 from spdbench.types import Message, Sampling
 
@@ -66,31 +66,12 @@ Turn = Generator[Completion, tuple[int, ...], str | None]
 """The making of one turn; returns the reason why the conversation must end, or None."""
 
 
-@dataclass
-class Seen:
-    """First user turns and last answers, by their words; shared by all conversations of a run.
-
-    A turn is claimed before it is answered, so that of two equal ones the first gets the answer.
-    """
-
-    texts: set[tuple[str, ...]] = field(default_factory=set)
-
-    def claim(self, text: str) -> bool:
-        """Adds a text; False if it is known already."""
-        key = words(text) or (text,)
-        new = key not in self.texts
-        self.texts.add(key)
-        return new
-
-    def add(self, messages: Sequence[Message]) -> None:
-        """Adds a finished conversation."""
-        self.claim(next(message["content"] for message in messages if message["role"] == "user"))
-        self.claim(messages[-1]["content"])
-
-
 @dataclass(frozen=True)
 class Distiller:
-    """What all conversations of a run share. `room` is the most tokens that a conversation may have."""
+    """What all conversations of a run share.
+
+    `room` is the most tokens that a conversation may have; `is_loop` tells whether ids end in a short cycle.
+    """
 
     chat: Chat
     is_chat: bool
@@ -99,6 +80,7 @@ class Distiller:
     max_new_tokens: int
     room: int
     overlap: Overlap
+    is_loop: Callable[[Sequence[int]], bool]
     seen: Seen
 
     def answer_sampling(self, index: int) -> Sampling:
@@ -168,7 +150,7 @@ class _Conversation:
         text = text.strip()
         if len(words(text)) < max(FEWEST_USER_WORDS, len(words(begun)) + 1):
             return "short_turn"
-        if is_loop(new) or is_repetitive(new) or "\ufffd" in text:
+        if shared.is_loop(new) or is_repetitive(new) or "\ufffd" in text:
             return "bad_turn"
         return self.add_user_turn(text)
 
@@ -183,7 +165,7 @@ class _Conversation:
         checks = (
             ("empty", not text.strip()),
             ("short", len(new) < FEWEST_ANSWER_IDS),
-            ("loop", is_loop(new)),
+            ("loop", shared.is_loop(new)),
             ("repetitive", is_repetitive(new)),
             ("overlap", text in shared.overlap),
         )

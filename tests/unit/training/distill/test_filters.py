@@ -2,29 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-
-from spdbench.judge.results.table import is_degenerate
-from spdbench.training.distill.filters import Overlap, is_loop, is_repetitive, words
-
-
-@pytest.mark.parametrize("cycle", [1, 3, 8])
-def test_cycle_over_half_of_the_tail_is_a_loop(cycle: int) -> None:
-    start = list(range(100, 130))
-    assert is_loop(start + [i % cycle for i in range(40)])
-    assert not is_loop(start + [i % cycle for i in range(12)])
-
-
-def test_loop_is_what_the_flag_calls_degenerate() -> None:
-    draw = np.random.default_rng(0)
-    seen = set()
-    for _ in range(400):
-        ids = draw.integers(0, draw.integers(1, 4), draw.integers(0, 90)).tolist()
-        ids += (draw.integers(0, 50, draw.integers(1, 10)).tolist() * 12)[: draw.integers(0, 60)]
-        assert is_loop(ids) == is_degenerate(ids)
-        seen.add(is_loop(ids))
-    assert seen == {True, False}
+from spdbench.training.distill.filters import Overlap, is_repetitive, words
 
 
 def test_sentence_said_again_and_again_is_repetitive() -> None:

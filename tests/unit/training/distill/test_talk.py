@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from spdbench.judge.results.table import is_degenerate
 from spdbench.training.distill.continuous import Completion
-from spdbench.training.distill.filters import Overlap
+from spdbench.training.distill.filters import Overlap, Seen
 from spdbench.training.distill.seed_prompts import GROUPS, LONGEST
-from spdbench.training.distill.talk import Distiller, Dropped, Kept, Outcome, Seen, Talk
+from spdbench.training.distill.talk import Distiller, Dropped, Kept, Outcome, Talk
 from spdbench.types import Message
 
 END = 0
@@ -39,6 +40,7 @@ def distiller(**changes: Any) -> Distiller:
         "max_new_tokens": 100,
         "room": 1000,
         "overlap": Overlap([]),
+        "is_loop": is_degenerate,
         "seen": Seen(),
     }
     return Distiller(**(settings | changes))
