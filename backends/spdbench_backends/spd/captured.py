@@ -47,7 +47,8 @@ class CapturedDraftModule(DraftModule):
         decoder, ids_U = self.weights.decoder, self.weights.token_ids_U
         first_1 = (position_1 - num_stages).masked_fill(position_1 >= self._capacity, self._capacity + 1)
         positions_S = first_1 + torch.arange(num_stages + 1, device=position_1.device)
-        rows_SM = self._project(positions_S, (self._plan.full_depth, *reversed(range(num_stages))))
+        depths = (self._plan.full_depth, *reversed(range(num_stages)))
+        rows_SM = self._project(positions_S % self._ring_size, depths)
         hidden_SM = self._layers.forward(rows_SM, self._layers.chain(positions_S, bucket), decoder.layers)
         self.logits_1U.copy_(decoder.logits(hidden_SM[-1:]))
         best_1 = argmax(self.logits_1U)

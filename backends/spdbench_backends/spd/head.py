@@ -77,18 +77,18 @@ class DraftModule:
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Draft logits `[U]` for the token after the last row. Rewrites the cache from the first row on."""
         decoder, first = self.weights.decoder, rows[0].position
-        positions_S = to_device([row.position for row in rows], decoder.device)
+        ring_rows_S = to_device([row.position % self._ring_size for row in rows], decoder.device)
         self._cache.rollback(first)
-        hidden_SM, _ = decoder.forward(self._project(positions_S, [row.depth for row in rows]), first, self._cache)
+        hidden_SM, _ = decoder.forward(self._project(ring_rows_S, [row.depth for row in rows]), first, self._cache)
         return decoder.logits(hidden_SM[-1:])[0]
 
     def rollback(self, length: int) -> None:
         """Forgets rows of positions from `length` on."""
         self._cache.rollback(length)
 
-    def _project(self, positions_S: Tensor, depths: Sequence[int]) -> Tensor:
-        """The layers' inputs `[S, M]`: positions read at `depths`, each row type through its projection."""
-        ring_rows_S, parts, start = positions_S % self._ring_size, [], 0
+    def _project(self, ring_rows_S: Tensor, depths: Sequence[int]) -> Tensor:
+        """The layers' inputs `[S, M]`: rows of the ring read at `depths`, each row type through its projection."""
+        parts, start = [], 0
         for kind, group in groupby(map(self._plan.row_type, depths)):
             end = start + len(list(group))
             features = self._ring_PF[:, : (kind + 1) * self._width].index_select(0, ring_rows_S[start:end])
