@@ -1,4 +1,4 @@
-"""A stage that dies, fails or hangs, or somebody who ends the run: it ends soon, says whose fault it was, keeps what
+"""A stage that dies, fails or hangs, or a user who ends the run: it ends soon, names the cause, keeps what
 was finished, and leaves nothing running."""
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def test_a_worker_killed_before_it_joins_its_group(tiny_model: Path, monkeypatch
 def test_a_worker_that_hangs_while_it_loads(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, transport: str, timeout_s: int
 ) -> None:
-    """Loading takes as long as it takes, but not when nobody gets on with it; gloo's own thread polls all the time."""
+    """Loading may take long, but not without progress; gloo's own thread polls all the time, which is not progress."""
     wait = StageWorkers._wait_until_ready
 
     def stop_then_wait(workers: StageWorkers, specs: Sequence[StageSpec]) -> None:
@@ -179,7 +179,7 @@ def test_a_worker_that_hangs_while_it_loads(
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_rows_that_nobody_takes_are_not_their_senders_fault(tiny_model: Path, how: signal.Signals) -> None:
+def test_rows_that_are_not_taken_are_not_their_senders_fault(tiny_model: Path, how: signal.Signals) -> None:
     """A prompt's rows fill the way to the next stage, so that their sender waits, or hears of a closed connection."""
     backend = load(tiny_model, transport="gloo" if how == signal.SIGKILL else "pipe", timeout_s="2")
     backend.load()
@@ -284,7 +284,7 @@ def test_a_lost_stage_ends_the_run_with_what_is_finished(run: Marked) -> None:
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_whoever_ends_the_run_ends_its_stages(run: Marked, how: signal.Signals, code: int) -> None:
+def test_a_signal_that_ends_the_run_ends_its_stages(run: Marked, how: signal.Signals, code: int) -> None:
     running = run.start()
     run.wait_for(6, running)
     assert len(run.workers(running)) >= 2

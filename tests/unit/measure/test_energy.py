@@ -65,7 +65,7 @@ def test_a_counter_that_begins_anew_has_gone_on_counting(tmp_path: Path) -> None
     assert meter.joules(before, meter.read()) == pytest.approx(2.0)
 
 
-def test_a_counter_that_fell_without_a_known_range_tells_nothing(tmp_path: Path) -> None:
+def test_a_counter_that_fell_without_a_known_range_measures_nothing(tmp_path: Path) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 9_000_000, range_uj=None)
     meter = energy_meter(["cpu"], tmp_path)
     before = meter.read()

@@ -79,6 +79,8 @@ def test_processor_whose_sibling_is_not_ours_counts_as_a_core(tmp_path: Path, mo
     assert cores_first([1, 2, 3]) == [1, 2, 3]
 
 
-def test_processors_that_linux_tells_nothing_of_stay_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_that_linux_measures_nothing_of_stay_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pinning, "SIBLINGS", f"{tmp_path}/{{}}")
     assert cores_first([3, 5]) == [3, 5]

@@ -268,14 +268,14 @@ def test_times_never_run_backwards(tmp_path: Path) -> None:
         assert all(a <= b for a, b in pairwise(run.steps.t_ns))
 
 
-def test_memory_is_told_only_of_a_backend_that_runs_alone(tmp_path: Path) -> None:
+def test_memory_is_reported_only_of_a_backend_that_runs_alone(tmp_path: Path) -> None:
     alone = Bench(tmp_path, MockBackend()).run()
     assert all(10_000_000 < (run.peak_memory_bytes or 0) < 10**11 for run in alone)
     shared = Bench(tmp_path / "shared", MockBackend(), MockPipeline()).run()
     assert {run.peak_memory_bytes for run in shared} == {None}
 
 
-def test_memory_of_gpus_that_workers_hold_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_gpus_that_workers_hold_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (peak_memory_bytes(["cuda:0"]) or 0) > 10_000_000
     monkeypatch.setattr(multiprocessing, "active_children", lambda: [multiprocessing.current_process()])
     assert (peak_memory_bytes(["cpu"]) or 0) > 10_000_000
@@ -305,7 +305,7 @@ def test_without_a_counter_a_run_has_no_energy(tmp_path: Path) -> None:
     assert {run.energy_j for run in Bench(tmp_path, MockBackend()).run()} == {None}
 
 
-def test_a_crash_tells_neither_home_nor_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_shows_neither_home_nor_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/planted")
     monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
 

@@ -195,7 +195,7 @@ def test_time_runs_from_when_python_has_started(change_jail: Callable[[str], Non
     assert run_program("pass", Limits(wall_s=1)).finished
 
 
-def test_python_that_does_not_start_in_time_is_no_verdict(
+def test_python_that_does_not_start_in_time_gives_no_verdict(
     change_jail: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_jail("_start=__import__('time').sleep(60)")
@@ -243,9 +243,9 @@ def test_folder_is_gone_however_deep_it_is(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the guards are Linux's")
-def test_guards_in_force_are_told() -> None:
-    told = require_sandbox()
-    assert told.startswith("guaranteed by the system: no network")
+def test_guards_in_force_are_reported() -> None:
+    sentence = require_sandbox()
+    assert sentence.startswith("guaranteed by the system: no network")
 
 
 def test_sandbox_in_which_nothing_works_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Backends that take several requests at once, that ask for time, and that tell of an answer what steps do not."""
+"""Backends that take several requests at once, ask for time, or report more of an answer than its steps."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Lost(Wide):
         self.gate.abort()
 
 
-def test_what_is_lost_ends_the_run_and_whoever_waited_has_not_failed(tmp_path: Path) -> None:
+def test_a_lost_backend_ends_the_run_and_waiting_requests_have_not_failed(tmp_path: Path) -> None:
     bench = Bench(tmp_path, Lost(), prompts=MANY)
     with pytest.raises(BackendLostError, match="gone"):
         bench.run()
@@ -112,7 +112,7 @@ def test_a_request_that_has_to_wait_is_measured_anew(tmp_path: Path) -> None:
 
 
 class Teller(MockDraftVerify):
-    """Knows text only, and says in words why it stopped."""
+    """Knows text only, and reports why it stopped."""
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         self.requests.append(request)
@@ -123,7 +123,7 @@ class Teller(MockDraftVerify):
         return EngineReport("an answer", "eos", 21, DraftCounts(2, None, 1))
 
 
-def test_what_an_engine_tells_of_an_answer_is_kept_and_is_the_next_turns_context(tmp_path: Path) -> None:
+def test_what_an_engine_reports_of_an_answer_is_kept_and_is_the_next_turns_context(tmp_path: Path) -> None:
     bench = Bench(tmp_path, teller := Teller())
     run = bench.run()[0]
     assert (run.text, run.num_prompt_tokens, run.finish_reason) == ("an answer", 21, "eos")
@@ -134,7 +134,7 @@ def test_what_an_engine_tells_of_an_answer_is_kept_and_is_the_next_turns_context
 
 
 class Unlucky(MockDraftVerify):
-    """Its first answer breaks off, and that is nobody's bug."""
+    """Its first answer breaks off, which is not a bug."""
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         self.requests.append(request)

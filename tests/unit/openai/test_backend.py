@@ -55,7 +55,7 @@ def loaded(backend: OpenAI) -> OpenAI:
         ({"logprobs", "usage"}, [1, 2, 1, 3, 1], "log-probabilities", {"drafts", "forwards", "devices", "ids"}),
     ],
 )
-def test_tokens_are_counted_by_the_best_that_the_server_tells(
+def test_tokens_are_counted_by_the_best_that_the_server_reports(
     server: StubServer, backend: Make, offers: set[Offer], emitted: list[int], words: str, unknown: set[str]
 ) -> None:
     server.offers = offers
@@ -91,7 +91,7 @@ def test_a_way_of_counting_that_was_asked_for_is_used_or_refused(server: StubSer
         backend(count="ids").load()
 
 
-def test_a_server_that_refuses_ids_still_tells_usage_with_each_chunk(server: StubServer, backend: Make) -> None:
+def test_a_server_that_refuses_ids_still_reports_usage_with_each_chunk(server: StubServer, backend: Make) -> None:
     """As SGLang does in a chat."""
     server.offers, server.refuses = {"running_usage", "usage", "logprobs"}, {"return_token_ids"}
     made = loaded(backend())
@@ -108,7 +108,7 @@ def test_log_probabilities_do_not_cost_the_prompts_length(server: StubServer, ba
     assert "log-probabilities" in loaded(backend()).describe().chosen["tokens"]
 
 
-def test_usage_that_is_the_whole_answers_from_the_first_chunk_on_tells_no_times(
+def test_usage_that_is_the_whole_answers_from_the_first_chunk_on_gives_no_times(
     server: StubServer, backend: Make
 ) -> None:
     server.offers, server.stated = {"running_usage", "usage"}, 8
@@ -197,7 +197,7 @@ def test_a_server_is_needed() -> None:
         OpenAI(options, context()).load()
 
 
-def test_a_wrong_key_is_one_message_that_does_not_tell_it(
+def test_a_wrong_key_is_one_message_that_does_not_show_it(
     server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = "sk-right"
@@ -530,7 +530,7 @@ def test_closing_early_leaves_the_backend_usable_and_twice_is_fine(server: StubS
 
 
 class Vllm:
-    """vLLM's counters, as each request moves them; one of a stranger that is `running` does with each reading."""
+    """vLLM's counters as requests move them; `running` requests of other clients also move them at each reading."""
 
     def __init__(self, server: StubServer, requests: int = 1, running: int = 0) -> None:
         self.server, self.per_request, self.running, self.readings = server, requests, running, 0
@@ -562,7 +562,7 @@ def test_acceptance_comes_from_the_difference_of_vllms_counters(server: StubServ
     assert (drafts.rounds, drafts.judged, drafts.accepted) == (4, 4 + 3 + 2, 6)
 
 
-def test_counters_tell_nothing_where_others_use_the_server(server: StubServer, backend: Make) -> None:
+def test_counters_give_no_acceptance_where_others_use_the_server(server: StubServer, backend: Make) -> None:
     server.counters = Vllm(server, requests=2)
     assert run(loaded(backend())).report.drafts is None
     server.counters = Vllm(server, running=1)

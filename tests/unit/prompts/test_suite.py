@@ -221,7 +221,7 @@ def test_local_humaneval_rows_get_their_tests_from_the_package(tmp_path: Path, m
     assert "pip install 'spdbench[humaneval]'" in without.missing
 
 
-def test_listing_tells_of_shipped_suites_without_loading_a_source() -> None:
+def test_listing_shows_shipped_suites_without_loading_a_source() -> None:
     listing = {suite.name: suite for suite in list_suites()}
     assert listing["quick"].num_prompts == len(load_suite("quick", None).prompts)
     assert listing["gsm8k"].num_prompts == 80
@@ -295,7 +295,7 @@ def test_no_source_there_lists_each_with_reason_and_command(tmp_path: Path) -> N
         ("just words\n", "and this file holds str"),
     ],
 )
-def test_file_that_is_no_yaml_mapping_is_told_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
+def test_file_that_is_no_yaml_mapping_is_reported_with_its_line(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in message_of_text(tmp_path, text)
 
 
@@ -321,7 +321,9 @@ def test_file_that_is_no_yaml_mapping_is_told_with_its_line(tmp_path: Path, text
         ({"decoding": {"seed": True}}, "decoding.seed: must be a whole number, not True"),
     ],
 )
-def test_mistake_at_the_top_is_told_with_key_and_value(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+def test_mistake_at_the_top_is_reported_with_key_and_value(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
     path = write_suite(tmp_path, **changes)
     assert message_of(path).startswith(f"{path}: {expected}")
 
@@ -355,7 +357,9 @@ def test_mistake_at_the_top_is_told_with_key_and_value(tmp_path: Path, changes: 
         ({"source": [{"lm_eval": "x", "shots": 3}]}, "prompts.source.0.shots: unknown key."),
     ],
 )
-def test_mistake_in_a_source_is_told_with_its_key_path(tmp_path: Path, prompts: dict[str, Any], expected: str) -> None:
+def test_mistake_in_a_source_is_reported_with_its_key_path(
+    tmp_path: Path, prompts: dict[str, Any], expected: str
+) -> None:
     path = write_suite(tmp_path, prompts=prompts)
     assert message_of(path).startswith(f"{path}: {expected}")
 
@@ -374,7 +378,7 @@ def test_mistake_in_a_source_is_told_with_its_key_path(tmp_path: Path, prompts: 
         ([{"id": "a", "turns": ["hi"], "reference": {"x": 1}}], "inline.0.reference.0: must be text, not {'x': 1}"),
     ],
 )
-def test_mistake_in_an_inline_prompt_is_told_with_its_key_path(
+def test_mistake_in_an_inline_prompt_is_reported_with_its_key_path(
     tmp_path: Path, rows: list[dict[str, Any]], expected: str
 ) -> None:
     path = write_suite(tmp_path, prompts={"source": [{"inline": rows}]})
@@ -415,6 +419,6 @@ def test_numbers_of_thousands_of_digits_are_refused_not_a_traceback(tmp_path: Pa
     assert "decoding.seed: " in message_of_text(tmp_path, text % "a" + decoding)
 
 
-def test_several_mistakes_are_told_together(tmp_path: Path) -> None:
+def test_several_mistakes_are_reported_together(tmp_path: Path) -> None:
     path = write_suite(tmp_path, version="x", nme="y")
     assert len(message_of(path).splitlines()) == 2
