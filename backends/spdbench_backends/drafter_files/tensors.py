@@ -39,8 +39,9 @@ class TargetTensors(Mapping[str, Tensor]):
             tensor = file.tensors.get(name)
             if tensor is None:
                 raise file.error(f"tensor {name} is missing")
-            if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
-                kind = tensor.dtype if tensor.layout == torch.strided else "not dense"
+            dense = tensor.layout == torch.strided and not tensor.is_meta
+            if not dense or tensor.dtype not in FLOATS:
+                kind = tensor.dtype if dense else "not dense"
                 raise file.error(f"tensor {name} is {kind}; only unquantised weights are supported")
             if tuple(tensor.shape) != shape:
                 raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")

@@ -60,6 +60,8 @@ def test_tensors_that_fit_are_copies_where_the_target_computes(tiny_model: Path)
         ({"q.norm": torch.ones(3).to(torch.float8_e4m3fn)}, r"tensor q\.norm is torch\.float8_e4m3fn; only unqu"),
         ({"fc.weight": torch.ones(2, 2, dtype=torch.int8)}, r"fc\.weight is torch\.int8; only unquantised weights"),
         ({"fc.weight": torch.ones(4, 6).to_sparse()}, r"fc\.weight is not dense"),
+        ({"fc.weight": torch.ones(4, 6, device="meta")}, r"fc\.weight is not dense"),
+        ({"fc.weight": torch.ones(4, 6, dtype=torch.complex64)}, r"fc\.weight is torch\.complex64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(decoder: Decoder, change: dict[str, Tensor | None], why: str) -> None:
