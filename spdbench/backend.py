@@ -1,7 +1,7 @@
-"""The one meeting point of the harness and the engine room: what a backend is, and how one is found.
+"""The interface between harness and engine: what a backend is, and how one is found.
 
-A backend is a class that fits `Backend` and one line under the entry point group `spdbench.backends`; the built-in ones
-use the same door. This module must know no backend by name, and importing it must load neither torch nor transformers.
+A backend is a class that fits `Backend` and one line under the entry point group `spdbench.backends`, for built-in and
+third-party backends alike. Importing this module loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkab
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spdbench.errors import InputError, did_you_mean, first_problem
-from spdbench.types import BackendKind, EngineReport, GenerationRequest, Span, Step, Unknown
+from spdbench.types import BackendKind, EngineReport, GenerationRequest, Measurement, Span, Step
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -66,7 +66,7 @@ class BackendContext:
 
 @dataclass(frozen=True)
 class DrafterInfo:
-    """Where the drafts come from. `synthetic` ones know the answer; `trained_tokens` 0 is an untrained head."""
+    """Where the drafts come from. `synthetic` drafters know the answer; an untrained head has 0 `trained_tokens`."""
 
     id: str
     method: str
@@ -79,11 +79,11 @@ class DrafterInfo:
 class BackendInfo:
     """What a loaded backend is made of.
 
-    `lane_bytes` are the target's bytes that each lane reads for one token. `chosen` is what the backend decided for
-    itself where the options left it open, such as a tree.
-    `kernels` is what computes the target's layers (`TargetDecoder.kernels`); None if the backend does not tell.
-    `unknown` is what it cannot know of its steps: the metrics made of it are null. `other_model` is what it runs where
-    that is not the target as vanilla runs it, so that no output of its is held against vanilla's.
+    `lane_bytes` are the target's bytes that each lane reads for one token. `chosen` is what the backend decided where
+    the options left it open, such as a tree. `kernels` is what computes the target's layers (`TargetDecoder.kernels`);
+    None where the backend does not report it. Metrics that need one of the `missing_measurements` are null.
+    `other_model` is the model that it runs where that is not the target as vanilla runs it; its outputs are not
+    compared with vanilla's.
     """
 
     devices: tuple[str, ...]
@@ -92,7 +92,7 @@ class BackendInfo:
     drafter: DrafterInfo | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
-    unknown: tuple[Unknown, ...] = ()
+    missing_measurements: tuple[Measurement, ...] = ()
     other_model: str | None = None
 
     @property
@@ -104,8 +104,8 @@ class BackendInfo:
 class Backend(Protocol):
     """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
 
-    A backend that drives an engine may have more: `account()`, see `engine_report`; `text_only = True` in its class if
-    it needs nothing of the target, see `is_text_only`; `concurrency`, see `concurrency_of`.
+    Optional members, for backends that drive an engine: `account()`, see `engine_report`; `text_only = True` in a class
+    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`.
     """
 
     kind: ClassVar[BackendKind]
@@ -118,7 +118,7 @@ class Backend(Protocol):
         """True if the output is the target's own: token for token when greedy, in distribution when sampling."""
 
     def load(self) -> None:
-        """Untimed: weights, processes, graphs, warm-up. Raises `InputError` for what the user can mend."""
+        """Untimed: weights, processes, graphs, warm-up. Raises `InputError` for what the user can correct."""
 
     def describe(self) -> BackendInfo:
         """What was loaded; valid after `load`."""
@@ -130,11 +130,11 @@ class Backend(Protocol):
         """Timed. Yields a step per event, prefill first. Closing the iterator early leaves the backend usable."""
 
     def spans(self) -> Sequence[Span]:
-        """The last request's spans, in any order; empty for a backend that takes none.
+        """The last request's spans, in any order; empty for a backend that records none.
 
-        Asked for after each request, outside of the time that counts. `target` and `head` spans lie on lanes 0 to
-        `describe().lanes` - 1 and do not overlap on a lane; a drafter's and a controller's lanes come after these. With
-        several lanes a step is a cycle; spans name theirs, or it is yielded when every lane has begun its work of it.
+        Called after each request, untimed. `target` and `head` spans are on lanes 0 to `describe().lanes` - 1 and do
+        not overlap on a lane; the lanes of a drafter and a controller follow. With several lanes a step is a cycle:
+        spans carry its number, or the step is yielded when every lane has begun its work of the cycle.
         """
 
     def close(self) -> None:
@@ -142,13 +142,13 @@ class Backend(Protocol):
 
 
 def engine_report(backend: Backend) -> EngineReport:
-    """What `backend` tells of the request that this thread made last, if it has a method `account` for it."""
-    tell = getattr(backend, "account", None)
-    return EngineReport() if tell is None else cast(EngineReport, tell())
+    """What `backend` reports of this thread's last request; empty where it has no method `account`."""
+    account = getattr(backend, "account", None)
+    return EngineReport() if account is None else cast(EngineReport, account())
 
 
 def is_text_only(cls: type[Backend]) -> bool:
-    """True for a backend that knows text only: it works without the target's weights, and without its tokenizer."""
+    """True for a backend that takes text only: it needs neither the target's weights nor its tokenizer."""
     return bool(getattr(cls, "text_only", False))
 
 
@@ -173,7 +173,7 @@ def find_backend(name: str) -> type[Backend]:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, installed)}")
     try:
         found = installed[name].load()
-    except Exception as error:  # somebody else's package, which may fail in any way
+    except Exception as error:  # a third party's package may fail in any way
         raise InputError(
             f"backend '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
         ) from error
@@ -190,7 +190,7 @@ def find_backend(name: str) -> type[Backend]:
 
 
 def parse_options(label: str, options: type[BackendOptions], given: Mapping[str, str]) -> BackendOptions:
-    """`given` (the text behind `-o LABEL.KEY=`) as this backend's typed options.
+    """`given` (the texts after `-o LABEL.KEY=`) as this backend's typed options.
 
     Raises:
         InputError: a key that the backend does not know, or a value of the wrong type; names both and what is allowed.

@@ -1,11 +1,12 @@
-"""Errors that a user can mend, and the exit code each one means.
+"""Errors that a user can correct, and their exit codes.
 
     SpdbenchError                 exit 1   something failed; the message says what
-    ├── BackendLostError          exit 1   a backend broke down for good, such as by the death of one of its processes
-    ├── PromptFailedError         exit 1   one prompt failed for a reason outside of spdbench; the run goes on
-    ├── TryAgainError             exit 1   a backend cannot answer now, but may in a while
+    ├── BackendLostError          exit 1   a backend failed for good, such as by the death of one of its processes
+    ├── PromptFailedError         exit 1   one prompt failed for a reason outside of spdbench; the run continues
+    ├── TryAgainError             exit 1   a backend cannot answer now, but may answer later
     ├── InputError                exit 2   wrong usage or input: names file, key, value and what is allowed
-    └── NotComparableError        exit 4   results that may not stand in one table
+    │   └── NotRunError           exit 2   a program that a model wrote could not be run
+    └── NotComparableError        exit 4   results that may not be in one table
 
 Anything else that escapes is a bug and shows its traceback.
 """
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="BaseModel")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What an `OSError` says that more room on disk would mend."""
+"""The error numbers of a full disk, an exhausted quota and a file that is too large."""
 
 
 class SpdbenchError(Exception):
@@ -33,15 +34,15 @@ class SpdbenchError(Exception):
 
 
 class BackendLostError(SpdbenchError):
-    """A backend broke down and cannot go on: the prompt at hand failed, and the run ends with what it has."""
+    """A backend failed for good: its current prompt has failed, and the run ends with what it has."""
 
 
 class PromptFailedError(SpdbenchError):
-    """One prompt cannot be answered, and nobody's code is to blame: it has failed, and the next one may not."""
+    """One prompt cannot be answered, for a reason that is no bug; the next one may be answered."""
 
 
 class TryAgainError(SpdbenchError):
-    """The request should be made anew after `wait_s` seconds; whoever raises it sees to it that this ends."""
+    """The request should be repeated after `wait_s` seconds. The code that raises it limits how often."""
 
     def __init__(self, reason: str, wait_s: float) -> None:
         super().__init__(reason)
@@ -55,7 +56,7 @@ class InputError(SpdbenchError):
 
 
 class NotRunError(InputError):
-    """A program that a model wrote could not be run, so that nobody knows what it does."""
+    """A program that a model wrote could not be run, so that its result is unknown."""
 
 
 class NotComparableError(SpdbenchError):
@@ -65,7 +66,7 @@ class NotComparableError(SpdbenchError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` when something close to `word` is known, followed by all that is known."""
+    """`; did you mean 'x'?` where something close to `word` is known, followed by all that is known."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     hint = f"; did you mean '{close[0]}'?" if close else "."
@@ -73,7 +74,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """The kind of an error, whoever raised it, and the first line of its message."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 

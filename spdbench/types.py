@@ -1,7 +1,4 @@
-"""The words that all of spdbench shares: prompts, requests, steps, spans.
-
-Plain data. Knows nothing of models, clocks, files or commands, and imports neither torch nor pydantic.
-"""
+"""The data types that all of spdbench shares: prompts, requests, steps, spans. Imports neither torch nor pydantic."""
 
 from __future__ import annotations
 
@@ -12,11 +9,11 @@ from typing import Literal, NamedTuple
 BackendKind = Literal["autoregressive", "draft_verify", "pipeline"]
 FinishReason = Literal["eos", "length", "error"]
 SpanKind = Literal["target", "head", "draft", "verify", "host"]
-Unknown = Literal["ids", "times", "drafts", "forwards", "devices"]
-"""What a backend cannot know of its own steps: tokens' ids, when single tokens came, what was drafted and judged, the
-target's work, what it runs on."""
+Measurement = Literal["ids", "times", "drafts", "forwards", "devices"]
+"""What a backend may be unable to measure: the ids of tokens, the times of single tokens, drafts and verdicts, the
+target's work, the devices that it runs on."""
 UNKNOWN_ID = -1
-"""Stands in a step for a token that came without its id."""
+"""The id, in a step, of a token whose id is unknown."""
 Message = Mapping[str, str]
 """One chat message: `{"role": ..., "content": ...}`."""
 
@@ -49,8 +46,8 @@ class GenerationRequest:
     """One request, the same for every backend.
 
     `prompt_ids` are the ids as fed to the model, after the chat template; `messages` are the same thing for backends
-    that know text only. `seed` is this request's own. Generation ends at the first of `eos_ids`, which counts, or
-    after `max_new_tokens`. `stop` are texts at which the asker cuts the answer; backends that can end there may.
+    that take text only. `seed` is this request's own. Generation ends at the first of `eos_ids`, which counts, or
+    after `max_new_tokens`. The caller cuts the answer at the first of the texts `stop`; a backend may end there.
     """
 
     prompt_ids: tuple[int, ...]
@@ -65,9 +62,10 @@ class GenerationRequest:
 class Step(NamedTuple):
     """One event of a generation: prefill first, then verify rounds or pipeline cycles.
 
-    `token_ids` are the ids committed, as Python ints. `drafted` is the depth of the draft offered, `judged` the drafts
-    that got a verdict, `accepted` those accepted. `forwards` is the target's work in token-forwards: tree nodes, the
-    root included; 1 for vanilla; in a pipeline, layers run by busy stages over all layers.
+    `token_ids` are the committed ids, as Python ints. `drafted` is the depth of the proposed draft, `judged` the number
+    of drafts that got a verdict, `accepted` that of the accepted ones. `forwards` is the target's work in
+    token-forwards: tree nodes, the root included; 1 for vanilla; in a pipeline, layers run by busy stages over all
+    layers.
     """
 
     token_ids: tuple[int, ...]
@@ -79,8 +77,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """What an engine counted over one request, prefill left out: verify rounds, drafts that got a verdict (None where
-    it does not tell), drafts accepted."""
+    """What an engine counted over one request, prefill omitted: verify rounds, drafts that got a verdict (None where it
+    does not report them), accepted drafts."""
 
     rounds: int
     judged: int | None
@@ -89,9 +87,9 @@ class DraftCounts:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What an engine tells of a request when it is over, beside its steps; None for what it does not tell.
+    """What an engine reports of a finished request in addition to its steps; None for what it does not report.
 
-    `finish` is why it stopped, for engines that do not show their end of sequence as a token.
+    `finish` is why it stopped, for engines whose end of sequence is no token of the answer.
     """
 
     text: str | None = None
@@ -101,11 +99,11 @@ class EngineReport:
 
 
 class Span(NamedTuple):
-    """A stretch of work on one lane, in `time.perf_counter_ns` time; `kept` is false for tokens later discarded.
+    """An interval of work on one lane, in `time.perf_counter_ns` time; `kept` is false for tokens later discarded.
 
-    `target` is the target's layers at work and `head` its output head, `draft` the drafter, `verify` accepting and
-    rejecting, `host` messages, synchronisation and bookkeeping. `cycle` counts a pipeline's cycles from 0, for lanes
-    that may run ahead of each other; -1 is the cycle in which the span begins.
+    Kinds: `target` the target's layers, `head` its output head, `draft` the drafter, `verify` acceptance and rejection,
+    `host` messages, synchronisation and bookkeeping. `cycle` counts a pipeline's cycles from 0, for lanes that may run
+    ahead of each other; -1 is the cycle in which the span begins.
     """
 
     lane: int
@@ -118,7 +116,7 @@ class Span(NamedTuple):
 
 
 def encodable(text: str) -> str:
-    """`text` itself; raises `ValueError` where it is not all of what it was written as."""
+    """`text` itself; raises `ValueError` where it holds half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -50,7 +50,7 @@ class BackendSpec:
             stage_layers=list(info.stage_layers),
             chosen=dict(info.chosen),
             kernels=info.kernels,
-            unknown=list(info.unknown),
+            unknown=list(info.missing_measurements),
             other_model=info.other_model,
         )
 

@@ -58,7 +58,8 @@ class LayerSource:
 class Target:
     """A causal language model, greedy ids and logits on `device` in `dtype`.
 
-    `unknown` says what in it our own layers do not know, so that transformers' serve; None where ours do.
+    `unsupported_reason` is the part of it that our own layers do not support, so that transformers' layers serve; None
+    where ours do.
     """
 
     def __init__(self, files: ModelFiles, dtype: str, device: str) -> None:
@@ -69,12 +70,12 @@ class Target:
         raw = read_raw_config(files.directory)
         self._standard = library.standard_config(files.directory, raw["model_type"])
         self._known: ModelConfig | None = None
-        self.unknown: str | None = None
+        self.unsupported_reason: str | None = None
         try:
             self._known = model_config(files.directory, self._standard)
         except ForeignModelError as what:
             library.require_causal(files.directory, self._standard)
-            self.unknown = str(what)
+            self.unsupported_reason = str(what)
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
     @cached_property
@@ -96,7 +97,9 @@ class Target:
         """
         decoder = self.decoder
         if not isinstance(decoder, Decoder):
-            raise InputError(f"{self.files.id}: spdbench's own layers do not know this model ({self.unknown})")
+            raise InputError(
+                f"{self.files.id}: spdbench's own layers do not know this model ({self.unsupported_reason})"
+            )
         return decoder
 
     @property
@@ -138,7 +141,7 @@ class Target:
                 return split_model(model, self.config, library.range_cache, self.dtype, self.device, layers)
         except SplitError as why:
             raise InputError(
-                f"{directory}: {self.unknown} is not supported: spdbench's own layers do not know it, and "
+                f"{directory}: {self.unsupported_reason} is not supported: spdbench's own layers do not know it, and "
                 f"transformers' cannot be run stage by stage ({why}). Fully supported: {', '.join(FAMILIES)}."
             ) from None
 

@@ -114,7 +114,7 @@ class OpenAI:
             devices=("server",),
             lane_bytes=(0,),
             chosen={"tokens": WAY_TITLES[self._way], "prompt": self._endpoint.prompt_form, "acceptance": acceptance},
-            unknown=missing_measurements(self._way, self._ids),
+            missing_measurements=missing_measurements(self._way, self._ids),
             other_model=f"{self._endpoint.model} in its server",
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from spdbench.errors import InputError, PromptFailedError
-from spdbench.types import UNKNOWN_ID, Unknown
+from spdbench.types import UNKNOWN_ID, Measurement
 from spdbench_backends.openai.chunks import Chunk
 
 Api = Literal["chat", "completions"]
@@ -111,9 +111,9 @@ class Counter:
         return found
 
 
-def missing_measurements(way: Way, ids: bool) -> tuple[Unknown, ...]:
+def missing_measurements(way: Way, ids: bool) -> tuple[Measurement, ...]:
     """What is unknown of steps that are counted in this way; `ids` if the tokens came with theirs."""
-    found: list[Unknown] = ["drafts", "forwards", "devices"]
+    found: list[Measurement] = ["drafts", "forwards", "devices"]
     if not ids:
         found.append("ids")
     if way == "usage":

@@ -189,10 +189,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
         """The head that the user chose, None for a synthetic drafter; also cuts the model into stages that fit it.
         `draw(target, stages, seed)` is an untrained head."""
         target, counts = self._context.target, self._options.stage_layers
-        if target.unknown and choice.kind not in ("oracle", "forced"):
+        if target.unsupported_reason and choice.kind not in ("oracle", "forced"):
             raise InputError(
                 f"--drafter {choice.text}: {self.method.upper()} heads are made of spdbench's own layers, which do not "
-                f"know this model ({target.unknown}). Give oracle:P or forced:P."
+                f"know this model ({target.unsupported_reason}). Give oracle:P or forced:P."
             )
         is_read = choice.kind in ("path", "auto")
         if not is_read:

@@ -80,10 +80,10 @@ class Session:
                 made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed)
                 backends.append(stack.enter_context(closing(made)))
                 made.load()
-            if self.target is not None and self.target.unknown is not None:
+            if self.target is not None and (reason := self.target.unsupported_reason) is not None:
                 say(
-                    f"NOTE: {self.target.unknown} is not one that spdbench's own layers know; transformers' layers "
-                    "serve, which are slower."
+                    f"NOTE: {reason} is not one that spdbench's own layers know; transformers' layers serve, which are "
+                    "slower."
                 )
             machine, git = environment(self.devices[0]), git_state()
             outputs, candidates = [], []
@@ -267,7 +267,7 @@ def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
 def _meter(backend: Backend) -> EnergyMeter:
     """The energy counters of the backend's devices; none where the devices are unknown."""
     info = backend.describe()
-    return EnergyMeter() if "devices" in info.unknown else energy_meter(info.devices)
+    return EnergyMeter() if "devices" in info.missing_measurements else energy_meter(info.devices)
 
 
 def _went_wrong(result: LoadedResult) -> bool:

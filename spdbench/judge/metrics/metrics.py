@@ -25,7 +25,7 @@ from spdbench.judge.metrics.steps import (
 )
 from spdbench.judge.results.schema import BackendRecord, Run, Summary
 from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable, table_from
-from spdbench.types import Unknown
+from spdbench.types import Measurement
 
 ITL_PERCENTS = (50, 95, 99)
 SPEED = "decode_tokens_per_s"
@@ -229,7 +229,7 @@ class Metric:
     """How a metric is computed; null where the backend does not know `needs`."""
 
     value: Callable[[Metrics], Any]
-    needs: Unknown | None = None
+    needs: Measurement | None = None
 
 
 def _list_metrics() -> dict[str, Metric]:

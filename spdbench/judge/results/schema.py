@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError, first_problem
-from spdbench.types import BackendKind, FinishReason, Unknown
+from spdbench.types import BackendKind, FinishReason, Measurement
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
@@ -83,7 +83,7 @@ class BackendRecord(Record):
         default_factory=dict, description="what the backend decided for itself where the options left it open"
     )
     kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
-    unknown: list[Unknown] = Field(
+    unknown: list[Measurement] = Field(
         default_factory=list, description="what the backend cannot know of its steps; metrics made of it are null"
     )
     other_model: str | None = Field(

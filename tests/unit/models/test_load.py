@@ -104,11 +104,11 @@ def test_a_missing_and_a_misshapen_tensor_are_named(copy: Path) -> None:
 
 
 def test_what_our_own_layers_do_not_know_is_named(copy: Path) -> None:
-    assert tiny.load(copy).unknown is None
+    assert tiny.load(copy).unsupported_reason is None
     edit_config(copy, hidden_act="gelu")
-    assert tiny.load(copy).unknown == "hidden_act 'gelu'"
+    assert tiny.load(copy).unsupported_reason == "hidden_act 'gelu'"
     edit_config(copy, hidden_act="silu", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    assert tiny.load(copy).unknown == "rope_type 'dynamic'"
+    assert tiny.load(copy).unsupported_reason == "rope_type 'dynamic'"
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_tokens_are_counted_by_the_best_that_the_server_reports(
     assert measured.report.text == "One two, three four five six."
     info = made.describe()
     assert words in info.chosen["tokens"]
-    assert set(info.unknown) == unknown
+    assert set(info.missing_measurements) == unknown
     assert (UNKNOWN_ID in measured.output_ids) == ("ids" in unknown)
 
 
