@@ -6,9 +6,10 @@ LIMIT ?= 8
 MAX_NEW_TOKENS ?= 32
 
 # One test process a core, each with one thread. The tests marked `whole_machine` measure processor time or need all
-# threads, so they run afterwards and alone. Files stay whole (`loadfile`): their models are built once.
+# threads, so they run afterwards and alone. Files stay whole (`loadfile`), so that their models are built once, and in
+# order, in which the long ones (cli, conformance, processes) come before the many short ones of tests/unit.
 TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
-IN_PARALLEL := --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist loadfile -m "not whole_machine"
+IN_PARALLEL := --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not whole_machine"
 
 RUN := $(VENV)/bin/python -m
 INSTALL := $(RUN) pip install --quiet --constraint constraints.txt

@@ -97,7 +97,7 @@ def test_path_that_is_not_there_says_how_to_give_it(tmp_path: Path) -> None:
             b'{"question_id": ' + b"9" * 5000 + b"}",
             " line 1: holds an integer of thousands of digits; write it as text",
         ),
-        (gzip.compress(jsonl(ROW))[:-9], ": broken gzip"),
+        (gzip.compress(jsonl(ROW), mtime=0)[:-9], ": broken gzip"),
         (b"\x1f\x8bnonsense", ": broken gzip"),
         (jsonl(ROW, {"question_id": 2, "turns": []}), " line 2: turns: must not be empty, not []"),
         (
