@@ -10,7 +10,7 @@ from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.graph_options import GraphOptions, captured_as, decoder_to_capture
 
 if TYPE_CHECKING:
-    from spdbench.decoding.captured import CapturedDecoding
+    from spdbench.decoding.autoregressive import CapturedDecoding
     from spdbench.models.interface import TargetDecoder
 
 
@@ -33,7 +33,7 @@ class Vanilla:
         self._decoder = self._context.target.decoder
         graphs = self._options.graphs
         if (decoder := decoder_to_capture(graphs, self._context)) is not None:
-            from spdbench.decoding.captured import CapturedDecoding
+            from spdbench.decoding.autoregressive import CapturedDecoding
             from spdbench.models.cuda.captured_decoder import usual_capacity
 
             self._captured = CapturedDecoding(decoder, usual_capacity(decoder), compiled=graphs == "compiled")

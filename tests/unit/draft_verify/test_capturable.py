@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spdbench.decoding.captured import CapturedDecoding
+from spdbench.decoding.autoregressive import CapturedDecoding
 from spdbench.decoding.tree import named_tree
 from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder
 from spdbench.models.cuda.captured_decoder import CapturedDecoder

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from spdbench.decoding.captured import CapturedDecoding
+from spdbench.decoding.autoregressive import CapturedDecoding
 from spdbench.decoding.tree import from_paths
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cuda.captured_decoder import CapturedDecoder

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.captured import CapturedDecoding
+from spdbench.decoding.autoregressive import CapturedDecoding, decode
 from spdbench.models.cuda.captured_function import Readback
 from spdbench.models.decoder import Decoder
 from tests import tiny
