@@ -135,7 +135,7 @@ def _listing(point: EntryPoint) -> Listing:
         return Listing(point.name, package, found.kind, about, options, None)
     except SpdbenchError as error:
         reason = str(error)
-    except Exception as error:  # a third party's package may fail to import in any way; the list goes on
+    except Exception as error:  # a third party's package may fail to import in any way
         reason = f"{point.value} cannot be imported: {type(error).__name__}: {error}"
     return Listing(point.name, package, None, "", (), reason)
 

@@ -77,7 +77,7 @@ def _declared(options: type[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 class FiniteRange(click.FloatRange):
-    """A number in a range; `nan` and `inf`, which compare oddly, are no numbers here."""
+    """A finite number in a range; click's range accepts `nan`, which compares false with every bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -87,7 +87,7 @@ class FiniteRange(click.FloatRange):
 
 
 class Duration(click.ParamType[float]):
-    """Seconds from `90s`, `20m`, `1h30m`; more than none."""
+    """Seconds from `90s`, `20m`, `1h30m`; more than 0."""
 
     name = "duration"
 

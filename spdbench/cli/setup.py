@@ -22,7 +22,7 @@ DEFAULT_MODEL = "smollm2"
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """A backend as the command line asks for it; not loaded."""
+    """A backend as chosen on the command line; not loaded."""
 
     label: str
     name: str
@@ -56,8 +56,8 @@ class BackendSpec:
 
 
 def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: int | None = None) -> list[BackendSpec]:
-    """The backends asked for, by label, with their options and drafters. `concurrency` goes to every backend that has
-    an option of that name, unless its own -o says otherwise."""
+    """The chosen backends, by label, with their options and drafters. Every backend with an option `concurrency` gets
+    `concurrency`, unless its own -o gives another."""
     options = parse_backend_options(chosen.options, list(labels))
     drafters = parse_drafters(chosen.drafters, list(labels))
     classes = {label: find_backend(name) for label, name in labels.items()}
@@ -76,8 +76,8 @@ def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: 
 
 
 def find_devices(chosen: TargetOptions) -> tuple[str, ...]:
-    """The devices asked for, all checked; by default the first GPU, or the CPU where there is none. Sets torch's
-    threads."""
+    """The chosen devices, all checked; by default the first GPU, or the CPU where there is none. Sets the number of
+    torch's threads."""
     torch.set_num_threads(chosen.threads)
     devices = chosen.devices or (("cuda:0",) if torch.cuda.is_available() else ("cpu",))
     for device in devices:
@@ -86,7 +86,7 @@ def find_devices(chosen: TargetOptions) -> tuple[str, ...]:
 
 
 def load_model(chosen: TargetOptions, device: str, default: str | None = None) -> Target:
-    """The model asked for, else `default`, else `smollm2`; its weights are still on disk."""
+    """The chosen model, else `default`, else `smollm2`; its weights are still on disk."""
     return load_target(chosen.model or default or DEFAULT_MODEL, chosen.dtype, device)
 
 

@@ -104,7 +104,7 @@ def restore(
     try:
         state = State(**content["state"])
         module.load_state_dict(content["module"])
-    except (KeyError, TypeError, RuntimeError):  # fields or tensors that are not ours
+    except (KeyError, TypeError, RuntimeError):  # fields or tensors of another version
         raise InputError(f"--resume: {path} was written by another version of spdbench. {RESTART}") from None
     optimizer.load_state_dict(content["optimizer"])
     torch.set_rng_state(content["rng"])

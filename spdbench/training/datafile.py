@@ -141,7 +141,7 @@ def open_data(path: Path, settings: Mapping[str, Any]) -> DataFile:
 
 
 def _is_cut_header(content: bytes) -> bool:
-    """True for an empty file, and for the beginning of a header of ours."""
+    """True for an empty file, and for the beginning of a data file's header."""
     start = b'{"schema": "' + SCHEMA.encode()
     return b"\n" not in content and (content.startswith(start) or start.startswith(content))
 

@@ -1,4 +1,4 @@
-"""`spdbench lm-eval`: lm-eval's own command line, with our backends among its models. Parses nothing itself."""
+"""`spdbench lm-eval`: lm-eval's own command line, with our backends among its models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.errors import InputError, brief
 
 ENGINE = ("spdbench_backends", "spdbench.models", "spdbench.decoding", "spdbench.pipeline")
-"""Where an error is a bug, not the user's input."""
+"""Packages in which an error is a bug, not the user's input."""
 
 MODULE = "spdbench.cli.evaluate.lm_model"
 CONFIRMED = "--confirm_run_unsafe_code"
@@ -56,18 +56,18 @@ def command(arguments: tuple[str, ...]) -> None:
 
 
 def _register() -> None:
-    """Makes lm-eval know our model, which it loads when it is asked for."""
-    import lm_eval.models  # noqa: F401 - fills the registry, which would stay empty once it holds ours
+    """Adds our model to lm-eval's registry; it is imported when it is used."""
+    import lm_eval.models  # noqa: F401 - fills the registry with lm-eval's models, which it does only while it is empty
     from lm_eval.api.registry import model_registry
 
     if "spdbench" not in model_registry:
         model_registry.register("spdbench", target=f"{MODULE}:SpdbenchLM")
 
 
-def _remedy(said: str) -> str:
-    if "unsafe" in said:
+def _remedy(message: str) -> str:
+    if "unsafe" in message:
         return f"{CONFIRMED} lets it, each answer in a sandbox of its own."
-    if said.startswith("Tasks not found"):
+    if message.startswith("Tasks not found"):
         return "`spdbench lm-eval ls tasks` lists them; --include_path DIR names a folder of more task files."
     return (
         "If it is the task's data, that may need the network: run it once where there is one, or name a folder of task "

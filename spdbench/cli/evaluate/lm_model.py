@@ -1,8 +1,6 @@
-"""Every backend that gives ids as a model of lm-eval's, called `spdbench` there: it generates by the backend, and
-judges texts by the target.
+"""The model `spdbench` of lm-eval: a backend that reports ids generates text, its target scores given text.
 
-Importing it needs lm-eval. Answers come one at a time, since that is what the backends are for. Must not know tasks,
-scores or result files.
+Importing it needs lm-eval. Requests are answered one at a time, since backends are made for batch size 1.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ DEFAULT_NEW_TOKENS = 256
 MODEL_ARGS = ("backend", "model", "drafter", "dtype", "devices", "threads", "seed")
 GENERATION_ARGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
 LM_EVAL_DEVICE = "cuda:0"
-"""What lm-eval says where its user said nothing."""
+"""The device that lm-eval passes where its user gave none."""
 
 
 def with_ids(specs: list[BackendSpec]) -> list[BackendSpec]:
@@ -70,7 +68,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """From `--model_args`, as lm-eval has parsed them.
 
         Raises:
-            InputError: an argument that is not known, or of no use.
+            InputError: an unknown or useless argument.
         """
         given = {key: str(value) for key, value in arg_dict.items() if value is not None}
         device = (additional_config or {}).get("device")
@@ -100,7 +98,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before texts that have nothing before them."""
+        """The id before texts that have no context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -113,7 +111,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self.target.files.id.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of a text; unless told otherwise after a BOS token if this tokenizer adds one and the text has none."""
+        """Ids of a text; by default after a BOS token, if this tokenizer adds one and the text has none."""
         return list(self._chat.encode_answer(string) if add_special_tokens is False else self._chat.encode_text(string))
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
@@ -143,7 +141,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """As the base class asks. What is too long for the model loses its beginning."""
+        """Log-probability of each continuation, and whether it is the greedy one. Keeps a long context's end."""
         found = []
         for texts, context, continuation in tqdm(requests, desc="continuations", disable=disable_tqdm):
             if len(continuation) > self.max_length:
@@ -183,18 +181,18 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return text[: min(places, default=None)], bool(places)
 
     def _request(self, context: str, settings: Mapping[str, Any], number: int) -> GenerationRequest:
-        asked = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
-        for key in asked:
+        given = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
+        for key in given:
             if key not in GENERATION_ARGS:
                 raise InputError(f"lm-eval: generation option '{key}' is not known{did_you_mean(key, GENERATION_ARGS)}")
-        limit = int(asked["max_gen_toks"])
+        limit = int(given["max_gen_toks"])
         if not 0 < limit < self.max_length:
             raise InputError(
                 f"lm-eval: max_gen_toks={limit} leaves no room in the model's context of {self.max_length}; set it "
                 "with --gen_kwargs max_gen_toks=N"
             )
         sampling = Sampling(
-            float(asked.get("temperature", 0.0)), float(asked.get("top_p", 1.0)), int(asked.get("top_k", 0))
+            float(given.get("temperature", 0.0)), float(given.get("top_p", 1.0)), int(given.get("top_k", 0))
         )
         if self.backend.kind != "autoregressive":
             require_known_answer(parse_drafter(self.spec.drafter), sampling)
@@ -206,7 +204,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             sampling=sampling,
             seed=int.from_bytes(seed[:6], "little"),
             eos_ids=self.target.config.eos_ids,
-            stop=tuple(word for word in asked["until"] if word),
+            stop=tuple(word for word in given["until"] if word),
         )
 
 

@@ -1,6 +1,6 @@
-"""lm-eval's tasks, looked up and loaded with one message for what is wrong; and code that answers hold, in our sandbox.
+"""lm-eval's tasks: found and loaded with one message for what is wrong; code in answers runs in our sandbox.
 
-lm-eval is imported when it is asked for. Must not know models or backends.
+lm-eval is imported on first use.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def find_tasks(names: Sequence[str], include_path: Path | None, *, allow_code: b
     """A task manager that knows all of `names`, each of whose data is there.
 
     Raises:
-        InputError: an unknown task, one whose data cannot be had, or one that runs code which nobody has allowed.
+        InputError: an unknown task, one whose data cannot be loaded, or one that runs code without permission.
     """
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"--include-path {include_path}: no such folder")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # every retry in words; we tell the end of it
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; the last one is reported below
     manager = None
     if include_path is not None:  # lm-eval's own thousands of files are read only where they are needed
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
@@ -80,8 +80,7 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 
 
 class CodeEval:
-    """What lm-eval's code tasks take from the package `evaluate` by the name `code_eval`, in our sandbox and without
-    the network, from which `evaluate` would fetch its own."""
+    """Replaces the metric `code_eval` of the package `evaluate`: runs code in our sandbox, and needs no network."""
 
     def __init__(self, *, allowed: bool) -> None:
         self._allowed = allowed
@@ -96,7 +95,7 @@ class CodeEval:
         """pass@k for each k that has enough answers (Chen et al., arXiv 2107.03374, equation 1), and each verdict.
 
         Raises:
-            InputError: nobody has allowed it.
+            InputError: running code is not allowed.
         """
         if not self._allowed:
             raise InputError(
@@ -110,7 +109,7 @@ class CodeEval:
             ]
             for number, (test, answers) in enumerate(zip(references, predictions, strict=True))
         }
-        counts = [(len(found), sum(said["passed"] for _, said in found)) for found in verdicts.values()]
+        counts = [(len(found), sum(verdict["passed"] for _, verdict in found)) for found in verdicts.values()]
         scores = {
             f"pass@{size}": sum(_pass_at(size, total, passed) for total, passed in counts) / len(counts)
             for size in k
@@ -120,24 +119,24 @@ class CodeEval:
 
 
 def _pass_at(size: int, total: int, passed: int) -> float:
-    """How likely `size` of `total` answers, drawn without return, hold one that passes."""
+    """The probability that `size` of `total` answers, drawn without replacement, include one that passes."""
     return 1 - comb(total - passed, size) / comb(total, size)
 
 
 def run_code_in_sandbox(*, allowed: bool) -> str:
-    """Gives lm-eval's code tasks our sandbox. Returns what guards there are; nothing if no code is allowed to run.
+    """Makes lm-eval's code tasks use our sandbox. Returns its protections, or nothing if no code is allowed to run.
 
     Raises:
         InputError: the sandbox does not work here.
     """
     import evaluate
 
-    theirs = getattr(evaluate.load, "theirs", evaluate.load)
+    original = getattr(evaluate.load, "original", evaluate.load)
 
     def load(path: str, *arguments: Any, **more: Any) -> Any:
-        return CodeEval(allowed=allowed) if path == "code_eval" else theirs(path, *arguments, **more)
+        return CodeEval(allowed=allowed) if path == "code_eval" else original(path, *arguments, **more)
 
-    load.theirs = theirs  # type: ignore[attr-defined]
+    load.original = original  # type: ignore[attr-defined]
     evaluate.load = load
     return require_sandbox() if allowed else ""
 

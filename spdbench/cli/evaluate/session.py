@@ -1,6 +1,6 @@
-"""One `spdbench eval` from loading to the table: each backend answers lm-eval's tasks, and its file is written.
+"""One `spdbench eval` from loading to the table: backends answer lm-eval's tasks, lm-eval scores, files are written.
 
-Importing it needs lm-eval. Scores nothing itself: that is lm-eval's part.
+Importing it needs lm-eval.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class EvalSession:
         specs = with_ids(find_backends(self.labels, self.options))
         devices = find_devices(self.options)
         target = load_model(self.options, devices[0])
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its progress in words, and warnings of every option
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its progress, and a warning for every option
         found = []
         with sigterm_interrupts():
             for spec in specs:
@@ -117,15 +117,15 @@ class EvalSession:
 
 
 def _public(record: Any) -> Any:
-    """`record` with the names of files in it, but not their folders."""
+    """`record` with file names instead of paths."""
     return None if record is None else type(record).model_validate(names_only(record.model_dump()))
 
 
 def _task(name: str, scored: Mapping[str, Any]) -> EvalTask:
-    told = scored["versions"].get(name)
+    task_version = scored["versions"].get(name)
     scores = scores_of(scored["results"][name])
     return EvalTask(
-        version=None if told is None else str(told),
+        version=None if task_version is None else str(task_version),
         num_fewshot=int(scored["n-shot"].get(name, 0)),
         num_documents=len({sample["doc_id"] for sample in scored["samples"][name]}),
         scores={
@@ -147,7 +147,7 @@ def _sample(task: str, sample: Mapping[str, Any]) -> EvalSample:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it; infinite numbers, which JSON has not, in words."""
+    """`value` as JSON can hold it; infinite numbers, which JSON lacks, as text."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, str | bool | int) or value is None:
@@ -162,11 +162,11 @@ def _finite(value: float | None) -> float | None:
 def _table(evaluations: Sequence[Evaluation]) -> str:
     """A line for each score of a task, a column for each label."""
     rows = []
-    for task, told in evaluations[0].tasks.items():
-        for key in told.scores:
+    for task, facts in evaluations[0].tasks.items():
+        for key in facts.scores:
             metric, _, chosen = key.partition(",")
             cells = [_cell(evaluation.tasks[task].scores.get(key)) for evaluation in evaluations]
-            rows.append([task, told.num_documents, metric, chosen, *cells])
+            rows.append([task, facts.num_documents, metric, chosen, *cells])
     headers = ["task", "documents", "metric", "filter", *(evaluation.backend.label for evaluation in evaluations)]
     return tabulate(rows, headers, disable_numparse=True)
 

@@ -107,7 +107,7 @@ class Session:
 
     @cached_property
     def model(self) -> ModelInfo:
-        """What results say of the model; of one that only its servers have, the names that these know it by."""
+        """The results' record of the model; of one that only servers have, the names under which they serve it."""
         if self.target is not None:
             return model_record(self.target, self.chat)
         names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in self.specs)
