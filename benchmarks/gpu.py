@@ -28,7 +28,6 @@ import time
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +101,7 @@ def run_apart(name: str, out: Path, limit_s: float, *, rehearse: bool) -> str:
 def run_here(name: str, settings: Settings, out: Path) -> None:
     """Measures a part in this process and writes its record. Ends with its parent, however that one ends."""
     import torch
+    import transformers
 
     from benchmarks.gpu_sides import run_part
     from spdbench.measure.environment import git_state
@@ -114,7 +114,7 @@ def run_here(name: str, settings: Settings, out: Path) -> None:
     card = (
         torch.cuda.get_device_name() if settings.on_gpu else "Rehearsal on a CPU: none of these numbers means anything"
     )
-    versions = f"torch {torch.__version__}, transformers {version('transformers')}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     machine = f"{card}; {versions}; spdbench {git_state() or 'outside of a checkout'}"
     write(out / f"{name}.json", json.dumps({"part": name, "machine": machine, **found}, indent=1) + "\n")
 

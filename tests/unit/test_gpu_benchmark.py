@@ -112,6 +112,24 @@ def test_one_side_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) 
     assert found["notes"][1].endswith("RuntimeError: no more of it")
 
 
+def test_a_side_that_fails_later_keeps_its_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all sides do after an error that leaves the device unusable."""
+    measure, calls = LoadedSide.measure, 0
+
+    def breaks(self: LoadedSide, acceptance: float | None) -> Sample:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise RuntimeError("the device is gone")
+        return measure(self, acceptance)
+
+    monkeypatch.setattr(LoadedSide, "measure", breaks)
+    found = run_part("vanilla-tiny", replace(REHEARSAL, rounds=3))
+    assert [row["graphs"] for row in found["rows"]] == ["on", "off"]
+    assert len(found["notes"]) == 2
+    assert calls == 7, "none is tried again"
+
+
 def test_a_part_without_its_baseline_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_sides, "BASE", replace(BASE, options={"graphs": "never"}))
     with pytest.raises(RuntimeError, match=r"vanilla graphs=on: dropped\n"):
