@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from spdbench.decoding.sampling import Sampler
     from spdbench.decoding.speculate import Drafter, Features
+    from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import DraftTree
     from spdbench.models.decoder import Decoder
     from spdbench.models.interface import TargetDecoder
@@ -43,10 +44,7 @@ class DraftModel(DraftVerify):
         super().__init__(self._options, context)
         self._small: TargetDecoder | None = None
 
-    def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
-
-        self._choice = choice = parse_drafter(self._context.drafter)
+    def _load_drafter(self, choice: DrafterChoice) -> None:
         if choice.kind in ("oracle", "forced"):
             self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
         elif choice.kind == "random":
@@ -173,7 +171,7 @@ def load_small(context: BackendContext, option: str, name: str) -> Target:
 
     target = context.target
     small = load_target(name, target.dtype_name, str(target.device))
-    if small.config.vocab_size != target.config.vocab_size or not _same_words(small, target):
+    if small.config.vocab_size != target.config.vocab_size or not _same_vocabulary(small, target):
         raise InputError(
             f"-o {context.label}.{option}={name}: its vocabulary ({small.config.vocab_size} tokens) is not the "
             f"target's ({target.config.vocab_size}), so its drafts would mean other words"
@@ -181,7 +179,7 @@ def load_small(context: BackendContext, option: str, name: str) -> Target:
     return small
 
 
-def _same_words(small: object, target: object) -> bool:
+def _same_vocabulary(small: object, target: object) -> bool:
     """True if both tokenizers give every token the same id, or if one of the models has no tokenizer."""
     try:
         return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]

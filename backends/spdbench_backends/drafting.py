@@ -21,13 +21,24 @@ F = TypeVar("F", bound="DrafterFile[Any]")
 
 
 class Drafting(ABC, Generic[D]):
-    """Base of the backends that draft. `D` drafts for one request; `load` sets `_choice` and `_info`."""
+    """Base of the backends that draft. `D` drafts for one request."""
 
     def __init__(self, context: BackendContext) -> None:
         self._context = context
         self._choice: DrafterChoice | None = None
         self._info: DrafterInfo | None = None
         self._prepared: tuple[GenerationRequest, D] | None = None
+
+    def load(self) -> None:
+        from spdbench.decoding.synthetic import parse_drafter
+
+        choice = parse_drafter(self._context.drafter)
+        self._load_drafter(choice)
+        self._choice = choice
+
+    @abstractmethod
+    def _load_drafter(self, choice: DrafterChoice) -> None:
+        """Loads what the drafters of all requests share, and sets `_info`."""
 
     @abstractmethod
     def _new_drafter(self, request: GenerationRequest) -> D:

@@ -17,6 +17,7 @@ from spdbench_backends.graph_options import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
+    from spdbench.decoding.synthetic import DrafterChoice
 
 
 class Ngram(DraftVerify):
@@ -33,7 +34,7 @@ class Ngram(DraftVerify):
         self._options = cast(Ngram.Options, options)
         super().__init__(self._options, context)
 
-    def load(self) -> None:
+    def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
         from spdbench.errors import InputError
 
         options = self._options

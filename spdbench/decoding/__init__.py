@@ -1,1 +1,1 @@
-"""What every method shares: sampling, verification, the autoregressive loop."""
+"""What the methods share: sampling, trees, verification, and the decoding loops."""

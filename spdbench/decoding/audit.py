@@ -1,7 +1,6 @@
-"""Why two greedy outputs of one model part: a tie of logits, rounding, or a real difference (METRICS.md).
+"""Why two greedy outputs of one model diverge: a tie of logits, rounding, or a real difference (METRICS.md).
 
-Feeds the model the ids up to the first difference and looks at its logits there. Must not know which backend wrote
-which output.
+Feeds the model the ids up to the first difference and compares its logits there.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ Difference = Literal["identical", "tie", "near_tie", "real"]
 def classify_difference(
     decoder: TargetDecoder, prompt_ids: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int
 ) -> Difference:
-    """What lies behind the first id in which `found` differs from `expected`, plain decoding's own output.
+    """Classifies the first id in which `found` differs from `expected`, the output of plain decoding.
 
     A tie has equal logits for both ids. A near tie has a gap no larger than the noise floor: the largest change of a
-    logit between feeding the same prefix one token at a time and in forwards of `width` tokens, which is what the
-    other method uses. An output that ends early, or runs on, is a real difference.
+    logit between feeding the same prefix one token at a time and in forwards of `width` tokens, as the
+    other method runs them. An output that ends early or late is a real difference.
     """
     at = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))

@@ -1,6 +1,6 @@
-"""How likely the target finds a text: the sum of its tokens' log-probabilities, and whether they are its own choice.
+"""The log-likelihood of a text under the target, and whether the text is its greedy choice.
 
-One forward pass over context and continuation together. Must not know who asks, or what the text is about.
+One forward pass over context and continuation together.
 Shapes: S rows, M model width, R rows at a time, V vocabulary.
 """
 
@@ -22,10 +22,10 @@ def loglikelihood(
     decoder: TargetDecoder, context_ids: Sequence[int], continuation_ids: Sequence[int]
 ) -> tuple[float, bool]:
     """The natural logarithm of the continuation's probability after the context, in float32 or better, and whether
-    greedy decoding would have said the same.
+    greedy decoding gives the same tokens.
 
     Raises:
-        ValueError: no context, so that nothing tells the first token's probability.
+        ValueError: no context, which the first token's probability depends on.
     """
     if not context_ids:
         raise ValueError("a continuation needs at least one token of context")
@@ -38,8 +38,8 @@ def loglikelihood(
     total, is_greedy = 0.0, True
     for start in range(0, len(continuation_ids), ROWS):
         logits_RV = decoder.logits(hidden_SM[start : start + ROWS])
-        said_R = torch.tensor(continuation_ids[start : start + ROWS], dtype=torch.long, device=logits_RV.device)
+        ids_R = torch.tensor(continuation_ids[start : start + ROWS], dtype=torch.long, device=logits_RV.device)
         log_probabilities_RV = logits_RV.float().log_softmax(dim=-1)
-        total += float(log_probabilities_RV.gather(1, said_R[:, None]).double().sum())
-        is_greedy = is_greedy and bool((argmax(logits_RV).to(said_R.device) == said_R).all())
+        total += float(log_probabilities_RV.gather(1, ids_R[:, None]).double().sum())
+        is_greedy = is_greedy and bool((argmax(logits_RV).to(ids_R.device) == ids_R).all())
     return total, is_greedy

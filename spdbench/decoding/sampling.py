@@ -1,6 +1,6 @@
 """How the next token is chosen from logits: warping, inverse-CDF draws, one random stream a request.
 
-The same warp serves target and drafter, as lossless verification requires. Must not know who asks.
+Target and drafter use the same warp, as lossless verification requires.
 Shapes: V vocabulary, N rows.
 """
 
@@ -16,7 +16,7 @@ from spdbench.models.layer_ops import argmax
 from spdbench.types import Sampling
 
 Logits = Tensor | int
-"""Logits `[V]`, or their argmax alone: all that greedy decoding asks for, and a shorter message."""
+"""Logits `[V]`, or only their argmax, which greedy decoding needs and which is a shorter message."""
 
 
 class Sampler:
@@ -57,7 +57,7 @@ class Sampler:
 
 
 def draw_rows(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """As `Sampler.draw` for every row, without a word to the host: `[N]`. `uniform_N` is in float64."""
+    """As `Sampler.draw` for every row, without reading anything to the host: `[N]`. `uniform_N` is in float64."""
     cumulative = weights_NV.double().cumsum(-1)
     totals_N1 = cumulative[:, -1:]
     points_N1 = torch.minimum(uniform_N[:, None] * totals_N1, torch.nextafter(totals_N1, torch.zeros_like(totals_N1)))

@@ -32,7 +32,7 @@ DrafterKind = Literal["auto", "path", "oracle", "forced", "random"]
 
 @dataclass(frozen=True)
 class DrafterChoice:
-    """What the user asked for with `--drafter`."""
+    """The user's choice of a drafter: `--drafter`."""
 
     kind: DrafterKind
     text: str

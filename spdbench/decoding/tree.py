@@ -1,7 +1,7 @@
 """Trees of drafted tokens: parents, depths, and which nodes attend to which.
 
 Node 0 is the root, the newest token, which is known; every other node is a draft for the position after its parent's.
-Parents come before their children, and siblings stand in the order of preference. A chain is a tree of width one.
+Parents come before their children, and siblings are in the order of preference. A chain is a tree of width one.
 
 Shapes: N nodes, the root included; V vocabulary.
 """

@@ -1,9 +1,7 @@
-"""Which tree pays: what a forward of so many rows costs here, against what a drafter gets right.
+"""The choice of a tree: measured costs of forwards by number of rows, against the drafter's accuracies.
 
-Costs are measured, accuracies given. Must not know of any method.
-
-Shapes: none; `accuracies[level][rank]` is the chance that the token ranked so at a level is right, given that all
-before it on its path were.
+`accuracies[level][rank]` is the probability that the candidate of that rank is right at that level, given that all
+before it on its path are.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3
 CONTEXT = 128
 RANK_DECAY = 0.25
-"""How much less often each further rank is right, where nothing was measured."""
+"""The accuracy of each further rank relative to the one before, where nothing was measured."""
 
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Seconds of a target forward by number of rows, linear between those measured and past them."""
+    """Seconds of a target forward by number of rows: linear between and beyond those measured."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -44,7 +42,7 @@ class RowCosts:
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """Medians over rounds that take the row counts in turn, so that a slow moment hits them alike."""
+    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
@@ -60,7 +58,7 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
 
 
 def assumed_accuracies(by_level: Sequence[float], num_ranks: int) -> list[list[float]]:
-    """From first-choice accuracies a table of all ranks, each a fixed share of the one before."""
+    """A table for all ranks from first-choice accuracies: each rank has a fixed share of the one before."""
     return [[accuracy * RANK_DECAY**rank for rank in range(num_ranks)] for accuracy in by_level]
 
 
@@ -89,7 +87,7 @@ def best_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> list[tu
 
 @dataclass(frozen=True)
 class Choice:
-    """A tree's paths, empty where drafting does not pay, and the speed-up that it promises over no drafting."""
+    """A tree's paths, empty where drafting does not pay, and its expected speed-up over no drafting."""
 
     paths: tuple[Path, ...]
     speedup: float
@@ -104,7 +102,7 @@ def choose_tree(
 ) -> Choice:
     """Of the best trees of 1 to `largest` drafts the one with the most tokens a second.
 
-    `draft_seconds(levels)` is what drafting so many levels takes. A lone level is the least that is drafted.
+    `draft_seconds(levels)` is the time of drafting so many levels, one at least.
     """
     best, expected = Choice((), 0.0), 1.0
     ranked = best_paths(accuracies, largest)

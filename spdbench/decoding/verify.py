@@ -1,9 +1,9 @@
 """Verification: which drafts the target accepts, and the token that it adds.
 
 Drafts form a tree after the newest token, the root; a chain is a tree of width one. The target has computed the logits
-behind every node. `verify` stands on the root first. An accept rule chooses one child of the node that it stands on and
-`verify` moves there, until the rule rejects all children or there are none. Behind the last accepted node follows a
-token of the target's own. Three rules, with p the target's warped distribution behind the node:
+of every node, which say what follows it. `verify` starts at the root. An accept rule chooses one child of the current
+node, `verify` moves to that child, and so on until the rule rejects all children or there are none. After the last
+accepted node the target adds a token of its own. Three rules, with p the target's warped distribution at the node:
 
 Greedy. The child that is the target's argmax.
 
@@ -18,7 +18,7 @@ Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1; METHODS.md B). Not 
 p(x) > min(epsilon, delta e^(-H(p))), with p at the request's temperature and H its entropy; accept the longest path
 whose nodes all pass, the most likely one of several.
 
-Shapes: V vocabulary, N nodes of a tree, C children, R rows of nodes that have children.
+Shapes: V vocabulary, N nodes of a tree, C children.
 """
 
 from __future__ import annotations
@@ -88,23 +88,23 @@ class Verdict:
 class Rule(NamedTuple):
     """An accept rule on one tree, whose parents and token ids it has read to the host.
 
-    `accept(node, children)` is the accepted child, or None. `token_behind(node, rejected)` is the target's own token
-    behind the last accepted node, whose children `rejected` were rejected by the rule.
+    `accept(node, children)` is the accepted child, or None. `token_after(node, rejected)` is the target's own token
+    after the last accepted node, given those of its children that the rule rejected.
     """
 
     parents: list[int]
     ids: list[int]
     accept: Callable[[int, list[int]], int | None]
-    token_behind: Callable[[int, list[int]], int]
+    token_after: Callable[[int, list[int]], int]
 
 
 AcceptRule = Callable[[Tensor, DraftTree, Sampler], Rule]
-"""Starts a rule on the target's logits behind every node `[N, V]`."""
+"""Starts a rule on the target's logits of every node `[N, V]`."""
 
 
 def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: AcceptRule | None = None) -> Verdict:
-    """The target's logits behind every node against the drafts, by `accept_rule`, by default greedy or lossless
-    sampling as the request says. The host waits for a GPU once, but for typical acceptance."""
+    """Verifies drafts against the target's logits of every node `[N, V]`, by `accept_rule`, by default greedy or
+    lossless sampling as the request says. The host waits for a GPU once, except in typical acceptance."""
     forced = draft.forced_verdicts
     if accept_rule is None or sampler.greedy or forced is not None:
         accept_rule = greedy if sampler.greedy else sampled
@@ -124,12 +124,12 @@ def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: A
         if accepted is None:
             break
         path.append(accepted)
-    token = rule.token_behind(path[-1], [] if forced is not None else siblings)
+    token = rule.token_after(path[-1], [] if forced is not None else siblings)
     return Verdict(tuple(path), (*(rule.ids[node] for node in path[1:]), token), max(depths), judged)
 
 
 def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
-    """Greedy or lossless: the target's logits for a position against the token drafted for it.
+    """Verifies a single draft against the target's logits for its position, greedy or lossless.
 
     Without a draft, and after a forced rejection, the target's own token is its choice from p.
     """
@@ -180,7 +180,7 @@ def first_accepted(
 
 
 def residual(target_V: Tensor, rejected_C: Tensor, drafted_V: Tensor | None) -> Tensor:
-    """Lossless sampling: weights `[V]` of the token behind rejected siblings `rejected_C`, from the distribution
+    """Lossless sampling: weights `[V]` of the token after rejected siblings `rejected_C`, from the distribution
     `drafted_V` where they were drawn."""
     left_V = target_V.index_fill(0, rejected_C, 0.0) if drafted_V is None else (target_V - drafted_V).clamp_(min=0.0)
     return _unless_empty(left_V, target_V)
@@ -196,7 +196,7 @@ def sampled(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
     """Lossless sampling. A CPU computes p for the nodes that the walk reaches. A GPU computes it for all nodes, so that
     the host waits for it once; the numbers are the same.
 
-    Every node has two uniform numbers of its own, one for its verdict and one for the token drawn behind it, so that
+    Every node has two uniform numbers of its own, one for its verdict and one for the token drawn after it, so that
     the draws do not depend on the path.
     """
     return (sampled_by_node if logits_NV.device.type == "cpu" else sampled_at_once)(logits_NV, draft, sampler)
@@ -216,28 +216,28 @@ def sampled_by_node(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Ru
         found = first_accepted(tokens_C.tolist(), target(node)[tokens_C].tolist(), drafted, uniform)
         return None if found is None else children[found]
 
-    def token_behind(node: int, rejected: list[int]) -> int:
+    def token_after(node: int, rejected: list[int]) -> int:
         weights_V = target(node)
         if rejected:
             weights_V = residual(weights_V, ids_N[rejected], None if drawn is None else drawn[node])
         return sampler.draw(weights_V, draw_N[node])
 
-    return Rule(parents, ids, accept, token_behind)
+    return Rule(parents, ids, accept, token_after)
 
 
 def sampled_at_once(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
     """Lossless sampling that computes p for all nodes where the logits are, and reads what the walk needs in one copy:
-    by node its parent, its token, the token drawn behind it, and its probabilities under p and where it was drawn."""
+    by node its parent, its token, the token drawn after it, and its probabilities under p and where it was drawn."""
     parents_N, ids_N = draft.tree.parents_N, draft.ids_N
     verdict_N, draw_N = _uniforms(sampler, len(ids_N))
     target_NV, of_parent = sampler.probabilities(logits_NV), parents_N.clamp(min=0)
     likely_N = target_NV[of_parent, ids_N].double()
     drafted_N, left_NV = torch.ones_like(likely_N), target_NV.clone()
     if draft.forced_verdicts is not None:
-        pass  # the token behind a forced rejection is drawn from p
+        pass  # the token after a forced rejection is drawn from p
     elif draft.drawn is None:
         left_NV[of_parent[1:], ids_N[1:]] = 0.0
-    elif len(draft.drawn):  # a chain: node i is drawn from the distribution behind node i - 1
+    elif len(draft.drawn):  # a chain: node i is drawn from the distribution at node i - 1
         drafted_NV = torch.stack(draft.drawn)
         drafted_N[1:] = drafted_NV.gather(1, ids_N[1:, None])[:, 0].double()
         left_NV[:-1] = (target_NV[:-1] - drafted_NV).clamp_(0)

@@ -68,17 +68,13 @@ class Eagle(DraftVerify):
         self._builder: TreeBuilder | None = None
         self._rounds: CapturedRounds | None = None
 
-    def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
-
-        choice = parse_drafter(self._context.drafter)
+    def _load_drafter(self, choice: DrafterChoice) -> None:
         self._check_options()
         file = self._find_head(choice)
         if file is not None:
             self._weights = self._build(file)
             if self._info is not None and not self._weights.is_eagle3:
                 self._info = replace(self._info, method="eagle")
-        self._choice = choice
         self._builder = self._choose_builder(choice, file)
         self._capture_all(self._builder)
 

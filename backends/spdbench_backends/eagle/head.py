@@ -1,4 +1,4 @@
-"""EAGLE's draft head at work on one sequence: features and tokens in, logits of the next token out.
+"""EAGLE's draft head on one sequence: features and tokens in, logits of the next token out.
 
     EAGLE-3   g = fc(target features at three depths)       x = (norm(embedding), norm(g))   residual g
               layer over x, then its own norm and head over a draft vocabulary
@@ -9,9 +9,7 @@ The pair (feature of position t, token of position t + 1) is draft row t. Rows o
 and come from true target features; a tree's rows, which feed on the head's own output, are scratch and are forgotten
 when the next committed rows arrive.
 
-Sources: arXiv 2401.15077, 2406.16858, 2503.01840; METHODS.md A.1 and A.2. Must not know of trees' shapes, files or
-verdicts.
-
+Sources: arXiv 2401.15077, 2406.16858, 2503.01840; METHODS.md A.1 and A.2.
 Shapes: S rows, A aux features, T target width, M draft width, U draft vocabulary, V vocabulary, W slots of a tree.
 """
 
@@ -40,8 +38,8 @@ class EagleWeights:
     `aux` are the target's hidden states that `fc` reads, by index; empty for EAGLE-1/2, which reads the last one after
     the final norm. `layers[0]` reads 2M inputs in EAGLE-3. `feature_norm` normalises the features that enter layer 0
     (`hidden_norm`), `fc_norms` the target's features before `fc`: none, one over all A T columns, or one for each of A.
-    `norm` stands before the head; None in EAGLE-1/2. `residual_normed`: the residual is the normalised feature.
-    `feed_normed`: the next row is fed what left `norm`, not what entered it. `token_ids_U` names the draft vocabulary,
+    `norm` precedes the head; None in EAGLE-1/2. `residual_normed`: the residual is the normalised feature.
+    `feed_normed`: the next row is fed the output of `norm`, not its input. `token_ids_U` lists the draft vocabulary,
     None where it is the target's own.
     """
 

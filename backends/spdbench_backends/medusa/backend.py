@@ -60,17 +60,14 @@ class Medusa(DraftVerify):
     def lossless(self) -> bool:
         return super().lossless and self._options.acceptance == "lossless"
 
-    def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
+    def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench.decoding.tree_builder import StaticTreeBuilder
 
-        choice = parse_drafter(self._context.drafter)
         file = self._find_heads(choice)
         if file is not None:
             from spdbench_backends.medusa.build import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
-        self._choice = choice
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
         self._capture_target(self._builder.max_nodes, ())
         self._captured_draft = self._capture_draft(self._builder)

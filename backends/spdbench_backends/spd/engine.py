@@ -9,7 +9,7 @@ import torch
 
 from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.verify import Draft, DraftVerdict, verify_draft
-from spdbench.pipeline.interface import Pipeline, States
+from spdbench.pipeline.interface import Pipeline
 from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
 from spdbench.types import GenerationRequest, Span, SpanKind, Step
 from spdbench_backends.spd.drafter import PipelineDrafter
@@ -31,17 +31,21 @@ class PipelinedDecoding:
         self._length = len(request.prompt_ids)  # of the committed tokens
         self._limit = self._length + request.max_new_tokens
         self._drafts: dict[int, Draft] = {}  # by node, for those in flight
-        self._prompt_states: States = {}
         self._spans: list[Span] = []
 
     @torch.inference_mode()
     def steps(self) -> Iterator[Step]:
         """Prefill, then a step a cycle; ends on the verdict that gives the last token."""
+        prompt = self._request.prompt_ids
         try:
-            step = self._prefill()
+            logits, states = self._pipeline.prefill(prompt, self._limit, greedy=self._sampler.greedy)
+            self._length += 1
+            step = Step((self._sampler.choose(logits),), 0, 0, 0, float(len(prompt)))
             yield step
             if not self._is_last(step):
-                self._start(step.token_ids[0])
+                self._drafter.start(states, len(prompt), self._limit)
+                del states  # of the whole prompt, which the drafter has read
+                self._enter(self._schedule.start(step.token_ids[0], len(prompt)))
             while not self._is_last(step):
                 step = self._cycle()
                 yield step
@@ -57,22 +61,9 @@ class PipelinedDecoding:
     def _is_last(self, step: Step) -> bool:
         return self._length == self._limit or bool(self._request.eos_ids.intersection(step.token_ids))
 
-    def _prefill(self) -> Step:
-        prompt = self._request.prompt_ids
-        logits, self._prompt_states = self._pipeline.prefill(prompt, self._limit, greedy=self._sampler.greedy)
-        self._length += 1
-        return Step((self._sampler.choose(logits),), 0, 0, 0, float(len(prompt)))
-
-    def _start(self, token_id: int) -> None:
-        """Enters the first new token, after the drafter has read the prompt."""
-        prompt_length = len(self._request.prompt_ids)
-        self._drafter.start(self._prompt_states, prompt_length, self._limit)
-        self._prompt_states = {}
-        self._enter(self._schedule.start(token_id, prompt_length))
-
     def _cycle(self) -> Step:
-        """One cycle: the stages move while a successor of the newest token is drafted, or before it is; then the
-        verdict, and what enters next."""
+        """One cycle: the stages move, a successor of the newest token is drafted in parallel or afterwards, the oldest
+        draft is verified, and the next token enters."""
         cycle = self._schedule.cycle()
         forwards = sum(len(self._stages[stage]) for stage, _ in cycle.work()) / self._num_layers
         self._pipeline.begin(cycle)
@@ -127,7 +118,7 @@ class PipelinedDecoding:
         self._pipeline.enter(node)
 
     def _restart(self, completing: Node, token_id: int) -> None:
-        """Drops everything in flight behind the completed node; the target's own token enters."""
+        """Drops all tokens in flight after the completed node; the target's own token enters."""
         length = completing.position + 1
         self._pipeline.rollback(length)
         self._drafter.rollback(length)

@@ -77,20 +77,12 @@ class Pipelined(Drafting["PipelineDrafter"]):
         self._decoding: PipelinedDecoding | None = None
 
     @abstractmethod
-    def _load_drafter(self, choice: DrafterChoice) -> None:
-        """Sets the stages and the weights of the drafter."""
-
-    @abstractmethod
     def _anchors(self) -> Collection[int]:
         """The hidden states that the drafter reads, by index."""
 
     def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
-
-        choice = parse_drafter(self._context.drafter)
         self._check_context()
-        self._load_drafter(choice)
-        self._choice = choice
+        super().load()
         self._pipeline = self._start_pipeline()
 
     def describe(self) -> BackendInfo:

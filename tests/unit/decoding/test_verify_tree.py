@@ -144,7 +144,7 @@ def test_a_device_that_is_asked_once_gives_the_verdicts_of_the_walk(sampling: Sa
             node = found
             path.append(node)
         assert tuple(path) == expected.path
-        assert rule.token_behind(node, children) == expected.token_ids[-1]
+        assert rule.token_after(node, children) == expected.token_ids[-1]
         seen.add(expected.path)
     assert len(seen) > 1 or kind == "root"
 
