@@ -1,4 +1,4 @@
-"""EAGLE-3's training against the head that decodes: the same logits, the same acceptance, the same files."""
+"""EAGLE-3's training agrees with the head that decodes: logits, acceptance, files."""
 
 from __future__ import annotations
 

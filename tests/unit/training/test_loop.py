@@ -1,4 +1,4 @@
-"""The loop on a tiny model: it learns, it goes on after a kill as if nothing had been, and it ends in time."""
+"""The loop on a tiny model: it learns, resumes exactly after a kill, and ends in time."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def run(teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path) -> Run
 
 @pytest.fixture
 def whole(teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path) -> Run:
-    """Where nothing interrupts."""
+    """A run that is never interrupted."""
     return Run(teacher, sequences, tmp_path / "whole")
 
 
 class KilledError(BaseException):
-    """Ends a process at once, with no last words."""
+    """Stands for a kill: nothing is saved when it is raised."""
 
 
 class Mortal(SPDRecipe):
@@ -112,11 +112,11 @@ class Mortal(SPDRecipe):
         return super().loss(batch)
 
 
-def assert_goes_on_as_if_nothing_had_been(run: Run, whole: Run) -> None:
+def assert_resumes_exactly(run: Run, whole: Run) -> None:
     """Resumes `run`: the same log and the same weights as those of one that was never stopped."""
     expected = whole.recipe()
     whole(expected)
-    torch.manual_seed(99)  # what a new process would do first must not matter
+    torch.manual_seed(99)  # what a new process draws first must not matter
     resumed = run.recipe()
     run(resumed, resume=True)
     assert run.log == whole.log
@@ -124,7 +124,7 @@ def assert_goes_on_as_if_nothing_had_been(run: Run, whole: Run) -> None:
         assert torch.equal(weight, resumed.module.state_dict()[name]), name
 
 
-def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
+def test_loss_falls_and_the_log_records_it(run: Run) -> None:
     state = run(run.recipe(), replace(PLAN, limits=Limits(20, None)))
     losses = [line["loss"] for line in run.log if "loss" in line]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -133,11 +133,11 @@ def test_loss_goes_down_and_the_log_tells_how(run: Run) -> None:
     assert run.log[0] == {"seed": 0}
 
 
-def test_a_killed_run_goes_on_to_the_same_curve_and_weights(run: Run, whole: Run, teacher: Teacher) -> None:
+def test_a_killed_run_resumes_to_the_same_curve_and_weights(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KilledError):
         run(Mortal(SPDTrainOptions(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e-9))
-    assert_goes_on_as_if_nothing_had_been(run, whole)
+    assert_resumes_exactly(run, whole)
 
 
 class Stopped(SPDRecipe):
@@ -158,7 +158,7 @@ def test_a_run_interrupted_within_a_step_keeps_the_whole_step_before(run: Run, w
     with pytest.raises(KeyboardInterrupt):
         run(Stopped(SPDTrainOptions(), teacher, None, 3), replace(PLAN, seconds_between_saves=1e9))
     assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 6
-    assert_goes_on_as_if_nothing_had_been(run, whole)
+    assert_resumes_exactly(run, whole)
 
 
 def test_a_run_interrupted_within_an_update_keeps_the_checkpoint_before(
@@ -177,10 +177,10 @@ def test_a_run_interrupted_within_an_update_keeps_the_checkpoint_before(
         with pytest.raises(KeyboardInterrupt):
             run(run.recipe())
     assert torch.load(run.folder / checkpoint.NAME)["state"]["step"] == 4
-    assert_goes_on_as_if_nothing_had_been(run, whole)
+    assert_resumes_exactly(run, whole)
 
 
-def test_a_line_that_an_interruption_cut_is_written_anew(run: Run, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_an_interruption_cut_is_rewritten(run: Run, whole: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     write = TrainingLog.write
 
     def cut(self: TrainingLog, line: Mapping[str, Any]) -> None:
@@ -193,7 +193,7 @@ def test_a_line_that_an_interruption_cut_is_written_anew(run: Run, whole: Run, m
         patched.setattr(TrainingLog, "write", cut)
         with pytest.raises(KeyboardInterrupt):
             run(run.recipe())
-    assert_goes_on_as_if_nothing_had_been(run, whole)
+    assert_resumes_exactly(run, whole)
 
 
 def test_an_interrupted_evaluation_leaves_no_counts_in_the_module(run: Run, teacher: Teacher) -> None:
@@ -212,7 +212,7 @@ def test_an_interrupted_evaluation_leaves_no_counts_in_the_module(run: Run, teac
     assert int(torch.load(run.folder / checkpoint.NAME)["module"]["counted"]) == 3
 
 
-def test_a_log_that_is_gone_or_cut_is_told(run: Run, teacher: Teacher) -> None:
+def test_a_missing_or_truncated_log_is_reported(run: Run, teacher: Teacher) -> None:
     with pytest.raises(KilledError):
         run(Mortal(SPDTrainOptions(), teacher, None, 3))
     log = run.folder / "train.jsonl"
@@ -225,7 +225,7 @@ def test_a_log_that_is_gone_or_cut_is_told(run: Run, teacher: Teacher) -> None:
 
 
 @pytest.mark.parametrize("part", ["state", "module"])
-def test_a_checkpoint_of_another_version_is_told(run: Run, teacher: Teacher, part: str) -> None:
+def test_a_checkpoint_of_another_version_is_reported(run: Run, teacher: Teacher, part: str) -> None:
     with pytest.raises(KilledError):
         run(Mortal(SPDTrainOptions(), teacher, None, 3))
     path = run.folder / checkpoint.NAME
@@ -246,7 +246,7 @@ def test_other_settings_are_no_continuation(run: Run) -> None:
 
 
 class Clock:
-    """Every look takes half a second."""
+    """Every reading advances half a second."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -286,12 +286,12 @@ def test_what_is_held_out_fits_a_share_of_the_budget(run: Run, kept: bool) -> No
         assert 1 <= len(state.held_out) < 4
 
 
-def test_the_same_weights_are_not_judged_twice(run: Run) -> None:
+def test_the_same_weights_are_not_evaluated_twice(run: Run) -> None:
     run(run.recipe(), replace(PLAN, limits=Limits(None, 1.0)), clock=Clock(), started=0.0)
     assert [line["step"] for line in run.log if "acceptance" in line] == [0]
 
 
-def test_a_loss_that_is_no_number_ends_the_run(run: Run) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(run: Run) -> None:
     class Broken(SPDRecipe):
         def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
             loss, figures = super().loss(batch)
@@ -310,12 +310,12 @@ def test_accumulated_forwards_are_one_step(run: Run) -> None:
     assert len(double) == (len(single) + 1) // 2
 
 
-def test_features_are_the_same_from_disk_and_anew(
+def test_features_are_the_same_from_disk_and_recomputed(
     teacher: Teacher, sequences: list[TokenSequence], tmp_path: Path
 ) -> None:
     kept, anew = (Features(teacher.decoder, sequences, (0, 2, 6)) for _ in range(2))
     kept.keep_on_disk(tmp_path)
-    assert list(tmp_path.iterdir()) == []  # the file has no name, so that nothing stays behind
+    assert list(tmp_path.iterdir()) == []  # the file has no name, so nothing is left behind
     assert kept.num_bytes == sum(len(sequence.ids) for sequence in sequences) * 2 * 32 * 2
     for _ in range(2):
         first, second = kept.batch([3, 0]), anew.batch([3, 0])

@@ -1,4 +1,4 @@
-"""Sequences side by side must be what each would have been alone."""
+"""Sequences in a batch must equal those decoded alone."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def greedy(ids: tuple[int, ...], limit: int, eos: frozenset[int] = frozenset()) 
     return Completion(ids, limit, Sampling(), 0, eos)
 
 
-def once(number: int, wish: Completion) -> Script[tuple[int, list[int]]]:
-    return number, list((yield wish))
+def once(number: int, request: Completion) -> Script[tuple[int, list[int]]]:
+    return number, list((yield request))
 
 
 def scripts(eos: frozenset[int] = frozenset()) -> Iterator[Script[tuple[int, list[int]]]]:
@@ -82,7 +82,7 @@ def test_error_in_a_thread_reaches_the_caller(decoder: Decoder) -> None:
         list(results_of([Batch(Slots(decoder, 1, 64), shared, threading.Lock()) for _ in range(2)], 2))
 
 
-def test_wish_that_goes_on_reads_only_what_is_new(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_request_reads_only_what_is_new(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     read = Slots.read
 
@@ -92,16 +92,16 @@ def test_wish_that_goes_on_reads_only_what_is_new(decoder: Decoder, monkeypatch:
 
     monkeypatch.setattr(Slots, "read", counted)
 
-    def two_wishes() -> Script[list[int]]:
+    def two_requests() -> Script[list[int]]:
         first = yield greedy(PROMPTS[0], 5)
         return list((yield greedy((*PROMPTS[0], *first, 3), 4)))
 
-    (found,) = filter(None, Batch(Slots(decoder, 1, 64), iter([two_wishes()])).results())
+    (found,) = filter(None, Batch(Slots(decoder, 1, 64), iter([two_requests()])).results())
     assert found == vanilla(decoder, (*PROMPTS[0], *vanilla(decoder, PROMPTS[0], 5), 3), 4)
     assert len(steps) == len(PROMPTS[0]) + 5 + 1 + 4 - 1
 
 
-def test_script_without_a_wish_ends_at_once(decoder: Decoder) -> None:
+def test_script_without_a_request_ends_at_once(decoder: Decoder) -> None:
     def nothing() -> Script[str]:
         yield from ()
         return "done"
@@ -116,7 +116,7 @@ def test_draws_follow_the_warped_distribution() -> None:
     assert [tokens.count(i) for i in range(4)] == pytest.approx([526, 316, 158, 0], abs=2)
 
 
-def test_greedy_and_sampled_rows_stand_side_by_side() -> None:
+def test_greedy_and_sampled_rows_mix() -> None:
     logits = torch.tensor([[0.0, 9.0, 1.0], [5.0, 5.0, 0.0], [0.0, 0.0, 3.0]])
     assert choose(logits, [Sampling(), Sampling(1.0), Sampling()], [0.0, 0.999, 0.0])[::2] == [1, 2]
 

@@ -1,4 +1,4 @@
-"""Conversations as scripts, with a model that says what a test wants."""
+"""Conversations as scripts, with a model whose answers a test chooses."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def distiller(**changes: Any) -> Distiller:
 
 
 def play(talk: Talk, *said: tuple[int, ...]) -> tuple[Outcome, list[Completion]]:
-    """What comes of the talk if the model says this, the last of it again and again."""
-    wishes, lines = [next(talk)], list(said)
+    """The outcome if the model answers with `said` in turn, and with the last of it from then on."""
+    requests, lines = [next(talk)], list(said)
     try:
         while True:
-            wishes.append(talk.send(lines.pop(0) if len(lines) > 1 else lines[0]))
+            requests.append(talk.send(lines.pop(0) if len(lines) > 1 else lines[0]))
     except StopIteration as end:
-        return end.value, wishes
+        return end.value, requests
 
 
 def asked(
@@ -63,12 +63,12 @@ def asked(
 
 
 def test_given_turns_are_answered_in_order() -> None:
-    outcome, wishes = play(distiller().reply(3, (), ["one two", "three"]), GOOD, (21, 22, 23, END))
+    outcome, requests = play(distiller().reply(3, (), ["one two", "three"]), GOOD, (21, 22, 23, END))
     assert isinstance(outcome, Kept)
     assert [message["role"] for message in outcome.messages] == ["user", "assistant"] * 2
     assert outcome.messages[3]["content"] == " w21 w22 w23"
     assert outcome.num_tokens == len(GOOD) + 4
-    assert len(wishes) == 2
+    assert len(requests) == 2
 
 
 def test_half_of_the_conversations_are_greedy_and_the_others_say_their_temperature() -> None:
@@ -188,5 +188,5 @@ def test_conversation_that_leaves_no_room_is_dropped_before_it_is_fed() -> None:
 def test_model_without_a_template_always_gets_something_to_begin_with() -> None:
     chat = WordChat()
     for index in range(40):
-        wish = next(distiller(chat=chat, is_chat=False).invent(index))
-        assert wish.ids
+        request = next(distiller(chat=chat, is_chat=False).invent(index))
+        assert request.ids
