@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import CALIBRATION, result_paths, write_file, write_stdout
-from spdbench.cli.options import Percent
+from spdbench.cli.options import PERCENT
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
 )
 @click.option(
     "--max-slowdown",
-    type=Percent(),
+    type=PERCENT,
     metavar="5%",
     help="How much slower it may be. [default: what --calibrate found, else 5%]",
 )
 @click.option(
     "--max-acceptance-drop",
-    type=Percent(),
+    type=PERCENT,
     metavar="0.5%",
     help="How far acceptance may fall; in greedy float32 not at all. [default: 0.5%]",
 )

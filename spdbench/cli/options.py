@@ -28,7 +28,6 @@ from spdbench.errors import InputError, did_you_mean
 
 DTYPES = ("bfloat16", "float32", "float16")
 LABEL = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
-SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -86,44 +85,39 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class Duration(click.ParamType[float]):
-    """Seconds from `90s`, `20m`, `1h30m`; more than 0."""
+class Quantity(click.ParamType[float]):
+    """A number with its unit. `value` makes it from the groups of `pattern`; None is out of range."""
 
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", str(value).strip())
-        found = parts.groups() if parts else ()
-        seconds = sum(float(n or 0) * unit for n, unit in zip(found, SECONDS.values(), strict=False))
-        if not seconds:
-            self.fail(f"{value!r} is not a duration; write 90s, 20m or 1h30m", param, ctx)
-        return seconds
-
-
-class Size(click.ParamType[int]):
-    """Bytes from `0`, `500MB`, `8GB`."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", str(value).strip(), re.IGNORECASE)
-        if not parts:
-            self.fail(f"{value!r} is not a size; write 0, 500MB or 8GB", param, ctx)
-        return int(float(parts[1]) * BYTES[(parts[2] or "").upper()])
-
-
-class Percent(click.ParamType[float]):
-    """A share from `5%`, `0.5%`; less than all."""
-
-    name = "percent"
+    def __init__(self, name: str, pattern: str, hint: str, value: Callable[..., float | None]) -> None:
+        self.name, self._pattern, self._hint, self._value = name, pattern, hint, value
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", str(value).strip())
-        if not parts or float(parts[1]) >= 100:
-            self.fail(f"{value!r} is not a share from 0% to below 100%; write 5% or 0.5%", param, ctx)
-        return float(parts[1]) / 100
+        parts = re.fullmatch(self._pattern, str(value).strip())
+        found = self._value(*parts.groups()) if parts else None
+        if found is None:
+            self.fail(f"{value!r} is not {self._hint}", param, ctx)
+        return found
 
 
+def _seconds(*hours_minutes_seconds: str | None) -> float | None:
+    units = (3600.0, 60.0, 1.0)
+    return sum(float(n or 0) * unit for n, unit in zip(hours_minutes_seconds, units, strict=True)) or None
+
+
+def _bytes(number: str, unit: str | None) -> int:
+    return int(float(number) * BYTES[(unit or "").upper()])
+
+
+def _share(number: str) -> float | None:
+    return float(number) / 100 if float(number) < 100 else None
+
+
+NUMBER = r"(\d+(?:\.\d+)?)"
+DURATION = Quantity(
+    "duration", rf"(?:{NUMBER}h)?(?:{NUMBER}m)?(?:{NUMBER}s)?", "a duration; write 90s, 20m or 1h30m", _seconds
+)
+SIZE = Quantity("size", rf"{NUMBER}\s*((?i:[KMGT]B))?", "a size; write 0, 500MB or 8GB", _bytes)
+PERCENT = Quantity("percent", rf"{NUMBER}\s*%", "a share from 0% to below 100%; write 5% or 0.5%", _share)
 COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)
 PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)

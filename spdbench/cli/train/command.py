@@ -10,14 +10,14 @@ import click
 
 from spdbench.cli.options import (
     COUNT,
+    DURATION,
     FOLDER,
     PATH,
     POSITIVE,
+    SIZE,
     WHOLE,
-    Duration,
     FiniteRange,
     ModelOptions,
-    Size,
     argument,
     flag,
     option,
@@ -37,7 +37,7 @@ class TrainOptions(ModelOptions):
     data: Path = option("--data", PATH, "FILE", "Conversations, one JSON a line.", required=True)
     out: Path = option("--out", FOLDER, "DIR", "Where it goes.", required=True)
     stages: int | None = option("--stages", COUNT, "N", "Pipeline stages that it is to draft for.")
-    budget: float | None = option("--budget", Duration(), "TIME", "End after so long, all included: 90s, 20m, 1h30m.")
+    budget: float | None = option("--budget", DURATION, "TIME", "End after so long, all included: 90s, 20m, 1h30m.")
     epochs: float | None = option(
         "--epochs", POSITIVE, "N", "Rounds over the data. [default: 3; as many as --budget allows]"
     )
@@ -53,7 +53,7 @@ class TrainOptions(ModelOptions):
     max_length: int = option("--max-length", click.IntRange(min=2), None, "Tokens of a conversation.", 1024)
     feature_cache: int | None = option(
         "--feature-cache",
-        Size(),
+        SIZE,
         "SIZE",
         "Disk for what the target computed; 0: compute it anew each time. [default: half of what is free]",
     )

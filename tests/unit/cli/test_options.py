@@ -9,7 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from spdbench.cli.options import WHOLE, Duration, Percent, Size, argument, flag, option, takes
+from spdbench.cli.options import DURATION, PERCENT, SIZE, WHOLE, argument, flag, option, takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,9 @@ class Shared:
 @dataclass(frozen=True, kw_only=True)
 class Own(Shared):
     word: str = argument("WORD")
-    budget: float | None = option("--budget", Duration(), "TIME", "How long.")
-    size: int | None = option("--size", Size(), None, "How much.")
-    share: float | None = option("--share", Percent(), None, "What share.")
+    budget: float | None = option("--budget", DURATION, "TIME", "How long.")
+    size: int | None = option("--size", SIZE, None, "How much.")
+    share: float | None = option("--share", PERCENT, None, "What share.")
     quiet: bool = flag("--quiet", "Say less.")
     depth: int = option("--depth", WHOLE, "N", "How deep, of its own.", 2)
 
