@@ -16,7 +16,7 @@ from spdbench.errors import InputError, NotComparableError, did_you_mean
 from spdbench.judge.comparison.pairing import Outputs, Pair, Speedup, differences, machine, pair, workload
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.metrics.dialects import metric_name
-from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, noisy
+from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, make_flag, noisy
 from spdbench.judge.results.schema import Flag, Result
 
 
@@ -246,29 +246,18 @@ def _ids_compare(pairing: Pair) -> bool:
 
 
 def _pair_flags(pairing: Pair) -> Iterator[Flag]:
-    """Flags that it takes two results to see."""
-    base, mine = pairing.heads
+    """Flags that need two results."""
+    base, new = pairing.heads
     if not pairing.same_machine:
-        yield Flag(
-            name="hardware_mismatch",
-            reason="the baseline was measured on another machine, other devices or other software",
-            remedy="Measure both on the same machine, best in one `spdbench run`",
+        yield make_flag(
+            "hardware_mismatch", "the baseline was measured on another machine, other devices or other software"
         )
-    templates = {base.model.template_sha256, mine.model.template_sha256} - {None}
-    if len(templates) > 1:
-        yield Flag(
-            name="template_mismatch",
-            reason="its chat template is not the baseline's",
-            remedy="Use the same model files for both",
-        )
+    if len({base.model.template_sha256, new.model.template_sha256} - {None}) > 1:
+        yield make_flag("template_mismatch", "its chat template is not the baseline's")
     elif pairing.first_prompts_differ:
-        yield Flag(
-            name="prompt_mismatch",
-            reason="its prompts are not the baseline's",
-            remedy="Run both with the same suite, --data and --limit, best in one `spdbench run`",
-        )
-    own = not mine.backend.lossy and mine.backend.other_model is None
-    against_vanilla = base.backend.kind == "autoregressive" and own and mine.divergence is None
+        yield make_flag("prompt_mismatch", "its prompts are not the baseline's")
+    own = not new.backend.lossy and new.backend.other_model is None
+    against_vanilla = base.backend.kind == "autoregressive" and own and new.divergence is None
     if against_vanilla and _ids_compare(pairing):
         outputs = pairing.outputs()
         if outputs.num_identical < outputs.num_compared:
