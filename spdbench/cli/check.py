@@ -49,7 +49,7 @@ OUTPUT = click.Path(path_type=Path, dir_okay=False)
 @click.option(
     "--calibrate",
     is_flag=True,
-    help="NEW are runs of the same code: find the slowdown that is noise, and keep it beside the baseline.",
+    help="NEW are runs of the same code: find the slowdown that is noise, and keep it next to the baseline.",
 )
 @click.option("--junit", type=OUTPUT, metavar="FILE", help="Write JUnit XML as well.")
 @click.option("--summary", type=OUTPUT, metavar="FILE", help="Write Markdown as well, for a CI job's page.")
@@ -102,7 +102,7 @@ def command(
 
 
 def _tell_not_covered(candidates: Sequence[LoadedResult], baselines: Sequence[LoadedResult]) -> None:
-    """A baseline may serve several jobs, each of which does part of its work; but nobody should take that for all."""
+    """Notes baselines that were not judged: several jobs may share a baseline, each with part of its work."""
     from spdbench.judge.gate.counterpart import not_covered
 
     if left := not_covered(candidates, baselines):
@@ -121,7 +121,7 @@ def _option(name: str) -> str:
 def _refuse_with_calibrate(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
-            raise click.UsageError(f"{_option(name)} has nothing to say with --calibrate, which judges nothing")
+            raise click.UsageError(f"{_option(name)} has no effect with --calibrate, which judges nothing")
 
 
 def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Path]) -> None:
@@ -141,20 +141,20 @@ def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path)
     from spdbench.render.check import calibration_to_terminal
 
     if not baseline.exists():
-        raise InputError(f"--baseline {baseline}: is not there, and {CALIBRATION} has to lie beside the baseline")
+        raise InputError(f"--baseline {baseline}: does not exist, and {CALIBRATION} has to lie next to the baseline")
     found = calibrate(candidates)
     with contextlib.suppress(InputError):  # a damaged one is made anew
         older = _read_calibration(folder / CALIBRATION)
         if older is not None and older.fingerprint != found.fingerprint:
             click.echo(f"NOTE: {folder / CALIBRATION} was another machine's, and is replaced.", err=True)
-        found = found if older is None else found.beside(older)
+        found = found if older is None else found.merged_with(older)
     write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
     write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))
     click.echo(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself", err=True)
 
 
 def _read_calibration(path: Path) -> Calibration | None:
-    """The calibration beside the baseline, if there is one.
+    """The calibration next to the baseline, if there is one.
 
     Raises:
         InputError: it cannot be read.

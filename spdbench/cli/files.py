@@ -1,7 +1,4 @@
-"""The result files that words on a command line mean, and text on its way to stdout or to a file.
-
-Must not know what is in the files.
-"""
+"""The result files that a command line names, and text written to stdout or to a file."""
 
 from __future__ import annotations
 
@@ -50,7 +47,7 @@ def _is_findings(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return b'"spdbench.check/' in file.read(64)
-    except OSError:  # whoever reads it will say so
+    except OSError:  # reading it raises the error
         return False
 
 

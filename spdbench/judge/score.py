@@ -1,8 +1,8 @@
-"""Scores of answers: what a model said, held against its reference, as a number between 0 and 1.
+"""Scores of answers: what a model said, compared with its reference, as a number between 0 and 1.
 
 `gsm8k` and `gsm8k_strict` compare one number. `humaneval` asks whether the answer's code passes its tests, once, so
-that the mean over answers is pass@1. Pure: who runs code, and under which guard, is for the caller to say. Must not
-know models, files or how answers came about.
+that the mean over answers is pass@1. The caller decides who runs code, and in
+which sandbox.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ANSWER_LINE = "# <answer>"
 """Where the answer's code goes in a reference that is a program; without such a line it goes first."""
 
 FINAL = "####"
-"""What stands before the result in GSM8K's own solutions."""
+"""What precedes the result in GSM8K's own solutions."""
 
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<![\w.])(?:"
@@ -129,7 +129,7 @@ def _around_answer(reference: str) -> tuple[str, str]:
 
 def _is_python(text: str) -> bool:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd escapes, which are the model's affair
+        warnings.simplefilter("ignore")  # of odd escapes, which are the model's fault
         try:
             ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):

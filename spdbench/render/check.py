@@ -1,7 +1,4 @@
-"""A gate's judgements for people: a terminal table, or Markdown for a CI job's page.
-
-Must not judge: it shows what `judge.check` found.
-"""
+"""A gate's judgements for people: a terminal table, or Markdown for a CI job's page."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich import box
-from rich.console import Console, JustifyMethod
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
@@ -18,7 +15,7 @@ from tabulate import tabulate
 from spdbench.judge.comparison.pairing import workload
 from spdbench.judge.gate.calibration import Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
-from spdbench.render.columns import EMPTY, decoding
+from spdbench.render.columns import EMPTY, bullet, capture, decoding, pipe_escape
 
 NAMES = {
     "failed_runs": "failed runs",
@@ -48,48 +45,46 @@ CHANGES = "change: now over before, with its 95 % interval (paired bootstrap ove
 
 def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
     """A table for each suite, model, dtype and decoding, then what is wrong, then the verdict of all."""
-    with console.capture() as captured:
-        for group in _groups(judgements):
-            console.print(Text(_title(group), style="bold"), highlight=False)
-            console.print(_table(group), highlight=False)
-            for line in _lines(group):
-                bullet = RichTable.grid(padding=(0, 1, 0, 0))
-                bullet.add_row("-", Text(line))
-                console.print(bullet, highlight=False)
-            console.print()
-        verdict = verdict_of(judgements)
-        console.print(Text(_summary(judgements), style=STYLES[verdict]), highlight=False)
-    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+    parts: list[RenderableType] = []
+    for group in _groups(judgements):
+        parts += [Text(_title(group), style="bold"), _table(group), *map(bullet, _lines(group)), ""]
+    verdict = Text(_summary(judgements), style=STYLES[verdict_of(judgements)])
+    return capture(console, *parts, verdict)
 
 
 def to_markdown(judgements: Sequence[Judgement]) -> str:
     """The same for a page, the verdict first."""
-    parts = [f"### spdbench check: {_escape(_summary(judgements))}", ""]
+    parts = [f"### spdbench check: {pipe_escape(_summary(judgements))}", ""]
     for group in _groups(judgements):
-        cells = [[_escape(cell) for cell in row] for row in _cells(group)]
+        cells = [[pipe_escape(cell) for cell in row] for row in _cells(group)]
         aligns = ["right" if name in NUMERIC else "left" for name in _headers(group)]
         grid = tabulate(cells, _headers(group), tablefmt="pipe", disable_numparse=True, colalign=aligns)
-        parts += [f"**{_escape(_title(group))}**", "", grid, "", *(f"- {_escape(line)}" for line in _lines(group)), ""]
+        parts += [
+            f"**{pipe_escape(_title(group))}**",
+            "",
+            grid,
+            "",
+            *(f"- {pipe_escape(line)}" for line in _lines(group)),
+            "",
+        ]
     return "\n".join(parts)
 
 
 def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
-    """A row for each metric of each label, and the one number that serves all of them."""
+    """A row for each metric of each label, and one number for all of them."""
     grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for header in ("label", "metric", "runs", "apart", "max slowdown"):
         grid.add_column(header, justify="left" if header in ("label", "metric") else "right")
     for each in calibration.thresholds:
         numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
         grid.add_row(each.label, NAMES[each.metric], *numbers)
-    with console.capture() as captured:
-        console.print(grid, highlight=False)
-        console.print(
-            "apart: how far two runs of the same code lie from each other (root mean square). max slowdown: what "
-            "one of two such runs exceeds once in 200 times.",
-            highlight=False,
-        )
-        console.print(f"For all labels: --max-slowdown {percent(calibration.max_slowdown)}", highlight=False)
-    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+    return capture(
+        console,
+        grid,
+        "apart: how far two runs of the same code lie from each other (root mean square). max slowdown: what one of "
+        "two such runs exceeds once in 200 times.",
+        f"For all labels: --max-slowdown {percent(calibration.max_slowdown)}",
+    )
 
 
 def percent(share: float) -> str:
@@ -139,7 +134,7 @@ def _shown(judgement: Judgement) -> Iterator[Finding]:
 
 
 def names(group: Sequence[Judgement]) -> list[str]:
-    """Labels, with what tells the files apart where several results share one."""
+    """Labels, with what distinguishes the files where several results share one."""
     files: dict[str, list[str]] = {}
     for each in group:
         files.setdefault(each.label, []).extend([each.file] if each.file else [])
@@ -216,7 +211,3 @@ def _lines(group: Sequence[Judgement]) -> Iterator[str]:
         yield CHANGES
     if any(not finding.decides for finding in findings):
         yield IN_BRACKETS
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|")

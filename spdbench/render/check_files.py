@@ -1,7 +1,4 @@
-"""A gate's judgements for programs: JSON with everything, JUnit XML, and what github-action-benchmark reads.
-
-Judges nothing.
-"""
+"""A gate's judgements for programs: JSON with everything, JUnit XML, and what github-action-benchmark reads."""
 
 from __future__ import annotations
 
@@ -58,7 +55,8 @@ def _judgement(judgement: Judgement) -> dict[str, Any]:
 def to_junit(judgements: Sequence[Judgement]) -> str:
     """A test suite for each label, a test case for each finding.
 
-    A regression is a failure; what cannot be told is an error, since it must not pass; what only informs is skipped.
+    A regression is a failure; an inconclusive or incomparable one is an error, since it must not pass; a finding that
+    only informs is skipped.
     """
     root = ElementTree.Element("testsuites", name="spdbench check")
     for judgement, name in zip(judgements, names(judgements), strict=True):

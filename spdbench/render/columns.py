@@ -1,6 +1,6 @@
 """The words in a comparison: its columns and cells, and the title line. For terminal, Markdown, LaTeX.
 
-Judges nothing and knows no output format. A line break in a cell is where it may be folded on a narrow terminal.
+A line break in a cell is where it may be folded on a narrow terminal.
 """
 
 from __future__ import annotations
@@ -10,12 +10,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import is_untrained
 from spdbench.judge.results.schema import DecodingInfo, Result
 
 EMPTY = "-"
+
+
+def capture(console: Console, *parts: RenderableType) -> str:
+    """What `console` would print, without spaces at the ends of lines."""
+    with console.capture() as captured:
+        for part in parts:
+            console.print(part, highlight=False)
+    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+
+
+def bullet(line: str) -> RichTable:
+    """A note whose further lines are indented."""
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
+    grid.add_row("-", Text(line))
+    return grid
+
+
+def pipe_escape(text: str) -> str:
+    """`text` for a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 @dataclass(frozen=True)
@@ -46,7 +70,7 @@ def _columns_with(dialects: Sequence[str]) -> list[Column]:
     if len(dialects) == 1:
         at = COLUMNS.index(TAU)
         return [*COLUMNS[:at], *taus, *COLUMNS[at + 1 :]]
-    return [COLUMNS[0], *(replace(column, leave_out=rank) for column, rank in BESIDE_DIALECTS), *taus]
+    return [COLUMNS[0], *(replace(column, leave_out=rank) for column, rank in WITH_DIALECTS), *taus]
 
 
 def _metric(name: str, form: str) -> Callable[[Row], str]:
@@ -107,7 +131,7 @@ def _per_device(row: Row) -> str:
 
 
 def _score(row: Row) -> str:
-    """The mean with its interval, where there is one; narrow, as it stands beside everything else."""
+    """The mean with its interval, where there is one; narrow, since all other columns are in the table too."""
     value, interval = row.metrics["score"], row.metrics["score_ci"]
     if value is None or interval is None:
         return EMPTY if value is None else f"{value:.2f}"
@@ -147,8 +171,8 @@ RATE = Column("tok/s", _rate)
 SPEEDUP = Column("speed-up\n[95 %]", _speedup)
 ACCEPTANCE = Column("accept", _acceptance, leave_out=3)
 TAU = Column("tau", _tau, leave_out=2)
-BESIDE_DIALECTS = ((DRAFTER, 1), (RATE, 2), (SPEEDUP, 4), (ACCEPTANCE, 3))
-"""What stands beside acceptance lengths in several dialects, and in which order it makes room, highest first."""
+WITH_DIALECTS = ((DRAFTER, 1), (RATE, 2), (SPEEDUP, 4), (ACCEPTANCE, 3))
+"""The columns next to acceptance lengths in several dialects; the highest number makes room first."""
 
 COLUMNS = (
     Column("label", _label, numeric=False),
@@ -214,7 +238,7 @@ def _prompts(table: Table) -> str:
 
 
 def machine(head: Result) -> str:
-    """The machine's name as far as the environment tells it, and the start of its fingerprint."""
+    """The machine's name as far as the environment holds it, and the start of its fingerprint."""
     found = [text for key in ("gpu", "gpus", "cpu") if (text := device_name(head.environment.get(key)))]
     fingerprint = str(head.environment.get("fingerprint") or "unknown machine")[:8]
     return f"{', '.join(found)} ({fingerprint})" if found else fingerprint

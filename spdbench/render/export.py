@@ -1,4 +1,4 @@
-"""A comparison for programs: JSON with everything, CSV with one header and a line a row. Judges nothing."""
+"""A comparison for programs: JSON with everything, CSV with one header and a line a row."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What stands below a comparison: how to read it, what was left out, each flag once. For terminal, Markdown, LaTeX.
-
-Judges nothing and knows no output format.
-"""
+"""The notes below a comparison: how to read it, what was left out, each flag once. For terminal, Markdown, LaTeX."""
 
 from __future__ import annotations
 
@@ -19,8 +16,8 @@ INTERVAL_NOTE = (
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing."
 ENERGY_NOTE = (
-    "J/tok: what {counters} counted from before each request to after it, for each new token; what idled or ran beside "
-    "it on these devices is in it."
+    "J/tok: what {counters} counted from before each request to after it, for each new token; what idled or ran at "
+    "the same time on these devices is included."
 )
 SCORE_NOTE = (
     "score: the mean over the answers that have one ({counts}), with its 95 % interval; not part of any speed-up."
@@ -37,7 +34,7 @@ CYCLE_NOTE = (
 
 
 def notes(table: Table) -> list[str]:
-    """What stands below a table: how to read it, what was left out, each flag once."""
+    """The notes below a table."""
     found = list(_dialect_notes(table))
     if table.baseline is not None and any(not row.is_baseline for row in table.rows):
         found.append(INTERVAL_NOTE.format(baseline=table.baseline))
@@ -56,17 +53,17 @@ def notes(table: Table) -> list[str]:
 
 
 def _score_notes(table: Table) -> Iterator[str]:
-    """How many answers stand behind the scores."""
+    """How many answers the scores are means of."""
     rows = [row for row in table.rows if row.category is None and row.metrics["score"] is not None]
     counts = {row.label: f"{row.metrics['num_scored']} of {row.metrics['num_runs']}" for row in rows}
     if counts:
-        told = set(counts.values())
-        alike = told.pop() if len(told) == 1 else "; ".join(f"{label}: {count}" for label, count in counts.items())
-        yield SCORE_NOTE.format(counts=alike)
+        distinct = set(counts.values())
+        words = "; ".join(f"{label}: {count}" for label, count in counts.items())
+        yield SCORE_NOTE.format(counts=distinct.pop() if len(distinct) == 1 else words)
 
 
 def _dialect_notes(table: Table) -> Iterator[str]:
-    """In which dialects acceptance lengths stand here, and by which rules."""
+    """In which dialects acceptance lengths are given, and by which rules."""
     if len(table.dialects) == 1:
         [name] = table.dialects
         yield f"tau as {name} prints it: {DIALECTS[name].rule}."
@@ -81,20 +78,20 @@ def _dialect_notes(table: Table) -> Iterator[str]:
 
 
 def _bubble_notes(table: Table) -> Iterator[str]:
-    """What each row's bubble is made of, largest first, and what its lanes did in vain."""
-    told = []
+    """What each row's bubble is made of, largest first, and what work its lanes wasted."""
+    parts = []
     for row in table.rows:
         metrics = row.metrics
         if row.category is None and metrics["bubble_ratio"] is not None:
             causes = sorted((name for name in CAUSES if metrics[name]), key=lambda name: -round(metrics[name], 3))
             words = [f"{name} {share(metrics[name])}" for name in causes]
             wasted = [f"and wasted {share(metrics['wasted'])}"] * (metrics["wasted"] > 0)
-            told.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
-    if told:
-        yield f"{BUBBLE_NOTE} {'; '.join(told)}."
+            parts.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
+    if parts:
+        yield f"{BUBBLE_NOTE} {'; '.join(parts)}."
     cycles = [
         f"{row.label}: {share(row.metrics['cycle_efficiency'])}, "
-        f"and {row.metrics['control_s_per_cycle'] * 1e3:.2f} ms a cycle beside it"
+        f"and {row.metrics['control_s_per_cycle'] * 1e3:.2f} ms a cycle besides"
         for row in table.rows
         if row.category is None and row.metrics["cycle_efficiency"] is not None
     ]

@@ -1,23 +1,23 @@
 """A comparison for people: a terminal table that fits its width, GitHub Markdown, LaTeX; and the door to CSV and JSON.
 
-Must not judge: it shows what `judge.compare` found, in words from `columns.py` and `notes.py`.
+Its words are in `columns.py` and `notes.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal, get_args
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.render.columns import COLUMNS, Column, by_category, columns_for, titles
+from spdbench.render.columns import COLUMNS, Column, bullet, by_category, capture, columns_for, pipe_escape, titles
 from spdbench.render.export import to_csv, to_json
 from spdbench.render.notes import notes
 
@@ -30,26 +30,23 @@ def render(tables: Sequence[Table], form: Format, console: Console) -> str:
     """`tables` as text. Only the format `table` looks at `console`: its width, its colours, its encoding."""
     if form == "table":
         return _to_terminal(tables, console)
-    makers: dict[str, Callable[[Sequence[Table]], str]] = {
+    writers: dict[str, Callable[[Sequence[Table]], str]] = {
         "github": _to_github,
         "latex": _to_latex,
         "csv": to_csv,
         "json": to_json,
     }
-    return makers[form](tables)
+    return writers[form](tables)
 
 
 def _to_terminal(tables: Sequence[Table], console: Console) -> str:
-    with console.capture() as captured:
-        for number, (table, heading) in enumerate(zip(tables, titles(tables), strict=True)):
-            if number:
-                console.print()
-            console.print(Text(heading, style="bold"), highlight=False)
-            _print_table(table, console)
-    return "\n".join(line.rstrip() for line in captured.get().split("\n"))
+    parts: list[RenderableType] = []
+    for number, (table, heading) in enumerate(zip(tables, titles(tables), strict=True)):
+        parts += [*([""] if number else []), Text(heading, style="bold"), *_table_and_notes(table, console)]
+    return capture(console, *parts)
 
 
-def _print_table(table: Table, console: Console) -> None:
+def _table_and_notes(table: Table, console: Console) -> Iterator[RenderableType]:
     """The table in the roomiest layout that fits, then its notes."""
     columns, left_out = columns_for(table), list[str]()
     for folded, gap in ((False, 2), (True, 2), (True, 1)):
@@ -64,18 +61,10 @@ def _print_table(table: Table, console: Console) -> None:
     if _width(grid, console) > console.width:
         for column in grid.columns:
             column.width = None  # cells have to wrap
-    console.print(grid, highlight=False)
+    yield grid
     if left_out:
-        console.print(_bullet(f"left out at this width: {', '.join(left_out)} (--format csv has everything)."))
-    for line in notes(table):
-        console.print(_bullet(line), highlight=False)
-
-
-def _bullet(line: str) -> RichTable:
-    """A note whose further lines are indented."""
-    bullet = RichTable.grid(padding=(0, 1, 0, 0))
-    bullet.add_row("-", Text(line))
-    return bullet
+        yield bullet(f"left out at this width: {', '.join(left_out)} (--format csv has everything).")
+    yield from map(bullet, notes(table))
 
 
 def _width(grid: RichTable, console: Console) -> int:
@@ -134,7 +123,7 @@ def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str) -> st
 def _to_github(tables: Sequence[Table]) -> str:
     parts = []
     for table, heading in zip(tables, titles(tables), strict=True):
-        grid = _tabulate(table, "pipe", lambda text: text.replace("|", "\\|"))
+        grid = _tabulate(table, "pipe", pipe_escape)
         parts.append("\n".join([f"**{heading}**", "", grid, "", *(f"- {line}" for line in notes(table)), ""]))
     return "\n".join(parts)
 

@@ -150,7 +150,7 @@ def test_calibrating_another_label_keeps_the_first(base: Path, repeated: Path) -
 def test_calibration_beside_a_baseline_that_is_not_there_is_refused(base: Path, repeated: Path) -> None:
     said = check(repeated, base / "gone.json", "--calibrate")
     assert said.code == 2
-    assert "gone.json: is not there" in said.err
+    assert "gone.json: does not exist" in said.err
     assert not (base / "calibration.json").exists()
 
 
@@ -230,8 +230,8 @@ def test_too_few_runs_to_calibrate(base: Path) -> None:
         (("--by", "colour"), "--by"),
         (("--junit", "no/such/folder/j.xml"), "--junit no/such/folder/j.xml: cannot be written"),
         (("--summary", "/proc/nothing.md"), "--summary /proc/nothing.md: cannot be written"),
-        (("--calibrate", "--junit", "j.xml"), "--junit has nothing to say with --calibrate"),
-        (("--calibrate", "--max-slowdown", "3%"), "--max-slowdown has nothing to say with --calibrate"),
+        (("--calibrate", "--junit", "j.xml"), "--junit has no effect with --calibrate"),
+        (("--calibrate", "--max-slowdown", "3%"), "--max-slowdown has no effect with --calibrate"),
     ],
     ids=" ".join,
 )

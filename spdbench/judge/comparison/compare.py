@@ -68,7 +68,7 @@ def compare(
     """One table for each group of `results` that may be compared.
 
     `baseline` is a label, looked up in each group, or a result; by default the first autoregressive result of a group.
-    A result of another machine still serves, and every row compared with it is flagged `hardware_mismatch`.
+    A result of another machine is used too, and every row compared with it is flagged `hardware_mismatch`.
     `dialects` are names of `dialects.DIALECTS`.
 
     Raises:
@@ -99,14 +99,14 @@ def _without_shown_baseline(
 ) -> list[list[LoadedResult]]:
     """`groups` without the one that is a foreign baseline alone, if it is shown in the tables of others."""
     kept = [group for group in groups if group != [baseline]]
-    shown = isinstance(baseline, LoadedResult) and any(_serves(baseline, group) for group in kept)
+    shown = isinstance(baseline, LoadedResult) and any(_has_same_work(baseline, group) for group in kept)
     return kept if shown else groups
 
 
 def _require_other_results(baseline: LoadedResult, results: Sequence[LoadedResult]) -> None:
-    """Raises if `baseline` can serve none of the others; the message tells what differs from the one most like it."""
+    """Raises if `baseline` did other work than all others; the message says what differs from the one most like it."""
     others = [result for result in results if result is not baseline]
-    if not others or _serves(baseline, others):
+    if not others or _has_same_work(baseline, others):
         return
     like = min(others, key=lambda result: len(differences(baseline.head, result.head)))
     count = "" if len(others) == 1 else f", and no less from the other {len(others) - 1}"
@@ -136,14 +136,14 @@ def find_baseline(word: str, results: Sequence[LoadedResult]) -> str | LoadedRes
     return read_results([path])[0]
 
 
-def _serves(baseline: LoadedResult, others: Sequence[LoadedResult]) -> bool:
+def _has_same_work(baseline: LoadedResult, others: Sequence[LoadedResult]) -> bool:
     return any(workload(baseline.head) == workload(result.head) for result in others)
 
 
 def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) -> LoadedResult | None:
     """The group's baseline, if it has one."""
     if isinstance(baseline, LoadedResult):
-        return baseline if _serves(baseline, group) else None
+        return baseline if _has_same_work(baseline, group) else None
     if baseline is None:
         return next((result for result in group if result.head.backend.kind == "autoregressive"), None)
     return next((result for result in group if result.label == baseline), None)

@@ -53,7 +53,7 @@ def differences(base: Result, candidate: Result) -> list[str]:
 
 @dataclass(frozen=True)
 class Speedup:
-    """Ratio of decode tokens/s to the baseline's over `num_paired` runs; the interval is None if it cannot be told."""
+    """Ratio of decode tokens/s to the baseline's over `num_paired` runs; the interval is None if there is none."""
 
     value: float | None
     interval: tuple[float, float] | None

@@ -78,7 +78,7 @@ class Calibration(BaseModel):
 
     @property
     def max_slowdown(self) -> float:
-        """What serves every label: the largest of the thresholds that decide."""
+        """One slowdown for all labels: the largest of the thresholds that decide."""
         deciding = [each.max_slowdown for each in self.thresholds if each.metric == SPEEDUP]
         return max(deciding or [each.max_slowdown for each in self.thresholds])
 
@@ -88,8 +88,8 @@ class Calibration(BaseModel):
             return None
         return next((each for each in self.thresholds if each.fits(result, metric)), None)
 
-    def beside(self, older: Calibration) -> Calibration:
-        """With what `older` knows of other labels and other work of this machine."""
+    def merged_with(self, older: Calibration) -> Calibration:
+        """Adds what `older` holds of other labels and other work of this machine."""
         if older.fingerprint != self.fingerprint:
             return self
         known = {(each.work, each.label, each.metric) for each in self.thresholds}
@@ -137,18 +137,18 @@ def _check(results: Sequence[LoadedResult], groups: Sequence[Sequence[LoadedResu
 
 
 def _thresholds(group: Sequence[LoadedResult], results: Sequence[LoadedResult]) -> Iterator[Threshold]:
-    """For the speed-up, where each run has plain decoding beside the label; and for tokens/s."""
+    """For the speed-up, where each run has plain decoding too; and for tokens/s."""
     keys = group[0].runs.keys
     rates = [_rate(each, keys) for each in group]
     references = ((each, reference(each, results)) for each in group)
-    beside = [other for each, other in references if other is not None and other is not each]
-    if len(beside) == len(group):
-        over = [_rate(other, keys) for other in beside]
+    plain = [other for each, other in references if other is not None and other is not each]
+    if len(plain) == len(group):
+        over = [_rate(other, keys) for other in plain]
         yield _threshold(group[0], SPEEDUP, [a / b for a, b in zip(rates, over, strict=True)])
-    elif beside:
+    elif plain:
         raise NotComparableError(
-            f"--calibrate: {len(group) - len(beside)} of {len(group)} results of the label '{group[0].label}' have no "
-            "plain decoding of their own run beside them"
+            f"--calibrate: {len(group) - len(plain)} of {len(group)} results of the label '{group[0].label}' have no "
+            "plain decoding of their own run among the results"
         )
     yield _threshold(group[0], SPEED, rates)
 
@@ -189,8 +189,8 @@ def work_of(head: Result) -> str:
 
 def slowdown(spread: float, num_runs: int, num_new: int, num_baselines: int) -> float:
     """s above, from d over `num_runs` runs."""
-    beside_the_mean = spread * math.sqrt((1 / num_new + 1 / num_baselines) / 2)
-    return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * beside_the_mean))
+    distance_of_means = spread * math.sqrt((1 / num_new + 1 / num_baselines) / 2)
+    return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * distance_of_means))
 
 
 def distance(logarithms: Sequence[float]) -> float:

@@ -125,7 +125,7 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
 
 def _kind(result: LoadedResult, others: Sequence[LoadedResult]) -> tuple[object, ...]:
     """Equal for results whose speeds count together: one label and one work on one machine's devices. One without plain
-    decoding beside it can tell no speed-up, and is judged by itself."""
+    decoding of its own run has no speed-up, and is judged by itself."""
     head = result.head
     alone = reference(result, others) is None
     return result.label, workload(head), machine(head), tuple(head.backend.devices), alone
@@ -148,7 +148,7 @@ def _missing(base: LoadedResult, gate: Gate) -> Judgement:
 
 
 def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
-    """What a reader should know beside the verdicts."""
+    """What a reader should know besides the verdicts."""
     old, new = case.pair.baseline.head, case.pair.candidate.head
     if old.backend.name != new.backend.name:
         yield f"the label is {new.backend.name} now and was {old.backend.name}"
@@ -166,7 +166,7 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     if new.backend.lossy and not old.backend.lossy:
         yield "it is lossy now, its output not meant to be the model's own, and was not"
     if old.divergence is not None and new.divergence is None:
-        yield "its run did not hold its outputs against plain decoding's, as the baseline's did"
+        yield "its run did not compare its outputs with plain decoding's, as the baseline's did"
     if "timing" not in gates:
         return
     if case.peers is None:
@@ -174,10 +174,10 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     elif case.peers:
         yield f"{len(case.peers) + 1} new results; their speeds count together"
     if len(case.comparisons) > 1:
-        yield f"the baseline has {len(case.comparisons)} results; speed is held against all of them on this machine"
+        yield f"the baseline has {len(case.comparisons)} results; speed is compared with all of them on this machine"
     if case.decides_alone and all(each.plain is None for each in case.comparisons):
         yield (
-            "no plain decoding of the same run stands beside it on both sides, so tokens/s decide; measure vanilla in "
+            "plain decoding of the same run is missing on one side or both, so tokens/s decide; measure vanilla in "
             "the same run, and name folders that hold both"
         )
     if case.peers is not None and same_machine(old, new):
@@ -192,7 +192,7 @@ def _threshold_notes(case: _Case, limits: Limits) -> Iterator[str]:
         return
     calibration, fingerprint = limits.calibration, case.pair.candidate.head.environment.get("fingerprint")
     if calibration is None:
-        why = "there is no calibration.json beside the baseline"
+        why = "there is no calibration.json next to the baseline"
     elif calibration.fingerprint != fingerprint:
         why = "calibration.json is of another machine and was not used"
     else:

@@ -12,7 +12,7 @@ from spdbench.judge.results.schema import RunKey
 
 def complete(pair: Pair, gate: Gate, *, of_all: bool = True) -> Iterator[Finding]:
     """Two findings: did runs fail, and does each run have its counterpart. With `of_all` also whether each side has all
-    conversations that it was asked for, which a part cannot tell."""
+    conversations that it was asked for, which cannot be known of a part."""
     yield _failures(pair, gate)
     yield _partners(pair, gate, of_all=of_all)
 

@@ -66,7 +66,7 @@ def _outputs(pair: Pair) -> Finding:
 
 
 def _divergence(candidate: LoadedResult) -> Finding:
-    """What `run` found against plain decoding. It is told for all prompts together."""
+    """What `run` found when it compared outputs with plain decoding's, over all prompts together."""
     found = candidate.head.divergence
     assert found is not None
     num_compared = sum(found.model_dump().values())

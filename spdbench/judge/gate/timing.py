@@ -14,7 +14,7 @@ Plain decoding takes turns with it prompt by prompt, so that whatever the machin
 A pass therefore rules out a slowdown of about twice s. The interval knows what differs between prompts and between
 repeats, not what differs between one start of the command and the next; s has to cover that (`calibration.py`).
 
-What slows both sides alike cancels only while the machine is roughly the same: beside busy neighbours a pipeline's many
+What slows both sides alike cancels only while the machine is roughly the same: on a busy machine a pipeline's many
 processes get a larger share of it than plain decoding does. So where plain decoding itself runs at less than half or
 more than twice its former speed, a regression or an improvement is inconclusive, too.
 
@@ -22,7 +22,7 @@ Several baselines of a label count as one run that lasted longer, and so do seve
 has a speed of its own, which repeats within it do not average out. Baselines of other machines, or without all the
 prompts, are left out.
 
-Decode tokens/s are judged alike. They inform, and decide only where no speed-up can be told.
+Decode tokens/s are judged alike. They inform, and decide only where there is no speed-up.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ Allowed = Callable[[str, int, int], float]
 
 
 class Comparison(NamedTuple):
-    """A new result beside one baseline, and `plain`, the plain decoding of both of their runs, if both have it."""
+    """A new result and one baseline; `plain` is the plain decoding of both of their runs, if both have it."""
 
     pair: Pair
     plain: Pair | None
 
 
 def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
-    """Findings on new results of one label on one machine, each beside all its baselines, the newest first: beside
-    those of this machine that lack no run that one of the new has. Without plain decoding anywhere tokens/s decide if
-    `decides_alone`."""
+    """Findings on new results of one label on one machine, each compared with its baselines, the newest first:
+    with those of this machine that lack no run that one of the new has. Without plain decoding anywhere, tokens/s
+    decide if `decides_alone`."""
     first = news[0]
     keys = max((comparisons[0].pair.keys for comparisons in news), key=len)
     if not keys:
@@ -79,7 +79,7 @@ def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_al
 
 
 def _other_machine(pair: Pair) -> str | None:
-    """Why times of the two may not be held against each other; None if they may."""
+    """Why times of the two cannot be compared; None if they can."""
     old, new = pair.heads
     if not same_machine(old, new):
         return (

@@ -1,7 +1,6 @@
 """What a request's lanes did with the decode time: work that counted, work thrown away, and waiting, by its cause.
 
 METRICS.md, "Bubble ratio", from spans and the ends of steps, in whole nanoseconds, so that the parts add up exactly.
-Must not know backends, clocks, files or how many requests there are.
 
 Busy are spans of kind `target` and `head`; they lie on the lanes 0 to n - 1 and never overlap on one. `verify` and
 `draft` spans explain the idle time of every lane, wherever they lie, since all wait for a verdict or a draft. A `host`
@@ -213,13 +212,13 @@ def _union(table: SpanTable) -> _Intervals:
 
 
 def _idle_time(lane: int, busy: SpanTable, ends: Times, causes: _Causes) -> _Idle:
-    mine = busy.where(busy.lane == lane)
-    starts, stops = np.append(ends[0], mine.end), np.append(mine.start, ends[-1])
+    own = busy.where(busy.lane == lane)
+    starts, stops = np.append(ends[0], own.end), np.append(own.start, ends[-1])
     fill = 0
     waiting = starts, starts
     if busy.lanes > 1:
-        starts, stops, fill = _without_fill(mine, ends)
-        waiting = starts, _waits_until(mine, busy, ends, starts, stops)
+        starts, stops, fill = _without_fill(own, ends)
+        waiting = starts, _waits_until(own, busy, ends, starts, stops)
     verdicts, drafts, host = causes.verify, causes.draft, causes.host(lane)
     verify, draft = verdicts.within(starts, stops), drafts.within(starts, stops)
     hosted, drafted = host.within(*waiting), drafts.within(*waiting)
@@ -229,27 +228,27 @@ def _idle_time(lane: int, busy: SpanTable, ends: Times, causes: _Causes) -> _Idl
     return _Idle(fill, verify, draft - verify, imbalance, elsewhere, unattributed)
 
 
-def _without_fill(mine: SpanTable, ends: Times) -> tuple[Times, Times, int]:
+def _without_fill(own: SpanTable, ends: Times) -> tuple[Times, Times, int]:
     """The lane's idle stretches where it has a token, cut at the ends of cycles; and the ns where it has none."""
-    points = np.unique(np.concatenate((ends, mine.start, mine.end)))
+    points = np.unique(np.concatenate((ends, own.start, own.end)))
     starts, stops = points[:-1], points[1:]
-    idle = np.searchsorted(mine.start, starts, side="right") == np.searchsorted(mine.end, starts, side="right")
+    idle = np.searchsorted(own.start, starts, side="right") == np.searchsorted(own.end, starts, side="right")
     starts, stops = starts[idle], stops[idle]
     has_token = np.zeros(len(ends) - 1, dtype=np.bool_)
-    has_token[mine.cycle] = True
+    has_token[own.cycle] = True
     filled = ~has_token[_cycle_of(starts, ends)]
     return starts[~filled], stops[~filled], int((stops - starts)[filled].sum())
 
 
-def _waits_until(mine: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
+def _waits_until(own: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
     """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane; where
     it was ahead of its cycle, for that of the cycle that it lies in."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
     np.maximum.at(slowest, busy.cycle, busy.end)
-    done = np.append(mine.cycle[1:] != mine.cycle[:-1], True)[: len(mine.cycle)]
-    cycle = np.minimum(mine.cycle, _cycle_of(mine.end, ends))
+    done = np.append(own.cycle[1:] != own.cycle[:-1], True)[: len(own.cycle)]
+    cycle = np.minimum(own.cycle, _cycle_of(own.end, ends))
     waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
-    before = np.searchsorted(mine.start, starts, side="right") - 1
+    before = np.searchsorted(own.start, starts, side="right") - 1
     return waits_for[before].clip(starts, stops)
 
 

@@ -19,7 +19,7 @@ from spdbench.judge.results.table import COLUMN, PARTS
 from spdbench.types import Measurement
 
 Steps = Literal["autoregressive", "draft_verify", "reported", "pipeline"]
-"""What a backend's steps are: single tokens, verify steps, a server's chunks (only its own counts tell of drafts), or
+"""What a backend's steps are: single tokens, verify steps, a server's chunks (only its own counts cover drafts), or
 cycles."""
 ALL: tuple[Steps, ...] = ("autoregressive", "draft_verify", "reported", "pipeline")
 Scale = Callable[[BackendRecord, float | None], float | None]

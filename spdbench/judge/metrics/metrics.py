@@ -217,7 +217,7 @@ class Metrics(Mapping[str, Any]):
 
 
 class _Paces(NamedTuple):
-    """The paces of runs with decode steps enough to tell, in the order of measuring; and what each was asked, equal for
+    """The paces of runs with enough decode steps, in the order of measuring; and what each was asked, equal for
     repeats: every turn of a conversation is longer than the one before."""
 
     paces: NDArray[np.float64]

@@ -1,9 +1,7 @@
 """Intervals: an expanded percentile bootstrap over conversations, then repeats, for any ratio of sums.
 
-Cells of numbers in, intervals out. Must not know what the numbers mean, nor results, files or printing.
-
 A **cell** is one repeat of one conversation: the sums over its turns, which therefore stay together. What is compared
-sits in columns of the same cells, so that baseline and candidate are resampled together (paired).
+is in columns of the same cells, so that baseline and candidate are resampled together (paired).
 
 Sources: B. Efron and R. Tibshirani, "An Introduction to the Bootstrap" (1993), section 13.3 (the percentile interval);
 A. Davison and D. Hinkley, "Bootstrap Methods and their Application" (1997), section 3.8 (hierarchical data); T.

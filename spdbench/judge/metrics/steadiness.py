@@ -2,7 +2,7 @@
 
 Looked at is each request's time a step, in the order of measuring, which repeats share with their prompt: they come one
 after the other. What the length of the context and the width of the forwards explain is taken out first, so that a
-suite that ends with its longest prompts is no drift. Must not know results, files or printing.
+suite that ends with its longest prompts is no drift.
 
 Sources: H. Theil, "A rank-invariant method of linear and polynomial regression analysis" (1950), and P. Sen, Journal of
 the American Statistical Association 63 (1968), for the line through the median of all pairs' slopes; H. Mann,
@@ -25,7 +25,7 @@ MIN_REQUESTS = 8
 MIN_STEPS = 8
 """Decode steps of a request below which its time a step is chance."""
 MAX_BLOCKS = 100
-"""Where there are more values, medians of neighbours stand for them: pairs grow with the square."""
+"""Where there are more values, medians of neighbours replace them: the number of pairs grows with the square."""
 MOST_SCORE = 3.5
 MAD_TO_SIGMA = 1.4826
 FAR_RATIO = 1.25

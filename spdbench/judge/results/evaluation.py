@@ -1,7 +1,7 @@
 """The file of `spdbench eval`: one label's scores on lm-eval's tasks, with every answer behind them.
 
 Schema `spdbench.eval/1`. Times are not in it: a result says how fast a backend is, an evaluation how good its answers
-are. Must not know how lm-eval is run.
+are.
 """
 
 from __future__ import annotations

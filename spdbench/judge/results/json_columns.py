@@ -1,7 +1,7 @@
 """Columns of plain numbers, from JSON text to arrays at once: what a result file holds most of.
 
 A column here is the text between the brackets of a JSON array. Only what is plainly such numbers is taken; anything
-else raises `NotPlain`, and somebody slower has to look. Must not know runs or files.
+else raises `NotPlain`, and the models have to read the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def integers(columns: Sequence[bytes], most: int) -> tuple[NDArray[np.int64], ND
         commas = require_plain_integers(text)
         ends = np.cumsum(sizes + (sizes > 0))  # behind the comma that follows each column
         counts = np.diff(np.searchsorted(commas, ends), prepend=0)
-        counts[np.flatnonzero(sizes)[-1:]] += 1  # no comma stands behind the last column
+        counts[np.flatnonzero(sizes)[-1:]] += 1  # no comma follows the last column
         values = np.fromstring(text, dtype=np.int64, sep=",") if text else np.empty(0, np.int64)
     if len(values) and values.max() > most:
         raise NotPlain

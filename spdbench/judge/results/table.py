@@ -242,7 +242,7 @@ def _narrow(values: NDArray[np.int64]) -> NDArray[np.integer]:
 def is_degenerate(output_ids: Sequence[int] | NDArray[np.int64]) -> bool:
     """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
 
-    A cycle counts once it occurred twice. Outputs shorter than two cycles of 8 are too short to tell.
+    A cycle counts once it occurred twice. Outputs shorter than two cycles of 8 are too short to decide.
     """
     tail = np.asarray(output_ids[-TAIL_TOKENS:])
     if len(tail) < 2 * MAX_CYCLE:

@@ -112,11 +112,11 @@ def test_runs_of_several_machines_or_prompts_are_not_comparable() -> None:
 def test_a_new_calibration_keeps_what_is_known_of_other_labels() -> None:
     both, older = calibrate(runs(*SPEEDS)), calibrate(runs(1.0, 1.1, 0.9, 1.05, 0.95))
     vanilla, eagles = both.thresholds[:1], both.thresholds[1:]
-    again = both.model_copy(update={"thresholds": eagles}).beside(older)
+    again = both.model_copy(update={"thresholds": eagles}).merged_with(older)
     assert again.thresholds == [*eagles, *older.thresholds[:1]]
     assert older.thresholds[:1] != vanilla
     other = older.model_copy(update={"fingerprint": "machine-b"})
-    assert both.beside(other) == both
+    assert both.merged_with(other) == both
 
 
 def test_calibration_says_how_much_each_run_measured() -> None:

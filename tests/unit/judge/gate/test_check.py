@@ -200,7 +200,7 @@ def test_what_a_result_has_lost_beside_its_numbers_is_noted() -> None:
     compared = Divergence(identical=10, ties=0, near_ties=0, real=0, unclassified=0)
     notes = only(judged(eagle(lossy=True), eagle(divergence=compared), "exact")).notes
     assert "it is lossy now" in notes[0]
-    assert "did not hold its outputs against plain decoding's" in notes[1]
+    assert "did not compare its outputs with plain decoding's" in notes[1]
 
 
 # What may be lost
