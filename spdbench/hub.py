@@ -1,4 +1,4 @@
-"""How to reach a model hub: endpoint, cache, offline mode, patience. Knows no repository and fetches nothing.
+"""How to reach a model hub: endpoint, cache, offline mode, time limit.
 
 Settings are read when they are needed, since huggingface_hub reads its own once, when it is imported.
 """
@@ -21,7 +21,7 @@ def cache_folder() -> str | None:
 
 
 def offline() -> bool:
-    """True if the user said that no network is to be asked."""
+    """True if the user has forbidden network access to the hub."""
     from huggingface_hub import constants
 
     said = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}

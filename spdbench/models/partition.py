@@ -1,4 +1,4 @@
-"""Cuts a model's layers into pipeline stages, evenly, as told, or by what they cost. Knows numbers, never tensors."""
+"""Splits a model's layers into pipeline stages: evenly, by given counts, or by cost. Uses numbers only, no tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def split_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:
     """`num_stages` contiguous ranges of equal length.
 
     Raises:
-        InputError: the layers cannot be dealt out evenly; names the numbers of stages that can be.
+        InputError: the layers cannot be split evenly; names the numbers of stages that are possible.
     """
     if not 1 <= num_stages <= num_layers or num_layers % num_stages:
         even = [str(n) for n in range(1, num_layers + 1) if num_layers % n == 0]
@@ -41,8 +41,8 @@ def split_by_counts(num_layers: int, counts: Sequence[int]) -> tuple[range, ...]
 
 
 def split_by_cost(num_layers: int, extras: Sequence[float]) -> tuple[range, ...]:
-    """Contiguous ranges whose heaviest is as light as can be. `extras[s]` is what stage s has to do beside its layers,
-    such as the head in the last, in units of a layer.
+    """Contiguous ranges whose most expensive one is as cheap as possible. `extras[s]` is the cost of what stage s does
+    in addition to its layers, such as the head in the last, in units of a layer.
 
     Raises:
         InputError: there are fewer layers than stages.
@@ -51,9 +51,9 @@ def split_by_cost(num_layers: int, extras: Sequence[float]) -> tuple[range, ...]
     if not 1 <= num_stages <= num_layers:
         raise InputError(f"stages={num_stages}: the model has {num_layers} layers. Allowed: 1 to {num_layers}.")
     counts = [1] * num_stages
-    for _ in range(num_layers - num_stages):  # layers are alike, so the lightest stage takes each
-        lightest = min(range(num_stages), key=lambda stage: counts[stage] + extras[stage])
-        counts[lightest] += 1
+    for _ in range(num_layers - num_stages):  # layers cost the same, so each goes to the cheapest stage
+        cheapest = min(range(num_stages), key=lambda stage: counts[stage] + extras[stage])
+        counts[cheapest] += 1
     return split_by_counts(num_layers, counts)
 
 

@@ -1,4 +1,4 @@
-"""The target model of a run: one object that all backends share; tokenizer and weights load at the first touch."""
+"""The target model of a run: one object that all backends share; tokenizer and weights are loaded on first use."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 
 @dataclass(frozen=True)
 class LayerSource:
-    """Where a target's layers come from: plain data, which another process can be given. `config` and `frequencies` are
-    None where transformers' layers serve."""
+    """Where a target's layers come from, as plain data that can be sent to another process. `config` and `frequencies`
+    are None where transformers' layers are used."""
 
     files: ModelFiles
     dtype: str
     config: ModelConfig | None
     frequencies: tuple[tuple[float, ...], float] | None
 
-    def load(self, layers: range, device: str) -> TargetDecoder:
-        """The layers `layers`, read straight from the files, and what else of the model goes with them."""
+    def load(self, layers: range | None, device: str) -> TargetDecoder:
+        """The layers `layers` (all by default), read straight from the files, with embedding and head where they
+        belong."""
         if self.config is None or self.frequencies is None:
             return Target(self.files, self.dtype, device).load_layers(layers)
         inverse, factor = self.frequencies
@@ -56,11 +57,10 @@ class LayerSource:
 
 
 class Target:
-    """A causal language model, greedy ids and logits on `device` in `dtype`.
+    """A causal language model on `device` in `dtype`.
 
-    `unsupported_reason` is the part of it that our own layers do not support, so that transformers' layers serve; None
-    where ours do.
-    """
+    `unsupported_reason` says what in it our own layers do not support, so that transformers' layers are used; None
+    where ours are."""
 
     def __init__(self, files: ModelFiles, dtype: str, device: str) -> None:
         self.files = files
@@ -73,9 +73,9 @@ class Target:
         self.unsupported_reason: str | None = None
         try:
             self._known = model_config(files.directory, self._standard)
-        except ForeignModelError as what:
+        except ForeignModelError as reason:
             library.require_causal(files.directory, self._standard)
-            self.unsupported_reason = str(what)
+            self.unsupported_reason = str(reason)
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
     @cached_property
@@ -90,10 +90,10 @@ class Target:
 
     @property
     def own_decoder(self) -> Decoder:
-        """`decoder`, for what is built of our own layers.
+        """`decoder`, for what needs our own layers.
 
         Raises:
-            InputError: transformers' layers serve this model.
+            InputError: this model runs on transformers' layers.
         """
         decoder = self.decoder
         if not isinstance(decoder, Decoder):
@@ -104,26 +104,24 @@ class Target:
 
     @property
     def source(self) -> LayerSource:
-        """For processes that load layers of their own."""
+        """What a process needs to load layers of its own."""
         if self._known is None:
             return LayerSource(self.files, self.dtype_name, None, None)
         inverse, factor = library.rotary_frequencies(self._standard, self._known.head_dim)
         return LayerSource(self.files, self.dtype_name, self._known, (tuple(inverse.tolist()), factor))
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
-        """A decoder of its own for `layers`, read straight from the files.
+        """A new decoder for `layers` (all by default), read straight from the files.
 
         Raises:
-            InputError: the weights do not fit the config, or transformers' layers cannot stand in for ours.
+            InputError: the weights do not fit the config, or transformers' layers cannot replace ours.
         """
         if self._known is None:
             return self._load_standard(layers)
-        frequencies = library.rotary_frequencies(self._standard, self._known.head_dim)
-        with closing(Checkpoint(self.files.directory)) as checkpoint:
-            return load_decoder(checkpoint, self._known, frequencies, self.dtype, self.device, layers)
+        return self.source.load(layers, str(self.device))
 
     def load_for_generation(self) -> Any:
-        """transformers' own model, to be run by its own `generate`: a copy beside `decoder`."""
+        """transformers' own model, for its own `generate`: a copy in addition to `decoder`."""
         with closing(Checkpoint(self.files.directory)) as checkpoint:
             checkpoint.refuse_quantised()
         library.require_causal(self.files.directory, self._standard)
@@ -157,7 +155,7 @@ class Target:
 
 
 def load_target(model: str, dtype: str, device: str) -> Target:
-    """The target called `model`; its weights stay on disk until they are needed.
+    """The target called `model`; its weights are loaded when they are needed.
 
     Raises:
         InputError: no such model, dtype or device, or an architecture that is not supported.
@@ -181,6 +179,6 @@ def find_device(name: str) -> torch.device:
         raise InputError(f"--devices {name}: not a device. Allowed: cpu, cuda:0, cuda:1, ...")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= count:
-        there = f"cuda:0 to cuda:{count - 1}" if count else "no GPU that torch can use"
-        raise InputError(f"--devices {name}: this machine has {there}. Allowed: cpu{', cuda:N' if count else ''}.")
+        available = f"cuda:0 to cuda:{count - 1}" if count else "no GPU that torch can use"
+        raise InputError(f"--devices {name}: this machine has {available}. Allowed: cpu{', cuda:N' if count else ''}.")
     return torch.device("cuda", int(index or 0))

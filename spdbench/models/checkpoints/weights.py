@@ -1,6 +1,6 @@
 """Weights on disk: finds the files of a model folder, reads tensors by name, hashes them.
 
-Reads safetensors, whole or sharded, and PyTorch `.bin` files (`weights_only`). Must not know what any tensor means.
+Reads safetensors, whole or sharded, and PyTorch `.bin` files (`weights_only`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ NARROW_FLOATS = ("torch.float8", "torch.float4", "F8", "F6", "F4")
 
 
 class Checkpoint:
-    """The tensors of a model folder by name. Opens lazily; `close` now and then on the way, for what was
-    read stays in memory until then, and at the end."""
+    """The tensors of a model folder by name. Files are opened when they are needed. Call `close` at the end, and now
+    and then while reading, since pages that were read stay in memory until then."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -59,7 +59,7 @@ class Checkpoint:
         return iter(self._where)
 
     def stored(self, name: str) -> torch.Tensor:
-        """The tensor called `name`, which is there, as stored: of whatever shape and dtype."""
+        """The tensor called `name`, which must exist, in the shape and dtype in which it is stored."""
         _, handle = self._where[name]
         found: torch.Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return found
@@ -68,7 +68,7 @@ class Checkpoint:
         """The tensor called `name`, as stored.
 
         Raises:
-            InputError: it is not there, or has another shape.
+            InputError: it is missing, has another shape, or is quantised.
         """
         if name not in self._where:
             raise InputError(f"{self.directory}: tensor {name} is missing from the weights")
@@ -82,7 +82,7 @@ class Checkpoint:
     def refuse_quantised(self) -> None:
         """Raises `InputError` for a tensor of fewer than 16 bits a number, read from headers alone where possible.
 
-        Whole numbers are let through: what they are for, attention masks for example, is the model's affair.
+        Whole numbers are accepted: a model may store attention masks, for example.
         """
         for name, (path, handle) in self._where.items():
             kind = str(handle[name].dtype) if isinstance(handle, dict) else handle.get_slice(name).get_dtype()
@@ -90,8 +90,8 @@ class Checkpoint:
                 raise InputError(f"{path}: tensor {name} is {kind}; only unquantised weights are supported")
 
     def num_parameters(self, without: tuple[str, ...] = ()) -> int:
-        """Numbers stored in all tensors but those whose names begin with one of `without`, read from headers alone
-        where the format has them."""
+        """How many numbers all tensors hold, except those whose names begin with one of `without`; read from headers
+        alone where the format has them."""
         total = 0
         for name, (_, handle) in self._where.items():
             if name.startswith(without):
@@ -101,7 +101,7 @@ class Checkpoint:
         return total
 
     def close(self) -> None:
-        """Lets go of the files, and of the memory that their pages take. Asking for a tensor opens them again."""
+        """Closes the files and frees the memory of their pages. Reading a tensor opens them again."""
         self._stack.close()
         self.__dict__.pop("_where", None)
 
@@ -128,7 +128,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def sha256_of_files(files: list[Path]) -> str:
-    """sha256 over the contents of `files` in order, remembered in the cache by path, size and time of change."""
+    """sha256 over the contents of `files` in order, cached on disk by path, size and time of change."""
     memo_path = cache_folder() / "hashes.json"
     key = "|".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     try:
@@ -154,5 +154,5 @@ def sha256_of_files(files: list[Path]) -> str:
 
 
 def _is_there(file: str) -> bool:
-    """True if a file that a hash is remembered for still exists; `file` is `path:size:time`."""
+    """True if the file of a cached hash still exists; `file` is `path:size:time`."""
     return os.path.exists(file.rsplit(":", 2)[0])

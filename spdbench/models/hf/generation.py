@@ -1,7 +1,7 @@
-"""transformers' `generate`, watched from outside: what each forward of the target was given, and which ids came of it.
+"""transformers' `generate`, observed from outside: the input of each forward pass of the target, and the ids it gave.
 
-It hands its tokens to a streamer from within its own loop, so it runs in a thread of its own, always the same one, so
-that compute threads stay warm. Must not know what is drafted, nor by whom.
+`generate` passes its tokens to a streamer from within its own loop, so it runs in another thread; always the same one,
+so that compute threads stay warm.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from spdbench.types import GenerationRequest
 
 
 class Round(NamedTuple):
-    """One forward of the target: the ids that it was `fed`, and the `token_ids` that it gave."""
+    """One forward pass of the target: the ids that it was `fed`, and the `token_ids` that it gave."""
 
     fed: tuple[int, ...]
     token_ids: tuple[int, ...]
 
 
-class GivenUpError(Exception):
-    """Nobody wants what is left of an answer."""
+class AbandonedError(Exception):
+    """The rest of an answer is no longer needed."""
 
 
 class Generation:
@@ -37,28 +37,30 @@ class Generation:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._fed: deque[Tensor] = deque()
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
+        model.register_forward_pre_hook(self._record_input, with_kwargs=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="generate")
 
     def rounds(self, request: GenerationRequest, settings: Any, assistant: Any = None) -> Iterator[Round]:
-        """Every round of an answer, as it comes. Closed early, the loop ends after the round at hand."""
-        told: SimpleQueue[Round | None] = SimpleQueue()
-        streamer = _Streamer(told, self._fed)
+        """Every round of an answer, as it comes. If the iterator is closed early, `generate` ends after its current
+        round."""
+        rounds: SimpleQueue[Round | None] = SimpleQueue()
+        streamer = _Streamer(rounds, self._fed)
         done = self._pool.submit(self._generate, request, settings, assistant, streamer)
-        done.add_done_callback(lambda _: told.put(None))
+        done.add_done_callback(lambda _: rounds.put(None))
         try:
-            while (found := told.get()) is not None:
+            while (found := rounds.get()) is not None:
                 yield found
             done.result()
         finally:
-            streamer.given_up = True
+            streamer.abandoned = True
             done.exception()  # waits for its end
 
     def close(self) -> None:
         self._pool.shutdown()
 
     def bytes_per_token(self) -> int:
-        """Bytes of weights that one token's forward reads: all, but for an embedding that is not the head as well."""
+        """Bytes of weights that one token's forward pass reads: all except an embedding that is not the head as
+        well."""
         model = self._model
         weights = {id(weight): weight for weight in model.parameters()}
         embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
@@ -72,32 +74,32 @@ class Generation:
         if not request.sampling.greedy:
             torch.manual_seed(request.seed)
         drafting = {} if assistant is None else {"assistant_model": assistant}
-        with torch.inference_mode(), library.quiet(), suppress(GivenUpError):
+        with torch.inference_mode(), library.quiet(), suppress(AbandonedError):
             self._model.generate(
                 ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **drafting
             )
 
-    def _note(self, _model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def _record_input(self, _model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._fed.append(named["input_ids"] if "input_ids" in named else arguments[0])
 
 
 class _Streamer:
-    """Takes what `generate` streams: the prompt first, then the ids of each round."""
+    """Receives what `generate` streams: the prompt first, then the ids of each round."""
 
-    def __init__(self, told: SimpleQueue[Round | None], fed: deque[Tensor]) -> None:
-        self.given_up = False
-        self._told = told
+    def __init__(self, rounds: SimpleQueue[Round | None], fed: deque[Tensor]) -> None:
+        self.abandoned = False
+        self._rounds = rounds
         self._fed = fed
         self._is_prompt = True
 
     def put(self, ids: Tensor) -> None:
-        if self.given_up:
-            raise GivenUpError
+        if self.abandoned:
+            raise AbandonedError
         if self._is_prompt:
             self._is_prompt = False
             return
         fed = tuple(self._fed.popleft().flatten().tolist())
-        self._told.put(Round(fed, tuple(ids.flatten().tolist())))
+        self._rounds.put(Round(fed, tuple(ids.flatten().tolist())))
 
     def end(self) -> None:
         pass

