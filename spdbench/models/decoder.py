@@ -30,7 +30,7 @@ from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import return_freed_memory, to_device
 
 DRAFT_HEADS = "medusa_head."
-"""How the names of draft heads begin that a Medusa-2 checkpoint carries beside the model, of which they are no part."""
+"""Prefix of the draft heads' tensors in a Medusa-2 checkpoint, which are no part of the model."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """A parallel loop over the chunks of one task at a time, without locks: compiled by numba.
 
 The calling thread writes its task onto a board in shared memory; it and the pool's workers then claim chunks of it by
-an atomic increment of the chunk counter. Nobody is assigned anything: a worker that comes late, because its processor
-is busy otherwise, costs no time, since the others do its chunks. Only a chunk that was begun has to be finished, which
-is what the counter `DONE` shows.
+an atomic increment of the chunk counter. No chunk is assigned in advance: a worker that comes late, because its
+processor is busy otherwise, costs no time, since the others do its chunks. Only a chunk that was begun has to be
+finished, which is what the counter `DONE` shows.
 
 The chunk counter holds three numbers in one word: the number of the task, how many chunks it has, and which is next. So
 one atomic increment either claims a chunk of the task that is on the board at this moment, whichever task the worker
@@ -129,7 +129,7 @@ def _run_chunk(task: int, kind: int, chunk: int, chunk_size: int) -> None:
 @compiled
 def parallel_for(board: Any, task: Any, num_workers: int, index: int, spin_limit: int) -> None:
     """Runs `task` with up to `num_workers` workers, if `index` is `CALLER`; else, as worker number `index`, runs chunks
-    of what is on the board until it has looked in vain `spin_limit` times in a row.
+    of what is on the board until it has found none `spin_limit` times in a row.
 
     Both roles are one function, so that the arithmetic exists once as machine code: the bits of a result do not depend
     on who computed which chunk. A caller without workers brings a board of its own.

@@ -1,4 +1,4 @@
-"""The threads that share the tasks of a CPU's kernels: as many as torch is told to use, the calling one included.
+"""The threads that share the tasks of a CPU's kernels: as many as torch is set to use, the calling one included.
 
 A worker waits for the next task in compiled code, without the interpreter's lock, for about a millisecond, and sleeps
 on a semaphore after that. So it is there at once when the next task of a forward pass comes, a few microseconds later,
