@@ -27,7 +27,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import sides
+from benchmarks.shared import sides
 from spdbench.judge.comparison.compare import Row, Table, compare
 from spdbench.judge.loaded import read_results
 from spdbench.render.export import to_csv

@@ -24,9 +24,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import sides
-from benchmarks.sides import Goal, Report, Row, Spread, show, spread, take_turns
-from benchmarks.workload import MODEL
+from benchmarks.shared import sides
+from benchmarks.shared.sides import Goal, Report, Row, Spread, show, spread, take_turns
+from benchmarks.shared.workload import MODEL
 
 LEAST = {"bfloat16": 400.0}
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from benchmarks import sides
-from benchmarks.gate_backends import ENTRY_POINTS
-from benchmarks.sides import Goal, Report, show
+from benchmarks.shared import sides
+from benchmarks.shared.gate_backends import ENTRY_POINTS
+from benchmarks.shared.sides import Goal, Report, show
 
 ROOT = Path(__file__).parents[1]
 EXIT_WORDS = {0: "pass", 1: "REGRESSION", 3: "inconclusive", 4: "NOT COMPARABLE"}

@@ -21,9 +21,20 @@ from typing import Any
 
 import torch
 
-from benchmarks import sides
-from benchmarks.sides import Goal, Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
-from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
+from benchmarks.shared import sides
+from benchmarks.shared.sides import (
+    Goal,
+    Report,
+    Row,
+    mean_by_round,
+    milliseconds,
+    ratio,
+    show,
+    spread,
+    take_turns,
+    times,
+)
+from benchmarks.shared.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
 from spdbench.models.hf import library
 from spdbench.models.target import Target, load_target
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.gpu_sides import Settings
+    from benchmarks.shared.gpu_sides import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "backends"))  # where nothing is installed
@@ -103,7 +103,7 @@ def run_here(name: str, settings: Settings, out: Path) -> None:
     import torch
     import transformers
 
-    from benchmarks.gpu_sides import run_part
+    from benchmarks.shared.gpu_sides import run_part
     from spdbench.measure.environment import git_state
     from spdbench.pipeline.worker import die_with
 
@@ -142,7 +142,7 @@ def main() -> None:
     deadline = time.monotonic() + chosen.budget_s
     if why := missing_packages():
         arguments.error(why)
-    from benchmarks.gpu_sides import REAL, REHEARSAL
+    from benchmarks.shared.gpu_sides import REAL, REHEARSAL
 
     settings, out = REHEARSAL if chosen.rehearse else REAL, chosen.out.resolve()
     if chosen.part:

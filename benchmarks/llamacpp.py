@@ -29,9 +29,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks import llamacpp_side, sides
-from benchmarks.sides import Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
-from benchmarks.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
+from benchmarks.shared import llamacpp_side, sides
+from benchmarks.shared.sides import Report, Row, mean_by_round, milliseconds, ratio, show, spread, take_turns, times
+from benchmarks.shared.workload import MODEL, Decoded, common_prefix, prompt_ids, vanilla_side
 from spdbench.models.checkpoints.embedded import embedded_gguf
 from spdbench.models.target import load_target
 

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import sides
-from benchmarks.sides import Goal, Report, Row, show, spread, take_turns
-from benchmarks.workload import MODEL, prompt_ids, vanilla_side
+from benchmarks.shared import sides
+from benchmarks.shared.sides import Goal, Report, Row, show, spread, take_turns
+from benchmarks.shared.workload import MODEL, prompt_ids, vanilla_side
 from spdbench.models.cpu.linear import can_pack
 from spdbench.models.target import DTYPES, load_target
 

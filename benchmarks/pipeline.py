@@ -21,10 +21,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from benchmarks import sides
-from benchmarks.sides import Goal, Report, ratio, show, spread, times
-from benchmarks.stage_loop import StageLoops, held_bytes
-from benchmarks.workload import prompt_ids
+from benchmarks.shared import sides
+from benchmarks.shared.sides import Goal, Report, ratio, show, spread, times
+from benchmarks.shared.stage_loop import StageLoops, held_bytes
+from benchmarks.shared.workload import prompt_ids
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans

@@ -29,9 +29,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import sides
-from benchmarks.sides import Goal, Report, Row, milliseconds, ratio, show, spread, take_turns, times
-from benchmarks.workload import MODEL
+from benchmarks.shared import sides
+from benchmarks.shared.sides import Goal, Report, Row, milliseconds, ratio, show, spread, take_turns, times
+from benchmarks.shared.workload import MODEL
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim, distill, generate, llamacpp, memory, scaling, sides
-from benchmarks.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
-from benchmarks.workload import Decoded, common_prefix
+from benchmarks import claim, distill, generate, llamacpp, memory, scaling
+from benchmarks.shared import sides
+from benchmarks.shared.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
+from benchmarks.shared.workload import Decoded, common_prefix
 from spdbench.cli.distill.command import command as distill_command
 
 

@@ -10,7 +10,7 @@ from time import perf_counter_ns
 import pytest
 
 from benchmarks.gate import Checked, goals, slowdown
-from benchmarks.gate_backends import RejectingOptions, RejectingSPD, SlowerSPD, slowed
+from benchmarks.shared.gate_backends import RejectingOptions, RejectingSPD, SlowerSPD, slowed
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.verify import DraftVerdict
 from spdbench.types import Step

@@ -14,8 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_sides
-from benchmarks.gpu_sides import BASE, REAL, REHEARSAL, LoadedSide, RandomTarget, Sample, Side, config_of, run_part
+from benchmarks import gpu
+from benchmarks.shared import gpu_sides
+from benchmarks.shared.gpu_sides import (
+    BASE,
+    REAL,
+    REHEARSAL,
+    LoadedSide,
+    RandomTarget,
+    Sample,
+    Side,
+    config_of,
+    run_part,
+)
 
 FOUND: dict[str, Any] = {"machine": "one", "rows": [{"method": "vanilla", "ms": 1}], "notes": []}
 
@@ -209,7 +220,7 @@ def test_what_parts_import_is_what_is_looked_for() -> None:
     script = """
 import sys
 import benchmarks.gpu
-from benchmarks import gpu_sides as s
+from benchmarks.shared import gpu_sides as s
 for name in s.REHEARSAL.parts():
     s.run_part(name, s.REHEARSAL)
 print(*sys.modules)

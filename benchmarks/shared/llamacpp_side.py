@@ -4,7 +4,7 @@ Reads a request a line from stdin, `{"prompt": [ids], "tokens": n}`, and answers
 `{"seconds": s, "ids": [ids], "first_seconds": s}`. Greedy; the prompt is processed again every time. Imports only
 llama-cpp-python, so that it runs where spdbench is not installed.
 
-    python benchmarks/llamacpp_side.py FILE.gguf THREADS CONTEXT
+    python benchmarks/shared/llamacpp_side.py FILE.gguf THREADS CONTEXT
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ENTRY_POINTS = """[spdbench.backends]
-slower_spd = benchmarks.gate_backends:SlowerSPD
-rejecting_spd = benchmarks.gate_backends:RejectingSPD
+slower_spd = benchmarks.shared.gate_backends:SlowerSPD
+rejecting_spd = benchmarks.shared.gate_backends:RejectingSPD
 """
 
 
