@@ -5,7 +5,7 @@ Feeds the model the ids up to the first difference and compares its logits there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -18,13 +18,17 @@ Difference = Literal["identical", "tie", "near_tie", "real"]
 
 @torch.inference_mode()
 def classify_difference(
-    decoder: TargetDecoder, prompt_ids: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int
+    decoder: TargetDecoder,
+    prompt_ids: Sequence[int],
+    expected: Sequence[int],
+    found: Sequence[int],
+    widths: Collection[int],
 ) -> Difference:
     """Classifies the first id in which `found` differs from `expected`, the output of plain decoding.
 
     A tie has equal logits for both ids. A near tie has a gap no larger than the noise floor: the largest change of a
-    logit between feeding the same prefix one token at a time and in forwards of `width` tokens, as the
-    other method runs them. An output that ends early or late is a real difference.
+    logit between feeding the same prefix one token at a time and in forwards of any of the numbers of rows `widths`,
+    which are those of the other method. An output that ends early or late is a real difference.
     """
     at = next(
         (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
@@ -38,15 +42,26 @@ def classify_difference(
     gap = float(plain_V[expected[at]] - plain_V[found[at]])
     if gap == 0.0:
         return "tie"
-    wide_V = _last_logits(decoder, prefix, len(prompt_ids), width)
-    return "near_tie" if abs(gap) <= float((plain_V - wide_V).abs().max()) else "real"
+    floors = (
+        float((plain_V - _last_logits(decoder, prefix, len(prompt_ids), width)).abs().max())
+        for width in sorted(set(widths), reverse=True)
+    )
+    return "near_tie" if any(abs(gap) <= floor for floor in floors) else "real"
 
 
 def _last_logits(decoder: TargetDecoder, ids: Sequence[int], num_prompt: int, width: int) -> Tensor:
-    """Logits `[V]` in float32 after `ids`: the prompt in one forward, the rest `width` tokens at a time."""
-    cache = decoder.new_cache(len(ids))
+    """Logits `[V]` in float32 after `ids`: the prompt in one forward, the rest in forwards of `width` rows each.
+
+    Kernels choose how they sum by the number of rows, so a forward of fewer rows would not show the rounding of a wide
+    tree. The last forward is therefore filled up with rows behind the last id, which no row before them sees.
+    """
+    cache = decoder.new_cache(len(ids) + width)
     hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids[:num_prompt])), 0, cache)
+    hidden_SM, last = hidden_SM[-1:], 0
     for start in range(num_prompt, len(ids), width):
-        chunk = ids[start : start + width]
-        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(chunk)), start, cache)
-    return decoder.logits(hidden_SM[-1:])[0].float()
+        chunk = list(ids[start : start + width])
+        last = len(chunk) - 1
+        num_filler = min(width, decoder.config.max_positions - start) - len(chunk)
+        rows = chunk + chunk[-1:] * num_filler
+        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(rows)), start, cache)
+    return decoder.logits(hidden_SM)[last].float()

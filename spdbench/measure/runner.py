@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -63,8 +63,8 @@ class Observer(Protocol):
     def crashed(self, label: str, run: Run, trace: str) -> None: ...
 
 
-Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], int], Outcome]
-"""(prompt ids, vanilla's output, the other output, the other's widest forward in tokens) -> what the difference is."""
+Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], Collection[int]], Outcome]
+"""(prompt ids, vanilla's output, the other output, the rows of the other's forwards) -> what the difference is."""
 
 Score = Callable[[Prompt, int, str], float | None]
 """(prompt, turn, answer) -> score of the answer; None where it cannot be scored."""
@@ -250,8 +250,8 @@ class Runner:
                 continue
             outcome: Outcome = "identical"
             if expected.output_ids != found.output_ids:
-                width = max(1, round(max(found.steps.forwards[1:], default=1)))
-                outcome = self._classify(turn.request.prompt_ids, expected.output_ids, found.output_ids, width)
+                widths = {max(1, round(rows)) for rows in found.steps.forwards[1:]}
+                outcome = self._classify(turn.request.prompt_ids, expected.output_ids, found.output_ids, widths)
             candidate.journal.add_outcome(turn.key, outcome)
 
 

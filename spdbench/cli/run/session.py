@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -122,9 +122,11 @@ class Session:
             template_sha256=None,
         )
 
-    def _classify(self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], width: int) -> Any:
+    def _classify(
+        self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], widths: Collection[int]
+    ) -> Any:
         target = cast(Target, self.target)  # the outputs of served models have no ids, and are not compared
-        return classify_difference(target.decoder, prompt, expected, found, width)
+        return classify_difference(target.decoder, prompt, expected, found, widths)
 
     def _path(self, label: str) -> Path:
         """Where the result of `label` goes."""

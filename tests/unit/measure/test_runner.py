@@ -249,8 +249,8 @@ def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp
     bench.run()
     assert bench.journals[0].outcomes == {}
     assert sorted(bench.journals[1].outcomes.values()) == ["identical"] * 3 + ["near_tie"]
-    ((prompt_ids, expected, found, width),) = asked
-    assert (len(prompt_ids), expected[2], found[2], width) == (5, 102, 103, 3)
+    ((prompt_ids, expected, found, widths),) = asked
+    assert (len(prompt_ids), expected[2], found[2], widths) == (5, 102, 103, {3})
 
 
 @pytest.mark.parametrize("change", ["sampling", "lossy", "no vanilla"])
