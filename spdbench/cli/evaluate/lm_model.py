@@ -27,6 +27,16 @@ from spdbench.types import GenerationRequest, Message, Sampling
 DEFAULT_NEW_TOKENS = 256
 MODEL_ARGS = ("backend", "model", "drafter", "dtype", "devices", "threads", "seed")
 GENERATION_ARGS = frozenset({"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"})
+NEUTRAL_ARGS: Mapping[str, float] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "best_of", "n", "guidance_scale"), 1),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "typical_p"), 1),
+    **dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty", "diversity_penalty", "penalty_alpha"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("min_tokens", "epsilon_cutoff", "eta_cutoff"), 0),
+}
+"""Options that are not supported, by the one value that is taken, since it changes nothing."""
+WITHOUT_EFFECT = frozenset({"use_cache", "early_stopping", "length_penalty"})
+"""Options that change no answer of a search with one beam."""
 LM_EVAL_DEVICE = "cuda:0"
 """The device that lm-eval passes where its user gave none."""
 
@@ -181,10 +191,10 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return text[: min(places, default=None)], bool(places)
 
     def _request(self, context: str, settings: Mapping[str, Any], number: int) -> GenerationRequest:
-        given = dict(normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS))
-        for key in given:
-            if key not in GENERATION_ARGS:
-                raise InputError(f"lm-eval: generation option '{key}' is not known{did_you_mean(key, GENERATION_ARGS)}")
+        named = {key: value for key, value in settings.items() if value is not None}
+        given = dict(normalize_gen_kwargs(named, DEFAULT_NEW_TOKENS))
+        for key in sorted(given.keys() - GENERATION_ARGS - WITHOUT_EFFECT):
+            _require_neutral(key, given[key])
         limit = int(given["max_gen_toks"])
         if not 0 < limit < self.max_length:
             raise InputError(
@@ -192,7 +202,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 "with --gen_kwargs max_gen_toks=N"
             )
         sampling = Sampling(
-            float(given.get("temperature", 0.0)), float(given.get("top_p", 1.0)), int(given.get("top_k", 0))
+            float(given.get("temperature", 0.0)), float(given.get("top_p", 1.0)), max(0, int(given.get("top_k", 0)))
         )
         if self.backend.kind != "autoregressive":
             require_known_answer(parse_drafter(self.spec.drafter), sampling)
@@ -205,6 +215,18 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             seed=int.from_bytes(seed[:6], "little"),
             eos_ids=self.target.config.eos_ids,
             stop=tuple(word for word in given["until"] if word),
+        )
+
+
+def _require_neutral(key: str, value: object) -> None:
+    """Raises `InputError` for a generation option that is not supported, unless its value changes nothing."""
+    neutral = NEUTRAL_ARGS.get(key)
+    if neutral is None:
+        raise InputError(f"lm-eval: generation option '{key}' is not known{did_you_mean(key, GENERATION_ARGS)}")
+    if value != neutral:
+        raise InputError(
+            f"lm-eval: generation option {key}={value!r} is not supported. Allowed: {neutral}, which changes nothing; "
+            f"set it with --gen_kwargs {key}={neutral}"
         )
 
 
@@ -237,6 +259,6 @@ def _chosen(given: Mapping[str, str], name: str) -> ModelOptions:
 
 def _whole(given: Mapping[str, str], key: str, default: int) -> int:
     text = given.get(key, str(default))
-    if not text.isdigit():
+    if not (text.isascii() and text.isdigit()):
         raise InputError(f"--model_args {key}={text}: must be a whole number")
     return int(text)

@@ -117,7 +117,14 @@ def test_wrong_model_arguments_are_told(tiny_model: Path, arguments: dict[str, A
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"num_beams": 4}, "lm-eval: generation option 'num_beams' is not known"),
+        ({"num_beam": 4}, "lm-eval: generation option 'num_beam' is not known"),
+        (
+            {"num_beams": 4},
+            "lm-eval: generation option num_beams=4 is not supported. Allowed: 1, which changes nothing; set it with "
+            "--gen_kwargs num_beams=1",
+        ),
+        ({"min_p": 0.1}, "lm-eval: generation option min_p=0.1 is not supported. Allowed: 0,"),
+        ({"no_repeat_ngram_size": 3}, "lm-eval: generation option no_repeat_ngram_size=3 is not supported."),
         ({"max_gen_toks": 256}, "lm-eval: max_gen_toks=256 leaves no room in the model's context of 256"),
     ],
 )
@@ -125,6 +132,17 @@ def test_wishes_that_cannot_be_met_are_told(tiny_model: Path, settings: dict[str
     with pytest.raises(InputError) as caught:
         model(tiny_model).generate_until([asked("Hi", {"until": [], **settings})], disable_tqdm=True)
     assert str(caught.value).startswith(expected)
+
+
+def test_settings_that_change_nothing_are_taken(tiny_model: Path) -> None:
+    """Tasks made for other engines write their defaults out."""
+    plain = {"until": [], "max_gen_toks": 6}
+    neutral = {"num_beams": 1, "repetition_penalty": 1.0, "min_p": 0.0, "use_cache": True, "length_penalty": 2.0}
+    left_open = {"top_p": None, "temperature": None, "num_return_sequences": None, "top_k": -1}
+    answers = model(tiny_model).generate_until(
+        [asked("Hi", settings) for settings in (plain, plain | neutral, plain | left_open)], disable_tqdm=True
+    )
+    assert answers[0] == answers[1] == answers[2]
 
 
 def test_sampling_depends_on_the_seed_alone(tiny_model: Path) -> None:
