@@ -26,6 +26,7 @@ from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError, validated
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
+from spdbench.models.checkpoints.weights import FLOATS
 
 if TYPE_CHECKING:
     from spdbench.training.recipe import Provenance
@@ -203,6 +204,8 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     packed, scale = tensors[name], tensors.get(name + SCALE)
     if scale is None or packed.dtype != torch.int8 or packed.ndim != 2 or scale.shape != packed.shape[:1]:
+        return None
+    if scale.dtype not in FLOATS or packed.is_meta or scale.is_meta or scale.layout != torch.strided:
         return None
     return scale.float()
 

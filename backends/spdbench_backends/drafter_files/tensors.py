@@ -21,6 +21,8 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import NormWeight
 from spdbench_backends.drafter_files.folder import DrafterFile
 
+WHOLE_NUMBERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
 
 class TargetTensors(Mapping[str, Tensor]):
     """The tensors of a file as `target` computes with them: each a copy on its device and in its dtype.
@@ -39,10 +41,8 @@ class TargetTensors(Mapping[str, Tensor]):
             tensor = file.tensors.get(name)
             if tensor is None:
                 raise file.error(f"tensor {name} is missing")
-            dense = tensor.layout == torch.strided and not tensor.is_meta
-            if not dense or tensor.dtype not in FLOATS:
-                kind = tensor.dtype if dense else "not dense"
-                raise file.error(f"tensor {name} is {kind}; only unquantised weights are supported")
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in FLOATS:
+                raise file.error(f"tensor {name} is {_kind(tensor)}; only unquantised weights are supported")
             if tuple(tensor.shape) != shape:
                 raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
             if not bool(tensor.isfinite().all()):
@@ -73,6 +73,10 @@ class TargetTensors(Mapping[str, Tensor]):
     def head(self, name: str, token_ids_U: Tensor | None) -> Linear:
         """The drafter's own rows of the output head, or the target's rows of the draft vocabulary."""
         return linear(self[name]) if name in self else target_head(self._target, token_ids_U)
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype) if tensor.layout == torch.strided and not tensor.is_meta else "not dense"
 
 
 def target_head(target: Decoder, token_ids_U: Tensor | None) -> Linear:
@@ -125,31 +129,32 @@ def draft_vocabulary(
 
 def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
     """Token ids that a pair of tensors lists: `d2t`, by how much a draft id falls short of its token id, and `t2d`,
-    which tokens have one. None where the file has neither.
+    which tokens have one. Each follows from the other, so one is enough. None where the file has neither.
 
     Raises:
-        InputError: one of the two is missing or misshapen, or they disagree.
+        InputError: one of the two is misshapen, or they disagree.
     """
     offsets, member = file.tensors.get("d2t"), file.tensors.get("t2d")
     if offsets is None and member is None:
         return None
-    if offsets is None or member is None:
-        raise file.error(f"tensor {'d2t' if offsets is None else 't2d'} is missing, though the other one is there")
-    for name, tensor, shape in (("t2d", member, [vocab_size]), ("d2t", offsets, [offsets.numel()])):
-        if tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise file.error(f"tensor {name} is {tensor.dtype}; expected whole numbers")
-        if list(tensor.shape) != shape:
-            raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {shape}")
-    if not len(offsets):
-        raise file.error("tensor d2t names no draft token")
-    found = offsets.long() + torch.arange(len(offsets))
-    known = member.bool().nonzero()[:, 0]
-    if not torch.equal(found, known):
+    for name, tensor, shape in (("t2d", member, vocab_size), ("d2t", offsets, None)):
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WHOLE_NUMBERS:
+            raise file.error(f"tensor {name} is {_kind(tensor)}; expected whole numbers")
+        if list(tensor.shape) != [tensor.numel() if shape is None else shape]:
+            raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {[shape or tensor.numel()]}")
+        if not tensor.numel():
+            raise file.error(f"tensor {name} names no draft token")
+    found = None if offsets is None else offsets.long() + torch.arange(len(offsets))
+    known = found if member is None else member.bool().nonzero()[:, 0]
+    assert known is not None
+    if found is not None and not torch.equal(found, known):
         raise file.error(
             f"d2t does not match t2d: the one names {len(found)} draft tokens, the other {len(known)}, and not the "
             "same ones"
         )
-    ids: list[int] = found.tolist()
+    ids: list[int] = known.tolist()
     return ids
 
 

@@ -83,7 +83,8 @@ def build_eagle(
     of_all = "input_norm.weight" in file.tensors  # one norm over all features, or one for each
     norms = ["input_norm.weight"] if of_all else [f"fc_norm.{index}.weight" for index in range(num_aux)]
     expected.add(dict.fromkeys(norms if eagle3 else (), (sizes.fused if of_all else base.hidden_size,)), optional=True)
-    own_head_is_optional = not eagle3 or file.layout == "spdbench"
+    # Where a published head of the whole vocabulary leaves its output head out, its authors share the target's.
+    own_head_is_optional = not eagle3 or file.layout == "spdbench" or token_ids_U is None
     expected.add({"lm_head.weight": (draft_vocab, sizes.width)}, optional=own_head_is_optional)
     tensors = TargetTensors(file, expected, target)
     fc_norms = [tensors.norm(name) for name in norms]

@@ -156,7 +156,7 @@ def _flat(raw: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
     flat = {**mapping(raw, "model"), **mapping(raw, "transformer_layer_config"), **outer}
     flat["bias"] = outer.get("bias", outer.get("fusion_bias"))
     if layout != "spdbench":
-        flat["aux_hidden_states"] = outer.get("eagle_aux_hidden_state_layer_ids")
+        flat["aux_hidden_states"] = outer.get("eagle_aux_hidden_state_layer_ids") or None  # an empty list names none
         verifier = _architectures(mapping(mapping(raw, "speculators_config"), "verifier"))
         flat.setdefault("target_family", next((family for family, name in FAMILIES.items() if name in verifier), None))
         if layout != "speculators" or flat.get("use_sliding_window") is False:

@@ -171,6 +171,27 @@ def test_prefixes_of_serving_engines_are_understood(tmp_path: Path) -> None:
     assert read_eagle(altered(folder, prefix)).tensors.keys() == names
 
 
+@pytest.mark.parametrize("name", ["d2t", "t2d"])
+def test_a_head_with_one_map_drafts_as_with_both(decoder: Decoder, tmp_path: Path, name: str) -> None:
+    folder = eagle_files.specforge(tmp_path)
+    expected = drafts(build(decoder, folder))
+    assert torch.equal(drafts(build(decoder, altered(folder, drop(name)))), expected)
+
+
+def test_an_empty_list_of_auxiliary_layers_means_the_usual_ones(decoder: Decoder, tmp_path: Path) -> None:
+    nested = {"eagle_aux_hidden_state_layer_ids": [], "use_aux_hidden_state": True}
+    assert build(decoder, altered(eagle_files.specforge(tmp_path), eagle_config=nested)).aux == default_aux(6)
+
+
+def test_a_head_of_the_whole_vocabulary_may_share_the_targets_output_head(decoder: Decoder, tmp_path: Path) -> None:
+    def share(tensors: dict[str, Tensor]) -> None:
+        for name in ("d2t", "t2d", "lm_head.weight"):
+            del tensors[name]
+
+    weights = build(decoder, altered(eagle_files.specforge(tmp_path), share, draft_vocab_size=VOCAB))
+    assert weights.head is decoder.head
+
+
 def drop(name: str) -> Change:
     return lambda tensors: tensors.pop(name)
 
@@ -202,7 +223,10 @@ Q, K = "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight"
         (put(K, torch.ones(12, 64)), r"k_proj.weight has 12 rows, which makes no heads of 8"),
         (put("midlayer.mlp.gate_proj.weight", torch.ones(9, 32)), "intermediate_size is 48, but tensor layers.0.mlp.g"),
         (put("d2t", torch.zeros(len(IDS), dtype=torch.int64)), "d2t does not match t2d"),
-        (drop("t2d"), "tensor t2d is missing"),
+        (
+            lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + VOCAB)),
+            "the pair of d2t and t2d must hold ascending ids from 0 to 261",
+        ),
         (lambda t: (t.pop("d2t"), t.pop("t2d")), "draft_vocab_size is 87, but the pair of d2t and t2d is missing"),
         (put("fc.weight", torch.ones(32, 95)), "fc.weight has 95 columns, expected a multiple of 32"),
         (put("fc.weight", torch.ones(32, 64)), "names 3 auxiliary layers, but fc.weight reads 2"),

@@ -114,8 +114,8 @@ def test_draft_vocabularies_that_fit(decoder: Decoder) -> None:
         ({"d2t": torch.zeros(0, dtype=torch.int64)}, "tensor d2t names no draft token"),
         ({"t2d": torch.ones(VOCAB, dtype=torch.bool)}, "names 87 draft tokens, the other 262"),
         ({"t2d": torch.ones(99, dtype=torch.bool)}, r"t2d has shape \[99\], expected \[262\]"),
-        ({"t2d": None}, "tensor t2d is missing"),
-        ({"d2t": None}, "tensor d2t is missing"),
+        ({"d2t": torch.zeros(len(IDS), dtype=torch.int64, device="meta")}, "tensor d2t is not dense"),
+        ({"t2d": torch.ones(VOCAB, dtype=torch.complex64)}, r"tensor t2d is torch\.complex64; expected whole numbers"),
     ],
 )
 def test_maps_that_do_not_match_are_refused(change: dict[str, Tensor | None], why: str) -> None:
@@ -136,3 +136,8 @@ def test_random_tensors_are_those_of_the_seed() -> None:
     assert not torch.equal(one["a.weight"], other["a.weight"])
     assert one["a.bias"].tolist() == [0, 0, 0]
     assert one["norm.weight"].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["d2t", "t2d"])
+def test_one_map_is_enough_as_the_other_follows_from_it(name: str) -> None:
+    assert mapped_ids(file_of({name: vocabulary_maps(torch.tensor(IDS), VOCAB)[name]}), VOCAB) == IDS
