@@ -28,6 +28,8 @@ from spdbench.errors import InputError, did_you_mean
 
 DTYPES = ("bfloat16", "float32", "float16")
 LABEL = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
+MOST = 2**63 - 1
+"""The largest whole number that options take: files, arrays and torch's seeds hold 64 bits."""
 BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -85,6 +87,16 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class WholeRange(click.IntRange):
+    """A whole number from `min` to `MOST`, which is too large to be worth showing in help."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        number = int(super().convert(value, param, ctx))
+        if number > MOST:
+            self.fail(f"a number of {len(str(number))} digits is too large. Allowed: at most {MOST}.", param, ctx)
+        return number
+
+
 class Quantity(click.ParamType[float]):
     """A number with its unit. `value` makes it from the groups of `pattern`; None is out of range."""
 
@@ -101,11 +113,13 @@ class Quantity(click.ParamType[float]):
 
 def _seconds(*hours_minutes_seconds: str | None) -> float | None:
     units = (3600.0, 60.0, 1.0)
-    return sum(float(n or 0) * unit for n, unit in zip(hours_minutes_seconds, units, strict=True)) or None
+    found = sum(float(n or 0) * unit for n, unit in zip(hours_minutes_seconds, units, strict=True))
+    return found if 0 < found <= MOST else None
 
 
-def _bytes(number: str, unit: str | None) -> int:
-    return int(float(number) * BYTES[(unit or "").upper()])
+def _bytes(number: str, unit: str | None) -> int | None:
+    found = float(number) * BYTES[(unit or "").upper()]
+    return int(found) if found <= MOST else None
 
 
 def _share(number: str) -> float | None:
@@ -118,7 +132,7 @@ DURATION = Quantity(
 )
 SIZE = Quantity("size", rf"{NUMBER}\s*((?i:[KMGT]B))?", "a size; write 0, 500MB or 8GB", _bytes)
 PERCENT = Quantity("percent", rf"{NUMBER}\s*%", "a share from 0% to below 100%; write 5% or 0.5%", _share)
-COUNT, WHOLE = click.IntRange(min=1), click.IntRange(min=0)
+COUNT, WHOLE = WholeRange(min=1), WholeRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)
 PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,13 +173,13 @@ def find_device(name: str) -> torch.device:
     Raises:
         InputError: the name is none of these, or there is no such GPU.
     """
-    kind, _, index = name.partition(":")
     if name == "cpu":
         return torch.device("cpu")
-    if kind != "cuda" or (index and not index.isdigit()):
+    if not (parts := re.fullmatch("cuda(?::([0-9]{1,4}))?", name)):
         raise InputError(f"--devices {name}: not a device. Allowed: cpu, cuda:0, cuda:1, ...")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
+    index = int(parts[1] or 0)
+    if index >= count:
         available = f"cuda:0 to cuda:{count - 1}" if count else "no GPU that torch can use"
         raise InputError(f"--devices {name}: this machine has {available}. Allowed: cpu{', cuda:N' if count else ''}.")
-    return torch.device("cuda", int(index or 0))
+    return torch.device("cuda", index)

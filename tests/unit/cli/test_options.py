@@ -67,6 +67,10 @@ def test_help_shows_own_options_first_and_each_once() -> None:
         (["--size", "much"], "'much' is not a size"),
         (["--share", "100%"], "'100%' is not a share"),
         (["--depth", "-1"], "-1 is not in the range"),
+        (["--depth", str(2**63)], "a number of 19 digits is too large. Allowed: at most 9223372036854775807."),
+        (["--depth", "7" * 400], "a number of 400 digits is too large"),
+        (["--budget", "9" * 400 + "h"], "is not a duration"),
+        (["--size", "9" * 400], "is not a size"),
     ],
 )
 def test_wrong_words_are_refused(words: list[Any], said: str) -> None:

@@ -223,7 +223,7 @@ def test_parameters_are_counted_from_headers(copy: Path) -> None:
     assert Checkpoint(copy).num_parameters(without=("lm_head.",)) == total - head
 
 
-@pytest.mark.parametrize("name", ["cuda:9", "gpu", "cuda:x", "cpu:0"])
+@pytest.mark.parametrize("name", ["cuda:9", "gpu", "cuda:x", "cpu:0", "cuda:²", "cuda:", "cuda:" + "9" * 5000])
 def test_a_device_that_is_not_there_says_which_are(name: str) -> None:
     if torch.cuda.is_available() and name == "cuda:9" and torch.cuda.device_count() > 9:
         pytest.skip("this machine has ten GPUs")
