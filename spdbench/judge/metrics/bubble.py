@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +25,8 @@ from spdbench.types import Span
 NS_PER_S = 1e9
 TARGET, HEAD, VERIFY, DRAFT, HOST = range(5)
 CODES = {"target": TARGET, "head": HEAD, "verify": VERIFY, "draft": DRAFT, "host": HOST}
+IDLE = range(6)
+"""The causes of idle time: `fill` and the fields after it in `LaneTime`."""
 Times = NDArray[np.int64]
 
 
@@ -123,14 +124,31 @@ def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
 
     `step_ends` are the ends of steps in ns on the spans' clock, ascending: first that of the step with the first token,
     last that of the one with the last. What spans hold outside of these is not looked at.
+
+    The window is cut at every instant at which a span begins or ends, or a step ends. Between two cuts nothing changes,
+    so that each piece of a lane's time is work or has one cause: the first in METRICS.md's order that holds.
     """
     ends = _cycle_ends(step_ends)
     busy = _in_cycles(table.busy, step_ends, ends)
+    inside = table.clipped(int(ends[0]), int(ends[-1]))
+    cuts = np.unique(np.concatenate((ends, inside.start, inside.end)))
+    starts, lengths = cuts[:-1], np.diff(cuts)
+    cycle = _cycle_of(starts, ends)
+    verify, draft = (_covered(cuts, inside.where(inside.kind == kind)) for kind in (VERIFY, DRAFT))
+    idle_ns = np.zeros(len(IDLE), dtype=np.int64)
+    for lane in range(table.lanes):
+        own = busy.where(busy.lane == lane)
+        hosts = (inside.kind == HOST) & ((inside.lane == lane) | (inside.lane >= table.lanes))
+        fill = waits = np.zeros(len(starts), dtype=np.bool_)
+        if table.lanes > 1:
+            fill = ~np.isin(cycle, own.cycle)
+            waits = starts < _waits_until(own, busy, ends, starts)
+        cause = np.select([fill, verify, draft, waits, _covered(cuts, inside.where(hosts))], IDLE[:-1], IDLE[-1])
+        idle = ~_covered(cuts, own)
+        np.add.at(idle_ns, cause[idle], lengths[idle])
     duration = busy.end - busy.start
-    causes = _Causes(table)
-    lanes = [_idle_time(lane, busy, ends, causes) for lane in range(table.lanes)]
     useful, wasted = int(duration[busy.kept].sum()), int(duration[~busy.kept].sum())
-    return LaneTime(useful, wasted, *(sum(times) for times in zip(*lanes, strict=True)))
+    return LaneTime(useful, wasted, *idle_ns.tolist())
 
 
 def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None:
@@ -155,101 +173,23 @@ def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None
     )
 
 
-class _Idle(NamedTuple):
-    """One lane's idle nanoseconds by cause, in METRICS.md's order: each is charged to the first cause that holds."""
-
-    fill: int
-    verify: int
-    draft: int
-    imbalance: int
-    host: int
-    unattributed: int
+def _covered(cuts: Times, table: SpanTable) -> NDArray[np.bool_]:
+    """Which of the pieces between `cuts` [P + 1] some span covers: [P]. All spans begin and end at cuts."""
+    opened, closed = (
+        np.bincount(np.searchsorted(cuts, times), minlength=len(cuts)) for times in (table.start, table.end)
+    )
+    return np.cumsum(opened - closed)[:-1] > 0
 
 
-class _Causes:
-    """Where verifying, drafting and host work lie: with the causes that come before them taken in, so that what a cause
-    explains beyond the earlier ones is a difference of two measures."""
-
-    def __init__(self, table: SpanTable) -> None:
-        self._table = table
-        self.verify = _union(table.where(table.kind == VERIFY))
-        self.draft = _union(table.where((table.kind == VERIFY) | (table.kind == DRAFT)))
-
-    def host(self, lane: int) -> _Intervals:
-        table = self._table
-        seen = (table.lane == lane) | (table.lane >= table.lanes)
-        return _union(table.where((table.kind == VERIFY) | (table.kind == DRAFT) | ((table.kind == HOST) & seen)))
-
-
-@dataclass(frozen=True)
-class _Intervals:
-    """Intervals in ascending order that do not touch; `before` is how much lies before each."""
-
-    start: Times
-    end: Times
-    before: Times
-
-    def within(self, start: Times, end: Times) -> int:
-        """How much of these lies within the intervals from `start` to `end`, which do not overlap."""
-        return int((self._until(end) - self._until(start)).sum())
-
-    def _until(self, times: Times) -> Times:
-        if not len(self.start):
-            return np.zeros_like(times)
-        last = np.searchsorted(self.start, times, side="right") - 1
-        inside: Times = np.minimum(times, self.end[last]) - self.start[last]
-        return np.where(last < 0, 0, self.before[last] + inside)
-
-
-def _union(table: SpanTable) -> _Intervals:
-    """What the spans cover, each instant once."""
-    order = np.argsort(table.start)
-    start, end = table.start[order], np.maximum.accumulate(table.end[order])
-    opens = np.append(True, start[1:] > end[:-1])[: len(start)]
-    closes = np.append(opens[1:], True)[: len(start)]
-    start, end = start[opens], end[closes]
-    return _Intervals(start, end, np.cumsum(end - start) - (end - start))
-
-
-def _idle_time(lane: int, busy: SpanTable, ends: Times, causes: _Causes) -> _Idle:
-    own = busy.where(busy.lane == lane)
-    starts, stops = np.append(ends[0], own.end), np.append(own.start, ends[-1])
-    fill = 0
-    waiting = starts, starts
-    if busy.lanes > 1:
-        starts, stops, fill = _without_fill(own, ends)
-        waiting = starts, _waits_until(own, busy, ends, starts, stops)
-    verdicts, drafts, host = causes.verify, causes.draft, causes.host(lane)
-    verify, draft = verdicts.within(starts, stops), drafts.within(starts, stops)
-    hosted, drafted = host.within(*waiting), drafts.within(*waiting)
-    imbalance = int((waiting[1] - waiting[0]).sum()) - drafted
-    elsewhere = host.within(starts, stops) - draft - (hosted - drafted)
-    unattributed = int((stops - starts).sum()) - draft - imbalance - elsewhere
-    return _Idle(fill, verify, draft - verify, imbalance, elsewhere, unattributed)
-
-
-def _without_fill(own: SpanTable, ends: Times) -> tuple[Times, Times, int]:
-    """The lane's idle stretches where it has a token, cut at the ends of cycles; and the ns where it has none."""
-    points = np.unique(np.concatenate((ends, own.start, own.end)))
-    starts, stops = points[:-1], points[1:]
-    idle = np.searchsorted(own.start, starts, side="right") == np.searchsorted(own.end, starts, side="right")
-    starts, stops = starts[idle], stops[idle]
-    has_token = np.zeros(len(ends) - 1, dtype=np.bool_)
-    has_token[own.cycle] = True
-    filled = ~has_token[_cycle_of(starts, ends)]
-    return starts[~filled], stops[~filled], int((stops - starts)[filled].sum())
-
-
-def _waits_until(own: SpanTable, busy: SpanTable, ends: Times, starts: Times, stops: Times) -> Times:
-    """How long into each idle stretch the lane, done with its cycle's work, waits for the cycle's slowest lane; where
-    it was ahead of its cycle, for that of the cycle that it lies in."""
+def _waits_until(own: SpanTable, busy: SpanTable, ends: Times, starts: Times) -> Times:
+    """Until when a lane that is idle at each of `starts`, done with its cycle's work, waits for the cycle's slowest
+    lane; where it was ahead of its cycle, for that of the cycle that it lies in."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
     np.maximum.at(slowest, busy.cycle, busy.end)
     done = np.append(own.cycle[1:] != own.cycle[:-1], True)[: len(own.cycle)]
     cycle = np.minimum(own.cycle, _cycle_of(own.end, ends))
-    waits_for = np.append(np.where(done, slowest[cycle], 0), 0)  # the last one is for what comes before any work
-    before = np.searchsorted(own.start, starts, side="right") - 1
-    return waits_for[before].clip(starts, stops)
+    waits_for = np.append(np.where(done, slowest[cycle], starts[0]), starts[0])  # the last is for before any work
+    return waits_for[np.searchsorted(own.start, starts, side="right") - 1]
 
 
 def _cycle_ends(step_ends: Sequence[int]) -> Times:
