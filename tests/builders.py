@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from spdbench.judge.metrics.flags import flags_for
-from spdbench.judge.metrics.metrics import summarise
+from spdbench.judge.metrics.metrics import Metrics
 from spdbench.judge.results.schema import (
     BackendRecord,
     DecodingInfo,
@@ -22,8 +22,9 @@ from spdbench.judge.results.schema import (
     Run,
     Steps,
     SuiteInfo,
+    Summary,
 )
-from spdbench.judge.results.table import RunTable
+from spdbench.judge.results.table import RunTable, table_from
 from spdbench.types import BackendKind, FinishReason
 
 MS = 1_000_000
@@ -151,6 +152,14 @@ def make_backend(kind: BackendKind = "autoregressive", *, label: str | None = No
 ORACLE = DrafterRecord(id="oracle:0.8", sha256=None, method="oracle", trained_tokens=None, synthetic=True)
 TRAINED = DrafterRecord(id="smollm2-spd", sha256="d" * 64, method="spd", trained_tokens=1_000_000, synthetic=False)
 RANDOM = DrafterRecord(id="random", sha256=None, method="spd", trained_tokens=0, synthetic=False)
+
+
+def summarise(runs: Iterable[Run], backend: BackendRecord, read_bandwidth: float | None) -> Summary:
+    """Every metric, overall and by category."""
+    runs = list(runs)
+    parts = {name: [run for run in runs if run.category == name] for name in sorted({run.category for run in runs})}
+    overall, *others = (dict(Metrics(table_from(part), backend, read_bandwidth)) for part in (runs, *parts.values()))
+    return Summary(overall=overall, by_category=dict(zip(parts, others, strict=True)))
 
 
 def make_result(

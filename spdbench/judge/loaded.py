@@ -65,17 +65,18 @@ class LoadedResult:
         return Metrics(self.runs, self.head.backend, bandwidth if sane else None)
 
     @cached_property
-    def by_category(self) -> dict[str, Metrics]:
-        return self.metrics.by_category()
+    def by_category(self) -> dict[str, LoadedResult]:
+        """The runs of each category, by its name."""
+        return {name: replace(self, runs=self.runs.part(name)) for name in sorted(set(self.runs.categories))}
+
+    def part(self, category: str) -> LoadedResult:
+        """The runs of one category; none where it has none of them."""
+        return self.by_category.get(category) or replace(self, runs=self.runs.part(category))
 
     @cached_property
     def flags(self) -> list[Flag]:
         kept = [flag for flag in self.head.flags if flag.name not in MADE_FROM_ONE_RESULT]
         return flags_for(self.metrics, self.head.backend, self.head.drafter, self.head.divergence) + kept
-
-    def part(self, category: str) -> LoadedResult:
-        """The runs of one category."""
-        return replace(self, runs=self.runs.part(category))
 
 
 def load(result: Result, file: str) -> LoadedResult:

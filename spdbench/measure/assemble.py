@@ -114,7 +114,7 @@ def _public(record: Recorded) -> Recorded:
 def _computed(result: LoadedResult) -> dict[str, Any]:
     """The members that follow the runs, with every metric."""
     divergence = result.head.divergence
-    by_category = {name: dict(metrics) for name, metrics in result.by_category.items()}
+    by_category = {name: dict(part.metrics) for name, part in result.by_category.items()}
     return {
         "divergence": None if divergence is None else divergence.model_dump(),
         "summary": {"overall": dict(result.metrics), "by_category": by_category},

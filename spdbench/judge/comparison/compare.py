@@ -208,12 +208,13 @@ def _run_notes(result: LoadedResult, name: str, pairing: Pair | None) -> Iterato
 
 
 def _row(result: LoadedResult, name: str, category: str | None, pairing: Pair | None, *, is_baseline: bool) -> Row:
-    measured = result.metrics if category is None else result.by_category[category]
+    measured = (result if category is None else result.part(category)).metrics
     speedup = Speedup(1.0, None, measured["num_runs"]) if is_baseline else None
     outputs = None
     if pairing is not None:
-        speedup = pairing.speedup(category)
-        outputs = pairing.outputs(category) if _ids_compare(pairing) else None
+        part = pairing if category is None else pairing.part(category)
+        speedup = part.speedup()
+        outputs = part.outputs() if _ids_compare(pairing) else None
     compared = _speedup_metrics(speedup, None if result.devices is None else result.head.backend.num_devices)
     compared["num_dropped"] = pairing.num_dropped if pairing and category is None else None
     flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]

@@ -3,7 +3,6 @@ outputs compare. METRICS.md, "Pairing" and "Intervals"."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -123,34 +122,23 @@ class Pair:
         first_turn = min((turn for _, turn, _ in both), default=0)
         return bool(old and new) and (not paired or any(key[1] == first_turn for key in both - paired))
 
-    @cached_property
-    def _by_category(self) -> dict[str, list[RunKey]]:
-        found: dict[str, list[RunKey]] = {}
-        runs = self.candidate.runs
-        for key in self.keys:
-            found.setdefault(runs.categories[runs.row_of[key]], []).append(key)
-        return found
-
-    def _keys_of(self, category: str | None) -> Sequence[RunKey]:
-        return self.keys if category is None else self._by_category.get(category, [])
-
-    def speedup(self, category: str | None = None) -> Speedup:
-        """The candidate's speed-up, of one `category` or all."""
-        keys = self._keys_of(category)
-        sides = self.baseline.runs.rates(keys), self.candidate.runs.rates(keys)
+    def speedup(self) -> Speedup:
+        """The candidate's speed-up."""
+        sides = self.baseline.runs.rates(self.keys), self.candidate.runs.rates(self.keys)
         (base_tokens, base_s), (tokens, seconds) = (side.sum(axis=0) for side in sides)
         if not (base_tokens and base_s and tokens and seconds):
-            return Speedup(None, None, len(keys))
-        return Speedup(float(tokens / seconds / (base_tokens / base_s)), stats.ratio_interval(keys, *sides), len(keys))
+            return Speedup(None, None, len(self.keys))
+        interval = stats.ratio_interval(self.keys, *sides)
+        return Speedup(float(tokens / seconds / (base_tokens / base_s)), interval, len(self.keys))
 
-    def outputs(self, category: str | None = None) -> Outputs:
-        keys = self._keys_of(category)
-        return Outputs(len(keys), len(keys) - len(self.with_other_ids(keys)))
+    def outputs(self) -> Outputs:
+        return Outputs(len(self.keys), len(self.keys) - len(self.with_other_ids))
 
-    def with_other_ids(self, keys: Sequence[RunKey]) -> list[RunKey]:
-        """Which of the runs `keys` gave other ids than the baseline's."""
+    @cached_property
+    def with_other_ids(self) -> list[RunKey]:
+        """The runs that gave other ids than the baseline's."""
         old, new = self.baseline.runs, self.candidate.runs
-        return [key for key in keys if old.output_sha256[old.row_of[key]] != new.output_sha256[new.row_of[key]]]
+        return [key for key in self.keys if old.output_sha256[old.row_of[key]] != new.output_sha256[new.row_of[key]]]
 
     def part(self, category: str) -> Pair:
         """The runs of one category."""

@@ -5,7 +5,7 @@ A table shows few metrics, and intervals take time, so each metric is computed w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from spdbench.judge.metrics.steps import (
     verdicts_by_position,
     weighted_percentiles,
 )
-from spdbench.judge.results.schema import BackendRecord, Run, Summary
-from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable, table_from
+from spdbench.judge.results.schema import BackendRecord
+from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable
 from spdbench.types import Measurement
 
 ITL_PERCENTS = (50, 95, 99)
@@ -35,7 +35,7 @@ WITHOUT_DEGENERATE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle"
 
 
 class Metrics(Mapping[str, Any]):
-    """All metrics of a table's runs that did not fail, or of those of one `category`; by METRICS.md's names.
+    """All metrics of a table's runs that did not fail; by METRICS.md's names.
 
     `read_bandwidth` is the machine's measured read bandwidth in bytes/s, for `roofline_share`. Acceptance lengths in
     dialects can be asked for by name, and are not listed among the others.
@@ -44,19 +44,8 @@ class Metrics(Mapping[str, Any]):
     def __init__(self, runs: RunTable, backend: BackendRecord, read_bandwidth: float | None) -> None:
         self.runs = runs
         self.backend = backend
-        self.category: str | None = None
         self._ratios = ratios_for(backend, read_bandwidth)
-        self._whole = self
         self._found: dict[str, Any] = {}
-
-    def by_category(self) -> dict[str, Metrics]:
-        """The metrics of each category, by name."""
-        return {name: self._of(name) for name in sorted(set(self.runs.categories))}
-
-    def _of(self, category: str) -> Metrics:
-        part = Metrics(self.runs, self.backend, None)
-        part.category, part._ratios, part._whole = category, self._ratios, self
-        return part
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._found:
@@ -73,16 +62,9 @@ class Metrics(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     @cached_property
-    def _of_category(self) -> NDArray[np.bool_]:
-        """Which runs belong to the category: [R]."""
-        if self.category is None:
-            return np.ones(len(self.runs.keys), dtype=np.bool_)
-        return np.array([name == self.category for name in self.runs.categories], dtype=np.bool_)
-
-    @cached_property
     def _rows(self) -> NDArray[np.bool_]:
-        """Which of them did not fail: [R]."""
-        return self._of_category & ~self.runs.failed
+        """Which runs did not fail: [R]."""
+        return ~self.runs.failed
 
     @cached_property
     def _table(self) -> NDArray[np.float64]:
@@ -110,7 +92,7 @@ class Metrics(Mapping[str, Any]):
         return self.sum_of(count.column) if steps_of(self.backend) in count.steps else None
 
     def num_failed(self) -> int:
-        return int((self._of_category & self.runs.failed).sum())
+        return int(self.runs.failed.sum())
 
     def num_prompts(self) -> int:
         return len(set(self._conversations))
@@ -168,14 +150,14 @@ class Metrics(Mapping[str, Any]):
     @cached_property
     def _latencies_of_runs(self) -> NDArray[np.float64]:
         """Each run's own percentiles: [R, percents]."""
-        return percentiles_by_run(*token_intervals(self.runs, np.ones_like(self._rows)), ITL_PERCENTS)
+        return percentiles_by_run(*token_intervals(self.runs, self._rows), ITL_PERCENTS)
 
     def latency(self, index: int) -> float | None:
         return self._latencies[index]
 
     def latency_macro(self, index: int) -> float | None:
         """The mean of the runs' own percentiles, of those that have decode tokens."""
-        return _finite_mean(self._whole._latencies_of_runs[self._rows, index])
+        return _finite_mean(self._latencies_of_runs[:, index])
 
     def acceptance_by_position(self) -> list[float] | None:
         """accepted / judged at positions 1, 2, ...; None where nothing was judged."""
@@ -257,14 +239,6 @@ METRICS = _list_metrics()
 DIALECT_METRICS = {
     metric_name(dialect): Metric(partial(Metrics.in_dialect, dialect=dialect), "drafts") for dialect in DIALECTS
 }
-
-
-def summarise(runs: Iterable[Run], backend: BackendRecord, read_bandwidth: float | None) -> Summary:
-    """Every metric, overall and by category."""
-    overall = Metrics(table_from(list(runs)), backend, read_bandwidth)
-    return Summary(
-        overall=dict(overall), by_category={name: dict(part) for name, part in overall.by_category().items()}
-    )
 
 
 def _ratio_of(ratio: Ratio | None, sums: NDArray[np.float64]) -> float | None:

@@ -10,13 +10,21 @@ import pytest
 
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import Run, read_result
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.journal import Journal, create_journal
 from spdbench.render.export import to_json
 from spdbench.types import BackendKind
-from tests.builders import chunk_steps, contents, failed_run, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import (
+    chunk_steps,
+    contents,
+    failed_run,
+    make_backend,
+    make_result,
+    make_run,
+    summarise,
+    vanilla_steps,
+)
 
 RUNS: dict[BackendKind, list[Run]] = {
     "autoregressive": [make_run(vanilla_steps(20), prompt=f"p{i}", category="ab"[i % 2]) for i in range(9)],

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BubbleParts, Run
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner
 from spdbench.types import GenerationRequest, Span, Step
-from tests.builders import make_backend
+from tests.builders import make_backend, summarise
 from tests.mock_backend import MS, FakeTime, MockBackend, MockPipelineSpans, MockSpans, Watcher, WordChat
 from tests.unit.measure.test_runner import never, workload
 

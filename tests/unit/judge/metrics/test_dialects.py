@@ -9,7 +9,6 @@ import pytest
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
 from spdbench.judge.metrics.dialects import DIALECTS, metric_name
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BackendRecord, Run
 from tests.builders import (
     chunk_steps,
@@ -19,6 +18,7 @@ from tests.builders import (
     make_run,
     make_steps,
     pipeline_steps,
+    summarise,
     vanilla_steps,
 )
 

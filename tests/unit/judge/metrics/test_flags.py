@@ -13,10 +13,20 @@ from hypothesis import strategies as st
 import spdbench
 from spdbench.cli.main import COMMANDS
 from spdbench.judge.metrics.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT, flags_for
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BackendRecord, Divergence, DrafterRecord, Run
 from spdbench.judge.results.table import is_degenerate
-from tests.builders import MS, ORACLE, RANDOM, TRAINED, chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import (
+    MS,
+    ORACLE,
+    RANDOM,
+    TRAINED,
+    chunk_steps,
+    make_backend,
+    make_result,
+    make_run,
+    summarise,
+    vanilla_steps,
+)
 
 EIGHT = [make_run(vanilla_steps(20, step_ns=12 * MS), prompt=f"p{index}") for index in range(8)]
 

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from spdbench.judge.metrics.definitions import CAUSES
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import BubbleParts, FullCycles, Run, read_result
 from spdbench.judge.results.table import PARTS
-from tests.builders import MS, chunk_steps, failed_run, make_backend, make_result, make_run, write_result
+from tests.builders import MS, chunk_steps, failed_run, make_backend, make_result, make_run, summarise, write_result
 
 LANE_METRICS = {"bubble_ratio", *PARTS, "cycle_efficiency", "control_s_per_cycle"}
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "results"

@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
 from spdbench.judge.metrics import stats
-from spdbench.judge.metrics.metrics import Metrics, summarise
+from spdbench.judge.metrics.metrics import Metrics
 from spdbench.judge.metrics.steps import percentiles_by_run, weighted_percentiles
 from spdbench.judge.results.schema import BackendRecord, Run
 from spdbench.judge.results.table import degenerate, is_degenerate, join_tables, table_from
-from tests.builders import chunk_steps, failed_run, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
+from tests.builders import (
+    chunk_steps,
+    failed_run,
+    make_backend,
+    make_result,
+    make_run,
+    pipeline_steps,
+    summarise,
+    vanilla_steps,
+)
 
 EAGLE = make_backend("draft_verify")
 RUNS = [

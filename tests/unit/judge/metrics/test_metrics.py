@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.metrics.steps import token_intervals, weighted_percentiles
 from spdbench.judge.results.schema import BackendRecord, Run
 from spdbench.judge.results.table import table_from
@@ -26,6 +25,7 @@ from tests.builders import (
     make_run,
     make_steps,
     pipeline_steps,
+    summarise,
     vanilla_steps,
 )
 

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.metrics.steadiness import find_drift, find_outliers, log_paces, theil_sen
 from spdbench.judge.results.schema import Run
 from spdbench.types import BackendKind
-from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, summarise, vanilla_steps
 
 NUM = 40
 

@@ -12,9 +12,8 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.judge.loaded import load
-from spdbench.judge.metrics.metrics import summarise
 from spdbench.judge.results.schema import SCHEMA_FILE, Steps, json_schema, read_result
-from tests.builders import make_result, make_run, write_result
+from tests.builders import make_result, make_run, summarise, write_result
 
 FIXTURES = sorted((Path(__file__).parents[3] / "fixtures" / "results").glob("*.json"))
 
