@@ -1,6 +1,6 @@
 """A layer's operations between its matrix products: norms, rotary positions, the cache, attention, the gate.
 
-`TorchOps` is the reference, for every device and any number of rows. `CpuOps` computes the same with compiled kernels
+`LayerOps` is the reference, for every device and any number of rows. `CpuOps` computes the same with compiled kernels
 for a few rows on a CPU, where the call of a torch operator takes longer than its arithmetic; tests hold it to the
 reference within rounding.
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +68,15 @@ class HeadNorms:
         return self.query.nbytes + self.key.nbytes
 
 
-class LayerOps(Protocol):
-    """The operations of a layer, over rows in one attention context."""
+class LayerOps:
+    """The operations as torch operators, over rows in one attention context."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         """Rows over their root mean square, times the weight: `[S, M]`."""
+        return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
 
     def attention(
         self,
@@ -85,29 +89,6 @@ class LayerOps(Protocol):
     ) -> Tensor:
         """From queries, keys, values `[S, (H + 2K) D]` to attention's output `[S, H D]`; keys and values are written to
         `cache`, which the caller advances after the last layer."""
-
-    def gate(self, both_S2F: Tensor) -> Tensor:
-        """silu(gate) * up of rows in which the gate comes before up: `[S, F]`."""
-
-
-@dataclass(frozen=True)
-class TorchOps:
-    """The operations as torch operators."""
-
-    geometry: Geometry
-
-    def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
-        return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
-
-    def attention(
-        self,
-        qkv: Tensor,
-        norms: HeadNorms | None,
-        window: int | None,
-        context: AttentionContext,
-        cache: KVCache,
-        layer: int,
-    ) -> Tensor:
         heads = self.geometry.num_heads
         rotated, values_SKD = self.rotate_heads(qkv, norms, *context.angles)
         keys_KTD, values_KTD = cache.write(layer, rotated[:, heads:], values_SKD)
@@ -127,11 +108,12 @@ class TorchOps:
         return apply_rotary(unrotated, cos_S1D, sin_S1D), split[:, heads + kv :]
 
     def gate(self, both_S2F: Tensor) -> Tensor:
+        """silu(gate) * up of rows in which the gate comes before up: `[S, F]`."""
         gate, up = both_S2F.chunk(2, dim=-1)
         return functional.silu(gate) * up
 
 
-class CpuOps:
+class CpuOps(LayerOps):
     """The operations as compiled kernels over the tensors' memory.
 
     What an operation returns holds until the same operation, or a norm with the same weight, is called again with as
@@ -142,16 +124,16 @@ class CpuOps:
         kernels, pool = cpu_kernels(), worker_pool()
         assert kernels is not None
         assert pool is not None
+        super().__init__(geometry)
         self._kernels = kernels
         self._pool = pool
-        self._geometry = geometry
         self._dtype = dtype
         self._no_norm = array(torch.empty(0, dtype=dtype))
         self._buffers: dict[tuple[object, tuple[int, ...]], tuple[Tensor, Any]] = {}
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         out, out_array = self._buffer(weight, *rows_SM.shape)
-        self._kernels.rms_norm(array(rows_SM), weight.array, self._geometry.norm_eps, out_array)
+        self._kernels.rms_norm(array(rows_SM), weight.array, self.geometry.norm_eps, out_array)
         return out
 
     def attention(
@@ -163,7 +145,7 @@ class CpuOps:
         cache: KVCache,
         layer: int,
     ) -> Tensor:
-        geometry, num_rows = self._geometry, context.num_rows
+        geometry, num_rows = self.geometry, context.num_rows
         width = geometry.num_heads * geometry.head_dim
         queries, queries_array = self._buffer("queries", num_rows, width)
         out, _ = self._buffer("attention", num_rows, width)
@@ -209,7 +191,7 @@ class CpuOps:
 
 def ops_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Callable[[int], LayerOps]:
     """Returns a function from a number of rows to the operations that are fastest for them."""
-    torch_ops = TorchOps(geometry)
+    torch_ops = LayerOps(geometry)
     if not has_cpu_kernels(dtype, device):
         return lambda _: torch_ops
     cpu_ops = CpuOps(geometry, dtype)
@@ -234,17 +216,14 @@ def attend(
     `mask_ST` is true where a row may look; None for a single row, or where all slots are the rows' own in a chain. With
     `window` w a row sees itself and the w - 1 slots before it.
 
-    The G = H / K query heads that share a kv head become G rows of it, so that one small product serves them: one row's
+    Query heads that share a kv head are folded into rows of it, so that one small product serves them: one row's
     attention over 1,024 slots takes a sixth of the time that it takes with `enable_gqa` on a CPU.
     """
-    num_rows, num_heads, head_dim = queries_SHD.shape
+    num_rows, num_heads, _ = queries_SHD.shape
     num_kv, num_slots, _ = keys_KTD.shape
-    if num_rows == 1:
-        if window is not None and num_slots > window:
-            keys_KTD, values_KTD = keys_KTD[:, -window:], values_KTD[:, -window:]
-        folded = queries_SHD.view(1, num_kv, num_heads // num_kv, head_dim)
-        return scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None]).view(1, num_heads * head_dim)
-    if mask_ST is None:
+    if num_rows == 1 and window is not None and num_slots > window:
+        keys_KTD, values_KTD = keys_KTD[:, -window:], values_KTD[:, -window:]
+    if num_rows > 1 and mask_ST is None:
         out = scaled_dot_product_attention(
             queries_SHD.transpose(0, 1)[None],
             keys_KTD[None],
@@ -252,15 +231,23 @@ def attend(
             is_causal=True,
             enable_gqa=num_heads != num_kv,
         )
-        return out[0].transpose(0, 1).reshape(num_rows, num_heads * head_dim)
-    group = num_heads // num_kv
-    folded = (
-        queries_SHD.view(num_rows, num_kv, group, head_dim)
-        .permute(1, 2, 0, 3)
-        .reshape(1, num_kv, group * num_rows, head_dim)
-    )
-    out = scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None], attn_mask=mask_ST.repeat(group, 1))
-    return out.view(num_kv, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)
+        return out[0].transpose(0, 1).flatten(1)
+    mask = None if num_rows == 1 or mask_ST is None else mask_ST.repeat(num_heads // num_kv, 1)
+    folded = fold_heads(queries_SHD, num_kv)[None]
+    out = scaled_dot_product_attention(folded, keys_KTD[None], values_KTD[None], attn_mask=mask)
+    return unfold_heads(out[0], num_rows)
+
+
+def fold_heads(queries_SHD: Tensor, num_kv: int) -> Tensor:
+    """The G = H / K query heads that share a kv head as G S rows of it: `[K, G S, D]`."""
+    num_rows, _, head_dim = queries_SHD.shape
+    return queries_SHD.reshape(num_rows, num_kv, -1, head_dim).permute(1, 2, 0, 3).reshape(num_kv, -1, head_dim)
+
+
+def unfold_heads(folded_KRD: Tensor, num_rows: int) -> Tensor:
+    """What `fold_heads` gave, as rows of all heads: `[S, H D]`."""
+    num_kv, _, head_dim = folded_KRD.shape
+    return folded_KRD.view(num_kv, -1, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, -1)
 
 
 def argmax(logits: Tensor) -> Tensor:

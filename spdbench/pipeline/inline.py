@@ -8,27 +8,24 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetCache, TargetDecoder
-from spdbench.pipeline.interface import States
+from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node
-from spdbench.types import Span
 
 
-class InlinePipeline:
+class InlinePipeline(Pipeline):
     """Stages `stages` of `decoder`; reports the hidden states whose index is in `hidden_indices`."""
 
     def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], hidden_indices: Collection[int]) -> None:
-        self._decoder = decoder
+        super().__init__(decoder, hidden_indices)
         self._stages = stages
-        self._hidden_indices = frozenset(hidden_indices)
         self._caches: list[TargetCache] = []
         self._inputs: dict[int, Tensor] = {}
-        self._states: list[tuple[int, States]] = []
         self._cycle: Cycle | None = None
 
     def prefill(
@@ -50,13 +47,9 @@ class InlinePipeline:
         return decoder.logits(hidden_SM[-1:])[0], states
 
     def enter(self, node: Node) -> None:
-        hidden_SM = self._decoder.embed(self._decoder.ids((node.token_id,)))
-        self._inputs[node.id] = hidden_SM
+        self._inputs[node.id] = self._embed(node)
         if 0 in self._hidden_indices:
-            self._states.append((node.position, {0: hidden_SM}))
-
-    def offer(self, token_id: int, position: int) -> None:
-        """Does nothing: no stage is free while another computes."""
+            self._states.append((node.position, {0: self._inputs[node.id]}))
 
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
@@ -75,18 +68,11 @@ class InlinePipeline:
                 self._inputs[node.id] = hidden_SM
         return logits_V
 
-    def states(self) -> Sequence[tuple[int, States]]:
-        found, self._states = self._states, []
-        return found
-
     def rollback(self, length: int) -> None:
+        super().rollback(length)
         for cache in self._caches:
             cache.rollback(length)
         self._inputs.clear()
-        self._states = [(position, states) for position, states in self._states if position < length]
-
-    def spans(self, final_length: int) -> Sequence[Span]:  # noqa: ARG002
-        return ()
 
     def close(self) -> None:
         self._caches.clear()

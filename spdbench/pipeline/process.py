@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
-from spdbench.pipeline.interface import States
+from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.messages import Header, Kind, from_bytes
 from spdbench.pipeline.schedule import Cycle, Node
 from spdbench.pipeline.stages import StageWorkers
@@ -39,23 +39,22 @@ class _StageRun:
     epoch: int
 
 
-class ProcessPipeline:
+class ProcessPipeline(Pipeline):
     """`workers` run the stages `specs`; `decoder` is the controller's own, which embeds for drafters that read
     hidden state 0."""
 
     def __init__(
         self, workers: StageWorkers, specs: Sequence[StageSpec], decoder: TargetDecoder, hidden_indices: Collection[int]
     ) -> None:
+        super().__init__(decoder, hidden_indices)
         self._workers = workers
         self._specs = tuple(specs)
-        self._decoder = decoder
         self._reads_embedding = 0 in hidden_indices
         self._epoch = 0
         self._cycle_number = 0
         self._dropped_from: dict[int, int] = {}  # by epoch: the first position that its end dropped
         self._runs: list[_StageRun] = []
         self._unread: list[_StageRun] = []
-        self._states: list[tuple[int, States]] = []
         self._offered: tuple[int, int] | None = None  # epoch and position of the draft that stage 0 has already
         self._verdict_ns = 0
         self._host_spans: list[Span] = []
@@ -86,7 +85,7 @@ class ProcessPipeline:
     def enter(self, node: Node) -> None:
         """Sends the node at once, unless it was offered before: stage 0 waits for nothing else."""
         if self._reads_embedding:
-            self._states.append((node.position, {0: self._decoder.embed(self._decoder.ids((node.token_id,)))}))
+            self._states.append((node.position, {0: self._embed(node)}))
         if self._offered == (self._epoch, node.position):
             return
         self._send_node(node.token_id, node.position, oldest=node.parent is None)
@@ -117,15 +116,14 @@ class ProcessPipeline:
             header, payload = self._receive_result(run.stage, run.epoch, run.cycle)
             self._states.append((run.node.position, self._unpack_result(self._specs[run.stage], header, payload, 1)[0]))
         self._unread.clear()
-        found, self._states = self._states, []
-        return found
+        return super().states()
 
     def rollback(self, length: int) -> None:
+        super().rollback(length)
         self._dropped_from[self._epoch] = length
         self._epoch += 1
         self._workers.announce_epoch(self._epoch)
         self._unread = [run for run in self._unread if run.node.position < length]
-        self._states = [(position, states) for position, states in self._states if position < length]
 
     def spans(self, final_length: int) -> Sequence[Span]:
         self._workers.send(Header(Kind.SPANS))

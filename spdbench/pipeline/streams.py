@@ -14,7 +14,7 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from functools import partial
 from typing import Protocol
 
@@ -35,9 +35,8 @@ from spdbench.models.cuda.captured_function import (
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import argmax
-from spdbench.pipeline.interface import States
+from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node
-from spdbench.types import Span
 
 
 class CoDrafter(Protocol):
@@ -56,9 +55,10 @@ class CoDrafter(Protocol):
         is at `position_1`."""
 
 
-class StreamsPipeline:
+class StreamsPipeline(Pipeline):
     """Stages `stages` of `decoder` for sequences of up to `capacity` tokens. The hidden states `hidden_indices` go to
-    `co_drafter`; without one they are reported cycle by cycle."""
+    `co_drafter`; without one they are reported cycle by cycle. After a rollback, slots from its length on are
+    overwritten before they are seen again."""
 
     def __init__(
         self,
@@ -68,15 +68,13 @@ class StreamsPipeline:
         capacity: int,
         co_drafter: CoDrafter | None = None,
     ) -> None:
+        super().__init__(decoder, hidden_indices)
         self.capacity = capacity
-        self._decoder = decoder
         self._stages = stages
-        self._hidden_indices = frozenset(hidden_indices)
         self._co_drafter = co_drafter
         self._graphs = CudaGraphs(decoder.device)
         self._cycle: Cycle | None = None
         self._greedy = True
-        self._found: list[tuple[int, States]] = []
         self._ticket: int | None = None
         self._ids: list[int] | None = None
         with torch.inference_mode():
@@ -96,7 +94,7 @@ class StreamsPipeline:
                 "captured for; give the pipeline a larger -o LABEL.context, or another executor"
             )
         self._greedy = greedy
-        self._found.clear()
+        self._states.clear()
         self._cache.rollback(0)
         decoder = self._decoder
         hidden_SM, states = decoder.forward(
@@ -105,12 +103,8 @@ class StreamsPipeline:
         return decoder.logits(hidden_SM[-1:])[0], states
 
     def enter(self, node: Node) -> None:
-        if 0 in self._states:
-            hidden_1M = self._decoder.embed(self._decoder.ids((node.token_id,)))
-            self._found.append((node.position, {0: hidden_1M}))
-
-    def offer(self, token_id: int, position: int) -> None:
-        """It enters with the next cycle, which cannot begin before this one's verdict."""
+        if 0 in self._state_tensors:
+            self._states.append((node.position, {0: self._embed(node)}))
 
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
@@ -131,22 +125,11 @@ class StreamsPipeline:
         assert self._cycle is not None
         for stage, node in self._cycle.work():
             layers = self._stages[stage]
-            states = {index: state.clone() for index, state in self._states.items() if index - 1 in layers}
-            self._found.append((node.position, states))
+            states = {index: state.clone() for index, state in self._state_tensors.items() if index - 1 in layers}
+            self._states.append((node.position, states))
         if self._cycle.completing is None:
             return None
         return self._read()[0] if self._greedy else self._logits_1V[0]
-
-    def states(self) -> Sequence[tuple[int, States]]:
-        found, self._found = self._found, []
-        return found
-
-    def rollback(self, length: int) -> None:
-        """Slots from `length` on are overwritten before they are seen again."""
-        self._found = [(position, states) for position, states in self._found if position < length]
-
-    def spans(self, final_length: int) -> Sequence[Span]:  # noqa: ARG002 - no clock tells branches apart
-        return ()
 
     def close(self) -> None:
         self._cycles.clear()
@@ -159,7 +142,7 @@ class StreamsPipeline:
         shape = (count, 1, decoder.config.hidden_size)
         self._inputs, self._outputs = (torch.zeros(shape, dtype=decoder.dtype, device=device) for _ in range(2))
         reported = () if self._co_drafter is not None else self._hidden_indices
-        self._states = {index: torch.zeros_like(self._inputs[0]) for index in reported}
+        self._state_tensors = {index: torch.zeros_like(self._inputs[0]) for index in reported}
         self._logits_1V = torch.zeros(1, decoder.config.vocab_size, dtype=decoder.dtype, device=device)
         self._ids_2 = torch.zeros(2, dtype=torch.long, device=device)  # of the last stage, and of the co-drafter
         self._readback = Readback(2, device)
@@ -185,8 +168,8 @@ class StreamsPipeline:
         decoder, position_1 = self._decoder, self._positions[stage]
 
         def on_hidden(index: int, hidden_1M: Tensor) -> None:
-            if index in self._states:
-                self._states[index].copy_(hidden_1M)
+            if index in self._state_tensors:
+                self._state_tensors[index].copy_(hidden_1M)
             elif index in self._hidden_indices and self._co_drafter is not None:
                 self._co_drafter.observe_stage(index, position_1, hidden_1M)
 

@@ -8,14 +8,12 @@ Shapes: S rows, M model width.
 
 from __future__ import annotations
 
-from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store, TCPStore
 
 from spdbench.pipeline.messages import Header, from_bytes, pack, to_bytes, unpack
 
@@ -26,20 +24,8 @@ class LinkClosedError(Exception):
     """The process at the other end has ended; the cause, if any, is the process group's error."""
 
 
-class Link(Protocol):
-    """One direction between two processes."""
-
-    def send(self, header: Header, rows_SM: Tensor | None = None) -> None: ...
-
-    def receive(self) -> tuple[Header, bytes]:
-        """Waits for a message."""
-
-    def rows(self, header: Header, payload: bytes) -> Tensor:
-        """The rows that belong to a message just received: `[S, M]`."""
-
-
-class PipeLink:
-    """Rows behind their header, through the host's memory."""
+class Link:
+    """One direction between two processes: rows behind their header, through the host's memory."""
 
     def __init__(self, connection: Connection, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self._connection = connection
@@ -51,12 +37,14 @@ class PipeLink:
         self._write(header, b"" if rows_SM is None else to_bytes(rows_SM))
 
     def receive(self) -> tuple[Header, bytes]:
+        """Waits for a message."""
         try:
             return unpack(self._connection.recv_bytes())
         except (EOFError, OSError):
             raise LinkClosedError from None
 
     def rows(self, header: Header, payload: bytes) -> Tensor:
+        """The rows that belong to a message just received: `[S, M]`."""
         return from_bytes(payload, self._dtype, header.num_rows, self._width).to(self._device)
 
     def _write(self, header: Header, payload: bytes) -> None:
@@ -66,7 +54,7 @@ class PipeLink:
             raise LinkClosedError from None
 
 
-class DistributedLink(PipeLink):
+class DistributedLink(Link):
     """Headers through the pipe, rows from process group rank to rank."""
 
     def __init__(
@@ -94,20 +82,3 @@ class DistributedLink(PipeLink):
         except RuntimeError as error:
             raise LinkClosedError from error
         return buffer.to(self._device)
-
-
-def host_store(num_stages: int) -> TCPStore:
-    """The store through which a process group's members find each other, on a port that the system chooses."""
-    return TCPStore("127.0.0.1", 0, num_stages, is_master=True, wait_for_workers=False)
-
-
-def find_store(port: int, num_stages: int) -> TCPStore:
-    """The store that stage 0 holds."""
-    return TCPStore("127.0.0.1", port, num_stages, is_master=False)
-
-
-def join_group(store: Store, kind: RowTransport, rank: int, num_stages: int, timeout_s: float) -> None:
-    """Makes this process one of `num_stages` that send rows to each other."""
-    dist.init_process_group(
-        backend=kind, store=store, rank=rank, world_size=num_stages, timeout=timedelta(seconds=timeout_s)
-    )

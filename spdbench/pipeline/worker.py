@@ -23,12 +23,15 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
 from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
@@ -36,16 +39,7 @@ from spdbench.models.layer_ops import argmax
 from spdbench.models.target import LayerSource
 from spdbench.models.torch_utils import return_freed_memory
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
-from spdbench.pipeline.transport import (
-    DistributedLink,
-    Link,
-    LinkClosedError,
-    PipeLink,
-    RowTransport,
-    find_store,
-    host_store,
-    join_group,
-)
+from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport
 
 LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 72
@@ -177,30 +171,35 @@ class _Stage:
     def _links(self) -> tuple[Link, Link | None]:
         spec, pipes, decoder = self._spec, self._pipes, self._decoder
         sizes = decoder.config.hidden_size, decoder.dtype, decoder.device
-        if spec.transport == "pipe" or spec.num_stages == 1:
-            return PipeLink(pipes.inbox, *sizes), PipeLink(pipes.outbox, *sizes) if pipes.outbox else None
-        self._join_group()
-        host = spec.transport == "gloo"
-        inbox: Link = PipeLink(pipes.inbox, *sizes)
-        if not spec.is_first:
-            inbox = DistributedLink(pipes.inbox, *sizes, spec.index - 1, host=host)
-        outbox = DistributedLink(pipes.outbox, *sizes, spec.index + 1, host=host) if pipes.outbox else None
-        return inbox, outbox
+        in_group = spec.transport != "pipe" and spec.num_stages > 1
+        if in_group:
+            self._join_group()
+
+        def link(connection: Connection, peer: int) -> Link:
+            if not in_group or peer < 0:  # stage 0 has messages from the controller
+                return Link(connection, *sizes)
+            return DistributedLink(connection, *sizes, peer, host=spec.transport == "gloo")
+
+        return link(pipes.inbox, spec.index - 1), link(pipes.outbox, spec.index + 1) if pipes.outbox else None
 
     def _join_group(self) -> None:
-        """Stage 0 holds the group's store and reports its port to the controller, which sends it to all others."""
+        """Joins the process group whose stages send rows to each other. Stage 0 holds the group's store, on a port that
+        the system chooses, and reports it to the controller, which sends it to all others."""
         spec = self._spec
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if self._on_gpu:
             torch.cuda.set_device(self._decoder.device)
+        port = 0 if spec.is_first else int.from_bytes(self._pipes.control.recv_bytes(), "little")
+        store = TCPStore("127.0.0.1", port, spec.num_stages, is_master=spec.is_first, wait_for_workers=False)
         if spec.is_first:
-            store = host_store(spec.num_stages)
             self._report(Header(Kind.READY, value=store.port))
-        else:
-            port = int.from_bytes(self._pipes.control.recv_bytes(), "little")
-            store = find_store(port, spec.num_stages)
-        limit_s = LOAD_TIMEOUT_S + spec.timeout_s  # more than the controller's, which finds out who is at fault
-        join_group(store, spec.transport, spec.index, spec.num_stages, limit_s)
+        dist.init_process_group(
+            backend=spec.transport,
+            store=store,
+            rank=spec.index,
+            world_size=spec.num_stages,
+            timeout=timedelta(seconds=LOAD_TIMEOUT_S + spec.timeout_s),  # more than the controller's, which names who
+        )
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:
         spec, decoder = self._spec, self._decoder
@@ -208,10 +207,7 @@ class _Stage:
         self._spans.clear()
         self._epoch, self._greedy = header.epoch, bool(header.flag)
         self._cache = decoder.new_cache(header.value, spec.layers)
-        if spec.is_first:
-            rows_SM = decoder.embed(decoder.ids(np.frombuffer(payload, np.int64).tolist()))
-        else:
-            rows_SM = self._inbox.rows(header, payload)
+        rows_SM = self._rows(header, payload)
         rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.hidden_indices)
         if self._outbox is not None:
             self._outbox.send(header._replace(num_rows=len(rows_SM)), rows_SM)
@@ -220,10 +216,7 @@ class _Stage:
     def _run_node(self, header: Header, payload: bytes) -> None:
         spec, decoder, cache = self._spec, self._decoder, self._cache
         assert cache is not None
-        if spec.is_first:
-            rows_SM = decoder.embed(decoder.ids((header.value,)))
-        else:
-            rows_SM = self._inbox.rows(header, payload)
+        rows_SM = self._rows(header, payload)
         if self._is_stale(header):
             return
         cache.rollback(header.position)
@@ -256,6 +249,13 @@ class _Stage:
         if spec.is_last or header.flag or spec.hidden_indices:
             self._report_result(header, states, logits)
         self._record_span(HOST, computed, time.perf_counter_ns(), header)
+
+    def _rows(self, header: Header, payload: bytes) -> Tensor:
+        """The rows that a message brings, `[S, M]`; stage 0 embeds the token ids that it is sent."""
+        if not self._spec.is_first:
+            return self._inbox.rows(header, payload)
+        ids = np.frombuffer(payload, np.int64).tolist() if header.kind == Kind.PROMPT else (header.value,)
+        return self._decoder.embed(self._decoder.ids(ids))
 
     def _logits(self, rows_1M: Tensor) -> Tensor:
         """Logits `[V]`, or their argmax `[]` where that is enough, after the device has computed them."""

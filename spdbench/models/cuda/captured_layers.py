@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.layer_ops import Geometry, TorchOps
+from spdbench.models.layer_ops import Geometry, LayerOps, fold_heads, unfold_heads
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
 
@@ -53,7 +53,7 @@ class CapturedLayers:
     ) -> None:
         self._weights = weights
         self._group = geometry.num_heads // geometry.num_kv_heads
-        self._ops = TorchOps(geometry)
+        self._ops = LayerOps(geometry)
         self._cos_PD, self._sin_PD = rotary.tables(kv_cache.capacity)
         self._cache = kv_cache
         self._windows = {layer.window for layer in weights.values()}
@@ -134,7 +134,7 @@ def _added_mask(seen_SB: Tensor, group: int) -> Tensor:
 
 def captured_layer(
     weights: LayerWeights,
-    ops: TorchOps,
+    ops: LayerOps,
     inputs_SI: Tensor,
     hidden_SM: Tensor,
     keys_KTD: Tensor,
@@ -159,22 +159,15 @@ def attend_masked(queries_SHD: Tensor, keys_KBD: Tensor, values_KBD: Tensor, mas
     Two plain matrix products: with a mask, the fused attention kernels do not split the slots of a few rows over the
     processors of a GPU. `widen`: the device multiplies 16-bit matrices into a float32 result.
     """
-    num_rows, num_heads, head_dim = queries_SHD.shape
-    num_kv = keys_KBD.shape[0]
-    group = num_heads // num_kv
-    folded_KRD = (
-        queries_SHD.reshape(num_rows, num_kv, group, head_dim)
-        .permute(1, 2, 0, 3)
-        .reshape(num_kv, group * num_rows, head_dim)
-    )
+    folded_KRD = fold_heads(queries_SHD, keys_KBD.shape[0])
     keys_KDB = keys_KBD.transpose(1, 2)
     if widen:
         scores_KRB = torch.bmm(folded_KRD, keys_KDB, out_dtype=torch.float32)
     else:
         scores_KRB = torch.bmm(folded_KRD.float(), keys_KDB.float())
-    shares_KRB = torch.add(mask_RB, scores_KRB, alpha=head_dim**-0.5).softmax(dim=-1)
+    shares_KRB = torch.add(mask_RB, scores_KRB, alpha=queries_SHD.shape[-1] ** -0.5).softmax(dim=-1)
     out_KRD = torch.bmm(shares_KRB.to(values_KBD.dtype), values_KBD)
-    return out_KRD.view(num_kv, group, num_rows, head_dim).permute(2, 0, 1, 3).reshape(num_rows, num_heads * head_dim)
+    return unfold_heads(out_KRD, len(queries_SHD))
 
 
 @cache

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.decoder import Decoder
-from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, TorchOps, has_cpu_kernels
+from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, has_cpu_kernels
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import array
@@ -49,7 +49,7 @@ class Slots:
         self.lengths = [0] * num_slots
         self._decoder = decoder
         compiled = has_cpu_kernels(dtype, device)
-        self._ops: LayerOps = CpuOps(geometry, dtype) if compiled else TorchOps(geometry)
+        self._ops: LayerOps = CpuOps(geometry, dtype) if compiled else LayerOps(geometry)
         attention = _CpuAttention if compiled else _TorchAttention
         self._attention = attention(geometry, decoder.rotary, keys, values)
 
@@ -119,7 +119,7 @@ class _TorchAttention:
     """Attention of all slots at once, padded to the longest."""
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        self._ops, self._rotary = TorchOps(geometry), rotary
+        self._ops, self._rotary = LayerOps(geometry), rotary
         self._num_heads = geometry.num_heads
         self._keys, self._values = keys, values
         self._slots = torch.arange(keys.shape[1], device=keys.device)

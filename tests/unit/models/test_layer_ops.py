@@ -20,7 +20,6 @@ from spdbench.models.layer_ops import (
     HeadNorms,
     LayerOps,
     NormWeight,
-    TorchOps,
     has_cpu_kernels,
     rms_norm,
 )
@@ -68,7 +67,7 @@ def test_norms_equal_what_is_written_down(dtype: torch.dtype, shape: tuple[int, 
 
 def test_a_row_of_zeros_stays_finite() -> None:
     zeros, ones = torch.zeros(1, 8), NormWeight(torch.ones(8))
-    for ops in (TorchOps(geometry()), CpuOps(geometry(), torch.float32)):
+    for ops in (LayerOps(geometry()), CpuOps(geometry(), torch.float32)):
         assert ops.norm(zeros, ones).tolist() == [[0.0] * 8]
 
 
@@ -77,7 +76,7 @@ def test_a_row_of_zeros_stays_finite() -> None:
 def test_gates_equal_what_is_written_down(dtype: torch.dtype, rows: int) -> None:
     both = (tensor(rows, 50) * 8).to(dtype)
     expected = functional.silu(both[:, :25].float()) * both[:, 25:].float()
-    near(TorchOps(geometry()).gate(both), expected)
+    near(LayerOps(geometry()).gate(both), expected)
     near(CpuOps(geometry(), dtype).gate(both), expected)
 
 
@@ -110,13 +109,13 @@ def test_compiled_attention_equals_torchs(
 ) -> None:
     chunks = [7, 1, 4, 1, 5]
     found = run(CpuOps(geometry(), dtype), dtype, chunks, window, norms, tree)
-    for mine, theirs in zip(found, run(TorchOps(geometry()), dtype, chunks, window, norms, tree), strict=True):
+    for mine, theirs in zip(found, run(LayerOps(geometry()), dtype, chunks, window, norms, tree), strict=True):
         near(mine, theirs)
 
 
-@pytest.mark.parametrize("make", [TorchOps, lambda sizes: CpuOps(sizes, torch.float32)])
+@pytest.mark.parametrize("make", [LayerOps, lambda sizes: CpuOps(sizes, torch.float32)])
 @pytest.mark.parametrize("window", [None, 3])
-def test_a_trees_branch_equals_the_same_tokens_in_a_row(make: type[TorchOps], window: int | None) -> None:
+def test_a_trees_branch_equals_the_same_tokens_in_a_row(make: type[LayerOps], window: int | None) -> None:
     """Row 4 of the tree (path 0, 2, 4) against a chain of those three rows."""
     sizes = geometry()
     qkv = tensor(5, 80, seed=1)
@@ -131,10 +130,10 @@ def test_a_trees_branch_equals_the_same_tokens_in_a_row(make: type[TorchOps], wi
     near(after_prompt(qkv, TREE)[[0, 2, 4]], after_prompt(qkv[[0, 2, 4]].clone(), None))
 
 
-@pytest.mark.parametrize("make", [TorchOps, lambda sizes: CpuOps(sizes, torch.float32)])
+@pytest.mark.parametrize("make", [LayerOps, lambda sizes: CpuOps(sizes, torch.float32)])
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_tree_that_grows_level_by_level_equals_one_that_comes_at_once(
-    make: type[TorchOps], window: int | None
+    make: type[LayerOps], window: int | None
 ) -> None:
     sizes, angles = geometry(), rotary(8, torch.float32)
     qkv, prompt = tensor(5, 80, seed=1), tensor(6, 80, seed=2)
