@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import click
 
 from spdbench import __version__
 from spdbench.cli.terminal import Terminated
+from spdbench.console import printable
 from spdbench.errors import FULL, InputError, SpdbenchError, did_you_mean
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -92,10 +94,12 @@ def run(args: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except SpdbenchError as error:
-        click.echo(f"Error: {error}", err=True)
+        click.echo(f"Error: {printable(str(error))}", err=True)
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        click.echo(printable(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo("Interrupted.", err=True)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Self
 
-from spdbench.cli.terminal import CLEAR, say
+from spdbench.console import CLEAR, say
 from spdbench.judge.results.schema import Run
 
 SECONDS_BETWEEN_LINES = 10.0

@@ -1,21 +1,12 @@
-"""The process at its terminal: notes on stderr, and Ctrl-C and SIGTERM as one kind of interruption."""
+"""Ctrl-C and SIGTERM as one kind of interruption."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-CLEAR = "\r\033[K"
-"""Removes what is in the terminal's current line, such as a progress bar."""
-
-
-def say(line: str) -> None:
-    """A line on stderr, in place of a progress bar."""
-    print(f"{CLEAR}{line}" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
 
 
 class Terminated(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("spdbench", "spdbench_backends")
 
-BASE = {"types", "errors"}
+BASE = {"types", "errors", "console"}
 ENGINE = {"models", "decoding", "pipeline"}
 HARNESS = {"prompts", "measure", "judge", "render"}
 
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "version": set[str](),
     "types": set[str](),
     "errors": set[str](),
+    "console": set[str](),
     "hub": set[str](),
     "append_log": {"errors"},
     "backend": BASE,
@@ -50,7 +51,7 @@ WIRING = (
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 
-NO_TORCH = {"version", "types", "errors", "hub", "append_log", "backend", "prompts", "judge", "render"}
+NO_TORCH = {"version", "types", "errors", "console", "hub", "append_log", "backend", "prompts", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 

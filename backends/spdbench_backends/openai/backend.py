@@ -17,9 +17,11 @@ from typing import ClassVar, cast
 from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions
+from spdbench.console import say
 from spdbench.errors import BackendLostError, InputError, PromptFailedError
 from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, GenerationRequest, Span, Step
-from spdbench_backends.openai.client import BrokenError, RefusedError, Server, UnreachableError, parse_address
+from spdbench_backends.openai.chunks import FINISHES
+from spdbench_backends.openai.client import BrokenError, RefusedError, Server, UnreachableError, one_line, parse_address
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import (
     WAY_TITLES,
@@ -31,7 +33,7 @@ from spdbench_backends.openai.counting import (
     missing_measurements,
 )
 from spdbench_backends.openai.endpoint import BUSY, Endpoint, NotStreamedError, describe_refusal
-from spdbench_backends.openai.exchange import Exchange
+from spdbench_backends.openai.exchange import MAX_WAIT_S, Exchange
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PERMANENT = frozenset({401, 403, 404})
@@ -71,6 +73,7 @@ class OpenAI:
         self._server: Server | None = None
         self._local = threading.local()
         self._closed = False
+        self._said: set[str] = set()
 
     @property
     def concurrency(self) -> int:
@@ -144,8 +147,12 @@ class OpenAI:
             raise self._error_of_unreachable(error, exchange) from None
         except (BrokenError, NotStreamedError) as error:
             raise PromptFailedError(str(error)) from None
-        if exchange.num_tokens == 0 or (exchange.finish is None and exchange.num_tokens < request.max_new_tokens):
-            raise PromptFailedError(f"the server stopped after {exchange.num_tokens} tokens, and did not say why")
+        word = exchange.finish_word
+        if exchange.num_tokens == 0:
+            raise PromptFailedError(f"the server's answer is empty; its finish_reason is {word or 'missing'}")
+        if word not in FINISHES:
+            how = f"with finish_reason {word!r}" if word else "without a finish_reason"
+            self._say_once(f"answers end {how}, which is taken for an end by themselves")
         if exchange.finish == "length" and exchange.num_tokens < request.max_new_tokens and self._way != "chunks":
             raise PromptFailedError(
                 f"the server cut the answer after {exchange.num_tokens} of {request.max_new_tokens} tokens: its "
@@ -160,7 +167,8 @@ class OpenAI:
         num_prompt_tokens = exchange.num_prompt_tokens
         if num_prompt_tokens is None and self._context.tokenizer is None:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
-        return EngineReport("".join(exchange.parts), exchange.finish, num_prompt_tokens, drafts)
+        text = self._loaded_server().without_key("".join(exchange.parts))
+        return EngineReport(text, exchange.finish, num_prompt_tokens, drafts)
 
     def spans(self) -> Sequence[Span]:
         return ()
@@ -191,13 +199,22 @@ class OpenAI:
             time.sleep(COUNTERS_PAUSE_S)
         return after
 
+    def _say_once(self, oddity: str) -> None:
+        """Says what is odd about a server that is measured all the same."""
+        if oddity not in self._said:
+            self._said.add(oddity)
+            say(f"NOTE: {self._context.label}: {one_line(oddity)}.")
+
     def _error_of_refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
         if refusal.status not in BUSY:
             error = str(describe_refusal(self._context.label, self._endpoint.model, refusal))
             return BackendLostError(error) if refusal.status in PERMANENT else PromptFailedError(error)
         if exchange.tries > self._options.retries or self._closed:
             return PromptFailedError(f"the server refused it {exchange.tries} times, the last time with {refusal}")
-        return exchange.repeat_later(str(refusal), refusal.retry_after_s)
+        later = exchange.repeat_later(str(refusal), refusal.retry_after_s)
+        if later.wait_s > MAX_WAIT_S:
+            self._say_once(f"the server asks to wait, for {later.wait_s:.0f} s at first; no wait is timed")
+        return later
 
     def _error_of_unreachable(self, error: UnreachableError, exchange: Exchange) -> Exception:
         if exchange.tries > self._options.retries or self._closed:

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from spdbench.types import UNKNOWN_ID
+from spdbench.types import UNKNOWN_ID, FinishReason
 from spdbench_backends.openai.client import MALFORMED, BrokenError, error_message
 
-DATA, DONE = b"data:", b"[DONE]"
+DATA, EVENT, DONE = b"data:", b"event:", b"[DONE]"
 ID_PREFIX = "token_id:"
+FINISHES: Mapping[str, FinishReason] = {
+    "stop": "eos",
+    "length": "length",
+    "eos_token": "eos",  # this and the next are TGI's
+    "stop_sequence": "eos",
+    "eos": "eos",
+    "end_turn": "eos",
+    "max_tokens": "length",
+    "model_length": "length",
+}
+"""What servers call the end of an answer, in lower case."""
+BROKEN_OFF = frozenset({"error", "content_filter", "abort", "cancelled", "timeout", "insufficient_system_resource"})
+NOT_FINISHED = frozenset({"", "null", "none", "not_finished"})
+"""Finish reasons that say that there is none yet."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,8 @@ class Chunk:
 
     `text` is part of the answer, `thought` of the reasoning before it. `ids` are the chunk's tokens as the server lists
     them, `listed` those that it lists with log-probabilities, `UNKNOWN_ID` where they have no id there. The two numbers
-    of tokens count from the start of the request.
+    of tokens count from the start of the request, `thought_tokens` those of thoughts. `finish` is the server's word
+    for why the answer ended, in lower case.
     """
 
     text: str = ""
@@ -29,6 +44,7 @@ class Chunk:
     listed: tuple[int, ...] | None = None
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
+    thought_tokens: int = 0
     finish: str | None = None
 
     @property
@@ -42,50 +58,75 @@ class Chunk:
 
 
 def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str]) -> Iterator[Chunk]:
-    """The events of a stream, to its end, with the server's texts passed through `without_key`.
+    """The events of a stream, to its end, with the server's reasons passed through `without_key`.
+
+    An answer ends with `[DONE]` or with a chunk that has a finish reason. Some servers have a word in that place from
+    the first chunk on, so an unknown word is no reason once text has followed it.
 
     Raises:
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
-    finished = False
+    is_error, word, not_ends = False, "", set[str]()
     for line in lines:
-        if not line.startswith(DATA):
-            continue
+        if not line or line.startswith(EVENT):
+            is_error = line.removeprefix(EVENT).strip() == b"error"
         data = line.removeprefix(DATA).strip()
+        if not line.startswith(DATA) or not data or data.startswith(b":"):  # a comment is not always sent as one
+            continue
         if data == DONE:
             return
-        chunk = _chunk(data, without_key)
-        finished = finished or chunk.finish is not None
+        chunk = _chunk(data, is_error, without_key)
+        if chunk.has_text and word:
+            not_ends |= {word} - FINISHES.keys()
+            word = ""
+        if chunk.finish in not_ends:
+            chunk = replace(chunk, finish=None)
+        word = chunk.finish or word
         yield chunk
-    if not finished:
+    if not word:
         raise BrokenError("the server ended in the middle of its answer")
 
 
-def _chunk(data: bytes, without_key: Callable[[str], str]) -> Chunk:
+def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Chunk:
+    """One event; `is_error` if the server calls it an error."""
+    text = data.decode(errors="replace")
     try:
-        event = json.loads(data)
-        if event.get("error"):
-            message = error_message(json.dumps(event), without_key)
-            raise BrokenError(f"the server failed in the middle of its answer: {message}")
-        usage = event.get("usage") or {}
-        choices = event.get("choices") or [{}]
-        return _chunk_of_choice(choices[0], usage, without_key)
+        event = {} if is_error else json.loads(text)
+        choice = (event.get("choices") or [{}])[0]
+        bare = "choices" not in event and isinstance(event.get("message") or event.get("detail"), str)
+        is_error = is_error or bare or "error" in (event.get("object"), event.get("type"))
+        if not (is_error or event.get("error") or choice.get("error")):
+            return _chunk_of_choice(choice, event.get("usage") or choice.get("usage") or {}, without_key)
     except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
+    message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
+    raise BrokenError(f"the server failed in the middle of its answer: {message}")
 
 
 def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], without_key: Callable[[str], str]) -> Chunk:
     delta = choice.get("delta") or {}
     ids, listed, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
+    word = without_key(str(finish or "")).lower()
+    content = choice.get("text") or delta.get("content")
+    thoughts = (delta.get("reasoning_content") or delta.get("reasoning"), _text(content, "thinking"))
+    details = usage.get("completion_tokens_details") or {}
     return Chunk(
-        text=without_key(str(choice.get("text") or delta.get("content") or "")),
-        thought=str(delta.get("reasoning_content") or delta.get("reasoning") or ""),
+        text=_text(content, "text"),
+        thought="".join(str(thought) for thought in thoughts if thought),
         ids=None if ids is None else tuple(map(_number, ids)),
         listed=None if listed is None else _listed_tokens(listed),
         completion_tokens=_number_or_none(usage.get("completion_tokens")),
         prompt_tokens=_number_or_none(usage.get("prompt_tokens")),
-        finish=without_key(str(finish)) if finish else None,
+        thought_tokens=_number_or_none(details.get("reasoning_tokens")) or 0,
+        finish=None if word in NOT_FINISHED else word,
     )
+
+
+def _text(content: Any, kind: str) -> str:
+    """The parts of this kind, `text` or `thinking`, of a content that is text, or a list of parts."""
+    if isinstance(content, list):
+        return "".join(_text(part.get(kind), "text") for part in content)
+    return str(content or "") if kind == "text" else ""
 
 
 def _number(value: Any) -> int:

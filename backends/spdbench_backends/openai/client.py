@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import socket
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,23 +19,40 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from threading import Lock
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_LINE_BYTES = 2**20
 MAX_BODY_BYTES = 2**24
 MAX_MESSAGE_CHARS = 300
 HIDDEN = "***"
+MIDDLE = " in the middle of its answer"
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What may be raised when a server's JSON does not have the expected form."""
 
 
 class UnreachableError(Exception):
-    """The server did not take the request: unknown host, closed port, connection dropped before any answer."""
+    """The server did not take the request: unknown host, closed port, connection dropped before any answer. `remedy` is
+    what to do about it."""
+
+    remedy = "start it, or correct the address"
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error) or type(error).__name__)
+        if isinstance(error, ssl.SSLCertVerificationError):
+            self.args = (f"its certificate is not trusted: {error.verify_message}",)
+            self.remedy = CERTIFICATE_REMEDIES.get(error.verify_code, OWN_CERTIFICATE)
+        elif isinstance(error, ssl.SSLError):
+            self.remedy = "if it does not use TLS, the address begins with http://"
 
 
 class BrokenError(Exception):
     """An answer ended in the wrong way: silence, a lost connection, something that is not HTTP."""
+
+
+class SilentError(BrokenError):
+    """The server sent nothing useful within its time limit."""
 
 
 class RefusedError(Exception):
@@ -57,6 +76,18 @@ class Address:
 
 
 NO_ADDRESS = "is not an address; expected http://HOST:PORT/v1"
+OWN_CERTIFICATE = (
+    "if it is the server's own, set the environment variable SSL_CERT_FILE to the file (PEM) with that certificate or "
+    "with the one that signed it"
+)
+OTHER_NAME = "give the address by a name that the certificate holds"
+CERTIFICATE_REMEDIES = {
+    9: "check this machine's clock",  # not valid yet
+    10: "renew the certificate, or check this machine's clock",  # expired
+    62: OTHER_NAME,
+    64: OTHER_NAME,  # of an IP address
+}
+"""What to do about a certificate by OpenSSL's code, X509_V_ERR_*; `OWN_CERTIFICATE` for all others."""
 
 
 def parse_address(url: str) -> Address:
@@ -66,16 +97,27 @@ def parse_address(url: str) -> Address:
         ValueError: it cannot be used. The message does not repeat it, since it may hold a password.
     """
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # as the resolver does; a UnicodeError is a ValueError
     except ValueError:
         raise ValueError(NO_ADDRESS) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^\s\x00-\x20\x7f]+", host):
         raise ValueError(NO_ADDRESS)
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError("holds more than an address; a key goes into the environment variable OPENAI_API_KEY")
     secure = parts.scheme == "https"
-    return Address(secure, parts.hostname, port or (443 if secure else 80), parts.path.rstrip("/"))
+    path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~", errors="replace")
+    return Address(secure, host, port or (443 if secure else 80), path)
+
+
+def unused_proxy(address: Address) -> str:
+    """A sentence on the proxy that the environment has for `address`; empty if there is none."""
+    names = getproxies()
+    found = names.get("https" if address.secure else "http") or names.get("all")
+    if not found or proxy_bypass(f"{address.host}:{address.port}"):
+        return ""
+    return " The proxy of the environment is not used, as it would be timed too: forward a local port to the server."
 
 
 class Server:
@@ -103,7 +145,7 @@ class Server:
             connection.connect()
         except OSError as error:
             connection.close()
-            raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
+            raise UnreachableError(error) from None
         connection.sock.settimeout(self.timeout_s)
         with self._lock:
             self._sockets.add(connection.sock)
@@ -124,11 +166,14 @@ class Server:
         return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
 
     def without_key(self, text: str) -> str:
-        """Text from the server with `***` for the key, plain or as JSON escapes it, and without lone surrogates, which
-        cannot be written to a file."""
+        """Text from the server with `***` for the key, plain or as JSON escapes it. Halves of surrogate pairs, which
+        cannot be written to a file, are joined where both are there; `?` stands for others."""
         for form in self._forms_of_key:
             text = text.replace(form, HIDDEN)
-        return text if text.isascii() else text.encode(errors="replace").decode()
+        if text.isascii():
+            return text
+        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return joined.encode(errors="replace").decode()
 
     def forget(self, used: socket.socket) -> None:
         with self._lock:
@@ -144,6 +189,7 @@ class Server:
 
 class Incoming(io.RawIOBase):
     """Reads from a socket until a deadline. Data that comes in does not extend the deadline; only `renew` does.
+    `is_alive` is true if any came in since then.
 
     Replaces the socket inside `HTTPConnection`.
     """
@@ -156,6 +202,7 @@ class Incoming(io.RawIOBase):
 
     def renew(self) -> None:
         self._deadline = time.monotonic() + self._timeout_s
+        self.is_alive = False
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -168,7 +215,9 @@ class Incoming(io.RawIOBase):
         if left <= 0:
             raise TimeoutError
         self._socket.settimeout(left)
-        return self._socket.recv_into(buffer)
+        count = self._socket.recv_into(buffer)
+        self.is_alive = self.is_alive or count > 0
+        return count
 
     def close(self) -> None:
         """Does nothing, since `HTTPConnection` closes its socket before the answer has been read from it."""
@@ -198,10 +247,10 @@ class Connection:
             self._connection.request(method, path, text, self._server.headers())
             response = self._connection.getresponse()
         except TimeoutError:
-            raise BrokenError(f"the server said nothing for {self._server.timeout_s:g} s") from None
+            raise self._silence() from None
         except OSError as error:  # includes a dropped connection
-            raise UnreachableError(error.strerror or str(error) or type(error).__name__) from None
-        except HTTPException as error:
+            raise UnreachableError(error) from None
+        except (HTTPException, *MALFORMED) as error:
             raise BrokenError(f"the server does not speak HTTP ({type(error).__name__})") from None
         if response.status != 200:
             raise self._refusal(response)
@@ -212,11 +261,19 @@ class Connection:
         """Restarts the server's time limit, after it has sent something useful."""
         self._incoming.renew()
 
+    def _silence(self, where: str = "") -> SilentError:
+        """The error for a server whose time is over; `where` it was, with a space in front."""
+        what = "only kept the connection alive" if self._incoming.is_alive else "said nothing"
+        limit = f"{self._server.timeout_s:g} s"
+        return SilentError(f"the server {what} for {limit}{where}; if it needs longer to begin, raise timeout_s")
+
     def body(self, response: HTTPResponse) -> bytes:
         """The whole body of an answer."""
         try:
             return response.read(MAX_BODY_BYTES)
-        except (OSError, HTTPException) as error:
+        except TimeoutError:
+            raise self._silence(MIDDLE) from None
+        except (OSError, HTTPException, *MALFORMED) as error:
             raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
 
     def lines(self, response: HTTPResponse) -> Iterator[bytes]:
@@ -229,9 +286,8 @@ class Connection:
             try:
                 line = response.readline(MAX_LINE_BYTES)
             except TimeoutError:
-                timeout_s = self._server.timeout_s
-                raise BrokenError(f"the server said nothing for {timeout_s:g} s in the middle of its answer") from None
-            except (OSError, HTTPException, ValueError) as error:
+                raise self._silence(MIDDLE) from None
+            except (OSError, HTTPException, *MALFORMED) as error:
                 raise BrokenError(
                     f"the connection was lost in the middle of the answer ({_error_name(error)})"
                 ) from None
@@ -251,7 +307,7 @@ class Connection:
     def _refusal(self, response: HTTPResponse) -> RefusedError:
         try:
             data = response.read(MAX_LINE_BYTES)
-        except (OSError, HTTPException):
+        except (OSError, HTTPException, *MALFORMED):
             data = b""
         text = data.decode(errors="replace") if len(data) < MAX_LINE_BYTES else ""
         message = error_message(text, self._server.without_key)
@@ -280,7 +336,7 @@ def _retry_after_s(retry_after: str | None) -> float | None:
     """The header `Retry-After` in seconds; it holds seconds or a date. None for anything else."""
     if retry_after is None:
         return None
-    if retry_after.isascii() and retry_after.strip().isdigit():
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after.strip()):
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
@@ -289,4 +345,5 @@ def _retry_after_s(retry_after: str | None) -> float | None:
 
 
 def _error_name(error: Exception) -> str:
+    """The system's words for an error, without its number; else the error's type."""
     return getattr(error, "strerror", None) or type(error).__name__

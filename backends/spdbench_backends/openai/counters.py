@@ -11,13 +11,15 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import ceil
 from typing import NamedTuple
 
 from spdbench.types import DraftCounts
 
 LINE = re.compile(r"^([a-z_]+:[a-z0-9_]+)(?:\{([^}]*)\})?\s+([0-9.eE+-]+)")
-POSITION = re.compile(r'position="([0-9]+)"')
+POSITION = re.compile(r'position="([0-9]{1,4})"')
+MAX_COUNT = 2.0**53
+"""From here on a float does not hold every whole number; no counter gets there."""
 ROUNDS = "vllm:spec_decode_num_drafts_total"
 DRAFTED = "vllm:spec_decode_num_draft_tokens_total"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens_total"
@@ -97,7 +99,7 @@ def parse_counters(text: str) -> Counters:
             value = float(match[3])
         except ValueError:
             continue
-        if not isfinite(value):
+        if not abs(value) < MAX_COUNT:
             continue
         values[match[1]] += value
         if match[1] == BY_POSITION and (place := POSITION.search(match[2] or "")):

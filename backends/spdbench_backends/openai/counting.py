@@ -70,7 +70,7 @@ class Counter:
     def check(self, chunk: Chunk) -> None:
         """Raises `PromptFailedError` if the server reports more tokens than it was asked for."""
         if chunk.completion_tokens is not None:
-            self._stated = chunk.completion_tokens
+            self._stated = max(self._stated or 0, chunk.completion_tokens)  # it may be 0 before and after the answer
             self._refuse_above_limit(self._stated)
 
     def _refuse_above_limit(self, count: int) -> None:

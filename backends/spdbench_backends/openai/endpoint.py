@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, TypeVar
 
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.openai.chunks import Chunk, read_chunks
@@ -18,10 +19,13 @@ from spdbench_backends.openai.client import (
     Connection,
     RefusedError,
     Server,
+    SilentError,
     UnreachableError,
+    one_line,
+    unused_proxy,
 )
 from spdbench_backends.openai.counting import Api, Extras
-from spdbench_backends.openai.exchange import retry_wait_s
+from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
 
 Answer = TypeVar("Answer")
 
@@ -163,6 +167,8 @@ class Endpoint:
                     return ask(connection)
             except UnreachableError as error:
                 raise describe_unreachable(self._label, self._server.address, error) from None
+            except SilentError as error:
+                raise InputError(f"-b {self._label}: {error}") from None
             except BrokenError as error:
                 raise InputError(f"-b {self._label}: {error}; is it a server of OpenAI's protocol?") from None
             except NotStreamedError as error:
@@ -171,7 +177,10 @@ class Endpoint:
                 busy = refusal.status in (BUSY - NOT_UNDERSTOOD)
                 if not busy or tries == self._retries:
                     raise
-                time.sleep(retry_wait_s(tries, refusal.retry_after_s))
+                wait_s = retry_wait_s(tries, refusal.retry_after_s)
+                if wait_s > MAX_WAIT_S:
+                    say(f"NOTE: {self._label}: the server asks to wait {wait_s:.0f} s.")
+                time.sleep(wait_s)
                 tries += 1
 
     def _only_model(self) -> str:
@@ -186,7 +195,7 @@ class Endpoint:
         except (BrokenError, *MALFORMED):
             names = []
         if len(names) != 1 or self._tokenizer is None:  # without -m, results are distinguished by this name
-            present = f"; the server has {', '.join(names)}" if names else ""
+            present = f"; the server has {one_line(', '.join(names))}" if names else ""
             raise InputError(f"-b {self._label}: which model? Give -o {self._label}.model=NAME{present}")
         return names[0]
 
@@ -194,8 +203,8 @@ class Endpoint:
 def describe_unreachable(label: str, address: Address, error: UnreachableError) -> InputError:
     """The error for a user whose server does not answer."""
     return InputError(
-        f"-o {label}.base_url: no server answers at {address.host}:{address.port} ({error}); start it, or correct the "
-        "address"
+        f"-o {label}.base_url: no server answers at {address.host}:{address.port} ({error}); {error.remedy}."
+        f"{unused_proxy(address)}"
     )
 
 

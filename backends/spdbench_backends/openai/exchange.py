@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 
 from spdbench.errors import PromptFailedError, TryAgainError
 from spdbench.types import FinishReason, GenerationRequest, Step
-from spdbench_backends.openai.chunks import Chunk
-from spdbench_backends.openai.client import BrokenError, Connection, one_line
+from spdbench_backends.openai.chunks import BROKEN_OFF, FINISHES, Chunk
+from spdbench_backends.openai.client import BrokenError, Connection
 from spdbench_backends.openai.counters import Counters
 from spdbench_backends.openai.counting import Counter
 
 MAX_WAIT_S = 30.0
+MAX_REQUESTED_WAIT_S = 300.0
 FIRST_WAIT_S = 0.5
-FINISHES: Mapping[str, FinishReason] = {
-    "stop": "eos",
-    "length": "length",
-    "eos_token": "eos",  # this and the next are TGI's
-    "stop_sequence": "eos",
-}
 MAX_TRAILING_CHUNKS = 64
+INLINE_THOUGHTS = ("<", "[", "\u25c1")
+"""How answers begin that hold their thoughts as text, such as `<think>` or `[THINK]`."""
 
 
 class Exchange:
-    """One try of a request, and its outcome; `tries` counts this one and those before it."""
+    """One try of a request, and its outcome; `tries` counts this one and those before it. `finish_word` is the server's
+    own word for why it ended; empty if it gave none."""
 
     def __init__(self, request: GenerationRequest, timeout_s: float) -> None:
         self.request = request
@@ -35,7 +33,8 @@ class Exchange:
         self.connection: Connection | None = None
         self.before: Counters | None = None
         self.parts: list[str] = []
-        self.finish: FinishReason | None = None
+        self.has_thoughts = False
+        self.finish_word = ""
         self.num_prompt_tokens: int | None = None
         self.num_tokens = 0
 
@@ -72,18 +71,30 @@ class Exchange:
                 if number > MAX_TRAILING_CHUNKS or time.monotonic() > until:
                     raise PromptFailedError("the server does not stop after the last token that it was asked for")
 
+    @property
+    def finish(self) -> FinishReason:
+        """Why a whole answer ended: at a limit, or by itself, whatever the server calls that."""
+        return FINISHES.get(self.finish_word, "eos")
+
     def _record(self, chunk: Chunk) -> None:
         self.parts.append(chunk.text)
+        self.has_thoughts = self.has_thoughts or bool(chunk.thought)
         if chunk.prompt_tokens is not None:
             self.num_prompt_tokens = chunk.prompt_tokens
-        if chunk.finish is not None:
-            if chunk.finish not in FINISHES:
-                raise PromptFailedError(
-                    f"the server ended the answer for a reason of its own: {one_line(chunk.finish)}"
-                )
-            self.finish = FINISHES[chunk.finish]
+        if chunk.has_text and self.finish_word not in FINISHES:
+            self.finish_word = ""
+        self.finish_word = chunk.finish or self.finish_word
+        if self.finish_word in BROKEN_OFF:
+            raise PromptFailedError(f"the server broke the answer off: {self.finish_word}")
+        if chunk.thought_tokens and not self.has_thoughts and not "".join(self.parts).startswith(INLINE_THOUGHTS):
+            raise PromptFailedError(
+                f"{chunk.thought_tokens} tokens are thoughts that the server keeps to itself, so its tokens cannot be "
+                "timed; let it send its thoughts, or not think"
+            )
 
 
 def retry_wait_s(tries: int, requested_s: float | None) -> float:
     """How long to wait before the next try: as the server requests, else twice as long each time; limited."""
-    return min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**tries if requested_s is None else requested_s)
+    if requested_s is None:
+        return min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**tries)
+    return min(MAX_REQUESTED_WAIT_S, requested_s)

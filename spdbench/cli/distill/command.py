@@ -24,7 +24,7 @@ from spdbench.cli.distill.prompts import (
     suites_not_found,
 )
 from spdbench.cli.options import COUNT, PATH, WHOLE, TargetOptions, option, takes
-from spdbench.cli.terminal import say
+from spdbench.console import say
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:

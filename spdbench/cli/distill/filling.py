@@ -10,7 +10,8 @@ from contextlib import closing
 
 from spdbench.cli.distill.prompts import PromptConversation
 from spdbench.cli.progress import DataProgress
-from spdbench.cli.terminal import ignore_from_now_on, say, sigterm_interrupts
+from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
+from spdbench.console import say
 from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
 from spdbench.training.datafile import DataFile

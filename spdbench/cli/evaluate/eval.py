@@ -20,7 +20,7 @@ from spdbench.cli.options import (
     parse_labels,
     takes,
 )
-from spdbench.cli.terminal import say
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.judge.results.evaluation import EvalSettings
 

@@ -22,7 +22,8 @@ from spdbench.cli.evaluate.eval import EvalOptions
 from spdbench.cli.evaluate.lm_model import SpdbenchLM, with_ids
 from spdbench.cli.evaluate.lm_tasks import input_error_in, scores_of
 from spdbench.cli.setup import drafter_record, find_backends, find_devices, load_model, model_record, require_writable
-from spdbench.cli.terminal import say, sigterm_interrupts
+from spdbench.cli.terminal import sigterm_interrupts
+from spdbench.console import say
 from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal

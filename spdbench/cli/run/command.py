@@ -24,7 +24,7 @@ from spdbench.cli.options import (
     parse_labels,
     takes,
 )
-from spdbench.cli.terminal import say
+from spdbench.console import say
 from spdbench.errors import InputError, NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox

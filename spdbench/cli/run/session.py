@@ -22,7 +22,8 @@ from spdbench.append_log import first_difference
 from spdbench.backend import Backend
 from spdbench.cli.progress import RunProgress
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable
-from spdbench.cli.terminal import ignore_from_now_on, say, sigterm_interrupts
+from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
+from spdbench.console import say
 from spdbench.decoding.audit import classify_difference
 from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.comparison.compare import compare

@@ -13,8 +13,8 @@ import torch
 
 from spdbench.cli.progress import TrainingProgress
 from spdbench.cli.setup import find_devices, load_model
-from spdbench.cli.terminal import say
 from spdbench.cli.train.command import TrainOptions
+from spdbench.console import say
 from spdbench.errors import FULL, InputError
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import cache_folder

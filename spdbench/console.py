@@ -1,0 +1,42 @@
+"""What reaches the terminal: notes on stderr, and text from outside with nothing in it that a terminal obeys."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+CLEAR = "\r\033[K"
+"""Removes what is in the terminal's current line, such as a progress bar."""
+MAX_CHARS = 8000
+HARMLESS = "\t\u200c\u200d"
+"""A tab, and the joiners that some scripts and emoji need."""
+
+
+def printable(text: str, *, one_line: bool = False) -> str:
+    """`text` with escapes such as `\\x1b` for control characters, halves of surrogate pairs, and marks that change the
+    direction of text. Line breaks stay, unless it has to be `one_line`. Text of a megabyte is cut.
+
+    Labels, names, keys, file names, and messages of servers and libraries hold what others wrote. Escape sequences in
+    them would be obeyed by a terminal, and line breaks would leave a table's row or a comment.
+    """
+    if len(text) > MAX_CHARS:
+        text = f"{text[:MAX_CHARS]}... ({len(text):,} characters)"
+    kept = HARMLESS if one_line else HARMLESS + "\n"
+    if text.isprintable():
+        return text
+    return "".join(char if char in kept or not _is_obeyed(char) else _escape(char) for char in text)
+
+
+def _is_obeyed(char: str) -> bool:
+    category = unicodedata.category(char)
+    return category[0] == "C" or category in ("Zl", "Zp")  # controls, and separators of lines and paragraphs
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
+
+
+def say(line: str) -> None:
+    """A line on stderr, in place of a progress bar."""
+    shown = printable(line)
+    print(f"{CLEAR}{shown}" if sys.stderr.isatty() else shown, file=sys.stderr, flush=True)
