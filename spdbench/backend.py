@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from spdbench.errors import InputError, did_you_mean, first_problem
+from spdbench.errors import InputError
+from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
 from spdbench.types import BackendKind, EngineReport, GenerationRequest, Measurement, Span, Step
 
 if TYPE_CHECKING:
@@ -22,13 +21,8 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "spdbench.backends"
 
 
-class BackendOptions(BaseModel):
-    """Base of a backend's `Options`: frozen, typed, and strict about unknown keys.
-
-    Give every field a default and a `description`: both are shown by `spdbench backends`.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+class BackendOptions(PluginOptions):
+    """Base of a backend's `Options`: its defaults and descriptions are shown by `spdbench backends`."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +153,7 @@ def concurrency_of(backend: Backend) -> int:
 
 def installed_backends() -> dict[str, EntryPoint]:
     """Entry points of every installed backend by name, sorted. Nothing is imported."""
-    return {point.name: point for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: p.name)}
+    return installed(ENTRY_POINT_GROUP)
 
 
 def find_backend(name: str) -> type[Backend]:
@@ -168,15 +162,8 @@ def find_backend(name: str) -> type[Backend]:
     Raises:
         InputError: no backend has that name, or its package does not fit `Backend`.
     """
-    installed = installed_backends()
-    if name not in installed:
-        raise InputError(f"unknown backend '{name}'{did_you_mean(name, installed)}")
-    try:
-        found = installed[name].load()
-    except Exception as error:  # a third party's package may fail in any way
-        raise InputError(
-            f"backend '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    points = installed_backends()
+    found = find_class("backend", name, points)
     missing = [
         word
         for word in ("kind", "Options", "load", "describe", "prepare", "generate", "spans", "close")
@@ -184,7 +171,7 @@ def find_backend(name: str) -> type[Backend]:
     ]
     if missing:
         raise InputError(
-            f"backend '{name}' ({installed[name].value}) lacks {', '.join(missing)}: see spdbench.backend.Backend"
+            f"backend '{name}' ({points[name].value}) lacks {', '.join(missing)}: see spdbench.backend.Backend"
         )
     return cast(type[Backend], found)
 
@@ -195,13 +182,4 @@ def parse_options(label: str, options: type[BackendOptions], given: Mapping[str,
     Raises:
         InputError: a key that the backend does not know, or a value of the wrong type; names both and what is allowed.
     """
-    known = options.model_fields
-    for key in given:
-        if key not in known:
-            raise InputError(f"-o {label}.{key}: unknown option{did_you_mean(key, known)}")
-    try:
-        return options.model_validate(dict(given))
-    except ValidationError as error:
-        loc, reason = first_problem(error)
-        key = loc[0] if loc else "?"
-        raise InputError(f"-o {label}.{key}={given.get(key, '')}: {reason}") from None
+    return parse_keys(f"{label}.", options, given)

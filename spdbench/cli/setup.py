@@ -36,22 +36,18 @@ class BackendSpec:
 
     def record(self, backend: Backend) -> BackendRecord:
         """What a result says of the loaded `backend`."""
-        info = backend.describe()
+        info = vars(backend.describe()).copy()
+        del info["drafter"]
         return BackendRecord(
             name=self.name,
             label=self.label,
             kind=backend.kind,
             options=self.options.model_dump(mode="json"),
-            devices=list(info.devices),
-            num_devices=len(info.devices),
+            num_devices=len(info["devices"]),
             lossy=not backend.lossless,
-            lanes=info.lanes,
-            lane_bytes=list(info.lane_bytes),
-            stage_layers=list(info.stage_layers),
-            chosen=dict(info.chosen),
-            kernels=info.kernels,
-            unknown=list(info.missing_measurements),
-            other_model=info.other_model,
+            lanes=len(info["lane_bytes"]),
+            unknown=info.pop("missing_measurements"),
+            **info,
         )
 
 
@@ -98,6 +94,12 @@ def require_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise Journal.write_error(folder, error) from None
+
+
+def result_path(folder: Path, work: str, label: str, model_id: str, name: str | None) -> Path:
+    """Where what `label` did of a suite or of tasks goes; `name` tells runs apart."""
+    parts = [work, label, model_id.replace("/", "-"), name]
+    return folder / f"{'__'.join(filter(None, parts))}.json"
 
 
 def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
-from spdbench.judge.results.schema import Run
+from spdbench.judge.results.schema import Run, RunKey
 
 MAGIC = "spdbench.journal/1"
 RUN_START = b'{"run":'
-RunKey = tuple[str, int, int]
 Outcome = Literal["identical", "tie", "near_tie", "real", "unclassified"]
 
 

@@ -13,10 +13,9 @@ import numpy as np
 from spdbench.backend import Backend
 from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
-from spdbench.judge.results.schema import Drafts, Run, Steps
+from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
 from spdbench.measure.clock import Measurement, measure
 from spdbench.measure.energy import EnergyMeter
-from spdbench.measure.journal import RunKey
 from spdbench.measure.privacy import without_secrets
 from spdbench.types import UNKNOWN_ID, EngineReport, GenerationRequest, Prompt
 

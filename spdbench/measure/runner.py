@@ -12,15 +12,15 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
 from spdbench.errors import BackendLostError, PromptFailedError, SpdbenchError
-from spdbench.judge.results.schema import Run
+from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
-from spdbench.measure.journal import Journal, Outcome, RunKey
+from spdbench.measure.journal import Journal, Outcome
 from spdbench.measure.request_turn import RequestTurn, StoppedError, attempt, failed_run, measure_when_ready
 from spdbench.types import GenerationRequest, Message, Prompt, Sampling
 
@@ -39,6 +39,13 @@ class Workload:
     repeats: int
     warmup: int
     context_limit: int
+
+    @property
+    def decoding(self) -> DecodingInfo:
+        """The settings of decoding as results record them."""
+        return DecodingInfo(
+            max_new_tokens=self.max_new_tokens, seed=self.seed, eos_ids=sorted(self.eos_ids), **asdict(self.sampling)
+        )
 
     def keys_of(self, prompt: Prompt) -> list[RunKey]:
         """Every request of one conversation, in order."""

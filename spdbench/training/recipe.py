@@ -11,25 +11,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from itertools import zip_longest
 from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from spdbench.errors import InputError, did_you_mean, first_problem
+from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
+from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
 
 ENTRY_POINT_GROUP = "spdbench.recipes"
 
 
-class RecipeOptions(BaseModel):
-    """The `-o` keys of a recipe; subclasses add theirs. Strings from the command line are converted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RecipeOptions(PluginOptions):
+    """The `-o` keys of a recipe; subclasses add theirs."""
 
 
 @dataclass(frozen=True)
@@ -189,15 +186,7 @@ def find_recipe(name: str) -> type[Recipe]:
     Raises:
         InputError: no recipe has that name, or its package cannot be imported.
     """
-    installed: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    if name not in installed:
-        raise InputError(f"unknown method '{name}'{did_you_mean(name, installed)}")
-    try:
-        return cast("type[Recipe]", installed[name].load())
-    except Exception as error:  # another project's package, which may fail in any way
-        raise InputError(
-            f"method '{name}' ({installed[name].value}) cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+    return cast("type[Recipe]", find_class("method", name, installed(ENTRY_POINT_GROUP)))
 
 
 def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> RecipeOptions:
@@ -211,15 +200,8 @@ def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> 
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise InputError(f"-o {word}: expected KEY=VALUE. Known: {', '.join(sorted(options.model_fields))}.")
-        if key not in options.model_fields:
-            raise InputError(f"-o {key}: unknown option{did_you_mean(key, options.model_fields)}")
         given[key] = value.strip()
-    try:
-        return options.model_validate(given)
-    except ValidationError as error:
-        loc, reason = first_problem(error)
-        key = loc[0] if loc else "?"
-        raise InputError(f"-o {key}={given.get(key, '')}: {reason}") from None
+    return parse_keys("", options, given)
 
 
 def check_layout(recipe: type[Recipe], layout: str) -> None:

@@ -57,7 +57,7 @@ def odd(monkeypatch: pytest.MonkeyPatch) -> None:
         EntryPoint("odd", f"{__name__}:Odd", "spdbench.backends"),
         EntryPoint("gone", "no_such_module:Gone", "spdbench.backends"),
     ]
-    monkeypatch.setattr("spdbench.backend.entry_points", lambda group: [p for p in points if p.group == group])
+    monkeypatch.setattr("spdbench.plugins.entry_points", lambda group: [p for p in points if p.group == group])
 
 
 def test_backends_lists_what_ships_with_every_option() -> None:

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "console": set[str](),
     "hub": set[str](),
     "append_log": {"errors"},
-    "backend": BASE,
+    "plugins": {"errors"},
+    "backend": BASE | {"plugins"},
     "prompts": BASE | {"hub"},
     "judge": BASE,
     "render": BASE | {"judge"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "models": BASE | {"hub"} | ENGINE,
     "decoding": BASE | ENGINE,
     "pipeline": BASE | ENGINE,
-    "training": BASE | {"append_log"} | ENGINE,
+    "training": BASE | {"append_log", "plugins"} | ENGINE,
     "cli": BASE | {"version", "backend"} | HARNESS,
     "wiring": BASE | {"version", "append_log", "backend", "cli", "wiring", "training"} | HARNESS | ENGINE,
     "__main__": {"cli"},
@@ -51,7 +52,7 @@ WIRING = (
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 
-NO_TORCH = {"version", "types", "errors", "console", "hub", "append_log", "backend", "prompts", "judge", "render"}
+NO_TORCH = {"version", "types", "errors", "console", "hub", "append_log", "plugins", "backend", "prompts", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 

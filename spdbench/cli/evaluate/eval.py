@@ -22,7 +22,6 @@ from spdbench.cli.options import (
 )
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.judge.results.evaluation import EvalSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,13 @@ class EvalOptions(ModelOptions):
         "-b --backend", None, "[LABEL=]BACKEND", "What to score. [default: vanilla]", multiple=True
     )
     tasks: tuple[str, ...] = option(
-        "--tasks", None, "NAME,...", "lm-eval's tasks, groups or tags.", multiple=True, required=True
+        "--tasks",
+        None,
+        "NAME,...",
+        "lm-eval's tasks, groups or tags.",
+        multiple=True,
+        required=True,
+        callback=lambda _context, _parameter, words: tuple(task for word in words for task in word.split(",") if task),
     )
     include_path: Path | None = option("--include-path", PATH, "DIR", "A folder of more task files.")
     limit: int | None = option("--limit", COUNT, "N", "Only the first N documents of each task.")
@@ -56,23 +61,14 @@ def command(options: EvalOptions) -> None:
     """
     labels = parse_labels(options.backends or ("vanilla",))
     check_name(options.name)
-    tasks = [task for word in options.tasks for task in word.split(",") if task]
-    if not tasks:
+    if not options.tasks:
         raise InputError("--tasks: names no task; `spdbench lm-eval ls tasks` lists them")
     require_lm_eval()
     guards = run_code_in_sandbox(allowed=options.allow_code_execution)
-    manager = find_tasks(tasks, options.include_path, allow_code=options.allow_code_execution)
+    manager = find_tasks(options.tasks, options.include_path, allow_code=options.allow_code_execution)
     if guards:
         say(f"NOTE: answers that are code are run, each by itself; {guards}")
 
-    from spdbench.cli.evaluate.session import EvalSession
+    from spdbench.cli.evaluate.session import evaluate
 
-    settings = EvalSettings(
-        tasks=tasks,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        apply_chat_template=options.apply_chat_template,
-        allow_code_execution=options.allow_code_execution,
-        seed=options.seed,
-    )
-    EvalSession(labels, options, settings, manager).run()
+    evaluate(labels, options, manager)

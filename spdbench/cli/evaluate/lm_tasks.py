@@ -8,11 +8,12 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
-from math import comb
+from math import comb, isfinite
 from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError, brief
+from spdbench.judge.results.evaluation import EvalScore
 from spdbench.measure.sandbox import passes, require_sandbox
 
 LOCAL = "--include-path DIR names a folder of task files over local JSONL; README, lm-eval, shows one"
@@ -141,13 +142,16 @@ def run_code_in_sandbox(*, allowed: bool) -> str:
     return require_sandbox() if allowed else ""
 
 
-def scores_of(metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def scores_of(metrics: Mapping[str, Any]) -> dict[str, EvalScore]:
     """lm-eval's flat `{"NAME,FILTER": value, "NAME_stderr,FILTER": value}` as NAME,FILTER -> value and stderr."""
-    found: dict[str, dict[str, Any]] = {}
+    found = {}
     for key, value in metrics.items():
         name, comma, chosen = key.partition(",")
-        if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        error = metrics.get(f"{name}_stderr,{chosen}")
-        found[key] = {"value": float(value), "stderr": float(error) if isinstance(error, int | float) else None}
+        if comma and not name.endswith("_stderr") and isinstance(value, int | float):
+            found[key] = EvalScore(value=finite(value), stderr=finite(metrics.get(f"{name}_stderr,{chosen}")))
     return found
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a number that JSON can hold; None where it is none."""
+    return float(value) if isinstance(value, int | float) and isfinite(value) else None

@@ -9,134 +9,113 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 import click
+from lm_eval.evaluator import simple_evaluate
 from tabulate import tabulate
 
 from spdbench import __version__
 from spdbench.cli.evaluate.eval import EvalOptions
 from spdbench.cli.evaluate.lm_model import SpdbenchLM, with_ids
-from spdbench.cli.evaluate.lm_tasks import input_error_in, scores_of
-from spdbench.cli.setup import drafter_record, find_backends, find_devices, load_model, model_record, require_writable
+from spdbench.cli.evaluate.lm_tasks import finite, input_error_in, scores_of
+from spdbench.cli.setup import (
+    drafter_record,
+    find_backends,
+    find_devices,
+    load_model,
+    model_record,
+    require_writable,
+    result_path,
+)
 from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.console import say
 from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
-from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
 
 PACKAGES = ("lm_eval", "torch", "transformers")
 LONGEST_NAME = 60
 
 
-@dataclass(frozen=True)
-class EvalSession:
-    """Scores backends on tasks and writes a file for each. `manager` is lm-eval's, and knows all tasks."""
+def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> None:
+    """Scores backends on tasks, and writes a file for each. `manager` is lm-eval's, and knows all tasks."""
+    require_writable(options.results)
+    specs = with_ids(find_backends(labels, options))
+    devices = find_devices(options)
+    target = load_model(options, devices[0])
+    settings = EvalSettings.model_validate({name: getattr(options, name) for name in EvalSettings.model_fields})
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its progress, and a warning for every option
+    found = []
+    with sigterm_interrupts():
+        for spec in specs:
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            try:
+                model = SpdbenchLM(spec, target, devices, options.threads, settings.seed)
+                found.append(_evaluation(model, settings, _scored(model, settings, manager), created))
+            finally:
+                SpdbenchLM.close_all()
+            tasks = re.sub(r"[^A-Za-z0-9.+-]+", "-", "+".join(settings.tasks))
+            tasks = tasks if len(tasks) <= LONGEST_NAME else f"{len(settings.tasks)}-tasks"
+            path = result_path(options.results, tasks, spec.label, target.files.id, options.name)
+            Journal.replace_file(path, f"{found[-1].model_dump_json(by_alias=True, indent=1)}\n".encode())
+            say(f"Wrote {path}")
+    click.echo(_table(found))
 
-    labels: Mapping[str, str]
-    options: EvalOptions
-    settings: EvalSettings
-    manager: Any
 
-    def run(self) -> None:
-        require_writable(self.options.results)
-        specs = with_ids(find_backends(self.labels, self.options))
-        devices = find_devices(self.options)
-        target = load_model(self.options, devices[0])
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its progress, and a warning for every option
-        found = []
-        with sigterm_interrupts():
-            for spec in specs:
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                try:
-                    model = SpdbenchLM(spec, target, devices, self.options.threads, self.settings.seed)
-                    scored = self._scored(model)
-                    found.append(self._evaluation(model, target, scored, created))
-                finally:
-                    SpdbenchLM.close_all()
-                self._write(found[-1], target)
-        click.echo(_table(found))
-
-    def _scored(self, model: SpdbenchLM) -> Mapping[str, Any]:
-        from lm_eval.evaluator import simple_evaluate
-
-        settings = self.settings
-        try:
-            scored: Mapping[str, Any] = simple_evaluate(
-                model=model,
-                tasks=self.manager.match_tasks(list(settings.tasks)),
-                task_manager=self.manager,
-                num_fewshot=settings.num_fewshot,
-                limit=settings.limit,
-                apply_chat_template=settings.apply_chat_template,
-                fewshot_as_multiturn=settings.apply_chat_template,
-                log_samples=True,
-                confirm_run_unsafe_code=settings.allow_code_execution,
-            )
-        except Exception as error:
-            if (mistake := input_error_in(error)) is not None:
-                raise mistake from None
-            raise
-        return scored
-
-    def _evaluation(self, model: SpdbenchLM, target: Target, scored: Mapping[str, Any], created: str) -> Evaluation:
-        spec, backend = model.spec, model.backend
-        samples = scored["samples"]
-        return Evaluation(
-            schema=SCHEMA,
-            created=created,
-            spdbench={"version": __version__, "git": git_state()},
-            versions={name: version(name) for name in PACKAGES},
-            settings=self.settings,
-            backend=_public(spec.record(backend)),
-            model=_public(model_record(target, ChatFormat(target.tokenizer))),
-            drafter=_public(drafter_record(backend)),
-            tasks={name: _task(name, scored) for name in samples},
-            samples=[_sample(name, sample) for name, found in samples.items() for sample in found],
+def _scored(model: SpdbenchLM, settings: EvalSettings, manager: Any) -> Mapping[str, Any]:
+    """What lm-eval makes of the model's answers."""
+    try:
+        scored: Mapping[str, Any] = simple_evaluate(
+            model=model,
+            tasks=manager.match_tasks(settings.tasks),
+            task_manager=manager,
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            apply_chat_template=settings.apply_chat_template,
+            fewshot_as_multiturn=settings.apply_chat_template,
+            log_samples=True,
+            confirm_run_unsafe_code=settings.allow_code_execution,
         )
-
-    def _write(self, evaluation: Evaluation, target: Target) -> None:
-        tasks = re.sub(r"[^A-Za-z0-9.+-]+", "-", "+".join(self.settings.tasks))
-        if len(tasks) > LONGEST_NAME:
-            tasks = f"{len(self.settings.tasks)}-tasks"
-        words = [
-            tasks,
-            evaluation.backend.label,
-            target.files.id.replace("/", "-"),
-            self.options.name,
-        ]
-        path = self.options.results / f"{'__'.join(filter(None, words))}.json"
-        content = evaluation.model_dump_json(by_alias=True, indent=1) + "\n"
-        Journal.replace_file(path, content.encode())
-        say(f"Wrote {path}")
+    except Exception as error:
+        if (mistake := input_error_in(error)) is not None:
+            raise mistake from None
+        raise
+    return scored
 
 
-def _public(record: Any) -> Any:
-    """`record` with file names instead of paths."""
-    return None if record is None else type(record).model_validate(names_only(record.model_dump()))
+def _evaluation(model: SpdbenchLM, settings: EvalSettings, scored: Mapping[str, Any], created: str) -> Evaluation:
+    drafter = drafter_record(model.backend)
+    return Evaluation(
+        schema=SCHEMA,
+        created=created,
+        spdbench={"version": __version__, "git": git_state()},
+        versions={name: version(name) for name in PACKAGES},
+        settings=settings,
+        backend=names_only(model.spec.record(model.backend).model_dump()),
+        model=names_only(model_record(model.target, ChatFormat(model.tokenizer)).model_dump()),
+        drafter=drafter and names_only(drafter.model_dump()),
+        tasks={name: _task(name, scored) for name in scored["samples"]},
+        samples=[_sample(name, sample) for name, samples in scored["samples"].items() for sample in samples],
+    )
 
 
 def _task(name: str, scored: Mapping[str, Any]) -> EvalTask:
     task_version = scored["versions"].get(name)
-    scores = scores_of(scored["results"][name])
     return EvalTask(
         version=None if task_version is None else str(task_version),
         num_fewshot=int(scored["n-shot"].get(name, 0)),
         num_documents=len({sample["doc_id"] for sample in scored["samples"][name]}),
-        scores={
-            key: EvalScore(**{part: _finite(value) for part, value in found.items()}) for key, found in scores.items()
-        },
+        scores=scores_of(scored["results"][name]),
     )
 
 
 def _sample(task: str, sample: Mapping[str, Any]) -> EvalSample:
-    numbers = {name: _finite(sample[name]) for name in sample["metrics"] if isinstance(sample[name], int | float)}
+    numbers = {name: finite(sample[name]) for name in sample["metrics"]}
     return EvalSample(
         task=task,
         document=sample["doc_id"],
@@ -154,10 +133,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int) or value is None:
         return value
     return float(value) if isinstance(value, float) and math.isfinite(value) else str(value)
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _table(evaluations: Sequence[Evaluation]) -> str:

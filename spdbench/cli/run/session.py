@@ -21,7 +21,7 @@ from rich.console import Console
 from spdbench.append_log import first_difference
 from spdbench.backend import Backend
 from spdbench.cli.progress import RunProgress
-from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable
+from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable, result_path
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
 from spdbench.decoding.audit import classify_difference
@@ -29,7 +29,7 @@ from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.results.reader import reread
-from spdbench.judge.results.schema import DecodingInfo, ModelInfo, SuiteInfo
+from spdbench.judge.results.schema import ModelInfo, SuiteInfo
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter
@@ -70,7 +70,8 @@ class Session:
     def run(self) -> int:
         """The exit code: 1 if a prompt failed or an output differs from vanilla's without excuse."""
         require_writable(self.options.results)
-        paths = [self._path(spec.label) for spec in self.specs]
+        folder, name = self.options.results, self.options.name
+        paths = [result_path(folder, self.suite.name, spec.label, self.model.id, name) for spec in self.specs]
         for path in paths:
             if path.is_dir():
                 raise InputError(f"{path}: is a folder, where a result file has to go")
@@ -129,11 +130,6 @@ class Session:
         target = cast(Target, self.target)  # the outputs of served models have no ids, and are not compared
         return classify_difference(target.decoder, prompt, expected, found, widths)
 
-    def _path(self, label: str) -> Path:
-        """Where the result of `label` goes."""
-        parts = [self.suite.name, label, self.model.id.replace("/", "-"), self.options.name]
-        return self.options.results / f"{'__'.join(filter(None, parts))}.json"
-
     def _journal(self, result: Path, spec: BackendSpec, backend: Backend) -> Journal:
         """The journal to write to: with `--resume`, one that already holds what was finished."""
         identity = self._identity(spec, backend)
@@ -155,21 +151,16 @@ class Session:
 
     def _identity(self, spec: BackendSpec, backend: Backend) -> dict[str, Any]:
         """The settings that a run must share with the one that it resumes."""
-        workload, drafter = self.workload, backend.describe().drafter
-        texts = repr([(prompt.id, prompt.turns) for prompt in workload.prompts]).encode()
-        return {
+        workload, score, drafter = self.workload, self.score, backend.describe().drafter
+        identity = {
             "suite": self.suite.name,
             "suite_sha256": self.suite.sha256,
             "num_prompts": len(workload.prompts),
-            "prompts_sha256": hashlib.sha256(texts).hexdigest(),
+            "prompts_sha256": _sha256([(prompt.id, prompt.turns) for prompt in workload.prompts]),
             "model": self.model.id,
             "model_sha256": self.model.sha256,
             "dtype": self.model.dtype,
-            "max_new_tokens": workload.max_new_tokens,
-            "temperature": workload.sampling.temperature,
-            "top_p": workload.sampling.top_p,
-            "top_k": workload.sampling.top_k,
-            "seed": workload.seed,
+            **workload.decoding.model_dump(exclude={"eos_ids"}),
             "repeats": workload.repeats,
             "warmup": workload.warmup,
             "backend": spec.name,
@@ -180,18 +171,11 @@ class Session:
             "backends": [other.label for other in self.specs],
             "devices": list(self.devices),
             "threads": self.options.threads,
-            **self._scoring(),
         }
-
-    def _scoring(self) -> dict[str, Any]:
-        """The settings that scores depend on; none where nothing is scored."""
-        if self.score.judges is None:
-            return {}
-        references = repr([prompt.reference for prompt in self.workload.prompts]).encode()
-        return {
-            "allow_code_execution": self.score.execute is not None,
-            "references_sha256": hashlib.sha256(references).hexdigest(),
-        }
+        if score.judges is not None:  # what scores depend on
+            identity["allow_code_execution"] = score.execute is not None
+            identity["references_sha256"] = _sha256([prompt.reference for prompt in workload.prompts])
+        return identity
 
     def _head(self, spec: BackendSpec, backend: Backend, machine: Mapping[str, Any], git: str | None) -> ResultHead:
         """All of a label's result but its runs."""
@@ -205,14 +189,7 @@ class Session:
                 num_prompts=len(workload.prompts),
                 score=score if score is None or isinstance(score, str) else dict(score),
             ),
-            decoding=DecodingInfo(
-                max_new_tokens=workload.max_new_tokens,
-                temperature=workload.sampling.temperature,
-                top_p=workload.sampling.top_p,
-                top_k=workload.sampling.top_k,
-                seed=workload.seed,
-                eos_ids=sorted(workload.eos_ids),
-            ),
+            decoding=workload.decoding,
             backend=spec.record(backend),
             model=self.model,
             drafter=drafter_record(backend),
@@ -230,6 +207,10 @@ class Session:
         tables = compare(results, self.specs[0].label)
         click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
         return 1 if any(map(_went_wrong, results)) else 0
+
+
+def _sha256(content: object) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
 def _write_partial(outputs: Sequence[Output]) -> None:

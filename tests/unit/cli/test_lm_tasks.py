@@ -6,6 +6,7 @@ import pytest
 
 from spdbench.cli.evaluate.lm_tasks import CodeEval, input_error_in, scores_of
 from spdbench.errors import InputError
+from spdbench.judge.results.evaluation import EvalScore
 
 GOOD, BAD = "def f():\n    return 1", "def f():\n    return 2"
 
@@ -35,7 +36,10 @@ def test_evaluate_hands_out_the_sandbox_and_all_else_as_before(monkeypatch: pyte
 
 def test_scores_are_kept_with_their_errors() -> None:
     flat = {"alias": "x", "sample_len": 3, "acc,none": 0.5, "acc_stderr,none": 0.1, "f1,a": 1, "f1_stderr,a": "N/A"}
-    assert scores_of(flat) == {"acc,none": {"value": 0.5, "stderr": 0.1}, "f1,a": {"value": 1.0, "stderr": None}}
+    assert scores_of(flat) == {
+        "acc,none": EvalScore(value=0.5, stderr=0.1),
+        "f1,a": EvalScore(value=1.0, stderr=None),
+    }
 
 
 def test_our_message_is_found_below_others() -> None:
