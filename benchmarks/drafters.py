@@ -33,7 +33,7 @@ from spdbench.training.conversations import read_conversations
 from spdbench.training.features import Features
 from spdbench.training.loop import Training
 from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
-from spdbench.training.schedule import Data, Limits, Plan, split_held_out
+from spdbench.training.schedule import Data, Plan, split_held_out
 from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
 
 MODEL, DTYPE = "smollm2", "bfloat16"
@@ -166,7 +166,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [len(sequence.ids) for sequence in sequences]
     data = Data(lengths, *split_held_out(lengths, HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS))
-    plan = Plan(Limits(chosen.epochs, None), chosen.lr, chosen.seed, chosen.batch_tokens)
+    plan = Plan(chosen.epochs, None, chosen.lr, chosen.seed, chosen.batch_tokens)
     identity = {
         "schema": "spdbench.train/1",
         **each._asdict(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
@@ -22,33 +22,9 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-    from spdbench.backend import BackendOptions
     from spdbench.prompts.suite import SuiteListing
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
-@dataclass(frozen=True)
-class Option:
-    """One `-o` key. `required` has no default; `type` and `help` are for people."""
-
-    key: str
-    type: str
-    default: Any
-    required: bool
-    help: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """One installed backend; with an `error`, its other facts are unknown."""
-
-    name: str
-    package: str
-    kind: str | None
-    description: str
-    options: tuple[Option, ...]
-    error: str | None
 
 
 def _print(facts: Any, lines: Iterable[str], as_json: bool) -> None:
@@ -66,7 +42,7 @@ def backends(name: str | None, as_json: bool) -> None:
     if name is not None and name not in points:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, points)}")
     listings = [_listing(point) for point in points.values() if name in (None, point.name)]
-    _print([asdict(listing) for listing in listings], ["\n\n".join(map(_text, listings))], as_json)
+    _print(listings, ["\n\n".join(map(_text, listings))], as_json)
 
 
 @click.command("suites", short_help="List the suites that come with spdbench.")
@@ -124,32 +100,36 @@ def _line(name: str, value: object) -> str:
     return f"{name + ':':<16} {'none' if value in (None, '') else value}"
 
 
-def _listing(point: EntryPoint) -> Listing:
+def _listing(point: EntryPoint) -> dict[str, Any]:
+    """The facts of one installed backend; with an `error`, its kind, description and options are unknown."""
     from spdbench.backend import find_backend
 
     package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
+    facts = {"name": point.name, "package": package, "kind": None, "description": "", "options": [], "error": None}
     try:
         found = find_backend(point.name)
-        options = tuple(_options(found.Options))
+        options = [_option(key, field) for key, field in found.Options.model_fields.items()]
         about = (inspect.getdoc(found) or "").partition("\n")[0]
-        return Listing(point.name, package, found.kind, about, options, None)
+        return {**facts, "kind": found.kind, "description": about, "options": options}
     except SpdbenchError as error:
-        reason = str(error)
-    except Exception as error:  # a third party's package may fail to import in any way
-        reason = f"{point.value} cannot be imported: {type(error).__name__}: {error}"
-    return Listing(point.name, package, None, "", (), reason)
+        return {**facts, "error": str(error)}
+    except Exception as error:  # a third party's options may be of any type
+        return {**facts, "error": f"{point.value} cannot be imported: {type(error).__name__}: {error}"}
 
 
-def _options(options: type[BackendOptions]) -> list[Option]:
-    return [_option(key, field) for key, field in options.model_fields.items()]
-
-
-def _option(key: str, field: FieldInfo) -> Option:
+def _option(key: str, field: FieldInfo) -> dict[str, Any]:
+    """The facts of one `-o` key; `type` and `help` are for people."""
     from pydantic_core import to_jsonable_python
 
     required = field.is_required()
     default = None if required else to_jsonable_python(field.get_default(call_default_factory=True), fallback=str)
-    return Option(key, _type_name(field.annotation), default, required, field.description or "")
+    return {
+        "key": key,
+        "type": _type_name(field.annotation),
+        "default": default,
+        "required": required,
+        "help": field.description or "",
+    }
 
 
 def _type_name(kind: Any) -> str:
@@ -165,14 +145,14 @@ def _type_name(kind: Any) -> str:
     return {"str": "text", "bool": "true|false"}.get(name := getattr(kind, "__name__", str(kind)), name)
 
 
-def _text(listing: Listing) -> str:
-    lines = [f"{listing.name}  {listing.kind or 'cannot be used'}  (from {listing.package})"]
-    if about := listing.error or listing.description:
+def _text(listing: Mapping[str, Any]) -> str:
+    lines = [f"{listing['name']}  {listing['kind'] or 'cannot be used'}  (from {listing['package']})"]
+    if about := listing["error"] or listing["description"]:
         lines.append(click.wrap_text(about, 80, "    ", "    "))
-    for option in listing.options:
-        shown = "required" if option.required else f"default {_word(option.default)}"
-        lines.append(f"    -o {listing.name}.{option.key}={option.type}  [{shown}]")
-        lines.append(click.wrap_text(option.help, 80, "        ", "        "))
+    for option in listing["options"]:
+        shown = "required" if option["required"] else f"default {_word(option['default'])}"
+        lines.append(f"    -o {listing['name']}.{option['key']}={option['type']}  [{shown}]")
+        lines.append(click.wrap_text(option["help"], 80, "        ", "        "))
     return "\n".join(filter(None, lines))
 
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Self
 
@@ -72,41 +72,33 @@ def duration_left(seconds: float) -> str:
     return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
 
 
-class _Totals:
-    """Running totals of one label."""
-
-    def __init__(self) -> None:
-        self.tokens = self.judged = self.accepted = 0
-        self.seconds = 0.0
-
-    def add(self, run: Run) -> None:
-        self.tokens += max(0, run.num_new_tokens - 1)
-        self.seconds += run.decode_s or 0.0
-        self.judged += sum(run.steps.judged)
-        self.accepted += sum(run.steps.accepted)
-
-    def __str__(self) -> str:
-        speed = f"{self.tokens / self.seconds:.1f} tok/s" if self.seconds else "no tokens yet"
-        return f"{speed}, {self.accepted / self.judged:.0%} accepted" if self.judged else speed
-
-
 class RunProgress(Progress):
     """Requests finished, with each label's speed and acceptance so far."""
 
     def __init__(self, total: int, done: int) -> None:
         super().__init__(total, done)
-        self._totals: dict[str, _Totals] = defaultdict(_Totals)
+        self._totals: dict[str, Counter[str]] = defaultdict(Counter)
 
     def finished(self, label: str, run: Run) -> None:
-        self._totals[label].add(run)
+        totals = self._totals[label]
+        totals["tokens"] += max(0, run.num_new_tokens - 1)
+        totals["ns"] += round((run.decode_s or 0.0) * 1e9)
+        totals["judged"] += sum(run.steps.judged)
+        totals["accepted"] += sum(run.steps.accepted)
         self._done += 1
         count = f"{self._done:.0f}/{self._total:.0f} requests"
-        labels = "; ".join(f"{name} {totals}" for name, totals in self._totals.items())
+        labels = "; ".join(f"{name} {_speed(of_label)}" for name, of_label in self._totals.items())
         words = f"{', '.join(filter(None, [count, self.left]))}: {labels}"
         self.show(self._done, words, last=self._done == self._total)
 
     def crashed(self, label: str, run: Run, trace: str) -> None:
         say(f"{label} failed on prompt {run.prompt_id}:\n{trace}")
+
+
+def _speed(totals: Counter[str]) -> str:
+    """Tokens a second and acceptance of one label."""
+    speed = f"{totals['tokens'] / totals['ns'] * 1e9:.1f} tok/s" if totals["ns"] else "no tokens yet"
+    return f"{speed}, {totals['accepted'] / totals['judged']:.0%} accepted" if totals["judged"] else speed
 
 
 class DataProgress(Progress):

@@ -108,7 +108,7 @@ class Training:
         beyond that are not used.
         """
         held_out, state, plan = self._data.held_out, self.state, self._plan
-        if plan.limits.budget_s is None:
+        if plan.budget_s is None:
             self._features.prepare(held_out)
             state.held_out = list(held_out)
             return
@@ -121,7 +121,7 @@ class Training:
 
     def _used(self, share: float, to_come_s: float = 0.0) -> bool:
         """True if over `share` of the budget, where there is one, is spent, or will be with `to_come_s` more."""
-        budget_s = self._plan.limits.budget_s
+        budget_s = self._plan.budget_s
         return budget_s is not None and self._clock() - self._origin + to_come_s > share * budget_s
 
     def _first_batches(self) -> Iterator[Batch]:
@@ -157,9 +157,9 @@ class Training:
         state = self.state
         state.elapsed_s = self._clock() - self._origin
         done = state.epoch + state.batch / num_batches
-        margin_s = MARGIN_S + MARGIN_SHARE * (self._plan.limits.budget_s or 0.0)
+        margin_s = MARGIN_S + MARGIN_SHARE * (self._plan.budget_s or 0.0)
         reserve_s = margin_s + 1.5 * state.evaluation_s + state.step_s
-        return self._plan.limits.progress(done, state.elapsed_s, reserve_s)
+        return self._plan.progress(done, state.elapsed_s, reserve_s)
 
     def _step(self, batches: Sequence[Sequence[int]], progress: float) -> None:
         """One update from up to `accumulate` batches."""

@@ -17,11 +17,19 @@ POOL_BATCHES = 16
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a run ends: after `epochs`, after `budget_s` seconds, or whichever comes first; one of them is given."""
+class Plan:
+    """What the user asked of a run. It ends after `epochs`, after `budget_s` seconds, or whichever comes first; one of
+    them is given."""
 
     epochs: float | None
     budget_s: float | None
+    rate: float
+    seed: int
+    batch_tokens: int
+    accumulate: int = 1
+    warmup_steps: int = 20
+    num_evaluations: int = 10
+    seconds_between_saves: float = 60.0
 
     def progress(self, epochs_done: float, elapsed_s: float, reserve_s: float) -> float:
         """0 at the start, 1 or more at the end; `reserve_s` of the budget are kept for the work after the last step."""
@@ -32,20 +40,6 @@ class Limits:
             usable = self.budget_s - reserve_s
             parts.append(elapsed_s / usable if usable > 0 else 1.0)
         return max(parts)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the user asked of a run."""
-
-    limits: Limits
-    rate: float
-    seed: int
-    batch_tokens: int
-    accumulate: int = 1
-    warmup_steps: int = 20
-    num_evaluations: int = 10
-    seconds_between_saves: float = 60.0
 
 
 @dataclass(frozen=True)

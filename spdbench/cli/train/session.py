@@ -35,7 +35,7 @@ from spdbench.training.recipe import (
     find_recipe,
     parse_recipe_options,
 )
-from spdbench.training.schedule import Data, Limits, Plan, split_held_out
+from spdbench.training.schedule import Data, Plan, split_held_out
 from spdbench.training.space import (
     GB,
     checkpoint_bytes,
@@ -202,7 +202,7 @@ def _data(sequences: list[TokenSequence], options: TrainOptions) -> Data:
 
 def _plan(options: TrainOptions) -> Plan:
     epochs = options.epochs or (None if options.budget else EPOCHS)
-    return Plan(Limits(epochs, options.budget), options.lr, options.seed, options.batch_tokens, options.accumulate)
+    return Plan(epochs, options.budget, options.lr, options.seed, options.batch_tokens, options.accumulate)
 
 
 def _finish(

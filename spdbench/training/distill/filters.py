@@ -33,11 +33,9 @@ class Overlap:
     """Tells whether a text holds part of an excluded prompt."""
 
     def __init__(self, prompts: Iterable[str]) -> None:
-        self.num_prompts = 0
         self._grams: dict[int, set[tuple[str, ...]]] = {}
         self._whole: set[tuple[str, ...]] = set()
         for prompt in prompts:
-            self.num_prompts += 1
             found = words(prompt)
             size = min(NGRAM_WORDS, len(found))
             if size < FEWEST_WORDS:

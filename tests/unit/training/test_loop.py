@@ -20,13 +20,13 @@ from spdbench.training.features import Features
 from spdbench.training.log import TrainingLog
 from spdbench.training.loop import Training
 from spdbench.training.recipe import Batch, Counts, Teacher
-from spdbench.training.schedule import Data, Limits, Plan
+from spdbench.training.schedule import Data, Plan
 from spdbench.training.tokens import TokenSequence
 from spdbench_backends.spd.train import SPDRecipe, SPDTrainOptions
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
-PLAN = Plan(Limits(3, None), rate=3e-3, seed=0, batch_tokens=64, warmup_steps=3, seconds_between_saves=0.0)
+PLAN = Plan(3, None, rate=3e-3, seed=0, batch_tokens=64, warmup_steps=3, seconds_between_saves=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def assert_resumes_exactly(run: Run, whole: Run) -> None:
 
 
 def test_loss_falls_and_the_log_records_it(run: Run) -> None:
-    state = run(run.recipe(), replace(PLAN, limits=Limits(20, None)))
+    state = run(run.recipe(), replace(PLAN, epochs=20, budget_s=None))
     losses = [line["loss"] for line in run.log if "loss" in line]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert state.step == len(losses)
@@ -258,14 +258,14 @@ class Clock:
 
 def test_a_budget_ends_in_time_with_the_rate_decayed(run: Run) -> None:
     clock = Clock()
-    run(run.recipe(), replace(PLAN, limits=Limits(None, 60.0), seconds_between_saves=15.0), clock=clock, started=-10.0)
+    run(run.recipe(), replace(PLAN, epochs=None, budget_s=60.0, seconds_between_saves=15.0), clock=clock, started=-10.0)
     rates = [line["lr"] for line in run.log if "lr" in line]
     assert 45 < clock.now + 10 <= 60  # 10 seconds had passed before
     assert rates[-1] < 0.1 * max(rates)
 
 
 def test_a_resumed_budget_counts_what_was_used(run: Run, teacher: Teacher) -> None:
-    plan = replace(PLAN, limits=Limits(None, 60.0))
+    plan = replace(PLAN, epochs=None, budget_s=60.0)
     torch.manual_seed(5)
     with pytest.raises(KilledError):
         run(Mortal(SPDTrainOptions(), teacher, None, 3), plan, clock=Clock(), started=0.0)
@@ -278,7 +278,7 @@ def test_a_resumed_budget_counts_what_was_used(run: Run, teacher: Teacher) -> No
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_what_is_held_out_fits_a_share_of_the_budget(run: Run, kept: bool) -> None:
-    plan = replace(PLAN, limits=Limits(None, 60.0))
+    plan = replace(PLAN, epochs=None, budget_s=60.0)
     state = run(run.recipe(), plan, held_out=8, kept=kept, clock=Clock(), started=0.0)
     if kept:
         assert state.held_out == list(range(8))
@@ -287,7 +287,7 @@ def test_what_is_held_out_fits_a_share_of_the_budget(run: Run, kept: bool) -> No
 
 
 def test_the_same_weights_are_not_evaluated_twice(run: Run) -> None:
-    run(run.recipe(), replace(PLAN, limits=Limits(None, 1.0)), clock=Clock(), started=0.0)
+    run(run.recipe(), replace(PLAN, epochs=None, budget_s=1.0), clock=Clock(), started=0.0)
     assert [line["step"] for line in run.log if "acceptance" in line] == [0]
 
 
@@ -302,9 +302,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(run: Run) -> None:
 
 
 def test_accumulated_forwards_are_one_step(run: Run) -> None:
-    run(run.recipe(), replace(PLAN, limits=Limits(1, None)))
+    run(run.recipe(), replace(PLAN, epochs=1, budget_s=None))
     single = [line["tokens"] for line in run.log if "loss" in line]
-    run(run.recipe(), replace(PLAN, limits=Limits(1, None), accumulate=2))
+    run(run.recipe(), replace(PLAN, epochs=1, budget_s=None, accumulate=2))
     double = [line["tokens"] for line in run.log if "loss" in line]
     assert sum(single) == sum(double)
     assert len(double) == (len(single) + 1) // 2

@@ -6,7 +6,7 @@ import pytest
 
 from spdbench.training.loop import expected_length
 from spdbench.training.recipe import Counts
-from spdbench.training.schedule import LAST_SHARE, Limits, batches_of, epoch_batches, rate_factor, split_held_out
+from spdbench.training.schedule import LAST_SHARE, Plan, batches_of, epoch_batches, rate_factor, split_held_out
 
 LENGTHS = [5, 90, 40, 7, 33, 61, 8, 12, 100, 3, 45, 28]
 
@@ -39,10 +39,13 @@ def test_of_two_or_more_one_is_left_to_learn_from(count: int) -> None:
 
 
 def test_progress_is_that_of_whichever_limit_ends_first() -> None:
-    assert Limits(2, None).progress(1.0, 1e9, 0) == 0.5
-    assert Limits(None, 100).progress(50, 45, reserve_s=10) == 0.5
-    assert Limits(2, 100).progress(1.5, 30, 0) == 0.75
-    assert Limits(None, 100).progress(0, 1, reserve_s=200) == 1.0
+    def plan(epochs: float | None, budget_s: float | None) -> Plan:
+        return Plan(epochs, budget_s, rate=1e-3, seed=0, batch_tokens=512)
+
+    assert plan(2, None).progress(1.0, 1e9, 0) == 0.5
+    assert plan(None, 100).progress(50, 45, reserve_s=10) == 0.5
+    assert plan(2, 100).progress(1.5, 30, 0) == 0.75
+    assert plan(None, 100).progress(0, 1, reserve_s=200) == 1.0
 
 
 def test_rate_rises_then_falls_to_almost_nothing() -> None:
