@@ -105,7 +105,14 @@ def _listing(point: EntryPoint) -> dict[str, Any]:
     from spdbench.backend import find_backend
 
     package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
-    facts = {"name": point.name, "package": package, "kind": None, "description": "", "options": [], "error": None}
+    facts: dict[str, Any] = {
+        "name": point.name,
+        "package": package,
+        "kind": None,
+        "description": "",
+        "options": [],
+        "error": None,
+    }
     try:
         found = find_backend(point.name)
         options = [_option(key, field) for key, field in found.Options.model_fields.items()]

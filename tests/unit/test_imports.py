@@ -52,7 +52,19 @@ WIRING = (
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 
-NO_TORCH = {"version", "types", "errors", "console", "hub", "append_log", "plugins", "backend", "prompts", "judge", "render"}
+NO_TORCH = {
+    "version",
+    "types",
+    "errors",
+    "console",
+    "hub",
+    "append_log",
+    "plugins",
+    "backend",
+    "prompts",
+    "judge",
+    "render",
+}
 HEAVY = {"torch", "transformers"}
 
 
