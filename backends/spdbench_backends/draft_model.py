@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import BackendContext, DrafterInfo
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
-from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions
+from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,49 +39,34 @@ class DraftModel(DraftVerify):
         )
         num_tokens: int = Field(4, ge=1, le=64, description="tokens drafted a round")
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(DraftModel.Options, options)
-        super().__init__(self._options, context)
-        self._small: TargetDecoder | None = None
+    _options: Options
+    _weights: TargetDecoder | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        if choice.kind in ("oracle", "forced"):
-            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
-        elif choice.kind == "random":
-            self._small = random_decoder(self._context.target.own_decoder, self._context.seed)
+        from spdbench.decoding.tree_builder import chain_builder
+        from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
+
+        self._builder = chain_builder(self._options.num_tokens, self._decoder.device)
+        if choice.kind == "random":
+            self._weights = random_decoder(self._context.target.own_decoder, self._context.seed)
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
-        else:
-            self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
-        self._capture_all()
+        elif not choice.is_synthetic:
+            self._weights = self._load_small(self._options.model or (choice.text if choice.kind == "path" else None))
+        captured, small = self._capture_target(self._builder.max_nodes, ()), self._weights
+        if captured is not None and small is not None and is_capturable(small):
+            self._weights = CapturedDecoder(small, (1, 2), usual_capacity(small), ())
 
-    def _capture_all(self) -> None:
-        """Captures the forwards of the target and of the smaller model, if the option says so."""
-        target = self._capture_target(self._options.num_tokens + 1, ())
-        if target is not None and self._small is not None:
-            from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
-
-            if is_capturable(self._small):
-                self._small = CapturedDecoder(self._small, (1, 2), usual_capacity(self._small), ())
-
-    def _load_small(self, name: str | None) -> None:
+    def _load_small(self, name: str | None) -> TargetDecoder:
         if name is None:
             label = self._context.label
             raise InputError(f"-b {label}: needs a smaller model; give -o {label}.model=FOLDER_OR_HUB_ID")
         small = load_small(self._context, "model", name)
-        self._small = small.decoder
         self._info = DrafterInfo(small.files.id, method="draft_model", synthetic=False, sha256=small.files.sha256)
+        return small.decoder
 
-    def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        num_tokens = self._options.num_tokens
-        if self._small is None:
-            from spdbench.decoding.tree_builder import chain_builder
-
-            return self._synthetic_drafter(request, chain_builder(num_tokens, self._decoder.device))
-        return ModelDrafter(self._small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
-
-    def close(self) -> None:
-        super().close()
-        self._small = None
+    def _weights_drafter(self, request: GenerationRequest) -> Drafter:
+        small, num_tokens = self._loaded(self._weights), self._options.num_tokens
+        return ModelDrafter(small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
 
 
 class ModelDrafter:

@@ -1,44 +1,49 @@
-"""What all backends that draft share: a drafter for each request, where drafters come from, and steps that are observed
-from outside."""
+"""What the backends that draft share: a drafter for each request, and where drafters come from; for those of kind
+draft_verify also rounds, captured forwards, and the costs that choose a tree. A method adds its drafter."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from spdbench.backend import BackendContext, DrafterInfo
-from spdbench.types import GenerationRequest, Step
+from spdbench.backend import DrafterInfo
+from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
+from spdbench_backends.local import GraphOptions, LocalBackend, captured_as, decoder_to_capture
 
 if TYPE_CHECKING:
+    from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
-    from spdbench.models.interface import TargetDecoder
+    from spdbench.decoding.tree_builder import TreeBuilder
+    from spdbench.decoding.tree_choice import RowCosts
+    from spdbench.decoding.verify import AcceptRule
+    from spdbench.models.cuda.captured_decoder import CapturedDecoder
+    from spdbench.models.decoder import Decoder
     from spdbench_backends.drafter_files.folder import DrafterFile
 
 D = TypeVar("D")
 F = TypeVar("F", bound="DrafterFile[Any]")
 
 
-class Drafting(ABC, Generic[D]):
+class Drafting(LocalBackend, ABC, Generic[D]):
     """Base of the backends that draft. `D` drafts for one request."""
 
-    def __init__(self, context: BackendContext) -> None:
-        self._context = context
-        self._choice: DrafterChoice | None = None
-        self._info: DrafterInfo | None = None
-        self._prepared: tuple[GenerationRequest, D] | None = None
+    _choice: DrafterChoice | None = None
+    _prepared: tuple[GenerationRequest, D] | None = None
 
     def load(self) -> None:
         from spdbench.decoding.synthetic import parse_drafter
 
         choice = parse_drafter(self._context.drafter)
+        if choice.is_synthetic:
+            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
         self._load_drafter(choice)
         self._choice = choice
 
     @abstractmethod
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        """Loads what the drafters of all requests share, and sets `_info`."""
+        """Loads what the drafters of all requests share, and sets `_info` unless the choice is a synthetic one."""
 
     @abstractmethod
     def _new_drafter(self, request: GenerationRequest) -> D:
@@ -63,13 +68,6 @@ class Drafting(ABC, Generic[D]):
         drafter, self._prepared = self._prepared[1], None
         return self._decode(request, drafter)
 
-    def close(self) -> None:
-        self._prepared = self._choice = None
-
-    @property
-    def _decoder(self) -> TargetDecoder:
-        return self._context.target.decoder
-
     def _read_drafter(
         self,
         choice: DrafterChoice,
@@ -86,8 +84,7 @@ class Drafting(ABC, Generic[D]):
         """
         from spdbench_backends.drafter_files.folder import find_drafter
 
-        if choice.kind in ("oracle", "forced"):
-            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
+        if choice.is_synthetic:
             return None
         if choice.kind == "random":
             file = draw()
@@ -100,21 +97,100 @@ class Drafting(ABC, Generic[D]):
     def _drafts(self, request: GenerationRequest) -> SyntheticDrafts:
         from spdbench.decoding.synthetic import synthetic_drafts
 
-        if self._choice is None:
-            raise RuntimeError(f"{self._context.label} is not loaded")
-        return synthetic_drafts(self._choice, self._context.seed, self._decoder, request)
+        return synthetic_drafts(self._loaded(self._choice), self._context.seed, self._decoder, request)
 
 
-def observed_step(token_ids: Sequence[int], drafts: Sequence[int], forwards: int) -> Step:
-    """The step of an engine that is observed from outside: it emitted `token_ids` after `drafts`, and its target
-    forwarded `forwards` tokens.
+class DraftVerify(Drafting["Drafter"]):
+    """Base of the backends of kind draft_verify."""
 
-    Ids equal to the drafts are accepted ones; the first that differs shows that its draft was rejected. Where a round
-    was cut at an end of sequence or at the limit, later verdicts are unknown and do not count.
-    """
-    pairs = zip(token_ids, drafts, strict=False)
-    accepted = next((index for index, (token, draft) in enumerate(pairs) if token != draft), None)
-    rejected = accepted is not None
-    if accepted is None:
-        accepted = min(len(token_ids), len(drafts))
-    return Step(tuple(token_ids), len(drafts), accepted + rejected, accepted, float(forwards))
+    kind: ClassVar[BackendKind] = "draft_verify"
+
+    _options: GraphOptions
+    _weights: Any = None
+    """What a trained or random drafter computes with; None for a synthetic one."""
+    _builder: TreeBuilder | None = None
+    _captured: CapturedDecoder | None = None
+
+    def _new_drafter(self, request: GenerationRequest) -> Drafter:
+        from spdbench.decoding.synthetic import SyntheticDrafter
+
+        builder = self._loaded(self._builder)
+        if self._weights is None:
+            return SyntheticDrafter(self._drafts(request), builder, self._decoder.device)
+        return self._weights_drafter(request)
+
+    def _weights_drafter(self, request: GenerationRequest) -> Drafter:
+        """A drafter for `request` that computes with `_weights`."""
+        raise NotImplementedError
+
+    def _decode(self, request: GenerationRequest, drafter: Drafter) -> Iterator[Step]:
+        from spdbench.decoding.speculate import Speculation
+
+        speculation = Speculation(self._captured or self._decoder, drafter, request, self._accept_rule())
+        self._spans = speculation.spans
+        return speculation.steps()
+
+    def _accept_rule(self) -> AcceptRule | None:
+        """None: greedy or lossless sampling, as the request says."""
+        return None
+
+    def _decoder_to_capture(self) -> Decoder | None:
+        return decoder_to_capture(self._options.graphs, self._context)
+
+    def _capture_target(self, num_nodes: int, hidden_indices: Collection[int]) -> CapturedDecoder | None:
+        """The target with its forwards of one row and of `num_nodes` rows captured, if the option says so."""
+        if (decoder := self._decoder_to_capture()) is not None:
+            from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
+
+            graphs, capacity = self._options.graphs, usual_capacity(decoder)
+            compiled = graphs == "compiled"
+            self._captured = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
+            self._chosen = {**self._chosen, "graphs": captured_as(graphs, capacity)}
+        return self._captured
+
+    def _row_costs(self, largest: int) -> RowCosts:
+        """Seconds of forwards of up to `largest` rows; of captured ones if the method captures its own."""
+        from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
+
+        decoder = self._decoder_to_capture()
+        if decoder is None:
+            return measure_row_costs(self._decoder, largest)
+        from spdbench.models.cuda.captured_decoder import CapturedDecoder
+
+        compiled = self._options.graphs == "compiled"
+        captured = CapturedDecoder(
+            decoder, [count for count in ROW_COUNTS if count <= largest], CONTEXT + largest, compiled=compiled
+        )
+        return measure_row_costs(captured, largest)
+
+    def _seconds_to_draft(self, drafter: Drafter, num_levels: int) -> float:
+        """Seconds of one draft of `num_levels` levels, timed as it will run: in turn with forwards of the target, so
+        that what the drafter reads is not in the processor's caches."""
+        import torch
+
+        from spdbench.decoding.sampling import Sampler
+        from spdbench.decoding.speculate import Features
+        from spdbench.models.layer_ops import argmax
+        from spdbench.models.torch_utils import median_seconds
+
+        decoder, sampler = self._decoder, Sampler(Sampling(), 0)
+        cache = decoder.new_cache(1)
+        hidden_1M = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+        features = Features(hidden_1M, dict.fromkeys(drafter.hidden_indices, hidden_1M))
+        drafter.start((0,), features, 0)
+
+        def draft() -> None:
+            drafter.propose(num_levels, sampler).ids_N.tolist()
+            drafter.accept((0,), features)
+
+        def forward() -> None:
+            hidden_1M, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
+            argmax(decoder.logits(hidden_1M)).tolist()
+            cache.rollback(0)
+
+        return median_seconds(draft, between=forward)
+
+    def _require_trees(self) -> None:
+        """Raises `InputError` where the layers of this model take no trees."""
+        if not self._decoder.takes_trees:
+            raise self._option_error("tree", "this model runs on transformers' layers, which take no trees; use chain")

@@ -10,14 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
+from spdbench.backend import BackendInfo
 from spdbench.errors import InputError
-from spdbench.types import BackendKind, GenerationRequest, Sampling, Span, Step
-from spdbench_backends.drafting import observed_step
+from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
+from spdbench_backends.local import LookupOptions, ObservedEngine, observed_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,31 +26,24 @@ MAX_DEFAULT_CONTEXT = 8192
 SEED_BITS = 32
 
 
-class LlamaCpp:
+class LlamaCpp(ObservedEngine):
     """llama.cpp on a GGUF file: plain, or with prompt lookup."""
 
-    class Options(BackendOptions):
+    class Options(LookupOptions):
         model: str | None = Field(None, description="the GGUF file; default: the one that -m names")
-        prompt_lookup: int = Field(0, ge=0, le=64, description="tokens that are looked up in the context; 0: none")
-        max_ngram: int = Field(2, ge=1, le=64, description="longest run of last tokens that is looked up")
         context: int | None = Field(
             None, ge=8, description=f"tokens of context; default: the model's, {MAX_DEFAULT_CONTEXT} at most"
         )
 
     kind: ClassVar[BackendKind] = "draft_verify"
-    lossless = True
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(LlamaCpp.Options, options)
-        self._context = context
-        self._model: Any = None
-        self._fed: list[list[int]] = []
+    _options: Options
+    _model: Any = None
 
     def load(self) -> None:
-        options, label, target = self._options, self._context.label, self._context.target
-        if "max_ngram" in options.model_fields_set and not options.prompt_lookup:
-            raise InputError(f"-o {label}.max_ngram={options.max_ngram}: needs {label}.prompt_lookup=TOKENS")
-        package = _package(label)
+        options, target = self._options, self._context.target
+        self._set_lookup()
+        package = _package(self._context.label)
         self._file = self._find_file()
         num_context = options.context or min(target.config.max_positions, MAX_DEFAULT_CONTEXT)
         try:
@@ -64,11 +57,13 @@ class LlamaCpp:
                 verbose=False,
             )
         except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(f"-o {label}.model={self._file.name}: llama.cpp cannot load it ({error})") from None
+            raise self._option_error("model", f"llama.cpp cannot load it ({error})", self._file.name) from None
         if self._model.n_vocab() != target.config.vocab_size:
-            raise InputError(
-                f"-o {label}.model={self._file.name}: its vocabulary ({self._model.n_vocab()} tokens) is not that of "
-                f"-m ({target.config.vocab_size}), so the same ids would mean other words"
+            raise self._option_error(
+                "model",
+                f"its vocabulary ({self._model.n_vocab()} tokens) is not that of -m ({target.config.vocab_size}), so "
+                "the same ids would mean other words",
+                self._file.name,
             )
         self._version = str(package.__version__)
         self._watch()
@@ -81,12 +76,13 @@ class LlamaCpp:
                 f"-b {label}: -m is not a GGUF file; give the same model as one: -o {label}.model=FILE.gguf"
             )
         if found.suffix != ".gguf" or not found.is_file():
-            raise InputError(f"-o {label}.model={given}: no such GGUF file")
+            raise self._option_error("model", "no such GGUF file", given)
         return found
 
     def _watch(self) -> None:
         """Records the tokens of every call of `eval`."""
         original: Callable[[Sequence[int]], None] = self._model.eval
+        self._fed: list[list[int]] = []
 
         def recording(tokens: Sequence[int]) -> None:
             self._fed.append(list(tokens))  # a copy, because the loop reuses the list
@@ -95,20 +91,17 @@ class LlamaCpp:
         self._model.eval = recording
 
     def describe(self) -> BackendInfo:
-        info = None
-        if self._options.prompt_lookup:
-            info = DrafterInfo("prompt lookup", method="prompt_lookup", synthetic=False)
         return BackendInfo(
             devices=self._context.devices[:1],
             lane_bytes=(self._file.stat().st_size,),
             stage_layers=(self._context.target.config.num_layers,),
-            drafter=info,
+            drafter=self._info,
             chosen={"engine": f"llama-cpp-python {self._version}"},
             other_model=f"{self._file.name} in llama.cpp",
         )
 
     def prepare(self, request: GenerationRequest) -> None:
-        needed, room = len(request.prompt_ids) + request.max_new_tokens, self._loaded().n_ctx()
+        needed, room = len(request.prompt_ids) + request.max_new_tokens, self._loaded(self._model).n_ctx()
         if needed > room:
             label = self._context.label
             raise InputError(
@@ -116,7 +109,7 @@ class LlamaCpp:
             )
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        model = self._loaded()
+        model = self._loaded(self._model)
         model.reset()  # otherwise it reuses its cache of a common prefix
         model.set_seed(request.seed % 2**SEED_BITS)
         self._fed.clear()
@@ -141,18 +134,10 @@ class LlamaCpp:
         finally:
             tokens.close()
 
-    def spans(self) -> Sequence[Span]:
-        return ()
-
     def close(self) -> None:
         if self._model is not None:
             self._model.close()
-        self._model = None
-
-    def _loaded(self) -> Any:
-        if self._model is None:
-            raise RuntimeError("llamacpp is not loaded")
-        return self._model
+        super().close()
 
 
 def _package(label: str) -> Any:

@@ -6,14 +6,14 @@ Needs no head, because text repeats itself. Source: Saxena, prompt lookup decodi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions, DrafterInfo
+from spdbench.backend import DrafterInfo
 from spdbench.types import GenerationRequest
-from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions
+from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -28,20 +28,16 @@ class Ngram(DraftVerify):
         max_ngram: int = Field(3, ge=1, le=64, description="longest run of last tokens that is looked up")
         min_ngram: int = Field(2, ge=1, description="shortest run; shorter ones match more and are right less often")
 
-    lossless = True
+    _options: Options
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(Ngram.Options, options)
-        super().__init__(self._options, context)
+    @property
+    def lossless(self) -> bool:
+        return True  # no drafter that the user names has a say
 
     def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
-        from spdbench.errors import InputError
-
         options = self._options
         if options.min_ngram > options.max_ngram:
-            raise InputError(
-                f"-o {self._context.label}.min_ngram={options.min_ngram}: is more than max_ngram={options.max_ngram}"
-            )
+            raise self._option_error("min_ngram", f"is more than max_ngram={options.max_ngram}")
         self._capture_target(options.num_tokens + 1, ())
         self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
 

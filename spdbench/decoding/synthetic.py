@@ -39,6 +39,10 @@ class DrafterChoice:
     probability: float = 0.0
 
     @property
+    def is_synthetic(self) -> bool:
+        return self.kind in ("oracle", "forced")
+
+    @property
     def path(self) -> Path:
         return typed_path(self.text)
 
@@ -189,25 +193,15 @@ def synthetic_drafts(
     require_known_answer(choice, request.sampling)
     reference: tuple[int, ...] = ()
     if choice.kind == "oracle":
-        reference = _reference(_ById(decoder), request.prompt_ids, request.max_new_tokens, request.eos_ids)
+        reference = _reference(decoder, request.prompt_ids, request.max_new_tokens, request.eos_ids)
     digest = hashlib.sha256(",".join(map(str, request.prompt_ids)).encode()).digest()
     return SyntheticDrafts(choice, seed, digest, reference, decoder.config.vocab_size, request.eos_ids)
 
 
-class _ById:
-    """A decoder as a cache key: the same object, not equal weights."""
-
-    def __init__(self, decoder: TargetDecoder) -> None:
-        self.decoder = decoder
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and other.decoder is self.decoder
-
-    def __hash__(self) -> int:
-        return id(self.decoder)
-
-
 @lru_cache(maxsize=64)
-def _reference(decoder: _ById, prompt_ids: tuple[int, ...], limit: int, eos_ids: frozenset[int]) -> tuple[int, ...]:
+def _reference(
+    decoder: TargetDecoder, prompt_ids: tuple[int, ...], limit: int, eos_ids: frozenset[int]
+) -> tuple[int, ...]:
+    """What plain decoding emits. Decoders are equal only to themselves, so that each has results of its own."""
     request = GenerationRequest(prompt_ids, (), limit, Sampling(), 0, eos_ids)
-    return tuple(decode(decoder.decoder, request))
+    return tuple(decode(decoder, request))

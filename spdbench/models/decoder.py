@@ -33,7 +33,7 @@ DRAFT_HEADS = "medusa_head."
 """Prefix of the draft heads' tensors in a Medusa-2 checkpoint, which are no part of the model."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoder:
     """The layers `layers` of a model, with its embedding, final norm and head where they were loaded."""
 

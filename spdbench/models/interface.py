@@ -44,6 +44,9 @@ class CancelledForwardError(Exception):
 class TargetDecoder(Protocol):
     """Layers of a target model, with its embedding and its head where they were loaded."""
 
+    def __hash__(self) -> int:
+        """By identity: a decoder is equal only to itself."""
+
     @property
     def config(self) -> Sizes: ...
 

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions
-from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
-from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions, decoder_to_capture
+from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -61,12 +59,9 @@ class Eagle(DraftVerify):
             "auto", description="what a head's norm_output means: feed the normed state to the next row, or nothing"
         )
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(Eagle.Options, options)
-        super().__init__(self._options, context)
-        self._weights: EagleWeights | None = None
-        self._builder: TreeBuilder | None = None
-        self._rounds: CapturedRounds | None = None
+    _options: Options
+    _weights: EagleWeights | None = None
+    _rounds: CapturedRounds | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         self._check_options()
@@ -75,24 +70,25 @@ class Eagle(DraftVerify):
             self._weights = self._build(file)
             if self._info is not None and not self._weights.is_eagle3:
                 self._info = replace(self._info, method="eagle")
-        self._builder = self._choose_builder(choice, file)
-        self._capture_all(self._builder)
+        self._builder = builder = self._choose_builder(choice, file)
+        captured = self._capture_target(builder.max_nodes, () if self._weights is None else self._weights.aux)
+        if self._weights is not None and captured is not None:
+            self._rounds = self._capture_rounds(builder, captured.capacity)
 
     def _check_options(self) -> None:
-        options, label = self._options, self._context.label
-        if options.tree == "static" and (options.depth or 0) > STATIC_DEPTH:
-            raise InputError(f"-o {label}.depth={options.depth}: the static tree has {STATIC_DEPTH} levels")
+        options, depth, given = self._options, self._options.depth, self._options.model_fields_set
+        if options.tree == "static" and (depth or 0) > STATIC_DEPTH:
+            raise self._option_error("depth", f"the static tree has {STATIC_DEPTH} levels")
         for name, trees in (("top_k", ("dynamic",)), ("total_tokens", ("dynamic", "auto"))):
-            if name in options.model_fields_set and options.tree not in trees:
-                raise InputError(
-                    f"-o {label}.{name}={getattr(options, name)}: has no meaning with {label}.tree={options.tree}; "
-                    f"allowed with {' and '.join(trees)}"
-                )
-        counts = options.tree == "dynamic" or "total_tokens" in options.model_fields_set
-        if counts and options.depth is not None and options.total_tokens < options.depth + 1:
-            raise InputError(
-                f"-o {label}.total_tokens={options.total_tokens}: too few for {label}.depth={options.depth} levels "
-                f"behind the newest token; give at least {options.depth + 1}"
+            if name in given and options.tree not in trees:
+                tree = f"{self._context.label}.tree={options.tree}"
+                raise self._option_error(name, f"has no meaning with {tree}; allowed with {' and '.join(trees)}")
+        counts = options.tree == "dynamic" or "total_tokens" in given
+        if counts and depth is not None and options.total_tokens < depth + 1:
+            raise self._option_error(
+                "total_tokens",
+                f"too few for {self._context.label}.depth={depth} levels behind the newest token; give at least "
+                f"{depth + 1}",
             )
 
     def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
@@ -115,7 +111,7 @@ class Eagle(DraftVerify):
         )
         vocabulary = self._decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)
         if options.tree == "dynamic" and options.top_k > vocabulary:
-            raise InputError(f"-o {self._context.label}.top_k={options.top_k}: the head knows {vocabulary} tokens only")
+            raise self._option_error("top_k", f"the head knows {vocabulary} tokens only")
         return weights
 
     def _choose_builder(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
@@ -123,14 +119,12 @@ class Eagle(DraftVerify):
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
         options, device = self._options, self._decoder.device
-        takes_trees = self._decoder.takes_trees
-        if options.tree == "chain" or (options.tree == "auto" and not takes_trees):
+        if options.tree == "chain" or (options.tree == "auto" and not self._decoder.takes_trees):
             depth = options.depth or CHAIN_DEPTH
             if options.tree == "auto":
                 self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
             return chain_builder(depth, device)
-        if not takes_trees:
-            raise self._no_trees(options.tree)
+        self._require_trees()
         if options.tree == "static":
             depth = options.depth or STATIC_DEPTH
             return StaticTreeBuilder([path for path in named_tree("eagle_1") if len(path) <= depth], device)
@@ -178,38 +172,24 @@ class Eagle(DraftVerify):
         """Seconds of one draft."""
         if self._weights is None:
             return 0.0
-        captured = decoder_to_capture(self._graphs, self._context) is not None
+        captured = self._decoder_to_capture() is not None
         rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
         return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
 
-    def _new_drafter(self, request: GenerationRequest) -> Drafter:
-        if self._builder is None:
-            raise RuntimeError("eagle is not loaded")
-        if self._weights is None:
-            return self._synthetic_drafter(request, self._builder)
-        rounds = self._rounds if self._is_captured_for(request, self._builder.max_nodes) else None
-        return self._head_drafter(self._builder, len(request.prompt_ids) + request.max_new_tokens, rounds)
+    def _weights_drafter(self, request: GenerationRequest) -> Drafter:
+        builder, capacity = self._loaded(self._builder), len(request.prompt_ids) + request.max_new_tokens
+        fits = self._captured is not None and capacity + builder.max_nodes <= self._captured.capacity
+        return self._head_drafter(builder, capacity, self._rounds if fits else None)
 
     def _head_drafter(self, builder: TreeBuilder, capacity: int, captured: CapturedRounds | None) -> Drafter:
-        from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
+        from spdbench_backends.eagle.drafter import EagleDrafter, Rounds
 
-        assert self._weights is not None
-        rounds = captured or EagerRounds(self._weights, builder, capacity)
+        rounds = captured or Rounds(self._loaded(self._weights), builder, capacity)
         return EagleDrafter(self._context.target.own_decoder, rounds)
-
-    def _capture_all(self, builder: TreeBuilder) -> None:
-        """Captures the target's forwards and the head's rounds, if the option says so."""
-        self._capture_target(builder.max_nodes, () if self._weights is None else self._weights.aux)
-        if self._weights is not None and self._captured is not None:
-            self._rounds = self._capture_rounds(builder, self._captured.capacity)
 
     def _capture_rounds(self, builder: TreeBuilder, capacity: int) -> CapturedRounds:
         from spdbench_backends.eagle.captured import CapturedRounds
 
-        assert self._weights is not None
-        num_columns = self._decoder.config.hidden_size * max(1, len(self._weights.aux))
-        return CapturedRounds(self._weights, num_columns, builder, capacity, compiled=self._graphs == "compiled")
-
-    def close(self) -> None:
-        super().close()
-        self._weights = self._builder = self._rounds = None
+        weights = self._loaded(self._weights)
+        num_columns = self._decoder.config.hidden_size * max(1, len(weights.aux))
+        return CapturedRounds(weights, num_columns, builder, capacity, compiled=self._options.graphs == "compiled")

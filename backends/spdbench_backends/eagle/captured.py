@@ -18,8 +18,8 @@ from spdbench.decoding.tree_builder import TreeBuilder
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Tensors, Upload, buckets
 from spdbench.models.cuda.captured_layers import CapturedContext, CapturedLayers
-from spdbench_backends.eagle.drafter import draft_tree
-from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
+from spdbench_backends.eagle.drafter import Rounds, draft_tree
+from spdbench_backends.eagle.head import EagleHead, EagleWeights
 
 
 class CapturedHead(EagleHead):
@@ -47,17 +47,15 @@ class CapturedHead(EagleHead):
         return self._layers.forward(hidden_SM, context, range(1, len(self.weights.layers)))
 
 
-class CapturedRounds:
-    """Rounds for one sequence at a time of up to `capacity` tokens; see `drafter.Rounds`. Trees always have all levels.
-    `num_columns` is the width F of the features."""
+class CapturedRounds(Rounds):
+    """Rounds that are replayed, for one sequence at a time. Trees always have all levels. `num_columns` is the width F
+    of the features."""
 
     def __init__(
         self, weights: EagleWeights, num_columns: int, builder: TreeBuilder, capacity: int, *, compiled: bool = False
     ) -> None:
-        self.weights, self.builder = weights, builder
         self._num_rows = builder.num_levels + 1
-        self._tree_slots = builder.num_levels * builder.max_nodes
-        self._module = EagleModule(weights, capacity + self._num_rows + self._tree_slots)
+        super().__init__(weights, builder, capacity + self._num_rows)
         self._is_chain = False
         with torch.inference_mode():
             layers = dict(enumerate(weights.layers))
@@ -74,10 +72,6 @@ class CapturedRounds:
                 (features_RF, ids_R),
                 buckets(self._module.cache.capacity),
             )
-
-    def reset(self) -> None:
-        """Forgets everything: another sequence begins."""
-        self._module.reset()
 
     def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:  # noqa: ARG002
         """Commits rows, and builds a tree after the last of `next_ids_S`; valid until the next call. More rows than a

@@ -6,7 +6,6 @@ Shapes: S rows, k candidates of each, F feature columns, M draft width, U draft 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,32 +20,23 @@ from spdbench.models.layer_ops import argmax
 from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
 
 
-class Rounds(Protocol):
-    """A head's rounds of drafting for one sequence: `EagerRounds`, or `captured.CapturedRounds`."""
-
-    weights: EagleWeights
-    builder: TreeBuilder
-
-    def reset(self) -> None:
-        """Forgets everything: another sequence begins."""
-
-    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:
-        """Commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`. Levels deeper
-        than `max_levels`, which is 1 at least, will not count."""
-
-
-class EagerRounds:
-    """Rounds for a sequence of up to `capacity` tokens, step by step."""
+class Rounds:
+    """A head's rounds of drafting for a sequence of up to `capacity` tokens, step by step. `captured.CapturedRounds`
+    replays them."""
 
     def __init__(self, weights: EagleWeights, builder: TreeBuilder, capacity: int) -> None:
         self.weights, self.builder = weights, builder
         # A builder feeds at most all of its levels but the last, each as wide as the whole tree could be.
-        self._module = EagleModule(weights, capacity + builder.num_levels * builder.max_nodes)
+        self._tree_slots = builder.num_levels * builder.max_nodes
+        self._module = EagleModule(weights, capacity + self._tree_slots)
 
     def reset(self) -> None:
+        """Forgets everything: another sequence begins."""
         self._module.reset()
 
     def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:
+        """Commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`. Levels deeper
+        than `max_levels`, which is 1 at least, will not count."""
         return draft_tree(self._module, self.builder, features_SF, next_ids_S, max_levels)
 
 

@@ -6,15 +6,14 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
-from spdbench_backends.draft_verify import DraftVerify
-from spdbench_backends.graph_options import GraphOptions, decoder_to_capture
+from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -49,12 +48,10 @@ class Medusa(DraftVerify):
         posterior_threshold: float = Field(0.09, gt=0, lt=1, description="typical: threshold where the target is sure")
         posterior_alpha: float = Field(0.3, gt=0, description="typical: how the threshold falls with the entropy")
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        self._options = cast(Medusa.Options, options)
-        super().__init__(self._options, context)
-        self._weights: MedusaWeights | None = None
-        self._builder: StaticTreeBuilder | None = None
-        self._captured_draft: CapturedFunction | None = None
+    _options: Options
+    _weights: MedusaWeights | None = None
+    _builder: StaticTreeBuilder | None = None
+    _captured_draft: CapturedFunction | None = None
 
     @property
     def lossless(self) -> bool:
@@ -65,7 +62,7 @@ class Medusa(DraftVerify):
 
         file = self._find_heads(choice)
         if file is not None:
-            from spdbench_backends.medusa.build import build_medusa
+            from spdbench_backends.medusa.drafter import build_medusa
 
             self._weights = build_medusa(file, self._context.target.own_decoder)
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
@@ -73,7 +70,7 @@ class Medusa(DraftVerify):
         self._captured_draft = self._capture_draft(self._builder)
 
     def _find_heads(self, choice: DrafterChoice) -> MedusaFile | None:
-        from spdbench_backends.medusa.build import random_medusa
+        from spdbench_backends.medusa.drafter import random_medusa
         from spdbench_backends.medusa.formats import holds_medusa_heads, read_medusa
 
         target, heads, seed = self._context.target, self._options.heads or SYNTHETIC_HEADS, self._context.seed
@@ -93,7 +90,7 @@ class Medusa(DraftVerify):
         available = self._weights.num_heads
         asked = self._options.heads or available
         if asked > available:
-            raise InputError(f"-o {self._context.label}.heads={asked}: the drafter has {available} heads")
+            raise self._option_error("heads", f"the drafter has {available} heads")
         return asked
 
     def _choose_paths(self, choice: DrafterChoice, file: MedusaFile | None) -> tuple[Path, ...]:
@@ -105,8 +102,7 @@ class Medusa(DraftVerify):
             return chain_paths(heads)
         if asked == "chain":
             return chain_paths(heads)
-        if not self._decoder.takes_trees:
-            raise self._no_trees(asked)
+        self._require_trees()
         if asked == "auto":
             return self._choose_by_cost(choice, file, heads)
         from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
@@ -116,7 +112,7 @@ class Medusa(DraftVerify):
             check_levels(paths, heads)
             check_ranks(paths, self._vocabulary())
         except InputError as error:
-            raise InputError(f"-o {self._context.label}.tree={asked}: {error}") from None
+            raise self._option_error("tree", str(error)) from None
         return paths
 
     def _vocabulary(self) -> int:
@@ -155,7 +151,7 @@ class Medusa(DraftVerify):
         """The heads' rounds captured, if the option says so."""
         from spdbench_backends.medusa.drafter import capture_draft
 
-        target = decoder_to_capture(self._graphs, self._context)
+        target = self._decoder_to_capture()
         return None if target is None or self._weights is None else capture_draft(self._weights, target, builder)
 
     def _accept_rule(self) -> AcceptRule | None:
@@ -166,16 +162,8 @@ class Medusa(DraftVerify):
             return typical(options.posterior_threshold, options.posterior_alpha)
         return None
 
-    def _new_drafter(self, request: GenerationRequest) -> Drafter:
+    def _weights_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002 - one drafter fits all
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
-        if self._builder is None:
-            raise RuntimeError("medusa is not loaded")
-        if self._weights is None:
-            return self._synthetic_drafter(request, self._builder)
-        target = self._context.target.own_decoder
-        return MedusaDrafter(self._weights, target, self._builder, self._captured_draft)
-
-    def close(self) -> None:
-        super().close()
-        self._weights = self._builder = self._captured_draft = None
+        weights, builder = self._loaded(self._weights), self._loaded(self._builder)
+        return MedusaDrafter(weights, self._context.target.own_decoder, builder, self._captured_draft)

@@ -17,7 +17,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spdbench.backend import BackendContext, BackendOptions
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined
 
@@ -33,15 +32,8 @@ class SPD(Pipelined):
     """Speculative pipeline decoding: n stages work on n tokens of one sequence."""
 
     method = "spd"
-
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
-        self._head: HeadWeights | None = None
-        self._module: CapturedDraftModule | None = None
-
-    def close(self) -> None:
-        super().close()
-        self._head = self._module = None
+    _head: HeadWeights | None = None
+    _module: CapturedDraftModule | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.spd.formats import build_head, random_head, read_head

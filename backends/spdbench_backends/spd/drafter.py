@@ -9,8 +9,8 @@ Shapes: S rows, M model width, U draft vocabulary, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,36 +20,36 @@ from spdbench.decoding.synthetic import SyntheticDrafts
 from spdbench.decoding.verify import Draft
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
-from spdbench.pipeline.schedule import Cycle
+from spdbench.pipeline.schedule import Cycle, Node
 from spdbench_backends.spd.head import DraftModule, HeadWeights
 from spdbench_backends.spd.plan import DeepestRows, NominalRows
 
 
-class PipelineDrafter(Protocol):
+class PipelineDrafter(ABC):
     """One request's drafter. `hidden_indices` are the hidden states that it reads. With `reads_this_cycle` it drafts
     after the stages have moved, from what they have just computed; otherwise in parallel with them, from earlier
     states."""
 
-    hidden_indices: tuple[int, ...]
-    reads_this_cycle: bool
+    hidden_indices: tuple[int, ...] = ()
+    reads_this_cycle: bool = False
 
+    @abstractmethod
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
         """The prompt's hidden states, `[S, M]` by index; `capacity` tokens is the longest that the sequence can get."""
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:  # noqa: B027 - optional
         """New hidden states of a token in flight, `[1, M]` by index."""
 
+    @abstractmethod
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
         """A successor of the token in stage 0, from what was observed."""
 
-    def rollback(self, length: int) -> None:
+    def rollback(self, length: int) -> None:  # noqa: B027 - optional
         """Forgets everything from position `length` on."""
 
 
-class SyntheticPipelineDrafter:
+class SyntheticPipelineDrafter(PipelineDrafter):
     """`oracle:P` and `forced:P`."""
-
-    hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, drafts: SyntheticDrafts, *, reads_this_cycle: bool = False) -> None:
         self.reads_this_cycle = reads_this_cycle
@@ -59,21 +59,12 @@ class SyntheticPipelineDrafter:
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:  # noqa: ARG002
         self._prompt_length = prompt_length
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        pass
-
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002
-        assert cycle.stages[0] is not None
-        return self._drafts.draft(cycle.stages[0].position + 1 - self._prompt_length)
-
-    def rollback(self, length: int) -> None:
-        pass
+        return self._drafts.draft(_newest(cycle).position + 1 - self._prompt_length)
 
 
-class HeadDrafter:
+class HeadDrafter(PipelineDrafter):
     """The Pipeline Draft Module, trained or random."""
-
-    reads_this_cycle = False
 
     def __init__(self, weights: HeadWeights) -> None:
         self.hidden_indices = weights.plan.anchors
@@ -91,11 +82,9 @@ class HeadDrafter:
         self._module.observe(position, states)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
-        assert newest is not None
         assert self._module is not None
         in_flight = [node.position if node else -1 for node in cycle.stages]
-        return self._draft(self._module.logits(self._rows.next(in_flight, newest.position)), sampler)
+        return self._draft(self._module.logits(self._rows.next(in_flight, _newest(cycle).position)), sampler)
 
     def rollback(self, length: int) -> None:
         self._rows.rollback(length)
@@ -115,7 +104,7 @@ class HeadDrafter:
         return Draft(token_id, drafted_V.index_copy_(0, ids_U, drafted_U))
 
 
-class ExitDrafter:
+class ExitDrafter(PipelineDrafter):
     """PPSD's exit head: drafts after the stages have moved, from what stage 0 has just computed."""
 
     reads_this_cycle = True
@@ -140,13 +129,11 @@ class ExitDrafter:
             self._unread.append(states[self._exit_layer])
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
-        assert newest is not None
         assert self._cache is not None
         hidden_SM, _ = self._head.forward(torch.cat(self._unread), self._length, self._cache)
         self._length += len(self._unread)
         self._unread.clear()
-        assert newest.position == self._length - 1
+        assert _newest(cycle).position == self._length - 1
         return Draft.from_logits(self._head.logits(hidden_SM[-1:])[0], sampler)
 
     def rollback(self, length: int) -> None:
@@ -154,3 +141,10 @@ class ExitDrafter:
         del self._unread[max(0, length - self._length) :]
         self._length = min(self._length, length)
         self._cache.rollback(self._length)
+
+
+def _newest(cycle: Cycle) -> Node:
+    """The newest token, which is in stage 0."""
+    newest = cycle.stages[0]
+    assert newest is not None
+    return newest

@@ -121,16 +121,23 @@ def build_head(file: HeadFile, target: Decoder, stages: tuple[range, ...]) -> He
     expected = _head_tensors(target, len(plan.anchors), config.num_spec_layers)
     rows = {"lm_head.weight": (config.draft_vocab_size, base.hidden_size)}
     expected.add(rows, optional=file.layout == "spdbench")
-    tensors, layers = TargetTensors(file, expected, target), range(config.num_spec_layers)
-    decoder = replace(
+    tensors = TargetTensors(file, expected, target)
+    decoder = _decoder(tensors, target, "spec_layers", config.num_spec_layers, token_ids_U)
+    projections = tuple(tensors[f"aggr_projs.{index}.weight"] for index in range(len(plan.anchors)))
+    return HeadWeights(plan, projections, decoder, token_ids_U, use_deepest=config.trained_with_use_deepest)
+
+
+def _decoder(
+    tensors: TargetTensors, target: Decoder, prefix: str, num_layers: int, token_ids_U: Tensor | None
+) -> Decoder:
+    """A drafter's own layers, called `PREFIX.0` and so on, between no embedding and the target's final norm."""
+    return replace(
         target,
-        layers=layers,
-        weights={index: dense_layer(tensors.get, f"spec_layers.{index}.") for index in layers},
+        layers=range(num_layers),
+        weights={index: dense_layer(tensors.get, f"{prefix}.{index}.") for index in range(num_layers)},
         embeddings_VM=None,
         head=tensors.head("lm_head.weight", token_ids_U),
     )
-    projections = tuple(tensors[f"aggr_projs.{index}.weight"] for index in range(len(plan.anchors)))
-    return HeadWeights(plan, projections, decoder, token_ids_U, use_deepest=config.trained_with_use_deepest)
 
 
 def _plan(file: HeadFile, stages: tuple[range, ...]) -> FeaturePlan:
@@ -233,15 +240,9 @@ def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> De
     )
     fitting = ": give ppsd.stages or ppsd.stage_layers that fit"
     require_target(file, ("config.exit_layer", config.exit_layer, stages[0].stop), remedy=fitting)
-    tensors, layers = TargetTensors(file, _exit_tensors(target, config.num_layers), target), range(config.num_layers)
-    return replace(
-        target,
-        layers=layers,
-        weights={index: dense_layer(tensors.get, f"layers.{index}.") for index in layers},
-        embeddings_VM=None,
-        final_norm=tensors.norm("norm.weight") or target.final_norm,
-        head=tensors.head("lm_head.weight", None),
-    )
+    tensors = TargetTensors(file, _exit_tensors(target, config.num_layers), target)
+    decoder = _decoder(tensors, target, "layers", config.num_layers, None)
+    return replace(decoder, final_norm=tensors.norm("norm.weight") or target.final_norm)
 
 
 def _exit_tensors(target: Decoder, num_layers: int) -> ExpectedTensors:

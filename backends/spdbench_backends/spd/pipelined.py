@@ -6,11 +6,11 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions
+from spdbench.backend import BackendInfo, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.drafting import Drafting, F
@@ -68,13 +68,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
     method: ClassVar[str]
     """As `config.json` of a drafter's folder has it."""
 
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(context)
-        self._options = cast(PipelineOptions, options)
-        self._stages: tuple[range, ...] = ()
-        self._ends: Decoder | None = None
-        self._pipeline: Pipeline | None = None
-        self._decoding: PipelinedDecoding | None = None
+    _options: PipelineOptions
+    _stages: tuple[range, ...] = ()
+    _ends: Decoder | None = None
+    _pipeline: Pipeline | None = None
+    _decoding: PipelinedDecoding | None = None
 
     @abstractmethod
     def _anchors(self) -> Collection[int]:
@@ -107,16 +105,15 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return () if self._decoding is None else self._decoding.spans()
 
     def close(self) -> None:
+        pipeline = self._pipeline
         super().close()
-        if self._pipeline is not None:
-            self._pipeline.close()
-        self._pipeline = self._decoding = self._ends = None
+        if pipeline is not None:
+            pipeline.close()
 
     def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
         from spdbench_backends.spd.engine import PipelinedDecoding
 
-        assert self._pipeline is not None
-        self._decoding = PipelinedDecoding(self._pipeline, self._stages, drafter, request)
+        self._decoding = PipelinedDecoding(self._loaded(self._pipeline), self._stages, drafter, request)
         steps = self._decoding.steps()
         if self._executor != "process":
             return steps
@@ -181,7 +178,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         """The head that the user chose, None for a synthetic drafter; also cuts the model into stages that fit it.
         `draw(target, stages, seed)` is an untrained head."""
         target, counts = self._context.target, self._options.stage_layers
-        if target.unsupported_reason and choice.kind not in ("oracle", "forced"):
+        if target.unsupported_reason and not choice.is_synthetic:
             raise InputError(
                 f"--drafter {choice.text}: {self.method.upper()} heads are made of spdbench's own layers, which do not "
                 f"know this model ({target.unsupported_reason}). Give oracle:P or forced:P."
@@ -236,14 +233,13 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return max(1, self._context.threads - count * self._threads(count))
 
     def _check_context(self) -> None:
-        context, label = self._options.context, self._context.label
+        context, most = self._options.context, self._context.target.config.max_positions
         if context is None:
             return
         if self._executor != "streams":
-            raise InputError(f"-o {label}.context={context}: is used with {label}.executor=streams only")
-        most = self._context.target.config.max_positions
+            raise self._option_error("context", f"is used with {self._context.label}.executor=streams only")
         if context > most:
-            raise InputError(f"-o {label}.context={context}: the model has {most} positions")
+            raise self._option_error("context", f"the model has {most} positions")
 
     def _start_pipeline(self) -> Pipeline:
         anchors = self._anchors()
@@ -258,9 +254,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
         from spdbench.pipeline.worker import StageSpec
 
         if self._transport == "nccl" and not self._have_own_gpus:
-            raise InputError(
-                f"-o {self._context.label}.transport=nccl: each of the {len(self._stages)} stages needs a GPU of its "
-                f"own, but --devices are {','.join(self._context.devices)}. Allowed: auto, pipe, gloo."
+            raise self._option_error(
+                "transport",
+                f"each of the {len(self._stages)} stages needs a GPU of its own, but --devices are "
+                f"{','.join(self._context.devices)}. Allowed: auto, pipe, gloo.",
             )
         count, threads, source = len(self._stages), self._threads(len(self._stages)), self._context.target.source
         cores = sorted(os.sched_getaffinity(0))

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from spdbench.backend import BackendContext, BackendOptions
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined
 
@@ -27,14 +26,7 @@ class PPSD(Pipelined):
     """PPSD (re-implementation): a pipeline whose first stage's output drafts."""
 
     method = "ppsd"
-
-    def __init__(self, options: BackendOptions, context: BackendContext) -> None:
-        super().__init__(options, context)
-        self._head: Decoder | None = None
-
-    def close(self) -> None:
-        super().close()
-        self._head = None
+    _head: Decoder | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.spd.formats import build_exit, random_exit, read_exit

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from spdbench.backend import Backend, is_text_only
 from spdbench.cli.options import DTYPES, ModelOptions, usable_cores
 from spdbench.cli.setup import BackendSpec, find_backends, find_devices, load_model
-from spdbench.decoding.loglikelihood import loglikelihood
+from spdbench.decoding.scoring import loglikelihood
 from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 from spdbench.errors import InputError, did_you_mean
 from spdbench.models.target import Target

@@ -24,7 +24,7 @@ from spdbench.cli.progress import RunProgress
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable, result_path
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
-from spdbench.decoding.audit import classify_difference
+from spdbench.decoding.scoring import classify_difference
 from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results

@@ -66,7 +66,7 @@ class HFCache:
         self.rollback(mark + len(chosen))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HFDecoder:
     """The layers `layers` of `model`, whose list of layers is at `path` in its base.
 

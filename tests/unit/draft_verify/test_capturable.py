@@ -23,8 +23,7 @@ from spdbench.models.rotary import plain_frequencies
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.captured import CapturedRounds
-from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.drafter import capture_draft
+from spdbench_backends.medusa.drafter import build_medusa, capture_draft, random_medusa
 from spdbench_backends.spd.captured import CapturedDraftModule
 from spdbench_backends.spd.formats import build_head, random_head
 from tests import tiny

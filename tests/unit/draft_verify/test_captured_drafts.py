@@ -16,9 +16,8 @@ from spdbench.models.decoder import Decoder
 from spdbench.types import Sampling
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.captured import CapturedRounds
-from spdbench_backends.eagle.drafter import EagerRounds, EagleDrafter
-from spdbench_backends.medusa.build import build_medusa, random_medusa
-from spdbench_backends.medusa.drafter import MedusaDrafter, capture_draft
+from spdbench_backends.eagle.drafter import EagleDrafter, Rounds
+from spdbench_backends.medusa.drafter import MedusaDrafter, build_medusa, capture_draft, random_medusa
 from tests import tiny
 
 PROMPT = tuple(range(30, 41))
@@ -78,7 +77,7 @@ def test_eagles_captured_rounds(target: Decoder, builder: TreeBuilder, version: 
     columns = target.config.hidden_size * max(1, len(weights.aux))
     captured = CapturedRounds(weights, columns, builder, 120)
     new = (
-        lambda: EagleDrafter(target, EagerRounds(weights, builder, 120)),
+        lambda: EagleDrafter(target, Rounds(weights, builder, 120)),
         lambda: EagleDrafter(target, captured),
     )
     same_drafts(target, new, builder.num_levels)

@@ -16,7 +16,7 @@ from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench_backends.medusa.backend import Medusa
-from spdbench_backends.medusa.build import random_medusa
+from spdbench_backends.medusa.drafter import random_medusa
 from spdbench_backends.medusa.formats import MedusaFile, write_medusa
 from tests import tiny
 

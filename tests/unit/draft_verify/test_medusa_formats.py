@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench_backends.medusa.build import build_medusa, random_medusa
+from spdbench_backends.medusa.drafter import build_medusa, random_medusa
 from spdbench_backends.medusa.formats import Layout, MedusaFile, holds_medusa_heads, read_medusa, write_medusa
 from tests import tiny
 from tests.unit.draft_verify.medusa_files import VOCAB, WIDTH, heads

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
-from spdbench_backends.medusa.build import build_medusa
+from spdbench_backends.medusa.drafter import build_medusa
 from spdbench_backends.medusa.formats import MedusaFile
 from tests import tiny
 from tests.unit.draft_verify.medusa_files import heads

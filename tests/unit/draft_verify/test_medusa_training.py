@@ -18,7 +18,7 @@ from spdbench.models.target import Target
 from spdbench.training.recipe import Batch, Counts, Teacher
 from spdbench.training.soft_targets import draft_rows
 from spdbench_backends.medusa.backend import Medusa
-from spdbench_backends.medusa.build import build_medusa
+from spdbench_backends.medusa.drafter import build_medusa
 from spdbench_backends.medusa.formats import read_medusa
 from spdbench_backends.medusa.train import MedusaRecipe
 from tests import tiny

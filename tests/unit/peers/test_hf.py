@@ -106,7 +106,7 @@ def test_a_crash_inside_comes_out_and_leaves_the_backend_usable(
         raise ZeroDivisionError("in generate")
 
     with monkeypatch.context() as patch:
-        patch.setattr(made._loaded()._model, "generate", crash)
+        patch.setattr(made._loaded(made._generation)._model, "generate", crash)
         with pytest.raises(ZeroDivisionError, match="in generate"):
             steps(made, request)
     assert len(ids(steps(made, request))) == 5

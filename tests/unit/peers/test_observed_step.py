@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spdbench_backends.drafting import observed_step
+from spdbench_backends.local import observed_step
 
 
 @pytest.mark.parametrize(

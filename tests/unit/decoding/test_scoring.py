@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from spdbench.decoding.audit import classify_difference
 from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.scoring import classify_difference
 from spdbench.models.cpu.linear import PlainLinear
 from spdbench.models.decoder import Decoder
 from tests import tiny
