@@ -72,16 +72,9 @@ class StaticTreeBuilder:
 
     def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
         self.tree = from_paths(paths, device)
+        self.num_levels, self.max_nodes = self.tree.num_levels, len(self.tree)
         self.num_ranks = 1 + max(rank for path in paths for rank in path)
         self._levels = list(_static_levels(sorted_paths(paths), device))
-
-    @property
-    def num_levels(self) -> int:
-        return self.tree.num_levels
-
-    @property
-    def max_nodes(self) -> int:
-        return len(self.tree)
 
     def build_tree(self, proposer: Proposer, root_1: Tensor, max_levels: int) -> DraftTree:
         tree = self.tree.cut(max_levels)

@@ -144,35 +144,30 @@ class EagleModule(EagleHead):
             weights.dtype,
             weights.device,
         )
-        self._committed = 0
-
-    @property
-    def num_committed(self) -> int:
-        """Draft rows of committed tokens."""
-        return self._committed
+        self.num_committed = 0  # draft rows of committed tokens
 
     def extend(self, features_SF: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
         """Forgets a tree's rows."""
-        self.cache.rollback(self._committed)
-        context = AttentionContext(self.weights.rotary, self._committed, len(ids_S))
+        self.cache.rollback(self.num_committed)
+        context = AttentionContext(self.weights.rotary, self.num_committed, len(ids_S))
         hidden_SM = self._forward(self._fused(features_SF), ids_S, context)
-        self._committed += len(ids_S)
+        self.num_committed += len(ids_S)
         return self._logits(hidden_SM[-1:])
 
     def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
-        context = AttentionContext(self.weights.rotary, self._committed, len(ids_S), rows)
+        context = AttentionContext(self.weights.rotary, self.num_committed, len(ids_S), rows)
         return self._logits(self._forward(states_SM, ids_S, context))
 
     def commit(self, num_rows: int) -> None:
         """Takes over rows that were written into the cache after the committed ones."""
-        self.cache.rollback(self._committed)
+        self.cache.rollback(self.num_committed)
         self.cache.advance(num_rows)
-        self._committed += num_rows
+        self.num_committed += num_rows
 
     def reset(self) -> None:
         """Forgets everything: another sequence begins."""
         self.cache.rollback(0)
-        self._committed = 0
+        self.num_committed = 0
 
     def _forward(self, features_SM: Tensor, ids_S: Tensor, context: AttentionContext) -> Tensor:
         weights, ops = self.weights, self._ops_for(len(ids_S))

@@ -86,7 +86,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
     def describe(self) -> BackendInfo:
         decoder = self._decoder
         last = len(self._stages) - 1
-        devices = [self._device(stage) for stage in range(len(self._stages))]
+        devices = self._stage_devices
         if self._anchors():
             devices.append(self._drafters_device)
         chosen: dict[str, str] = {"executor": self._executor}
@@ -143,13 +143,14 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     @property
     def _have_own_gpus(self) -> bool:
-        devices = [self._device(stage) for stage in range(len(self._stages))]
+        devices = self._stage_devices
         return len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
 
-    def _device(self, stage: int) -> str:
+    @property
+    def _stage_devices(self) -> list[str]:
         """Stages take the devices in turn; streams share one."""
-        devices = self._context.devices
-        return devices[0 if self._executor == "streams" else stage % len(devices)]
+        devices = self._context.devices[:1] if self._executor == "streams" else self._context.devices
+        return [devices[stage % len(devices)] for stage in range(len(self._stages))]
 
     @property
     def _drafters_device(self) -> str:
@@ -268,14 +269,14 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 num_stages=count,
                 layers=layers,
                 source=source,
-                device=self._device(index),
+                device=device,
                 threads=threads,
                 cores=frozenset(cores[index * threads : (index + 1) * threads]) if pinned else None,
                 hidden_indices=tuple(anchor for anchor in sorted(anchors) if layers.start < anchor <= layers.stop),
                 transport=self._transport,
                 timeout_s=self._options.timeout_s,
             )
-            for index, layers in enumerate(self._stages)
+            for index, (layers, device) in enumerate(zip(self._stages, self._stage_devices, strict=True))
         ]
         workers = StageWorkers(specs, self._options.timeout_s, self._context.label)
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
