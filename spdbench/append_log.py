@@ -68,7 +68,9 @@ class AppendLog:
         """
         part = path.with_name(path.name + ".part")
         try:
-            part.write_bytes(content)
+            part.unlink(missing_ok=True)  # a link there would lead the content into another file
+            with part.open("xb") as file:
+                file.write(content)
             part.replace(path)
         except OSError as error:
             with suppress(OSError):
@@ -104,6 +106,8 @@ class AppendLog:
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.endswith(b"\n"):
+                    if b"\r" in line:  # which our lines do not hold, so it is not one that a kill cut
+                        raise self._unreadable(number)
                     break
                 try:
                     parse(number, size, line)

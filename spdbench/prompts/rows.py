@@ -5,11 +5,8 @@ sources.py has the places that rows come from.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,7 +17,6 @@ from spdbench.types import Prompt, encodable
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-GZIP_MAGIC = b"\x1f\x8b"
 COLUMN_IN_TEMPLATE = re.compile(r"\{([A-Za-z_]\w*)\}")
 TYPE_WORDS = {
     "string_type": "must be text",
@@ -105,47 +101,19 @@ def _short_repr(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def json_lines(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Pairs of place (`NAME line 3`) and object, from JSONL that may be gzipped; blank lines are skipped.
-
-    Raises:
-        InputError: the file cannot be unpacked, or a line is not UTF-8 or not a JSON object.
-    """
-    if raw.startswith(GZIP_MAGIC):
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{name}: broken gzip ({error})") from None
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{name} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{where}: not UTF-8") from None
-        except RecursionError:
-            raise InputError(f"{where}: nested too deeply") from None
-        except ValueError:  # the remaining case: Python does not parse an integer of thousands of digits
-            raise InputError(f"{where}: holds an integer of thousands of digits; write it as text") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: must be a JSON object, not {line[:40].decode(errors='replace')}")
-        yield where, row
-
-
 def rows_to_prompts(
     rows: Iterable[tuple[str, Mapping[str, Any]]],
     columns: Mapping[str, str],
     name: str,
     category: str,
     optional: frozenset[str] = frozenset(),
+    unjudged: Callable[[str], bool] = lambda _: False,
 ) -> tuple[Prompt, ...]:
     """Prompts from pairs of place and row.
 
     `columns` maps a field of `Row` to its column; those in `optional` may be absent. Without a column for ids, rows are
-    numbered from 0. `name` is that of the whole source, for a message if it is empty.
+    numbered from 0. `name` is that of the whole source, for a message if it is empty. In categories that are `unjudged`
+    a reference that is no list of texts is dropped: nothing asks for it.
 
     Raises:
         InputError: no rows, a missing column, a value of the wrong type, or an id that occurs twice.
@@ -159,7 +127,8 @@ def rows_to_prompts(
                 fields[field] = row[column]
             elif field not in optional:
                 raise InputError(f"{where}: has no '{column}'{did_you_mean(column, row)}")
-        prompt = _checked_row(fields, where, columns).prompt(category)
+        asked = not unjudged(str(fields.get("category") or category))
+        prompt = _checked_row(fields, where, columns, asked=asked).prompt(category)
         if prompt.id in places:
             raise InputError(f"{where}: {columns['id']} '{prompt.id}' is already that of {places[prompt.id]}")
         places[prompt.id] = where
@@ -201,8 +170,9 @@ def filled(template: str, row: Mapping[str, Any], where: str) -> str:
     return COLUMN_IN_TEMPLATE.sub(lambda found: str(row[found[1]]), template)
 
 
-def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Row:
-    """`fields` as a `Row`; a single text is one turn. Errors name `where` and the column."""
+def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], *, asked: bool) -> Row:
+    """`fields` as a `Row`; a single text is one turn. Errors name `where` and the column, unless it is that of a
+    reference that is not `asked` for."""
     turns = fields["turns"]
     if not isinstance(turns, str | list):
         raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {_short_repr(turns)}")
@@ -211,4 +181,6 @@ def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, st
     except ValidationError as error:
         first = error.errors()[0]
         field, *rest = (str(part) for part in first["loc"])
+        if field == "reference" and not asked:  # the last field, so all else is as it should be
+            return _checked_row({**fields, "reference": None}, where, columns, asked=asked)
         raise InputError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None

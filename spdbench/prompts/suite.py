@@ -8,17 +8,17 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
-import yaml
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from spdbench.errors import InputError, did_you_mean
+from spdbench.input_files import parse_yaml, read_input
 from spdbench.prompts.rows import Part, Row, SourceUnavailable, Text, problem
 from spdbench.prompts.sources import (
     PLACEHOLDER,
@@ -123,18 +123,8 @@ class _SuiteFile(Part):
     decoding: Decoding = Decoding()
     score: _Score | None = None
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, except that a duplicate key is an error instead of silently replacing the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    raise yaml.MarkedYAMLError(problem=f"key '{key.value}' occurs twice", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def is_unjudged(self, category: str) -> bool:
+        return self.score is None or (isinstance(self.score, Mapping) and category not in self.score)
 
 
 def shipped_suites() -> dict[str, Path]:
@@ -148,10 +138,11 @@ def list_suites() -> tuple[SuiteListing, ...]:
     return tuple(_listing(_read(path)[0]) for path in shipped_suites().values())
 
 
-def load_suite(name_or_path: str, data: Path | None) -> Suite:
+def load_suite(name_or_path: str, data: Path | None, *, may_run_code: bool = False) -> Suite:
     """The suite of that name or in that file, with the prompts of the first source that is present.
 
-    Relative paths of sources start from `data`, else from the suite file's folder.
+    Relative paths of sources start from `data`, else from the suite file's folder. `may_run_code` is the user's
+    permission to run code of task files that the suite names.
 
     Raises:
         InputError: no such suite, a mistake in its file or in its data, or none of its sources is present.
@@ -159,7 +150,13 @@ def load_suite(name_or_path: str, data: Path | None) -> Suite:
     path = _find(name_or_path)
     _require_folder(data)
     file, sha256 = _read(path)
-    place = Place(name_or_path, path.parent if data is None else data, file.prompts.category or file.name)
+    place = Place(
+        name_or_path,
+        path.parent if data is None else data,
+        file.prompts.category or file.name,
+        file.is_unjudged,
+        may_run_code,
+    )
     prompts, source, missing = _first_present(file.prompts, place, path)
     return Suite(
         name=file.name,
@@ -223,10 +220,10 @@ def _find(name_or_path: str) -> Path:
     if name_or_path in shipped:
         return shipped[name_or_path]
     path = Path(name_or_path)
-    if os.path.isfile(path):  # `Path.is_file` raises for some names
-        return path
-    if os.path.isdir(path):
+    if os.path.isdir(path):  # `Path.is_dir` raises for some names
         raise InputError(f"{path}: is a folder; a suite is a YAML file")
+    if os.path.exists(path):
+        return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise InputError(f"{path}: no such suite file")
     raise InputError(f"unknown suite '{name_or_path}'{did_you_mean(name_or_path, shipped)} Or a path to a YAML file.")
@@ -234,17 +231,11 @@ def _find(name_or_path: str) -> Path:
 
 def _read(path: Path) -> tuple[_SuiteFile, str]:
     """The checked file and the sha256 of its bytes."""
+    raw = read_input(path)
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        data = yaml.load(raw, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}{line}: not YAML that can be read: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not YAML that can be read: {str(error).partition(chr(10))[0]}") from None
+        data = parse_yaml(raw)
+    except ValueError as error:
+        raise InputError(f"{path}{error}") from None
     if not isinstance(data, dict):
         found = {"NoneType": "nothing", "list": "a list"}.get(type(data).__name__, type(data).__name__)
         raise InputError(

@@ -1,104 +1,146 @@
-"""Reads conversations to train on: our own data files, and any JSONL of chats or of ShareGPT rows.
+"""Reads conversations to train on: our own data files, and any JSONL or JSON array of chats or of ShareGPT rows.
 
-A data file of ours begins with a header, an object with `schema`; all other lines are conversations.
+A data file of ours begins with a header, an object with `schema`; all other lines are conversations. Published data
+sets hold odd rows: empty ones, calls of tools, pictures. These are skipped and counted; a file that is damaged is not.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError
+from spdbench.input_files import json_rows, parse_json, read_input
 from spdbench.types import Message, encodable
 
 SCHEMA = "spdbench.data/1"
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names of roles where they differ."""
+OUR_START = b'{"schema": "' + SCHEMA.encode()
+"""How a data file begins that spdbench wrote."""
+MAX_DATA_BYTES = 2**36
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "claude": "assistant",
+    "model": "assistant",
+}
+"""The names that data sets give to roles, in lower case, and the roles of chat templates that they mean."""
+TOOLS = ("tool", "tools", "function", "function_call", "function_response", "observation")
+"""Roles in conversations with tools. Those are not learned: chat templates differ too much in how they write them."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """The conversations of one file, and the line number of each. `header` is None if spdbench did not make the file;
-    `sha256` is that of its bytes."""
+    """The conversations of one file, and the place of each, such as `line 3`. `header` is None if spdbench did not make
+    the file; `sha256` is that of its bytes. `skipped` has a reason for each row that could not be used."""
 
     header: Mapping[str, Any] | None
     messages: list[tuple[Message, ...]]
     sha256: str
-    lines: list[int]
+    places: list[str]
+    skipped: list[str]
+
+
+class OddRowError(InputError):
+    """A row of a data file that is no conversation to learn from, though the file is fine."""
 
 
 def read_conversations(path: Path) -> Conversations:
     """All conversations in `path`, in order. In a file of ours, a last line that a kill cut short is skipped.
 
     Raises:
-        InputError: the file cannot be read or holds no conversation, or a line is not one (names its number).
+        InputError: the file cannot be read, is not JSON, or holds no conversation (says why its first row is none).
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    raw = read_input(path, MAX_DATA_BYTES)
     header: Mapping[str, Any] | None = None
+    whole = raw
+    if raw.startswith(OUR_START):  # only our files are cut, and only behind the last newline
+        whole = raw[: raw.rfind(b"\n") + 1] if _is_cut(raw.rpartition(b"\n")[2]) else raw
     found: list[tuple[Message, ...]] = []
-    places: list[int] = []
-    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        cut = header is not None and number == len(lines)  # only the last one has no newline, and only ours are cut
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if cut:
-                break
-            raise InputError(f"{where}: not JSON; a line must hold one conversation") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: must be a JSON object with `messages` or `conversations`")
+    places: list[str] = []
+    skipped: list[str] = []
+    for where, row in json_rows(whole, str(path)):
         if row.get("schema") == SCHEMA:
             if not isinstance(row.get("model", {}), dict):
                 raise InputError(f"{where}: model: must be an object with the id and sha256 of who made these answers")
             header = row if header is None else header
         elif "schema" in row:
-            raise InputError(f"{where}: schema {row['schema']!r} is not known here. Known: {SCHEMA}.")
+            raise InputError(f"{where}: schema {row['schema']!r:.60} is not known here. Known: {SCHEMA}.")
         else:
-            found.append(messages_of(row, where))
-            places.append(number)
+            try:
+                found.append(messages_of(row, where))
+                places.append(where.removeprefix(f"{path} "))
+            except OddRowError as error:
+                skipped.append(str(error))
     if not found:
-        raise InputError(f"{path}: holds no conversation")
-    return Conversations(header, found, hashlib.sha256(raw).hexdigest(), places)
+        raise InputError(skipped[0] if skipped else f"{path}: holds no conversation")
+    return Conversations(header, found, hashlib.sha256(raw).hexdigest(), places, skipped)
+
+
+def skipped_note(option: str, reasons: Sequence[str], total: int) -> str:
+    """A sentence about the rows, of `total`, that were skipped for `reasons`."""
+    return f"NOTE: {option}: {len(reasons):,} of {total:,} conversations are skipped. The first: {reasons[0]}"
+
+
+def _is_cut(line: bytes) -> bool:
+    try:
+        parse_json(line)
+    except ValueError:
+        return True
+    return False
 
 
 def messages_of(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """The messages of one row, under `messages` or `conversations`.
 
     Raises:
-        InputError: it is not a conversation; the message begins with `where`.
+        OddRowError: it is not a conversation; the message begins with `where`.
     """
-    key = "messages" if "messages" in row else "conversations"
-    if key not in row:
-        raise InputError(f"{where}: has neither `messages` nor `conversations`")
+    key = next((key for key in ("messages", "conversations", "conversation") if key in row), None)
+    if key is None:
+        raise OddRowError(f"{where}: has no `messages`, `conversations` or `turns`")
     turns = row[key]
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{where}: {key}: must be a list of messages that is not empty")
+        raise OddRowError(f"{where}: {key}: must be a list of messages that is not empty")
     return tuple(_message(turn, f"{where}: {key}.{number}") for number, turn in enumerate(turns))
 
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
-        raise InputError(f"{where}: must be an object with role and content")
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
-        allowed = ", ".join((*ROLES, *SHAREGPT_ROLES))
-        raise InputError(f"{where}: role {role!r} is not known. Known: {allowed}.")
+        raise OddRowError(f"{where}: must be an object with role and content")
+    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if name in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+        raise OddRowError(f"{where}: calls a tool or holds its answer; conversations with tools are not learned")
+    if role is None:
+        raise OddRowError(f"{where}: role {name!r:.60} is not known. Known: {', '.join(ROLES)}.")
+    if isinstance(content, list):
+        content = _joined(content, where)
     if not isinstance(content, str):
-        raise InputError(f"{where}: content must be text, not {type(content).__name__}")
+        raise OddRowError(f"{where}: content must be text, not {type(content).__name__}")
     try:
         return {"role": role, "content": encodable(content)}
     except ValueError as error:
-        raise InputError(f"{where}: content {error}") from None
+        raise OddRowError(f"{where}: content {error}") from None
+
+
+def _joined(parts: list[Any], where: str) -> str:
+    """The text of a message whose content is a list of parts."""
+    texts: list[str] = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise OddRowError(f"{where}: content must be text, and a part of it is {kind!r:.60}")
+        texts.append(text)
+    return "".join(texts)

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.append_log import AppendLog, require_same_settings
-from spdbench.training.conversations import SCHEMA, messages_of
+from spdbench.errors import InputError
+from spdbench.input_files import parse_json, read_json
+from spdbench.training.conversations import OUR_START, SCHEMA, messages_of
 from spdbench.training.distill.talk import Dropped, Kept
 
 SUMMARY_SCHEMA = "spdbench.data-summary/1"
@@ -79,10 +81,12 @@ class DataFile(AppendLog):
         """
 
         def parse(number: int, _: int, line: bytes) -> None:
-            row = json.loads(line)
+            row = parse_json(line)
             if number > 1:
                 messages = messages_of(row, f"{self.path} line {number}")
                 sampling = dict(row["sampling"])
+                if not isinstance(sampling.get("cut_short", ""), str):
+                    raise ValueError
                 kept = Kept(int(sampling["index"]), messages, sampling, int(row["num_tokens"]))
                 self.found.append(kept)
                 self._count(kept)
@@ -100,11 +104,11 @@ class DataFile(AppendLog):
     def _read_summary(self) -> None:
         """Continues the counts of what was dropped, written and spent; from 0 where the summary is lost."""
         try:
-            row = json.loads(summary_path(self.path).read_bytes())
+            row = read_json(summary_path(self.path))
             dropped = Counter({str(reason): int(count) for reason, count in row["dropped"].items()})
-            self.num_written, self.seconds = int(row["generated_tokens"]), row["seconds"]
+            self.num_written, self.seconds = int(row["generated_tokens"]), float(row["seconds"])
             self.dropped = dropped
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             pass
 
 
@@ -142,8 +146,9 @@ def open_data(path: Path, settings: Mapping[str, Any]) -> DataFile:
 
 def _is_cut_header(content: bytes) -> bool:
     """True for an empty file, and for the beginning of a data file's header."""
-    start = b'{"schema": "' + SCHEMA.encode()
-    return b"\n" not in content and (content.startswith(start) or start.startswith(content))
+    is_ours = content.startswith(OUR_START) or OUR_START.startswith(content)
+    # A file of several lines that end in a carriage return is none of ours, but may hold someone's data.
+    return is_ours and not any(mark in content for mark in (b"\n", b"\r", b'"messages"'))
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.errors import InputError
+from spdbench.input_files import parse_json, read_input
 
 NAME = "train.jsonl"
 RESTART = "Run without --resume to begin anew."
@@ -55,7 +56,7 @@ def is_finished(folder: Path, identity: Mapping[str, Any], layout: str) -> bool:
                 "choose another --out"
             )
         return False
-    lines = path.read_bytes().splitlines() or [b""]
+    lines = read_input(path).rstrip(b"\n").split(b"\n")
     first, last = _object(lines[0]), _object(lines[-1])
     if not first:  # killed before it could write anything
         return False
@@ -77,7 +78,7 @@ def mark_finished(folder: Path, layout: str) -> None:
 def _object(line: bytes) -> Mapping[str, Any]:
     """The JSON object in a line; empty where a kill cut it."""
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
+        found = parse_json(line)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

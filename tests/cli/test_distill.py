@@ -135,12 +135,15 @@ def test_prompts_of_a_file_are_answered_once_each(tiny_model: Path, out: Path, t
     assert summary(out)["dropped"] == {"duplicate": 1}
 
 
-def test_half_a_surrogate_pair_in_a_turn_is_named_by_its_line(tiny_model: Path, out: Path, tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_a_turn_is_skipped_and_named_by_its_line(
+    tiny_model: Path, out: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"turns": ["Say one."]}\n{"turns": ["Say \\ud800 two."]}\n')
     said = distill(tiny_model, out, "--prompts", prompts)
-    assert said.code == 2
-    assert "p.jsonl line 2: turns: must be text, but holds half of a surrogate pair" in said.err
+    assert said.code == 0
+    assert f"NOTE: {prompts}: 1 of 2 conversations are skipped. The first: {prompts} line 2: turns: must be" in said.err
+    assert "must be text, but holds half of a surrogate pair" in said.err
 
 
 def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
@@ -288,7 +291,7 @@ def test_fewer_conversations_run_side_by_side_where_memory_holds_no_more(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "Hi"}, "line 1: has neither `turns` nor `messages`"),
+        ({"text": "Hi"}, "line 1: has no `messages`, `conversations` or `turns`"),
         ({"turns": []}, "line 1: turns: must be a text or a list of texts"),
         ({"turns": [1]}, "line 1: turns: must be a text or a list of texts"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "line 1: has no message of a user"),

@@ -262,7 +262,7 @@ def test_a_layout_that_medusa_heads_do_not_fit_is_told_before_they_are_trained(
     assert said.code == 0, said.err
 
 
-def test_a_conversation_that_the_chat_template_refuses_is_named_by_its_line(
+def test_a_conversation_that_the_chat_template_refuses_is_skipped_and_named_by_its_line(
     data: Path, out: Path, tmp_path: Path
 ) -> None:
     model = tiny.make_model(tmp_path / "picky")
@@ -270,7 +270,11 @@ def test_a_conversation_that_the_chat_template_refuses_is_named_by_its_line(
     (model / "chat_template.jinja").write_text(refusal + tiny.CHAT_TEMPLATE)
     talk = [("system", "s"), ("user", "q"), ("assistant", "a")]
     line = json.dumps({"messages": [{"role": role, "content": content} for role, content in talk]})
-    data.write_text(data.read_text() + "\n" + line + "\n")
+    data.write_text(data.read_text() + "\n" + line + "\n" + json.dumps({"messages": []}) + "\n")
     said = train("spd", data, out, model)
+    assert said.code == 0
+    assert f"NOTE: --data {data}: 2 of 14 conversations are skipped. The first: {data} line 15: messages" in said.err
+    data.write_text(line + "\n")
+    said = train("spd", data, out / "other", model)
     assert said.code == 2
-    assert "data.jsonl line 14: the model's chat template refuses" in " ".join(said.err.split())
+    assert "data.jsonl line 1: the model's chat template refuses" in " ".join(said.err.split())

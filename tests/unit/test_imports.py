@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("spdbench", "spdbench_backends")
 
-BASE = {"types", "errors", "console"}
+BASE = {"types", "errors", "console", "input_files"}
 ENGINE = {"models", "decoding", "pipeline"}
 HARNESS = {"prompts", "measure", "judge", "render"}
 
@@ -24,8 +24,9 @@ MAY_IMPORT = {
     "types": set[str](),
     "errors": set[str](),
     "console": set[str](),
+    "input_files": {"errors"},
     "hub": set[str](),
-    "append_log": {"errors"},
+    "append_log": {"errors", "input_files"},
     "plugins": {"errors"},
     "backend": BASE | {"plugins"},
     "prompts": BASE | {"hub"},
@@ -52,19 +53,7 @@ WIRING = (
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 
-NO_TORCH = {
-    "version",
-    "types",
-    "errors",
-    "console",
-    "hub",
-    "append_log",
-    "plugins",
-    "backend",
-    "prompts",
-    "judge",
-    "render",
-}
+NO_TORCH = BASE | {"version", "hub", "append_log", "plugins", "backend", "prompts", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from spdbench.cli.terminal import say
 from spdbench.errors import InputError
+from spdbench.input_files import json_rows, read_input
+from spdbench.training.conversations import MAX_DATA_BYTES, SCHEMA, OddRowError, messages_of, skipped_note
 from spdbench.types import Message, encodable
 
 if TYPE_CHECKING:
@@ -34,7 +38,7 @@ def excluded(paths: tuple[Path, ...], data: Path | None) -> dict[str, tuple[str,
         for name, prompts in prompts_at_hand(data).items()
     }
     for path in paths:
-        files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+        files = sorted(path.rglob("*.jsonl")) if os.path.isdir(path) else [path]  # `Path.is_dir` raises for some names
         if not files:
             raise InputError(f"--exclude {path}: the folder holds no .jsonl file")
         for file in files:
@@ -50,37 +54,44 @@ def suites_not_found(kept_out: Collection[str]) -> list[str]:
 
 
 def read_conversations_to_answer(path: Path) -> list[PromptConversation]:
-    """Conversations of a JSONL file, with EAGLE's and Spec-Bench's `turns` or with messages; answers are omitted."""
-    from spdbench.prompts.rows import json_lines
-    from spdbench.training.conversations import SCHEMA, messages_of
+    """Conversations of a JSONL file, with EAGLE's and Spec-Bench's `turns` or with messages; answers are omitted.
 
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    found = []
-    for where, row in json_lines(raw, str(path)):
+    Odd rows are skipped, and counted on stderr.
+
+    Raises:
+        InputError: the file cannot be read, or holds no prompts.
+    """
+    found: list[PromptConversation] = []
+    skipped: list[str] = []
+    for where, row in json_rows(read_input(path, MAX_DATA_BYTES), str(path)):
         if row.get("schema") == SCHEMA:
             continue
-        if "turns" in row:
-            turns = [row["turns"]] if isinstance(row["turns"], str) else row["turns"]
-            if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-                raise InputError(f"{where}: turns: must be a text or a list of texts")
-            try:
-                found.append(PromptConversation((), tuple(map(encodable, turns))))
-            except ValueError as error:
-                raise InputError(f"{where}: turns: {error}") from None
-        elif "messages" in row or "conversations" in row:
-            messages = messages_of(row, where)
-            users = tuple(message["content"] for message in messages if message["role"] == "user")
-            if not users:
-                raise InputError(f"{where}: has no message of a user")
-            found.append(PromptConversation(messages[:1] if messages[0]["role"] == "system" else (), users))
-        else:
-            raise InputError(f"{where}: has neither `turns` nor `messages`")
+        try:
+            found.append(_conversation(row, where))
+        except OddRowError as error:
+            skipped.append(str(error))
     if not found:
-        raise InputError(f"{path}: holds no prompts")
+        raise InputError(skipped[0] if skipped else f"{path}: holds no prompts")
+    if skipped:
+        say(skipped_note(str(path), skipped, len(found) + len(skipped)))
     return found
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> PromptConversation:
+    """One row's prompts. Raises `OddRowError` where it has none."""
+    if "turns" not in row:
+        messages = messages_of(row, where)
+        users = tuple(message["content"] for message in messages if message["role"] == "user")
+        if not users:
+            raise OddRowError(f"{where}: has no message of a user")
+        return PromptConversation(messages[:1] if messages[0]["role"] == "system" else (), users)
+    turns = [row["turns"]] if isinstance(row["turns"], str) else row["turns"]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise OddRowError(f"{where}: turns: must be a text or a list of texts")
+    try:
+        return PromptConversation((), tuple(map(encodable, turns)))
+    except ValueError as error:
+        raise OddRowError(f"{where}: turns: {error}") from None
 
 
 def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_new_tokens: int, context: int) -> int:

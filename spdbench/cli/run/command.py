@@ -73,7 +73,8 @@ class RunOptions(ModelOptions):
         "--concurrency", COUNT, "N", "Requests that a server has to answer at once. [default: 1]"
     )
     allow_code_execution: bool = flag(
-        "--allow-code-execution", "Run code that a model wrote, in a sandbox, to score it."
+        "--allow-code-execution",
+        "Run code that a model wrote, in a sandbox, to score it, and code in task files that the suite names.",
     )
     model: str | None = option(
         "-m --model", None, "MODEL", "Hub id, local folder or GGUF file. [default: the suite's, else smollm2]"
@@ -95,7 +96,7 @@ def command(options: RunOptions) -> None:
     labels = parse_labels(options.backends or DEFAULT_BACKENDS)
     check_name(options.name)
     specs = find_backends(labels, options, options.concurrency)
-    suite = load_suite(options.suite, options.data)
+    suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
     prompts = limit_prompts(suite.prompts, options.limit)
     score = _scorer(suite, options.allow_code_execution)
     devices = find_devices(options)

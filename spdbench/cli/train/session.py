@@ -22,7 +22,7 @@ from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
-from spdbench.training.conversations import Conversations, read_conversations
+from spdbench.training.conversations import Conversations, read_conversations, skipped_note
 from spdbench.training.features import Features
 from spdbench.training.log import is_finished, mark_finished
 from spdbench.training.loop import Training
@@ -129,11 +129,16 @@ def _sequences(conversations: Conversations, target: Target, options: TrainOptio
     length, eos_ids = min(options.max_length, target.config.max_positions), target.config.eos_ids
     end_id = ending_token(chat, eos_ids)
     sequences: list[TokenSequence] = []
-    for number, messages in zip(conversations.lines, conversations.messages, strict=True):
+    skipped = list(conversations.skipped)
+    for place, messages in zip(conversations.places, conversations.messages, strict=True):
         try:
             sequences += tokenised(messages, chat, end_id, length)
-        except InputError as error:
-            raise InputError(f"{options.data} line {number}: {error}") from None
+        except InputError as error:  # many templates refuse two turns of one role in a row, or a system's
+            skipped.append(f"{options.data} {place}: {error}")
+    if skipped and not sequences:
+        raise InputError(skipped[-1])
+    if skipped:
+        say(skipped_note(f"--data {options.data}", skipped, len(conversations.places) + len(conversations.skipped)))
     if len(sequences) < 2:
         raise InputError(
             f"{options.data}: {len(sequences)} conversations have an answer within {length} tokens; at least 2 are "

@@ -33,7 +33,7 @@ ROW = {"question_id": 81, "category": "writing", "turns": ["one", "two"], "refer
 
 
 def load(source: Source, base: Path = Path()) -> Loaded:
-    return source.load(Place("mine", base, "general"))
+    return source.load(Place("mine", base, "general", may_run_code=True))
 
 
 def broken(source: Source, base: Path = Path()) -> str:
@@ -66,6 +66,20 @@ def test_path_reads_eagle_rows_with_and_without_reference(tmp_path: Path) -> Non
     )
 
 
+def test_path_reads_an_array_of_rows(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps([ROW], indent=1))
+    assert load(PathSource(path="q.json"), tmp_path).prompts == (Prompt("81", "writing", ("one", "two"), ("a", "b")),)
+
+
+def test_reference_that_is_no_text_is_refused_only_where_answers_are_scored(tmp_path: Path) -> None:
+    rows = [{**ROW, "reference": [["x", "y"]]}, {**ROW, "question_id": 82, "category": "math"}]
+    (tmp_path / "q.jsonl").write_bytes(jsonl(*rows))
+    source = PathSource(path="q.jsonl")
+    place = Place("mine", tmp_path, "general", unjudged=lambda category: category == "writing")
+    assert [prompt.reference for prompt in source.load(place).prompts] == [None, ("a", "b")]
+    assert "line 1: reference.0: must be text, not ['x', 'y']" in broken(source, tmp_path)
+
+
 def test_path_reads_gzip_whatever_its_name(tmp_path: Path) -> None:
     for name in ("q.jsonl.gz", "q.jsonl"):
         (tmp_path / name).write_bytes(gzip.compress(jsonl(ROW)))
@@ -92,7 +106,13 @@ def test_path_that_is_not_there_says_how_to_give_it(tmp_path: Path) -> None:
         (jsonl(ROW, "{"), " line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
         (jsonl(ROW, "", "[1]"), " line 3: must be a JSON object, not [1]"),
         (b'{"question_id": "\xff"}', " line 1: not UTF-8"),
-        (jsonl("[" * 200_000), " line 1: nested too deeply"),
+        (jsonl('{"a":' * 200_000), " line 1: nested too deeply"),
+        (jsonl({**ROW, "more": json.loads("[" * 150 + "]" * 150)}), " line 1: nested too deeply"),
+        (jsonl("[" * 200_000), ": as one JSON array: nested too deeply"),
+        (b'[{"question_id": 1},\n 2,\n', ": as one JSON array: not JSON (Expecting value at line 3, column 1)"),
+        (jsonl([{**ROW, "turns": 5}]), " entry 1: turns: must be text or a list of texts, not 5"),
+        (jsonl('{"turns": ["x"], "turns": ["y"]}'), " line 1: key 'turns' occurs twice"),
+        (gzip.compress(b" " * (2**28 + 1), 1, mtime=0), ": unpacks to more than 268,435,456 bytes; unpack it first"),
         (
             b'{"question_id": ' + b"9" * 5000 + b"}",
             " line 1: holds an integer of thousands of digits; write it as text",

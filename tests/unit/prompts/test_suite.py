@@ -271,7 +271,7 @@ def test_no_source_there_lists_each_with_reason_and_command(tmp_path: Path) -> N
         f"{path}: none of its prompt sources is there:",
         f"  path x/q.jsonl: no such file below {tmp_path}/data",
         f"    to get it: spdbench run {path} --data DIR, where DIR/x/q.jsonl is the file",
-        "  package surely_not_installed x.jsonl: cannot be imported (No module named 'surely_not_installed')",
+        "  package surely_not_installed x.jsonl: is not installed (no package named 'surely_not_installed')",
         "    to get it: pip install surely-not-installed",
     ]
 
