@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 
 from spdbench.errors import InputError
 from spdbench.types import Prompt
@@ -26,13 +28,38 @@ ANSWER_LINE = "# <answer>"
 FINAL = "####"
 """What precedes the result in GSM8K's own solutions."""
 
-NUMBER = re.compile(
-    r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<![\w.])(?:"
-    r"(?P<whole>\d{1,3}(?:(?:,|\{,\}|[\u00a0\u202f])\d{3})+(?!\d)|\d+)(?P<part>\.\d+)?|(?P<bare>\.\d+))"
-)
+_PLAIN = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|[\u00a0\u202f])\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
 """With groups of three after a comma, as LaTeX writes it too, or after a space that does not break."""
-FENCE = re.compile(r"(?:^([ \t]*))?```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_VULGAR = "".join(map(chr, [0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)]))
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<![\w.^])(?<!\^\{)(?:"
+    # A fraction, which may have a whole number in front, but is no date.
+    rf"(?:(?P<whole>\d+)[ \u00a0]?(?=[\\{_VULGAR}]|(?<=[ \u00a0])\d+ ?/))?(?:"
+    rf"(?P<above>{_PLAIN}) ?/ ?(?P<below>{_PLAIN})(?! ?/ ?\d)"
+    rf"|\\[dt]?frac ?\{{ ?(?P<latex_above>{_PLAIN}) ?\}} ?\{{ ?(?P<latex_below>{_PLAIN}) ?\}}|(?P<vulgar>[{_VULGAR}]))"
+    # A number, which may be a power, or be multiplied by one of ten.
+    rf"|(?P<plain>{_PLAIN})(?:(?:[eE]| ?(?:[x×*·]|\\times|\\cdot) ?10(?:\^|\*\*)\{{?)"
+    r"(?P<ten>[-+\u2212]?\d{1,3})(?![\d.])"
+    r"|(?:\^|\*\*)\{?(?P<power>[-\u2212]?\d{1,3})(?![\d.]))?)"
+)
+"""A number in the ways in which answers write it; its parts are one value."""
+MAX_POWER = 400
+MARKED = re.compile(rf"{FINAL}[ \t]*(?:\\boxed\{{|\*\*)?(?={NUMBER.pattern}(?![.)][ \t]+\w))")
+"""A mark with its number behind it. `#### 1. Add them up` is a heading."""
+NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem|Human|User)[ \t]*\d*[ \t]*:")
+"""Where a model that has answered invents what it is asked next."""
+
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think"
+THOUGHTS_BEGIN = re.compile(rf"<(?:{_THOUGHTS})>|\[THINK\]|◁think▷|<\|START_THINKING\|>", re.IGNORECASE)
+THOUGHTS_END = re.compile(
+    rf"</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
+FENCE = re.compile(
+    r"(?:^([ \t]*))?(`{3,}|~{3,})([^\n`]*)\n(.*?)(?:\n(?!\1[ \t]{4})[ \t]*\2|\Z)", re.DOTALL | re.MULTILINE
+)
+"""A fence that is indented by four more than the first is inside of the code, such as in a docstring."""
 CODE_BEGINS = re.compile(r"^(?:(?:def|class|from|import|async def)\s|@\w)", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 
 Judges = str | Mapping[str, str] | None
 """One judge for all prompts, or judges by category; None where nothing is scored."""
@@ -54,6 +81,7 @@ class Scorer:
         judge, reference = judge_of(self.judges, prompt.category), reference_of(prompt, turn)
         if judge is None or reference is None:
             return None
+        answer = without_thoughts(answer)
         if judge in RUNS_CODE:
             passed = self.execute(program(answer, reference)) if self.execute else None
             return None if passed is None else float(passed)
@@ -71,25 +99,55 @@ def reference_of(prompt: Prompt, turn: int) -> str | None:
     return texts[turn] or None if turn < len(texts) else None
 
 
-def final_number(text: str) -> Decimal | None:
-    """Strict: the number behind the last `####`."""
+def without_thoughts(answer: str) -> str:
+    """What a model says after it has thought: behind the last end of thoughts, whose beginning the chat template may
+    have written, and before thoughts that do not end."""
+    said = THOUGHTS_END.split(answer)[-1]
+    return THOUGHTS_BEGIN.split(said, maxsplit=1)[0]
+
+
+def final_number(text: str) -> Fraction | None:
+    """Strict: the number at the first `####` that has one, since a model may go on with a question of its own, else the
+    first number behind the last `####`."""
+    marked = MARKED.search(text)
     _, mark, end = text.rpartition(FINAL)
-    found = NUMBER.search(end) if mark else None
+    found = NUMBER.search(text, marked.end()) if marked else NUMBER.search(end) if mark else None
     return _value(found) if found else None
 
 
-def any_number(text: str) -> Decimal | None:
-    """Flexible: the number behind the last `####` where there is one, else the last number in the text."""
+def any_number(text: str) -> Fraction | None:
+    """Flexible: the number marked by `####` where there is one, else the last number before a further question, else
+    the last number in the text."""
     final = final_number(text)
     if final is not None:
         return final
-    numbers = list(NUMBER.finditer(text))
-    return _value(numbers[-1]) if numbers else None
+    for part in (NEXT_QUESTION.split(text.lstrip(), maxsplit=1)[0], text):
+        values = [value for found in NUMBER.finditer(part) if (value := _value(found)) is not None]
+        if values:
+            return values[-1]
+    return None
 
 
-def _value(found: re.Match[str]) -> Decimal:
-    sign, whole = "-" if found["sign"] else "", re.sub(r"\D", "", found["whole"] or "0")
-    return Decimal(sign + whole + (found["part"] or found["bare"] or ""))
+def _value(found: re.Match[str]) -> Fraction | None:
+    """None for a division by zero, and for powers that take too long to compute."""
+    if found["plain"]:
+        value = _plain(found["plain"])
+        ten, power = (int((found[name] or "0").replace("\u2212", "-")) for name in ("ten", "power"))
+        if max(abs(ten), abs(power)) > MAX_POWER or (power < 0 and not value):
+            return None
+        value = value ** (power if found["power"] else 1) * Fraction(10) ** ten
+    elif found["vulgar"]:
+        value = _plain(found["whole"] or "0") + Fraction(unicodedata.numeric(found["vulgar"])).limit_denominator(10)
+    else:
+        above, below = (_plain(found[name] or found[f"latex_{name}"]) for name in ("above", "below"))
+        if not below:
+            return None
+        value = _plain(found["whole"] or "0") + above / below
+    return -value if found["sign"] else value
+
+
+def _plain(digits: str) -> Fraction:
+    return Fraction(Decimal(re.sub(r"[^\d.]", "", digits)))
 
 
 def program(answer: str, reference: str) -> str:
@@ -98,7 +156,9 @@ def program(answer: str, reference: str) -> str:
     Lines at the answer's end that are no Python, such as words after the code, are left out.
     """
     before, after = _around_answer(reference)
-    lines = code_in(answer).split("\n")
+    code = code_in(answer, after)
+    before = "".join(FUTURE.findall(code)) + before  # nothing may precede these
+    lines = FUTURE.sub("", code).split("\n")
     for end in range(len(lines), 0, -1):
         begun = before + "\n".join(lines[:end])
         if _is_python(begun):
@@ -106,15 +166,53 @@ def program(answer: str, reference: str) -> str:
     return before + "\n".join(lines) + f"\n{after}"
 
 
-def code_in(answer: str) -> str:
-    """The code of an answer: its first fenced block with a function in it, else its first fenced block; without any,
-    all from the first line on that looks like code, or the whole text where that is the inside of a function."""
-    blocks = [_without_indent(block, len(indent)) for indent, block in FENCE.findall(answer)]
+def code_in(answer: str, tests: str = "") -> str:
+    """The code of an answer: its fenced blocks that define what `tests` use, and what these blocks use in turn; if
+    there are none, its first fenced block with a function in it, else its first fenced block. Without any, all from the
+    first line on that looks like code, or the whole text where that is the inside of a function."""
+    blocks = [_block(*parts) for parts in FENCE.findall(answer)]
     if blocks:
-        return next((block for block in blocks if "def " in block), blocks[0])
+        first = next((block for block in blocks if "def " in block), blocks[0])
+        return "\n".join(_needed(blocks, tests)) or first
     begun = CODE_BEGINS.search(answer)
     is_inside = answer.lstrip("\r\n")[:1] in (" ", "\t")
     return answer if begun is None or is_inside else answer[begun.start() :]
+
+
+def _needed(blocks: Sequence[str], tests: str) -> list[str]:
+    """The blocks, in order, that define names which `tests` or other such blocks use. Examples of use are not among
+    them, nor are tests of the model's own, either of which may end the program."""
+    names = [_names(block) for block in blocks]
+    used, chosen = _names(tests)[1], set[int]()
+    while more := {i for i, (defined, _) in enumerate(names) if i not in chosen and defined & (used | {"*"})}:
+        chosen |= more
+        used = used.union(*(names[i][1] for i in more))
+    return [blocks[i] for i in sorted(chosen)]
+
+
+def _names(code: str) -> tuple[set[str], set[str]]:
+    """The names that the outermost statements of `code` define, and all names that are used in it."""
+    if not _is_python(code):
+        return set(), set()
+    tree = ast.parse(code)
+    defined: set[str] = set()
+    for statement in tree.body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(statement.name)
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            defined.update((alias.asname or alias.name).partition(".")[0] for alias in statement.names)
+        else:
+            targets = (node for node in ast.walk(statement) if isinstance(node, ast.Name))
+            defined.update(node.id for node in targets if isinstance(node.ctx, ast.Store))
+    loaded = (node for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+    return defined, {node.id for node in loaded}
+
+
+def _block(indent: str, _: str, info: str, code: str) -> str:
+    """A block's code, which may begin in the line of its fence, behind the name of a language."""
+    _, space, rest = info.strip().partition(" ")
+    begun = f"{rest}\n" if space and CODE_BEGINS.match(rest) else ""
+    return begun + _without_indent(code, len(indent))
 
 
 def _without_indent(block: str, most: int) -> str:
@@ -173,6 +271,11 @@ def _check_reference(judge: str, where: str, text: str) -> None:
     if judge not in RUNS_CODE:
         if any_number(text) is None:
             raise InputError(f"{where}: {judge} needs a number in it, and there is none in {text[:60]!r}")
+        if final_number(text) is None and "=" not in text and len(list(NUMBER.finditer(text))) > 1:
+            raise InputError(
+                f"{where}: {judge} compares one number, and there are several in {text[:60]!r}; write `#### ` in front "
+                "of the one that counts, behind all else"
+            )
     elif not all(_is_python(part) for part in _around_answer(text)):
         raise InputError(
             f"{where}: {judge} needs Python that tests the answer, such as `assert add(1, 2) == 3`, not {text[:60]!r}"

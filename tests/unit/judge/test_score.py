@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 
@@ -32,15 +32,69 @@ SUM = Prompt("s", "maths", ("What is 3 + 4?", "And twice that?"), ("7", "14"))
         ("#### none, but 3", "3"),
         ("x = \\boxed{1,000}", "1000"),
         ("1,2 and 3", "3"),
+        ("Each gets 3/4", "3/4"),
+        ("Each gets 3 / 4 of it", "3/4"),
+        ("About 2 3/4 cups", "11/4"),
+        ("About 2¾ cups, or ⅓", "1/3"),
+        ("About 2¾ cups", "11/4"),
+        (r"so $-\frac{3}{4}$", "-3/4"),
+        (r"so $2 \dfrac{3}{4}$", "11/4"),
+        ("1,000/3", "1000/3"),
+        ("on 12/25/2024", "2024"),
+        ("nothing: 7, then 1/0", "7"),
+        ("2.5e3 in all", "2500"),
+        ("4E-2", "0.04"),
+        ("3 × 10^4 of them", "30000"),
+        (r"$3 \times 10^{-2}$", "0.03"),
+        ("2^10 of them", "1024"),
+        ("12 m^2", "12"),
+        ("12 cm^{2}", "12"),
+        ("8e9999", "8"),
+        ("9 or 8^999", "9"),
+        ("#### 9\n\nQuestion: 1 + 1?\n#### 2", "9"),
+        ("It is 9.\n\nQuestion: What is 1 + 1?\nAnswer: 2", "9"),
+        ("Question: What is 1 + 1?\nAnswer: 2", "2"),
+        ("#### 1. Add them\n5 + 4 = 9\n#### Result\nIt is 9.", "9"),
+        ("#### **9**", "9"),
     ],
 )
 def test_flexible_takes_the_last_number_or_the_marked_one(text: str, number: str | None) -> None:
-    assert any_number(text) == (None if number is None else Decimal(number))
+    assert any_number(text) == (None if number is None else Fraction(number))
 
 
-@pytest.mark.parametrize(("text", "number"), [("so 7", None), ("8\n#### 7\nor 9", "7"), ("#### 1\n#### 2", "2")])
+def test_number_of_thousands_of_digits_is_a_number() -> None:
+    assert any_number("9" * 5000) == 10**5000 - 1
+
+
+@pytest.mark.parametrize(("text", "number"), [("so 7", None), ("8\n#### 7\nor 9", "7"), ("#### 1\n#### 2", "1")])
 def test_strict_takes_only_the_marked_number(text: str, number: str | None) -> None:
-    assert final_number(text) == (None if number is None else Decimal(number))
+    assert final_number(text) == (None if number is None else Fraction(number))
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("<think>\nIs it 8?\n</think>\nIt is 7.", 1.0),
+        ("<think>#### 8</think>It is 7.", 1.0),
+        ("Is it 8?</think> It is 7.", 1.0),
+        ("<think>It is 7.</think>I do not know.", 0.0),
+        ("<think>It is 7. Or", 0.0),
+        ("It is 7. <think>Or is it 8", 1.0),
+        ("[THINK]8[/THINK]7", 1.0),
+        ("<reasoning>8</reasoning><think>9</think>7", 1.0),
+    ],
+)
+def test_thoughts_are_no_answer(answer: str, score: float) -> None:
+    assert Scorer("gsm8k")(SUM, 0, answer) == score
+    task = Prompt("c", "code", ("Write f.",), ("assert f() == 1",))
+    drafts: list[str] = []
+
+    def run(text: str) -> bool:
+        drafts.append(text)
+        return False
+
+    Scorer("humaneval", run)(task, 0, f"<think>def f(): pass</think>{answer}")
+    assert "pass" not in drafts[0]
 
 
 def test_numbers_are_compared_by_value_turn_by_turn() -> None:
@@ -84,10 +138,43 @@ def test_code_is_never_run_without_someone_who_may() -> None:
         ("1. Code:\n   ```python\n   def f():\n       return 1\n   ```", "def f():\n    return 1"),
         ("So: ```python\n    return 1\n```", "    return 1"),
         ("```python\n    return 1\n```", "    return 1"),
+        ("~~~python\ndef f(): pass\n~~~\nDone", "def f(): pass"),
+        ("````python\ndef f(): pass\n````\nDone", "def f(): pass"),
+        ("```python def f():\n    return 1\n```", "def f():\n    return 1"),
+        (
+            '```\ndef f():\n    """So:\n    ```\n    f()\n    ```\n    """\n```\nDone',
+            'def f():\n    """So:\n    ```\n    f()\n    ```\n    """',
+        ),
     ],
 )
 def test_code_is_found_among_words(answer: str, code: str) -> None:
     assert code_in(answer) == code
+
+
+def fenced(*blocks: str) -> str:
+    return "\nand\n".join(f"```python\n{block}\n```" for block in blocks)
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ("import math", "def f(x): return math.floor(x) + 1"),
+        ("from math import *", "def f(x): return floor(x) + 1"),
+        ("STEP = 1", "def add(x): return x + STEP", "def f(x): return add(x)"),
+        ("print(f(1))", "def f(x): return x + 1"),
+        ("def f(x):\n    ...", "def f(x): return x + 1"),
+        ("def f(x): return x + 1", "import unittest\nclass TestF(unittest.TestCase): pass\nunittest.main()"),
+        ("def f(x): return x + 1", "result = f('1')"),
+        ("pip install x", "def f(x): return x + 1"),
+    ],
+)
+def test_blocks_that_belong_together_are_one_program(blocks: tuple[str, ...]) -> None:
+    exec(program(fenced(*blocks), "assert f(1) == 2"), {})
+
+
+def test_imports_from_the_future_come_first() -> None:
+    code = fenced("from __future__ import annotations\ndef f(x: int) -> int:\n    return x + 1")
+    exec(program(code, 'def f(x: int) -> int:\n    """More."""\n# <answer>\nassert f(1) == 2\n'), {})
 
 
 def test_words_behind_the_code_are_left_out() -> None:
@@ -125,6 +212,9 @@ def test_references_that_are_missing_or_useless_are_refused_with_what_to_do() ->
     assert refused({"sums": "gsm8k"}, bare).endswith("score.sums: no prompt has this category. Known: maths.")
     words = [Prompt("a", "maths", ("1 + 1?",), ("two",))]
     assert refused("gsm8k", words).endswith("reference: gsm8k needs a number in it, and there is none in 'two'")
+    two = [Prompt("a", "maths", ("1 + 1?",), ("3:4",))]
+    assert "gsm8k compares one number, and there are several in '3:4'" in refused("gsm8k", two)
+    check_references("mine", "gsm8k", [Prompt("a", "maths", ("?",), ("1 + 1 = 2",))], runs_code=True, missing="")
     solution = [Prompt("a", "code", ("f?",), ("    return 1\n",))]
     assert "humaneval needs Python that tests the answer" in refused("humaneval", solution)
 
