@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spdbench.cli.terminal import say
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import json_rows, read_input
 from spdbench.training.conversations import MAX_DATA_BYTES, SCHEMA, OddRowError, messages_of, skipped_note
