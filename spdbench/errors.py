@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -76,6 +78,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def brief(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why nothing more can be written, in the system's words; None if `error` has another reason.
+
+    Libraries written in Rust raise errors of their own, which end with the system's error number.
+    """
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return os.strerror(number) if number in (*FULL, errno.EIO, errno.EROFS) else None
 
 
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:

@@ -27,7 +27,7 @@ from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
-from spdbench.models.torch_utils import return_freed_memory, to_device
+from spdbench.models.torch_utils import require_finite, return_freed_memory, to_device
 
 DRAFT_HEADS = "medusa_head."
 """Prefix of the draft heads' tensors in a Medusa-2 checkpoint, which are no part of the model."""
@@ -224,7 +224,9 @@ class _Reader:
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A copy in memory of our own: a mapped file's pages could be dropped in the middle of a measurement."""
         self.taken.add(name)
-        return self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
+        tensor = self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
+        require_finite(str(self.checkpoint.directory), name, tensor)
+        return tensor
 
     def mapped(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor as it lies in the file, in the file's dtype: for what is read by a few rows."""

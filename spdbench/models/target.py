@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, brief
 from spdbench.models.checkpoints.config import (
     FAMILIES,
     ForeignModelError,
@@ -72,11 +72,15 @@ class Target:
         self._standard = library.standard_config(files.directory, raw["model_type"])
         self._known: ModelConfig | None = None
         self.unsupported_reason: str | None = None
+        self._frequencies: tuple[torch.Tensor, float] | None = None
         try:
             self._known = model_config(files.directory, self._standard)
+            self._frequencies = library.rotary_frequencies(self._standard, self._known.head_dim)
         except ForeignModelError as reason:
             library.require_causal(files.directory, self._standard)
             self.unsupported_reason = str(reason)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # values of other types
+            raise InputError(f"{files.directory}/config.json: cannot be used ({brief(error)})") from None
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
     @cached_property
@@ -106,9 +110,9 @@ class Target:
     @property
     def source(self) -> LayerSource:
         """What a process needs to load layers of its own."""
-        if self._known is None:
+        if self._known is None or self._frequencies is None:
             return LayerSource(self.files, self.dtype_name, None, None)
-        inverse, factor = library.rotary_frequencies(self._standard, self._known.head_dim)
+        inverse, factor = self._frequencies
         return LayerSource(self.files, self.dtype_name, self._known, (tuple(inverse.tolist()), factor))
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
@@ -123,8 +127,7 @@ class Target:
 
     def load_for_generation(self) -> Any:
         """transformers' own model, for its own `generate`: a copy in addition to `decoder`."""
-        with closing(Checkpoint(self.files.directory)) as checkpoint:
-            checkpoint.refuse_quantised()
+        self._check_weights()
         library.require_causal(self.files.directory, self._standard)
         return library.for_generation(
             library.load_causal_model(self.files.directory, self._standard, self.dtype, self.device)
@@ -132,8 +135,7 @@ class Target:
 
     def _load_standard(self, layers: range | None) -> HFDecoder:
         directory = self.files.directory
-        with closing(Checkpoint(directory)) as checkpoint:
-            checkpoint.refuse_quantised()
+        self._check_weights()
         model = library.load_causal_model(directory, self._standard, self.dtype, self.device)
         try:
             with library.quiet():
@@ -143,6 +145,16 @@ class Target:
                 f"{directory}: {self.unsupported_reason} is not supported: spdbench's own layers do not know it, and "
                 f"transformers' cannot be run stage by stage ({why}). Fully supported: {', '.join(FAMILIES)}."
             ) from None
+
+    def _check_weights(self) -> None:
+        """Refuses weights that transformers would have to guess at, before it builds the model."""
+        with closing(Checkpoint(self.files.directory)) as checkpoint:
+            checkpoint.refuse_quantised()
+            if (count := sum(1 for _ in checkpoint)) < self.config.num_layers:
+                raise InputError(
+                    f"{self.files.directory}/config.json: num_hidden_layers is {self.config.num_layers}, but there are "
+                    f"only {count} tensors of weights"
+                )
 
     @cached_property
     def num_parameters(self) -> int:

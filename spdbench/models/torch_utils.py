@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench.errors import InputError
+
 
 def array(tensor: Tensor) -> Any:
     """A CPU tensor's memory as numpy sees it; bfloat16, which numpy does not have, as uint16."""
@@ -24,6 +26,14 @@ def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def require_finite(source: str, name: str, tensor: Tensor) -> None:
+    """Raises `InputError` for weights that hold NaN or infinity, whose outputs would be measured like any others."""
+    if tensor.numel() and tensor.is_floating_point():
+        bounds = torch.stack(torch.aminmax(tensor))  # NaN if any number is
+        if not bool(bounds.isfinite().all()):
+            raise InputError(f"{source}: tensor {name} holds numbers that are not finite in {tensor.dtype}")
 
 
 def return_freed_memory() -> None:

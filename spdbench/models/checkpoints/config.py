@@ -6,17 +6,36 @@ fields of `ModelConfig`; of any other model only its `Sizes` are known.
 
 from __future__ import annotations
 
-import json
+import os
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError
+from spdbench.models.checkpoints.folders import read_json
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 WINDOWED = frozenset(FAMILIES) - {"llama"}
 """Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LAYERS = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 5_000)
+WIDTHS = dict.fromkeys(
+    (
+        *("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner"),
+        *(
+            "num_attention_heads",
+            "n_head",
+            "num_key_value_heads",
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+        ),
+    ),
+    2_000_000,
+)
+LIMITS = LAYERS | WIDTHS | {"head_dim": 65_536, "vocab_size": 20_000_000}
+EPSILONS = ("eps", "epsilon")
 UNLIMITED = 2**31 - 1
 """Positions of a model whose config gives no limit, as for those without learned or rotary positions."""
 
@@ -70,15 +89,13 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
         InputError: no config there, not JSON, or one of quantised weights.
     """
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(f"{directory}: not a model folder, it has no config.json") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
+    if not os.path.exists(path):
+        raise InputError(f"{directory}: not a model folder, it has no config.json")
+    raw = read_json(path)
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(family, str):
         raise InputError(f"{path}: names no architecture (model_type is {family!r})")
+    _require_plausible(path, raw)
     method = raw.get("quantization_config")
     if method:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
@@ -106,17 +123,24 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
         raise ForeignModelError(f"rope_type {rope!r}")
     _require_positive(directory, standard, ("intermediate_size", "num_attention_heads"))
     heads = standard.num_attention_heads
+    kv_heads = standard.num_key_value_heads or heads
+    head_dim = getattr(standard, "head_dim", None) or standard.hidden_size // heads
+    if heads % kv_heads or head_dim % 2 or head_dim < 2:
+        raise InputError(
+            f"{directory}/config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim "
+            f"{head_dim}, expected a multiple of the second and an even head_dim"
+        )
     return ModelConfig(
         **vars(sizes(directory, standard)),
         intermediate_size=standard.intermediate_size,
         num_heads=heads,
-        num_kv_heads=standard.num_key_value_heads or heads,
-        head_dim=getattr(standard, "head_dim", None) or standard.hidden_size // heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         norm_eps=standard.rms_norm_eps,
         tied=bool(standard.tie_word_embeddings),
         qk_norm=standard.model_type in ("qwen3", "qwen3_moe"),
-        windows=_windows(standard),
-        experts=_experts(standard),
+        windows=_windows(directory, standard),
+        experts=_experts(directory, standard),
     )
 
 
@@ -138,37 +162,58 @@ def sizes(directory: Path, standard: Any) -> Sizes:
     )
 
 
-def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...]) -> None:
+def _require_plausible(path: Path, raw: dict[str, Any]) -> None:
+    """Refuses sizes of no model, which would take all memory before any tensor is read, also in nested configs.
+
+    The limits are an order of magnitude above the largest models known.
+    """
+    for key, value in raw.items():
+        if isinstance(value, dict):
+            _require_plausible(path, value)
+        elif (limit := LIMITS.get(key)) and type(value) is int and not 0 <= value <= limit:
+            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected at most {limit}")
+        elif key.endswith(EPSILONS) and type(value) in (int, float) and not 0 <= value < 1:
+            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected a number from 0 to 1")
+
+
+def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...], least: int = 1) -> None:
     for key in keys:
         found = getattr(standard, key, None)
-        if not isinstance(found, int) or found < 1:
-            raise InputError(f"{directory}/config.json: {key} is {found!r}, expected at least 1")
+        if type(found) is not int or found < least:
+            raise InputError(f"{directory}/config.json: {key} is {reprlib.repr(found)}, expected at least {least}")
 
 
-def _windows(standard: Any) -> tuple[int | None, ...]:
+def _windows(directory: Path, standard: Any) -> tuple[int | None, ...]:
     """By layer. Families without windows ignore the key, which their configs may have."""
     layers = int(standard.num_hidden_layers)
     window = getattr(standard, "sliding_window", None) if standard.model_type in WINDOWED else None
     kinds = getattr(standard, "layer_types", None)
     if window is None:
         return (None,) * layers
+    _require_positive(directory, standard, ("sliding_window",))
     if kinds is None:
-        return (int(window),) * layers
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
+        return (window,) * layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _experts(standard: Any) -> Experts | None:
+def _experts(directory: Path, standard: Any) -> Experts | None:
     if standard.model_type != "qwen3_moe":
         return None
-    count = standard.num_experts
+    _require_positive(directory, standard, ("num_experts",), least=0)
+    _require_positive(directory, standard, ("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"))
+    count, per_token, dense = standard.num_experts, standard.num_experts_per_tok, standard.mlp_only_layers or []
+    if count and per_token > count:
+        raise InputError(f"{directory}/config.json: num_experts_per_tok is {per_token}, expected at most {count}")
+    if not isinstance(dense, list):
+        raise InputError(f"{directory}/config.json: mlp_only_layers is {reprlib.repr(dense)}, expected a list")
     sparse = {
         layer
         for layer in range(standard.num_hidden_layers)
-        if layer not in standard.mlp_only_layers and count > 0 and (layer + 1) % standard.decoder_sparse_step == 0
+        if layer not in dense and count > 0 and (layer + 1) % standard.decoder_sparse_step == 0
     }
     return Experts(
         count=count,
-        per_token=standard.num_experts_per_tok,
+        per_token=per_token,
         intermediate_size=standard.moe_intermediate_size,
         normalise=bool(standard.norm_topk_prob),
         layers=frozenset(sparse),
@@ -178,12 +223,13 @@ def _experts(standard: Any) -> Experts | None:
 def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
     """The end-of-sequence ids, the only generation settings of a model that are used: one id or a list."""
     path = directory / "generation_config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        found = settings.get("eos_token_id", getattr(standard, "eos_token_id", None))
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(type(token) is int for token in ids):
-            raise TypeError(f"eos_token_id is {found!r}, expected a whole number or a list of them")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be used ({error})") from None
-    return frozenset(ids)
+    settings = read_json(path) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: cannot be used (expected an object)")
+    found = settings.get("eos_token_id", getattr(standard, "eos_token_id", None))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int and -1 <= token < UNLIMITED for token in ids):
+        raise InputError(
+            f"{path}: cannot be used (eos_token_id is {reprlib.repr(found)}, expected a token id or a list of them)"
+        )
+    return frozenset(token for token in ids if 0 <= token < standard.vocab_size)  # others are never generated

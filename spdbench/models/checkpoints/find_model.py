@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import reprlib
 import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, write_failure
 from spdbench.models.checkpoints import embedded
-from spdbench.models.checkpoints.folders import cache_folder, typed_path
+from spdbench.models.checkpoints.folders import cache_folder, read_json, typed_path
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+NOTE = "spdbench.json"
+CONVERSION = 2
+"""Changes with what a conversion makes of a file, so that no folder of an earlier version is used."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +64,15 @@ def find_model(name: str) -> ModelFiles:
 
 
 def _from_folder(identity: str, directory: Path) -> ModelFiles:
-    if note := _read_source_note(directory):
-        return ModelFiles(identity, directory, note["sha256"])
+    if sha256 := _read_source_note(directory):
+        return ModelFiles(identity, directory, sha256)
     return ModelFiles(identity, directory, sha256_of_files(Checkpoint(directory).files))
 
 
 def _from_gguf(identity: str, file: Path) -> ModelFiles:
     sha256 = sha256_of_files([file])
-    directory = cache_folder() / "models" / f"{file.stem}-{sha256[:12]}"
+    # The version keeps folders apart that earlier conversions made; names from outside may be too long for a folder.
+    directory = cache_folder() / "models" / f"{file.stem[:60]}-{sha256[:12]}-v{CONVERSION}"
     if not directory.exists():
         print(f"Converting {file.name} once (about 20 s for 135M parameters) ...", file=sys.stderr, flush=True)
         try:
@@ -80,6 +86,13 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             library.convert_gguf(file, scratch)
             _write_source_note(scratch, file.name, sha256)
             _rename_unless_there(scratch, directory)
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            if (reason := write_failure(error)) is None:
+                raise
+            raise InputError(
+                f"{directory.parent}: the converted model cannot be written ({reason}; as float32 it is several "
+                "times as large as the file). Make room there, or set SPDBENCH_CACHE to a folder that has it."
+            ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return ModelFiles(identity, directory, sha256, file)
@@ -96,12 +109,18 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
 def _write_source_note(directory: Path, source: str, sha256: str) -> None:
     """Notes in a converted folder what it was made from: the hash of a model is that of its published file."""
     note = {"source": source, "sha256": sha256}
-    (directory / "spdbench.json").write_text(json.dumps(note), encoding="utf-8")
+    (directory / NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
-def _read_source_note(directory: Path) -> dict[str, str] | None:
-    try:
-        note: dict[str, str] = json.loads((directory / "spdbench.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+def _read_source_note(directory: Path) -> str | None:
+    """The hash of the file that a converted folder was made from; None for other folders."""
+    path = directory / NOTE
+    if not path.exists():
         return None
-    return note
+    note = read_json(path)
+    sha256 = note.get("sha256") if isinstance(note, dict) else None
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(
+            f"{path}: sha256 is {reprlib.repr(sha256)}, expected 64 hexadecimal digits; convert the model again"
+        )
+    return sha256

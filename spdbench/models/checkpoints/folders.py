@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
+
+from spdbench.errors import InputError
 
 
 def cache_folder() -> Path:
@@ -30,3 +34,19 @@ def drafter_folders() -> list[Path]:
     own = os.environ.get("SPDBENCH_DRAFTERS")
     shipped = Path(__file__).parents[2] / "drafters"
     return [*([Path(own)] if own else []), data_folder() / "drafters", shipped]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON that Python can hold.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error})") from None
+    except RecursionError:
+        raise InputError(f"{path}: is not usable JSON (nested too deeply)") from None

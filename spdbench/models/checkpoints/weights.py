@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import cached_property
@@ -19,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.folders import cache_folder, read_json
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NARROW_FLOATS = ("torch.float8", "torch.float4", "F8", "F6", "F4")
@@ -45,8 +47,12 @@ class Checkpoint:
                     handle: Any = self._stack.enter_context(safe_open(path, framework="pt"))
                     names = list(handle.keys())
                 else:
-                    handle = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    # Files of torch before 1.6 are no zip archives, which alone can be mapped.
+                    mapped = zipfile.is_zipfile(path)
+                    handle = _dense_tensors(path, torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
                     names = list(handle)
+            except InputError:
+                raise
             except Exception as error:  # the reader libraries raise types of their own for broken files
                 raise InputError(f"{path}: cannot be read as weights ({error})") from None
             where.update(dict.fromkeys(names, (path, handle)))
@@ -106,25 +112,52 @@ class Checkpoint:
         self.__dict__.pop("_where", None)
 
 
+def _dense_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The content of a `.bin` file, checked to be tensors of numbers by name."""
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: holds {type(content).__name__}, expected tensors by name")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"{path}: holds {type(tensor).__name__} under {reprlib.repr(name)}, expected tensors by name"
+            )
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
+            raise InputError(f"{path}: tensor {name} is not a dense tensor with numbers")
+    return content
+
+
 def _weight_files(directory: Path) -> list[Path]:
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = directory / index_name
-        if index.exists():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-                if not names or not all(isinstance(name, str) for name in names):
-                    raise TypeError
-            except (ValueError, KeyError, AttributeError, TypeError):
-                raise InputError(f"{index}: is not a weight index (no 'weight_map')") from None
-            missing = [name for name in names if not (directory / name).exists()]
-            if missing:
-                raise InputError(f"{directory}: {missing[0]} is missing, though {index_name} names it")
-            return [directory / name for name in names]
-    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model.bin"):
-        files = sorted(directory.glob(pattern))
+    """The files of a model's weights: of one file and of those that an index names the first that is complete, in the
+    order of transformers, so that both read the same."""
+    missing = None
+    for single, pattern in (("model.safetensors", "*.safetensors"), ("pytorch_model.bin", "pytorch_model.bin")):
+        index = directory / f"{single}.index.json"
+        names = _indexed_names(index) if os.path.exists(index) else []
+        found = [directory / single] if os.path.exists(directory / single) else [directory / name for name in names]
+        if names and not all(map(os.path.exists, found)):  # the other format may be complete
+            gone = next(name for name in names if not os.path.exists(directory / name))
+            missing = missing or f"{directory}: {gone[:100]} is missing, though {index.name} names it"
+            continue
+        files = found or sorted(directory.glob(pattern))
+        for path in files:
+            if not path.is_file():
+                raise InputError(f"{path}: is not a file of weights")
         if files:
             return files
-    raise InputError(f"{directory}: a model folder without weights (no *.safetensors, no pytorch_model.bin)")
+    raise InputError(missing or f"{directory}: a model folder without weights (no *.safetensors, no pytorch_model.bin)")
+
+
+def _indexed_names(index: Path) -> list[str]:
+    """The names of the files in a weight index, each a path within its folder."""
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise InputError(f"{index}: is not a weight index (no 'weight_map')")
+    names = sorted(set(found.values()))
+    for name in names:
+        if not name or "\0" in name or ".." in Path(name).parts or Path(name).is_absolute():
+            raise InputError(f"{index}: weight_map names {reprlib.repr(name)}, which is not a file within the folder")
+    return names
 
 
 def sha256_of_files(files: list[Path]) -> str:
@@ -132,10 +165,11 @@ def sha256_of_files(files: list[Path]) -> str:
     memo_path = cache_folder() / "hashes.json"
     key = "|".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     try:
-        memo = json.loads(memo_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        memo = {}
-    if key not in memo:
+        known = read_json(memo_path)
+    except InputError:
+        known = None
+    memo = known if isinstance(known, dict) else {}
+    if not isinstance(memo.get(key), str):
         digest = hashlib.sha256()
         for path in files:
             with path.open("rb") as file:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from spdbench import hub
 from spdbench.errors import InputError, brief
+from spdbench.models.checkpoints.gguf_file import GGUFFile, parameter_names, read_gguf
 from spdbench.models.rotary import plain_frequencies
+from spdbench.models.torch_utils import require_finite
 from spdbench.types import GenerationRequest
 
 WEIGHTS = ("*.safetensors",)
@@ -60,13 +62,26 @@ def load_tokenizer(directory: Path) -> Any:
 
 
 def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 except for yarn)."""
-    kind = standard.rope_parameters["rope_type"]
-    if kind == "default":
-        return plain_frequencies(standard.rope_parameters["rope_theta"], head_dim), 1.0
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 except for yarn).
+
+    Raises:
+        ValueError: a key is missing or has a value that cannot be used.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
+    try:
+        kind = standard.rope_parameters["rope_type"]
+        if kind == "default":
+            frequencies, factor = plain_frequencies(standard.rope_parameters["rope_theta"], head_dim), 1.0
+        else:
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
+        good = frequencies.shape == (head_dim // 2,) and bool((frequencies.isfinite() & (frequencies > 0)).all())
+    except Exception as error:  # each kind of positions raises errors of its own
+        raise ValueError(_first_line(error)) from None
+    if not good:
+        raise ValueError("frequencies that are not positive numbers")
+    if not 0 < factor < math.inf:
+        raise ValueError("an attention factor that is not a positive number")
     return frequencies, float(factor)
 
 
@@ -86,14 +101,9 @@ def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positio
                 max_position_embeddings=max_positions,
                 rope_parameters=dict(parameters),
             )
-            frequencies, factor = rotary_frequencies(standard, head_dim)
-        except Exception as error:  # each kind of positions raises errors of its own
+        except Exception as error:  # transformers checks fields with libraries of its own
             raise ValueError(_first_line(error)) from None
-    if frequencies.shape != (head_dim // 2,) or not bool((frequencies.isfinite() & (frequencies > 0)).all()):
-        raise ValueError("frequencies that are not positive numbers")
-    if not 0 < factor < math.inf:
-        raise ValueError("an attention factor that is not a positive number")
-    return frequencies, factor
+        return rotary_frequencies(standard, head_dim)
 
 
 def require_causal(directory: Path, standard: Any) -> None:
@@ -132,20 +142,24 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
             )
         except Exception as error:  # a model's own code may raise anything
             raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
-    for key, what in (
-        ("missing_keys", "are missing from the weights"),
-        ("mismatched_keys", "do not have the shapes that config.json gives"),
-        ("unexpected_keys", "have no place in this model"),
-    ):
-        if names := sorted(map(str, report[key])):
-            raise InputError(
-                f"{directory}: {len(names)} tensors {what}, e.g. {names[0]}; is config.json the one that belongs to "
-                "the weights?"
-            )
+    _refuse_other_tensors(str(directory), report, "is config.json the one that belongs to the weights?")
+    for name, tensor in model.named_parameters():
+        require_finite(str(directory), name, tensor)
     if device.type == "cpu":
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
     return model.eval().requires_grad_(False).to(device)
+
+
+def _refuse_other_tensors(source: str, report: Mapping[str, Any], question: str) -> None:
+    """Raises `InputError` for weights that are not exactly those of the model, by transformers' loading `report`."""
+    for key, what in (
+        ("missing_keys", "are missing from the weights"),
+        ("mismatched_keys", "do not have the shapes that the config gives"),
+        ("unexpected_keys", "have no place in this model"),
+    ):
+        if names := sorted(map(str, report[key])):
+            raise InputError(f"{source}: {len(names)} tensors {what}, e.g. {names[0]}; {question}")
 
 
 def for_generation(model: Any) -> Any:
@@ -214,26 +228,67 @@ def convert_gguf(file: Path, out: Path) -> None:
     """Dequantises a GGUF file to float32 safetensors with its tokenizer, in the folder `out`.
 
     Raises:
-        InputError: not a GGUF file, or one that transformers cannot read.
+        InputError: not a GGUF file, one that transformers cannot read, or one of which it uses only a part.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations import GGUF_CONFIG_MAPPING
 
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise InputError(f"{file}: is not a GGUF file")
-    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar obeys no setting
+    header = read_gguf(file)
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no setting
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        except Exception as error:  # readers of broken files may raise anything
+        except Exception as error:  # readers of broken files raise errors of any type
             raise InputError(f"{file}: cannot be converted ({_first_line(error)})") from error
-        # The weights are plain floats now; transformers refuses to save a model that it thinks is still quantised.
+    _refuse_other_tensors(str(file), report, "is it a part of a model?")
+    config = model.config
+    if scaling := header.rope_parameters() or _factors_as_llama3(header, config):
+        rope = config.rope_parameters.get("full_attention", config.rope_parameters)  # with windows: by kind of layer
+        rope.update(scaling)
+    state = model.state_dict()
+    total = sum({tensor.data_ptr(): tensor.numel() for tensor in state.values()}.values())  # tied ones count once
+    family = next((name for name in (header.architecture, config.model_type) if name in GGUF_CONFIG_MAPPING), None)
+    keys = set(GGUF_CONFIG_MAPPING[family]) - {"rope.dimension_count"} if family else set(header.values)
+    header.refuse_unused(parameter_names(header.architecture, config.num_hidden_layers, state), total, keys, config)
+    if len(header.end_ids) > 1:
+        config.eos_token_id = model.generation_config.eos_token_id = list(header.end_ids)
+    with quiet():
+        # The weights are plain floats now; transformers refuses to save a model that it considers quantised.
         model.is_quantized = False
         model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
         model.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
+
+
+def _factors_as_llama3(header: GGUFFile, config: Any) -> dict[str, Any] | None:
+    """The scaling of rotary positions that a GGUF file states as a factor of each frequency; None if there is none.
+
+    Files of Llama 3.1 and later have them. Its parameters are those of the published models, whose factors are
+    recognised; the largest factor is the scaling's own.
+
+    Raises:
+        InputError: the factors are not of this scaling.
+    """
+    factors = header.rope_factors
+    if factors is None or set(factors) == {1.0}:
+        return None
+    head_dim, theta = 2 * len(factors), config.rope_parameters.get("rope_theta", 1e4)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(round(max(factors))),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    with contextlib.suppress(ValueError):
+        found, _ = scaled_frequencies({"rope_theta": theta, **scaling}, head_dim, 8192)
+        if torch.allclose(found, plain_frequencies(theta, head_dim) / torch.tensor(factors), rtol=1e-4):
+            return scaling
+    raise header.error("rope_freqs.weight scales rotary positions in a way that the conversion cannot apply")
 
 
 def download(repo: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,92 @@ def test_a_folder_without_weights(copy: Path) -> None:
 
 
 def test_a_shard_that_the_index_names_is_missing(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
     with pytest.raises(InputError, match=r"gone\.safetensors is missing"):
         find_model(str(copy))
+
+
+def test_an_index_of_files_that_are_gone_does_not_hide_the_weights(copy: Path, tmp_path: Path) -> None:
+    before = find_model(str(copy)).sha256
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert find_model(str(copy)).sha256 == before
+    old = Path(shutil.copytree(copy, tmp_path / "old"))
+    torch.save(load_file(copy / "model.safetensors"), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    assert Checkpoint(old).files == [old / "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../model/model.safetensors", "/etc/hostname", "", "a\0b", "x/../../model.safetensors"]
+)
+def test_an_index_that_names_files_outside_its_folder(copy: Path, name: str) -> None:
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(InputError, match="which is not a file within the folder"):
+        find_model(str(copy))
+
+
+def test_an_index_that_names_a_file_of_a_name_too_long(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "n" * 5000}}))
+    with pytest.raises(InputError, match="is missing, though"):
+        find_model(str(copy))
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_weights_that_are_no_file(copy: Path, make: Callable[[Path], object]) -> None:
+    (copy / "model.safetensors").unlink()
+    make(copy / "model.safetensors")
+    with pytest.raises(InputError, match="is not a file of weights"):
+        find_model(str(copy))
+
+
+def test_weights_of_the_oldest_format_load(copy: Path) -> None:
+    expected = tiny.load(copy).own_decoder.weights[2].qkv.plain()
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    torch.save(tensors, copy / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(tiny.load(copy).own_decoder.weights[2].qkv.plain(), expected)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        {},
+        {5: torch.ones(2)},
+        {"model.norm.weight": "text"},
+        {"state": {"model.norm.weight": torch.ones(2)}},
+        {"model.norm.weight": torch.ones(2, device="meta")},
+        {"model.norm.weight": torch.ones(2, 2).to_sparse()},
+    ],
+)
+def test_a_bin_file_of_anything_but_dense_tensors(copy: Path, content: object) -> None:
+    (copy / "model.safetensors").unlink()
+    torch.save(content, copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: (holds|tensor model\.norm\.weight is not a dense)"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.4.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
+)
+def test_weights_that_are_not_finite(copy: Path, name: str, number: float) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(-1)[3] = number
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    for load in (lambda: tiny.load(copy).decoder, lambda: tiny.load(copy).load_for_generation()):
+        with pytest.raises(InputError, match=f"{name} holds numbers that are not finite"):
+            load()
+
+
+def test_weights_that_a_narrower_type_cannot_hold(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] = 1e6
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"not finite in torch\.float16"):
+        load_target(str(copy), "float16", "cpu").decoder  # noqa: B018
 
 
 def test_a_truncated_weight_file(copy: Path) -> None:
@@ -142,12 +226,74 @@ def test_quantised_models_that_only_transformers_knows_are_refused_too(copy: Pat
         ({"num_attention_heads": 0}, r"config\.json: "),
         ({"rms_norm_eps": "x"}, "cannot be used"),
         ({"rope_parameters": "x"}, "cannot be used"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "cannot be used"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}, "cannot be used"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": []}}, "cannot be used"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05, expected a number from 0 to 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 5000"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000, expected at most 5000"),
+        ({"head_dim": 10**9}, "head_dim is 1000000000, expected at most"),
+        ({"head_dim": 7}, "even"),
+        ({"num_key_value_heads": 3}, "expected a multiple of the second and an even head_dim"),
+        ({"vocab_size": 10**18}, "vocab_size is 1000000000000000000, expected at most"),
+        ({"eos_token_id": 10**20}, "eos_token_id is 1000"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected at least 1"),
+        ({"model_type": "mistral", "sliding_window": "x"}, "cannot be used"),
     ],
 )
 def test_a_config_that_cannot_be_or_does_not_belong(copy: Path, changes: dict[str, object], why: str) -> None:
     edit_config(copy, **changes)
     with pytest.raises(InputError, match=why):
         tiny.load(copy).decoder  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"num_experts": [6]}, "cannot be used"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7, expected at most 6"),
+        ({"num_experts_per_tok": 10**30}, "num_experts_per_tok is 1000.*, expected at most 6"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0, expected at least 1"),
+        ({"num_experts": 10**9}, "num_experts is 1000000000, expected at most"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0, expected at least 1"),
+        ({"moe_intermediate_size": -5}, r"moe_intermediate_size is -5"),
+        ({"mlp_only_layers": 3}, r"config\.json: "),
+    ],
+)
+def test_experts_that_cannot_be(tmp_path: Path, own_cache: Path, changes: dict[str, object], why: str) -> None:  # noqa: ARG001
+    folder = tiny.make_model(tmp_path / "experts", "qwen3_moe")
+    edit_config(folder, **changes)
+    with pytest.raises(InputError, match=why):
+        tiny.load(folder).decoder  # noqa: B018
+
+
+def test_layers_without_weights_of_a_model_that_only_transformers_knows(tmp_path: Path, own_cache: Path) -> None:  # noqa: ARG001
+    folder = tiny.make_model(tmp_path / "m", "gpt2")
+    edit_config(folder, n_layer=4000)
+    with pytest.raises(InputError, match="num_hidden_layers is 4000, but there are only"):
+        tiny.load(folder).decoder  # noqa: B018
+
+
+def test_json_that_is_nested_too_deeply(copy: Path) -> None:
+    deep = "[" * 100_000
+    for name in ("spdbench.json", "model.safetensors.index.json", "generation_config.json", "config.json"):
+        (copy / name).write_text(deep)
+        with pytest.raises(InputError, match=f"{name}: is not usable JSON"):
+            tiny.load(copy)
+        if name != "config.json":
+            (copy / name).unlink()
+
+
+@pytest.mark.parametrize("note", ["[]", "{}", '{"sha256": 5}', '{"sha256": "x"}', '{"sha256": null}'])
+def test_a_note_of_a_conversion_that_names_no_hash(copy: Path, note: str) -> None:
+    (copy / "spdbench.json").write_text(note)
+    with pytest.raises(InputError, match=r"spdbench\.json: sha256 is .*, expected 64 hexadecimal digits"):
+        find_model(str(copy))
+
+
+def test_end_of_sequence_ids_that_the_model_cannot_generate_are_ignored(copy: Path) -> None:
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 5, 50256]}))
+    assert tiny.load(copy).config.eos_ids == {5}
 
 
 def test_quantised_tensors_are_never_read_as_plain_ones(copy: Path) -> None:
@@ -163,7 +309,7 @@ def test_quantised_tensors_are_never_read_as_plain_ones(copy: Path) -> None:
 )
 def test_generation_settings_that_cannot_be_used(copy: Path, text: str) -> None:
     (copy / "generation_config.json").write_text(text)
-    with pytest.raises(InputError, match=r"generation_config\.json: cannot be used"):
+    with pytest.raises(InputError, match=r"generation_config\.json: (cannot be used|is not JSON)"):
         tiny.load(copy)
 
 
@@ -176,7 +322,7 @@ def test_a_broken_tokenizer(copy: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {}}', "{"])
 def test_a_broken_weight_index(copy: Path, text: str) -> None:
     (copy / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InputError, match="is not a weight index"):
+    with pytest.raises(InputError, match=r"is not a weight index|is not JSON"):
         find_model(str(copy))
 
 

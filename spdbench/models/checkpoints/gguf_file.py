@@ -1,0 +1,171 @@
+"""What a GGUF file says of itself, and whether its conversion used all of it. No torch.
+
+transformers' reader leaves out tensors and keys that it does not know, and fills tensors that the file lacks with
+random numbers. Every tensor and every key of the architecture is therefore used, known to be harmless, or refused by
+name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spdbench.errors import InputError
+
+END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+"""The keys of the tokens that end a text, a turn and a message: each of them ends an answer."""
+SHAPES = frozenset(
+    [
+        "vocab_size",
+        "attention.key_length",
+        "attention.value_length",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_shared_feed_forward_length",
+    ]
+)
+"""Keys that only repeat the shapes of tensors, which loading compares with the config."""
+NO_ARITHMETIC = frozenset(["tensor_data_layout", "context_length", "nextn_predict_layers"])
+"""Keys that change nothing that is computed."""
+ROPE_FACTORS = "rope_freqs.weight"
+BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A GGUF file's header. `values` are the keys of its architecture, without that prefix; `tensors` its tensors'
+    numbers of elements; `end_ids` the tokens that end an answer; `rope_factors` the divisors of the frequencies."""
+
+    path: Path
+    architecture: str
+    values: dict[str, Any]
+    tensors: dict[str, int]
+    end_ids: tuple[int, ...]
+    rope_factors: tuple[float, ...] | None
+
+    def refuse_unused(self, parameters: Mapping[str, str], total: int, used_keys: Collection[str], config: Any) -> None:
+        """Refuses a file of which the conversion used only a part.
+
+        `parameters` maps the names in the file that a model can have to its own, `total` is the number of elements of
+        the converted model. Some architectures fuse tensors under names that the map does not know, so that names count
+        only where the numbers of elements differ. `used_keys` are the keys that made the `config`.
+
+        Raises:
+            InputError: names the first tensor or key that was not used.
+        """
+        extra = {name for name in self.tensors if name not in parameters} - {ROPE_FACTORS}
+        blocks = self.values["block_count"] - self.values.get("nextn_predict_layers", 0)
+        drafting = {name for name in extra if (match := BLOCK.match(name)) and int(match[1]) >= blocks}
+        extra -= drafting
+        stored = sum(size for name, size in self.tensors.items() if name not in drafting and name != ROPE_FACTORS)
+        if stored != total:
+            names = sorted(extra or self.tensors)
+            raise self.error(
+                f"{len(extra)} tensors have no place in the converted model, e.g. {names[0]}, so that it would compute "
+                "something else"
+            )
+        for key, value in self.values.items():
+            if key not in used_keys and not self._is_harmless(key, value, config):
+                raise self.error(f"{self.architecture}.{key} is {value!r}, which the conversion cannot apply")
+
+    def _is_harmless(self, key: str, value: Any, config: Any) -> bool:
+        """True if a key that the conversion did not use leaves the arithmetic as `config` has it."""
+        if key in SHAPES | NO_ARITHMETIC or key.startswith("rope.scaling."):
+            return True  # `rope_parameters` reads the scaling
+        rope = getattr(config, "rope_parameters", None) or {}
+        if key == "rope.freq_base":
+            return bool(value == rope.get("rope_theta"))
+        if key == "rope.dimension_count":
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            return bool(value == int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+        if key == "attention.causal":
+            return value is True
+        if key == "attention.sliding_window" and value >= self.values.get("context_length", 0):
+            return True
+        known = getattr(config, key.removeprefix("attention."), None)
+        return bool(value == (1 if key.endswith(("scale", "factor")) else 0) or (known is not None and known == value))
+
+    def rope_parameters(self) -> dict[str, Any] | None:
+        """The scaling of rotary positions as in a config, without the base; None if there is none.
+
+        Raises:
+            InputError: it is of a kind that cannot be applied.
+        """
+        prefix = "rope.scaling."
+        stated = {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
+        kind, factor, original = (stated.get(key) for key in ("type", "factor", "original_context_length"))
+        known = {"type", "factor", "original_context_length", "finetuned"}
+        if all(key in known or (key == "attn_factor" and value == 1) for key, value in stated.items()):
+            if kind in (None, "none") or (kind == "linear" and factor in (None, 0, 1)):
+                return None
+            if kind == "linear" and factor:
+                return {"rope_type": kind, "factor": float(factor)}
+            if kind == "yarn" and factor and original:
+                return {"rope_type": kind, "factor": float(factor), "original_max_position_embeddings": int(original)}
+        raise self.error(f"it scales rotary positions in a way that the conversion cannot apply ({stated})")
+
+    def error(self, reason: str) -> InputError:
+        return InputError(f"{self.path}: {reason}. Give the model's folder or hub id instead.")
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """The header of a GGUF file that holds a whole model.
+
+    Raises:
+        InputError: not a GGUF file, a damaged one, or a part of a model.
+    """
+    from gguf import GGUFReader
+
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise InputError(f"{path}: is not a GGUF file")
+    try:
+        reader = GGUFReader(path)
+        architecture = str(_content(reader, "general.architecture"))
+        values = {
+            key.removeprefix(architecture + "."): _content(reader, key)
+            for key in reader.fields
+            if key.startswith(architecture + ".")
+        }
+        end_ids = [_content(reader, f"tokenizer.ggml.{key}") for key in END_KEYS]
+        tensors = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
+        factors = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
+        number, count = _content(reader, "split.no") or 0, _content(reader, "split.count") or 1
+    except Exception as error:  # a damaged header raises whatever numpy and struct raise
+        raise InputError(f"{path}: is not a whole GGUF file ({type(error).__name__}: {error})") from None
+    if count != 1:
+        raise InputError(
+            f"{path}: is part {number + 1} of {count} of a split model. Join the parts with "
+            "`llama-gguf-split --merge FIRST_PART OUT.gguf`, and give the joined file."
+        )
+    blocks, present = values.get("block_count"), {int(match[1]) for name in tensors if (match := BLOCK.match(name))}
+    if not isinstance(blocks, int) or blocks < 1:
+        raise InputError(f"{path}: {architecture}.block_count is {blocks!r}, expected at least 1")
+    if blocks > len(present):
+        raise InputError(
+            f"{path}: the tensors of {blocks - len(present)} of {blocks} layers ({architecture}.block_count) are "
+            "missing; is it a part of a model?"
+        )
+    ids = tuple(dict.fromkeys(token for token in end_ids if isinstance(token, int)))
+    return GGUFFile(path, architecture, values, tensors, ids, None if factors is None else tuple(factors))
+
+
+def _content(reader: Any, key: str) -> Any:
+    """A key's value as Python's; None if the file does not have it."""
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
+
+
+def parameter_names(architecture: str, num_layers: int, names: Collection[str]) -> dict[str, str]:
+    """The names in a GGUF file of a model's parameters `names`, each with its own, as far as they are known."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next((arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if arch is None:
+        return {}
+    known = get_tensor_name_map(arch, num_layers)
+    found = {known.get_name(name, try_suffixes=(".weight", ".bias")): name for name in names}
+    return {name: own for name, own in found.items() if name is not None}

@@ -1,0 +1,220 @@
+"""GGUF files: all of a file is used in the conversion, known to be harmless, or refused by name."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from spdbench.errors import InputError
+from spdbench.models.checkpoints.find_model import ModelFiles, find_model
+from spdbench.models.hf import library
+from spdbench.models.target import Target, load_target
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN = 24, 3, 1, 8, 40
+TOKENS = ["<end>", "<turn>", "<message>", *(chr(97 + i) for i in range(26)), "ab"]
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def write_gguf(
+    path: Path,
+    layers: int = 3,
+    rope_base: float = 10000.0,
+    without: Callable[[str], bool] = lambda _: False,
+    extra: dict[str, Any] | None = None,
+    about: Callable[[GGUFWriter], object] = lambda _: None,
+) -> Path:
+    """A llama of random numbers; `without` leaves tensors out, `extra` adds some, `about` adds metadata."""
+    generator = np.random.default_rng(5)
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(TOKENS), WIDTH), "output_norm.weight": (WIDTH,)}
+    for layer in range(layers):
+        block = f"blk.{layer}."
+        shapes |= {
+            f"{block}attn_norm.weight": (WIDTH,),
+            f"{block}attn_q.weight": (HEADS * HEAD_DIM, WIDTH),
+            f"{block}attn_k.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            f"{block}attn_v.weight": (KV_HEADS * HEAD_DIM, WIDTH),
+            f"{block}attn_output.weight": (WIDTH, HEADS * HEAD_DIM),
+            f"{block}ffn_norm.weight": (WIDTH,),
+            f"{block}ffn_gate.weight": (FFN, WIDTH),
+            f"{block}ffn_up.weight": (FFN, WIDTH),
+            f"{block}ffn_down.weight": (WIDTH, FFN),
+        }
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_rope_freq_base(rope_base)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3] * 3 + [1] * 27)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    about(writer)
+    for name, shape in shapes.items():
+        if not without(name):
+            writer.add_tensor(name, generator.standard_normal(shape).astype(np.float32))
+    for name, numbers in (extra or {}).items():
+        writer.add_tensor(name, np.asarray(numbers, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def convert(file: Path) -> Target:
+    return load_target(str(file), "float32", "cpu")
+
+
+def raw_config(files: ModelFiles) -> dict[str, Any]:
+    return dict(json.loads((files.directory / "config.json").read_text()))
+
+
+def test_a_whole_file_is_converted_and_its_end_of_text_ends_answers(tmp_path: Path) -> None:
+    target = convert(write_gguf(tmp_path / "whole.gguf"))
+    assert target.config.eos_ids == {0}
+    assert target.own_decoder.config.num_layers == 3
+    assert raw_config(target.files)["tie_word_embeddings"] is True
+
+
+def test_every_token_that_ends_a_turn_ends_answers(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.add_eot_token_id(1)
+        writer.add_eom_token_id(2)
+
+    assert convert(write_gguf(tmp_path / "turns.gguf", about=about)).config.eos_ids == {0, 1, 2}
+
+
+def test_one_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.add_uint16("split.no", 1)
+        writer.add_uint16("split.count", 3)
+
+    file = write_gguf(tmp_path / "part.gguf", about=about)
+    with pytest.raises(InputError, match=r"part 2 of 3 of a split model\. Join the parts"):
+        find_model(str(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("blk.2.", "the tensors of 1 of 3 layers .* are missing"),
+        ("blk.1.ffn_up.weight", r"1 tensors are missing from the weights, e\.g\. model\.layers\.1\.mlp\.up_proj"),
+        ("token_embd.weight", "tensors are missing from the weights"),
+    ],
+)
+def test_tensors_that_are_missing_are_never_filled_in(tmp_path: Path, name: str, why: str) -> None:
+    file = write_gguf(tmp_path / "some.gguf", without=lambda tensor: tensor.startswith(name))
+    with pytest.raises(InputError, match=why):
+        find_model(str(file))
+
+
+def test_a_tensor_that_the_conversion_does_not_use_is_named(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "bias.gguf", extra={"blk.1.attn_v.bias": [3.0] * KV_HEADS * HEAD_DIM})
+    with pytest.raises(InputError, match=r"1 tensors have no place .* e\.g\. blk\.1\.attn_v\.bias"):
+        find_model(str(file))
+
+
+def test_a_key_that_the_conversion_does_not_use_is_named(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "scale.gguf", about=lambda writer: writer.add_float32("llama.logit_scale", 0.25))
+    with pytest.raises(InputError, match=r"llama\.logit_scale is 0\.25, which the conversion cannot apply"):
+        find_model(str(file))
+
+
+def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.add_key_length(HEAD_DIM)
+        writer.add_expert_count(0)
+        writer.add_float32("llama.logit_scale", 1.0)
+        writer.add_sliding_window(512)
+        writer.add_rope_scaling_type(library_scaling("none"))
+
+    assert find_model(str(write_gguf(tmp_path / "plain.gguf", about=about))).directory.is_dir()
+
+
+def library_scaling(name: str) -> Any:
+    from gguf import RopeScalingType
+
+    return RopeScalingType(name)
+
+
+def test_a_scaling_of_rotary_positions_is_applied(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.add_rope_scaling_type(library_scaling("yarn"))
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_rope_scaling_orig_ctx_len(32)
+
+    rope = raw_config(convert(write_gguf(tmp_path / "yarn.gguf", about=about)).files)["rope_parameters"]
+    expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    assert expected.items() <= rope.items()
+
+
+def test_another_scaling_of_rotary_positions_is_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "long.gguf", about=lambda w: w.add_rope_scaling_type(library_scaling("longrope")))
+    with pytest.raises(InputError, match=r"scales rotary positions in a way .*'type': 'longrope'"):
+        find_model(str(file))
+
+
+def test_frequency_factors_become_the_scaling_that_they_are_of(tmp_path: Path) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    scaled, _ = library.scaled_frequencies(scaling, HEAD_DIM, 8192)
+    plain, _ = library.scaled_frequencies({"rope_type": "default", "rope_theta": 500000.0}, HEAD_DIM, 8192)
+    factors = {"rope_freqs.weight": (plain / scaled).numpy()}
+    file = write_gguf(tmp_path / "factors.gguf", rope_base=500000.0, extra=factors)
+    assert scaling.items() <= raw_config(convert(file).files)["rope_parameters"].items()
+
+
+def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "other.gguf", extra={"rope_freqs.weight": [1.0, 2.0, 3.0, 5.0]})
+    with pytest.raises(InputError, match=r"rope_freqs\.weight scales rotary positions"):
+        find_model(str(file))
+
+
+@pytest.mark.parametrize("blocks", [2**31, 10**9, 0])
+def test_layers_that_the_file_does_not_hold_are_refused_before_they_are_built(tmp_path: Path, blocks: int) -> None:
+    file = write_gguf(tmp_path / "deep.gguf")
+    at = file.read_bytes().index(b"llama.block_count") + len(b"llama.block_count") + 4
+    with file.open("r+b") as stream:
+        stream.seek(at)
+        stream.write(blocks.to_bytes(4, "little"))
+    with pytest.raises(InputError, match="block_count"):
+        find_model(str(file))
+
+
+def test_a_long_file_name_is_no_problem(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / ("long" * 60 + ".gguf"))
+    assert find_model(str(file)).directory.is_dir()
+
+
+class RustLibraryError(Exception):
+    """Raised by libraries that do not raise `OSError`."""
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "x"), RustLibraryError(f"I/O error: no room (os error {errno.EDQUOT})")]
+)
+def test_a_full_disk_is_called_so_and_nothing_is_left(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_file: Path, out: Path) -> None:
+        (out / "model.safetensors").write_bytes(b"some")
+        raise error
+
+    monkeypatch.setattr(library, "convert_gguf", fail)
+    with pytest.raises(InputError, match=r"the converted model cannot be written .* SPDBENCH_CACHE"):
+        find_model(str(write_gguf(tmp_path / "any.gguf")))
+    assert list((own_cache / "models").iterdir()) == []
