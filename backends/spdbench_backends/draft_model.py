@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from spdbench.models.target import Target
 
 
+MAX_ADDED_TOKENS = 128
+"""How many tokens may be added to a vocabulary: special ones of a fine-tuned model."""
+
+
 class DraftModel(DraftVerify):
     """Speculative sampling with a smaller model as the drafter."""
 
@@ -66,7 +70,8 @@ class DraftModel(DraftVerify):
 
     def _weights_drafter(self, request: GenerationRequest) -> Drafter:
         small, num_tokens = self._loaded(self._weights), self._options.num_tokens
-        return ModelDrafter(small, num_tokens, len(request.prompt_ids) + request.max_new_tokens + num_tokens)
+        capacity = len(request.prompt_ids) + request.max_new_tokens + num_tokens
+        return ModelDrafter(small, self._decoder.config.vocab_size, num_tokens, capacity)
 
 
 class ModelDrafter:
@@ -74,7 +79,8 @@ class ModelDrafter:
 
     hidden_indices: tuple[int, ...] = ()
 
-    def __init__(self, decoder: TargetDecoder, num_tokens: int, capacity: int) -> None:
+    def __init__(self, decoder: TargetDecoder, vocab_size: int, num_tokens: int, capacity: int) -> None:
+        self._vocab_size = vocab_size
         self.max_nodes = num_tokens + 1
         self._decoder = decoder
         self._num_tokens = num_tokens
@@ -108,9 +114,21 @@ class ModelDrafter:
         self._cache.rollback(len(self._ids) - 1)
 
     def _next(self, ids: Sequence[int]) -> Tensor:
+        """Logits `[V]` over the target's vocabulary, which may be padded to another size than the model's own.
+
+        Ids of padding that only one of them has are never drafted, and are read as id 0 if the target gives one.
+        """
+        import torch
+
         decoder, cache = self._decoder, self._cache
-        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), cache.length, cache)
-        return decoder.logits(hidden_SM if len(ids) == 1 else hidden_SM[-1:])[0]
+        own_size = decoder.config.vocab_size
+        known = [token if token < own_size else 0 for token in ids] if own_size < self._vocab_size else ids
+        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(known)), cache.length, cache)
+        logits_V = decoder.logits(hidden_SM if len(ids) == 1 else hidden_SM[-1:])[0]
+        if own_size == self._vocab_size:
+            return logits_V
+        room = max(0, self._vocab_size - own_size)
+        return torch.nn.functional.pad(logits_V[: self._vocab_size], (0, room), value=-torch.inf)
 
 
 def random_decoder(target: Decoder, seed: int) -> Decoder:
@@ -156,7 +174,7 @@ def load_small(context: BackendContext, option: str, name: str) -> Target:
 
     target = context.target
     small = load_target(name, target.dtype_name, str(target.device))
-    if small.config.vocab_size != target.config.vocab_size or not _same_vocabulary(small, target):
+    if not _same_vocabulary(small, target):
         raise InputError(
             f"-o {context.label}.{option}={name}: its vocabulary ({small.config.vocab_size} tokens) is not the "
             f"target's ({target.config.vocab_size}), so its drafts would mean other words"
@@ -164,9 +182,18 @@ def load_small(context: BackendContext, option: str, name: str) -> Target:
     return small
 
 
-def _same_vocabulary(small: object, target: object) -> bool:
-    """True if both tokenizers give every token the same id, or if one of the models has no tokenizer."""
+def _same_vocabulary(small: Target, target: Target) -> bool:
+    """True if every id that both tokenizers know is the same token of both; embeddings may be padded differently.
+
+    Without a tokenizer the sizes have to be the same.
+    """
     try:
-        return bool(small.tokenizer.get_vocab() == target.tokenizer.get_vocab())  # type: ignore[attr-defined]
+        ours, theirs = (
+            {token: text for text, token in model.tokenizer.get_vocab().items()} for model in (small, target)
+        )
     except InputError:
-        return True
+        return small.config.vocab_size == target.config.vocab_size
+    common = ours.keys() & theirs.keys()
+    # An addition of a few special tokens leaves a vocabulary the same; a beginning of another one does not make it so.
+    added = max(len(ours), len(theirs)) - len(common)
+    return added <= MAX_ADDED_TOKENS and all(ours[token] == theirs[token] for token in common)

@@ -50,10 +50,11 @@ class HF(ObservedEngine):
 
     def _load_assistant(self, name: str) -> None:
         from spdbench.models.hf import library
+        from spdbench.models.hf.generation import with_vocabulary
         from spdbench_backends.draft_model import load_small
 
         small = load_small(self._context, "assistant", name)
-        self._assistant = small.load_for_generation()
+        self._assistant = with_vocabulary(small.load_for_generation(), self._context.target.config.vocab_size)
         self._assistant.generation_config = library.assistant_settings(self._options.assistant_tokens)
         self._info = DrafterInfo(small.files.id, method="assistant_model", synthetic=False, sha256=small.files.sha256)
 

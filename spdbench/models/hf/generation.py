@@ -103,3 +103,15 @@ class _Streamer:
 
     def end(self) -> None:
         pass
+
+
+def with_vocabulary(model: Any, size: int) -> Any:
+    """`model` with embedding and head of `size` rows, which `generate` demands of an assistant: padding is cut off, or
+    rows of zeros are added."""
+    before = model.get_input_embeddings().weight.shape[0]
+    if size != before:
+        with library.quiet(), torch.no_grad():
+            model.resize_token_embeddings(size, mean_resizing=False)
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                module.weight[before:] = 0
+    return model

@@ -256,8 +256,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         config.eos_token_id = model.generation_config.eos_token_id = list(header.end_ids)
     with quiet():
         # The weights are plain floats now; transformers refuses to save a model that it considers quantised.
-        model.is_quantized = False
-        model.hf_quantizer = None
+        model.is_quantized, model.hf_quantizer = False, None
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         model.save_pretrained(str(out))
@@ -265,13 +264,10 @@ def convert_gguf(file: Path, out: Path) -> None:
 
 
 def _factors_as_llama3(header: GGUFFile, config: Any) -> dict[str, Any] | None:
-    """The scaling of rotary positions that a GGUF file states as a factor of each frequency; None if there is none.
+    """The scaling of Llama 3.1 and later, which GGUF files state as a divisor of each frequency; None if there is none.
 
-    Files of Llama 3.1 and later have them. Its parameters are those of the published models, whose factors are
-    recognised; the largest factor is the scaling's own.
-
-    Raises:
-        InputError: the factors are not of this scaling.
+    Its published parameters are recognised by their factors, of which the largest is the scaling's own; raises
+    `InputError` for others.
     """
     factors = header.rope_factors
     if factors is None or set(factors) == {1.0}:

@@ -45,7 +45,7 @@ def test_prompt_lookup() -> None:
 
 
 def test_a_smaller_model() -> None:
-    drafter = ModelDrafter(Elsewhere(), 3, 50)  # type: ignore[arg-type]
+    drafter = ModelDrafter(Elsewhere(), 9, 3, 50)  # type: ignore[arg-type]
     drafter.start((1, 2), NOTHING, 3)
     draft = drafter.propose(0, SAMPLER)
     assert draft.tree.parents_N.device == draft.ids_N.device == META

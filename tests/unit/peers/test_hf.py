@@ -139,5 +139,6 @@ def test_options_that_do_not_go_together_are_refused(target: Target, options: di
 
 def test_an_assistant_of_other_words_is_refused(target: Target, tmp_path: Path) -> None:
     other = tiny.make_model(tmp_path / "other", vocab_size=270, num_hidden_layers=1)
+    tiny.swap_tokens(other, "a", "b")
     with pytest.raises(InputError, match="its vocabulary"):
         make(target, assistant=str(other))
