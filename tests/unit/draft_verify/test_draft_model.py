@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.backend import Backend, BackendContext, parse_options
+from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
 from spdbench.models.target import Target
@@ -31,7 +31,7 @@ def test_past_its_positions_a_smaller_model_drafts_nothing(tmp_path: Path, famil
     assert steps[-1].drafted == steps[-2].drafted == 0
 
 
-def drafted_by(small: Path, target: Target, backend: type[DraftModel | HF]) -> Backend:
+def drafted_by(small: Path, target: Target, backend: type[DraftModel | HF]) -> DraftModel | HF:
     option = "assistant" if backend is HF else "model"
     options = parse_options("d", backend.Options, {option: str(small)})
     return backend(options, BackendContext("d", target, "auto", ("cpu",), 1, 0))
