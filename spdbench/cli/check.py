@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import CALIBRATION, result_paths, write_file, write_stdout
+from spdbench.cli.files import CALIBRATION, file_identity, result_paths, write_file, write_stdout
 from spdbench.cli.options import PERCENT
 from spdbench.errors import InputError
 
@@ -88,7 +88,7 @@ def command(
         _calibrate(read_results(new, keep_ids=True), Path(baseline), folder)
         return
     old = list(result_paths([baseline]))
-    _refuse_to_overwrite(outputs, [*new, *old])
+    _refuse_to_overwrite(outputs, [*new, *old], folder / CALIBRATION)
     candidates, baselines = read_results(new, keep_ids=True), read_results(old, keep_ids=True)
     limits = Limits(
         max_slowdown,
@@ -124,12 +124,13 @@ def _refuse_with_calibrate(given: Mapping[str, object]) -> None:
             raise click.UsageError(f"{_option(name)} has no effect with --calibrate, which judges nothing")
 
 
-def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Path]) -> None:
-    """Every output needs a file of its own, which is none of the results."""
-    taken = {path.resolve(): "is one of the results" for path in inputs}
+def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Path], calibration: Path) -> None:
+    """Every output needs a file of its own, which is none of the results, and not the calibration."""
+    taken = {file_identity(path): "is one of the results" for path in inputs}
+    taken[file_identity(calibration)] = "is the calibration, which --calibrate writes"
     for name, path in outputs.items():
         if path is not None:
-            if (place := path.resolve()) in taken:
+            if (place := file_identity(path)) in taken:
                 raise InputError(f"{_option(name)} {path}: {taken[place]}; choose another file")
             taken[place] = f"is what {_option(name)} writes, too"
 

@@ -51,6 +51,15 @@ def _is_findings(path: Path) -> bool:
         return False
 
 
+def file_identity(path: Path) -> object:
+    """Equal for two names of one file, which may be links; the absolute path of a file that is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
+
+
 def write_stdout(text: str) -> None:
     """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -65,7 +65,8 @@ def write_result(path: Path, head: ResultHead, journal: Journal) -> LoadedResult
     before = {name: members[name] for name in [*members][: [*members].index("runs")]}
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as out:
+        part.unlink(missing_ok=True)  # a link there would lead the content into another file
+        with part.open("xb") as out:
             out.write(b"{\n" + _lines(before) + b',\n"runs":[')
             result = LoadedResult(str(path), without_runs, join_tables(_copied_runs(journal, out)))
             out.write(b"\n],\n" + _lines(_computed(result)) + b"\n}\n")

@@ -68,7 +68,8 @@ def save(
 ) -> None:
     """Writes the checkpoint of a run; `drawn` are the generators' states at the same moment as `state`."""
     part = folder / PART
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)  # a link there would lead the content into another file
+    with part.open("xb") as file:
         torch.save(
             {
                 "identity": dict(identity),

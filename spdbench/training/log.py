@@ -14,7 +14,7 @@ from typing import Any
 
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.errors import InputError
-from spdbench.input_files import parse_json, read_input
+from spdbench.input_files import MAX_BYTES, open_input, parse_json, read_input
 
 NAME = "train.jsonl"
 RESTART = "Run without --resume to begin anew."
@@ -65,6 +65,15 @@ def is_finished(folder: Path, identity: Mapping[str, Any], layout: str) -> bool:
         return False
     require_same_settings(f"--resume: {path}", {"format": last.get("format")}, {"format": layout}, RESTART)
     return True
+
+
+def first_line(folder: Path) -> Mapping[str, Any]:
+    """The settings of the run whose log is in `folder`; empty where there is none that can be read."""
+    try:
+        with open_input(folder / NAME) as file:
+            return _object(file.readline(MAX_BYTES))
+    except InputError:
+        return {}
 
 
 def mark_finished(folder: Path, layout: str) -> None:

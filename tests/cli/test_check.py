@@ -190,6 +190,12 @@ def test_no_output_takes_the_place_of_a_result_or_of_another_output(base: Path, 
     assert said.code == 2
     assert "is one of the results" in said.err
     assert result.read_bytes() == before
+    (tmp_path / "link").hardlink_to(result)
+    assert "is one of the results" in check(new, base, "--json", tmp_path / "link").err
+    (base / "calibration.json").write_text("{}")
+    said = check(new, base, "--gate", "exact", "--json", base / "calibration.json")
+    assert said.code == 2
+    assert "is the calibration, which --calibrate writes" in said.err
     said = check(new, base, "--json", tmp_path / "same", "--junit", tmp_path / "same")
     assert said.code == 2
     assert "is what --junit writes, too" in said.err or "is what --json writes, too" in said.err

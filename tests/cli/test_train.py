@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,28 @@ def test_a_finished_run_of_other_settings_is_not_this_one(
     assert said.code == 2
     assert f"other settings: {expected}" in " ".join(said.err.split())
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_run_overwrites_no_model_no_other_drafter_and_not_its_data(
+    data: Path, out: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    def refused(reason: str, *words: str | Path, method: str = "spd", to: Path = out, source: Path = data) -> None:
+        before = {path.name: path.read_bytes() for path in to.iterdir()}
+        said = train(method, source, to, tiny_model, *words)
+        assert said.code == 2
+        assert f"--out {to}: holds {reason}" in " ".join(said.err.split())
+        assert {path.name: path.read_bytes() for path in to.iterdir()} == before
+
+    assert train("spd", data, out, tiny_model).code == 0
+    refused("a model, or a drafter of another method", method="medusa")
+    assert train("spd", data, out, tiny_model).code == 0
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    refused("a model, or a drafter", "-m", model, to=model)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/train.jsonl").hardlink_to(data)
+    refused("the file of --data", to=tmp_path / "own")
+    refused("the file of --data", to=tmp_path / "own", source=tmp_path / "own/train.jsonl")
 
 
 def test_a_folder_with_a_model_is_no_finished_run(data: Path, out: Path, tiny_model: Path) -> None:

@@ -5,18 +5,17 @@ A tree is a list of paths; a path lists the rank taken at each level.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
-import yaml
-
 from spdbench.decoding.tree import CHILDREN, Path, named_tree, sorted_paths
 from spdbench.errors import InputError, did_you_mean
+from spdbench.input_files import parse_json, parse_yaml, read_input
 from spdbench.models.checkpoints.folders import typed_path
 
 LARGEST_TREE = 1024
+LARGEST_RANK = 2**31
 
 
 def find_tree(text: str) -> tuple[Path, ...]:
@@ -40,9 +39,9 @@ def read_tree_file(file: FilePath) -> tuple[Path, ...]:
         InputError: it cannot be read, or is no tree; names the path at fault.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        text = read_input(file)
+        content = parse_json(text) if file.suffix == ".json" else parse_yaml(text)
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{file}: cannot be read as a tree ({reason})") from None
     if not isinstance(content, list) or not content:
@@ -62,9 +61,22 @@ def read_tree_file(file: FilePath) -> tuple[Path, ...]:
 
 
 def _path(file: FilePath, entry: object) -> Path:
-    if not isinstance(entry, list) or not entry or not all(type(rank) is int and rank >= 0 for rank in entry):
-        raise InputError(f"{file}: {entry!r:.60} is not a path: a list of ranks, whole numbers from 0 on, at least one")
+    if (
+        not isinstance(entry, list)
+        or not entry
+        or not all(type(rank) is int and 0 <= rank < LARGEST_RANK for rank in entry)
+    ):
+        raise InputError(
+            f"{file}: {_shown(entry)} is not a path: a list of ranks, whole numbers from 0 on, at least one"
+        )
     return tuple(entry)
+
+
+def _shown(entry: object) -> str:
+    try:
+        return f"{entry!r:.60}"
+    except ValueError:  # Python does not print an integer of thousands of digits
+        return "a number of thousands of digits"
 
 
 def check_levels(paths: Sequence[Path], num_heads: int) -> None:

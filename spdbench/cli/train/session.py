@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from spdbench.cli.files import file_identity
 from spdbench.cli.progress import TrainingProgress
 from spdbench.cli.setup import find_devices, load_model
 from spdbench.cli.train.command import TrainOptions
@@ -24,7 +25,7 @@ from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations, skipped_note
 from spdbench.training.features import Features
-from spdbench.training.log import is_finished, mark_finished
+from spdbench.training.log import first_line, is_finished, mark_finished
 from spdbench.training.loop import Training
 from spdbench.training.recipe import (
     Provenance,
@@ -50,6 +51,7 @@ from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_tok
 EPOCHS = 3.0
 MOST_HELD_OUT_TOKENS = 20_000
 SHARE_OF_DISK = 0.5
+WEIGHTS = (".safetensors", ".bin", ".gguf")
 MAY_DIFFER = ("data", "out", "feature_cache", "layout", "resume")
 """Options that a resumed run need not share with the one that it continues."""
 
@@ -66,6 +68,7 @@ def train(options: TrainOptions, started: float) -> None:
     identity = _identity(options, recipe_options, target, conversations.sha256)
     if options.resume and _nothing_is_left(options, identity):
         return
+    _require_own_folder(options, target)
     made_by = (conversations.header or {}).get("model", {}).get("sha256", target.files.sha256)
     if made_by != target.files.sha256:
         say(f"NOTE: {options.data} holds what another model said; a drafter learns best from its own model.")
@@ -82,6 +85,21 @@ def train(options: TrainOptions, started: float) -> None:
     with _resumable(options.out):
         state = training.run(resume=options.resume)
         _finish(state, recipe, target, options, conversations.sha256, started)
+
+
+def _require_own_folder(options: TrainOptions, target: Target) -> None:
+    """Raises `InputError` where the run would overwrite a model, its own data, or a drafter that is not its like."""
+    out = options.out
+    if any(file_identity(path) == file_identity(options.data) for path in out.iterdir()):
+        raise InputError(f"--out {out}: holds the file of --data, which training could overwrite; choose another --out")
+    if not any(path.name == "config.json" or path.suffix in WEIGHTS for path in out.iterdir()):
+        return
+    run = first_line(out)
+    if (run.get("method"), run.get("model_sha256")) != (options.method, target.files.sha256):
+        raise InputError(
+            f"--out {out}: holds a model, or a drafter of another method or for another model, which training would "
+            "overwrite; choose another --out"
+        )
 
 
 @contextmanager

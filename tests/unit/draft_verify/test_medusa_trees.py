@@ -68,14 +68,21 @@ def test_what_is_no_tree_is_named(tmp_path: Path, name: str, content: object, wh
         read_tree_file(file)
 
 
+@pytest.mark.parametrize("rank", ["0x" + "f" * 4000, "4294967296"])
+def test_rank_that_no_vocabulary_has_is_no_rank(tmp_path: Path, rank: str) -> None:
+    (tmp_path / "t.yaml").write_text(f"- [{rank}]\n")
+    with pytest.raises(InputError, match="is not a path: a list of ranks"):
+        read_tree_file(tmp_path / "t.yaml")
+
+
 @pytest.mark.parametrize(("name", "text"), [("t.json", "[[0]"), ("t.yaml", "[[0]"), ("t.json", "[" * 100_000)])
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="cannot be read as a tree"):
         read_tree_file(tmp_path / name)
-    with pytest.raises(InputError, match="cannot be read as a tree"):
+    with pytest.raises(InputError, match=r"cannot be read .Is a directory"):
         read_tree_file(tmp_path)
-    (tmp_path / name).write_bytes(b"\xff\xfe")
+    (tmp_path / name).write_bytes(b"\xff\xff")
     with pytest.raises(InputError, match="cannot be read as a tree"):
         read_tree_file(tmp_path / name)
 

@@ -90,6 +90,27 @@ def test_lost_summary_loses_counts_alone(damage: str, tmp_path: Path) -> None:
         assert file.num_conversations == 1
 
 
+@pytest.mark.parametrize("line", [b'{"messages": []}', b"{"])
+def test_file_with_lines_that_end_in_a_carriage_return_is_refused_as_it_is(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "d.jsonl"
+    with open_data(path, HEADER):
+        pass
+    for content in (path.read_bytes() + line + b"\r" + line, path.read_bytes().replace(b"\n", b"\r") + line):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be resumed"):
+            open_data(path, HEADER)
+        assert path.read_bytes() == content
+
+
+def test_link_in_place_of_a_file_that_is_written_first_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "d.jsonl.part").symlink_to("mine")
+    with open_data(tmp_path / "d.jsonl", HEADER):
+        pass
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert not (tmp_path / "d.jsonl").is_symlink()
+
+
 def test_file_may_grow_beyond_its_first_target(tmp_path: Path) -> None:
     path = filled(tmp_path / "d.jsonl", 0)
     with open_data(path, {**HEADER, "tokens": 900, "batch": 2}) as file:
