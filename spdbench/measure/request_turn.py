@@ -59,20 +59,18 @@ def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: th
         raise
     except Exception as error:
         return failed_run(turn, f"{type(error).__name__}: {error}"), without_secrets(traceback.format_exc())
-    run = _run_without_output(turn).model_copy(
-        update={
-            "num_new_tokens": len(measured.output_ids),
-            "finish_reason": measured.finish_reason,
-            "output_ids": [] if UNKNOWN_ID in measured.output_ids else list(measured.output_ids),
-            "ttft_s": measured.ttft_s,
-            "decode_s": measured.decode_s,
-            "steps": measured.steps,
-            "energy_j": energy_j,
-            **figures,
-            **_reported_fields(measured.report),
-        }
-    )
-    return run, ""
+    run = {
+        "num_new_tokens": len(measured.output_ids),
+        "finish_reason": measured.finish_reason,
+        "output_ids": [] if UNKNOWN_ID in measured.output_ids else list(measured.output_ids),
+        "ttft_s": measured.ttft_s,
+        "decode_s": measured.decode_s,
+        "steps": measured.steps,
+        "energy_j": energy_j,
+        **figures,
+        **_reported_fields(measured.report),
+    }
+    return _run_without_output(turn).model_copy(update=run), ""
 
 
 def measure_when_ready(

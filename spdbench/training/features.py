@@ -34,9 +34,8 @@ class Features:
         last = decoder.config.num_layers
         self._decoder = decoder
         self._sequences = sequences
-        self._hidden_indices = sorted({*hidden_indices, last})
-        self._kinds = [kind for kind in self._hidden_indices if kind]  # 0, the embedding, is cheap to look up
-        self._given = self._hidden_indices  # those that `batch` returns
+        self._given = sorted({*hidden_indices, last})  # those that `batch` returns
+        self._kinds = [kind for kind in self._given if kind]  # 0, the embedding, is cheap to look up
         self._starts = [0, *accumulate(len(sequence.ids) for sequence in sequences)]
         self._states_TKM: Tensor | None = None
         self._argmax_T = torch.zeros(self._starts[-1], dtype=torch.int32)
@@ -92,9 +91,10 @@ class Features:
         """Some sequences in one batch, padded on the right, on the decoder's device."""
         features = [self._features(index) for index in indices]
         sequences = [self._sequences[index] for index in indices]
-        places = {kind: self._kinds.index(kind) for kind in self._given if kind}
         states = {
-            kind: self._padded(states_SKM[:, at].float() for states_SKM, _ in features) for kind, at in places.items()
+            kind: self._padded(states_SKM[:, at].float() for states_SKM, _ in features)
+            for at, kind in enumerate(self._kinds)
+            if kind in self._given
         }
         ids_BS = self._padded(torch.tensor(sequence.ids) for sequence in sequences)
         if 0 in self._given:

@@ -74,11 +74,6 @@ class DecoderLayer(nn.Module):
             if not name.endswith("norm.weight"):
                 nn.init.normal_(weight, std=0.02)
 
-    @property
-    def hidden_state_norm(self) -> RMSNorm:
-        """The norm of the hidden state that the layer reads, whatever it reads besides."""
-        return self.input_layernorm
-
     def project(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[B, H, S, D]`, rotated keys and plain values `[B, K, S, D]`."""
         attention, size = self.self_attn, self.config.head_dim
@@ -97,8 +92,9 @@ class DecoderLayer(nn.Module):
         return out
 
     @torch.no_grad()
-    def start_from(self, weights: LayerWeights) -> None:
-        """Copies a layer of the target.
+    def start_from(self, weights: LayerWeights, hidden_norm: RMSNorm | None = None) -> None:
+        """Copies a layer of the target. `hidden_norm` is the norm of the hidden state that the layer reads, by default
+        `input_layernorm`.
 
         A weight without a counterpart stays as it was drawn: a layer of experts has no dense feed-forward, and a layer
         that reads more than M columns reads the hidden state in the last M of them.
@@ -111,7 +107,7 @@ class DecoderLayer(nn.Module):
         attention.o_proj.weight.copy_(weights.out.plain())
         self.post_attention_layernorm.weight.copy_(weights.post_norm.weight_M)
         if weights.input_norm is not None:
-            self.hidden_state_norm.weight.copy_(weights.input_norm.weight_M)
+            (hidden_norm or self.input_layernorm).weight.copy_(weights.input_norm.weight_M)
         if attention.head_norms and weights.head_norms is not None:
             attention.q_norm.weight.copy_(weights.head_norms.query.weight_M)
             attention.k_norm.weight.copy_(weights.head_norms.key.weight_M)

@@ -27,10 +27,6 @@ class EagleLayer(DecoderLayer):
         super().__init__(config, inputs=2 * config.hidden_size)
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    @property
-    def hidden_state_norm(self) -> RMSNorm:
-        return self.hidden_norm
-
 
 class EagleHead(nn.Module):
     """The tensors of a head under their published names; `lm_head` only if its rows are trained."""
@@ -59,7 +55,7 @@ class EagleHead(nn.Module):
         next token's embedding stay small as drawn."""
         width = teacher.config.hidden_size
         self.fc.weight[:, -width:] += torch.eye(width)
-        self.layer.start_from(teacher.decoder.weights[teacher.config.num_layers - 1])
+        self.layer.start_from(teacher.decoder.weights[teacher.config.num_layers - 1], self.layer.hidden_norm)
         self.norm.weight.copy_(teacher.norm_M)
 
     def training_time_test(

@@ -21,7 +21,6 @@ from spdbench.cli.distill.prompts import (
     excluded,
     read_conversations_to_answer,
     room_needed,
-    suites_not_found,
 )
 from spdbench.cli.options import COUNT, PATH, WHOLE, TargetOptions, option, takes
 from spdbench.console import say
@@ -69,13 +68,14 @@ def command(options: DistillOptions) -> None:
     What is finished is in the file at once; the same command goes on after an interruption.
     """
     from spdbench.cli.distill.filling import fill, new_conversations, new_slots, report_end, require_slot
+    from spdbench.prompts.suite import shipped_suites
     from spdbench.training.datafile import open_data
 
     out, tokens, threads = options.out, options.tokens, options.threads
     _check_out(out, tokens)
     prompts = None if options.prompts is None else read_conversations_to_answer(options.prompts)
     kept_out = excluded(options.exclude, options.data)
-    if missing := suites_not_found(kept_out):
+    if missing := [name for name in shipped_suites() if name not in kept_out]:
         say(
             f"NOTE: no prompts of {', '.join(missing)} are at hand, so only --exclude keeps them out. --data DIR says "
             "where they lie, `spdbench suites` names their files."

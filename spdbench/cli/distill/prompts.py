@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +44,6 @@ def excluded(paths: tuple[Path, ...], data: Path | None) -> dict[str, tuple[str,
         for file in files:
             found[str(file)] = tuple(turn for one in read_conversations_to_answer(file) for turn in one.turns)
     return found
-
-
-def suites_not_found(kept_out: Collection[str]) -> list[str]:
-    """The shipped suites that are not among `kept_out`."""
-    from spdbench.prompts.suite import shipped_suites
-
-    return [name for name in shipped_suites() if name not in kept_out]
 
 
 def read_conversations_to_answer(path: Path) -> list[PromptConversation]:

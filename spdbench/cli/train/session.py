@@ -206,11 +206,9 @@ def _keep(features: Features, options: TrainOptions) -> None:
     if features.num_bytes <= min(allowed, free):
         try:
             features.keep_on_disk(folder)
-            return
         except OSError as error:
             say(f"NOTE: {folder}: {error.strerror}; the model runs again for every batch.")
-            return
-    if allowed:
+    elif allowed:
         say(
             f"NOTE: what the model computes takes {features.num_bytes / GB:.1f} GB, more than the "
             f"{allowed / GB:.1f} GB allowed in {folder}: it runs again for every batch. --feature-cache raises that."
