@@ -5,7 +5,6 @@ Commands are imported when they are called, so that `--help` needs click and not
 
 from __future__ import annotations
 
-import errno
 import importlib
 import io
 import os
@@ -18,7 +17,7 @@ import click
 from spdbench import __version__
 from spdbench.cli.terminal import Terminated
 from spdbench.console import printable
-from spdbench.errors import FULL, InputError, SpdbenchError, did_you_mean
+from spdbench.errors import InputError, SpdbenchError, did_you_mean, write_failure
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
@@ -107,11 +106,11 @@ def run(args: Sequence[str]) -> int:
     except BrokenPipeError:
         _silence_stdout()
         return BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in (*FULL, errno.EIO):
+    except Exception as error:  # libraries that are not written in Python have errors of their own
+        if (reason := write_failure(error)) is None:
             raise
         _silence_stdout()
-        click.echo(f"Error: the output cannot be written ({error.strerror}); what is in files is safe", err=True)
+        click.echo(f"Error: the output cannot be written ({reason}); what is in files is safe", err=True)
         return InputError.exit_code
 
 

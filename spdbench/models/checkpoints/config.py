@@ -229,7 +229,8 @@ def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
     found = settings.get("eos_token_id", getattr(standard, "eos_token_id", None))
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(token) is int and -1 <= token < UNLIMITED for token in ids):
+        source = path if "eos_token_id" in settings else directory / "config.json"
         raise InputError(
-            f"{path}: cannot be used (eos_token_id is {reprlib.repr(found)}, expected a token id or a list of them)"
+            f"{source}: cannot be used (eos_token_id is {reprlib.repr(found)}, expected a token id or a list of them)"
         )
     return frozenset(token for token in ids if 0 <= token < standard.vocab_size)  # others are never generated
