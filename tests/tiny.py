@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spdbench.models.checkpoints.find_model import find_model
+from spdbench.models.kv_cache import KVCache
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling
 
@@ -110,3 +111,8 @@ def greedy(
     prompt_ids: tuple[int, ...], max_new_tokens: int, eos_ids: frozenset[int] = frozenset()
 ) -> GenerationRequest:
     return GenerationRequest(prompt_ids, (), max_new_tokens, Sampling(), 0, eos_ids)
+
+
+def rows(cache: KVCache, layer: int) -> list[torch.Tensor]:
+    """Valid keys and values of one layer, each `[K, length, D]`."""
+    return [part[:, : cache.length] for part in cache.slots(layer)]

@@ -106,7 +106,7 @@ class Speculation:
 
     def _round(self, room: int) -> Step:
         """One round, of at most `room` tokens."""
-        decoder, mark = self._decoder, self.cache.mark()
+        decoder, mark = self._decoder, self.cache.length
         began = perf_counter_ns()
         draft = self._drafter.propose(room - 1, self._sampler)
         drafted = perf_counter_ns()

@@ -89,31 +89,19 @@ class AttentionContext:
         return self._masks[key]
 
     def _new_mask(self, num_slots: int, window: int | None, device: torch.device) -> Tensor | None:
-        if self.tree is not None:
-            return _tree_mask(self.tree, num_slots, window).to(device)
-        if self.num_rows == 1 or (self.num_rows == num_slots and (window is None or window >= num_slots)):
-            return None
-        return _causal_mask(self.num_rows, num_slots, window, device)
-
-
-def _tree_mask(tree: TreeRows, num_slots: int, window: int | None) -> Tensor:
-    """True for slots before the tree that are within the window of a row's position, and for those it sees of the
-    tree."""
-    num_rows, width = tree.visible_SW.shape
-    before = num_slots - width
-    mask = torch.ones(num_rows, num_slots, dtype=torch.bool, device=tree.visible_SW.device)
-    if window is not None:
-        first = before + tree.depths_S[:, None] + 1 - window
-        mask &= torch.arange(num_slots, device=mask.device) >= first.clamp(max=before)
-    mask[:, before:] = tree.visible_SW
-    return mask
-
-
-def _causal_mask(num_rows: int, num_slots: int, window: int | None, device: torch.device) -> Tensor:
-    """`[S, T]`, true where a row may look: not ahead of itself, and not `window` or more slots back."""
-    slots = torch.arange(num_slots, device=device)
-    own = torch.arange(num_slots - num_rows, num_slots, device=device)[:, None]
-    visible = slots <= own
-    if window is not None:
-        visible &= slots > own - window
-    return visible
+        if self.tree is None:
+            if self.num_rows == 1 or (self.num_rows == num_slots and (window is None or window >= num_slots)):
+                return None
+            depths_S = torch.arange(self.num_rows, device=device)
+            visible_SW = depths_S <= depths_S[:, None]
+            if window is not None:
+                visible_SW &= depths_S > depths_S[:, None] - window
+        else:
+            depths_S, visible_SW = self.tree.depths_S, self.tree.visible_SW
+        before = num_slots - visible_SW.shape[1]
+        mask = torch.ones(self.num_rows, num_slots, dtype=torch.bool, device=visible_SW.device)
+        if window is not None:  # of the slots before the rows' own, those that are near enough to a row's position
+            first = before + depths_S[:, None] + 1 - window
+            mask &= torch.arange(num_slots, device=mask.device) >= first.clamp(max=before)
+        mask[:, before:] = visible_SW
+        return mask.to(device)

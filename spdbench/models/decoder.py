@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,16 +49,14 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
 
+    takes_trees: ClassVar[bool] = True
+
     @property
     def kernels(self) -> str:
         """What computes a few rows: `numba` where weights are packed, else `torch`. Experts are always torch's."""
         if not any(isinstance(layer.qkv, PackedLinear) for layer in self.weights.values()):
             return "torch"
         return "numba, experts torch" if any(layer.experts for layer in self.weights.values()) else "numba"
-
-    @property
-    def takes_trees(self) -> bool:
-        return True
 
     def embed(self, ids_S: Tensor) -> Tensor:
         """Hidden state 0 of the tokens: `[S, M]`."""
@@ -208,8 +207,7 @@ class _Reader:
 
     def refuse_leftovers(self) -> None:
         """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
-        spare = {"lm_head.weight"} if self.config.tied else set()
-        known = self.taken | spare
+        known = self.taken | ({"lm_head.weight"} if self.config.tied else set())
         left = [
             name
             for name in self.checkpoint
@@ -232,9 +230,6 @@ class _Reader:
         """The tensor as it lies in the file, in the file's dtype: for what is read by a few rows."""
         self.taken.add(name)
         return self.checkpoint.tensor(name, shape)
-
-    def fused(self, names: list[str], shape: tuple[int, ...]) -> Tensor:
-        return torch.cat([self.read(name, shape) for name in names])
 
     def layer(self, index: int) -> LayerWeights:
         config, prefix = self.config, f"model.layers.{index}."
@@ -261,7 +256,8 @@ class _Reader:
         gate_up, down = [], []
         for expert in range(experts.count):
             name = f"{prefix}experts.{expert}."
-            gate_up.append(self.fused([f"{name}gate_proj.weight", f"{name}up_proj.weight"], (ffn, width)))
+            both = [self.read(f"{name}{part}_proj.weight", (ffn, width)) for part in ("gate", "up")]
+            gate_up.append(torch.cat(both))
             down.append(self.read(f"{name}down_proj.weight", (width, ffn)))
         return ExpertWeights(
             router=self.read(prefix + "gate.weight", (experts.count, width)),

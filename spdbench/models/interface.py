@@ -27,11 +27,8 @@ class TargetCache(Protocol):
     @property
     def capacity(self) -> int: ...
 
-    def mark(self) -> int:
-        """A place to roll back to."""
-
     def rollback(self, mark: int) -> None:
-        """Forgets every slot from `mark` on; does nothing where fewer are valid."""
+        """Forgets every slot from `mark`, an earlier `length`, on; does nothing where fewer are valid."""
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
         """Keeps of the slots from `mark` on those at the rising offsets `chosen`, and forgets the others."""

@@ -58,15 +58,11 @@ class KVCache:
         row = layer - self.layers.start
         return self._keys[row], self._values[row]
 
-    def filled(self, layer: int, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all valid slots and of S new rows behind them, each `[K, T, D]`."""
-        row, end = layer - self.layers.start, self.length + num_rows
-        return self._keys[row, :, :end], self._values[row, :, :end]
-
     def write(self, layer: int, keys_SKD: Tensor, values_SKD: Tensor) -> tuple[Tensor, Tensor]:
         """Puts S new rows behind the valid ones; returns keys and values of all slots up to them, each `[K, T, D]`."""
         self._check(keys_SKD.shape[0])
-        keys, values = self.filled(layer, keys_SKD.shape[0])
+        row, end = layer - self.layers.start, self.length + keys_SKD.shape[0]
+        keys, values = self._keys[row, :, :end], self._values[row, :, :end]
         keys[:, self.length :] = keys_SKD.transpose(0, 1)
         values[:, self.length :] = values_SKD.transpose(0, 1)
         return keys, values
@@ -75,12 +71,9 @@ class KVCache:
         """Makes the rows written since the last `advance` valid."""
         self.length += num_rows
 
-    def mark(self) -> int:
-        """A place to roll back to."""
-        return self.length
-
     def rollback(self, mark: int) -> None:
-        """Forgets every slot from `mark` on; does nothing where fewer are valid, as in a stage that lags behind."""
+        """Forgets every slot from `mark`, an earlier `length`, on; does nothing where fewer are valid, as in a stage
+        that lags behind."""
         self.length = min(self.length, mark)
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
@@ -92,10 +85,6 @@ class KVCache:
             self._keys[:, :, mark:end] = self._keys[:, :, slots]
             self._values[:, :, mark:end] = self._values[:, :, slots]
         self.length = mark + len(chosen)
-
-    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Valid keys and values of one layer, each `[K, length, D]`."""
-        return self.filled(layer, 0)
 
     def _check(self, num_rows: int) -> None:
         if self.length + num_rows > self.capacity:

@@ -23,7 +23,6 @@ class Rotary:
         self._dtype = dtype
         self._device = device
         self._cos_PD = self._sin_PD = torch.empty(0)
-        self._size = 0
         self._arrays: Any = None
 
     def on(self, device: torch.device) -> Rotary:
@@ -44,13 +43,13 @@ class Rotary:
 
     def tables(self, size: int) -> tuple[Tensor, Tensor]:
         """cos and sin of at least the first `size` positions, each `[P, D]`."""
-        if size > self._size:
-            self._grow(max(size, 2 * self._size, 512))
+        if size > len(self._cos_PD):
+            self._grow(max(size, 2 * len(self._cos_PD), 512))
         return self._cos_PD, self._sin_PD
 
     def arrays(self, size: int) -> Any:
         """`tables` as numpy arrays."""
-        if size > self._size or self._arrays is None:
+        if size > len(self._cos_PD) or self._arrays is None:
             self._arrays = tuple(array(table) for table in self.tables(size))
         return self._arrays
 
@@ -61,7 +60,6 @@ class Rotary:
         angles = torch.cat((angles, angles), dim=-1)
         self._cos_PD = (angles.cos() * self._factor).to(self._device, self._dtype)
         self._sin_PD = (angles.sin() * self._factor * signs).to(self._device, self._dtype)
-        self._size = size
         self._arrays = None
 
 

@@ -61,13 +61,12 @@ def median_seconds(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        return median(_seconds(work, between) for _ in range(rounds))
+        times = []
+        for _ in range(rounds):
+            between()
+            began = perf_counter()
+            work()
+            times.append(perf_counter() - began)
+        return median(times)
     finally:
         torch.set_num_threads(before)
-
-
-def _seconds(work: Callable[[], object], between: Callable[[], object]) -> float:
-    between()
-    began = perf_counter()
-    work()
-    return perf_counter() - began

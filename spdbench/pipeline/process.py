@@ -75,9 +75,8 @@ class ProcessPipeline(Pipeline):
         if self._reads_embedding:
             states[0] = self._decoder.embed(self._decoder.ids(ids))
         logits: Logits | None = None
-        for spec in self._specs:
-            header, payload = self._receive_result(spec.index, self._epoch, 0)
-            found, logits = self._unpack_result(spec, header, payload, len(ids))
+        for stage in range(len(self._specs)):
+            found, logits, _ = self._receive_result(stage, self._epoch, 0, len(ids))
             states |= found
         assert logits is not None
         return logits, states
@@ -89,12 +88,10 @@ class ProcessPipeline(Pipeline):
         if self._offered == (self._epoch, node.position):
             return
         self._send_node(node.token_id, node.position, oldest=node.parent is None)
-        self._record_host_span(node.position)
 
     def offer(self, token_id: int, position: int) -> None:
         self._offered = (self._epoch, position)
         self._send_node(token_id, position, oldest=False)
-        self._record_host_span(position)
 
     def begin(self, cycle: Cycle) -> None:
         self._runs = [_StageRun(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
@@ -102,10 +99,7 @@ class ProcessPipeline(Pipeline):
 
     def finish(self) -> Logits | None:
         oldest = self._runs[0]
-        spec = self._specs[oldest.stage]
-        header, payload = self._receive_result(oldest.stage, oldest.epoch, oldest.cycle)
-        self._verdict_ns = header.at_ns
-        found, logits = self._unpack_result(spec, header, payload, 1)
+        found, logits, self._verdict_ns = self._receive_result(oldest.stage, oldest.epoch, oldest.cycle)
         if found:
             self._states.append((oldest.node.position, found))
         self._unread += [run for run in self._runs[1:] if self._specs[run.stage].hidden_indices]
@@ -113,8 +107,7 @@ class ProcessPipeline(Pipeline):
 
     def states(self) -> Sequence[tuple[int, States]]:
         for run in self._unread:
-            header, payload = self._receive_result(run.stage, run.epoch, run.cycle)
-            self._states.append((run.node.position, self._unpack_result(self._specs[run.stage], header, payload, 1)[0]))
+            self._states.append((run.node.position, self._receive_result(run.stage, run.epoch, run.cycle)[0]))
         self._unread.clear()
         return super().states()
 
@@ -139,22 +132,13 @@ class ProcessPipeline(Pipeline):
         self._workers.close()
 
     def _send_node(self, token_id: int, position: int, *, oldest: bool) -> None:
-        """A node to stage 0, for the next cycle."""
+        """A node to stage 0, for the next cycle. The time from the newest verdict until stage 0 had work again is the
+        controller's."""
         now = perf_counter_ns()
         self._workers.send(Header(Kind.NODE, self._epoch, self._cycle_number, position, 0, token_id, int(oldest), now))
-
-    def _record_host_span(self, position: int) -> None:
-        """Records the time from the newest verdict until stage 0 had work again, which is the controller's."""
         if self._verdict_ns:
             lane = len(self._specs) + 1
             self._host_spans.append(Span(lane, "host", self._verdict_ns, perf_counter_ns(), position, True))
-
-    def _receive_result(self, stage: int, epoch: int, cycle: int) -> tuple[Header, bytes]:
-        """A stage's result of one cycle. Those of stale nodes that come before it are skipped."""
-        while True:
-            header, payload = self._receive_kind(stage, Kind.RESULT)
-            if (header.epoch, header.cycle) == (epoch, cycle):
-                return header, payload
 
     def _receive_kind(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
         while True:
@@ -162,19 +146,24 @@ class ProcessPipeline(Pipeline):
             if header.kind == kind:
                 return header, payload
 
-    def _unpack_result(
-        self, spec: StageSpec, header: Header, payload: bytes, num_rows: int
-    ) -> tuple[States, Logits | None]:
-        """Hidden states and, from the last stage, logits."""
-        decoder = self._decoder
+    def _receive_result(
+        self, stage: int, epoch: int, cycle: int, num_rows: int = 1
+    ) -> tuple[States, Logits | None, int]:
+        """A stage's result of one cycle: hidden states, from the last stage logits, and when it was sent. Results of
+        stale nodes that come before it are skipped."""
+        header = Header(Kind.RESULT, epoch=-1)
+        while (header.epoch, header.cycle) != (epoch, cycle):
+            header, payload = self._receive_kind(stage, Kind.RESULT)
+        decoder, spec = self._decoder, self._specs[stage]
         width, size = decoder.config.hidden_size, num_rows * decoder.config.hidden_size * decoder.dtype.itemsize
         states = {
             index: from_bytes(payload[at * size : (at + 1) * size], decoder.dtype, num_rows, width).to(decoder.device)
             for at, index in enumerate(spec.hidden_indices)
         }
-        if not spec.is_last:
-            return states, None
-        if header.value >= 0:
-            return states, header.value
-        logits_V = from_bytes(payload[len(spec.hidden_indices) * size :], torch.float32, decoder.config.vocab_size)
-        return states, logits_V.to(decoder.device)
+        logits: Logits | None = None
+        if spec.is_last and header.value >= 0:
+            logits = header.value
+        elif spec.is_last:
+            numbers = payload[len(spec.hidden_indices) * size :]
+            logits = from_bytes(numbers, torch.float32, decoder.config.vocab_size).to(decoder.device)
+        return states, logits, header.at_ns

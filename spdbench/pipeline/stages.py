@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 from torch.multiprocessing import get_context
 
@@ -45,7 +45,7 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StageWorkers:
-    """The processes of a pipeline, whose owner is called `label`. Use as a context, or call `close`."""
+    """The processes of a pipeline, whose owner is called `label`. Its owner calls `close`."""
 
     def __init__(self, specs: Sequence[StageSpec], timeout_s: float, label: str = "spd") -> None:
         self._timeout_s = timeout_s
@@ -60,12 +60,6 @@ class StageWorkers:
         except BaseException:
             self._kill()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def process_ids(self) -> list[int]:
@@ -127,9 +121,7 @@ class StageWorkers:
             if self._read_reports(handle, LOOK_EVERY_S):
                 continue
             if progress.silence_s > self._timeout_s:
-                self._fail_with(
-                    describe_hang(self._stages, self._timeout_s, f"{self._label}.timeout_s; it was loading")
-                )
+                self._fail_hanging("; it was loading")
             if time.monotonic() > deadline:
                 self._fail_with(describe_hang(self._stages, LOAD_TIMEOUT_S, "the limit for loading"))
         return handle.unread.popleft()
@@ -209,8 +201,8 @@ class StageWorkers:
     def _fail(self, received: Mapping[int, FailureReport] = MappingProxyType({})) -> NoReturn:
         self._fail_with(describe_failure(self._stages, received))
 
-    def _fail_hanging(self) -> NoReturn:
-        self._fail_with(describe_hang(self._stages, self._timeout_s, f"{self._label}.timeout_s"))
+    def _fail_hanging(self, when: str = "") -> NoReturn:
+        self._fail_with(describe_hang(self._stages, self._timeout_s, f"{self._label}.timeout_s{when}"))
 
     def _fail_with(self, reason: str) -> NoReturn:
         """Ends all stages. `reason` is also what every later call is refused with."""

@@ -48,10 +48,6 @@ class HFCache:
     def length(self) -> int:
         return int(self._slots[0].get_seq_length())
 
-    def mark(self) -> int:
-        """A place to roll back to."""
-        return self.length
-
     def rollback(self, mark: int) -> None:
         """Forgets every token from `mark` on; does nothing where fewer are valid."""
         surplus = self.length - mark

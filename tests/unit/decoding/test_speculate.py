@@ -77,7 +77,7 @@ def test_random_trees_change_nothing(decoder: Decoder, seed: int) -> None:
     assert speculation.cache.length == fresh.length == len(ids)
     assert isinstance(speculation.cache, KVCache)
     for layer in decoder.layers:
-        for mine, theirs in zip(speculation.cache.rows(layer), fresh.rows(layer), strict=True):
+        for mine, theirs in zip(tiny.rows(speculation.cache, layer), tiny.rows(fresh, layer), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(torch.cat(drafter.states), states[5], rtol=1e-3, atol=1e-4)
 

@@ -25,6 +25,7 @@ from spdbench.models.layer_ops import (
 )
 from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import array
+from tests import tiny
 
 compiled = pytest.importorskip("spdbench.models.cpu.compile", reason="numba is not installed")
 
@@ -94,7 +95,7 @@ def run(
         qkv = tensor(count, (sizes.num_heads + 2 * sizes.num_kv_heads) * 8, dtype=dtype, seed=chunk)
         outputs.append(ops.attention(qkv, weights if norms else None, window, context, cache, 4).clone())
         cache.advance(count)
-    return [*outputs, *cache.rows(4)]
+    return [*outputs, *tiny.rows(cache, 4)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

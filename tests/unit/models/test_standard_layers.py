@@ -103,7 +103,7 @@ def test_a_cache_goes_back_and_only_back(targets: dict[str, Target]) -> None:
     cache = decoder.new_cache(len(PROMPT), range(2, 4))
     expected, _ = decoder.forward(hidden, 0, decoder.new_cache(len(PROMPT), range(2, 4)), range(2, 4))
     decoder.forward(hidden[:9], 0, cache, range(2, 4))
-    mark = cache.mark()
+    mark = cache.length
     decoder.forward(hidden[2:5], 9, cache, range(2, 4))
     assert (mark, cache.length) == (9, 12)
     cache.rollback(mark)
