@@ -140,28 +140,29 @@ class DraftVerify(Drafting["Drafter"]):
     def _capture_target(self, num_nodes: int, hidden_indices: Collection[int]) -> CapturedDecoder | None:
         """The target with its forwards of one row and of `num_nodes` rows captured, if the option says so."""
         if (decoder := self._decoder_to_capture()) is not None:
-            from spdbench.models.cuda.captured_decoder import CapturedDecoder, usual_capacity
+            from spdbench.models.cuda.captured_decoder import usual_capacity
 
-            graphs, capacity = self._options.graphs, usual_capacity(decoder)
-            compiled = graphs == "compiled"
-            self._captured = CapturedDecoder(decoder, (1, num_nodes), capacity, hidden_indices, compiled=compiled)
-            self._chosen = {**self._chosen, "graphs": captured_as(graphs, capacity)}
+            capacity = usual_capacity(decoder)
+            self._captured = self._captured_decoder(decoder, (1, num_nodes), capacity, hidden_indices)
+            self._chosen = {**self._chosen, "graphs": captured_as(self._options.graphs, capacity)}
         return self._captured
+
+    def _captured_decoder(
+        self, decoder: Decoder, row_counts: Collection[int], capacity: int, hidden_indices: Collection[int] = ()
+    ) -> CapturedDecoder:
+        from spdbench.models.cuda.captured_decoder import CapturedDecoder
+
+        compiled = self._options.graphs == "compiled"
+        return CapturedDecoder(decoder, row_counts, capacity, hidden_indices, compiled=compiled)
 
     def _row_costs(self, largest: int) -> RowCosts:
         """Seconds of forwards of up to `largest` rows; of captured ones if the method captures its own."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
 
-        decoder = self._decoder_to_capture()
-        if decoder is None:
+        if (decoder := self._decoder_to_capture()) is None:
             return measure_row_costs(self._decoder, largest)
-        from spdbench.models.cuda.captured_decoder import CapturedDecoder
-
-        compiled = self._options.graphs == "compiled"
-        captured = CapturedDecoder(
-            decoder, [count for count in ROW_COUNTS if count <= largest], CONTEXT + largest, compiled=compiled
-        )
-        return measure_row_costs(captured, largest)
+        counts = [count for count in ROW_COUNTS if count <= largest]
+        return measure_row_costs(self._captured_decoder(decoder, counts, CONTEXT + largest), largest)
 
     def _seconds_to_draft(self, drafter: Drafter, num_levels: int) -> float:
         """Seconds of one draft of `num_levels` levels, timed as it will run: in turn with forwards of the target, so

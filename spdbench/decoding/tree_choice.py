@@ -67,22 +67,15 @@ def best_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> list[tu
 
     Greedy is optimal here: a path is never more probable than its parent.
     """
-    heap: list[tuple[float, int, Path]] = []
-
-    def offer(path: Path, probability: float) -> None:
-        heapq.heappush(heap, (-probability, len(path), path))
-
-    if accuracies:
-        for rank, accuracy in enumerate(accuracies[0]):
-            offer((rank,), accuracy)
+    heap: list[tuple[float, int, Path]] = [(-1.0, 0, ())]
     found: list[tuple[Path, float]] = []
-    while heap and len(found) < num_nodes:
+    while heap and len(found) <= num_nodes:
         negative, depth, path = heapq.heappop(heap)
         found.append((path, -negative))
         if depth < len(accuracies):
             for rank, accuracy in enumerate(accuracies[depth]):
-                offer((*path, rank), -negative * accuracy)
-    return found
+                heapq.heappush(heap, (negative * accuracy, depth + 1, (*path, rank)))
+    return found[1:]  # without the root
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,12 @@ class Eagle(DraftVerify):
     _rounds: CapturedRounds | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
+        from spdbench_backends.eagle.build import random_eagle
+        from spdbench_backends.eagle.formats import read_eagle
+
         self._check_options()
-        file = self._find_head(choice)
+        target, seed = self._context.target, self._context.seed
+        file = self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.own_decoder, seed))
         if file is not None:
             self._weights = self._build(file)
             if self._info is not None and not self._weights.is_eagle3:
@@ -90,13 +94,6 @@ class Eagle(DraftVerify):
                 f"too few for {self._context.label}.depth={depth} levels behind the newest token; give at least "
                 f"{depth + 1}",
             )
-
-    def _find_head(self, choice: DrafterChoice) -> EagleFile | None:
-        from spdbench_backends.eagle.build import random_eagle
-        from spdbench_backends.eagle.formats import read_eagle
-
-        target, seed = self._context.target, self._context.seed
-        return self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.own_decoder, seed))
 
     def _build(self, file: EagleFile) -> EagleWeights:
         from spdbench_backends.eagle.build import build_eagle

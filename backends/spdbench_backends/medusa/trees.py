@@ -54,10 +54,10 @@ def read_tree_file(file: FilePath) -> tuple[Path, ...]:
         if path in seen:
             raise InputError(f"{file}: path {entry} is there twice")
         seen.add(path)
-    for path in sorted_paths(list(seen)):
-        if path[:-1] and path[:-1] not in seen:
-            raise InputError(f"{file}: path {list(path)} has no parent, {list(path[:-1])} is missing")
-    return tuple(sorted_paths(list(seen)))
+    paths = sorted_paths(list(seen))
+    if orphan := next((path for path in paths if path[:-1] and path[:-1] not in seen), None):
+        raise InputError(f"{file}: path {list(orphan)} has no parent, {list(orphan[:-1])} is missing")
+    return tuple(paths)
 
 
 def _path(file: FilePath, entry: object) -> Path:
