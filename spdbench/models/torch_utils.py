@@ -30,7 +30,7 @@ def to_device(numbers: Sequence[float], device: torch.device, dtype: torch.dtype
 
 def require_finite(source: str, name: str, tensor: Tensor) -> None:
     """Raises `InputError` for weights that hold NaN or infinity, whose outputs would be measured like any others."""
-    if tensor.numel() and tensor.is_floating_point():
+    if tensor.numel() and tensor.is_floating_point() and not tensor.is_meta:  # a meta tensor holds no numbers
         bounds = torch.stack(torch.aminmax(tensor))  # NaN if any number is
         if not bool(bounds.isfinite().all()):
             raise InputError(f"{source}: tensor {name} holds numbers that are not finite in {tensor.dtype}")
