@@ -36,7 +36,7 @@ PIPE_WAIT_S = 15.0
 """How long the first bytes of a pipe may take."""
 
 
-def open_input(path: Path) -> IO[bytes]:
+def open_input(path: Path, buffer_bytes: int = -1) -> IO[bytes]:
     """The open file or pipe at `path`, for reading.
 
     Raises:
@@ -60,7 +60,7 @@ def open_input(path: Path) -> IO[bytes]:
         elif not stat.S_ISREG(mode):
             raise InputError(f"{path}: cannot be read (a device, and no regular file)")
         os.set_blocking(descriptor, True)
-        return os.fdopen(descriptor, "rb")
+        return os.fdopen(descriptor, "rb", buffer_bytes)
     except BaseException:
         os.close(descriptor)
         raise

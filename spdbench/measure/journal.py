@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
+from spdbench.input_files import parse_json
 from spdbench.judge.results.schema import Run, RunKey
 
 MAGIC = "spdbench.journal/1"
@@ -77,14 +78,14 @@ class Journal(AppendLog):
     def parse(self, number: int, offset: int, line: bytes) -> None:
         """Takes over one line that an earlier process wrote; raises as `AppendLog.read` says."""
         if number == 1:
-            header = json.loads(line)
+            header = parse_json(line)
             if header["journal"] != MAGIC:
                 raise ValueError
             self.created, self.identity = str(header["created"]), dict(header["identity"])
         elif line.startswith(RUN_START):
             self.offsets[Run.model_validate_json(_run_json(line)).key] = offset
         else:
-            prompt, turn, repeat, outcome = json.loads(line)["outcome"]
+            prompt, turn, repeat, outcome = parse_json(line)["outcome"]
             if outcome not in get_args(Outcome):
                 raise ValueError
             self.outcomes[(prompt, turn, repeat)] = outcome

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError, validated
+from spdbench.input_files import parse_json
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
 from spdbench.models.checkpoints.weights import FLOATS
@@ -108,10 +109,10 @@ def read_config(folder: Path, *methods: str) -> dict[str, Any]:
     """
     file = folder / "config.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{folder}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{file}: cannot be read ({error})") from None
     if not isinstance(raw, dict):
         raise InputError(f"{file}: is not a mapping")

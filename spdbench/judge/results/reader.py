@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import TypeAdapter
 from pydantic_core import from_json
 
+from spdbench.input_files import open_input
 from spdbench.judge.results.json_columns import NotPlain, floats, integers, require_plain_integers
 from spdbench.judge.results.schema import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, Result, Run, RunKey, read_result
 from spdbench.judge.results.table import RunTable, StepArrays, build_table, join_tables, table_from
@@ -52,7 +53,7 @@ def read_plain(path: Path, *, keep_ids: bool = False) -> tuple[Result, RunTable]
     Raises:
         NotPlain: the file is not plainly so; `read_result` has to read it, or to say why it cannot.
     """
-    with _not_plain_unless_valid(), path.open("rb", buffering=BUFFER_BYTES) as file:
+    with _not_plain_unless_valid(), open_input(path, BUFFER_BYTES) as file:
         if file.readline(len(FIRST_LINE)) != FIRST_LINE:
             raise NotPlain
         before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError, first_problem
+from spdbench.input_files import read_input
 from spdbench.types import BackendKind, FinishReason, Measurement
 
 SCHEMA = "spdbench.result/1"
@@ -264,10 +265,7 @@ def read_result(path: Path) -> Result:
     Raises:
         InputError: the file is not there, is not JSON, or is not a result that this version reads.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    raw = read_input(path)
     try:
         return Result.model_validate_json(raw)
     except ValidationError as error:

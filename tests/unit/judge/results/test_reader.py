@@ -212,3 +212,9 @@ def test_rereading_gives_every_run_as_json_of_its_own(tmp_path: Path, result: Re
     head, runs = reread(path)
     assert head == result.model_copy(update={"runs": []})
     assert [(key, Run.model_validate_json(text)) for key, text in runs] == [(run.key, run) for run in RUNS]
+
+
+def test_device_is_no_result() -> None:
+    for read in (read_plain, read_result):
+        with pytest.raises(InputError, match=r"/dev/zero: cannot be read .a device"):
+            read(Path("/dev/zero"))
