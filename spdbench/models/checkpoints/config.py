@@ -35,7 +35,7 @@ WIDTHS = dict.fromkeys(
     2_000_000,
 )
 LIMITS = LAYERS | WIDTHS | {"head_dim": 65_536, "vocab_size": 20_000_000}
-EPSILONS = ("eps", "epsilon")
+EPSILONS = ("_eps", "_epsilon")
 UNLIMITED = 2**31 - 1
 """Positions of a model whose config gives no limit, as for those without learned or rotary positions."""
 
@@ -152,6 +152,8 @@ def sizes(directory: Path, standard: Any) -> Sizes:
     """
     text = standard.get_text_config(decoder=True)
     _require_positive(directory, text, ("num_hidden_layers", "hidden_size", "vocab_size"))
+    if getattr(text, "max_position_embeddings", None) is not None:
+        _require_positive(directory, text, ("max_position_embeddings",))
     return Sizes(
         family=standard.model_type,
         num_layers=text.num_hidden_layers,

@@ -233,6 +233,7 @@ def test_quantised_models_that_only_transformers_knows_are_refused_too(copy: Pat
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 5000"),
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers is 1000000000, expected at most 5000"),
         ({"head_dim": 10**9}, "head_dim is 1000000000, expected at most"),
+        ({"max_position_embeddings": -4}, "max_position_embeddings is -4, expected at least 1"),
         ({"head_dim": 7}, "even"),
         ({"num_key_value_heads": 3}, "expected a multiple of the second and an even head_dim"),
         ({"vocab_size": 10**18}, "vocab_size is 1000000000000000000, expected at most"),
@@ -289,6 +290,11 @@ def test_a_note_of_a_conversion_that_names_no_hash(copy: Path, note: str) -> Non
     (copy / "spdbench.json").write_text(note)
     with pytest.raises(InputError, match=r"spdbench\.json: sha256 is .*, expected 64 hexadecimal digits"):
         find_model(str(copy))
+
+
+def test_keys_that_only_look_like_limits_are_left_alone(copy: Path) -> None:
+    edit_config(copy, num_steps=100, original={"num_layers_note": -1})
+    assert tiny.load(copy).config.num_layers == 6
 
 
 def test_end_of_sequence_ids_that_the_model_cannot_generate_are_ignored(copy: Path) -> None:
