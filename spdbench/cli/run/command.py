@@ -56,7 +56,7 @@ class RunOptions(ModelOptions):
         multiple=True,
     )
     limit: int | None = option("--limit", COUNT, "N", "Only N conversations, round-robin over categories.")
-    repeats: int = option("--repeats", COUNT, "R", "Measure every prompt R times.", 1)
+    repeats: int = option("--repeats", click.IntRange(1, 10_000), "R", "Measure every prompt R times.", 1)
     warmup: int = option("--warmup", WHOLE, "W", "Short untimed requests a backend beforehand.", 1)
     results: Path = option("--results", FOLDER, "DIR", "Where result files go.", Path("results"))
     name: str | None = option("--name", None, "NAME", "Added to the files' names, to tell runs apart.")
