@@ -126,7 +126,7 @@ def together(count: int, work: Callable[[int], None]) -> None:
 
 def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) -> list[TokenSequence]:
     chat = ChatFormat(target.tokenizer)
-    end_id = ending_token(chat, target.config.eos_ids)
+    end_id = ending_token(chat, target.eos_ids)
     return [each for conversation in messages for each in tokenised(conversation, chat, end_id, LENGTH)]
 
 
@@ -135,7 +135,7 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
     config = decoder.config
     torch.manual_seed(seed)
     kind = find_recipe(each.method)
-    draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, config.eos_ids)
+    draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, target.eos_ids)
     options = parse_recipe_options([f"{key}={value}" for key, value in each.options.items()], kind.Options)
     return kind(options, Teacher(decoder), draft_ids_U, each.stages)
 

@@ -178,6 +178,15 @@ def make_result(
     """A result with summary and flags; complete unless `num_prompts` is larger than the number of prompts in `runs`."""
     runs, backend = list(runs), backend or make_backend()
     summary = summarise(runs, backend, READ_BANDWIDTH)
+    model = ModelInfo(
+        id="smollm2",
+        sha256="m" * 64,
+        dtype=dtype,
+        num_layers=30,
+        num_parameters=134_515_008,
+        bytes=200_000_000,
+        template_sha256=template,
+    )
     return Result(
         schema="spdbench.result/1",
         created="2026-06-01T12:00:00Z",
@@ -192,21 +201,13 @@ def make_result(
         ),
         decoding=DecodingInfo(max_new_tokens=64, temperature=temperature, top_p=1.0, top_k=0, seed=0, eos_ids=[2]),
         backend=backend,
-        model=ModelInfo(
-            id="smollm2",
-            sha256="m" * 64,
-            dtype=dtype,
-            num_layers=30,
-            num_parameters=134_515_008,
-            bytes=200_000_000,
-            template_sha256=template,
-        ),
+        model=model,
         drafter=drafter,
         environment={"cpu": "Testium 9000", "read_bandwidth_bytes_per_s": READ_BANDWIDTH, "fingerprint": machine},
         runs=runs,
         divergence=divergence,
         summary=summary,
-        flags=flags_for(summary.overall, backend, drafter, divergence),
+        flags=flags_for(summary.overall, backend, model, drafter, divergence),
     )
 
 

@@ -158,6 +158,13 @@ class TargetOptions:
         "cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]",
         callback=_names,
     )
+    template_args: tuple[str, ...] = option(
+        "--template-arg",
+        None,
+        "KEY=VALUE",
+        "An argument of the model's chat template, such as enable_thinking=false.",
+        multiple=True,
+    )
     threads: int = option(
         "--threads",
         click.IntRange(1, 1024),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from spdbench.backend import Backend, BackendContext, BackendOptions, find_backend, parse_options
 from spdbench.cli.options import ModelOptions, TargetOptions, parse_backend_options, parse_drafters
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
 from spdbench.measure.journal import Journal
 from spdbench.models.target import Target, find_device, load_target
-from spdbench.prompts.chat import ChatFormat, PlainText
+from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
+from spdbench.types import Message
 
 DEFAULT_MODEL = "smollm2"
 
@@ -30,9 +33,17 @@ class BackendSpec:
     options: BackendOptions
     drafter: str
 
-    def make(self, model: Target | None, devices: tuple[str, ...], threads: int, seed: int) -> Backend:
+    def make(
+        self,
+        model: Target | None,
+        devices: tuple[str, ...],
+        threads: int,
+        seed: int,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Backend:
         """The backend, before its `load`."""
-        return self.cls(self.options, BackendContext(self.label, model, self.drafter, devices, threads, seed))
+        context = BackendContext(self.label, model, self.drafter, devices, threads, seed, template_args or {})
+        return self.cls(self.options, context)
 
     def record(self, backend: Backend) -> BackendRecord:
         """What a result says of the loaded `backend`."""
@@ -86,6 +97,45 @@ def load_model(chosen: TargetOptions, device: str, default: str | None = None) -
     return load_target(chosen.model or default or DEFAULT_MODEL, chosen.dtype, device)
 
 
+def chat_format(target: Target, chosen: TargetOptions) -> ChatFormat:
+    """The model's format of conversations. Reports on stderr what in it may surprise: that there is none, or that it
+    ends turns with a token at which answers do not end."""
+    chat = ChatFormat(target.tokenizer, parse_template_args(chosen.template_args))
+    if not chat.is_chat:
+        say(f"NOTE: {target.files.id} has no chat template: conversations are fed to it as plain text.")
+    elif (end := chat.turn_end()) is not None and end not in target.eos_ids:
+        # Not added to the others: some models (those that think aloud in channels) go on after such a token.
+        say(
+            f"NOTE: the chat template ends turns with {target.tokenizer.convert_ids_to_tokens(end)!r} (id {end}), at "
+            f"which answers do not end: the model's eos ids are {sorted(target.eos_ids) or 'unknown'}. If it ends "
+            "them, add it to eos_token_id in the model's generation_config.json."
+        )
+    return chat
+
+
+def report_joined(chat: ChatFormat, conversations: Iterable[Sequence[Message]]) -> None:
+    """Reports on stderr in how many conversations the template does not take the system message."""
+    found = [bool(messages) and messages[0]["role"] == "system" for messages in conversations]
+    if any(found) and not chat.takes_system:
+        say(
+            f"NOTE: the chat template takes no system message: in {sum(found):,} of {len(found):,} conversations its "
+            "text opens the user's first message."
+        )
+
+
+def report_refused(refused: Sequence[str], total: int) -> None:
+    """Reports on stderr how many conversations are left out because the chat template refuses them; `refused` says of
+    each where it is and why.
+
+    Raises:
+        InputError: it refuses all of them.
+    """
+    if refused and len(refused) == total:
+        raise InputError(refused[0] + ("" if total == 1 else f" (as it does all {total:,} conversations)"))
+    if refused:
+        say(f"NOTE: {len(refused):,} of {total:,} conversations are skipped, e.g. {refused[0]}")
+
+
 def require_writable(folder: Path) -> None:
     """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
     try:
@@ -112,6 +162,7 @@ def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:
         num_parameters=target.num_parameters,
         bytes=target.num_bytes,
         template_sha256=chat.template_sha256,
+        template_args=chat.template_args,
         tokenizer_sha256=target.files.tokenizer_sha256,
     )
 

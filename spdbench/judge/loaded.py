@@ -76,7 +76,8 @@ class LoadedResult:
     @cached_property
     def flags(self) -> list[Flag]:
         kept = [flag for flag in self.head.flags if flag.name not in MADE_FROM_ONE_RESULT]
-        return flags_for(self.metrics, self.head.backend, self.head.drafter, self.head.divergence) + kept
+        head = self.head
+        return flags_for(self.metrics, head.backend, head.model, head.drafter, head.divergence) + kept
 
 
 def load(result: Result, file: str) -> LoadedResult:

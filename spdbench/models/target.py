@@ -89,6 +89,13 @@ class Target:
         return library.load_tokenizer(self.files.directory)
 
     @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every end-of-sequence id that a file of the model names: its settings, and the tokenizer's, which may be the
+        only one to name the token that ends a turn."""
+        named = self.tokenizer.eos_token_id
+        return self.config.eos_ids | ({named} if isinstance(named, int) and named < self.config.vocab_size else set())
+
+    @cached_property
     def decoder(self) -> TargetDecoder:
         """All layers, loaded once."""
         return self.load_layers()

@@ -5,13 +5,19 @@ Works with any tokenizer that has the interface of transformers, without importi
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import inspect
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NoReturn
 
-from spdbench.errors import InputError
-from spdbench.types import Message
+from spdbench.errors import InputError, did_you_mean
+from spdbench.types import Message, encodable
 
 PROMPT_DATE = "01 Jan 2025"
 """The date for templates that write one, so that ids are the same on every day."""
@@ -19,7 +25,43 @@ PROMPT_DATE = "01 Jan 2025"
 OPEN_END = "\u2063open end\u2063"
 """Marks where an open turn is cut off; its invisible separators do not occur in ordinary text."""
 
+RENDER_LIMIT_S = 10.0
+"""The longest that a chat template may take for one conversation; a good one takes milliseconds."""
+PYTHON_WORDS = {"true": True, "false": False, "none": None, "null": None}
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
+
+
+class RefusedError(InputError):
+    """The chat template refuses a conversation, such as for a role that it does not know."""
+
+
+def parse_template_args(words: Sequence[str]) -> dict[str, Any]:
+    """`--template-arg KEY=VALUE` words; a value is JSON, such as a number or `false`, else text.
+
+    Raises:
+        InputError: a word of another form.
+    """
+    found = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not (key.isascii() and key.isidentifier()):
+            raise InputError(f"--template-arg {word}: expected KEY=VALUE, such as enable_thinking=false")
+        try:
+            lower = text.lower()  # as people write it in Python, too: any text is true in a template
+            found[key] = PYTHON_WORDS[lower] if lower in PYTHON_WORDS else _json_or_text(encodable(text))
+        except ValueError as error:
+            raise InputError(f"--template-arg {key}: {error}") from None
+    return found
+
+
+def _json_or_text(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(constant)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return text
 
 
 class PlainText:
@@ -29,6 +71,9 @@ class PlainText:
     """
 
     template_sha256 = None
+
+    def __init__(self, template_args: Mapping[str, Any] | None = None) -> None:
+        self.template_args = dict(template_args or {})
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         return tuple(json.dumps([dict(message) for message in messages], ensure_ascii=False).encode())
@@ -44,20 +89,49 @@ class ChatFormat:
     """The format in which a tokenizer's model expects a conversation.
 
     `template_sha256` identifies the chat template as published. None means plain completion: the messages' texts
-    joined by newlines, after the BOS token if this tokenizer adds one.
+    joined by newlines, after the BOS token if this tokenizer adds one. `template_args` go to the template by name.
+
+    Raises:
+        InputError: the template has none of these arguments.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
         template = getattr(tokenizer, "chat_template", None)
         if isinstance(template, Mapping):  # several named ones, as some tool-using models have
             template = template.get("default")
         self._tokenizer = tokenizer
         self._template: str | None = template or None
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest() if template else None
+        self.template_args = dict(template_args or {})
+        for key in self.template_args:
+            self._require_argument(key)
 
     @property
     def is_chat(self) -> bool:
         return self._template is not None
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """False if the chat template refuses or drops a system message: its text then opens the user's first one."""
+        if self._template is None:
+            return True
+        messages = [{"role": "system", "content": OPEN_END}, {"role": "user", "content": "a"}]
+        try:
+            return OPEN_END in self._render(messages, self._template, tokenize=False, add_generation_prompt=True)
+        except InputError:
+            return False
+
+    def turn_end(self) -> int | None:
+        """The special token with which the chat template ends an answer that another message follows; None where it
+        uses none, or cannot be asked."""
+        question: Message = {"role": "user", "content": "a"}
+        answer: Message = {"role": "assistant", "content": OPEN_END}
+        try:
+            shown = self._render([question, answer, question], self._template or "", tokenize=False)
+        except InputError:
+            return None
+        ids = self.encode_answer(shown.rpartition(OPEN_END)[2].lstrip())
+        return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of the conversation, after which the model's answer to the last message follows.
@@ -69,6 +143,7 @@ class ChatFormat:
         if self._template is None:
             ids = self.encode_text("\n".join(message["content"] for message in messages))
         else:
+            messages = self._as_taken(messages)
             ids = self._render(messages, self._template, tokenize=True, add_generation_prompt=True, return_dict=False)
         if not ids:
             source = "tokenizer" if self._template is None else "chat template"
@@ -86,7 +161,8 @@ class ChatFormat:
         if self._template is None:
             return self.encode([*messages, {"role": "user", "content": begun}])
         turn = {"role": "user", "content": begun + OPEN_END}
-        text, mark, _ = self._render([*messages, turn], self._template, tokenize=False).rpartition(OPEN_END)
+        shown = self._render(self._as_taken([*messages, turn]), self._template, tokenize=False)
+        text, mark, _ = shown.rpartition(OPEN_END)
         if not mark:
             raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
         return self.encode_answer(text)
@@ -109,7 +185,7 @@ class ChatFormat:
         if self._template is None:
             raise InputError("the model has no chat template to apply; leave the option out")
         ending = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
-        return str(self._render(messages, self._template, tokenize=False, **ending))
+        return str(self._render(self._as_taken(messages), self._template, tokenize=False, **ending))
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text as the model would generate them, without special tokens around it."""
@@ -120,20 +196,74 @@ class ChatFormat:
         text = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
+    def _require_argument(self, key: str) -> None:
+        """Raises `InputError` for an argument that the template does not read, or that is not the user's to give."""
+        if self._template is None:
+            raise InputError(f"--template-arg {key}: the model has no chat template; leave the option out")
+        if key == "messages" or key in inspect.signature(self._tokenizer.apply_chat_template).parameters:
+            raise InputError(f"--template-arg {key}: is set by spdbench; leave it out")
+        words = set(re.findall(r"[A-Za-z_]\w*", self._template))
+        if key not in words:
+            hint = did_you_mean(key, words).partition(" Known:")[0]
+            raise InputError(f"--template-arg {key}: the model's chat template does not read this argument{hint}")
+
+    def _as_taken(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """`messages`, without a system message where the template takes none."""
+        if not messages or messages[0]["role"] != "system" or self.takes_system:
+            return messages
+        system, *rest = messages
+        if not rest or rest[0]["role"] != "user":
+            return [{"role": "user", "content": system["content"]}, *rest]
+        return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+
     def _render(self, messages: Sequence[Message], template: str, **options: Any) -> Any:
         from jinja2 import TemplateError
 
         # Templates read the date from `date_string` or from `strftime_now`, which only a macro can shadow.
         clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                chat_template=clock + template,
-                date_string=PROMPT_DATE,
-                **options,
-            )
+            with _time_limit(RENDER_LIMIT_S):
+                return self._tokenizer.apply_chat_template(
+                    [dict(message) for message in messages],
+                    chat_template=clock + template,
+                    **{"date_string": PROMPT_DATE, **self.template_args, **options},
+                )
         except TemplateError as error:
-            raise InputError(f"the model's chat template refuses this conversation: {error}") from None
+            raise RefusedError(f"the model's chat template refuses this conversation: {error}") from None
+        except _TooSlowError:
+            raise InputError(
+                f"the model's chat template does not end within {RENDER_LIMIT_S:g} seconds; use another model, or mend "
+                "its template"
+            ) from None
         except Exception as error:  # a template is code from the model's author and may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None
+
+
+class _TooSlowError(BaseException):
+    """Not an `Exception`, so that nothing on the way catches it."""
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raises `_TooSlowError` in this thread, inside the block, once it has run for `seconds`.
+
+    A template's code cannot be interrupted from outside by other means: signals reach the main thread only, and a
+    process for each rendering would cost more than the rendering.
+    """
+    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+
+    def interrupt() -> None:
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TooSlowError))
+
+    timer = threading.Timer(seconds, interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            ended = True
+        timer.cancel()

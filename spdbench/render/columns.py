@@ -5,6 +5,7 @@ A line break in a cell is where it may be folded on a narrow terminal.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,11 +200,13 @@ def by_category(table: Table) -> bool:
 
 
 def title(table: Table, *, with_hashes: bool = False) -> str:
-    """One line: suite, model, dtype, decoding, prompts, machine."""
+    """One line: suite, model, arguments of its chat template, dtype, decoding, prompts, machine."""
     head = table.head
     suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
     if with_hashes:
         suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
+    args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
+    model = " ".join([model, *args])
     return " | ".join([suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), machine(head)])
 
 

@@ -314,3 +314,23 @@ def test_model_that_writes_nothing_of_worth_ends_with_the_reasons(
     assert summary(out)["num_dropped"] == 5
     assert summary(out)["generated_tokens"] > 0
     assert not summary(out)["complete"]
+
+
+def test_prompts_with_a_system_message_are_answered_where_the_template_takes_none(
+    tiny_model: Path, out: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "strict")
+    template = model / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' or messages[-1]['content'] == 'odd' %}{{ raise_exception('no') }}"
+    template.write_text(refusal + "{% endif %}" + template.read_text())
+    asked = [[("user", "How deep is it?")], [("system", "Rhyme."), ("user", "How high is it?")], [("user", "odd")]]
+    rows_of = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in asked]
+    said = distill(model, out, "--prompts", write_prompts(tmp_path / "prompts.jsonl", *rows_of))
+    assert said.code == 0, said.err
+    assert "NOTE: 1 of 3 conversations are skipped, e.g. --prompts: conversation 3: " in said.err
+    assert "NOTE: the chat template takes no system message: in 1 of 2 conversations its text opens" in said.err
+    assert [row["messages"][0]["role"] for row in rows(out)[1:]] == ["user", "system"]
+    only = write_prompts(tmp_path / "odd.jsonl", rows_of[2])
+    said = distill(model, tmp_path / "none.jsonl", "--prompts", only)
+    assert said.code == 2
+    assert "conversation 1: the model's chat template refuses this conversation: no" in said.err

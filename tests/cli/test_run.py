@@ -529,3 +529,48 @@ def test_a_model_that_cannot_be_run_in_stages_is_refused(
     assert "architecture 'gpt2' is not supported" in said.err
     assert "layer by layer its logits are off by" in said.err
     assert run.files() == []
+
+
+def test_a_model_without_a_chat_template_gets_a_note_and_a_flag(run: Runs, tmp_path: Path) -> None:
+    run.model = shutil.copytree(run.model, tmp_path / "bare")
+    (run.model / "chat_template.jinja").unlink()
+    said = run("-b", "vanilla", "--limit", "1", "--max-new-tokens", "4")
+    assert said.code == 0, said.err
+    assert f"NOTE: {run.model.name} has no chat template: conversations are fed to it as plain text." in said.err
+    assert "no_template" in [flag.name for flag in run.result("vanilla").flags]
+
+
+def test_a_template_that_ends_turns_with_a_token_that_ends_no_answer_gets_a_note(run: Runs, tmp_path: Path) -> None:
+    run.model = shutil.copytree(run.model, tmp_path / "renamed")
+    settings = run.model / "tokenizer_config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"eos_token": "a", "additional_special_tokens": ["</s>"]})
+    )
+    said = run("-b", "vanilla", "--limit", "1", "--max-new-tokens", "4")
+    assert said.code == 0, said.err
+    assert "NOTE: the chat template ends turns with '</s>' (id 256), at which answers do not end" in said.err
+
+
+def test_template_arguments_are_part_of_the_work_and_of_the_title(run: Runs, tmp_path: Path) -> None:
+    run.model = shutil.copytree(run.model, tmp_path / "thinker")
+    template = run.model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if thinking is not defined or thinking %}<think>{% endif %}")
+    words = ("-b", "vanilla", "--limit", "1", "--max-new-tokens", "4")
+    assert run(*words).code == 0
+    said = run(*words, "--template-arg", "thinking=false", "--name", "silent")
+    assert said.code == 0, said.err
+    assert "thinker thinking=false" in said.out
+    plain, silent = sorted(run.results.iterdir(), key=lambda path: len(path.name))
+    assert read_result(silent).model.template_args == {"thinking": False}
+    assert len(read_result(plain).runs[0].output_ids) == 4
+    said = spdbench("compare", plain, silent)
+    assert said.out.count("mini v1") == 2
+    said = spdbench("compare", plain, "--baseline", silent)
+    assert said.code == 4
+    assert "--template-arg (thinking=False, not none)" in said.err
+    said = run(*words, "--template-arg", "thinkin=false")
+    assert said.code == 2
+    assert "did you mean 'thinking'?" in said.err
+    said = run(*words, "--name", "silent", "--resume", "--template-arg", "thinking=true")
+    assert said.code == 2
+    assert "other settings" in said.err

@@ -289,9 +289,9 @@ def test_a_conversation_that_the_chat_template_refuses_is_skipped_and_named_by_i
     data: Path, out: Path, tmp_path: Path
 ) -> None:
     model = tiny.make_model(tmp_path / "picky")
-    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    refusal = "{% if messages[-1]['content'] == 'odd' %}{{ raise_exception('not that') }}{% endif %}"
     (model / "chat_template.jinja").write_text(refusal + tiny.CHAT_TEMPLATE)
-    talk = [("system", "s"), ("user", "q"), ("assistant", "a")]
+    talk = [("user", "odd"), ("assistant", "a")]
     line = json.dumps({"messages": [{"role": role, "content": content} for role, content in talk]})
     data.write_text(data.read_text() + "\n" + line + "\n" + json.dumps({"messages": []}) + "\n")
     said = train("spd", data, out, model)

@@ -83,6 +83,8 @@ class OpenAI:
         options, label = self._options, self._context.label
         if options.base_url is None:
             raise InputError(f"-b {label}: needs a server; give -o {label}.base_url=http://HOST:PORT/v1")
+        if self._context.template_args and options.api != "chat" and self._context.tokenizer is None:
+            raise InputError(f"--template-arg: no template is applied to what {label} sends; use -o {label}.api=chat")
         try:
             address = parse_address(options.base_url)
         except ValueError as error:
@@ -96,6 +98,7 @@ class OpenAI:
             model=options.model,
             retries=options.retries,
             tokenizer=self._context.tokenizer,
+            template_args=self._context.template_args,
         )
         ask = (self._endpoint.probe, self._endpoint.unstreamed_usage)
         self._way, self._extras, answer = choose_way(options.count, options.api, *ask, label)

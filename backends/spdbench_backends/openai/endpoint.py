@@ -57,7 +57,15 @@ class Endpoint:
     """
 
     def __init__(
-        self, server: Server, label: str, *, api: Api, model: str | None, retries: int, tokenizer: Any
+        self,
+        server: Server,
+        label: str,
+        *,
+        api: Api,
+        model: str | None,
+        retries: int,
+        tokenizer: Any,
+        template_args: Mapping[str, Any],
     ) -> None:
         """Asks the server for what is not given.
 
@@ -69,6 +77,7 @@ class Endpoint:
         self._path = server.address.path + ("/chat/completions" if api == "chat" else "/completions")
         self._retries = retries
         self._tokenizer = tokenizer
+        self._template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
         self.model = model or self._only_model()
         self.prompt_form = "messages"
         if api != "chat":
@@ -91,7 +100,7 @@ class Endpoint:
             body |= {"top_p": sampling.top_p, "seed": request.seed % MAX_SEED}
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.prompt_form == "messages":
-            return body | {"messages": [dict(message) for message in request.messages]}
+            return body | self._template | {"messages": [dict(message) for message in request.messages]}
         return body | {"prompt": self._prompt(request)}
 
     def stream(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:

@@ -21,6 +21,7 @@ from spdbench.cli.distill.prompts import (
     excluded,
     read_conversations_to_answer,
     room_needed,
+    takeable,
 )
 from spdbench.cli.options import COUNT, PATH, WHOLE, TargetOptions, option, takes
 from spdbench.console import say
@@ -103,20 +104,21 @@ def _distiller(
     options: DistillOptions,
 ) -> tuple[Distiller, dict[str, Any]]:
     """What all conversations share, and the settings that the file's header records."""
+    from spdbench.cli.setup import chat_format, report_joined
     from spdbench.judge.results.table import is_degenerate
-    from spdbench.prompts.chat import ChatFormat
     from spdbench.training.distill import talk
     from spdbench.training.distill.continuous import TOP_K
     from spdbench.training.distill.filters import Overlap, Seen
 
-    chat = ChatFormat(target.tokenizer)
-    if not chat.is_chat:
-        say("NOTE: this model has no chat template: user turns and answers are plain completions of each other.")
+    chat = chat_format(target, options)
+    if prompts is not None:
+        prompts[:] = takeable(chat, prompts)
+        report_joined(chat, [one.system for one in prompts])
     room = room_needed(chat, prompts, options.max_new_tokens, target.config.max_positions)
     distiller = talk.Distiller(
         chat=chat,
         is_chat=chat.is_chat,
-        eos_ids=target.config.eos_ids,
+        eos_ids=target.eos_ids,
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
         room=room,
@@ -144,6 +146,7 @@ def _distiller(
         "tokens": options.tokens,
         "batch": options.batch,
         "prompts_sha256": None if options.prompts is None else hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
+        **({"template_args": chat.template_args} if chat.template_args else {}),
     }
     return distiller, settings
 

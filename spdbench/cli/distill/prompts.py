@@ -87,6 +87,29 @@ def _conversation(row: Mapping[str, Any], where: str) -> PromptConversation:
         raise OddRowError(f"{where}: turns: {error}") from None
 
 
+def takeable(chat: ChatFormat, prompts: list[PromptConversation]) -> list[PromptConversation]:
+    """The conversations that the chat template takes; reports on stderr how many it does not.
+
+    Raises:
+        InputError: it takes none of them, or fails for a reason that is not the conversation's.
+    """
+    from spdbench.cli.setup import report_refused
+    from spdbench.prompts.chat import RefusedError
+
+    found, refused = [], []
+    for number, one in enumerate(prompts, start=1):
+        try:
+            _num_tokens(chat, one)
+        except RefusedError as error:
+            refused.append(f"--prompts: conversation {number}: {error}")
+        except InputError as error:
+            raise InputError(f"--prompts: conversation {number}: {error}") from None
+        else:
+            found.append(one)
+    report_refused(refused, len(prompts))
+    return found
+
+
 def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_new_tokens: int, context: int) -> int:
     """Tokens that the longest conversation may come to, within the model's `context`.
 
@@ -100,7 +123,7 @@ def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_
         shortest = len(chat.encode([{"role": "user", "content": LONGEST}])) + MAX_USER_TOKENS + max_new_tokens
         longest = shortest + MAX_USER_TOKENS + max_new_tokens + TEMPLATE_TOKENS
     else:
-        lengths = [_num_tokens(chat, one, number) for number, one in enumerate(prompts, start=1)]
+        lengths = [_num_tokens(chat, one) for one in prompts]
         turns = [len(one.turns) * (max_new_tokens + TEMPLATE_TOKENS) for one in prompts]
         shortest = min(lengths) + max_new_tokens
         longest = max(length + more for length, more in zip(lengths, turns, strict=True))
@@ -112,9 +135,6 @@ def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_
     return min(context, longest)
 
 
-def _num_tokens(chat: ChatFormat, one: PromptConversation, number: int) -> int:
+def _num_tokens(chat: ChatFormat, one: PromptConversation) -> int:
     """Tokens of all user turns, as if they were one."""
-    try:
-        return len(chat.encode([*one.system, {"role": "user", "content": "\n".join(one.turns)}]))
-    except InputError as error:
-        raise InputError(f"--prompts: conversation {number}: {error}") from None
+    return len(chat.encode([*one.system, {"role": "user", "content": "\n".join(one.turns)}]))

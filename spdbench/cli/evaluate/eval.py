@@ -22,6 +22,7 @@ from spdbench.cli.options import (
 )
 from spdbench.console import say
 from spdbench.errors import InputError
+from spdbench.prompts.chat import parse_template_args
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,4 +72,6 @@ def command(options: EvalOptions) -> None:
 
     from spdbench.cli.evaluate.session import evaluate
 
+    if parse_template_args(options.template_args) and not options.apply_chat_template:
+        raise InputError("--template-arg: no chat template is applied; add --apply-chat-template")
     evaluate(labels, options, manager)

@@ -61,11 +61,19 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     opened: ClassVar[list[SpdbenchLM]] = []
 
-    def __init__(self, spec: BackendSpec, target: Target, devices: tuple[str, ...], threads: int, seed: int) -> None:
+    def __init__(
+        self,
+        spec: BackendSpec,
+        target: Target,
+        devices: tuple[str, ...],
+        threads: int,
+        seed: int,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.target, self.spec, self.devices = target, spec, devices
         self.tokenizer = target.tokenizer
-        self._chat = ChatFormat(target.tokenizer)
+        self._chat = ChatFormat(target.tokenizer, template_args)
         self._seed = seed
         self.backend: Backend = spec.make(target, devices, threads, seed)
         self.opened.append(self)
@@ -104,7 +112,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def eot_token_id(self) -> int:
         if self.tokenizer.eos_token_id is not None:
             return int(self.tokenizer.eos_token_id)
-        return min(self.target.config.eos_ids, default=0)
+        return min(self.target.eos_ids, default=0)
 
     @property
     def prefix_token_id(self) -> int:
@@ -213,7 +221,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             max_new_tokens=limit,
             sampling=sampling,
             seed=int.from_bytes(seed[:6], "little"),
-            eos_ids=self.target.config.eos_ids,
+            eos_ids=self.target.eos_ids,
             stop=tuple(word for word in given["until"] if word),
         )
 

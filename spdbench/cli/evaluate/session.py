@@ -36,7 +36,7 @@ from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, Eva
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
-from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.chat import ChatFormat, parse_template_args
 
 PACKAGES = ("lm_eval", "torch", "transformers")
 LONGEST_NAME = 60
@@ -48,14 +48,16 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
     specs = with_ids(find_backends(labels, options))
     devices = find_devices(options)
     target = load_model(options, devices[0])
-    settings = EvalSettings.model_validate({name: getattr(options, name) for name in EvalSettings.model_fields})
+    given = {name: getattr(options, name) for name in EvalSettings.model_fields}
+    args = parse_template_args(options.template_args)
+    settings = EvalSettings.model_validate({**given, "template_args": args})
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its progress, and a warning for every option
     found = []
     with sigterm_interrupts():
         for spec in specs:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             try:
-                model = SpdbenchLM(spec, target, devices, options.threads, settings.seed)
+                model = SpdbenchLM(spec, target, devices, options.threads, settings.seed, args)
                 found.append(_evaluation(model, settings, _scored(model, settings, manager), created))
             finally:
                 SpdbenchLM.close_all()
@@ -97,7 +99,7 @@ def _evaluation(model: SpdbenchLM, settings: EvalSettings, scored: Mapping[str, 
         versions={name: version(name) for name in PACKAGES},
         settings=settings,
         backend=names_only(model.spec.record(model.backend).model_dump()),
-        model=names_only(model_record(model.target, ChatFormat(model.tokenizer)).model_dump()),
+        model=names_only(model_record(model.target, ChatFormat(model.tokenizer, settings.template_args)).model_dump()),
         drafter=drafter and names_only(drafter.model_dump()),
         tasks={name: _task(name, scored) for name in scored["samples"]},
         samples=[_sample(name, sample) for name, samples in scored["samples"].items() for sample in samples],

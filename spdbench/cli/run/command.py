@@ -28,7 +28,7 @@ from spdbench.console import say
 from spdbench.errors import InputError, NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
-from spdbench.prompts.chat import ChatFormat, PlainText
+from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
 from spdbench.prompts.suite import Suite, limit_prompts, load_suite
 from spdbench.types import Sampling
 
@@ -90,7 +90,7 @@ def command(options: RunOptions) -> None:
     gets a result file.
     """
     from spdbench.cli.run.session import Session
-    from spdbench.cli.setup import find_backends, find_devices
+    from spdbench.cli.setup import chat_format, find_backends, find_devices
     from spdbench.measure.runner import Workload
 
     labels = parse_labels(options.backends or DEFAULT_BACKENDS)
@@ -101,14 +101,14 @@ def command(options: RunOptions) -> None:
     score = _scorer(suite, options.allow_code_execution)
     devices = find_devices(options)
     target = _target(suite, options, devices[0], specs)
-    chat = PlainText() if target is None else ChatFormat(target.tokenizer)
+    chat = PlainText(parse_template_args(options.template_args)) if target is None else chat_format(target, options)
     settings = _decoding(suite, options)
     workload = Workload(
         prompts=prompts,
         max_new_tokens=settings["max_new_tokens"],
         sampling=Sampling(settings["temperature"], settings["top_p"], settings["top_k"]),
         seed=settings["seed"],
-        eos_ids=frozenset() if target is None else target.config.eos_ids,
+        eos_ids=frozenset() if target is None else target.eos_ids,
         repeats=options.repeats,
         warmup=options.warmup,
         context_limit=UNLIMITED_CONTEXT if target is None else target.config.max_positions,

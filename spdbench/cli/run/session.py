@@ -79,7 +79,8 @@ class Session:
             stack.enter_context(sigterm_interrupts())
             backends = []
             for spec in self.specs:
-                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed)
+                args = self.chat.template_args
+                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, args)
                 backends.append(stack.enter_context(closing(made)))
                 made.load()
             if self.target is not None and (reason := self.target.unsupported_reason) is not None:
@@ -122,6 +123,7 @@ class Session:
             num_parameters=None,
             bytes=None,
             template_sha256=None,
+            template_args=self.chat.template_args,
         )
 
     def _classify(
@@ -171,6 +173,7 @@ class Session:
             "backends": [other.label for other in self.specs],
             "devices": list(self.devices),
             "threads": self.options.threads,
+            **({"template_args": self.chat.template_args} if self.chat.template_args else {}),
         }
         if score.judges is not None:  # what scores depend on
             identity["allow_code_execution"] = score.execute is not None

@@ -13,14 +13,14 @@ import torch
 
 from spdbench.cli.files import file_identity
 from spdbench.cli.progress import TrainingProgress
-from spdbench.cli.setup import find_devices, load_model
+from spdbench.cli.setup import chat_format, find_devices, load_model, report_joined
 from spdbench.cli.train.command import TrainOptions
 from spdbench.console import say
 from spdbench.errors import FULL, InputError
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
-from spdbench.prompts.chat import ChatFormat
+from spdbench.prompts.chat import RefusedError, parse_template_args
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations, skipped_note
@@ -141,22 +141,23 @@ def _target(options: TrainOptions) -> Target:
 
 
 def _sequences(conversations: Conversations, target: Target, options: TrainOptions) -> list[TokenSequence]:
-    chat = ChatFormat(target.tokenizer)
-    if not chat.is_chat:
-        say(f"NOTE: {target.files.id} has no chat template: conversations are learned as plain text.")
-    length, eos_ids = min(options.max_length, target.config.max_positions), target.config.eos_ids
+    chat = chat_format(target, options)
+    length, eos_ids = min(options.max_length, target.config.max_positions), target.eos_ids
     end_id = ending_token(chat, eos_ids)
     sequences: list[TokenSequence] = []
     skipped = list(conversations.skipped)
     for place, messages in zip(conversations.places, conversations.messages, strict=True):
         try:
             sequences += tokenised(messages, chat, end_id, length)
-        except InputError as error:  # many templates refuse two turns of one role in a row, or a system's
+        except RefusedError as error:  # many templates refuse two turns of one role in a row
             skipped.append(f"{options.data} {place}: {error}")
+        except InputError as error:
+            raise InputError(f"{options.data} {place}: {error}") from None
     if skipped and not sequences:
         raise InputError(skipped[-1])
     if skipped:
         say(skipped_note(f"--data {options.data}", skipped, len(conversations.places) + len(conversations.skipped)))
+    report_joined(chat, conversations.messages)
     if len(sequences) < 2:
         raise InputError(
             f"{options.data}: {len(sequences)} conversations have an answer within {length} tokens; at least 2 are "
@@ -176,6 +177,7 @@ def _identity(options: TrainOptions, recipe_options: RecipeOptions, target: Targ
         "dtype": target.dtype_name,
         "device": target.device.type,
         "data_sha256": data_sha256,
+        **({"template_args": args} if (args := parse_template_args(options.template_args)) else {}),
     }
 
 
@@ -188,7 +190,7 @@ def _prepared(
 ) -> tuple[Recipe, Features]:
     decoder = target.own_decoder
     config = decoder.config
-    draft_ids_U = draft_vocabulary(sequences, options.draft_vocab, config.vocab_size, config.eos_ids)
+    draft_ids_U = draft_vocabulary(sequences, options.draft_vocab, config.vocab_size, target.eos_ids)
     recipe = recipe_class(recipe_options, Teacher(decoder), draft_ids_U, options.stages)
     recipe.require_layout(options.layout)
     require_memory(training_bytes(recipe.module, config, options.batch_tokens), target.device, "training")

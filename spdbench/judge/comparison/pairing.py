@@ -12,9 +12,10 @@ from spdbench.judge.results.schema import Result, RunKey
 
 
 def workload(head: Result) -> str:
-    """Equal for results that did the same work: suite, model, dtype and decoding."""
+    """Equal for results that did the same work: suite, model, dtype, arguments of the chat template and decoding."""
     suite, model = head.suite, head.model
-    return repr((suite.name, suite.version, suite.sha256, model.sha256, model.dtype, head.decoding.model_dump()))
+    args = sorted(model.template_args.items())
+    return repr((suite.name, suite.version, suite.sha256, model.sha256, model.dtype, args, head.decoding.model_dump()))
 
 
 def machine(head: Result) -> str:
@@ -44,6 +45,9 @@ def differences(base: Result, candidate: Result) -> list[str]:
             found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
     if base.model.dtype != candidate.model.dtype:
         found.append(f"dtype ({base.model.dtype}, not {candidate.model.dtype})")
+    if base.model.template_args != candidate.model.template_args:
+        given = [", ".join(f"{key}={value}" for key, value in head.model.template_args.items()) for head in heads]
+        found.append(f"--template-arg ({given[0] or 'none'}, not {given[1] or 'none'})")
     others = candidate.decoding.model_dump()
     pairs = [(name, value, others[name]) for name, value in base.decoding.model_dump().items()]
     changed = [f"{name} {value}, not {other}" for name, value, other in pairs if value != other]

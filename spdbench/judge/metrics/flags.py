@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spdbench.judge.results.schema import BackendRecord, Divergence, DrafterRecord, Flag
+from spdbench.judge.results.schema import BackendRecord, Divergence, DrafterRecord, Flag, ModelInfo
 
 FEW_PROMPTS = 8
 NOISY_SHARE = 0.10
@@ -44,6 +44,7 @@ KINDS = {
     "degenerate": FlagKind(
         "Use a model that suits the prompts; NAME_without_degenerate in CSV and JSON leaves them out"
     ),
+    "no_template": FlagKind("Use the model's chat version, or read the answers before believing what they say"),
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats, and leave the machine idle"),
@@ -79,11 +80,16 @@ def disqualifies(flags: Sequence[Flag]) -> bool:
 
 
 def flags_for(
-    overall: Mapping[str, Any], backend: BackendRecord, drafter: DrafterRecord | None, divergence: Divergence | None
+    overall: Mapping[str, Any],
+    backend: BackendRecord,
+    model: ModelInfo,
+    drafter: DrafterRecord | None,
+    divergence: Divergence | None,
 ) -> list[Flag]:
     """The flags that one result shows by itself; `overall` are its metrics over all prompts."""
     return [
         *_output_flags(backend, divergence),
+        *_template_flags(backend, model),
         *_drafter_flags(drafter),
         *_sample_flags(overall),
         *_speed_flags(overall, backend),
@@ -103,6 +109,13 @@ def _output_flags(backend: BackendRecord, divergence: Divergence | None) -> Iter
             sum(divergence.model_dump().values()),
             classified=not divergence.unclassified,
         )
+
+
+def _template_flags(backend: BackendRecord, model: ModelInfo) -> Iterator[Flag]:
+    """None where a server puts the conversation into a format of its own, or has the only copy of the model."""
+    own = backend.chosen.get("prompt") != "messages" and model.num_layers is not None
+    if own and model.template_sha256 is None:
+        yield make_flag("no_template", "the model has no chat template, so conversations were fed to it as plain text")
 
 
 def diverged(num_different: int, num_compared: int, *, classified: bool) -> Flag:

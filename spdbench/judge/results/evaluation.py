@@ -21,6 +21,7 @@ class EvalSettings(Record):
     limit: int | None
     num_fewshot: int | None = Field(description="null: each task's own")
     apply_chat_template: bool
+    template_args: dict[str, Any] = Field(default_factory=dict)
     allow_code_execution: bool
     seed: int
 

@@ -100,6 +100,9 @@ class ModelInfo(Record):
     num_parameters: int | None
     bytes: int | None
     template_sha256: str | None
+    template_args: dict[str, Any] = Field(
+        default_factory=dict, description="what --template-arg gave the chat template"
+    )
     tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
 
 

@@ -223,16 +223,26 @@ def _experts(directory: Path, standard: Any) -> Experts | None:
 
 
 def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
-    """The end-of-sequence ids, the only generation settings of a model that are used: one id or a list."""
+    """The end-of-sequence ids that the model's settings name, its generation settings and its config: any of them ends
+    an answer. The architecture's default counts only where neither file names one.
+    """
     path = directory / "generation_config.json"
     settings = read_json(path) if path.exists() else {}
     if not isinstance(settings, dict):
         raise InputError(f"{path}: cannot be used (expected an object)")
-    found = settings.get("eos_token_id", getattr(standard, "eos_token_id", None))
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(token) is int and -1 <= token < UNLIMITED for token in ids):
-        source = path if "eos_token_id" in settings else directory / "config.json"
-        raise InputError(
-            f"{source}: cannot be used (eos_token_id is {reprlib.repr(found)}, expected a token id or a list of them)"
-        )
+    raw = read_raw_config(directory)
+    parts = [part for part in (raw, raw.get("text_config")) if isinstance(part, dict)]
+    ids = _ids(path, settings.get("eos_token_id"))
+    for part in parts:
+        ids |= _ids(directory / "config.json", part.get("eos_token_id"))
+    ids = ids or _ids(directory / "config.json", getattr(standard, "eos_token_id", None))
     return frozenset(token for token in ids if 0 <= token < standard.vocab_size)  # others are never generated
+
+
+def _ids(source: Path, value: Any) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token) is int and -1 <= token < UNLIMITED for token in ids):
+        raise InputError(
+            f"{source}: cannot be used (eos_token_id is {reprlib.repr(value)}, expected a token id or a list of them)"
+        )
+    return frozenset(ids)

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -365,6 +366,42 @@ def test_a_folder_without_config(tmp_path: Path, own_cache: Path) -> None:  # no
 def test_a_list_of_end_of_sequence_ids_is_read(copy: Path) -> None:
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     assert tiny.load(copy).config.eos_ids == {3, 5}
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "expected"),
+    [
+        (None, {}, {256}),  # the tokenizer's alone
+        (5, None, {5, 256}),
+        (5, {"eos_token_id": None}, {5, 256}),
+        (5, {"eos_token_id": [7]}, {5, 7, 256}),
+        ([5, 6], {"eos_token_id": 256}, {5, 6, 256}),
+    ],
+)
+def test_every_file_that_names_an_end_of_sequence_is_asked(
+    copy: Path, config: Any, settings: dict[str, Any] | None, expected: set[int]
+) -> None:
+    raw = json.loads((copy / "config.json").read_text()) | {"eos_token_id": config}
+    (copy / "config.json").write_text(json.dumps(raw))
+    (copy / "generation_config.json").unlink()
+    if settings is not None:
+        (copy / "generation_config.json").write_text(json.dumps(settings))
+    assert tiny.load(copy).eos_ids == expected
+
+
+def test_an_architectures_default_does_not_join_the_ids_that_a_file_names(copy: Path) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    del raw["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(raw))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 9}))
+    assert tiny.load(copy).config.eos_ids == {9}
+
+
+def test_an_end_of_sequence_that_is_no_id_is_reported_with_its_file(copy: Path) -> None:
+    raw = json.loads((copy / "config.json").read_text()) | {"eos_token_id": [3, True]}
+    (copy / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"config\.json: cannot be used \("):
+        tiny.load(copy)
 
 
 def test_parameters_are_counted_from_headers(copy: Path) -> None:

@@ -24,10 +24,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubServer]:
 Make = Callable[..., OpenAI]
 
 
-def context(tokenizer: Any = None) -> BackendContext:
+def context(tokenizer: Any = None, **template_args: Any) -> BackendContext:
     """All that the backend asks of a target is its tokenizer, which may not be there."""
     target: Any = SimpleNamespace(tokenizer=tokenizer)
-    return BackendContext("openai", target, "auto", ("cpu",), 1, seed=0)
+    return BackendContext("openai", target, "auto", ("cpu",), 1, 0, template_args)
 
 
 @pytest.fixture

@@ -599,3 +599,16 @@ def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer
     made = loaded(backend())
     assert "usage, told with each chunk" in made.describe().chosen["tokens"]
     assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+
+
+def test_template_arguments_go_to_the_server_which_applies_the_template(server: StubServer) -> None:
+    given = {"base_url": server.url, "model": "stub", "timeout_s": "5"}
+    backend = OpenAI(parse_options("openai", OpenAI.Options, given), context(enable_thinking=False))
+    backend.load()
+    run(backend)
+    assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.asked)
+    raw = OpenAI(
+        parse_options("openai", OpenAI.Options, given | {"api": "completions"}), context(enable_thinking=False)
+    )
+    with pytest.raises(InputError, match=r"--template-arg: no template is applied to what openai sends"):
+        raw.load()

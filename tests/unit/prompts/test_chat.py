@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from spdbench.errors import InputError
-from spdbench.prompts.chat import PROMPT_DATE, ChatFormat
+from spdbench.prompts import chat as chats
+from spdbench.prompts.chat import PROMPT_DATE, ChatFormat, PlainText, parse_template_args
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -156,3 +157,89 @@ def test_turn_left_open_without_a_template_follows_on_a_new_line() -> None:
 def test_template_that_hides_what_the_user_says_cannot_leave_a_turn_open() -> None:
     with pytest.raises(InputError, match="no turn can be left open"):
         ChatFormat(tokenizer("{{ messages | length }}")).encode_open(HELLO, "How")
+
+
+REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TEMPLATE
+DROPS_SYSTEM = "{% set messages = messages | rejectattr('role', 'equalto', 'system') | list %}" + TEMPLATE
+
+
+@pytest.mark.parametrize("template", [REFUSES_SYSTEM, DROPS_SYSTEM])
+def test_a_system_message_that_the_template_does_not_take_opens_the_users_first(template: str) -> None:
+    inner = tokenizer(template)
+    chat, system = ChatFormat(inner), {"role": "system", "content": "Be kind."}
+    assert not chat.takes_system
+    assert shown(chat, inner, [system, *HELLO]) == "<user>Be kind.\n\nhi</s><assistant>"
+    assert shown(chat, inner, [system, TALK[1]]) == "<user>Be kind.</s><assistant>yes?</s><assistant>"
+    assert inner.decode(list(chat.encode_open([system], "Well"))) == "<user>Be kind.\n\nWell"
+    assert shown(chat, inner, TALK) == shown(ChatFormat(tokenizer(TEMPLATE)), inner, TALK)
+
+
+def test_a_system_message_that_the_template_takes_stays() -> None:
+    inner = tokenizer(TEMPLATE)
+    assert ChatFormat(inner).takes_system
+    assert ChatFormat(tokenizer()).takes_system
+    assert "Be kind.</s><user>" in shown(ChatFormat(inner), inner, [{"role": "system", "content": "Be kind."}, *HELLO])
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (TEMPLATE, 1),
+        (TEMPLATE.replace("</s>", "\n</s>"), 1),
+        (TEMPLATE.replace("</s>", "\n"), 2),  # the next turn's own token is all that ends this one
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        (None, None),
+    ],
+)
+def test_the_token_that_ends_turns_is_read_off_the_template(template: str | None, expected: int | None) -> None:
+    assert ChatFormat(tokenizer(template)).turn_end() == expected
+
+
+THINKS = TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{{ depth }}{% endif %}"
+
+
+def test_template_arguments_reach_the_template() -> None:
+    inner = tokenizer(THINKS)
+    plain, silent = ChatFormat(inner), ChatFormat(inner, parse_template_args(["enable_thinking=False"]))
+    assert shown(plain, inner, HELLO).endswith("<think>")
+    assert not shown(silent, inner, HELLO).endswith("<think>")
+    assert silent.template_sha256 == plain.template_sha256
+    assert shown(ChatFormat(inner, {"depth": 3}), inner, HELLO).endswith("<think>3")
+
+
+def test_template_arguments_are_json_else_text() -> None:
+    words = ["a=false", "b=True", "c=2.5", "d=[1]", "e=low", "f=None", "g=NaN", "h=x=y", 'i="1"', "j=" + "[" * 9999]
+    found = parse_template_args(words)
+    expected = {"a": False, "b": True, "c": 2.5, "d": [1], "e": "low", "f": None, "g": "NaN", "h": "x=y", "i": "1"}
+    assert found == expected | {"j": "[" * 9999}
+    assert PlainText(found).template_args == found
+
+
+@pytest.mark.parametrize("word", ["enable_thinking", "=1", "a b=1", "\u00e4=1", "a=\udc80"])
+def test_template_arguments_of_another_form_are_refused(word: str) -> None:
+    with pytest.raises(InputError, match="--template-arg "):
+        parse_template_args([word])
+
+
+@pytest.mark.parametrize(
+    ("template", "key", "why"),
+    [
+        (THINKS, "enable_thinkin", "chat template does not read this argument; did you mean 'enable_thinking'?"),
+        (THINKS, "messages", "is set by spdbench"),
+        (THINKS, "add_generation_prompt", "is set by spdbench"),
+        (None, "enable_thinking", "the model has no chat template"),
+    ],
+)
+def test_template_arguments_that_nothing_reads_are_refused(template: str | None, key: str, why: str) -> None:
+    with pytest.raises(InputError) as caught:
+        ChatFormat(tokenizer(template), {key: 1})
+    assert f"--template-arg {key}: " in str(caught.value)
+    assert why in str(caught.value)
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chats, "RENDER_LIMIT_S", 0.2)
+    rounds = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(InputError, match=r"does not end within 0\.2 seconds"):
+        ChatFormat(tokenizer(rounds + TEMPLATE)).encode(HELLO)

@@ -50,6 +50,7 @@ MAKERS: dict[str, Callable[[], LoadedResult]] = {
     "hardware_mismatch": lambda: mine(machine="machine-b"),
     "prompt_mismatch": lambda: mine([*runs(9), make_run(chunk_steps([1, 4]), prompt="p9", prompt_sha256="0" * 64)]),
     "template_mismatch": lambda: mine(template="u" * 64),
+    "no_template": lambda: mine(template=None),
     "unattributed": lambda: mine(runs(bubble=bubble(useful=0.8, unattributed=0.2))),
     "degenerate": lambda: mine(runs(output_ids=[5] * 37)),
     "truncated": lambda: mine(runs(finish="length")),

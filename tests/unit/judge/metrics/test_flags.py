@@ -29,6 +29,7 @@ from tests.builders import (
 )
 
 EIGHT = [make_run(vanilla_steps(20, step_ns=12 * MS), prompt=f"p{index}") for index in range(8)]
+MODEL = make_result([]).model
 
 
 def names(
@@ -63,6 +64,18 @@ def test_oracle_is_flagged_synthetic_and_random_untrained() -> None:
     assert names(EIGHT, make_backend("pipeline"), RANDOM) == {"untrained_drafter"}
 
 
+def test_a_model_without_a_chat_template_is_flagged_unless_its_server_has_one() -> None:
+    def found(backend: BackendRecord, **changes: object) -> list[str]:
+        overall = summarise(EIGHT, backend, None).overall
+        bare = MODEL.model_copy(update={"template_sha256": None, **changes})
+        return [flag.name for flag in flags_for(overall, backend, bare, None, None)]
+
+    assert found(make_backend()) == ["no_template"]
+    assert found(make_backend(), num_layers=None) == []
+    assert found(make_backend().model_copy(update={"chosen": {"prompt": "messages"}})) == []
+    assert found(make_backend().model_copy(update={"chosen": {"prompt": "ids"}})) == ["no_template"]
+
+
 def test_fewer_than_eight_prompts_are_few_however_often_repeated() -> None:
     assert "few_prompts" in names([make_run(prompt=f"p{index % 7}", repeat=index // 7) for index in range(21)])
 
@@ -77,7 +90,7 @@ def test_loops_are_flagged_with_the_acceptance_of_the_others() -> None:
     eagle = make_backend("draft_verify")
     loop = make_run(chunk_steps([1, *[5] * 8]), prompt="loop", output_ids=[7] * 41)
     overall = summarise([loop, make_run(chunk_steps([1, *[2] * 20]), prompt="sane")], eagle, None).overall
-    [flag] = [each for each in flags_for(overall, eagle, None, None) if each.name == "degenerate"]
+    [flag] = [each for each in flags_for(overall, eagle, MODEL, None, None) if each.name == "degenerate"]
     assert "1 of 2 outputs" in flag.reason
     assert "without them 50.0% of the drafts are accepted" in flag.reason
 
@@ -92,9 +105,9 @@ def test_a_baseline_on_layers_of_transformers_is_slow_unless_measured_otherwise(
     backend = make_backend(kernels="transformers")
     assert names(EIGHT, backend) == set()
     overall = summarise(EIGHT, backend, None).overall
-    assert [flag.name for flag in flags_for(overall, backend, None, None)] == ["slow_baseline"]
-    assert flags_for(overall, make_backend(kernels="numba"), None, None) == []
-    assert flags_for(overall, make_backend("pipeline", kernels="transformers"), None, None) == []
+    assert [flag.name for flag in flags_for(overall, backend, MODEL, None, None)] == ["slow_baseline"]
+    assert flags_for(overall, make_backend(kernels="numba"), MODEL, None, None) == []
+    assert flags_for(overall, make_backend("pipeline", kernels="transformers"), MODEL, None, None) == []
 
 
 def test_baseline_far_from_the_bandwidth_is_slow() -> None:
