@@ -104,7 +104,11 @@ def test_suite_draws_scored_prompts_from_a_task(evaluate: Evals) -> None:
     source = {"lm_eval": "gsm8k", "include_path": "tasks"}
     suite = write_suite(evaluate.folder, prompts={"source": [source]}, score="gsm8k")
     where = ("--results", evaluate.folder / "results", "--data", evaluate.folder)
-    said = spdbench("run", suite, "-m", evaluate.model, "-b", "vanilla", "--threads", "1", *where)
+    words = ("run", suite, "-m", evaluate.model, "-b", "vanilla", "--threads", "1", *where)
+    refused = spdbench(*words)
+    assert refused.code == 2
+    assert "--allow-code-execution" in refused.err  # task files hold code, and a suite alone may run none
+    said = spdbench(*words, "--allow-code-execution")
     assert said.code == 0, said.err
     result = json.loads((evaluate.folder / f"results/mini__vanilla__{evaluate.model.name}.json").read_text())
     assert result["suite"]["source"] == "lm_eval gsm8k"

@@ -262,6 +262,7 @@ def _chosen(given: Mapping[str, str], name: str) -> ModelOptions:
         dtype=dtype,
         devices=tuple(devices.split("+")) if devices else None,
         threads=_whole(given, "threads", usable_cores()),
+        template_args=(),
     )
 
 
