@@ -123,19 +123,6 @@ def report_joined(chat: ChatFormat, conversations: Iterable[Sequence[Message]]) 
         )
 
 
-def report_refused(refused: Sequence[str], total: int) -> None:
-    """Reports on stderr how many conversations are left out because the chat template refuses them; `refused` says of
-    each where it is and why.
-
-    Raises:
-        InputError: it refuses all of them.
-    """
-    if refused and len(refused) == total:
-        raise InputError(refused[0] + ("" if total == 1 else f" (as it does all {total:,} conversations)"))
-    if refused:
-        say(f"NOTE: {len(refused):,} of {total:,} conversations are skipped, e.g. {refused[0]}")
-
-
 def require_writable(folder: Path) -> None:
     """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
     try:

@@ -327,7 +327,7 @@ def test_prompts_with_a_system_message_are_answered_where_the_template_takes_non
     rows_of = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in asked]
     said = distill(model, out, "--prompts", write_prompts(tmp_path / "prompts.jsonl", *rows_of))
     assert said.code == 0, said.err
-    assert "NOTE: 1 of 3 conversations are skipped, e.g. --prompts: conversation 3: " in said.err
+    assert "NOTE: --prompts: 1 of 3 conversations are skipped. The first: conversation 3: " in said.err
     assert "NOTE: the chat template takes no system message: in 1 of 2 conversations its text opens" in said.err
     assert [row["messages"][0]["role"] for row in rows(out)[1:]] == ["user", "system"]
     only = write_prompts(tmp_path / "odd.jsonl", rows_of[2])

@@ -87,7 +87,6 @@ def build_eagle(
     own_head_is_optional = not eagle3 or file.layout == "spdbench" or token_ids_U is None
     expected.add({"lm_head.weight": (draft_vocab, sizes.width)}, optional=own_head_is_optional)
     tensors = TargetTensors(file, expected, target)
-    fc_norms = [tensors.norm(name) for name in norms]
     # SpecForge's `norm_output` names the norm that every head has; elsewhere it says what the next row is fed.
     feed_normed = norm_output == "feed" or (norm_output == "auto" and config.norm_output and file.layout != "specforge")
     embeddings = tensors.get("embed_tokens.weight", target.embeddings_VM)
@@ -101,7 +100,7 @@ def build_eagle(
         embeddings=embeddings,
         aux=aux_states(file, num_aux, base.num_layers, aux_convention) if eagle3 else (),
         fc=tensors.linear("fc."),
-        fc_norms=tuple(norm for norm in fc_norms if norm is not None),
+        fc_norms=tuple(norm for norm in map(tensors.norm, norms) if norm is not None),
         layers=tuple(
             dense_layer(tensors.get, f"layers.{index}.", config.sliding_window) for index in range(sizes.num_layers)
         ),

@@ -93,7 +93,6 @@ def takeable(chat: ChatFormat, prompts: list[PromptConversation]) -> list[Prompt
     Raises:
         InputError: it takes none of them, or fails for a reason that is not the conversation's.
     """
-    from spdbench.cli.setup import report_refused
     from spdbench.prompts.chat import RefusedError
 
     found, refused = [], []
@@ -101,12 +100,15 @@ def takeable(chat: ChatFormat, prompts: list[PromptConversation]) -> list[Prompt
         try:
             _num_tokens(chat, one)
         except RefusedError as error:
-            refused.append(f"--prompts: conversation {number}: {error}")
+            refused.append(f"conversation {number}: {error}")
         except InputError as error:
             raise InputError(f"--prompts: conversation {number}: {error}") from None
         else:
             found.append(one)
-    report_refused(refused, len(prompts))
+    if not found:
+        raise InputError(f"--prompts: {refused[0]}")
+    if refused:
+        say(skipped_note("--prompts", refused, len(prompts)))
     return found
 
 
