@@ -74,10 +74,25 @@ def _columns_with(dialects: Sequence[str]) -> list[Column]:
     return [COLUMNS[0], *(replace(column, leave_out=rank) for column, rank in WITH_DIALECTS), *taus]
 
 
-def _metric(name: str, form: str) -> Callable[[Row], str]:
+def _drafts(row: Row) -> bool:
+    return row.head.backend.kind != "autoregressive"
+
+
+def _is_overall(row: Row) -> bool:
+    return row.category is None
+
+
+def _has_devices(row: Row) -> bool:
+    """True for several: with one device, a number for each repeats another column."""
+    return row.head.backend.num_devices != 1
+
+
+def _metric(name: str, form: str, scale: float = 1, where: Callable[[Row], bool] | None = None) -> Callable[[Row], str]:
+    """A cell with `scale` times the metric; blank where that is null, and in rows that are not of a kind."""
+
     def cell(row: Row) -> str:
-        value = row.metrics.get(name)
-        return EMPTY if value is None else format(value, form)
+        value = row.metrics.get(name) if where is None or where(row) else None
+        return EMPTY if value is None else format(scale * value, form)
 
     return cell
 
@@ -109,26 +124,8 @@ def _speedup(row: Row) -> str:
     return f"{speedup.value:.2f}\n[{speedup.interval[0]:.2f}, {speedup.interval[1]:.2f}]"
 
 
-def _acceptance(row: Row) -> str:
-    return share(row.metrics["acceptance_rate"])
-
-
-def _bubble(row: Row) -> str:
-    return share(row.metrics["bubble_ratio"])
-
-
 def share(value: float | None) -> str:
-    return EMPTY if value is None else f"{100 * value:.1f}%"
-
-
-def _tau(row: Row) -> str:
-    """Blank for vanilla, where it is 1 by definition."""
-    return EMPTY if row.head.backend.kind == "autoregressive" else _metric("acceptance_length", ".2f")(row)
-
-
-def _per_device(row: Row) -> str:
-    """Blank with one device, where it repeats the speed-up."""
-    return EMPTY if row.head.backend.num_devices == 1 else _metric("speedup_per_device", ".2f")(row)
+    return EMPTY if value is None else f"{value:.1%}"
 
 
 def _score(row: Row) -> str:
@@ -137,18 +134,6 @@ def _score(row: Row) -> str:
     if value is None or interval is None:
         return EMPTY if value is None else f"{value:.2f}"
     return f"{value:.2f}\n[{interval[0]:.2f},\n{interval[1]:.2f}]"
-
-
-def _device_ms(row: Row) -> str:
-    """Blank with one device, where tok/s says the same."""
-    seconds = row.metrics["device_s_per_token"]
-    return EMPTY if row.head.backend.num_devices == 1 or seconds is None else f"{1000 * seconds:.1f}"
-
-
-def _memory(row: Row) -> str:
-    """The highest over the run, whose categories share a process: blank for them."""
-    num_bytes = row.metrics["peak_memory_bytes"]
-    return EMPTY if row.category is not None or num_bytes is None else f"{num_bytes / 2**30:.2f}"
 
 
 def _rate(row: Row) -> str:
@@ -170,8 +155,9 @@ def _outputs(row: Row) -> str:
 DRAFTER = Column("drafter", _drafter, numeric=False)
 RATE = Column("tok/s", _rate)
 SPEEDUP = Column("speed-up\n[95 %]", _speedup)
-ACCEPTANCE = Column("accept", _acceptance, leave_out=3)
-TAU = Column("tau", _tau, leave_out=2)
+ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=3)
+TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=2)
+"""Vanilla's is 1 by definition, and not shown."""
 WITH_DIALECTS = ((DRAFTER, 1), (RATE, 2), (SPEEDUP, 4), (ACCEPTANCE, 3))
 """The columns next to acceptance lengths in several dialects; the highest number makes room first."""
 
@@ -180,16 +166,17 @@ COLUMNS = (
     DRAFTER,
     RATE,
     SPEEDUP,
-    Column("per\ndevice", _per_device, leave_out=4),
+    Column("per\ndevice", _metric("speedup_per_device", ".2f", where=_has_devices), leave_out=4),
     ACCEPTANCE,
     TAU,
     Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=5),
     Column("ideal", _metric("ideal_speedup", ".2f"), leave_out=1),
-    Column("bubble", _bubble, leave_out=5),
+    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=5),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=6),
     Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=7),
-    Column("device\nms/tok", _device_ms, leave_out=8),
-    Column("memory\nGiB", _memory, leave_out=9),
+    Column("device\nms/tok", _metric("device_s_per_token", ".1f", scale=1000, where=_has_devices), leave_out=8),
+    # Memory is the highest over the run, whose categories share a process.
+    Column("memory\nGiB", _metric("peak_memory_bytes", ".2f", scale=2**-30, where=_is_overall), leave_out=9),
     Column("score", _score, leave_out=2),
     Column("outputs", _outputs, numeric=False),
 )

@@ -9,9 +9,7 @@ before an output is cut at its end. Micro is totals over totals, macro the mean 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,60 +19,31 @@ from spdbench.judge.metrics.stats import divide
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN
 
-Numbers = NDArray[np.float64]
-
-
-class Counts(NamedTuple):
-    """Each request's counts: [R]. `steps` are verify steps or cycles, so without prefill."""
-
-    new_tokens: Numbers
-    decode_tokens: Numbers
-    steps: Numbers
-    accepted: Numbers
-
 
 @dataclass(frozen=True)
 class Dialect:
-    """What `name` calls the acceptance length: `parts` give numerator and denominator of each request."""
+    """What one calls the acceptance length: the sum of the columns `tokens` over the rounds, which are verify steps or
+    cycles without prefill, and `more_rounds` a request."""
 
-    name: str
     rule: str
-    parts: Callable[[Counts], tuple[Numbers, Numbers]]
+    tokens: tuple[str, ...]
+    more_rounds: int = 0
     macro: bool = False
     of_pipelines: bool = False
 
 
-def _lengths(counts: Counts) -> tuple[Numbers, Numbers]:
-    """A verify step's length is what it accepted and one token of the target's own."""
-    return counts.accepted + counts.steps, counts.steps
-
-
+LENGTHS = "accepted", "steps"
+"""A verify step's length is what it accepted and one token of the target's own."""
 DIALECTS = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect("spdbench", "1 + accepted / verify steps, micro", _lengths),
-        Dialect("vllm", "1 + accepted / verify steps, micro", _lengths),
-        Dialect("spec-bench", "mean length of a verify step, micro", _lengths),
-        Dialect("sglang", "N / verify steps, micro", lambda counts: (counts.new_tokens, counts.steps)),
-        Dialect(
-            "nvidia",
-            "mean chunk with prefill's among them, macro",
-            lambda counts: (counts.new_tokens, counts.steps + 1),
-            macro=True,
-        ),
-        Dialect(
-            "eagle",
-            "decode tokens / (verify steps - 1), micro",
-            lambda counts: (counts.decode_tokens, np.maximum(counts.steps - 1, 0)),
-        ),
-        Dialect(
-            "spd",
-            "layers / largest stage's x N / cycles, macro; pipelines only",
-            lambda counts: (counts.new_tokens, counts.steps),
-            macro=True,
-            of_pipelines=True,
-        ),
-    )
+    "spdbench": Dialect("1 + accepted / verify steps, micro", LENGTHS),
+    "vllm": Dialect("1 + accepted / verify steps, micro", LENGTHS),
+    "spec-bench": Dialect("mean length of a verify step, micro", LENGTHS),
+    "sglang": Dialect("N / verify steps, micro", ("new_tokens",)),
+    "nvidia": Dialect("mean chunk with prefill's among them, macro", ("new_tokens",), more_rounds=1, macro=True),
+    "eagle": Dialect("decode tokens / (verify steps - 1), micro", ("decode_tokens",), more_rounds=-1),
+    "spd": Dialect(
+        "layers / largest stage's x N / cycles, macro; pipelines only", ("new_tokens",), macro=True, of_pipelines=True
+    ),
 }
 
 
@@ -83,7 +52,7 @@ def metric_name(dialect: str) -> str:
     return f"acceptance_length_{dialect.replace('-', '_')}"
 
 
-def acceptance_length(dialect: str, table: Numbers, backend: BackendRecord) -> float | None:
+def acceptance_length(dialect: str, table: NDArray[np.float64], backend: BackendRecord) -> float | None:
     """The acceptance length of the requests in `table` [R, columns] as `dialect` prints it.
 
     None where the rule says nothing: for vanilla, for a pipeline in a dialect of verify steps and the other way round,
@@ -92,7 +61,8 @@ def acceptance_length(dialect: str, table: Numbers, backend: BackendRecord) -> f
     rule = DIALECTS[dialect]
     if backend.kind == "autoregressive" or rule.of_pipelines != (backend.kind == "pipeline"):
         return None
-    tokens, rounds = rule.parts(Counts(*(table[:, COLUMN[name]] for name in Counts._fields)))
+    tokens = table[:, [COLUMN[name] for name in rule.tokens]].sum(axis=1)
+    rounds = np.maximum(table[:, COLUMN["steps"]] + rule.more_rounds, 0)
     values = divide(tokens, rounds) if rule.macro else divide(tokens.sum(keepdims=True), rounds.sum(keepdims=True))
     finite = values[np.isfinite(values)]
     scale = by_layers(backend) if rule.of_pipelines else None

@@ -17,17 +17,11 @@ from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.definitions import COUNTS, RATIO_NAMES, Count, Ratio, ratios_for, steps_of
 from spdbench.judge.metrics.dialects import DIALECTS, acceptance_length, metric_name
 from spdbench.judge.metrics.steadiness import MIN_REQUESTS, MIN_STEPS, Drift, find_drift, find_outliers, log_paces
-from spdbench.judge.metrics.steps import (
-    percentiles_by_run,
-    token_intervals,
-    verdicts_by_position,
-    weighted_percentiles,
-)
+from spdbench.judge.metrics.steps import PERCENTS, percentiles, token_intervals, verdicts_by_position
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable
 from spdbench.types import Measurement
 
-ITL_PERCENTS = (50, 95, 99)
 SPEED = "decode_tokens_per_s"
 WITHOUT = "_without_degenerate"
 WITHOUT_DEGENERATE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle", "ideal_speedup")
@@ -142,18 +136,19 @@ class Metrics(Mapping[str, Any]):
     # Times between tokens, and drafts by position
 
     @cached_property
-    def _latencies(self) -> tuple[float | None, ...]:
-        """Percentiles over all tokens."""
+    def _latencies(self) -> NDArray[np.float64]:
+        """Percentiles over all tokens: [percents]."""
         seconds, tokens, _ = token_intervals(self.runs, self._rows)
-        return weighted_percentiles(seconds, tokens, ITL_PERCENTS) or (None,) * len(ITL_PERCENTS)
+        overall: NDArray[np.float64] = percentiles(seconds, tokens, [len(seconds)])[0]
+        return overall
 
     @cached_property
     def _latencies_of_runs(self) -> NDArray[np.float64]:
         """Each run's own percentiles: [R, percents]."""
-        return percentiles_by_run(*token_intervals(self.runs, self._rows), ITL_PERCENTS)
+        return percentiles(*token_intervals(self.runs, self._rows))
 
     def latency(self, index: int) -> float | None:
-        return self._latencies[index]
+        return _finite_or_none(self._latencies[index])
 
     def latency_macro(self, index: int) -> float | None:
         """The mean of the runs' own percentiles, of those that have decode tokens."""
@@ -227,7 +222,7 @@ def _list_metrics() -> dict[str, Metric]:
         found[f"{name}_ci"] = Metric(partial(Metrics.interval, name=name))
     for name in WITHOUT_DEGENERATE:
         found[name + WITHOUT] = Metric(partial(Metrics.without_degenerate, name=name))
-    for index, percent in enumerate(ITL_PERCENTS):
+    for index, percent in enumerate(PERCENTS):
         found[f"itl_p{percent}_s"] = Metric(partial(Metrics.latency, index=index), "times")
         found[f"itl_p{percent}_s_macro"] = Metric(partial(Metrics.latency_macro, index=index), "times")
     found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position, "drafts")
@@ -242,9 +237,10 @@ DIALECT_METRICS = {
 
 
 def _ratio_of(ratio: Ratio | None, sums: NDArray[np.float64]) -> float | None:
-    if ratio is None:
-        return None
-    value = ratio.of(sums)
+    return None if ratio is None else _finite_or_none(ratio.of(sums))
+
+
+def _finite_or_none(value: np.floating | NDArray[np.float64]) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 

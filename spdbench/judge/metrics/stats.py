@@ -34,7 +34,7 @@ from spdbench.judge.results.schema import RunKey
 
 RESAMPLES = 10_000
 SEED = 20_260_530
-CONFIDENCE_PERCENT = 95.0
+TAIL_PERCENT = 2.5
 MAX_DRAWS_AT_ONCE = 1_000_000
 """Draws held in memory at a time: about 8 MB an array of them, and a handful of arrays."""
 MAX_DRAWS_REMEMBERED = 2_500_000
@@ -131,19 +131,15 @@ def _draw_cells(
         yield cells[place < width]
 
 
-def percentile_interval(
-    values: NDArray[np.float64], conversations: int | None = None, confidence: float = CONFIDENCE_PERCENT
-) -> Interval | None:
-    """The middle `confidence` per cent of bootstrap `values` [resamples]; None when none of them is a number.
+def percentile_interval(values: NDArray[np.float64], conversations: int) -> Interval | None:
+    """The middle 95 % of bootstrap `values` [resamples], and as much more as so few `conversations` make due.
 
-    Where they come from resampling so many `conversations`, it reaches as much farther as their number makes due.
+    None when none of them is a number.
     """
     finite = values[np.isfinite(values)]
     if not len(finite):
         return None
-    tail = (100.0 - confidence) / 2
-    if conversations is not None:
-        tail = expanded_tail_percent(conversations, tail)
+    tail = expanded_tail_percent(conversations, TAIL_PERCENT)
     low, high = np.percentile(finite, [tail, 100.0 - tail])
     return float(low), float(high)
 

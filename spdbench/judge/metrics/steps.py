@@ -14,6 +14,8 @@ from spdbench.judge.results.table import STEP_COLUMNS, RunTable
 from spdbench.types import BackendKind
 
 NS_PER_S = 1e9
+PERCENTS = (50, 95, 99)
+"""Percentiles of times between tokens that are shown."""
 MAX_TOKENS = np.iinfo(np.uint16).max
 """Ids in one chunk, as far as percentiles of times between tokens count them."""
 RUNS_AT_ONCE = 1024
@@ -57,37 +59,25 @@ def _intervals_of(
     return seconds.astype(np.float32), np.minimum(tokens, MAX_TOKENS).astype(np.uint16), counts
 
 
-def weighted_percentiles(
-    values: NDArray[np.floating], weights: NDArray[np.integer], percents: Sequence[int]
-) -> tuple[float, ...] | None:
-    """Percentiles of `values` [K] as if each occurred `weights` [K] times: the smallest one that covers the share.
-
-    None for no values. The same as numpy's `inverted_cdf` on the repeated values, without repeating them.
-    """
-    if not len(values):
-        return None
-    order = np.argsort(values)
-    covered = weights[order].astype(np.int64)
-    np.cumsum(covered, out=covered)  # in place: with millions of chunks, copies are what costs memory
-    ranks = [-(-percent * int(covered[-1]) // 100) for percent in percents]
-    return tuple(float(value) for value in values[order[np.searchsorted(covered, ranks)]])
-
-
-def percentiles_by_run(
-    values: NDArray[np.floating], weights: NDArray[np.integer], counts: NDArray[np.integer], percents: Sequence[int]
+def percentiles(
+    values: NDArray[np.floating], weights: NDArray[np.integer], counts: Sequence[int] | NDArray[np.integer]
 ) -> NDArray[np.float64]:
-    """`weighted_percentiles` of each run by itself, NaN where it has no values: [R, percents].
+    """`PERCENTS` of each group's values as if each occurred as often as its weight: [G, percents], NaN without values.
 
-    The runs' `values` and `weights` [K] lie end to end, `counts` [R] of each.
+    The groups' `values` and `weights` [K] lie end to end, `counts` [G] of each. A percentile is the smallest value that
+    covers the share: numpy's `inverted_cdf` on the repeated values, without repeating them.
     """
-    found = np.full((len(counts), len(percents)), np.nan)
+    counts = np.asarray(counts)
+    found = np.full((len(counts), len(PERCENTS)), np.nan)
     has = np.flatnonzero(counts)
-    run_of_value = np.repeat(np.arange(len(counts)), counts)
-    order = np.lexsort((values, run_of_value))
-    covered = np.cumsum(weights[order].astype(np.int64))
+    # With millions of chunks, a second key and copies are what costs time and memory.
+    one = len(counts) == 1
+    order = np.argsort(values) if one else np.lexsort((values, np.repeat(np.arange(len(counts)), counts)))
+    covered = weights[order].astype(np.int64)
+    np.cumsum(covered, out=covered)
     ends = covered[np.cumsum(counts[has]) - 1]
     before = np.concatenate(([0], ends[:-1]))
-    for column, percent in enumerate(percents):
+    for column, percent in enumerate(PERCENTS):
         ranks = before + -(-percent * (ends - before) // 100)
         found[has, column] = values[order[np.searchsorted(covered, ranks)]]
     return found

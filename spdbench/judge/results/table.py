@@ -239,19 +239,13 @@ def _narrow(values: NDArray[np.int64]) -> NDArray[np.integer]:
     return values.astype(next((each for each in types if most <= np.iinfo(each).max), np.int64))
 
 
-def is_degenerate(output_ids: Sequence[int] | NDArray[np.int64]) -> bool:
+def is_degenerate(output_ids: Sequence[int]) -> bool:
     """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
 
     A cycle counts once it occurred twice. Outputs shorter than two cycles of 8 are too short to decide.
     """
-    tail = np.asarray(output_ids[-TAIL_TOKENS:])
-    if len(tail) < 2 * MAX_CYCLE:
-        return False
-    for period in range(1, MAX_CYCLE + 1):
-        repeated = _longest_stretch(tail[period:] == tail[:-period])
-        if repeated >= period and 2 * (repeated + period) > len(tail):
-            return True
-    return False
+    tail = np.asarray(output_ids[-TAIL_TOKENS:], dtype=np.int64)[None]
+    return bool(_end_in_loops(tail, np.ones(tail.shape, dtype=np.bool_))[0])
 
 
 def degenerate(outputs: Sequence[bytes]) -> NDArray[np.bool_]:
@@ -262,16 +256,19 @@ def degenerate(outputs: Sequence[bytes]) -> NDArray[np.bool_]:
     real = np.arange(TAIL_TOKENS) >= TAIL_TOKENS - lengths[:, None]  # shorter outputs are aligned at the right
     ids = np.zeros(real.shape, dtype=np.int64)
     ids[real] = np.fromstring(numbers, dtype=np.int64, sep=",") if numbers else ()
-    suspect = np.zeros(len(outputs), dtype=np.bool_)
+    return _end_in_loops(ids, real)
+
+
+def _end_in_loops(ids: NDArray[np.int64], real: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which rows of `ids` [R, T] are degenerate; the ids of a row are where `real` [R, T] is true, at its end."""
+    lengths = real.sum(axis=1)
+    found = np.zeros(len(ids), dtype=np.bool_)
     for period in range(1, MAX_CYCLE + 1):
-        repeated = ((ids[:, period:] == ids[:, :-period]) & real[:, :-period]).sum(axis=1)
-        suspect |= 2 * (repeated + period) > lengths
-    for row in np.flatnonzero(suspect):  # enough ids repeat; only now is it worth asking whether in one stretch
-        suspect[row] = is_degenerate(ids[row, real[row]])
-    return suspect
-
-
-def _longest_stretch(holds: NDArray[np.bool_]) -> int:
-    """Length of the longest unbroken stretch of True."""
-    breaks = np.flatnonzero(~np.concatenate(([False], holds, [False])))
-    return int(np.diff(breaks).max()) - 1
+        repeats = (ids[:, period:] == ids[:, :-period]) & real[:, :-period]
+        # Most rows repeat too few ids, wherever they are; only in the others it matters whether in one stretch.
+        rows = np.flatnonzero((2 * (repeats.sum(axis=1) + period) > lengths) & (lengths >= 2 * MAX_CYCLE))
+        place = np.arange(1, repeats.shape[1] + 1)
+        last_break = np.maximum.accumulate(np.where(repeats[rows], 0, place), axis=1)
+        stretch = (place - last_break).max(axis=1, initial=0)
+        found[rows] |= (stretch >= period) & (2 * (stretch + period) > lengths[rows])
+    return found

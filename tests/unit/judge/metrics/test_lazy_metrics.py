@@ -15,7 +15,7 @@ from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
 from spdbench.judge.metrics import stats
 from spdbench.judge.metrics.metrics import Metrics
-from spdbench.judge.metrics.steps import percentiles_by_run, weighted_percentiles
+from spdbench.judge.metrics.steps import percentiles
 from spdbench.judge.results.schema import BackendRecord, Run
 from spdbench.judge.results.table import degenerate, is_degenerate, join_tables, table_from
 from tests.builders import (
@@ -102,10 +102,11 @@ def test_percentiles_of_many_runs_are_those_of_each(runs: list[list[tuple[int, i
     pairs = [np.array(run, dtype=np.int64).reshape(-1, 2) for run in runs]
     together = np.concatenate([np.empty((0, 2), dtype=np.int64), *pairs])
     counts = np.array([len(run) for run in runs], dtype=np.int64)
-    found = percentiles_by_run(together[:, 0].astype(np.float64), together[:, 1], counts, (50, 99))
+    found = percentiles(together[:, 0].astype(np.float64), together[:, 1], counts)
     for row, own in zip(found, pairs, strict=True):
-        expected = weighted_percentiles(own[:, 0].astype(np.float64), own[:, 1], (50, 99))
-        assert np.isnan(row).all() if expected is None else row.tolist() == list(expected)
+        [alone] = percentiles(own[:, 0].astype(np.float64), own[:, 1], [len(own)])
+        assert np.array_equal(row, alone, equal_nan=True)
+        assert np.isnan(row).all() == (not len(own))
 
 
 def test_remembered_draws_are_those_that_would_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spdbench.judge.metrics.steps import token_intervals, weighted_percentiles
+from spdbench.judge.metrics.steps import percentiles, token_intervals
 from spdbench.judge.results.schema import BackendRecord, Run
 from spdbench.judge.results.table import table_from
 from tests.builders import (
@@ -241,7 +241,7 @@ def test_weighted_percentiles_are_numpys_on_the_repeated_values(pairs: list[tupl
     values, weights = np.array([pair[0] for pair in pairs], dtype=np.float64), np.array([pair[1] for pair in pairs])
     repeated = np.sort(np.repeat(values, weights))
     expected = [repeated[-(-percent * len(repeated) // 100) - 1] for percent in (50, 95, 99)]
-    assert weighted_percentiles(values, weights, (50, 95, 99)) == tuple(expected)
+    assert percentiles(values, weights, [len(pairs)]).tolist() == [expected]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))

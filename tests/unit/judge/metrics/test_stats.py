@@ -74,7 +74,7 @@ def test_one_conversation_has_no_interval() -> None:
 
 
 def test_nothing_but_nan_has_no_interval() -> None:
-    assert stats.percentile_interval(np.full(10, np.nan)) is None
+    assert stats.percentile_interval(np.full(10, np.nan), 8) is None
 
 
 @pytest.mark.parametrize(("num_conversations", "num_repeats"), [(80, 3), (10_000, 1)])
