@@ -112,16 +112,16 @@ def _drafter(row: Row) -> str:
 
 
 def _speedup(row: Row) -> str:
-    speedup = row.speedup
+    value, interval = row.metrics["speedup"], row.metrics["speedup_ci"]
     if row.is_baseline:
         return "baseline"
-    if speedup is None or speedup.value is None:
+    if value is None:
         return EMPTY
-    if speedup.interval is None:
-        return f"{speedup.value:.2f}\n(no interval)"
-    if not speedup.difference_shown:
+    if interval is None:
+        return f"{value:.2f}\n(no interval)"
+    if not row.difference_shown:
         return "no difference\nshown"
-    return f"{speedup.value:.2f}\n[{speedup.interval[0]:.2f}, {speedup.interval[1]:.2f}]"
+    return f"{value:.2f}\n[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def share(value: float | None) -> str:

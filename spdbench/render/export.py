@@ -44,12 +44,8 @@ def _row(row: Row) -> dict[str, Any]:
         "is_baseline": row.is_baseline,
         "best": row.best,
         "disqualified": row.disqualified,
-        "difference_shown": row.speedup.difference_shown if row.speedup else None,
-        "outputs": (
-            {"num_compared": row.outputs.num_compared, "num_identical": row.outputs.num_identical}
-            if row.outputs
-            else None
-        ),
+        "difference_shown": row.difference_shown,
+        "outputs": row.outputs and row.outputs._asdict(),
         "divergence": head.divergence.model_dump() if head.divergence else None,
         "flags": [flag.model_dump() for flag in row.flags],
         "metrics": dict(row.metrics),
@@ -92,7 +88,7 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
         "best": row.best,
         "disqualified": row.disqualified,
         "flags": ";".join(flag.name for flag in row.flags),
-        "difference_shown": row.speedup.difference_shown if row.speedup else None,
+        "difference_shown": row.difference_shown,
         "outputs_compared": row.outputs.num_compared if row.outputs else None,
         "outputs_identical": row.outputs.num_identical if row.outputs else None,
     }

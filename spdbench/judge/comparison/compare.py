@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spdbench.errors import InputError, NotComparableError, did_you_mean
-from spdbench.judge.comparison.pairing import Outputs, Pair, Speedup, differences, machine, pair, workload
+from spdbench.judge.comparison.pairing import Outputs, Pair, differences, machine, pair, workload
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, make_flag, noisy
@@ -33,7 +33,6 @@ class Row:
     category: str | None
     head: Result
     metrics: Mapping[str, Any]
-    speedup: Speedup | None
     outputs: Outputs | None
     flags: tuple[Flag, ...]
     is_baseline: bool
@@ -42,6 +41,12 @@ class Row:
     @property
     def disqualified(self) -> bool:
         return disqualifies(self.flags)
+
+    @property
+    def difference_shown(self) -> bool | None:
+        """False if the interval of the speed-up holds 1.0; None without an interval."""
+        interval = self.metrics["speedup_ci"]
+        return None if interval is None else not interval[0] <= 1.0 <= interval[1]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Table:
     baseline: str | None
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
-    dialects: tuple[str, ...] = ()
+    dialects: tuple[str, ...]
 
 
 def compare(
@@ -80,18 +85,7 @@ def compare(
     for result in results:
         groups.setdefault(workload(result.head) + machine(result.head), []).append(result)
     shown = _without_shown_baseline(list(groups.values()), baseline)
-    tables = [_table(group, _choose(group, baseline), by_category) for group in shown]
-    return [_in_dialects(table, tuple(dialects)) for table in tables] if dialects else tables
-
-
-def _in_dialects(table: Table, dialects: tuple[str, ...]) -> Table:
-    """The same table with acceptance lengths in `dialects` among its rows' metrics."""
-    names = [metric_name(dialect) for dialect in dialects]
-    rows = []
-    for row in table.rows:
-        asked = {name: row.metrics[name] for name in names}
-        rows.append(replace(row, metrics=ChainMap(asked, cast("dict[str, Any]", row.metrics))))
-    return replace(table, rows=tuple(rows), dialects=dialects)
+    return [_table(group, _choose(group, baseline), tuple(dialects), by_category=by_category) for group in shown]
 
 
 def _without_shown_baseline(
@@ -149,7 +143,9 @@ def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) 
     return next((result for result in group if result.label == baseline), None)
 
 
-def _table(group: list[LoadedResult], baseline: LoadedResult | None, by_category: bool) -> Table:
+def _table(
+    group: list[LoadedResult], baseline: LoadedResult | None, dialects: tuple[str, ...], *, by_category: bool
+) -> Table:
     members = group if baseline is None or baseline in group else [baseline, *group]
     names = _names(members)
     rows: list[Row] = []
@@ -161,13 +157,13 @@ def _table(group: list[LoadedResult], baseline: LoadedResult | None, by_category
         notes += _run_notes(result, name, pairing)
     for category in _categories(members) if by_category else [None]:
         found = [
-            _row(result, name, category, pairing, is_baseline=result is baseline)
+            _row(result, name, category, pairing, dialects, is_baseline=result is baseline)
             for result, name, pairing in zip(members, names, pairings, strict=True)
             if category is None or category in result.by_category
         ]
         rows += _mark_best(found)
     label = None if baseline is None else names[members.index(baseline)]
-    return Table(group[0].head, label, tuple(rows), tuple(notes))
+    return Table(group[0].head, label, tuple(rows), tuple(notes), dialects)
 
 
 def _categories(members: Sequence[LoadedResult]) -> list[str | None]:
@@ -207,36 +203,34 @@ def _run_notes(result: LoadedResult, name: str, pairing: Pair | None) -> Iterato
         yield f"{name}: {paired}; {pairing.num_dropped} without a partner are left out of the speed-up."
 
 
-def _row(result: LoadedResult, name: str, category: str | None, pairing: Pair | None, *, is_baseline: bool) -> Row:
+def _row(
+    result: LoadedResult,
+    name: str,
+    category: str | None,
+    pairing: Pair | None,
+    dialects: Sequence[str],
+    *,
+    is_baseline: bool,
+) -> Row:
     measured = (result if category is None else result.part(category)).metrics
-    speedup = Speedup(1.0, None, measured["num_runs"]) if is_baseline else None
-    outputs = None
-    if pairing is not None:
-        part = pairing if category is None else pairing.part(category)
-        speedup = part.speedup()
-        outputs = part.outputs() if _ids_compare(pairing) else None
-    compared = _speedup_metrics(speedup, None if result.devices is None else result.head.backend.num_devices)
-    compared["num_dropped"] = pairing.num_dropped if pairing and category is None else None
-    flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
-    if speedup and interval_is_noisy(speedup.value, speedup.interval) and all(flag.name != "noisy" for flag in flags):
-        flags.append(noisy("the speed-up", speedup.value or 0.0, speedup.interval or ()))
-    metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
-    return Row(name, result.file, category, result.head, metrics, speedup, outputs, tuple(flags), is_baseline)
-
-
-def _speedup_metrics(speedup: Speedup | None, num_devices: int | None) -> dict[str, Any]:
-    """`speedup` and `speedup_per_device` with their intervals; None without a baseline, or a number of devices."""
-    value = speedup.value if speedup else None
-    interval = speedup.interval if speedup else None
-    return {
+    part = pairing if pairing is None or category is None else pairing.part(category)
+    value, interval = part.speedup() if part else (1.0 if is_baseline else None, None)
+    devices = None if result.devices is None else result.head.backend.num_devices
+    compared = {
         "speedup": value,
-        "speedup_ci": None if interval is None else list(interval),
-        "speedup_per_device": None if value is None or not num_devices else value / num_devices,
-        "speedup_per_device_ci": (
-            None if interval is None or not num_devices else [bound / num_devices for bound in interval]
-        ),
-        "num_paired": speedup.num_paired if speedup else None,
+        "speedup_ci": interval and list(interval),
+        "speedup_per_device": value / devices if value is not None and devices else None,
+        "speedup_per_device_ci": [bound / devices for bound in interval] if interval and devices else None,
+        "num_paired": len(part.keys) if part else measured["num_runs"] if is_baseline else None,
+        "num_dropped": pairing.num_dropped if pairing and category is None else None,
     }
+    compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}
+    flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
+    if value and interval and interval_is_noisy(value, interval) and all(flag.name != "noisy" for flag in flags):
+        flags.append(noisy("the speed-up", value, interval))
+    metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
+    outputs = part.outputs() if part and _ids_compare(part) else None
+    return Row(name, result.file, category, result.head, metrics, outputs, tuple(flags), is_baseline)
 
 
 def _ids_compare(pairing: Pair) -> bool:
@@ -267,7 +261,7 @@ def _pair_flags(pairing: Pair) -> Iterator[Flag]:
 
 def _mark_best(rows: Sequence[Row]) -> list[Row]:
     """Marks the largest speed-up whose interval lies above 1, unless disqualified. Often there is none."""
-    fit = [row for row in rows if row.speedup and row.speedup.difference_shown and not row.disqualified]
+    fit = [row for row in rows if row.difference_shown and not row.disqualified]
     best = max(fit, key=lambda row: row.metrics["speedup"], default=None)
     if best is None or best.metrics["speedup"] <= 1:
         return list(rows)

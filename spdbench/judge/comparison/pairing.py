@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
@@ -38,13 +39,12 @@ def differences(base: Result, candidate: Result) -> list[str]:
             [head.suite.sha256 for head in heads],
         ),
         ("model", [head.model.id for head in heads], [head.model.sha256 for head in heads]),
+        ("dtype", [head.model.dtype for head in heads], ["", ""]),
     ):
         if values[0] != values[1]:
             found.append(f"{name} ({values[0]}, not {values[1]})")
         elif hashes[0] != hashes[1]:
             found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
-    if base.model.dtype != candidate.model.dtype:
-        found.append(f"dtype ({base.model.dtype}, not {candidate.model.dtype})")
     if base.model.template_args != candidate.model.template_args:
         given = [", ".join(f"{key}={value}" for key, value in head.model.template_args.items()) for head in heads]
         found.append(f"--template-arg ({given[0] or 'none'}, not {given[1] or 'none'})")
@@ -54,24 +54,7 @@ def differences(base: Result, candidate: Result) -> list[str]:
     return [*found, f"decoding ({', '.join(changed)})"] if changed else found
 
 
-@dataclass(frozen=True)
-class Speedup:
-    """Ratio of decode tokens/s to the baseline's over `num_paired` runs; the interval is None if there is none."""
-
-    value: float | None
-    interval: tuple[float, float] | None
-    num_paired: int
-
-    @property
-    def difference_shown(self) -> bool | None:
-        """False if the interval holds 1.0; None without an interval."""
-        if self.interval is None:
-            return None
-        return not self.interval[0] <= 1.0 <= self.interval[1]
-
-
-@dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """How many of `num_compared` runs gave the baseline's ids, token for token."""
 
     num_compared: int
@@ -126,14 +109,13 @@ class Pair:
         first_turn = min((turn for _, turn, _ in both), default=0)
         return bool(old and new) and (not paired or any(key[1] == first_turn for key in both - paired))
 
-    def speedup(self) -> Speedup:
-        """The candidate's speed-up."""
+    def speedup(self) -> tuple[float | None, stats.Interval | None]:
+        """Ratio of the candidate's decode tokens/s to the baseline's, and its 95 % interval; None where it has none."""
         sides = self.baseline.runs.rates(self.keys), self.candidate.runs.rates(self.keys)
         (base_tokens, base_s), (tokens, seconds) = (side.sum(axis=0) for side in sides)
         if not (base_tokens and base_s and tokens and seconds):
-            return Speedup(None, None, len(self.keys))
-        interval = stats.ratio_interval(self.keys, *sides)
-        return Speedup(float(tokens / seconds / (base_tokens / base_s)), interval, len(self.keys))
+            return None, None
+        return float(tokens / seconds / (base_tokens / base_s)), stats.ratio_interval(self.keys, *sides)
 
     def outputs(self) -> Outputs:
         return Outputs(len(self.keys), len(self.keys) - len(self.with_other_ids))

@@ -1,6 +1,6 @@
 """New results in, a judgement of each label out: is it still what the baseline says.
 
-`counterpart.py` says which results are compared; `completeness.py`, `exact.py` and `timing.py` what is asked of them.
+`counterpart.py` says which results are compared and whether they are complete, `exact.py` and `timing.py` judge them.
 The findings over all prompts decide; those of categories say where a difference comes from.
 """
 
@@ -12,8 +12,7 @@ from functools import partial
 
 from spdbench.judge.comparison.pairing import Pair, machine, pair, same_machine, workload
 from spdbench.judge.gate.calibration import Calibration, Threshold
-from spdbench.judge.gate.completeness import complete
-from spdbench.judge.gate.counterpart import counterparts, missing, reference
+from spdbench.judge.gate.counterpart import complete, counterparts, missing, reference
 from spdbench.judge.gate.exact import exact
 from spdbench.judge.gate.timing import SPEED, SPEEDUP, Comparison, timing
 from spdbench.judge.gate.verdict import Finding, Gate, Judgement
@@ -152,14 +151,14 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
     old, new = case.pair.baseline.head, case.pair.candidate.head
     if old.backend.name != new.backend.name:
         yield f"the label is {new.backend.name} now and was {old.backend.name}"
-    for name in sorted(old.backend.options.keys() | new.backend.options.keys()):
-        values = [head.backend.options.get(name) for head in (old, new)]
-        if values[0] != values[1]:
-            yield f"option {name} is {values[1]} now and was {values[0]}"
-    for name in sorted(old.backend.chosen.keys() & new.backend.chosen.keys()):
-        values = [head.backend.chosen[name] for head in (old, new)]
-        if values[0] != values[1]:
-            yield f"it chose {name} {values[1]} for itself, and {values[0]} before; set what it is to use with -o"
+    was, options = old.backend.options, new.backend.options
+    for name in sorted(was.keys() | options.keys()):
+        if was.get(name) != options.get(name):
+            yield f"option {name} is {options.get(name)} now and was {was.get(name)}"
+    before, chosen = old.backend.chosen, new.backend.chosen
+    for name in sorted(before.keys() & chosen.keys()):
+        if before[name] != chosen[name]:
+            yield f"it chose {name} {chosen[name]} for itself, and {before[name]} before; set what it is to use with -o"
     drafters = [head.drafter and (head.drafter.id, head.drafter.sha256) for head in (old, new)]
     if drafters[0] != drafters[1]:
         yield "it has another drafter than the baseline"

@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge.comparison.pairing import Pair, same_machine
 from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.schema import Result, RunKey
 
@@ -63,19 +64,19 @@ def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_al
     if not keys:
         return
     near = [[each for each in comparisons if _other_machine(each.pair) is None] for comparisons in news]
-    used = [[each for each in comparisons if set(each.pair.keys) >= set(keys)] for comparisons in near]
-    used = [comparisons for comparisons in used if comparisons]
-    held = [[each for each in comparisons if each.plain is not None] for comparisons in used]
-    held = [comparisons for comparisons in held if comparisons]
+    used = [full for some in near if (full := [each for each in some if set(each.pair.keys) >= set(keys)])]
+    held = [over for some in used if (over := [each for each in some if each.plain is not None])]
     if not used:
         metric = SPEED if all(each.plain is None for each in first) else SPEEDUP
         why = "no baseline of this machine has all the prompts" if near[0] else _other_machine(first[0].pair)
         yield Finding("timing", metric, "not comparable", why or "")
         return
     if held:
-        yield _speedup(held, allowed(SPEEDUP, len(held), len(held[0])))
-    pairs = [[each.pair for each in comparisons] for comparisons in used]
-    yield _speed(pairs, allowed(SPEED, len(pairs), len(pairs[0])), decides=not held and decides_alone)
+        plain = [[each.plain for each in comparisons if each.plain is not None] for comparisons in held]
+        own = [[each.pair for each in comparisons] for comparisons in held]
+        yield _finding(SPEEDUP, [plain, own], allowed(SPEEDUP, len(held), len(held[0])), decides=True)
+    own = [[each.pair for each in comparisons] for comparisons in used]
+    yield _finding(SPEED, [own], allowed(SPEED, len(used), len(used[0])), decides=not held and decides_alone)
 
 
 def _other_machine(pair: Pair) -> str | None:
@@ -95,16 +96,39 @@ def _machine_name(head: Result) -> str:
     return str(head.environment.get("fingerprint") or "unknown")[:8]
 
 
-def _speedup(news: Sequence[Sequence[Comparison]], allowed: float) -> Finding:
-    own = [[each.pair for each in comparisons] for comparisons in news]
-    plain = [[each.plain for each in comparisons if each.plain is not None] for comparisons in news]
-    keys = _shared_keys([*own, *plain])
-    plain_before, plain_now = _before(plain[0], keys), _now(plain, keys)
-    own_before, own_now = _before(own[0], keys), _now(own, keys)
-    interval = stats.ratio_interval(keys, plain_before, own_before, plain_now, own_now)
-    before, now = _ratio(plain_before, own_before), _ratio(plain_now, own_now)
-    found = _judged(SPEEDUP, before, now, interval, allowed, decides=True)
-    return _unless_the_machine_changed(found, _rate(plain_before), _rate(plain_now))
+def _finding(metric: str, sides: Sequence[Sequence[Sequence[Pair]]], allowed: float, *, decides: bool) -> Finding:
+    """`sides` are the label's own pairs, by new result and then by baseline; for a speed-up after plain decoding's."""
+    shared = set.intersection(*(set(each.keys) for news in sides for pairs in news for each in pairs))
+    keys = [key for key in sides[-1][0][0].keys if key in shared]
+    before = [_added_up([each.baseline for each in news[0]], keys) for news in sides]
+    now = [_added_up([pairs[0].candidate for pairs in news], keys) for news in sides]
+    interval = stats.ratio_interval(keys, *before, *now)
+    was, is_now = (_speed_of(columns) for columns in (before, now))
+    change = None if was is None or is_now is None else is_now / was
+    verdict, reason = decide(change, interval, allowed)
+    found = Finding("timing", metric, verdict, reason, was, is_now, change, interval, allowed, decides=decides)
+    return found if len(sides) == 1 else _unless_the_machine_changed(found, _rate(before[0]), _rate(now[0]))
+
+
+def _added_up(results: Sequence[LoadedResult], keys: Sequence[RunKey]) -> NDArray[np.float64]:
+    """Decode tokens and seconds of each run, added up over `results`: [keys, 2]."""
+    total: NDArray[np.float64] = np.sum([each.runs.rates(keys) for each in results], axis=0)
+    return total
+
+
+def _speed_of(sides: Sequence[NDArray[np.float64]]) -> float | None:
+    """Tokens/s of the one side; of two, how many times as fast the second is as the first. None where a side has no
+    tokens or no time."""
+    rates = [rate for side in sides if (rate := _rate(side)) is not None]
+    if len(rates) < len(sides):
+        return None
+    return rates[0] if len(rates) == 1 else rates[1] / rates[0]
+
+
+def _rate(columns: NDArray[np.float64]) -> float | None:
+    """Ratio of the sums of two columns; None where it has none."""
+    tokens, seconds = columns.sum(axis=0)
+    return float(tokens / seconds) if tokens and seconds else None
 
 
 def _unless_the_machine_changed(found: Finding, before: float | None, now: float | None) -> Finding:
@@ -118,56 +142,6 @@ def _unless_the_machine_changed(found: Finding, before: float | None, now: float
         "measure again when it is as it was, or the baseline anew"
     )
     return replace(found, verdict="inconclusive", reason=reason)
-
-
-def _speed(news: Sequence[Sequence[Pair]], allowed: float, *, decides: bool) -> Finding:
-    keys = _shared_keys(news)
-    before, now = _before(news[0], keys), _now(news, keys)
-    interval = stats.ratio_interval(keys, before, now)
-    return _judged(SPEED, _rate(before), _rate(now), interval, allowed, decides=decides)
-
-
-def _shared_keys(news: Sequence[Sequence[Pair]]) -> list[RunKey]:
-    shared = set.intersection(*(set(each.keys) for pairs in news for each in pairs))
-    return [key for key in news[0][0].keys if key in shared]
-
-
-def _before(pairs: Sequence[Pair], keys: Sequence[RunKey]) -> NDArray[np.float64]:
-    """Decode tokens and seconds of each run, added up over the baselines: [keys, 2]."""
-    total: NDArray[np.float64] = np.sum([each.baseline.runs.rates(keys) for each in pairs], axis=0)
-    return total
-
-
-def _now(news: Sequence[Sequence[Pair]], keys: Sequence[RunKey]) -> NDArray[np.float64]:
-    """The same, added up over the new results."""
-    total: NDArray[np.float64] = np.sum([pairs[0].candidate.runs.rates(keys) for pairs in news], axis=0)
-    return total
-
-
-def _rate(columns: NDArray[np.float64]) -> float | None:
-    """Ratio of the sums of two columns; None where it has none."""
-    tokens, seconds = columns.sum(axis=0)
-    return float(tokens / seconds) if tokens and seconds else None
-
-
-def _ratio(plain: NDArray[np.float64], own: NDArray[np.float64]) -> float | None:
-    """The speed-up."""
-    reference, rate = _rate(plain), _rate(own)
-    return None if reference is None or rate is None else rate / reference
-
-
-def _judged(
-    metric: str,
-    before: float | None,
-    now: float | None,
-    interval: stats.Interval | None,
-    allowed: float,
-    *,
-    decides: bool,
-) -> Finding:
-    change = None if before is None or now is None else now / before
-    verdict, reason = decide(change, interval, allowed)
-    return Finding("timing", metric, verdict, reason, before, now, change, interval, allowed, decides=decides)
 
 
 def decide(change: float | None, interval: stats.Interval | None, allowed: float) -> tuple[Verdict, str]:

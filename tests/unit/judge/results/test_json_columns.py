@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdbench.judge.results.json_columns import NotPlain, floats, integers
+from spdbench.judge.results.reader import NotPlain, floats, integers
 
 COUNTS = st.lists(st.lists(st.one_of(st.integers(0, 9), st.integers(0, 10**6)), max_size=6), max_size=6)
 

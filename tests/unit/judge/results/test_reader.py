@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from spdbench.errors import InputError
 from spdbench.judge.loaded import read_results
 from spdbench.judge.results import reader, table
-from spdbench.judge.results.json_columns import NotPlain
-from spdbench.judge.results.reader import read_lines, read_plain, read_runs, reread
+from spdbench.judge.results.reader import NotPlain, read_lines, read_plain, read_runs, reread
 from spdbench.judge.results.schema import Result, Run, read_result
 from spdbench.judge.results.table import table_from
 from tests.builders import (
