@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import Console, JustifyMethod, RenderableType
-from rich.table import Table as RichTable
+from rich.console import Console, RenderableType
 from rich.text import Text
-from tabulate import tabulate
 
 from spdbench.judge.comparison.pairing import workload
 from spdbench.judge.gate.calibration import Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
-from spdbench.render.columns import EMPTY, bullet, capture, decoding, pipe_escape
+from spdbench.render.columns import EMPTY, bullet, capture, decoding, markdown, pipe_escape, plain_grid, tabulated
 
 NAMES = {
     "failed_runs": "failed runs",
@@ -39,6 +37,7 @@ STYLES: dict[Verdict, str] = {
     "improved": "green",
     "pass": "",
 }
+NUMERIC = frozenset({"before", "now", "change"})
 IN_BRACKETS = "A verdict in brackets informs and does not decide."
 CHANGES = "change: now over before, with its 95 % interval (paired bootstrap over prompts) where it is of times."
 
@@ -46,8 +45,15 @@ CHANGES = "change: now over before, with its 95 % interval (paired bootstrap ove
 def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
     """A table for each suite, model, dtype and decoding, then what is wrong, then the verdict of all."""
     parts: list[RenderableType] = []
-    for group in _groups(judgements):
-        parts += [Text(_title(group), style="bold"), _table(group), *map(bullet, _lines(group)), ""]
+    for section in _sections(judgements):
+        grid = plain_grid([(header, header in NUMERIC) for header in section.headers])
+        for column in grid.columns:
+            column.overflow, column.no_wrap = "fold", column.header in ("metric", "verdict")
+        for rows in section.rows:
+            for cells, style in rows:
+                grid.add_row(*(Text(cell, style=style) for cell in cells))
+            grid.add_section()
+        parts += [Text(section.title, style="bold"), grid, *map(bullet, section.notes), ""]
     verdict = Text(_summary(judgements), style=STYLES[verdict_of(judgements)])
     return capture(console, *parts, verdict)
 
@@ -55,26 +61,16 @@ def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
 def to_markdown(judgements: Sequence[Judgement]) -> str:
     """The same for a page, the verdict first."""
     parts = [f"### spdbench check: {pipe_escape(_summary(judgements))}", ""]
-    for group in _groups(judgements):
-        cells = [[pipe_escape(cell) for cell in row] for row in _cells(group)]
-        aligns = ["right" if name in NUMERIC else "left" for name in _headers(group)]
-        grid = tabulate(cells, _headers(group), tablefmt="pipe", disable_numparse=True, colalign=aligns)
-        parts += [
-            f"**{pipe_escape(_title(group))}**",
-            "",
-            grid,
-            "",
-            *(f"- {pipe_escape(line)}" for line in _lines(group)),
-            "",
-        ]
+    for section in _sections(judgements):
+        cells = [[pipe_escape(cell) for cell in row] for rows in section.rows for row, _ in rows]
+        grid = tabulated(section.headers, cells, [header in NUMERIC for header in section.headers], "pipe")
+        parts.append(markdown(pipe_escape(section.title), grid, map(pipe_escape, section.notes)))
     return "\n".join(parts)
 
 
 def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
     """A row for each metric of each label, and one number for all of them."""
-    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for header in ("label", "metric", "runs", "apart", "max slowdown"):
-        grid.add_column(header, justify="left" if header in ("label", "metric") else "right")
+    grid = plain_grid([("label", False), ("metric", False), ("runs", True), ("apart", True), ("max slowdown", True)])
     for each in calibration.thresholds:
         numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
         grid.add_row(each.label, NAMES[each.metric], *numbers)
@@ -92,16 +88,32 @@ def percent(share: float) -> str:
     return f"{-(-share * 1000 // 1) / 10:g}%"
 
 
-def _groups(judgements: Sequence[Judgement]) -> list[list[Judgement]]:
+@dataclass(frozen=True)
+class _Section:
+    """What is shown of one suite, model, dtype and decoding: for each judgement rows of cells, each with a style."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[tuple[list[str], str]]]
+    notes: list[str]
+
+
+def _sections(judgements: Sequence[Judgement]) -> Iterator[_Section]:
     groups: dict[str, list[Judgement]] = {}
     for each in judgements:
         groups.setdefault(workload(each.head), []).append(each)
-    return list(groups.values())
-
-
-def _title(group: Sequence[Judgement]) -> str:
-    head = group[0].head
-    return f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype} | {decoding(head.decoding)}"
+    for group in groups.values():
+        head = group[0].head
+        where = f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype}"
+        shown = [(each, name, list(_shown(each))) for each, name in zip(group, names(group), strict=True)]
+        by_category = any(finding.category is not None for each in group for finding in each.findings)
+        category = ["category"] * by_category
+        yield _Section(
+            f"{where} | {decoding(head.decoding)}",
+            ["label", *category, "metric", "before", "now", "change", "verdict"],
+            [list(_rows(name, findings, by_category=by_category)) for _, name, findings in shown],
+            list(_notes(shown)),
+        )
 
 
 def _summary(judgements: Sequence[Judgement]) -> str:
@@ -114,15 +126,6 @@ def _summary(judgements: Sequence[Judgement]) -> str:
 
 
 NUMERIC = frozenset({"before", "now", "change"})
-
-
-def _has_categories(group: Sequence[Judgement]) -> bool:
-    return any(finding.category is not None for each in group for finding in each.findings)
-
-
-def _headers(group: Sequence[Judgement]) -> list[str]:
-    category = ["category"] if _has_categories(group) else []
-    return ["label", *category, "metric", "before", "now", "change", "verdict"]
 
 
 def _shown(judgement: Judgement) -> Iterator[Finding]:
@@ -155,19 +158,12 @@ def _apart(files: Sequence[str]) -> dict[str, str]:
     return {file: stem[len(shared + separator) :] for file, stem in zip(files, stems, strict=True)}
 
 
-def _cells(group: Sequence[Judgement]) -> list[list[str]]:
-    with_categories = _has_categories(group)
-    rows = []
-    for each, name in zip(group, names(group), strict=True):
-        for number, finding in enumerate(_shown(each)):
-            category = [finding.category or "all"] if with_categories else []
-            rows.append([name if number == 0 else "", *category, *_finding_cells(finding)])
-    return rows
-
-
-def _finding_cells(finding: Finding) -> list[str]:
-    verdict = finding.verdict if finding.decides else f"({finding.verdict})"
-    return [NAMES[finding.metric], _number(finding.before), _number(finding.now), _change(finding), verdict]
+def _rows(name: str, findings: Sequence[Finding], *, by_category: bool) -> Iterator[tuple[list[str], str]]:
+    for number, finding in enumerate(findings):
+        category = [finding.category or "all"] * by_category
+        values = NAMES[finding.metric], _number(finding.before), _number(finding.now), _change(finding)
+        verdict = finding.verdict if finding.decides else f"({finding.verdict})"
+        yield [name if number == 0 else "", *category, *values, verdict], STYLES[finding.verdict]
 
 
 def _number(value: float | None) -> str:
@@ -184,30 +180,17 @@ def _change(finding: Finding) -> str:
     return f"{finding.change:.3f} [{finding.interval[0]:.3f}, {finding.interval[1]:.3f}]"
 
 
-def _table(group: Sequence[Judgement]) -> RichTable:
-    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for header in _headers(group):
-        justify: JustifyMethod = "right" if header in NUMERIC else "left"
-        grid.add_column(header, justify=justify, overflow="fold", no_wrap=header in ("metric", "verdict"))
-    rows = iter(_cells(group))
-    for each in group:
-        for finding in _shown(each):
-            grid.add_row(*(Text(cell, style=STYLES[finding.verdict]) for cell in next(rows)))
-        grid.add_section()
-    return grid
-
-
-def _lines(group: Sequence[Judgement]) -> Iterator[str]:
-    """What is not a plain pass, in words; notes; how to read the table."""
-    for each, name in zip(group, names(group), strict=True):
-        for finding in _shown(each):
+def _notes(shown: Sequence[tuple[Judgement, str, Sequence[Finding]]]) -> Iterator[str]:
+    """What is not a plain pass, in words; notes; how to read the table. Each judgement with its name and findings."""
+    for _, name, findings in shown:
+        for finding in findings:
             if finding.verdict != "pass" and finding.category is None:
                 yield f"{name}, {NAMES[finding.metric]}: {finding.verdict}. {finding.reason}."
-    for note in dict.fromkeys(note for each in group for note in each.notes):
-        noted = [name for each, name in zip(group, names(group), strict=True) if note in each.notes]
+    for note in dict.fromkeys(note for each, _, _ in shown for note in each.notes):
+        noted = [name for each, name, _ in shown if note in each.notes]
         yield f"{', '.join(noted)}: {note}."
-    findings = [finding for each in group for finding in _shown(each)]
-    if any(finding.interval for finding in findings):
+    all_findings = [finding for _, _, findings in shown for finding in findings]
+    if any(finding.interval for finding in all_findings):
         yield CHANGES
-    if any(not finding.decides for finding in findings):
+    if any(not finding.decides for finding in all_findings):
         yield IN_BRACKETS

@@ -6,14 +6,17 @@ A line break in a cell is where it may be folded on a narrow terminal.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
+from rich.padding import PaddingDimensions
 from rich.table import Table as RichTable
 from rich.text import Text
+from tabulate import tabulate
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.dialects import metric_name
@@ -36,6 +39,24 @@ def bullet(line: str) -> RichTable:
     grid = RichTable.grid(padding=(0, 1, 0, 0))
     grid.add_row("-", Text(line))
     return grid
+
+
+def plain_grid(columns: Iterable[tuple[str, bool]] = (), padding: PaddingDimensions = (0, 1)) -> RichTable:
+    """An empty table without frame, with a column for each header; true for one of numbers."""
+    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=padding, header_style="bold")
+    for header, is_numeric in columns:
+        grid.add_column(header, justify="right" if is_numeric else "left")
+    return grid
+
+
+def tabulated(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Iterable[bool], form: str) -> str:
+    """`rows` of cells as tabulate prints them in `form`."""
+    aligns = ["right" if is_numeric else "left" for is_numeric in numeric]
+    return tabulate(rows, headers, tablefmt=form, disable_numparse=True, colalign=aligns)
+
+
+def markdown(title: str, grid: str, notes: Iterable[str]) -> str:
+    return "\n".join([f"**{title}**", "", grid, "", *(f"- {note}" for note in notes), ""])
 
 
 def pipe_escape(text: str) -> str:

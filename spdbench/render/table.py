@@ -9,20 +9,28 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal, get_args
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
-from tabulate import tabulate
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.render.columns import COLUMNS, Column, bullet, by_category, capture, columns_for, pipe_escape, titles
+from spdbench.render.columns import (
+    Column,
+    bullet,
+    by_category,
+    capture,
+    columns_for,
+    markdown,
+    pipe_escape,
+    plain_grid,
+    tabulated,
+    titles,
+)
 from spdbench.render.export import to_csv, to_json
 from spdbench.render.notes import notes
 
 Format = Literal["table", "github", "latex", "csv", "json"]
-LEFT_ALIGNED = {"category", *(column.header for column in COLUMNS if not column.numeric)}
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
@@ -75,9 +83,7 @@ def _width(grid: RichTable, console: Console) -> int:
 def _grid(table: Table, columns: Sequence[Column], *, folded: bool, gap: int) -> RichTable:
     """The table with columns as wide as their widest cell, which saves measuring every cell several times."""
     with_categories = by_category(table)
-    grid = RichTable(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0), header_style="bold"
-    )
+    grid = plain_grid(padding=(0, gap - 1, 0, 0))
     cells = [[_fold(column.cell(row), folded=folded) for row in table.rows] for column in columns]
     if with_categories:
         cells[0] += [row.category or "all" for row in table.rows]
@@ -103,29 +109,21 @@ def _style(row: Row) -> str:
     return "bold green" if row.best else "dim" if row.disqualified else ""
 
 
-def _cells(table: Table, escape: Callable[[str], str]) -> tuple[list[list[str]], list[str]]:
-    """Rows and headers of the table, each cell on one line."""
-    columns = columns_for(table)
-    rows = []
-    for row in table.rows:
-        cells = [escape(_fold(column.cell(row), folded=False)) for column in columns]
-        rows.append([escape(row.category or "all"), *cells] if by_category(table) else cells)
-    headers = [escape(_fold(column.header, folded=False)) for column in columns]
-    return rows, ["category", *headers] if by_category(table) else headers
-
-
 def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str) -> str:
-    rows, headers = _cells(table, escape)
-    aligns = ["left" if header in LEFT_ALIGNED else "right" for header in headers]
-    return tabulate(rows, headers, tablefmt=form, disable_numparse=True, colalign=aligns)
+    """The table with each cell on one line."""
+    columns = columns_for(table)
+    category = ["category"] * by_category(table)
+    rows = [
+        [escape(_fold(text, folded=False)) for text in ([row.category or "all"] * len(category) + cells)]
+        for row, cells in ((row, [column.cell(row) for column in columns]) for row in table.rows)
+    ]
+    headers = [*category, *(escape(_fold(column.header, folded=False)) for column in columns)]
+    return tabulated(headers, rows, [False] * len(category) + [column.numeric for column in columns], form)
 
 
 def _to_github(tables: Sequence[Table]) -> str:
-    parts = []
-    for table, heading in zip(tables, titles(tables), strict=True):
-        grid = _tabulate(table, "pipe", pipe_escape)
-        parts.append("\n".join([f"**{heading}**", "", grid, "", *(f"- {line}" for line in notes(table)), ""]))
-    return "\n".join(parts)
+    headed = zip(tables, titles(tables), strict=True)
+    return "\n".join(markdown(title, _tabulate(table, "pipe", pipe_escape), notes(table)) for table, title in headed)
 
 
 def _to_latex(tables: Sequence[Table]) -> str:
