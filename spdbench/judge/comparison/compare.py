@@ -146,7 +146,7 @@ def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) 
 def _table(
     group: list[LoadedResult], baseline: LoadedResult | None, dialects: tuple[str, ...], *, by_category: bool
 ) -> Table:
-    members = group if baseline is None or baseline in group else [baseline, *group]
+    members = group if baseline is None else [baseline, *(result for result in group if result is not baseline)]
     names = _names(members)
     rows: list[Row] = []
     notes = list(_naming_notes(members, names, baseline))
@@ -222,6 +222,7 @@ def _row(
         "speedup_per_device": value / devices if value is not None and devices else None,
         "speedup_per_device_ci": [bound / devices for bound in interval] if interval and devices else None,
         "num_paired": len(part.keys) if part else measured["num_runs"] if is_baseline else None,
+        "num_paired_prompts": part.num_prompts if part else measured["num_prompts"] if is_baseline else None,
         "num_dropped": pairing.num_dropped if pairing and category is None else None,
     }
     compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}

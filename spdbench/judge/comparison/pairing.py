@@ -96,6 +96,11 @@ class Pair:
         return same_machine(*self.heads) and len(kinds) <= 1
 
     @property
+    def num_prompts(self) -> int:
+        """Conversations with a run that pairs."""
+        return len({prompt for prompt, _, _ in self.keys})
+
+    @property
     def num_dropped(self) -> int:
         """Runs of either that did not fail and have no partner."""
         return len({*self.baseline.runs.answered, *self.candidate.runs.answered}) - len(self.keys)

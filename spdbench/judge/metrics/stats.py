@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
-from math import cos, pi, sin, sqrt, tan
+from math import ceil, cos, log, log1p, pi, sin, sqrt, tan
 from operator import iadd
 from statistics import NormalDist
 
@@ -42,6 +42,8 @@ MAX_DRAWS_REMEMBERED = 2_500_000
 MAX_DEGREES = 1_000
 """From here on t is the normal distribution to three digits."""
 HALVINGS = 60
+POWER = 0.8
+"""How often as many prompts as `prompts_to_show` says do show the difference."""
 
 Interval = tuple[float, float]
 
@@ -174,6 +176,30 @@ def ratio_interval(
     while len(rates) > 1:
         rates = [divide(second, first) for first, second in zip(rates[::2], rates[1::2], strict=True)]
     return percentile_interval(rates[0], num_conversations)
+
+
+def prompts_to_show(effect: float, interval: Interval, num: int) -> int:
+    """About how many conversations show a speed-up of 1 + `effect` by a 95 % interval above 1, four times in five.
+
+    `interval` is that of a speed-up over `num` conversations; its spread is taken as that of the population. On the log
+    scale its half-width is t(0.975; num - 1) sigma / sqrt(num), with sigma the standard deviation between conversations
+    (see `expanded_tail_percent`). With z = z(0.975) and delta = log(1 + effect) the number sought is
+
+        n = ((z + z(POWER)) sigma / delta)^2 + z^2 / 2
+
+    where the last term makes up for Student's t. It assumes the same number of repeats of each.
+
+    Source: W. Guenther, "Sample Size Formulas for Normal Theory T Tests", The American Statistician 35 (1981).
+
+    Raises:
+        ValueError: fewer than two conversations, or an interval that reaches 0.
+    """
+    if num < 2 or interval[0] <= 0:
+        raise ValueError("the spread of a speed-up takes two conversations and an interval above 0")
+    half_width = log(interval[1] / interval[0]) / 2
+    sigma = half_width * sqrt(num) / t_quantile(1 - TAIL_PERCENT / 100, num - 1)
+    z, z_power = (NormalDist().inv_cdf(share) for share in (1 - TAIL_PERCENT / 100, POWER))
+    return max(2, ceil(((z + z_power) * sigma / log1p(effect)) ** 2 + z**2 / 2))
 
 
 @lru_cache(maxsize=256)

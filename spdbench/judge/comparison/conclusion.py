@@ -1,0 +1,117 @@
+"""The answer of a comparison, label by label: does it pay, by how much, how sure is it, and what casts doubt on it.
+
+Data only; `render/notes.py` puts it into a sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.metrics.flags import DISQUALIFYING
+from spdbench.judge.metrics.stats import Interval, prompts_to_show
+
+Outcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
+"""`pays` and `slower`: the interval of the speed-up lies above 1, or below. `no interval`: a speed-up over one prompt.
+`no pair`: no run pairs with one of the baseline's. `no baseline`: the table has none."""
+EFFECT = 0.05
+"""The speed-up that `num_prompts_to_show` is about."""
+DOUBTS = frozenset({"few_prompts", "degenerate", "no_template"})
+"""Warnings that make a speed-up one of few prompts, or of answers that another user would not get."""
+
+
+@dataclass(frozen=True)
+class OwnDevices:
+    """What a pipeline's speed-up would be if each of its `num_stages` stages had a device like the baseline's.
+
+    `is_bound` if what a cycle costs besides its slowest stage was not measured, so that it is at most `speedup`.
+    """
+
+    speedup: float
+    num_stages: int
+    is_bound: bool
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a comparison says of one label over all its prompts.
+
+    `speedup` is relative to the table's baseline, with its 95 % `interval`, on the same `num_prompts` conversations.
+    `num_prompts_to_show` is the number that would show a speed-up of `EFFECT`, where no difference is shown.
+    `speedup_per_device` is None with one device. `disqualified_by` and `doubts` are names of the row's flags: the
+    former take it out of any ranking, the latter ask for caution.
+    """
+
+    label: str
+    outcome: Outcome
+    tokens_per_s: float | None
+    speedup: float | None
+    interval: Interval | None
+    num_prompts: int
+    num_prompts_to_show: int | None
+    num_devices: int
+    speedup_per_device: float | None
+    own_devices: OwnDevices | None
+    disqualified_by: tuple[str, ...]
+    doubts: tuple[str, ...]
+
+
+def conclusions(table: Table) -> tuple[Conclusion, ...]:
+    """One conclusion for each label of `table`, in its order."""
+    rows = [row for row in table.rows if row.category is None]
+    baseline = next((row for row in rows if row.is_baseline), None)
+    return tuple(_conclude(row, baseline) for row in rows)
+
+
+def _conclude(row: Row, baseline: Row | None) -> Conclusion:
+    metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
+    outcome, interval, num_prompts = _outcome(row, baseline), metrics["speedup_ci"], metrics["num_paired_prompts"] or 0
+    to_show = None
+    if outcome == "no difference shown" and interval[0] > 0:
+        to_show = prompts_to_show(EFFECT, tuple(interval), num_prompts)
+    devices = row.head.backend.num_devices
+    return Conclusion(
+        label=row.label,
+        outcome=outcome,
+        tokens_per_s=metrics["decode_tokens_per_s"],
+        speedup=metrics["speedup"],
+        interval=None if interval is None else (interval[0], interval[1]),
+        num_prompts=num_prompts,
+        num_prompts_to_show=to_show,
+        num_devices=devices,
+        speedup_per_device=metrics["speedup_per_device"] if devices > 1 else None,
+        own_devices=None if baseline is None or metrics["speedup"] is None else _own_devices(row, baseline),
+        disqualified_by=tuple(name for name in names if name in DISQUALIFYING),
+        doubts=tuple(name for name in names if name in DOUBTS),
+    )
+
+
+def _outcome(row: Row, baseline: Row | None) -> Outcome:
+    if row.is_baseline or baseline is None:
+        return "baseline" if row.is_baseline else "no baseline"
+    if row.metrics["speedup"] is None:
+        return "no pair"
+    if row.difference_shown is None:
+        return "no interval"
+    if not row.difference_shown:
+        return "no difference shown"
+    return "pays" if row.metrics["speedup"] > 1 else "slower"
+
+
+def _own_devices(row: Row, baseline: Row) -> OwnDevices | None:
+    """None unless the row is a pipeline whose stages shared devices.
+
+    A cycle then takes the baseline's time for a token x the heaviest stage's share of the target's bytes, and besides
+    what full cycles took here beyond their slowest stage (messages, a drafter that is late), by their recorded spans.
+    With c = tokens a cycle and `ideal_speedup` = c / share, the speed-up is 1 / (1 / ideal + besides / (c x time)).
+    Where stages ran ahead of the verdict, nothing is left besides, and the ideal is a bound.
+    """
+    backend, metrics = row.head.backend, row.metrics
+    ideal, token_s = metrics["ideal_speedup"], baseline.metrics["tpot_s"]
+    shares_devices = backend.kind == "pipeline" and backend.num_devices < backend.lanes
+    if row is baseline or not shares_devices or not (ideal and token_s):
+        return None
+    besides_s = max(0.0, metrics["control_s_per_cycle"] or 0.0)
+    speedup = 1 / (1 / ideal + besides_s / (metrics["tokens_per_cycle"] * token_s))
+    return OwnDevices(speedup, backend.lanes, is_bound=not besides_s)

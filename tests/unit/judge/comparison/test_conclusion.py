@@ -1,0 +1,165 @@
+"""What a comparison concludes of each label: does it pay, how many prompts would show more, what if it had devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.comparison.conclusion import Conclusion, conclusions
+from spdbench.judge.loaded import LoadedResult, load
+from spdbench.judge.metrics import stats
+from spdbench.judge.results.schema import FullCycles, Run
+from spdbench.types import BackendKind
+from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
+
+
+def result(kind: BackendKind, runs: Sequence[Run], drafter: Any = None, **backend: Any) -> LoadedResult:
+    made = make_result(list(runs), make_backend(kind, **backend), drafter=drafter)
+    return load(made, f"{made.backend.label}.json")
+
+
+def vanilla(num: int = 10, *step_ms: float) -> LoadedResult:
+    steps = step_ms or (20,)
+    return result("autoregressive", [decode(f"p{i}", steps[i % len(steps)]) for i in range(num)])
+
+
+def decode(prompt: str, step_ms: float) -> Run:
+    return make_run(vanilla_steps(9, step_ns=round(step_ms * MS)), prompt=prompt)
+
+
+def other(*step_ms: float, num: int = 10, **more: Any) -> LoadedResult:
+    """Plain decoding under another label, whose requests take turns at these times a token."""
+    runs = [decode(f"p{i}", step_ms[i % len(step_ms)]) for i in range(num)]
+    return result("autoregressive", runs, label="other", **more)
+
+
+def conclude(*results: LoadedResult) -> Conclusion:
+    """What is said of the last of `results`, with the first as baseline."""
+    [table] = compare(results, results[0])
+    return conclusions(table)[-1]
+
+
+def test_a_speedup_pays_if_its_interval_lies_above_one_and_not_if_below() -> None:
+    assert conclude(vanilla(), other(10, 11)).outcome == "pays"
+    assert conclude(vanilla(), other(40, 41)).outcome == "slower"
+    assert conclude(vanilla(), other(18, 22)).outcome == "no difference shown"
+
+
+def test_the_baseline_and_a_label_that_pairs_with_nothing_have_no_speedup_to_speak_of() -> None:
+    [table] = compare([vanilla(), other(10)], "vanilla")
+    base = conclusions(table)[0]
+    assert (base.outcome, base.num_prompts) == ("baseline", 10)
+    assert base.tokens_per_s == pytest.approx(50)
+    stranger = result("autoregressive", [decode("elsewhere", 10)], label="other")
+    assert conclude(vanilla(), stranger).outcome == "no pair"
+    [table] = compare([pipeline()])
+    assert conclusions(table)[0].outcome == "no baseline"
+
+
+def test_one_prompt_has_a_speedup_without_interval() -> None:
+    found = conclude(vanilla(1), other(10, num=1))
+    assert (found.outcome, found.interval) == ("no interval", None)
+    assert found.speedup == pytest.approx(2.0)
+
+
+def test_flags_disqualify_and_raise_doubts() -> None:
+    few = conclude(vanilla(4), other(10, num=4, lossy=True))
+    assert (few.disqualified_by, few.doubts) == (("lossy",), ("few_prompts",))
+    assert conclude(vanilla(), other(10)).doubts == ()
+
+
+def test_several_devices_have_their_share_of_the_speedup() -> None:
+    assert conclude(vanilla(), other(10)).speedup_per_device is None
+    assert conclude(vanilla(), other(10, num_devices=4)).speedup_per_device == pytest.approx(0.5)
+
+
+# How many prompts would show 5 %
+
+
+def experiment(rng: np.random.Generator, num: int, *, sigma: float, speedup: float) -> stats.Interval:
+    """The interval of a speed-up whose prompts differ by `sigma` on the log scale, with that mean."""
+    seconds = np.exp(rng.normal(-np.log(speedup) - sigma**2 / 2, sigma, num))
+    sides = np.ones((num, 2)), np.stack([np.ones(num), seconds], axis=1)
+    interval = stats.ratio_interval([(f"p{i}", 0, 0) for i in range(num)], *sides, resamples=400, seed=1)
+    assert interval is not None
+    return interval
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.1, 0.15])
+def test_as_many_prompts_as_it_says_show_the_difference_four_times_in_five(sigma: float) -> None:
+    rng = np.random.default_rng(3)
+    pilot = experiment(rng, 400, sigma=sigma, speedup=1.0)
+    num = stats.prompts_to_show(0.05, pilot, 400)
+    shown = np.mean([experiment(rng, num, sigma=sigma, speedup=1.05)[0] > 1 for _ in range(400)])
+    assert shown == pytest.approx(stats.POWER, abs=0.08)
+
+
+def test_the_number_follows_from_the_spread_and_not_from_how_many_were_measured() -> None:
+    rng = np.random.default_rng(5)
+    by_pilot = [
+        np.mean([stats.prompts_to_show(0.05, experiment(rng, n, sigma=0.1, speedup=1.0), n) for _ in range(100)])
+        for n in (10, 40, 160)
+    ]
+    assert max(by_pilot) / min(by_pilot) < 1.2
+    wide, narrow = (stats.prompts_to_show(0.05, interval, 20) for interval in ((0.9, 1.1), (0.95, 1.05)))
+    assert wide / narrow == pytest.approx(4, rel=0.2), "twice the spread takes four times the prompts"
+    assert stats.prompts_to_show(0.05, (1.0, 1.0), 20) == 2
+
+
+@pytest.mark.parametrize(("interval", "num"), [((0.9, 1.1), 1), ((0.0, 1.1), 8)])
+def test_without_a_spread_there_is_no_number(interval: stats.Interval, num: int) -> None:
+    with pytest.raises(ValueError, match="spread"):
+        stats.prompts_to_show(0.05, interval, num)
+
+
+def test_the_number_of_prompts_is_given_only_where_no_difference_is_shown() -> None:
+    assert conclude(vanilla(), other(10, 11)).num_prompts_to_show is None
+    found = conclude(vanilla(), other(18, 22)).num_prompts_to_show
+    assert found is not None
+    assert 10 < found < 100
+
+
+# If each stage had a device
+
+
+def pipeline(*, control_s: float | None = None, **backend: Any) -> LoadedResult:
+    """Three stages of which the last reads 80 of 200 MB; 0.8 tokens a cycle of 20 ms, as vanilla takes for a token."""
+    full = None if control_s is None else FullCycles(num=5, stage_s=5 * 0.02, wall_s=5 * (0.02 + control_s))
+    bubble = None if full is None else {"useful": 0.5, "fill": 0.5}
+    shares = bubble and dict.fromkeys(("wasted", "verify", "draft", "imbalance", "host", "unattributed"), 0.0) | bubble
+    steps = pipeline_steps([True] * 8, 3, step_ns=20 * MS)
+    runs = [make_run(steps, prompt=f"p{i}", bubble=shares, full_cycles=full) for i in range(10)]
+    return result("pipeline", runs, ORACLE, **backend)
+
+
+def test_with_a_device_a_stage_a_cycle_takes_the_heaviest_stages_share_of_a_token() -> None:
+    found = conclude(vanilla(), pipeline()).own_devices
+    assert found is not None
+    assert found.speedup == pytest.approx(0.8 / 0.4)
+    assert (found.num_stages, found.is_bound) == (3, True), "what a cycle takes besides was not recorded"
+
+
+def test_what_full_cycles_took_beyond_their_slowest_stage_stays() -> None:
+    found = conclude(vanilla(), pipeline(control_s=0.002)).own_devices
+    assert found is not None
+    assert found.speedup == pytest.approx(0.8 * 20 / (0.4 * 20 + 2))
+    assert not found.is_bound
+
+
+def test_stages_that_ran_ahead_of_the_verdict_leave_a_bound() -> None:
+    found = conclude(vanilla(), pipeline(control_s=-0.002)).own_devices
+    assert found is not None
+    assert found.speedup == pytest.approx(2.0)
+    assert found.is_bound
+
+
+def test_there_is_no_what_if_where_stages_have_devices_or_where_there_are_none() -> None:
+    assert conclude(vanilla(), pipeline(num_devices=3)).own_devices is None
+    tree = result("draft_verify", [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(10)])
+    assert conclude(vanilla(), tree).own_devices is None
+    [table] = compare([pipeline(), vanilla()], "spd")
+    assert conclusions(table)[0].own_devices is None, "it is the baseline"
