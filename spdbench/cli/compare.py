@@ -29,8 +29,11 @@ DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "eagle", "spd"
     type=click.Choice([*DIALECTS, "all"]),
     help="Acceptance length as others print it, or in all dialects side by side.",
 )
-def command(results: tuple[str, ...], baseline: str | None, by: str | None, form: Format, dialect: str | None) -> None:
-    """Compare results, in one table for each suite, model, dtype, decoding and machine.
+@click.option("--details", is_flag=True, help="All columns, what they mean, and why each flag was raised.")
+def command(
+    results: tuple[str, ...], baseline: str | None, by: str | None, form: Format, dialect: str | None, details: bool
+) -> None:
+    """Compare results: what each label gains, then a table for each suite, model, dtype, decoding and machine.
 
     RESULT is a result file, a pattern such as 'results/quick__*.json', or a folder of result files. Everything is
     computed anew from the runs in the files; no model is needed.
@@ -46,4 +49,4 @@ def command(results: tuple[str, ...], baseline: str | None, by: str | None, form
     chosen = None if baseline is None else find_baseline(baseline, loaded)
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
     tables = compare(loaded, chosen, by_category=by == "category", dialects=dialects)
-    write_stdout(render(tables, form, Console(file=sys.stdout)))
+    write_stdout(render(tables, form, Console(file=sys.stdout), details=details))

@@ -43,9 +43,11 @@ CHANGES = "change: now over before, with its 95 % interval (paired bootstrap ove
 
 
 def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
-    """A table for each suite, model, dtype and decoding, then what is wrong, then the verdict of all."""
-    parts: list[RenderableType] = []
-    for section in _sections(judgements):
+    """The verdict of all, one line for each label, then a table for each suite, model, dtype and decoding."""
+    sections = list(_sections(judgements))
+    parts: list[RenderableType] = [Text(_summary(judgements), style=STYLES[verdict_of(judgements)])]
+    parts += [bullet(line) for section in sections for line in section.answers]
+    for section in sections:
         grid = plain_grid([(header, header in NUMERIC) for header in section.headers])
         for column in grid.columns:
             column.overflow, column.no_wrap = "fold", column.header in ("metric", "verdict")
@@ -53,9 +55,8 @@ def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
             for cells, style in rows:
                 grid.add_row(*(Text(cell, style=style) for cell in cells))
             grid.add_section()
-        parts += [Text(section.title, style="bold"), grid, *map(bullet, section.notes), ""]
-    verdict = Text(_summary(judgements), style=STYLES[verdict_of(judgements)])
-    return capture(console, *parts, verdict)
+        parts += ["", Text(section.title, style="bold"), grid, *map(bullet, section.notes)]
+    return capture(console, *parts)
 
 
 def to_markdown(judgements: Sequence[Judgement]) -> str:
@@ -64,7 +65,8 @@ def to_markdown(judgements: Sequence[Judgement]) -> str:
     for section in _sections(judgements):
         cells = [[pipe_escape(cell) for cell in row] for rows in section.rows for row, _ in rows]
         grid = tabulated(section.headers, cells, [header in NUMERIC for header in section.headers], "pipe")
-        parts.append(markdown(pipe_escape(section.title), grid, map(pipe_escape, section.notes)))
+        lines = map(pipe_escape, [*section.answers, *section.notes])
+        parts.append(markdown(pipe_escape(section.title), grid, lines))
     return "\n".join(parts)
 
 
@@ -90,9 +92,10 @@ def percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class _Section:
-    """What is shown of one suite, model, dtype and decoding: for each judgement rows of cells, each with a style."""
+    """What is shown of one suite, model, dtype and decoding: by judgement a sentence, and rows of styled cells."""
 
     title: str
+    answers: list[str]
     headers: list[str]
     rows: list[list[tuple[list[str], str]]]
     notes: list[str]
@@ -110,6 +113,7 @@ def _sections(judgements: Sequence[Judgement]) -> Iterator[_Section]:
         category = ["category"] * by_category
         yield _Section(
             f"{where} | {decoding(head.decoding)}",
+            [_answer(each, name) for each, name, _ in shown],
             ["label", *category, "metric", "before", "now", "change", "verdict"],
             [list(_rows(name, findings, by_category=by_category)) for _, name, findings in shown],
             list(_notes(shown)),
@@ -125,7 +129,15 @@ def _summary(judgements: Sequence[Judgement]) -> str:
     return f"{words}: {', '.join(dict.fromkeys(each.label for each in judgements if each.verdict == verdict))}"
 
 
-NUMERIC = frozenset({"before", "now", "change"})
+def _answer(judgement: Judgement, name: str) -> str:
+    """`eagle: regression; speed-up: slower by 20.0%, and 5.0% is allowed`, by the first finding of that verdict; for a
+    pass how the speed compares with before."""
+    deciding = [finding for finding in judgement.findings if finding.decides and finding.category is None]
+    found = next((finding for finding in deciding if finding.verdict == judgement.verdict), None)
+    if judgement.verdict in ("pass", "improved"):
+        found = next((finding for finding in deciding if finding.interval is not None), None)
+        return f"{name}: {judgement.verdict}" + (f"; {NAMES[found.metric]} x {_change(found)}" if found else "")
+    return f"{name}: {judgement.verdict}" + (f"; {NAMES[found.metric]}: {found.reason}" if found else "")
 
 
 def _shown(judgement: Judgement) -> Iterator[Finding]:
@@ -181,10 +193,12 @@ def _change(finding: Finding) -> str:
 
 
 def _notes(shown: Sequence[tuple[Judgement, str, Sequence[Finding]]]) -> Iterator[str]:
-    """What is not a plain pass, in words; notes; how to read the table. Each judgement with its name and findings."""
-    for _, name, findings in shown:
+    """What else is not a plain pass, in words; notes; how to read the table. Each judgement with its name and
+    findings."""
+    for each, name, findings in shown:
+        answer = _answer(each, name)
         for finding in findings:
-            if finding.verdict != "pass" and finding.category is None:
+            if finding.verdict != "pass" and finding.category is None and finding.reason not in answer:
                 yield f"{name}, {NAMES[finding.metric]}: {finding.verdict}. {finding.reason}."
     for note in dict.fromkeys(note for each, _, _ in shown for note in each.notes):
         noted = [name for each, name, _ in shown if note in each.notes]

@@ -1,6 +1,6 @@
 """The words in a comparison: its columns and cells, and the title line. For terminal, Markdown, LaTeX.
 
-A line break in a cell is where it may be folded on a narrow terminal.
+A line break in a header is where it may be folded on a narrow terminal; cells are one line.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tabulate import tabulate
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.dialects import metric_name
-from spdbench.judge.metrics.flags import is_untrained
+from spdbench.judge.metrics.flags import FEW_PROMPTS, is_untrained
 from spdbench.judge.results.schema import DecodingInfo, Result
 
 EMPTY = "-"
@@ -73,14 +74,24 @@ class Column:
     leave_out: int = 0
     numeric: bool = True
 
+    @property
+    def name(self) -> str:
+        """The header on one line."""
+        return self.header.replace("/\n", "/").replace("\n", " ")
 
-def columns_for(table: Table) -> list[Column]:
-    """The columns that say anything in `table`; the label always comes first."""
-    return [
-        column
-        for column in _columns_with(table.dialects)
-        if not column.leave_out or any(column.cell(row) != EMPTY for row in table.rows)
-    ]
+    def cells(self, table: Table) -> list[str]:
+        """What it says in each row."""
+        return [self.cell(row) for row in table.rows]
+
+
+def columns_for(table: Table, *, details: bool = False) -> list[Column]:
+    """The columns that say anything in `table`; the label always comes first. With `details` also those that are
+    left out everywhere else."""
+    columns = _columns_with(table.dialects)
+    if details:
+        shown = [column.cells(table) for column in columns]
+        columns += [column for column in DETAILS if column.cells(table) not in shown]
+    return [column for column in columns if not column.leave_out or set(column.cells(table)) != {EMPTY}]
 
 
 def _columns_with(dialects: Sequence[str]) -> list[Column]:
@@ -92,11 +103,16 @@ def _columns_with(dialects: Sequence[str]) -> list[Column]:
     if len(dialects) == 1:
         at = COLUMNS.index(TAU)
         return [*COLUMNS[:at], *taus, *COLUMNS[at + 1 :]]
-    return [COLUMNS[0], *(replace(column, leave_out=rank) for column, rank in WITH_DIALECTS), *taus]
+    return [*WITH_DIALECTS, *taus]
 
 
 def _drafts(row: Row) -> bool:
     return row.head.backend.kind != "autoregressive"
+
+
+def _is_pipeline(row: Row) -> bool:
+    """True where the ideal speed-up is not tau."""
+    return row.head.backend.kind == "pipeline"
 
 
 def _is_overall(row: Row) -> bool:
@@ -119,17 +135,17 @@ def _metric(name: str, form: str, scale: float = 1, where: Callable[[Row], bool]
 
 
 def _label(row: Row) -> str:
-    return f"{row.label}\n(lossy)" if row.head.backend.lossy else row.label
+    return f"{row.label} (lossy)" if row.head.backend.lossy else row.label
 
 
 def _drafter(row: Row) -> str:
     drafter = row.head.drafter
     if drafter is None:
         return EMPTY
-    name = (Path(drafter.id).name or drafter.id).replace(" ", "\n")
+    name = Path(drafter.id).name or drafter.id
     if drafter.synthetic:
-        return f"{name}\n(synthetic)"
-    return f"{name}\n(untrained)" if is_untrained(drafter) else name
+        return f"{name} (synthetic)"
+    return f"{name} (untrained)" if is_untrained(drafter) else name
 
 
 def _speedup(row: Row) -> str:
@@ -138,23 +154,23 @@ def _speedup(row: Row) -> str:
         return "baseline"
     if value is None:
         return EMPTY
-    if interval is None:
-        return f"{value:.2f}\n(no interval)"
-    if not row.difference_shown:
-        return "no difference\nshown"
-    return f"{value:.2f}\n[{interval[0]:.2f}, {interval[1]:.2f}]"
+    return f"{value:.2f} (no interval)" if interval is None else _with_interval(value, interval)
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def share(value: float | None) -> str:
     return EMPTY if value is None else f"{value:.1%}"
 
 
-def _score(row: Row) -> str:
-    """The mean with its interval, where there is one; narrow, since all other columns are in the table too."""
+def _score(row: Row, fewest: int = 1) -> str:
+    """The mean with its interval, where there is one; blank where fewer answers than `fewest` have a score."""
     value, interval = row.metrics["score"], row.metrics["score_ci"]
-    if value is None or interval is None:
-        return EMPTY if value is None else f"{value:.2f}"
-    return f"{value:.2f}\n[{interval[0]:.2f},\n{interval[1]:.2f}]"
+    if value is None or (row.metrics["num_scored"] or 0) < fewest:
+        return EMPTY
+    return f"{value:.2f}" if interval is None else _with_interval(value, interval)
 
 
 def _rate(row: Row) -> str:
@@ -170,37 +186,39 @@ def _outputs(row: Row) -> str:
         same, compared = row.head.divergence.identical, sum(row.head.divergence.model_dump().values())
     else:
         return EMPTY
-    return f"{same}/{compared}\nidentical" if same == compared else f"differs\n{compared - same}/{compared}"
+    return f"{same}/{compared}"
 
 
-DRAFTER = Column("drafter", _drafter, numeric=False)
-RATE = Column("tok/s", _rate)
+LABEL = Column("label", _label, numeric=False)
+RATE = Column("tok/s", _rate, leave_out=1)
 SPEEDUP = Column("speed-up\n[95 %]", _speedup)
-ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=3)
-TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=2)
+ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=4)
+TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=3)
 """Vanilla's is 1 by definition, and not shown."""
-WITH_DIALECTS = ((DRAFTER, 1), (RATE, 2), (SPEEDUP, 4), (ACCEPTANCE, 3))
+WITH_DIALECTS = (LABEL, replace(RATE, leave_out=2), replace(SPEEDUP, leave_out=4), replace(ACCEPTANCE, leave_out=3))
 """The columns next to acceptance lengths in several dialects; the highest number makes room first."""
 
 COLUMNS = (
-    Column("label", _label, numeric=False),
-    DRAFTER,
-    RATE,
+    LABEL,
     SPEEDUP,
-    Column("per\ndevice", _metric("speedup_per_device", ".2f", where=_has_devices), leave_out=4),
+    RATE,
+    Column("per\ndevice", _metric("speedup_per_device", ".2f", where=_has_devices), leave_out=2),
     ACCEPTANCE,
     TAU,
-    Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=5),
-    Column("ideal", _metric("ideal_speedup", ".2f"), leave_out=1),
-    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=5),
-    Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=6),
-    Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=7),
-    Column("device\nms/tok", _metric("device_s_per_token", ".1f", scale=1000, where=_has_devices), leave_out=8),
+    Column("ideal", _metric("ideal_speedup", ".2f", where=_is_pipeline), leave_out=5),
+    Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8),
+    Column("same\noutputs", _outputs, leave_out=6),
+    Column("score", partial(_score, fewest=FEW_PROMPTS), leave_out=7),
+    Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=10),
+    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=9),
+    Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=11),
+    Column("device\nms/tok", _metric("device_s_per_token", ".1f", scale=1000, where=_has_devices), leave_out=12),
     # Memory is the highest over the run, whose categories share a process.
-    Column("memory\nGiB", _metric("peak_memory_bytes", ".2f", scale=2**-30, where=_is_overall), leave_out=9),
-    Column("score", _score, leave_out=2),
-    Column("outputs", _outputs, numeric=False),
+    Column("memory\nGiB", _metric("peak_memory_bytes", ".2f", scale=2**-30, where=_is_overall), leave_out=13),
+    Column("drafter", _drafter, leave_out=14, numeric=False),
 )
+DETAILS = (Column("score", _score, leave_out=1),)
+"""The columns that are shown on request only: a score of few answers."""
 
 
 def by_category(table: Table) -> bool:
@@ -215,7 +233,7 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
         suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     model = " ".join([model, *args])
-    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), machine(head)])
+    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), _where(table)])
 
 
 def titles(tables: Sequence[Table]) -> list[str]:
@@ -246,6 +264,12 @@ def _prompts(table: Table) -> str:
         if short
         else f"{words} prompt{'' if total == 1 else 's'}"
     )
+
+
+def _where(table: Table) -> str:
+    """The machine; that of the client alone, where no backend knows what its server runs on."""
+    served = all("devices" in row.head.backend.unknown for row in table.rows)
+    return f"asked from {machine(table.head)}" if served else machine(table.head)
 
 
 def machine(head: Result) -> str:

@@ -6,11 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.render.columns import decoding, machine
+from spdbench.render.notes import sentence
 
 
 def to_json(tables: Sequence[Table]) -> str:
@@ -28,6 +31,7 @@ def _table(table: Table) -> dict[str, Any]:
         "baseline": table.baseline,
         "dialects": {name: DIALECTS[name].rule for name in table.dialects},
         "notes": list(table.notes),
+        "conclusions": [{"sentence": sentence(each), **asdict(each)} for each in conclusions(table)],
         "rows": [_row(row) for row in table.rows],
     }
 
@@ -54,7 +58,12 @@ def _row(row: Row) -> dict[str, Any]:
 
 def to_csv(tables: Sequence[Table]) -> str:
     """One header; intervals as NAME_ci_low and NAME_ci_high, lists joined by semicolons, null as an empty field."""
-    records = [_record(table, row) for table in tables for row in table.rows]
+    records = [
+        _record(table, row, concluded.get(row.label) if row.category is None else None)
+        for table in tables
+        for concluded in [{each.label: each for each in conclusions(table)}]
+        for row in table.rows
+    ]
     header = list(dict.fromkeys(name for record in records for name in record))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
@@ -63,7 +72,7 @@ def to_csv(tables: Sequence[Table]) -> str:
     return text.getvalue()
 
 
-def _record(table: Table, row: Row) -> dict[str, Any]:
+def _record(table: Table, row: Row, found: Conclusion | None) -> dict[str, Any]:
     head = row.head
     record = {
         "suite": head.suite.name,
@@ -89,6 +98,9 @@ def _record(table: Table, row: Row) -> dict[str, Any]:
         "disqualified": row.disqualified,
         "flags": ";".join(flag.name for flag in row.flags),
         "difference_shown": row.difference_shown,
+        "outcome": found.outcome if found else None,
+        "num_prompts_to_show": found.num_prompts_to_show if found else None,
+        "own_devices_speedup": found.own_devices.speedup if found and found.own_devices else None,
         "outputs_compared": row.outputs.num_compared if row.outputs else None,
         "outputs_identical": row.outputs.num_identical if row.outputs else None,
     }

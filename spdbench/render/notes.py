@@ -1,20 +1,34 @@
-"""The notes below a comparison: how to read it, what was left out, each flag once. For terminal, Markdown, LaTeX."""
+"""The sentences around a comparison: what it concludes, what was left out, each flag with its remedy; and, on request,
+what the columns mean. For terminal, Markdown, LaTeX."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import ceil
 
 from spdbench.judge.comparison.compare import Table
+from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
-from spdbench.render.columns import by_category, device_name, share
+from spdbench.render.columns import device_name, share
 
+LINE_LENGTH = 78
+"""What a line may hold next to its bullet on a terminal of 80 columns."""
 INTERVAL_NOTE = (
     "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
     "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
 )
-IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing."
+POWER_NOTE = (
+    "prompts that would show 5 %: with the spread measured here, as many prompts show a speed-up of 1.05 four times in "
+    "five."
+)
+OWN_DEVICES_NOTE = (
+    "a device of its own: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of that time "
+    "and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or where "
+    "stages ran ahead of the verdict."
+)
+IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
 ENERGY_NOTE = (
     "J/tok: what {counters} counted from before each request to after it, for each new token; what idled or ran at "
     "the same time on these devices is included."
@@ -27,29 +41,83 @@ DIALECT_NOTE = (
     "requests."
 )
 BUBBLE_NOTE = "bubble: the share of decode time in which the lanes that hold the target computed nothing of it."
-CYCLE_NOTE = (
-    "cycles in which every stage was at work: the share of them that the slowest stage's work took, over 100 % where "
-    "stages ran ahead of the verdict."
-)
+
+
+def verdicts(table: Table) -> list[str]:
+    """A sentence for each label."""
+    return [sentence(each) for each in conclusions(table)]
+
+
+def sentence(found: Conclusion) -> str:
+    """`eagle: 1.24x [1.13, 1.37], pays`."""
+    parts = [_answer(found)]
+    if found.own_devices is not None and found.outcome != "pays":
+        at_most = "at most" if found.own_devices.is_bound else "about"
+        stages = f"if each of its {found.own_devices.num_stages} stages had a device of its own"
+        parts.append(f"{at_most} {found.own_devices.speedup:.2f}x {stages}")
+    if found.speedup_per_device is not None:
+        parts.append(f"{found.speedup_per_device:.2f}x for each of {found.num_devices} devices")
+    if found.disqualified_by:
+        parts.append(f"disqualified by {', '.join(found.disqualified_by)}")
+    elif found.doubts and found.outcome == "pays":
+        parts.append(f"doubtful: {', '.join(found.doubts)}")
+    return f"{found.label}: {'; '.join(parts)}"
+
+
+def _answer(found: Conclusion) -> str:
+    rate = "no tokens" if found.tokens_per_s is None else f"{found.tokens_per_s:.1f} tok/s"
+    if found.outcome == "baseline":
+        return f"{rate}, the baseline"
+    if found.outcome == "no baseline":
+        return f"{rate}, and no baseline to compare with"
+    if found.outcome == "no pair":
+        return f"{rate}, and no answer to a prompt that the baseline answered"
+    if found.interval is None:
+        return f"{found.speedup:.2f}x over one prompt, which shows no interval"
+    if found.outcome == "no difference shown":
+        return f"no difference shown at {found.num_prompts} prompts{_prompts_to_show(found)}"
+    measured = f"{found.speedup:.2f}x [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
+    if found.own_devices is not None and found.outcome == "slower":
+        return f"{measured} here"
+    return measured if found.disqualified_by else f"{measured}, {'pays' if found.outcome == 'pays' else 'does not pay'}"
+
+
+def _prompts_to_show(found: Conclusion) -> str:
+    needed = found.num_prompts_to_show
+    if needed is None:
+        return ""
+    if needed <= found.num_prompts:
+        return f", enough to show {100 * EFFECT:.0f} %"
+    return f"; about {_rounded(needed)} would show {100 * EFFECT:.0f} %"
+
+
+def _rounded(number: int) -> int:
+    """`number` rounded up to two digits, of which the second is 0 or 5: it is an estimate."""
+    unit = 5 * 10 ** (len(str(number)) - 2)
+    return number if number < 10 else ceil(number / unit) * unit
 
 
 def notes(table: Table) -> list[str]:
-    """The notes below a table."""
-    found = list(_dialect_notes(table))
-    if table.baseline is not None and any(not row.is_baseline for row in table.rows):
+    """The lines below a table: the dialect asked for, what was left out, what differs, each flag with its remedy."""
+    return [*_dialect_notes(table), *table.notes, *_divergence_notes(table), *_flag_lines(table)]
+
+
+def details(table: Table) -> list[str]:
+    """How to read the columns, what bubbles are made of, and why each flag was raised."""
+    found = []
+    compared = [each for each in conclusions(table) if each.interval is not None]
+    if compared:
         found.append(INTERVAL_NOTE.format(baseline=table.baseline))
+    if any(each.num_prompts_to_show for each in compared):
+        found.append(POWER_NOTE)
+    if any(each.own_devices for each in compared):
+        found.append(OWN_DEVICES_NOTE.format(baseline=table.baseline))
     if len(table.dialects) < 2 and any(row.head.backend.kind == "pipeline" for row in table.rows):
         found.append(IDEAL_NOTE)
     if any(row.metrics["energy_j_per_token"] is not None for row in table.rows):
         counters = device_name(table.head.environment.get("energy")) or "the machine"
         found.append(ENERGY_NOTE.format(counters=counters))
-    found += _score_notes(table)
-    best = [
-        f"{row.label} ({row.category or 'all'})" if by_category(table) else row.label for row in table.rows if row.best
-    ]
-    if best:
-        found.append(f"best: {', '.join(best)}.")
-    return [*found, *_bubble_notes(table), *table.notes, *_divergence_notes(table), *_flag_notes(table)]
+    return [*found, *_score_notes(table), *_bubble_notes(table), *_cycle_notes(table), *_flag_reasons(table)]
 
 
 def _score_notes(table: Table) -> Iterator[str]:
@@ -89,14 +157,19 @@ def _bubble_notes(table: Table) -> Iterator[str]:
             parts.append(f"{row.label}: {', '.join([*words, *wasted]) or 'none'}")
     if parts:
         yield f"{BUBBLE_NOTE} {'; '.join(parts)}."
-    cycles = [
-        f"{row.label}: {share(row.metrics['cycle_efficiency'])}, "
-        f"and {row.metrics['control_s_per_cycle'] * 1e3:.2f} ms a cycle besides"
-        for row in table.rows
-        if row.category is None and row.metrics["cycle_efficiency"] is not None
-    ]
-    if cycles:
-        yield f"{CYCLE_NOTE} {'; '.join(cycles)}."
+
+
+def _cycle_notes(table: Table) -> Iterator[str]:
+    """What cycles with a full pipe were spent on."""
+    for row in table.rows:
+        efficiency, besides_s = row.metrics["cycle_efficiency"], row.metrics["control_s_per_cycle"]
+        if row.category is not None or efficiency is None:
+            continue
+        found = "stages ran ahead of the verdict, so that nothing was spent besides the slowest stage's work"
+        if besides_s > 0:
+            took = f"the slowest stage's work took {share(efficiency)} of the time"
+            found = f"{took}, and {besides_s * 1e3:.2f} ms a cycle were spent besides"
+        yield f"{row.label}, cycles with all stages at work: {found}."
 
 
 def _divergence_notes(table: Table) -> Iterator[str]:
@@ -108,17 +181,30 @@ def _divergence_notes(table: Table) -> Iterator[str]:
             yield f"{label}, outputs against vanilla's: {', '.join(words)}."
 
 
-def _flag_notes(table: Table) -> Iterator[str]:
+def _flag_lines(table: Table) -> Iterator[str]:
+    """`noisy (spd, eagle): add prompts.` for each flag and remedy; on one line, as far as the remedy allows."""
+    labels: dict[tuple[str, str], list[str]] = {}
+    rows = [row for row in table.rows if row.category is None]
+    for row in rows:
+        for flag in row.flags:
+            labels.setdefault((flag.name, flag.remedy), []).append(row.label)
+    for (name, remedy), raised in labels.items():
+        who = list(dict.fromkeys(raised))
+        for words in (", ".join(who), "all") if len(who) == len(rows) > 1 else (", ".join(who), f"{len(who)} labels"):
+            line = f"{name} ({words}): {remedy[:1].lower()}{remedy[1:]}."
+            if len(line) <= LINE_LENGTH or len(who) == 1:
+                break
+        yield line
+
+
+def _flag_reasons(table: Table) -> Iterator[str]:
     labels: dict[str, dict[str, list[str]]] = {}
-    remedies: dict[str, str] = {}
     for row in table.rows:
         for flag in row.flags:
             named = labels.setdefault(flag.name, {}).setdefault(flag.reason, [])
             if row.category is None:
                 named.append(row.label)
-            remedies.setdefault(flag.name, flag.remedy)
     for name, by_reason in labels.items():
         reasons = "; ".join(f"{', '.join(who)}: {reason}" for reason, who in by_reason.items() if who)
-        weight = "disqualifies" if name in DISQUALIFYING else "warning"
         if reasons:
-            yield f"{name} ({weight}): {reasons}. {remedies[name]}."
+            yield f"{name} ({'disqualifies' if name in DISQUALIFYING else 'warning'}): {reasons}."

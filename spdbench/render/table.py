@@ -1,13 +1,16 @@
 """A comparison for people: a terminal table that fits its width, GitHub Markdown, LaTeX; and the door to CSV and JSON.
 
-Its words are in `columns.py` and `notes.py`.
+What it concludes comes first, then the table, then what to do about its flags. The words are in `columns.py` and
+`notes.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Literal, get_args
+from textwrap import fill
+from typing import Literal, NamedTuple, get_args
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
@@ -15,7 +18,10 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.conclusion import Outcome, conclusions
 from spdbench.render.columns import (
+    LABEL,
+    SPEEDUP,
     Column,
     bullet,
     by_category,
@@ -28,108 +34,167 @@ from spdbench.render.columns import (
     titles,
 )
 from spdbench.render.export import to_csv, to_json
-from spdbench.render.notes import notes
+from spdbench.render.notes import details as notes_on_details
+from spdbench.render.notes import notes, sentence, verdicts
 
 Format = Literal["table", "github", "latex", "csv", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
+MORE = "more with `spdbench compare --details`: {what}columns and flags explained."
+SHORTEST_LABEL = 12
+STYLES: dict[Outcome, str] = {"pays": "bold green", "slower": "red"}
 
 
-def render(tables: Sequence[Table], form: Format, console: Console) -> str:
-    """`tables` as text. Only the format `table` looks at `console`: its width, its colours, its encoding."""
-    if form == "table":
-        return _to_terminal(tables, console)
-    writers: dict[str, Callable[[Sequence[Table]], str]] = {
-        "github": _to_github,
-        "latex": _to_latex,
-        "csv": to_csv,
-        "json": to_json,
+def render(tables: Sequence[Table], form: Format, console: Console, *, details: bool = False) -> str:
+    """`tables` as text. Only the format `table` looks at `console`: its width, its colours, its encoding.
+
+    With `details`, columns for which there is no room follow in tables of their own, and all columns are explained.
+    """
+    writers: dict[str, Callable[[], str]] = {
+        "table": lambda: _to_terminal(tables, console, details=details),
+        "github": lambda: _to_github(tables, details=details),
+        "latex": lambda: _to_latex(tables, details=details),
+        "csv": lambda: to_csv(tables),
+        "json": lambda: to_json(tables),
     }
-    return writers[form](tables)
+    return writers[form]()
 
 
-def _to_terminal(tables: Sequence[Table], console: Console) -> str:
+def _to_terminal(tables: Sequence[Table], console: Console, *, details: bool) -> str:
     parts: list[RenderableType] = []
-    for number, (table, heading) in enumerate(zip(tables, titles(tables), strict=True)):
-        parts += [*([""] if number else []), Text(heading, style="bold"), *_table_and_notes(table, console)]
+    headings = titles(tables)
+    for table, heading in zip(tables, headings, strict=True):
+        parts += [Text(heading, style="bold")] * (len(tables) > 1)
+        parts += [_indented(sentence(each), console, STYLES.get(each.outcome, "")) for each in conclusions(table)]
+    for table, heading in zip(tables, headings, strict=True):
+        parts += ["", Text(heading, style="bold"), *_table_and_notes(table, console, details=details)]
     return capture(console, *parts)
 
 
-def _table_and_notes(table: Table, console: Console) -> Iterator[RenderableType]:
-    """The table in the roomiest layout that fits, then its notes."""
-    columns, left_out = columns_for(table), list[str]()
-    for folded, gap in ((False, 2), (True, 2), (True, 1)):
-        grid = _grid(table, columns, folded=folded, gap=gap)
-        if _width(grid, console) <= console.width:
-            break
-    while _width(grid, console) > console.width and any(column.leave_out for column in columns):
-        last = max(columns, key=lambda column: column.leave_out)
-        columns = [column for column in columns if column is not last]
-        left_out.append(_fold(last.header, folded=False))
-        grid = _grid(table, columns, folded=True, gap=1)
-    if _width(grid, console) > console.width:
-        for column in grid.columns:
-            column.width = None  # cells have to wrap
-    yield grid
-    if left_out:
-        yield bullet(f"left out at this width: {', '.join(left_out)} (--format csv has everything).")
+def _indented(line: str, console: Console, style: str) -> Text:
+    """`line`, with what does not fit its first line indented below."""
+    return Text(fill(line, console.width, subsequent_indent="  ", break_on_hyphens=False), style=style)
+
+
+def _table_and_notes(table: Table, console: Console, *, details: bool) -> Iterator[RenderableType]:
+    """The table with the columns that fit, then its notes; with `details` the other columns and what they mean."""
+    columns = columns_for(table)
+    fit = _fit(table, columns, console.width)
+    yield _grid(table, fit)
     yield from map(bullet, notes(table))
+    if not details:
+        names = ", ".join(column.name for column in columns if column not in fit.columns)
+        yield bullet(MORE.format(what=names and f"{names}; "))
+        return
+    more = [column for column in columns_for(table, details=True) if column not in fit.columns]
+    while more:
+        ranked = [replace(column, leave_out=place) for place, column in enumerate(more)]
+        fit = _fit(table, [LABEL, *ranked], console.width)
+        more = more[len(fit.columns) - 1 :]
+        yield from ("", _grid(table, fit))
+    yield from map(bullet, notes_on_details(table))
 
 
-def _width(grid: RichTable, console: Console) -> int:
-    """Columns of text that `grid` takes if nothing has to wrap."""
-    return console.measure(grid, options=console.options.update(width=10_000)).maximum
+class _Fit(NamedTuple):
+    """The columns of a table with their cells, and how they are laid out: `folded` headers, `gap` spaces between.
+    Cells wrap where they are not `whole`."""
+
+    columns: list[Column]
+    cells: list[list[str]]
+    folded: bool
+    gap: int
+    whole: bool = True
+
+    def widths(self, table: Table) -> list[int]:
+        """How wide each column has to be."""
+        texts = [
+            [*(column.header if self.folded else column.name).split("\n"), *cells]
+            for column, cells in zip(self.columns, self.cells, strict=True)
+        ]
+        texts[0] += [row.category or "all" for row in table.rows] if by_category(table) else []
+        return [max(map(cell_len, column)) for column in texts]
+
+    def too_wide(self, table: Table, room: int) -> int:
+        """By how much the table is wider than `room`; 0 if it fits."""
+        return max(0, sum(self.widths(table)) + self.gap * (len(self.columns) - 1) - room)
 
 
-def _grid(table: Table, columns: Sequence[Column], *, folded: bool, gap: int) -> RichTable:
-    """The table with columns as wide as their widest cell, which saves measuring every cell several times."""
-    with_categories = by_category(table)
-    grid = plain_grid(padding=(0, gap - 1, 0, 0))
-    cells = [[_fold(column.cell(row), folded=folded) for row in table.rows] for column in columns]
-    if with_categories:
-        cells[0] += [row.category or "all" for row in table.rows]
-    for column, texts in zip(columns, cells, strict=True):
-        header = _fold(column.header, folded=folded)
-        width = max(cell_len(line) for text in (header, *texts) for line in text.split("\n"))
-        grid.add_column(header, justify="right" if column.numeric else "left", overflow="fold", width=width)
-    numbered = enumerate(table.rows)
-    for category, rows in groupby(numbered, key=lambda pair: pair[1].category):
-        if with_categories:
+def _fit(table: Table, columns: Sequence[Column], room: int) -> _Fit:
+    """The roomiest layout that fits with the most columns.
+
+    Cells are one line each. Labels are shortened only where nothing is left to leave out, and cells wrap only where
+    the terminal is narrower than that.
+    """
+    kept, cells = list(columns), [column.cells(table) for column in columns]
+    while True:
+        for folded, gap in ((False, 2), (True, 2), (True, 1)):
+            fit = _Fit(kept, cells, folded, gap)
+            if not fit.too_wide(table, room):
+                return fit
+        ranks = [column.leave_out for column in kept]
+        if not any(ranks):
+            break
+        last = ranks.index(max(ranks))
+        kept, cells = [*kept[:last], *kept[last + 1 :]], [*cells[:last], *cells[last + 1 :]]
+    length = max(SHORTEST_LABEL, max(map(cell_len, cells[0])) - fit.too_wide(table, room))
+    fit = fit._replace(cells=[[_shortened(label, length) for label in cells[0]], *cells[1:]])
+    return fit._replace(whole=not fit.too_wide(table, room))
+
+
+def _shortened(label: str, length: int) -> str:
+    """`label` without its middle, where it is longer than `length`: labels mostly differ at an end."""
+    if cell_len(label) <= length:
+        return label
+    kept = length - 2
+    return f"{label[: (kept + 1) // 2]}..{label[len(label) - kept // 2 :]}"
+
+
+def _grid(table: Table, fit: _Fit) -> RichTable:
+    """The table, with columns as wide as their widest cell: this saves measuring every cell again."""
+    grid = plain_grid(padding=(0, fit.gap - 1, 0, 0))
+    for column, width in zip(fit.columns, fit.widths(table), strict=True):
+        header, room = column.header if fit.folded else column.name, width if fit.whole else None
+        grid.add_column(header, justify="right" if column.numeric else "left", overflow="fold", width=room)
+    for category, rows in groupby(enumerate(table.rows), key=lambda pair: pair[1].category):
+        if by_category(table):
             grid.add_row(Text(category or "all", style="italic"))
         for number, row in rows:
-            grid.add_row(*(Text(texts[number], style=_style(row)) for texts in cells))
+            styled = zip(fit.columns, fit.cells, strict=True)
+            grid.add_row(*(Text(texts[number], style=_style(row, column)) for column, texts in styled))
         grid.add_section()
     return grid
 
 
-def _fold(text: str, *, folded: bool) -> str:
-    return text if folded else text.replace("\n", " ").replace("/ ", "/")
-
-
-def _style(row: Row) -> str:
+def _style(row: Row, column: Column) -> str:
+    if column.header == SPEEDUP.header and row.difference_shown is False:
+        return "dim"
     return "bold green" if row.best else "dim" if row.disqualified else ""
 
 
-def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str) -> str:
-    """The table with each cell on one line."""
-    columns = columns_for(table)
+def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str, *, details: bool) -> str:
+    columns = columns_for(table, details=details)
     category = ["category"] * by_category(table)
     rows = [
-        [escape(_fold(text, folded=False)) for text in ([row.category or "all"] * len(category) + cells)]
-        for row, cells in ((row, [column.cell(row) for column in columns]) for row in table.rows)
+        [escape(text) for text in ([row.category or "all"] * len(category) + [column.cell(row) for column in columns])]
+        for row in table.rows
     ]
-    headers = [*category, *(escape(_fold(column.header, folded=False)) for column in columns)]
+    headers = [*category, *(escape(column.name) for column in columns)]
     return tabulated(headers, rows, [False] * len(category) + [column.numeric for column in columns], form)
 
 
-def _to_github(tables: Sequence[Table]) -> str:
-    headed = zip(tables, titles(tables), strict=True)
-    return "\n".join(markdown(title, _tabulate(table, "pipe", pipe_escape), notes(table)) for table, title in headed)
-
-
-def _to_latex(tables: Sequence[Table]) -> str:
-    """A booktabs tabular each; title and notes as comments, since where they go is the paper's choice."""
+def _to_github(tables: Sequence[Table], *, details: bool) -> str:
     parts = []
-    for table, heading in zip(tables, titles(tables), strict=True):
-        grid = _tabulate(table, "latex_booktabs")
-        parts.append("\n".join([f"% {heading}", grid, *(f"% {line}" for line in notes(table)), ""]))
+    for table, title in zip(tables, titles(tables), strict=True):
+        grid = _tabulate(table, "pipe", pipe_escape, details=details)
+        lines = [*notes(table), *(notes_on_details(table) if details else ())]
+        parts.append("\n".join([*(f"- {line}" for line in verdicts(table)), "", markdown(title, grid, lines)]))
+    return "\n".join(parts)
+
+
+def _to_latex(tables: Sequence[Table], *, details: bool) -> str:
+    """A booktabs tabular each; verdicts, title and notes as comments, since where they go is the paper's choice."""
+    parts = []
+    for table, title in zip(tables, titles(tables), strict=True):
+        grid = _tabulate(table, "latex_booktabs", details=details)
+        above, below = [*verdicts(table), title], [*notes(table), *(notes_on_details(table) if details else ())]
+        parts.append("\n".join([*(f"% {line}" for line in above), grid, *(f"% {line}" for line in below), ""]))
     return "\n".join(parts)

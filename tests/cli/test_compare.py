@@ -52,7 +52,7 @@ def test_compares_and_prints_to_stdout_only() -> None:
     result = compare(VANILLA, SPD, EAGLE)
     assert result.exit_code == 0
     assert result.stderr == ""
-    assert "oracle:0.8" in result.stdout
+    assert "synthetic_drafter (spd): " in result.stdout
     assert "4/4" in result.stdout
 
 

@@ -64,7 +64,7 @@ def test_two_backends_give_two_valid_results_and_a_table(run: Runs, monkeypatch:
     assert run.files() == ["mini__spd__tiny-llama.json", "mini__vanilla__tiny-llama.json"]
     for name in run.files():
         jsonschema.validate(json.loads((run.results / name).read_text()), json_schema())
-    assert "4/4 identical" in said.out
+    assert "4/4" in said.out
     assert "oracle:0.8" in said.out
     assert "synthetic" in said.out
     assert "Wrote" in said.err
@@ -123,7 +123,8 @@ def test_spans_become_bubbles_in_files_and_table(run: Runs, monkeypatch: pytest.
         assert f"{100 * ratio:.1f}%" in said.out
     assert run.result("piped").summary.overall["cycle_efficiency"] == pytest.approx(0.8)
     assert run.result("drafting").summary.overall["cycle_efficiency"] is None
-    assert "drafting: draft 20.0%, verify 10.0%, host 5.0%, unattributed 5.0%" in " ".join(said.out.split())
+    detailed = " ".join(spdbench("compare", run.results, "--details").out.split())
+    assert "drafting: draft 20.0%, verify 10.0%, host 5.0%, unattributed 5.0%" in detailed
     flags = {label: [flag.name for flag in run.result(label).flags] for label in ("drafting", "piped")}
     assert "unattributed" not in flags["drafting"]
     for name in run.files():
@@ -165,7 +166,7 @@ def test_energy_is_measured_where_the_machine_counts_it(
     tokens = sum(found.num_new_tokens for found in result.runs)
     assert result.summary.overall["energy_j_per_token"] == pytest.approx(8 / tokens)
     assert "J/tok" in said.out
-    assert "what RAPL package-0 counted" in said.out
+    assert "what RAPL package-0 counted" in spdbench("compare", run.results, "--details").out
 
 
 def test_without_counters_there_is_no_energy_at_all(run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -564,7 +565,7 @@ def test_template_arguments_are_part_of_the_work_and_of_the_title(run: Runs, tmp
     assert read_result(silent).model.template_args == {"thinking": False}
     assert len(read_result(plain).runs[0].output_ids) == 4
     said = spdbench("compare", plain, silent)
-    assert said.out.count("mini v1") == 2
+    assert said.out.count("mini v1") == 2 * 2, "above its conclusions and above its table"
     said = spdbench("compare", plain, "--baseline", silent)
     assert said.code == 4
     assert "--template-arg (thinking=False, not none)" in said.err

@@ -52,14 +52,15 @@ def test_lossless_backends_score_alike_answer_by_answer(run: Runs, monkeypatch: 
     vanilla, spd = (run.result(label).summary.overall for label in ("vanilla", "spd"))
     assert (vanilla["score"], vanilla["score_ci"]) == (spd["score"], spd["score_ci"])
     assert vanilla["num_scored"] == 3
-    assert "score: the mean over the answers that have one (3 of 3)" in " ".join(said.out.split())
+    detailed = " ".join(spdbench("compare", run.folder / "results", "--details").out.split())
+    assert "score: the mean over the answers that have one (3 of 3)" in detailed
 
 
 def test_answers_without_a_number_score_nothing(run: Runs) -> None:
     said = run(SUMS, "gsm8k", "-b", "vanilla", "--max-new-tokens", "1")
     assert said.code == 0, said.err
     assert scores(run.result("vanilla")) == [0.0] * 3
-    assert "0.00" in said.out
+    assert "0.00 [0.00, 0.00]" in spdbench("compare", run.folder / "results", "--details").out
 
 
 def test_code_is_left_unscored_with_a_note_unless_it_is_allowed(run: Runs) -> None:

@@ -34,7 +34,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     )
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "oracle:0.8" in done.stdout
+    assert "synthetic_drafter (spd): " in done.stdout
     return {label: read_result(folder / f"quick__{label}__smollm2.json") for label in ("vanilla", "spd")}
 
 

@@ -19,6 +19,7 @@ UNATTRIBUTED_SHARE = 0.10
 DRIFT_SHARE = 0.05
 DRIFT_P_VALUE = 0.01
 MAX_NAMED = 3
+FOREIGN_LAYERS = "Use a model that spdbench's own layers know; these are transformers'"
 
 
 @dataclass(frozen=True)
@@ -32,35 +33,28 @@ class FlagKind:
 
 KINDS = {
     "other_model": FlagKind(
-        "Read its speed as what one would use instead: a speed-up may be that of its weights or its machine",
+        "Compare it with a baseline of the same weights",
         disqualifies=True,
     ),
-    "lossy": FlagKind("Choose a lossless acceptance rule, or judge the answers by their score", disqualifies=True),
-    "diverged": FlagKind("Run in float32 on the CPU, where no difference has an excuse", disqualifies=True),
-    "synthetic_drafter": FlagKind(
-        "Read it as a what-if; use a trained drafter to learn what the method does", disqualifies=True
-    ),
+    "lossy": FlagKind("Choose a lossless rule, or judge its answers by their score", disqualifies=True),
+    "diverged": FlagKind("Run in float32 on the CPU: what differs there is a bug", disqualifies=True),
+    "synthetic_drafter": FlagKind("Measure a trained one; this is a what-if", disqualifies=True),
     "untrained_drafter": FlagKind("Name a trained one with --drafter", disqualifies=True),
-    "degenerate": FlagKind(
-        "Use a model that suits the prompts; NAME_without_degenerate in CSV and JSON leaves them out"
-    ),
-    "no_template": FlagKind("Use the model's chat version, or read the answers before believing what they say"),
+    "degenerate": FlagKind("Use prompts that suit the model, or a model for chat"),
+    "no_template": FlagKind("Use the model's chat version, or read the answers first"),
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
-    "noisy": FlagKind("Add prompts (--limit) or --repeats, and leave the machine idle"),
+    "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
     "slow_baseline": FlagKind("Give it more --threads, another --dtype, or an idle machine"),
-    "unattributed": FlagKind("Leave the machine idle; where it persists, the backend lacks spans", disqualifies=True),
-    "drift": FlagKind(
-        "Trust speed-ups within one run, whose backends took turns, and not tokens/s across runs; let the machine warm "
-        "up or cool down, leave it idle, and measure again"
-    ),
-    "outliers": FlagKind("Leave the machine idle and measure again; --repeats shows whether it is the prompt"),
+    "unattributed": FlagKind("Leave the machine idle; its spans may be incomplete", disqualifies=True),
+    "drift": FlagKind("Let the machine warm up, leave it idle, and measure again"),
+    "outliers": FlagKind("Measure again on an idle machine, with --repeats"),
     "hardware_mismatch": FlagKind(
-        "Measure both on the same machine, best in one `spdbench run`", disqualifies=True, needs_two=True
+        "Measure both on one machine, in one `spdbench run`", disqualifies=True, needs_two=True
     ),
     "template_mismatch": FlagKind("Use the same model files for both", disqualifies=True, needs_two=True),
     "prompt_mismatch": FlagKind(
-        "Run both with the same suite, --data and --limit, best in one `spdbench run`",
+        "Measure both in one `spdbench run`",
         disqualifies=True,
         needs_two=True,
     ),
@@ -159,11 +153,11 @@ def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator
             "slow_baseline",
             "vanilla runs on transformers' layers, as spdbench's own do not know this model, and what the machine "
             "allows was not measured",
-            "Read its speed-ups as those over a slow baseline, or use a model that our layers know",
+            FOREIGN_LAYERS,
         )
     if share is not None and share < SLOW_ROOFLINE_SHARE:
         reason = f"vanilla reaches {share:.0%} of what memory bandwidth allows, which flatters every speed-up"
-        yield make_flag("slow_baseline", reason)
+        yield make_flag("slow_baseline", reason, FOREIGN_LAYERS if backend.kernels in SLOW_KERNELS else None)
     share = overall["unattributed"]
     if share is not None and share > UNATTRIBUTED_SHARE:
         reason = f"{share:.0%} of the lanes' decode time is idle for reasons that its spans do not show"

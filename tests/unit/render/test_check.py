@@ -40,18 +40,23 @@ def test_every_metric_has_a_name_and_what_is_better_when_bigger_a_unit() -> None
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_table_fits_and_ends_with_the_verdict_and_its_exit_code(width: int) -> None:
+def test_table_fits_and_begins_with_the_verdict_and_a_line_a_label(width: int) -> None:
     for judgements in (fine(), wrong(), fine(by_category=True)):
         assert max(map(len, show(judgements, width).splitlines())) <= width
-    assert show(fine()).splitlines()[-1] == "pass (exit code 0)"
-    assert show(wrong()).splitlines()[-1] == "regression (exit code 1): eagle"
+    assert show(fine()).splitlines()[:3] == [
+        "pass (exit code 0)",
+        "- vanilla: pass",
+        "- eagle: pass; speed-up x 1.000 [1.000, 1.000]",
+    ]
+    assert show(wrong()).splitlines()[0] == "regression (exit code 1): eagle"
 
 
 def test_what_is_wrong_is_told_below_the_table_and_what_is_fine_is_not() -> None:
     text = " ".join(show(wrong(), 200).split())
-    assert "eagle, failed runs: regression. 1 of 9 runs failed" in text
+    assert "- eagle: regression; failed runs: 1 of 9 runs failed" in text
+    assert text.count("1 of 9 runs failed") == 1
     assert "eagle, speed-up: regression. slower by 20.0%, and 5.0% is allowed." in text
-    assert "new|one, paired runs: not comparable. the baseline has no label" in text
+    assert "- new|one: not comparable; paired runs: the baseline has no label" in text
     assert "paired runs: pass" not in text
 
 

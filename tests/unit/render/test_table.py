@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from spdbench.judge.comparison.compare import Table, compare
+from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.dialects import DIALECTS
-from spdbench.judge.results.schema import BubbleParts, Divergence, DrafterRecord, Run
+from spdbench.judge.results.schema import BubbleParts, Divergence, DrafterRecord, FullCycles, Run
+from spdbench.render.notes import sentence
 from spdbench.render.table import FORMATS, Format, render
 from spdbench.types import BackendKind
 from tests.builders import (
@@ -57,11 +59,30 @@ def everything() -> list[LoadedResult]:
     return [*demo(), entry("draft_verify", TRAINED), entry("draft_verify", RANDOM, label="medusa", lossy=True)]
 
 
-def show(tables: list[Table], form: Format = "table", width: int = 80, *, colour: bool = False) -> str:
+def show(
+    tables: list[Table], form: Format = "table", width: int = 80, *, colour: bool = False, details: bool = False
+) -> str:
     console = Console(
         width=width, file=io.StringIO(), force_terminal=colour, color_system="standard" if colour else None
     )
-    return render(tables, form, console)
+    return render(tables, form, console, details=details)
+
+
+def heading(text: str) -> str:
+    """The title line, below what is concluded."""
+    return next(line for line in text.splitlines() if line.startswith("quick v1"))
+
+
+def headers(text: str) -> str:
+    """The table's headers, on one line."""
+    lines = text.splitlines()
+    rule = next(index for index, line in enumerate(lines) if line.startswith("──"))
+    return " ".join(lines[rule - 2 : rule])
+
+
+def more(text: str) -> str:
+    """What is left to `--details`."""
+    return " ".join(text.split()).partition("--details`: ")[2]
 
 
 def grid(text: str) -> list[str]:
@@ -80,46 +101,90 @@ def test_nothing_is_wider_than_the_terminal(entries: Any, width: int) -> None:
         assert max(map(len, text.splitlines())) <= width
 
 
-def test_the_demo_fits_80_columns_with_nothing_left_out() -> None:
+def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
+    lines = show(compare(everything()), width=160).splitlines()
+    assert lines[:4] == [
+        "vanilla: 50.0 tok/s, the baseline",
+        "spd: 0.80x [0.80, 0.80] here; at most 2.00x if each of its 3 stages had a device of its own; disqualified by "
+        "synthetic_drafter",
+        "eagle: 3.20x [3.20, 3.20], pays",
+        "medusa: 3.20x [3.20, 3.20]; disqualified by lossy, untrained_drafter",
+    ]
+    assert lines[4] == ""
+
+
+def test_several_tables_have_their_conclusions_first_each_below_its_title() -> None:
+    lines = show(compare([*demo(), entry("autoregressive", suite="gsm8k")]), width=160).splitlines()
+    first = lines.index("")
+    assert [line.split()[0] for line in lines[:first]] == ["quick", "vanilla:", "spd:", "gsm8k", "vanilla:"]
+
+
+def test_the_demo_fits_80_columns_with_only_the_drafters_left_out() -> None:
     text = show(compare(demo()))
-    assert "left out" not in text
-    for header in ("label", "drafter", "tok/s", "speed-up", "accept", "cycle", "ideal", "TTFT", "outputs"):
-        assert header in text
+    assert more(text).startswith("drafter; ")
+    for header in ("label", "tok/s", "speed-up", "accept", "cycle", "ideal", "TTFT", "outputs"):
+        assert header in headers(text)
 
 
-def test_a_wide_terminal_has_one_line_a_row() -> None:
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+@pytest.mark.parametrize("label", ["eagle", "a-label-of-a-long-name-with-its-temperature-0.7", "x" * 100])
+def test_each_row_is_one_line_from_80_columns_on_however_long_its_label(label: str, width: int) -> None:
+    for by_category in (False, True):
+        tables = compare([*everything(), entry("draft_verify", TRAINED, label=label)], by_category=by_category)
+        for details in (False, True):
+            text = show(tables, width=width, details=details)
+            assert max(map(len, text.splitlines())) <= width
+            rows = 5 if not by_category else 5 * 3 + 3
+            assert len([line for line in grid(text) if line.strip() and not line.startswith("──")]) == rows
+
+
+def test_a_wide_terminal_has_room_for_the_drafters() -> None:
     text = show(compare(demo()), width=120)
-    assert len(grid(text)) == 3
     assert "oracle:0.8 (synthetic)" in text
-    assert "10/10 identical" in text
+    assert "10/10" in text
+    assert more(text).startswith("columns and flags explained")
 
 
-def test_columns_go_by_rank_when_room_is_short_and_the_note_says_so() -> None:
+def test_columns_go_by_rank_when_room_is_short_and_the_hint_names_them() -> None:
     text = show(compare(everything()), width=60)
     assert max(map(len, text.splitlines())) <= 60
-    assert "left out at this width: TTFT s, tok/cycle" in text
-    assert "[95 %]" in text
-    assert "outputs" in text
+    assert "TTFT s, " in more(text)
+    assert "[95 %]" in headers(text)
+    assert "drafter" not in headers(text)
 
 
-def test_a_label_too_long_for_the_terminal_is_folded_not_cut() -> None:
+def test_details_have_a_table_for_every_column_that_had_no_room() -> None:
+    plain, text = (show(compare(everything()), width=60, details=details) for details in (False, True))
+    assert "--details" not in text
+    for name in ("TTFT", "drafter", "cycle"):
+        assert name not in headers(plain)
+        assert name in text.partition(grid(plain)[-1])[2]
+    assert text.count("oracle:0.8 (synthetic)") == 1
+
+
+def test_a_label_too_long_for_the_terminal_keeps_both_of_its_ends() -> None:
     label = "supercalifragilisticexpialidocious"
     text = show(compare([entry("autoregressive", label=label)]), width=40)
     assert max(map(len, text.splitlines())) <= 40
-    assert "".join(line.split()[0] for line in grid(text)[1:]) == label
+    [row] = grid(text)[1:]
+    start, _, end = row.split()[0].partition("..")
+    assert label.startswith(start)
+    assert label.endswith(end)
+    assert len(start + end) > 20
 
 
 def test_synthetic_untrained_and_lossy_are_said_in_the_table_itself() -> None:
-    body = "\n".join(grid(show(compare(everything()), width=140)))
+    body = "\n".join(grid(show(compare(everything()), width=160)))
     assert "oracle:0.8 (synthetic)" in body
     assert "random (untrained)" in body
     assert "medusa (lossy)" in body
 
 
-def test_interval_that_holds_one_is_printed_as_no_difference_shown() -> None:
+def test_interval_that_holds_one_is_called_no_difference_and_still_shown() -> None:
     runs = [make_run(vanilla_steps(9, step_ns=(18 + 4 * (i % 2)) * MS), prompt=f"p{i}") for i in range(10)]
     text = show(compare([entry("autoregressive"), entry("autoregressive", label="again", runs=runs)]), width=120)
-    assert "no difference shown" in text
+    assert "again: no difference shown at 10 prompts; about " in text
+    assert "1.00 [0.9" in "\n".join(grid(text)) or "1.01 [0.9" in "\n".join(grid(text))
 
 
 def test_without_a_baseline_speedups_stay_blank_and_the_note_says_why() -> None:
@@ -130,25 +195,25 @@ def test_without_a_baseline_speedups_stay_blank_and_the_note_says_why() -> None:
 
 def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
     text = show(compare(demo()), width=200)
-    assert text.splitlines()[0] == (
+    assert heading(text) == (
         "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine-)"
     )
 
 
-def heading(*entries: LoadedResult, by_category: bool = False) -> str:
-    return show(compare(list(entries), by_category=by_category), width=200).splitlines()[0]
+def heading_of(*entries: LoadedResult, by_category: bool = False) -> str:
+    return heading(show(compare(list(entries), by_category=by_category), width=200))
 
 
 def test_title_of_an_interrupted_run_says_of_how_many_prompts() -> None:
-    assert "| 10 of 40 prompts |" in heading(entry("autoregressive", num_prompts=40))
-    assert "| 10 of 40 prompts |" in heading(entry("autoregressive", num_prompts=40), by_category=True)
+    assert "| 10 of 40 prompts |" in heading_of(entry("autoregressive", num_prompts=40))
+    assert "| 10 of 40 prompts |" in heading_of(entry("autoregressive", num_prompts=40), by_category=True)
 
 
 def test_title_does_not_lend_the_fullest_rows_prompts_to_the_others() -> None:
     runs = [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(4)]
     partial = entry("draft_verify", TRAINED, runs=runs, num_prompts=10)
-    assert "| 4 to 10 of 10 prompts |" in heading(entry("autoregressive"), partial)
-    assert "| 4 to 10 prompts |" in heading(entry("autoregressive"), entry("draft_verify", TRAINED, runs=runs))
+    assert "| 4 to 10 of 10 prompts |" in heading_of(entry("autoregressive"), partial)
+    assert "| 4 to 10 prompts |" in heading_of(entry("autoregressive"), entry("draft_verify", TRAINED, runs=runs))
 
 
 def test_csv_and_json_tell_how_many_prompts_were_asked_for() -> None:
@@ -171,12 +236,21 @@ def test_sampling_is_named_in_the_title() -> None:
     assert "temperature 0.7, seed 0, up to 64 new tokens" in text
 
 
-def test_each_flag_is_explained_once_with_its_remedy() -> None:
+def test_each_flag_is_one_line_with_its_remedy_and_its_reason_is_a_detail() -> None:
     slow = [entry("pipeline", ORACLE, label=name) for name in ("two", "three")]
-    text = " ".join(show(compare([entry("autoregressive"), *slow])).split())
-    assert text.count("synthetic_drafter (disqualifies)") == 1
-    assert "two, three: the drafts come from oracle:0.8" in text
-    assert "use a trained drafter" in text
+    tables = compare([entry("autoregressive"), *slow])
+    line = "- synthetic_drafter (two, three): measure a trained one; this is a what-if."
+    assert line in show(tables).splitlines()
+    assert "the drafts come from" not in show(tables)
+    text = " ".join(show(tables, details=True).split())
+    assert "synthetic_drafter (disqualifies): two, three: the drafts come from oracle:0.8" in text
+
+
+def test_a_flag_of_all_labels_or_of_many_stays_on_one_line() -> None:
+    runs = [make_run(vanilla_steps(9), prompt=f"p{i}", finish="length") for i in range(10)]
+    all_of_them = [entry("autoregressive", label=f"number-{i}", runs=runs) for i in range(9)]
+    assert "- truncated (all): raise" in show(compare(all_of_them))
+    assert "- truncated (9 labels): raise" in show(compare([entry("autoregressive"), *all_of_them]))
 
 
 def test_failed_runs_and_divergence_classes_are_told() -> None:
@@ -207,20 +281,22 @@ def test_tables_that_look_alike_show_their_hashes() -> None:
     assert "smollm2 (ffffffff)" in text
 
 
-def test_github_has_one_row_a_label_and_notes_as_a_list() -> None:
+def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
     lines = show(compare(everything()), "github").splitlines()
-    assert lines[0].startswith("**quick v1 | smollm2")
+    assert lines[0] == "- vanilla: 50.0 tok/s, the baseline"
+    assert lines[5].startswith("**quick v1 | smollm2")
     assert sum(line.startswith("| ") for line in lines) == 5
     assert any(line.startswith("- synthetic_drafter") for line in lines)
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
 
 
-def test_latex_is_escaped_and_its_notes_are_comments() -> None:
+def test_latex_is_escaped_and_its_sentences_are_comments() -> None:
     text = show(compare(everything()), "latex")
+    assert text.startswith("% vanilla: 50.0 tok/s, the baseline\n")
     assert "\\begin{tabular}" in text
     assert "95 \\%" in text
-    outside = text.split("\\end{tabular}")[1].strip().splitlines()
-    assert all(line.startswith("% ") for line in outside)
+    for outside in (text.split("\\begin{tabular}")[0], text.split("\\end{tabular}")[1]):
+        assert all(line.startswith("% ") for line in outside.strip().splitlines())
 
 
 def dialects(width: int, *names: str) -> str:
@@ -232,16 +308,14 @@ def dialects(width: int, *names: str) -> str:
 def test_all_dialects_fit_the_terminal_and_other_columns_make_room(width: int) -> None:
     text = dialects(width)
     assert max(map(len, text.splitlines())) <= width
-    header = "\n".join(text.splitlines()[:5])
-    assert all(name in header for name in DIALECTS)
+    assert all(name in headers(text) for name in DIALECTS)
 
 
 def test_a_dialect_stays_on_a_narrow_terminal_since_it_was_asked_for() -> None:
     text = dialects(62, "sglang")
     assert max(map(len, text.splitlines())) <= 62
-    header = "\n".join(text.splitlines()[:5])
-    assert "sglang" in header
-    assert "left out at this width" in text
+    assert "sglang" in headers(text)
+    assert "TTFT" in more(text)
 
 
 def test_rows_that_a_dialect_says_nothing_of_are_blank() -> None:
@@ -268,23 +342,23 @@ def metered() -> list[LoadedResult]:
 
 def test_energy_memory_and_device_time_are_columns() -> None:
     text = show(compare(metered()), width=200)
-    assert "J/tok  device ms/tok  memory GiB" in text
+    assert "J/tok  device ms/tok  memory GiB  drafter" in text
     vanilla, eagle = grid(text)[1:]
-    assert eagle.split()[-5:-2] == ["0.50", "12.5", "1.50"]
+    assert eagle.split()[-4:-1] == ["0.50", "12.5", "1.50"]
     assert vanilla.split()[-4:-1] == ["-", "-", "-"]
-    assert "J/tok: what the machine counted from before each request" in text
+    detailed = show(compare(metered()), width=200, details=True)
+    assert "J/tok: what the machine counted from before each request" in detailed
 
 
 def test_the_note_on_energy_names_the_counters() -> None:
     rows = metered()
     environment = rows[0].head.environment | {"energy": ["RAPL package-0", "NVML cuda:0"]}
     rows = [replace(row, head=row.head.model_copy(update={"environment": environment})) for row in rows]
-    assert "what RAPL package-0, NVML cuda:0 counted" in show(compare(rows), width=300)
+    assert "what RAPL package-0, NVML cuda:0 counted" in show(compare(rows), width=300, details=True)
 
 
 def test_resource_columns_are_the_first_to_be_left_out() -> None:
-    text = show(compare(metered()), width=70)
-    assert "left out at this width: memory GiB, device ms/tok, J/tok" in " ".join(text.split())
+    assert more(show(compare(metered()), width=70)).startswith("device ms/tok, memory GiB, drafter; ")
 
 
 def test_energy_is_in_the_exports_and_empty_where_it_was_not_measured() -> None:
@@ -306,11 +380,11 @@ def test_bubble_ratio_is_a_column_and_its_parts_a_note() -> None:
         bubbly("ideal", useful=1.0),
     ]
     text = show(compare([entry("autoregressive"), *rows]), width=160)
-    assert "bubble" in text.splitlines()[1]
+    assert "bubble" in headers(text)
     assert [cell for line in grid(text) for cell in line.split() if cell in {"40.0%", "10.0%", "0.0%"}] == [
         "40.0%", "10.0%", "0.0%",
     ]  # fmt: skip
-    note = show(compare(rows), "github").splitlines()
+    note = show(compare(rows), "github", details=True).splitlines()
     assert any(
         line.endswith("eagle: draft 25.0%, host 15.0%; ppsd: verify 10.0%, and wasted 10.0%; ideal: none.")
         for line in note
@@ -376,19 +450,88 @@ def scored(label: str, *, missing: int = 0) -> LoadedResult:
 def test_scores_stand_beside_speed_with_their_interval_and_how_many_there_are() -> None:
     text = show(compare([scored("vanilla"), scored("other", missing=2)]), width=200)
     assert "0.50 [0." in grid(text)[-1]
-    assert "score: the mean over the answers that have one (vanilla: 10 of 10; other: 8 of 10)" in " ".join(
-        text.split()
-    )
-    by_category = show(compare([scored("vanilla")], by_category=True), width=200)
-    assert "0.00 [0.00, 0.00]" in by_category
-    assert "1.00 [1.00, 1.00]" in by_category
+    detailed = show(compare([scored("vanilla"), scored("other", missing=2)]), width=200, details=True)
+    assert "score: the mean over the answers that have one (vanilla: 10 of 10; other: 8 of 10)" in detailed
     assert "score" not in show(compare(demo()), width=200)
+
+
+def test_a_score_of_fewer_than_eight_answers_is_a_detail() -> None:
+    few = compare([scored("vanilla", missing=3), scored("other", missing=2)])
+    first, last = grid(show(few, width=200))[1:]
+    assert "[0." not in first
+    assert "0.50 [0." in last
+    assert "0.43 [0." in show(few, width=200, details=True)
+    by_category = compare([scored("vanilla")], by_category=True)
+    assert "0.00 [0.00, 0.00]" not in show(by_category, width=200)
+    assert "0.00 [0.00, 0.00]" in show(by_category, width=200, details=True)
+    assert "1.00 [1.00, 1.00]" in show(by_category, width=200, details=True)
 
 
 def test_names_of_drafters_make_room_for_scores_on_a_narrow_terminal() -> None:
     lookup = DrafterRecord(id="prompt lookup", sha256=None, method="ngram", trained_tokens=None, synthetic=False)
     text = show(compare([scored("vanilla"), entry("draft_verify", lookup)]), width=80)
-    assert "lookup" in text
+    assert "score" in headers(text)
     assert "prompt lookup" not in text
-    assert "left out" not in text
-    assert " score " in text
+
+
+# Conclusions in words, and for programs
+
+
+def sentence_of(**more: Any) -> str:
+    facts: dict[str, Any] = {
+        "label": "eagle", "outcome": "pays", "tokens_per_s": 60.0, "speedup": 1.24, "interval": (1.13, 1.37),
+        "num_prompts": 8, "num_prompts_to_show": None, "num_devices": 1, "speedup_per_device": None,
+        "own_devices": None, "disqualified_by": (), "doubts": (),
+    }  # fmt: skip
+    return sentence(Conclusion(**(facts | more)))
+
+
+def test_sentences() -> None:
+    assert sentence_of() == "eagle: 1.24x [1.13, 1.37], pays"
+    assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6)) == "eagle: 0.58x [0.50, 0.60], does not pay"
+    assert sentence_of(doubts=("few_prompts",)) == "eagle: 1.24x [1.13, 1.37], pays; doubtful: few_prompts"
+    assert sentence_of(num_devices=4, speedup_per_device=0.31).endswith("pays; 0.31x for each of 4 devices")
+    assert sentence_of(disqualified_by=("lossy",)) == "eagle: 1.24x [1.13, 1.37]; disqualified by lossy"
+    assert sentence_of(outcome="no interval", interval=None) == "eagle: 1.24x over one prompt, which shows no interval"
+    own = OwnDevices(1.05, 2, is_bound=False)
+    assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
+        "eagle: 0.58x [0.50, 0.60] here; about 1.05x if each of its 2 stages had a device of its own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [
+        (27, "; about 30 would show 5 %"),
+        (9, "; about 9 would show 5 %"),
+        (143, "; about 150 would show 5 %"),
+        (8, ", enough to show 5 %"),
+        (None, ""),
+    ],
+)
+def test_the_number_of_prompts_that_would_show_a_difference(needed: int | None, words: str) -> None:
+    found = sentence_of(outcome="no difference shown", num_prompts_to_show=needed)
+    assert found == f"eagle: no difference shown at 8 prompts{words}"
+
+
+def test_conclusions_are_in_the_exports() -> None:
+    tables = compare(demo())
+    vanilla, spd = json.loads(show(tables, "json"))["tables"][0]["conclusions"]
+    assert (vanilla["outcome"], spd["outcome"], spd["num_prompts"]) == ("baseline", "slower", 10)
+    assert spd["own_devices"] == {"speedup": pytest.approx(2.0), "num_stages": 3, "is_bound": True}
+    assert spd["sentence"].startswith("spd: 0.80x")
+    rows = list(csv.DictReader(io.StringIO(show(tables, "csv"))))
+    assert [row["outcome"] for row in rows] == ["baseline", "slower"]
+    assert float(rows[1]["own_devices_speedup"]) == pytest.approx(2.0)
+
+
+def test_cycles_are_never_told_as_negative_times_or_shares_over_one() -> None:
+    bubble = BubbleParts(**(dict.fromkeys(BubbleParts.model_fields, 0.0) | {"useful": 1.0}))
+    for wall_s, words in ((0.9, "stages ran ahead of the verdict"), (1.25, "80.0% of the time, and 50.00 ms a cycle")):
+        full = FullCycles(num=5, stage_s=1.0, wall_s=wall_s)
+        steps = pipeline_steps([True] * 8, 3)
+        runs = [make_run(steps, prompt=f"p{i}", bubble=bubble, full_cycles=full) for i in range(10)]
+        text = " ".join(show(compare([entry("autoregressive"), entry("pipeline", runs=runs)]), details=True).split())
+        assert words in text
+        assert "-0." not in text
+        assert "111." not in text

@@ -84,11 +84,15 @@ def test_the_flag_is_on_its_row_with_reason_and_remedy(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_flag_stands_below_the_table_with_its_weight(name: str) -> None:
+def test_the_flag_stands_below_the_table_with_its_remedy_on_one_line(name: str) -> None:
     base = vanilla()
-    text = render(compare([base, MAKERS[name]()], base), "github", Console(file=io.StringIO()))
+    tables = compare([base, MAKERS[name]()], base)
+    text = render(tables, "table", Console(file=io.StringIO(), width=80))
+    [line] = [line for line in text.splitlines() if line.startswith(f"- {name} (")]
+    [remedy] = [flag.remedy for flag in row_of(MAKERS[name]()).flags if flag.name == name]
+    assert line.endswith(f": {remedy[:1].lower()}{remedy[1:]}.")
     weight = "disqualifies" if name in DISQUALIFYING else "warning"
-    assert f"- {name} ({weight}): " in text
+    assert f"- {name} ({weight}): " in render(tables, "github", Console(file=io.StringIO()), details=True)
 
 
 @pytest.mark.parametrize("name", sorted(DISQUALIFYING))
