@@ -70,12 +70,12 @@ def write_stdout(text: str) -> None:
 
 
 def write_file(option: str, path: Path, text: str) -> None:
-    """`text` to the file that `option` names.
+    """`text` to the file that `option` names; names of files that are not UTF-8 in it get escapes.
 
     Raises:
         InputError: it cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None

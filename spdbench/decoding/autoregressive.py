@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Sampler, draw_rows
+from spdbench.decoding.sampling import Sampler, draw_rows, require_number
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Readback, Tensors, Upload, buckets
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.layer_ops import argmax
+from spdbench.models.layer_ops import next_tokens
 from spdbench.types import GenerationRequest
 
 
@@ -73,7 +73,7 @@ class CapturedDecoding:
         cache.rollback(0)
         hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, cache)
         logits_1V = decoder.logits(hidden_SM[-1:])
-        self.token_1.copy_(logits_1V.argmax(dim=-1))
+        self.token_1.copy_(next_tokens(logits_1V))
         self.position_1.fill_(len(prompt_ids))
         return logits_1V
 
@@ -92,7 +92,7 @@ class CapturedDecoding:
                 if left:
                     length += 1
                     ticket = self._choose(self.step(length), sampler)
-                token = self._readback.read(current)[0]
+                token = require_number(self._readback.read(current)[0])
                 yield token
                 if token in request.eos_ids:
                     return
@@ -108,9 +108,10 @@ class CapturedDecoding:
 
     def _run_step(self, bucket: int) -> Tensors:
         context = self._layers.chain(self.position_1, bucket)
-        hidden_1M = self._layers.forward(self._decoder.embed(self.token_1), context, self._decoder.layers)
+        token_1 = self.token_1.clamp(min=0)  # of `NOT_NUMBERS` the host reads only while this step is at work
+        hidden_1M = self._layers.forward(self._decoder.embed(token_1), context, self._decoder.layers)
         logits_1V = self._decoder.logits(hidden_1M)
-        self.token_1.copy_(argmax(logits_1V))
+        self.token_1.copy_(next_tokens(logits_1V))
         # Warm-ups and captures count on as well: a few positions, all within the smallest bucket.
         self.position_1.add_(1)
         return (logits_1V,)

@@ -12,11 +12,27 @@ import random
 import torch
 from torch import Tensor
 
-from spdbench.models.layer_ops import argmax
+from spdbench.errors import PromptFailedError
+from spdbench.models.cuda.captured_layers import clear_captured_caches
+from spdbench.models.layer_ops import NOT_NUMBERS, next_tokens
 from spdbench.types import Sampling
 
 Logits = Tensor | int
-"""Logits `[V]`, or only their argmax, which greedy decoding needs and which is a shorter message."""
+"""Logits `[V]`, or only the next token by `next_tokens`, which greedy decoding needs and which is a shorter message."""
+
+
+def require_number(token: int) -> int:
+    """`token`, which was chosen from logits.
+
+    Raises:
+        PromptFailedError: it is `NOT_NUMBERS`. Other prompts can go on: nothing of this one stays in a cache.
+    """
+    if token == NOT_NUMBERS:
+        clear_captured_caches()
+        raise PromptFailedError(
+            "logits are not numbers (NaN), as where values become too large for the dtype; try --dtype float32"
+        )
+    return token
 
 
 class Sampler:
@@ -36,11 +52,15 @@ class Sampler:
         return self._random.random()
 
     def choose(self, logits_V: Logits) -> int:
-        """The next token's id: the argmax when greedy, else a draw from the warped distribution."""
+        """The next token's id: the argmax when greedy, else a draw from the warped distribution.
+
+        Raises:
+            PromptFailedError: a logit is NaN.
+        """
         if isinstance(logits_V, int):
-            return logits_V
+            return require_number(logits_V)
         if self.greedy:
-            return int(argmax(logits_V))
+            return require_number(int(next_tokens(logits_V)))
         return self.draw(self.probabilities(logits_V))
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -49,19 +69,27 @@ class Sampler:
 
     def draw(self, weights_V: Tensor, uniform: float | None = None) -> int:
         """An index drawn in proportion to `weights_V`, which need not sum to 1; never one of weight 0. `uniform` is the
-        number that decides, by default the next one."""
+        number that decides, by default the next one.
+
+        Raises:
+            PromptFailedError: a weight is NaN.
+        """
         cumulative = weights_V.double().cumsum(0)
         total = float(cumulative[-1])
+        if math.isnan(total):
+            require_number(NOT_NUMBERS)
         point = min((self.uniform() if uniform is None else uniform) * total, math.nextafter(total, 0.0))
         return int(torch.searchsorted(cumulative, point, right=True))
 
 
 def draw_rows(weights_NV: Tensor, uniform_N: Tensor) -> Tensor:
-    """As `Sampler.draw` for every row, without reading anything to the host: `[N]`. `uniform_N` is in float64."""
+    """As `Sampler.draw` for every row, without reading anything to the host: `[N]`. `NOT_NUMBERS` where a weight is
+    NaN. `uniform_N` is in float64."""
     cumulative = weights_NV.double().cumsum(-1)
     totals_N1 = cumulative[:, -1:]
     points_N1 = torch.minimum(uniform_N[:, None] * totals_N1, torch.nextafter(totals_N1, torch.zeros_like(totals_N1)))
-    return torch.searchsorted(cumulative, points_N1, right=True)[:, 0]
+    found_N = torch.searchsorted(cumulative, points_N1, right=True)[:, 0]
+    return found_N.masked_fill(totals_N1[:, 0].isnan(), NOT_NUMBERS)
 
 
 def warp(logits: Tensor, sampling: Sampling) -> Tensor:

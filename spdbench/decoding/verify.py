@@ -31,9 +31,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Logits, Sampler, draw_rows
+from spdbench.decoding.sampling import Logits, Sampler, draw_rows, require_number
 from spdbench.decoding.tree import DraftTree
-from spdbench.models.layer_ops import argmax
+from spdbench.models.layer_ops import next_tokens
 from spdbench.models.torch_utils import to_device
 
 
@@ -148,12 +148,12 @@ def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> Dra
 
 def greedy(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:  # noqa: ARG001 - draws nothing
     """Greedy acceptance."""
-    parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, argmax(logits_NV))).tolist()
+    parents, ids, best = torch.stack((draft.tree.parents_N, draft.ids_N, next_tokens(logits_NV))).tolist()
 
     def accept(node: int, children: list[int]) -> int | None:
         return next((child for child in children if ids[child] == best[node]), None)
 
-    return Rule(parents, ids, accept, lambda node, _: int(best[node]))
+    return Rule(parents, ids, accept, lambda node, _: require_number(int(best[node])))
 
 
 def first_accepted(
@@ -252,7 +252,7 @@ def sampled_at_once(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Ru
         found = first_accepted(tokens, likely, None if draft.drawn is None else drafted, uniform)
         return None if found is None else children[found]
 
-    return Rule(parents, ids, accept, lambda node, _: drawn[node])
+    return Rule(parents, ids, accept, lambda node, _: require_number(drawn[node]))
 
 
 def _uniforms(sampler: Sampler, num_nodes: int) -> tuple[list[float], ...]:

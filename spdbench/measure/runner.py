@@ -13,10 +13,11 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
-from spdbench.errors import BackendLostError, PromptFailedError, SpdbenchError
+from spdbench.errors import BackendLostError, InputError, PromptFailedError, SpdbenchError
 from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
@@ -178,9 +179,8 @@ class Runner:
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
             for repeat in range(self._workload.repeats):
-                request = self._request(prompt, turn, repeat, messages)
-                if request.max_new_tokens < 1:
-                    obstacle = obstacle or "the conversation no longer fits into the model's context"
+                request, new_obstacle = self._request(prompt, turn, repeat, messages)
+                obstacle = obstacle or new_obstacle
                 yield RequestTurn(prompt, turn, repeat, request, obstacle)
             if turn + 1 < len(prompt.turns):
                 with self._lock:
@@ -196,12 +196,20 @@ class Runner:
         with self._lock:
             return self._chat.decode(run.output_ids)
 
-    def _request(self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]) -> GenerationRequest:
-        workload = self._workload
-        with self._lock:
-            ids = self._chat.encode(messages)
+    def _request(
+        self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]
+    ) -> tuple[GenerationRequest, str | None]:
+        """The request, and why it cannot be made, if so."""
+        workload, ids, obstacle = self._workload, tuple[int, ...](), None
+        try:
+            with self._lock:
+                ids = self._chat.encode(messages)
+        except InputError as error:
+            obstacle = str(error)
+        if len(ids) >= workload.context_limit:
+            obstacle = "the conversation no longer fits into the model's context"
         seed = hashlib.sha256(f"{workload.seed}/{prompt.id}/{turn}/{repeat}".encode()).digest()
-        return GenerationRequest(
+        request = GenerationRequest(
             prompt_ids=ids,
             messages=tuple(messages),
             max_new_tokens=min(workload.max_new_tokens, workload.context_limit - len(ids)),
@@ -209,13 +217,16 @@ class Runner:
             seed=int.from_bytes(seed[:6], "little"),
             eos_ids=workload.eos_ids,
         )
+        return request, obstacle
 
     def _warm_up(self) -> None:
-        """Runs the first request unrecorded. One that fails here fails again when it is measured, and is recorded
-        then."""
-        for prompt in self._workload.prompts[:1]:
-            messages = [{"role": "user", "content": prompt.turns[0]}]
-            request = self._request(prompt, 0, 0, messages)
+        """Runs the first request that can be made unrecorded. One that fails here fails again when it is measured, and
+        is recorded then."""
+        asked = (
+            self._request(prompt, 0, 0, [{"role": "user", "content": prompt.turns[0]}])
+            for prompt in self._workload.prompts
+        )
+        for request in islice((request for request, obstacle in asked if obstacle is None), 1):
             request = replace(request, max_new_tokens=min(WARMUP_TOKENS, request.max_new_tokens))
             for _ in range(self._workload.warmup):
                 for candidate in self._candidates:

@@ -29,6 +29,8 @@ from spdbench.models.torch_utils import array
 COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_PAIRS, torch.float32: TaskKind.ATTENTION_FLOATS}
 COMPILED_ROWS = 64
 """Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads."""
+NOT_NUMBERS = -1
+"""In place of the token id that follows logits of which one is NaN."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ def unfold_heads(folded_KRD: Tensor, num_rows: int) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """The argmax over the last dimension of `[V]` or `[S, V]`; on a CPU the first of several equal ones.
+    """The argmax over the last dimension of `[V]` or `[S, V]`; on a CPU the first of several equal ones. NaN counts as
+    the greatest number, as in torch.
 
     By a kernel of one thread where there is one: torch's threads, once they are woken for a few rows of a large
     vocabulary, keep their processors busy for some milliseconds more, and delay the next token's kernels.
@@ -264,6 +267,12 @@ def argmax(logits: Tensor) -> Tensor:
     ids_S = torch.empty(len(rows_SV), dtype=torch.long)
     kernels.argmax(array(rows_SV), ids_S.numpy())
     return ids_S if logits.dim() == 2 else ids_S[0]
+
+
+def next_tokens(logits: Tensor) -> Tensor:
+    """`argmax`, but `NOT_NUMBERS` for a row that holds NaN, after which nothing that follows would mean anything."""
+    best = argmax(logits)
+    return best.masked_fill(logits.gather(-1, best[..., None])[..., 0].isnan(), NOT_NUMBERS)
 
 
 @cache

@@ -34,7 +34,7 @@ from spdbench.models.cuda.captured_function import (
 )
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
-from spdbench.models.layer_ops import argmax
+from spdbench.models.layer_ops import next_tokens
 from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node
 
@@ -179,7 +179,7 @@ class StreamsPipeline(Pipeline):
         if stage == len(self._stages) - 1:
             logits_1V = decoder.logits(hidden_1M)
             self._logits_1V.copy_(logits_1V)
-            self._ids_2[:1].copy_(argmax(logits_1V))
+            self._ids_2[:1].copy_(next_tokens(logits_1V))
 
     def _read(self) -> list[int]:
         if self._ids is None:

@@ -35,7 +35,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
 from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
-from spdbench.models.layer_ops import argmax
+from spdbench.models.layer_ops import next_tokens
 from spdbench.models.target import LayerSource
 from spdbench.models.torch_utils import return_freed_memory
 from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
@@ -258,10 +258,10 @@ class _Stage:
         return self._decoder.embed(self._decoder.ids(ids))
 
     def _logits(self, rows_1M: Tensor) -> Tensor:
-        """Logits `[V]`, or their argmax `[]` where that is enough, after the device has computed them."""
+        """Logits `[V]`, or the next token `[]` where that is enough, after the device has computed them."""
         logits_V = self._decoder.logits(rows_1M)[0]
         if self._greedy:
-            return argmax(logits_V).cpu()
+            return next_tokens(logits_V).cpu()
         self._wait_for_device()
         return logits_V
 

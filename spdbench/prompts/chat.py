@@ -32,7 +32,8 @@ _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro
 
 
 class RefusedError(InputError):
-    """The chat template refuses a conversation, such as for a role that it does not know."""
+    """One conversation cannot be given to the model, as its chat template refuses it, for a role that it does not know
+    for example, or crashes on it, or makes no tokens of it."""
 
 
 def parse_template_args(words: Sequence[str]) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class ChatFormat:
             ids = self._render(messages, self._template, tokenize=True, add_generation_prompt=True, return_dict=False)
         if not ids:
             source = "tokenizer" if self._template is None else "chat template"
-            raise InputError(
+            raise RefusedError(
                 f"the model's {source} makes no tokens of this conversation, so there is nothing to feed it"
             )
         return tuple(map(int, ids))
@@ -237,7 +238,7 @@ class ChatFormat:
             ) from None
         except Exception as error:  # a template is code from the model's author and may raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"the model's chat template crashes on this conversation ({reason})") from None
+            raise RefusedError(f"the model's chat template crashes on this conversation ({reason})") from None
 
 
 class _TooSlowError(BaseException):

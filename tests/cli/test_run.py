@@ -10,7 +10,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nan
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
@@ -375,6 +376,48 @@ def test_a_prompt_longer_than_the_context(run: Runs) -> None:
     assert "prompt long: " in said.err
     assert "no room in the model's context of 256" in said.err
     assert run.files() == []
+
+
+def test_prompts_that_the_model_cannot_be_given_fail_and_the_others_go_on(run: Runs, tmp_path: Path) -> None:
+    run.model = shutil.copytree(run.model, tmp_path / "strict")
+    template = run.model / "chat_template.jinja"
+    refusal = "{% if 'forbidden' in messages[0]['content'] %}{{ raise_exception('no such word') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    texts = {"first": "forbidden", "good": "Say 1.", "long": "word " * 100, "fine": "Say 2."}
+    prompts = [{"id": name, "category": "a", "turns": [text, "And now?"]} for name, text in texts.items()]
+    said = run("-b", "vanilla", "-b", "ngram", suite=write_suite(run.folder, prompts={"source": [{"inline": prompts}]}))
+    assert said.code == 1, said.err
+    assert (
+        "NOTE: 2 of 4 prompts cannot be given to the model and count as failed. The first: prompt first: " in said.err
+    )
+    assert said.err.count("no such word") == 1
+    assert "Traceback" not in said.err
+    for label in ("vanilla", "ngram"):
+        found = {(one.prompt_id, one.turn): one.error for one in run.result(label).runs}
+        assert len(found) == 8
+        assert {key[0] for key, error in found.items() if error is None} == {"good", "fine"}
+        assert "no such word" in str(found["first", 0])
+        assert "no such word" in str(found["first", 1])
+        assert "no longer fits" in str(found["long", 0])
+
+
+def test_logits_that_are_not_numbers_fail_their_prompt_only(
+    run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spdbench.models.decoder.require_finite", lambda *_: None)
+    run.model = shutil.copytree(run.model, tmp_path / "overflowing")
+    tensors = load_file(run.model / "model.safetensors")
+    bad = tiny.make_tokenizer().convert_tokens_to_ids("3")
+    tensors["model.embed_tokens.weight"][bad] = nan
+    save_file(tensors, run.model / "model.safetensors", {"format": "pt"})
+    said = run("-b", "vanilla", "-b", "ngram", "-b", "spd", "--drafter", "spd=random", *INLINE)
+    assert said.code == 1, said.err
+    assert "failed on prompt p3:\nlogits are not numbers (NaN)" in said.err
+    assert "Traceback" not in said.err
+    for label in ("vanilla", "ngram", "spd"):
+        found = {one.prompt_id: one.error for one in run.result(label).runs}
+        assert {prompt for prompt, error in found.items() if error is None} == {"p0", "p1", "p2"}
+        assert str(found["p3"]).startswith("logits are not numbers (NaN)")
 
 
 def test_a_results_folder_that_cannot_be_written(run: Runs) -> None:

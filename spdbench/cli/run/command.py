@@ -28,7 +28,7 @@ from spdbench.console import say
 from spdbench.errors import InputError, NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
-from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
+from spdbench.prompts.chat import ChatFormat, PlainText, RefusedError, parse_template_args
 from spdbench.prompts.suite import Suite, limit_prompts, load_suite
 from spdbench.types import Sampling
 
@@ -170,12 +170,21 @@ def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | 
     for spec in specs:
         if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):
             require_known_answer(parse_drafter(spec.drafter), workload.sampling)
+    obstacles = []
     for prompt in workload.prompts:
         try:
             length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))
+        except RefusedError as error:
+            obstacles.append(f"prompt {prompt.id}: {error}")
         except InputError as error:
             raise InputError(f"prompt {prompt.id}: {error}") from None
-        if length >= workload.context_limit:
-            raise InputError(
-                f"prompt {prompt.id}: {length} tokens leave no room in the model's context of {workload.context_limit}"
-            )
+        else:
+            if length >= (limit := workload.context_limit):
+                obstacles.append(f"prompt {prompt.id}: {length} tokens leave no room in the model's context of {limit}")
+    if len(obstacles) == len(workload.prompts):
+        raise InputError(obstacles[0])
+    if obstacles:
+        say(
+            f"NOTE: {len(obstacles):,} of {len(workload.prompts):,} prompts cannot be given to the model and count as "
+            f"failed. The first: {obstacles[0]}"
+        )

@@ -19,6 +19,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 WINDOWED = frozenset(FAMILIES) - {"llama"}
 """Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+WIDENED = ("dynamic", "linear", "yarn")
+"""Types of rotary positions whose `factor` makes room for as many times the positions that were trained; configs with
+others (llama3, longrope) state the whole."""
 LAYERS = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 5_000)
 WIDTHS = dict.fromkeys(
     (
@@ -159,9 +162,23 @@ def sizes(directory: Path, standard: Any) -> Sizes:
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None) or UNLIMITED,
+        max_positions=_max_positions(text),
         eos_ids=_eos_ids(directory, text),
     )
+
+
+def _max_positions(standard: Any) -> int:
+    """The longest sequence in tokens. Where a factor widens the positions, some configs state the trained length
+    (Qwen's with YaRN) and some the whole (DeepSeek's). Gemma 3 has a factor for some of its layers and states the
+    whole.
+    """
+    stated = getattr(standard, "max_position_embeddings", None) or UNLIMITED
+    rope = getattr(standard, "rope_parameters", None)
+    rope = rope if isinstance(rope, dict) else {}
+    factor, trained = rope.get("factor"), rope.get("original_max_position_embeddings") or stated
+    if rope.get("rope_type") not in WIDENED or not isinstance(factor, int | float) or type(trained) is not int:
+        return int(stated)
+    return max(stated, int(min(trained * factor, UNLIMITED))) if factor > 0 else int(stated)
 
 
 def _require_plausible(path: Path, raw: dict[str, Any]) -> None:

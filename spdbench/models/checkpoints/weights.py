@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import reprlib
+import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -177,14 +178,22 @@ def sha256_of_files(files: list[Path]) -> str:
                     digest.update(block)
         memo = {old: known for old, known in memo.items() if all(map(_is_there, old.split("|")))}
         memo[key] = digest.hexdigest()
-        try:
-            memo_path.parent.mkdir(parents=True, exist_ok=True)
-            part = memo_path.with_suffix(".part")
-            part.write_text(json.dumps(memo), encoding="utf-8")
-            part.replace(memo_path)
-        except OSError:
-            pass  # a read-only cache costs time, not correctness
+        with suppress(OSError):  # a read-only cache costs time, not correctness
+            _replace_text(memo_path, json.dumps(memo))
     return str(memo[key])
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Writes a file in one piece, also where several processes do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(part, path)
+    except OSError:
+        os.unlink(part)
+        raise
 
 
 def _is_there(file: str) -> bool:

@@ -227,23 +227,33 @@ def attend_heads(
 
 @compiled
 def argmax(logits_SV: Any, out_S: Any) -> None:
-    """Of every row the index of its greatest number, the first of several."""
+    """Of every row the index of its greatest number, the first of several; as in torch, NaN counts as the greatest."""
     num_rows, size = logits_SV.shape
     whole = size // LANES * LANES
-    greatest = np.empty(LANES, F)
+    greatest, odd = np.empty(LANES, F), np.empty(LANES, np.int32)
     for s in range(num_rows):
         greatest[:] = MINUS_INFINITY
+        odd[:] = 0
         for v in range(0, whole, LANES):
             for n in range(LANES):
-                greatest[n] = max(greatest[n], widen(logits_SV[s, v + n]))
-        largest = MINUS_INFINITY
+                value = widen(logits_SV[s, v + n])
+                greatest[n] = max(greatest[n], value)
+                odd[n] |= np.int32(value != value)
+        largest, num_odd = MINUS_INFINITY, 0
         for n in range(LANES):
             largest = max(largest, greatest[n])
+            num_odd += odd[n]
         for v in range(whole, size):
-            largest = max(largest, widen(logits_SV[s, v]))
+            value = widen(logits_SV[s, v])
+            largest = max(largest, value)
+            num_odd += int(value != value)
         found = 0
-        while found < size - 1 and not widen(logits_SV[s, found]) >= largest:
-            found += 1
+        if num_odd:
+            while widen(logits_SV[s, found]) == widen(logits_SV[s, found]):
+                found += 1
+        else:
+            while found < size - 1 and not widen(logits_SV[s, found]) >= largest:
+                found += 1
         out_S[s] = found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ from spdbench.models.rotary import Rotary
 MASKED = float("-inf")
 COMPILED_SHAPES = 64
 """Shapes that torch.compile keeps code for: each bucket and each number of rows is one."""
+_CACHES: WeakSet[KVCache] = WeakSet()
+"""Those that captured layers read."""
+
+
+@torch.inference_mode()
+def clear_captured_caches() -> None:
+    """Sets all slots to 0. Attention multiplies masked slots by 0, which gives 0 only where they hold finite numbers:
+    NaN of one request would reach the next ones."""
+    for kv_cache in _CACHES:
+        for layer in kv_cache.layers:
+            for part in kv_cache.slots(layer):
+                part.zero_()
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,8 @@ class CapturedLayers:
             limit = torch._dynamo.config.recompile_limit
             torch._dynamo.config.recompile_limit = max(COMPILED_SHAPES, limit)
             self._layer = torch.compile(captured_layer, dynamic=False, fullgraph=True)
-        # Masked slots are multiplied by 0, which gives 0 only where they hold finite numbers.
-        for layer in kv_cache.layers:
-            for part in kv_cache.slots(layer):
-                part.zero_()
+        _CACHES.add(kv_cache)
+        clear_captured_caches()
 
     def chain(self, positions_S: Tensor, bucket: int) -> CapturedContext:
         """Rows of a chain, each at the slot of its position; a row sees all slots up to its own."""

@@ -423,3 +423,49 @@ def test_a_device_that_is_not_there_says_which_are(name: str) -> None:
 def test_an_unknown_dtype() -> None:
     with pytest.raises(InputError, match=r"--dtype int8: not supported\. Allowed: bfloat16, float32, float16"):
         load_target("smollm2", "int8", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),  # Qwen's way
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),  # DeepSeek's
+        ({"rope_type": "yarn", "factor": 4.0}, 1024),
+        ({"rope_type": "linear", "factor": 2.5}, 640),
+        ({"rope_type": "dynamic", "factor": 2.0}, 512),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+            256,
+        ),
+    ],
+)
+def test_a_factor_widens_the_context_unless_the_config_states_the_whole(
+    copy: Path, rope: dict[str, object], expected: int
+) -> None:
+    edit_config(copy, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert load_target(str(copy), "float32", "cpu").config.max_positions == expected
+
+
+def test_a_factor_under_the_key_of_older_configs_widens_the_context_too(copy: Path) -> None:
+    path = copy / "config.json"
+    raw = json.loads(path.read_text())
+    del raw["rope_parameters"]
+    path.write_text(json.dumps({**raw, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert load_target(str(copy), "float32", "cpu").config.max_positions == 512
+
+
+def test_a_factor_for_some_layers_only_widens_nothing(tmp_path: Path, own_cache: Path) -> None:  # noqa: ARG001
+    model = tiny.make_model(tmp_path / "gemma", "gemma3_text")
+    rope = {"rope_theta": 1e4, "rope_type": "linear", "factor": 8.0}
+    edit_config(
+        model,
+        rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    )
+    assert load_target(str(model), "float32", "cpu").config.max_positions == 256
