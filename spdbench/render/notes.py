@@ -177,8 +177,13 @@ def _divergence_notes(table: Table) -> Iterator[str]:
     for label, row in {row.label: row for row in table.rows}.items():
         classes = row.head.divergence.model_dump() if row.head.divergence else {}
         if sum(classes.values()) > classes.get("identical", 0):
-            words = [f"{count} {name.replace('_', ' ')}" for name, count in classes.items() if count]
+            words = [f"{count} {_kind(name, count)}" for name, count in classes.items() if count]
             yield f"{label}, outputs against vanilla's: {', '.join(words)}."
+
+
+def _kind(name: str, count: int) -> str:
+    """`near tie`, of the class `near_ties`."""
+    return (name.removesuffix("s") if count == 1 else name).replace("_", " ")
 
 
 def _flag_lines(table: Table) -> Iterator[str]:

@@ -39,7 +39,7 @@ from spdbench.render.notes import notes, sentence, verdicts
 
 Format = Literal["table", "github", "latex", "csv", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MORE = "more with `spdbench compare --details`: {what}columns and flags explained."
+MORE = "`spdbench compare --details` adds {}."
 SHORTEST_LABEL = 12
 STYLES: dict[Outcome, str] = {"pays": "bold green", "slower": "red"}
 
@@ -82,8 +82,8 @@ def _table_and_notes(table: Table, console: Console, *, details: bool) -> Iterat
     yield _grid(table, fit)
     yield from map(bullet, notes(table))
     if not details:
-        names = ", ".join(column.name for column in columns if column not in fit.columns)
-        yield bullet(MORE.format(what=names and f"{names}; "))
+        names = [column.name for column in columns if column not in fit.columns]
+        yield bullet(MORE.format(", ".join([*names, "explanations of columns and flags"])))
         return
     more = [column for column in columns_for(table, details=True) if column not in fit.columns]
     while more:

@@ -219,6 +219,7 @@ def _row(
     compared = {
         "speedup": value,
         "speedup_ci": interval and list(interval),
+        "speedup_spread": part.spread() if part and interval else None,
         "speedup_per_device": value / devices if value is not None and devices else None,
         "speedup_per_device_ci": [bound / devices for bound in interval] if interval and devices else None,
         "num_paired": len(part.keys) if part else measured["num_runs"] if is_baseline else None,

@@ -68,8 +68,8 @@ def _conclude(row: Row, baseline: Row | None) -> Conclusion:
     metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
     outcome, interval, num_prompts = _outcome(row, baseline), metrics["speedup_ci"], metrics["num_paired_prompts"] or 0
     to_show = None
-    if outcome == "no difference shown" and interval[0] > 0:
-        to_show = prompts_to_show(EFFECT, tuple(interval), num_prompts)
+    if outcome == "no difference shown" and metrics["speedup_spread"] is not None:
+        to_show = prompts_to_show(EFFECT, metrics["speedup_spread"])
     devices = row.head.backend.num_devices
     return Conclusion(
         label=row.label,

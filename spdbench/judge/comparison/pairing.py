@@ -122,6 +122,11 @@ class Pair:
             return None, None
         return float(tokens / seconds / (base_tokens / base_s)), stats.ratio_interval(self.keys, *sides)
 
+    def spread(self) -> float | None:
+        """Standard deviation between conversations of the log of the speed-up; None with fewer than two."""
+        sides = self.baseline.runs.rates(self.keys), self.candidate.runs.rates(self.keys)
+        return stats.spread_of_log_ratio(self.keys, *sides)
+
     def outputs(self) -> Outputs:
         return Outputs(len(self.keys), len(self.keys) - len(self.with_other_ids))
 

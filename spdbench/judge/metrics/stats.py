@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, reduce
-from math import ceil, cos, log, log1p, pi, sin, sqrt, tan
+from math import ceil, cos, log1p, pi, sin, sqrt, tan
 from operator import iadd
 from statistics import NormalDist
 
@@ -178,28 +178,37 @@ def ratio_interval(
     return percentile_interval(rates[0], num_conversations)
 
 
-def prompts_to_show(effect: float, interval: Interval, num: int) -> int:
+def spread_of_log_ratio(
+    keys: Sequence[RunKey], first: NDArray[np.float64], second: NDArray[np.float64]
+) -> float | None:
+    """Standard deviation between conversations of log((second's ratio of sums) / (first's)); sides as above.
+
+    A conversation with the share p of a column's sum moves the log of that sum by p, to first order, so that what C
+    conversations add to the log of the ratio are the numbers C (p - p'), with both ratios' columns taken in turn; their
+    deviation over sqrt(C) is the standard error. Source: the delta method, W. Cochran, "Sampling Techniques" (1977),
+    section 6.3. None with fewer than two conversations, or where a column sums to 0.
+    """
+    _, sums = sum_cells([prompt for prompt, _, _ in keys], [0] * len(keys), np.hstack([first, second]))
+    totals, num = sums.sum(axis=0), len(sums)
+    if num < 2 or not totals.all():
+        return None
+    added = num * (sums / totals) @ np.array([-1.0, 1.0, 1.0, -1.0])
+    return float(added.std(ddof=1))
+
+
+def prompts_to_show(effect: float, spread: float) -> int:
     """About how many conversations show a speed-up of 1 + `effect` by a 95 % interval above 1, four times in five.
 
-    `interval` is that of a speed-up over `num` conversations; its spread is taken as that of the population. On the log
-    scale its half-width is t(0.975; num - 1) sigma / sqrt(num), with sigma the standard deviation between conversations
-    (see `expanded_tail_percent`). With z = z(0.975) and delta = log(1 + effect) the number sought is
+    `spread` is the standard deviation between conversations of the log speed-up, over the repeats that they had. With
+    z = z(0.975) and delta = log(1 + effect) the number is
 
-        n = ((z + z(POWER)) sigma / delta)^2 + z^2 / 2
+        n = ((z + z(POWER)) spread / delta)^2 + z^2 / 2
 
-    where the last term makes up for Student's t. It assumes the same number of repeats of each.
-
-    Source: W. Guenther, "Sample Size Formulas for Normal Theory T Tests", The American Statistician 35 (1981).
-
-    Raises:
-        ValueError: fewer than two conversations, or an interval that reaches 0.
+    where the last term makes up for Student's t. Source: W. Guenther, "Sample Size Formulas for Normal Theory T Tests",
+    The American Statistician 35 (1981).
     """
-    if num < 2 or interval[0] <= 0:
-        raise ValueError("the spread of a speed-up takes two conversations and an interval above 0")
-    half_width = log(interval[1] / interval[0]) / 2
-    sigma = half_width * sqrt(num) / t_quantile(1 - TAIL_PERCENT / 100, num - 1)
     z, z_power = (NormalDist().inv_cdf(share) for share in (1 - TAIL_PERCENT / 100, POWER))
-    return max(2, ceil(((z + z_power) * sigma / log1p(effect)) ** 2 + z**2 / 2))
+    return max(2, ceil(((z + z_power) * spread / log1p(effect)) ** 2 + z**2 / 2))
 
 
 @lru_cache(maxsize=256)

@@ -82,7 +82,7 @@ def headers(text: str) -> str:
 
 def more(text: str) -> str:
     """What is left to `--details`."""
-    return " ".join(text.split()).partition("--details`: ")[2]
+    return " ".join(text.split()).partition("--details` adds ")[2]
 
 
 def grid(text: str) -> list[str]:
@@ -121,7 +121,7 @@ def test_several_tables_have_their_conclusions_first_each_below_its_title() -> N
 
 def test_the_demo_fits_80_columns_with_only_the_drafters_left_out() -> None:
     text = show(compare(demo()))
-    assert more(text).startswith("drafter; ")
+    assert more(text).startswith("drafter, explanations")
     for header in ("label", "tok/s", "speed-up", "accept", "cycle", "ideal", "TTFT", "outputs"):
         assert header in headers(text)
 
@@ -142,7 +142,7 @@ def test_a_wide_terminal_has_room_for_the_drafters() -> None:
     text = show(compare(demo()), width=120)
     assert "oracle:0.8 (synthetic)" in text
     assert "10/10" in text
-    assert more(text).startswith("columns and flags explained")
+    assert more(text).startswith("explanations")
 
 
 def test_columns_go_by_rank_when_room_is_short_and_the_hint_names_them() -> None:
@@ -259,7 +259,7 @@ def test_failed_runs_and_divergence_classes_are_told() -> None:
     broken = entry("draft_verify", TRAINED, runs=[*runs, failed_run("p9")], divergence=classes)
     text = show(compare([entry("autoregressive"), broken]), width=120)
     assert "eagle: 1 of 10 runs failed." in text
-    assert "eagle, outputs against vanilla's: 8 identical, 1 near ties." in text
+    assert "eagle, outputs against vanilla's: 8 identical, 1 near tie." in text
 
 
 def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
@@ -358,7 +358,7 @@ def test_the_note_on_energy_names_the_counters() -> None:
 
 
 def test_resource_columns_are_the_first_to_be_left_out() -> None:
-    assert more(show(compare(metered()), width=70)).startswith("device ms/tok, memory GiB, drafter; ")
+    assert more(show(compare(metered()), width=70)).startswith("device ms/tok, memory GiB, drafter, explanations")
 
 
 def test_energy_is_in_the_exports_and_empty_where_it_was_not_measured() -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics import stats
-from spdbench.judge.results.schema import FullCycles, Run
+from spdbench.judge.results.schema import FullCycles, Run, RunKey
 from spdbench.types import BackendKind
 from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
+
+Sides = tuple[list[RunKey], NDArray[np.float64], NDArray[np.float64]]
 
 
 def result(kind: BackendKind, runs: Sequence[Run], drafter: Any = None, **backend: Any) -> LoadedResult:
@@ -80,40 +83,54 @@ def test_several_devices_have_their_share_of_the_speedup() -> None:
 # How many prompts would show 5 %
 
 
-def experiment(rng: np.random.Generator, num: int, *, sigma: float, speedup: float) -> stats.Interval:
-    """The interval of a speed-up whose prompts differ by `sigma` on the log scale, with that mean."""
-    seconds = np.exp(rng.normal(-np.log(speedup) - sigma**2 / 2, sigma, num))
-    sides = np.ones((num, 2)), np.stack([np.ones(num), seconds], axis=1)
-    interval = stats.ratio_interval([(f"p{i}", 0, 0) for i in range(num)], *sides, resamples=400, seed=1)
-    assert interval is not None
-    return interval
+def sides(rng: np.random.Generator, num: int, *, sigma: float, speedup: float = 1.0) -> Sides:
+    """Runs of a speed-up whose prompts differ by `sigma` on the log scale, with that mean, and in length as well."""
+    tokens = rng.integers(20, 60, num).astype(float)
+    seconds = tokens * np.exp(rng.normal(-np.log(speedup) - sigma**2 / 2, sigma, num))
+    return [(f"p{i}", 0, 0) for i in range(num)], np.stack([tokens] * 2, axis=1), np.stack([tokens, seconds], axis=1)
 
 
 @pytest.mark.parametrize("sigma", [0.05, 0.1, 0.15])
 def test_as_many_prompts_as_it_says_show_the_difference_four_times_in_five(sigma: float) -> None:
     rng = np.random.default_rng(3)
-    pilot = experiment(rng, 400, sigma=sigma, speedup=1.0)
-    num = stats.prompts_to_show(0.05, pilot, 400)
-    shown = np.mean([experiment(rng, num, sigma=sigma, speedup=1.05)[0] > 1 for _ in range(400)])
+    spread = stats.spread_of_log_ratio(*sides(rng, 2000, sigma=sigma))
+    assert spread is not None
+    num = stats.prompts_to_show(0.05, spread)
+    found = [
+        stats.ratio_interval(*sides(rng, num, sigma=sigma, speedup=1.05), resamples=400, seed=1) for _ in range(400)
+    ]
+    shown = np.mean([interval is not None and interval[0] > 1 for interval in found])
     assert shown == pytest.approx(stats.POWER, abs=0.08)
 
 
-def test_the_number_follows_from_the_spread_and_not_from_how_many_were_measured() -> None:
+def test_the_spread_does_not_depend_on_how_many_were_measured() -> None:
     rng = np.random.default_rng(5)
-    by_pilot = [
-        np.mean([stats.prompts_to_show(0.05, experiment(rng, n, sigma=0.1, speedup=1.0), n) for _ in range(100)])
-        for n in (10, 40, 160)
+    squares = [
+        np.mean([(stats.spread_of_log_ratio(*sides(rng, num, sigma=0.1)) or 0) ** 2 for _ in range(2000 // num)])
+        for num in (4, 20, 100)
     ]
-    assert max(by_pilot) / min(by_pilot) < 1.2
-    wide, narrow = (stats.prompts_to_show(0.05, interval, 20) for interval in ((0.9, 1.1), (0.95, 1.05)))
-    assert wide / narrow == pytest.approx(4, rel=0.2), "twice the spread takes four times the prompts"
-    assert stats.prompts_to_show(0.05, (1.0, 1.0), 20) == 2
+    assert max(squares) / min(squares) < 1.25
 
 
-@pytest.mark.parametrize(("interval", "num"), [((0.9, 1.1), 1), ((0.0, 1.1), 8)])
-def test_without_a_spread_there_is_no_number(interval: stats.Interval, num: int) -> None:
-    with pytest.raises(ValueError, match="spread"):
-        stats.prompts_to_show(0.05, interval, num)
+def test_the_spread_is_the_error_that_resampling_finds() -> None:
+    keys, first, second = sides(np.random.default_rng(7), 60, sigma=0.2)
+    spread = stats.spread_of_log_ratio(keys, first, second)
+    interval = stats.ratio_interval(keys, first, second)
+    assert spread is not None
+    assert interval is not None
+    assert np.log(interval[1] / interval[0]) / 4 == pytest.approx(spread / np.sqrt(60), rel=0.1)
+
+
+def test_repeats_of_a_prompt_are_one_conversation_and_one_has_no_spread() -> None:
+    rows = np.array([[10.0, 1.0], [10.0, 3.0]])
+    assert stats.spread_of_log_ratio([("a", 0, 0), ("a", 0, 1)], rows, rows) is None
+    assert stats.spread_of_log_ratio([("a", 0, 0), ("b", 0, 0)], rows, rows) == 0
+    assert stats.spread_of_log_ratio([("a", 0, 0), ("b", 0, 0)], rows * 0, rows) is None
+
+
+def test_twice_the_spread_takes_four_times_the_prompts() -> None:
+    assert stats.prompts_to_show(0.05, 0.4) / stats.prompts_to_show(0.05, 0.2) == pytest.approx(4, rel=0.05)
+    assert stats.prompts_to_show(0.05, 0.0) == 2
 
 
 def test_the_number_of_prompts_is_given_only_where_no_difference_is_shown() -> None:
