@@ -13,7 +13,9 @@ import click
 
 from spdbench.cli.files import CALIBRATION, file_identity, result_paths, write_file, write_stdout
 from spdbench.cli.options import PERCENT
+from spdbench.console import say
 from spdbench.errors import InputError
+from spdbench.input_files import read_input
 
 if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
@@ -107,10 +109,9 @@ def _tell_not_covered(candidates: Sequence[LoadedResult], baselines: Sequence[Lo
 
     if left := not_covered(candidates, baselines):
         work = sorted({f"{each.head.suite.name} in {each.head.model.dtype}" for each in left})
-        click.echo(
+        say(
             f"NOTE: {len(left)} of {len(baselines)} baseline results are of work that NEW holds nothing of, and were "
-            f"not judged: {', '.join(work)}, or with other decoding.",
-            err=True,
+            f"not judged: {', '.join(work)}, or with other decoding."
         )
 
 
@@ -147,11 +148,11 @@ def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path)
     with contextlib.suppress(InputError):  # a damaged one is made anew
         older = _read_calibration(folder / CALIBRATION)
         if older is not None and older.fingerprint != found.fingerprint:
-            click.echo(f"NOTE: {folder / CALIBRATION} was another machine's, and is replaced.", err=True)
+            say(f"NOTE: {folder / CALIBRATION} was another machine's, and is replaced.")
         found = found if older is None else found.merged_with(older)
     write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
     write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))
-    click.echo(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself", err=True)
+    say(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself")
 
 
 def _read_calibration(path: Path) -> Calibration | None:
@@ -163,11 +164,7 @@ def _read_calibration(path: Path) -> Calibration | None:
     from spdbench.judge.gate.calibration import parse_calibration
 
     try:
-        return parse_calibration(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        return parse_calibration(read_input(path)) if os.path.lexists(path) else None
     except ValueError as error:
         raise InputError(f"{path}: is no calibration ({error}); remove it or make it anew with --calibrate") from None
 

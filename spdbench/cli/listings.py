@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 import click
 
 from spdbench import __version__
+from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _print(facts: Any, lines: Iterable[str], as_json: bool) -> None:
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(lines))
+    shown = (printable(line) for text in lines for line in text.split("\n"))
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(shown))
 
 
 @click.command("backends", short_help="List installed backends and their options.")

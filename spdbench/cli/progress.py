@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Self
 
-from spdbench.console import CLEAR, say
+from spdbench.console import CLEAR, printable, say
 from spdbench.judge.results.schema import Run
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -59,6 +59,7 @@ class Progress:
         if now - self._last < pause and not (last and not self._live):
             return
         self._last = now
+        words = printable(words, one_line=True)
         if self._live:
             full = round(BAR_WIDTH * min(1.0, done / self._total))
             line = f"{'━' * full}{'─' * (BAR_WIDTH - full)} {words}"

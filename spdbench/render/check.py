@@ -13,7 +13,17 @@ from rich.text import Text
 from spdbench.judge.comparison.pairing import workload
 from spdbench.judge.gate.calibration import Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
-from spdbench.render.columns import EMPTY, bullet, capture, decoding, markdown, pipe_escape, plain_grid, tabulated
+from spdbench.render.columns import (
+    EMPTY,
+    bullet,
+    capture,
+    decoding,
+    harmless,
+    markdown,
+    markdown_cell,
+    plain_grid,
+    tabulated,
+)
 
 NAMES = {
     "failed_runs": "failed runs",
@@ -61,12 +71,11 @@ def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
 
 def to_markdown(judgements: Sequence[Judgement]) -> str:
     """The same for a page, the verdict first."""
-    parts = [f"### spdbench check: {pipe_escape(_summary(judgements))}", ""]
+    parts = [f"### spdbench check: {markdown_cell(_summary(judgements))}", ""]
     for section in _sections(judgements):
-        cells = [[pipe_escape(cell) for cell in row] for rows in section.rows for row, _ in rows]
+        cells = [[markdown_cell(cell) for cell in row] for rows in section.rows for row, _ in rows]
         grid = tabulated(section.headers, cells, [header in NUMERIC for header in section.headers], "pipe")
-        lines = map(pipe_escape, [*section.answers, *section.notes])
-        parts.append(markdown(pipe_escape(section.title), grid, lines))
+        parts.append(markdown(section.title, grid, [*section.answers, *section.notes]))
     return "\n".join(parts)
 
 
@@ -75,7 +84,7 @@ def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
     grid = plain_grid([("label", False), ("metric", False), ("runs", True), ("apart", True), ("max slowdown", True)])
     for each in calibration.thresholds:
         numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
-        grid.add_row(each.label, NAMES[each.metric], *numbers)
+        grid.add_row(Text(harmless(each.label)), NAMES[each.metric], *numbers)
     return capture(
         console,
         grid,
@@ -112,11 +121,11 @@ def _sections(judgements: Sequence[Judgement]) -> Iterator[_Section]:
         by_category = any(finding.category is not None for each in group for finding in each.findings)
         category = ["category"] * by_category
         yield _Section(
-            f"{where} | {decoding(head.decoding)}",
-            [_answer(each, name) for each, name, _ in shown],
+            harmless(f"{where} | {decoding(head.decoding)}"),
+            [harmless(_answer(each, name)) for each, name, _ in shown],
             ["label", *category, "metric", "before", "now", "change", "verdict"],
             [list(_rows(name, findings, by_category=by_category)) for _, name, findings in shown],
-            list(_notes(shown)),
+            list(map(harmless, _notes(shown))),
         )
 
 
@@ -126,7 +135,9 @@ def _summary(judgements: Sequence[Judgement]) -> str:
     words = f"{verdict} (exit code {EXIT_CODES[verdict]})"
     if EXIT_CODES[verdict] == 0:
         return words
-    return f"{words}: {', '.join(dict.fromkeys(each.label for each in judgements if each.verdict == verdict))}"
+    return harmless(
+        f"{words}: {', '.join(dict.fromkeys(each.label for each in judgements if each.verdict == verdict))}"
+    )
 
 
 def _answer(judgement: Judgement, name: str) -> str:
@@ -172,10 +183,10 @@ def _apart(files: Sequence[str]) -> dict[str, str]:
 
 def _rows(name: str, findings: Sequence[Finding], *, by_category: bool) -> Iterator[tuple[list[str], str]]:
     for number, finding in enumerate(findings):
-        category = [finding.category or "all"] * by_category
+        category = [harmless(finding.category or "all")] * by_category
         values = NAMES[finding.metric], _number(finding.before), _number(finding.now), _change(finding)
         verdict = finding.verdict if finding.decides else f"({finding.verdict})"
-        yield [name if number == 0 else "", *category, *values, verdict], STYLES[finding.verdict]
+        yield [harmless(name) if number == 0 else "", *category, *values, verdict], STYLES[finding.verdict]
 
 
 def _number(value: float | None) -> str:

@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
+from spdbench.console import printable
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import FEW_PROMPTS, is_untrained
@@ -57,12 +58,27 @@ def tabulated(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: It
 
 
 def markdown(title: str, grid: str, notes: Iterable[str]) -> str:
-    return "\n".join([f"**{title}**", "", grid, "", *(f"- {note}" for note in notes), ""])
+    lines = [f"- {markdown_line(note)}" for note in notes]
+    return "\n".join([f"**{markdown_line(title)}**", "", grid, "", *lines, ""])
 
 
-def pipe_escape(text: str) -> str:
+def markdown_line(text: str) -> str:
+    """`text` for a line of Markdown, in which it begins no tag of HTML and ends no escape."""
+    return text.replace("\\", "\\\\").replace("<", "&lt;")
+
+
+def markdown_cell(text: str) -> str:
     """`text` for a cell of a Markdown table."""
-    return text.replace("|", "\\|")
+    return markdown_line(text).replace("|", "\\|")
+
+
+def harmless(text: str) -> str:
+    """`text` for a line or a cell, though a file may name it: on one line, with nothing that a terminal obeys."""
+    return printable(text, one_line=True)
+
+
+def category_of(row: Row) -> str:
+    return harmless(row.category or "all")
 
 
 @dataclass(frozen=True)
@@ -135,14 +151,14 @@ def _metric(name: str, form: str, scale: float = 1, where: Callable[[Row], bool]
 
 
 def _label(row: Row) -> str:
-    return f"{row.label} (lossy)" if row.head.backend.lossy else row.label
+    return harmless(f"{row.label} (lossy)" if row.head.backend.lossy else row.label)
 
 
 def _drafter(row: Row) -> str:
     drafter = row.head.drafter
     if drafter is None:
         return EMPTY
-    name = Path(drafter.id).name or drafter.id
+    name = harmless(Path(drafter.id).name or drafter.id)
     if drafter.synthetic:
         return f"{name} (synthetic)"
     return f"{name} (untrained)" if is_untrained(drafter) else name
@@ -233,7 +249,8 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
         suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     model = " ".join([model, *args])
-    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), _where(table)])
+    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), _where(table)]
+    return harmless(" | ".join(parts))
 
 
 def titles(tables: Sequence[Table]) -> list[str]:

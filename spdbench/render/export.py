@@ -12,8 +12,11 @@ from typing import Any
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.metrics.dialects import DIALECTS
-from spdbench.render.columns import decoding, machine
+from spdbench.render.columns import decoding, harmless, machine
 from spdbench.render.notes import sentence
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What begins a formula in Excel, LibreOffice and Google Sheets."""
 
 
 def to_json(tables: Sequence[Table]) -> str:
@@ -57,7 +60,10 @@ def _row(row: Row) -> dict[str, Any]:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """One header; intervals as NAME_ci_low and NAME_ci_high, lists joined by semicolons, null as an empty field."""
+    """One header; intervals as NAME_ci_low and NAME_ci_high, lists joined by semicolons, null as an empty field.
+
+    Text that a spreadsheet would take for a formula has an apostrophe in front.
+    """
     records = [
         _record(table, row, concluded.get(row.label) if row.category is None else None)
         for table in tables
@@ -106,7 +112,11 @@ def _record(table: Table, row: Row, found: Conclusion | None) -> dict[str, Any]:
     }
     for name, value in row.metrics.items():
         record |= _fields(name, value)
-    return record
+    return {name: _cell(value) if isinstance(value, str) else value for name, value in record.items()}
+
+
+def _cell(text: str) -> str:
+    return harmless(f"'{text}" if text.startswith(FORMULA) else text)
 
 
 def _fields(name: str, value: Any) -> dict[str, Any]:

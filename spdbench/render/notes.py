@@ -11,7 +11,7 @@ from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
-from spdbench.render.columns import device_name, share
+from spdbench.render.columns import device_name, harmless, share
 
 LINE_LENGTH = 78
 """What a line may hold next to its bullet on a terminal of 80 columns."""
@@ -61,7 +61,7 @@ def sentence(found: Conclusion) -> str:
         parts.append(f"disqualified by {', '.join(found.disqualified_by)}")
     elif found.doubts and found.outcome == "pays":
         parts.append(f"doubtful: {', '.join(found.doubts)}")
-    return f"{found.label}: {'; '.join(parts)}"
+    return harmless(f"{found.label}: {'; '.join(parts)}")
 
 
 def _answer(found: Conclusion) -> str:
@@ -99,7 +99,8 @@ def _rounded(number: int) -> int:
 
 def notes(table: Table) -> list[str]:
     """The lines below a table: the dialect asked for, what was left out, what differs, each flag with its remedy."""
-    return [*_dialect_notes(table), *table.notes, *_divergence_notes(table), *_flag_lines(table)]
+    found = [*_dialect_notes(table), *table.notes, *_divergence_notes(table), *_flag_lines(table)]
+    return list(map(harmless, found))
 
 
 def details(table: Table) -> list[str]:
@@ -117,7 +118,8 @@ def details(table: Table) -> list[str]:
     if any(row.metrics["energy_j_per_token"] is not None for row in table.rows):
         counters = device_name(table.head.environment.get("energy")) or "the machine"
         found.append(ENERGY_NOTE.format(counters=counters))
-    return [*found, *_score_notes(table), *_bubble_notes(table), *_cycle_notes(table), *_flag_reasons(table)]
+    found += [*_score_notes(table), *_bubble_notes(table), *_cycle_notes(table), *_flag_reasons(table)]
+    return list(map(harmless, found))
 
 
 def _score_notes(table: Table) -> Iterator[str]:

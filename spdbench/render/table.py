@@ -26,9 +26,11 @@ from spdbench.render.columns import (
     bullet,
     by_category,
     capture,
+    category_of,
     columns_for,
     markdown,
-    pipe_escape,
+    markdown_cell,
+    markdown_line,
     plain_grid,
     tabulated,
     titles,
@@ -110,7 +112,7 @@ class _Fit(NamedTuple):
             [*(column.header if self.folded else column.name).split("\n"), *cells]
             for column, cells in zip(self.columns, self.cells, strict=True)
         ]
-        texts[0] += [row.category or "all" for row in table.rows] if by_category(table) else []
+        texts[0] += map(category_of, table.rows) if by_category(table) else []
         return [max(map(cell_len, column)) for column in texts]
 
     def too_wide(self, table: Table, room: int) -> int:
@@ -154,9 +156,9 @@ def _grid(table: Table, fit: _Fit) -> RichTable:
     for column, width in zip(fit.columns, fit.widths(table), strict=True):
         header, room = column.header if fit.folded else column.name, width if fit.whole else None
         grid.add_column(header, justify="right" if column.numeric else "left", overflow="fold", width=room)
-    for category, rows in groupby(enumerate(table.rows), key=lambda pair: pair[1].category):
+    for category, rows in groupby(enumerate(table.rows), key=lambda pair: category_of(pair[1])):
         if by_category(table):
-            grid.add_row(Text(category or "all", style="italic"))
+            grid.add_row(Text(category, style="italic"))
         for number, row in rows:
             styled = zip(fit.columns, fit.cells, strict=True)
             grid.add_row(*(Text(texts[number], style=_style(row, column)) for column, texts in styled))
@@ -174,7 +176,7 @@ def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str, *, de
     columns = columns_for(table, details=details)
     category = ["category"] * by_category(table)
     rows = [
-        [escape(text) for text in ([row.category or "all"] * len(category) + [column.cell(row) for column in columns])]
+        [escape(text) for text in ([category_of(row)] * len(category) + [column.cell(row) for column in columns])]
         for row in table.rows
     ]
     headers = [*category, *(escape(column.name) for column in columns)]
@@ -184,9 +186,11 @@ def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str, *, de
 def _to_github(tables: Sequence[Table], *, details: bool) -> str:
     parts = []
     for table, title in zip(tables, titles(tables), strict=True):
-        grid = _tabulate(table, "pipe", pipe_escape, details=details)
+        grid = _tabulate(table, "pipe", markdown_cell, details=details)
         lines = [*notes(table), *(notes_on_details(table) if details else ())]
-        parts.append("\n".join([*(f"- {line}" for line in verdicts(table)), "", markdown(title, grid, lines)]))
+        parts.append(
+            "\n".join([*(f"- {markdown_line(line)}" for line in verdicts(table)), "", markdown(title, grid, lines)])
+        )
     return "\n".join(parts)
 
 

@@ -31,7 +31,7 @@ from spdbench.cli.setup import (
     result_path,
 )
 from spdbench.cli.terminal import sigterm_interrupts
-from spdbench.console import say
+from spdbench.console import printable, say
 from spdbench.judge.results.evaluation import SCHEMA, EvalSample, EvalScore, EvalSettings, EvalTask, Evaluation
 from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
@@ -139,14 +139,21 @@ def _plain(value: Any) -> Any:
 
 def _table(evaluations: Sequence[Evaluation]) -> str:
     """A line for each score of a task, a column for each label."""
-    rows = []
+    rows: list[list[object]] = []
     for task, facts in evaluations[0].tasks.items():
         for key in facts.scores:
             metric, _, chosen = key.partition(",")
             cells = [_cell(evaluation.tasks[task].scores.get(key)) for evaluation in evaluations]
             rows.append([task, facts.num_documents, metric, chosen, *cells])
-    headers = ["task", "documents", "metric", "filter", *(evaluation.backend.label for evaluation in evaluations)]
-    return tabulate(rows, headers, disable_numparse=True)
+    headers: list[object] = [
+        "task",
+        "documents",
+        "metric",
+        "filter",
+        *(evaluation.backend.label for evaluation in evaluations),
+    ]
+    head, *shown = [[printable(str(cell), one_line=True) for cell in row] for row in [headers, *rows]]
+    return tabulate(shown, head, disable_numparse=True)
 
 
 def _cell(score: EvalScore | None) -> str:

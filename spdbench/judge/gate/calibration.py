@@ -199,7 +199,7 @@ def distance(logarithms: Sequence[float]) -> float:
     return math.sqrt(sum(squares) / len(squares))
 
 
-def parse_calibration(text: str) -> Calibration:
+def parse_calibration(text: bytes | str) -> Calibration:
     """Raises `ValueError` in one line if `text` is no calibration."""
     try:
         return Calibration.model_validate_json(text)

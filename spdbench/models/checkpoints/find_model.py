@@ -7,11 +7,11 @@ import os
 import re
 import reprlib
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from spdbench.console import say
 from spdbench.errors import InputError, write_failure
 from spdbench.models.checkpoints import embedded
 from spdbench.models.checkpoints.folders import cache_folder, read_json, typed_path
@@ -74,7 +74,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
     # The version keeps folders apart that earlier conversions made; names from outside may be too long for a folder.
     directory = cache_folder() / "models" / f"{file.stem[:60]}-{sha256[:12]}-v{CONVERSION}"
     if not directory.exists():
-        print(f"Converting {file.name} once (about 20 s for 135M parameters) ...", file=sys.stderr, flush=True)
+        say(f"Converting {file.name} once (about 20 s for 135M parameters) ...")
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from spdbench.console import printable
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices
 from spdbench.judge.loaded import LoadedResult, load
@@ -535,3 +537,32 @@ def test_cycles_are_never_told_as_negative_times_or_shares_over_one() -> None:
         assert words in text
         assert "-0." not in text
         assert "111." not in text
+
+
+HOSTILE = "\x1b]0;x\x07\n| \\hline % <b>\u202e[/]"
+"""Obeyed by a terminal, ends a line, and is markup of LaTeX, HTML and rich."""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_names_from_files_are_shown_and_not_obeyed(form: Format) -> None:
+    runs = [make_run(vanilla_steps(9, step_ns=20 * MS), prompt=f"p{i}", category=HOSTILE) for i in range(2)]
+    drafter = TRAINED.model_copy(update={"id": HOSTILE})
+    plain = [entry("autoregressive", label=HOSTILE, runs=runs), entry("draft_verify", drafter, label="x" + HOSTILE)]
+    found = [
+        replace(each, head=each.head.model_copy(update={"model": each.head.model.model_copy(update={"id": HOSTILE})}))
+        for each in plain
+    ]
+    lines = show(compare(found, by_category=True), form).split("\n")
+    assert [printable(line) for line in lines] == lines
+    if form == "latex":
+        assert all(line.startswith(("%", "\\")) or line.rstrip().endswith("\\\\") for line in lines if line)
+    if form == "github":
+        rows = [line for line in lines if line.startswith("|")]
+        assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) for row in rows}) == 1
+        assert not any("<b>" in line for line in lines)
+
+
+def test_csv_holds_no_formulas() -> None:
+    formula = entry("autoregressive", label='=HYPERLINK("http://x")')
+    [row] = csv.DictReader(io.StringIO(show(compare([formula]), "csv")))
+    assert row["label"] == '\'=HYPERLINK("http://x")'
