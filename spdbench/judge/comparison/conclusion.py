@@ -100,7 +100,7 @@ def _outcome(row: Row, baseline: Row | None) -> Outcome:
 
 
 def _own_devices(row: Row, baseline: Row) -> OwnDevices | None:
-    """None unless the row is a pipeline whose stages shared devices.
+    """None unless the row is a pipeline whose stages shared devices, and the baseline plain decoding.
 
     A cycle then takes the baseline's time for a token x the heaviest stage's share of the target's bytes, and besides
     what full cycles took here beyond their slowest stage (messages, a drafter that is late), by their recorded spans.
@@ -110,7 +110,7 @@ def _own_devices(row: Row, baseline: Row) -> OwnDevices | None:
     backend, metrics = row.head.backend, row.metrics
     ideal, token_s = metrics["ideal_speedup"], baseline.metrics["tpot_s"]
     shares_devices = backend.kind == "pipeline" and backend.num_devices < backend.lanes
-    if row is baseline or not shares_devices or not (ideal and token_s):
+    if not shares_devices or baseline.head.backend.kind != "autoregressive" or not (ideal and token_s):
         return None
     besides_s = max(0.0, metrics["control_s_per_cycle"] or 0.0)
     speedup = 1 / (1 / ideal + besides_s / (metrics["tokens_per_cycle"] * token_s))

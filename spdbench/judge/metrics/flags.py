@@ -45,7 +45,7 @@ KINDS = {
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
-    "slow_baseline": FlagKind("Give it more --threads, another --dtype, or an idle machine"),
+    "slow_baseline": FlagKind("Try more --threads, another --dtype, an idle machine"),
     "unattributed": FlagKind("Leave the machine idle; its spans may be incomplete", disqualifies=True),
     "drift": FlagKind("Let the machine warm up, leave it idle, and measure again"),
     "outliers": FlagKind("Measure again on an idle machine, with --repeats"),
