@@ -57,7 +57,7 @@ def sentence(found: Conclusion) -> str:
         parts.append(f"{at_most} {found.own_devices.speedup:.2f}x {stages}")
     if found.speedup_per_device is not None:
         parts.append(f"{found.speedup_per_device:.2f}x for each of {found.num_devices} devices")
-    if found.disqualified_by:
+    if found.disqualified_by and found.outcome != "baseline":
         parts.append(f"disqualified by {', '.join(found.disqualified_by)}")
     elif found.doubts and found.outcome == "pays":
         parts.append(f"doubtful: {', '.join(found.doubts)}")

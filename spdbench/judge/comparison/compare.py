@@ -161,9 +161,20 @@ def _table(
             for result, name, pairing in zip(members, names, pairings, strict=True)
             if category is None or category in result.by_category
         ]
-        rows += _mark_best(found)
+        rows += _mark_best(_without_other_model(found) if _share_another_model(members) else found)
     label = None if baseline is None else names[members.index(baseline)]
     return Table(group[0].head, label, tuple(rows), tuple(notes), dialects)
+
+
+def _share_another_model(members: Sequence[LoadedResult]) -> bool:
+    """True for several results that all run the same model elsewhere, such as a server with and without drafts."""
+    models = {(each.head.backend.name, each.head.backend.other_model) for each in members}
+    return len(members) > 1 and len(models) == 1 and members[0].head.backend.other_model is not None
+
+
+def _without_other_model(rows: Sequence[Row]) -> list[Row]:
+    """`rows` without the flag for a model that is not vanilla's: they compare with each other alone."""
+    return [replace(row, flags=tuple(flag for flag in row.flags if flag.name != "other_model")) for row in rows]
 
 
 def _categories(members: Sequence[LoadedResult]) -> list[str | None]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.comparison.compare import Row, compare
+from spdbench.judge.comparison.conclusion import conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.results.schema import Drafts, Run
 from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
@@ -85,3 +86,13 @@ def test_outputs_of_another_model_are_compared_and_diverge_from_nothing() -> Non
     assert other.outputs.num_identical == 0
     assert "diverged" in [flag.name for flag in own.flags]
     assert [flag.name for flag in other.flags] == ["other_model"]
+
+
+def test_a_server_with_drafts_may_beat_the_same_server_without() -> None:
+    plain = served(label="plain", other_model="llama in its server")
+    drafts = [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(NUM)]
+    for model, names in (("llama in its server", []), ("llama in another", ["other_model"])):
+        [table] = compare([plain, served(drafts, label="eagle3", other_model=model)], "plain")
+        assert [flag.name for flag in table.rows[1].flags if flag.name == "other_model"] == names
+        assert table.rows[1].disqualified == bool(names)
+        assert ("other_model" in conclusions(table)[1].disqualified_by) == bool(names)
