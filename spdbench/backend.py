@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkab
 
 from spdbench.errors import InputError
 from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
-from spdbench.types import BackendKind, EngineReport, GenerationRequest, Measurement, Span, Step
+from spdbench.types import BackendKind, EngineLogits, EngineReport, GenerationRequest, Measurement, Span, Step
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -101,7 +101,7 @@ class Backend(Protocol):
     """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
 
     Optional members, for backends that drive an engine: `account()`, see `engine_report`; `text_only = True` in a class
-    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`.
+    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`; `next_logits`, see `engine_logits`.
     """
 
     kind: ClassVar[BackendKind]
@@ -141,6 +141,13 @@ def engine_report(backend: Backend) -> EngineReport:
     """What `backend` reports of this thread's last request; empty where it has no method `account`."""
     account = getattr(backend, "account", None)
     return EngineReport() if account is None else cast(EngineReport, account())
+
+
+def engine_logits(backend: Backend) -> EngineLogits | None:
+    """The method `next_logits(prompt_ids, answer_ids)` of a backend whose engine computes the model by itself: its
+    logits or log-probabilities of the next token by id, of all or of the likeliest, None where it reports none. None
+    for a backend without that method."""
+    return cast("EngineLogits | None", getattr(backend, "next_logits", None))
 
 
 def is_text_only(cls: type[Backend]) -> bool:

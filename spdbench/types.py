@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,6 +12,12 @@ SpanKind = Literal["target", "head", "draft", "verify", "host"]
 Measurement = Literal["ids", "times", "drafts", "forwards", "devices"]
 """What a backend may be unable to measure: the ids of tokens, the times of single tokens, drafts and verdicts, the
 target's work, the devices that it runs on."""
+Outcome = Literal["identical", "tie", "near_tie", "real", "unclassified"]
+"""How a greedy output compares with plain decoding's (METRICS.md, "Losslessness"); unclassified: it differs, and the
+engine does not report the logits that could say why."""
+EngineLogits = Callable[[Sequence[int], Sequence[int]], Mapping[int, float] | None]
+"""(prompt ids, new ids) -> an engine's logits or log-probabilities of the next token by id: all, or the likeliest; None
+where it reports none."""
 UNKNOWN_ID = -1
 """The id, in a step, of a token whose id is unknown."""
 Message = Mapping[str, str]
@@ -96,6 +102,30 @@ class EngineReport:
     finish: FinishReason | None = None
     num_prompt_tokens: int | None = None
     drafts: DraftCounts | None = None
+
+
+@dataclass(frozen=True)
+class FirstDivergence:
+    """The first id in which a greedy output differs from plain decoding's, and why.
+
+    `position` counts new tokens from 0. `expected` is plain decoding's id, `found` the other output's, None where an
+    output has ended. The two logits are plain decoding's, `gap` is their difference, and `floor` the noise floor that
+    the gap is compared with, which `floor_source` explains. `engine_gap` is the gap by another engine's own logits,
+    `apart` how far all of its logits lie from plain decoding's, relative to their spread. None: not measured.
+    """
+
+    outcome: Outcome
+    position: int
+    expected: int | None
+    found: int | None
+    expected_logit: float | None = None
+    found_logit: float | None = None
+    gap: float | None = None
+    floor: float | None = None
+    floor_source: str = ""
+    engine_gap: float | None = None
+    apart: float | None = None
+    reason: str = ""
 
 
 class Span(NamedTuple):

@@ -7,7 +7,7 @@ together with the prompt, so it may give several tokens; like all of prefill, it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -81,6 +81,10 @@ class HF(ObservedEngine):
         for fed, token_ids in self._loaded(self._generation).rounds(request, settings, self._assistant):
             yield observed_step(token_ids, fed[unread:], forwards=len(fed))
             unread = 1
+
+    def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float]:
+        """transformers' own logits, see `spdbench.backend.engine_logits`."""
+        return self._loaded(self._generation).next_logits(prompt_ids, answer_ids)
 
     def close(self) -> None:
         if self._generation is not None:

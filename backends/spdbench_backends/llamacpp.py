@@ -8,7 +8,7 @@ first are the draft. Prompts are the same ids, and nothing is kept of the previo
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -133,6 +133,18 @@ class LlamaCpp(ObservedEngine):
                 yield observed_step(found, drafts, forwards=len(fed))
         finally:
             tokens.close()
+
+    def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float]:
+        """llama.cpp's own logits, see `spdbench.backend.engine_logits`; read as its loop reads without drafts."""
+        import numpy as np
+
+        model = self._loaded(self._model)
+        model.reset()
+        for ids in (prompt_ids, *((token,) for token in answer_ids)):
+            model.eval(list(ids))
+        # `scores` are filled with `logits_all` only, which costs time and memory in every measured forward.
+        last = np.ctypeslib.as_array(model._ctx.get_logits_ith(-1), shape=(model.n_vocab(),))
+        return dict(enumerate(last.tolist()))
 
     def close(self) -> None:
         if self._model is not None:

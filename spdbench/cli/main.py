@@ -36,6 +36,7 @@ COMMANDS = {
     "train": LazyCommand("spdbench.cli.train.command", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
+    "audit": LazyCommand("spdbench.cli.audit.command", "Check that backends give the target's own outputs."),
     "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),
     "eval": LazyCommand("spdbench.cli.evaluate.eval", "Score backends on lm-eval's tasks."),
     "lm-eval": LazyCommand("spdbench.cli.evaluate.lm_eval", "lm-eval's own command line, with our backends."),

@@ -1,75 +1,19 @@
-"""What the target says of given ids: why two greedy outputs of it diverge, and the log-likelihood of a text.
+"""What the target says of given ids: the log-likelihood of a text.
 
-Two outputs diverge by a tie of logits, rounding, or a real difference (METRICS.md).
 Shapes: S rows, M model width, R rows at a time, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
 
-Difference = Literal["identical", "tie", "near_tie", "real"]
-
 ROWS = 64
 """Rows whose logits are in memory at a time."""
-
-
-@torch.inference_mode()
-def classify_difference(
-    decoder: TargetDecoder,
-    prompt_ids: Sequence[int],
-    expected: Sequence[int],
-    found: Sequence[int],
-    widths: Collection[int],
-) -> Difference:
-    """Classifies the first id in which `found` differs from `expected`, the output of plain decoding.
-
-    A tie has equal logits for both ids. A near tie has a gap no larger than the noise floor: the largest change of a
-    logit between feeding the same prefix one token at a time and in forwards of any of the numbers of rows `widths`,
-    which are those of the other method. An output that ends early or late is a real difference.
-    """
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
-    if at == len(expected) == len(found):
-        return "identical"
-    if at in (len(expected), len(found)):
-        return "real"
-    prefix = [*prompt_ids, *expected[:at]]
-    plain_V = _last_logits(decoder, prefix, len(prompt_ids), 1)
-    gap = float(plain_V[expected[at]] - plain_V[found[at]])
-    if gap == 0.0:
-        return "tie"
-    floors = (
-        float((plain_V - _last_logits(decoder, prefix, len(prompt_ids), width)).abs().max())
-        for width in sorted(set(widths), reverse=True)
-    )
-    return "near_tie" if any(abs(gap) <= floor for floor in floors) else "real"
-
-
-def _last_logits(decoder: TargetDecoder, ids: Sequence[int], num_prompt: int, width: int) -> Tensor:
-    """Logits `[V]` in float32 after `ids`: the prompt in one forward, the rest in forwards of `width` rows each.
-
-    Kernels choose how they sum by the number of rows, so a forward of fewer rows would not show the rounding of a wide
-    tree. The last forward is therefore filled up with rows behind the last id, which no row before them sees.
-    """
-    cache = decoder.new_cache(len(ids) + width)
-    hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids[:num_prompt])), 0, cache)
-    hidden_SM, last = hidden_SM[-1:], 0
-    for start in range(num_prompt, len(ids), width):
-        chunk = list(ids[start : start + width])
-        last = len(chunk) - 1
-        num_filler = min(width, decoder.config.max_positions - start) - len(chunk)
-        rows = chunk + chunk[-1:] * num_filler
-        hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(rows)), start, cache)
-    return decoder.logits(hidden_SM)[last].float()
 
 
 @torch.inference_mode()

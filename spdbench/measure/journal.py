@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.input_files import parse_json
 from spdbench.judge.results.schema import Run, RunKey
+from spdbench.types import Outcome
 
 MAGIC = "spdbench.journal/1"
 RUN_START = b'{"run":'
-Outcome = Literal["identical", "tie", "near_tie", "real", "unclassified"]
 
 
 class Journal(AppendLog):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -21,9 +21,9 @@ from spdbench.errors import BackendLostError, InputError, PromptFailedError, Spd
 from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import EnergyMeter
-from spdbench.measure.journal import Journal, Outcome
+from spdbench.measure.journal import Journal
 from spdbench.measure.request_turn import RequestTurn, StoppedError, attempt, failed_run, measure_when_ready
-from spdbench.types import GenerationRequest, Message, Prompt, Sampling
+from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling
 
 WARMUP_TOKENS = 8
 
@@ -71,9 +71,6 @@ class Observer(Protocol):
     def crashed(self, label: str, run: Run, trace: str) -> None: ...
 
 
-Classify = Callable[[Sequence[int], Sequence[int], Sequence[int], Collection[int]], Outcome]
-"""(prompt ids, vanilla's output, the other output, the rows of the other's forwards) -> what the difference is."""
-
 Score = Callable[[Prompt, int, str], float | None]
 """(prompt, turn, answer) -> score of the answer; None where it cannot be scored."""
 
@@ -88,6 +85,17 @@ class Candidate:
     meter: EnergyMeter = field(default_factory=EnergyMeter)
 
 
+Compare = Callable[[Candidate, RequestTurn, Run, Run], Outcome]
+"""(candidate, request, vanilla's run, the candidate's run) -> how their outputs compare."""
+
+
+def is_comparable(candidate: Candidate) -> bool:
+    """True if the backend's greedy ids should be vanilla's."""
+    info, backend = candidate.backend.describe(), candidate.backend
+    own = info.other_model is None and "ids" not in info.missing_measurements
+    return own and backend.lossless and concurrency_of(backend) == 1
+
+
 class Runner:
     """Runs a workload to its end; what the journals already hold is not run again."""
 
@@ -96,21 +104,23 @@ class Runner:
         workload: Workload,
         candidates: Sequence[Candidate],
         chat: Chat,
-        classify: Classify,
+        compare: Compare,
         observer: Observer,
         score: Score | None = None,
+        comparable: Callable[[Candidate], bool] = is_comparable,
     ) -> None:
+        """`compare` gets the greedy outputs of all `comparable` candidates."""
         self._workload = workload
         self._candidates = tuple(candidates)
         self._chat = chat
-        self._classify = classify
+        self._compare = compare
         self._observer = observer
         in_turns = (c for c in candidates if concurrency_of(c.backend) == 1)
         self._reference = next((c for c in in_turns if c.backend.kind == "autoregressive"), None)
         self._first = self._candidates[0].backend.describe()
         self._score = score
-        comparable = self._reference is not None and workload.sampling.greedy
-        self._compared = [c for c in candidates if comparable and c is not self._reference and _is_comparable(c)]
+        has_answer = self._reference is not None and workload.sampling.greedy
+        self._compared = [c for c in candidates if has_answer and c is not self._reference and comparable(c)]
         self._lock = threading.Lock()  # around journals, observer and tokenizer, none of which is thread-safe
         self._stopped = threading.Event()
 
@@ -266,18 +276,7 @@ class Runner:
             expected, found = self._reference.journal.run(turn.key), candidate.journal.run(turn.key)
             if "error" in (expected.finish_reason, found.finish_reason):
                 continue
-            outcome: Outcome = "identical"
-            if expected.output_ids != found.output_ids:
-                widths = {max(1, round(rows)) for rows in found.steps.forwards[1:]}
-                outcome = self._classify(turn.request.prompt_ids, expected.output_ids, found.output_ids, widths)
-            candidate.journal.add_outcome(turn.key, outcome)
-
-
-def _is_comparable(candidate: Candidate) -> bool:
-    """True if the backend's greedy ids should be vanilla's."""
-    info, backend = candidate.backend.describe(), candidate.backend
-    own = info.other_model is None and "ids" not in info.missing_measurements
-    return own and backend.lossless and concurrency_of(backend) == 1
+            candidate.journal.add_outcome(turn.key, self._compare(candidate, turn, expected, found))
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -18,11 +18,11 @@ import torch
 from spdbench.backend import Backend, BackendContext, find_backend, installed_backends, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import warp
+from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling, Step
 from tests import tiny
-from tests.chisquare import p_value
 
 PROMPT = tuple(range(30, 41))
 PIPELINES: tuple[dict[str, str], ...] = tuple(
@@ -282,7 +282,7 @@ def test_sampled_triples_follow_the_exact_joint_distribution(small: Target, name
         request = GenerationRequest(prompt, (), 3, sampling, seed, frozenset())
         counts[tuple(ids(run(backend, request))[:3])] += 1
     tests = 2 * len(BACKENDS)
-    assert p_value(counts, expected) > 1e-4 / tests
+    assert chi_square(counts, expected).p_value > 1e-4 / tests
 
 
 def _joint(decoder: TargetDecoder, prompt: tuple[int, ...], sampling: Sampling) -> dict[object, float]:

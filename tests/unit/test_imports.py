@@ -47,6 +47,7 @@ MAY_IMPORT = {
 WIRING = (
     "spdbench.cli.setup",
     "spdbench.cli.run",
+    "spdbench.cli.audit",
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",

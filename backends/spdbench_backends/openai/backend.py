@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import ClassVar, cast
 
@@ -172,6 +172,10 @@ class OpenAI:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         text = self._loaded_server().without_key("".join(exchange.parts))
         return EngineReport(text, exchange.finish, num_prompt_tokens, drafts)
+
+    def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float] | None:
+        """The server's log-probabilities of the likeliest tokens, see `spdbench.backend.engine_logits`."""
+        return self._endpoint.next_logprobs((*prompt_ids, *answer_ids))
 
     def spans(self) -> Sequence[Span]:
         return ()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import Any, TypeVar
 
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import Chunk, read_chunks
+from spdbench_backends.openai.chunks import ID_PREFIX, Chunk, read_chunks
 from spdbench_backends.openai.client import (
     MALFORMED,
     Address,
@@ -36,6 +36,8 @@ NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
 MAX_SEED = 2**31
+LISTED_LOGPROBS = (20, 5)
+"""Log-probabilities asked for a token: the most that vLLM and OpenAI's own completions list by default."""
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
 
@@ -138,6 +140,32 @@ class Endpoint:
             if refusal.status in NOT_UNDERSTOOD and (extras or self.prompt_form == "ids"):
                 return None
             raise describe_refusal(self._label, self.model, refusal) from None
+
+    def next_logprobs(self, ids: Sequence[int]) -> dict[int, float] | None:
+        """Log-probabilities of the likeliest tokens after `ids`, by id; None where the server does not report them, or
+        reports them by text, which does not tell apart tokens that are written alike."""
+        if self.prompt_form != "ids":
+            return None
+        body = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "stream": False}
+
+        def ask(connection: Connection) -> dict[int, float] | None:
+            answer = json.loads(connection.body(connection.ask("POST", self._path, asked)))
+            listed = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+            found = {
+                int(token.removeprefix(ID_PREFIX)): float(p)
+                for token, p in listed.items()
+                if token.startswith(ID_PREFIX)
+            }
+            return found if len(found) == len(listed) else None
+
+        for count in LISTED_LOGPROBS:
+            asked = {**body, "logprobs": count, "return_tokens_as_token_ids": True}
+            with suppress(RefusedError):
+                try:
+                    return self._ask_until_ready(ask)
+                except MALFORMED:
+                    return None
+        return None
 
     def unstreamed_usage(self) -> int | None:
         """How many tokens the answer to the same question has when it is not streamed; None if unknown."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +21,10 @@ from rich.console import Console
 from spdbench.append_log import first_difference
 from spdbench.backend import Backend
 from spdbench.cli.progress import RunProgress
+from spdbench.cli.run.outputs import OutputComparer
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable, result_path
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
-from spdbench.decoding.scoring import classify_difference
 from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results
@@ -98,7 +98,9 @@ class Session:
             report = RunProgress(
                 len(self.workload.keys()) * len(outputs), sum(len(output.journal) for output in outputs)
             )
-            runner = Runner(self.workload, candidates, self.chat, self._classify, report, self.score)
+            # Without a target there are no ids, and nothing is compared.
+            compare_outputs = OutputComparer(cast(Target, self.target))
+            runner = Runner(self.workload, candidates, self.chat, compare_outputs, report, self.score)
             try:
                 with report:
                     runner.run()
@@ -125,12 +127,6 @@ class Session:
             template_sha256=None,
             template_args=self.chat.template_args,
         )
-
-    def _classify(
-        self, prompt: Sequence[int], expected: Sequence[int], found: Sequence[int], widths: Collection[int]
-    ) -> Any:
-        target = cast(Target, self.target)  # the outputs of served models have no ids, and are not compared
-        return classify_difference(target.decoder, prompt, expected, found, widths)
 
     def _journal(self, result: Path, spec: BackendSpec, backend: Backend) -> Journal:
         """The journal to write to: with `--resume`, one that already holds what was finished."""

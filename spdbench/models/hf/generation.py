@@ -7,9 +7,10 @@ so that compute threads stay warm.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from inspect import signature
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -54,6 +55,22 @@ class Generation:
         finally:
             streamer.abandoned = True
             done.exception()  # waits for its end
+
+    def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float]:
+        """The model's logits after `answer_ids` by id: it reads the prompt, then one token a forward, as `generate`
+        does without drafts."""
+        return self._pool.submit(self._next_logits, prompt_ids, answer_ids).result()
+
+    def _next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float]:
+        model, cache, logits_V = self._model, None, torch.empty(0)
+        # As `generate` does: a head that computes more rows may sum in another order.
+        keep = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        with torch.inference_mode(), library.quiet():
+            for ids in (prompt_ids, *((token,) for token in answer_ids)):
+                ids_1S = torch.tensor([list(ids)], device=model.device)
+                output = model(input_ids=ids_1S, past_key_values=cache, use_cache=True, **keep)
+                cache, logits_V = output.past_key_values, output.logits[0, -1]
+        return dict(enumerate(logits_V.float().tolist()))
 
     def close(self) -> None:
         self._pool.shutdown()

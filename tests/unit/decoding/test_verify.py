@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft, verify_draft
+from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.types import Sampling
-from tests.chisquare import p_value
 
 TARGET = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.0, -3.0, 0.7, 1.3])
 DRAFTER = torch.tensor([0.0, 1.5, -0.5, 1.0, 0.4, 0.0, 0.7, -2.0])
@@ -49,12 +49,12 @@ SAMPLINGS = [Sampling(1.0), Sampling(0.7), Sampling(1.0, top_p=0.8), Sampling(0.
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("make_draft", [drawn, picked])
 def test_what_comes_out_follows_the_target(make_draft: Callable[[Tensor, Sampler], Draft], sampling: Sampling) -> None:
-    assert p_value(outcomes(make_draft, sampling), exact(sampling)) > 1e-4 / (2 * len(SAMPLINGS))
+    assert chi_square(outcomes(make_draft, sampling), exact(sampling)).p_value > 1e-4 / (2 * len(SAMPLINGS))
 
 
 def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
     """The negative control: were this test unable to fail, the ones above would prove nothing."""
-    assert p_value(outcomes(picked_but_verified_as_drawn, Sampling(1.0)), exact(Sampling(1.0))) < 1e-9
+    assert chi_square(outcomes(picked_but_verified_as_drawn, Sampling(1.0)), exact(Sampling(1.0))).p_value < 1e-9
 
 
 def test_greedy_accepts_the_argmax_alone() -> None:

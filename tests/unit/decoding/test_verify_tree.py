@@ -12,8 +12,8 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, chain, from_paths
 from spdbench.decoding.verify import Verdict, sampled_at_once, typical, verify
+from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.types import Sampling
-from tests.chisquare import p_value
 
 TREE = from_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 0, 0)])
 IDS = torch.tensor([9, 1, 2, 3, 4, 5, 6, 7])
@@ -100,7 +100,7 @@ def test_picked_drafts_leave_the_targets_distribution(
     sampling: Sampling, paths: list[tuple[int, ...]], ids: list[int]
 ) -> None:
     draft = DraftTree(from_paths(paths), torch.tensor(ids))
-    assert p_value(pairs(sampling, draft, ids), joint(sampling)) > 1e-4 / 12
+    assert chi_square(pairs(sampling, draft, ids), joint(sampling)).p_value > 1e-4 / 12
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.9)])
@@ -113,7 +113,7 @@ def test_drawn_chains_leave_the_targets_distribution(sampling: Sampling) -> None
         draft = DraftTree(chain(2), torch.tensor([4, first, second]), (drafter[4], drafter[first]))
         found = verify(LOGITS[[4, first, second]], draft, sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
-    assert p_value(counts, joint(sampling)) > 1e-4 / 2
+    assert chi_square(counts, joint(sampling)).p_value > 1e-4 / 2
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(0.9, top_k=3)])
@@ -156,7 +156,7 @@ def test_the_rule_for_drawn_drafts_on_picked_ones_is_caught() -> None:
     for _ in range(DRAWS):
         found = verify(LOGITS[ids], DraftTree(chain(2), torch.tensor(ids), claimed), sampler).token_ids
         counts[(found[0], found[1] if len(found) > 1 else sampler.choose(LOGITS[found[0]]))] += 1
-    assert p_value(counts, joint(Sampling(1.0))) < 1e-9
+    assert chi_square(counts, joint(Sampling(1.0))).p_value < 1e-9
 
 
 def test_children_that_have_all_the_mass_leave_no_other_token() -> None:

@@ -15,9 +15,9 @@ from spdbench.errors import InputError
 from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import Counter, EnergyMeter
-from spdbench.measure.journal import Journal, Outcome, create_journal, resume_journal
+from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner, Workload
-from spdbench.types import GenerationRequest, Message, Prompt, Sampling, Step
+from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 
 PROMPTS = (
@@ -41,8 +41,14 @@ def workload(**changes: Any) -> Workload:
     return Workload(**{**facts, **changes})
 
 
-def never(*_: Any) -> Outcome:
-    raise AssertionError("nothing differs here")
+def never(_candidate: Any, _turn: Any, expected: Run, found: Run) -> Outcome:
+    assert expected.output_ids == found.output_ids, "nothing differs here"
+    return "identical"
+
+
+def same_output(words: Sequence[Any]) -> bool:
+    _, _, expected, found = words
+    return bool(expected.output_ids == found.output_ids)
 
 
 class Bench:
@@ -53,7 +59,7 @@ class Bench:
         folder: Path,
         *backends: MockBackend,
         resume: bool = False,
-        classify: Any = never,
+        compare: Any = never,
         score: Any = None,
         **changes: Any,
     ) -> None:
@@ -66,7 +72,7 @@ class Bench:
             journal = resume_journal(path, {}) if resume else create_journal(path, "now", {})
             self.journals.append(journal)
             self.candidates.append(Candidate(["first", "second", "third"][number], backend, journal))
-        self.runner = Runner(workload(**changes), self.candidates, WordChat(), classify, self.watcher, score)
+        self.runner = Runner(workload(**changes), self.candidates, WordChat(), compare, self.watcher, score)
 
     def run(self) -> list[Run]:
         self.runner.run()
@@ -88,7 +94,7 @@ def test_backends_take_turns_in_alternating_order(tmp_path: Path) -> None:
 
 def test_the_first_backends_answers_are_everyones_context(tmp_path: Path) -> None:
     other = MockDraftVerify(lambda r: [Step((50 + i,), 0, 0, 0, 1.0) for i in range(r.max_new_tokens)])
-    bench = Bench(tmp_path, MockBackend(), other, classify=lambda *_: "real")
+    bench = Bench(tmp_path, MockBackend(), other, compare=lambda *_: "real")
     bench.run()
     second_turn = other.requests[1]
     assert [message["role"] for message in second_turn.messages] == ["user", "assistant", "user"]
@@ -237,20 +243,21 @@ def test_outcomes_that_a_kill_left_out_are_made_up_for(tmp_path: Path) -> None:
 def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def classify(*words: Any) -> Outcome:
+    def compare(*words: Any) -> Outcome:
         asked.append(words)
-        return "near_tie"
+        return "identical" if same_output(words) else "near_tie"
 
     def differs_once(request: GenerationRequest) -> Sequence[Step]:
         wrong = len(request.prompt_ids) == 5
         return [Step((100 + i + wrong * (i == 2),), 0, 0, 0, 2.6) for i in range(request.max_new_tokens)]
 
-    bench = Bench(tmp_path, MockBackend(), MockDraftVerify(differs_once), classify=classify)
+    bench = Bench(tmp_path, MockBackend(), MockDraftVerify(differs_once), compare=compare)
     bench.run()
     assert bench.journals[0].outcomes == {}
     assert sorted(bench.journals[1].outcomes.values()) == ["identical"] * 3 + ["near_tie"]
-    ((prompt_ids, expected, found, widths),) = asked
-    assert (len(prompt_ids), expected[2], found[2], widths) == (5, 102, 103, {3})
+    ((_, turn, expected, found),) = [words for words in asked if not same_output(words)]
+    assert (len(turn.request.prompt_ids), expected.output_ids[2], found.output_ids[2]) == (5, 102, 103)
+    assert {candidate.label for candidate, *_ in asked} == {"second"}
 
 
 @pytest.mark.parametrize("change", ["sampling", "lossy", "no vanilla"])

@@ -1,0 +1,1 @@
+"""The `audit` command: checks that backends give the target's own outputs."""

@@ -1,0 +1,191 @@
+"""`spdbench audit`: what it says, what it writes, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.models.hf.generation import Generation, Round
+from spdbench.types import GenerationRequest
+from spdbench_backends.ngram import Ngram
+from tests.cli.run_helpers import Said, spdbench, write_suite
+from tests.stub_server import StubServer
+
+
+def words(said: Said) -> str:
+    """What was printed, without the line breaks of a narrow terminal."""
+    return " ".join(said.out.split())
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    return write_suite(tmp_path, turns=2)
+
+
+def audited(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["backends"]
+    return found
+
+
+def test_backends_that_are_lossless(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    common = ("-m", tiny_model, "--dtype", "float32", "--drafter", "spd=random", "-o", "spd.executor=inline")
+    said = spdbench("audit", suite, *common, "-b", "ngram", "-b", "spd", "-b", "hf", "--json", file)
+    assert said.code == 0, said.out + said.err
+    for label in ("ngram", "spd", "hf"):
+        assert f"{label}: lossless. 8 of 8 outputs are plain decoding's" in words(said)
+    assert "class" not in said.out  # no table where nothing diverges
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert (content["schema"], content["dtype"], content["reference"]) == ("spdbench.audit/1", "float32", "vanilla")
+    assert [each["outcomes"] for each in content["backends"]] == [{"identical": 8}] * 3
+    assert [each["ends"] for each in content["backends"]] == [{"compared": 8, "wrong": 0, "overrun": 0}] * 3
+
+
+def test_sampled_answers_are_tested_and_the_power_is_stated(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    more = ("--temperature", "0.9", "--top-p", "0.9", "--draws", "60", "--json", file)
+    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram", "-b", "hf", *more)
+    assert said.code == 0, said.out + said.err
+    assert "ngram: lossless. 240 sampled answers follow the target's exact distribution" in words(said)
+    ngram, hf = audited(file)
+    assert 0.1 < ngram["sampled"]["detectable_total_variation"] < 0.4
+    assert ngram["sampled"]["power"] == 0.95
+    assert ngram["sampled"]["draws"] == hf["sampled"]["draws"] == 240
+    assert f"{ngram['sampled']['detectable_total_variation']:.1%} (total variation)" in words(said)
+
+
+def test_a_real_difference_is_shown_with_tokens_logits_and_floor(
+    suite: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, original = tmp_path / "audit.json", Ngram.generate
+
+    def wrong_at_four(self: Ngram, request: GenerationRequest) -> Iterator[Any]:
+        num_before = 0
+        for step in original(self, request):
+            ids = [*step.token_ids]
+            if num_before <= 4 < num_before + len(ids):
+                ids[4 - num_before] = (ids[4 - num_before] + 1) % 256
+            num_before += len(ids)
+            yield step._replace(token_ids=tuple(ids))
+
+    monkeypatch.setattr(Ngram, "generate", wrong_at_four)
+    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram", "--json", file)
+    assert said.code == 1
+    assert "ngram: NOT lossless. 0 of 8 outputs are plain decoding's; 8 differ by more than" in words(said)
+    (found,) = audited(file)
+    for each in found["divergences"]:
+        divergence = each["divergence"]
+        assert (divergence["position"], divergence["outcome"]) == (4, "real")
+        assert divergence["gap"] == pytest.approx(divergence["expected_logit"] - divergence["found_logit"])
+        assert divergence["gap"] > divergence["floor"] >= 0.0
+        assert divergence["floor_source"].endswith("a forward against one")
+    assert {each["prompt_id"] for each in found["divergences"]} == {"p0", "p1", "p2", "p3"}
+    assert said.out.count("REAL") == 8
+
+
+def test_bfloat16_of_another_engine_is_explained(tmp_path: Path, tiny_model: Path) -> None:
+    """Here transformers rounds other logits than ours, so that ties fall the other way: in `run` as well."""
+    suite = write_suite(tmp_path, num_prompts=8, decoding={"max_new_tokens": 60, "temperature": 0})
+    said = spdbench("audit", suite, "-m", tiny_model, "-b", "hf", "--json", tmp_path / "audit.json")
+    assert said.code == 0, said.out + said.err
+    (found,) = audited(tmp_path / "audit.json")
+    assert found["outcomes"].get("tie", 0) + found["outcomes"].get("near_tie", 0) > 0
+    assert found["verdict"] == "lossless but for rounding"
+    for each in found["divergences"]:
+        assert each["divergence"]["gap"] <= each["divergence"]["floor"]
+        assert 0.0 < each["divergence"]["apart"] < 0.1
+    ran = spdbench("run", suite, "-m", tiny_model, "-b", "vanilla", "-b", "hf", "--results", tmp_path / "results")
+    assert ran.code == 0, ran.out + ran.err
+    assert "diverged" not in ran.out
+
+
+def test_another_engine_that_computes_something_else_is_real(
+    suite: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers with weights of 2 % noise: its logits are near, but rounding in float32 does not explain them."""
+    original = Generation.__init__
+
+    def noisy(self: Generation, model: Any) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.02 * weight.std() * torch.randn(weight.shape, generator=generator)
+        original(self, model)
+
+    monkeypatch.setattr(Generation, "__init__", noisy)
+    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "hf")
+    assert said.code == 1, said.out
+    assert "hf: NOT lossless" in words(said)
+    assert "of their spread from plain decoding's; rounding explains 0.0001" in words(said)
+
+
+def test_a_crash_is_a_fault(suite: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: Generation, *_: Any) -> Iterator[Round]:  # noqa: ARG001
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(Generation, "rounds", crash)
+    for more in ((), ("--temperature", "1", "--draws", "2")):
+        said = spdbench("audit", suite, "-m", tiny_model, "-b", "hf", "-b", "ngram", *more)
+        assert said.code == 1
+        assert "hf: faulty." in words(said)
+        assert "RuntimeError: it broke" in words(said)
+        assert "ngram: lossless." in words(said)
+
+
+def test_what_is_lossy_by_design_is_not_audited(suite: Path, tiny_model: Path) -> None:
+    said = spdbench("audit", suite, "-m", tiny_model, "-b", "eagle", "--drafter", "forced:0.5")
+    assert said.code == 3
+    assert "eagle: not audited: by design its outputs are not the target's." in words(said)
+
+
+def test_a_server_without_ids_cannot_be_audited(suite: Path, tiny_model: Path) -> None:
+    server = StubServer()
+    try:
+        said = spdbench("audit", suite, "-m", tiny_model, "-b", "openai", "-o", f"openai.base_url={server.url}")
+    finally:
+        server.close()
+    assert said.code == 3, said.err
+    assert "openai: not audited: it reports no token ids" in words(said)
+
+
+def test_a_server_with_ids_and_without_log_probabilities_is_unknown(suite: Path, tiny_model: Path) -> None:
+    server = StubServer()
+    server.offers, server.takes_ids = {"ids", "usage"}, True
+    try:
+        options = (f"openai.base_url={server.url}", "openai.api=completions")
+        more = [word for option in options for word in ("-o", option)]
+        said = spdbench("audit", suite, "-m", tiny_model, "-b", "openai", *more, "--max-new-tokens", "4")
+    finally:
+        server.close()
+    assert said.code == 3, said.out + said.err
+    assert "openai: unknown." in words(said)
+    assert "it cannot be known whether a tie explains them" in words(said)
+
+
+@pytest.mark.parametrize(
+    ("backends", "message"),
+    [
+        (("vanilla",), "is what others are audited against; name another backend as well"),
+        (("nonsense",), "nonsense"),
+        ((), "Missing option"),
+    ],
+)
+def test_wrong_input_is_exit_code_2(suite: Path, tiny_model: Path, backends: Sequence[str], message: str) -> None:
+    chosen = [word for backend in backends for word in ("-b", backend)]
+    said = spdbench("audit", suite, "-m", tiny_model, *chosen)
+    assert said.code == 2
+    assert message in said.err
+
+
+def test_another_vanilla_may_be_audited_against_the_first(suite: Path, tiny_model: Path) -> None:
+    common = ("-m", tiny_model, "--dtype", "float32", "-o", "captured.graphs=on")
+    said = spdbench("audit", suite, *common, "-b", "captured=vanilla", "-b", "vanilla", "-b", "vanilla2=vanilla")
+    assert said.code == 0, said.out + said.err
+    assert "against captured" in words(said)
+    assert "vanilla2: lossless." in words(said)
