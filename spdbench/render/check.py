@@ -21,6 +21,7 @@ from spdbench.render.columns import (
     harmless,
     markdown,
     markdown_cell,
+    markdown_line,
     plain_grid,
     tabulated,
 )
@@ -71,11 +72,13 @@ def to_terminal(judgements: Sequence[Judgement], console: Console) -> str:
 
 def to_markdown(judgements: Sequence[Judgement]) -> str:
     """The same for a page, the verdict first."""
-    parts = [f"### spdbench check: {markdown_cell(_summary(judgements))}", ""]
-    for section in _sections(judgements):
+    sections = list(_sections(judgements))
+    answers = [f"- {markdown_line(line)}" for section in sections for line in section.answers]
+    parts = [f"### spdbench check: {markdown_cell(_summary(judgements))}", "", *answers, ""]
+    for section in sections:
         cells = [[markdown_cell(cell) for cell in row] for rows in section.rows for row, _ in rows]
         grid = tabulated(section.headers, cells, [header in NUMERIC for header in section.headers], "pipe")
-        parts.append(markdown(section.title, grid, [*section.answers, *section.notes]))
+        parts.append(markdown(section.title, grid, section.notes))
     return "\n".join(parts)
 
 
@@ -147,7 +150,9 @@ def _answer(judgement: Judgement, name: str) -> str:
     found = next((finding for finding in deciding if finding.verdict == judgement.verdict), None)
     if judgement.verdict in ("pass", "improved"):
         found = next((finding for finding in deciding if finding.interval is not None), None)
-        return f"{name}: {judgement.verdict}" + (f"; {NAMES[found.metric]} x {_change(found)}" if found else "")
+        return f"{name}: {judgement.verdict}" + (
+            f"; {NAMES[found.metric]} {_change(found)} times the former" if found else ""
+        )
     return f"{name}: {judgement.verdict}" + (f"; {NAMES[found.metric]}: {found.reason}" if found else "")
 
 

@@ -46,7 +46,7 @@ def test_table_fits_and_begins_with_the_verdict_and_a_line_a_label(width: int) -
     assert show(fine()).splitlines()[:3] == [
         "pass (exit code 0)",
         "- vanilla: pass",
-        "- eagle: pass; speed-up x 1.000 [1.000, 1.000]",
+        "- eagle: pass; speed-up 1.000 [1.000, 1.000] times the former",
     ]
     assert show(wrong()).splitlines()[0] == "regression (exit code 1): eagle"
 
@@ -102,7 +102,7 @@ def test_what_is_noted_of_several_files_is_said_once() -> None:
 
 def test_markdown_starts_with_the_verdict_and_escapes_cells() -> None:
     text = to_markdown(wrong())
-    assert text.startswith("### spdbench check: regression (exit code 1): eagle\n")
+    assert text.startswith("### spdbench check: regression (exit code 1): eagle\n\n- vanilla: pass")
     [header] = [line for line in text.splitlines() if line.startswith("| label")]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert {row.replace("\\|", "").count("|") for row in rows} == {header.count("|")}
