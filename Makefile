@@ -83,7 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	@$(INSTALL) --editable '.[dev,hub,humaneval,eval]'
+	@$(INSTALL) --editable '.[dev,hub,humaneval,eval,report]'
 	@touch $@
 
 $(VENV)/bin/python:

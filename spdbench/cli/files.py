@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import sys
@@ -78,4 +79,22 @@ def write_file(option: str, path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def write_whole_file(option: str, path: Path, content: bytes) -> None:
+    """`content` to the file that `option` names, all of it or none: an older file is replaced at the last moment.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        part.unlink(missing_ok=True)  # a link there would lead the content into another file
+        with part.open("xb") as file:
+            file.write(content)
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None

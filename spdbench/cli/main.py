@@ -35,6 +35,7 @@ COMMANDS = {
     "run": LazyCommand("spdbench.cli.run.command", "Measure backends on a suite and compare them."),
     "train": LazyCommand("spdbench.cli.train.command", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
+    "report": LazyCommand("spdbench.cli.report", "Draw a comparison: one HTML page, or one chart as a file."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "audit": LazyCommand("spdbench.cli.audit.command", "Check that backends give the target's own outputs."),
     "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),

@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
 from spdbench.judge.metrics.flags import MADE_FROM_ONE_RESULT, flags_for
 from spdbench.judge.metrics.metrics import Metrics
+from spdbench.judge.results.embedded import is_report, read_report
 from spdbench.judge.results.reader import read_runs
 from spdbench.judge.results.schema import Flag, Result
 from spdbench.judge.results.table import RunTable, table_from
@@ -86,20 +88,25 @@ def load(result: Result, file: str) -> LoadedResult:
 
 
 def read_results(paths: Sequence[Path], *, keep_ids: bool = False) -> list[LoadedResult]:
-    """The results in `paths`; a file that is named twice is read once. `keep_ids` for those who show ids.
+    """The results in `paths`, and those that reports among them hold; a file that is named twice is read once.
+    `keep_ids` for those who show ids.
 
     Raises:
         InputError: a file cannot be read, or is not a result.
     """
-    return share_out(partial(_read, keep_ids=keep_ids), paths)
+    return list(chain.from_iterable(share_out(partial(_read, keep_ids=keep_ids), paths)))
 
 
-def _read(path: Path, *, keep_ids: bool) -> LoadedResult:
-    head, runs = read_runs(path, keep_ids=keep_ids)
-    loaded = LoadedResult(str(path), head, runs)
-    if not keep_ids:
-        _ = loaded.flags  # a comparison shows them: computed here, in parallel where there are several processes
-    return loaded
+def _read(path: Path, *, keep_ids: bool) -> list[LoadedResult]:
+    """One result; as many as it holds from a report."""
+    files = [(path / name, raw) for name, raw in read_report(path)] if is_report(path) else [(path, None)]
+    found = []
+    for name, raw in files:
+        head, runs = read_runs(name, keep_ids=keep_ids, raw=raw)
+        found.append(LoadedResult(str(name), head, runs))
+        if not keep_ids:
+            _ = found[-1].flags  # a comparison shows them: computed here, in parallel where there are several processes
+    return found
 
 
 def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]:

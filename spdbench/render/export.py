@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -70,11 +70,17 @@ def to_csv(tables: Sequence[Table]) -> str:
         for concluded in [{each.label: each for each in conclusions(table)}]
         for row in table.rows
     ]
+    return csv_text(records)
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """`records` with one header of all their names; what a record lacks is an empty field."""
     header = list(dict.fromkeys(name for record in records for name in record))
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    for record in records:
+        writer.writerow({name: _cell(value) if isinstance(value, str) else value for name, value in record.items()})
     return text.getvalue()
 
 
@@ -112,7 +118,7 @@ def _record(table: Table, row: Row, found: Conclusion | None) -> dict[str, Any]:
     }
     for name, value in row.metrics.items():
         record |= _fields(name, value)
-    return {name: _cell(value) if isinstance(value, str) else value for name, value in record.items()}
+    return record
 
 
 def _cell(text: str) -> str:

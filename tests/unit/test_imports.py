@@ -48,6 +48,7 @@ WIRING = (
     "spdbench.cli.setup",
     "spdbench.cli.run",
     "spdbench.cli.audit",
+    "spdbench.cli.report",
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",

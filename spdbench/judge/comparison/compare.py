@@ -25,7 +25,8 @@ class Row:
     """One label of a table, over all its prompts or one `category` of them.
 
     `label` is unique in the table. `metrics` has METRICS.md's names, `speedup` among them. `outputs` is None where
-    ids are not compared: no baseline, sampling, forced verdicts.
+    ids are not compared: no baseline, sampling, forced verdicts. `result` and `pairing`, its runs paired with the
+    baseline's, are what the row was made from, for those who show single runs.
     """
 
     label: str
@@ -36,6 +37,8 @@ class Row:
     outputs: Outputs | None
     flags: tuple[Flag, ...]
     is_baseline: bool
+    result: LoadedResult
+    pairing: Pair | None
     best: bool = False
 
     @property
@@ -223,7 +226,8 @@ def _row(
     *,
     is_baseline: bool,
 ) -> Row:
-    measured = (result if category is None else result.part(category)).metrics
+    own = result if category is None else result.part(category)
+    measured = own.metrics
     part = pairing if pairing is None or category is None else pairing.part(category)
     value, interval = part.speedup() if part else (1.0 if is_baseline else None, None)
     devices = None if result.devices is None else result.head.backend.num_devices
@@ -243,7 +247,7 @@ def _row(
         flags.append(noisy("the speed-up", value, interval))
     metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
     outputs = part.outputs() if part and _ids_compare(part) else None
-    return Row(name, result.file, category, result.head, metrics, outputs, tuple(flags), is_baseline)
+    return Row(name, result.file, category, result.head, metrics, outputs, tuple(flags), is_baseline, own, part)
 
 
 def _ids_compare(pairing: Pair) -> bool:

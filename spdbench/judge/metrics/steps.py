@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.results.table import STEP_COLUMNS, RunTable
+from spdbench.judge.results.schema import RunKey
+from spdbench.judge.results.table import COLUMN, STEP_COLUMNS, RunTable
 from spdbench.types import BackendKind
 
 NS_PER_S = 1e9
@@ -23,6 +25,8 @@ RUNS_AT_ONCE = 1024
 EMITTED, JUDGED, ACCEPTED = (STEP_COLUMNS.index(name) for name in ("emitted", "judged", "accepted"))
 
 Rows = NDArray[np.bool_]
+Verdict = Literal["accepted", "rejected", "filling"]
+"""What came out of a pipeline's cycle; nothing while it fills."""
 
 
 def token_intervals(table: RunTable, rows: Rows) -> tuple[NDArray[np.float32], NDArray[np.uint16], NDArray[np.int64]]:
@@ -88,8 +92,7 @@ def verdicts_by_position(table: RunTable, rows: Rows, kind: BackendKind) -> tupl
 
     A draft's position is its depth; in a pipeline, the number of verdicts since the last flush.
     """
-    chosen = np.repeat(rows, table.num_steps)
-    chosen[(table.ends - table.num_steps)[table.num_steps > 0]] = False  # prefill
+    chosen = _decode_steps(table, rows)
     judged, accepted = table.steps[JUDGED], table.steps[ACCEPTED]
     if kind == "pipeline":
         given = np.flatnonzero(chosen & (judged > 0))
@@ -120,3 +123,66 @@ def _reaching(depths: NDArray[np.integer], most: int) -> NDArray[np.int64]:
     """How many of `depths` are at least 1, at least 2, ..., at least `most`."""
     counts = np.bincount(depths, minlength=most + 1)
     return np.cumsum(counts[::-1])[::-1][1:]
+
+
+def step_lengths(table: RunTable, rows: Rows) -> NDArray[np.int64]:
+    """How many decode steps committed 0, 1, 2, ... ids; prefill is none of them."""
+    return np.bincount(table.steps[EMITTED, _decode_steps(table, rows)])
+
+
+def step_lengths_by_context(table: RunTable, rows: Rows) -> dict[int, NDArray[np.int64]]:
+    """`step_lengths` by the tokens of context that a step began with, prompt included.
+
+    Returns:
+        By the power of two that is at least as large as the context and less than twice as large, ascending.
+    """
+    emitted = table.steps[EMITTED].astype(np.int64)
+    behind = np.cumsum(emitted) - emitted  # ids before each step, those of earlier runs included
+    first = (table.ends - table.num_steps)[table.num_steps > 0]
+    prompt_tokens = table.sums[:, COLUMN["prompt_tokens"]].astype(np.int64)
+    of_run = (prompt_tokens[table.num_steps > 0] - behind[first]).repeat(table.num_steps[table.num_steps > 0])
+    chosen = _decode_steps(table, rows)
+    context = np.maximum((behind + of_run)[chosen], 1)
+    below = 2 ** np.ceil(np.log2(context)).astype(np.int64)
+    return {int(size): np.bincount(emitted[chosen][below == size]) for size in np.unique(below)}
+
+
+class Cycle(NamedTuple):
+    """One step of a pipeline: from `start_s` to `end_s` since the request's start, and the verdict that it gave."""
+
+    start_s: float
+    end_s: float
+    verdict: Verdict
+
+
+def cycles_around_rejection(table: RunTable, rows: Rows, before: int, after: int) -> tuple[RunKey, list[Cycle]] | None:
+    """The request and its cycles around a typical rejection of a pipeline; None without any rejection.
+
+    Typical: the first rejection with an accepted draft in the cycle before it, else the first of all.
+    """
+    rejections = _decode_steps(table, rows) & (table.steps[JUDGED] > table.steps[ACCEPTED])
+    if not rejections.any():
+        return None
+    settled = rejections & np.append(False, table.steps[ACCEPTED][:-1] > 0)
+    at = int(np.flatnonzero(settled if settled.any() else rejections)[0])
+    row = int(np.searchsorted(table.ends, at, side="right"))
+    first = int(table.ends[row] - table.num_steps[row])
+    ends_s = np.cumsum(table.gaps_ns[first : table.ends[row]].astype(np.int64)) / NS_PER_S
+    shown = range(max(first + 1, at - before), min(int(table.ends[row]), at + after + 1))
+    cycles = [
+        Cycle(float(ends_s[step - first - 1]), float(ends_s[step - first]), _verdict(table, step)) for step in shown
+    ]
+    return table.keys[row], cycles
+
+
+def _verdict(table: RunTable, step: int) -> Verdict:
+    if not table.steps[JUDGED, step]:
+        return "filling"
+    return "accepted" if table.steps[ACCEPTED, step] else "rejected"
+
+
+def _decode_steps(table: RunTable, rows: Rows) -> NDArray[np.bool_]:
+    """Which steps of the chosen runs are not their prefill: [S]."""
+    chosen: NDArray[np.bool_] = np.repeat(rows, table.num_steps)
+    chosen[(table.ends - table.num_steps)[table.num_steps > 0]] = False
+    return chosen

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -42,26 +43,28 @@ class NotPlain(Exception):  # noqa: N818 - no error: only not for this reader
     """The text may be fine or damaged; it is not of the plain kind that is read here."""
 
 
-def read_runs(path: Path, *, keep_ids: bool = False) -> tuple[Result, RunTable]:
+def read_runs(path: Path, *, keep_ids: bool = False, raw: bytes | None = None) -> tuple[Result, RunTable]:
     """The result in `path`, in one pass: all of it but the runs, and the runs in columns.
+
+    `raw` is the file's content where that is in memory already; `path` is its name in messages then.
 
     Raises:
         InputError: the file cannot be read, or is not a result.
     """
     try:
-        return read_plain(path, keep_ids=keep_ids)
+        return read_plain(path, keep_ids=keep_ids, raw=raw)
     except NotPlain:
-        result = read_result(path)
+        result = read_result(path, raw)
         return result.model_copy(update={"runs": []}), table_from(result.runs, keep_ids=keep_ids)
 
 
-def read_plain(path: Path, *, keep_ids: bool = False) -> tuple[Result, RunTable]:
+def read_plain(path: Path, *, keep_ids: bool = False, raw: bytes | None = None) -> tuple[Result, RunTable]:
     """`read_runs` of a file as `measure.assemble` writes it: a line for each member of the object, and for each run.
 
     Raises:
         NotPlain: the file is not plainly so; `read_result` has to read it, or to say why it cannot.
     """
-    with _not_plain_unless_valid(), open_input(path, BUFFER_BYTES) as file:
+    with _not_plain_unless_valid(), open_input(path, BUFFER_BYTES) if raw is None else BytesIO(raw) as file:
         if file.readline(len(FIRST_LINE)) != FIRST_LINE:
             raise NotPlain
         before = FIRST_LINE + b"".join(_lines_until(RUNS_BEGIN, file))

@@ -262,13 +262,13 @@ class Result(Record):
     flags: list[Flag]
 
 
-def read_result(path: Path) -> Result:
-    """The result in `path`.
+def read_result(path: Path, raw: bytes | None = None) -> Result:
+    """The result in `path`, or in `raw` where its content is in memory already.
 
     Raises:
         InputError: the file is not there, is not JSON, or is not a result that this version reads.
     """
-    raw = read_input(path)
+    raw = read_input(path) if raw is None else raw
     try:
         return Result.model_validate_json(raw)
     except ValidationError as error:

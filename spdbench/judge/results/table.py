@@ -56,10 +56,11 @@ class StepArrays(NamedTuple):
 class RunTable:
     """R runs with S steps in all, in the order of the file, failed ones included.
 
-    `errors` are the messages of failed runs. `outputs` are each run's ids in decimal digits joined by commas; None
-    where they are only compared, for which `output_sha256` is enough. `sums` is [R, len(COLUMNS)]. `num_steps` [R]
-    says how many entries of `gaps_ns` [S] and `steps` [len(STEP_COLUMNS), S] are each run's; a gap is the time since
-    the step before, for the first step since the request's start.
+    `errors` are the messages of failed runs. `outputs` are each run's ids in decimal digits joined by commas, `texts`
+    the answers of engines that give text; None where they are only compared, for which `output_sha256` is enough.
+    `sums` is [R, len(COLUMNS)]. `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps`
+    [len(STEP_COLUMNS), S] are each run's; a gap is the time since the step before, for the first step since the
+    request's start.
     """
 
     keys: list[RunKey]
@@ -68,6 +69,7 @@ class RunTable:
     errors: list[str | None]
     output_sha256: list[bytes]
     outputs: list[bytes] | None
+    texts: list[str | None] | None
     failed: NDArray[np.bool_]
     sums: NDArray[np.float64]
     num_steps: NDArray[np.int64]
@@ -167,6 +169,7 @@ def build_table(
         errors=[run.error for run in runs],
         output_sha256=[hashlib.sha256(text).digest() for text in outputs],
         outputs=outputs if keep_ids else None,
+        texts=[run.text for run in runs] if keep_ids else None,
         failed=failed,
         sums=sums,
         num_steps=num_steps,

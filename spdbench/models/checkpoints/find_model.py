@@ -15,10 +15,10 @@ from spdbench.console import say
 from spdbench.errors import InputError, write_failure
 from spdbench.models.checkpoints import embedded
 from spdbench.models.checkpoints.folders import cache_folder, read_json, typed_path
+from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 NOTE = "spdbench.json"
 CONVERSION = 2
 """Changes with what a conversion makes of a file, so that no folder of an earlier version is used."""
@@ -37,8 +37,7 @@ class ModelFiles:
     @property
     def tokenizer_sha256(self) -> str | None:
         """The hash of the files that turn text into ids, without chat template and settings; None if there are none."""
-        files = [file for name in TOKENIZER_FILES if (file := self.directory / name).is_file()]
-        return sha256_of_files(files) if files else None
+        return tokenizer_sha256(self.directory)
 
 
 def find_model(name: str) -> ModelFiles:

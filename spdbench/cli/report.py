@@ -1,0 +1,152 @@
+"""`spdbench report`: result files in, one page or one chart out. Only parses the command line, reads and writes.
+
+Of models it knows the tokenizer, which turns the ids of answers into text; their weights are not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from spdbench.cli.files import file_identity, result_paths, write_whole_file
+from spdbench.errors import InputError
+
+if TYPE_CHECKING:
+    from spdbench.judge.comparison.compare import Table
+    from spdbench.judge.loaded import LoadedResult
+    from spdbench.judge.results.embedded import EmbeddedFile
+    from spdbench.render.report.vega import ImageFormat
+
+CHARTS = (
+    *("speedup", "categories", "prompts", "acceptance"),
+    *("step-lengths", "step-lengths-by-category", "step-lengths-by-context"),
+    *("bubble", "waterfall", "timeline"),
+)
+FORMATS = ("svg", "png", "pdf")
+STYLES = ("screen", "paper", "paper-wide")
+
+
+@click.command("report", short_help="Draw a comparison: one HTML page, or one chart as a file.")
+@click.argument("results", metavar="RESULT...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Where to write. [default: report.html, or CHART.FORMAT]",
+)
+@click.option("--chart", type=click.Choice(CHARTS), help="Write this chart alone.")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: svg]")
+@click.option(
+    "--style",
+    type=click.Choice(STYLES),
+    help="Of a chart: paper is one column of two (3.35 in), paper-wide is both (7 in). [default: screen]",
+)
+@click.option("--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla.")
+@click.option("--force", is_flag=True, help="Replace a file that is there already.")
+def command(
+    results: tuple[str, ...],
+    out: Path | None,
+    chart: str | None,
+    form: ImageFormat | None,
+    style: str | None,
+    baseline: str | None,
+    force: bool,
+) -> None:
+    """Draw a comparison of results: one HTML page that holds everything it needs, or one chart as a file.
+
+    RESULT is a result file, a pattern, a folder of result files, or an earlier report. All must be of one suite, model,
+    dtype, decoding and machine. The page opens from disk without network, and holds the results that it shows:
+    `spdbench compare report.html` reads it.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
+    for option, value in (("--format", form), ("--style", style)):
+        if value is not None and chart is None:
+            raise click.UsageError(f"{option} is for a single chart; name it with --chart")
+    form = form or "svg"
+    out = out or Path("report.html" if chart is None else f"{chart}.{form}")
+    paths = list(result_paths(results))
+    _refuse_output(out, paths, force=force)
+    from spdbench.render.report import vega
+    from spdbench.render.report.style import LIGHT
+
+    vega.vl_convert()  # before the results are read: without it there is nothing to do
+    from spdbench.judge.loaded import read_results
+
+    table = _only_table(read_results(paths, keep_ids=True), baseline)
+    if chart is None:
+        content = _page(table, paths, out)
+    else:
+        drawn = vega.CHARTS[chart]
+        panels = drawn.make(table, LIGHT)
+        if not panels:
+            raise InputError(f"--chart {chart}: {drawn.missing}")
+        content = vega.to_file(drawn, panels, form, style or "screen")
+    write_whole_file("-o", out, content)
+    click.echo(f"Wrote {out}", err=True)
+
+
+def _refuse_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
+    if not out.parent.is_dir():
+        raise InputError(f"-o {out}: the folder {out.parent} does not exist; make it first")
+    if file_identity(out) in map(file_identity, inputs):
+        raise InputError(f"-o {out}: is one of the results; choose another file")
+    if out.exists() and not force:
+        raise InputError(f"-o {out}: exists already; choose another file, or replace it with --force")
+
+
+def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
+    """The comparison of all results, by category.
+
+    Raises:
+        InputError: they do not all compare.
+    """
+    from spdbench.judge.comparison.compare import compare, find_baseline
+    from spdbench.judge.comparison.pairing import differences
+
+    tables = compare(loaded, None if word is None else find_baseline(word, loaded), by_category=True)
+    if len(tables) == 1:
+        return tables[0]
+    first, second = (table.rows[0] for table in tables[:2])
+    why = "; ".join(differences(first.head, second.head)) or "the machine that measured them"
+    raise InputError(
+        f"{first.file} and {second.file} do not compare: they differ in {why}. Make a report of each group of results."
+    )
+
+
+def _page(table: Table, paths: Sequence[Path], out: Path) -> bytes:
+    from spdbench.judge.comparison.compare import Row
+    from spdbench.judge.results.schema import RunKey
+    from spdbench.models.checkpoints.tokenizer_files import find_decoder
+    from spdbench.render.report.page import to_html
+
+    model = table.head.model
+    decode = find_decoder(model.id, model.tokenizer_sha256)
+
+    def answer(row: Row, key: RunKey) -> str:
+        """As the engine told it, else decoded; ids where the model's tokenizer is in no cache."""
+        runs = row.result.runs
+        text = None if runs.texts is None else runs.texts[runs.row_of[key]]
+        if text is not None:
+            return text
+        ids = [int(number) for number in runs.output_of(key) if number]
+        return decode(ids) if decode else "ids: " + " ".join(map(str, ids))
+
+    return to_html(table, answer, _sources(paths), out.name).encode()
+
+
+def _sources(paths: Sequence[Path]) -> list[EmbeddedFile]:
+    """The result files as they are, those of earlier reports among them; each file once."""
+    from spdbench.input_files import read_input
+    from spdbench.judge.results.embedded import EmbeddedFile, is_report, read_report
+
+    found: dict[object, list[EmbeddedFile]] = {}
+    for path in paths:
+        place = file_identity(path)
+        if place not in found:
+            found[place] = read_report(path) if is_report(path) else [EmbeddedFile(path.name, read_input(path))]
+    return [file for files in found.values() for file in files]

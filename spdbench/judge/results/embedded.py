@@ -1,0 +1,109 @@
+"""Result files inside a report: packed into a script element of the page, and read back from it.
+
+A report holds the files that it was made from, byte for byte, so that whatever reads results reads reports too. The
+element is JSON, which browsers do not run: the schema, the files' names and sizes, and the files end to end,
+compressed by LZMA (several labels of one run hold much the same ids) and written in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import lzma
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from spdbench.errors import InputError, first_problem
+from spdbench.input_files import MAX_UNPACKED_BYTES, read_input
+from spdbench.judge.results.schema import Record
+
+SCHEMA = "spdbench.report/1"
+SUFFIXES = (".html", ".htm")
+BEGIN, END = '<script type="application/json" id="spdbench-results">', "</script>"
+_ELEMENT = re.compile(re.escape(BEGIN.encode()) + b"(.*?)" + re.escape(END.encode()), re.DOTALL)
+
+
+class EmbeddedFile(NamedTuple):
+    """A result file's name, without folders, and its bytes."""
+
+    name: str
+    raw: bytes
+
+
+class _Size(Record):
+    name: str
+    bytes: Annotated[int, Field(ge=0, le=MAX_UNPACKED_BYTES)]
+
+
+class _Element(Record):
+    schema_: Literal["spdbench.report/1"] = Field(alias="schema")
+    files: list[_Size]
+    compression: Literal["xz"]
+    base64: str
+
+
+def is_report(path: Path) -> bool:
+    """True for the name of a page; its content is looked at when it is read."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def embed(files: Sequence[EmbeddedFile]) -> str:
+    """The script element that holds `files`."""
+    packed = lzma.compress(b"".join(file.raw for file in files), preset=6)
+    element = {
+        "schema": SCHEMA,
+        "files": [{"name": file.name, "bytes": len(file.raw)} for file in files],
+        "compression": "xz",
+        "base64": base64.b64encode(packed).decode(),
+    }
+    return BEGIN + json.dumps(element).replace("<", "\\u003c") + END
+
+
+def read_report(path: Path) -> list[EmbeddedFile]:
+    """The result files that the report at `path` holds.
+
+    Raises:
+        InputError: the file cannot be read, is no report of ours, is of another version, or is damaged.
+    """
+    found = _ELEMENT.search(read_input(path))
+    if found is None:
+        raise InputError(f"{path}: is no report of spdbench: it holds no results")
+    try:
+        element = _Element.model_validate_json(found[1])
+        raw = _unpack(base64.b64decode(element.base64, validate=True), sum(file.bytes for file in element.files))
+    except ValidationError as error:
+        raise InputError(f"{path}: {_why(found[1], error)}") from None
+    except (binascii.Error, lzma.LZMAError, EOFError, ValueError):
+        raise InputError(f"{path}: its results are damaged; make the report again from the result files") from None
+    files, start = [], 0
+    for file in element.files:
+        files.append(EmbeddedFile(Path(file.name).name, raw[start : start + file.bytes]))
+        start += file.bytes
+    return files
+
+
+def _unpack(packed: bytes, num_bytes: int) -> bytes:
+    """Exactly `num_bytes` bytes, and never many more in memory, whatever a damaged file unpacks to."""
+    if num_bytes > MAX_UNPACKED_BYTES:
+        raise ValueError("more than is read")
+    decompressor = lzma.LZMADecompressor(format=lzma.FORMAT_XZ)
+    raw = decompressor.decompress(packed, max_length=num_bytes + 1)
+    if len(raw) != num_bytes:
+        raise ValueError("not as long as it says")
+    return raw
+
+
+def _why(raw: bytes, error: ValidationError) -> str:
+    try:
+        schema = json.loads(raw).get("schema")
+    except (ValueError, AttributeError, RecursionError):
+        return "its results are not JSON; make the report again from the result files"
+    if schema != SCHEMA:
+        return f"is a report with schema {str(schema)[:60]}; this spdbench reads {SCHEMA}"
+    loc, reason = first_problem(error)
+    return f"its results cannot be read: {'.'.join(loc)}: {reason}"

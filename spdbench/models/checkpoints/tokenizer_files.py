@@ -1,0 +1,54 @@
+"""A model's tokenizer without its weights, for those who only show answers: loads neither torch nor transformers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from spdbench import hub
+from spdbench.models.checkpoints.folders import cache_folder
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+Decode = Callable[[Sequence[int]], str]
+
+
+def tokenizer_sha256(directory: Path) -> str | None:
+    """The hash of the files that turn text into ids, without chat template and settings; None if there are none."""
+    files = [file for name in TOKENIZER_FILES if (file := directory / name).is_file()]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
+
+
+def find_decoder(model_id: str, sha256: str | None) -> Decode | None:
+    """What turns a model's ids into text, without special tokens: from the caches of converted and of hub models.
+
+    None where no cache holds the tokenizer whose hash is `sha256`, such as for a model from a folder.
+    """
+    from tokenizers import Tokenizer
+
+    for file in _cached(model_id) if sha256 else ():
+        try:
+            if tokenizer_sha256(file.parent) == sha256:
+                tokenizer = Tokenizer.from_file(str(file))
+                return lambda ids: str(tokenizer.decode(list(ids)))
+        except Exception:  # a tokenizer that cannot be loaded is none; the library has no exception of its own
+            continue
+    return None
+
+
+def _cached(model_id: str) -> Iterator[Path]:
+    """The tokenizer files that may be the model's."""
+    yield from sorted((cache_folder() / "models").glob("*/tokenizer.json"))
+    if model_id.count("/") == 1:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(model_id, "tokenizer.json", cache_dir=hub.cache_folder())
+        except HFValidationError:
+            return
+        if isinstance(found, str):
+            yield Path(found)

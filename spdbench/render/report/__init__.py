@@ -1,0 +1,1 @@
+"""A comparison as charts: one self-contained page, or single files for papers."""

@@ -1,0 +1,192 @@
+"""One comparison as one HTML page: everything it needs is in it, and it asks no network for anything.
+
+Names, answers and values come from files that others wrote. In the page they are text: the template escapes what it
+inserts, data for scripts are JSON in which no `<` is left, and the page's security policy runs the two scripts below by
+their hashes and no other.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from spdbench.console import printable
+from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.conclusion import conclusions
+from spdbench.judge.comparison.prompts import conversation_rates
+from spdbench.judge.metrics.flags import DISQUALIFYING
+from spdbench.judge.results.embedded import EmbeddedFile, embed
+from spdbench.judge.results.schema import Flag, RunKey
+from spdbench.render.columns import columns_for, harmless, title
+from spdbench.render.notes import details, sentence
+from spdbench.render.report import vega
+from spdbench.render.report.chart import Chart, Panel, overall, to_csv
+from spdbench.render.report.style import DARK, LIGHT, config, css_properties, page_palette
+
+Answers = Callable[[Row, RunKey], str]
+"""The text of a row's answer."""
+SCRIPT_END = "</script"
+
+
+class Figure(NamedTuple):
+    """A chart as the page shows it: an element of its own for each of `panels`."""
+
+    chart: Chart
+    panels: list[Panel]
+    alt: str
+    csv: str
+    command: str
+
+
+class Warned(NamedTuple):
+    """A flag, and the labels that it concerns."""
+
+    flag: Flag
+    labels: list[str]
+    disqualifies: bool
+
+
+def to_html(table: Table, answers: Answers, sources: Sequence[EmbeddedFile], name: str) -> str:
+    """The page of `table`, which was compared by category. `sources` are the result files; `name` is the page's own."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["harmless"] = lambda value: harmless(str(value))
+    library, page_script = vega.script(), _asset("page.js")
+    columns = columns_for(table, details=True)
+    figures = [_figure(chart, table, name) for chart in vega.CHARTS.values()]
+    specs = {figure.chart.name: [panel.spec for panel in figure.panels] for figure in figures}
+    return environment.from_string(_asset("page.html")).render(
+        title=title(table),
+        created=table.head.created,
+        verdicts=[(each.outcome, sentence(each)) for each in conclusions(table)],
+        columns=[column.name for column in columns],
+        rows=[[column.cell(row) for column in columns] for row in overall(table)],
+        best=[row.best for row in overall(table)],
+        warnings=_warnings(table),
+        notes=table.notes,
+        details=details(table),
+        first=figures[0],
+        figures=figures[1:],
+        prompts=_prompts(table),
+        labels=[row.label for row in overall(table)],
+        environment=_environment(table),
+        style=Markup(_style()),
+        policy=_policy(library, page_script),
+        charts=_json({"specs": specs, "config": config(page_palette())}),
+        answers=_json(_answers(table, answers)),
+        library=_script(library),
+        page_script=_script(page_script),
+        results=Markup(embed(sources)),
+    )
+
+
+def _asset(name: str) -> str:
+    return (files(__package__) / "assets" / name).read_text(encoding="utf-8")
+
+
+def _style() -> str:
+    dark = css_properties(DARK)
+    light = css_properties(LIGHT)
+    return (
+        f":root{{color-scheme:light dark;{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+        + _asset("page.css")
+    )
+
+
+def _policy(*scripts: str) -> str:
+    """Nothing is loaded from anywhere, and only `scripts` run."""
+    hashes = [base64.b64encode(hashlib.sha256(_script(script).encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{found}'" for found in hashes)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+
+
+def _script(source: str) -> Markup:
+    """`source` for a script element: what would end the element is written in another way."""
+    return Markup(source.replace(SCRIPT_END, "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _json(data: Any) -> Markup:
+    return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def _warnings(table: Table) -> list[Warned]:
+    """Every flag with its reason once, those that disqualify first."""
+    found: dict[tuple[str, str], Warned] = {}
+    for row in overall(table):
+        for flag in row.flags:
+            warned = Warned(flag, [], flag.name in DISQUALIFYING)
+            found.setdefault((flag.name, flag.reason), warned).labels.append(row.label)
+    return sorted(found.values(), key=lambda warned: not warned.disqualifies)
+
+
+def _figure(chart: Chart, table: Table, name: str) -> Figure:
+    panels = chart.make(table, page_palette())
+    alt = chart.describe([row for panel in panels for row in panel.rows]) if panels else chart.missing
+    link = "data:text/csv;charset=utf-8," + quote(to_csv(panels)) if panels else ""
+    command = f"spdbench report {name} --chart {chart.name} --format svg -o {chart.name}.svg"
+    return Figure(chart, panels, alt, link, command)
+
+
+class PromptLine(NamedTuple):
+    """A line in the table of prompts: tokens/s of each label, blank where it has none."""
+
+    prompt: str
+    category: str
+    rates: list[str]
+
+
+def _prompts(table: Table) -> list[PromptLine]:
+    rates = [conversation_rates(row.result.runs) for row in overall(table)]
+    categories = {prompt: category for found in rates for prompt, (category, _) in found.items()}
+    return [
+        PromptLine(harmless(prompt), category, [_rate(found.get(prompt)) for found in rates])
+        for prompt, category in categories.items()
+    ]
+
+
+def _rate(found: tuple[str, float | None] | None) -> str:
+    return "" if found is None or found[1] is None else f"{found[1]:.1f}"
+
+
+def _answers(table: Table, answers: Answers) -> Mapping[str, Any]:
+    """Every answer by prompt; equal texts, which lossless methods give, are there once."""
+    texts: dict[str, int] = {}
+    by_prompt: dict[str, list[Any]] = {}
+    for row in overall(table):
+        for key in row.result.runs.answered:
+            text = printable(answers(row, key))
+            place = texts.setdefault(text, len(texts))
+            by_prompt.setdefault(harmless(key[0]), []).append([harmless(row.label), key[1], key[2], place])
+    return {"texts": list(texts), "prompts": by_prompt}
+
+
+def _environment(table: Table) -> list[tuple[str, str]]:
+    """What was measured, and on what, as pairs of name and value."""
+    head = table.head
+    found = {
+        "suite": f"{head.suite.name} v{head.suite.version} ({head.suite.source})",
+        "model": f"{head.model.id} ({head.model.sha256[:12]}), {head.model.dtype}",
+        "spdbench": " ".join(str(value) for value in head.spdbench.values() if value),
+        "measured": head.created,
+    }
+    for row in overall(table):
+        backend, drafter = row.head.backend, row.head.drafter
+        options = ", ".join(f"{name}={value}" for name, value in backend.options.items() if value is not None)
+        drafts = f"; drafter {drafter.id}" if drafter else ""
+        found[row.label] = f"{backend.name} on {', '.join(backend.devices)}; {options}{drafts}"
+    return [*found.items(), *((name, _words(value)) for name, value in head.environment.items() if value)]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)

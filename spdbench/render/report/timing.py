@@ -1,0 +1,199 @@
+"""Charts of time: what lanes do, the waterfall from ideal to measured, a pipeline around a rejection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spdbench.judge.comparison.compare import Table
+from spdbench.judge.comparison.waterfall import waterfall
+from spdbench.judge.metrics.steps import cycles_around_rejection
+from spdbench.judge.results.table import PARTS
+from spdbench.render.columns import harmless
+from spdbench.render.report.chart import Chart, Panel, Record, height, listing, names, overall, quantity, spec
+from spdbench.render.report.style import Palette
+
+PART_NAMES = {
+    "useful": "useful work",
+    "wasted": "work thrown away",
+    "fill": "no token in the lane",
+    "verify": "waits for a verdict",
+    "draft": "waits for a draft",
+    "imbalance": "waits for the slowest lane",
+    "host": "host",
+    "unattributed": "unexplained",
+}
+STEP_NAMES = {
+    "ideal": "ideal",
+    "draft": "draft cost",
+    "verify": "verify inflation",
+    "verdict": "verdicts",
+    "flush": "fill and flush",
+    "imbalance": "imbalance",
+    "host": "host",
+    "residual": "residual",
+}
+CYCLES_BEFORE = 4
+MS = 1000.0
+
+
+def _bubble(table: Table, palette: Palette) -> list[Panel]:
+    records = [
+        {"label": harmless(row.label), "part": PART_NAMES[part], "order": order, "share": row.metrics[part]}
+        for row in overall(table)
+        if row.metrics["bubble_ratio"] is not None
+        for order, part in enumerate(PARTS)
+    ]
+    if not records:
+        return []
+    colour = {
+        "field": "part",
+        "type": "nominal",
+        "scale": {"domain": list(PART_NAMES.values()), "range": list(palette.parts)},
+        "legend": {"columns": 2},
+    }
+    encoding = {
+        "y": names("label", records),
+        "x": quantity("share", "share of lanes x decode time", axis={"format": "%"}, scale={"domain": [0, 1]}),
+        "color": colour,
+        "order": {"field": "order"},
+        "tooltip": [{"field": "label"}, {"field": "part"}, {"field": "share", "format": ".2%"}],
+    }
+    return [
+        Panel(
+            spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "label", 34)), records
+        )
+    ]
+
+
+def _waterfalls(table: Table, palette: Palette) -> list[Panel]:
+    falls = [(row, waterfall(row.pairing)) for row in overall(table) if row.pairing is not None]
+    found = [(row, fall) for row, fall in falls if fall is not None]
+    longest = max((seconds for _, fall in found for seconds in (fall.measured_s, fall.vanilla_s)), default=0.0) * MS
+    panels = []
+    for row, fall in found:
+        records: list[Record] = []
+        end = 0.0
+        for part in fall.parts:
+            start, end = end, end + part.seconds * MS
+            kind = "ideal" if part.name == "ideal" else "cost" if part.seconds >= 0 else "gain"
+            sign = "" if part.name == "ideal" else "+"
+            name = f"{STEP_NAMES[part.name]} {part.seconds * MS:{sign}.2f}"
+            records.append({"label": harmless(row.label), "step": name, "start": start, "end": end, "kind": kind})
+        measured = {"step": f"measured {fall.measured_s * MS:.2f}", "start": 0.0, "end": fall.measured_s * MS}
+        records.append({"label": harmless(row.label), **measured, "kind": "total"})
+        vanilla = {"step": f"{harmless(table.baseline or '')} {fall.vanilla_s * MS:.2f}", "start": 0.0}
+        records.append({"label": harmless(row.label), **vanilla, "end": fall.vanilla_s * MS, "kind": "baseline"})
+        colours = [palette.good, palette.bad, palette.good, palette.series[0], palette.baseline]
+        encoding = {
+            "y": names("step", records),
+            "x": quantity("start", "ms a token", scale={"domain": [0, longest]}),
+            "x2": {"field": "end"},
+            "color": {
+                "field": "kind",
+                "type": "nominal",
+                "scale": {"domain": ["ideal", "cost", "gain", "total", "baseline"], "range": colours},
+                "legend": None,
+            },
+            "tooltip": [{"field": "step"}, *({"field": name, "format": ".3f"} for name in ("start", "end"))],
+        }
+        drawn = spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "step", 22))
+        panels.append(Panel(drawn, records, harmless(row.label)))
+    return panels
+
+
+def _timeline(table: Table, palette: Palette) -> list[Panel]:
+    panels = []
+    for row in overall(table):
+        backend, runs = row.head.backend, row.result.runs
+        if backend.kind != "pipeline":
+            continue
+        found = cycles_around_rejection(runs, ~runs.failed, CYCLES_BEFORE, 2 * backend.lanes + 1)
+        if found is None:
+            continue
+        (prompt, turn, repeat), cycles = found
+        begin = cycles[0].start_s
+        records = [
+            {
+                "label": harmless(row.label),
+                "cycle": number,
+                "verdict": cycle.verdict,
+                "start": (cycle.start_s - begin) * MS,
+                "end": (cycle.end_s - begin) * MS,
+            }
+            for number, cycle in enumerate(cycles, start=1)
+        ]
+        colours = [palette.good, palette.bad, palette.neutral]
+        encoding = {
+            "x": quantity("start", "ms"),
+            "x2": {"field": "end"},
+            "y": names("verdict", records),
+            "color": {
+                "field": "verdict",
+                "type": "nominal",
+                "scale": {"domain": ["accepted", "rejected", "filling"], "range": colours},
+                "legend": None,
+            },
+            "tooltip": [
+                {"field": "cycle"},
+                {"field": "verdict"},
+                *({"field": name, "format": ".2f"} for name in ("start", "end")),
+            ],
+        }
+        drawn = spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "verdict", 30))
+        heading = f"{harmless(row.label)}: prompt {harmless(prompt)}, turn {turn}, repeat {repeat}"
+        panels.append(Panel(drawn, records, heading))
+    return panels
+
+
+def _describe_bubble(records: Sequence[Record]) -> str:
+    parts = []
+    for label in dict.fromkeys(record["label"] for record in records):
+        own = [record for record in records if record["label"] == label and record["share"] >= 0.005]
+        parts.append(f"{label}: " + ", ".join(f"{record['part']} {record['share']:.0%}" for record in own))
+    return listing(parts)
+
+
+def _describe_waterfalls(records: Sequence[Record]) -> str:
+    parts = []
+    for label in dict.fromkeys(record["label"] for record in records):
+        parts.append(f"{label}, ms a token: " + ", ".join(r["step"] for r in records if r["label"] == label))
+    return listing(parts)
+
+
+def _describe_timeline(records: Sequence[Record]) -> str:
+    parts = []
+    for label in dict.fromkeys(record["label"] for record in records):
+        parts.append(f"{label}: " + ", ".join(r["verdict"] for r in records if r["label"] == label))
+    return listing(parts)
+
+
+NO_SPANS = "None of these results has spans: plain decoding, in-process pipelines and servers give none."
+CHARTS = (
+    Chart(
+        "bubble",
+        "What the lanes did",
+        "A lane is a device slot that holds layers of the target. Useful work counts; all else is work thrown away, or "
+        "waiting by its first cause.",
+        NO_SPANS,
+        _bubble,
+        _describe_bubble,
+    ),
+    Chart(
+        "waterfall",
+        "From ideal to measured",
+        "Ideal is the target's passes at the baseline's time a token, shared by the lanes. Each step adds what it "
+        "costs, and together they are the measured time a token; the residual is what spans do not explain.",
+        NO_SPANS,
+        _waterfalls,
+        _describe_waterfalls,
+    ),
+    Chart(
+        "timeline",
+        "A pipeline around a rejection",
+        "A bar is one cycle, by the verdict that came out of it. After a rejection the pipe is flushed, and fills "
+        "again before the next verdict.",
+        "None of these results is a pipeline with a rejection.",
+        _timeline,
+        _describe_timeline,
+    ),
+)

@@ -1,0 +1,73 @@
+"""Charts drawn by Vega-Lite: the catalogue, one chart as a file, and the script that draws them in a page.
+
+vl-convert does it without a browser and without network. It comes with `spdbench[report]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from spdbench.errors import InputError
+from spdbench.render.report import drafts, speed, timing
+from spdbench.render.report.chart import Chart, Panel, Spec
+from spdbench.render.report.style import LIGHT, STYLES, config
+
+ImageFormat = Literal["svg", "png", "pdf"]
+CHARTS: dict[str, Chart] = {chart.name: chart for chart in (*speed.CHARTS, *drafts.CHARTS, *timing.CHARTS)}
+"""All charts, in the order of the page."""
+VEGA_LITE = "6.1"
+LABEL_SHARE = 0.3
+"""Of a file's width, for the names at the left of charts of several panels."""
+PIXELS_A_POINT = 4
+"""In PNG files: 288 dots an inch."""
+
+
+def vl_convert() -> Any:
+    """The library.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import vl_convert
+    except ImportError:
+        raise InputError(
+            "reports need vl-convert-python, which is not installed: pip install 'spdbench[report]'"
+        ) from None
+    return vl_convert
+
+
+def script() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, which defines `vegaEmbed`."""
+    bundle: str = vl_convert().javascript_bundle(vl_version=VEGA_LITE)
+    return bundle
+
+
+def to_file(chart: Chart, panels: Sequence[Panel], form: ImageFormat, style: str) -> bytes:
+    """`panels` of `chart` in one file, in the size that `style` names, with the chart's own name above."""
+    drawn = _whole(chart, panels, style)
+    library = vl_convert()
+    if form == "svg":
+        text: str = library.vegalite_to_svg(drawn, vl_version=VEGA_LITE)
+        return text.encode()
+    if form == "pdf":
+        pdf: bytes = library.vegalite_to_pdf(drawn, vl_version=VEGA_LITE)
+        return pdf
+    png: bytes = library.vegalite_to_png(drawn, vl_version=VEGA_LITE, scale=PIXELS_A_POINT)
+    return png
+
+
+def _whole(chart: Chart, panels: Sequence[Panel], name: str) -> Spec:
+    style = STYLES[name]
+    settings = config(LIGHT, style.font_size) | {"background": LIGHT.surface}
+    words = chart.describe([row for panel in panels for row in panel.rows])
+    common = {"config": settings, "description": words}
+    sized = [panel.spec | {"height": panel.spec["height"] * style.height_factor} for panel in panels]
+    if len(panels) == 1 and panels[0].heading is None:
+        return {**sized[0], **common, "width": style.width, "autosize": {"type": "fit-x", "contains": "padding"}}
+    labels = round(style.width * LABEL_SHARE)
+    settings["axisY"] = {"minExtent": labels, "maxExtent": labels}
+    width = style.width - labels - 3 * settings["padding"]
+    parts = [{**spec, "width": width, "title": panel.heading} for spec, panel in zip(sized, panels, strict=True)]
+    return {"vconcat": parts, **common}

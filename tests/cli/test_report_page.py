@@ -1,0 +1,239 @@
+"""The report in a browser: it draws, sorts and opens answers without network, and everybody can read and reach it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from spdbench.cli.report import command
+from spdbench.render.report.vega import CHARTS
+from tests.builders import write_result
+from tests.unit.render.report.reports import HOSTILE, results
+from tests.unit.render.report.test_charts import contrast
+
+pytest.importorskip("vl_convert", reason="vl-convert-python draws the charts: pip install 'spdbench[report]'")
+webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: it is in the dev extra")
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (BROWSER and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"
+)
+WIDE, NARROW = 1280, 380
+TEXT_OF = """
+const seen = [];
+for (const element of document.querySelectorAll('body *')) {
+  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  if (!own || element.closest('script, style, noscript, dialog:not([open]), details:not([open])')) continue;
+  const style = getComputedStyle(element);
+  const colour = element instanceof SVGElement ? style.fill : style.color;
+  seen.push([element.tagName, colour, element.textContent.slice(0, 40)]);
+}
+return seen;
+"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(word)
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(DRIVER)))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A page of plain results, and one whose answers, labels and prompts are hostile."""
+    found = {}
+    for name, more in (
+        ("plain", {"text": "Two plus two is four."}),
+        ("hostile", {"text": HOSTILE, "label": HOSTILE, "prompt": HOSTILE}),
+    ):
+        folder = tmp_path_factory.mktemp(name)
+        for file, result in results(12, **more).items():
+            write_result(result, folder / file)
+        done = CliRunner().invoke(command, [str(folder), "-o", str(folder / "report.html")], catch_exceptions=False)
+        assert done.exit_code == 0
+        found[name] = folder / "report.html"
+    return found
+
+
+def opened(browser: Any, page: Path, width: int = WIDE, scheme: str = "light") -> Any:
+    """`browser` with the page drawn in it, in a window that is `width` wide."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)  # what earlier pages said
+    browser.get(page.as_uri())
+    waiting = pytest.importorskip("selenium.webdriver.support.wait")
+    waiting.WebDriverWait(browser, 60).until(
+        lambda driver: driver.execute_script("return document.body.dataset.drawn === 'yes'")
+    )
+    return browser
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile"])
+def test_no_errors_and_no_network(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name])
+    assert [line["message"] for line in browser.get_log("browser")] == []
+    requests = [line["message"] for line in browser.get_log("performance") if "requestWillBeSent" in line["message"]]
+    assert requests, "nothing was recorded"
+    assert [
+        request for request in requests if pages[name].as_uri() not in request and '"url":"data:' not in request
+    ] == []
+
+
+def test_every_chart_has_marks(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    counts = browser.execute_script(
+        "return [...document.querySelectorAll('.chart')].map((chart) => [chart.dataset.chart, "
+        "chart.querySelectorAll('svg .mark-rect path, svg .mark-symbol path, svg .mark-rule line').length])"
+    )
+    assert {name for name, _ in counts} == set(CHARTS)
+    assert all(count > 2 for _, count in counts), counts
+
+
+@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("width", [NARROW, WIDE])
+def test_page_does_not_scroll_sideways(browser: Any, pages: dict[str, Path], width: int, name: str) -> None:
+    opened(browser, pages[name], width)
+    assert browser.execute_script("return window.innerWidth") == width
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    beyond = browser.execute_script(
+        "return [...document.querySelectorAll('.chart svg')].filter((svg) => "
+        "svg.getBoundingClientRect().right > window.innerWidth).length"
+    )
+    assert beyond == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    opened(browser, pages["plain"], scheme=scheme)
+    surface = hexadecimal(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert (contrast(surface, "#000000") > 10) is (scheme == "light")
+    found = browser.execute_script(TEXT_OF)
+    assert {tag for tag, _, _ in found} >= {"H1", "LI", "P", "text", "CODE", "A"}
+    for tag, colour, text in found:
+        assert contrast(hexadecimal(colour), surface) >= 4.5, (tag, colour, text)
+
+
+def hexadecimal(colour: str) -> str:
+    """`rgb(1, 2, 3)` as `#010203`."""
+    assert colour.startswith("rgb("), colour
+    return "#" + "".join(f"{int(part):02x}" for part in colour[4:-1].split(","))
+
+
+def test_dark_mode_reaches_the_marks_of_charts(browser: Any, pages: dict[str, Path]) -> None:
+    fills = {}
+    for scheme in ("light", "dark"):
+        opened(browser, pages["plain"], scheme=scheme)
+        fills[scheme] = browser.execute_script(
+            "return getComputedStyle(document.querySelector('[data-chart=waterfall] .mark-rect path')).fill"
+        )
+    assert fills["light"] != fills["dark"]
+    assert "none" not in fills.values()
+
+
+def test_table_sorts_both_ways(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    header = browser.find_element("css selector", "table.sortable thead th:nth-child(3) button")
+    cells = (
+        "return [...document.querySelectorAll('table.sortable tbody')[0].rows].map((row) => row.cells[2].textContent)"
+    )
+    orders = []
+    for state in ("ascending", "descending"):
+        header.click()
+        assert browser.execute_script("return document.querySelector('th:nth-child(3)').ariaSort") == state
+        orders.append([float(cell) for cell in browser.execute_script(cells)])
+    assert orders[0] == sorted(orders[0])
+    assert orders[1] == orders[0][::-1]
+    assert len(set(orders[0])) > 2
+
+
+def test_click_on_a_prompt_opens_its_answers_as_text(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["hostile"])
+    browser.execute_script("document.querySelector('#prompts').scrollIntoView({block: 'center'});")
+    point = browser.find_elements("css selector", "#prompts .mark-symbol path")[0]
+    webdriver.ActionChains(browser).move_to_element(point).click().perform()
+    assert browser.execute_script("return document.getElementById('answer').open")
+    texts = [each.text for each in browser.find_elements("css selector", "#answer-texts pre")]
+    assert len(texts) == 4
+    assert all("<script>window.pwned=1</script>" in text and "\\u202e" in text and "\\x1b" in text for text in texts)
+    assert browser.execute_script("return document.querySelectorAll('#answer-texts pre *').length") == 0
+
+
+def test_nothing_that_others_wrote_runs(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["hostile"])
+    for button in browser.find_elements("css selector", "button.answer")[:2]:
+        browser.execute_script("arguments[0].click()", button)
+        browser.execute_script("document.getElementById('answer').close()")
+    assert browser.execute_script("return window.pwned === undefined")
+    assert browser.execute_script("return document.images.length") == 0
+
+
+def test_keyboard_reaches_everything(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"], NARROW)
+    browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
+    wanted = set(
+        browser.execute_script(
+            "return [...document.querySelectorAll('main a, main button, main summary, main [tabindex]')].map("
+            "(element, at) => (element.dataset.at = `at${at}`))"
+        )
+    )
+    reached = set()
+    for _ in range(len(wanted) + 30):
+        webdriver.ActionChains(browser).send_keys("\ue004").perform()  # Tab
+        reached.add(browser.execute_script("return document.activeElement.dataset.at || ''"))
+    assert wanted <= reached
+    outline = browser.execute_script(
+        "const button = document.querySelector('th button'); button.focus({focusVisible: true});"
+        "return getComputedStyle(button).outlineStyle"
+    )
+    assert outline == "solid"
+
+
+def test_answer_opens_and_closes_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    browser.execute_script(
+        "const button = document.querySelector('button.answer'); button.closest('details').open = true; button.focus()"
+    )
+    webdriver.ActionChains(browser).send_keys("\ue007").perform()  # Enter
+    assert "Two plus two is four." in browser.find_element("id", "answer-texts").text
+    webdriver.ActionChains(browser).send_keys("\ue00c").perform()  # Escape
+    assert not browser.execute_script("return document.getElementById('answer').open")
+
+
+def test_charts_have_words_for_those_who_cannot_see_them(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    labels = browser.execute_script("return [...document.querySelectorAll('.chart')].map((each) => each.ariaLabel)")
+    assert labels
+    assert all(len(label) > 40 for label in labels)
+
+
+def test_csv_link_holds_the_numbers(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    link = browser.find_element("css selector", "#speedup a")
+    assert link.get_attribute("download") == "speedup.csv"
+    from urllib.parse import unquote
+
+    assert unquote(link.get_attribute("href")).splitlines()[1].startswith("vanilla,1.0,")
+
+
+def test_page_prints(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"], scheme="dark")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    colour = browser.execute_script("return getComputedStyle(document.body).color")
+    assert contrast(hexadecimal(colour), "#ffffff") > 10
+    assert len(browser.print_page()) > 10_000

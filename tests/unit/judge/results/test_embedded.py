@@ -1,0 +1,108 @@
+"""A report holds its results byte for byte, and is read wherever result files are."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spdbench.errors import InputError
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.loaded import read_results
+from spdbench.judge.results import embedded
+from spdbench.judge.results.embedded import BEGIN, END, EmbeddedFile, embed, is_report, read_report
+
+FIXTURES = Path(__file__).parents[3] / "fixtures" / "results"
+FILES = [FIXTURES / f"{name}.json" for name in ("vanilla", "spd_oracle", "eagle_with_failure")]
+
+
+def page(folder: Path, element: str) -> Path:
+    path = folder / "report.html"
+    path.write_text(f"<!doctype html><title>x</title>\n{element}\n</html>", encoding="utf-8")
+    return path
+
+
+def element(**changes: Any) -> str:
+    raw = b"some bytes"
+    found = {
+        "schema": embedded.SCHEMA,
+        "files": [{"name": "a.json", "bytes": len(raw)}],
+        "compression": "xz",
+        "base64": b64encode(lzma.compress(raw)).decode(),
+    }
+    return BEGIN + json.dumps(found | changes) + END
+
+
+def test_report_compares_like_the_files_that_it_holds(tmp_path: Path) -> None:
+    report = page(tmp_path, embed([EmbeddedFile(file.name, file.read_bytes()) for file in FILES]))
+    [ours], [theirs] = compare(read_results([report])), compare(read_results(FILES))
+    assert [row.label for row in ours.rows] == [row.label for row in theirs.rows]
+    assert [dict(row.metrics) for row in ours.rows] == [dict(row.metrics) for row in theirs.rows]
+    assert [row.file for row in ours.rows] == [f"{report}/{file.name}" for file in FILES]
+
+
+@given(st.lists(st.tuples(st.text("abc.-", max_size=9), st.binary(max_size=300)), max_size=4))
+def test_every_byte_comes_back(files: list[tuple[str, bytes]]) -> None:
+    found = embedded._ELEMENT.search(embed([EmbeddedFile(*file) for file in files]).encode())
+    assert found is not None
+    assert b"<" not in found[1]
+
+
+@given(raw=st.binary(max_size=300))
+def test_files_come_back_in_their_order(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
+    files = [EmbeddedFile("a.json", raw), EmbeddedFile("b.json", b"</script><!--"), EmbeddedFile("c.json", b"")]
+    assert read_report(page(tmp_path_factory.mktemp("page"), embed(files))) == files
+
+
+def test_folders_in_a_name_are_dropped(tmp_path: Path) -> None:
+    [file] = read_report(page(tmp_path, element(files=[{"name": "../../etc/passwd", "bytes": 10}])))
+    assert file.name == "passwd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is no report of spdbench"),
+        (element(schema="spdbench.report/2"), "schema spdbench.report/2; this spdbench reads spdbench.report/1"),
+        (BEGIN + "{not JSON" + END, "its results are not JSON"),
+        (BEGIN + "[]" + END, "its results are not JSON"),
+        (element(compression="zip"), "compression"),
+        (element(base64="@@@"), "damaged"),
+        (element(base64=b64encode(b"no xz").decode()), "damaged"),
+        (element(files=[{"name": "a.json", "bytes": 9}]), "damaged"),
+        (element(files=[{"name": "a.json", "bytes": 11}]), "damaged"),
+        (element(files=[{"name": "a.json", "bytes": -1}]), "files.0.bytes"),
+        (element(files=[{"name": "a.json", "bytes": 2**28}, {"name": "b.json", "bytes": 2**28}]), "damaged"),
+    ],
+    ids=["none", "version", "no JSON", "a list", "packing", "base64", "xz", "short", "long", "negative", "huge"],
+)
+def test_what_is_no_report_is_refused_with_one_message(tmp_path: Path, content: str, message: str) -> None:
+    path = page(tmp_path, content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_report(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_little_that_unpacks_to_much_stays_little(tmp_path: Path) -> None:
+    bomb = b64encode(lzma.compress(bytes(2**24))).decode()
+    with pytest.raises(InputError, match="damaged"):
+        read_report(page(tmp_path, element(base64=bomb)))
+
+
+def test_result_in_a_report_is_checked_like_a_file(tmp_path: Path) -> None:
+    report = page(tmp_path, embed([EmbeddedFile("a.json", b'{"schema": "spdbench.result/9"}')]))
+    with pytest.raises(InputError, match=r"report.html/a.json: has schema spdbench.result/9, written by a newer"):
+        read_results([report])
+
+
+def test_reports_are_known_by_their_name() -> None:
+    assert is_report(Path("a/report.html"))
+    assert is_report(Path("REPORT.HTM"))
+    assert not is_report(Path("report.html.json"))

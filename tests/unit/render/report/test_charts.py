@@ -1,0 +1,173 @@
+"""Charts: each shows what the results hold, says so in words, and says why where there is nothing to show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from spdbench.judge.comparison.compare import Table, compare
+from spdbench.judge.loaded import load
+from spdbench.render.report.chart import Panel, to_csv
+from spdbench.render.report.style import DARK, LIGHT, STYLES, Palette, page_palette
+from spdbench.render.report.vega import CHARTS, to_file
+from tests.builders import chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.unit.render.report.reports import HOSTILE, results, table
+
+EVERYTHING = table(results())
+
+
+def panels(name: str, of: Table = EVERYTHING) -> list[Panel]:
+    return CHARTS[name].make(of, LIGHT)
+
+
+def rows(name: str, of: Table = EVERYTHING) -> list[dict[str, Any]]:
+    return [row for panel in panels(name, of) for row in panel.rows]
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_every_chart_shows_something_and_says_it(name: str) -> None:
+    found = panels(name)
+    assert found
+    assert all(panel.rows == panel.spec["data"]["values"] for panel in found)
+    assert len(CHARTS[name].describe(rows(name))) > 20
+    assert len({panel.heading for panel in found}) == len(found)
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_fields_that_a_chart_encodes_are_in_its_rows(name: str) -> None:
+    for panel in panels(name):
+        known = panel.rows[0].keys() | {"v"}
+        assert set(fields(panel.spec)) <= known
+
+
+def fields(node: Any) -> Iterator[str]:
+    if isinstance(node, dict):
+        if isinstance(node.get("field"), str):
+            yield node["field"]
+        for key, value in node.items():
+            if key != "data":
+                yield from fields(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from fields(value)
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_csv_has_every_row(name: str) -> None:
+    lines = list(csv.DictReader(io.StringIO(to_csv(panels(name)))))
+    assert len(lines) == len(rows(name))
+    assert all(line["label"] for line in lines)
+
+
+def test_speedups_are_drawn_with_their_intervals_and_flags() -> None:
+    found = {row["label"]: row for row in rows("speedup")}
+    eagle = next(row for row in EVERYTHING.rows if row.label == "eagle" and row.category is None)
+    assert found["eagle"]["speedup"] == eagle.metrics["speedup"]
+    assert [found["eagle"]["low"], found["eagle"]["high"]] == eagle.metrics["speedup_ci"]
+    assert found["vanilla"]["outcome"] == "baseline"
+    assert found["eagle"]["outcome"] == "faster"
+    assert found["spd"]["outcome"] == "slower"
+    assert "lossy" in found["medusa"]["flags"]
+    assert "lossy" not in found["eagle"]["flags"]
+
+
+def test_no_difference_is_drawn_as_such() -> None:
+    base = [make_run(vanilla_steps(9, step_ns=10_000_000 + n * 100_000), prompt=f"p{n}") for n in range(8)]
+    same = [make_run(vanilla_steps(9, step_ns=10_700_000 - n * 100_000), prompt=f"p{n}") for n in range(8)]
+    both = [make_result(base), make_result(same, make_backend(label="again"))]
+    [compared] = compare([load(result, f"{at}.json") for at, result in enumerate(both)], by_category=True)
+    again = rows("speedup", compared)[1]
+    assert again["outcome"] == "no difference shown"
+    assert again["words"].startswith("no difference shown [")
+    marks = [layer for layer in panels("speedup", compared)[0].spec["layer"] if layer["mark"]["type"] == "point"]
+    hollow = [layer["transform"][0]["filter"] for layer in marks if not layer["mark"]["filled"]]
+    assert hollow == ["datum.outcome === 'no difference shown'"]
+
+
+def test_waterfall_ends_at_what_was_measured() -> None:
+    for panel in panels("waterfall"):
+        *steps, measured, _ = panel.rows
+        assert [step["start"] for step in steps[1:]] == [step["end"] for step in steps[:-1]]
+        assert steps[-1]["end"] == pytest.approx(measured["end"])
+
+
+def test_bubble_shows_all_of_the_time() -> None:
+    for label in ("eagle", "medusa", "spd"):
+        assert sum(row["share"] for row in rows("bubble") if row["label"] == label) == pytest.approx(1)
+
+
+def test_shares_of_step_lengths_make_a_whole() -> None:
+    for row in rows("step-lengths-by-category"):
+        own = [
+            each["share"]
+            for each in rows("step-lengths-by-category")
+            if each["name"] == row["name"] and each["label"] == row["label"]
+        ]
+        assert sum(own) == pytest.approx(1)
+
+
+def test_where_there_is_nothing_to_show_the_reason_is_there() -> None:
+    alone = make_result([make_run(prompt=f"p{n}") for n in range(8)])
+    [compared] = compare([load(alone, "a.json")], by_category=True)
+    for name, chart in CHARTS.items():
+        assert panels(name, compared) == [], name
+        assert chart.missing.endswith(".")
+
+
+def test_draft_and_verify_alone_has_no_timeline() -> None:
+    found = make_result([make_run(chunk_steps([1, 2, 2]))], make_backend("draft_verify"))
+    [compared] = compare([load(found, "a.json")], by_category=True)
+    assert panels("timeline", compared) == []
+    assert len(panels("step-lengths", compared)) == 1
+
+
+def test_names_from_outside_turn_no_text_around() -> None:
+    odd = table(results(label=HOSTILE, prompt="p\u202e"))
+    for name in CHARTS:
+        text = json.dumps([panel.spec for panel in panels(name, odd)], ensure_ascii=False)
+        assert "\u202e" not in text
+        assert "\x1b" not in text
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2, relative luminance."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("palette", [LIGHT, DARK], ids=["light", "dark"])
+def test_contrast_is_enough_to_read_and_to_tell_marks_apart(palette: Palette) -> None:
+    for colour in (palette.ink, palette.muted, palette.good, palette.bad, palette.series[0]):
+        assert contrast(colour, palette.surface) >= 4.5
+    for colour in (*palette.series, palette.baseline, palette.neutral):
+        assert contrast(colour, palette.surface) >= 3
+
+
+def test_colours_of_the_page_are_those_that_its_style_sheet_names() -> None:
+    page = page_palette()
+    assert page.ink == "var(--ink)"
+    assert page.series[1] == "var(--series-1)"
+    assert len(page.parts) == len(LIGHT.parts) == len(DARK.parts)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("form", ["svg", "png", "pdf"])
+def test_charts_become_files(form: Any, style: str) -> None:
+    pytest.importorskip("vl_convert")
+    for name in ("speedup", "waterfall"):
+        content = to_file(CHARTS[name], panels(name), form, style)
+        assert content.startswith({"svg": b"<svg", "png": b"\x89PNG", "pdf": b"%PDF"}[form])
+        if form == "svg":
+            assert content.count(b"<path") > 3
+            assert b"eagle" in content
