@@ -150,10 +150,10 @@ def _answer(judgement: Judgement, name: str) -> str:
     found = next((finding for finding in deciding if finding.verdict == judgement.verdict), None)
     if judgement.verdict in ("pass", "improved"):
         found = next((finding for finding in deciding if finding.interval is not None), None)
-        return f"{name}: {judgement.verdict}" + (
-            f"; {NAMES[found.metric]} {_change(found)} times the former" if found else ""
-        )
-    return f"{name}: {judgement.verdict}" + (f"; {NAMES[found.metric]}: {found.reason}" if found else "")
+        how = found and f"; {NAMES[found.metric]} {_change(found)} times the former"
+    else:
+        how = found and f"; {NAMES[found.metric]}: {found.reason}"
+    return f"{name}: {judgement.verdict}{how or ''}"
 
 
 def _shown(judgement: Judgement) -> Iterator[Finding]:
@@ -190,8 +190,11 @@ def _rows(name: str, findings: Sequence[Finding], *, by_category: bool) -> Itera
     for number, finding in enumerate(findings):
         category = [harmless(finding.category or "all")] * by_category
         values = NAMES[finding.metric], _number(finding.before), _number(finding.now), _change(finding)
-        verdict = finding.verdict if finding.decides else f"({finding.verdict})"
-        yield [harmless(name) if number == 0 else "", *category, *values, verdict], STYLES[finding.verdict]
+        yield [harmless(name) if number == 0 else "", *category, *values, _verdict(finding)], STYLES[finding.verdict]
+
+
+def _verdict(finding: Finding) -> str:
+    return finding.verdict if finding.decides else f"({finding.verdict})"
 
 
 def _number(value: float | None) -> str:
@@ -215,7 +218,7 @@ def _notes(shown: Sequence[tuple[Judgement, str, Sequence[Finding]]]) -> Iterato
         answer = _answer(each, name)
         for finding in findings:
             if finding.verdict != "pass" and finding.category is None and finding.reason not in answer:
-                yield f"{name}, {NAMES[finding.metric]}: {finding.verdict}. {finding.reason}."
+                yield f"{name}, {NAMES[finding.metric]}: {_verdict(finding)}. {finding.reason}."
     for note in dict.fromkeys(note for each, _, _ in shown for note in each.notes):
         noted = [name for each, name, _ in shown if note in each.notes]
         yield f"{', '.join(noted)}: {note}."
