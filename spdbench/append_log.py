@@ -7,6 +7,7 @@ line ten thousand as at line one, and an appended line is with the operating sys
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -16,7 +17,11 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
+from spdbench.console import say
 from spdbench.errors import FULL, InputError
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What `flock` fails with on file systems without locks, as some on networks are."""
 
 
 class AppendLog:
@@ -45,11 +50,14 @@ class AppendLog:
             raise self.write_error(path, error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_ino != path.stat().st_ino:  # it was replaced between opening and locking
-                raise OSError
-        except OSError:
+            taken = os.fstat(descriptor).st_ino != path.stat().st_ino  # it was replaced between opening and locking
+        except OSError as error:
+            taken = error.errno not in NO_LOCKS
+            if not taken:
+                say(f"NOTE: {path}: its file system has no locks; take care that no other run writes it.")
+        if taken:
             self._file.close()
-            raise InputError(f"{path}: another run is writing this now; {self.elsewhere}") from None
+            raise InputError(f"{path}: another run is writing this now; {self.elsewhere}")
 
     @classmethod
     def write_error(cls, path: Path, error: OSError) -> InputError:

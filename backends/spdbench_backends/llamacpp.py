@@ -16,6 +16,7 @@ from pydantic import Field
 
 from spdbench.backend import BackendInfo
 from spdbench.errors import InputError
+from spdbench.models.checkpoints.folders import typed_path
 from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
 from spdbench_backends.local import LookupOptions, ObservedEngine, observed_step
 
@@ -70,7 +71,7 @@ class LlamaCpp(ObservedEngine):
 
     def _find_file(self) -> Path:
         given, label, files = self._options.model, self._context.label, self._context.target.files
-        found = Path(given).expanduser() if given is not None else files.gguf
+        found = typed_path(given) if given is not None else files.gguf
         if found is None:
             raise InputError(
                 f"-b {label}: -m is not a GGUF file; give the same model as one: -o {label}.model=FILE.gguf"

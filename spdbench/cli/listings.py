@@ -69,8 +69,8 @@ def env(as_json: bool) -> None:
     """
     import torch
 
-    from spdbench.cli.options import usable_cores
     from spdbench.measure.environment import environment, git_state
+    from spdbench.processors import usable_cores
 
     torch.set_num_threads(usable_cores())  # as `spdbench run` does by default
     found = {"spdbench": {"version": __version__, "git": git_state()}, "environment": environment()}

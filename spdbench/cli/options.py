@@ -25,6 +25,7 @@ from typing import Any
 import click
 
 from spdbench.errors import InputError, did_you_mean
+from spdbench.processors import usable_cores
 
 DTYPES = ("bfloat16", "float32", "float16")
 LABEL = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
@@ -135,10 +136,6 @@ PERCENT = Quantity("percent", rf"{NUMBER}\s*%", "a share from 0% to below 100%; 
 COUNT, WHOLE = WholeRange(min=1), WholeRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)
 PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[str, ...] | None:

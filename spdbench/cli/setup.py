@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +23,8 @@ from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
 from spdbench.types import Message
 
 DEFAULT_MODEL = "smollm2"
+NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f]"""
+"""Characters of a model's name that some file systems and upload steps refuse in a file's name."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,18 @@ def require_writable(folder: Path) -> None:
 
 
 def result_path(folder: Path, work: str, label: str, model_id: str, name: str | None) -> Path:
-    """Where what `label` did of a suite or of tasks goes; `name` tells runs apart."""
-    parts = [work, label, model_id.replace("/", "-"), name]
-    return folder / f"{'__'.join(filter(None, parts))}.json"
+    """Where what `label` did of a suite or of tasks goes; `name` tells runs apart.
+
+    Earlier versions replaced nothing but `/` in the model's name; a result or journal of that name is still used.
+    """
+
+    def path(refused: str) -> Path:
+        parts = [work, label, re.sub(refused, "-", model_id), name]
+        return folder / f"{'__'.join(filter(None, parts))}.json"
+
+    old = path("/")
+    is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
+    return old if is_there else path(NOT_IN_FILE_NAMES)
 
 
 def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from spdbench.judge.results.embedded import is_report, read_report
 from spdbench.judge.results.reader import read_runs
 from spdbench.judge.results.schema import Flag, Result
 from spdbench.judge.results.table import RunTable, table_from
+from spdbench.processors import usable_cores
 
 MOST_BYTES_PER_S = 1e18
 """A read bandwidth above this comes from a damaged file."""
@@ -130,7 +130,7 @@ def _num_processes(files: Sequence[Path]) -> int:
     """1 where a second one would not pay, or a fork is not safe."""
     if sys.platform != "linux" or sum(map(_num_bytes, files)) < WORTHWHILE_BYTES:
         return 1
-    return min(len(os.sched_getaffinity(0)), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
+    return min(usable_cores(), len(files) // FILES_AT_ONCE, MAX_PROCESSES)
 
 
 def _num_bytes(file: Path) -> int:

@@ -45,7 +45,7 @@ def peak_memory_bytes(devices: Sequence[str]) -> int | None:
     workers = multiprocessing.active_children()
     if workers and any(device.startswith("cuda") for device in devices):
         return None
-    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     total += sum(_peak_bytes(worker.pid) for worker in workers)
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -21,6 +21,7 @@ from typing import Any
 
 from spdbench.measure.energy import energy_meter
 from spdbench.measure.pinning import pinned
+from spdbench.processors import cpu_quota, usable_cores
 
 PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors")
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,12 +41,14 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """
     import torch
 
+    quota = cpu_quota()
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     found: dict[str, Any] = {
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
+        **({} if quota is None else {"cpu_quota": quota}),
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
@@ -71,10 +74,12 @@ def _versions() -> dict[str, str]:
 
 
 def fingerprint(found: dict[str, Any]) -> str:
-    """16 hex digits over what makes timings comparable: processor, cores, threads, memory, GPUs, system and torch."""
+    """16 hex digits over what makes timings comparable: processor, cores, a quota of their time, threads, memory, GPUs,
+    system and torch."""
     quarter_octaves = round(4 * math.log2(found["memory_bytes"]))  # kernels reserve slightly different amounts
     same = [found[key] for key in ("cpu", "cores", "threads", "gpus", "system", "machine")]
-    text = json.dumps([*same, quarter_octaves, found["versions"]["torch"]])
+    quota = [found["cpu_quota"]] if "cpu_quota" in found else []  # absent from machines without, as it always was
+    text = json.dumps([*same, quarter_octaves, found["versions"]["torch"], *quota])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from spdbench.processors import usable_processors
+
 TASKS = Path("/proc/self/task")
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
@@ -25,8 +27,8 @@ def pinned(work: Callable[[], object], count: int) -> Iterator[None]:
     before: dict[int, set[int]] = {}
     try:
         with contextlib.suppress(OSError):
-            processors = cores_first(sorted(os.sched_getaffinity(0)))
-            for index, thread in enumerate(_busiest_threads(work, count)):
+            processors = cores_first(usable_processors())
+            for index, thread in enumerate(_busiest_threads(work, count) if hasattr(os, "sched_setaffinity") else ()):
                 before[thread] = os.sched_getaffinity(thread)
                 os.sched_setaffinity(thread, {processors[index % len(processors)]})
         yield

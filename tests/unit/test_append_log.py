@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,18 @@ def test_settings_are_compared_as_json_would_keep_them() -> None:
     assert first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3}, ignored=["b"]) == ""
     with pytest.raises(InputError, match=r"n: was begun with other settings: b 2, now None\. Begin anew\."):
         require_same_settings("n", {"a": 1, "b": 2}, {"a": 1}, "Begin anew.")
+
+
+def test_a_log_in_use_is_refused_and_a_file_system_without_locks_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Notes(tmp_path / "n"), pytest.raises(InputError, match="another run is writing this now; write elsewhere"):
+        Notes(tmp_path / "n")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with Notes(tmp_path / "n") as log:
+        log.append_line(b"one\n")
+    assert "has no locks" in capsys.readouterr().err

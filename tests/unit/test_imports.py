@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("spdbench", "spdbench_backends")
 
-BASE = {"types", "errors", "console", "input_files"}
+BASE = {"types", "errors", "console", "processors", "input_files"}
 ENGINE = {"models", "decoding", "pipeline"}
 HARNESS = {"prompts", "measure", "judge", "render"}
 
@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "types": set[str](),
     "errors": set[str](),
     "console": set[str](),
+    "processors": set[str](),
     "input_files": {"errors"},
     "hub": set[str](),
-    "append_log": {"errors", "input_files"},
+    "append_log": {"errors", "console", "input_files"},
     "plugins": {"errors"},
     "backend": BASE | {"plugins"},
     "prompts": BASE | {"hub"},

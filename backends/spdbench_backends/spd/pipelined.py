@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from spdbench.backend import BackendInfo, BackendOptions
 from spdbench.errors import InputError
+from spdbench.processors import usable_processors
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.drafting import Drafting, F
 
@@ -261,8 +262,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 f"{','.join(self._context.devices)}. Allowed: auto, pipe, gloo.",
             )
         count, threads, source = len(self._stages), self._threads(len(self._stages)), self._context.target.source
-        cores = sorted(os.sched_getaffinity(0))
-        pinned = count > 1 and count * threads <= len(cores)
+        cores = usable_processors()
+        pinned = hasattr(os, "sched_setaffinity") and count > 1 and count * threads <= len(cores)
         specs = [
             StageSpec(
                 index=index,

@@ -15,12 +15,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from tqdm import tqdm
 
 from spdbench.backend import Backend, is_text_only
-from spdbench.cli.options import DTYPES, ModelOptions, usable_cores
+from spdbench.cli.options import DTYPES, ModelOptions
 from spdbench.cli.setup import BackendSpec, find_backends, find_devices, load_model
 from spdbench.decoding.scoring import loglikelihood
 from spdbench.decoding.synthetic import parse_drafter, require_known_answer
 from spdbench.errors import InputError, did_you_mean
 from spdbench.models.target import Target
+from spdbench.processors import usable_cores
 from spdbench.prompts.chat import ChatFormat
 from spdbench.types import GenerationRequest, Message, Sampling
 

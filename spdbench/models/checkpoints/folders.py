@@ -11,17 +11,31 @@ from spdbench.errors import InputError
 
 
 def cache_folder() -> Path:
-    """`$SPDBENCH_CACHE`, else `$XDG_CACHE_HOME/spdbench`, else `~/.cache/spdbench`. May not exist yet."""
+    """`$SPDBENCH_CACHE`, else `$XDG_CACHE_HOME/spdbench`, else `~/.cache/spdbench`. May not exist yet.
+
+    Raises:
+        InputError: none of these is set, and the user has no home.
+    """
     if own := os.environ.get("SPDBENCH_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spdbench"
+    return (Path(base) if base else _home("SPDBENCH_CACHE") / ".cache") / "spdbench"
 
 
 def data_folder() -> Path:
     """The user's own data: `$XDG_DATA_HOME/spdbench`, else `~/.local/share/spdbench`. May not exist yet."""
     base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "spdbench"
+    return (Path(base) if base else _home("XDG_DATA_HOME") / ".local" / "share") / "spdbench"
+
+
+def _home(variable: str) -> Path:
+    """The user's home; an `InputError` that names the `variable` to set where nothing says where that is."""
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user who is in no list, as in some containers
+        raise InputError(
+            f"this user has no home folder (HOME is not set); set {variable} to a folder that can be written"
+        ) from None
 
 
 def typed_path(text: str) -> Path:
@@ -33,7 +47,11 @@ def drafter_folders() -> list[Path]:
     """The folders that are searched for drafters, first to last; they need not exist."""
     own = os.environ.get("SPDBENCH_DRAFTERS")
     shipped = Path(__file__).parents[2] / "drafters"
-    return [*([Path(own)] if own else []), data_folder() / "drafters", shipped]
+    try:
+        trained = [data_folder() / "drafters"]
+    except InputError:  # nothing can have been put there
+        trained = []
+    return [*([Path(own)] if own else []), *trained, shipped]
 
 
 def read_json(path: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from spdbench.cli.options import DURATION, PERCENT, SIZE, WHOLE, argument, flag, option, takes
+from spdbench.cli.setup import result_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +79,11 @@ def test_wrong_words_are_refused(words: list[Any], said: str) -> None:
     options, text = called("x", *words)
     assert options is None
     assert said in text
+
+
+def test_names_of_files_have_nothing_that_file_systems_refuse_and_older_ones_are_still_used(tmp_path: Path) -> None:
+    assert result_path(tmp_path, "quick", "a", 'own/m:8b"*', None).name == "quick__a__own-m-8b--.json"
+    for older in ("quick__a__own-m:8b.journal.jsonl", "quick__a__own-m:8b.json"):
+        (tmp_path / older).touch()
+        assert result_path(tmp_path, "quick", "a", "own/m:8b", None).name == "quick__a__own-m:8b.json"
+        (tmp_path / older).unlink()

@@ -90,6 +90,7 @@ def test_fingerprint_hangs_on_what_changes_timing() -> None:
         {"cpu": "Another"},
         {"cores": 4},
         {"threads": 1},
+        {"cpu_quota": 1.5},
         {"memory_bytes": 50_000_000_000},
         {"gpus": ["NVIDIA H200"]},
         {"machine": "aarch64"},
@@ -99,6 +100,16 @@ def test_fingerprint_hangs_on_what_changes_timing() -> None:
     prints = {fingerprint(MACHINE | change) for change in changes}
     assert len(prints) == len(changes)
     assert fingerprint(MACHINE) not in prints
+
+
+def test_a_quota_of_processor_time_is_recorded_where_there_is_one(
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "read_bandwidth_bytes_per_s", lambda _: 1)
+    monkeypatch.setattr(module, "cpu_quota", lambda: 0.5)
+    limited = environment()
+    assert limited["cpu_quota"] == 0.5
+    assert limited["fingerprint"] != found["fingerprint"]
 
 
 def test_fingerprint_is_the_same_at_every_call(found: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,56 @@
+"""How many processors this process may use: by its affinity, and by the CPU quota of its container."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def usable_processors() -> list[int]:
+    """The numbers of the processors that the scheduler may give us; all of them where the system has no affinity."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def usable_cores() -> int:
+    """Threads that can compute at the same time. More than the quota allows would all be stopped for a while together,
+    so of a quota of 2.5 processors' time 2 are used."""
+    return max(1, min(len(usable_processors()), int(cpu_quota() or os.cpu_count() or 1)))
+
+
+def cpu_quota() -> float | None:
+    """The processors' time that our control groups (Linux, version 1 or 2) allow in a second; None without a limit that
+    is below the number of our processors."""
+    quota = min(_quotas(), default=float("inf"))
+    return quota if quota < len(usable_processors()) else None
+
+
+def _quotas() -> Iterator[float]:
+    """The quotas of our groups and of all groups around them."""
+    for line in (_text(OWN_GROUPS) or "").splitlines():
+        _, _, group = line.partition(":")
+        controllers, _, path = group.partition(":")
+        for name in {"": ("", "unified"), "cpu": ("cpu", "cpu,cpuacct")}.get(controllers.split(",")[0], ()):
+            inner = PurePosixPath(path.lstrip("/"))
+            for folder in (inner, *inner.parents):  # a container may not see its own path, but sees its root
+                yield from _quota(CGROUPS / name / folder)
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    words = (_text(folder / "cpu.max") or "").split()
+    if not words:
+        words = [_text(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period")]
+    if len(words) == 2 and all(word.strip().isdecimal() for word in words) and int(words[0]) and int(words[1]):
+        yield int(words[0]) / int(words[1])
+
+
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None

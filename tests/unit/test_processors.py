@@ -1,0 +1,65 @@
+"""Threads follow what the scheduler and the container allow."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from spdbench import processors
+from spdbench.processors import cpu_quota, usable_cores, usable_processors
+
+
+@pytest.fixture(autouse=True)
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight processors, and no control groups."""
+    monkeypatch.setattr(processors, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(processors, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n", encoding="ascii")
+
+
+def test_without_groups_every_processor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (usable_cores(), cpu_quota()) == (8, None)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_processors() == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores", "quota"),
+    [
+        ("250000 100000", 2, 2.5),
+        ("50000 100000", 1, 0.5),
+        ("max 100000", 8, None),
+        ("900000 100000", 8, None),
+        ("0 0", 8, None),
+        ("", 8, None),
+    ],
+)
+def test_version_2_has_one_file(tmp_path: Path, limit: str, cores: int, quota: float | None) -> None:
+    write(tmp_path, own="0::/a/b")
+    write(tmp_path / "a" / "b", cpu__max=limit)
+    assert (usable_cores(), cpu_quota()) == (cores, quota)
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu,cpuacct"])
+def test_version_1_has_two_files(tmp_path: Path, name: str) -> None:
+    write(tmp_path, own=f"4:memory:/m\n3:{name}:/c\n0::/")
+    write(tmp_path / name / "c", cpu__cfs_quota_us="300000", cpu__cfs_period_us="100000")
+    assert (usable_cores(), cpu_quota()) == (3, 3.0)
+    write(tmp_path / name / "c", cpu__cfs_quota_us="-1")
+    assert (usable_cores(), cpu_quota()) == (8, None)
+
+
+def test_the_tightest_of_all_groups_around_counts_even_where_our_own_is_not_seen(tmp_path: Path) -> None:
+    write(tmp_path, own="0::/seen/from/outside", cpu__max="400000 100000")
+    assert usable_cores() == 4
+    write(tmp_path / "seen", cpu__max="200000 100000")
+    assert usable_cores() == 2
