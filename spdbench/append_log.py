@@ -22,6 +22,8 @@ from spdbench.errors import FULL, InputError
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What `flock` fails with on file systems without locks, as some on networks are."""
+TAKEN = (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
+"""What locking fails with while another run has the lock, or has replaced the file."""
 
 
 class AppendLog:
@@ -52,7 +54,10 @@ class AppendLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             taken = os.fstat(descriptor).st_ino != path.stat().st_ino  # it was replaced between opening and locking
         except OSError as error:
-            taken = error.errno not in NO_LOCKS
+            taken = error.errno in TAKEN
+            if not taken and error.errno not in NO_LOCKS:
+                self._file.close()
+                raise self.write_error(path, error) from None
             if not taken:
                 say(f"NOTE: {path}: its file system has no locks; take care that no other run writes it.")
         if taken:

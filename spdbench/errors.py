@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib.util
 import os
 import re
 from collections.abc import Iterable
@@ -73,6 +74,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     hint = f"; did you mean '{close[0]}'?" if close else "."
     return f"{hint} Known: {', '.join(names) or 'none'}."
+
+
+def install_command(package: str) -> str:
+    """The command that installs `package` here: environments that uv makes have no pip."""
+    tool = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
+    return f"{tool} '{package}'" if "[" in package else f"{tool} {package}"
 
 
 def brief(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""How many processors this process may use: by its affinity, and by the CPU quota of its container."""
+"""What this process may use: processors by its affinity and the CPU quota of its container, and its control groups."""
 
 from __future__ import annotations
 
@@ -26,19 +26,45 @@ def usable_cores() -> int:
 def cpu_quota() -> float | None:
     """The processors' time that our control groups (Linux, version 1 or 2) allow in a second; None without a limit that
     is below the number of our processors."""
-    quota = min(_quotas(), default=float("inf"))
-    return quota if quota < len(usable_processors()) else None
+    limit = _tightest()
+    return None if limit is None else limit[0]
 
 
-def _quotas() -> Iterator[float]:
-    """The quotas of our groups and of all groups around them."""
+def limiting_group() -> Path | None:
+    """The folder of the control group that sets `cpu_quota`."""
+    limit = _tightest()
+    return None if limit is None else limit[1]
+
+
+def _tightest() -> tuple[float, Path] | None:
+    """The quota that is below the number of our processors, if any, and its group."""
+    quota, group = min(_quotas(), default=(float("inf"), CGROUPS))
+    return (quota, group) if quota < len(usable_processors()) else None
+
+
+def _quotas() -> Iterator[tuple[float, Path]]:
+    """The quotas of our groups and of all groups around them, with the groups' folders."""
+    for folder in control_groups("cpu"):
+        yield from ((quota, folder) for quota in _quota(folder))
+
+
+def control_groups(controller: str) -> Iterator[Path]:
+    """The folders of our control groups that may limit what `controller` names, `cpu` or `memory`, and of all groups
+    around them; they need not exist."""
     for line in (_text(OWN_GROUPS) or "").splitlines():
         _, _, group = line.partition(":")
         controllers, _, path = group.partition(":")
-        for name in {"": ("", "unified"), "cpu": ("cpu", "cpu,cpuacct")}.get(controllers.split(",")[0], ()):
+        for name in _mounts(controllers, controller):
             inner = PurePosixPath(path.lstrip("/"))
             for folder in (inner, *inner.parents):  # a container may not see its own path, but sees its root
-                yield from _quota(CGROUPS / name / folder)
+                yield CGROUPS / name / folder
+
+
+def _mounts(controllers: str, wanted: str) -> tuple[str, ...]:
+    """Where a hierarchy with these `controllers` may be mounted; none where `wanted` is not among them."""
+    if not controllers:  # version 2
+        return "", "unified"
+    return (wanted, "cpu,cpuacct", "cpuacct,cpu") if wanted in controllers.split(",") else ()
 
 
 def _quota(folder: Path) -> Iterator[float]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from spdbench.backend import BackendInfo
-from spdbench.errors import InputError
+from spdbench.errors import InputError, install_command
 from spdbench.models.checkpoints.folders import typed_path
 from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
 from spdbench_backends.local import LookupOptions, ObservedEngine, observed_step
@@ -157,7 +157,7 @@ def _package(label: str) -> Any:
     try:
         return importlib.import_module("llama_cpp")
     except ImportError:
-        raise InputError(f"-b {label}: needs llama-cpp-python: pip install 'spdbench[llamacpp]'") from None
+        raise InputError(f"-b {label}: needs llama-cpp-python: {install_command('spdbench[llamacpp]')}") from None
 
 
 def _lookup(options: LlamaCpp.Options) -> Any:

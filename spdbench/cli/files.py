@@ -31,12 +31,20 @@ def result_paths(words: Sequence[str]) -> Iterator[Path]:
                 raise InputError(f"{word}: no result files (*.json) in this folder")
             yield from found
         elif glob.has_magic(word) and not path.exists():
-            matches = _results(map(Path, glob.glob(word, recursive=True)))
+            matches = _results(map(Path, glob.glob(_pattern(path), recursive=True)))
             if not matches:
                 raise InputError(f"{word}: no file matches this pattern")
             yield from matches
         else:
             yield path
+
+
+def _pattern(path: Path) -> str:
+    """`path` as a pattern in which the folders that exist by their very names, brackets included, mean themselves."""
+    known, *parts = Path(path.anchor), *path.relative_to(path.anchor).parts
+    while parts and (known / parts[0]).exists():
+        known /= parts.pop(0)
+    return os.path.join(glob.escape(str(known)), *parts)
 
 
 def _results(paths: Iterator[Path]) -> list[Path]:

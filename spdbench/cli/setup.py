@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -23,8 +24,9 @@ from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
 from spdbench.types import Message
 
 DEFAULT_MODEL = "smollm2"
-NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f]"""
+NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f\ud800-\udfff]"""
 """Characters of a model's name that some file systems and upload steps refuse in a file's name."""
+LONGEST_PART = 120
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,20 @@ def result_path(folder: Path, work: str, label: str, model_id: str, name: str | 
     Earlier versions replaced nothing but `/` in the model's name; a result or journal of that name is still used.
     """
 
-    def path(refused: str) -> Path:
-        parts = [work, label, re.sub(refused, "-", model_id), name]
-        return folder / f"{'__'.join(filter(None, parts))}.json"
+    def path(model: str) -> Path:
+        return folder / f"{'__'.join(filter(None, [work, label, model, name]))}.json"
 
-    old = path("/")
+    old = path(model_id.replace("/", "-"))
     is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
-    return old if is_there else path(NOT_IN_FILE_NAMES)
+    return old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
+
+
+def _shortened(text: str) -> str:
+    """`text`, or as much of it as a file's name has room for, with a hash that tells it from other long ones."""
+    if len(text.encode()) <= LONGEST_PART:
+        return text
+    kept = text.encode()[:LONGEST_PART].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:

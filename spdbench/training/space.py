@@ -11,6 +11,7 @@ from torch import nn
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.processors import control_groups
 
 MASTER_BYTES = 16
 """Bytes of a trained number, its gradient and two moments. The best weights so far are a fifth float."""
@@ -79,15 +80,21 @@ def _system_memory() -> int | None:
 
 
 def _cgroup_memory() -> int | None:
-    """Bytes that a container's memory limit leaves free."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        most = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        cached = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-        return most - used + int(cached.get("file", 0))
-    except (OSError, ValueError):  # no limit reads "max"
-        return None
+    """Bytes that the memory limits of our control groups, as containers have them, leave free."""
+    free = (_left_in(folder) for folder in control_groups("memory"))
+    return min((each for each in free if each is not None), default=None)
+
+
+def _left_in(folder: Path) -> int | None:
+    """Bytes that one group's limit leaves, its file cache not counted as used; None without a limit."""
+    for limit, usage, cache in (("max", "current", "file"), ("limit_in_bytes", "usage_in_bytes", "total_cache")):
+        try:
+            most, used = (int((folder / f"memory.{name}").read_text(encoding="ascii")) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            return most - used + int(stat.get(cache, 0))
+        except (OSError, ValueError):  # no limit reads "max"
+            continue
+    return None
 
 
 def is_writable(folder: Path) -> bool:

@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,14 @@ def test_folder_and_pattern_mean_their_result_files() -> None:
         assert sorted(row["label"] for row in rows) == sorted(
             row["label"] for row in csv.DictReader(io.StringIO(everything))
         )
+
+
+def test_brackets_in_the_name_of_a_folder_that_exists_mean_themselves(tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]*"
+    folder.mkdir()
+    shutil.copy(VANILLA, folder / "vanilla.json")
+    for word in (folder, folder / "*.json", folder / "vanilla.json", tmp_path / "run*" / "*.json"):
+        assert compare(str(word)).exit_code == 0
 
 
 def test_formats_of_the_command_are_those_of_the_renderer() -> None:

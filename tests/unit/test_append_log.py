@@ -69,3 +69,12 @@ def test_a_log_in_use_is_refused_and_a_file_system_without_locks_is_not(
     with Notes(tmp_path / "n") as log:
         log.append_line(b"one\n")
     assert "has no locks" in capsys.readouterr().err
+
+
+def test_a_lock_that_fails_for_another_reason_names_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(InputError, match=r"cannot be written \(Input/output error\)"):
+        Notes(tmp_path / "n")

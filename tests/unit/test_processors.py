@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spdbench import processors
-from spdbench.processors import cpu_quota, usable_cores, usable_processors
+from spdbench.processors import control_groups, cpu_quota, limiting_group, usable_cores, usable_processors
 
 
 @pytest.fixture(autouse=True)
@@ -63,3 +63,17 @@ def test_the_tightest_of_all_groups_around_counts_even_where_our_own_is_not_seen
     assert usable_cores() == 4
     write(tmp_path / "seen", cpu__max="200000 100000")
     assert usable_cores() == 2
+
+
+def test_the_group_that_limits_is_the_one_with_the_smallest_quota(tmp_path: Path) -> None:
+    write(tmp_path, own="0::/a/b")
+    assert limiting_group() is None
+    write(tmp_path / "a" / "b", cpu__max="max 100000")
+    write(tmp_path / "a", cpu__max="200000 100000")
+    assert limiting_group() == tmp_path / "a"
+
+
+def test_groups_are_those_of_the_controller_and_all_around_them(tmp_path: Path) -> None:
+    write(tmp_path, own="4:memory:/m/n\n3:cpuset,cpu:/c")
+    assert list(control_groups("memory"))[:3] == [tmp_path / "memory" / part for part in ("m/n", "m", "")]
+    assert tmp_path / "cpu" / "c" in control_groups("cpu")

@@ -12,7 +12,7 @@ from math import comb, isfinite
 from pathlib import Path
 from typing import Any
 
-from spdbench.errors import InputError, brief
+from spdbench.errors import InputError, brief, install_command
 from spdbench.judge.results.evaluation import EvalScore
 from spdbench.measure.sandbox import passes, require_sandbox
 
@@ -24,7 +24,7 @@ def require_lm_eval() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise InputError(f"lm-eval cannot be imported ({error}): pip install 'spdbench[eval]'") from None
+        raise InputError(f"lm-eval cannot be imported ({error}): {install_command('spdbench[eval]')}") from None
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None, *, allow_code: bool) -> Any:

@@ -314,7 +314,7 @@ def download(repo: str) -> Path:
                 f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
             ) from None
         except Exception as error:  # the client's and its HTTP library's own, which differ by version
-            reason = brief(error)
+            reason = brief(error) + hub.advice(error)
     try:
         return Path(
             snapshot_download(repo, allow_patterns=[*WEIGHTS, *OLD_WEIGHTS, *TEXTS], local_files_only=True, **where)

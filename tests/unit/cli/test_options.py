@@ -87,3 +87,10 @@ def test_names_of_files_have_nothing_that_file_systems_refuse_and_older_ones_are
         (tmp_path / older).touch()
         assert result_path(tmp_path, "quick", "a", "own/m:8b", None).name == "quick__a__own-m:8b.json"
         (tmp_path / older).unlink()
+
+
+def test_names_that_are_too_long_are_cut_and_stay_apart(tmp_path: Path) -> None:
+    first, second = (result_path(tmp_path, "quick", "a", "\u65e5" * 300 + end, "n") for end in "ab")
+    assert first != second
+    assert first == result_path(tmp_path, "quick", "a", "\u65e5" * 300 + "a", "n")
+    first.touch()
