@@ -112,7 +112,8 @@ class Bench:
         done = self._spdbench("check", self.folder / place, "--baseline", self.folder / place, "--calibrate")
         print(done.stdout or done.stderr, flush=True)
 
-    def check(self, new: Sequence[Path], place: str, gate: str) -> Checked:
+    def check(self, new: Sequence[Path], place: str | Path, gate: str) -> Checked:
+        """`place` is the baseline: a folder below ours, or a file."""
         report = self.folder / "check.json"
         done = self._spdbench("check", *new, "--baseline", self.folder / place, "--gate", gate, "--json", report)
         if done.returncode not in EXIT_WORDS:
@@ -141,19 +142,24 @@ def _options(words: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    arguments = sides.parser(__doc__, rounds=20, tokens=32)
+    sides.run("gate", parser(__doc__, together=5).parse_args(), measure)
+
+
+def parser(doc: str | None, together: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that keeps runs of `spdbench run quick` in a folder; `doc` is its docstring."""
+    arguments = sides.parser(doc, rounds=20, tokens=32)
     arguments.set_defaults(dtypes=["bfloat16"])
     arguments.add_argument("--folder", required=True, help="where runs are kept; may hold some already")
     arguments.add_argument(
         "--baselines", type=int, default=8, help="runs that are baseline and calibration (default 8)"
     )
-    arguments.add_argument("--together", type=int, default=5, help="new runs that a check is given (default 5)")
+    arguments.add_argument("--together", type=int, default=together, help=f"new runs a check (default {together})")
     arguments.add_argument("--limit", type=int, default=8, help="conversations of a run (default 8)")
     arguments.add_argument("--repeats", type=int, default=1, help="of each conversation (default 1)")
     arguments.add_argument("--slower-by", type=float, default=SLOWER_BY, help="share of a stage's time (default 0.115)")
     arguments.add_argument("--drafter", default="auto", help="of the timed runs (default auto)")
     arguments.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of spd, in every run")
-    sides.run("gate", arguments.parse_args(), measure)
+    return arguments
 
 
 def measure(chosen: argparse.Namespace, report: Report) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from spdbench.judge.metrics.flags import flags_for
 from spdbench.judge.metrics.metrics import Metrics
+from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.judge.results.schema import (
     BackendRecord,
     DecodingInfo,
@@ -110,6 +111,11 @@ def make_run(
         steps=steps,
         **more,
     )
+
+
+def make_load(others: float = 0.0, **more: Any) -> MachineLoad:
+    """A second on two cores."""
+    return MachineLoad(wall_s=1.0, cores=2, others=others, **more)
 
 
 def failed_run(prompt: str = "p0", category: str = "math") -> Run:

@@ -93,10 +93,14 @@ def rapl_counters(powercap: Path) -> tuple[Counter, ...]:
 
 def _gpu_counter(device: str) -> Counter | None:
     """The counter of the GPU that torch calls `device`; None if it has none."""
+    return nvml_counter(gpu_uuid(device), f"NVML {device}")
+
+
+def gpu_uuid(device: str) -> str:
+    """The driver's name of the GPU that torch calls `device`."""
     import torch
 
-    index = torch.device(device).index or 0
-    return nvml_counter(f"GPU-{torch.cuda.get_device_properties(index).uuid}", f"NVML cuda:{index}")
+    return f"GPU-{torch.cuda.get_device_properties(torch.device(device).index or 0).uuid}"
 
 
 def nvml_counter(uuid: str, name: str, library: Any = None) -> Counter | None:

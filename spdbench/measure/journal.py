@@ -2,6 +2,7 @@
 
 {"journal": "spdbench.journal/1", "created": ..., "identity": {...}}
 {"run": {...}}                                 one finished request
+{"set_aside": {...}}                           a disturbed measurement of a request that is not finished yet
 {"outcome": ["prompt", turn, repeat, "tie"]}   how its output compared with vanilla's
 """
 
@@ -18,7 +19,7 @@ from spdbench.judge.results.schema import Run, RunKey
 from spdbench.types import Outcome
 
 MAGIC = "spdbench.journal/1"
-RUN_START = b'{"run":'
+RUN_START, ASIDE_START = b'{"run":', b'{"set_aside":'
 
 
 class Journal(AppendLog):
@@ -35,6 +36,7 @@ class Journal(AppendLog):
         self.identity: Mapping[str, Any] = {}
         self.outcomes: dict[RunKey, Outcome] = {}
         self.offsets: dict[RunKey, int] = {}
+        self._aside: dict[RunKey, list[Run]] = {}
         self._reader = path.open("rb")
 
     def __contains__(self, key: RunKey) -> bool:
@@ -50,6 +52,14 @@ class Journal(AppendLog):
     def append_json(self, key: RunKey, run: bytes) -> None:
         """`append` for a run that is JSON already, with this `key` in it."""
         self.offsets[key] = self.append_line(RUN_START + run + b"}\n")
+
+    def set_aside(self, run: Run) -> None:
+        """Adds a measurement of a request that is going to be measured again."""
+        self.append_line(ASIDE_START + _json(run.model_dump(mode="json")) + b"}\n")
+
+    def taken_aside(self, key: RunKey) -> list[Run]:
+        """The measurements of a request that an earlier process set aside; they are returned once."""
+        return self._aside.pop(key, [])
 
     def add_outcome(self, key: RunKey, outcome: Outcome) -> None:
         self.append_line(_json({"outcome": [*key, outcome]}) + b"\n")
@@ -83,7 +93,12 @@ class Journal(AppendLog):
                 raise ValueError
             self.created, self.identity = str(header["created"]), dict(header["identity"])
         elif line.startswith(RUN_START):
-            self.offsets[Run.model_validate_json(_run_json(line)).key] = offset
+            key = Run.model_validate_json(_run_json(line)).key
+            self.offsets[key] = offset
+            self._aside.pop(key, None)
+        elif line.startswith(ASIDE_START):
+            run = Run.model_validate_json(line.removeprefix(ASIDE_START).removesuffix(b"}\n"))
+            self._aside.setdefault(run.key, []).append(run)
         else:
             prompt, turn, repeat, outcome = parse_json(line)["outcome"]
             if outcome not in get_args(Outcome):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import threading
 import traceback
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from spdbench.backend import Backend
 from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
 from spdbench.measure.clock import Measurement, measure
 from spdbench.measure.energy import EnergyMeter
+from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import without_secrets
 from spdbench.types import UNKNOWN_ID, EngineReport, GenerationRequest, Prompt
 
@@ -41,7 +43,23 @@ class StoppedError(Exception):
     """The run ends, so this request was given up without a measurement."""
 
 
-def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: threading.Event) -> tuple[Run, str]:
+@dataclass(frozen=True)
+class Gauges:
+    """What is read before and after each request of a backend; without a watch, nothing of the machine is known."""
+
+    meter: EnergyMeter = field(default_factory=EnergyMeter)
+    watch: MachineWatch | None = None
+
+
+class Measured(NamedTuple):
+    """A measurement of one request, its energy in joules, and what else the machine did."""
+
+    request: Measurement
+    energy_j: float | None
+    load: MachineLoad | None
+
+
+def attempt(backend: Backend, gauges: Gauges, turn: RequestTurn, stopped: threading.Event) -> tuple[Run, str]:
     """The run, and the traceback if the backend crashed: a bug, and a failed prompt instead of a number.
 
     Raises:
@@ -51,7 +69,7 @@ def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: th
     if turn.obstacle is not None:
         return failed_run(turn, turn.obstacle), ""
     try:
-        measured, energy_j = measure_when_ready(backend, meter, turn.request, stopped)
+        measured, energy_j, load = measure_when_ready(backend, gauges, turn.request, stopped)
         figures = lane_figures(backend, measured)
     except PromptFailedError as error:
         return failed_run(turn, str(error)), without_secrets(str(error))
@@ -67,6 +85,7 @@ def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: th
         "decode_s": measured.decode_s,
         "steps": measured.steps,
         "energy_j": energy_j,
+        "machine": load,
         **figures,
         **_reported_fields(measured.report),
     }
@@ -74,15 +93,18 @@ def attempt(backend: Backend, meter: EnergyMeter, turn: RequestTurn, stopped: th
 
 
 def measure_when_ready(
-    backend: Backend, meter: EnergyMeter, request: GenerationRequest, stopped: threading.Event
-) -> tuple[Measurement, float | None]:
-    """The measurement of `request` and its energy in joules. Each `TryAgainError` starts it anew, on a new clock."""
+    backend: Backend, gauges: Gauges, request: GenerationRequest, stopped: threading.Event
+) -> Measured:
+    """The measurement of `request`. Each `TryAgainError` starts it anew, on a new clock."""
+    meter, watch = gauges.meter, gauges.watch
     while True:
         try:
             backend.prepare(request)
+            state = watch.read() if watch else {}
             before = meter.read()
             measured = measure(backend, request)
-            return measured, meter.joules(before, meter.read())
+            energy_j = meter.joules(before, meter.read())
+            return Measured(measured, energy_j, watch.load(state, watch.read()) if watch else None)
         except TryAgainError as later:
             if stopped.wait(later.wait_s):
                 raise StoppedError from None

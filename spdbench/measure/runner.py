@@ -18,11 +18,10 @@ from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, SpdbenchError
-from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
+from spdbench.judge.results.schema import DecodingInfo, Run, RunKey, SetAside
 from spdbench.measure.clock import peak_memory_bytes
-from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.journal import Journal
-from spdbench.measure.request_turn import RequestTurn, StoppedError, attempt, failed_run, measure_when_ready
+from spdbench.measure.request_turn import Gauges, RequestTurn, StoppedError, attempt, failed_run, measure_when_ready
 from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling
 
 WARMUP_TOKENS = 8
@@ -30,7 +29,10 @@ WARMUP_TOKENS = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens."""
+    """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens.
+
+    A request that the machine disturbed is measured up to `remeasure` more times.
+    """
 
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
@@ -40,6 +42,7 @@ class Workload:
     repeats: int
     warmup: int
     context_limit: int
+    remeasure: int = 0
 
     @property
     def decoding(self) -> DecodingInfo:
@@ -77,12 +80,12 @@ Score = Callable[[Prompt, int, str], float | None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded backend with its journal and its energy meter. The first of a run is the baseline."""
+    """A loaded backend with its journal and what is read around its requests. The first of a run is the baseline."""
 
     label: str
     backend: Backend
     journal: Journal
-    meter: EnergyMeter = field(default_factory=EnergyMeter)
+    gauges: Gauges = field(default_factory=Gauges)
 
 
 Compare = Callable[[Candidate, RequestTurn, Run, Run], Outcome]
@@ -241,7 +244,7 @@ class Runner:
             for _ in range(self._workload.warmup):
                 for candidate in self._candidates:
                     try:
-                        measure_when_ready(candidate.backend, candidate.meter, request, self._stopped)
+                        measure_when_ready(candidate.backend, candidate.gauges, request, self._stopped)
                     except Exception as error:
                         if isinstance(error, SpdbenchError) and not isinstance(error, PromptFailedError):
                             raise
@@ -250,7 +253,7 @@ class Runner:
         """Measures and scores one request, and adds it to the candidate's journal."""
         lost: BackendLostError | None = None
         try:
-            run, trace = attempt(candidate.backend, candidate.meter, turn, self._stopped)
+            run, trace = self._least_disturbed(candidate, turn)
         except BackendLostError as error:
             lost, run, trace = error, failed_run(turn, str(error).partition("\n")[0]), ""
         if self._stopped.is_set():  # it failed because the run ends, so it has not been measured
@@ -268,6 +271,26 @@ class Runner:
         if lost is not None:
             raise lost
 
+    def _least_disturbed(self, candidate: Candidate, turn: RequestTurn) -> tuple[Run, str]:
+        """The run of one request, and its traceback if it crashed. What the machine disturbed is measured again, up to
+        `remeasure` times; then the run counts from which the machine took least, however fast it was."""
+        journal = candidate.journal
+        runs, trace = journal.taken_aside(turn.key), ""
+        while not runs or (_is_disturbed(runs[-1]) and len(runs) <= self._workload.remeasure):
+            run, trace = attempt(candidate.backend, candidate.gauges, turn, self._stopped)
+            if self._stopped.is_set() or run.machine is None:  # a failure has no load, and is never measured away
+                return run, trace
+            runs.append(run)
+            if self._workload.remeasure and _is_disturbed(run):
+                journal.set_aside(run)
+        best = min(runs, key=_taken)
+        others = [
+            SetAside(ttft_s=run.ttft_s, decode_s=run.decode_s, machine=run.machine)
+            for run in runs
+            if run is not best and run.machine
+        ]
+        return best.model_copy(update={"set_aside": others}), trace
+
     def _compare_outputs(self, turn: RequestTurn) -> None:
         """Records how each lossless backend's greedy output differs from vanilla's, if it does. Untimed."""
         for candidate in self._compared:
@@ -277,6 +300,15 @@ class Runner:
             if "error" in (expected.finish_reason, found.finish_reason):
                 continue
             candidate.journal.add_outcome(turn.key, self._compare(candidate, turn, expected, found))
+
+
+def _is_disturbed(run: Run) -> bool:
+    """True if the machine took too much time from a request to ignore."""
+    return run.machine is not None and run.machine.disturbed
+
+
+def _taken(run: Run) -> float:
+    return run.machine.taken if run.machine else 0.0
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

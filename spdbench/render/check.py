@@ -92,7 +92,7 @@ def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
         console,
         grid,
         "apart: how far two runs of the same code lie from each other (root mean square). max slowdown: what one of "
-        "two such runs exceeds once in 200 times.",
+        "two such runs exceeds once in 1,000 times.",
         f"For all labels: --max-slowdown {percent(calibration.max_slowdown)}",
     )
 

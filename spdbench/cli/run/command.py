@@ -31,6 +31,13 @@ class RunOptions(SuiteOptions):
         multiple=True,
     )
     repeats: int = option("--repeats", click.IntRange(1, 10_000), "R", "Measure every prompt R times.", 1)
+    remeasure: int = option(
+        "--remeasure",
+        click.IntRange(0, 100),
+        "N",
+        "Measure a request that other programs disturbed up to N more times; the least disturbed counts.",
+        0,
+    )
     warmup: int = option("--warmup", WHOLE, "W", "Short untimed requests a backend beforehand.", 1)
     results: Path = option("--results", FOLDER, "DIR", "Where result files go.", Path("results"))
     name: str | None = option("--name", None, "NAME", "Added to the files' names, to tell runs apart.")
@@ -63,7 +70,8 @@ def command(options: RunOptions) -> None:
     devices = find_devices(options)
     target = choose_target(suite, options, devices[0], specs)
     chat = PlainText(parse_template_args(options.template_args)) if target is None else chat_format(target, options)
-    workload = make_workload(suite, options, target, chat, specs, repeats=options.repeats, warmup=options.warmup)
+    counts = {"repeats": options.repeats, "warmup": options.warmup, "remeasure": options.remeasure}
+    workload = make_workload(suite, options, target, chat, specs, **counts)
     session = Session(options, suite, workload, chat, target, devices, specs, score)
     click.get_current_context().exit(session.run())
 

@@ -32,10 +32,12 @@ from spdbench.judge.results.reader import reread
 from spdbench.judge.results.schema import ModelInfo, SuiteInfo
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
-from spdbench.measure.energy import EnergyMeter, energy_meter
+from spdbench.measure.energy import EnergyMeter, energy_meter, gpu_uuid
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal
+from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import names_only
+from spdbench.measure.request_turn import Gauges
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat, PlainText
@@ -89,12 +91,13 @@ class Session:
                     "slower."
                 )
             machine, git = environment(self.devices[0]), git_state()
+            watch = stack.enter_context(closing(_watch(backends)))
             outputs, candidates = [], []
             for spec, backend, path in zip(self.specs, backends, paths, strict=True):
                 head = self._head(spec, backend, machine, git)
                 journal = stack.enter_context(self._journal(path, spec, backend))
                 outputs.append(Output(path, head, journal))
-                candidates.append(Candidate(spec.label, backend, journal, _meter(backend)))
+                candidates.append(Candidate(spec.label, backend, journal, _gauges(backend, watch)))
             report = RunProgress(
                 len(self.workload.keys()) * len(outputs), sum(len(output.journal) for output in outputs)
             )
@@ -247,10 +250,22 @@ def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
     return journal
 
 
-def _meter(backend: Backend) -> EnergyMeter:
-    """The energy counters of the backend's devices; none where the devices are unknown."""
+def _watch(backends: Sequence[Backend]) -> MachineWatch:
+    """The watch of this machine, and of the GPUs that any of the backends use."""
+    devices = dict.fromkeys(device for backend in backends for device in _known_devices(backend) or ())
+    return MachineWatch([gpu_uuid(device) for device in devices if device.startswith("cuda")])
+
+
+def _gauges(backend: Backend, watch: MachineWatch) -> Gauges:
+    """The energy counters of the backend's devices, and `watch`; nothing where the devices are unknown, as those of a
+    server: it may be on another machine, or be the program that keeps this one busy."""
+    devices = _known_devices(backend)
+    return Gauges(EnergyMeter()) if devices is None else Gauges(energy_meter(devices), watch)
+
+
+def _known_devices(backend: Backend) -> Sequence[str] | None:
     info = backend.describe()
-    return EnergyMeter() if "devices" in info.missing_measurements else energy_meter(info.devices)
+    return None if "devices" in info.missing_measurements else info.devices
 
 
 def _went_wrong(result: LoadedResult) -> bool:

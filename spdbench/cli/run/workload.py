@@ -62,6 +62,7 @@ def make_workload(
     *,
     repeats: int = 1,
     warmup: int = 0,
+    remeasure: int = 0,
 ) -> Workload:
     """The requests of the suite, as the options change them.
 
@@ -80,6 +81,7 @@ def make_workload(
         repeats=repeats,
         warmup=warmup,
         context_limit=UNLIMITED_CONTEXT if target is None else target.config.max_positions,
+        remeasure=remeasure,
     )
     _check(specs, workload, chat)
     return workload

@@ -212,6 +212,11 @@ def _run_notes(result: LoadedResult, name: str, pairing: Pair | None) -> Iterato
         yield f"{name}: {begun}; the run was interrupted, --resume finishes it."
     if overall["num_failed"]:
         yield f"{name}: {overall['num_failed']} of {overall['num_runs'] + overall['num_failed']} runs failed."
+    if overall["num_set_aside"]:
+        yield (
+            f"{name}: what the machine disturbed was measured again (--remeasure): {overall['num_set_aside']} "
+            "measurements do not count; of each request the least disturbed one does."
+        )
     if pairing is not None and pairing.num_dropped:
         paired = f"{len(pairing.keys)} runs pair with the baseline's"
         yield f"{name}: {paired}; {pairing.num_dropped} without a partner are left out of the speed-up."

@@ -3,9 +3,9 @@
 With x the logarithm of a metric in each of K runs, d = sqrt(mean of (x_i - x_j)^2 over all pairs) is how far two runs
 of the same code lie apart, between-run noise included. Of two further runs one falls behind the other by more than
 
-    s = 1 - exp(-t * d)        t: the 99.5 % quantile of Student's t with K - 1 degrees of freedom
+    s = 1 - exp(-t * d)        t: the 99.9 % quantile of Student's t with K - 1 degrees of freedom
 
-once in 200 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. The mean of M
+once in 1,000 times, if the logarithms are normal; t counts in that d is itself an estimate from few runs. The mean of M
 runs falls behind the mean of B others by less: s = 1 - exp(-t * d * sqrt((1 / M + 1 / B) / 2)).
 
 Source: G. Hahn and W. Meeker, "Statistical Intervals" (1991), chapter 4 (prediction of a further observation).
@@ -32,7 +32,7 @@ from spdbench.judge.results.schema import Result, RunKey
 
 SCHEMA = "spdbench.calibration/1"
 MIN_RUNS = 5
-ONE_SIDED = 0.995
+ONE_SIDED = 0.999
 SMALLEST = 0.01
 """A slowdown of less than this is not worth a red build, however quiet the machine is."""
 

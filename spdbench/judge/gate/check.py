@@ -14,12 +14,13 @@ from spdbench.judge.comparison.pairing import Pair, machine, pair, same_machine,
 from spdbench.judge.gate.calibration import Calibration, Threshold
 from spdbench.judge.gate.counterpart import complete, counterparts, missing, reference
 from spdbench.judge.gate.exact import exact
-from spdbench.judge.gate.timing import SPEED, SPEEDUP, Comparison, timing
+from spdbench.judge.gate.timing import SPEED, SPEEDUP, Allowance, Comparison, timing
 from spdbench.judge.gate.verdict import Finding, Gate, Judgement
 from spdbench.judge.loaded import LoadedResult
 
 MAX_SLOWDOWN = 0.05
 MAX_ACCEPTANCE_DROP = 0.005
+SAME_FOR_ANY_TREE = frozenset({"identical_outputs", "real_divergences", "num_new_tokens"})
 GATES: Mapping[str, tuple[Gate, ...]] = {"exact": ("exact",), "timing": ("timing",), "all": ("exact", "timing")}
 
 
@@ -31,11 +32,13 @@ class Limits:
     max_acceptance_drop: float = MAX_ACCEPTANCE_DROP
     calibration: Calibration | None = None
 
-    def slowdown(self, result: LoadedResult, metric: str, num_new: int, num_baselines: int) -> float:
-        if self.max_slowdown is not None:
-            return self.max_slowdown
+    def slowdown(self, result: LoadedResult, metric: str, num_new: int, num_baselines: int) -> Allowance:
         found = self.calibrated(result, metric)
-        return MAX_SLOWDOWN if found is None else found.slowdown(num_new, num_baselines)
+        if self.max_slowdown is not None:
+            return Allowance(self.max_slowdown, "given" if found is None else "calibrated")
+        if found is None:
+            return Allowance(MAX_SLOWDOWN, "default")
+        return Allowance(found.slowdown(num_new, num_baselines), "calibrated")
 
     def calibrated(self, result: LoadedResult, metric: str) -> Threshold | None:
         """What the calibration holds for this metric of such a result."""
@@ -114,12 +117,24 @@ def _case(
 
 def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: bool = True) -> Iterator[Finding]:
     yield from complete(case.pair, gates[0], of_all=of_all)
+    found: list[Finding] = []
     if "exact" in gates:
-        found = exact(case.pair, limits.max_acceptance_drop)
-        yield from (each for each in found if of_all or each.metric != "real_divergences")
+        found += exact(case.pair, limits.max_acceptance_drop)
     if "timing" in gates and case.peers is not None:
         allowed = partial(limits.slowdown, case.pair.candidate)
-        yield from timing([case.comparisons, *case.peers], allowed, decides_alone=case.decides_alone)
+        found += timing([case.comparisons, *case.peers], allowed, decides_alone=case.decides_alone)
+    yield from (_unless_another_tree(each, case.pair) for each in found if of_all or each.metric != "real_divergences")
+
+
+def _unless_another_tree(found: Finding, pair: Pair) -> Finding:
+    """`found`, but no word of a difference in steps or speed if the backend chose another tree of drafts for itself:
+    it chooses by times that it measures, so that the same code may choose differently."""
+    trees = [head.backend.chosen.get("tree") for head in pair.heads]
+    alike = None in trees or trees[0] == trees[1] or found.metric in SAME_FOR_ANY_TREE
+    if alike or found.verdict not in ("regression", "improved"):
+        return found
+    reason = f"it chose the tree {trees[1]} by its measured costs, and {trees[0]} before; set what it is to use with -o"
+    return replace(found, verdict="inconclusive", reason=reason)
 
 
 def _kind(result: LoadedResult, others: Sequence[LoadedResult]) -> tuple[object, ...]:
@@ -168,6 +183,9 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
         yield "its run did not compare its outputs with plain decoding's, as the baseline's did"
     if "timing" not in gates:
         return
+    for side, words in ((case.pair.candidate, ""), (case.pair.baseline, "the baseline's run: ")):
+        for flag in (each for each in side.flags if each.name == "busy_machine"):
+            yield f"busy_machine: {words}{flag.reason}. {flag.remedy}"
     if case.peers is None:
         yield "speed is judged of the new results of this label together, with the newest"
     elif case.peers:
@@ -176,8 +194,8 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
         yield f"the baseline has {len(case.comparisons)} results; speed is compared with all of them on this machine"
     if case.decides_alone and all(each.plain is None for each in case.comparisons):
         yield (
-            "plain decoding of the same run is missing on one side or both, so tokens/s decide; measure vanilla in "
-            "the same run, and name folders that hold both"
+            "plain decoding of the same run is missing on one side or both, so tokens/s decide, where they are "
+            "calibrated; measure vanilla in the same run, and name folders that hold both"
         )
     if case.peers is not None and same_machine(old, new):
         yield from _threshold_notes(case, limits)

@@ -16,36 +16,54 @@ repeats, not what differs between one start of the command and the next; s has t
 
 What slows both sides alike cancels only while the machine is roughly the same: on a busy machine a pipeline's many
 processes get a larger share of it than plain decoding does. So where plain decoding itself runs at less than half or
-more than twice its former speed, a regression or an improvement is inconclusive, too.
+more than twice its former speed, or other programs took another share of the machine than before, a regression or an
+improvement is inconclusive, too.
+
+Where s is the default, neither chosen nor calibrated, it does not cover what differs between two starts of the same
+code. That is then taken to be as much as what differs within them: a regression needs an interval that lies below 1 - s
+even when it is twice as wide, and is inconclusive otherwise.
 
 Several baselines of a label count as one run that lasted longer, and so do several new results: a start of the command
 has a speed of its own, which repeats within it do not average out. Baselines of other machines, or without all the
 prompts, are left out.
 
-Decode tokens/s are judged alike. They inform, and decide only where there is no speed-up.
+Decode tokens/s are judged alike. They inform, and decide only where there is no speed-up; without a calibration, which
+shows how far the machine itself drifts, they say no more than inconclusive of a difference. Where its read bandwidth
+fell or rose with them, it is the machine that changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Final, NamedTuple
+from statistics import mean
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge.comparison.pairing import Pair, same_machine
 from spdbench.judge.gate.verdict import Finding, Verdict
-from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.loaded import MOST_BYTES_PER_S, LoadedResult
 from spdbench.judge.metrics import stats
+from spdbench.judge.results.machine_load import BUSY_SHARE
 from spdbench.judge.results.schema import Result, RunKey
 
 SPEEDUP: Final = "speedup"
 SPEED: Final = "decode_tokens_per_s"
 OTHER_STATE = 2.0
 """How many times as fast, or as slow, plain decoding may be for its speed-ups to be comparable."""
-Allowed = Callable[[str, int, int], float]
-"""Metric, number of new results and of baselines -> the share that it may fall by."""
+
+
+class Allowance(NamedTuple):
+    """The `share` that a metric may fall by, and where that comes from."""
+
+    share: float
+    basis: Literal["default", "given", "calibrated"]
+
+
+Allowed = Callable[[str, int, int], Allowance]
+"""Metric, number of new results and of baselines -> what it may fall by."""
 
 
 class Comparison(NamedTuple):
@@ -96,7 +114,7 @@ def _machine_name(head: Result) -> str:
     return str(head.environment.get("fingerprint") or "unknown")[:8]
 
 
-def _finding(metric: str, sides: Sequence[Sequence[Sequence[Pair]]], allowed: float, *, decides: bool) -> Finding:
+def _finding(metric: str, sides: Sequence[Sequence[Sequence[Pair]]], allowed: Allowance, *, decides: bool) -> Finding:
     """`sides` are the label's own pairs, by new result and then by baseline; for a speed-up after plain decoding's."""
     shared = set.intersection(*(set(each.keys) for news in sides for pairs in news for each in pairs))
     keys = [key for key in sides[-1][0][0].keys if key in shared]
@@ -105,9 +123,48 @@ def _finding(metric: str, sides: Sequence[Sequence[Sequence[Pair]]], allowed: fl
     interval = stats.ratio_interval(keys, *before, *now)
     was, is_now = (_speed_of(columns) for columns in (before, now))
     change = None if was is None or is_now is None else is_now / was
-    verdict, reason = decide(change, interval, allowed)
-    found = Finding("timing", metric, verdict, reason, was, is_now, change, interval, allowed, decides=decides)
-    return found if len(sides) == 1 else _unless_the_machine_changed(found, _rate(before[0]), _rate(now[0]))
+    verdict, reason = decide(change, interval, allowed.share)
+    found = Finding("timing", metric, verdict, reason, was, is_now, change, interval, allowed.share, decides=decides)
+    doubt = None
+    if decides and verdict in ("regression", "improved"):
+        state = None if len(sides) == 1 else _quotient(_rate(before[0]), _rate(now[0]))
+        doubt = _doubt(found, allowed, state, sides[-1])
+    return replace(found, verdict="inconclusive", reason=doubt) if doubt else found
+
+
+def _doubt(found: Finding, allowed: Allowance, state: float | None, news: Sequence[Sequence[Pair]]) -> str | None:
+    """Why the difference `found` may be none of the code; None if nothing speaks for that. `state` is by how much the
+    speed of plain decoding changed; None where there is none."""
+    old, new = [pair.baseline for pair in news[0]], [pairs[0].candidate for pairs in news]
+    if state is None and allowed.basis != "calibrated":
+        return f"{found.reason.partition(',')[0].partition(';')[0]}, but so may the machine have become; {CALIBRATE}"
+    if state is not None and not 1 / OTHER_STATE <= state <= OTHER_STATE:
+        return f"plain decoding itself runs at {state:.2g} times its former speed, {OTHER}"
+    bandwidth = _quotient(_bandwidth(old[0]), _bandwidth(new[0]))
+    same_way = (bandwidth < 1) == (found.verdict == "regression")
+    if state is None and same_way and not 1 - allowed.share <= bandwidth <= 1 / (1 - allowed.share):
+        return f"the machine reads its memory at {bandwidth:.2g} times its former speed, {OTHER}"
+    was, is_now = (mean(each.metrics["busy_share"] or 0.0 for each in side) for side in (old, new))
+    if abs(is_now - was) > BUSY_SHARE:
+        return f"other work took {is_now:.0%} of the machine now, and {was:.0%} before, {OTHER}"
+    if found.verdict == "regression" and allowed.basis == "default" and found.change and found.interval:
+        widened = found.interval[1] ** 2 / found.change
+        if widened >= 1 - allowed.share:
+            return (
+                f"seems slower by {1 - found.change:.1%}, but so may two starts of the same code be: without a "
+                f"calibration the interval, twice as wide, has to lie below {1 - allowed.share:.3f}; {STARTS}"
+            )
+    return None
+
+
+def _quotient(before: float | None, now: float | None) -> float:
+    """`now` over `before`; 1 where one of them is missing or 0."""
+    return now / before if before and now else 1.0
+
+
+def _bandwidth(result: LoadedResult) -> float | None:
+    value = result.head.environment.get("read_bandwidth_bytes_per_s")
+    return float(value) if isinstance(value, int | float) and 0 < value < MOST_BYTES_PER_S else None
 
 
 def _added_up(results: Sequence[LoadedResult], keys: Sequence[RunKey]) -> NDArray[np.float64]:
@@ -131,19 +188,6 @@ def _rate(columns: NDArray[np.float64]) -> float | None:
     return float(tokens / seconds) if tokens and seconds else None
 
 
-def _unless_the_machine_changed(found: Finding, before: float | None, now: float | None) -> Finding:
-    """`found`, but no word of a difference if plain decoding's tokens/s say that the machine was in another state."""
-    if found.verdict not in ("regression", "improved") or not (before and now):
-        return found
-    if 1 / OTHER_STATE <= now / before <= OTHER_STATE:
-        return found
-    reason = (
-        f"plain decoding itself runs at {now / before:.2g} times its former speed, so the machine is in another state; "
-        "measure again when it is as it was, or the baseline anew"
-    )
-    return replace(found, verdict="inconclusive", reason=reason)
-
-
 def decide(change: float | None, interval: stats.Interval | None, allowed: float) -> tuple[Verdict, str]:
     """The table above, and the words for it."""
     if change is None:
@@ -163,4 +207,7 @@ def decide(change: float | None, interval: stats.Interval | None, allowed: float
     return "pass", f"within {allowed:.1%}"
 
 
+CALIBRATE = "only a calibration tells (--calibrate), or plain decoding of the same run (-b vanilla) in both folders"
+OTHER = "so it is in another state; measure again when it is as it was, or the baseline anew"
+STARTS = "--calibrate finds what is noise here, and several starts on each side show less of it"
 MORE = "measure more prompts (--limit) or --repeats, on an idle machine"

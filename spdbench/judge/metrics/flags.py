@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spdbench.judge.results.machine_load import BUSY_SHARE, PARTS
 from spdbench.judge.results.schema import BackendRecord, Divergence, DrafterRecord, Flag, ModelInfo
 
 FEW_PROMPTS = 8
@@ -49,6 +50,7 @@ KINDS = {
     "unattributed": FlagKind("Leave the machine idle; its spans may be incomplete", disqualifies=True),
     "drift": FlagKind("Let the machine warm up, leave it idle, and measure again"),
     "outliers": FlagKind("Measure again on an idle machine, with --repeats"),
+    "busy_machine": FlagKind("End other programs, or measure disturbed requests again: --remeasure 2"),
     "hardware_mismatch": FlagKind(
         "Measure both on one machine, in one `spdbench run`", disqualifies=True, needs_two=True
     ),
@@ -59,6 +61,23 @@ KINDS = {
         needs_two=True,
     ),
 }
+CAUSES = {
+    "others": "other work",
+    "steal": "the hypervisor",
+    "throttled": "the quota",
+    "hot": "overheating",
+    "memory": "lack of memory",
+    "gpu": "others on the GPU",
+    "clock": "a slow clock",
+}
+AGAINST = {
+    "steal": "try another time",
+    "throttled": "give fewer --threads",
+    "hot": "let it cool",
+    "memory": "free some",
+    "clock": "let it cool",
+}
+"""What took the machine's time, and what to do about it, in few words."""
 DISQUALIFYING = frozenset(name for name, kind in KINDS.items() if kind.disqualifies)
 MADE_FROM_ONE_RESULT = frozenset(name for name, kind in KINDS.items() if not kind.needs_two)
 """What `flags_for` finds, and so computes anew whenever a file is read."""
@@ -88,6 +107,7 @@ def flags_for(
         *_sample_flags(overall),
         *_speed_flags(overall, backend),
         *_steadiness_flags(overall),
+        *_machine_flags(overall),
     ]
 
 
@@ -180,6 +200,24 @@ def _steadiness_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
             f"{len(outliers)} of {overall['num_runs']} requests took far more or far less time a step than the others "
             f"({named})",
         )
+
+
+def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
+    """Who took the machine's time while requests were timed, and how much of it."""
+    slow = overall["slow_clock"] or 0.0
+    if not overall["is_busy"] and slow <= BUSY_SHARE:
+        return
+    shares = {part: overall[f"busy_{part}"] or 0.0 for part in PARTS}
+    names = ", ".join((overall["disturbed_by"] or [])[:MAX_NAMED])
+    words = {**PARTS, "others": f"{PARTS['others']} ({names})"} if names else PARTS
+    largest = sorted((part for part in PARTS if shares[part] >= 0.01), key=lambda part: -shares[part])
+    parts = [f"{words[part]} took {shares[part]:.0%}" for part in largest]
+    parts += [f"clocks below 80 % of the run's highest took {slow:.0%}"] * (slow > BUSY_SHARE)
+    count = f"{overall['num_disturbed']} of {overall['num_runs']} requests were disturbed"
+    cause, share = (largest[0], shares[largest[0]]) if largest and shares[largest[0]] > slow else ("clock", slow)
+    who = names if names and cause == "others" else CAUSES[cause]
+    remedy = f"{who} took {share:.0%} of the time: {AGAINST.get(cause, 'end it')}, or --remeasure 2"
+    yield make_flag("busy_machine", f"{', '.join(parts)} of the time in which requests were measured; {count}", remedy)
 
 
 def interval_is_noisy(value: float | None, interval: Sequence[float] | None) -> bool:

@@ -5,6 +5,7 @@ A table shows few metrics, and intervals take time, so each metric is computed w
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,6 +19,8 @@ from spdbench.judge.metrics.definitions import COUNTS, RATIO_NAMES, Count, Ratio
 from spdbench.judge.metrics.dialects import DIALECTS, acceptance_length, metric_name
 from spdbench.judge.metrics.steadiness import MIN_REQUESTS, MIN_STEPS, Drift, find_drift, find_outliers, log_paces
 from spdbench.judge.metrics.steps import PERCENTS, percentiles, token_intervals, verdicts_by_position
+from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
+from spdbench.judge.results.machine_load import SLOW_CLOCK, is_busy
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable
 from spdbench.types import Measurement
@@ -192,6 +195,35 @@ class Metrics(Mapping[str, Any]):
             return None
         return [name for (name, _), is_far in zip(requests, find_outliers(paces, requests), strict=True) if is_far]
 
+    # What else the machine did
+
+    def taken(self, part: str) -> float | None:
+        """The share of the machine's time that `part` of `LOAD_PARTS` took; None where nothing was watched."""
+        watched = float(self._sums[COLUMN["watched_core_s"]])
+        return float(self._sums[COLUMN[f"{part}_core_s"]]) / watched if watched else None
+
+    def slow_clock(self) -> float | None:
+        """The share of the watched time in which clocks ran below 80 % of the run's highest; None where unknown."""
+        clocks, core_s = self._table[:, COLUMN["clock_mhz"]], self._table[:, COLUMN["watched_core_s"]]
+        known = clocks > 0
+        slow = core_s[known & (clocks < SLOW_CLOCK * clocks.max(initial=0))]
+        return float(slow.sum() / core_s[known].sum()) if core_s[known].sum() else None
+
+    def disturbed_by(self) -> list[str] | None:
+        """The processes that took most time from disturbed requests, those of most requests first."""
+        counts = Counter(name for row in np.flatnonzero(self._rows) for name in self.runs.disturbed_by[row])
+        return [name for name, _ in counts.most_common()] or None
+
+    def busy_share(self) -> float | None:
+        """All parts together, over 0."""
+        shares = [self.taken(part) for part in LOAD_PARTS]
+        return None if None in shares else max(0.0, sum(share or 0.0 for share in shares))
+
+    def is_busy(self) -> bool | None:
+        """True if too much of the time in which requests were measured went elsewhere."""
+        share = self["busy_share"]
+        return None if share is None else is_busy(share, float(self._sums[COLUMN["watched_core_s"]]))
+
 
 class _Paces(NamedTuple):
     """The paces of runs with enough decode steps, in the order of measuring; and what each was asked, equal for
@@ -226,7 +258,14 @@ def _list_metrics() -> dict[str, Metric]:
         found[f"itl_p{percent}_s"] = Metric(partial(Metrics.latency, index=index), "times")
         found[f"itl_p{percent}_s_macro"] = Metric(partial(Metrics.latency_macro, index=index), "times")
     found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position, "drafts")
-    others = (Metrics.peak_memory_bytes, Metrics.drift, Metrics.drift_p_value, Metrics.outliers)
+    for part in LOAD_PARTS:
+        found[f"busy_{part}"] = Metric(partial(Metrics.taken, part=part))
+    for column in ("disturbed", "set_aside"):
+        found[f"num_{column}"] = Metric(partial(Metrics.sum_of, column=column))
+    others: list[Callable[[Metrics], Any]] = [
+        *(Metrics.peak_memory_bytes, Metrics.drift, Metrics.drift_p_value, Metrics.outliers),
+        *(Metrics.slow_clock, Metrics.disturbed_by, Metrics.busy_share, Metrics.is_busy),
+    ]
     return found | {method.__name__: Metric(method) for method in others}
 
 

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
+from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.types import BackendKind, FinishReason, Measurement
 
 SCHEMA = "spdbench.result/1"
@@ -181,6 +182,14 @@ class Drafts(Record):
     accepted: Count
 
 
+class SetAside(Record):
+    """A measurement of a request that the machine disturbed, in place of which another one counts (`--remeasure`)."""
+
+    ttft_s: Seconds | None
+    decode_s: Seconds | None
+    machine: MachineLoad
+
+
 class Run(Record):
     """One request: a turn of a prompt, in one repeat."""
 
@@ -204,6 +213,8 @@ class Run(Record):
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
     text: str | None = Field(None, description="the answer as an engine told it; null where the ids say it")
     drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
+    machine: MachineLoad | None = Field(None, description="what else the machine did; null where it was not watched")
+    set_aside: list[SetAside] = Field(default_factory=list, description="disturbed measurements that do not count")
 
     @property
     def key(self) -> RunKey:

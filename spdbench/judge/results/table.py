@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
 from spdbench.judge.results.schema import BubbleParts, Run, RunKey
 
 PARTS = tuple(BubbleParts.model_fields)
@@ -27,6 +28,7 @@ COLUMNS = (
     *("reported_rounds", "reported_judged", "reported_accepted"),
     *("truncated", "degenerate", "peak_memory_bytes"),
     *("measured_s", "bubble_s", *PARTS, "cycles", "stage_s", "control_s", "wall_s"),
+    *("watched_core_s", *(f"{name}_core_s" for name in LOAD_PARTS), "clock_mhz", "disturbed", "set_aside"),
 )
 """One run's numbers; all 0 for a run that failed.
 
@@ -34,6 +36,8 @@ COLUMNS = (
 `metered_tokens` are the new tokens of runs whose energy was measured. `reported_*` is what an engine counted itself,
 NaN for what it does not report. From `measured_s` on come the columns made of spans, 0 for a run without: decode time
 with spans and its parts, then the number of full cycles, their slowest stages' time, the rest of them, and all of them.
+From `watched_core_s` on come processor time of the machine while it was watched, and what of it was taken from the
+request; then a clock rate, 1 for a request that was disturbed, and how many measurements of it do not count.
 """
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
@@ -56,8 +60,9 @@ class StepArrays(NamedTuple):
 class RunTable:
     """R runs with S steps in all, in the order of the file, failed ones included.
 
-    `errors` are the messages of failed runs. `outputs` are each run's ids in decimal digits joined by commas, `texts`
-    the answers of engines that give text; None where they are only compared, for which `output_sha256` is enough.
+    `errors` are the messages of failed runs, `disturbed_by` the processes that took most time from each run. `outputs`
+    are each run's ids in decimal digits joined by commas, `texts` the answers of engines that give text; None where
+    they are only compared, for which `output_sha256` is enough.
     `sums` is [R, len(COLUMNS)]. `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps`
     [len(STEP_COLUMNS), S] are each run's; a gap is the time since the step before, for the first step since the
     request's start.
@@ -67,6 +72,7 @@ class RunTable:
     categories: list[str]
     prompt_sha256: list[str]
     errors: list[str | None]
+    disturbed_by: list[list[str]]
     output_sha256: list[bytes]
     outputs: list[bytes] | None
     texts: list[str | None] | None
@@ -167,6 +173,7 @@ def build_table(
         categories=[run.category for run in runs],
         prompt_sha256=[run.prompt_sha256 for run in runs],
         errors=[run.error for run in runs],
+        disturbed_by=[run.machine.who if run.machine else [] for run in runs],
         output_sha256=[hashlib.sha256(text).digest() for text in outputs],
         outputs=outputs if keep_ids else None,
         texts=[run.text for run in runs] if keep_ids else None,
@@ -213,6 +220,7 @@ def _numbers(run: Run) -> tuple[float, ...]:
         *_reported(run),
         *(run.finish_reason == "length", 0, run.peak_memory_bytes or 0),
         *_lane_numbers(run),
+        *_load_numbers(run),
     )
 
 
@@ -233,6 +241,16 @@ def _lane_numbers(run: Run) -> tuple[float, ...]:
     cycles = run.full_cycles
     full = (cycles.num, cycles.stage_s, cycles.wall_s - cycles.stage_s, cycles.wall_s) if cycles else (0.0,) * 4
     return run.decode_s, bubble_s, *shares, *full
+
+
+def _load_numbers(run: Run) -> tuple[float, ...]:
+    """The columns of the watched machine."""
+    load = run.machine
+    if load is None:
+        return (0.0,) * (len(LOAD_PARTS) + 4)
+    core_s = load.wall_s * load.cores
+    taken = [share * core_s for share in load.parts.values()]
+    return core_s, *taken, load.clock_mhz or 0.0, load.disturbed, len(run.set_aside)
 
 
 def _narrow(values: NDArray[np.int64]) -> NDArray[np.integer]:

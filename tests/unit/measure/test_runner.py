@@ -16,6 +16,7 @@ from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import Counter, EnergyMeter
 from spdbench.measure.journal import Journal, create_journal, resume_journal
+from spdbench.measure.request_turn import Gauges
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
@@ -302,7 +303,7 @@ def ticking(log: list[str]) -> Counter:
 def test_energy_is_read_before_and_after_a_request_and_never_within(tmp_path: Path) -> None:
     log: list[str] = []
     bench = Bench(tmp_path, MockBackend(log=log), prompts=PROMPTS[1:2])
-    candidate = replace(bench.candidates[0], meter=EnergyMeter((ticking(log),)))
+    candidate = replace(bench.candidates[0], gauges=Gauges(EnergyMeter((ticking(log),))))
     Runner(workload(prompts=PROMPTS[1:2]), [candidate], WordChat(), never, bench.watcher).run()
     assert log == ["prepare", "read", "generate", "closed", "read"]
     assert [run.energy_j for run in bench.journals[0].runs()] == [1.0]

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spdbench.judge.gate.calibration import MIN_RUNS, calibrate
 from spdbench.judge.gate.timing import decide
 from spdbench.judge.gate.verdict import Verdict
 from spdbench.judge.loaded import LoadedResult
-from tests.builders import MS
+from tests.builders import MS, make_load
 from tests.unit.judge.gate.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
 
 
@@ -21,6 +22,10 @@ def run(plain_ms: float = 20, eagle_ms: float = 20, num_prompts: int = 10, **mor
         plain(plain_runs(num_prompts, step_ns=round(plain_ms * MS)), **more),
         eagle(drafted_runs(num_prompts, step_ns=lambda _: round(eagle_ms * MS)), **more),
     ]
+
+
+CALIBRATED = calibrate([each for _ in range(MIN_RUNS) for each in run()])
+"""For both labels, of a machine without noise."""
 
 
 def speedup(new: list[LoadedResult], old: list[LoadedResult], **limits: float) -> Verdict:
@@ -205,7 +210,7 @@ def test_a_new_result_without_plain_decoding_beside_others_with_it_is_judged_by_
     paired, lone = (each for each in judged([*usual, slow], run(), "timing") if each.label == "eagle")
     assert paired.verdict == "pass"
     assert finding(paired, "speedup").verdict == "pass"
-    assert lone.verdict == finding(lone, "decode_tokens_per_s").verdict == "regression"
+    assert lone.verdict == finding(lone, "decode_tokens_per_s").verdict == "inconclusive"
     assert "so tokens/s decide" in lone.notes[0]
 
 
@@ -231,16 +236,62 @@ def test_where_environments_are_equal_the_plain_decoding_begun_at_the_same_time_
 
 def test_without_plain_decoding_on_both_sides_tokens_per_s_decide_and_that_is_said() -> None:
     for new, old in ((run(eagle_ms=25)[1:], run()[1:]), (run(eagle_ms=25)[1:], run())):
-        found = of(judged(new, old, "timing"), "eagle")
+        found = of(judged(new, old, "timing", calibration=CALIBRATED), "eagle")
         assert found.verdict == "regression"
         assert [each.metric for each in found.findings if each.verdict == "regression"] == ["decode_tokens_per_s"]
         assert "so tokens/s decide" in found.notes[0]
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_slowdown": 0.05}])
+@pytest.mark.parametrize("ms", [10, 14, 30, 60])
+def test_without_a_calibration_tokens_per_s_alone_decide_nothing(ms: float, limits: dict[str, float]) -> None:
+    """The machine may have become faster or slower, and nothing shows whether it has."""
+    found = of(judged(run(eagle_ms=ms)[1:], run()[1:], "timing", **limits), "eagle")
+    assert found.verdict == "inconclusive"
+    assert "--calibrate" in finding(found, "decode_tokens_per_s").reason
+    assert of(judged(run()[1:], run()[1:], "timing", **limits), "eagle").verdict == "pass"
+
+
+@pytest.mark.parametrize(("bandwidth", "verdict"), [(0.6, "inconclusive"), (1.0, "regression"), (1.7, "regression")])
+def test_calibrated_tokens_per_s_are_no_regression_where_memory_became_slower_as_well(
+    bandwidth: float, verdict: Verdict
+) -> None:
+    new = begun("2026-06-02T12:00:00+00:00", bandwidth, eagle_ms=29)[1:]
+    old = begun("2026-06-01T12:00:00+00:00")[1:]
+    assert only(judged(new, old, "timing", calibration=CALIBRATED)).verdict == verdict
+
+
+def test_a_slowdown_that_starts_of_the_same_code_may_show_is_inconclusive_by_default() -> None:
+    """Its interval lies below 1, and would reach 1 - s if it were twice as wide."""
+    new = [plain(), eagle(drafted_runs(step_ns=lambda i: (20 + i % 5) * MS))]
+    found = finding(of(judged(new, run(), "timing"), "eagle"), "speedup")
+    assert found.verdict == "inconclusive"
+    assert "--calibrate" in found.reason
+    assert speedup(new, run(), max_slowdown=0.05) == "regression"
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "verdict"),
+    [(0.0, 0.5, "inconclusive"), (0.5, 0.0, "inconclusive"), (None, 0.5, "inconclusive"), (0.3, 0.32, "regression")],
+)
+def test_a_machine_that_others_kept_busy_gives_no_word_of_a_difference(
+    was: float | None, is_now: float, verdict: Verdict
+) -> None:
+    def side(share: float | None, eagle_ms: float) -> list[LoadedResult]:
+        load = None if share is None else make_load(share, who=["make"])
+        drafted = drafted_runs(step_ns=lambda _: round(eagle_ms * MS), machine=load)
+        return [plain(plain_runs(machine=load)), eagle(drafted)]
+
+    found = of(judged(side(is_now, 26), side(was, 20), "timing"), "eagle")
+    assert finding(found, "speedup").verdict == verdict
+    if is_now > 0.05:
+        assert any(note.startswith("busy_machine: other processes (make) took") for note in found.notes)
+
+
 def test_plain_decoding_that_others_are_held_against_only_informs_and_alone_it_decides() -> None:
     slow = run(plain_ms=30)
     assert of(judged(slow, run(), "timing"), "vanilla").verdict == "pass"
-    assert only(judged(slow[:1], run()[:1], "timing")).verdict == "regression"
+    assert only(judged(slow[:1], run()[:1], "timing", calibration=CALIBRATED)).verdict == "regression"
 
 
 def test_other_plain_decoding_is_held_against_vanilla() -> None:

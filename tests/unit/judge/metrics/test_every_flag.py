@@ -14,7 +14,18 @@ from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT
 from spdbench.judge.results.schema import BubbleParts, Divergence, Run
 from spdbench.render.table import render
-from tests.builders import MS, ORACLE, RANDOM, TRAINED, chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import (
+    MS,
+    ORACLE,
+    RANDOM,
+    TRAINED,
+    chunk_steps,
+    make_backend,
+    make_load,
+    make_result,
+    make_run,
+    vanilla_steps,
+)
 
 NUM = 10
 
@@ -57,6 +68,7 @@ MAKERS: dict[str, Callable[[], LoadedResult]] = {
     "other_model": lambda: mine(other_model="llama in its server"),
     "few_prompts": lambda: mine(runs(7)),
     "noisy": lambda: mine(runs(step_ms=lambda i: (8, 14, 21)[i % 3])),
+    "busy_machine": lambda: mine(runs(machine=make_load(others=0.4, who=["python"]))),
     "drift": lambda: mine(runs(step_ms=lambda i: 20 + i)),
     "outliers": lambda: mine(runs(step_ms=lambda i: 40 if i == 4 else 20)),
 }

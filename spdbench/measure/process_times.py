@@ -1,0 +1,67 @@
+"""Processor time of all processes: our own, and which others used most since the last look."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+from spdbench.console import printable
+
+LEAST_SHARE = 0.1
+"""Of the processor time that was lost; a process that used less is not named."""
+
+
+def own_cpu_ns() -> int:
+    """Processor time of this process and its workers, in ns, up to now."""
+    return time.process_time_ns() + sum(cpu_ns(worker.pid or 0) for worker in multiprocessing.active_children())
+
+
+def cpu_ns(process: int) -> int:
+    """Processor time of a process, in ns; 0 if there is none. The clock's number is the one that clock_getcpuclockid(3)
+    computes on Linux: the inverted process id, then three bits for a clock of a process's scheduled time."""
+    if not process:
+        return 0
+    try:
+        return time.clock_gettime_ns((~process << 3) | 0b010)
+    except OSError:
+        return 0
+
+
+class ProcessTimes:
+    """The processes in `proc`, and their processor time at the last look."""
+
+    def __init__(self, proc: Path) -> None:
+        self._proc = proc
+        self._last = self._all()
+
+    def busiest(self, lost_ns: float) -> list[str]:
+        """Names of the other processes that used most processor time since the last call, or since the beginning; those
+        that can have taken a good part of the `lost_ns` of a request in between."""
+        before, self._last = self._last, self._all()
+        own = {os.getpid(), *(worker.pid for worker in multiprocessing.active_children())}
+        used = {pid: now - before.get(pid, 0) for pid, now in self._last.items() if pid not in own}
+        enough = LEAST_SHARE * max(lost_ns, sum(used.values()))
+        names: dict[str, int] = {}
+        for pid, spent in used.items():
+            if spent >= enough:
+                name = process_name(self._proc, pid)
+                names[name] = names.get(name, 0) + spent
+        return sorted(names, key=lambda name: -names[name])
+
+    def _all(self) -> dict[int, int]:
+        try:
+            processes = [int(name) for name in os.listdir(self._proc) if name.isdecimal()]
+        except OSError:
+            return {}
+        return {process: cpu_ns(process) for process in processes}
+
+
+def process_name(proc: Path, process: int) -> str:
+    """What the system calls it: up to 15 characters, which it may choose itself."""
+    try:
+        name = (proc / str(process) / "comm").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "a process that is not visible"
+    return printable(name.strip(), one_line=True)[:64]
