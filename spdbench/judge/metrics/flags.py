@@ -216,7 +216,8 @@ def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     count = f"{overall['num_disturbed']} of {overall['num_runs']} requests were disturbed"
     cause, share = (largest[0], shares[largest[0]]) if largest and shares[largest[0]] > slow else ("clock", slow)
     who = names if names and cause == "others" else CAUSES[cause]
-    remedy = f"{who} took {share:.0%} of the time: {AGAINST.get(cause, 'end it')}, or --remeasure 2"
+    against = AGAINST.get(cause, "end them" if "," in who or cause == "gpu" else "end it")
+    remedy = f"{who} took {share:.0%} of the time: {against}, or --remeasure 2"
     yield make_flag("busy_machine", f"{', '.join(parts)} of the time in which requests were measured; {count}", remedy)
 
 
