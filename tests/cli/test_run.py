@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.judge.results.schema import Result, json_schema, read_result
 from spdbench.measure import energy
+from spdbench.measure.machine_watch import MachineWatch
 from spdbench.models.hf import library
 from tests import tiny
+from tests.builders import make_load
 from tests.cli.run_helpers import Said, spdbench, write_suite
 from tests.mock_backend import MockSpans
 
@@ -70,6 +74,22 @@ def test_two_backends_give_two_valid_results_and_a_table(run: Runs, monkeypatch:
     assert "synthetic" in said.out
     assert "Wrote" in said.err
     assert "Wrote" not in said.out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows what else a machine does")
+def test_results_say_what_else_the_machine_did_during_each_request(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loads that take turns: each request is measured again once, and the less disturbed measurement counts."""
+    loads = itertools.cycle([make_load(0.8, who=["make"]), make_load(0.4, who=["make"])])
+    real = MachineWatch.load
+    said = run("-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.8")
+    assert all(one.machine and one.machine.others is not None for one in run.result("spd").runs), said.err
+    monkeypatch.setattr(MachineWatch, "load", lambda *words: next(loads) if real(*words) else None)
+    said = run("-b", "vanilla", "-b", "spd", "--drafter", "oracle:0.8", "--remeasure", "1")
+    for label in ("vanilla", "spd"):
+        assert {(one.machine.others, len(one.set_aside)) for one in run.result(label).runs if one.machine} == {(0.4, 1)}
+    shown = " ".join(said.out.split())
+    assert "make took 40% of the time: end it, or --remeasure 2." in shown
+    assert "measured again (--remeasure)" in shown
 
 
 def test_results_say_what_was_measured(run: Runs) -> None:
