@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from spdbench.models.checkpoints.find_model import find_model
@@ -26,6 +27,24 @@ EXTRAS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "norm_topk_prob": True,
         "mlp_only_layers": [1],
+    },
+}
+RECURRENT: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": RECURRENT,
+    "qwen3_5_moe_text": {
+        **RECURRENT,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 16,
     },
 }
 FOREIGN: dict[str, dict[str, Any]] = {
@@ -77,15 +96,46 @@ def swap_tokens(folder: Path, first: str, second: str) -> None:
 def make_model(folder: Path, family: str = "llama", vocab_size: int = 262, seed: int = 0, **changes: Any) -> Path:
     """Saves a random model of `family` in `folder`, with the files that a user's model has."""
     config = AutoConfig.for_model(
-        family, vocab_size=vocab_size, **{**SIZES, **(EXTRAS | FOREIGN).get(family, {}), **changes}
+        family, vocab_size=vocab_size, **{**SIZES, **(EXTRAS | HYBRIDS | FOREIGN).get(family, {}), **changes}
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if family in HYBRIDS:
+            _draw_hybrid_parts(model)
         model.save_pretrained(folder)
         if vocab_size >= 262:
             make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _draw_hybrid_parts(model: Any) -> None:
+    """Numbers for what a new model has constants for, or states that forget everything at once."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("A_log"):
+                weight.uniform_(-4.0, -1.0)
+            elif name.endswith(("norm.weight", "dt_bias")):
+                weight.add_(torch.randn_like(weight), alpha=0.2)
+
+
+def nest(folder: Path) -> Path:
+    """Turns a hybrid text model into one that also reads images, as far as its files show it: a config within another,
+    other names, and tensors that are no part of the language model. Returns the folder."""
+    path, weights = folder / "config.json", folder / "model.safetensors"
+    text = json.loads(path.read_text())
+    family = text["model_type"].removesuffix("_text")
+    path.write_text(json.dumps({"model_type": family, "text_config": text, "tie_word_embeddings": False}))
+    tensors = {
+        name.replace("model.", "model.language_model.")
+        if name.startswith("model.layers") or "embed" in name
+        else name: t
+        for name, t in load_file(weights).items()
+    }
+    tensors["model.language_model.norm.weight"] = tensors.pop("model.norm.weight")
+    tensors |= {name: torch.ones(3) for name in ("mtp.norm.weight", "model.visual.norm.weight")}
+    save_file(tensors, weights, {"format": "pt"})
     return folder
 
 

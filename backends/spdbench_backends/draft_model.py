@@ -84,7 +84,7 @@ class ModelDrafter:
         self.max_nodes = num_tokens + 1
         self._decoder = decoder
         self._num_tokens = num_tokens
-        self._cache = decoder.new_cache(capacity)
+        self._cache = decoder.new_cache(capacity, num_snapshots=num_tokens)
         self._ids: list[int] = []
 
     def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from spdbench.backend import DrafterInfo
+from spdbench.backend import BackendInfo, DrafterInfo
 from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
-from spdbench_backends.local import GraphOptions, LocalBackend, captured_as, decoder_to_capture
+from spdbench_backends.local import GraphOptions, LocalBackend, captured_as, decoder_to_capture, described_snapshots
 
 if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
@@ -111,6 +112,16 @@ class DraftVerify(Drafting["Drafter"]):
     _builder: TreeBuilder | None = None
     _captured: CapturedDecoder | None = None
 
+    def describe(self) -> BackendInfo:
+        info, decoder = super().describe(), self._decoder
+        snapshots = described_snapshots(decoder, (decoder.layers,), (self._max_nodes - 1,))
+        return replace(info, chosen={**info.chosen, **snapshots})
+
+    @property
+    def _max_nodes(self) -> int:
+        """No tree has more nodes, the root included."""
+        return self._loaded(self._builder).max_nodes
+
     def _new_drafter(self, request: GenerationRequest) -> Drafter:
         from spdbench.decoding.synthetic import SyntheticDrafter
 
@@ -194,4 +205,6 @@ class DraftVerify(Drafting["Drafter"]):
     def _require_trees(self) -> None:
         """Raises `InputError` where the layers of this model take no trees."""
         if not self._decoder.takes_trees:
-            raise self._option_error("tree", "this model runs on transformers' layers, which take no trees; use chain")
+            foreign = self._context.target.unsupported_reason is not None
+            layers = "runs on transformers' layers, which" if foreign else "has recurrent layers, which"
+            raise self._option_error("tree", f"this model {layers} take no trees; use chain")

@@ -91,6 +91,16 @@ class GraphOptions(BackendOptions):
     )
 
 
+def described_snapshots(decoder: TargetDecoder, stages: Sequence[range], counts: Sequence[int]) -> dict[str, str]:
+    """What a result says of the states of recurrent layers that are kept to go back to: how many in each stage, and
+    their memory; empty where no layer is recurrent."""
+    if not decoder.snapshot_bytes(decoder.layers):
+        return {}
+    num_bytes = sum(count * decoder.snapshot_bytes(layers) for layers, count in zip(stages, counts, strict=True))
+    by_stage = " by stage" if len(counts) > 1 else ""
+    return {"snapshots": f"{', '.join(map(str, counts))}{by_stage}, {num_bytes / 1e6:,.1f} MB"}
+
+
 def captured_as(graphs: Graphs, capacity: int) -> str:
     """How a result describes captured steps."""
     return f"{'compiled' if graphs == 'compiled' else 'on'}, for up to {capacity} tokens"

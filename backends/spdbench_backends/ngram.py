@@ -38,8 +38,12 @@ class Ngram(DraftVerify):
         options = self._options
         if options.min_ngram > options.max_ngram:
             raise self._option_error("min_ngram", f"is more than max_ngram={options.max_ngram}")
-        self._capture_target(options.num_tokens + 1, ())
+        self._capture_target(self._max_nodes, ())
         self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
+
+    @property
+    def _max_nodes(self) -> int:
+        return self._options.num_tokens + 1
 
     def _new_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002
         return NgramDrafter(self._options.num_tokens, self._options.max_ngram, self._options.min_ngram, self._decoder)

@@ -94,6 +94,7 @@ def config_of(shape: str) -> ModelConfig:
         qk_norm=True,
         windows=(None,) * layers,
         experts=None,
+        rotary_dim=head_dim,
     )
 
 

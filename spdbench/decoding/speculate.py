@@ -80,7 +80,9 @@ class Speculation:
         self._drafter = drafter
         self._request = request
         self._sampler = Sampler(request.sampling, request.seed)
-        self.cache = decoder.new_cache(len(request.prompt_ids) + request.max_new_tokens + drafter.max_nodes)
+        # A round keeps at least its root, so recurrent layers go back by one token less than it has nodes.
+        capacity = len(request.prompt_ids) + request.max_new_tokens + drafter.max_nodes
+        self.cache = decoder.new_cache(capacity, num_snapshots=drafter.max_nodes - 1)
         self.spans: list[Span] = []
 
     @torch.inference_mode()

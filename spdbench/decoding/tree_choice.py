@@ -44,7 +44,7 @@ class RowCosts:
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
     """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them."""
     counts = [count for count in ROW_COUNTS if count <= largest]
-    cache = decoder.new_cache(CONTEXT + largest)
+    cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
     times: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(ROUNDS + 1):  # the first warms up, and its times are the largest

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,19 +18,33 @@ from torch.nn.functional import embedding
 
 from spdbench.errors import InputError
 from spdbench.models.attention_context import AttentionContext, TreeRows
-from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.config import Experts, ModelConfig
+from spdbench.models.checkpoints.hybrid_tensors import (
+    add_gated_layer,
+    add_recurrent_layer,
+    gated_layer,
+    plain_norm,
+    recurrent_layer,
+)
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
 from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.cpu.linear import Linear, PackedLinear, can_pack, linear
 from spdbench.models.interface import CancelledForwardError
-from spdbench.models.kv_cache import KVCache
+from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
-from spdbench.models.layers import ExpertWeights, LayerWeights, layer_forward
+from spdbench.models.layers import ExpertWeights, LayerWeights, SharedExpert, layer_forward
 from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import require_finite, return_freed_memory, to_device
 
 DRAFT_HEADS = "medusa_head."
-"""Prefix of the draft heads' tensors in a Medusa-2 checkpoint, which are no part of the model."""
+"""Prefix of the draft heads' tensors in a Medusa-2 checkpoint."""
+NO_PART = (DRAFT_HEADS, "mtp.", "model.visual.")
+"""Prefixes of tensors that are no part of the language model: of draft heads, and of what predicts further tokens or
+reads images in Qwen3.5's checkpoints."""
+NESTED = "model.language_model."
+"""Where the language model's tensors lie, instead of in `model.`, if the checkpoint also reads images."""
+EXACT = ("norm.weight", "A_log", "dt_bias")
+"""Ends of names whose numbers are kept in float32 in a hybrid model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +62,10 @@ class Decoder:
     dtype: torch.dtype
     device: torch.device
 
-    takes_trees: ClassVar[bool] = True
+    @property
+    def takes_trees(self) -> bool:
+        """A recurrent layer's rows can only follow each other."""
+        return not self._recurrent(self.layers)
 
     @property
     def kernels(self) -> str:
@@ -108,11 +124,26 @@ class Decoder:
         """Token ids as a tensor on the embedding's device: `[S]`."""
         return to_device(list(token_ids), self.device)
 
-    def new_cache(self, capacity: int, layers: range | None = None) -> KVCache:
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> KVCache:
         """An empty cache for `layers` (all by default) with room for `capacity` tokens."""
         layers = self.layers if layers is None else layers
-        geometry = self.geometry
-        return KVCache(layers, geometry.num_kv_heads, geometry.head_dim, capacity, self.dtype, self.device)
+        heads = self.geometry.num_kv_heads, self.geometry.head_dim
+        recurrent = self._recurrent(layers)
+        if not recurrent:
+            return KVCache(layers, *heads, capacity, self.dtype, self.device)
+        assert self.config.recurrent is not None
+        attention = [layer for layer in layers if layer not in recurrent]
+        sizes = self.config.recurrent
+        return HybridCache(attention, recurrent, sizes, *heads, capacity, num_snapshots, self.dtype, self.device)
+
+    def snapshot_bytes(self, layers: range) -> int:
+        """Bytes of one snapshot of `layers`: of the states of recurrent ones; 0 where there are none."""
+        sizes = self.config.recurrent
+        if sizes is None:
+            return 0
+        window = sizes.window * sizes.channels * self.dtype.itemsize
+        matrices = sizes.values * sizes.key_dim * torch.float32.itemsize
+        return len(self._recurrent(layers)) * (window + matrices)
 
     def bytes_per_token(self, layers: range, head: bool) -> int:
         """Bytes of weights that one token's forward through `layers` reads; with `head`, final norm and head too."""
@@ -139,6 +170,10 @@ class Decoder:
             device=device,
         )
 
+    def _recurrent(self, layers: range) -> list[int]:
+        """Those of `layers` that are recurrent."""
+        return [layer for layer in layers if self.weights[layer].delta_net is not None]
+
     @cached_property
     def _ops_for(self) -> Callable[[int], LayerOps]:
         return ops_by_rows(self.geometry, self.dtype, self.device)
@@ -164,7 +199,7 @@ def load_decoder(
     reader = _Reader(checkpoint, config, dtype, device)
     first, last = layers.start == 0, layers.stop == config.num_layers
     vocab_by_width = (config.vocab_size, config.hidden_size)
-    name = "model.embed_tokens.weight"
+    name = reader.base + "embed_tokens.weight"
     embeddings = head = None
     if last:
         head = linear(reader.read(name if config.tied else "lm_head.weight", vocab_by_width))
@@ -174,7 +209,7 @@ def load_decoder(
     elif first:
         embeddings = head.plain() if head is not None and config.tied else reader.read(name, vocab_by_width)
     weights = {layer: reader.layer(layer) for layer in layers}
-    norm = NormWeight(reader.read("model.norm.weight", (config.hidden_size,))) if last else None
+    norm = reader.final_norm() if last else None
     if whole:
         reader.refuse_leftovers()
     return_freed_memory()
@@ -211,7 +246,7 @@ class _Reader:
         left = [
             name
             for name in self.checkpoint
-            if name not in known and not name.endswith(".inv_freq") and not name.startswith(DRAFT_HEADS)
+            if name not in known and not name.endswith(".inv_freq") and not name.startswith(NO_PART)
         ]
         if left:
             raise InputError(
@@ -219,10 +254,16 @@ class _Reader:
                 "is config.json the one that belongs to the weights?"
             )
 
+    @cached_property
+    def base(self) -> str:
+        """What the names of the language model's tensors begin with, but for the output head's."""
+        return NESTED if any(name.startswith(NESTED) for name in self.checkpoint) else "model."
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A copy in memory of our own: a mapped file's pages could be dropped in the middle of a measurement."""
         self.taken.add(name)
-        tensor = self.checkpoint.tensor(name, shape).to(self.device, self.dtype, copy=True)
+        dtype = torch.float32 if self.config.recurrent is not None and name.endswith(EXACT) else self.dtype
+        tensor = self.checkpoint.tensor(name, shape).to(self.device, dtype, copy=True)
         require_finite(str(self.checkpoint.directory), name, tensor)
         return tensor
 
@@ -231,38 +272,62 @@ class _Reader:
         self.taken.add(name)
         return self.checkpoint.tensor(name, shape)
 
+    def final_norm(self) -> NormWeight:
+        weight_M = self.read(self.base + "norm.weight", (self.config.hidden_size,))
+        return NormWeight(weight_M if self.config.recurrent is None else plain_norm(weight_M))
+
     def layer(self, index: int) -> LayerWeights:
-        config, prefix = self.config, f"model.layers.{index}."
+        config, prefix = self.config, f"{self.base}layers.{index}."
         sparse = config.experts is not None and index in config.experts.layers
         expected = ExpectedTensors()
         ffn = None if sparse else config.intermediate_size
-        expected.add_layer(prefix, geometry_of(config), config.hidden_size, ffn, head_norms=config.qk_norm)
+        if config.recurrent is None:
+            expected.add_layer(prefix, geometry_of(config), config.hidden_size, ffn, head_norms=config.qk_norm)
+        elif index in config.recurrent.layers:
+            add_recurrent_layer(expected, prefix, config, ffn)
+        else:
+            add_gated_layer(expected, prefix, config, ffn)
         shapes = expected.present(self.checkpoint)
 
         def tensor(name: str) -> Tensor | None:
             return self.read(name, shapes[name]) if name in shapes else None
 
-        weights = dense_layer(tensor, prefix, config.windows[index])
+        if config.recurrent is None:
+            weights = dense_layer(tensor, prefix, config.windows[index])
+        else:
+            weights = (recurrent_layer if index in config.recurrent.layers else gated_layer)(tensor, prefix, config)
         if sparse:
-            weights = replace(weights, experts=self.experts(prefix + "mlp."))
+            assert config.experts is not None
+            weights = replace(weights, experts=self.mixture(prefix + "mlp.", config.experts))
         self.checkpoint.close()
         return_freed_memory()
         return weights
 
-    def experts(self, prefix: str) -> ExpertWeights:
-        experts = self.config.experts
-        assert experts is not None
-        width, ffn = self.config.hidden_size, experts.intermediate_size
-        gate_up, down = [], []
-        for expert in range(experts.count):
-            name = f"{prefix}experts.{expert}."
-            both = [self.read(f"{name}{part}_proj.weight", (ffn, width)) for part in ("gate", "up")]
-            gate_up.append(torch.cat(both))
-            down.append(self.read(f"{name}down_proj.weight", (width, ffn)))
+    def mixture(self, prefix: str, experts: Experts) -> ExpertWeights:
+        width, ffn, count = self.config.hidden_size, experts.intermediate_size, experts.count
+        both, down = prefix + "experts.gate_up_proj", prefix + "experts.down_proj"
+        if both in self.checkpoint:
+            gate_up_E2FM = self.read(both, (count, 2 * ffn, width))
+            down_EMF = self.read(down, (count, width, ffn))
+        else:
+            each = [self.expert(f"{prefix}experts.{index}.", ffn) for index in range(count)]
+            gate_up_E2FM, down_EMF = (torch.stack(parts) for parts in zip(*each, strict=True))
         return ExpertWeights(
-            router=self.read(prefix + "gate.weight", (experts.count, width)),
-            gate_up=torch.stack(gate_up),
-            down=torch.stack(down),
+            router=self.read(prefix + "gate.weight", (count, width)),
+            gate_up=gate_up_E2FM,
+            down=down_EMF,
             per_token=experts.per_token,
             normalise=experts.normalise,
+            shared=self.shared_expert(prefix, experts.shared_size) if experts.shared_size else None,
         )
+
+    def expert(self, prefix: str, ffn: int) -> tuple[Tensor, Tensor]:
+        """Gate and up together, `[2F, M]`, and down `[M, F]`."""
+        width = self.config.hidden_size
+        both = [self.read(f"{prefix}{part}_proj.weight", (ffn, width)) for part in ("gate", "up")]
+        return torch.cat(both), self.read(f"{prefix}down_proj.weight", (width, ffn))
+
+    def shared_expert(self, prefix: str, ffn: int) -> SharedExpert:
+        gate_up, down = self.expert(prefix + "shared_expert.", ffn)
+        gate_1M = self.read(prefix + "shared_expert_gate.weight", (1, self.config.hidden_size))
+        return SharedExpert(linear(gate_up), linear(down), gate_1M[0])

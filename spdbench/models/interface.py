@@ -19,7 +19,7 @@ from spdbench.models.checkpoints.config import Sizes
 
 
 class TargetCache(Protocol):
-    """Keys and values of a range of layers: `length` of `capacity` slots are valid."""
+    """What a range of layers remembers: `length` of `capacity` tokens are valid."""
 
     @property
     def length(self) -> int: ...
@@ -28,7 +28,11 @@ class TargetCache(Protocol):
     def capacity(self) -> int: ...
 
     def rollback(self, mark: int) -> None:
-        """Forgets every slot from `mark`, an earlier `length`, on; does nothing where fewer are valid."""
+        """Forgets every slot from `mark`, an earlier `length`, on; does nothing where fewer are valid.
+
+        Raises:
+            IndexError: recurrent layers have no snapshot as old as that; see `TargetDecoder.new_cache`.
+        """
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
         """Keeps of the slots from `mark` on those at the rising offsets `chosen`, and forgets the others."""
@@ -92,8 +96,12 @@ class TargetDecoder(Protocol):
     def ids(self, token_ids: Collection[int]) -> Tensor:
         """Token ids as a tensor where the embedding lives: `[S]`."""
 
-    def new_cache(self, capacity: int, layers: range | None = None) -> TargetCache:
-        """An empty cache for `layers` (all by default) with room for `capacity` tokens."""
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> TargetCache:
+        """An empty cache for `layers` (all by default) with room for `capacity` tokens. It can go back to its
+        beginning, and by at least `num_snapshots` tokens; by any number if no layer is recurrent."""
+
+    def snapshot_bytes(self, layers: range) -> int:
+        """Bytes of one snapshot of `layers`: of the states of recurrent ones; 0 where there are none."""
 
     def bytes_per_token(self, layers: range, head: bool) -> int:
         """Bytes of weights that one token's forward through `layers` reads; with `head`, what follows them too."""

@@ -1,4 +1,4 @@
-"""A preallocated key-value cache with rollback.
+"""A preallocated key-value cache with rollback, and one that also holds the states of recurrent layers.
 
 Slots are rows of the cache, in the order of writing; positions are what the rotary embedding was given. For a chain
 they differ by a constant at most; for a tree they do not agree at all. This module knows slots only.
@@ -8,7 +8,12 @@ row sees them, and the next rows are written over them. Of a tree only the accep
 front of the tree's slots. Keys are stored rotated by their positions, which do not change when a row moves to another
 slot, so nothing is computed again.
 
-Shapes: K kv heads, T slots, S new rows, D head size.
+A recurrent layer has one state in place of slots, and every token overwrites it. `HybridCache` keeps the newest states
+in a ring: a token's update reads one slot of it and writes the next, so that going back is again only a smaller
+`length`, and the state that is read afterwards is the very one that was there before.
+
+Shapes: K kv heads, T slots, S new rows, D head size; R states of a ring, W rows of a convolution's window, C channels,
+H value heads, E value head size.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench.models.checkpoints.config import RecurrentSizes
 from spdbench.models.torch_utils import array, to_device
 
 
@@ -32,7 +38,7 @@ class KVCache:
 
     def __init__(
         self,
-        layers: range,
+        layers: Sequence[int],
         num_kv_heads: int,
         head_dim: int,
         capacity: int,
@@ -42,6 +48,7 @@ class KVCache:
         self.layers = layers
         self.capacity = capacity
         self.length = 0
+        self._row_of = {layer: row for row, layer in enumerate(layers)}
         shape = (len(layers), num_kv_heads, capacity, head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
@@ -50,18 +57,18 @@ class KVCache:
         """For a kernel that writes S new rows itself: the first free slot, and keys and values of all slots,
         `[K, capacity, D]` each, as numpy arrays."""
         self._check(num_rows)
-        return self.length, *self._arrays[layer - self.layers.start]
+        return self.length, *self._arrays[self._row_of[layer]]
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """For callers that write to slots of their choice: keys and values of all slots, valid or not,
         `[K, capacity, D]` each."""
-        row = layer - self.layers.start
+        row = self._row_of[layer]
         return self._keys[row], self._values[row]
 
     def write(self, layer: int, keys_SKD: Tensor, values_SKD: Tensor) -> tuple[Tensor, Tensor]:
         """Puts S new rows behind the valid ones; returns keys and values of all slots up to them, each `[K, T, D]`."""
         self._check(keys_SKD.shape[0])
-        row, end = layer - self.layers.start, self.length + keys_SKD.shape[0]
+        row, end = self._row_of[layer], self.length + keys_SKD.shape[0]
         keys, values = self._keys[row, :, :end], self._values[row, :, :end]
         keys[:, self.length :] = keys_SKD.transpose(0, 1)
         values[:, self.length :] = values_SKD.transpose(0, 1)
@@ -94,3 +101,87 @@ class KVCache:
     def _arrays(self) -> list[tuple[Any, Any]]:
         keys, values = array(self._keys), array(self._values)
         return [(keys[row], values[row]) for row in range(len(self.layers))]
+
+
+class HybridCache(KVCache):
+    """Keys and values of the attention layers `layers`, and the states of the layers `recurrent`.
+
+    Besides the newest state it holds those after each of the `num_snapshots` tokens before: `rollback` goes back by as
+    many. A state is a convolution's window, its last W inputs, and a matrix for each value head in float32.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        recurrent: Sequence[int],
+        sizes: RecurrentSizes,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        num_snapshots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__(layers, num_kv_heads, head_dim, capacity, dtype, device)
+        self._states_of = {layer: row for row, layer in enumerate(recurrent)}
+        self._ring = num_snapshots + 1
+        self._oldest = 0  # the smallest length whose states are held
+        shape = len(recurrent), self._ring
+        self._windows = torch.zeros(*shape, sizes.window, sizes.channels, dtype=dtype, device=device)
+        heads = sizes.num_value_heads, sizes.key_dim, sizes.value_dim
+        self._matrices = torch.zeros(*shape, *heads, dtype=torch.float32, device=device)
+
+    def states(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All states of a recurrent layer: windows `[R, W, C]` and matrices `[R, H, D, E]`; see `slot`."""
+        row = self._states_of[layer]
+        return self._windows[row], self._matrices[row]
+
+    def state_arrays(self, layer: int) -> tuple[Any, Any]:
+        """The same as numpy arrays."""
+        windows, matrices = self._all_state_arrays
+        row = self._states_of[layer]
+        return windows[row], matrices[row]
+
+    def slot(self, num_new: int) -> int:
+        """Where in the ring the state after `num_new` tokens more than the valid ones lies."""
+        return (self.length + num_new) % self._ring
+
+    def claim(self, num_rows: int, *, every_state: bool) -> None:
+        """Says that the states after S new rows are about to be written, or the one after the last of them only. What
+        they replace is lost from now on, also if the forward pass is cancelled between two layers.
+
+        Raises:
+            IndexError: there is no room for so many tokens.
+        """
+        self._check(num_rows)
+        end = self.length + num_rows
+        self._oldest = max(self._oldest, end + 1 - self._ring) if every_state else end
+
+    def rollback(self, mark: int) -> None:
+        """As in `KVCache`.
+
+        Raises:
+            IndexError: the states at `mark` are not held any more: more snapshots were needed.
+        """
+        if mark >= self.length:
+            return
+        if mark == 0:  # where every sequence starts, with states of zeros
+            self._oldest = 0
+            self._windows[:, 0] = 0
+            self._matrices[:, 0] = 0
+        elif mark < self._oldest:
+            raise IndexError(
+                f"a cache of {self.length} tokens holds recurrent states back to {self._oldest}, not to {mark}: "
+                f"it keeps {self._ring - 1} snapshots"
+            )
+        self.length = mark
+
+    def keep(self, mark: int, chosen: Sequence[int]) -> None:
+        """Keeps of the tokens from `mark` on the first few: states follow each other, so there is no branch to keep."""
+        if list(chosen) != list(range(len(chosen))):
+            raise NotImplementedError("the states of recurrent layers keep no branch of a tree")
+        self.rollback(mark + len(chosen))
+
+    @cached_property
+    def _all_state_arrays(self) -> tuple[Any, Any]:
+        return array(self._windows), array(self._matrices)

@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.attention_context import AttentionContext
 from spdbench.models.cpu.worker_pool import Attention, TaskKind, worker_pool
-from spdbench.models.kv_cache import KVCache
+from spdbench.models.delta_net import DeltaNet, delta_net
+from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.rotary import apply_rotary
 from spdbench.models.torch_utils import array
 
@@ -44,7 +45,7 @@ class Geometry:
 
 
 class NormWeight:
-    """The weight `[M]` of an RMS norm."""
+    """The weight `[M]` of an RMS norm, in the model's dtype, or in float32 where that would round it."""
 
     def __init__(self, weight_M: Tensor) -> None:
         self.weight_M = weight_M
@@ -109,6 +110,10 @@ class LayerOps:
             unrotated = torch.cat((queries, rms_norm(unrotated[:, heads:], norms.key.weight_M, eps)), dim=1)
         return apply_rotary(unrotated, cos_S1D, sin_S1D), split[:, heads + kv :]
 
+    def delta_net(self, net: DeltaNet, projected: Tensor, cache: HybridCache, layer: int) -> Tensor:
+        """See `delta_net.delta_net`."""
+        return delta_net(net, projected, cache, layer)
+
     def gate(self, both_S2F: Tensor) -> Tensor:
         """silu(gate) * up of rows in which the gate comes before up: `[S, F]`."""
         gate, up = both_S2F.chunk(2, dim=-1)
@@ -126,8 +131,11 @@ class CpuOps(LayerOps):
         kernels, pool = cpu_kernels(), worker_pool()
         assert kernels is not None
         assert pool is not None
+        from spdbench.models.cpu import delta_net_kernel
+
         super().__init__(geometry)
         self._kernels = kernels
+        self._delta_net = delta_net_kernel.delta_net
         self._pool = pool
         self._dtype = dtype
         self._no_norm = array(torch.empty(0, dtype=dtype))
@@ -177,6 +185,28 @@ class CpuOps(LayerOps):
         self._pool.run(task)
         return out
 
+    def delta_net(self, net: DeltaNet, projected: Tensor, cache: HybridCache, layer: int) -> Tensor:
+        sizes, num_rows = net.sizes, projected.shape[0]
+        cache.claim(num_rows, every_state=True)
+        out, out_array = self._buffer("delta net", num_rows, sizes.values)
+        conv_WC, decay_H, time_bias_H, norm_E = net.arrays
+        windows_RWC, matrices_RHDE = cache.state_arrays(layer)
+        self._delta_net(
+            array(projected),
+            sizes.num_key_heads,
+            sizes.num_value_heads,
+            conv_WC,
+            decay_H,
+            time_bias_H,
+            norm_E,
+            net.norm_eps,
+            windows_RWC,
+            matrices_RHDE,
+            cache.slot(0),
+            out_array,
+        )
+        return out
+
     def gate(self, both_S2F: Tensor) -> Tensor:
         out, out_array = self._buffer("gate", both_S2F.shape[0], both_S2F.shape[1] // 2)
         self._kernels.gate(array(both_S2F), out_array)
@@ -207,6 +237,8 @@ def has_cpu_kernels(dtype: torch.dtype, device: torch.device) -> bool:
 
 def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
     """Rows divided by their root mean square, times the weight (Zhang and Sennrich, arXiv 1910.07467): `[S, M]`."""
+    if weight_M.dtype != rows_SM.dtype:
+        return functional.rms_norm(rows_SM.float(), weight_M.shape, weight_M, eps).to(rows_SM.dtype)
     return functional.rms_norm(rows_SM, weight_M.shape, weight_M, eps)
 
 

@@ -22,7 +22,7 @@ from spdbench.models.checkpoints.config import (
 )
 from spdbench.models.checkpoints.find_model import ModelFiles, find_model
 from spdbench.models.checkpoints.weights import Checkpoint
-from spdbench.models.decoder import DRAFT_HEADS, Decoder, load_decoder
+from spdbench.models.decoder import NO_PART, Decoder, load_decoder
 from spdbench.models.hf import library
 from spdbench.models.hf.decoder import HFDecoder, SplitError, split_model
 from spdbench.models.interface import TargetDecoder
@@ -75,7 +75,8 @@ class Target:
         self._frequencies: tuple[torch.Tensor, float] | None = None
         try:
             self._known = model_config(files.directory, self._standard)
-            self._frequencies = library.rotary_frequencies(self._standard, self._known.head_dim)
+            text = self._standard.get_text_config(decoder=True)
+            self._frequencies = library.rotary_frequencies(text, self._known.head_dim, self._known.rotary_dim)
         except ForeignModelError as reason:
             library.require_causal(files.directory, self._standard)
             self.unsupported_reason = str(reason)
@@ -166,7 +167,7 @@ class Target:
     @cached_property
     def num_parameters(self) -> int:
         with closing(Checkpoint(self.files.directory)) as checkpoint:
-            return checkpoint.num_parameters(without=(DRAFT_HEADS,))
+            return checkpoint.num_parameters(without=NO_PART)
 
     @property
     def num_bytes(self) -> int:

@@ -22,7 +22,7 @@ def balanced_stages(
     Raises:
         InputError: there are fewer layers than stages.
     """
-    cache = decoder.new_cache(CONTEXT + 1)
+    cache = decoder.new_cache(CONTEXT + 1, num_snapshots=1)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
     row_1M = decoder.embed(decoder.ids((0,)))
 

@@ -18,6 +18,12 @@ from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.schedule import Cycle, Node
 
 
+def snapshots_in_step(stage: int, num_stages: int) -> int:
+    """How many tokens a stage has to go back by at a rejection, if all stages move in step: as many as it is ahead of
+    the token whose verdict it is, which is in the last stage."""
+    return num_stages - 1 - stage
+
+
 class InlinePipeline(Pipeline):
     """Stages `stages` of `decoder`; reports the hidden states whose index is in `hidden_indices`."""
 
@@ -36,7 +42,10 @@ class InlinePipeline(Pipeline):
         greedy: bool,  # noqa: ARG002 - it only saves a message
     ) -> tuple[Logits, States]:
         decoder = self._decoder
-        self._caches = [decoder.new_cache(capacity, layers) for layers in self._stages]
+        self._caches = [
+            decoder.new_cache(capacity, layers, snapshots_in_step(stage, len(self._stages)))
+            for stage, layers in enumerate(self._stages)
+        ]
         self._inputs.clear()
         self._states.clear()
         hidden_SM = decoder.embed(decoder.ids(prompt_ids))

@@ -88,6 +88,12 @@ class StagePipes:
     stacks: Connection
 
 
+def snapshots_ahead(num_stages: int) -> int:
+    """How many tokens a stage may have to go back by. Stages do not move in step: when a verdict comes, any of them may
+    have worked on all tokens in flight behind the verified one, n - 1, and on the draft that was offered meanwhile."""
+    return num_stages
+
+
 def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
     """What a stage's process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller ends its stages
@@ -206,7 +212,7 @@ class _Stage:
         self._read_epochs()  # answers of one token bring epochs and no nodes, and would fill the pipe up
         self._spans.clear()
         self._epoch, self._greedy = header.epoch, bool(header.flag)
-        self._cache = decoder.new_cache(header.value, spec.layers)
+        self._cache = decoder.new_cache(header.value, spec.layers, snapshots_ahead(spec.num_stages))
         rows_SM = self._rows(header, payload)
         rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.hidden_indices)
         if self._outbox is not None:

@@ -96,15 +96,17 @@ class DecoderLayer(nn.Module):
         """Copies a layer of the target. `hidden_norm` is the norm of the hidden state that the layer reads, by default
         `input_layernorm`.
 
-        A weight without a counterpart stays as it was drawn: a layer of experts has no dense feed-forward, and a layer
-        that reads more than M columns reads the hidden state in the last M of them.
+        A weight without a counterpart stays as it was drawn: a layer of experts has no dense feed-forward, recurrent
+        and gated layers have another attention, and a layer that reads more than M columns reads the hidden state in
+        the last M of them.
         """
         attention, mlp, width = self.self_attn, self.mlp, self.config.hidden_size
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        parts = torch.split(weights.qkv.plain(), [projection.out_features for projection in projections])
-        for projection, part in zip(projections, parts, strict=True):
-            projection.weight[:, -width:].copy_(part)
-        attention.o_proj.weight.copy_(weights.out.plain())
+        if weights.delta_net is None and weights.output_gate is None:
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            parts = torch.split(weights.qkv.plain(), [projection.out_features for projection in projections])
+            for projection, part in zip(projections, parts, strict=True):
+                projection.weight[:, -width:].copy_(part)
+            attention.o_proj.weight.copy_(weights.out.plain())
         self.post_attention_layernorm.weight.copy_(weights.post_norm.weight_M)
         if weights.input_norm is not None:
             (hidden_norm or self.input_layernorm).weight.copy_(weights.input_norm.weight_M)

@@ -116,7 +116,9 @@ class Eagle(DraftVerify):
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
         options, device = self._options, self._decoder.device
-        if options.tree == "chain" or (options.tree == "auto" and not self._decoder.takes_trees):
+        if options.tree == "auto" and self._context.target.unsupported_reason is None:
+            return self._choose_by_cost(choice, file)
+        if options.tree in ("auto", "chain"):
             depth = options.depth or CHAIN_DEPTH
             if options.tree == "auto":
                 self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
@@ -125,30 +127,31 @@ class Eagle(DraftVerify):
         if options.tree == "static":
             depth = options.depth or STATIC_DEPTH
             return StaticTreeBuilder([path for path in named_tree("eagle_1") if len(path) <= depth], device)
-        if options.tree == "dynamic":
-            depth = options.depth or min(5, options.total_tokens - 1)
-            return DynamicTreeBuilder(depth, options.top_k, options.total_tokens)
-        return self._choose_by_cost(choice, file)
+        depth = options.depth or min(5, options.total_tokens - 1)
+        return DynamicTreeBuilder(depth, options.top_k, options.total_tokens)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
-        """The builder that promises the most tokens a second."""
+        """The builder that promises the most tokens a second; of a chain where the target takes no trees."""
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, chain_builder
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
 
         device = self._decoder.device
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
         depth = self._options.depth or min(8, largest - 1)
+        if not self._decoder.takes_trees:
+            largest = depth + 1
         by_level = list(file.config.acceptance_by_position) if file is not None else [choice.probability]
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
         costs = self._row_costs(largest)
         chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device))
-        tree_s = self._draft_costs(
-            DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
-        )
-        chain = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
-        tree = choose_tree(accuracies, costs, tree_s, largest - 1)
+        chain = tree = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
+        if self._decoder.takes_trees:
+            tree_s = self._draft_costs(
+                DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
+            )
+            tree = choose_tree(accuracies, costs, tree_s, largest - 1)
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
             levels = max(1, chain.num_levels)
             self._chosen = {"tree": f"chain, depth {levels}"}

@@ -97,14 +97,14 @@ class Medusa(DraftVerify):
         from spdbench.decoding.tree import chain_paths
 
         heads, asked = self._num_heads(), self._options.tree
-        if asked == "auto" and not self._decoder.takes_trees:
+        if asked == "auto" and self._context.target.unsupported_reason is not None:
             self._chosen = {"tree": "chain: transformers' layers take no trees"}
             return chain_paths(heads)
         if asked == "chain":
             return chain_paths(heads)
-        self._require_trees()
         if asked == "auto":
             return self._choose_by_cost(choice, file, heads)
+        self._require_trees()
         from spdbench_backends.medusa.trees import check_levels, check_ranks, find_tree
 
         try:
@@ -130,8 +130,11 @@ class Medusa(DraftVerify):
         else:
             by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
             accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))
-        draft_s, costs = self._draft_seconds(heads), self._row_costs(LARGEST_AUTO_TREE)
-        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, LARGEST_AUTO_TREE - 1)
+        largest = LARGEST_AUTO_TREE
+        if not self._decoder.takes_trees:
+            accuracies, largest = [ranks[:1] for ranks in accuracies], heads + 1
+        draft_s, costs = self._draft_seconds(heads), self._row_costs(largest)
+        best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
         paths = best.paths or ((0,),)
         self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths

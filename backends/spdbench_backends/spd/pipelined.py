@@ -15,6 +15,7 @@ from spdbench.errors import InputError
 from spdbench.processors import usable_processors
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
 from spdbench_backends.drafting import Drafting, F
+from spdbench_backends.local import described_snapshots
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
@@ -93,6 +94,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         chosen: dict[str, str] = {"executor": self._executor}
         if self._executor == "process":
             chosen["transport"] = self._transport
+        chosen |= described_snapshots(decoder, self._stages, self._num_snapshots)
         return BackendInfo(
             devices=tuple(dict.fromkeys(devices)),
             lane_bytes=tuple(decoder.bytes_per_token(layers, head=s == last) for s, layers in enumerate(self._stages)),
@@ -127,6 +129,17 @@ class Pipelined(Drafting["PipelineDrafter"]):
         if self._share_a_gpu:
             return "streams"
         return "process" if len(self._stages) > 1 else "inline"
+
+    @property
+    def _num_snapshots(self) -> list[int]:
+        """States of recurrent layers that each stage keeps to go back to."""
+        from spdbench.pipeline.inline import snapshots_in_step
+        from spdbench.pipeline.worker import snapshots_ahead
+
+        count = len(self._stages)
+        if self._executor == "process":
+            return [snapshots_ahead(count)] * count
+        return [snapshots_in_step(stage, count) for stage in range(count)]
 
     @property
     def _share_a_gpu(self) -> bool:

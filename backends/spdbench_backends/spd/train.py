@@ -126,6 +126,11 @@ class SPDRecipe(PipelineRecipe):
 
     def _build(self) -> nn.Module:
         chosen, config = self._options, self._teacher.config
+        if config.recurrent is not None:
+            raise InputError(
+                f"spd: the draft layers of a head for {config.family} have gates, which are not trained here. "
+                "Train ppsd, eagle3 or medusa, or give a published head to `spdbench run --drafter`."
+            )
         anchors = chosen.anchors or _usual_anchors(self._stages)
         try:
             self._plan = FeaturePlan(anchors, self._stages)

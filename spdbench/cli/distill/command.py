@@ -83,6 +83,11 @@ def command(options: DistillOptions) -> None:
         )
     target = _target(options)
     decoder = target.own_decoder
+    if decoder.config.recurrent is not None:
+        raise InputError(
+            f"-m {target.files.id}: distill decodes many conversations in parallel, which recurrent layers "
+            f"({decoder.config.family}) do not support. Use data that another model of its vocabulary wrote."
+        )
     distiller, settings = _distiller(target, prompts, kept_out, options)
     require_slot(decoder, distiller.room)
     with open_data(out, settings) as file:

@@ -1,4 +1,5 @@
-"""The part of a model's config that spdbench uses: sizes, attention windows, experts. Reads `config.json`; no torch.
+"""The part of a model's config that spdbench uses: sizes, attention windows, experts, recurrent layers. Reads
+`config.json`; no torch.
 
 The families here share one architecture (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and differ in the
 fields of `ModelConfig`; of any other model only its `Sizes` are known.
@@ -15,8 +16,11 @@ from typing import Any
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.folders import read_json
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
-WINDOWED = frozenset(FAMILIES) - {"llama"}
+HYBRIDS = ("qwen3_5", "qwen3_5_moe")
+"""Families with recurrent layers next to attention; a text model's `model_type` has `_text` behind these names."""
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *HYBRIDS)
+MIXTURES = frozenset({"qwen3_moe", "qwen3_5_moe"})
+WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "qwen3_moe"})
 """Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 WIDENED = ("dynamic", "linear", "yarn")
@@ -33,6 +37,10 @@ WIDTHS = dict.fromkeys(
             "num_experts",
             "num_local_experts",
             "n_routed_experts",
+            "shared_expert_intermediate_size",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_conv_kernel_dim",
         ),
     ),
     2_000_000,
@@ -45,13 +53,38 @@ UNLIMITED = 2**31 - 1
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: which layers have one, and how tokens are routed."""
+    """A mixture of experts: which layers have one, and how tokens are routed. `shared_size` is the width of an expert
+    that every token passes as well; 0 if there is none."""
 
     count: int
     per_token: int
     intermediate_size: int
     normalise: bool
     layers: frozenset[int]
+    shared_size: int = 0
+
+
+@dataclass(frozen=True)
+class RecurrentSizes:
+    """Which layers are recurrent (gated delta nets), and how their tensors are cut into heads. `window` is how many
+    earlier inputs their convolution reads."""
+
+    layers: frozenset[int]
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
+
+    @property
+    def channels(self) -> int:
+        """Columns of queries, keys and values together, which pass the convolution."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim
+
+    @property
+    def values(self) -> int:
+        """Columns of the values of all heads."""
+        return self.num_value_heads * self.value_dim
 
 
 class ForeignModelError(Exception):
@@ -72,7 +105,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class ModelConfig(Sizes):
-    """All that our own layers need. `windows[i]` is layer i's sliding window in tokens, or None."""
+    """All that our own layers need. `windows[i]` is layer i's sliding window in tokens, or None. Of each head the first
+    `rotary_dim` numbers are rotated by position. Where all layers are mixtures, `intermediate_size` is the width that a
+    token passes in one, for drafters that need a width. A model with recurrent layers also has gates on attention's
+    output, and norms whose weights are stored as their difference from one."""
 
     intermediate_size: int
     num_heads: int
@@ -83,6 +119,8 @@ class ModelConfig(Sizes):
     qk_norm: bool
     windows: tuple[int | None, ...]
     experts: Experts | None
+    rotary_dim: int
+    recurrent: RecurrentSizes | None = None
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:
@@ -117,34 +155,53 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
             positions).
         InputError: the config cannot be that of a model.
     """
-    if standard.model_type not in FAMILIES:
-        raise ForeignModelError(f"architecture {standard.model_type!r}")
-    if standard.hidden_act != "silu":
-        raise ForeignModelError(f"hidden_act {standard.hidden_act!r}")
-    rope = standard.rope_parameters["rope_type"]
+    text = standard.get_text_config(decoder=True)
+    family = family_of(standard)
+    if family not in FAMILIES:
+        raise ForeignModelError(f"architecture {family!r}")
+    if text.hidden_act != "silu":
+        raise ForeignModelError(f"hidden_act {text.hidden_act!r}")
+    rope = text.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
         raise ForeignModelError(f"rope_type {rope!r}")
-    _require_positive(directory, standard, ("intermediate_size", "num_attention_heads"))
-    heads = standard.num_attention_heads
-    kv_heads = standard.num_key_value_heads or heads
-    head_dim = getattr(standard, "head_dim", None) or standard.hidden_size // heads
-    if heads % kv_heads or head_dim % 2 or head_dim < 2:
+    experts = _experts(directory, text)
+    _require_positive(directory, text, ("num_attention_heads",))
+    if experts is None or not experts.shared_size:
+        _require_positive(directory, text, ("intermediate_size",))
+    heads = text.num_attention_heads
+    kv_heads = text.num_key_value_heads or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    share = text.rope_parameters.get("partial_rotary_factor", 1.0) if family in HYBRIDS else 1.0
+    rotary_dim = int(head_dim * share)
+    if heads % kv_heads or head_dim % 2 or head_dim < 2 or rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
         raise InputError(
             f"{directory}/config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim "
-            f"{head_dim}, expected a multiple of the second and an even head_dim"
+            f"{head_dim}, of which {rotary_dim} are rotated: expected a multiple of the second, and even numbers"
         )
     return ModelConfig(
         **vars(sizes(directory, standard)),
-        intermediate_size=standard.intermediate_size,
+        intermediate_size=_dense_width(text, experts),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=standard.rms_norm_eps,
+        norm_eps=text.rms_norm_eps,
         tied=bool(standard.tie_word_embeddings),
-        qk_norm=standard.model_type in ("qwen3", "qwen3_moe"),
-        windows=_windows(directory, standard),
-        experts=_experts(directory, standard),
+        qk_norm=family in ("qwen3", "qwen3_moe", *HYBRIDS),
+        windows=_windows(directory, text),
+        experts=experts,
+        rotary_dim=rotary_dim,
+        recurrent=_recurrent(directory, text) if family in HYBRIDS else None,
     )
+
+
+def family_of(standard: Any) -> str:
+    """The architecture of a config: its `model_type`, the same for a hybrid model's text part as for all of it."""
+    return canonical_family(str(standard.model_type))
+
+
+def canonical_family(model_type: str) -> str:
+    """One name for the architectures whose configs have two."""
+    return next((family for family in HYBRIDS if model_type == f"{family}_text"), model_type)
 
 
 def sizes(directory: Path, standard: Any) -> Sizes:
@@ -158,7 +215,7 @@ def sizes(directory: Path, standard: Any) -> Sizes:
     if getattr(text, "max_position_embeddings", None) is not None:
         _require_positive(directory, text, ("max_position_embeddings",))
     return Sizes(
-        family=standard.model_type,
+        family=family_of(standard),
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         vocab_size=text.vocab_size,
@@ -215,27 +272,59 @@ def _windows(directory: Path, standard: Any) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
-def _experts(directory: Path, standard: Any) -> Experts | None:
-    if standard.model_type != "qwen3_moe":
+def _experts(directory: Path, text: Any) -> Experts | None:
+    if canonical_family(text.model_type) not in MIXTURES:
         return None
-    _require_positive(directory, standard, ("num_experts",), least=0)
-    _require_positive(directory, standard, ("num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"))
-    count, per_token, dense = standard.num_experts, standard.num_experts_per_tok, standard.mlp_only_layers or []
+    shared = getattr(text, "shared_expert_intermediate_size", None) or 0
+    step = getattr(text, "decoder_sparse_step", None) or 1
+    _require_positive(directory, text, ("num_experts",), least=0)
+    _require_positive(directory, text, ("num_experts_per_tok", "moe_intermediate_size"))
+    count, per_token, dense = text.num_experts, text.num_experts_per_tok, getattr(text, "mlp_only_layers", None) or []
     if count and per_token > count:
         raise InputError(f"{directory}/config.json: num_experts_per_tok is {per_token}, expected at most {count}")
     if not isinstance(dense, list):
         raise InputError(f"{directory}/config.json: mlp_only_layers is {reprlib.repr(dense)}, expected a list")
     sparse = {
-        layer
-        for layer in range(standard.num_hidden_layers)
-        if layer not in dense and count > 0 and (layer + 1) % standard.decoder_sparse_step == 0
+        layer for layer in range(text.num_hidden_layers) if layer not in dense and count > 0 and (layer + 1) % step == 0
     }
     return Experts(
         count=count,
         per_token=per_token,
-        intermediate_size=standard.moe_intermediate_size,
-        normalise=bool(standard.norm_topk_prob),
+        intermediate_size=text.moe_intermediate_size,
+        normalise=bool(getattr(text, "norm_topk_prob", True)),
         layers=frozenset(sparse),
+        shared_size=shared,
+    )
+
+
+def _dense_width(text: Any, experts: Experts | None) -> int:
+    if experts is not None and getattr(text, "intermediate_size", None) is None:
+        return experts.per_token * experts.intermediate_size + experts.shared_size
+    return int(text.intermediate_size)
+
+
+def _recurrent(directory: Path, text: Any) -> RecurrentSizes:
+    sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
+    _require_positive(directory, text, tuple(f"linear_{size}" for size in sizes))
+    key_heads, value_heads = text.linear_num_key_heads, text.linear_num_value_heads
+    if value_heads % key_heads:
+        raise InputError(
+            f"{directory}/config.json: linear_num_value_heads is {value_heads}, expected a multiple of the "
+            f"{key_heads} of linear_num_key_heads"
+        )
+    kinds = text.layer_types
+    if len(kinds) != text.num_hidden_layers or not set(kinds) <= {"linear_attention", "full_attention"}:
+        raise InputError(
+            f"{directory}/config.json: layer_types is {reprlib.repr(kinds)}, expected linear_attention or "
+            f"full_attention for each of the {text.num_hidden_layers} layers"
+        )
+    return RecurrentSizes(
+        layers=frozenset(layer for layer, kind in enumerate(kinds) if kind == "linear_attention"),
+        num_key_heads=key_heads,
+        num_value_heads=value_heads,
+        key_dim=text.linear_key_head_dim,
+        value_dim=text.linear_value_head_dim,
+        window=text.linear_conv_kernel_dim - 1,
     )
 
 

@@ -104,4 +104,5 @@ def dense_layer(tensor: Callable[[str], Tensor | None], prefix: str, window: int
         down=fused("mlp.down"),
         experts=None,
         window=window,
+        output_gate=fused("self_attn.gate"),
     )

@@ -31,16 +31,20 @@ def refuse_uncapturable(decoder: TargetDecoder, asked: str, instead: str) -> Dec
     """The decoder, if its layers can be captured. `asked` is the option that wants it, `instead` what is allowed.
 
     Raises:
-        InputError: the layers wait for the host, as experts do, or they are transformers' own.
+        InputError: the layers wait for the host, as experts do, keep states in a ring that the host turns, as recurrent
+            ones do, or they are transformers' own.
     """
     if is_capturable(decoder):
         return decoder
-    why = "experts are chosen on the host" if isinstance(decoder, Decoder) else "transformers' layers serve it"
+    why = "transformers' layers serve it"
+    if isinstance(decoder, Decoder):
+        hybrid = decoder.config.recurrent is not None
+        why = "it has recurrent layers" if hybrid else "experts are chosen on the host"
     raise InputError(f"{asked}: this model cannot be captured for replays: {why}. Allowed: {instead}.")
 
 
 def is_capturable(decoder: TargetDecoder) -> TypeGuard[Decoder]:
-    return isinstance(decoder, Decoder) and decoder.config.experts is None
+    return isinstance(decoder, Decoder) and decoder.config.experts is None and decoder.config.recurrent is None
 
 
 def usual_capacity(decoder: TargetDecoder) -> int:
@@ -74,6 +78,7 @@ class CapturedDecoder:
         self.config, self.layers, self.capacity = eager.config, eager.layers, capacity
         self.dtype, self.device, self.kernels = eager.dtype, eager.device, eager.kernels
         self.embed, self.ids, self.bytes_per_token = eager.embed, eager.ids, eager.bytes_per_token
+        self.snapshot_bytes = eager.snapshot_bytes
         self._eager = eager
         self._indices = [index for index in hidden_indices if index - 1 in eager.layers or index == eager.layers.start]
         self._cache = eager.new_cache(capacity)
@@ -131,10 +136,10 @@ class CapturedDecoder:
             return self._latest[1]
         return self._eager.logits(hidden_SM)
 
-    def new_cache(self, capacity: int, layers: range | None = None) -> TargetCache:
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> TargetCache:
         """The captured cache, emptied, if it has the room; the sequence before is forgotten."""
         if layers not in (None, self.layers) or capacity > self.capacity:
-            return self._eager.new_cache(capacity, layers)
+            return self._eager.new_cache(capacity, layers, num_snapshots)
         self._cache.rollback(0)
         return self._cache
 

@@ -133,9 +133,12 @@ class HFDecoder:
         """Token ids as a tensor on the embedding's device: `[S]`."""
         return torch.tensor(list(token_ids), dtype=torch.long, device=self.device)
 
-    def new_cache(self, capacity: int, layers: range | None = None) -> HFCache:
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> HFCache:  # noqa: ARG002
         """An empty cache for `layers` (all by default) with room for `capacity` tokens."""
         return HFCache(capacity, *self.new_slots(self.layers if layers is None else layers))
+
+    def snapshot_bytes(self, layers: range) -> int:  # noqa: ARG002 - models with recurrent layers are refused
+        return 0
 
     def bytes_per_token(self, layers: range, head: bool) -> int:
         """Bytes of weights that one token's forward through `layers` reads; with `head`, what follows them too."""

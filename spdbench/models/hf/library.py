@@ -61,28 +61,30 @@ def load_tokenizer(directory: Path) -> Any:
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({_first_line(error)})") from None
 
 
-def rotary_frequencies(standard: Any, head_dim: int) -> tuple[Tensor, float]:
-    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 except for yarn).
+def rotary_frequencies(standard: Any, head_dim: int, rotary_dim: int | None = None) -> tuple[Tensor, float]:
+    """Inverse frequencies `[D / 2]` in float32, and the factor on cos and sin (1 except for yarn). Where only the first
+    `rotary_dim` numbers of a head are rotated, the frequencies of all other pairs are 0: they keep their values.
 
     Raises:
         ValueError: a key is missing or has a value that cannot be used.
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    rotated = rotary_dim or head_dim
     try:
         kind = standard.rope_parameters["rope_type"]
         if kind == "default":
-            frequencies, factor = plain_frequencies(standard.rope_parameters["rope_theta"], head_dim), 1.0
+            frequencies, factor = plain_frequencies(standard.rope_parameters["rope_theta"], rotated), 1.0
         else:
             frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
-        good = frequencies.shape == (head_dim // 2,) and bool((frequencies.isfinite() & (frequencies > 0)).all())
+        good = frequencies.shape == (rotated // 2,) and bool((frequencies.isfinite() & (frequencies > 0)).all())
     except Exception as error:  # each kind of positions raises errors of its own
         raise ValueError(_first_line(error)) from None
     if not good:
         raise ValueError("frequencies that are not positive numbers")
-    if not 0 < factor < math.inf:
-        raise ValueError("an attention factor that is not a positive number")
-    return frequencies, float(factor)
+    if not 0 < factor < math.inf or (rotated < head_dim and factor != 1.0):
+        raise ValueError("an attention factor that is not a positive number, or not 1 for heads rotated in part")
+    return torch.nn.functional.pad(frequencies, (0, (head_dim - rotated) // 2)), float(factor)
 
 
 def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> tuple[Tensor, float]:

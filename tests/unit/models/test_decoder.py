@@ -14,19 +14,20 @@ import pytest
 import torch
 
 from spdbench.decoding.autoregressive import decode
-from spdbench.models.checkpoints.config import FAMILIES
+from spdbench.models.checkpoints.config import FAMILIES, HYBRIDS
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import CancelledForwardError
 from tests import tiny
 
 PROMPT = tuple(range(7, 20))
+MODELS = tuple(f"{family}_text" if family in HYBRIDS else family for family in FAMILIES)
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: tiny.make_model(root / family, family) for family in FAMILIES}
+    return {family: tiny.make_model(root / family, family) for family in MODELS}
 
 
 def reference(folder: Path) -> torch.nn.Module:
@@ -37,7 +38,7 @@ def reference(folder: Path) -> torch.nn.Module:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_greedy_output_equals_transformers_generate(folders: dict[str, Path], family: str) -> None:
     target = tiny.load(folders[family])
     with warnings.catch_warnings():
@@ -80,7 +81,7 @@ def test_where_compiled_code_cannot_be_had_torch_serves(folders: dict[str, Path]
         assert [int(token) for token in ids] == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], family: str) -> None:
     decoder = tiny.load(folders[family]).decoder
     cache = decoder.new_cache(len(PROMPT))
@@ -93,7 +94,7 @@ def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], famil
     torch.testing.assert_close(decoder.logits(hidden), found.logits[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_layer_ranges_in_turn_equal_one_forward(folders: dict[str, Path], family: str) -> None:
     decoder = tiny.load(folders[family]).decoder
     hidden = decoder.embed(decoder.ids(PROMPT))
@@ -103,7 +104,7 @@ def test_layer_ranges_in_turn_equal_one_forward(folders: dict[str, Path], family
     torch.testing.assert_close(hidden, whole, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MODELS)
 def test_several_rows_give_the_logits_of_one_row_at_a_time(folders: dict[str, Path], family: str) -> None:
     decoder = tiny.load(folders[family]).decoder
     hidden = decoder.embed(decoder.ids(PROMPT))

@@ -51,7 +51,7 @@ def check(decoder: Decoder, prompt: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "qwen3_moe"])
 def test_tiny_models(family: str, dtype: str, tmp_path: Path, own_cache: Path) -> None:  # noqa: ARG001
     folder = tiny.make_model(tmp_path, family)
     check(load_target(str(folder), dtype, "cpu").own_decoder, PROMPT)

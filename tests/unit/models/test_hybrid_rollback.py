@@ -1,0 +1,173 @@
+"""Going back while decoding: every verdict and every draft as if each forward began from nothing.
+
+Equal outputs prove little: a state that is wrong after a rejection often leaves greedy ids as they are. So all that a
+step says is compared, against a decoder that keeps no state at all, and planted mistakes have to show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spdbench.decoding.speculate import Speculation
+from spdbench.decoding.synthetic import SyntheticDrafter, parse_drafter, synthetic_drafts
+from spdbench.decoding.tree_builder import chain_builder
+from spdbench.models.decoder import Decoder
+from spdbench.models.kv_cache import HybridCache
+from spdbench.models.layer_ops import has_cpu_kernels
+from spdbench.models.partition import split_by_counts
+from spdbench.pipeline import inline
+from spdbench.types import GenerationRequest, Sampling, Step
+from spdbench_backends.spd.drafter import SyntheticPipelineDrafter
+from tests import tiny
+from tests.unit.models.rollback_mistakes import MISTAKES
+from tests.unit.spd.inline import generate
+
+CPU = torch.device("cpu")
+PROMPTS = [tuple((start + 37 * i) % 262 for i in range(9)) for start in range(8)]
+CUTS = ([3, 3], [2, 2, 2], [1, 2, 1, 2], [1] * 6)
+
+
+@dataclass
+class Rows:
+    """The cache of `Stateless`: the rows so far."""
+
+    rows_SM: Tensor
+    capacity: int = 1000
+
+    @property
+    def length(self) -> int:
+        return len(self.rows_SM)
+
+    def rollback(self, mark: int) -> None:
+        self.rows_SM = self.rows_SM[:mark]
+
+    def keep(self, mark: int, chosen: Sequence[int]) -> None:
+        self.rollback(mark + len(chosen))
+
+
+class Stateless:
+    """Computes every row again from the first one, in a new cache and one row at a time."""
+
+    takes_trees = False
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.config, self.layers, self.dtype, self.device = (
+            decoder.config,
+            decoder.layers,
+            decoder.dtype,
+            decoder.device,
+        )
+        self.embed, self.ids, self.logits, self.kernels = decoder.embed, decoder.ids, decoder.logits, decoder.kernels
+        self.bytes_per_token, self.snapshot_bytes = decoder.bytes_per_token, decoder.snapshot_bytes
+
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> Rows:  # noqa: ARG002
+        return Rows(torch.zeros(0, self.config.hidden_size), capacity)
+
+    def forward(
+        self,
+        hidden_SM: Tensor,
+        start: int,
+        cache: Rows,
+        layers: range | None = None,
+        hidden_indices: Collection[int] = (),
+        tree: object = None,
+        cancelled: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        assert (tree, start) == (None, cache.length)
+        cache.rows_SM = torch.cat((cache.rows_SM, hidden_SM))
+        fresh = self._decoder.new_cache(cache.length, layers)
+        found = [
+            self._decoder.forward(cache.rows_SM[row : row + 1].clone(), row, fresh, layers, hidden_indices)
+            for row in range(cache.length)
+        ][start:]
+        hidden = torch.cat([row_1M.clone() for row_1M, _ in found])
+        return hidden, {index: torch.cat([states[index] for _, states in found]) for index in found[0][1]}
+
+
+@pytest.fixture(scope="module", params=tiny.HYBRIDS)
+def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    if not has_cpu_kernels(torch.float32, CPU):
+        pytest.skip("numba is not installed: torch's own sums make no promise of the same bits")
+    folder = tiny.make_model(tmp_path_factory.mktemp("hybrid"), request.param, seed=3)
+    return tiny.load(folder).own_decoder
+
+
+GREEDY = Sampling()
+
+
+def requests(sampling: Sampling = GREEDY) -> list[GenerationRequest]:
+    return [GenerationRequest(prompt, (), 24, sampling, seed, frozenset()) for seed, prompt in enumerate(PROMPTS)]
+
+
+def chain_steps(target: Any, plain: Decoder, request: GenerationRequest, depth: int, drafter: str) -> list[Step]:
+    """A chain of drafts a round; every target but the last chooses its answer by `plain`."""
+    greedy = replace(request, sampling=Sampling())
+    drafts = synthetic_drafts(parse_drafter(drafter), 0, plain, greedy)
+    return list(Speculation(target, SyntheticDrafter(drafts, chain_builder(depth, CPU), CPU), request).steps())
+
+
+def pipeline_steps(
+    target: Any, plain: Decoder, request: GenerationRequest, counts: Sequence[int], drafter: str
+) -> list[Step]:
+    drafts = synthetic_drafts(parse_drafter(drafter), 0, plain, replace(request, sampling=Sampling()))
+    return list(generate(target, split_by_counts(6, counts), SyntheticPipelineDrafter(drafts), request))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_chains_get_the_verdicts_of_a_decoder_without_state(decoder: Decoder, depth: int, sampling: Sampling) -> None:
+    for request in requests(sampling)[:4]:
+        found = chain_steps(decoder, decoder, request, depth, "oracle:0.7")
+        assert found == chain_steps(Stateless(decoder), decoder, request, depth, "oracle:0.7")
+        rejected = [step for step in found if step.judged > step.accepted]
+        assert rejected, "nothing was rolled back"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("counts", CUTS, ids=str)
+def test_pipelines_get_the_verdicts_of_a_decoder_without_state(
+    decoder: Decoder, counts: list[int], sampling: Sampling
+) -> None:
+    for request in requests(sampling)[:3]:
+        found = pipeline_steps(decoder, decoder, request, counts, "oracle:0.7")
+        assert found == pipeline_steps(Stateless(decoder), decoder, request, counts, "oracle:0.7")
+        assert any(step.judged > step.accepted for step in found), "nothing was rolled back"
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_planted_mistakes_show_in_the_verdicts(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[HybridCache, int], None]
+) -> None:
+    """Of chains and of pipelines, on most prompts."""
+    right = [
+        (
+            chain_steps(decoder, decoder, request, 4, "oracle:0.5"),
+            pipeline_steps(decoder, decoder, request, [2] * 3, "oracle:0.5"),
+        )
+        for request in requests()
+    ]
+    monkeypatch.setattr(HybridCache, "rollback", mistake)
+    differ = [0, 0]
+    for request, (chain, pipeline) in zip(requests(), right, strict=True):
+        differ[0] += chain_steps(decoder, decoder, request, 4, "oracle:0.5") != chain
+        differ[1] += pipeline_steps(decoder, decoder, request, [2] * 3, "oracle:0.5") != pipeline
+    assert min(differ) >= 3
+
+
+@pytest.mark.parametrize("counts", CUTS, ids=str)
+def test_one_snapshot_fewer_is_too_few(decoder: Decoder, monkeypatch: pytest.MonkeyPatch, counts: list[int]) -> None:
+    """Every stage but the last needs all that it is given."""
+    needed = inline.snapshots_in_step
+    for stage in range(len(counts) - 1):
+        if all(layer % 3 == 2 for layer in split_by_counts(6, counts)[stage]):
+            continue  # it has no recurrent layer
+        monkeypatch.setattr(inline, "snapshots_in_step", lambda s, n, short=stage: needed(s, n) - (s == short))
+        with pytest.raises(IndexError, match="holds recurrent states back to"):
+            pipeline_steps(decoder, decoder, requests()[0], counts, "oracle:0.7")
