@@ -29,7 +29,7 @@ class Elsewhere:
     def ids(self, token_ids: Collection[int]) -> Tensor:
         return torch.zeros(len(token_ids), dtype=torch.long, device=META)
 
-    def new_cache(self, capacity: int) -> Elsewhere:  # noqa: ARG002
+    def new_cache(self, capacity: int, num_snapshots: int = 0) -> Elsewhere:  # noqa: ARG002
         return self
 
     length = 0
