@@ -15,8 +15,7 @@ from pydantic import Field
 
 from spdbench.backend import BackendOptions
 from spdbench.types import GenerationRequest, Step
-from spdbench_backends.spd.backend import SPD
-from spdbench_backends.spd.pipelined import PipelineOptions
+from spdbench_backends.spd.backend import SPD, SPDOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +32,7 @@ rejecting_spd = benchmarks.shared.gate_backends:RejectingSPD
 """
 
 
-class SlowerOptions(PipelineOptions):
+class SlowerOptions(SPDOptions):
     slower_by: float = Field(0.1, ge=0, description="share of each stage's time that is added to it")
 
 
@@ -100,7 +99,7 @@ def slowed(work: Callable[[], T], share: float) -> T:
     return found
 
 
-class RejectingOptions(PipelineOptions):
+class RejectingOptions(SPDOptions):
     every: int = Field(50, ge=1, description="accepted drafts of which one is rejected")
     first: int = Field(50, ge=1, description="the first accepted draft that is rejected")
 

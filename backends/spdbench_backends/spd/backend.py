@@ -15,34 +15,51 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
+from spdbench.backend import BackendOptions
 from spdbench.types import GenerationRequest
-from spdbench_backends.spd.pipelined import Pipelined
+from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.pipeline.streams import CoDrafter
     from spdbench_backends.spd.captured import CapturedDraftModule
     from spdbench_backends.spd.drafter import PipelineDrafter
+    from spdbench_backends.spd.grouped import GroupedWeights
     from spdbench_backends.spd.head import HeadWeights
+
+
+class SPDOptions(PipelineOptions):
+    """Options of `spd`."""
+
+    last_anchor: Literal["plain", "normed_prompt", "normed"] = Field(
+        "plain",
+        description="how a head reads the last layer's output: before the final norm; after it in the prompt, as "
+        "the reference code decodes; or always after it, for heads trained with that",
+    )
 
 
 class SPD(Pipelined):
     """Speculative pipeline decoding: n stages work on n tokens of one sequence."""
 
+    Options: ClassVar[type[BackendOptions]] = SPDOptions
     method = "spd"
-    _head: HeadWeights | None = None
+    _options: SPDOptions
+    _head: HeadWeights | GroupedWeights | None = None
     _module: CapturedDraftModule | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.spd.formats import build_head, random_head, read_head
+        from spdbench_backends.spd.head import HeadWeights
 
         file = self._find_head(choice, read_head, random_head)
         if file is None:
             return
-        self._head = build_head(file, self._drafters_target, self._stages)
-        if self._options.stage_layers == "auto":
+        self._head = build_head(file, self._drafters_target, self._stages, self._options.last_anchor)
+        if self._options.stage_layers == "auto" and isinstance(self._head, HeadWeights):
             self._head = self._rebalanced(self._head)
 
     def _anchors(self) -> Collection[int]:
@@ -63,8 +80,9 @@ class SPD(Pipelined):
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticPipelineDrafter
+        from spdbench_backends.spd.head import HeadWeights
 
-        if self._head is not None and self._module is not None:
+        if isinstance(self._head, HeadWeights) and self._module is not None:
             from spdbench.pipeline.streams import StreamsPipeline
             from spdbench_backends.spd.captured import CapturedHeadDrafter
 
@@ -75,9 +93,12 @@ class SPD(Pipelined):
         return SyntheticPipelineDrafter(self._drafts(request))
 
     def _co_drafter(self, capacity: int) -> CoDrafter | None:
-        """None for heads that read rows as if all stages were level: these draft outside of the captured cycle."""
+        """None for heads that read rows as if all stages were level, or normed states: these draft outside of the
+        captured cycle."""
         from spdbench_backends.spd.captured import CapturedDraftModule
+        from spdbench_backends.spd.head import HeadWeights
 
-        if self._head is not None and self._head.use_deepest:
-            self._module = CapturedDraftModule(self._head, capacity)
+        head = self._head
+        if isinstance(head, HeadWeights) and head.use_deepest and head.last_anchor != "normed":
+            self._module = CapturedDraftModule(head, capacity)
         return self._module

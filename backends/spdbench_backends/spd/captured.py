@@ -20,10 +20,10 @@ from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.layer_ops import argmax
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
-from spdbench_backends.spd.head import DraftModule, HeadWeights
+from spdbench_backends.spd.head import AnchoredModule, HeadWeights
 
 
-class CapturedDraftModule(DraftModule):
+class CapturedDraftModule(AnchoredModule):
     """The `CoDrafter` of a streams pipeline. A token at position `capacity` is that of an idle stage: its features go
     to the spare row of the ring and its rows to the spare slots of the cache, which no other token reads."""
 

@@ -21,8 +21,7 @@ from spdbench.decoding.verify import Draft
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
 from spdbench.pipeline.schedule import Cycle, Node
-from spdbench_backends.spd.head import DraftModule, HeadWeights
-from spdbench_backends.spd.plan import DeepestRows, NominalRows
+from spdbench_backends.spd.head import DraftModule, ModuleWeights
 
 
 class PipelineDrafter(ABC):
@@ -66,15 +65,15 @@ class SyntheticPipelineDrafter(PipelineDrafter):
 class HeadDrafter(PipelineDrafter):
     """The Pipeline Draft Module, trained or random."""
 
-    def __init__(self, weights: HeadWeights) -> None:
+    def __init__(self, weights: ModuleWeights) -> None:
         self.hidden_indices = weights.plan.anchors
         self._token_ids = None if weights.token_ids_U is None else weights.token_ids_U.tolist()
         self._weights = weights
         self._module: DraftModule | None = None
-        self._rows = DeepestRows(weights.plan) if weights.use_deepest else NominalRows(weights.plan)
+        self._rows = weights.new_rows()
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
-        self._module = DraftModule(self._weights, capacity)
+        self._module = self._weights.new_module(capacity)
         self._module.start(len(self._rows.start(prompt_length)), states, prompt_length)
 
     def observe(self, position: int, states: Mapping[int, Tensor]) -> None:

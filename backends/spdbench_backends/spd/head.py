@@ -1,4 +1,5 @@
-"""The Pipeline Draft Module, version 11: features of all depths in, logits of the next token out.
+"""The Pipeline Draft Module: features of all depths in, logits of the next token out. Versions 11 and 12; what differs
+in version 10 is in `grouped`.
 
     rows -> one projection a row type -> decoder layers with a cache of their own -> newest row -> the target's final
     norm -> the module's own head
@@ -9,9 +10,11 @@ Shapes: S rows, M model width, P rows of the ring, F = m M columns for m anchors
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,35 +22,61 @@ from torch.nn.functional import linear
 
 from spdbench.models.decoder import Decoder
 from spdbench.models.torch_utils import median_seconds, to_device
-from spdbench_backends.spd.plan import FeaturePlan, Row
+from spdbench_backends.spd.plan import DeepestRows, FeaturePlan, GroupPlan, NominalRows, Row
+
+LastAnchor = Literal["plain", "normed_prompt", "normed"]
+"""How the last layer's output is read: before the final norm; after it in the prompt only, as the reference code does
+in decoding; or always after it."""
 
 
 @dataclass(frozen=True)
-class HeadWeights:
-    """`projections[i]` is `[M, (i + 1) M]`; `decoder` holds the module's layers, the target's final norm, and the
+class ModuleWeights:
+    """What the heads of all versions have. `decoder` holds the module's layers, the target's final norm, and the
     module's head `[U, M]`. `token_ids_U` lists the draft vocabulary; None where it is the target's own."""
+
+    plan: FeaturePlan | GroupPlan
+    decoder: Decoder
+    token_ids_U: Tensor | None
+
+    def new_module(self, capacity: int) -> DraftModule:
+        """The module for one sequence of up to `capacity` tokens."""
+        raise NotImplementedError
+
+    def new_rows(self) -> DeepestRows | NominalRows:
+        """Which rows the module reads in a cycle."""
+        return NominalRows(self.plan)
+
+
+@dataclass(frozen=True)
+class HeadWeights(ModuleWeights):
+    """Of versions 11 and 12: `projections[i]` is `[M, (i + 1) M]`."""
 
     plan: FeaturePlan
     projections: tuple[Tensor, ...]
-    decoder: Decoder
-    token_ids_U: Tensor | None
     use_deepest: bool
+    last_anchor: LastAnchor = "plain"
+
+    def new_module(self, capacity: int) -> DraftModule:
+        return AnchoredModule(self, capacity)
+
+    def new_rows(self) -> DeepestRows | NominalRows:
+        return DeepestRows(self.plan) if self.use_deepest else NominalRows(self.plan)
 
 
-class DraftModule:
+class DraftModule(ABC):
     """A head with what it remembers of one sequence of up to `capacity` tokens: the anchor features of the most recent
     positions, and a cache of the module's own layers.
 
-    Features of a position stand side by side in a row of `_ring_PF`, so that a row of type i is its first (i + 1) M
-    columns. Rows are reused: no position further back than two pipelines is read again. `spare_slots` of the cache, and
-    one spare row of the ring, are for tokens that do not exist (see `captured.CapturedDraftModule`).
+    Features of a position stand side by side in a row of `_ring_PF`, by rising anchor. Rows are reused: no position
+    further back than two pipelines is read again. `spare_slots` of the cache, and one spare row of the ring, are for
+    tokens that do not exist (see `captured.CapturedDraftModule`).
     """
 
-    def __init__(self, weights: HeadWeights, capacity: int, spare_slots: int = 0) -> None:
+    def __init__(self, weights: ModuleWeights, capacity: int, spare_slots: int = 0) -> None:
         decoder, plan = weights.decoder, weights.plan
-        self.weights = weights
-        self._plan = plan
-        self._width = weights.projections[0].shape[0]
+        self._decoder = decoder
+        self._full_depth = plan.full_depth
+        self._width = decoder.config.hidden_size
         self._ring_size = 2 * plan.full_depth + 2
         self._columns = {anchor: slice(i * self._width, (i + 1) * self._width) for i, anchor in enumerate(plan.anchors)}
         self._cache = decoder.new_cache(capacity + spare_slots)
@@ -57,16 +86,14 @@ class DraftModule:
     def start(self, num_rows: int, states: Mapping[int, Tensor], prompt_length: int) -> None:
         """Reads the prompt's hidden states `[S, M]`: their first `num_rows` are rows at full depth."""
         self._cache.rollback(0)
-        first = max(0, prompt_length - 2 * self._plan.full_depth)
+        first = max(0, prompt_length - 2 * self._full_depth)
         rows_S = to_device(
-            [position % self._ring_size for position in range(first, prompt_length)], self.weights.decoder.device
+            [position % self._ring_size for position in range(first, prompt_length)], self._decoder.device
         )
         for anchor, columns in self._columns.items():
             self._ring_PF[:, columns].index_copy_(0, rows_S, states[anchor][first:])
         if num_rows:
-            kind = self._plan.row_type(self._plan.full_depth)
-            features = torch.cat([states[anchor][:num_rows] for anchor in self._plan.anchors[: kind + 1]], dim=-1)
-            self.weights.decoder.forward(linear(features, self.weights.projections[kind]), 0, self._cache)
+            self._read_prompt({anchor: states[anchor][:num_rows] for anchor in self._columns})
 
     def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
         """New hidden states of a token in flight, each `[1, M]`; those that are no anchors are ignored."""
@@ -76,15 +103,54 @@ class DraftModule:
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Draft logits `[U]` for the token after the last row. Rewrites the cache from the first row on."""
-        decoder, first = self.weights.decoder, rows[0].position
-        ring_rows_S = to_device([row.position % self._ring_size for row in rows], decoder.device)
-        self._cache.rollback(first)
-        hidden_SM, _ = decoder.forward(self._project(ring_rows_S, [row.depth for row in rows]), first, self._cache)
-        return decoder.logits(hidden_SM[-1:])[0]
+        ring_rows_S = to_device([row.position % self._ring_size for row in rows], self._decoder.device)
+        self._cache.rollback(rows[0].position)
+        return self._decoder.logits(self._newest(ring_rows_S, [row.depth for row in rows]))[0]
 
     def rollback(self, length: int) -> None:
         """Forgets rows of positions from `length` on."""
         self._cache.rollback(length)
+
+    @abstractmethod
+    def _read_prompt(self, states: Mapping[int, Tensor]) -> None:
+        """Puts the first rows of the prompt into the empty cache, at full depth; their anchors are `states`."""
+
+    @abstractmethod
+    def _newest(self, ring_rows_S: Tensor, depths: Sequence[int]) -> Tensor:
+        """The last layer's output `[1, M]` for the last of S rows, which are behind those in the cache."""
+
+
+class AnchoredModule(DraftModule):
+    """The module of versions 11 and 12: a row of type i is the first (i + 1) M columns of its position's features."""
+
+    def __init__(self, weights: HeadWeights, capacity: int, spare_slots: int = 0) -> None:
+        super().__init__(weights, capacity, spare_slots)
+        self.weights = weights
+        self._plan = weights.plan
+        self._last_anchor = weights.decoder.config.num_layers
+
+    def start(self, num_rows: int, states: Mapping[int, Tensor], prompt_length: int) -> None:
+        if self.weights.last_anchor != "plain":
+            states = self._with_last_normed(states)
+        super().start(num_rows, states, prompt_length)
+
+    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+        if self.weights.last_anchor == "normed":
+            states = self._with_last_normed(states)
+        super().observe(position, states)
+
+    def _with_last_normed(self, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        last = self._last_anchor
+        return {**states, last: self._decoder.normed(states[last]).clone()} if last in states else states
+
+    def _read_prompt(self, states: Mapping[int, Tensor]) -> None:
+        kind = self._plan.row_type(self._full_depth)
+        features = torch.cat([states[anchor] for anchor in self._plan.anchors[: kind + 1]], dim=-1)
+        self._decoder.forward(linear(features, self.weights.projections[kind]), 0, self._cache)
+
+    def _newest(self, ring_rows_S: Tensor, depths: Sequence[int]) -> Tensor:
+        hidden_SM, _ = self._decoder.forward(self._project(ring_rows_S, depths), self._cache.length, self._cache)
+        return hidden_SM[-1:]
 
     def _project(self, ring_rows_S: Tensor, depths: Sequence[int]) -> Tensor:
         """The layers' inputs `[S, M]`: rows of the ring read at `depths`, each row type through its projection."""
@@ -102,7 +168,7 @@ def drafting_seconds(weights: HeadWeights, threads: int) -> float:
     plan, decoder = weights.plan, weights.decoder
     width, depth = weights.projections[0].shape[0], plan.full_depth
     prompt_length = 2 * depth
-    module = DraftModule(weights, prompt_length)
+    module = weights.new_module(prompt_length)
     state_SM = torch.zeros(prompt_length, width, dtype=decoder.dtype, device=decoder.device)
     states = dict.fromkeys(plan.anchors, state_SM)
     first = prompt_length - depth

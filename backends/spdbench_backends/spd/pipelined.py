@@ -210,10 +210,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
         )
         if is_read:
             assert file is not None
-            self._stages = self._cut(file.config.num_stages)
+            self._stages = self._cut(file.config.num_stages, getattr(file.config, "stage_layers", None))
         return file
 
-    def _cut(self, drafters_stages: int | None) -> tuple[range, ...]:
+    def _cut(self, drafters_stages: int | None, drafters_layers: list[int] | None = None) -> tuple[range, ...]:
+        """The stages that the options name, else those that the drafter was trained for, else equal ones."""
         from spdbench.models.partition import split_by_counts, split_evenly
 
         options, num_layers = self._options, self._context.target.config.num_layers
@@ -225,6 +226,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
             num_stages = options.stages or drafters_stages or usual_stages(num_layers)
             if options.stage_layers == "auto":
                 return self._balanced(num_stages)
+            if drafters_layers is not None and len(drafters_layers) == num_stages:
+                return split_by_counts(num_layers, drafters_layers)
             return split_evenly(num_layers, num_stages)
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None

@@ -41,6 +41,45 @@ class FeaturePlan:
         return tuple(self.row_type(depth) for depth in range(self.full_depth + 1))
 
 
+@dataclass(frozen=True)
+class GroupPlan:
+    """What version 10 reads in place of anchors: `groups[d - 1]` are the hidden states of a row of depth d, for d from
+    1 to n; a row of depth 0 reads hidden state 0."""
+
+    groups: tuple[tuple[int, ...], ...]
+    stages: tuple[range, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.groups) != len(self.stages):
+            raise ValueError(f"{len(self.groups)} groups do not fit {len(self.stages)} stages")
+        for depth, (group, layers) in enumerate(zip(self.groups, self.stages, strict=True), 1):
+            if not group or min(group) < 0 or max(group) > layers.stop:
+                raise ValueError(
+                    f"group {list(group)} of tokens that have passed {depth} stages must hold hidden states from 0 to "
+                    f"{layers.stop}"
+                )
+
+    @property
+    def anchors(self) -> tuple[int, ...]:
+        """All hidden states that are read."""
+        return tuple(sorted({0, *(index for group in self.groups for index in group)}))
+
+    @property
+    def full_depth(self) -> int:
+        return len(self.stages)
+
+
+def default_groups(num_layers: int, num_stages: int) -> tuple[tuple[int, ...], ...]:
+    """The published groups for even stages: the ends of one or two stages, then thirds of what a token has passed."""
+    per_stage, most = num_layers // num_stages, max(num_layers - 2, 0)
+    groups = []
+    for depth in range(1, num_stages + 1):
+        third = depth * per_stage // 3
+        chosen = (0, third, 2 * third, depth * per_stage) if depth > 2 else range(0, depth * per_stage + 1, per_stage)
+        groups.append(tuple(min(index, most) for index in chosen))
+    return tuple(groups)
+
+
 def default_anchors(num_layers: int, num_stages: int) -> tuple[int, ...]:
     """The published rule for even stages, thinned from the deep end where it yields more than n + 1 anchors."""
     per_stage = num_layers // num_stages
@@ -93,7 +132,7 @@ class NominalRows:
     For heads trained without `use_deepest`: the newest n rows, and the one that just completed.
     """
 
-    def __init__(self, plan: FeaturePlan) -> None:
+    def __init__(self, plan: FeaturePlan | GroupPlan) -> None:
         self._plan = plan
         self._evicted = False
 

@@ -29,7 +29,7 @@ class PPSD(Pipelined):
     _head: Decoder | None = None
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
-        from spdbench_backends.spd.formats import build_exit, random_exit, read_exit
+        from spdbench_backends.spd.exit_formats import build_exit, random_exit, read_exit
 
         file = self._find_head(choice, read_exit, random_exit)
         if file is not None:

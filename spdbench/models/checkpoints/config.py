@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError
+from spdbench.models.checkpoints.config_checks import require_plausible, require_positive
 from spdbench.models.checkpoints.folders import read_json
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")
@@ -26,27 +27,6 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 WIDENED = ("dynamic", "linear", "yarn")
 """Types of rotary positions whose `factor` makes room for as many times the positions that were trained; configs with
 others (llama3, longrope) state the whole."""
-LAYERS = dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 5_000)
-WIDTHS = dict.fromkeys(
-    (
-        *("hidden_size", "n_embd", "d_model", "intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner"),
-        *(
-            "num_attention_heads",
-            "n_head",
-            "num_key_value_heads",
-            "num_experts",
-            "num_local_experts",
-            "n_routed_experts",
-            "shared_expert_intermediate_size",
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "linear_conv_kernel_dim",
-        ),
-    ),
-    2_000_000,
-)
-LIMITS = LAYERS | WIDTHS | {"head_dim": 65_536, "vocab_size": 20_000_000}
-EPSILONS = ("_eps", "_epsilon")
 UNLIMITED = 2**31 - 1
 """Positions of a model whose config gives no limit, as for those without learned or rotary positions."""
 
@@ -136,7 +116,7 @@ def read_raw_config(directory: Path) -> dict[str, Any]:
     family = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(family, str):
         raise InputError(f"{path}: names no architecture (model_type is {family!r})")
-    _require_plausible(path, raw)
+    require_plausible(path, raw)
     method = raw.get("quantization_config")
     if method:
         name = method.get("quant_method", "?") if isinstance(method, dict) else method
@@ -165,18 +145,23 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
     if rope not in ROPE_TYPES:
         raise ForeignModelError(f"rope_type {rope!r}")
     experts = _experts(directory, text)
-    _require_positive(directory, text, ("num_attention_heads",))
+    require_positive(directory, text, ("num_attention_heads",))
     if experts is None or not experts.shared_size:
-        _require_positive(directory, text, ("intermediate_size",))
+        require_positive(directory, text, ("intermediate_size",))
     heads = text.num_attention_heads
     kv_heads = text.num_key_value_heads or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     share = text.rope_parameters.get("partial_rotary_factor", 1.0) if family in HYBRIDS else 1.0
     rotary_dim = int(head_dim * share)
-    if heads % kv_heads or head_dim % 2 or head_dim < 2 or rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+    if heads % kv_heads or head_dim % 2 or head_dim < 2:
         raise InputError(
             f"{directory}/config.json: num_attention_heads is {heads}, num_key_value_heads {kv_heads} and head_dim "
-            f"{head_dim}, of which {rotary_dim} are rotated: expected a multiple of the second, and even numbers"
+            f"{head_dim}, expected a multiple of the second and an even head_dim"
+        )
+    if rotary_dim % 2 or not 2 <= rotary_dim <= head_dim:
+        raise InputError(
+            f"{directory}/config.json: partial_rotary_factor is {share}, which rotates {rotary_dim} of the {head_dim} "
+            "numbers of a head; expected an even number of them"
         )
     return ModelConfig(
         **vars(sizes(directory, standard)),
@@ -211,9 +196,9 @@ def sizes(directory: Path, standard: Any) -> Sizes:
         InputError: the config cannot be that of a decoder-only model.
     """
     text = standard.get_text_config(decoder=True)
-    _require_positive(directory, text, ("num_hidden_layers", "hidden_size", "vocab_size"))
+    require_positive(directory, text, ("num_hidden_layers", "hidden_size", "vocab_size"))
     if getattr(text, "max_position_embeddings", None) is not None:
-        _require_positive(directory, text, ("max_position_embeddings",))
+        require_positive(directory, text, ("max_position_embeddings",))
     return Sizes(
         family=family_of(standard),
         num_layers=text.num_hidden_layers,
@@ -238,27 +223,6 @@ def _max_positions(standard: Any) -> int:
     return max(stated, int(min(trained * factor, UNLIMITED))) if factor > 0 else int(stated)
 
 
-def _require_plausible(path: Path, raw: dict[str, Any]) -> None:
-    """Refuses sizes of no model, which would take all memory before any tensor is read, also in nested configs.
-
-    The limits are an order of magnitude above the largest models known.
-    """
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            _require_plausible(path, value)
-        elif (limit := LIMITS.get(key)) and type(value) is int and not 0 <= value <= limit:
-            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected at most {limit}")
-        elif key.endswith(EPSILONS) and type(value) in (int, float) and not 0 <= value < 1:
-            raise InputError(f"{path}: {key} is {reprlib.repr(value)}, expected a number from 0 to 1")
-
-
-def _require_positive(directory: Path, standard: Any, keys: tuple[str, ...], least: int = 1) -> None:
-    for key in keys:
-        found = getattr(standard, key, None)
-        if type(found) is not int or found < least:
-            raise InputError(f"{directory}/config.json: {key} is {reprlib.repr(found)}, expected at least {least}")
-
-
 def _windows(directory: Path, standard: Any) -> tuple[int | None, ...]:
     """By layer. Families without windows ignore the key, which their configs may have."""
     layers = int(standard.num_hidden_layers)
@@ -266,7 +230,7 @@ def _windows(directory: Path, standard: Any) -> tuple[int | None, ...]:
     kinds = getattr(standard, "layer_types", None)
     if window is None:
         return (None,) * layers
-    _require_positive(directory, standard, ("sliding_window",))
+    require_positive(directory, standard, ("sliding_window",))
     if kinds is None:
         return (window,) * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -276,9 +240,11 @@ def _experts(directory: Path, text: Any) -> Experts | None:
     if canonical_family(text.model_type) not in MIXTURES:
         return None
     shared = getattr(text, "shared_expert_intermediate_size", None) or 0
-    step = getattr(text, "decoder_sparse_step", None) or 1
-    _require_positive(directory, text, ("num_experts",), least=0)
-    _require_positive(directory, text, ("num_experts_per_tok", "moe_intermediate_size"))
+    step = getattr(text, "decoder_sparse_step", 1)
+    require_positive(directory, text, ("num_experts",), least=0)
+    require_positive(directory, text, ("num_experts_per_tok", "moe_intermediate_size"))
+    if step != 1:
+        require_positive(directory, text, ("decoder_sparse_step",))
     count, per_token, dense = text.num_experts, text.num_experts_per_tok, getattr(text, "mlp_only_layers", None) or []
     if count and per_token > count:
         raise InputError(f"{directory}/config.json: num_experts_per_tok is {per_token}, expected at most {count}")
@@ -305,7 +271,7 @@ def _dense_width(text: Any, experts: Experts | None) -> int:
 
 def _recurrent(directory: Path, text: Any) -> RecurrentSizes:
     sizes = ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim", "conv_kernel_dim")
-    _require_positive(directory, text, tuple(f"linear_{size}" for size in sizes))
+    require_positive(directory, text, tuple(f"linear_{size}" for size in sizes))
     key_heads, value_heads = text.linear_num_key_heads, text.linear_num_value_heads
     if value_heads % key_heads:
         raise InputError(

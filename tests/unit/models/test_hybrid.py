@@ -352,11 +352,11 @@ def test_pairs_that_are_rotated_lie_half_a_head_apart() -> None:
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.1}},
-            "0 are rotated",
+            "rotates 0 of the 8",
         ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.5}},
-            "12 are rotated",
+            "rotates 12 of the 8",
         ),
     ],
 )

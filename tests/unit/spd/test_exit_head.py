@@ -22,7 +22,7 @@ from spdbench.models.partition import split_evenly
 from spdbench.pipeline.schedule import Cycle
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import ExitDrafter
-from spdbench_backends.spd.formats import build_exit, random_exit, read_exit
+from spdbench_backends.spd.exit_formats import build_exit, random_exit, read_exit
 from tests import tiny
 from tests.unit.spd.inline import generate
 

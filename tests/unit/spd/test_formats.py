@@ -17,6 +17,7 @@ from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.types import Sampling, Step
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, random_head, read_head
+from spdbench_backends.spd.plan import FeaturePlan
 from tests import tiny
 from tests.unit.spd.inline import generate
 
@@ -77,7 +78,12 @@ def test_a_file_without_version_is_version_11(decoder: Decoder, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"version": 12}, r"version 12 is not known. Allowed: 11"),
+        ({"version": 13}, r"version 13 is not known. Allowed: 11, 12, 10"),
+        (
+            {"version": 12, "stage_layers": None},
+            r"config.stage_layers is missing, which a head of version 12 has to list",
+        ),
+        ({"num_layers": 8}, r"config.num_layers is 8, but here it is 6"),
         ({"hidden_size": 64}, r"config.hidden_size is 64, but here it is 32: it was made for another model"),
         ({"vocab_size": 100}, r"config.vocab_size is 100, but here it is 262"),
         ({"num_stages": 2}, r"config.num_stages is 2, but here it is 3; use -o spd.stages=2"),
@@ -127,8 +133,10 @@ def test_a_cut_that_reaches_other_anchors_is_refused(decoder: Decoder, tmp_path:
 
 def test_a_cut_that_reaches_the_same_anchors_is_as_good_as_an_even_one(decoder: Decoder, tmp_path: Path) -> None:
     file = read_head(published(decoder, tmp_path / "head.pt"))
-    uneven = build_head(file, decoder, split_by_counts(6, [3, 1, 2])).plan
-    assert uneven.row_types == build_head(file, decoder, STAGES).plan.row_types == (0, 1, 1, 3)
+    uneven, even = (build_head(file, decoder, stages).plan for stages in (split_by_counts(6, [3, 1, 2]), STAGES))
+    assert isinstance(uneven, FeaturePlan)
+    assert isinstance(even, FeaturePlan)
+    assert uneven.row_types == even.row_types == (0, 1, 1, 3)
 
 
 def test_a_head_trained_on_uneven_stages_says_so(decoder: Decoder, tmp_path: Path) -> None:
@@ -137,8 +145,15 @@ def test_a_head_trained_on_uneven_stages_says_so(decoder: Decoder, tmp_path: Pat
     assert build_head(read_head(path), decoder, stages).plan.stages == stages
     with pytest.raises(InputError, match="was trained for stages of 1,4,1 layers"):
         build_head(read_head(path), decoder, STAGES)
-    with pytest.raises(InputError, match=r"config: stage_layers=1,4: "):
-        build_head(read_head(published(decoder, tmp_path / "b.pt", stage_layers=[1, 4])), decoder, STAGES)
+    for layers, why in (
+        ([1, 4, 2], "stage_layers=1,4,2: adds up to 7 layers, but the model has 6"),
+        ("1;4;2", "stage_layers=1,4,2: adds up to 7 layers, but the model has 6"),
+        ([1, 5], "num_stages is 3, but stage_layers lists 2"),
+        ("1;many;2", r"config.stage_layers.1: Input should be a valid integer"),
+    ):
+        path = published(decoder, tmp_path / "b.pt", version=12, stage_layers=layers)
+        with pytest.raises(InputError, match=why):
+            build_head(read_head(path), decoder, STAGES)
 
 
 def test_files_that_are_no_heads(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from spdbench.models.partition import split_evenly
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, random_head
+from spdbench_backends.spd.head import HeadWeights
 from tests import tiny
 from tests.unit.spd.inline import generate
 
@@ -63,6 +64,7 @@ class Checked(HeadDrafter):
 
     def logits_from_scratch(self, cycle: Cycle, newest: int) -> Tensor:
         head = self._weights
+        assert isinstance(head, HeadWeights)
         depth = {node.position: stage for stage, node in enumerate(cycle.stages) if node}
         rows = []
         for position in range(newest + 1):

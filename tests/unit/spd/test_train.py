@@ -16,8 +16,8 @@ from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import ExitDrafter, HeadDrafter
-from spdbench_backends.spd.formats import build_exit, build_head, read_exit, read_head
-from spdbench_backends.spd.head import DraftModule
+from spdbench_backends.spd.exit_formats import build_exit, read_exit
+from spdbench_backends.spd.formats import build_head, read_head
 from spdbench_backends.spd.plan import DeepestRows
 from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTrainOptions
 from spdbench_backends.spd.train_ppsd import PPSDRecipe
@@ -56,7 +56,7 @@ def decoders_logits(recipe: SPDRecipe, decoder: Decoder, folder: Path, newest: i
     """What decoding computes with `fill` tokens in flight, the newest at `newest`, from the recipe's own files."""
     states, plan = hidden_states(decoder, IDS), recipe._plan
     recipe.write(folder, ABOUT, "spdbench")
-    module = DraftModule(build_head(read_head(folder), decoder, plan.stages), len(IDS))
+    module = build_head(read_head(folder), decoder, plan.stages).new_module(len(IDS))
     rows = DeepestRows(plan)
     finished = newest - fill + 1
     prompt = {index: state[:finished] for index, state in states.items()}
