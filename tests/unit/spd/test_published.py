@@ -22,7 +22,7 @@ from spdbench.models.target import Target
 from spdbench.pipeline.schedule import Cycle
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, read_head
-from spdbench_backends.spd.head import DraftModule
+from spdbench_backends.spd.head import DraftModule, LastAnchor
 from spdbench_backends.spd.plan import GroupPlan, Row, default_groups
 from tests import tiny
 from tests.unit.spd.inline import generate
@@ -167,13 +167,13 @@ def test_the_last_layers_output_may_be_read_after_the_final_norm(folders: dict[s
     last = {6: torch.randn(1, 32)}
     normed = {**states, 6: decoder.normed(states[6]).clone()}, {6: decoder.normed(last[6]).clone()}
     plain = build_head(file, decoder, stages)
-    expected = {
+    expected: dict[LastAnchor, Tensor] = {
         "plain": logits(plain.new_module(10), states, last),
         "normed_prompt": logits(plain.new_module(10), normed[0], last),
         "normed": logits(plain.new_module(10), *normed),
     }
     for how, wanted in expected.items():
-        found = logits(build_head(file, decoder, stages, how).new_module(10), states, last)  # type: ignore[arg-type]
+        found = logits(build_head(file, decoder, stages, how).new_module(10), states, last)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     assert len({tuple(each.tolist()) for each in expected.values()}) == 3
     unread = read_head(write_head(tmp_path / "b.pt", folders["qwen3_5_text"], 11, aggr_feature_bound=[0, 2, 5]))

@@ -48,10 +48,11 @@ class Transcription:
 
     def __init__(self, file: Path, folder: Path, features: Mapping[int, Mapping[int, Tensor]]) -> None:
         content = torch.load(file, weights_only=True)
-        self.head = content["config"]
-        self.tensors = {name: tensor.double() for name, tensor in content["state_dict"].items()}
+        self.head: Any = content["config"]
+        self.tensors: dict[str, Tensor] = {name: tensor.double() for name, tensor in content["state_dict"].items()}
         self.base = json.loads((folder / "config.json").read_text())
-        self.final_norm = load_file(folder / "model.safetensors")["model.norm.weight"].double()
+        self.final_norm: Tensor = load_file(folder / "model.safetensors")["model.norm.weight"].double()
+        self.eps = float(self.base["rms_norm_eps"])
         self.hybrid = self.base["model_type"].startswith("qwen3_5")
         self.features = features
         self.num_stages = self.head["num_stages"]
@@ -105,7 +106,7 @@ class Transcription:
         if self.head["version"] == 10:
             return self._run_grouped(rows)
         anchors = self.head["aggr_feature_bound"]
-        hidden = []
+        hidden: list[Tensor] = []
         for position, depth in rows:
             kind = self._row_type(depth)
             hidden.append(self.tensors[f"aggr_projs.{kind}.weight"] @ self._state(position, anchors[: kind + 1]))
@@ -169,7 +170,7 @@ class Transcription:
 
     def _norm(self, x: Tensor, w: Tensor) -> Tensor:
         scale = 1 + w if self.hybrid else w
-        return x / (x.square().mean(-1, keepdim=True) + self.base["rms_norm_eps"]).sqrt() * scale
+        return x / (x.square().mean(-1, keepdim=True) + self.eps).sqrt() * scale
 
     def _rotated(self, heads: Tensor, position: int) -> Tensor:
         rope = self.base["rope_parameters"]
