@@ -2,7 +2,8 @@
 
 A report holds the files that it was made from, byte for byte, so that whatever reads results reads reports too. The
 element is JSON, which browsers do not run: the schema, the files' names and sizes, and the files end to end,
-compressed by LZMA (several labels of one run hold much the same ids) and written in base64.
+compressed by LZMA (several labels of one run hold much the same ids) and written in base64. Before that, times in
+`t_ns` become the differences between them, which takes an eighth off the size of a page.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import binascii
 import json
 import lzma
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -25,6 +28,7 @@ from spdbench.judge.results.schema import Record
 SCHEMA = "spdbench.report/1"
 SUFFIXES = (".html", ".htm")
 BEGIN, END = '<script type="application/json" id="spdbench-results">', "</script>"
+_TIMES = re.compile(rb'("t_ns":\[)([-0-9,]+)\]')
 _ELEMENT = re.compile(re.escape(BEGIN.encode()) + b"(.*?)" + re.escape(END.encode()), re.DOTALL)
 
 
@@ -35,14 +39,17 @@ class EmbeddedFile(NamedTuple):
     raw: bytes
 
 
-class _Size(Record):
+class _Entry(Record):
+    """`bytes` is the size before compression, of a file whose times are `differences` where that is true."""
+
     name: str
     bytes: Annotated[int, Field(ge=0, le=MAX_UNPACKED_BYTES)]
+    differences: bool
 
 
 class _Element(Record):
     schema_: Literal["spdbench.report/1"] = Field(alias="schema")
-    files: list[_Size]
+    files: list[_Entry]
     compression: Literal["xz"]
     base64: str
 
@@ -54,10 +61,15 @@ def is_report(path: Path) -> bool:
 
 def embed(files: Sequence[EmbeddedFile]) -> str:
     """The script element that holds `files`."""
-    packed = lzma.compress(b"".join(file.raw for file in files), preset=6)
+    coded = [_with_differences(file.raw) for file in files]
+    packed = lzma.compress(b"".join(raw for raw, _ in coded), preset=6)
+    entries = [
+        {"name": file.name, "bytes": len(raw), "differences": differences}
+        for file, (raw, differences) in zip(files, coded, strict=True)
+    ]
     element = {
         "schema": SCHEMA,
-        "files": [{"name": file.name, "bytes": len(file.raw)} for file in files],
+        "files": entries,
         "compression": "xz",
         "base64": base64.b64encode(packed).decode(),
     }
@@ -76,15 +88,38 @@ def read_report(path: Path) -> list[EmbeddedFile]:
     try:
         element = _Element.model_validate_json(found[1])
         raw = _unpack(base64.b64decode(element.base64, validate=True), sum(file.bytes for file in element.files))
+        files, start = [], 0
+        for file in element.files:
+            coded = raw[start : start + file.bytes]
+            files.append(EmbeddedFile(Path(file.name).name, _with_times(coded) if file.differences else coded))
+            start += file.bytes
     except ValidationError as error:
         raise InputError(f"{path}: {_why(found[1], error)}") from None
     except (binascii.Error, lzma.LZMAError, EOFError, ValueError):
         raise InputError(f"{path}: its results are damaged; make the report again from the result files") from None
-    files, start = [], 0
-    for file in element.files:
-        files.append(EmbeddedFile(Path(file.name).name, raw[start : start + file.bytes]))
-        start += file.bytes
     return files
+
+
+def _with_differences(raw: bytes) -> tuple[bytes, bool]:
+    """`raw` with differences in place of times, and true; as it is, and false, where that could not be undone."""
+    try:
+        coded = _TIMES.sub(partial(_recoded, change=_differences), raw)
+        same = _with_times(coded) == raw
+    except ValueError:  # no numbers, or of thousands of digits
+        same = False
+    return (coded, True) if same else (raw, False)
+
+
+def _with_times(coded: bytes) -> bytes:
+    return _TIMES.sub(partial(_recoded, change=accumulate), coded)
+
+
+def _recoded(found: re.Match[bytes], change: Callable[[list[int]], Iterable[int]]) -> bytes:
+    return found[1] + b",".join(b"%d" % number for number in change([*map(int, found[2].split(b","))])) + b"]"
+
+
+def _differences(times: list[int]) -> Iterator[int]:
+    return (later - earlier for earlier, later in pairwise([0, *times]))
 
 
 def _unpack(packed: bytes, num_bytes: int) -> bytes:

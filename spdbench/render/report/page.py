@@ -156,15 +156,19 @@ def _rate(found: tuple[str, float | None] | None) -> str:
 
 
 def _answers(table: Table, answers: Answers) -> Mapping[str, Any]:
-    """Every answer by prompt; equal texts, which lossless methods give, are there once."""
+    """By prompt its answers: turn, repeat, the place of the text, and the labels that gave it.
+
+    Lossless methods give equal texts, which are there once.
+    """
     texts: dict[str, int] = {}
-    by_prompt: dict[str, list[Any]] = {}
+    found: dict[str, dict[tuple[int, int, int], list[str]]] = {}
     for row in overall(table):
         for key in row.result.runs.answered:
-            text = printable(answers(row, key))
-            place = texts.setdefault(text, len(texts))
-            by_prompt.setdefault(harmless(key[0]), []).append([harmless(row.label), key[1], key[2], place])
-    return {"texts": list(texts), "prompts": by_prompt}
+            prompt, turn, repeat = key
+            place = texts.setdefault(printable(answers(row, key)), len(texts))
+            found.setdefault(harmless(prompt), {}).setdefault((turn, repeat, place), []).append(harmless(row.label))
+    prompts = {prompt: [[*key, labels] for key, labels in sorted(each.items())] for prompt, each in found.items()}
+    return {"texts": list(texts), "prompts": prompts}
 
 
 def _environment(table: Table) -> list[tuple[str, str]]:

@@ -92,8 +92,8 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
                     "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y, "color": colour},
                 },
                 *_points({"x": x, "y": y, "color": colour, "tooltip": tip}, 120),
-                _text("words", -16, y, {"fontWeight": "bold"}),
-                _text("flags", 17, y, {"color": palette.bad}),
+                _text("words", -0.27 / len(records), y, {"fontWeight": "bold"}),
+                _text("flags", 0.28 / len(records), y, {"color": palette.bad}),
                 height=height(records, "label", 60),
             ),
             records,
@@ -113,9 +113,10 @@ def _points(encoding: Spec, size: int) -> list[Spec]:
     ]
 
 
-def _text(field: str, dy: int, y: Spec, style: dict[str, Any]) -> Spec:
-    """The words of `field` at the left of the picture, `dy` below the bar that they are about."""
-    mark = {"type": "text", "align": "left", "dx": 2, "dy": dy, "limit": {"expr": "width"}, **style}
+def _text(field: str, below: float, y: Spec, style: dict[str, Any]) -> Spec:
+    """The words of `field` at the left of the picture, by a share of its height `below` the bar that they are about."""
+    place = {"dx": 2, "dy": {"expr": f"{below} * height"}, "limit": {"expr": "width"}}
+    mark = {"type": "text", "align": "left", **place, **style}
     return {"mark": mark, "encoding": {"x": {"value": 0}, "y": y, "text": {"field": field}}}
 
 

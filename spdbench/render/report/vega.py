@@ -70,4 +70,5 @@ def _whole(chart: Chart, panels: Sequence[Panel], name: str) -> Spec:
     settings["axisY"] = {"minExtent": labels, "maxExtent": labels}
     width = style.width - labels - 3 * settings["padding"]
     parts = [{**spec, "width": width, "title": panel.heading} for spec, panel in zip(sized, panels, strict=True)]
-    return {"vconcat": parts, **common}
+    # Each panel has colours of its own: in shared scales those of several panels' values would get mixed up.
+    return {"vconcat": parts, "resolve": {"scale": {"color": "independent"}}, **common}

@@ -16,10 +16,10 @@
     const found = answers.prompts[prompt];
     if (!found) return;
     document.getElementById("answer-prompt").textContent = prompt;
-    const blocks = found.flatMap(([label, turn, repeat, place]) => {
+    const blocks = found.flatMap(([turn, repeat, place, labels]) => {
       const text = element("pre", answers.texts[place]);
       text.dir = "auto";
-      return [element("h3", `${label}, turn ${turn}${repeat ? `, repeat ${repeat}` : ""}`), text];
+      return [element("h3", `turn ${turn}${repeat ? `, repeat ${repeat}` : ""}: ${labels.join(", ")}`), text];
     });
     document.getElementById("answer-texts").replaceChildren(...blocks);
     dialog.showModal();

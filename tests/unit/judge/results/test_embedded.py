@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,15 @@ def element(**changes: Any) -> str:
     raw = b"some bytes"
     found = {
         "schema": embedded.SCHEMA,
-        "files": [{"name": "a.json", "bytes": len(raw)}],
+        "files": [{"name": "a.json", "bytes": len(raw), "differences": False}],
         "compression": "xz",
         "base64": b64encode(lzma.compress(raw)).decode(),
     }
     return BEGIN + json.dumps(found | changes) + END
+
+
+def entry(num_bytes: int) -> dict[str, Any]:
+    return {"name": "a.json", "bytes": num_bytes, "differences": False}
 
 
 def test_report_compares_like_the_files_that_it_holds(tmp_path: Path) -> None:
@@ -54,14 +58,32 @@ def test_every_byte_comes_back(files: list[tuple[str, bytes]]) -> None:
     assert b"<" not in found[1]
 
 
-@given(raw=st.binary(max_size=300))
+TIMES = st.lists(st.text("0123456789,-", max_size=30), max_size=3)
+
+
+@given(raw=st.binary(max_size=300) | TIMES.map(lambda each: "".join(f'"t_ns":[{times}]' for times in each).encode()))
 def test_files_come_back_in_their_order(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     files = [EmbeddedFile("a.json", raw), EmbeddedFile("b.json", b"</script><!--"), EmbeddedFile("c.json", b"")]
     assert read_report(page(tmp_path_factory.mktemp("page"), embed(files))) == files
 
 
+def test_times_are_kept_as_differences(tmp_path: Path) -> None:
+    raw = b'{"t_ns":[5,7,12],"x":[1]}'
+    text = embed([EmbeddedFile("a.json", raw)])
+    assert '"differences": true' in text
+    packed = json.loads(text.removeprefix(BEGIN).removesuffix(END))["base64"]
+    assert b'"t_ns":[5,2,5]' in lzma.decompress(b64decode(packed))
+    assert read_report(page(tmp_path, text)) == [EmbeddedFile("a.json", raw)]
+    for odd in (b'{"t_ns":[05]}', b'{"t_ns":[1,,2]}', b'"t_ns":[' + b"9" * 5000 + b"]"):
+        text = embed([EmbeddedFile("a.json", odd)])
+        assert '"differences": false' in text
+        assert read_report(page(tmp_path, text)) == [EmbeddedFile("a.json", odd)]
+
+
 def test_folders_in_a_name_are_dropped(tmp_path: Path) -> None:
-    [file] = read_report(page(tmp_path, element(files=[{"name": "../../etc/passwd", "bytes": 10}])))
+    [file] = read_report(
+        page(tmp_path, element(files=[{"name": "../../etc/passwd", "bytes": 10, "differences": False}]))
+    )
     assert file.name == "passwd"
 
 
@@ -75,10 +97,10 @@ def test_folders_in_a_name_are_dropped(tmp_path: Path) -> None:
         (element(compression="zip"), "compression"),
         (element(base64="@@@"), "damaged"),
         (element(base64=b64encode(b"no xz").decode()), "damaged"),
-        (element(files=[{"name": "a.json", "bytes": 9}]), "damaged"),
-        (element(files=[{"name": "a.json", "bytes": 11}]), "damaged"),
-        (element(files=[{"name": "a.json", "bytes": -1}]), "files.0.bytes"),
-        (element(files=[{"name": "a.json", "bytes": 2**28}, {"name": "b.json", "bytes": 2**28}]), "damaged"),
+        (element(files=[entry(9)]), "damaged"),
+        (element(files=[entry(11)]), "damaged"),
+        (element(files=[entry(-1)]), "files.0.bytes"),
+        (element(files=[entry(2**28), entry(2**28)]), "damaged"),
     ],
     ids=["none", "version", "no JSON", "a list", "packing", "base64", "xz", "short", "long", "negative", "huge"],
 )

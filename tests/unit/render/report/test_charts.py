@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,3 +172,13 @@ def test_charts_become_files(form: Any, style: str) -> None:
         if form == "svg":
             assert content.count(b"<path") > 3
             assert b"eagle" in content
+
+
+def test_colours_mean_the_same_in_every_panel_of_a_file() -> None:
+    pytest.importorskip("vl_convert")
+    drawn = to_file(CHARTS["step-lengths-by-category"], panels("step-lengths-by-category"), "svg", "screen").decode()
+    bars = [mark for mark in re.findall("<path[^>]*>", drawn) if 'aria-roledescription="bar"' in mark]
+    assert len(bars) == len(rows("step-lengths-by-category"))
+    for bar in bars:
+        [length] = re.findall("ids: ([0-9])", bar)
+        assert f'fill="{LIGHT.lengths[int(length)]}"' in bar
