@@ -8,8 +8,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,17 +128,31 @@ def create_journal(path: Path, created: str, identity: Mapping[str, Any]) -> Jou
     Raises:
         InputError: the folder cannot be written, or another run is writing this journal now.
     """
+    header = {"journal": MAGIC, "created": created, "identity": identity}
     try:
-        if path.exists():
-            with Journal(path):  # its lock shows that no other run is writing it
-                path.replace(path.with_name(path.name + ".old"))
+        with _locked_folder(path.parent):
+            if path.exists():
+                with Journal(path):  # its lock shows that no other run is writing it
+                    path.replace(path.with_name(path.name + ".old"))
+            Journal.replace_file(path, json.dumps(header).encode() + b"\n")
+            journal = Journal(path)
     except OSError as error:
         raise Journal.write_error(path, error) from None
-    header = {"journal": MAGIC, "created": created, "identity": identity}
-    Journal.replace_file(path, json.dumps(header).encode() + b"\n")
-    journal = Journal(path)
     journal.created, journal.identity = created, identity
     return journal
+
+
+@contextmanager
+def _locked_folder(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks: of two runs that begin at once with one name, the second
+    finds the first one's journal, instead of replacing it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def resume_journal(path: Path, identity: Mapping[str, Any]) -> Journal:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -141,6 +143,36 @@ def test_two_writers_cannot_share_a_journal(path: Path) -> None:
         create_journal(path, "later", IDENTITY)
     journal.close()
     resume_journal(path, IDENTITY).close()
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_of_several_runs_that_begin_at_once_with_one_name_one_writes(path: Path, unfinished: bool) -> None:
+    for _ in range(20):
+        if unfinished:
+            path.with_name(path.name + ".old").unlink(missing_ok=True)
+            with written(path, 1):
+                pass
+        together = Barrier(6)
+
+        def begin(number: int, together: Barrier = together) -> Journal | None:
+            together.wait()
+            try:
+                return create_journal(path, f"run {number}", IDENTITY)
+            except InputError as error:
+                assert "another run is writing this now" in str(error)  # noqa: PT017 - in a thread of its own
+                return None
+
+        with ThreadPoolExecutor(6) as pool:
+            begun = list(pool.map(begin, range(6)))
+        (journal,) = [one for one in begun if one is not None]
+        journal.append(make_run(prompt="p0"))
+        journal.close()
+        assert json.loads(path.read_bytes().splitlines()[0])["created"] == journal.created
+        resumed = resume_journal(path, IDENTITY)
+        assert len(resumed) == 1
+        resumed.remove()
+        if unfinished:
+            assert b'"p0"' in path.with_name(path.name + ".old").read_bytes()
 
 
 class FullDisk:
