@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape
 from spdbench.models.checkpoints.weights import FLOATS
@@ -131,6 +132,9 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
     """Token ids that a pair of tensors lists: `d2t`, by how much a draft id falls short of its token id, and `t2d`,
     which tokens have one. Each follows from the other, so one is enough. None where the file has neither.
 
+    Writers pad both, as they pad vocabularies: `t2d` beyond the vocabulary, for tokens without a draft id, and the end
+    of `d2t` with offsets of 0 or with tokens beyond the vocabulary. The padding is left out.
+
     Raises:
         InputError: one of the two is misshapen, or they disagree.
     """
@@ -142,12 +146,16 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
             continue
         if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in WHOLE_NUMBERS:
             raise file.error(f"tensor {name} is {_kind(tensor)}; expected whole numbers")
-        if list(tensor.shape) != [tensor.numel() if shape is None else shape]:
+        padded = tensor is member and tensor.dim() == 1 and len(tensor) > vocab_size
+        if padded and bool(tensor[vocab_size:].any()):
+            first = vocab_size + int(tensor[vocab_size:].bool().nonzero()[0])
+            raise file.error(f"tensor t2d gives token {first} a draft id, but the vocabulary has {vocab_size} tokens")
+        if not padded and list(tensor.shape) != [tensor.numel() if shape is None else shape]:
             raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {[shape or tensor.numel()]}")
         if not tensor.numel():
             raise file.error(f"tensor {name} names no draft token")
-    found = None if offsets is None else offsets.long() + torch.arange(len(offsets))
-    known = found if member is None else member.bool().nonzero()[:, 0]
+    found = None if offsets is None else _without_padding(offsets.long().cpu(), vocab_size, member)
+    known = found if member is None else member[:vocab_size].bool().nonzero()[:, 0]
     assert known is not None
     if found is not None and not torch.equal(found, known):
         raise file.error(
@@ -156,6 +164,22 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
         )
     ids: list[int] = known.tolist()
     return ids
+
+
+def _without_padding(offsets_U: Tensor, vocab_size: int, member_V: Tensor | None) -> Tensor:
+    """The token ids that `d2t` lists, without the padding at its end; all of them where the rest is no padding.
+
+    Ids ascend, so that an offset of 0 after a greater one is no draft token. Where `t2d` is there, it says how many
+    there are.
+    """
+    found_U = offsets_U + torch.arange(len(offsets_U))
+    if member_V is None:
+        ascending_U = (found_U < vocab_size) & (found_U > functional.pad(found_U[:-1], (1, 0), value=-1))
+        count = int(ascending_U.long().cumprod(0).sum())
+    else:
+        count = int(member_V[:vocab_size].bool().sum())
+    is_padding = (offsets_U[count:] == 0) | (found_U[count:] >= vocab_size)
+    return found_U[:count] if count and bool(is_padding.all()) else found_U
 
 
 def vocabulary_maps(ids_U: Tensor, vocab_size: int) -> dict[str, Tensor]:

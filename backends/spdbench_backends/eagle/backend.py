@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from spdbench.console import say
 from spdbench.types import GenerationRequest
 from spdbench_backends.drafting import DraftVerify
 from spdbench_backends.local import GraphOptions
@@ -72,6 +73,8 @@ class Eagle(DraftVerify):
         file = self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.own_decoder, seed))
         if file is not None:
             self._weights = self._build(file)
+            if choice.kind == "path":
+                self._report_foreign(file)
             if self._info is not None and not self._weights.is_eagle3:
                 self._info = replace(self._info, method="eagle")
         self._builder = builder = self._choose_builder(choice, file)
@@ -110,6 +113,14 @@ class Eagle(DraftVerify):
         if options.tree == "dynamic" and options.top_k > vocabulary:
             raise self._option_error("top_k", f"the head knows {vocabulary} tokens only")
         return weights
+
+    def _report_foreign(self, file: EagleFile) -> None:
+        """Reports on stderr that a head fits in shape only."""
+        from spdbench_backends.eagle.build import foreign_target
+
+        target = self._context.target
+        if reason := foreign_target(file, target.own_decoder, target.files.id, target.files.sha256):
+            say(f"NOTE: {file.path}: {reason}. It fits in shape only: few of its drafts can be expected to be right.")
 
     def _choose_builder(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
         from spdbench.decoding.tree import named_tree

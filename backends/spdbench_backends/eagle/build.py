@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
@@ -38,6 +39,8 @@ NormOutput = Literal["auto", "feed", "ignore"]
 QUERY, KEY = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"
 QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 GATE = "layers.0.mlp.gate_proj.weight"
+ALIKE = 0.9
+"""Cosine of two embeddings of one model, or of models trained from it; those of two models have one near 0."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,41 @@ def _num_aux(file: EagleFile, sizes: Sizes, base: ModelConfig) -> int:
 
 def _draft_vocabulary(file: EagleFile, target: Decoder) -> tuple[EagleFile, Tensor | None]:
     """The draft vocabulary, and the file without the tensors that list it."""
-    config, ids, source = file.config, file.config.draft_token_ids, "config.draft_token_ids"
+    ids, size, source = file.config.draft_token_ids, file.config.draft_vocab_size, "config.draft_token_ids"
     if ids is None:
         found, source = mapped_ids(file, target.config.vocab_size), "the pair of d2t and t2d"
         if found is not None and not file.is_eagle3:
             raise file.error("has a draft vocabulary (tensor d2t), which EAGLE-1 does not know")
         ids = None if found is None else tuple(found)
-        file = replace(file, tensors={name: t for name, t in file.tensors.items() if name not in ("d2t", "t2d")})
-    return file, draft_vocabulary(file, ids, target, size=config.draft_vocab_size, source=source)
+        tensors = {name: tensor for name, tensor in file.tensors.items() if name not in ("d2t", "t2d")}
+        padded, head = file.tensors.get("d2t"), tensors.get("lm_head.weight")
+        if ids is not None and padded is not None and len(ids) < len(padded):  # as many rows of the head are padding
+            if head is not None and len(head) == len(padded):
+                tensors["lm_head.weight"] = head[: len(ids)]
+            size = len(ids) if size == len(padded) else size
+        file = replace(file, tensors=tensors)
+    return file, draft_vocabulary(file, ids, target, size=size, source=source)
+
+
+def foreign_target(file: EagleFile, target: Decoder, identity: str, sha256: str) -> str | None:
+    """Why a head that fits `target` in shape seems to be made for another model; None where nothing says so.
+
+    Heads carry the embedding of the model that they were trained for, so it says more than names, which differ for one
+    model. A model that was trained further keeps nearly the same embedding.
+    """
+    own_VM, of_target_VM, config = file.tensors.get("embed_tokens.weight"), target.embeddings_VM, file.config
+    if own_VM is not None and of_target_VM is not None and own_VM.shape == of_target_VM.shape:
+        some = slice(None, None, max(1, len(own_VM) // 1000))
+        own, expected = (table_VM[some].float().cpu().flatten() for table_VM in (own_VM, of_target_VM))
+        alike = float(functional.cosine_similarity(own, expected, dim=0))
+        return None if alike >= ALIKE else f"its embedding is not that of {identity} (cosine {alike:.2f})"
+    if config.target_sha256 is not None:
+        of = config.target_id or "an unnamed model"
+        return None if config.target_sha256 == sha256 else f"its config names other weights as its target's, of {of}"
+    stated = (config.target_id or identity).rstrip("/").rpartition("/")[2]
+    if stated.lower() == identity.rpartition("/")[2].lower():
+        return None
+    return f"its config says that it was trained for {config.target_id}, and the model here is {identity}"
 
 
 def _expected(sizes: Sizes, eagle3: bool, base: ModelConfig) -> ExpectedTensors:

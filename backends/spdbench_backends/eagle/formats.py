@@ -52,6 +52,8 @@ LLAMA_KEYS = {
 }  # fmt: skip
 """The fields of `EagleConfig` that describe a Llama layer."""
 
+TARGET_KEYS = ("target_model_name_or_path", "base_model_name_or_path", "model_id")
+"""Where configs of published layouts name the target, if they do."""
 CHAIN = 3
 """How many tokens a speculators config proposes to draft; a server may choose another number."""
 
@@ -77,6 +79,8 @@ class EagleConfig(DrafterConfig):
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = Field(None, ge=1)
     target_family: str | None = None
+    target_id: str | None = None
+    target_sha256: str | None = None
     aux_hidden_states: tuple[int, ...] | None = None
     bias: bool | None = None
     norm_before_residual: bool = False
@@ -159,8 +163,16 @@ def _flat(raw: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
         flat["aux_hidden_states"] = outer.get("eagle_aux_hidden_state_layer_ids") or None  # an empty list names none
         verifier = _architectures(mapping(mapping(raw, "speculators_config"), "verifier"))
         flat.setdefault("target_family", next((family for family, name in FAMILIES.items() if name in verifier), None))
+        named = mapping(mapping(raw, "speculators_config"), "verifier").get("name_or_path")
+        flat.update({"target_id": named or next((outer[key] for key in TARGET_KEYS if key in outer), None)})
         if layout != "speculators" or flat.get("use_sliding_window") is False:
             flat["sliding_window"] = None  # those heads' authors run none, whatever a copied config says
+    else:
+        flat.update(
+            {f"target_{key}": outer.get(f"target_{key}", outer.get(f"model_{key}")) for key in ("id", "sha256")}
+        )
+    for key in ("target_id", "target_sha256"):  # of other types they are no reason to refuse a head
+        flat[key] = flat[key] if isinstance(flat.get(key), str) else None
     rope = mapping(flat, "rope_parameters") or mapping(flat, "rope_scaling")
     if any(isinstance(value, dict) for value in rope.values()) or rope.get("partial_rotary_factor", 1) != 1:
         raise InputError(f"{path}/config.json: rotary positions by layer or of part of a head are not supported")

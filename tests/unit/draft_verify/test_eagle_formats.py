@@ -15,7 +15,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench_backends.eagle.build import build_eagle, default_aux, random_eagle
+from spdbench_backends.eagle.build import build_eagle, default_aux, foreign_target, random_eagle
 from spdbench_backends.eagle.formats import EagleFile, Layout, read_eagle, write_eagle
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
 from tests import tiny
@@ -176,6 +176,60 @@ def test_a_head_with_one_map_drafts_as_with_both(decoder: Decoder, tmp_path: Pat
     folder = eagle_files.specforge(tmp_path)
     expected = drafts(build(decoder, folder))
     assert torch.equal(drafts(build(decoder, altered(folder, drop(name)))), expected)
+
+
+@pytest.mark.parametrize("maps", [("d2t", "t2d"), ("d2t",)])
+@pytest.mark.parametrize("offsets", [[0, 0, 0], [VOCAB, VOCAB + 5, 0]], ids=["zeros", "beyond"])
+def test_maps_and_head_that_are_padded_draft_as_without_padding(
+    decoder: Decoder, tmp_path: Path, maps: tuple[str, ...], offsets: list[int]
+) -> None:
+    def pad(tensors: dict[str, Tensor]) -> None:
+        tensors["d2t"] = torch.cat([tensors["d2t"], torch.tensor(offsets)])
+        tensors["t2d"] = torch.cat([tensors["t2d"], torch.zeros(10, dtype=torch.bool)])
+        tensors["lm_head.weight"] = torch.cat([tensors["lm_head.weight"], torch.ones(3, WIDTH)])
+        for name in {"d2t", "t2d"} - set(maps):
+            del tensors[name]
+
+    folder = eagle_files.specforge(tmp_path)
+    expected = drafts(build(decoder, folder))
+    for size in (len(IDS), len(IDS) + 3):
+        assert torch.equal(drafts(build(decoder, altered(folder, pad, draft_vocab_size=size))), expected)
+        folder = eagle_files.specforge(tmp_path / str(size))
+
+
+def test_a_map_that_gives_a_draft_id_beyond_the_vocabulary_is_refused_by_name(decoder: Decoder, tmp_path: Path) -> None:
+    def pad(tensors: dict[str, Tensor]) -> None:
+        tensors["t2d"] = torch.cat([tensors["t2d"], torch.tensor([False, True])])
+
+    with pytest.raises(InputError, match="tensor t2d gives token 263 a draft id, but the vocabulary has 262 tokens"):
+        build(decoder, altered(eagle_files.specforge(tmp_path), pad))
+
+
+def test_the_end_of_a_map_that_is_no_padding_is_refused(decoder: Decoder, tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["d2t"][-1] -= 40  # a token that comes before, once more
+        del tensors["t2d"]
+
+    with pytest.raises(InputError, match="must hold ascending ids"):
+        build(decoder, altered(eagle_files.specforge(tmp_path), change))
+
+
+def test_a_head_that_fits_in_shape_only_is_noticed(decoder: Decoder, tmp_path: Path) -> None:
+    def asked(folder: Path) -> str | None:
+        return foreign_target(read_eagle(folder), decoder, "somebody/tiny-llama", "a" * 64)
+
+    own = decoder.embeddings_VM
+    assert own is not None
+    other = torch.randn(own.shape, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    trained = own.float() + 0.2 * own.float().std() * torch.randn(own.shape, generator=torch.Generator().manual_seed(6))
+    assert asked(eagle_files.specforge(tmp_path / "plain")) is None
+    for name, table, expected in (("own", own, None), ("trained", trained, None), ("other", other, "not that of som")):
+        folder = altered(eagle_files.specforge(tmp_path / name), put("embed_tokens.weight", table.clone()))
+        assert expected in str(asked(folder)) if expected else asked(folder) is None
+    for stated, expected in (("elsewhere/tiny-LLaMA/", None), ("meta/llama", "trained for meta/llama"), (5, None)):
+        folder = eagle_files.specforge(tmp_path / str(stated).replace("/", " "))
+        altered(folder, target_model_name_or_path=stated)
+        assert expected in str(asked(folder)) if expected else asked(folder) is None
 
 
 def test_an_empty_list_of_auxiliary_layers_means_the_usual_ones(decoder: Decoder, tmp_path: Path) -> None:
