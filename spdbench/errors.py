@@ -87,11 +87,14 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def write_failure(error: BaseException) -> str | None:
-    """Why nothing more can be written, in the system's words; None if `error` has another reason.
+def write_failure(error: BaseException, *, behind: bool = False) -> str | None:
+    """Why nothing more can be written, in the system's words; None if `error` has another reason. `behind`: libraries
+    raise errors of their own for it, with the system's as their cause.
 
     Libraries written in Rust raise errors of their own, which end with the system's error number.
     """
+    if behind and (cause := error.__cause__ or error.__context__) is not None:
+        return write_failure(error) or write_failure(cause, behind=True)
     if isinstance(error, OSError):
         number = error.errno
     else:

@@ -45,3 +45,11 @@ def offline() -> bool:
 
     said = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return said or bool(constants.HF_HUB_OFFLINE)
+
+
+def full_cache(reason: str) -> str:
+    """What to say where a download cannot be written for `reason`."""
+    from huggingface_hub import constants
+
+    folder = cache_folder() or constants.HF_HUB_CACHE
+    return f"the download cannot be written to {folder} ({reason}); make room there, or set HF_HUB_CACHE"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench import hub
-from spdbench.errors import InputError, brief, did_you_mean, install_command
+from spdbench.errors import InputError, brief, did_you_mean, install_command, write_failure
 from spdbench.prompts.rows import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"
@@ -73,6 +73,8 @@ def _fetch(repo: str, config: str | None, split: str, revision: str | None) -> l
             reason = f"no parquet files for {config or 'default'}/{split}{present}"
         except Exception as error:  # of the client or its HTTP library, whose classes differ between versions
             reason = f"{brief(error)} (the hub at {hub.endpoint() or constants.ENDPOINT}){hub.advice(error)}"
+            if full := write_failure(error, behind=True):
+                reason = hub.full_cache(full)
     for name in revisions:
         files = _cached(repo, config, split, name)
         if files:

@@ -71,6 +71,8 @@ def _has_placeholder(template: str) -> str:
 def _relative(path: str) -> str:
     if PurePosixPath(path).is_absolute():
         raise ValueError("must be a relative path")
+    if ".." in PurePosixPath(path).parts:  # a suite is data from anywhere, and what it reads goes to models and servers
+        raise ValueError("must stay within its folder, without '..'; --data DIR gives another folder")
     if "\0" in path:
         raise ValueError("must be a path, but holds a NUL character")
     return path

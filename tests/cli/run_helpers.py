@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import resource
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,17 @@ def spdbench(*words: str | Path) -> Said:
         sys.argv = before
     code = exit_info.value.code
     return Said(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def small_files(num_bytes: int) -> Iterator[None]:
+    """Files of this process may hold no more than `num_bytes`, which is an error like that of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_suite(folder: Path, num_prompts: int = 4, turns: int = 1, name: str = "mini", **changes: object) -> Path:

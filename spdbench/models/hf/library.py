@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spdbench import hub
-from spdbench.errors import InputError, brief
+from spdbench.errors import InputError, brief, write_failure
 from spdbench.models.checkpoints.gguf_file import GGUFFile, parameter_names, read_gguf
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.torch_utils import require_finite
@@ -316,6 +316,8 @@ def download(repo: str) -> Path:
                 f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
             ) from None
         except Exception as error:  # the client's and its HTTP library's own, which differ by version
+            if (full := write_failure(error, behind=True)) is not None:
+                raise InputError(f"-m {repo}: {hub.full_cache(full)}") from None
             reason = brief(error) + hub.advice(error)
     try:
         return Path(

@@ -11,6 +11,7 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoints.find_model import find_model
 from spdbench.models.target import load_target
 from tests import tiny
+from tests.cli.run_helpers import small_files
 from tests.stub_hub import StubHub
 
 REPO = "somebody/tiny-llama"
@@ -70,3 +71,14 @@ def test_a_failing_hub_is_not_asked_again_and_again(hub: StubHub) -> None:
     with pytest.raises(InputError, match="could not be asked"):
         find_model("no/such")
     assert len(hub.requests) <= 3
+
+
+def test_a_full_disk_is_named_as_such(hub: StubHub, tiny_model: Path) -> None:
+    hub.models[REPO] = {"main": files_of(tiny_model)}
+    with small_files(10_000), pytest.raises(InputError) as caught:
+        find_model(REPO)
+    said = str(caught.value)
+    assert "cannot be written to" in said
+    assert "(File too large); make room there, or set HF_HUB_CACHE" in said
+    assert "could not be asked" not in said
+    assert find_model(REPO).sha256 == find_model(str(tiny_model)).sha256

@@ -350,6 +350,15 @@ def test_mistake_at_the_top_is_reported_with_key_and_value(
         ),
         ({"source": [{"path": ""}]}, "prompts.source.0.path: must not be empty, not ''"),
         ({"source": [{"path": "x", "promt": "y"}]}, "prompts.source.0.promt: unknown key; did you mean 'prompt'?"),
+        ({"source": [{"path": "../x.jsonl"}]}, "prompts.source.0.path: must stay within its folder, without '..'"),
+        (
+            {"source": [{"package": "a", "file": "x/../../y", "prompt": "p"}]},
+            "prompts.source.0.file: must stay within its folder",
+        ),
+        (
+            {"source": [{"lm_eval": "x", "include_path": "a/.."}]},
+            "prompts.source.0.include_path: must stay within its folder",
+        ),
         ({"source": [INLINE, {"hub": "a/b"}]}, "prompts.source.1.prompt: is missing"),
         ({"source": [{"hub": "a/b/c", "prompt": "p"}]}, "prompts.source.0.hub: must match pattern"),
         ({"source": [{"package": "a-b", "file": "f", "prompt": "p"}]}, "prompts.source.0.package: must match pattern"),
