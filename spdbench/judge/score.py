@@ -28,18 +28,21 @@ ANSWER_LINE = "# <answer>"
 FINAL = "####"
 """What precedes the result in GSM8K's own solutions."""
 
-_PLAIN = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|[\u00a0\u202f])\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-"""With groups of three after a comma, as LaTeX writes it too, or after a space that does not break."""
+_PLAIN = r"(?:(?:\d{1,3}(?:(?:,|\{,\}|\\,|[\u00a0\u2009\u202f])\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+"""With groups of three after a comma, as LaTeX writes it too, or after a thin space or one that does not break."""
+_SUPERSCRIPTS = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
 _VULGAR = "".join(map(chr, [0xBC, 0xBD, 0xBE, *range(0x2150, 0x215F)]))
 NUMBER = re.compile(
     r"(?P<sign>(?<![\w)\]])[-\u2212]\s?)?[$€£]?(?<![\w.^])(?<!\^\{)(?:"
     # A fraction, which may have a whole number in front, but is no date.
-    rf"(?:(?P<whole>\d+)[ \u00a0]?(?=[\\{_VULGAR}]|(?<=[ \u00a0])\d+ ?/))?(?:"
-    rf"(?P<above>{_PLAIN}) ?/ ?(?P<below>{_PLAIN})(?! ?/ ?\d)"
-    rf"|\\[dt]?frac ?\{{ ?(?P<latex_above>{_PLAIN}) ?\}} ?\{{ ?(?P<latex_below>{_PLAIN}) ?\}}|(?P<vulgar>[{_VULGAR}]))"
+    rf"(?:(?P<whole>\d+)[ \u00a0]?(?=[\\{_VULGAR}]|(?<=[ \u00a0])\d+ ?[/\u2044]))?(?:"
+    rf"(?P<above>{_PLAIN}) ?[/\u2044] ?(?P<below>{_PLAIN})(?! ?/ ?\d)"
+    rf"|\\[dt]?frac ?\{{ ?(?P<minus>[-\u2212])? ?(?P<latex_above>{_PLAIN}) ?\}} ?\{{ ?(?P<latex_below>{_PLAIN}) ?\}}"
+    rf"|\\[dt]?frac ?(?P<digit_above>\d) ?(?P<digit_below>\d)|(?P<vulgar>[{_VULGAR}]))"
     # A number, which may be a power, or be multiplied by one of ten.
     rf"|(?P<plain>{_PLAIN})(?:(?:[eE]| ?(?:[x×*·]|\\times|\\cdot) ?10(?:\^|\*\*)\{{?)"
     r"(?P<ten>[-+\u2212]?\d{1,3})(?![\d.])"
+    r"| ?(?:[x×*·]|\\times|\\cdot) ?10(?P<raised_ten>[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3})|(?P<raised>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]{1,3})"
     r"|(?:\^|\*\*)\{?(?P<power>[-\u2212]?\d{1,3})(?![\d.]))?)"
 )
 """A number in the ways in which answers write it; its parts are one value."""
@@ -49,11 +52,18 @@ MARKED = re.compile(rf"{FINAL}[ \t]*(?:\\boxed\{{|\*\*)?(?={NUMBER.pattern}(?![.
 NEXT_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem|Human|User)[ \t]*\d*[ \t]*:")
 """Where a model that has answered invents what it is asked next."""
 
-_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|seed:think"
-THOUGHTS_BEGIN = re.compile(rf"<(?:{_THOUGHTS})>|\[THINK\]|◁think▷|<\|START_THINKING\|>", re.IGNORECASE)
-THOUGHTS_END = re.compile(
-    rf"</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>", re.IGNORECASE
+_THOUGHTS = "think|thinking|thought|thoughts|reasoning|reflection|scratchpad|seed:think"
+THOUGHTS_BEGIN = re.compile(
+    rf"<(?:{_THOUGHTS})(?:\s[^<>]*)?>|\[THINK\]|◁think▷|<\|(?:START_THINKING|begin_of_thought|think)\|>"
+    r"|<\|channel>thought\b|<unused94>thought\b|Here is my thought process:",
+    re.IGNORECASE,
 )
+THOUGHTS_END = re.compile(
+    rf"</(?:{_THOUGHTS})>|\[/THINK\]|◁/think▷|<\|(?:END_THINKING|end_of_thought|/think)\|>"
+    r"|<\|channel\|>final<\|message\|>|<channel\|>|<unused95>|Here is my response:",
+    re.IGNORECASE,
+)
+"""As DeepSeek, Qwen, Magistral, Kimi, Command, OpenThinker, gpt-oss, Gemma, MedGemma and Granite write them."""
 FENCE = re.compile(
     r"(?:^([ \t]*))?(`{3,}|~{3,})([^\n`]*)\n(.*?)(?:\n(?!\1[ \t]{4})[ \t]*\2|\Z)", re.DOTALL | re.MULTILINE
 )
@@ -132,18 +142,24 @@ def _value(found: re.Match[str]) -> Fraction | None:
     """None for a division by zero, and for powers that take too long to compute."""
     if found["plain"]:
         value = _plain(found["plain"])
-        ten, power = (int((found[name] or "0").replace("\u2212", "-")) for name in ("ten", "power"))
+        ten, power = _exponent(found["ten"] or found["raised_ten"], 0), _exponent(found["power"] or found["raised"], 1)
         if max(abs(ten), abs(power)) > MAX_POWER or (power < 0 and not value):
             return None
-        value = value ** (power if found["power"] else 1) * Fraction(10) ** ten
+        value = value**power * Fraction(10) ** ten
     elif found["vulgar"]:
         value = _plain(found["whole"] or "0") + Fraction(unicodedata.numeric(found["vulgar"])).limit_denominator(10)
     else:
-        above, below = (_plain(found[name] or found[f"latex_{name}"]) for name in ("above", "below"))
+        above, below = (
+            _plain(found[name] or found[f"latex_{name}"] or found[f"digit_{name}"]) for name in ("above", "below")
+        )
         if not below:
             return None
-        value = _plain(found["whole"] or "0") + above / below
+        value = _plain(found["whole"] or "0") + (-above if found["minus"] else above) / below
     return -value if found["sign"] else value
+
+
+def _exponent(text: str | None, otherwise: int) -> int:
+    return int(text.translate(_SUPERSCRIPTS).replace("\u2212", "-")) if text else otherwise
 
 
 def _plain(digits: str) -> Fraction:
@@ -174,6 +190,7 @@ def code_in(answer: str, tests: str = "") -> str:
     if blocks:
         first = next((block for block in blocks if "def " in block), blocks[0])
         return "\n".join(_needed(blocks, tests)) or first
+    answer = answer.replace("<|python_tag|>", "\n")  # of Llama 3, in front of code
     begun = CODE_BEGINS.search(answer)
     is_inside = answer.lstrip("\r\n")[:1] in (" ", "\t")
     return answer if begun is None or is_inside else answer[begun.start() :]
