@@ -1,27 +1,71 @@
-"""Text from outside is shown, and not obeyed."""
+"""Text from outside on the terminal: nothing in it is obeyed, and what is harmless stays as it is."""
 
 from __future__ import annotations
 
-import pytest
+import io
+import unicodedata
 
-from spdbench.console import MAX_CHARS, printable
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spdbench.console import CLEAR, MAX_CHARS, printable, say
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("plain, caf\u00e9 \u65e5\u672c", "plain, caf\u00e9 \u65e5\u672c"),
-        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
-        ("\x9b31m\x7f\r", "\\x9b31m\\x7f\\r"),
-        ("left\u202eright\u2028", "left\\u202eright\\u2028"),
-        ("not utf-8: \udce9", "not utf-8: \\udce9"),
-        ("one\ntwo\tthree\u200d", "one\ntwo\tthree\u200d"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),  # clears the screen, renames the window
+        ("\x9b31m", r"\x9b31m"),  # the same as one byte
+        ("done\rError", r"done\rError"),  # writes over the line
+        ("a\bb\x7f", r"a\x08b\x7f"),
+        ("user\u202etxt.exe", r"user\u202etxt.exe"),  # right to left from here
+        ("\u2066hidden\u2069", r"\u2066hidden\u2069"),
+        ("\u200e\u200f\u061c", r"\u200e\u200f\u061c"),
+        ("zero\u200bwidth\ufeff", r"zero\u200bwidth\ufeff"),
+        ("line\u2028paragraph\u2029", r"line\u2028paragraph\u2029"),
+        ("\ud800", r"\ud800"),  # half of a pair, which no encoding takes
+        ("\U000e0041", r"\U000e0041"),  # a tag, invisible
+        ("\ue000", r"\ue000"),
     ],
 )
-def test_what_a_terminal_would_obey_is_escaped(text: str, shown: str) -> None:
+def test_what_a_terminal_obeys_or_hides_is_shown_as_an_escape(text: str, shown: str) -> None:
     assert printable(text) == shown
+    assert printable(text, one_line=True) == shown
 
 
-def test_a_line_stays_a_line_and_a_megabyte_does_not_stay_one() -> None:
-    assert printable("a\nb", one_line=True) == "a\\nb"
-    assert printable("x" * 10**6).startswith("x" * MAX_CHARS + "... (1,000,000 characters)")
+def test_harmless_text_stays_as_it_is() -> None:
+    text = "naïve 日本語 👩\u200d💻 می\u200cخواهم\tcolumn [bold]markup[/bold] <b>&amp;"
+    assert printable(text) == text
+
+
+def test_line_breaks_stay_unless_it_has_to_be_one_line() -> None:
+    assert printable("a\nb") == "a\nb"
+    assert printable("a\nb", one_line=True) == r"a\nb"
+
+
+def test_long_text_is_cut_and_says_so() -> None:
+    shown = printable("x" * 2_000_000)
+    assert len(shown) < MAX_CHARS + 100
+    assert shown.endswith("... (2,000,000 characters)")
+
+
+@given(st.text(st.characters(), max_size=50))
+def test_of_any_text_nothing_is_obeyed(text: str) -> None:
+    shown = printable(text, one_line=True)
+    assert "\n" not in shown
+    shown.encode()
+    assert all(char in "\t\u200c\u200d" or unicodedata.category(char)[0] != "C" for char in shown)
+    assert printable(shown) == shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_notes_are_shown_the_same_way_and_only_our_own_code_clears_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, before in ((Terminal(), CLEAR), (io.StringIO(), "")):
+        monkeypatch.setattr("sys.stderr", stream)
+        say("NOTE: \x1b[31m\u202e")
+        assert stream.getvalue() == f"{before}NOTE: \\x1b[31m\\u202e\n"

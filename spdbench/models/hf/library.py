@@ -308,9 +308,8 @@ def download(repo: str) -> Path:
             names = [sibling.rfilename for sibling in info.siblings or []]
             weights = WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
             with quiet():
-                return Path(
-                    snapshot_download(repo, allow_patterns=[*weights, *TEXTS], etag_timeout=hub.TIMEOUT_S, **where)
-                )
+                wanted = [*weights, *TEXTS]
+                return Path(snapshot_download(repo, allow_patterns=wanted, etag_timeout=hub.TIMEOUT_S, **where))
         except RepositoryNotFoundError:
             raise InputError(
                 f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
@@ -320,9 +319,8 @@ def download(repo: str) -> Path:
                 raise InputError(f"-m {repo}: {hub.full_cache(full)}") from None
             reason = brief(error) + hub.advice(error)
     try:
-        return Path(
-            snapshot_download(repo, allow_patterns=[*WEIGHTS, *OLD_WEIGHTS, *TEXTS], local_files_only=True, **where)
-        )
+        wanted = [*WEIGHTS, *OLD_WEIGHTS, *TEXTS]
+        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True, **where))
     except Exception:  # not in the cache, for which the client has several exceptions
         raise InputError(
             f"-m {repo}: no folder or GGUF file of that name, and the hub could not be asked ({reason}). "
