@@ -35,8 +35,8 @@ def command(
 ) -> None:
     """Compare results: what each label gains, then a table for each suite, model, dtype, decoding and machine.
 
-    RESULT is a result file, a pattern such as 'results/quick__*.json', or a folder of result files. Everything is
-    computed anew from the runs in the files; no model is needed.
+    RESULT is a result file, a pattern such as 'results/quick__*.json', a folder of result files, or a report, which
+    holds results. Everything is computed anew from the runs in the files; no model is needed.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
     from rich.console import Console

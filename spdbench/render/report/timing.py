@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.waterfall import waterfall
+from spdbench.judge.comparison.waterfall import Waterfall, waterfall
 from spdbench.judge.metrics.steps import cycles_around_rejection
 from spdbench.judge.results.table import PARTS
 from spdbench.render.columns import harmless
@@ -68,7 +69,7 @@ def _bubble(table: Table, palette: Palette) -> list[Panel]:
 def _waterfalls(table: Table, palette: Palette) -> list[Panel]:
     falls = [(row, waterfall(row.pairing)) for row in overall(table) if row.pairing is not None]
     found = [(row, fall) for row, fall in falls if fall is not None]
-    longest = max((seconds for _, fall in found for seconds in (fall.measured_s, fall.vanilla_s)), default=0.0) * MS
+    longest = max(map(_longest_s, (fall for _, fall in found)), default=0.0) * MS
     panels = []
     for row, fall in found:
         records: list[Record] = []
@@ -99,6 +100,11 @@ def _waterfalls(table: Table, palette: Palette) -> list[Panel]:
         drawn = spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "step", 22))
         panels.append(Panel(drawn, records, harmless(row.label)))
     return panels
+
+
+def _longest_s(fall: Waterfall) -> float:
+    """How far its bars reach: a gain may follow a step beyond what was measured."""
+    return max(fall.measured_s, fall.vanilla_s, *accumulate(part.seconds for part in fall.parts))
 
 
 def _timeline(table: Table, palette: Palette) -> list[Panel]:

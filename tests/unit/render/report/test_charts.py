@@ -13,10 +13,11 @@ import pytest
 
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import load
+from spdbench.judge.results.schema import BubbleParts
 from spdbench.render.report.chart import Panel, to_csv
 from spdbench.render.report.style import DARK, LIGHT, STYLES, Palette, page_palette
 from spdbench.render.report.vega import CHARTS, to_file
-from tests.builders import chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
 from tests.unit.render.report.reports import HOSTILE, results, table
 
 EVERYTHING = table(results())
@@ -95,6 +96,22 @@ def test_waterfall_ends_at_what_was_measured() -> None:
         *steps, measured, _ = panel.rows
         assert [step["start"] for step in steps[1:]] == [step["end"] for step in steps[:-1]]
         assert steps[-1]["end"] == pytest.approx(measured["end"])
+
+
+def test_waterfalls_share_an_axis_that_holds_every_bar() -> None:
+    spans = BubbleParts(useful=1, wasted=0, fill=0, verify=0, draft=0, imbalance=0, host=0, unattributed=0)
+    steps = chunk_steps([1, 2, 2, 2], step_ns=8 * MS)  # a pass takes less than vanilla's 10 ms: the ideal is longer
+    quick = [make_run(steps, prompt=f"p{n}", bubble=spans) for n in range(8)]
+    base = [make_run(vanilla_steps(7), prompt=f"p{n}") for n in range(8)]
+    both = [make_result(base), make_result(quick, make_backend("draft_verify"))]
+    [compared] = compare([load(result, f"{at}.json") for at, result in enumerate(both)], by_category=True)
+    assert any(row["kind"] == "gain" for row in rows("waterfall", compared))
+    for of in (EVERYTHING, compared):
+        drawn = panels("waterfall", of)
+        [(low, high)] = {tuple(panel.spec["encoding"]["x"]["scale"]["domain"]) for panel in drawn}
+        ends = [row[end] for panel in drawn for row in panel.rows for end in ("start", "end")]
+        assert low == 0
+        assert high == pytest.approx(max(ends))
 
 
 def test_bubble_shows_all_of_the_time() -> None:
