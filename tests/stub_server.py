@@ -45,8 +45,8 @@ class StubServer:
     The first requests get `refusals`, one each; `refuses` are fields that it does not accept. `fault` happens after two
     chunks, where it also sends the events in `inserted`. `stated` replaces the number of tokens in its usage. It
     accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as a
-    token. `counters` makes its text for Prometheus. `asked` collects the bodies of all requests, `headers` their
-    headers.
+    token. `next_logprobs` are those of the next token, in answers that are not streamed. `counters` makes its text for
+    Prometheus. `asked` collects the bodies of all requests, `headers` their headers.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -59,6 +59,7 @@ class StubServer:
         self.models: Sequence[str] = ("stub",)
         self.context = 10**6
         self.takes_ids = False
+        self.next_logprobs: Mapping[str, float] | None = None
         self.refuses: set[str] = set()
         self.inserted: Sequence[bytes] = ()
         self.stated: int | None = None
@@ -132,7 +133,8 @@ class StubServer:
             return None
         if not body.get("stream") or self.fault == "no_stream":
             usage = {"completion_tokens": len(self.tokens(body))}
-            return self.send(handler, 200, json.dumps({"choices": [{}], "usage": usage}))
+            listed = {"logprobs": {"top_logprobs": [self.next_logprobs]}} if body.get("logprobs") else {}
+            return self.send(handler, 200, json.dumps({"choices": [listed], "usage": usage}))
         handler.send_response(200)
         handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
         handler.send_header("Transfer-Encoding", "chunked")

@@ -8,28 +8,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from spdbench.console import printable
 from spdbench.judge.audit import POWER, BackendAudit, PromptDivergence
-from spdbench.render.columns import EMPTY, bullet, capture
+from spdbench.render.columns import EMPTY, bullet, capture, harmless, plain_grid
 
 SCHEMA = "spdbench.audit/1"
 STYLES = {"NOT lossless": "bold red", "faulty": "bold red", "unknown": "yellow", "not audited": "yellow"}
 CLASSES = {"tie": "tie", "near_tie": "near tie", "real": "REAL", "unclassified": "unknown"}
 LEGEND = (
-    "at: new token, from 0. logits, gap: plain decoding's after its own tokens up to there, of its token and of the "
-    "other one. floor: the largest change of them by rounding alone. tie: no gap; near tie: a gap within the floor."
+    "at: new token, from 0. logits, gap: of plain decoding's token and of this one, by plain decoding after its own "
+    "tokens. floor: the largest change by rounding alone. tie: no gap; near tie: a gap within the floor."
 )
 
 
 def to_terminal(title: str, audits: Sequence[BackendAudit], console: Console) -> str:
     """A sentence for each backend, then a table of first divergences."""
     parts: list[RenderableType] = [Text(title, style="bold")]
-    parts += [Text(f"{audit.label}: {printable(audit.sentence)}", STYLES.get(audit.verdict, "")) for audit in audits]
+    parts += [Text(f"{audit.label}: {harmless(audit.sentence)}", STYLES.get(audit.verdict, "")) for audit in audits]
     if any(audit.divergences for audit in audits):
         parts += ["", _table(audits), bullet(LEGEND)]
         sources = {
@@ -45,7 +43,7 @@ def to_terminal(title: str, audits: Sequence[BackendAudit], console: Console) ->
             for each in audit.divergences
             if each.divergence.reason
         ]
-        parts += [bullet(f"{printable(reason)}.") for reason in dict.fromkeys(reasons)]
+        parts += [bullet(f"{harmless(reason)}.") for reason in dict.fromkeys(reasons)]
     return capture(console, *parts)
 
 
@@ -68,10 +66,10 @@ def _record(audit: BackendAudit) -> dict[str, Any]:
 
 
 def _table(audits: Sequence[BackendAudit]) -> RichTable:
-    grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
-    for header in ("label", "prompt", "at", "plain decoding", "this", "logits", "gap", "floor", "class"):
-        numeric = header in ("at", "logits", "gap", "floor")
-        grid.add_column(header, justify="right" if numeric else "left", overflow="fold")
+    headers = ("label", "prompt", "at", "plain", "this", "logits", "gap", "floor", "class")
+    grid = plain_grid([(header, header in ("at", "logits", "gap", "floor")) for header in headers], (0, 1, 0, 0))
+    for column, header in zip(grid.columns, headers, strict=True):
+        column.overflow, column.no_wrap = "fold", header not in ("label", "prompt", "plain", "this")
     for audit in audits:
         for each in audit.divergences:
             style = STYLES["NOT lossless"] if each.divergence.outcome == "real" else ""
@@ -88,10 +86,10 @@ def _cells(label: str, each: PromptDivergence) -> list[str]:
         logits = f"{found.expected_logit:.6g} {found.found_logit:.6g}"
     return [
         label,
-        f"{printable(each.prompt_id)}{turn}",
+        f"{harmless(each.prompt_id)}{turn}",
         str(found.position),
-        printable(each.expected),
-        printable(each.found),
+        harmless(each.expected),
+        harmless(each.found),
         logits,
         _number(found.gap),
         _number(found.floor),

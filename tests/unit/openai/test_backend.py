@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from hashlib import sha256
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -612,3 +613,30 @@ def test_template_arguments_go_to_the_server_which_applies_the_template(server: 
     )
     with pytest.raises(InputError, match=r"--template-arg: no template is applied to what openai sends"):
         raw.load()
+
+
+@pytest.mark.parametrize(
+    ("listed", "found"),
+    [
+        ({"token_id:7": -0.5, "token_id:9": -1.25}, {7: -0.5, 9: -1.25}),
+        ({"token_id:7": -0.5, " two": -1.25}, None),
+        (None, None),
+    ],
+    ids=["by id", "by text", "none"],
+)
+def test_log_probabilities_of_the_next_token_are_asked_by_id(
+    server: StubServer, listed: dict[str, float] | None, found: dict[int, float] | None
+) -> None:
+    server.takes_ids, server.next_logprobs = True, listed
+    tokenizer = SimpleNamespace(encode=lambda _: [1, 2])
+    options = parse_options("openai", OpenAI.Options, {"base_url": server.url, "model": "stub", "api": "completions"})
+    backend = loaded(OpenAI(options, context(tokenizer)))
+    assert backend.next_logits((1, 2, 3), (4, 5)) == found
+    asked = server.asked[-1]
+    assert (asked["prompt"], asked["max_tokens"], asked["logprobs"]) == ([1, 2, 3, 4, 5], 1, 20)
+    server.refusals = [Refusal(400), Refusal(400)]
+    assert backend.next_logits((1, 2, 3), (4, 5)) is None
+
+
+def test_a_server_that_applies_its_own_template_reports_no_log_probabilities(backend: Make) -> None:
+    assert loaded(backend()).next_logits((1, 2, 3), ()) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
@@ -142,3 +143,18 @@ def test_an_assistant_of_other_words_is_refused(target: Target, tmp_path: Path) 
     tiny.swap_tokens(other, "a", "b")
     with pytest.raises(InputError, match="its vocabulary"):
         make(target, assistant=str(other))
+
+
+def test_its_own_logits_are_those_of_the_model_and_name_its_next_token(target: Target) -> None:
+    made, answer = make(target), tuple(decode(target.decoder, tiny.greedy(PROMPT, 6)))
+    for length in (0, 1, 5):
+        found = made.next_logits(PROMPT, answer[:length])
+        prefix = (*PROMPT, *answer[:length])
+        with torch.inference_mode():
+            decoder = target.decoder
+            hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(prefix)), 0, decoder.new_cache(len(prefix)))
+            expected = decoder.logits(hidden_SM[-1:])[0].tolist()
+        assert [found[token] for token in range(len(expected))] == pytest.approx(expected, abs=1e-4)
+        assert max(found, key=found.__getitem__) == answer[length]
+    assert ids(steps(made, tiny.greedy(PROMPT, 6))) == list(answer)  # a question between requests changes nothing
+    made.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,15 @@ class Llama:
     def eval(self, tokens: list[int]) -> None:
         self.seen[self.n_tokens :] = tokens
         self.n_tokens += len(tokens)
+
+    @property
+    def _ctx(self) -> Any:
+        """Its logits as C has them: one for the token that follows, 0 for all others."""
+        assert self.n_tokens
+        row = (ctypes.c_float * VOCABULARY)()
+        row[follows(self.seen[self.n_tokens - 1])] = 1.0
+        pointer = ctypes.cast(row, ctypes.POINTER(ctypes.c_float))
+        return SimpleNamespace(get_logits_ith={-1: pointer}.__getitem__)
 
     def generate(self, tokens: list[int], **sampling: Any) -> Iterator[int]:
         self.samplings.append(sampling)
@@ -228,3 +238,14 @@ def test_closing_twice_and_before_loading_is_fine(make: Make) -> None:
     backend.close()
     backend.close()
     assert Llama.made[0].closed
+
+
+@pytest.mark.usefixtures("package")
+def test_its_own_logits_are_those_after_the_last_token(make: Make) -> None:
+    backend = make()
+    backend.load()
+    for count in (0, 1, 4):
+        found = backend.next_logits(PROMPT, answer(6)[:count])
+        assert len(found) == VOCABULARY
+        assert max(found, key=found.__getitem__) == answer(6)[count]
+    assert ids(run(backend, 6)) == answer(6)  # a question between requests changes nothing
