@@ -77,7 +77,7 @@ class BackendAudit:
             return "NOT lossless"
         if self.failed or self.restarts.is_stale or self.ends.overrun:
             return "faulty"
-        if self.outcomes["unclassified"]:
+        if self.outcomes["unclassified"] or not (self.outcomes or (self.sampled and self.sampled.degrees)):
             return "unknown"
         rounding = self.outcomes["tie"] + self.outcomes["near_tie"]
         return "lossless but for rounding" if rounding else "lossless"
@@ -127,6 +127,9 @@ class BackendAudit:
             yield f"{len(self.failed)} requests failed, first: {self.failed[0]}"
 
     def _sampling_facts(self, sampled: ChiSquare) -> Iterator[str]:
+        if not sampled.degrees:
+            yield f"{sampled.draws} sampled answers are too few for a test: raise --draws"
+            return
         if sampled.impossible:  # in addition to the test, whose p is 0 then
             yield f"{sampled.impossible} of their tokens are excluded by top-k or top-p"
         yield (
@@ -134,8 +137,4 @@ class BackendAudit:
             f"distribution (chi-square {sampled.statistic:.1f} of {sampled.degrees} degrees, p = {sampled.p_value:.2g})"
         )
         apart = sampled.detectable(self.significance, POWER)
-        yield (
-            f"a deviation of {apart:.1%} (total variation) would have been found with a probability of {POWER:.0%}"
-            if apart < 1.0
-            else "too few answers to find any deviation for certain: raise --draws"
-        )
+        yield f"a deviation of {apart:.1%} (total variation) would have been found with a probability of {POWER:.0%}"

@@ -58,6 +58,12 @@ def test_sampled_answers_are_tested_and_the_power_is_stated(suite: Path, tiny_mo
     assert f"{ngram['sampled']['detectable_total_variation']:.1%} (total variation)" in words(said)
 
 
+def test_too_few_answers_prove_nothing(suite: Path, tiny_model: Path) -> None:
+    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "2")
+    assert said.code == 3
+    assert "ngram: unknown. 8 sampled answers are too few for a test: raise --draws." in words(said)
+
+
 def test_a_real_difference_is_shown_with_tokens_logits_and_floor(
     suite: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +136,7 @@ def test_a_crash_is_a_fault(suite: Path, tiny_model: Path, monkeypatch: pytest.M
         raise RuntimeError("it broke")
 
     monkeypatch.setattr(Generation, "rounds", crash)
-    for more in ((), ("--temperature", "1", "--draws", "2")):
+    for more in ((), ("--temperature", "1", "--draws", "20")):
         said = spdbench("audit", suite, "-m", tiny_model, "-b", "hf", "-b", "ngram", *more)
         assert said.code == 1
         assert "hf: faulty." in words(said)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -31,7 +32,7 @@ from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.decoding.distribution import PlainDistribution
 from spdbench.errors import InputError, PromptFailedError, SpdbenchError
 from spdbench.judge.audit import SIGNIFICANCE, BackendAudit, PromptDivergence
-from spdbench.judge.metrics.chi_square import chi_square
+from spdbench.judge.metrics.chi_square import MIN_EXPECTED, ChiSquare, chi_square
 from spdbench.judge.results.schema import Run
 from spdbench.measure.journal import create_journal
 from spdbench.measure.request_turn import RequestTurn
@@ -46,10 +47,9 @@ from spdbench.types import GenerationRequest, Outcome
 if TYPE_CHECKING:
     from spdbench.cli.audit.command import AuditOptions
 
-SAMPLED_TOKENS, PAIRS, BINS = 4, ((0, 1), (2, 3)), 5
+SAMPLED_TOKENS, PAIRS, MAX_BINS = 4, ((0, 1), (2, 3)), 4
 """Of sampled answers the first tokens count. Each pair of neighbours is tested in cells of both quantiles, so that
-tokens that depend on each other in the wrong way show as well."""
-CELLS = dict.fromkeys(product(range(BINS), repeat=2), 1 / BINS**2)
+tokens that depend on each other in the wrong way show as well. With few cells a smaller deviation is found."""
 ROOMS = (SAMPLED_TOKENS, 16)
 """Limits of sampled answers in turn: with little room rounds end, with a token of the target's own, among the tokens
 that are counted; with much room they are as deep as in any other request."""
@@ -144,7 +144,7 @@ class AuditSession:
     def _count_samples(self, candidates: Sequence[Candidate]) -> None:
         workload, draws = self.workload, self.options.draws
         total, done = len(workload.prompts) * len(candidates) * draws, 0
-        counts = {candidate.label: [Counter[tuple[int, ...]]() for _ in PAIRS] for candidate in candidates}
+        quantiles: dict[str, list[list[float | None]]] = {candidate.label: [] for candidate in candidates}
         numbers = Random(workload.seed)
         with Progress(total) as progress:
             for prompt in workload.prompts:
@@ -159,21 +159,32 @@ class AuditSession:
                     with _crashes_in(self.audits[candidate.label]):
                         for draw in range(draws):
                             found = first_tokens(candidate.backend, self._draw(prompt.id, ids, draw), SAMPLED_TOKENS)
-                            bins = self._bins(plain.quantiles(found, [numbers.random() for _ in found]))
-                            for pair, of_pair in zip(PAIRS, counts[candidate.label], strict=True):
-                                of_pair[tuple(bins[index] for index in pair)] += 1
+                            uniform = [numbers.random() for _ in found]
+                            quantiles[candidate.label].append(plain.quantiles(found, uniform))
                             progress.show(done + draw, f"{done + draw + 1}/{total} sampled answers")
                     done += draws
-        for label, of_pairs in counts.items():
-            if of_pairs[0]:
-                first, second = (chi_square(of_pair, CELLS) for of_pair in of_pairs)
-                self.audits[label].sampled = first + second
+        for label, answers in quantiles.items():
+            if answers:
+                self.audits[label].sampled = self._test(answers)
 
-    def _bins(self, quantiles: Sequence[float | None]) -> list[int]:
-        """The bin of each quantile. A token without probability has a bin of its own in float32; in other dtypes
-        rounding may let a token in at the edge of top-k or top-p, so there it counts as the least likely one."""
-        excluded = -1 if self.target.dtype_name == "float32" else BINS - 1
-        return [excluded if quantile is None else min(BINS - 1, int(BINS * quantile)) for quantile in quantiles]
+    def _test(self, answers: Sequence[Sequence[float | None]]) -> ChiSquare:
+        """The test of the quantiles of all answers, in as many cells as so many answers can fill.
+
+        A token without probability has a cell of its own in float32. In other dtypes rounding may let a token in at the
+        edge of top-k or top-p, so there it counts as the least likely one.
+        """
+        bins = max(1, min(MAX_BINS, isqrt(int(len(answers) / MIN_EXPECTED))))
+        cells = dict.fromkeys(product(range(bins), repeat=2), 1 / bins**2)
+        excluded = -1 if self.target.dtype_name == "float32" else bins - 1
+
+        def bin_of(quantile: float | None) -> int:
+            return excluded if quantile is None else min(bins - 1, int(bins * quantile))
+
+        tests = []
+        for first, second in PAIRS:
+            counts = Counter((bin_of(answer[first]), bin_of(answer[second])) for answer in answers)
+            tests.append(chi_square(counts, cells))
+        return tests[0] + tests[1]
 
     def _draw(self, prompt_id: str, ids: tuple[int, ...], draw: int) -> GenerationRequest:
         workload = self.workload
