@@ -26,7 +26,7 @@ class PlainDistribution:
         self._decoder = decoder
         self._sampling = sampling
         self._num_prompt = len(prompt_ids)
-        self._cache = decoder.new_cache(len(prompt_ids) + num_tokens)
+        self._cache = decoder.new_cache(len(prompt_ids) + num_tokens, num_snapshots=num_tokens)
         with torch.inference_mode():
             hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(prompt_ids)), 0, self._cache)
             self._last_1M = hidden_SM[-1:]

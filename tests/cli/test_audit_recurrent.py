@@ -57,8 +57,8 @@ class RecurrentDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def new_cache(self, capacity: int, layers: range | None = None) -> RecurrentCache:
-        inner = self._inner.new_cache(capacity, layers)
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> RecurrentCache:
+        inner = self._inner.new_cache(capacity, layers, num_snapshots)
         return RecurrentCache(inner, self._inner.config.hidden_size, restores=self._restores)
 
     def forward(self, hidden_SM: Tensor, start: int, cache: RecurrentCache, *words: Any, **more: Any) -> Any:

@@ -182,7 +182,9 @@ class AuditSession:
 
         tests = []
         for first, second in PAIRS:
-            counts = Counter((bin_of(answer[first]), bin_of(answer[second])) for answer in answers)
+            counts: Counter[tuple[int, ...]] = Counter(
+                (bin_of(answer[first]), bin_of(answer[second])) for answer in answers
+            )
             tests.append(chi_square(counts, cells))
         return tests[0] + tests[1]
 
