@@ -82,7 +82,7 @@ def command(
     from spdbench.judge.gate.verdict import EXIT_CODES, verdict_of
     from spdbench.judge.loaded import read_results
 
-    folder = Path(baseline) if Path(baseline).is_dir() else Path(baseline).parent
+    folder = Path(baseline) if os.path.isdir(baseline) else Path(baseline).parent
     new = list(result_paths(results))
     if calibrate:
         judging = {"max_slowdown": max_slowdown, "max_acceptance_drop": max_acceptance_drop, "by": by}
@@ -142,7 +142,7 @@ def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path)
     from spdbench.judge.gate.calibration import calibrate
     from spdbench.render.check import calibration_to_terminal
 
-    if not baseline.exists():
+    if not os.path.exists(baseline):
         raise InputError(f"--baseline {baseline}: does not exist, and {CALIBRATION} has to lie next to the baseline")
     found = calibrate(candidates)
     with contextlib.suppress(InputError):  # a damaged one is made anew

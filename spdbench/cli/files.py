@@ -25,12 +25,12 @@ def result_paths(words: Sequence[str]) -> Iterator[Path]:
     """
     for word in words:
         path = Path(word)
-        if path.is_dir():
+        if os.path.isdir(path):  # `Path.is_dir` raises for names that are too long
             found = _results(path.glob("*.json"))
             if not found:
                 raise InputError(f"{word}: no result files (*.json) in this folder")
             yield from found
-        elif glob.has_magic(word) and not path.exists():
+        elif glob.has_magic(word) and not os.path.exists(path):
             matches = _results(map(Path, glob.glob(_pattern(path), recursive=True)))
             if not matches:
                 raise InputError(f"{word}: no file matches this pattern")
@@ -42,7 +42,7 @@ def result_paths(words: Sequence[str]) -> Iterator[Path]:
 def _pattern(path: Path) -> str:
     """`path` as a pattern in which the folders that exist by their very names, brackets included, mean themselves."""
     known, *parts = Path(path.anchor), *path.relative_to(path.anchor).parts
-    while parts and (known / parts[0]).exists():
+    while parts and os.path.exists(known / parts[0]):
         known /= parts.pop(0)
     return os.path.join(glob.escape(str(known)), *parts)
 
@@ -64,8 +64,8 @@ def file_identity(path: Path) -> object:
     """Equal for two names of one file, which may be links; the absolute path of a file that is not there."""
     try:
         found = path.stat()
-    except OSError:
-        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return os.path.abspath(path)
     return found.st_dev, found.st_ino
 
 

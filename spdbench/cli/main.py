@@ -5,6 +5,7 @@ Commands are imported when they are called, so that `--help` needs click and not
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -21,6 +22,8 @@ from spdbench.errors import InputError, SpdbenchError, did_you_mean, write_failu
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
+IMPOSSIBLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""Error numbers of paths that no file can have, wherever they came from."""
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
 
 
@@ -109,6 +112,9 @@ def run(args: Sequence[str]) -> int:
         _silence_stdout()
         return BROKEN_PIPE
     except Exception as error:  # libraries that are not written in Python have errors of their own
+        if isinstance(error, OSError) and error.errno in IMPOSSIBLE_PATH:
+            click.echo(f"Error: {printable(f'{error.filename}: {error.strerror}')}", err=True)
+            return InputError.exit_code
         if (reason := write_failure(error)) is None:
             raise
         _silence_stdout()

@@ -129,6 +129,10 @@ def report_joined(chat: ChatFormat, conversations: Iterable[Sequence[Message]]) 
         )
 
 
+LONGEST_NAME = 255
+LONGEST_ENDING = ".journal.jsonl.old.part"
+
+
 def require_writable(folder: Path) -> None:
     """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
     try:
@@ -143,6 +147,9 @@ def result_path(folder: Path, work: str, label: str, model_id: str, name: str | 
     """Where what `label` did of a suite or of tasks goes; `name` tells runs apart.
 
     Earlier versions replaced nothing but `/` in the model's name; a result or journal of that name is still used.
+
+    Raises:
+        InputError: no file can have that name.
     """
 
     def path(model: str) -> Path:
@@ -150,7 +157,13 @@ def result_path(folder: Path, work: str, label: str, model_id: str, name: str | 
 
     old = path(model_id.replace("/", "-"))
     is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
-    return old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
+    found = old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
+    if (length := len(os.fsencode(found.stem + LONGEST_ENDING))) > LONGEST_NAME:
+        raise InputError(
+            f"{found.stem[:60]}...: the names of suite, label, model and --name make a file name of {length} bytes, "
+            f"and {LONGEST_NAME} are possible; choose a shorter label or --name"
+        )
+    return found
 
 
 def _shortened(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -112,9 +113,9 @@ def _read(path: Path, *, keep_ids: bool) -> list[LoadedResult]:
 def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]:
     """`work` done on each of `files`, in their order, and once on a file that is named twice; in several processes
     where that pays. Raises what the first of them raises."""
-    named: dict[Path, Path] = {}
+    named: dict[str, Path] = {}
     for file in files:
-        named.setdefault(file.resolve(), file)
+        named.setdefault(real_path(file), file)
     files = list(named.values())
     processes = _num_processes(files)
     if processes < 2:
@@ -124,6 +125,14 @@ def share_out(work: Callable[[Path], Made], files: Sequence[Path]) -> list[Made]
 
     with ProcessPoolExecutor(processes, get_context("fork"), _leave_interrupts_to_the_parent) as pool:
         return list(pool.map(work, files, chunksize=FILES_AT_ONCE))
+
+
+def real_path(file: Path) -> str:
+    """Where `file` leads; of a loop of links, or a name that no file can have, what it is. `Path.resolve` raises."""
+    try:
+        return os.path.realpath(file)
+    except (OSError, ValueError):
+        return os.path.abspath(file)
 
 
 def _num_processes(files: Sequence[Path]) -> int:
@@ -137,7 +146,7 @@ def _num_bytes(file: Path) -> int:
     """0 for a file that is missing: reading it raises the error."""
     try:
         return file.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0
 
 

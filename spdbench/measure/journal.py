@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.input_files import parse_json
-from spdbench.judge.results.schema import Run, RunKey
+from spdbench.judge.results.schema import Run, RunKey, require_totals
 from spdbench.types import Outcome
 
 MAGIC = "spdbench.journal/1"
@@ -96,17 +96,25 @@ class Journal(AppendLog):
                 raise ValueError
             self.created, self.identity = str(header["created"]), dict(header["identity"])
         elif line.startswith(RUN_START):
-            key = Run.model_validate_json(_run_json(line)).key
-            self.offsets[key] = offset
-            self._aside.pop(key, None)
+            run = self._checked(_run_json(line))
+            self.offsets[run.key] = offset
+            self._aside.pop(run.key, None)
         elif line.startswith(ASIDE_START):
-            run = Run.model_validate_json(line.removeprefix(ASIDE_START).removesuffix(b"}\n"))
+            run = self._checked(line.removeprefix(ASIDE_START).removesuffix(b"}\n"))
             self._aside.setdefault(run.key, []).append(run)
         else:
             prompt, turn, repeat, outcome = parse_json(line)["outcome"]
-            if outcome not in get_args(Outcome):
+            if outcome not in get_args(Outcome) or (prompt, turn, repeat) not in self.offsets:
                 raise ValueError
             self.outcomes[(prompt, turn, repeat)] = outcome
+
+    def _checked(self, text: bytes) -> Run:
+        """The run in `text`; raises `ValueError` for one that this journal's run cannot have made."""
+        run = Run.model_validate_json(text)
+        require_totals(run)
+        if run.num_new_tokens > self.identity.get("max_new_tokens", run.num_new_tokens):
+            raise ValueError
+        return run
 
     def _run_at(self, offset: int) -> bytes:
         self._reader.seek(offset)

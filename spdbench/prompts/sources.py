@@ -275,7 +275,7 @@ class LmEvalSource(Source):
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise SourceUnavailable(f"cannot be imported ({error})", install_command("spdbench[eval]")) from None
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not os.path.isdir(folder):
             raise SourceUnavailable(f"no folder {folder}", "mend include_path, or pass --data DIR")
         manager = TaskManager(include_path=folder, include_defaults=folder is None)
         if self.lm_eval not in manager.all_tasks:

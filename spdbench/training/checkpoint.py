@@ -9,9 +9,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
 
 from spdbench.append_log import require_same_settings
@@ -27,22 +28,28 @@ Generators = Mapping[str, Tensor | None]
 """States of torch's random generators, by their names in a checkpoint."""
 
 
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 @dataclass
 class State:
     """The progress of a run. `epoch` and `batch` are the position in the data, `log_size` the one in the log, in bytes;
     acceptance is measured on the sequences `held_out`, last at step `evaluated`; `evaluations` counts the planned ones
     that are done; `step_s` and `evaluation_s` are what the last step and evaluation took."""
 
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    elapsed_s: float = 0.0
-    step_s: float = 0.0
-    evaluation_s: float = 0.0
-    trained_tokens: int = 0
-    evaluations: int = 1
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    step: Count = 0
+    epoch: Count = 0
+    batch: Count = 0
+    elapsed_s: Seconds = 0.0
+    step_s: Seconds = 0.0
+    evaluation_s: Seconds = 0.0
+    trained_tokens: Count = 0
+    evaluations: Count = 1
     evaluated: int = -1
-    log_size: int = 0
+    log_size: Count = 0
     held_out: list[int] = field(default_factory=list)
     best_score: float = -1.0
     best_rates: tuple[float, ...] = ()
@@ -98,20 +105,35 @@ def restore(
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["identity"]
+        found = dict(content["identity"])
     except Exception:  # torch raises many types
         raise InputError(f"{path}: cannot be read as a checkpoint; remove it to begin anew") from None
     require_same_settings(f"--resume: {path}", found, identity, RESTART)
     try:
-        state = State(**content["state"])
+        state = TypeAdapter(State).validate_python(content["state"])
+        module.load_state_dict(state.best_weights)  # which it does again, and for good, at the end of the run
         module.load_state_dict(content["module"])
-    except (KeyError, TypeError, RuntimeError):  # fields or tensors of another version
-        raise InputError(f"--resume: {path} was written by another version of spdbench. {RESTART}") from None
-    optimizer.load_state_dict(content["optimizer"])
-    torch.set_rng_state(content["rng"])
-    if content["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(content["cuda_rng"], next(module.parameters()).device)
+        _restore_optimizer(optimizer, content["optimizer"]["state"])
+        torch.set_rng_state(content["rng"])
+        if content["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(content["cuda_rng"], next(module.parameters()).device)
+    except Exception:  # fields or tensors of another version, or of anyone's making: torch raises many types
+        raise InputError(
+            f"--resume: {path} is damaged, or was written by another version of spdbench. {RESTART}"
+        ) from None
     return state
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Fills in the moments of each parameter; the settings are those of this run.
+
+    Raises:
+        ValueError: a moment has another shape than its parameter.
+    """
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for parameter, moments in optimizer.state.items():
+        if any(moment.dim() and moment.shape != parameter.shape for moment in moments.values()):
+            raise ValueError("a moment of another shape")
 
 
 def set_aside(folder: Path) -> bool:

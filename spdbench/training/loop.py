@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
-from spdbench.errors import SpdbenchError
+from spdbench.errors import InputError, SpdbenchError
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.features import Features
 from spdbench.training.log import NAME as LOG
-from spdbench.training.log import TrainingLog
+from spdbench.training.log import RESTART, TrainingLog
 from spdbench.training.recipe import Batch, Counts, Recipe
 from spdbench.training.schedule import Data, Plan, batches_of, epoch_batches, rate_factor
 
@@ -80,6 +80,8 @@ class Training:
         module = self._recipe.module
         restored = checkpoint.restore(self._folder, self._identity, module, self._optimizer) if resume else None
         state = self.state = restored or State()
+        if not set(state.held_out) <= set(self._data.held_out):
+            raise InputError(f"--resume: {self._folder / checkpoint.NAME}: held_out names other sequences. {RESTART}")
         self._origin = self._began - state.elapsed_s
         log = self._log = TrainingLog(self._folder / LOG, state.log_size)
         try:

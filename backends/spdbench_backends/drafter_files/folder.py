@@ -11,6 +11,7 @@ could be measured.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError, validated
-from spdbench.input_files import parse_json
+from spdbench.input_files import read_json
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
 from spdbench.models.checkpoints.weights import FLOATS
@@ -108,16 +109,13 @@ def read_config(folder: Path, *methods: str) -> dict[str, Any]:
         InputError: there is none, it is no mapping, or it names a method that is not one of `methods`.
     """
     file = folder / "config.json"
-    try:
-        raw = parse_json(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{folder}: is not a drafter folder, it has no config.json") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from None
+    if not os.path.lexists(file):
+        raise InputError(f"{folder}: is not a drafter folder, it has no config.json")
+    raw = read_json(file)
     if not isinstance(raw, dict):
         raise InputError(f"{file}: is not a mapping")
     if raw.get("method", methods[0]) not in methods:
-        raise InputError(f"{folder}: is a drafter for {raw['method']!r}, not for {methods[0]}")
+        raise InputError(f"{folder}: is a drafter for {raw['method']!r:.60}, not for {methods[0]}")
     return raw
 
 
@@ -127,7 +125,7 @@ def require_version(path: Path, config: Mapping[str, Any], *allowed: int) -> Non
     if found not in allowed:
         versions = ", ".join(map(str, allowed))
         raise InputError(
-            f"{path}: config.version {found!r} is not known. Allowed: {versions}. A newer spdbench may read it."
+            f"{path}: config.version {found!r:.60} is not known. Allowed: {versions}. A newer spdbench may read it."
         )
 
 

@@ -6,6 +6,7 @@ Checks and wires; conversations, batching and the file are in `spdbench.training
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -170,7 +171,7 @@ def _target(options: DistillOptions) -> Target:
 
 def _check_out(out: Path, tokens: int) -> None:
     """Raises `InputError` where `tokens` tokens of data cannot be written to `out`."""
-    if out.is_dir():
+    if os.path.isdir(out):
         raise InputError(f"--out {out}: is a folder; give the name of a file")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

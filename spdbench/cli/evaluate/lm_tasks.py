@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from math import comb, isfinite
 from pathlib import Path
@@ -35,7 +36,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None, *, allow_code: b
     """
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not include_path.is_dir():
+    if include_path is not None and not os.path.isdir(include_path):
         raise InputError(f"--include-path {include_path}: no such folder")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry; the last one is reported below
     manager = None

@@ -6,6 +6,7 @@ Parses nothing and prints only what happened to files.
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -75,7 +76,7 @@ class Session:
         folder, name = self.options.results, self.options.name
         paths = [result_path(folder, self.suite.name, spec.label, self.model.id, name) for spec in self.specs]
         for path in paths:
-            if path.is_dir():
+            if os.path.isdir(path):
                 raise InputError(f"{path}: is a folder, where a result file has to go")
         with ExitStack() as stack:
             stack.enter_context(sigterm_interrupts())

@@ -6,6 +6,7 @@ runs pair, `render/` how tables look.
 
 from __future__ import annotations
 
+import os
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from spdbench.errors import InputError, NotComparableError, did_you_mean
 from spdbench.judge.comparison.pairing import Outputs, Pair, differences, machine, pair, workload
-from spdbench.judge.loaded import LoadedResult, read_results
+from spdbench.judge.loaded import LoadedResult, read_results, real_path
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, make_flag, noisy
 from spdbench.judge.results.schema import Flag, Result
@@ -123,12 +124,12 @@ def find_baseline(word: str, results: Sequence[LoadedResult]) -> str | LoadedRes
     if word in labels:
         return word
     path = Path(word)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(
             f"--baseline {word}: no result has that label and no file that name{did_you_mean(word, labels)}"
         )
     for result in results:
-        if Path(result.file).resolve() == path.resolve():
+        if real_path(Path(result.file)) == real_path(path):
             return result
     return read_results([path])[0]
 

@@ -22,7 +22,16 @@ from pydantic import TypeAdapter
 from pydantic_core import from_json
 
 from spdbench.input_files import open_input
-from spdbench.judge.results.schema import INT64, MAX_CHUNK, MAX_DEPTH, MAX_FORWARDS, Result, Run, RunKey, read_result
+from spdbench.judge.results.schema import (
+    INT64,
+    MAX_CHUNK,
+    MAX_DEPTH,
+    MAX_FORWARDS,
+    Result,
+    Run,
+    RunKey,
+    read_result,
+)
 from spdbench.judge.results.table import RunTable, StepArrays, build_table, join_tables, table_from
 
 BUFFER_BYTES = MAX_BATCH_BYTES = 2**20
@@ -161,7 +170,19 @@ def _read_array(text: bytes, *, keep_ids: bool) -> RunTable:
             raise NotPlain
     num_steps, steps = _read_columns(columns)
     require_plain_integers(b",".join(filter(None, columns[0])))
+    _require_totals(runs, columns[0], num_steps, steps)
     return build_table(runs, columns[0], num_steps, steps, keep_ids=keep_ids)
+
+
+def _require_totals(runs: Sequence[Run], outputs: Sequence[bytes], num_steps: Any, steps: StepArrays) -> None:
+    """`schema.require_totals` of all `runs`, whose ids and steps are in `outputs` and `steps`; raises `NotPlain`."""
+    ends = np.cumsum(num_steps)
+    emitted = np.concatenate([[0], np.cumsum(steps.emitted)])
+    emitted = emitted[ends] - emitted[ends - num_steps]
+    new_tokens = np.array([run.num_new_tokens for run in runs], dtype=np.int64)
+    num_ids = np.array([text.count(b",") + 1 if text else 0 for text in outputs], dtype=np.int64)
+    if (new_tokens != emitted).any() or ((num_ids > 0) & (num_ids != emitted)).any():
+        raise NotPlain
 
 
 def _cut(text: bytes) -> tuple[bytes, list[list[bytes]]]:

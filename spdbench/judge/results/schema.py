@@ -63,9 +63,9 @@ class SuiteInfo(Record):
 
 class DecodingInfo(Record):
     max_new_tokens: int = Field(ge=1)
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float = Field(ge=0, allow_inf_nan=False)
+    top_p: float = Field(gt=0, le=1)
+    top_k: int = Field(ge=0)
     seed: int
     eos_ids: list[int]
 
@@ -244,9 +244,22 @@ class Summary(Record):
     by_category: dict[str, dict[str, Any]]
 
 
+def require_totals(run: Run) -> None:
+    """Raises `ValueError` where a run's tokens are not as many as its columns count."""
+    emitted = sum(run.steps.emitted)
+    if run.num_new_tokens != emitted:
+        raise ValueError(f"num_new_tokens: {run.num_new_tokens}, and its steps emit {emitted}")
+    if run.output_ids and len(run.output_ids) != emitted:
+        raise ValueError(f"output_ids: {len(run.output_ids)} ids, and its steps emit {emitted} tokens")
+
+
 def _one_run_a_key(runs: list[Run]) -> list[Run]:
     places: dict[RunKey, int] = {}
     for place, run in enumerate(runs):
+        try:
+            require_totals(run)
+        except ValueError as error:
+            raise ValueError(f"entry {place}: {error}") from None
         if run.key in places:
             prompt, turn, repeat = run.key
             raise ValueError(

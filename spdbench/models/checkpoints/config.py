@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError
+from spdbench.input_files import read_json
 from spdbench.models.checkpoints.config_checks import require_plausible, require_positive
-from spdbench.models.checkpoints.folders import read_json
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")
 """Families with recurrent layers next to attention; a text model's `model_type` has `_text` behind these names."""
@@ -299,7 +299,7 @@ def _eos_ids(directory: Path, standard: Any) -> frozenset[int]:
     an answer. The architecture's default counts only where neither file names one.
     """
     path = directory / "generation_config.json"
-    settings = read_json(path) if path.exists() else {}
+    settings = read_json(path) if os.path.lexists(path) else {}
     if not isinstance(settings, dict):
         raise InputError(f"{path}: cannot be used (expected an object)")
     raw = read_raw_config(directory)

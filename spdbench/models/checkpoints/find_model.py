@@ -13,8 +13,9 @@ from pathlib import Path
 
 from spdbench.console import say
 from spdbench.errors import InputError, write_failure
+from spdbench.input_files import read_json
 from spdbench.models.checkpoints import embedded
-from spdbench.models.checkpoints.folders import cache_folder, read_json, typed_path
+from spdbench.models.checkpoints.folders import cache_folder, typed_path
 from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
@@ -114,7 +115,7 @@ def _write_source_note(directory: Path, source: str, sha256: str) -> None:
 def _read_source_note(directory: Path) -> str | None:
     """The hash of the file that a converted folder was made from; None for other folders."""
     path = directory / NOTE
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     note = read_json(path)
     sha256 = note.get("sha256") if isinstance(note, dict) else None

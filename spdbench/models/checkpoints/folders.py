@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 from spdbench.errors import InputError
 
@@ -52,19 +50,3 @@ def drafter_folders() -> list[Path]:
     except InputError:  # nothing can have been put there
         trained = []
     return [*([Path(own)] if own else []), *trained, shipped]
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        InputError: it cannot be read, or is not JSON that Python can hold.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
-    except RecursionError:
-        raise InputError(f"{path}: is not usable JSON (nested too deeply)") from None

@@ -49,8 +49,8 @@ def test_a_folder_there_and_back(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{", "config.json: cannot be read"),
-        ("[" * 100_000, "config.json: cannot be read"),
+        ("{", "config.json: not JSON"),
+        ("[" * 100_000, "config.json: nested too deeply"),
         ("[]", "config.json: is not a mapping"),
         ('{"method": "other"}', "is a drafter for 'other', not for some"),
         (None, r"is not a drafter folder, it has no config\.json"),

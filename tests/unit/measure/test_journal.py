@@ -13,7 +13,7 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.measure.journal import Journal, create_journal, resume_journal
-from tests.builders import make_run
+from tests.builders import make_run, vanilla_steps
 
 IDENTITY: dict[str, Any] = {"suite": "quick", "temperature": 0.0}
 
@@ -96,6 +96,23 @@ def test_what_an_editor_did_to_it_is_noticed_at_once(path: Path, old: bytes, new
     path.write_bytes(header + b"\n" + rest.replace(old, new))
     with pytest.raises(InputError, match=r"line \d is damaged"):
         resume_journal(path, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"outcome": ["p9", 0, 0, "identical"]},
+        {"run": make_run(prompt="p9").model_copy(update={"num_new_tokens": 4}).model_dump(mode="json")},
+        {"run": make_run(vanilla_steps(9), prompt="p9").model_dump(mode="json")},
+    ],
+    ids=["an outcome of no request", "totals that the columns contradict", "longer than the limit"],
+)
+def test_lines_that_no_run_writes_are_refused(path: Path, line: dict[str, Any]) -> None:
+    create_journal(path, "2026-01-01", IDENTITY | {"max_new_tokens": 8}).close()
+    with path.open("ab") as file:
+        file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    with pytest.raises(InputError, match="line 2 is damaged"):
+        resume_journal(path, IDENTITY | {"max_new_tokens": 8})
 
 
 def test_a_journal_that_was_deleted_stops_the_run_at_once(path: Path) -> None:

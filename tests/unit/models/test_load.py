@@ -280,7 +280,7 @@ def test_json_that_is_nested_too_deeply(copy: Path) -> None:
     deep = "[" * 100_000
     for name in ("spdbench.json", "model.safetensors.index.json", "generation_config.json", "config.json"):
         (copy / name).write_text(deep)
-        with pytest.raises(InputError, match=f"{name}: is not usable JSON"):
+        with pytest.raises(InputError, match=f"{name}: nested too deeply"):
             tiny.load(copy)
         if name != "config.json":
             (copy / name).unlink()
@@ -316,7 +316,7 @@ def test_quantised_tensors_are_never_read_as_plain_ones(copy: Path) -> None:
 )
 def test_generation_settings_that_cannot_be_used(copy: Path, text: str) -> None:
     (copy / "generation_config.json").write_text(text)
-    with pytest.raises(InputError, match=r"generation_config\.json: (cannot be used|is not JSON)"):
+    with pytest.raises(InputError, match=r"generation_config\.json: (cannot be used|not JSON)"):
         tiny.load(copy)
 
 
@@ -329,7 +329,7 @@ def test_a_broken_tokenizer(copy: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", '{"weight_map": {"a": 5}}', '{"weight_map": {}}', "{"])
 def test_a_broken_weight_index(copy: Path, text: str) -> None:
     (copy / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InputError, match=r"is not a weight index|is not JSON"):
+    with pytest.raises(InputError, match=r"is not a weight index|not JSON"):
         find_model(str(copy))
 
 

@@ -90,6 +90,23 @@ def test_a_result_without_runs_is_read(tmp_path: Path) -> None:
         assert read_results([path])[0].num_begun == 0
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_new_tokens", 2_000_000, r"num_new_tokens: 2000000, and its steps emit 5"),
+        ("output_ids", [1, 2, 3], r"output_ids: 3 ids, and its steps emit 5 tokens"),
+    ],
+)
+@pytest.mark.parametrize("write", LAYOUTS.values())
+def test_totals_that_the_columns_contradict_are_refused(
+    tmp_path: Path, field: str, value: Any, message: str, write: Callable[[Result], bytes]
+) -> None:
+    runs = [make_run(), make_run(prompt="p1").model_copy(update={field: value})]
+    (tmp_path / "a.json").write_bytes(write(make_result([]).model_copy(update={"runs": runs})))
+    with pytest.raises(InputError, match=rf"a\.json: runs: .*entry 1: {message}"):
+        read_runs(tmp_path / "a.json")
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_read_of_a_damaged_file_is_what_the_model_reads(tmp_path: Path, data: st.DataObject) -> None:

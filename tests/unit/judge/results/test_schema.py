@@ -108,7 +108,17 @@ GOOD = {
 
 
 def test_steps_of_one_instant_and_deep_drafts_are_read(tmp_path: Path) -> None:
-    assert read_result(edited(tmp_path / "a.json", steps=GOOD)).runs[0].steps.judged == [0, 2, 300]
+    totals = {"num_new_tokens": 3, "output_ids": [1, 2, 3]}
+    assert read_result(edited(tmp_path / "a.json", steps=GOOD, **totals)).runs[0].steps.judged == [0, 2, 300]
+
+
+@pytest.mark.parametrize(("field", "value"), [("temperature", "NaN"), ("temperature", -1), ("top_p", 0), ("top_k", -1)])
+def test_decoding_that_cannot_be_is_refused(tmp_path: Path, field: str, value: Any) -> None:
+    data = json.loads(make_result([make_run()]).model_dump_json(by_alias=True))
+    data["decoding"][field] = float(value)
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match=rf"a\.json: decoding\.{field}: "):
+        read_result(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
