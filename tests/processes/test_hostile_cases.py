@@ -138,11 +138,12 @@ def _group_bytes(group: int) -> int:
 
 
 def lost_files(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
-    """The files whose content is gone. Logs that a command continues may grow, and their summaries are renewed."""
+    """The files whose content is gone. Logs that a command continues may grow; summaries and what is
+    kept of hashes are renewed."""
     lost = []
     for name, content in before.items():
         now = after.get(name)
-        if now == content or name.endswith(".summary.json") or name.startswith("results/"):
+        if now == content or name.endswith(".summary.json") or name.startswith(("results/", "cache/")):
             continue
         if name == "d.jsonl" and now is not None and _conversations(content) <= _conversations(now):
             continue
