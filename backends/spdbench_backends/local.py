@@ -98,7 +98,7 @@ def described_snapshots(decoder: TargetDecoder, stages: Sequence[range], counts:
         return {}
     num_bytes = sum(count * decoder.snapshot_bytes(layers) for layers, count in zip(stages, counts, strict=True))
     by_stage = " by stage" if len(counts) > 1 else ""
-    return {"snapshots": f"{', '.join(map(str, counts))}{by_stage}, {num_bytes / 1e6:,.1f} MB"}
+    return {"snapshots": f"{', '.join(map(str, counts))}{by_stage}, {num_bytes / 1e6:.3g} MB"}
 
 
 def captured_as(graphs: Graphs, capacity: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from spdbench.errors import InputError
 
@@ -40,21 +41,29 @@ def split_by_counts(num_layers: int, counts: Sequence[int]) -> tuple[range, ...]
     return tuple(stages)
 
 
-def split_by_cost(num_layers: int, extras: Sequence[float]) -> tuple[range, ...]:
-    """Contiguous ranges whose most expensive one is as cheap as possible. `extras[s]` is the cost of what stage s does
-    in addition to its layers, such as the head in the last, in units of a layer.
+def split_by_cost(layer_costs: Sequence[float], extras: Sequence[float]) -> tuple[range, ...]:
+    """Contiguous ranges whose most expensive one is as cheap as possible; of equally good ones the more even.
+    `extras[s]` is the cost of what stage s does in addition to its layers, such as the head in the last.
 
     Raises:
         InputError: there are fewer layers than stages.
     """
-    num_stages = len(extras)
+    num_layers, num_stages = len(layer_costs), len(extras)
     if not 1 <= num_stages <= num_layers:
         raise InputError(f"stages={num_stages}: the model has {num_layers} layers. Allowed: 1 to {num_layers}.")
-    counts = [1] * num_stages
-    for _ in range(num_layers - num_stages):  # layers cost the same, so each goes to the cheapest stage
-        cheapest = min(range(num_stages), key=lambda stage: counts[stage] + extras[stage])
-        counts[cheapest] += 1
-    return split_by_counts(num_layers, counts)
+    sums = list(accumulate(layer_costs, initial=0.0))
+    # By number of layers that the stages so far have: the heaviest stage, the squares of all, and minus their layers,
+    # so that the earlier of two alike stages gets more.
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for extra in extras:
+        longer: dict[int, tuple[float, float, tuple[int, ...]]] = {}
+        for start, (heaviest, squares, counts) in best.items():
+            for stop in range(start + 1, num_layers + 1):
+                cost = sums[stop] - sums[start] + extra
+                found = (max(heaviest, cost), squares + cost * cost, (*counts, start - stop))
+                longer[stop] = min(found, longer.get(stop, found))
+        best = longer
+    return split_by_counts(num_layers, [-count for count in best[num_layers][2]])
 
 
 def _uneven_example(num_layers: int) -> str:

@@ -31,15 +31,17 @@ class Rotary:
 
     @property
     def plain_base(self) -> float | None:
-        """The base of the inverse frequencies, rounded to a whole number where it is one; None if they are scaled."""
-        pairs = len(self._frequencies)
+        """The base of the inverse frequencies, rounded to a whole number where it is one; None if they are scaled.
+        Pairs that are not rotated, of frequency 0, do not count."""
+        rotated = self._frequencies[self._frequencies > 0].cpu()
+        pairs = len(rotated)
         if pairs < 2:
             return None
-        slowest = float(self._frequencies[-1].double())
+        slowest = float(rotated[-1].double())
         base = slowest ** (-pairs / (pairs - 1))
         base = float(round(base)) if abs(base - round(base)) < 1e-5 * base else base
         plain = plain_frequencies(base, 2 * pairs)
-        return base if self._factor == 1.0 and torch.allclose(self._frequencies.cpu(), plain, rtol=1e-5) else None
+        return base if self._factor == 1.0 and torch.allclose(rotated, plain, rtol=1e-5) else None
 
     def tables(self, size: int) -> tuple[Tensor, Tensor]:
         """cos and sin of at least the first `size` positions, each `[P, D]`."""

@@ -10,6 +10,7 @@ import torch
 
 from spdbench.errors import InputError
 from spdbench.models.target import Target
+from spdbench.types import GenerationRequest, Sampling
 from tests import tiny
 from tests.conformance.test_backends import ids, load, plain, run
 
@@ -83,6 +84,28 @@ def test_the_answers_are_the_targets_own(target: Target, name: str, options: dic
         assert sum(info.lane_bytes) == target.decoder.bytes_per_token(range(6), head=True)
     finally:
         backend.close()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("name", "options", "drafter"),
+    [
+        ("spd", {"stages": "3"}, "random"),
+        ("spd", {"stage_layers": "1,2,1,2"}, "forced:0.7"),
+        ("ppsd", {"stages": "2"}, "random"),
+    ],
+)
+def test_stage_processes_give_the_verdicts_of_one_process(
+    target: Target, name: str, options: dict[str, str], drafter: str, sampling: Sampling
+) -> None:
+    """They run ahead of verdicts, each as far as it gets."""
+    far, near = (load(target, name, {**options, "executor": where}, drafter) for where in ("process", "inline"))
+    try:
+        for seed, prompt in enumerate(PROMPTS):
+            request = GenerationRequest(prompt, (), 30, sampling, seed, frozenset())
+            assert run(far, request) == run(near, request)
+    finally:
+        far.close()
 
 
 def test_a_smaller_model_of_the_same_kind_drafts(target: Target, folder: Path) -> None:

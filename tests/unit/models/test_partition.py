@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -47,13 +48,31 @@ def test_counts_that_do_not_fit(counts: list[int], why: str) -> None:
         split_by_counts(30, counts)
 
 
-@given(st.integers(1, 7), st.lists(st.floats(0, 5), min_size=1, max_size=4))
-def test_no_cut_by_cost_has_a_lighter_heaviest_stage(num_layers: int, extras: list[float]) -> None:
+@given(
+    st.lists(st.floats(0.1, 5), min_size=1, max_size=7),
+    st.lists(st.floats(0, 5), min_size=1, max_size=4),
+)
+def test_no_cut_by_cost_has_a_lighter_heaviest_stage(costs: list[float], extras: list[float]) -> None:
+    num_layers = len(costs)
     if num_layers < len(extras):
         with pytest.raises(InputError, match=f"stages={len(extras)}"):
-            split_by_cost(num_layers, extras)
+            split_by_cost(costs, extras)
         return
+
+    def heaviest(counts: Sequence[int]) -> float:
+        stages = split_by_counts(num_layers, counts)
+        return max(sum(costs[layer] for layer in stage) + extra for stage, extra in zip(stages, extras, strict=True))
+
     every = [counts for counts in product(range(1, num_layers + 1), repeat=len(extras)) if sum(counts) == num_layers]
-    best = min(max(map(sum, zip(counts, extras, strict=True))) for counts in every)
-    found = [len(stage) for stage in split_by_cost(num_layers, extras)]
-    assert max(map(sum, zip(found, extras, strict=True))) == pytest.approx(best)
+    found = [len(stage) for stage in split_by_cost(costs, extras)]
+    assert heaviest(found) == pytest.approx(min(map(heaviest, every)))
+
+
+def test_layers_that_cost_the_same_are_split_evenly() -> None:
+    assert [len(stage) for stage in split_by_cost([1.0] * 30, [0.0] * 4)] == [8, 8, 7, 7]
+    assert [len(stage) for stage in split_by_cost([1.0] * 30, [0.0, 0.0, 8.0])] == [13, 13, 4]
+
+
+def test_expensive_layers_count_as_such() -> None:
+    """Every third layer costs three of the others."""
+    assert split_by_cost([1, 1, 3, 1, 1, 3], [0.0, 0.0, 0.0]) == (range(2), range(2, 4), range(4, 6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from spdbench.models.decoder import Decoder
 from spdbench.pipeline import balance
 from spdbench.pipeline.balance import balanced_stages
+from tests import tiny
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,18 @@ def test_the_cut_follows_the_times(
 def test_measured_for_real_all_layers_are_there(decoder: Decoder) -> None:
     stages = balanced_stages(decoder, 3, 1)
     assert [layer for stage in stages for layer in stage] == list(range(6))
+
+
+def test_recurrent_layers_have_a_time_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a recurrent layer, of which there are four, takes three times as long as one of attention."""
+    hybrid = tiny.load(tiny.make_model(tmp_path, "qwen3_5_text")).own_decoder
+    asked = []
+
+    def timed(work: Callable[[], Any], *, threads: int) -> float:  # noqa: ARG001
+        work()
+        asked.append(work)
+        return {1: 12.0, 2: 2.0}.get(len(asked), 0.0)
+
+    monkeypatch.setattr(balance, "median_seconds", timed)
+    assert [len(stage) for stage in balanced_stages(hybrid, 4, 1)] == [1, 2, 1, 2]
+    assert len(asked) == 3
