@@ -170,7 +170,7 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=text.rms_norm_eps,
-        tied=bool(standard.tie_word_embeddings),
+        tied=bool(standard.tie_word_embeddings or text.tie_word_embeddings),  # either part of a nested config says so
         qk_norm=family in ("qwen3", "qwen3_moe", *HYBRIDS),
         windows=_windows(directory, text),
         experts=experts,

@@ -94,6 +94,12 @@ def test_a_model_that_also_reads_images_is_read_by_its_text_part(folder: Path, t
     assert target.num_parameters == plain.num_parameters
 
 
+def test_tied_embeddings_may_be_named_within_the_text_part(tmp_path: Path) -> None:
+    tied = tiny.make_model(tmp_path / "tied", "qwen3_5_text", seed=3, tie_word_embeddings=True)
+    expected = list(decode(tiny.load(tied).own_decoder, tiny.greedy(PROMPT, 20)))
+    assert list(decode(tiny.load(tiny.nest(tied)).own_decoder, tiny.greedy(PROMPT, 20))) == expected
+
+
 def test_experts_in_one_tensor_are_the_same_as_one_by_one(tmp_path: Path) -> None:
     """The published files hold them as one; transformers writes them one by one."""
     folder = tiny.make_model(tmp_path, "qwen3_5_moe_text", seed=3)

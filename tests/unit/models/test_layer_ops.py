@@ -177,7 +177,16 @@ def test_the_exponential_is_right_to_a_few_units_in_the_last_place(x: float) -> 
     assert compiled.exponential(np.float32(x)) == pytest.approx(math.exp(np.float32(x)), rel=5e-7)
 
 
-def test_the_exponential_ends_at_minus_87() -> None:
+def test_gates_far_from_zero_let_all_or_nothing_through() -> None:
+    gates = torch.tensor([[-1e30, -120.0, -89.0, 89.0, 120.0, 1e30, *[2.0] * 6]])
+    geometry = layer_ops.Geometry(1, 1, 2, 1e-6)
+    found, expected = CpuOps(geometry, torch.float32).gate(gates), LayerOps(geometry).gate(gates)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_exponential_ends_at_minus_87_and_88() -> None:
+    for x in (89.0, 1e30):
+        assert compiled.exponential(np.float32(x)) == pytest.approx(math.exp(88.0), rel=1e-5)
     assert compiled.exponential(np.float32(-np.inf)) == pytest.approx(math.exp(-87.0), rel=1e-5)
     assert compiled.exponential(np.float32(-1e30)) < 1e-37
 
