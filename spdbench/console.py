@@ -14,7 +14,7 @@ HARMLESS = "\t\u200c\u200d"
 
 def printable(text: str, *, one_line: bool = False) -> str:
     """`text` with escapes such as `\\x1b` for control characters, halves of surrogate pairs, and marks that change the
-    direction of text. Line breaks stay, unless it has to be `one_line`. Text of a megabyte is cut.
+    direction of text. Line breaks stay, unless it has to be `one_line`. Text over `MAX_CHARS` is cut.
 
     Labels, names, keys, file names, and messages of servers and libraries hold what others wrote. Escape sequences in
     them would be obeyed by a terminal, and line breaks would leave a table's row or a comment.
