@@ -21,13 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 from rich.console import Console
 
-from spdbench.backend import BackendInfo, BackendOptions
+from benchmarks.free_backends import BACKENDS, DEPTH, NUM_TOKENS, FreeSteps, Letters, NoObserver
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.results.schema import BackendRecord, DecodingInfo, ModelInfo, Run, Steps, SuiteInfo
 from spdbench.measure.assemble import ResultHead, write_result
@@ -35,11 +35,12 @@ from spdbench.measure.clock import measure
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.render.table import render
-from spdbench.types import BackendKind, GenerationRequest, Message, Prompt, Sampling, Span, Step
+from spdbench.types import GenerationRequest, Prompt, Sampling
 
 NUM_FILES, NUM_RUNS, NUM_STEPS = 200, 80, 201
 SIZES = (1_000, 5_000, 10_000)
-NUM_TOKENS, DEPTH = 64, 4
+TREE_NODES = 60
+ROOT = Path(__file__).parents[1]
 TOKEN_S = 0.010
 """The time of a token on a fast CPU; overhead is stated as a share of it."""
 LABELS = ("vanilla", "drafts")
@@ -159,67 +160,6 @@ def result_head(label: str, shown: str, num_prompts: int) -> ResultHead:
 # The harness's own work in a step and in a prompt
 
 
-class FreeSteps:
-    """A backend whose steps exist already, so that generating costs nothing."""
-
-    Options: ClassVar[type[BackendOptions]] = BackendOptions
-    kind: ClassVar[BackendKind] = "autoregressive"
-    lossless = True
-
-    def __init__(self) -> None:
-        tokens = tuple(7919 * index % 49_152 for index in range(NUM_TOKENS))
-        self._steps = [Step(tokens[:1], 0, 0, 0, 1.0)]
-        while done := sum(len(step.token_ids) for step in self._steps):
-            if done == NUM_TOKENS:
-                break
-            self._steps.append(self.step(tokens[done : done + 1 + done % (DEPTH + 1)]))
-
-    def step(self, tokens: tuple[int, ...]) -> Step:
-        return Step(tokens[:1], 0, 0, 0, 1.0)
-
-    def load(self) -> None: ...
-    def close(self) -> None: ...
-    def prepare(self, request: GenerationRequest) -> None: ...
-
-    def describe(self) -> BackendInfo:
-        return BackendInfo(("cpu",), (1,))
-
-    def spans(self) -> Sequence[Span]:
-        return ()
-
-    def generate(self, request: GenerationRequest) -> Iterator[Step]:  # noqa: ARG002
-        yield from self._steps
-
-
-class FreeDrafts(FreeSteps):
-    """The same tokens in rounds of one to five."""
-
-    kind: ClassVar[BackendKind] = "draft_verify"
-
-    def step(self, tokens: tuple[int, ...]) -> Step:
-        return Step(tokens, DEPTH, min(len(tokens), DEPTH), len(tokens) - 1, DEPTH + 1.0)
-
-
-BACKENDS = {"vanilla": FreeSteps, "drafts": FreeDrafts}
-
-
-class Letters:
-    """A chat with one token a letter."""
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        return tuple(ord(letter) for message in messages for letter in message["content"])
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-
-class NoObserver:
-    """An observer that does nothing."""
-
-    def finished(self, label: str, run: Run) -> None: ...
-    def crashed(self, label: str, run: Run, trace: str) -> None: ...
-
-
 def overhead() -> Iterator[str]:
     backend, num_prompts = FreeSteps(), 2000
     request = GenerationRequest((1, 2, 3), (), NUM_TOKENS, Sampling(), 0, frozenset({-1}))
@@ -227,8 +167,25 @@ def overhead() -> Iterator[str]:
     clock_s = cpu_s(lambda: [measure(backend, request) for _ in range(num_prompts)]) / num_prompts - bare_s
     with tempfile.TemporaryDirectory() as folder:
         prompt_s = cpu_s(lambda: run_prompts(Path(folder), num_prompts, LABELS[:1])) / num_prompts - bare_s
+    with tempfile.TemporaryDirectory() as folder:
+        usual_s = cpu_s(lambda: run_prompts(Path(folder), num_prompts, ("drafts",))) / num_prompts
+        kept_s = cpu_s(lambda: run_prompts(Path(folder), num_prompts, ("kept",), keep=True)) / num_prompts - usual_s
     yield row("clock and records, a step", share(clock_s / NUM_TOKENS, 1), "1 %")
+    yield row(f"--keep-drafts, a round of {TREE_NODES} drafts, timed", share(seconds_to_read_tree(), 1), "1 %")
+    yield row(f"--trace and --keep-drafts, a prompt of {NUM_TOKENS} tokens, untimed", share(kept_s, NUM_TOKENS), "1 %")
     yield row(f"everything but the backend, a prompt of {NUM_TOKENS} tokens", share(prompt_s, NUM_TOKENS), "1 %")
+
+
+def seconds_to_read_tree() -> float:
+    """What a round does in addition for `--keep-drafts`, on a tree as large as EAGLE-2's."""
+    import torch
+
+    from spdbench.decoding.speculate import drafted_tokens
+    from spdbench.decoding.tree import DraftTree, Tree
+
+    draft = DraftTree(Tree(torch.arange(-1, TREE_NODES) // 2, 6), torch.arange(TREE_NODES + 1))
+    rounds = 2000
+    return cpu_s(lambda: [drafted_tokens(draft) for _ in range(rounds)]) / rounds
 
 
 def cpu_s(work: Callable[[], object]) -> float:
@@ -248,8 +205,9 @@ def prompts() -> Iterator[str]:
     facts = {}
     for size in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "long-run", str(size), folder]
-            facts[size] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+            command = [sys.executable, "-m", "benchmarks.harness", "long-run", str(size), folder]
+            done = subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+            facts[size] = json.loads(done.stdout)
         run_us, end_us = (facts[size][name] / size * 1e6 for name in ("run_s", "end_s"))
         what = f"{size:,} prompts by {len(LABELS)} backends, CPU time a prompt"
         yield row(what, f"{run_us:.0f} us, {end_us:.0f} us for results and table", "constant")
@@ -274,9 +232,12 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def run_prompts(folder: Path, num_prompts: int, labels: Sequence[str], *, resume: bool = False) -> None:
+def run_prompts(
+    folder: Path, num_prompts: int, labels: Sequence[str], *, resume: bool = False, keep: bool = False
+) -> None:
     prompts = tuple(Prompt(f"prompt-{n}", "abcdefgh"[n % 8], (f"question {n}",)) for n in range(num_prompts))
     workload = Workload(prompts, NUM_TOKENS, Sampling(), 0, frozenset(), repeats=1, warmup=0, context_limit=8192)
+    workload = replace(workload, keep_spans=keep, keep_drafts=keep)
     with ExitStack() as stack:
         journals = [stack.enter_context(open_journal(folder, label, resume=resume)) for label in labels]
         candidates = [

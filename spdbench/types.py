@@ -54,6 +54,7 @@ class GenerationRequest:
     `prompt_ids` are the ids as fed to the model, after the chat template; `messages` are the same thing for backends
     that take text only. `seed` is this request's own. Generation ends at the first of `eos_ids`, which counts, or
     after `max_new_tokens`. The caller cuts the answer at the first of the texts `stop`; a backend may end there.
+    `keep_drafts` asks for the drafted tokens in each step.
     """
 
     prompt_ids: tuple[int, ...]
@@ -63,6 +64,17 @@ class GenerationRequest:
     seed: int
     eos_ids: frozenset[int]
     stop: tuple[str, ...] = ()
+    keep_drafts: bool = False
+
+
+class Drafted(NamedTuple):
+    """The drafted tokens of a step: a tree after the token that was the newest one at its start.
+
+    `parents` holds the index of the draft before each one; -1 means the newest token. Parents come before children.
+    """
+
+    token_ids: tuple[int, ...]
+    parents: tuple[int, ...]
 
 
 class Step(NamedTuple):
@@ -71,7 +83,8 @@ class Step(NamedTuple):
     `token_ids` are the committed ids, as Python ints. `drafted` is the depth of the proposed draft, `judged` the number
     of drafts that got a verdict, `accepted` that of the accepted ones. `forwards` is the target's work in
     token-forwards: tree nodes, the root included; 1 for vanilla; in a pipeline, layers run by busy stages over all
-    layers.
+    layers. `drafts` are the drafted tokens where the request asks for them: the whole tree of a round; in a pipeline
+    the draft that got the verdict, followed by the drafts in flight that were dropped with it.
     """
 
     token_ids: tuple[int, ...]
@@ -79,6 +92,7 @@ class Step(NamedTuple):
     judged: int
     accepted: int
     forwards: float
+    drafts: Drafted | None = None
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class HF(ObservedEngine):
         settings = library.generation_settings(request, **drafting)
         unread = len(request.prompt_ids)
         for fed, token_ids in self._loaded(self._generation).rounds(request, settings, self._assistant):
-            yield observed_step(token_ids, fed[unread:], forwards=len(fed))
+            yield observed_step(token_ids, fed[unread:], len(fed), keep_drafts=request.keep_drafts)
             unread = 1
 
     def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float]:

@@ -131,7 +131,7 @@ class LlamaCpp(ObservedEngine):
                 ):
                     found.append(int(next(tokens)))
                 ended = found[-1] in request.eos_ids
-                yield observed_step(found, drafts, forwards=len(fed))
+                yield observed_step(found, drafts, len(fed), keep_drafts=request.keep_drafts)
         finally:
             tokens.close()
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from spdbench.backend import BackendContext, BackendInfo, BackendOptions, DrafterInfo
 from spdbench.errors import InputError
-from spdbench.types import GenerationRequest, Span, Step
+from spdbench.types import Drafted, GenerationRequest, Span, Step
 
 if TYPE_CHECKING:
     from spdbench.models.decoder import Decoder
@@ -144,7 +144,7 @@ class ObservedEngine(LocalBackend):
             raise self._option_error("max_ngram", f"needs {self._context.label}.prompt_lookup=TOKENS")
 
 
-def observed_step(token_ids: Sequence[int], drafts: Sequence[int], forwards: int) -> Step:
+def observed_step(token_ids: Sequence[int], drafts: Sequence[int], forwards: int, *, keep_drafts: bool = False) -> Step:
     """The step of an engine that is observed from outside: it emitted `token_ids` after `drafts`, and its target
     forwarded `forwards` tokens.
 
@@ -156,4 +156,5 @@ def observed_step(token_ids: Sequence[int], drafts: Sequence[int], forwards: int
     rejected = accepted is not None
     if accepted is None:
         accepted = min(len(token_ids), len(drafts))
-    return Step(tuple(token_ids), len(drafts), accepted + rejected, accepted, float(forwards))
+    kept = Drafted(tuple(map(int, drafts)), tuple(range(-1, len(drafts) - 1))) if keep_drafts else None
+    return Step(tuple(token_ids), len(drafts), accepted + rejected, accepted, float(forwards), kept)

@@ -69,6 +69,17 @@ def file_identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
+def refuse_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
+    """Raises `InputError` where `-o` names a file that must not be written: without a folder, one of the `inputs`, or
+    there already and not to be replaced by `force`."""
+    if not out.parent.is_dir():
+        raise InputError(f"-o {out}: the folder {out.parent} does not exist; make it first")
+    if file_identity(out) in map(file_identity, inputs):
+        raise InputError(f"-o {out}: is one of the results; choose another file")
+    if out.exists() and not force:
+        raise InputError(f"-o {out}: exists already; choose another file, or replace it with --force")
+
+
 def write_stdout(text: str) -> None:
     """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -24,7 +24,7 @@ from spdbench.decoding.tree import DraftTree
 from spdbench.decoding.verify import AcceptRule, verify
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.torch_utils import to_device
-from spdbench.types import GenerationRequest, Span, SpanKind, Step
+from spdbench.types import Drafted, GenerationRequest, Span, SpanKind, Step
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,17 @@ class Speculation:
         self._record_span("target", drafted, forwarded, mark)
         self._record_span("verify", forwarded, verified, mark)
         self._record_span("host", verified, perf_counter_ns(), mark)
-        return Step(verdict.token_ids, verdict.drafted, verdict.judged, verdict.accepted, float(len(draft.tree)))
+        kept = drafted_tokens(draft) if self._request.keep_drafts else None
+        counts = verdict.drafted, verdict.judged, verdict.accepted
+        return Step(verdict.token_ids, *counts, float(len(draft.tree)), kept)
 
     def _record_span(self, kind: SpanKind, start_ns: int, end_ns: int, position: int) -> None:
         """Not on a GPU: there the host runs ahead of the device, and its clock does not measure the work."""
         if self._decoder.device.type != "cuda":
             self.spans.append(Span(0, kind, start_ns, end_ns, position, True))
+
+
+def drafted_tokens(draft: DraftTree) -> Drafted:
+    """A tree as results keep it: the root, a known token, is no draft."""
+    parents = (parent - 1 for parent in draft.tree.parents_N[1:].tolist())
+    return Drafted(tuple(draft.ids_N[1:].tolist()), tuple(parents))

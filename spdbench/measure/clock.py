@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spdbench.backend import Backend, engine_report
 from spdbench.judge.results.schema import Steps
-from spdbench.types import EngineReport, FinishReason, GenerationRequest, Step
+from spdbench.types import Drafted, EngineReport, FinishReason, GenerationRequest, Step
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Measurement:
     """One request as counted and timed; `output_ids` end with the first end-of-sequence id or at the limit.
 
     `start_ns` is the clock's reading at the start, from which the steps count. `report` is what the engine reported
-    at the end.
+    at the end, `drafts` what each step drafted where the request asks for it.
     """
 
     start_ns: int
@@ -34,6 +34,7 @@ class Measurement:
     decode_s: float
     steps: Steps
     report: EngineReport
+    drafts: tuple[Drafted | None, ...]
 
 
 def peak_memory_bytes(devices: Sequence[str]) -> int | None:
@@ -106,7 +107,9 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
         accepted=[step.accepted for _, _, step in rows],
         forwards=[step.forwards for _, _, step in rows],
     )
-    return Measurement(start, tuple(ids), finish, counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9, columns, report)
+    drafts = tuple(step.drafts for _, _, step in rows) if request.keep_drafts else ()
+    ttft_s, decode_s = counted[0] / 1e9, (counted[-1] - counted[0]) / 1e9
+    return Measurement(start, tuple(ids), finish, ttft_s, decode_s, columns, report, drafts)
 
 
 def _cut(

@@ -13,6 +13,7 @@ import numpy as np
 from spdbench.backend import Backend
 from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
 from spdbench.measure.clock import Measurement, measure
@@ -26,13 +27,15 @@ NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwar
 
 @dataclass(frozen=True)
 class RequestTurn:
-    """One turn of a conversation as a request that every backend gets; `obstacle` says why it cannot be made at all."""
+    """One turn of a conversation as a request that every backend gets; `obstacle` says why it cannot be made at all.
+    `keep_spans` keeps the spans in the run and not only what is computed from them."""
 
     prompt: Prompt
     turn: int
     repeat: int
     request: GenerationRequest
     obstacle: str | None
+    keep_spans: bool = False
 
     @property
     def key(self) -> RunKey:
@@ -70,7 +73,7 @@ def attempt(backend: Backend, gauges: Gauges, turn: RequestTurn, stopped: thread
         return failed_run(turn, turn.obstacle), ""
     try:
         measured, energy_j, load = measure_when_ready(backend, gauges, turn.request, stopped)
-        figures = lane_figures(backend, measured)
+        figures = lane_figures(backend, measured, keep_spans=turn.keep_spans)
     except PromptFailedError as error:
         return failed_run(turn, str(error)), without_secrets(str(error))
     except SpdbenchError:
@@ -86,6 +89,7 @@ def attempt(backend: Backend, gauges: Gauges, turn: RequestTurn, stopped: thread
         "steps": measured.steps,
         "energy_j": energy_j,
         "machine": load,
+        "drafted_tokens": DraftColumns.of(measured.drafts) if turn.request.keep_drafts else None,
         **figures,
         **_reported_fields(measured.report),
     }
@@ -110,18 +114,20 @@ def measure_when_ready(
                 raise StoppedError from None
 
 
-def lane_figures(backend: Backend, measured: Measurement) -> dict[str, Any]:
+def lane_figures(backend: Backend, measured: Measurement, *, keep_spans: bool = False) -> dict[str, Any]:
     """The fields of a run that come from the spans of the request just measured; none where there are no spans.
+    `keep_spans`: the spans are one of them, if only as empty columns.
 
     Raises:
         ValueError: spans that cannot exist, such as two at once on one lane: the backend has a bug.
     """
     spans = backend.spans()
     step_ends = _decode_step_ends(measured)
+    found: dict[str, Any] = {"spans": SpanColumns.of(spans, measured.start_ns)} if keep_spans else {}
     if not len(spans) or step_ends[0] == step_ends[-1]:
-        return {}
+        return found
     table = read_spans(spans, backend.describe().lanes)
-    found: dict[str, Any] = {"bubble": lane_time(table, step_ends).shares()}
+    found["bubble"] = lane_time(table, step_ends).shares()
     if backend.kind == "pipeline":
         found["full_cycles"] = full_cycles(table, step_ends)
     return found

@@ -31,7 +31,8 @@ WARMUP_TOKENS = 8
 class Workload:
     """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens.
 
-    A request that the machine disturbed is measured up to `remeasure` more times.
+    A request that the machine disturbed is measured up to `remeasure` more times. `keep_spans` and `keep_drafts` record
+    what lanes did and which tokens were drafted.
     """
 
     prompts: tuple[Prompt, ...]
@@ -43,6 +44,8 @@ class Workload:
     warmup: int
     context_limit: int
     remeasure: int = 0
+    keep_spans: bool = False
+    keep_drafts: bool = False
 
     @property
     def decoding(self) -> DecodingInfo:
@@ -189,12 +192,13 @@ class Runner:
         """The conversation's requests; a turn's first answer has to be in the first journal before the next turn."""
         messages: list[Message] = []
         obstacle: str | None = None
+        workload = self._workload
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
-            for repeat in range(self._workload.repeats):
+            for repeat in range(workload.repeats):
                 request, new_obstacle = self._request(prompt, turn, repeat, messages)
                 obstacle = obstacle or new_obstacle
-                yield RequestTurn(prompt, turn, repeat, request, obstacle)
+                yield RequestTurn(prompt, turn, repeat, request, obstacle, workload.keep_spans)
             if turn + 1 < len(prompt.turns):
                 with self._lock:
                     answered = self._candidates[0].journal.run((prompt.id, turn, 0))
@@ -229,6 +233,7 @@ class Runner:
             sampling=workload.sampling,
             seed=int.from_bytes(seed[:6], "little"),
             eos_ids=workload.eos_ids,
+            keep_drafts=workload.keep_drafts,
         )
         return request, obstacle
 

@@ -50,6 +50,8 @@ WIRING = (
     "spdbench.cli.run",
     "spdbench.cli.audit",
     "spdbench.cli.report",
+    "spdbench.cli.trace",
+    "spdbench.cli.show",
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",

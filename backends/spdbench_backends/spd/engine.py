@@ -11,7 +11,7 @@ from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.verify import Draft, DraftVerdict, verify_draft
 from spdbench.pipeline.interface import Pipeline
 from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
-from spdbench.types import GenerationRequest, Span, SpanKind, Step
+from spdbench.types import Drafted, GenerationRequest, Span, SpanKind, Step
 from spdbench_backends.spd.drafter import PipelineDrafter
 
 
@@ -86,7 +86,11 @@ class PipelinedDecoding:
         self._record_span("verify", began, cycle.completing.position)
         self._length += 1
         step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if judged else (0, 0, 0)), forwards)
-        if self._is_last(step):
+        is_last = self._is_last(step)
+        if judged and self._request.keep_drafts:
+            drops = is_last or not verdict.accepted
+            step = step._replace(drafts=self._drafted(judged, draft if drops else None, drops=drops))
+        if is_last:
             return step
         if verdict.accepted:
             self._enter(self._schedule.accept(draft.token_id if draft else None), draft)
@@ -106,6 +110,12 @@ class PipelinedDecoding:
         draft = self._drafter.draft(cycle, self._sampler)
         self._record_span("draft", began, newest.position)
         return draft
+
+    def _drafted(self, judged: Draft, newest: Draft | None, *, drops: bool) -> Drafted:
+        """The draft that got a verdict; if this `drops` the drafts behind it, these too, `newest` the last of them."""
+        behind = [*self._drafts.values(), *([newest] if newest and newest is not judged else [])] if drops else []
+        ids = tuple(draft.token_id for draft in (judged, *behind))
+        return Drafted(ids, tuple(range(-1, len(ids) - 1)))
 
     def _verify(self, logits: Logits, draft: Draft | None) -> DraftVerdict:
         return verify_draft(logits, draft, self._sampler)

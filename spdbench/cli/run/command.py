@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,6 +43,8 @@ class RunOptions(SuiteOptions):
     results: Path = option("--results", FOLDER, "DIR", "Where result files go.", Path("results"))
     name: str | None = option("--name", None, "NAME", "Added to the files' names, to tell runs apart.")
     resume: bool = flag("--resume", "Go on with a run that was interrupted.")
+    trace: bool = flag("--trace", "Keep what every lane did, for `spdbench trace`.")
+    keep_drafts: bool = flag("--keep-drafts", "Keep the drafted tokens, for `spdbench show`.")
     concurrency: int | None = option(
         "--concurrency", COUNT, "N", "Requests that a server has to answer at once. [default: 1]"
     )
@@ -70,8 +73,10 @@ def command(options: RunOptions) -> None:
     devices = find_devices(options)
     target = choose_target(suite, options, devices[0], specs)
     chat = PlainText(parse_template_args(options.template_args)) if target is None else chat_format(target, options)
-    counts = {"repeats": options.repeats, "warmup": options.warmup, "remeasure": options.remeasure}
-    workload = make_workload(suite, options, target, chat, specs, **counts)
+    counts: dict[str, Any] = {"repeats": options.repeats, "warmup": options.warmup, "remeasure": options.remeasure}
+    workload = make_workload(
+        suite, options, target, chat, specs, **counts, keep_spans=options.trace, keep_drafts=options.keep_drafts
+    )
     session = Session(options, suite, workload, chat, target, devices, specs, score)
     click.get_current_context().exit(session.run())
 

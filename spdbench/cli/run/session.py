@@ -174,6 +174,7 @@ class Session:
             "devices": list(self.devices),
             "threads": self.options.threads,
             **({"template_args": self.chat.template_args} if self.chat.template_args else {}),
+            **{name: True for name in ("keep_spans", "keep_drafts") if getattr(workload, name)},
         }
         if score.judges is not None:  # what scores depend on
             identity["allow_code_execution"] = score.execute is not None

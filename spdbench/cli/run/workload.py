@@ -63,6 +63,8 @@ def make_workload(
     repeats: int = 1,
     warmup: int = 0,
     remeasure: int = 0,
+    keep_spans: bool = False,
+    keep_drafts: bool = False,
 ) -> Workload:
     """The requests of the suite, as the options change them.
 
@@ -82,6 +84,8 @@ def make_workload(
         warmup=warmup,
         context_limit=UNLIMITED_CONTEXT if target is None else target.config.max_positions,
         remeasure=remeasure,
+        keep_spans=keep_spans,
+        keep_drafts=keep_drafts,
     )
     _check(specs, workload, chat)
     return workload

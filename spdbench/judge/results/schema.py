@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
+from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.types import BackendKind, FinishReason, Measurement
 
@@ -215,6 +216,8 @@ class Run(Record):
     drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
     machine: MachineLoad | None = Field(None, description="what else the machine did; null where it was not watched")
     set_aside: list[SetAside] = Field(default_factory=list, description="disturbed measurements that do not count")
+    spans: SpanColumns | None = Field(None, description="what the lanes did; null without `run --trace`")
+    drafted_tokens: DraftColumns | None = Field(None, description="by step; null without `run --keep-drafts`")
 
     @property
     def key(self) -> RunKey:
