@@ -97,25 +97,36 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class DraftCounts:
-    """What an engine counted over one request, prefill omitted: verify rounds, drafts that got a verdict (None where it
-    does not report them), accepted drafts."""
+    """What an engine counted over one request, prefill omitted; None for what it does not report.
+
+    `rounds` are verify rounds, `drafted` all drafted tokens, `judged` those that got a verdict. `rounds_accepting` are
+    rounds by how many drafts they accepted: 0, 1, 2, ...; `judged_at` are verdicts by the draft's depth: 1, 2, ....
+    `source` is where the counts come from, for people.
+    """
 
     rounds: int
     judged: int | None
     accepted: int
+    drafted: int | None = None
+    rounds_accepting: tuple[int, ...] | None = None
+    judged_at: tuple[int, ...] | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
 class EngineReport:
     """What an engine reports of a finished request in addition to its steps; None for what it does not report.
 
-    `finish` is why it stopped, for engines whose end of sequence is no token of the answer.
+    `finish` is why it stopped, for engines whose end of sequence is no token of the answer. `num_cached_tokens` are
+    those of the prompt that a cache answered; `decode_s` is the decode time by the engine's own clock.
     """
 
     text: str | None = None
     finish: FinishReason | None = None
     num_prompt_tokens: int | None = None
     drafts: DraftCounts | None = None
+    num_cached_tokens: int | None = None
+    decode_s: float | None = None
 
 
 @dataclass(frozen=True)

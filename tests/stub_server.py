@@ -42,11 +42,12 @@ class Refusal(NamedTuple):
 class StubServer:
     """Answers `answer`, up to the requested limit; reports what it `offers` of its tokens.
 
-    The first requests get `refusals`, one each; `refuses` are fields that it does not accept. `fault` happens after two
-    chunks, where it also sends the events in `inserted`. `stated` replaces the number of tokens in its usage. It
-    accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as a
-    token. `next_logprobs` are those of the next token, in answers that are not streamed. `counters` makes its text for
-    Prometheus. `asked` collects the bodies of all requests, `headers` their headers.
+    The first requests get `refusals`, one each; `refuses` are fields that it does not accept. `fault` happens after
+    two chunks, where it also sends the events in `inserted`. `stated` replaces the number of tokens in its usage.
+    It accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as
+    a token; `last_words` makes further keys of the event with usage from the request. `next_logprobs` are those of
+    the next token, in answers that are not streamed. `counters` makes its text for Prometheus. `asked` collects the
+    bodies of all requests, `headers` their headers.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -65,6 +66,7 @@ class StubServer:
         self.stated: int | None = None
         self.counts_end = False
         self.counters: Callable[[], str] | None = None
+        self.last_words: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
@@ -188,7 +190,7 @@ class StubServer:
         report = self.report(body, ["</s>"], sent) if ended else {}
         yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | report]})
         if self.shows("usage", body):
-            yield event({"choices": [], "usage": self.usage(sent + ended)})
+            yield event({"choices": [], "usage": self.usage(sent + ended), **self.last_words(body)})
         yield b"[DONE]"
 
     def report(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from spdbench_backends.local import GraphOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.sampling import Sampler
     from spdbench.decoding.speculate import Drafter, Features
-    from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import DraftTree
     from spdbench.models.decoder import Decoder
     from spdbench.models.interface import TargetDecoder

@@ -14,8 +14,9 @@ from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
 from spdbench_backends.local import GraphOptions, LocalBackend, captured_as, decoder_to_capture, described_snapshots
 
 if TYPE_CHECKING:
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
-    from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafts
+    from spdbench.decoding.synthetic import SyntheticDrafts
     from spdbench.decoding.tree_builder import TreeBuilder
     from spdbench.decoding.tree_choice import RowCosts
     from spdbench.decoding.verify import AcceptRule
@@ -34,11 +35,11 @@ class Drafting(LocalBackend, ABC, Generic[D]):
     _prepared: tuple[GenerationRequest, D] | None = None
 
     def load(self) -> None:
-        from spdbench.decoding.synthetic import parse_drafter
+        from spdbench.decoding.drafter_choice import parse_drafter
 
         choice = parse_drafter(self._context.drafter)
         if choice.is_synthetic:
-            self._info = DrafterInfo(choice.text, method=choice.kind, synthetic=True)
+            self._info = DrafterInfo(choice.title, method=choice.kind, synthetic=True)
         self._load_drafter(choice)
         self._choice = choice
 

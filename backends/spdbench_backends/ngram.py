@@ -16,8 +16,8 @@ from spdbench_backends.drafting import DraftVerify
 from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
-    from spdbench.decoding.synthetic import DrafterChoice
 
 
 class Ngram(DraftVerify):

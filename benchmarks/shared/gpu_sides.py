@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 
 from spdbench.backend import Backend, BackendContext, parse_options
-from spdbench.decoding.synthetic import parse_drafter, synthetic_drafts
+from spdbench.decoding.drafter_choice import parse_drafter
+from spdbench.decoding.synthetic import synthetic_drafts
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.find_model import ModelFiles

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from spdbench.render.table import Format
 
 FORMATS = ("table", "github", "latex", "csv", "json")
-DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "eagle", "spd")
+DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "specforge", "aiperf", "eagle", "spd")
 
 
 @click.command("compare", short_help="Compare results: speed-ups, acceptance, outputs.")

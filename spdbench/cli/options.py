@@ -177,7 +177,12 @@ class ModelOptions(TargetOptions):
     """MODEL-OPTIONS as given."""
 
     drafters: tuple[str, ...] = option(
-        "--drafter", None, "[LABEL=]WHAT", "auto, a path, oracle:P, forced:P or random. [default: auto]", multiple=True
+        "--drafter",
+        None,
+        "[LABEL=]WHAT",
+        "auto, a path, random, oracle:P or forced:P; P is a rate, 0.8,0.6 by position, tau=2.5, or a file of these. "
+        "[default: auto]",
+        multiple=True,
     )
     options: tuple[str, ...] = option(
         "-o", None, "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.", multiple=True

@@ -1,74 +1,29 @@
 """Drafters with a given acceptance: `oracle:P` and `forced:P` (METRICS.md, "Synthetic drafters").
 
-Decisions depend on the seed, the prompt and the position alone, so that every backend meets the same ones.
+Decisions depend on the seed, the prompt and the position alone, so that every backend meets the same ones. Where the
+acceptance differs by position, they depend on the draft's depth as well.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from spdbench.decoding.autoregressive import decode
+from spdbench.decoding.drafter_choice import DrafterChoice
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, lone_root
 from spdbench.decoding.tree_builder import Candidates, TreeBuilder
 from spdbench.decoding.verify import Draft
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError
 from spdbench.models.attention_context import TreeRows
-from spdbench.models.checkpoints.folders import typed_path
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
-
-DrafterKind = Literal["auto", "path", "oracle", "forced", "random"]
-
-
-@dataclass(frozen=True)
-class DrafterChoice:
-    """The user's choice of a drafter: `--drafter`."""
-
-    kind: DrafterKind
-    text: str
-    probability: float = 0.0
-
-    @property
-    def is_synthetic(self) -> bool:
-        return self.kind in ("oracle", "forced")
-
-    @property
-    def path(self) -> Path:
-        return typed_path(self.text)
-
-
-def parse_drafter(text: str) -> DrafterChoice:
-    """`auto`, `random`, `oracle:P`, `forced:P`, or a path.
-
-    Raises:
-        InputError: none of these, or P is not a number from 0 to 1.
-    """
-    if text in ("auto", "random"):
-        return DrafterChoice("auto" if text == "auto" else "random", text)
-    kind, colon, number = text.partition(":")
-    if kind in ("oracle", "forced"):
-        try:
-            probability = float(number)
-        except ValueError:
-            probability = -1.0
-        if not 0.0 <= probability <= 1.0:
-            example = "" if colon else f" (for example {kind}:0.8)"
-            raise InputError(f"--drafter {text}: {kind} needs an acceptance from 0 to 1{example}")
-        return DrafterChoice("oracle" if kind == "oracle" else "forced", text, probability)
-    if os.path.exists(typed_path(text)):  # Path.exists raises for names too long to be one
-        return DrafterChoice("path", text)
-    hint = did_you_mean(kind, ("auto", "oracle:P", "forced:P", "random"))
-    raise InputError(f"--drafter {text}: no such file or folder{hint}")
 
 
 @dataclass(frozen=True)
@@ -85,35 +40,50 @@ class SyntheticDrafts:
     reference: tuple[int, ...]
     vocab_size: int
     eos_ids: frozenset[int]
+    _positions: list[int] = field(default_factory=lambda: [1, 1], compare=False, repr=False)
+    """In a pipeline by index, as far as they were needed."""
 
-    def token(self, index: int) -> int:
-        """The draft for new token `index`."""
+    def token(self, index: int, position: int = 1) -> int:
+        """The draft for new token `index`, at `position` of its draft."""
         if self.choice.kind == "forced":
             return self._ordinary(int.from_bytes(self._hash(index, b"token")[:4], "little"))
         if index >= len(self.reference):  # after a wrong draft, where no draft can be right
             return self._ordinary(index)
         right = self.reference[index]
-        return right if self.favourable(index) else (right + 1) % self.vocab_size
+        return right if self.favourable(index, position) else (right + 1) % self.vocab_size
 
     def draft(self, index: int) -> Draft:
-        """The same with its forced verdict, None where verification decides."""
-        return Draft(self.token(index), forced_verdict=self.favourable(index) if self.choice.kind == "forced" else None)
+        """A pipeline's draft for new token `index`, with its forced verdict, None where verification decides. Its
+        position is the number of verdicts since the last rejection."""
+        position = self._position(index) if len(self.choice.rates) > 1 else 1
+        verdict = self.favourable(index, position) if self.choice.kind == "forced" else None
+        return Draft(self.token(index, position), forced_verdict=verdict)
 
-    def siblings(self, index: int, count: int) -> list[int]:
-        """`count` different drafts for new token `index`: `token(index)`, then tokens that are wrong for certain."""
-        first = self.token(index)
+    def siblings(self, index: int, count: int, position: int = 1) -> list[int]:
+        """`count` different drafts for new token `index`: `token`'s first, then tokens that are wrong for certain."""
+        first = self.token(index, position)
         right = self.reference[index] if index < len(self.reference) else first
         others = (token % self.vocab_size for token in range(first + 1, first + count + 1))
         return [first, *[token for token in others if token != right][: count - 1]]
 
-    def favourable(self, index: int) -> bool:
-        """The decision for new token `index`: true with probability P."""
+    def favourable(self, index: int, position: int = 1) -> bool:
+        """The decision for new token `index`: true with the probability that holds at `position`."""
         draw = int.from_bytes(self._hash(index, b"verdict")[:8], "little") / 2**64
-        return draw < self.choice.probability
+        rates = self.choice.rates
+        return draw < rates[min(position, len(rates)) - 1]
 
     def forced_verdicts(self, index: int, count: int) -> list[bool] | None:
-        """The verdicts on `count` new tokens from `index` on, or None where verification decides."""
-        return [self.favourable(t) for t in range(index, index + count)] if self.choice.kind == "forced" else None
+        """The verdicts on a draft of `count` new tokens from `index` on, or None where verification decides."""
+        forced = self.choice.kind == "forced"
+        return [self.favourable(index + at, at + 1) for at in range(count)] if forced else None
+
+    def _position(self, index: int) -> int:
+        """Of the verdict on new token `index` since the last rejection. Index 1 gets the first verdict."""
+        positions = self._positions
+        while len(positions) <= index:
+            last = len(positions) - 1
+            positions.append(positions[-1] + 1 if self.favourable(last, positions[-1]) else 1)
+        return positions[index]
 
     def _hash(self, index: int, purpose: bytes) -> bytes:
         words = b"%d:%d:" % (self.seed, index)
@@ -134,6 +104,11 @@ class SyntheticDrafter:
     hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, drafts: SyntheticDrafts, builder: TreeBuilder, device: torch.device) -> None:
+        if drafts.choice.num_levels > builder.num_levels:
+            raise InputError(
+                f"--drafter {drafts.choice.text}: needs drafts of {drafts.choice.num_levels} tokens at least, and this "
+                f"backend drafts {builder.num_levels}; give it more with -o, or ask for a smaller acceptance length"
+            )
         self.max_nodes = builder.max_nodes
         self._drafts = drafts
         self._builder = builder
@@ -163,7 +138,7 @@ class SyntheticDrafter:
 
     def _candidates(self, num_rows: int, count: int) -> Candidates:
         self._level += 1
-        ids = torch.tensor(self._drafts.siblings(self._index + self._level, count), device=self._device)
+        ids = torch.tensor(self._drafts.siblings(self._index + self._level, count, self._level), device=self._device)
         scores = RANK_LOG_PROBABILITY * torch.arange(count, device=self._device)
         return Candidates(scores.expand(num_rows, count), ids.expand(num_rows, count))
 

@@ -244,6 +244,27 @@ def test_concurrency_asks_for_several_answers_at_once(run: Runs) -> None:
     assert all(one.num_new_tokens == 8 for one in result.runs)
 
 
+def test_acceptance_at_any_concurrency_and_each_in_a_table_of_its_own(run: Runs) -> None:
+    timings = {"cache_n": 0, "predicted_n": 8, "predicted_ms": 50.0, "draft_n": 9, "draft_n_accepted": 4}
+    run.server.last_words = lambda _: {"timings": timings}
+    said = run("--max-new-tokens", "20", "--concurrency", "3")
+    assert said.code == 0, said.err
+    result = run.result()
+    jsonschema.validate(json.loads((run.results / "mini__openai__stub.json").read_text()), json_schema())
+    assert result.summary.overall["acceptance_length"] == pytest.approx(1 + 4 / 3)
+    drafts = [one.drafts for one in result.runs]
+    assert {(each.rounds, each.accepted, each.source) for each in drafts if each} == {
+        (3, 4, "each response of llama.cpp")
+    }
+    assert [one.engine_decode_s for one in result.runs] == [0.05] * 4
+    (run.results / "mini__openai__stub.json").rename(run.results / "three.json")
+    assert run("--max-new-tokens", "20").code == 0
+    said = spdbench("compare", run.results, "--dialect", "aiperf")
+    assert said.code == 0, said.err
+    assert said.out.count("2.33") == 2
+    assert sum(line.startswith("label") for line in said.out.splitlines()) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

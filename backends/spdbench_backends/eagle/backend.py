@@ -17,8 +17,8 @@ from spdbench_backends.drafting import DraftVerify
 from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
-    from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree_builder import TreeBuilder
     from spdbench_backends.eagle.captured import CapturedRounds
     from spdbench_backends.eagle.formats import EagleFile
@@ -151,7 +151,7 @@ class Eagle(DraftVerify):
         depth = self._options.depth or min(8, largest - 1)
         if not self._decoder.takes_trees:
             largest = depth + 1
-        by_level = list(file.config.acceptance_by_position) if file is not None else [choice.probability]
+        by_level = list(file.config.acceptance_by_position) if file is not None else list(choice.rates)
         by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
         synthetic = self._weights is None
         accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)

@@ -16,8 +16,8 @@ from spdbench_backends.drafting import DraftVerify
 from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
-    from spdbench.decoding.synthetic import DrafterChoice
     from spdbench.decoding.tree import Path
     from spdbench.decoding.tree_builder import StaticTreeBuilder
     from spdbench.decoding.verify import AcceptRule
@@ -124,7 +124,7 @@ class Medusa(DraftVerify):
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
 
         if file is None:
-            accuracies = assumed_accuracies([choice.probability] * heads, 1)
+            accuracies = assumed_accuracies([*choice.rates, *[choice.rates[-1]] * heads][:heads], 1)
         elif file.config.head_accuracies:
             accuracies = [list(ranks) for ranks in file.config.head_accuracies[:heads]]
         else:

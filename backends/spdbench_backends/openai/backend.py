@@ -20,7 +20,7 @@ from spdbench.backend import BackendContext, BackendInfo, BackendOptions
 from spdbench.console import say
 from spdbench.errors import BackendLostError, InputError, PromptFailedError
 from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, GenerationRequest, Span, Step
-from spdbench_backends.openai.chunks import FINISHES
+from spdbench_backends.openai.chunks import FINISHES, Chunk
 from spdbench_backends.openai.client import BrokenError, RefusedError, Server, UnreachableError, one_line, parse_address
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import (
@@ -34,12 +34,17 @@ from spdbench_backends.openai.counting import (
 )
 from spdbench_backends.openai.endpoint import BUSY, Endpoint, NotStreamedError, describe_refusal
 from spdbench_backends.openai.exchange import MAX_WAIT_S, Exchange
+from spdbench_backends.openai.response_drafts import REQUEST, DraftReport, count_drafts
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PERMANENT = frozenset({401, 403, 404})
 """Statuses of refusals that every other prompt would get as well."""
 COUNTERS_TIMEOUT_S = 1.0
 COUNTERS_PAUSE_S = 0.05
+WITHOUT_CACHE = (
+    "To measure without, start vLLM with --no-enable-prefix-caching, SGLang with --disable-radix-cache, "
+    "llama.cpp with --no-cache-prompt."
+)
 
 
 class OpenAI:
@@ -61,7 +66,9 @@ class OpenAI:
         concurrency: int = Field(1, ge=1, le=1024, description="requests at once; --concurrency says the same")
         timeout_s: float = Field(120.0, gt=0, le=86400, description="a server that is silent for longer has failed")
         retries: int = Field(4, ge=0, le=20, description="how often a busy or unreachable server is asked again")
-        metrics: bool = Field(True, description="read acceptance from the counters of vLLM and SGLang")
+        metrics: bool = Field(
+            True, description="read acceptance from responses, or else from the counters of vLLM and SGLang"
+        )
 
     kind: ClassVar[BackendKind] = "draft_verify"
     text_only: ClassVar[bool] = True
@@ -107,11 +114,13 @@ class OpenAI:
             self._way == "logprobs"
             and all(UNKNOWN_ID not in (chunk.listed or ()) for chunk in answer if chunk.has_text)
         )
-        counters = self._counters() if options.metrics and options.concurrency == 1 else None
+        self._report = self._find_report(answer) if options.metrics else None
+        reads_counters = options.metrics and options.concurrency == 1 and self._report is None
+        counters = self._counters() if reads_counters else None
         self._engine = None if counters is None else counters.engine
 
     def describe(self) -> BackendInfo:
-        acceptance = "not told"
+        acceptance = "not told" if self._report is None else self._report.source
         if self._engine is not None:
             acceptance = (
                 f"{self._engine.name}'s counters, before and after each request; null where others used the server"
@@ -165,13 +174,19 @@ class OpenAI:
     def account(self) -> EngineReport:
         exchange: Exchange = self._local.exchange
         drafts = None
-        if exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
+        if exchange.drafts is not None and self._options.metrics:
+            drafts = count_drafts(exchange.drafts, exchange.num_tokens)
+            if drafts is None:
+                self._say_once(f"what {exchange.drafts.engine} reports of drafts contradicts itself, and is ignored")
+        elif exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
             drafts = drafts_between(exchange.before, after, exchange.num_tokens)
         num_prompt_tokens = exchange.num_prompt_tokens
         if num_prompt_tokens is None and self._context.tokenizer is None:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         text = self._loaded_server().without_key("".join(exchange.parts))
-        return EngineReport(text, exchange.finish, num_prompt_tokens, drafts)
+        self._note_cache(exchange)
+        cached = exchange.num_cached_tokens
+        return EngineReport(text, exchange.finish, num_prompt_tokens, drafts, cached, exchange.decode_s)
 
     def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float] | None:
         """The server's log-probabilities of the likeliest tokens, see `spdbench.backend.engine_logits`."""
@@ -189,6 +204,26 @@ class OpenAI:
         if self._server is None:
             raise RuntimeError("openai is not loaded")
         return self._server
+
+    def _find_report(self, answer: Sequence[Chunk]) -> DraftReport | None:
+        """The draft report of an answer, if need be of another one that asks for it; later requests then do, too."""
+        report = _last_report(answer)
+        if report is None:
+            asked = {**self._extras, **REQUEST}
+            report = _last_report(self._endpoint.probe(asked) or ())
+            if report is not None:
+                self._extras = asked
+        return report
+
+    def _note_cache(self, exchange: Exchange) -> None:
+        """Says that a prompt cache made the time to the first token shorter than it is without one."""
+        if exchange.num_cached_tokens and "cache" not in self._said:
+            self._said.add("cache")
+            of = f" of {exchange.num_prompt_tokens}" if exchange.num_prompt_tokens else ""
+            say(
+                f"NOTE: {self._context.label}: the server's prompt cache answered {exchange.num_cached_tokens}{of} "
+                f"tokens of a prompt, so its TTFT is that of a shorter prompt. {WITHOUT_CACHE}"
+            )
 
     def _counters(self) -> Counters | None:
         try:
@@ -230,6 +265,10 @@ class OpenAI:
                 "with --resume"
             )
         return exchange.repeat_later(str(error), None)
+
+
+def _last_report(answer: Sequence[Chunk]) -> DraftReport | None:
+    return next((chunk.drafts for chunk in reversed(answer) if chunk.drafts is not None), None)
 
 
 def _key() -> str:

@@ -9,9 +9,11 @@ from typing import Any
 
 from spdbench.types import UNKNOWN_ID, FinishReason
 from spdbench_backends.openai.client import MALFORMED, BrokenError, error_message
+from spdbench_backends.openai.response_drafts import DraftReport, find_report
 
 DATA, EVENT, DONE = b"data:", b"event:", b"[DONE]"
 ID_PREFIX = "token_id:"
+MAX_COUNT, MAX_SECONDS = 2**31, 1e9
 FINISHES: Mapping[str, FinishReason] = {
     "stop": "eos",
     "length": "length",
@@ -34,8 +36,9 @@ class Chunk:
 
     `text` is part of the answer, `thought` of the reasoning before it. `ids` are the chunk's tokens as the server lists
     them, `listed` those that it lists with log-probabilities, `UNKNOWN_ID` where they have no id there. The two numbers
-    of tokens count from the start of the request, `thought_tokens` those of thoughts. `finish` is the server's word
-    for why the answer ended, in lower case.
+    of tokens count from the start of the request, `thought_tokens` those of thoughts; `cached_tokens` are those of the
+    prompt that a cache answered. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of
+    its drafts. `finish` is the server's word for why the answer ended, in lower case.
     """
 
     text: str = ""
@@ -45,6 +48,9 @@ class Chunk:
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
     thought_tokens: int = 0
+    cached_tokens: int | None = None
+    decode_s: float | None = None
+    drafts: DraftReport | None = None
     finish: str | None = None
 
     @property
@@ -96,7 +102,8 @@ def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Ch
         bare = "choices" not in event and isinstance(event.get("message") or event.get("detail"), str)
         is_error = is_error or bare or "error" in (event.get("object"), event.get("type"))
         if not (is_error or event.get("error") or choice.get("error")):
-            return _chunk_of_choice(choice, event.get("usage") or choice.get("usage") or {}, without_key)
+            chunk = _chunk_of_choice(choice, event.get("usage") or choice.get("usage") or {}, without_key)
+            return _with_timings(replace(chunk, drafts=find_report(event, choice)), event.get("timings"))
     except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
     message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
@@ -109,7 +116,7 @@ def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], withou
     word = without_key(str(finish or "")).lower()
     content = choice.get("text") or delta.get("content")
     thoughts = (delta.get("reasoning_content") or delta.get("reasoning"), _text(content, "thinking"))
-    details = usage.get("completion_tokens_details") or {}
+    details, of_prompt = usage.get("completion_tokens_details") or {}, usage.get("prompt_tokens_details")
     return Chunk(
         text=_text(content, "text"),
         thought="".join(str(thought) for thought in thoughts if thought),
@@ -118,8 +125,27 @@ def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], withou
         completion_tokens=_number_or_none(usage.get("completion_tokens")),
         prompt_tokens=_number_or_none(usage.get("prompt_tokens")),
         thought_tokens=_number_or_none(details.get("reasoning_tokens")) or 0,
+        cached_tokens=_count_or_none(of_prompt.get("cached_tokens")) if isinstance(of_prompt, Mapping) else None,
         finish=None if word in NOT_FINISHED else word,
     )
+
+
+def _with_timings(chunk: Chunk, timings: Any) -> Chunk:
+    """`chunk` with what llama.cpp's `timings` add to its usage."""
+    if not isinstance(timings, Mapping):
+        return chunk
+    milliseconds, cached = timings.get("predicted_ms"), timings.get("cache_n")
+    seconds = milliseconds / 1000 if isinstance(milliseconds, int | float) else -1.0
+    return replace(
+        chunk,
+        decode_s=seconds if 0 <= seconds < MAX_SECONDS else None,
+        cached_tokens=_count_or_none(cached) if chunk.cached_tokens is None else chunk.cached_tokens,
+    )
+
+
+def _count_or_none(value: Any) -> int | None:
+    """A count that nothing depends on: another shape is as good as none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT else None
 
 
 def _text(content: Any, kind: str) -> str:

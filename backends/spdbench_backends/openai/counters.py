@@ -119,18 +119,18 @@ def drafts_between(before: Counters, after: Counters, num_new_tokens: int) -> Dr
     def difference(name: str) -> int:
         return round(after.values.get(name, 0) - before.values.get(name, 0))
 
-    rounds = difference(engine.rounds)
+    rounds, source = difference(engine.rounds), f"{engine.name}'s counters"
     if abs(difference(engine.tokens) - num_new_tokens) > UNCOUNTED or not 0 <= rounds < num_new_tokens + UNCOUNTED:
         return None
     if engine.rounds == SGLANG_ROUNDS:  # it counts only rounds; each commits its accepted drafts and one token more
         accepted = num_new_tokens - 1 - rounds
-        return DraftCounts(rounds, None, accepted) if rounds and accepted >= 0 else None
+        return DraftCounts(rounds, None, accepted, source=source) if rounds and accepted >= 0 else None
     drafted, accepted = difference(DRAFTED), difference(ACCEPTED)
     # The last round may accept drafts past the end of the answer, as many as it is deep.
     depth = len(after.by_position) or ceil(drafted / max(1, rounds))
     if not 0 <= accepted <= drafted or rounds + accepted > num_new_tokens + depth:
         return None
-    return DraftCounts(rounds, _judged(before, after, rounds, drafted), accepted)
+    return DraftCounts(rounds, _judged(before, after, rounds, drafted), accepted, drafted, source=source)
 
 
 def _judged(before: Counters, after: Counters, rounds: int, drafted: int) -> int | None:

@@ -12,6 +12,7 @@ from spdbench_backends.openai.chunks import BROKEN_OFF, FINISHES, Chunk
 from spdbench_backends.openai.client import BrokenError, Connection
 from spdbench_backends.openai.counters import Counters
 from spdbench_backends.openai.counting import Counter
+from spdbench_backends.openai.response_drafts import DraftReport
 
 MAX_WAIT_S = 30.0
 MAX_REQUESTED_WAIT_S = 300.0
@@ -36,6 +37,9 @@ class Exchange:
         self.has_thoughts = False
         self.finish_word = ""
         self.num_prompt_tokens: int | None = None
+        self.num_cached_tokens: int | None = None
+        self.decode_s: float | None = None
+        self.drafts: DraftReport | None = None
         self.num_tokens = 0
 
     def repeat_later(self, reason: str, wait_s: float | None) -> TryAgainError:
@@ -81,6 +85,9 @@ class Exchange:
         self.has_thoughts = self.has_thoughts or bool(chunk.thought)
         if chunk.prompt_tokens is not None:
             self.num_prompt_tokens = chunk.prompt_tokens
+        self.num_cached_tokens = self.num_cached_tokens if chunk.cached_tokens is None else chunk.cached_tokens
+        self.decode_s = chunk.decode_s or self.decode_s
+        self.drafts = chunk.drafts or self.drafts
         if chunk.has_text and self.finish_word not in FINISHES:
             self.finish_word = ""
         self.finish_word = chunk.finish or self.finish_word

@@ -24,7 +24,7 @@ from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
 
 if TYPE_CHECKING:
-    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.pipeline.streams import CoDrafter
     from spdbench_backends.spd.captured import CapturedDraftModule
     from spdbench_backends.spd.drafter import PipelineDrafter

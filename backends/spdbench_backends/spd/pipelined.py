@@ -18,7 +18,7 @@ from spdbench_backends.drafting import Drafting, F
 from spdbench_backends.local import described_snapshots
 
 if TYPE_CHECKING:
-    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
     from spdbench.pipeline.streams import CoDrafter, StreamsPipeline

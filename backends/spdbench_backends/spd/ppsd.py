@@ -17,7 +17,7 @@ from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined
 
 if TYPE_CHECKING:
-    from spdbench.decoding.synthetic import DrafterChoice
+    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench_backends.spd.drafter import PipelineDrafter
 

@@ -104,7 +104,8 @@ def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
 
 def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText) -> None:
     """Raises `InputError` for what is known to be wrong before anything is loaded or written."""
-    from spdbench.decoding.synthetic import parse_drafter, require_known_answer
+    from spdbench.decoding.drafter_choice import parse_drafter
+    from spdbench.decoding.synthetic import require_known_answer
 
     for spec in specs:
         if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):

@@ -13,10 +13,19 @@ from spdbench.judge.results.schema import Result, RunKey
 
 
 def workload(head: Result) -> str:
-    """Equal for results that did the same work: suite, model, dtype, arguments of the chat template and decoding."""
+    """Equal for results that did the same work: suite, model, dtype, arguments of the chat template, decoding, and
+    requests at once."""
     suite, model = head.suite, head.model
     args = sorted(model.template_args.items())
-    return repr((suite.name, suite.version, suite.sha256, model.sha256, model.dtype, args, head.decoding.model_dump()))
+    key = (suite.name, suite.version, suite.sha256, model.sha256, model.dtype, args, head.decoding.model_dump())
+    # Calibrations are kept under a hash of this, so that one request at a time adds nothing.
+    return repr(key if (at_once := concurrency(head)) == 1 else (*key, at_once))
+
+
+def concurrency(head: Result) -> int:
+    """How many requests were under way at once; only servers are measured with more than one."""
+    at_once: int = head.backend.options.get("concurrency", 1)
+    return at_once
 
 
 def machine(head: Result) -> str:
@@ -48,6 +57,8 @@ def differences(base: Result, candidate: Result) -> list[str]:
     if base.model.template_args != candidate.model.template_args:
         given = [", ".join(f"{key}={value}" for key, value in head.model.template_args.items()) for head in heads]
         found.append(f"--template-arg ({given[0] or 'none'}, not {given[1] or 'none'})")
+    if concurrency(base) != concurrency(candidate):
+        found.append(f"--concurrency ({concurrency(base)}, not {concurrency(candidate)})")
     others = candidate.decoding.model_dump()
     pairs = [(name, value, others[name]) for name, value in base.decoding.model_dump().items()]
     changed = [f"{name} {value}, not {other}" for name, value, other in pairs if value != other]

@@ -9,12 +9,13 @@ before an output is cut at its end. Micro is totals over totals, macro the mean 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.metrics.definitions import by_layers
+from spdbench.judge.metrics.definitions import by_layers, steps_of
 from spdbench.judge.metrics.stats import divide
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN
@@ -34,12 +35,16 @@ class Dialect:
 
 LENGTHS = "accepted", "steps"
 """A verify step's length is what it accepted and one token of the target's own."""
+REPORTED_COLUMNS = {"accepted": "reported_accepted", "steps": "reported_rounds"}
+"""Columns with an engine's own counts, in place of those with the steps', which are a server's chunks."""
 DIALECTS = {
     "spdbench": Dialect("1 + accepted / verify steps, micro", LENGTHS),
     "vllm": Dialect("1 + accepted / verify steps, micro", LENGTHS),
     "spec-bench": Dialect("mean length of a verify step, micro", LENGTHS),
     "sglang": Dialect("N / verify steps, micro", ("new_tokens",)),
     "nvidia": Dialect("mean chunk with prefill's among them, macro", ("new_tokens",), more_rounds=1, macro=True),
+    "specforge": Dialect("N / verify steps, macro", ("new_tokens",), macro=True),
+    "aiperf": Dialect("1 + accepted / verify steps, macro", LENGTHS, macro=True),
     "eagle": Dialect("decode tokens / (verify steps - 1), micro", ("decode_tokens",), more_rounds=-1),
     "spd": Dialect(
         "layers / largest stage's x N / cycles, macro; pipelines only", ("new_tokens",), macro=True, of_pipelines=True
@@ -61,8 +66,11 @@ def acceptance_length(dialect: str, table: NDArray[np.float64], backend: Backend
     rule = DIALECTS[dialect]
     if backend.kind == "autoregressive" or rule.of_pipelines != (backend.kind == "pipeline"):
         return None
-    tokens = table[:, [COLUMN[name] for name in rule.tokens]].sum(axis=1)
-    rounds = np.maximum(table[:, COLUMN["steps"]] + rule.more_rounds, 0)
+    columns: Mapping[str, str] = {}
+    if steps_of(backend) == "reported":
+        table, columns = table[table[:, COLUMN["reported_rounds"]] > 0], REPORTED_COLUMNS
+    tokens = table[:, [COLUMN[columns.get(name, name)] for name in rule.tokens]].sum(axis=1)
+    rounds = np.maximum(table[:, COLUMN[columns.get("steps", "steps")]] + rule.more_rounds, 0)
     values = divide(tokens, rounds) if rule.macro else divide(tokens.sum(keepdims=True), rounds.sum(keepdims=True))
     finite = values[np.isfinite(values)]
     scale = by_layers(backend) if rule.of_pipelines else None

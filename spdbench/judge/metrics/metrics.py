@@ -158,8 +158,8 @@ class Metrics(Mapping[str, Any]):
         return _finite_mean(self._latencies_of_runs[:, index])
 
     def acceptance_by_position(self) -> list[float] | None:
-        """accepted / judged at positions 1, 2, ...; None where nothing was judged."""
-        judged, accepted = verdicts_by_position(self.runs, self._rows, self.backend.kind)
+        """accepted / judged at positions 1, 2, ...; None where nothing was judged, or that is unknown."""
+        judged, accepted = verdicts_by_position(self.runs, self._rows, steps_of(self.backend))
         deep = np.flatnonzero(judged)
         return (accepted[deep] / judged[deep]).tolist() if len(deep) else None
 
@@ -257,7 +257,7 @@ def _list_metrics() -> dict[str, Metric]:
     for index, percent in enumerate(PERCENTS):
         found[f"itl_p{percent}_s"] = Metric(partial(Metrics.latency, index=index), "times")
         found[f"itl_p{percent}_s_macro"] = Metric(partial(Metrics.latency_macro, index=index), "times")
-    found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position, "drafts")
+    found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position)
     for part in LOAD_PARTS:
         found[f"busy_{part}"] = Metric(partial(Metrics.taken, part=part))
     for column in ("disturbed", "set_aside"):
@@ -270,9 +270,7 @@ def _list_metrics() -> dict[str, Metric]:
 
 
 METRICS = _list_metrics()
-DIALECT_METRICS = {
-    metric_name(dialect): Metric(partial(Metrics.in_dialect, dialect=dialect), "drafts") for dialect in DIALECTS
-}
+DIALECT_METRICS = {metric_name(dialect): Metric(partial(Metrics.in_dialect, dialect=dialect)) for dialect in DIALECTS}
 
 
 def _ratio_of(ratio: Ratio | None, sums: NDArray[np.float64]) -> float | None:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, zip_longest
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.results.schema import RunKey
+from spdbench.judge.metrics.definitions import Steps
+from spdbench.judge.results.schema import Drafts, RunKey
 from spdbench.judge.results.table import COLUMN, STEP_COLUMNS, RunTable
-from spdbench.types import BackendKind
 
 NS_PER_S = 1e9
 PERCENTS = (50, 95, 99)
@@ -87,18 +88,25 @@ def percentiles(
     return found
 
 
-def verdicts_by_position(table: RunTable, rows: Rows, kind: BackendKind) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Drafts judged, and drafts accepted, at positions 1, 2, ...: [K] each.
+def verdicts_by_position(table: RunTable, rows: Rows, steps: Steps) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Drafts judged, and drafts accepted, at positions 1, 2, ...: [K] each; from runs whose engines report them, where
+    only those know.
 
     A draft's position is its depth; in a pipeline, the number of verdicts since the last flush.
     """
+    if steps == "reported":
+        known = [drafts for drafts in _reported(table, rows) if drafts.judged_at is not None]
+        judged_at = _sum_of_lists([drafts.judged_at or () for drafts in known])
+        accepted_at = _sum_of_lists([_accepted_at(drafts.rounds_accepting or ()) for drafts in known])
+        accepted_at = np.append(accepted_at, np.zeros(max(0, len(judged_at) - len(accepted_at)), dtype=np.int64))
+        return judged_at, accepted_at[: len(judged_at)]
     chosen = _decode_steps(table, rows)
     judged, accepted = table.steps[JUDGED], table.steps[ACCEPTED]
-    if kind == "pipeline":
+    if steps == "pipeline":
         given = np.flatnonzero(chosen & (judged > 0))
         run = np.repeat(np.arange(len(rows)), table.num_steps)[given]
         return _verdicts_since_flush(run, accepted[given].astype(np.int64))
-    if kind == "draft_verify":
+    if steps == "draft_verify":
         most = int(judged[chosen].max(initial=0))
         return _reaching(judged[chosen], most), _reaching(accepted[chosen], most)
     nothing = np.zeros(0, dtype=np.int64)
@@ -125,8 +133,27 @@ def _reaching(depths: NDArray[np.integer], most: int) -> NDArray[np.int64]:
     return np.cumsum(counts[::-1])[::-1][1:]
 
 
-def step_lengths(table: RunTable, rows: Rows) -> NDArray[np.int64]:
-    """How many decode steps committed 0, 1, 2, ... ids; prefill is none of them."""
+def _reported(table: RunTable, rows: Rows) -> Iterator[Drafts]:
+    """What engines counted of the chosen runs."""
+    return (drafts for drafts, chosen in zip(table.drafts, rows, strict=True) if chosen and drafts is not None)
+
+
+def _accepted_at(rounds_accepting: Sequence[int]) -> list[int]:
+    """Drafts accepted at depth 1, 2, ...: the rounds that accepted as many or more."""
+    return list(accumulate(reversed(rounds_accepting[1:])))[::-1]
+
+
+def _sum_of_lists(lists: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """The sum at each place of lists of any length."""
+    return np.array([sum(column) for column in zip_longest(*lists, fillvalue=0)], dtype=np.int64)
+
+
+def step_lengths(table: RunTable, rows: Rows, steps: Steps) -> NDArray[np.int64]:
+    """How many decode steps committed 0, 1, 2, ... ids; prefill is none of them. As engines report it where only those
+    know: a verify step then counts with all that it accepted, and one token of the target's own."""
+    if steps == "reported":
+        accepting = _sum_of_lists([drafts.rounds_accepting or () for drafts in _reported(table, rows)])
+        return np.append(0, accepting).astype(np.int64)
     return np.bincount(table.steps[EMITTED, _decode_steps(table, rows)])
 
 

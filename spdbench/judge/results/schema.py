@@ -181,6 +181,18 @@ class Drafts(Record):
     rounds: Count = Field(description="verify steps")
     judged: Count | None = Field(description="drafts that got a verdict; null where it is not told")
     accepted: Count
+    drafted: Count | None = Field(None, description="all drafted tokens; null where it is not told")
+    rounds_accepting: list[Count] | None = Field(None, description="verify steps that accepted 0, 1, 2, ... drafts")
+    judged_at: list[Count] | None = Field(None, description="drafts that got a verdict at depth 1, 2, ...")
+    source: str = Field("", description="where the counts come from: the response itself, or the server's counters")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Drafts:
+        judged, accepting = self.judged_at, self.rounds_accepting
+        accepted = self.accepted if accepting is None else sum(n * rounds for n, rounds in enumerate(accepting))
+        if accepted != self.accepted or (judged is not None and sum(judged) != self.judged):
+            raise ValueError("rounds_accepting or judged_at: not as many drafts as in total")
+        return self
 
 
 class SetAside(Record):
@@ -214,6 +226,8 @@ class Run(Record):
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
     text: str | None = Field(None, description="the answer as an engine told it; null where the ids say it")
     drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
+    num_cached_tokens: Count | None = Field(None, description="of the prompt, from a server's cache")
+    engine_decode_s: Seconds | None = Field(None, description="decode time by a server's own clock")
     machine: MachineLoad | None = Field(None, description="what else the machine did; null where it was not watched")
     set_aside: list[SetAside] = Field(default_factory=list, description="disturbed measurements that do not count")
     spans: SpanColumns | None = Field(None, description="what the lanes did; null without `run --trace`")

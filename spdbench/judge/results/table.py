@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
-from spdbench.judge.results.schema import BubbleParts, Run, RunKey
+from spdbench.judge.results.schema import BubbleParts, Drafts, Run, RunKey
 
 PARTS = tuple(BubbleParts.model_fields)
 """`useful` and `wasted`, then the causes of idle time in the order in which they are charged."""
@@ -62,7 +62,7 @@ class RunTable:
 
     `errors` are the messages of failed runs, `disturbed_by` the processes that took most time from each run. `outputs`
     are each run's ids in decimal digits joined by commas, `texts` the answers of engines that give text; None where
-    they are only compared, for which `output_sha256` is enough.
+    they are only compared, for which `output_sha256` is enough. `drafts` are what engines counted themselves.
     `sums` is [R, len(COLUMNS)]. `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps`
     [len(STEP_COLUMNS), S] are each run's; a gap is the time since the step before, for the first step since the
     request's start.
@@ -76,6 +76,7 @@ class RunTable:
     output_sha256: list[bytes]
     outputs: list[bytes] | None
     texts: list[str | None] | None
+    drafts: list[Drafts | None]
     failed: NDArray[np.bool_]
     sums: NDArray[np.float64]
     num_steps: NDArray[np.int64]
@@ -177,6 +178,7 @@ def build_table(
         output_sha256=[hashlib.sha256(text).digest() for text in outputs],
         outputs=outputs if keep_ids else None,
         texts=[run.text for run in runs] if keep_ids else None,
+        drafts=[run.drafts for run in runs],
         failed=failed,
         sums=sums,
         num_steps=num_steps,

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.definitions import steps_of
 from spdbench.judge.metrics.steps import step_lengths, step_lengths_by_context, verdicts_by_position
+from spdbench.judge.results.table import RunTable
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import (
     Chart,
@@ -35,7 +36,7 @@ def _acceptance(table: Table, palette: Palette) -> list[Panel]:
     records: list[Record] = []
     for row in _drafting(table):
         runs = row.result.runs
-        judged, accepted = verdicts_by_position(runs, ~runs.failed, row.head.backend.kind)
+        judged, accepted = verdicts_by_position(runs, ~runs.failed, steps_of(row.head.backend))
         counts = enumerate(zip(judged.tolist(), accepted.tolist(), strict=True), start=1)
         records += [
             {"label": harmless(row.label), "position": position, "judged": given, "acceptance": right / given}
@@ -67,9 +68,13 @@ def _acceptance(table: Table, palette: Palette) -> list[Panel]:
 
 
 def _drafting(table: Table) -> list[Row]:
-    """The rows whose steps are verify steps or cycles."""
-    kinds = ("draft_verify", "pipeline")
+    """The rows of backends that draft."""
+    kinds = ("draft_verify", "reported", "pipeline")
     return [row for row in overall(table) if steps_of(row.head.backend) in kinds and row.result.runs.num_steps.any()]
+
+
+def _lengths_of(row: Row, runs: RunTable) -> NDArray[np.int64]:
+    return step_lengths(runs, ~runs.failed, steps_of(row.head.backend))
 
 
 def _counted(counts: NDArray[np.int64], most: int | None = None) -> Iterator[Record]:
@@ -86,7 +91,7 @@ def _lengths(table: Table, palette: Palette) -> list[Panel]:
     records: list[Record] = []
     for row in _drafting(table):
         runs = row.result.runs
-        records += [{"label": harmless(row.label), **each} for each in _counted(step_lengths(runs, ~runs.failed))]
+        records += [{"label": harmless(row.label), **each} for each in _counted(_lengths_of(row, runs))]
     if not records:
         return []
     look = series(table, palette, records)
@@ -156,7 +161,7 @@ def _lengths_by_category(table: Table, palette: Palette) -> list[Panel]:
     panels = []
     for row in _drafting(table):
         parts = {name: part.runs for name, part in row.result.by_category.items()}
-        groups = {name: step_lengths(runs, ~runs.failed) for name, runs in parts.items()}
+        groups = {name: _lengths_of(row, runs) for name, runs in parts.items()}
         panels.append(
             _stacked(row, {name: counts for name, counts in groups.items() if counts.any()}, "category", palette)
         )
@@ -166,6 +171,8 @@ def _lengths_by_category(table: Table, palette: Palette) -> list[Panel]:
 def _lengths_by_context(table: Table, palette: Palette) -> list[Panel]:
     panels = []
     for row in _drafting(table):
+        if steps_of(row.head.backend) == "reported":  # no engine says with how much context a step began
+            continue
         runs = row.result.runs
         by_size = step_lengths_by_context(runs, ~runs.failed)
         groups = {f"{size // 2 + 1} to {size}" if size > 1 else "1": counts for size, counts in by_size.items()}

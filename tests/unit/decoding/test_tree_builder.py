@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spdbench.decoding.drafter_choice import DrafterChoice
 from spdbench.decoding.sampling import Sampler
-from spdbench.decoding.synthetic import DrafterChoice, SyntheticDrafter, SyntheticDrafts
+from spdbench.decoding.synthetic import SyntheticDrafter, SyntheticDrafts
 from spdbench.decoding.tree import DraftTree, Path
 from spdbench.decoding.tree_builder import (
     Candidates,
@@ -154,7 +155,7 @@ def test_bounds_hold(builder: TreeBuilder) -> None:
 @pytest.mark.parametrize(("levels", "top_k", "total"), [(5, 8, 24), (8, 8, 24), (10, 4, 11), (32, 64, 33)])
 def test_a_synthetic_spine_is_as_deep_as_the_tree_was_asked_to_be(levels: int, top_k: int, total: int) -> None:
     reference = tuple(range(100, 140))
-    drafts = SyntheticDrafts(DrafterChoice("oracle", "oracle:1", 1.0), 0, b"", reference, 500, frozenset())
+    drafts = SyntheticDrafts(DrafterChoice("oracle", "oracle:1", (1.0,)), 0, b"", reference, 500, frozenset())
     drafter = SyntheticDrafter(drafts, DynamicTreeBuilder(levels, top_k, total), CPU)
     draft = drafter.propose(levels, Sampler(Sampling(), 0))
     assert reference[1 : levels + 1] in branches(draft)

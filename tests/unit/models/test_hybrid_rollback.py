@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spdbench.decoding.drafter_choice import parse_drafter
 from spdbench.decoding.speculate import Speculation
-from spdbench.decoding.synthetic import SyntheticDrafter, parse_drafter, synthetic_drafts
+from spdbench.decoding.synthetic import SyntheticDrafter, synthetic_drafts
 from spdbench.decoding.tree_builder import chain_builder
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import HybridCache

@@ -38,6 +38,8 @@ def test_the_worked_example_has_the_value_that_each_dialect_prints() -> None:
         "spec-bench": 3.25,
         "sglang": 3.50,
         "nvidia": 2.80,
+        "specforge": 3.50,
+        "aiperf": 3.25,
         "eagle": 4.33,
         "spd": None,
     }
@@ -50,6 +52,8 @@ def test_macro_dialects_weigh_requests_alike_and_micro_ones_by_their_steps() -> 
     assert found["sglang"] == pytest.approx((5 + 11) / 11)
     assert found["eagle"] == pytest.approx((4 + 10) / (0 + 9))
     assert found["nvidia"] == pytest.approx((5 / 2 + 11 / 11) / 2)
+    assert found["specforge"] == pytest.approx((5 / 1 + 11 / 10) / 2)
+    assert found["aiperf"] == pytest.approx((4 + 1) / 2)
 
 
 def test_what_was_accepted_past_the_cut_counts_where_steps_are_counted_whole() -> None:

@@ -22,8 +22,8 @@ def everything(table: RunTable) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
 
 def test_prefill_is_no_step_and_chosen_runs_count_alone() -> None:
     table = table_of([1, 2, 3, 2], [1, 5])
-    assert step_lengths(table, everything(table)).tolist() == [0, 0, 2, 1, 0, 1]
-    assert step_lengths(table, np.array([False, True])).tolist() == [0, 0, 0, 0, 0, 1]
+    assert step_lengths(table, everything(table), "draft_verify").tolist() == [0, 0, 2, 1, 0, 1]
+    assert step_lengths(table, np.array([False, True]), "draft_verify").tolist() == [0, 0, 0, 0, 0, 1]
 
 
 def test_context_begins_with_the_prompt_and_grows_by_what_was_committed() -> None:
@@ -39,7 +39,7 @@ def test_context_begins_with_the_prompt_and_grows_by_what_was_committed() -> Non
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_contexts_divide_the_steps_among_them(chunks: list[list[int]]) -> None:
     table = table_of(*chunks)
-    overall = step_lengths(table, everything(table))
+    overall = step_lengths(table, everything(table), "draft_verify")
     parts = step_lengths_by_context(table, everything(table)).values()
     together = sum((np.pad(counts, (0, len(overall) - len(counts))) for counts in parts), np.zeros_like(overall))
     assert together.tolist() == overall.tolist()

@@ -9,6 +9,7 @@ import pytest
 from spdbench.judge.comparison.compare import Row, compare
 from spdbench.judge.comparison.conclusion import conclusions
 from spdbench.judge.loaded import LoadedResult, load
+from spdbench.judge.metrics.steps import step_lengths
 from spdbench.judge.results.schema import Drafts, Run
 from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
 
@@ -96,3 +97,33 @@ def test_a_server_with_drafts_may_beat_the_same_server_without() -> None:
         assert [flag.name for flag in table.rows[1].flags if flag.name == "other_model"] == names
         assert table.rows[1].disqualified == bool(names)
         assert ("other_model" in conclusions(table)[1].disqualified_by) == bool(names)
+
+
+def test_what_an_engine_counted_gives_positions_lengths_and_every_dialect() -> None:
+    drafts = [
+        Drafts(rounds=3, judged=7, accepted=4, rounds_accepting=[1, 0, 2, 0], judged_at=[3, 2, 2]),
+        Drafts(rounds=5, judged=6, accepted=1, rounds_accepting=[4, 1], judged_at=[5, 1]),
+        None,
+    ]
+    runs = [make_run(vanilla_steps(8), prompt=f"p{i}", drafts=drafts[i % 3]) for i in range(9)]
+    row = served(runs, unknown=["drafts"])
+    assert row.metrics["acceptance_by_position"] == pytest.approx([3 / 8, 2 / 3, 0 / 2])
+    expected = {
+        **dict.fromkeys(("spdbench", "vllm", "spec_bench"), 1 + 5 / 8),
+        "sglang": 16 / 8,
+        "specforge": (8 / 3 + 8 / 5) / 2,
+        "aiperf": (1 + 4 / 3 + 1 + 1 / 5) / 2,
+        "nvidia": (8 / 4 + 8 / 6) / 2,
+        "eagle": 14 / 6,
+    }
+    assert {name: row.metrics[f"acceptance_length_{name}"] for name in expected} == pytest.approx(expected)
+    table = row.runs
+    assert step_lengths(table, ~table.failed, "reported").tolist() == [0, 15, 3, 6, 0]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounds_accepting": [1, 2]}, {"judged_at": [3, 3], "rounds_accepting": [1, 0, 2]}, {"judged_at": [1]}]
+)
+def test_counts_that_contradict_their_totals_are_refused(wrong: dict[str, list[int]]) -> None:
+    with pytest.raises(ValueError, match="not as many"):
+        Drafts(rounds=3, judged=7, accepted=4, **wrong)
