@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import file_identity, result_paths, write_whole_file
+from spdbench.cli.files import file_identity, refuse_output, result_paths, write_whole_file
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def command(
     form = form or "svg"
     out = out or Path("report.html" if chart is None else f"{chart}.{form}")
     paths = list(result_paths(results))
-    _refuse_output(out, paths, force=force)
+    refuse_output(out, paths, force=force)
     from spdbench.render.report import vega
     from spdbench.render.report.style import LIGHT
 
@@ -88,15 +88,6 @@ def command(
         content = vega.to_file(drawn, panels, form, style or "screen")
     write_whole_file("-o", out, content)
     click.echo(f"Wrote {out}", err=True)
-
-
-def _refuse_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise InputError(f"-o {out}: the folder {out.parent} does not exist; make it first")
-    if file_identity(out) in map(file_identity, inputs):
-        raise InputError(f"-o {out}: is one of the results; choose another file")
-    if out.exists() and not force:
-        raise InputError(f"-o {out}: exists already; choose another file, or replace it with --force")
 
 
 def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:

@@ -185,8 +185,8 @@ def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[Render
         if each.span.end_ns > begin and each.span.start_ns < end:
             rows.setdefault(_lane_name(each, backend), []).append(each)
     names = [name for name in _lane_order(backend) if name in rows]
-    legend = "= target  x discarded  d draft  v verify  h host  . idle  | a step ends"
-    lines = [Text(f"What the lanes did in {(end - begin) / 1e6:.1f} ms: {legend}", "bold")]
+    lines = [Text(f"What the lanes did in {(end - begin) / 1e6:.1f} ms", "bold")]
+    lines.append(Text("= target  x discarded  d draft  v verify  h host  . idle  | a step ends", "dim"))
     marks = {min(int((at_ns - begin) / cell_ns), columns - 1) for at_ns in ends[first : last + 1]}
     lines.append(_row("steps", [Text("".join("|" if c in marks else " " for c in range(columns)), "dim")], columns))
     for name in names:
