@@ -84,7 +84,11 @@ def test_what_recurrent_layers_cannot_do_is_refused(
 @pytest.mark.parametrize(
     ("version", "change", "why"),
     [
-        (12, {"stage_layers": [1, 2, 2]}, "stage_layers=1,2,2: adds up to 5 layers, but the model has 6"),
+        (
+            12,
+            {"stage_layers": [1, 2, 2]},
+            "head.pt: config: stage_layers=1,2,2: adds up to 5 layers, but the model has 6",
+        ),
         (11, {"model_type": "llama"}, "config.model_type is llama, but here it is qwen3_5"),
         (11, {"hidden_size": 48}, "config.hidden_size is 48, but here it is 32"),
         (11, {"vocab_size": 99}, "config.vocab_size is 99, but here it is 262"),

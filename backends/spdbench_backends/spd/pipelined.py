@@ -210,10 +210,20 @@ class Pipelined(Drafting["PipelineDrafter"]):
         )
         if is_read:
             assert file is not None
-            self._stages = self._cut(file.config.num_stages, getattr(file.config, "stage_layers", None))
+            self._stages = self._cut(file.config.num_stages, self._trained_cut(file))
         return file
 
-    def _cut(self, drafters_stages: int | None, drafters_layers: list[int] | None = None) -> tuple[range, ...]:
+    def _trained_cut(self, file: F) -> tuple[range, ...] | None:
+        """The stages that a drafter's config lists, if it does."""
+        from spdbench.models.partition import split_by_counts
+
+        layers = getattr(file.config, "stage_layers", None)
+        try:
+            return None if layers is None else split_by_counts(self._context.target.config.num_layers, layers)
+        except InputError as error:
+            raise file.error(f"config: {error}") from None
+
+    def _cut(self, drafters_stages: int | None, trained_cut: tuple[range, ...] | None = None) -> tuple[range, ...]:
         """The stages that the options name, else those that the drafter was trained for, else equal ones."""
         from spdbench.models.partition import split_by_counts, split_evenly
 
@@ -226,8 +236,8 @@ class Pipelined(Drafting["PipelineDrafter"]):
             num_stages = options.stages or drafters_stages or usual_stages(num_layers)
             if options.stage_layers == "auto":
                 return self._balanced(num_stages)
-            if drafters_layers is not None and len(drafters_layers) == num_stages:
-                return split_by_counts(num_layers, drafters_layers)
+            if trained_cut is not None and len(trained_cut) == num_stages:
+                return trained_cut
             return split_evenly(num_layers, num_stages)
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None
