@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-LIMIT ?= 8
-MAX_NEW_TOKENS ?= 32
+LIMIT ?= 20
+MAX_NEW_TOKENS ?= 40
 
 # One test process a core, each with one thread. The tests marked `whole_machine` measure processor time or need all
 # threads, so they run afterwards and alone. Files stay whole (`loadfile`), so that their models are built once, and in
@@ -12,6 +12,7 @@ TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 IN_PARALLEL := --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not whole_machine"
 
 RUN := $(VENV)/bin/python -m
+DEMO := vanilla spd eagle medusa ngram
 INSTALL := $(RUN) pip install --quiet --constraint constraints.txt
 # Drafts are right or wrong by a hash, and trees are named, so that no machine's times or rounding change a step.
 GATE_RUN := run quick --dtype float32 --drafter oracle:0.8 --limit 4 --max-new-tokens 20 --devices cpu \
@@ -23,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test check gate baselines format clean
 
 help:
-	@echo "make demo     measure every method on the embedded model, and compare them"
+	@echo "make demo     measure every method on the embedded model, compare them, draw results/report.html"
 	@echo "              (LIMIT=$(LIMIT) conversations, MAX_NEW_TOKENS=$(MAX_NEW_TOKENS) each)"
 	@echo "make test     install what the tests need, fetch the embedded model, and run all checks"
 	@echo "make check    formatting, lint, types, tests and gate, in what is installed already"
@@ -36,7 +37,10 @@ help:
 
 demo: $(VENV)/.installed
 	@echo "Measuring every method with its trained drafter: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each ..."
-	@$(RUN) spdbench run quick -b vanilla -b spd -b eagle -b medusa -b ngram --limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
+	@$(RUN) spdbench run quick $(DEMO:%=-b %) --limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
+	@if $(RUN) spdbench report $(DEMO:%=results/quick__%__smollm2.json) -o results/report.html --force; \
+		then echo "Open results/report.html in a browser: the same comparison with charts and answers."; \
+		else echo "The comparison above is complete; the page results/report.html could not be written."; fi
 
 test: $(VENV)/.installed-for-tests
 	@echo "Making the embedded model ready ..."
@@ -78,7 +82,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing torch, the biggest part (minutes) ..."
 	@$(INSTALL) torch
 	@echo "Installing spdbench and the rest ..."
-	@$(INSTALL) --editable .
+	@$(INSTALL) --editable '.[report]'
 	@touch $@
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from spdbench.backend import BackendInfo, BackendOptions
-from spdbench.judge.results.schema import Run
 from spdbench.types import BackendKind, Drafted, GenerationRequest, Message, Span, SpanKind, Step
 
 NUM_TOKENS, DEPTH = 64, 4
@@ -83,10 +82,3 @@ class Letters:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
-
-
-class NoObserver:
-    """An observer that does nothing."""
-
-    def finished(self, label: str, run: Run) -> None: ...
-    def crashed(self, label: str, run: Run, trace: str) -> None: ...

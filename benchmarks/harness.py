@@ -13,6 +13,7 @@ that one, since machines are shared; the rest is CPU time and peak memory.
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import subprocess
@@ -22,12 +23,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 
-from benchmarks.free_backends import BACKENDS, DEPTH, NUM_TOKENS, FreeSteps, Letters, NoObserver
+from benchmarks.free_backends import BACKENDS, DEPTH, NUM_TOKENS, FreeSteps, Letters
+from spdbench.cli.run.events import Events, Observers, open_events
+from spdbench.cli.run.live_view import MAX_GROUPS, LiveView, Tally
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.results.schema import BackendRecord, DecodingInfo, ModelInfo, Run, Steps, SuiteInfo
 from spdbench.measure.assemble import ResultHead, write_result
@@ -39,7 +44,7 @@ from spdbench.types import GenerationRequest, Prompt, Sampling
 
 NUM_FILES, NUM_RUNS, NUM_STEPS = 200, 80, 201
 SIZES = (1_000, 5_000, 10_000)
-TREE_NODES = 60
+TREE_NODES, NUM_SHOWN = 60, 5
 ROOT = Path(__file__).parents[1]
 TOKEN_S = 0.010
 """The time of a token on a fast CPU; overhead is stated as a share of it."""
@@ -174,6 +179,27 @@ def overhead() -> Iterator[str]:
     yield row(f"--keep-drafts, a round of {TREE_NODES} drafts, timed", share(seconds_to_read_tree(), 1), "1 %")
     yield row(f"--trace and --keep-drafts, a prompt of {NUM_TOKENS} tokens, untimed", share(kept_s, NUM_TOKENS), "1 %")
     yield row(f"everything but the backend, a prompt of {NUM_TOKENS} tokens", share(prompt_s, NUM_TOKENS), "1 %")
+    yield from (row(f"{what}, {NUM_SHOWN} backends", share(s, NUM_TOKENS), "1 %") for what, s in reporting())
+
+
+def reporting() -> Iterator[tuple[str, float]]:
+    """CPU time of what follows a request: a drawing on a terminal that takes no time itself, and an event."""
+    num = 2 * MAX_GROUPS
+    runs = [made_up_run(index, np.random.default_rng(index), drafts=1) for index in range(num)]
+    tallies = [Tally(result_head("drafts", f"label{n}", num).backend, num) for n in range(NUM_SHOWN)]
+    for tally, run in product(tallies, runs[:MAX_GROUPS]):
+        tally.add(run, 0.5)
+
+    def draw() -> None:
+        for run in runs:
+            tallies[0].add(run, 0.5)
+            view.draw()
+
+    with LiveView(tallies, "live", Console(file=io.StringIO(), force_terminal=True, width=80)) as view:
+        yield "live view drawn", cpu_s(draw) / num
+    with tempfile.TemporaryDirectory() as folder, open_events(Path(folder) / "events.jsonl") as write:
+        finished = partial(Events(write, tallies).finished, "label0")
+        yield "line for --events written", cpu_s(lambda: [*map(finished, runs)]) / num
 
 
 def seconds_to_read_tree() -> float:
@@ -243,7 +269,7 @@ def run_prompts(
         candidates = [
             Candidate(label, BACKENDS[label](), journal) for label, journal in zip(labels, journals, strict=True)
         ]
-        Runner(workload, candidates, Letters(), lambda *_: "real", NoObserver()).run()
+        Runner(workload, candidates, Letters(), lambda *_: "real", Observers()).run()
 
 
 def open_journal(folder: Path, label: str, *, resume: bool) -> Journal:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 CLEAR = "\r\033[K"
 """Removes what is in the terminal's current line, such as a progress bar."""
@@ -36,7 +40,33 @@ def _escape(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
-def say(line: str) -> None:
-    """A line on stderr, in place of a progress bar."""
+def can_redraw(stream: TextIO) -> bool:
+    """True if lines on `stream` can be drawn again: it is a terminal that obeys escape sequences, and no CI job's log.
+
+    CI services set `CI`; some of them give a job a terminal, and keep everything that is written to it.
+    """
+    term = os.environ.get("TERM", "dumb").lower()
+    in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return stream.isatty() and term not in ("", "dumb", "unknown") and not in_ci
+
+
+_notes_hidden = False
+
+
+@contextmanager
+def hide_notes(hidden: bool) -> Iterator[None]:
+    """Inside, notes are `hidden`, in all threads; errors are shown."""
+    global _notes_hidden
+    before, _notes_hidden = _notes_hidden, hidden
+    try:
+        yield
+    finally:
+        _notes_hidden = before
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """A note or an `error` as a line on stderr, in place of a progress bar."""
+    if _notes_hidden and not error:
+        return
     shown = printable(line)
-    print(f"{CLEAR}{shown}" if sys.stderr.isatty() else shown, file=sys.stderr, flush=True)
+    print(f"{CLEAR}{shown}" if can_redraw(sys.stderr) else shown, file=sys.stderr, flush=True)

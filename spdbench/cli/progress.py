@@ -1,6 +1,6 @@
 """Progress on stderr: one line that is redrawn on a terminal, a line now and then elsewhere.
 
-Drawn by the thread that reports, between requests, so that nothing is drawn while a request is timed.
+Drawn by the thread that reports. `run` and `audit` have a view of their own, `spdbench.cli.run.live_view`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,10 @@ import math
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Self
 
-from spdbench.console import CLEAR, printable, say
-from spdbench.judge.results.schema import Run
+from spdbench.console import CLEAR, can_redraw, printable, say
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_DRAWINGS = 0.25
@@ -27,7 +25,7 @@ class Progress:
     """A context in which the state of something long is shown. `done` of `total` units are finished at its start."""
 
     def __init__(self, total: float = 1.0, done: float = 0.0) -> None:
-        self._live = sys.stderr.isatty()
+        self._live = can_redraw(sys.stderr)
         self._total, self._first, self._done = total, done, done
         self._started = self._last = time.monotonic()
 
@@ -69,37 +67,15 @@ class Progress:
             print(words, file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """`12 s`, `12 min` or `12 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"
+
+
 def duration_left(seconds: float) -> str:
-    return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
-
-
-class RunProgress(Progress):
-    """Requests finished, with each label's speed and acceptance so far."""
-
-    def __init__(self, total: int, done: int) -> None:
-        super().__init__(total, done)
-        self._totals: dict[str, Counter[str]] = defaultdict(Counter)
-
-    def finished(self, label: str, run: Run) -> None:
-        totals = self._totals[label]
-        totals["tokens"] += max(0, run.num_new_tokens - 1)
-        totals["ns"] += round((run.decode_s or 0.0) * 1e9)
-        totals["judged"] += sum(run.steps.judged)
-        totals["accepted"] += sum(run.steps.accepted)
-        self._done += 1
-        count = f"{self._done:.0f}/{self._total:.0f} requests"
-        labels = "; ".join(f"{name} {_speed(of_label)}" for name, of_label in self._totals.items())
-        words = f"{', '.join(filter(None, [count, self.left]))}: {labels}"
-        self.show(self._done, words, last=self._done == self._total)
-
-    def crashed(self, label: str, run: Run, trace: str) -> None:
-        say(f"{label} failed on prompt {run.prompt_id}:\n{trace}")
-
-
-def _speed(totals: Counter[str]) -> str:
-    """Tokens a second and acceptance of one label."""
-    speed = f"{totals['tokens'] / totals['ns'] * 1e9:.1f} tok/s" if totals["ns"] else "no tokens yet"
-    return f"{speed}, {totals['accepted'] / totals['judged']:.0%} accepted" if totals["judged"] else speed
+    return f"about {duration(seconds)} left"
 
 
 class DataProgress(Progress):

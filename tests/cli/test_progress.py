@@ -1,17 +1,14 @@
-"""Progress: it shows what finished, and leaves alone what is being timed."""
+"""Progress of training and of data: a line that is redrawn on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
 import io
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 
 import pytest
 
 from spdbench.cli import progress
-from spdbench.cli.progress import DataProgress, RunProgress, TrainingProgress
-from tests.builders import make_run
+from spdbench.cli.progress import DataProgress, Progress, TrainingProgress, duration
 
 
 class Screen(io.StringIO):
@@ -19,58 +16,35 @@ class Screen(io.StringIO):
         return True
 
 
-@contextmanager
-def terminal() -> Iterator[Screen]:
-    """A terminal on stderr. Not a fixture: pytest replaces stderr between a test's setup and its call."""
-    with redirect_stderr(Screen()) as screen:
-        yield screen
-
-
-def test_a_bar_has_no_thread_that_could_draw_while_a_request_is_timed() -> None:
-    before = threading.active_count()
-    with terminal(), RunProgress(10, 0):
-        assert threading.active_count() == before
-
-
-def test_a_bar_is_drawn_when_a_request_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_is_no_longer_than_the_terminal_is_wide_and_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("COLUMNS", "100"), ("TERM", "xterm"), ("CI", "")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWINGS", 0.0)
-    with terminal() as screen, RunProgress(10, 0) as bar:
-        bar.finished("vanilla", make_run())
-        assert "1/10" in screen.getvalue()
-        assert "vanilla 100.0 tok/s" in screen.getvalue()
-    assert screen.getvalue().endswith("\r\033[K"), "the bar is gone at the end"
+    with redirect_stderr(Screen()) as screen, Progress(10) as bar:
+        bar.show(5, "x" * 200)
+    lines = screen.getvalue().split("\r\033[K")
+    assert max(map(len, lines)) == 99
+    assert lines[1].startswith("━" * 10 + "─" * 10 + " x")
+    assert lines[-1] == ""
 
 
-def test_a_bar_is_not_drawn_for_each_of_many_quick_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWINGS", 3600.0)
-    with terminal() as screen, RunProgress(10, 0) as bar:
-        drawn = len(screen.getvalue())
-        for _ in range(9):
-            bar.finished("vanilla", make_run())
-        assert len(screen.getvalue()) == drawn
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true")])
+def test_what_cannot_or_should_not_be_redrawn_gets_lines(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable, normal in (("TERM", "xterm"), ("CI", "")):
+        monkeypatch.setenv(variable, normal)
+    monkeypatch.setenv(name, value)
+    with redirect_stderr(Screen()) as screen, Progress(10) as bar:
+        bar.show(10, "all of it", last=True)
+    assert screen.getvalue() == "all of it\n"
 
 
-def test_a_bar_is_no_longer_than_the_terminal_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_DRAWINGS", 0.0)
-    with terminal() as screen, RunProgress(10, 0) as bar:
-        for label in "abcdefgh":
-            bar.finished(label * 20, make_run())
-    assert max(len(line) for line in screen.getvalue().split("\r\033[K")) == 99
-
-
-def test_a_crash_is_shown_in_place_of_the_bar() -> None:
-    with terminal() as screen, RunProgress(10, 0) as bar:
-        bar.crashed("spd", make_run(prompt="p1"), "Traceback ...")
-    assert "\r\033[Kspd failed on prompt p1:\nTraceback ...\n" in screen.getvalue()
-
-
-def test_a_pipe_gets_a_line_for_the_last_request_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    with RunProgress(3, 1) as lines:
-        lines.finished("vanilla", make_run())
-        assert capsys.readouterr().err == ""
-        lines.finished("vanilla", make_run())
-    assert capsys.readouterr().err == "3/3 requests: vanilla 100.0 tok/s\n"
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5400, "90 min"), (7200, "2 h")]
+)
+def test_durations_have_one_unit(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
 
 
 def test_time_left_follows_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

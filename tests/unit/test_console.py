@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import unicodedata
+from contextlib import redirect_stderr
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdbench.console import CLEAR, MAX_CHARS, printable, say
+from spdbench.console import CLEAR, MAX_CHARS, can_redraw, hide_notes, printable, say
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,39 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_notes_are_shown_the_same_way_and_only_our_own_code_clears_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, before in ((Terminal(), CLEAR), (io.StringIO(), "")):
-        monkeypatch.setattr("sys.stderr", stream)
-        say("NOTE: \x1b[31m\u202e")
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal that can be redrawn."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
+    return Terminal()
+
+
+def test_notes_are_shown_the_same_way_and_only_our_own_code_clears_the_line(terminal: Terminal) -> None:
+    for stream, before in ((terminal, CLEAR), (io.StringIO(), "")):
+        with redirect_stderr(stream):
+            say("NOTE: \x1b[31m\u202e")
         assert stream.getvalue() == f"{before}NOTE: \\x1b[31m\\u202e\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TERM", "unknown"), ("TERM", ""), ("CI", "true")])
+def test_a_dumb_terminal_and_the_log_of_a_ci_job_get_no_escape_sequences(
+    name: str, value: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert can_redraw(terminal)
+    monkeypatch.setenv(name, value)
+    assert not can_redraw(terminal)
+    with redirect_stderr(terminal):
+        say("NOTE")
+    assert terminal.getvalue() == "NOTE\n"
+
+
+def test_hidden_notes_leave_errors_and_end_with_their_context(capsys: pytest.CaptureFixture[str]) -> None:
+    with hide_notes(True):
+        say("a note")
+        say("an error", error=True)
+        with hide_notes(False):
+            say("another note")
+        say("a third note")
+    say("the last note")
+    assert capsys.readouterr().err == "an error\nanother note\nthe last note\n"

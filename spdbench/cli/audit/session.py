@@ -25,7 +25,8 @@ from spdbench import __version__
 from spdbench.backend import concurrency_of
 from spdbench.cli.audit.probes import check_end, check_restarts, first_tokens
 from spdbench.cli.files import write_file, write_stdout
-from spdbench.cli.progress import Progress, RunProgress
+from spdbench.cli.progress import Progress
+from spdbench.cli.run.live_view import LiveView, Tally
 from spdbench.cli.run.outputs import OutputComparer, other_engine
 from spdbench.cli.setup import BackendSpec
 from spdbench.cli.terminal import sigterm_interrupts
@@ -124,7 +125,8 @@ class AuditSession:
             self._probe(candidate, turn.request, found)
             return outcome
 
-        report = RunProgress(len(self.workload.keys()) * len(candidates), 0)
+        total, specs = len(self.workload.keys()), {spec.label: spec for spec in self.specs}
+        report = LiveView([Tally(specs[each.label].record(each.backend), total) for each in candidates])
         runner = Runner(self.workload, candidates, self.chat, compare, report, comparable=lambda _: True)
         with report:
             runner.run()

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from spdbench.cli.options import COUNT, FOLDER, WHOLE, check_name, flag, option, parse_labels, takes
+from spdbench.cli.options import COUNT, FOLDER, PATH, WHOLE, check_name, flag, option, parse_labels, takes
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
-from spdbench.console import say
+from spdbench.console import hide_notes, say
 from spdbench.errors import NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
@@ -52,6 +52,13 @@ class RunOptions(SuiteOptions):
         "--allow-code-execution",
         "Run code that a model wrote, in a sandbox, to score it, and code in task files that the suite names.",
     )
+    quiet: bool = flag("--quiet", "No progress and no notes on stderr, only errors; the comparison is printed.")
+    events: Path | None = option(
+        "--events",
+        PATH,
+        "FILE",
+        "Append what happens as lines of JSON; with - to stdout, and the comparison to stderr.",
+    )
 
 
 @click.command("run", short_help="Measure backends on a suite and compare them.")
@@ -62,6 +69,13 @@ def command(options: RunOptions) -> None:
     SUITE is the name of a shipped suite or a YAML file. Several -b are measured in one run on the same prompts; each
     gets a result file.
     """
+    with hide_notes(options.quiet):
+        code = _measure(options)
+    click.get_current_context().exit(code)
+
+
+def _measure(options: RunOptions) -> int:
+    """The exit code of the run."""
     from spdbench.cli.run.session import Session
     from spdbench.cli.setup import chat_format, find_backends, find_devices
 
@@ -77,8 +91,7 @@ def command(options: RunOptions) -> None:
     workload = make_workload(
         suite, options, target, chat, specs, **counts, keep_spans=options.trace, keep_drafts=options.keep_drafts
     )
-    session = Session(options, suite, workload, chat, target, devices, specs, score)
-    click.get_current_context().exit(session.run())
+    return Session(options, suite, workload, chat, target, devices, specs, score).run()
 
 
 def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:

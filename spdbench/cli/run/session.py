@@ -20,8 +20,9 @@ import click
 from rich.console import Console
 
 from spdbench.append_log import first_difference
-from spdbench.backend import Backend
-from spdbench.cli.progress import RunProgress
+from spdbench.backend import Backend, concurrency_of
+from spdbench.cli.run.events import STDOUT, Events, Observers, open_events
+from spdbench.cli.run.live_view import LiveView, Screen, Tally
 from spdbench.cli.run.outputs import OutputComparer
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable, result_path
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
@@ -80,6 +81,7 @@ class Session:
                 raise InputError(f"{path}: is a folder, where a result file has to go")
         with ExitStack() as stack:
             stack.enter_context(sigterm_interrupts())
+            write_event = stack.enter_context(open_events(self.options.events))
             backends = []
             for spec in self.specs:
                 args = self.chat.template_args
@@ -99,20 +101,35 @@ class Session:
                 journal = stack.enter_context(self._journal(path, spec, backend))
                 outputs.append(Output(path, head, journal))
                 candidates.append(Candidate(spec.label, backend, journal, _gauges(backend, watch)))
-            report = RunProgress(
-                len(self.workload.keys()) * len(outputs), sum(len(output.journal) for output in outputs)
-            )
+            total = len(self.workload.keys())
+            tallies = [
+                Tally(output.head.backend, total, len(output.journal), concurrency_of(backend))
+                for output, backend in zip(outputs, backends, strict=True)
+            ]
+            view, events = LiveView(tallies, self._screen), Events(write_event, tallies)
             # Without a target there are no ids, and nothing is compared.
             compare_outputs = OutputComparer(cast(Target, self.target))
-            runner = Runner(self.workload, candidates, self.chat, compare_outputs, report, self.score)
-            try:
-                with report:
-                    runner.run()
-            except (KeyboardInterrupt, BackendLostError):
-                ignore_from_now_on()
-                _write_partial(outputs)
-                raise
-            return self._finish(outputs)
+            observers = Observers(events, view)
+            runner = Runner(self.workload, candidates, self.chat, compare_outputs, observers, self.score)
+            with events:
+                events.started(self.suite.name, self.model.id)
+                try:
+                    with view:
+                        runner.run()
+                except (KeyboardInterrupt, BackendLostError):
+                    ignore_from_now_on()
+                    _write_partial(outputs)
+                    raise
+                code = self._finish(outputs)
+                events.ended(code, paths)
+            return code
+
+    @property
+    def _screen(self) -> Screen | None:
+        """Where events go to stdout, it may be the same terminal, so nothing is redrawn."""
+        if self.options.quiet:
+            return "nothing"
+        return "lines" if self.options.events == STDOUT else None
 
     @cached_property
     def model(self) -> ModelInfo:
@@ -209,7 +226,8 @@ class Session:
         for output in outputs:  # only now: until every result is there, --resume can still make them all
             output.journal.remove()
         tables = compare(results, self.specs[0].label)
-        click.echo(render(tables, "table", Console(file=sys.stdout)), nl=False)
+        table = render(tables, "table", Console(file=sys.stdout))
+        click.echo(table, nl=False, err=self.options.events == STDOUT)
         return 1 if any(map(_went_wrong, results)) else 0
 
 

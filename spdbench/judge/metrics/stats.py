@@ -158,10 +158,11 @@ def ratio_interval(
 ) -> Interval | None:
     """95 % interval of how `sides` compare: [runs, 2] each, numerator and denominator of each of the runs `keys`.
 
-    Of two sides it is that of (the second's ratio of sums) / (the first's); of four, that of the same ratio of the last
-    two over that of the first two, such as (speed-up now) / (speed-up before). All columns of a cell are redrawn
-    together, so that what a conversation does to all of them cancels. It does not include what differs from one start
-    of a run to the next. None with fewer than two conversations, for one shows no spread.
+    Of one side it is that of its ratio of sums. Of two sides it is that of (the second's ratio of sums) / (the
+    first's); of four, that of the same ratio of the last two over that of the first two, such as (speed-up now) /
+    (speed-up before). All columns of a cell are redrawn together, so that what a conversation does to all of them
+    cancels. It does not include what differs from one start of a run to the next. None with fewer than two
+    conversations, for one shows no spread.
 
     Source: T. Kalibera and R. Jones, "Quantifying Performance Changes with Effect Size Confidence Intervals" (2012,
     arXiv 2007.10899): the interval of a ratio, by resampling every level at which the experiment was repeated.
