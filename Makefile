@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 LIMIT ?= 20
-MAX_NEW_TOKENS ?= 40
+MAX_NEW_TOKENS ?= 32
 
 # One test process a core, each with one thread. The tests marked `whole_machine` measure processor time or need all
 # threads, so they run afterwards and alone. Files stay whole (`loadfile`), so that their models are built once, and in
