@@ -1,8 +1,8 @@
 """The interface between a decoding loop and a pipeline, wherever its stages run.
 
 Implemented by `inline.InlinePipeline`, which steps all stages in this process, `streams.StreamsPipeline`, whose stages
-share one GPU, and `process.ProcessPipeline`, whose stages are processes. A pipeline knows neither drafters nor how tokens
-are verified.
+share one GPU, and `process.ProcessPipeline`, whose stages are processes. A pipeline knows neither drafters nor how
+tokens are verified.
 
 Shapes: S rows, M model width, V vocabulary.
 """
