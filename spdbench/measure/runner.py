@@ -18,7 +18,8 @@ from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
 from spdbench.errors import BackendLostError, InputError, PromptFailedError, SpdbenchError
-from spdbench.judge.results.schema import DecodingInfo, Run, RunKey, SetAside
+from spdbench.judge.results.machine_load import SetAside
+from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.journal import Journal
 from spdbench.measure.request_turn import Gauges, RequestTurn, StoppedError, attempt, failed_run, measure_when_ready

@@ -20,6 +20,7 @@ MAX_NAMES = 3
 
 Part = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=64)]
+Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 
 
 class MachineLoad(BaseModel):
@@ -81,3 +82,13 @@ PARTS = {
 def is_busy(share: float, core_s: float) -> bool:
     """True where `share` of `core_s` seconds of processor time is too much to ignore, and no chance of the counters."""
     return share > BUSY_SHARE and share * core_s > LEAST_LOST_S
+
+
+class SetAside(BaseModel):
+    """A measurement of a request that the machine disturbed, in place of which another one counts (`--remeasure`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ttft_s: Seconds | None
+    decode_s: Seconds | None
+    machine: MachineLoad

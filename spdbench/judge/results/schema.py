@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
 from spdbench.judge.results.kept import DraftColumns, SpanColumns
-from spdbench.judge.results.machine_load import MachineLoad
+from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
 from spdbench.types import BackendKind, FinishReason, Measurement
 
 SCHEMA = "spdbench.result/1"
@@ -36,7 +36,6 @@ Large = Annotated[int, Field(ge=0, le=INT64)]
 TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
-Seconds = Annotated[float, Field(ge=0, le=1e10, allow_inf_nan=False)]
 Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
 
 
@@ -193,14 +192,6 @@ class Drafts(Record):
         if accepted != self.accepted or (judged is not None and sum(judged) != self.judged):
             raise ValueError("rounds_accepting or judged_at: not as many drafts as in total")
         return self
-
-
-class SetAside(Record):
-    """A measurement of a request that the machine disturbed, in place of which another one counts (`--remeasure`)."""
-
-    ttft_s: Seconds | None
-    decode_s: Seconds | None
-    machine: MachineLoad
 
 
 class Run(Record):

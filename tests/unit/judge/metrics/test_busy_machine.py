@@ -10,8 +10,7 @@ from rich.console import Console
 
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, load
-from spdbench.judge.results.machine_load import MachineLoad
-from spdbench.judge.results.schema import SetAside
+from spdbench.judge.results.machine_load import MachineLoad, SetAside
 from spdbench.render.table import render
 from tests.builders import make_load, make_result, make_run
 
