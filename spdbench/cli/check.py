@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import CALIBRATION, file_identity, result_paths, write_file, write_stdout
+from spdbench.cli.files import CALIBRATION, file_identity, read_calibration, result_paths, write_file, write_stdout
 from spdbench.cli.options import PERCENT
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.input_files import read_input
 
 if TYPE_CHECKING:
-    from spdbench.judge.gate.calibration import Calibration
     from spdbench.judge.gate.verdict import Judgement
     from spdbench.judge.loaded import LoadedResult
 
@@ -95,7 +93,7 @@ def command(
     limits = Limits(
         max_slowdown,
         MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,
-        _read_calibration(folder / CALIBRATION) if "timing" in GATES[gate] else None,
+        read_calibration(folder / CALIBRATION) if "timing" in GATES[gate] else None,
     )
     judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
     _show(judgements, **outputs)
@@ -146,27 +144,13 @@ def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path)
         raise InputError(f"--baseline {baseline}: does not exist, and {CALIBRATION} has to lie next to the baseline")
     found = calibrate(candidates)
     with contextlib.suppress(InputError):  # a damaged one is made anew
-        older = _read_calibration(folder / CALIBRATION)
+        older = read_calibration(folder / CALIBRATION)
         if older is not None and older.fingerprint != found.fingerprint:
             say(f"NOTE: {folder / CALIBRATION} was another machine's, and is replaced.")
         found = found if older is None else found.merged_with(older)
     write_file("--calibrate", folder / CALIBRATION, found.model_dump_json(by_alias=True, indent=2) + "\n")
     write_stdout(calibration_to_terminal(found, Console(file=sys.stdout)))
     say(f"Wrote {folder / CALIBRATION}, which `spdbench check` reads by itself")
-
-
-def _read_calibration(path: Path) -> Calibration | None:
-    """The calibration next to the baseline, if there is one.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    from spdbench.judge.gate.calibration import parse_calibration
-
-    try:
-        return parse_calibration(read_input(path)) if os.path.lexists(path) else None
-    except ValueError as error:
-        raise InputError(f"{path}: is no calibration ({error}); remove it or make it anew with --calibrate") from None
 
 
 def _show(

@@ -8,10 +8,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from spdbench.errors import InputError
+from spdbench.input_files import read_input
+
+if TYPE_CHECKING:
+    from spdbench.judge.gate.calibration import Calibration
 
 CALIBRATION = "calibration.json"
 """What `check --calibrate` leaves in a folder of results; no result itself."""
@@ -58,6 +63,20 @@ def _is_findings(path: Path) -> bool:
             return b'"spdbench.check/' in file.read(64)
     except OSError:  # reading it raises the error
         return False
+
+
+def read_calibration(path: Path) -> Calibration | None:
+    """The calibration at `path`, if there is one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from spdbench.judge.gate.calibration import parse_calibration
+
+    try:
+        return parse_calibration(read_input(path)) if os.path.lexists(path) else None
+    except ValueError as error:
+        raise InputError(f"{path}: is no calibration ({error}); remove it or make it anew with --calibrate") from None
 
 
 def file_identity(path: Path) -> object:

@@ -1,4 +1,4 @@
-"""`spdbench report`: result files in, one page or one chart out. Only parses the command line, reads and writes.
+"""`spdbench report`: result files in, a page or one chart out. Only parses the command line, reads and writes.
 
 Of models it knows the tokenizer, which turns the ids of answers into text; their weights are not needed.
 """
@@ -12,11 +12,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import file_identity, refuse_output, result_paths, write_whole_file
+from spdbench.cli.files import (
+    CALIBRATION,
+    file_identity,
+    read_calibration,
+    refuse_output,
+    result_paths,
+    write_whole_file,
+)
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.judge.comparison.compare import Table
+    from spdbench.judge.gate.calibration import Calibration
     from spdbench.judge.loaded import LoadedResult
     from spdbench.judge.results.embedded import EmbeddedFile
     from spdbench.render.report.vega import ImageFormat
@@ -27,6 +35,8 @@ CHARTS = (
     *("bubble", "waterfall", "timeline"),
 )
 FORMATS = ("svg", "png", "pdf")
+MAX_EMBEDDED_BYTES = 32 * 2**20
+"""Of results in a history's page: about 3 MB when compressed. A page of more is made without them."""
 STYLES = ("screen", "paper", "paper-wide")
 
 
@@ -47,6 +57,12 @@ STYLES = ("screen", "paper", "paper-wide")
     help="Of a chart: paper is one column of two (3.35 in), paper-wide is both (7 in). [default: screen]",
 )
 @click.option("--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla.")
+@click.option(
+    "--history",
+    "as_history",
+    is_flag=True,
+    help="Many runs of one workload in order of time, each judged as `check` does against those before it.",
+)
 @click.option("--force", is_flag=True, help="Replace a file that is there already.")
 def command(
     results: tuple[str, ...],
@@ -55,6 +71,7 @@ def command(
     form: ImageFormat | None,
     style: str | None,
     baseline: str | None,
+    as_history: bool,
     force: bool,
 ) -> None:
     """Draw a comparison of results: one HTML page that holds everything it needs, or one chart as a file.
@@ -62,13 +79,20 @@ def command(
     RESULT is a result file, a pattern, a folder of result files, or an earlier report. All must be of one suite, model,
     dtype, decoding and machine. The page opens from disk without network, and holds the results that it shows:
     `spdbench compare report.html` reads it.
+
+    With --history the results are many runs of one suite, model, dtype and decoding, on any machines; a
+    calibration.json next to them, which `check --calibrate` writes, says what is noise.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
     for option, value in (("--format", form), ("--style", style)):
         if value is not None and chart is None:
             raise click.UsageError(f"{option} is for a single chart; name it with --chart")
+    for option, value in (("--chart", chart), ("--baseline", baseline)):
+        if value is not None and as_history:
+            raise click.UsageError(f"{option} has no effect with --history, which draws a page of its own")
     form = form or "svg"
-    out = out or Path("report.html" if chart is None else f"{chart}.{form}")
+    page = "history.html" if as_history else "report.html"
+    out = out or Path(page if chart is None else f"{chart}.{form}")
     paths = list(result_paths(results))
     refuse_output(out, paths, force=force)
     from spdbench.render.report import vega
@@ -77,12 +101,14 @@ def command(
     vega.vl_convert()  # before the results are read: without it there is nothing to do
     from spdbench.judge.loaded import read_results
 
-    table = _only_table(read_results(paths, keep_ids=True), baseline)
-    if chart is None:
-        content = _page(table, paths, out)
+    loaded = read_results(paths, keep_ids=True)
+    if as_history:
+        content = _history(loaded, paths)
+    elif chart is None:
+        content = _page(_only_table(loaded, baseline), paths, out)
     else:
         drawn = vega.CHARTS[chart]
-        panels = drawn.make(table, LIGHT)
+        panels = drawn.make(_only_table(loaded, baseline), LIGHT)
         if not panels:
             raise InputError(f"--chart {chart}: {drawn.missing}")
         content = vega.to_file(drawn, panels, form, style or "screen")
@@ -128,6 +154,34 @@ def _page(table: Table, paths: Sequence[Path], out: Path) -> bytes:
         return decode(ids) if decode else "ids: " + " ".join(map(str, ids))
 
     return to_html(table, answer, _sources(paths), out.name).encode()
+
+
+def _history(loaded: Sequence[LoadedResult], paths: Sequence[Path]) -> bytes:
+    from spdbench.judge.gate.history import history
+    from spdbench.render.report.history_page import to_html
+
+    calibration = _calibration(paths)
+    found = history(loaded, calibration)
+    sources = _sources(paths)
+    if sum(len(file.raw) for file in sources) > MAX_EMBEDDED_BYTES:
+        return to_html(found, None, calibration).encode()
+    return to_html(found, sources, calibration).encode()
+
+
+def _calibration(paths: Sequence[Path]) -> Calibration | None:
+    """The calibration next to the results, if there is one.
+
+    Raises:
+        InputError: it cannot be read, or the results lie in several folders that have one each.
+    """
+    places = [path.parent / CALIBRATION for path in paths if (path.parent / CALIBRATION).is_file()]
+    found = list({file_identity(place): place for place in places}.values())
+    if len(found) > 1:
+        raise InputError(
+            f"{found[0]} and {found[1]} are both next to results; which of them says what is noise? Put the results of "
+            "a history into one folder, or remove one calibration"
+        )
+    return read_calibration(found[0]) if found else None
 
 
 def _sources(paths: Sequence[Path]) -> list[EmbeddedFile]:

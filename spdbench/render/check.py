@@ -144,16 +144,19 @@ def _summary(judgements: Sequence[Judgement]) -> str:
 
 
 def _answer(judgement: Judgement, name: str) -> str:
-    """`eagle: regression; speed-up: slower by 20.0%, and 5.0% is allowed`, by the first finding of that verdict; for a
-    pass how the speed compares with before."""
+    """`eagle: regression; speed-up: slower by 20.0%, and 5.0% is allowed`."""
+    return "; ".join(filter(None, [f"{name}: {judgement.verdict}", because(judgement)]))
+
+
+def because(judgement: Judgement) -> str:
+    """`speed-up: slower by 20.0%, and 5.0% is allowed`, the first finding of the verdict; for a pass how the speed
+    compares with before. Empty where there is nothing to say."""
     deciding = [finding for finding in judgement.findings if finding.decides and finding.category is None]
-    found = next((finding for finding in deciding if finding.verdict == judgement.verdict), None)
     if judgement.verdict in ("pass", "improved"):
         found = next((finding for finding in deciding if finding.interval is not None), None)
-        how = found and f"; {NAMES[found.metric]} {_change(found)} times the former"
-    else:
-        how = found and f"; {NAMES[found.metric]}: {found.reason}"
-    return f"{name}: {judgement.verdict}{how or ''}"
+        return f"{NAMES[found.metric]} {_change(found)} times the former" if found else ""
+    found = next((finding for finding in deciding if finding.verdict == judgement.verdict), None)
+    return f"{NAMES[found.metric]}: {found.reason}" if found else ""
 
 
 def _shown(judgement: Judgement) -> Iterator[Finding]:

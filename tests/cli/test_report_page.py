@@ -11,8 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from spdbench.cli.report import command
+from spdbench.render.report import history
 from spdbench.render.report.vega import CHARTS
 from tests.builders import write_result
+from tests.unit.judge.gate.histories import history_results
 from tests.unit.render.report.reports import HOSTILE, results
 from tests.unit.render.report.test_charts import contrast
 
@@ -24,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"
 )
 WIDE, NARROW = 1280, 380
+PAGES = ("plain", "hostile", "history", "hostile history")
 TEXT_OF = """
 const seen = [];
 for (const element of document.querySelectorAll('body *')) {
@@ -52,8 +55,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page of plain results, and one whose answers, labels and prompts are hostile."""
-    found = {}
+    """Pages of plain results and of a history, and of each one in which all that others write is hostile."""
+    found: dict[str, Path] = {}
+    more: dict[str, Any]
     for name, more in (
         ("plain", {"text": "Two plus two is four."}),
         ("hostile", {"text": HOSTILE, "label": HOSTILE, "prompt": HOSTILE}),
@@ -64,6 +68,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         done = CliRunner().invoke(command, [str(folder), "-o", str(folder / "report.html")], catch_exceptions=False)
         assert done.exit_code == 0
         found[name] = folder / "report.html"
+    for name, more in (
+        ("history", {"commit": lambda number: f"{number:08x}abcd"}),
+        ("hostile history", {"label": HOSTILE, "commit": lambda _: HOSTILE, "suite": HOSTILE}),
+    ):
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        for file, result in history_results(machine=lambda number: "0a1b" if number < 17 else HOSTILE, **more).items():
+            write_result(result, folder / file)
+        arguments = ["--history", str(folder), "-o", str(folder / "history.html")]
+        assert CliRunner().invoke(command, arguments, catch_exceptions=False).exit_code == 0
+        found[name] = folder / "history.html"
     return found
 
 
@@ -84,7 +98,7 @@ def opened(browser: Any, page: Path, width: int = WIDE, scheme: str = "light") -
     return browser
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("name", PAGES)
 def test_no_errors_and_no_network(browser: Any, pages: dict[str, Path], name: str) -> None:
     opened(browser, pages[name])
     assert [line["message"] for line in browser.get_log("browser")] == []
@@ -95,17 +109,18 @@ def test_no_errors_and_no_network(browser: Any, pages: dict[str, Path], name: st
     ] == []
 
 
-def test_every_chart_has_marks(browser: Any, pages: dict[str, Path]) -> None:
-    opened(browser, pages["plain"])
+@pytest.mark.parametrize(("name", "charts"), [("plain", CHARTS), ("history", history.CHARTS)])
+def test_every_chart_has_marks(browser: Any, pages: dict[str, Path], name: str, charts: dict[str, Any]) -> None:
+    opened(browser, pages[name])
     counts = browser.execute_script(
         "return [...document.querySelectorAll('.chart')].map((chart) => [chart.dataset.chart, "
         "chart.querySelectorAll('svg .mark-rect path, svg .mark-symbol path, svg .mark-rule line').length])"
     )
-    assert {name for name, _ in counts} == set(CHARTS)
+    assert {chart for chart, _ in counts} == set(charts)
     assert all(count > 2 for _, count in counts), counts
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("width", [NARROW, WIDE])
 def test_page_does_not_scroll_sideways(browser: Any, pages: dict[str, Path], width: int, name: str) -> None:
     opened(browser, pages[name], width)
@@ -118,9 +133,10 @@ def test_page_does_not_scroll_sideways(browser: Any, pages: dict[str, Path], wid
     assert beyond == 0
 
 
+@pytest.mark.parametrize("name", ["plain", "history"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str) -> None:
-    opened(browser, pages["plain"], scheme=scheme)
+def test_all_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str, name: str) -> None:
+    opened(browser, pages[name], scheme=scheme)
     surface = hexadecimal(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
     assert (contrast(surface, "#000000") > 10) is (scheme == "light")
     found = browser.execute_script(TEXT_OF)
@@ -175,8 +191,9 @@ def test_click_on_a_prompt_opens_its_answers_as_text(browser: Any, pages: dict[s
     assert browser.execute_script("return document.querySelectorAll('#answer-texts pre *').length") == 0
 
 
-def test_nothing_that_others_wrote_runs(browser: Any, pages: dict[str, Path]) -> None:
-    opened(browser, pages["hostile"])
+@pytest.mark.parametrize("name", ["hostile", "hostile history"])
+def test_nothing_that_others_wrote_runs(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name])
     for button in browser.find_elements("css selector", "button.answer")[:2]:
         browser.execute_script("arguments[0].click()", button)
         browser.execute_script("document.getElementById('answer').close()")
@@ -184,8 +201,9 @@ def test_nothing_that_others_wrote_runs(browser: Any, pages: dict[str, Path]) ->
     assert browser.execute_script("return document.images.length") == 0
 
 
-def test_keyboard_reaches_everything(browser: Any, pages: dict[str, Path]) -> None:
-    opened(browser, pages["plain"], NARROW)
+@pytest.mark.parametrize("name", ["plain", "history"])
+def test_keyboard_reaches_everything(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name], NARROW)
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     wanted = set(
         browser.execute_script(
@@ -216,8 +234,9 @@ def test_answer_opens_and_closes_by_keyboard(browser: Any, pages: dict[str, Path
     assert not browser.execute_script("return document.getElementById('answer').open")
 
 
-def test_charts_have_words_for_those_who_cannot_see_them(browser: Any, pages: dict[str, Path]) -> None:
-    opened(browser, pages["plain"])
+@pytest.mark.parametrize("name", ["plain", "history"])
+def test_charts_have_words_for_those_who_cannot_see_them(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name])
     labels = browser.execute_script("return [...document.querySelectorAll('.chart')].map((each) => each.ariaLabel)")
     assert labels
     assert all(len(label) > 40 for label in labels)
@@ -232,9 +251,21 @@ def test_csv_link_holds_the_numbers(browser: Any, pages: dict[str, Path]) -> Non
     assert unquote(link.get_attribute("href")).splitlines()[1].startswith("vanilla,1.0,")
 
 
-def test_page_prints(browser: Any, pages: dict[str, Path]) -> None:
-    opened(browser, pages["plain"], scheme="dark")
+@pytest.mark.parametrize("name", ["plain", "history"])
+def test_page_prints(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name], scheme="dark")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     colour = browser.execute_script("return getComputedStyle(document.body).color")
     assert contrast(hexadecimal(colour), "#ffffff") > 10
     assert len(browser.print_page()) > 10_000
+
+
+def test_history_marks_the_planted_regression_alone(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["history"])
+    words = browser.execute_script(
+        "return [...document.querySelectorAll('[data-chart=history-speedup] svg text')].map((each) => each.textContent)"
+    )
+    assert [word for word in words if "%" in word] == ["\N{MINUS SIGN}20.2%"]
+    assert [word for word in words if word.startswith("machine")]
+    marked = browser.find_elements("css selector", "td.bad")
+    assert ["regression" in each.text for each in marked] == [True]

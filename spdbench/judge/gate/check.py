@@ -82,21 +82,34 @@ def check(
     kinds = [_kind(each, candidates) for each in candidates]
     found = []
     for each, kind in zip(candidates, kinds, strict=True):
-        old = counterparts(each, baselines)
-        if isinstance(old, str):
-            finding = Finding(gates[0], "paired_runs", "not comparable", old)
-            found.append(Judgement(each.label, each.file, None, each.head, (finding,)))
-            continue
         together = [other for other, other_kind in zip(candidates, kinds, strict=True) if other_kind == kind]
-        case = _case(each, together, old, candidates, baselines)
-        findings = list(_findings(case, gates, limits))
-        for category in case.pair.categories if by_category else ():
-            parts = _findings(case.part(category), gates, limits, of_all=False)
-            findings += [replace(part, category=category, decides=False) for part in parts]
-        notes = tuple(_notes(case, gates, limits))
-        found.append(Judgement(each.label, each.file, old[0].file, each.head, tuple(findings), notes))
+        found.append(judge(each, together, candidates, baselines, gates, limits, by_category=by_category))
     lacking = {(workload(each.head), each.label): each for each in missing(candidates, baselines)}
     return [*found, *(_missing(each, gates[0]) for each in lacking.values())]
+
+
+def judge(
+    candidate: LoadedResult,
+    together: Sequence[LoadedResult],
+    candidates: Sequence[LoadedResult],
+    baselines: Sequence[LoadedResult],
+    gates: Sequence[Gate],
+    limits: Limits,
+    *,
+    by_category: bool = False,
+) -> Judgement:
+    """The judgement of one of `candidates`; `together` are those whose speeds count together with its own."""
+    old = counterparts(candidate, baselines)
+    if isinstance(old, str):
+        finding = Finding(gates[0], "paired_runs", "not comparable", old)
+        return Judgement(candidate.label, candidate.file, None, candidate.head, (finding,))
+    case = _case(candidate, together, old, candidates, baselines)
+    findings = list(_findings(case, gates, limits))
+    for category in case.pair.categories if by_category else ():
+        parts = _findings(case.part(category), gates, limits, of_all=False)
+        findings += [replace(part, category=category, decides=False) for part in parts]
+    notes = tuple(_notes(case, gates, limits))
+    return Judgement(candidate.label, candidate.file, old[0].file, candidate.head, tuple(findings), notes)
 
 
 def _case(

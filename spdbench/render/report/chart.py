@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.render.columns import harmless
@@ -14,6 +14,8 @@ from spdbench.render.report.style import SERIES_SHAPES, Palette
 
 Record = dict[str, Any]
 Spec = dict[str, Any]
+Shown = TypeVar("Shown")
+"""What a chart shows: a comparison, or a history."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,15 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """`make` gives the panels, none where the comparison has nothing to show: `missing` says why. `read` says how to
-    read it, `describe` what it shows, from its rows."""
+class Chart(Generic[Shown]):
+    """`make` gives the panels, none where there is nothing to show: `missing` says why. `read` says how to read it,
+    `describe` what it shows, from its rows."""
 
     name: str
     title: str
     read: str
     missing: str
-    make: Callable[[Table, Palette], list[Panel]]
+    make: Callable[[Shown, Palette], list[Panel]]
     describe: Callable[[Sequence[Record]], str]
 
 

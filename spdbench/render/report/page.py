@@ -15,7 +15,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from spdbench.console import printable
@@ -28,7 +28,7 @@ from spdbench.judge.results.schema import Flag, RunKey
 from spdbench.render.columns import columns_for, harmless, title
 from spdbench.render.notes import details, sentence
 from spdbench.render.report import vega
-from spdbench.render.report.chart import Chart, Panel, overall, to_csv
+from spdbench.render.report.chart import Chart, Panel, Shown, overall, to_csv
 from spdbench.render.report.style import DARK, LIGHT, config, css_properties, page_palette
 
 Answers = Callable[[Row, RunKey], str]
@@ -39,7 +39,7 @@ SCRIPT_END = "</script"
 class Figure(NamedTuple):
     """A chart as the page shows it: an element of its own for each of `panels`."""
 
-    chart: Chart
+    chart: Chart[Any]
     panels: list[Panel]
     alt: str
     csv: str
@@ -56,13 +56,16 @@ class Warned(NamedTuple):
 
 def to_html(table: Table, answers: Answers, sources: Sequence[EmbeddedFile], name: str) -> str:
     """The page of `table`, which was compared by category. `sources` are the result files; `name` is the page's own."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["harmless"] = lambda value: harmless(str(value))
-    library, page_script = vega.script(), _asset("page.js")
     columns = columns_for(table, details=True)
-    figures = [_figure(chart, table, name) for chart in vega.CHARTS.values()]
-    specs = {figure.chart.name: [panel.spec for panel in figure.panels] for figure in figures}
-    return environment.from_string(_asset("page.html")).render(
+    figures = [
+        figure(chart, table, f"spdbench report {name} --chart {chart.name} --format svg -o {chart.name}.svg")
+        for chart in vega.CHARTS.values()
+    ]
+    return fill(
+        "page.html",
+        figures,
+        embed(sources),
+        question="Does it pay?",
         title=title(table),
         created=table.head.created,
         verdicts=[(each.outcome, sentence(each)) for each in conclusions(table)],
@@ -72,18 +75,31 @@ def to_html(table: Table, answers: Answers, sources: Sequence[EmbeddedFile], nam
         warnings=_warnings(table),
         notes=table.notes,
         details=details(table),
-        first=figures[0],
-        figures=figures[1:],
         prompts=_prompts(table),
         labels=[row.label for row in overall(table)],
         environment=_environment(table),
+        answers=_json(_answers(table, answers)),
+    )
+
+
+def fill(template: str, figures: Sequence[Figure], results: str, **content: Any) -> str:
+    """The page that `template` makes of `content`, with the charts `figures`. `results` is the script element that
+    holds the result files; empty for a page without them."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_asset)
+    )
+    environment.filters["harmless"] = lambda value: harmless(str(value))
+    library, page_script = vega.script(), _asset("page.js")
+    specs = {each.chart.name: [panel.spec for panel in each.panels] for each in figures}
+    return environment.get_template(template).render(
         style=Markup(_style()),
         policy=_policy(library, page_script),
         charts=_json({"specs": specs, "config": config(page_palette())}),
-        answers=_json(_answers(table, answers)),
         library=_script(library),
         page_script=_script(page_script),
-        results=Markup(embed(sources)),
+        figures=figures,
+        results=Markup(results),
+        **{"answers": _json({"texts": [], "prompts": {}}), **content},
     )
 
 
@@ -126,11 +142,11 @@ def _warnings(table: Table) -> list[Warned]:
     return sorted(found.values(), key=lambda warned: not warned.disqualifies)
 
 
-def _figure(chart: Chart, table: Table, name: str) -> Figure:
-    panels = chart.make(table, page_palette())
+def figure(chart: Chart[Shown], shown: Shown, command: str = "") -> Figure:
+    """`chart` of `shown`; `command` reproduces it."""
+    panels = chart.make(shown, page_palette())
     alt = chart.describe([row for panel in panels for row in panel.rows]) if panels else chart.missing
     link = "data:text/csv;charset=utf-8," + quote(to_csv(panels)) if panels else ""
-    command = f"spdbench report {name} --chart {chart.name} --format svg -o {chart.name}.svg"
     return Figure(chart, panels, alt, link, command)
 
 
@@ -185,12 +201,13 @@ def _environment(table: Table) -> list[tuple[str, str]]:
         options = ", ".join(f"{name}={value}" for name, value in backend.options.items() if value is not None)
         drafts = f"; drafter {drafter.id}" if drafter else ""
         found[row.label] = f"{backend.name} on {', '.join(backend.devices)}; {options}{drafts}"
-    return [*found.items(), *((name, _words(value)) for name, value in head.environment.items() if value)]
+    return [*found.items(), *((name, words(value)) for name, value in head.environment.items() if value)]
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """A value of an environment in one line."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_words(each)}" for name, each in value.items())
+        return ", ".join(f"{name} {words(each)}" for name, each in value.items())
     if isinstance(value, int):
         return f"{value:,}"
-    return ", ".join(map(_words, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(words, value)) if isinstance(value, list) else str(value)

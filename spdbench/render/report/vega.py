@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from spdbench.errors import InputError
+from spdbench.judge.comparison.compare import Table
 from spdbench.render.report import drafts, speed, timing
 from spdbench.render.report.chart import Chart, Panel, Spec
 from spdbench.render.report.style import LIGHT, STYLES, config
 
 ImageFormat = Literal["svg", "png", "pdf"]
-CHARTS: dict[str, Chart] = {chart.name: chart for chart in (*speed.CHARTS, *drafts.CHARTS, *timing.CHARTS)}
+CHARTS: dict[str, Chart[Table]] = {chart.name: chart for chart in (*speed.CHARTS, *drafts.CHARTS, *timing.CHARTS)}
 """All charts, in the order of the page."""
 VEGA_LITE = "6.1"
 LABEL_SHARE = 0.3
@@ -44,7 +45,7 @@ def script() -> str:
     return bundle
 
 
-def to_file(chart: Chart, panels: Sequence[Panel], form: ImageFormat, style: str) -> bytes:
+def to_file(chart: Chart[Any], panels: Sequence[Panel], form: ImageFormat, style: str) -> bytes:
     """`panels` of `chart` in one file, in the size that `style` names, with the chart's own name above."""
     drawn = _whole(chart, panels, style)
     library = vl_convert()
@@ -58,7 +59,7 @@ def to_file(chart: Chart, panels: Sequence[Panel], form: ImageFormat, style: str
     return png
 
 
-def _whole(chart: Chart, panels: Sequence[Panel], name: str) -> Spec:
+def _whole(chart: Chart[Any], panels: Sequence[Panel], name: str) -> Spec:
     style = STYLES[name]
     settings = config(LIGHT, style.font_size) | {"background": LIGHT.surface}
     words = chart.describe([row for panel in panels for row in panel.rows])

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdbench.cli.check import _read_calibration
+from spdbench.cli.files import read_calibration
 from spdbench.judge.results.reader import read_runs
 from spdbench.measure.journal import resume_journal
 from spdbench.prompts.suite import load_suite
@@ -117,7 +117,7 @@ def test_gates(folder: Path, content: Any) -> None:
 @given(content=broken_json(CALIBRATION))
 def test_calibrations(folder: Path, content: bytes) -> None:
     (folder / "calibration.json").write_bytes(content)
-    hostile.read("calibrations", lambda: _read_calibration(folder / "calibration.json"), folder)
+    hostile.read("calibrations", lambda: read_calibration(folder / "calibration.json"), folder)
 
 
 IDENTITY = {"suite": "s", "max_new_tokens": 64, "options": {"a": 1}}
