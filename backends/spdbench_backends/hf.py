@@ -70,6 +70,7 @@ class HF(ObservedEngine):
         )
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        from spdbench.decoding.sampling import require_number
         from spdbench.models.hf import library
 
         options = self._options
@@ -79,6 +80,7 @@ class HF(ObservedEngine):
         settings = library.generation_settings(request, **drafting)
         unread = len(request.prompt_ids)
         for fed, token_ids in self._loaded(self._generation).rounds(request, settings, self._assistant):
+            token_ids = tuple(map(require_number, token_ids))
             yield observed_step(token_ids, fed[unread:], len(fed), keep_drafts=request.keep_drafts)
             unread = 1
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from spdbench.models.hf import library
+from spdbench.models.layer_ops import NOT_NUMBERS
 from spdbench.types import GenerationRequest
 
 
 class Round(NamedTuple):
-    """One forward pass of the target: the ids that it was `fed`, and the `token_ids` that it gave."""
+    """One forward pass of the target: the ids that it was `fed`, and the `token_ids` that it gave: `NOT_NUMBERS` alone
+    if logits are NaN."""
 
     fed: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -45,7 +47,7 @@ class Generation:
         """Every round of an answer, as it comes. If the iterator is closed early, `generate` ends after its current
         round."""
         rounds: SimpleQueue[Round | None] = SimpleQueue()
-        streamer = _Streamer(rounds, self._fed)
+        streamer = _Streamer(rounds, self._fed, request.sampling.greedy)
         done = self._pool.submit(self._generate, request, settings, assistant, streamer)
         done.add_done_callback(lambda _: rounds.put(None))
         try:
@@ -91,22 +93,29 @@ class Generation:
         if not request.sampling.greedy:
             torch.manual_seed(request.seed)
         drafting = {} if assistant is None else {"assistant_model": assistant}
-        with torch.inference_mode(), library.quiet(), suppress(AbandonedError):
-            self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **drafting
-            )
+        watch = self._model.register_forward_hook(streamer.see_logits)
+        try:
+            with torch.inference_mode(), library.quiet(), suppress(AbandonedError):
+                self._model.generate(
+                    ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer, **drafting
+                )
+        finally:
+            watch.remove()
 
     def _record_input(self, _model: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         self._fed.append(named["input_ids"] if "input_ids" in named else arguments[0])
 
 
 class _Streamer:
-    """Receives what `generate` streams: the prompt first, then the ids of each round."""
+    """Receives what `generate` streams: the prompt first, then the ids of each round; and notices logits that are NaN,
+    which `generate` does not when it is `greedy`."""
 
-    def __init__(self, rounds: SimpleQueue[Round | None], fed: deque[Tensor]) -> None:
+    def __init__(self, rounds: SimpleQueue[Round | None], fed: deque[Tensor], greedy: bool) -> None:
         self.abandoned = False
         self._rounds = rounds
         self._fed = fed
+        self._greedy = greedy
+        self._logits = torch.empty(0)
         self._is_prompt = True
 
     def put(self, ids: Tensor) -> None:
@@ -115,8 +124,23 @@ class _Streamer:
         if self._is_prompt:
             self._is_prompt = False
             return
-        fed = tuple(self._fed.popleft().flatten().tolist())
-        self._rounds.put(Round(fed, tuple(ids.flatten().tolist())))
+        token_ids = tuple(ids.flatten().tolist())
+        # The argmax counts NaN as the greatest, so the logits of the ids that were chosen show it. A forward has a row
+        # for each of them, and perhaps more.
+        if self._greedy and bool(self._logits[:, list(token_ids)].isnan().any()):
+            token_ids = (NOT_NUMBERS,)
+        self._put(token_ids)
+
+    def _put(self, token_ids: tuple[int, ...]) -> None:
+        self._rounds.put(Round(tuple(self._fed.popleft().flatten().tolist()), token_ids))
+
+    def see_logits(self, _model: Any, _arguments: tuple[Any, ...], output: Any) -> None:
+        """Called after each forward. A draw from NaN would raise, or on a GPU break all that follows, so it is kept
+        from happening."""
+        self._logits = output.logits[0]
+        if not self._greedy and bool(self._logits.amax().isnan()):
+            self._put((NOT_NUMBERS,))
+            raise AbandonedError
 
     def end(self) -> None:
         pass

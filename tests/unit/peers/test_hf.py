@@ -12,7 +12,7 @@ import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.errors import InputError
+from spdbench.errors import InputError, PromptFailedError
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling, Step
 from spdbench_backends.hf import HF
@@ -157,4 +157,23 @@ def test_its_own_logits_are_those_of_the_model_and_name_its_next_token(target: T
         assert [found[token] for token in range(len(expected))] == pytest.approx(expected, abs=1e-4)
         assert max(found, key=found.__getitem__) == answer[length]
     assert ids(steps(made, tiny.greedy(PROMPT, 6))) == list(answer)  # a question between requests changes nothing
+    made.close()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup": "3"}], ids=["plain", "prompt lookup"])
+def test_logits_that_are_not_numbers_fail_the_request_only(
+    target: Target, sampling: Sampling, options: dict[str, str]
+) -> None:
+    made, bad = make(target, **options), PROMPT[-1]
+    request = GenerationRequest(PROMPT, (), 12, sampling, 3, frozenset())
+    before = ids(steps(made, request))
+    weights = made._loaded(made._generation)._model.get_input_embeddings().weight
+    row = weights[bad].clone()
+    with torch.no_grad():
+        weights[bad] = torch.nan
+        with pytest.raises(PromptFailedError, match=r"logits are not numbers \(NaN\)"):
+            steps(made, request)
+        weights[bad] = row
+    assert ids(steps(made, request)) == before
     made.close()
