@@ -6,6 +6,7 @@ import contextlib
 import glob
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,6 +107,21 @@ def write_stdout(text: str) -> None:
         click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def require_replaceable(option: str, path: Path, schema: str) -> None:
+    """Raises `InputError` where `write_file` could not write, or would replace a file that is not of `schema`: found
+    before the work whose outcome goes there."""
+    try:
+        if not path.is_file():  # a device or a pipe is opened only once
+            with contextlib.nullcontext() if path.exists() else tempfile.TemporaryFile(dir=path.parent):
+                return
+        with path.open("r+b") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None
+    if start and schema.encode() not in start:
+        raise InputError(f"{option} {path}: is a file of another kind, which would be lost; choose another name")
 
 
 def write_file(option: str, path: Path, text: str) -> None:

@@ -26,7 +26,7 @@ LEGEND = (
 
 def to_terminal(title: str, audits: Sequence[BackendAudit], console: Console) -> str:
     """A sentence for each backend, then a table of first divergences."""
-    parts: list[RenderableType] = [Text(title, style="bold")]
+    parts: list[RenderableType] = [Text(harmless(title), style="bold")]
     parts += [Text(f"{audit.label}: {harmless(audit.sentence)}", STYLES.get(audit.verdict, "")) for audit in audits]
     if any(audit.divergences for audit in audits):
         parts += ["", _table(audits), bullet(LEGEND)]

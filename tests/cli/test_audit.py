@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,90 @@ def test_another_vanilla_may_be_audited_against_the_first(suite: Path, tiny_mode
     assert said.code == 0, said.out + said.err
     assert "against captured" in words(said)
     assert "vanilla2: lossless." in words(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("suite.yaml", b"name: mini\n", "is a file of another kind, which would be lost"),
+        ("no-folder/audit.json", None, "cannot be written (No such file or directory)"),
+    ],
+)
+def test_a_file_that_cannot_be_written_or_would_be_lost_is_found_before_the_work(
+    suite: Path, tiny_model: Path, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    file = tmp_path / "out" / name
+    file.parent.parent.mkdir(exist_ok=True)
+    if content is not None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--json", file)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+    assert not file.exists() or file.read_bytes() == content
+
+
+def test_an_audit_may_replace_an_older_one(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "audit.json"
+    for number in (1, 2):
+        said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--limit", str(number), "--json", file)
+        assert said.code == 0, said.err
+        assert json.loads(file.read_bytes())["num_prompts"] == number
+
+
+def test_sampled_answers_that_end_too_early_are_a_fault(
+    suite: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Ngram.generate
+
+    def short(self: Ngram, request: GenerationRequest) -> Iterator[Any]:
+        for _, step in zip(range(2), original(self, request), strict=False):
+            yield step._replace(token_ids=step.token_ids[:1])
+
+    monkeypatch.setattr(Ngram, "generate", short)
+    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "20")
+    assert said.code == 1, said.err
+    assert "ngram: faulty." in words(said)
+    assert "the answer ends after 2 of 4 tokens" in words(said)
+
+
+def test_neither_secrets_nor_home_nor_control_codes_get_out(
+    suite: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "very-secret-word")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd = tmp_path / "model\x1b[31m\u202e"
+    shutil.copytree(tiny_model, odd)
+    file = tmp_path / "audit.json"
+
+    def crash(self: Generation, *_: Any) -> Iterator[Round]:  # noqa: ARG001
+        raise RuntimeError(f"very-secret-word \x1b]0;title\x07 in {tmp_path}/here")
+
+    for more in ((), ("--temperature", "1", "--draws", "20")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Generation, "rounds", crash)
+            said = spdbench("audit", suite, "-m", odd, "-b", "hf", *more, "--json", file)
+        assert said.code == 1
+        for text in (said.out, said.err, file.read_text(encoding="utf-8")):
+            assert not {"\x1b", "\x07", "\u202e"} & set(text)
+            assert "very-secret-word" not in text
+            assert str(tmp_path) not in text
+        assert r"model\x1b[31m\u202e" in words(said)
+
+
+def test_tokens_of_control_characters_and_wide_tables_are_shown_in_80_columns(
+    suite: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("spdbench.cli.audit.session.AuditSession._text", lambda *_: repr("\x1b[2J\u202e\n\t"))
+    original = Ngram.generate
+
+    def wrong(self: Ngram, request: GenerationRequest) -> Iterator[Any]:
+        for step in original(self, request):
+            yield step._replace(token_ids=tuple((token + 1) % 256 for token in step.token_ids))
+
+    monkeypatch.setattr(Ngram, "generate", wrong)
+    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram")
+    assert said.code == 1
+    assert not {"\x1b", "\u202e", "\t"} & set(said.out)
+    assert max(map(len, said.out.splitlines())) <= 80

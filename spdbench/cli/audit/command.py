@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from spdbench.cli.files import require_replaceable
 from spdbench.cli.options import COUNT, option, parse_labels, takes
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
 from spdbench.errors import InputError
@@ -39,7 +40,10 @@ def command(options: AuditOptions) -> None:
     """
     from spdbench.cli.audit.session import AuditSession
     from spdbench.cli.setup import chat_format, find_backends, find_devices
+    from spdbench.render.audit import SCHEMA
 
+    if options.json_file is not None:
+        require_replaceable("--json", options.json_file, SCHEMA)
     labels = parse_labels(options.backends)
     audited = dict(labels)
     if REFERENCE not in labels.values():

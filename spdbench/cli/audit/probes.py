@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import accumulate, islice
 
 from spdbench.backend import Backend
+from spdbench.errors import PromptFailedError
 from spdbench.judge.audit import Ends, Restarts
 from spdbench.judge.results.schema import Run, Steps
 from spdbench.types import GenerationRequest, Step
@@ -108,13 +109,19 @@ def _end_in_the_middle(run: Run) -> int | None:
 
 
 def first_tokens(backend: Backend, request: GenerationRequest, count: int) -> Sequence[int]:
-    """The first `count` tokens of the answer."""
+    """The first `count` tokens of the answer, which nothing ends earlier.
+
+    Raises:
+        PromptFailedError: there are fewer.
+    """
     ids: list[int] = []
     with _steps(backend, request) as steps:
         for step in steps:
             ids += step.token_ids
             if len(ids) >= count:
                 break
+    if len(ids) < count:
+        raise PromptFailedError(f"the answer ends after {len(ids)} of {request.max_new_tokens} tokens")
     return ids[:count]
 
 
