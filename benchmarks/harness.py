@@ -40,7 +40,7 @@ from spdbench.measure.clock import measure
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.render.table import render
-from spdbench.types import GenerationRequest, Prompt, Sampling
+from spdbench.types import FirstDivergence, GenerationRequest, Prompt, Sampling
 
 NUM_FILES, NUM_RUNS, NUM_STEPS = 200, 80, 201
 SIZES = (1_000, 5_000, 10_000)
@@ -269,7 +269,7 @@ def run_prompts(
         candidates = [
             Candidate(label, BACKENDS[label](), journal) for label, journal in zip(labels, journals, strict=True)
         ]
-        Runner(workload, candidates, Letters(), lambda *_: "real", Observers()).run()
+        Runner(workload, candidates, Letters(), lambda *_: FirstDivergence("real", 0, 1, 2), Observers()).run()
 
 
 def open_journal(folder: Path, label: str, *, resume: bool) -> Journal:

@@ -138,4 +138,5 @@ def _divergence(journal: Journal) -> Divergence | None:
         near_ties=count["near_tie"],
         real=count["real"],
         unclassified=count["unclassified"],
+        first=list(journal.divergences.values()),
     )

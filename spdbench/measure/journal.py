@@ -1,9 +1,12 @@
 """The journal of one label's run: a header with what is measured, then a line for every finished request.
 
-{"journal": "spdbench.journal/1", "created": ..., "identity": {...}}
-{"run": {...}}                                 one finished request
-{"set_aside": {...}}                           a disturbed measurement of a request that is not finished yet
-{"outcome": ["prompt", turn, repeat, "tie"]}   how its output compared with vanilla's
+{"journal": "spdbench.journal/1", "created": ..., "mark": "0a1b2c3d", "identity": {...}}
+{"run": {...}, "of": "0a1b2c3d"}               one finished request
+{"set_aside": {...}, "of": ...}                a disturbed measurement of a request that is not finished yet
+{"outcome": ["prompt", turn, repeat, "tie"], "divergence": {...}, "of": ...}   how its output compared with vanilla's
+
+Each journal draws its own random mark, so that lines of another journal, of another label for example, are refused. In
+journals of older versions neither the header nor the lines have one.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
+from spdbench.errors import InputError
 from spdbench.input_files import parse_json
-from spdbench.judge.results.schema import Run, RunKey, require_totals
-from spdbench.types import Outcome
+from spdbench.judge.results.schema import Run, RunDivergence, RunKey, require_totals
+from spdbench.types import FirstDivergence, Outcome
 
 MAGIC = "spdbench.journal/1"
 RUN_START, ASIDE_START = b'{"run":', b'{"set_aside":'
@@ -38,7 +43,11 @@ class Journal(AppendLog):
         self.created = ""
         self.identity: Mapping[str, Any] = {}
         self.outcomes: dict[RunKey, Outcome] = {}
+        self.divergences: dict[RunKey, RunDivergence] = {}
         self.offsets: dict[RunKey, int] = {}
+        self.resumed_prompts: dict[RunKey, str] = {}
+        """The hash of the prompt of each run that an earlier process wrote."""
+        self._end = b"}\n"
         self._aside: dict[RunKey, list[Run]] = {}
         self._reader = path.open("rb")
 
@@ -54,19 +63,37 @@ class Journal(AppendLog):
 
     def append_json(self, key: RunKey, run: bytes) -> None:
         """`append` for a run that is JSON already, with this `key` in it."""
-        self.offsets[key] = self.append_line(RUN_START + run + b"}\n")
+        self.offsets[key] = self.append_line(RUN_START + run + self._end)
 
     def set_aside(self, run: Run) -> None:
         """Adds a measurement of a request that is going to be measured again."""
-        self.append_line(ASIDE_START + _json(run.model_dump(mode="json")) + b"}\n")
+        self.append_line(ASIDE_START + _json(run.model_dump(mode="json")) + self._end)
 
     def taken_aside(self, key: RunKey) -> list[Run]:
         """The measurements of a request that an earlier process set aside; they are returned once."""
         return self._aside.pop(key, [])
 
-    def add_outcome(self, key: RunKey, outcome: Outcome) -> None:
-        self.append_line(_json({"outcome": [*key, outcome]}) + b"\n")
+    def add_comparison(self, key: RunKey, found: FirstDivergence | None) -> None:
+        """Adds where a finished request's output differs first from vanilla's; None: nowhere."""
+        outcome: Outcome = "identical" if found is None else found.outcome
+        line = _json({"outcome": [*key, outcome]})[:-1]
+        if found is not None:
+            prompt, turn, repeat = key
+            first = RunDivergence(prompt_id=prompt, turn=turn, repeat=repeat, divergence=found)
+            text = first.model_dump_json()  # without NaN and infinity, so it is what is read back
+            self.divergences[key] = RunDivergence.model_validate_json(text)
+            line += b',"divergence":' + text.encode()
+        self.append_line(line + self._end)
         self.outcomes[key] = outcome
+
+    def require_prompt(self, key: RunKey, sha256: str) -> None:
+        """Raises `InputError` where an earlier process measured a request with a prompt of another hash."""
+        if self.resumed_prompts.get(key, sha256) != sha256:
+            prompt, turn, repeat = key
+            raise InputError(
+                f"{self.path}: prompt {prompt}, turn {turn}, repeat {repeat} was measured with other tokens than this "
+                f"run gives it, so it cannot be resumed; {self.restart}"
+            )
 
     def run(self, key: RunKey) -> Run:
         """One run, read back from disk."""
@@ -95,18 +122,26 @@ class Journal(AppendLog):
             if header["journal"] != MAGIC:
                 raise ValueError
             self.created, self.identity = str(header["created"]), dict(header["identity"])
+            self._end = _end(header.get("mark"))
+        elif not line.endswith(self._end):
+            raise ValueError
         elif line.startswith(RUN_START):
-            run = self._checked(_run_json(line))
+            run = self._checked(self._content(line, RUN_START))
             self.offsets[run.key] = offset
+            self.resumed_prompts[run.key] = run.prompt_sha256
             self._aside.pop(run.key, None)
         elif line.startswith(ASIDE_START):
-            run = self._checked(line.removeprefix(ASIDE_START).removesuffix(b"}\n"))
+            run = self._checked(self._content(line, ASIDE_START))
             self._aside.setdefault(run.key, []).append(run)
         else:
-            prompt, turn, repeat, outcome = parse_json(line)["outcome"]
-            if outcome not in get_args(Outcome) or (prompt, turn, repeat) not in self.offsets:
+            record = parse_json(line)
+            prompt, turn, repeat, outcome = record["outcome"]
+            key: RunKey = (prompt, turn, repeat)
+            if outcome not in get_args(Outcome) or key not in self.offsets:
                 raise ValueError
-            self.outcomes[(prompt, turn, repeat)] = outcome
+            if "divergence" in record:
+                self.divergences[key] = RunDivergence.model_validate(record["divergence"])
+            self.outcomes[key] = outcome
 
     def _checked(self, text: bytes) -> Run:
         """The run in `text`; raises `ValueError` for one that this journal's run cannot have made."""
@@ -118,16 +153,20 @@ class Journal(AppendLog):
 
     def _run_at(self, offset: int) -> bytes:
         self._reader.seek(offset)
-        return _run_json(self._reader.readline())
+        return self._content(self._reader.readline(), RUN_START)
+
+    def _content(self, line: bytes, start: bytes) -> bytes:
+        """The run inside a line as `append` writes it; anything else is not JSON afterwards."""
+        return line.removeprefix(start).removesuffix(self._end)
+
+
+def _end(mark: object) -> bytes:
+    """How every line of a journal with this mark ends; None for a journal of an older version."""
+    return b"}\n" if mark is None else b',"of":' + json.dumps(mark).encode() + b"}\n"
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode()
-
-
-def _run_json(line: bytes) -> bytes:
-    """The run inside a line as `append` writes it; anything else is not JSON afterwards."""
-    return line.removeprefix(RUN_START).removesuffix(b"}\n")
 
 
 def create_journal(path: Path, created: str, identity: Mapping[str, Any]) -> Journal:
@@ -136,7 +175,8 @@ def create_journal(path: Path, created: str, identity: Mapping[str, Any]) -> Jou
     Raises:
         InputError: the folder cannot be written, or another run is writing this journal now.
     """
-    header = {"journal": MAGIC, "created": created, "identity": identity}
+    mark = secrets.token_hex(4)
+    header = {"journal": MAGIC, "created": created, "mark": mark, "identity": identity}
     try:
         with _locked_folder(path.parent):
             if path.exists():
@@ -146,7 +186,7 @@ def create_journal(path: Path, created: str, identity: Mapping[str, Any]) -> Jou
             journal = Journal(path)
     except OSError as error:
         raise Journal.write_error(path, error) from None
-    journal.created, journal.identity = created, identity
+    journal.created, journal.identity, journal._end = created, identity, _end(mark)
     return journal
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -155,6 +156,11 @@ def failed_run(turn: RequestTurn, reason: str) -> Run:
     return _run_without_output(turn).model_copy(update={"error": without_secrets(reason)})
 
 
+def prompt_sha256(ids: Sequence[int]) -> str:
+    """The hash by which results know a prompt."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+
+
 def _run_without_output(turn: RequestTurn) -> Run:
     ids = turn.request.prompt_ids
     return Run(
@@ -162,7 +168,7 @@ def _run_without_output(turn: RequestTurn) -> Run:
         category=turn.prompt.category,
         turn=turn.turn,
         repeat=turn.repeat,
-        prompt_sha256=hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest(),
+        prompt_sha256=prompt_sha256(ids),
         num_prompt_tokens=len(ids),
         num_new_tokens=0,
         finish_reason="error",

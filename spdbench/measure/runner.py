@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -22,8 +22,16 @@ from spdbench.judge.results.machine_load import SetAside
 from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.journal import Journal
-from spdbench.measure.request_turn import Gauges, RequestTurn, StoppedError, attempt, failed_run, measure_when_ready
-from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling
+from spdbench.measure.request_turn import (
+    Gauges,
+    RequestTurn,
+    StoppedError,
+    attempt,
+    failed_run,
+    measure_when_ready,
+    prompt_sha256,
+)
+from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling
 
 WARMUP_TOKENS = 8
 
@@ -33,7 +41,7 @@ class Workload:
     """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens.
 
     A request that the machine disturbed is measured up to `remeasure` more times. `keep_spans` and `keep_drafts` record
-    what lanes did and which tokens were drafted.
+    what lanes did and which tokens were drafted. `first_prompts` holds hashes of first turns' prompts, as far as known.
     """
 
     prompts: tuple[Prompt, ...]
@@ -47,6 +55,7 @@ class Workload:
     remeasure: int = 0
     keep_spans: bool = False
     keep_drafts: bool = False
+    first_prompts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def decoding(self) -> DecodingInfo:
@@ -92,8 +101,8 @@ class Candidate:
     gauges: Gauges = field(default_factory=Gauges)
 
 
-Compare = Callable[[Candidate, RequestTurn, Run, Run], Outcome]
-"""(candidate, request, vanilla's run, the candidate's run) -> how their outputs compare."""
+Compare = Callable[[Candidate, RequestTurn, Run, Run], FirstDivergence | None]
+"""(candidate, request, vanilla's run, the candidate's run) -> where their outputs differ first; None if they do not."""
 
 
 def is_comparable(candidate: Candidate) -> bool:
@@ -138,7 +147,9 @@ class Runner:
 
         Raises:
             SpdbenchError: what ends the whole run.
+            InputError: a journal that is resumed holds a run of another prompt.
         """
+        self._check_resumed()
         everything = self._workload.keys()
         if any(everything - candidate.journal.offsets.keys() for candidate in self._candidates):
             self._warm_up()
@@ -147,6 +158,18 @@ class Runner:
                 self._run_in_parallel(group[0], width)
             else:
                 self._run_in_turns(group)
+
+    def _check_resumed(self) -> None:
+        """Raises `InputError` for a run of another prompt in a journal that is resumed. Tokenizes nothing: first turns
+        are known, and in later ones all backends have the same prompt."""
+        known = {
+            (prompt, 0, repeat): sha256
+            for prompt, sha256 in self._workload.first_prompts.items()
+            for repeat in range(self._workload.repeats)
+        }
+        for candidate in self._candidates:
+            for key, sha256 in candidate.journal.resumed_prompts.items():
+                candidate.journal.require_prompt(key, known.setdefault(key, sha256))
 
     def _run_in_turns(self, candidates: Sequence[Candidate]) -> None:
         """All of `candidates`, one request at a time."""
@@ -186,6 +209,8 @@ class Runner:
             for candidate in order:
                 if turn.key not in candidate.journal:
                     self._run_request(candidate, turn)
+                else:
+                    candidate.journal.require_prompt(turn.key, prompt_sha256(turn.request.prompt_ids))
             if concurrency_of(candidates[0].backend) == 1:
                 self._compare_outputs(turn)
 
@@ -305,7 +330,7 @@ class Runner:
             expected, found = self._reference.journal.run(turn.key), candidate.journal.run(turn.key)
             if "error" in (expected.finish_reason, found.finish_reason):
                 continue
-            candidate.journal.add_outcome(turn.key, self._compare(candidate, turn, expected, found))
+            candidate.journal.add_comparison(turn.key, self._compare(candidate, turn, expected, found))
 
 
 def _is_disturbed(run: Run) -> bool:

@@ -199,7 +199,7 @@ def _outputs(row: Row) -> str:
     if row.outputs is not None and row.outputs.num_compared:
         same, compared = row.outputs.num_identical, row.outputs.num_compared
     elif row.outputs is None and not row.is_baseline and row.category is None and row.head.divergence is not None:
-        same, compared = row.head.divergence.identical, sum(row.head.divergence.model_dump().values())
+        same, compared = row.head.divergence.identical, sum(row.head.divergence.counts.values())
     else:
         return EMPTY
     return f"{same}/{compared}"

@@ -177,7 +177,7 @@ def _cycle_notes(table: Table) -> Iterator[str]:
 def _divergence_notes(table: Table) -> Iterator[str]:
     """What the first differences were, where the file says it."""
     for label, row in {row.label: row for row in table.rows}.items():
-        classes = row.head.divergence.model_dump() if row.head.divergence else {}
+        classes = row.head.divergence.counts if row.head.divergence else {}
         if sum(classes.values()) > classes.get("identical", 0):
             words = [f"{count} {_kind(name, count)}" for name, count in classes.items() if count]
             yield f"{label}, outputs against vanilla's: {', '.join(words)}."

@@ -424,17 +424,18 @@ def test_prompts_that_the_model_cannot_be_given_fail_and_the_others_go_on(run: R
 def test_logits_that_are_not_numbers_fail_their_prompt_only(
     run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spdbench.models.decoder.require_finite", lambda *_: None)
+    for module in ("decoder", "hf.library"):
+        monkeypatch.setattr(f"spdbench.models.{module}.require_finite", lambda *_: None)
     run.model = shutil.copytree(run.model, tmp_path / "overflowing")
     tensors = load_file(run.model / "model.safetensors")
     bad = tiny.make_tokenizer().convert_tokens_to_ids("3")
     tensors["model.embed_tokens.weight"][bad] = nan
     save_file(tensors, run.model / "model.safetensors", {"format": "pt"})
-    said = run("-b", "vanilla", "-b", "ngram", "-b", "spd", "--drafter", "spd=random", *INLINE)
+    said = run("-b", "vanilla", "-b", "ngram", "-b", "spd", "-b", "hf", "--drafter", "spd=random", *INLINE)
     assert said.code == 1, said.err
     assert "failed on prompt p3:\nlogits are not numbers (NaN)" in said.err
     assert "Traceback" not in said.err
-    for label in ("vanilla", "ngram", "spd"):
+    for label in ("vanilla", "ngram", "spd", "hf"):
         found = {one.prompt_id: one.error for one in run.result(label).runs}
         assert {prompt for prompt, error in found.items() if error is None} == {"p0", "p1", "p2"}
         assert str(found["p3"]).startswith("logits are not numbers (NaN)")
@@ -545,7 +546,16 @@ def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyP
     assert said.code == 1
     divergence = run.result("spd").divergence
     assert divergence is not None
-    assert divergence.real > 0
+    assert divergence.real == len(divergence.first) > 0
+    first = divergence.first[0].divergence
+    expected, found = (run.result(label).runs[0].output_ids for label in ("vanilla", "spd"))
+    assert divergence.first[0].prompt_id == run.result("spd").runs[0].prompt_id
+    assert expected[: first.position] == found[: first.position]
+    assert (first.expected, first.found) == (expected[first.position], found[first.position])
+    assert None not in (first.expected_logit, first.found_logit)
+    assert first.gap is not None
+    assert first.floor is not None
+    assert abs(first.gap) > first.floor
     assert "diverged" in said.out
 
 

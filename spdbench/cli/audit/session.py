@@ -17,7 +17,7 @@ from math import isqrt
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -36,6 +36,7 @@ from spdbench.judge.audit import SIGNIFICANCE, BackendAudit, PromptDivergence
 from spdbench.judge.metrics.chi_square import MIN_EXPECTED, ChiSquare, chi_square
 from spdbench.judge.results.schema import Run
 from spdbench.measure.journal import create_journal
+from spdbench.measure.privacy import names_only, without_secrets
 from spdbench.measure.request_turn import RequestTurn
 from spdbench.measure.runner import Candidate, Runner, Workload
 from spdbench.models.target import Target
@@ -43,7 +44,7 @@ from spdbench.prompts.chat import ChatFormat
 from spdbench.prompts.suite import Suite
 from spdbench.render.audit import to_json, to_terminal
 from spdbench.render.columns import decoding
-from spdbench.types import GenerationRequest, Outcome
+from spdbench.types import FirstDivergence, GenerationRequest
 
 if TYPE_CHECKING:
     from spdbench.cli.audit.command import AuditOptions
@@ -112,18 +113,17 @@ class AuditSession:
     def _compare_greedy(self, candidates: Sequence[Candidate]) -> None:
         comparer = OutputComparer(self.target)
 
-        def compare(candidate: Candidate, turn: RequestTurn, expected: Run, found: Run) -> Outcome:
+        def compare(candidate: Candidate, turn: RequestTurn, expected: Run, found: Run) -> FirstDivergence | None:
             audit = self.audits[candidate.label]
-            divergence = comparer.first_divergence(candidate, turn, expected, found)
-            outcome: Outcome = "identical" if divergence is None else divergence.outcome
-            audit.outcomes[outcome] += 1
+            divergence = comparer(candidate, turn, expected, found)
+            audit.outcomes["identical" if divergence is None else divergence.outcome] += 1
             if divergence is not None:
                 expected_text, found_text = self._text(divergence.expected), self._text(divergence.found)
                 audit.divergences.append(
                     PromptDivergence(turn.prompt.id, turn.turn, expected_text, found_text, divergence)
                 )
             self._probe(candidate, turn.request, found)
-            return outcome
+            return divergence
 
         total, specs = len(self.workload.keys()), {spec.label: spec for spec in self.specs}
         report = LiveView([Tally(specs[each.label].record(each.backend), total) for each in candidates])
@@ -201,22 +201,22 @@ class AuditSession:
 
     def _report(self) -> int:
         suite, workload, audits = self.suite, self.workload, [*self.audits.values()]
-        facts = {
+        facts: dict[str, Any] = {
             "spdbench": __version__,
             "suite": f"{suite.name} v{suite.version}",
-            "model": self.target.files.id,
+            "model": names_only(self.target.files.id),
             "dtype": self.target.dtype_name,
             "decoding": workload.decoding.model_dump(),
             "num_prompts": len(workload.prompts),
             "reference": self.specs[0].label,
         }
-        if self.options.json_file is not None:
-            write_file("--json", self.options.json_file, to_json(facts, audits))
         title = (
             f"{facts['suite']} | {facts['model']} | {facts['dtype']} | {decoding(workload.decoding)} | "
             f"{len(workload.prompts)} prompts | against {self.specs[0].label}"
         )
         write_stdout(to_terminal(title, audits, Console(file=sys.stdout)))
+        if self.options.json_file is not None:
+            write_file("--json", self.options.json_file, to_json(facts, audits))
         codes = {audit.exit_code for audit in audits}
         return 1 if 1 in codes else max(codes)
 
@@ -229,7 +229,7 @@ def _crashes_in(audit: BackendAudit) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, SpdbenchError) and not isinstance(error, PromptFailedError):
             raise
-        audit.failed.append(f"{type(error).__name__}: {error}")
+        audit.failed.append(without_secrets(f"{type(error).__name__}: {error}"))
 
 
 def _failures(candidate: Candidate) -> list[str]:

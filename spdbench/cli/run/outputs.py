@@ -11,7 +11,7 @@ from spdbench.judge.results.schema import Run
 from spdbench.measure.request_turn import RequestTurn
 from spdbench.measure.runner import Candidate
 from spdbench.models.target import Target
-from spdbench.types import FirstDivergence, Outcome
+from spdbench.types import FirstDivergence
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,7 @@ class OutputComparer:
 
     target: Target
 
-    def __call__(self, candidate: Candidate, turn: RequestTurn, expected: Run, found: Run) -> Outcome:
-        divergence = self.first_divergence(candidate, turn, expected, found)
-        return "identical" if divergence is None else divergence.outcome
-
-    def first_divergence(
-        self, candidate: Candidate, turn: RequestTurn, expected: Run, found: Run
-    ) -> FirstDivergence | None:
+    def __call__(self, candidate: Candidate, turn: RequestTurn, expected: Run, found: Run) -> FirstDivergence | None:
         """Where and why the candidate's run `found` differs from plain decoding's; None if it does not."""
         if expected.output_ids == found.output_ids:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ def make_workload(
     Raises:
         InputError: a setting or a prompt that cannot be used.
     """
+    from spdbench.measure.request_turn import prompt_sha256
     from spdbench.measure.runner import Workload
 
     settings = _decoding(suite, options)
@@ -87,8 +88,8 @@ def make_workload(
         keep_spans=keep_spans,
         keep_drafts=keep_drafts,
     )
-    _check(specs, workload, chat)
-    return workload
+    prompts = _check(specs, workload, chat)
+    return replace(workload, first_prompts={name: prompt_sha256(ids) for name, ids in prompts.items()})
 
 
 def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
@@ -102,8 +103,11 @@ def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
     return settings
 
 
-def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText) -> None:
-    """Raises `InputError` for what is known to be wrong before anything is loaded or written."""
+def _check(
+    specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText
+) -> dict[str, tuple[int, ...]]:
+    """The first prompt of each conversation by its id, empty where the template refuses it; raises `InputError` for
+    what is known to be wrong before anything is loaded or written."""
     from spdbench.decoding.drafter_choice import parse_drafter
     from spdbench.decoding.synthetic import require_known_answer
 
@@ -111,16 +115,21 @@ def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | 
         if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):
             require_known_answer(parse_drafter(spec.drafter), workload.sampling)
     obstacles = []
+    prompts: dict[str, tuple[int, ...]] = {}
     for prompt in workload.prompts:
+        prompts[prompt.id] = ()
         try:
-            length = len(chat.encode([{"role": "user", "content": prompt.turns[0]}]))
+            ids = chat.encode([{"role": "user", "content": prompt.turns[0]}])
         except RefusedError as error:
             obstacles.append(f"prompt {prompt.id}: {error}")
         except InputError as error:
             raise InputError(f"prompt {prompt.id}: {error}") from None
         else:
-            if length >= (limit := workload.context_limit):
-                obstacles.append(f"prompt {prompt.id}: {length} tokens leave no room in the model's context of {limit}")
+            prompts[prompt.id] = ids
+            if len(ids) >= (limit := workload.context_limit):
+                obstacles.append(
+                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the model's context of {limit}"
+                )
     if len(obstacles) == len(workload.prompts):
         raise InputError(obstacles[0])
     if obstacles:
@@ -128,3 +137,4 @@ def _check(specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | 
             f"NOTE: {len(obstacles):,} of {len(workload.prompts):,} prompts cannot be given to the model and count as "
             f"failed. The first: {obstacles[0]}"
         )
+    return prompts

@@ -69,7 +69,7 @@ def _divergence(candidate: LoadedResult) -> Finding:
     """What `run` found when it compared outputs with plain decoding's, over all prompts together."""
     found = candidate.head.divergence
     assert found is not None
-    num_compared = sum(found.model_dump().values())
+    num_compared = sum(found.counts.values())
     if found.real:
         verdict: Verdict = "regression"
         reason = f"{found.real} of {num_compared} outputs are not plain decoding's, by more than a tie excuses"

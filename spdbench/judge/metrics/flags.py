@@ -120,7 +120,7 @@ def _output_flags(backend: BackendRecord, divergence: Divergence | None) -> Iter
     elif divergence is not None and (divergence.real or divergence.unclassified):
         yield diverged(
             divergence.real + divergence.unclassified,
-            sum(divergence.model_dump().values()),
+            sum(divergence.counts.values()),
             classified=not divergence.unclassified,
         )
 

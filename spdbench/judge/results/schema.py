@@ -20,7 +20,7 @@ from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
 from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
-from spdbench.types import BackendKind, FinishReason, Measurement
+from spdbench.types import BackendKind, FinishReason, FirstDivergence, Measurement
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
@@ -37,7 +37,6 @@ TokenId = Annotated[int, Field(ge=-INT64, le=INT64)]
 Chunk = Annotated[int, Field(ge=0, le=MAX_CHUNK)]
 Depth = Annotated[int, Field(ge=0, le=MAX_DEPTH)]
 Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
-
 
 RunKey = tuple[str, int, int]
 """Prompt id, turn, repeat."""
@@ -229,6 +228,15 @@ class Run(Record):
         return self.prompt_id, self.turn, self.repeat
 
 
+class RunDivergence(Record):
+    """The first token in which a run differs from vanilla's, and why."""
+
+    prompt_id: str
+    turn: Count
+    repeat: Count
+    divergence: FirstDivergence
+
+
 class Divergence(Record):
     """How many runs equal vanilla's, and what the first difference was in the others."""
 
@@ -237,6 +245,12 @@ class Divergence(Record):
     near_ties: Count
     real: Count
     unclassified: Count
+    first: list[RunDivergence] = Field(default_factory=list, description="of each run that differs; [] in older files")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Runs by class."""
+        return self.model_dump(exclude={"first"})
 
 
 class Flag(Record):

@@ -14,7 +14,7 @@ from spdbench.judge.results.schema import Run, read_result
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.journal import Journal, create_journal
 from spdbench.render.export import to_json
-from spdbench.types import BackendKind
+from spdbench.types import BackendKind, FirstDivergence
 from tests.builders import (
     chunk_steps,
     contents,
@@ -41,7 +41,7 @@ def written(folder: Path, kind: BackendKind) -> LoadedResult:
     with create_journal(folder / f"{kind}.journal.jsonl", "now", {}) as journal:
         for run in RUNS[kind]:
             journal.append(run)
-        journal.add_outcome(("p0", 0, 0), "tie")
+        journal.add_comparison(("p0", 0, 0), FirstDivergence("tie", 2, 7, 8, 1.5, 1.5, 0.0))
         return write_result(folder / f"{kind}.json", head(kind), journal)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.measure.journal import Journal, create_journal, resume_journal
+from spdbench.types import FirstDivergence
 from tests.builders import make_run, vanilla_steps
 
 IDENTITY: dict[str, Any] = {"suite": "quick", "temperature": 0.0}
@@ -40,11 +43,15 @@ def test_runs_come_back_as_they_were_written(path: Path) -> None:
 
 def test_resuming_finds_everything_that_was_finished(path: Path) -> None:
     journal = written(path)
-    journal.add_outcome(("p1", 0, 0), "tie")
+    divergence = FirstDivergence("tie", 2, 7, 8, 1.5, inf, 0.0)
+    journal.add_comparison(("p1", 0, 0), divergence)
+    written_divergences = journal.divergences
     journal.close()
     again = resume_journal(path, IDENTITY)
     assert len(again) == 3
     assert again.outcomes == {("p1", 0, 0): "tie"}
+    assert again.divergences == written_divergences
+    assert again.divergences["p1", 0, 0].divergence == replace(divergence, found_logit=None)  # infinity is no JSON
     assert again.created == "2026-01-01"
     again.append(make_run(prompt="p3"))
     assert [run.prompt_id for run in again.runs()] == ["p0", "p1", "p2", "p3"]
@@ -90,7 +97,7 @@ def test_damage_in_the_middle_is_named_by_line(path: Path) -> None:
 )
 def test_what_an_editor_did_to_it_is_noticed_at_once(path: Path, old: bytes, new: bytes) -> None:
     journal = written(path)
-    journal.add_outcome(("p1", 0, 0), "identical")
+    journal.add_comparison(("p1", 0, 0), None)
     journal.close()
     header, _, rest = path.read_bytes().partition(b"\n")
     path.write_bytes(header + b"\n" + rest.replace(old, new))
@@ -109,10 +116,38 @@ def test_what_an_editor_did_to_it_is_noticed_at_once(path: Path, old: bytes, new
 )
 def test_lines_that_no_run_writes_are_refused(path: Path, line: dict[str, Any]) -> None:
     create_journal(path, "2026-01-01", IDENTITY | {"max_new_tokens": 8}).close()
+    line |= {"of": json.loads(path.read_bytes())["mark"]}
     with path.open("ab") as file:
         file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
     with pytest.raises(InputError, match="line 2 is damaged"):
         resume_journal(path, IDENTITY | {"max_new_tokens": 8})
+
+
+def test_lines_of_another_journal_are_refused(path: Path) -> None:
+    other = path.with_name("quick__ngram__m.journal.jsonl")
+    written(path, 1).close()
+    with create_journal(other, "2026-01-01", IDENTITY) as journal:
+        journal.append(make_run(prompt="p1"))
+    with path.open("ab") as file:
+        file.write(other.read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(InputError, match="line 3 is damaged"):
+        resume_journal(path, IDENTITY)
+
+
+def test_journals_of_older_versions_without_marks_are_resumed(path: Path) -> None:
+    written(path).close()
+    header, *lines = path.read_bytes().splitlines(keepends=True)
+    mark = json.loads(header)["mark"].encode()
+    old = [
+        header.replace(b'"mark": "' + mark + b'", ', b""),
+        *(line.replace(b',"of":"' + mark + b'"', b"") for line in lines),
+    ]
+    assert mark not in b"".join(old)
+    path.write_bytes(b"".join(old))
+    with resume_journal(path, IDENTITY) as journal:
+        journal.append(make_run(prompt="p3"))
+    with resume_journal(path, IDENTITY) as journal:
+        assert [run.prompt_id for run in journal.runs()] == ["p0", "p1", "p2", "p3"]
 
 
 def test_a_journal_that_was_deleted_stops_the_run_at_once(path: Path) -> None:
@@ -233,7 +268,10 @@ def test_appending_costs_the_same_at_the_end_as_at_the_start(path: Path) -> None
     journal.append(make_run(prompt="last"))
     assert (
         path.stat().st_size - size
-        == len(json.dumps({"run": make_run(prompt="last").model_dump(mode="json")}, separators=(",", ":"))) + 1
+        == len(
+            json.dumps({"run": make_run(prompt="last").model_dump(mode="json"), "of": 8 * "0"}, separators=(",", ":"))
+        )
+        + 1
     )
     assert all(isinstance(offset, int) for offset in journal.offsets.values())
     journal.close()

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.judge.results.schema import Run
+from spdbench.judge.results.schema import Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import Counter, EnergyMeter
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.request_turn import Gauges
 from spdbench.measure.runner import Candidate, Runner, Workload
-from spdbench.types import GenerationRequest, Message, Outcome, Prompt, Sampling, Step
+from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 
 PROMPTS = (
@@ -42,9 +42,8 @@ def workload(**changes: Any) -> Workload:
     return Workload(**{**facts, **changes})
 
 
-def never(_candidate: Any, _turn: Any, expected: Run, found: Run) -> Outcome:
+def never(_candidate: Any, _turn: Any, expected: Run, found: Run) -> None:
     assert expected.output_ids == found.output_ids, "nothing differs here"
-    return "identical"
 
 
 def same_output(words: Sequence[Any]) -> bool:
@@ -95,7 +94,7 @@ def test_backends_take_turns_in_alternating_order(tmp_path: Path) -> None:
 
 def test_the_first_backends_answers_are_everyones_context(tmp_path: Path) -> None:
     other = MockDraftVerify(lambda r: [Step((50 + i,), 0, 0, 0, 1.0) for i in range(r.max_new_tokens)])
-    bench = Bench(tmp_path, MockBackend(), other, compare=lambda *_: "real")
+    bench = Bench(tmp_path, MockBackend(), other, compare=lambda *_: FirstDivergence("real", 0, 1, 2))
     bench.run()
     second_turn = other.requests[1]
     assert [message["role"] for message in second_turn.messages] == ["user", "assistant", "user"]
@@ -244,9 +243,9 @@ def test_outcomes_that_a_kill_left_out_are_made_up_for(tmp_path: Path) -> None:
 def test_outputs_are_compared_with_vanillas_and_classified_where_they_differ(tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def compare(*words: Any) -> Outcome:
+    def compare(*words: Any) -> FirstDivergence | None:
         asked.append(words)
-        return "identical" if same_output(words) else "near_tie"
+        return None if same_output(words) else FirstDivergence("near_tie", 0, 1, 2)
 
     def differs_once(request: GenerationRequest) -> Sequence[Step]:
         wrong = len(request.prompt_ids) == 5
@@ -347,3 +346,40 @@ def test_conversations_that_are_finished_are_not_put_into_tokens_again(tmp_path:
     Runner(workload(), again.candidates, Listening(), never, again.watcher).run()
     assert asked == ["one", "four"], "the first is warm-up's"
     assert [request.messages[0]["content"] for request in last.requests] == ["four"]
+
+
+@pytest.mark.parametrize("key", [("a", 0, 0), ("a", 1, 0), ("b", 0, 0)], ids=["first turn", "later turn", "finished"])
+def test_a_resumed_run_of_another_prompt_is_refused(tmp_path: Path, key: RunKey) -> None:
+    bench = Bench(tmp_path, MockBackend(), MockPipeline())
+    bench.run()
+    bench.close()
+    path = tmp_path / "1.journal.jsonl"
+    content = path.read_bytes()
+    own = bench.journals[1].identity
+    with resume_journal(path, own) as journal:
+        sha256 = journal.resumed_prompts[key].encode()
+    lines = content.splitlines(True)
+    path.write_bytes(b"".join(line.replace(sha256, b"0" * 64) for line in lines))
+    again = Bench(tmp_path, MockBackend(), MockPipeline(), resume=True)
+    with pytest.raises(InputError, match=rf"prompt {key[0]}, turn {key[1]}, repeat 0 was measured with other tokens"):
+        again.run()
+
+
+def test_a_lone_label_shows_another_prompt_by_the_hash_of_first_turns_and_on_the_way(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, MockBackend())
+    bench.run()
+    bench.close()
+    path = tmp_path / "0.journal.jsonl"
+    whole = path.read_bytes().splitlines(True)
+    with resume_journal(path, {}) as journal:
+        hashes = journal.resumed_prompts
+    changed = [line.replace(hashes["a", 0, 0].encode(), b"0" * 64) for line in whole]
+    path.write_bytes(b"".join(changed))
+    refused = Bench(tmp_path, MockBackend(), resume=True, first_prompts={"a": hashes["a", 0, 0]})
+    with pytest.raises(InputError, match="prompt a, turn 0"):
+        refused.run()
+    refused.close()
+    path.write_bytes(b"".join(changed[:2]))  # unknown before, and noticed before its second turn is measured
+    refused = Bench(tmp_path, MockBackend(), resume=True)
+    with pytest.raises(InputError, match="prompt a, turn 0"):
+        refused.run()
