@@ -102,7 +102,7 @@ class Candidate:
 
 
 Compare = Callable[[Candidate, RequestTurn, Run, Run], FirstDivergence | None]
-"""(candidate, request, vanilla's run, the candidate's run) -> where their outputs differ first; None if they do not."""
+"""(candidate, request, vanilla's run, the candidate's run) -> where their outputs differ first."""
 
 
 def is_comparable(candidate: Candidate) -> bool:
@@ -162,11 +162,8 @@ class Runner:
     def _check_resumed(self) -> None:
         """Raises `InputError` for a run of another prompt in a journal that is resumed. Tokenizes nothing: first turns
         are known, and in later ones all backends have the same prompt."""
-        known = {
-            (prompt, 0, repeat): sha256
-            for prompt, sha256 in self._workload.first_prompts.items()
-            for repeat in range(self._workload.repeats)
-        }
+        first, repeats = self._workload.first_prompts, range(self._workload.repeats)
+        known = {(prompt, 0, repeat): sha256 for prompt, sha256 in first.items() for repeat in repeats}
         for candidate in self._candidates:
             for key, sha256 in candidate.journal.resumed_prompts.items():
                 candidate.journal.require_prompt(key, known.setdefault(key, sha256))
