@@ -23,7 +23,8 @@ from typing import Any, get_args
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.errors import InputError
 from spdbench.input_files import parse_json
-from spdbench.judge.results.schema import Run, RunDivergence, RunKey, require_totals
+from spdbench.judge.results.kept import RunDivergence
+from spdbench.judge.results.schema import Run, RunKey, require_totals
 from spdbench.types import FirstDivergence, Outcome
 
 MAGIC = "spdbench.journal/1"

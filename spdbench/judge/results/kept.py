@@ -1,4 +1,4 @@
-"""What a run keeps on request: the spans of its lanes (`run --trace`) and the drafted tokens (`run --keep-drafts`)."""
+"""Single steps of a run: its first divergence; on request its spans (`run --trace`) and drafts (`run --keep-drafts`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from spdbench.types import Drafted, Span, SpanKind
+from spdbench.types import Drafted, FirstDivergence, Span, SpanKind
 
 MOST = 2**62
 Moment = Annotated[int, Field(ge=-MOST, le=MOST)]
@@ -84,3 +84,14 @@ class DraftColumns(BaseModel):
 
 
 NOTHING = Drafted((), ())
+
+
+class RunDivergence(BaseModel):
+    """The first token in which a run differs from vanilla's, and why. Kept without being asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prompt_id: str
+    turn: Number
+    repeat: Number
+    divergence: FirstDivergence

@@ -18,9 +18,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
-from spdbench.judge.results.kept import DraftColumns, SpanColumns
+from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
-from spdbench.types import BackendKind, FinishReason, FirstDivergence, Measurement
+from spdbench.types import BackendKind, FinishReason, Measurement
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
@@ -226,15 +226,6 @@ class Run(Record):
     @property
     def key(self) -> RunKey:
         return self.prompt_id, self.turn, self.repeat
-
-
-class RunDivergence(Record):
-    """The first token in which a run differs from vanilla's, and why."""
-
-    prompt_id: str
-    turn: Count
-    repeat: Count
-    divergence: FirstDivergence
 
 
 class Divergence(Record):
