@@ -85,7 +85,7 @@ def test_a_bar_a_backend_with_its_numbers_and_a_line_of_stages() -> None:
     assert re.fullmatch(r"vanilla +[━╸╺]+ +3/5 +\d+ s +71\.4 +\[\d+\.\d, \d+\.\d\]", vanilla)
     assert re.fullmatch(r"eagle +[━╸╺]+ +3/5 +\d+ s +214\.3 +\[\d+\.\d, \d+\.\d\] +67%", eagle)
     assert re.fullmatch(r"spd +[━╸╺]+ +3/5 +\d+ s +50\.0 +\[50\.0, 50\.0\] +75%", spd)
-    assert stages.startswith("spd: 3 stages of 10, 10, 10 layers; 0.50 tokens a cycle; lanes: 50% useful, 12%")
+    assert stages.startswith("spd: 10 + 10 + 10 layers; 0.50 tokens a cycle; 50% useful, 12% wasted")
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,13 @@ class Process:
         ]
         self.environment = {**os.environ, "SPDBENCH_CACHE": str(folder / "cache")}
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [*self.command, *words],
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             preexec_fn=_react_to_ctrl_c,
         )

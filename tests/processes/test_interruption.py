@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,35 @@ def test_repeated_ctrl_c_does_not_cut_the_result_short(process: Process) -> None
     assert running.returncode == 130
     assert "Traceback" not in err
     assert read_result(process.results / "mini__vanilla__tiny-llama.json").runs
+
+
+def test_events_are_readable_line_by_line_after_a_kill_and_continued(process: Process) -> None:
+    file = process.results.parent / "events.jsonl"
+    process.stop_after(6, signal.SIGKILL, "--events", str(file))
+    before = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+    assert [event["event"] for event in before[:6]] == ["run_started", *["request_finished"] * 5]
+    process.stop_after(20, signal.SIGINT, "--resume", "--events", str(file))
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert events[: len(before)] == before
+    second = next(event for event in events[1:] if event["event"] == "run_started")
+    assert sum(backend["done"] for backend in second["backends"]) >= 6
+    assert (events[-1]["event"], events[-1]["reason"]) == ("run_interrupted", "SIGINT")
+
+
+def test_ctrl_c_leaves_a_terminal_without_bars_and_with_its_cursor(process: Process) -> None:
+    process.environment |= {"TERM": "xterm", "CI": "", "COLUMNS": "80"}
+    controller, terminal = os.openpty()
+    running = process.start(stderr=terminal)
+    os.close(terminal)
+    with open(controller, "rb", buffering=0) as screen, running:
+        shown = b""
+        with suppress(OSError):  # EIO: the other end is closed
+            while piece := screen.read(4096):
+                shown += piece
+                if b"6/160" in shown and running.poll() is None:
+                    running.send_signal(signal.SIGINT)
+        assert running.wait(SECONDS) == 130
+    assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
+    after = shown.split(b"\x1b[2K")[-1]
+    assert "━".encode() not in after
+    assert b"Interrupted." in after

@@ -235,12 +235,12 @@ def _stage_line(tally: Tally) -> str:
     record = tally.record
     if record.kind != "pipeline":
         return ""
-    parts = [f"{len(record.stage_layers)} stages of {', '.join(map(str, record.stage_layers))} layers"]
+    parts = [f"{' + '.join(map(str, record.stage_layers))} layers"]
     tokens = tally.metric("tokens_per_cycle")
     if tokens is not None:
         parts.append(f"{tokens:.2f} tokens a cycle")
     shares = {name: tally.metric(name) for name in ("useful", "wasted", "bubble_ratio")}
     if shares["useful"] is not None:
         words = {"useful": "useful", "wasted": "wasted", "bubble_ratio": "bubble"}
-        parts.append("lanes: " + ", ".join(f"{share or 0:.0%} {words[name]}" for name, share in shares.items()))
+        parts.append(", ".join(f"{share or 0:.0%} {words[name]}" for name, share in shares.items()))
     return "; ".join(parts)
