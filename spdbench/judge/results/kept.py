@@ -1,4 +1,4 @@
-"""Single steps of a run: its first divergence; on request its spans (`run --trace`) and drafts (`run --keep-drafts`)."""
+"""Details of a run: its first divergence; on request its spans (`run --trace`) and drafts (`run --keep-drafts`)."""
 
 from __future__ import annotations
 
