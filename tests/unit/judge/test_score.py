@@ -7,7 +7,9 @@ from fractions import Fraction
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.judge.score import Scorer, any_number, check_references, code_in, final_number, program
+from spdbench.judge.answer_code import code_in, program
+from spdbench.judge.answer_number import any_number, final_number
+from spdbench.judge.score import Scorer, check_references
 from spdbench.types import Prompt
 
 SUM = Prompt("s", "maths", ("What is 3 + 4?", "And twice that?"), ("7", "14"))
@@ -66,6 +68,36 @@ SUM = Prompt("s", "maths", ("What is 3 + 4?", "And twice that?"), ("7", "14"))
         ("Question: What is 1 + 1?\nAnswer: 2", "2"),
         ("#### 1. Add them\n5 + 4 = 9\n#### Result\nIt is 9.", "9"),
         ("#### **9**", "9"),
+        ("12,50 \u20ac", "12.5"),
+        ("1.234,50 \u20ac", "1234.5"),
+        ("0,125 of it", "0.125"),
+        ("1'250 of them", "1250"),
+        ("USD18, Rs.500, US$ 20", "20"),
+        ("it costs Rs.500", "500"),
+        ("it costs USD18", "18"),
+        ("$2.5 million", "2500000"),
+        ("2 and 1/2 cups", "5/2"),
+        ("2-1/2 cups", "5/2"),
+        (r"\cfrac{1}{2}", "1/2"),
+        (r"\frac{1}2", "1/2"),
+        (r"{1 \over 2}", "1/2"),
+        ("\u00b3\u2044\u2084", "3/4"),
+        ("(-1)/2", "-1/2"),
+        ("It fell by \u20135", "-5"),
+        ("So:\n- 18 apples", "18"),
+        ("Total - 18", "18"),
+        ("x = - 18", "-18"),
+        ("_18_", "18"),
+        ("x_1", None),
+        ("...18", "18"),
+        ("#### 20 - 2 = 18", "18"),
+        ("\\boxed{18}\n\nCheck: 2 * 9 = 18, 20 > 5.", "18"),
+        ("**Final Answer:** 18 hours\n\nNote: a day has 24 hours.", "18"),
+        ("### Final Answer\n\n18\n\nThis took 3 steps.", "18"),
+        ("The answer is 18 (not 9). Each of the 3 gets 6.", "9"),
+        ("The answer is 18. Each of the 3 gets 6.", "18"),
+        ("It is 18.\n\n### Instruction:\n1 + 1?\n### Response:\n2", "18"),
+        ("It is 18.\n\n**Question 2:** 1 + 1?", "18"),
     ],
 )
 def test_flexible_takes_the_last_number_or_the_marked_one(text: str, number: str | None) -> None:
@@ -98,6 +130,8 @@ def test_strict_takes_only_the_marked_number(text: str, number: str | None) -> N
         ("Here is my thought process:\n7?\nHere is my response:\nI do not know.", 0.0),
         ("<scratchpad>It is 7. Or", 0.0),
         ('<thinking effort="high">It is 7. Or', 0.0),
+        ("It is 7.<|im_end|>\n<|im_start|>user\nWhat is 1 + 1?", 1.0),
+        ("It is 7.</s><s>[INST] What is 1 + 1? [/INST] 2", 1.0),
     ],
 )
 def test_thoughts_are_no_answer(answer: str, score: float) -> None:
@@ -187,6 +221,52 @@ def fenced(*blocks: str) -> str:
 )
 def test_blocks_that_belong_together_are_one_program(blocks: tuple[str, ...]) -> None:
     exec(program(fenced(*blocks), "assert f(1) == 2"), {})
+
+
+ADD = "def f(x): return x + 1"
+PROMPT = 'def f(x):\n    """Add one."""\n# <answer>\nassert f(1) == 2'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        fenced(f"{ADD}\n\nif __name__ == '__main__':\n    raise SystemExit"),
+        fenced(f"import sys\n{ADD}\nsys.exit(0)"),
+        fenced(f"import no_such_library\n{ADD}\n@no_such_library.mark\ndef test(): assert f(1) == 2"),
+        fenced(f"{ADD}\n\nassert f(1) == 3"),
+        fenced(f"{ADD}\nx = int(input())\nprint(f(x))"),
+        fenced(ADD, "def check(g):\n    assert g(1) == 9\ncheck(f)"),
+        fenced("import sys\nsys.setrecursionlimit(9000)\nTABLE = {}\nTABLE[1] = 2\ndef f(x): return TABLE[x]"),
+        fenced(">>> def f(x):\n...     return x + 1\n>>> f(1)\n2"),
+        f"from this it follows that\n{ADD}\nand no more.",
+        f"{ADD}\n```\nAs an example:\n```python\nprint(f('a'))\n```",
+    ],
+)
+def test_only_statements_that_the_tests_need_are_run(answer: str) -> None:
+    exec(program(answer, "def check(g):\n    assert g(1) == 2\ncheck(f)"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "    return x + 1\n\nprint(f('a'))\n",
+        "    return x + 1\n\nThis adds one.\n\n```python\nprint(f('a'))\n```",
+        "    return x + 1\n```\n\nThis adds one.",
+        "return x + 1\n",
+        "y = x\n    return y + 1\n",
+        fenced("return x + 1"),
+    ],
+)
+def test_insides_of_a_function_go_on_where_the_prompt_stops(answer: str) -> None:
+    exec(program(answer, PROMPT), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(
+    "code", ["def f(x): return x", "def g(x): return x + 1", "def f(x): return x\ndef check(g): pass"]
+)
+def test_wrong_code_stays_wrong(code: str) -> None:
+    with pytest.raises((AssertionError, NameError)):
+        exec(program(fenced(code), "def check(g):\n    assert g(1) == 2\ncheck(f)"), {})
 
 
 def test_imports_from_the_future_come_first() -> None:

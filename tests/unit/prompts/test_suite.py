@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from spdbench.errors import InputError
-from spdbench.judge.score import program
+from spdbench.judge.answer_code import program
 from spdbench.prompts.suite import Decoding, limit_prompts, list_suites, load_suite, shipped_suites
 from spdbench.types import Prompt
 
