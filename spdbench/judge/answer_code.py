@@ -147,7 +147,7 @@ def _needed(code: str, wanted: set[str], kept_lines: int = 0) -> str:
 
 
 def _first_line(statement: ast.stmt) -> int:
-    return min([statement.lineno, *(mark.lineno for mark in getattr(statement, "decorator_list", []))])
+    return int(min([statement.lineno, *(mark.lineno for mark in getattr(statement, "decorator_list", []))]))
 
 
 def _names(tree: ast.Module, code: str) -> tuple[set[str], set[str]]:
