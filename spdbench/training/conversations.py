@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,17 @@ ROLES = {
     "bard": "assistant",
     "claude": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
 }
 """The names that data sets give to roles, in lower case, and the roles of chat templates that they mean."""
+CONVERSATIONS = ("messages", "conversations", "conversation", "items")
+NAMES, CONTENTS = ("role", "from", "speaker"), ("content", "value", "text", "message")
+SYSTEM = ("system", "system_prompt")
+ASKED, GIVEN = ("instruction", "prompt", "question", "query"), ("input", "context")
+ANSWERED = ("output", "response", "completion", "answer")
+"""Keys of rows with one question and one answer, as Alpaca, Dolly and OpenOrca have them."""
 TOOLS = ("tool", "tools", "function", "function_call", "function_response", "observation")
 """Roles in conversations with tools. Those are not learned: chat templates differ too much in how they write them."""
 
@@ -74,7 +84,7 @@ def read_conversations(path: Path) -> Conversations:
             if not isinstance(row.get("model", {}), dict):
                 raise InputError(f"{where}: model: must be an object with the id and sha256 of who made these answers")
             header = row if header is None else header
-        elif "schema" in row:
+        elif str(row.get("schema")).startswith("spdbench."):  # others may call a column so
             raise InputError(f"{where}: schema {row['schema']!r:.60} is not known here. Known: {SCHEMA}.")
         else:
             try:
@@ -101,25 +111,46 @@ def _is_cut(line: bytes) -> bool:
 
 
 def messages_of(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
-    """The messages of one row, under `messages` or `conversations`.
+    """The messages of one row: a list of them, or one question and its answer. A system prompt of the row's own comes
+    first.
 
     Raises:
         OddRowError: it is not a conversation; the message begins with `where`.
     """
-    key = next((key for key in ("messages", "conversations", "conversation") if key in row), None)
+    key = next((key for key in CONVERSATIONS if row.get(key) is not None), None)
     if key is None:
-        raise OddRowError(f"{where}: has no `messages`, `conversations` or `turns`")
-    turns = row[key]
+        key, turns = "row", _question_and_answer(row, where)
+    else:
+        turns = row[key]
+    if isinstance(turns, str):  # as tables without nested types keep them
+        with suppress(ValueError):
+            turns = parse_json(turns)
     if not isinstance(turns, list) or not turns:
         raise OddRowError(f"{where}: {key}: must be a list of messages that is not empty")
-    return tuple(_message(turn, f"{where}: {key}.{number}") for number, turn in enumerate(turns))
+    messages = [_message(turn, f"{where}: {key}.{number}") for number, turn in enumerate(turns)]
+    system = _first_text(row, SYSTEM)
+    if system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, _message({"role": "system", "content": system}, where))
+    return tuple(messages)
+
+
+def _question_and_answer(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    asked, given, answered = (_first_text(row, keys) for keys in (ASKED, GIVEN, ANSWERED))
+    if not asked or not answered:
+        raise OddRowError(f"{where}: has no `messages`, `conversations` or `turns`, and no `instruction` with `output`")
+    question = f"{asked}\n\n{given}" if given.strip() else asked
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answered}]
+
+
+def _first_text(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return next((row[key] for key in keys if isinstance(row.get(key), str)), "")
 
 
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise OddRowError(f"{where}: must be an object with role and content")
-    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    name, content = (next((turn[key] for key in keys if turn.get(key) is not None), None) for keys in (NAMES, CONTENTS))
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if name in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
         raise OddRowError(f"{where}: calls a tool or holds its answer; conversations with tools are not learned")
     if role is None:

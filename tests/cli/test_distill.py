@@ -291,7 +291,7 @@ def test_fewer_conversations_run_side_by_side_where_memory_holds_no_more(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"text": "Hi"}, "line 1: has no `messages`, `conversations` or `turns`"),
+        ({"text": "Hi"}, "line 1: has no `messages`, `conversations` or `turns`, and no `instruction` with `output`"),
         ({"turns": []}, "line 1: turns: must be a text or a list of texts"),
         ({"turns": [1]}, "line 1: turns: must be a text or a list of texts"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "line 1: has no message of a user"),

@@ -11,6 +11,7 @@ from spdbench.types import UNKNOWN_ID, FinishReason
 from spdbench_backends.openai.client import MALFORMED, BrokenError, error_message
 from spdbench_backends.openai.response_drafts import DraftReport, find_report
 
+BOM = b"\xef\xbb\xbf"
 DATA, EVENT, DONE = b"data:", b"event:", b"[DONE]"
 ID_PREFIX = "token_id:"
 MAX_COUNT, MAX_SECONDS = 2**31, 1e9
@@ -25,7 +26,12 @@ FINISHES: Mapping[str, FinishReason] = {
     "model_length": "length",
 }
 """What servers call the end of an answer, in lower case."""
-BROKEN_OFF = frozenset({"error", "content_filter", "abort", "cancelled", "timeout", "insufficient_system_resource"})
+BROKEN_OFF = frozenset(
+    "error content_filter abort cancelled timeout insufficient_system_resource safety recitation prohibited_content "
+    "blocklist spii tool_calls function_call".split()
+)
+"""Ends that are none of the answer that was asked for: breaks, filters, and calls of tools, of which no text comes."""
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
 NOT_FINISHED = frozenset({"", "null", "none", "not_finished"})
 """Finish reasons that say that there is none yet."""
 
@@ -73,7 +79,8 @@ def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str]) -> It
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
     is_error, word, not_ends = False, "", set[str]()
-    for line in lines:
+    for number, line in enumerate(lines):
+        line = line.removeprefix(BOM) if number == 0 else line
         if not line or line.startswith(EVENT):
             is_error = line.removeprefix(EVENT).strip() == b"error"
         data = line.removeprefix(DATA).strip()
@@ -98,7 +105,8 @@ def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Ch
     text = data.decode(errors="replace")
     try:
         event = {} if is_error else json.loads(text)
-        choice = (event.get("choices") or [{}])[0]
+        # Of several answers, the first one's alone is timed.
+        choice = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
         bare = "choices" not in event and isinstance(event.get("message") or event.get("detail"), str)
         is_error = is_error or bare or "error" in (event.get("object"), event.get("type"))
         if not (is_error or event.get("error") or choice.get("error")):
@@ -111,11 +119,11 @@ def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Ch
 
 
 def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], without_key: Callable[[str], str]) -> Chunk:
-    delta = choice.get("delta") or {}
+    delta = choice.get("delta", choice.get("message")) or {}
     ids, listed, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
     word = without_key(str(finish or "")).lower()
-    content = choice.get("text") or delta.get("content")
-    thoughts = (delta.get("reasoning_content") or delta.get("reasoning"), _text(content, "thinking"))
+    content = choice.get("text") or delta.get("content") or delta.get("refusal")
+    thoughts = (next(filter(None, map(delta.get, THOUGHT_KEYS)), None), _text(content, "thinking"))
     details, of_prompt = usage.get("completion_tokens_details") or {}, usage.get("prompt_tokens_details")
     return Chunk(
         text=_text(content, "text"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import ssl
 from collections.abc import Iterator
 from email.utils import format_datetime
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError, PromptFailedError, TryAgainError
+from spdbench_backends.openai.chunks import read_chunks
 from spdbench_backends.openai.client import UnreachableError, parse_address
 from tests.stub_server import Refusal, StubServer, event
 from tests.unit.openai.conftest import Make
@@ -210,3 +212,27 @@ def test_a_proxy_that_is_not_used_is_named_where_the_server_is_not_reached(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with pytest.raises(InputError, match=r"correct the address\.$"):
         backend(base_url="http://127.0.0.1:1/v1").load()
+
+
+def text_of(*events: dict[str, Any], first: bytes = b"") -> tuple[str, str]:
+    lines = [b"data: " + json.dumps(each).encode() for each in events]
+    chunks = list(read_chunks([first + lines[0], *lines[1:], b"data: [DONE]"], str))
+    return "".join(chunk.text for chunk in chunks), "".join(chunk.thought for chunk in chunks)
+
+
+def test_text_is_read_wherever_servers_put_it() -> None:
+    plain = {"choices": [{"index": 0, "delta": {"content": "One"}}]}
+    assert text_of(plain, first=b"\xef\xbb\xbf") == ("One", "")
+    assert text_of({"choices": [{"message": {"content": "One"}}]}) == ("One", "")
+    assert text_of(plain, {"choices": [{"delta": {}, "message": {"content": "One"}}]}) == ("One", "")
+    assert text_of({"choices": [{"delta": {"refusal": "No"}}]}) == ("No", "")
+    assert text_of({"choices": [{"index": 1, "delta": {"content": "Two"}}]}, plain) == ("One", "")
+    assert text_of({"choices": [{"delta": {"content": "", "thinking": "Hm"}}]}, plain) == ("One", "Hm")
+
+
+@pytest.mark.parametrize("word", ["tool_calls", "SAFETY", "content_filter"])
+def test_an_end_that_is_none_of_the_answer_fails_it(server: StubServer, backend: Make, word: str) -> None:
+    rewrite(server, b'"stop"', b'"%b"' % word.encode())
+    made = backend()
+    with pytest.raises((PromptFailedError, InputError), match=word.lower()):
+        run(loaded(made))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.training.conversations import read_conversations, skipped_note
+from spdbench.training.conversations import messages_of, read_conversations, skipped_note
 
 HEADER = {"schema": "spdbench.data/1", "seed": 0}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -50,7 +50,7 @@ def test_line_that_a_kill_cut_is_left_out_of_our_files(tmp_path: Path) -> None:
         ([HEADER], "holds no conversation"),
         ([{"messages": CHAT}, "{"], "line 2: not JSON"),
         ([{"messages": CHAT}, "[1]"], "line 2: must be a JSON object"),
-        ([{"text": "Hi"}], "line 1: has no `messages`, `conversations` or `turns`"),
+        ([{"text": "Hi"}], "line 1: has no `messages`, `conversations` or `turns`, and no `instruction` with `output`"),
         ([{"messages": []}], "line 1: messages: must be a list of messages that is not empty"),
         ([{"messages": "Hi"}], "line 1: messages: must be a list"),
         ([{"messages": ["Hi"]}], r"line 1: messages.0: must be an object"),
@@ -116,9 +116,33 @@ def test_one_array_of_rows_is_read(tmp_path: Path, indent: int | None) -> None:
     path.write_text("\n" + json.dumps([{"messages": CHAT}, {"id": 2}, {"messages": CHAT}], indent=indent))
     found = read_conversations(path)
     assert found.places == ["entry 1", "entry 3"]
-    assert found.skipped == [f"{path} entry 2: has no `messages`, `conversations` or `turns`"]
+    assert found.skipped == [
+        f"{path} entry 2: has no `messages`, `conversations` or `turns`, and no `instruction` with `output`"
+    ]
 
 
 def test_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_conversations(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi", "input": "", "output": "Yes"},
+        {"question": "Hi", "response": "Yes"},
+        {"messages": None, "conversations": [{"from": "human ", "value": "Hi"}, {"from": "AI", "value": "Yes"}]},
+        {"conversations": [{"speaker": "user", "text": "Hi"}, {"speaker": "bot", "text": "Yes"}]},
+        {"schema": "chat", "items": [{"role": "User", "message": "Hi"}, {"role": "Chatbot", "message": "Yes"}]},
+        {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]'},
+    ],
+)
+def test_published_layouts_of_rows_are_one_conversation(row: dict[str, object]) -> None:
+    talk = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"})
+    assert messages_of(row, "row") == talk
+    assert messages_of({**row, "system": "Be brief."}, "row") == ({"role": "system", "content": "Be brief."}, *talk)
+
+
+def test_input_of_an_instruction_follows_it() -> None:
+    asked, _ = messages_of({"instruction": "Sum up", "input": "A text", "output": "B"}, "row")
+    assert asked["content"] == "Sum up\n\nA text"
