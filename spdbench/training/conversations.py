@@ -119,9 +119,8 @@ def messages_of(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """
     key = next((key for key in CONVERSATIONS if row.get(key) is not None), None)
     if key is None:
-        key, turns = "row", _question_and_answer(row, where)
-    else:
-        turns = row[key]
+        key = "row"
+    turns: Any = _question_and_answer(row, where) if key == "row" else row[key]
     if isinstance(turns, str):  # as tables without nested types keep them
         with suppress(ValueError):
             turns = parse_json(turns)

@@ -27,8 +27,21 @@ FINISHES: Mapping[str, FinishReason] = {
 }
 """What servers call the end of an answer, in lower case."""
 BROKEN_OFF = frozenset(
-    "error content_filter abort cancelled timeout insufficient_system_resource safety recitation prohibited_content "
-    "blocklist spii tool_calls function_call".split()
+    [
+        "error",
+        "content_filter",
+        "abort",
+        "cancelled",
+        "timeout",
+        "insufficient_system_resource",
+        "safety",
+        "recitation",
+        "prohibited_content",
+        "blocklist",
+        "spii",
+        "tool_calls",
+        "function_call",
+    ]
 )
 """Ends that are none of the answer that was asked for: breaks, filters, and calls of tools, of which no text comes."""
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
@@ -106,7 +119,7 @@ def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Ch
     try:
         event = {} if is_error else json.loads(text)
         # Of several answers, the first one's alone is timed.
-        choice = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
+        choice: Any = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
         bare = "choices" not in event and isinstance(event.get("message") or event.get("detail"), str)
         is_error = is_error or bare or "error" in (event.get("object"), event.get("type"))
         if not (is_error or event.get("error") or choice.get("error")):
