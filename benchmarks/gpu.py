@@ -32,6 +32,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spdbench.output_files import replaced_file
+
 if TYPE_CHECKING:
     from benchmarks.shared.gpu_sides import Settings
 
@@ -81,9 +83,8 @@ def read_records(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def write(path: Path, text: str) -> None:
     """Writes the whole file or nothing."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with replaced_file(path) as file:
+        file.write(text.encode())
 
 
 def run_apart(name: str, out: Path, limit_s: float, *, rehearse: bool) -> str:

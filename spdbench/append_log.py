@@ -12,13 +12,13 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from spdbench.console import say
-from spdbench.errors import FULL, InputError
+from spdbench.errors import InputError
+from spdbench.output_files import FULL, replaced_file
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 """What `flock` fails with on file systems without locks, as some on networks are."""
@@ -79,15 +79,10 @@ class AppendLog:
         Raises:
             InputError: the file cannot be written; it is as it was.
         """
-        part = path.with_name(path.name + ".part")
         try:
-            part.unlink(missing_ok=True)  # a link there would lead the content into another file
-            with part.open("xb") as file:
+            with replaced_file(path) as file:
                 file.write(content)
-            part.replace(path)
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             raise cls.write_error(path, error) from None
 
     def append_line(self, line: bytes) -> int:

@@ -14,10 +14,7 @@ Anything else that escapes is a bug and shows its traceback.
 from __future__ import annotations
 
 import difflib
-import errno
 import importlib.util
-import os
-import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound="BaseModel")
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The error numbers of a full disk, an exhausted quota and a file that is too large."""
 
 
 class SpdbenchError(Exception):
@@ -85,22 +79,6 @@ def install_command(package: str) -> str:
 def brief(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def write_failure(error: BaseException, *, behind: bool = False) -> str | None:
-    """Why nothing more can be written, in the system's words; None if `error` has another reason. `behind`: libraries
-    raise errors of their own for it, with the system's as their cause.
-
-    Libraries written in Rust raise errors of their own, which end with the system's error number.
-    """
-    if behind and (cause := error.__cause__ or error.__context__) is not None:
-        return write_failure(error) or write_failure(cause, behind=True)
-    if isinstance(error, OSError):
-        number = error.errno
-    else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else None
-    return os.strerror(number) if number in (*FULL, errno.EIO, errno.EROFS) else None
 
 
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:

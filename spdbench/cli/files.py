@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import os
 import sys
@@ -15,6 +14,7 @@ import click
 
 from spdbench.errors import InputError
 from spdbench.input_files import read_input
+from spdbench.output_files import replaced_file
 
 if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
@@ -142,13 +142,8 @@ def write_whole_file(option: str, path: Path, content: bytes) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        part.unlink(missing_ok=True)  # a link there would lead the content into another file
-        with part.open("xb") as file:
+        with replaced_file(path) as file:
             file.write(content)
-        part.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
         raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None

@@ -18,7 +18,8 @@ import click
 from spdbench import __version__
 from spdbench.cli.terminal import Terminated
 from spdbench.console import printable
-from spdbench.errors import InputError, SpdbenchError, did_you_mean, write_failure
+from spdbench.errors import InputError, SpdbenchError, did_you_mean
+from spdbench.output_files import write_failure
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -28,6 +27,7 @@ from spdbench.judge.results.schema import (
 from spdbench.judge.results.table import RunTable, join_tables
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
+from spdbench.output_files import replaced_file
 
 Recorded = TypeVar("Recorded", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
 
@@ -63,17 +63,12 @@ def write_result(path: Path, head: ResultHead, journal: Journal) -> LoadedResult
     without_runs = _without_runs(head, journal)
     members = without_runs.model_dump(mode="json", by_alias=True)
     before = {name: members[name] for name in [*members][: [*members].index("runs")]}
-    part = path.with_name(path.name + ".part")
     try:
-        part.unlink(missing_ok=True)  # a link there would lead the content into another file
-        with part.open("xb") as out:
+        with replaced_file(path) as out:
             out.write(b"{\n" + _lines(before) + b',\n"runs":[')
             result = LoadedResult(str(path), without_runs, join_tables(_copied_runs(journal, out)))
             out.write(b"\n],\n" + _lines(_computed(result)) + b"\n}\n")
-        part.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            part.unlink()
         raise Journal.write_error(path, error) from None
     return result
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from spdbench import hub
-from spdbench.errors import InputError, brief, did_you_mean, install_command, write_failure
+from spdbench.errors import InputError, brief, did_you_mean, install_command
+from spdbench.output_files import write_failure
 from spdbench.prompts.rows import SourceUnavailable
 
 CONVERTED = "refs/convert/parquet"

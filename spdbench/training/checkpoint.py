@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from spdbench.append_log import require_same_settings
 from spdbench.errors import InputError
+from spdbench.output_files import replaced_file
 from spdbench.training.log import RESTART
 
 NAME = "checkpoint.pt"
@@ -74,9 +75,7 @@ def save(
     drawn: Generators,
 ) -> None:
     """Writes the checkpoint of a run; `drawn` are the generators' states at the same moment as `state`."""
-    part = folder / PART
-    part.unlink(missing_ok=True)  # a link there would lead the content into another file
-    with part.open("xb") as file:
+    with replaced_file(folder / NAME) as file:
         torch.save(
             {
                 "identity": dict(identity),
@@ -89,7 +88,6 @@ def save(
         )
         file.flush()
         os.fsync(file.fileno())
-    part.replace(folder / NAME)
 
 
 def restore(

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("spdbench", "spdbench_backends")
 
-BASE = {"types", "errors", "console", "processors", "input_files"}
+BASE = {"types", "errors", "console", "processors", "input_files", "output_files"}
 ENGINE = {"models", "decoding", "pipeline"}
 HARNESS = {"prompts", "measure", "judge", "render"}
 
@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "console": set[str](),
     "processors": set[str](),
     "input_files": {"errors"},
+    "output_files": set[str](),
     "hub": set[str](),
-    "append_log": {"errors", "console", "input_files"},
+    "append_log": {"errors", "console", "input_files", "output_files"},
     "plugins": {"errors"},
     "backend": BASE | {"plugins"},
     "prompts": BASE | {"hub"},

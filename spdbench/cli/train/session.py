@@ -16,10 +16,11 @@ from spdbench.cli.progress import TrainingProgress
 from spdbench.cli.setup import chat_format, find_devices, load_model, report_joined
 from spdbench.cli.train.command import TrainOptions
 from spdbench.console import say
-from spdbench.errors import FULL, InputError
+from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
+from spdbench.output_files import FULL
 from spdbench.prompts.chat import RefusedError, parse_template_args
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spdbench.console import say
-from spdbench.errors import InputError, write_failure
+from spdbench.errors import InputError
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints import embedded
 from spdbench.models.checkpoints.folders import cache_folder, typed_path
 from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
+from spdbench.output_files import write_failure
 
 NOTE = "spdbench.json"
 CONVERSION = 2

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from spdbench import hub
-from spdbench.errors import InputError, brief, write_failure
+from spdbench.errors import InputError, brief
 from spdbench.models.checkpoints.gguf_file import GGUFFile, parameter_names, read_gguf
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.torch_utils import require_finite
+from spdbench.output_files import write_failure
 from spdbench.types import GenerationRequest
 
 WEIGHTS = ("*.safetensors",)

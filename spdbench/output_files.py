@@ -1,0 +1,50 @@
+"""Writes files whole or not at all, and says why nothing can be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The error numbers of a full disk, an exhausted quota and a file that is too large."""
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A new file for the content of `path`, which it replaces at the end: after a kill the file is the old one or the
+    new one. Of several processes one at a time may write `path`.
+
+    Raises:
+        OSError: the file cannot be written. After this and any other error it is as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    part.unlink(missing_ok=True)  # a link there would lead the content into another file
+    try:
+        with part.open("xb") as file:
+            yield file
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink()
+        raise
+
+
+def write_failure(error: BaseException, *, behind: bool = False) -> str | None:
+    """Why nothing more can be written, in the system's words; None if `error` has another reason. `behind`: libraries
+    raise errors of their own for it, with the system's as their cause.
+
+    Libraries written in Rust raise errors of their own, which end with the system's error number.
+    """
+    if behind and (cause := error.__cause__ or error.__context__) is not None:
+        return write_failure(error) or write_failure(cause, behind=True)
+    if isinstance(error, OSError):
+        number = error.errno
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    return os.strerror(number) if number in (*FULL, errno.EIO, errno.EROFS) else None
