@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from spdbench.errors import InputError
 from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
 from spdbench.measure.journal import Journal
 from spdbench.models.target import Target, find_device, load_target
+from spdbench.output_files import write_obstacle
 from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
 from spdbench.types import Message
 
@@ -135,12 +135,8 @@ LONGEST_ENDING = ".journal.jsonl.old.part"
 
 def require_writable(folder: Path) -> None:
     """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise Journal.write_error(folder, error) from None
+    if (error := write_obstacle(folder)) is not None:
+        raise Journal.write_error(folder, error)
 
 
 def result_path(folder: Path, work: str, label: str, model_id: str, name: str | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -95,12 +94,3 @@ def _left_in(folder: Path) -> int | None:
         except (OSError, ValueError):  # no limit reads "max"
             continue
     return None
-
-
-def is_writable(folder: Path) -> bool:
-    """True if files can be created in `folder`, which is created if it does not exist."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)

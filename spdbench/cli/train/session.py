@@ -20,7 +20,7 @@ from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
-from spdbench.output_files import FULL
+from spdbench.output_files import FULL, write_obstacle
 from spdbench.prompts.chat import RefusedError, parse_template_args
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
@@ -41,7 +41,6 @@ from spdbench.training.schedule import Data, Plan, split_held_out
 from spdbench.training.space import (
     GB,
     checkpoint_bytes,
-    is_writable,
     require_disk,
     require_memory,
     teacher_bytes,
@@ -63,7 +62,7 @@ def train(options: TrainOptions, started: float) -> None:
     recipe_options = parse_recipe_options(options.options, recipe_class.Options)
     check_layout(recipe_class, options.layout)
     conversations = read_conversations(options.data)
-    if not is_writable(options.out):
+    if write_obstacle(options.out) is not None:
         raise InputError(f"--out {options.out}: cannot be written")
     target = _target(options)
     identity = _identity(options, recipe_options, target, conversations.sha256)
@@ -203,7 +202,7 @@ def _prepared(
 
 def _keep(features: Features, options: TrainOptions) -> None:
     """Keeps features on disk if there is room."""
-    folder = next((place for place in (cache_folder(), options.out) if is_writable(place)), options.out)
+    folder = next((place for place in (cache_folder(), options.out) if write_obstacle(place) is None), options.out)
     free = shutil.disk_usage(folder).free
     allowed = int(free * SHARE_OF_DISK) if options.feature_cache is None else options.feature_cache
     if features.num_bytes <= min(allowed, free):

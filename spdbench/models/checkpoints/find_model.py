@@ -80,9 +80,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             directory.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))
         except OSError as error:
-            raise InputError(
-                f"{directory.parent}: the cache cannot be written ({error.strerror}); set SPDBENCH_CACHE"
-            ) from None
+            raise embedded.cache_error(directory.parent, error) from None
         try:
             library.convert_gguf(file, scratch)
             _write_source_note(scratch, file.name, sha256)
