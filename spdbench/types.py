@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -168,6 +169,12 @@ class Span(NamedTuple):
     position: int
     kept: bool
     cycle: int = -1
+
+
+def request_seed(*parts: object) -> int:
+    """A seed below 2^48 that `parts` determine: the run's seed, then what tells its requests apart."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:6], "little")
 
 
 def encodable(text: str) -> str:

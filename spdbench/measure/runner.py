@@ -8,7 +8,6 @@ parallel as it takes.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -31,7 +30,7 @@ from spdbench.measure.request_turn import (
     measure_when_ready,
     prompt_sha256,
 )
-from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling
+from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling, request_seed
 
 WARMUP_TOKENS = 8
 
@@ -248,13 +247,12 @@ class Runner:
             obstacle = str(error)
         if len(ids) >= workload.context_limit:
             obstacle = "the conversation no longer fits into the model's context"
-        seed = hashlib.sha256(f"{workload.seed}/{prompt.id}/{turn}/{repeat}".encode()).digest()
         request = GenerationRequest(
             prompt_ids=ids,
             messages=tuple(messages),
             max_new_tokens=min(workload.max_new_tokens, workload.context_limit - len(ids)),
             sampling=workload.sampling,
-            seed=int.from_bytes(seed[:6], "little"),
+            seed=request_seed(workload.seed, prompt.id, turn, repeat),
             eos_ids=workload.eos_ids,
             keep_drafts=workload.keep_drafts,
         )

@@ -6,7 +6,6 @@ prompt is answered many times, and the quantiles of the first tokens are counted
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ from spdbench.prompts.chat import ChatFormat
 from spdbench.prompts.suite import Suite
 from spdbench.render.audit import to_json, to_terminal
 from spdbench.render.columns import decoding
-from spdbench.types import FirstDivergence, GenerationRequest
+from spdbench.types import FirstDivergence, GenerationRequest, request_seed
 
 if TYPE_CHECKING:
     from spdbench.cli.audit.command import AuditOptions
@@ -192,9 +191,9 @@ class AuditSession:
 
     def _draw(self, prompt_id: str, ids: tuple[int, ...], draw: int) -> GenerationRequest:
         workload = self.workload
-        digest = hashlib.sha256(f"{workload.seed}/{prompt_id}/{draw}".encode()).digest()
+        seed = request_seed(workload.seed, prompt_id, draw)
         room = min(ROOMS[draw % len(ROOMS)], workload.context_limit - len(ids))
-        return GenerationRequest(ids, (), room, workload.sampling, int.from_bytes(digest[:6], "little"), frozenset())
+        return GenerationRequest(ids, (), room, workload.sampling, seed, frozenset())
 
     def _text(self, token: int | None) -> str:
         return "(end)" if token is None else repr(self.target.tokenizer.decode([token]))

@@ -5,7 +5,6 @@ Importing it needs lm-eval. Requests are answered one at a time, since backends 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from spdbench.errors import InputError, did_you_mean
 from spdbench.models.target import Target
 from spdbench.processors import usable_cores
 from spdbench.prompts.chat import ChatFormat
-from spdbench.types import GenerationRequest, Message, Sampling
+from spdbench.types import GenerationRequest, Message, Sampling, request_seed
 
 DEFAULT_NEW_TOKENS = 256
 MODEL_ARGS = ("backend", "model", "drafter", "dtype", "devices", "threads", "seed")
@@ -216,13 +215,12 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         )
         if self.backend.kind != "autoregressive":
             require_known_answer(parse_drafter(self.spec.drafter), sampling)
-        seed = hashlib.sha256(f"{self._seed}/{number}/{context}".encode()).digest()
         return GenerationRequest(
             prompt_ids=tuple(self.tok_encode(context)[-(self.max_length - limit) :]) or (self.prefix_token_id,),
             messages=({"role": "user", "content": context},),
             max_new_tokens=limit,
             sampling=sampling,
-            seed=int.from_bytes(seed[:6], "little"),
+            seed=request_seed(self._seed, number, context),
             eos_ids=self.target.eos_ids,
             stop=tuple(word for word in given["until"] if word),
         )
