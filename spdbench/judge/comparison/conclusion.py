@@ -66,7 +66,11 @@ def conclusions(table: Table) -> tuple[Conclusion, ...]:
 
 def _conclude(row: Row, baseline: Row | None) -> Conclusion:
     metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
-    outcome, interval, num_prompts = _outcome(row, baseline), metrics["speedup_ci"], metrics["num_paired_prompts"] or 0
+    outcome, interval, num_prompts = (
+        outcome_of(row, has_baseline=baseline is not None),
+        metrics["speedup_ci"],
+        metrics["num_paired_prompts"] or 0,
+    )
     to_show = None
     if outcome == "no difference shown" and metrics["speedup_spread"] is not None:
         to_show = prompts_to_show(EFFECT, metrics["speedup_spread"])
@@ -87,8 +91,9 @@ def _conclude(row: Row, baseline: Row | None) -> Conclusion:
     )
 
 
-def _outcome(row: Row, baseline: Row | None) -> Outcome:
-    if row.is_baseline or baseline is None:
+def outcome_of(row: Row, *, has_baseline: bool = True) -> Outcome:
+    """What a row's speed-up says; `has_baseline` is false where its table has none."""
+    if row.is_baseline or not has_baseline:
         return "baseline" if row.is_baseline else "no baseline"
     if row.metrics["speedup"] is None:
         return "no pair"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.conclusion import outcome_of
 from spdbench.judge.comparison.prompts import prompt_speeds
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import (
@@ -27,11 +28,8 @@ OUTCOMES = ("faster", "slower", "no difference shown", "baseline", "no interval"
 
 
 def _outcome(row: Row) -> str:
-    if row.is_baseline or row.metrics["speedup"] is None:
-        return "baseline"
-    if row.difference_shown is None:
-        return "no interval"
-    return ("faster" if row.metrics["speedup"] > 1 else "slower") if row.difference_shown else "no difference shown"
+    found = outcome_of(row)
+    return "faster" if found == "pays" else found
 
 
 def _record(row: Row) -> Record:
