@@ -95,6 +95,16 @@ class BackendInfo:
     def lanes(self) -> int:
         return len(self.lane_bytes)
 
+    @property
+    def knows_ids(self) -> bool:
+        """False where an engine gives text without ids."""
+        return "ids" not in self.missing_measurements
+
+    @property
+    def known_devices(self) -> tuple[str, ...] | None:
+        """What the backend runs on; None where it does not know."""
+        return None if "devices" in self.missing_measurements else self.devices
+
 
 @runtime_checkable
 class Backend(Protocol):

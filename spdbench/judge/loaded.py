@@ -46,17 +46,6 @@ class LoadedResult:
         return self.head.backend.label
 
     @cached_property
-    def devices(self) -> list[str] | None:
-        """What the backend ran on; None if it does not know."""
-        backend = self.head.backend
-        return None if "devices" in backend.unknown else backend.devices
-
-    @cached_property
-    def knows_ids(self) -> bool:
-        """False if an engine gave text without ids."""
-        return "ids" not in self.head.backend.unknown
-
-    @cached_property
     def num_begun(self) -> int:
         """Conversations with a run in the file, failed ones included."""
         return len({prompt for prompt, _, _ in self.runs.keys})

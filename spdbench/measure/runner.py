@@ -107,7 +107,7 @@ Compare = Callable[[Candidate, RequestTurn, Run, Run], FirstDivergence | None]
 def is_comparable(candidate: Candidate) -> bool:
     """True if the backend's greedy ids should be vanilla's."""
     info, backend = candidate.backend.describe(), candidate.backend
-    own = info.other_model is None and "ids" not in info.missing_measurements
+    own = info.other_model is None and info.knows_ids
     return own and backend.lossless and concurrency_of(backend) == 1
 
 
@@ -285,8 +285,8 @@ class Runner:
         if self._stopped.is_set():  # it failed because the run ends, so it has not been measured
             raise StoppedError
         # Backends that share this process have no memory of their own, and that of a server is unknown.
-        if len(self._candidates) == 1 and "devices" not in self._first.missing_measurements:
-            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(self._first.devices)})
+        if len(self._candidates) == 1 and (devices := self._first.known_devices) is not None:
+            run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(devices)})
         if self._score is not None and run.finish_reason != "error":
             run = run.model_copy(update={"score": self._score(turn.prompt, turn.turn, self._answer(run))})
         with self._lock:

@@ -101,7 +101,7 @@ class AuditSession:
         info, backend = candidate.backend.describe(), candidate.backend
         if not backend.lossless:
             return "by design its outputs are not the target's"
-        if "ids" in info.missing_measurements:
+        if not info.knows_ids:
             return "it reports no token ids, so whether its outputs are plain decoding's cannot be known"
         if concurrency_of(backend) > 1:
             return f"it takes several requests at once; give -o {candidate.label}.concurrency=1"

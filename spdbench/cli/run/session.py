@@ -272,20 +272,15 @@ def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
 
 def _watch(backends: Sequence[Backend]) -> MachineWatch:
     """The watch of this machine, and of the GPUs that any of the backends use."""
-    devices = dict.fromkeys(device for backend in backends for device in _known_devices(backend) or ())
+    devices = dict.fromkeys(device for backend in backends for device in backend.describe().known_devices or ())
     return MachineWatch([gpu_uuid(device) for device in devices if device.startswith("cuda")])
 
 
 def _gauges(backend: Backend, watch: MachineWatch) -> Gauges:
     """The energy counters of the backend's devices, and `watch`; nothing where the devices are unknown, as those of a
     server: it may be on another machine, or be the program that keeps this one busy."""
-    devices = _known_devices(backend)
+    devices = backend.describe().known_devices
     return Gauges(EnergyMeter()) if devices is None else Gauges(energy_meter(devices), watch)
-
-
-def _known_devices(backend: Backend) -> Sequence[str] | None:
-    info = backend.describe()
-    return None if "devices" in info.missing_measurements else info.devices
 
 
 def _went_wrong(result: LoadedResult) -> bool:

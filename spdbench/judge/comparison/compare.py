@@ -236,7 +236,7 @@ def _row(
     measured = own.metrics
     part = pairing if pairing is None or category is None else pairing.part(category)
     value, interval = part.speedup() if part else (1.0 if is_baseline else None, None)
-    devices = None if result.devices is None else result.head.backend.num_devices
+    devices = None if result.head.backend.known_devices is None else result.head.backend.num_devices
     compared = {
         "speedup": value,
         "speedup_ci": interval and list(interval),

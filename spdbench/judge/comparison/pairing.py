@@ -86,7 +86,7 @@ class Pair:
 
     @property
     def knows_ids(self) -> bool:
-        return self.baseline.knows_ids and self.candidate.knows_ids
+        return self.baseline.head.backend.knows_ids and self.candidate.head.backend.knows_ids
 
     @property
     def is_strict(self) -> bool:
@@ -102,8 +102,8 @@ class Pair:
     @property
     def same_machine(self) -> bool:
         """True if both are of one machine, and of one kind of its devices as far as engines report them."""
-        known = [each.devices for each in (self.baseline, self.candidate) if each.devices is not None]
-        kinds = {frozenset(name.partition(":")[0] for name in devices) for devices in known}
+        known = [head.backend.known_devices for head in self.heads]
+        kinds = {frozenset(name.partition(":")[0] for name in devices) for devices in known if devices is not None}
         return same_machine(*self.heads) and len(kinds) <= 1
 
     @property

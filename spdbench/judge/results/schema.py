@@ -91,6 +91,16 @@ class BackendRecord(Record):
         None, description="what it runs where that is not the model as vanilla runs it; outputs are not compared then"
     )
 
+    @property
+    def knows_ids(self) -> bool:
+        """False if an engine gave text without ids."""
+        return "ids" not in self.unknown
+
+    @property
+    def known_devices(self) -> list[str] | None:
+        """What the backend ran on; None if it does not know."""
+        return None if "devices" in self.unknown else self.devices
+
 
 class ModelInfo(Record):
     id: str
