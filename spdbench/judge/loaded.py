@@ -52,9 +52,13 @@ class LoadedResult:
 
     @cached_property
     def metrics(self) -> Metrics:
-        bandwidth = self.head.environment.get("read_bandwidth_bytes_per_s")
-        sane = isinstance(bandwidth, int | float) and 1 <= bandwidth <= MOST_BYTES_PER_S
-        return Metrics(self.runs, self.head.backend, bandwidth if sane else None)
+        return Metrics(self.runs, self.head.backend, self.read_bandwidth)
+
+    @property
+    def read_bandwidth(self) -> float | None:
+        """The machine's, in bytes/s; None where it was not measured, or cannot be true."""
+        value = self.head.environment.get("read_bandwidth_bytes_per_s")
+        return float(value) if isinstance(value, int | float) and 1 <= value <= MOST_BYTES_PER_S else None
 
     @cached_property
     def by_category(self) -> dict[str, LoadedResult]:

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from spdbench.judge.comparison.pairing import Pair, same_machine
 from spdbench.judge.gate.verdict import Finding, Verdict
-from spdbench.judge.loaded import MOST_BYTES_PER_S, LoadedResult
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.machine_load import BUSY_SHARE
 from spdbench.judge.results.schema import Result, RunKey
@@ -140,7 +140,7 @@ def _doubt(found: Finding, allowed: Allowance, state: float | None, news: Sequen
         return f"{found.reason.partition(',')[0].partition(';')[0]}, but so may the machine have become; {CALIBRATE}"
     if state is not None and not 1 / OTHER_STATE <= state <= OTHER_STATE:
         return f"plain decoding itself runs at {state:.2g} times its former speed, {OTHER}"
-    bandwidth = _quotient(_bandwidth(old[0]), _bandwidth(new[0]))
+    bandwidth = _quotient(old[0].read_bandwidth, new[0].read_bandwidth)
     same_way = (bandwidth < 1) == (found.verdict == "regression")
     if state is None and same_way and not 1 - allowed.share <= bandwidth <= 1 / (1 - allowed.share):
         return f"the machine reads its memory at {bandwidth:.2g} times its former speed, {OTHER}"
@@ -160,11 +160,6 @@ def _doubt(found: Finding, allowed: Allowance, state: float | None, news: Sequen
 def _quotient(before: float | None, now: float | None) -> float:
     """`now` over `before`; 1 where one of them is missing or 0."""
     return now / before if before and now else 1.0
-
-
-def _bandwidth(result: LoadedResult) -> float | None:
-    value = result.head.environment.get("read_bandwidth_bytes_per_s")
-    return float(value) if isinstance(value, int | float) and 0 < value < MOST_BYTES_PER_S else None
 
 
 def _added_up(results: Sequence[LoadedResult], keys: Sequence[RunKey]) -> NDArray[np.float64]:
