@@ -105,22 +105,31 @@ def gpu_uuid(device: str) -> str:
 
 def nvml_counter(uuid: str, name: str, library: Any = None) -> Counter | None:
     """The counter of the GPU with this `uuid`; None without a driver, or if the GPU does not measure energy."""
-    try:
-        nvml = library or ctypes.CDLL(NVML)
-    except OSError:
+    if (device := nvml_device(uuid, library)) is None:
         return None
-    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    nvml, handle = device
+    millijoules = ctypes.c_ulonglong()
 
     def read() -> int | None:
         failed = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
         return None if failed else millijoules.value * UJ_PER_MJ
 
     try:
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)):
-            return None
         return None if read() is None else Counter(name, read)
     except AttributeError:  # an old driver's library lacks the function
         return None
+
+
+def nvml_device(uuid: str, library: Any = None) -> tuple[Any, ctypes.c_void_p] | None:
+    """The driver's library, and its handle of the GPU with this `uuid`; None without a driver, or if it has no such
+    GPU."""
+    handle = ctypes.c_void_p()
+    try:
+        nvml = library or ctypes.CDLL(NVML)
+        failed = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
+    except (OSError, AttributeError):  # no driver, or an old one whose library lacks a function
+        return None
+    return None if failed else (nvml, handle)
 
 
 def _number(file: Path) -> int | None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spdbench.measure.energy import NVML
+from spdbench.measure.energy import nvml_device
 from spdbench.measure.process_times import process_name
 
 MAX_SAMPLES = 1024
@@ -36,26 +36,18 @@ class Sample(ctypes.Structure):
 
 
 class GpuUsers:
-    """Who uses the GPUs with these `uuids`. `names` are those of the last call, the busiest first."""
+    """The programs that use the GPUs with these `uuids`. `names` are those of the last call, the busiest first."""
 
     def __init__(self, uuids: Sequence[str] = (), proc: Path = Path("/proc"), library: Any = None) -> None:
         self.names: list[str] = []
         self._proc = proc
-        self._nvml = library
-        self._handles: list[ctypes.c_void_p] = []
+        self._devices = [device for uuid in uuids if (device := nvml_device(uuid, library)) is not None]
         self._last_us: dict[int, int] = defaultdict(int)
         self._knows_us = False
         try:
-            self._nvml = library or (ctypes.CDLL(NVML) if uuids else None)
-            if self._nvml is not None and not self._nvml.nvmlInit_v2():
-                self._handles = [handle for uuid in uuids if (handle := self._handle(uuid)) is not None]
             self.others_share()  # samples so far are of the time before
-        except (OSError, AttributeError):  # no driver, or one whose library lacks a function
-            self._handles = []
-
-    def _handle(self, uuid: str) -> ctypes.c_void_p | None:
-        handle = ctypes.c_void_p()
-        return None if self._nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) else handle
+        except AttributeError:  # a driver whose library lacks the function
+            self._devices = []
 
     def others_share(self) -> float | None:
         """The share of the time since the last call in which others kept the busiest GPU at work; None if unknown.
@@ -66,8 +58,8 @@ class GpuUsers:
         self.names = []
         used: dict[int, float] = {}
         share = None
-        for number, handle in enumerate(self._handles):
-            found = self._samples(number, handle)
+        for number, device in enumerate(self._devices):
+            found = self._samples(number, *device)
             for pid, sm in found.items():
                 used[pid] = max(sm, used.get(pid, 0.0))
             share = max(share or 0.0, min(1.0, sum(found.values())))
@@ -76,12 +68,12 @@ class GpuUsers:
         self.names = [process_name(self._proc, pid) for pid in sorted(used, key=lambda pid: -used[pid]) if used[pid]]
         return share
 
-    def _samples(self, number: int, handle: ctypes.c_void_p) -> dict[int, float]:
+    def _samples(self, number: int, nvml: Any, handle: ctypes.c_void_p) -> dict[int, float]:
         """Each other process's mean use of one GPU in the samples that are new."""
         samples, count = (Sample * MAX_SAMPLES)(), ctypes.c_uint(MAX_SAMPLES)
         since = ctypes.c_ulonglong(self._last_us[number])
-        if self._nvml.nvmlDeviceGetProcessUtilization(handle, samples, ctypes.byref(count), since):
-            return {}  # not found: nobody has used it since
+        if nvml.nvmlDeviceGetProcessUtilization(handle, samples, ctypes.byref(count), since):
+            return {}  # not found: no other program has used it since
         own = {os.getpid(), *(worker.pid for worker in multiprocessing.active_children())}
         by_process: dict[int, list[float]] = defaultdict(list)
         for sample in samples[: count.value]:

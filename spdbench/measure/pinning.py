@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from spdbench.measure.process_times import thread_cpu_ns
 from spdbench.processors import usable_processors
 
 TASKS = Path("/proc/self/task")
@@ -54,20 +54,11 @@ def _siblings(processor: int) -> set[int]:
 
 
 def _busiest_threads(work: Callable[[], object], count: int) -> list[int]:
-    before = {thread: _cpu_ns(thread) for thread in _threads()}
+    before = {thread: thread_cpu_ns(thread) for thread in _threads()}
     work()
-    spent = {thread: _cpu_ns(thread) - before.get(thread, 0) for thread in _threads()}
+    spent = {thread: thread_cpu_ns(thread) - before.get(thread, 0) for thread in _threads()}
     return sorted(spent, key=lambda thread: spent[thread], reverse=True)[:count]
 
 
 def _threads() -> list[int]:
     return [int(path.name) for path in TASKS.iterdir()]
-
-
-def _cpu_ns(thread: int) -> int:
-    """Processor time of a thread of this process. The clock's number is the one that pthread_getcpuclockid(3) computes
-    on Linux: the inverted thread id, then three bits for a clock of one thread's scheduled time."""
-    try:
-        return time.clock_gettime_ns((~thread << 3) | 0b110)
-    except OSError:  # it has ended
-        return 0

@@ -19,12 +19,20 @@ def own_cpu_ns() -> int:
 
 
 def cpu_ns(process: int) -> int:
-    """Processor time of a process, in ns; 0 if there is none. The clock's number is the one that clock_getcpuclockid(3)
-    computes on Linux: the inverted process id, then three bits for a clock of a process's scheduled time."""
-    if not process:
-        return 0
+    """Processor time of a process, in ns; 0 if there is none."""
+    return _clock_ns(process, 0b010) if process else 0
+
+
+def thread_cpu_ns(thread: int) -> int:
+    """Processor time of a thread of this process, in ns; 0 if it has ended."""
+    return _clock_ns(thread, 0b110)
+
+
+def _clock_ns(number: int, kind: int) -> int:
+    """A clock of scheduled time. Its number is the one that clock_getcpuclockid(3) and pthread_getcpuclockid(3) compute
+    on Linux: the inverted id of a process or thread, then three bits for the kind of clock."""
     try:
-        return time.clock_gettime_ns((~process << 3) | 0b010)
+        return time.clock_gettime_ns((~number << 3) | kind)
     except OSError:
         return 0
 
