@@ -81,6 +81,12 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     """The key path of the first thing that pydantic found wrong, and what is wrong with it."""
     first = error.errors()[0]

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spdbench.errors import brief
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.checkpoints.config import Sizes
 from spdbench.models.hf.layer_range import LayerRange
@@ -186,7 +187,7 @@ def split_model(
     except (SplitError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model's own code, called in a way that it may not support
-        raise SplitError(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}") from error
+        raise SplitError(brief(error)) from error
     _require_alike(whole_SV, split_SV, expected_SV)
     if layers is None:
         return decoder

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spdbench import hub
-from spdbench.errors import InputError, brief
+from spdbench.errors import InputError, brief, first_line
 from spdbench.models.checkpoints.gguf_file import GGUFFile, parameter_names, read_gguf
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.torch_utils import require_finite
@@ -59,7 +59,7 @@ def load_tokenizer(directory: Path) -> Any:
         try:
             return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken tokenizer fails in as many ways as it has files
-            raise InputError(f"{directory}: its tokenizer cannot be loaded ({_first_line(error)})") from None
+            raise InputError(f"{directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def rotary_frequencies(standard: Any, head_dim: int, rotary_dim: int | None = None) -> tuple[Tensor, float]:
@@ -80,7 +80,7 @@ def rotary_frequencies(standard: Any, head_dim: int, rotary_dim: int | None = No
             frequencies, factor = ROPE_INIT_FUNCTIONS[kind](standard, torch.device("cpu"))
         good = frequencies.shape == (rotated // 2,) and bool((frequencies.isfinite() & (frequencies > 0)).all())
     except Exception as error:  # each kind of positions raises errors of its own
-        raise ValueError(_first_line(error)) from None
+        raise ValueError(first_line(error)) from None
     if not good:
         raise ValueError("frequencies that are not positive numbers")
     if not 0 < factor < math.inf or (rotated < head_dim and factor != 1.0):
@@ -105,7 +105,7 @@ def scaled_frequencies(parameters: Mapping[str, Any], head_dim: int, max_positio
                 rope_parameters=dict(parameters),
             )
         except Exception as error:  # transformers checks fields with libraries of its own
-            raise ValueError(_first_line(error)) from None
+            raise ValueError(first_line(error)) from None
         return rotary_frequencies(standard, head_dim)
 
 
@@ -144,7 +144,7 @@ def load_causal_model(directory: Path, standard: Any, dtype: torch.dtype, device
                 **({"attn_implementation": "eager"} if capped else {}),
             )
         except Exception as error:  # a model's own code may raise anything
-            raise InputError(f"{directory}: cannot be loaded by transformers ({_first_line(error)})") from None
+            raise InputError(f"{directory}: cannot be loaded by transformers ({first_line(error)})") from None
     _refuse_other_tensors(str(directory), report, "is config.json the one that belongs to the weights?")
     for name, tensor in model.named_parameters():
         require_finite(str(directory), name, tensor)
@@ -244,7 +244,7 @@ def convert_gguf(file: Path, out: Path) -> None:
             )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
         except Exception as error:  # readers of broken files raise errors of any type
-            raise InputError(f"{file}: cannot be converted ({_first_line(error)})") from error
+            raise InputError(f"{file}: cannot be converted ({first_line(error)})") from error
     _refuse_other_tensors(str(file), report, "is it a part of a model?")
     config = model.config
     if scaling := header.rope_parameters() or _factors_as_llama3(header, config):
@@ -346,8 +346,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
