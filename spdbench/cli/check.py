@@ -6,13 +6,15 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from spdbench.cli.files import CALIBRATION, file_identity, read_calibration, result_paths, write_file, write_stdout
-from spdbench.cli.options import PERCENT
+from spdbench.cli.options import OUTPUT, PERCENT, argument, flag, option, takes
+from spdbench.cli.terminal import use_one_numpy_thread
 from spdbench.console import say
 from spdbench.errors import InputError
 
@@ -20,85 +22,80 @@ if TYPE_CHECKING:
     from spdbench.judge.gate.verdict import Judgement
     from spdbench.judge.loaded import LoadedResult
 
-OUTPUT = click.Path(path_type=Path, dir_okay=False)
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What is judged, by what limits, and what is written."""
+
+    results: tuple[str, ...] = argument("NEW...", nargs=-1, required=True)
+    baseline: str = option("--baseline", None, "FILE|DIR", "The results that NEW must not fall behind.", required=True)
+    gate: str = option(
+        "--gate",
+        click.Choice(["exact", "timing", "all"]),
+        None,
+        "exact: ids, steps, acceptance, on any machine; timing: speed, on the baseline's machine.",
+        "all",
+    )
+    max_slowdown: float | None = option(
+        "--max-slowdown", PERCENT, "5%", "How much slower it may be. [default: what --calibrate found, else 5%]"
+    )
+    max_acceptance_drop: float | None = option(
+        "--max-acceptance-drop",
+        PERCENT,
+        "0.5%",
+        "How far acceptance may fall; in greedy float32 not at all. [default: 0.5%]",
+    )
+    by: str | None = option("--by", click.Choice(["category"]), None, "What each category shows as well.")
+    calibrate: bool = flag(
+        "--calibrate",
+        "NEW are runs of the same code: find the slowdown that is noise, and keep it next to the baseline.",
+    )
+    junit: Path | None = option("--junit", OUTPUT, "FILE", "Write JUnit XML as well.")
+    summary: Path | None = option("--summary", OUTPUT, "FILE", "Write Markdown as well, for a CI job's page.")
+    json_file: Path | None = option("--json", OUTPUT, "FILE", "Write every finding as JSON as well.")
+    benchmark_json: Path | None = option(
+        "--benchmark-json", OUTPUT, "FILE", "Write what github-action-benchmark reads, bigger is better."
+    )
+
+    @property
+    def outputs(self) -> dict[str, Path | None]:
+        """The files to write, by the field that names each."""
+        return {name: getattr(self, name) for name in ("junit", "summary", "json_file", "benchmark_json")}
 
 
 @click.command("check", short_help="Judge results against a baseline, for CI.")
-@click.argument("results", metavar="NEW...", nargs=-1, required=True)
-@click.option("--baseline", metavar="FILE|DIR", required=True, help="The results that NEW must not fall behind.")
-@click.option(
-    "--gate",
-    type=click.Choice(["exact", "timing", "all"]),
-    default="all",
-    show_default=True,
-    help="exact: ids, steps, acceptance, on any machine; timing: speed, on the baseline's machine.",
-)
-@click.option(
-    "--max-slowdown",
-    type=PERCENT,
-    metavar="5%",
-    help="How much slower it may be. [default: what --calibrate found, else 5%]",
-)
-@click.option(
-    "--max-acceptance-drop",
-    type=PERCENT,
-    metavar="0.5%",
-    help="How far acceptance may fall; in greedy float32 not at all. [default: 0.5%]",
-)
-@click.option("--by", type=click.Choice(["category"]), help="What each category shows as well.")
-@click.option(
-    "--calibrate",
-    is_flag=True,
-    help="NEW are runs of the same code: find the slowdown that is noise, and keep it next to the baseline.",
-)
-@click.option("--junit", type=OUTPUT, metavar="FILE", help="Write JUnit XML as well.")
-@click.option("--summary", type=OUTPUT, metavar="FILE", help="Write Markdown as well, for a CI job's page.")
-@click.option("--json", "json_file", type=OUTPUT, metavar="FILE", help="Write every finding as JSON as well.")
-@click.option(
-    "--benchmark-json", type=OUTPUT, metavar="FILE", help="Write what github-action-benchmark reads, bigger is better."
-)
-@click.pass_context
-def command(
-    context: click.Context,
-    /,
-    results: tuple[str, ...],
-    baseline: str,
-    gate: str,
-    max_slowdown: float | None,
-    max_acceptance_drop: float | None,
-    by: str | None,
-    calibrate: bool,
-    **outputs: Path | None,
-) -> None:
+@takes(CheckOptions)
+def command(options: CheckOptions) -> None:
     """Judge results against a baseline, label by label. Needs no model.
 
     NEW is a result file, a pattern, or a folder of result files. Exit codes: 0 fine; 1 regression, divergence or
     failed prompt; 2 wrong usage or input; 3 inconclusive; 4 not comparable. Where several hold: 2, then 1, 4, 3.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
+    use_one_numpy_thread()
     from spdbench.judge.gate.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
     from spdbench.judge.gate.verdict import EXIT_CODES, verdict_of
     from spdbench.judge.loaded import read_results
 
-    folder = Path(baseline) if os.path.isdir(baseline) else Path(baseline).parent
-    new = list(result_paths(results))
-    if calibrate:
-        judging = {"max_slowdown": max_slowdown, "max_acceptance_drop": max_acceptance_drop, "by": by}
-        _refuse_with_calibrate({**judging, **outputs})
-        _calibrate(read_results(new, keep_ids=True), Path(baseline), folder)
+    baseline, max_drop = Path(options.baseline), options.max_acceptance_drop
+    folder = baseline if os.path.isdir(baseline) else baseline.parent
+    new = list(result_paths(options.results))
+    if options.calibrate:
+        judging = {"max_slowdown": options.max_slowdown, "max_acceptance_drop": max_drop, "by": options.by}
+        _refuse_with_calibrate({**judging, **options.outputs})
+        _calibrate(read_results(new, keep_ids=True), baseline, folder)
         return
-    old = list(result_paths([baseline]))
-    _refuse_to_overwrite(outputs, [*new, *old], folder / CALIBRATION)
+    old = list(result_paths([options.baseline]))
+    _refuse_to_overwrite(options.outputs, [*new, *old], folder / CALIBRATION)
     candidates, baselines = read_results(new, keep_ids=True), read_results(old, keep_ids=True)
     limits = Limits(
-        max_slowdown,
-        MAX_ACCEPTANCE_DROP if max_acceptance_drop is None else max_acceptance_drop,
-        read_calibration(folder / CALIBRATION) if "timing" in GATES[gate] else None,
+        options.max_slowdown,
+        MAX_ACCEPTANCE_DROP if max_drop is None else max_drop,
+        read_calibration(folder / CALIBRATION) if "timing" in GATES[options.gate] else None,
     )
-    judgements = check(candidates, baselines, GATES[gate], limits, by_category=by == "category")
-    _show(judgements, **outputs)
+    judgements = check(candidates, baselines, GATES[options.gate], limits, by_category=options.by == "category")
+    _show(judgements, **options.outputs)
     _tell_not_covered(candidates, baselines)
-    context.exit(EXIT_CODES[verdict_of(judgements)])
+    click.get_current_context().exit(EXIT_CODES[verdict_of(judgements)])
 
 
 def _tell_not_covered(candidates: Sequence[LoadedResult], baselines: Sequence[LoadedResult]) -> None:
@@ -167,11 +164,11 @@ def _show(
     from spdbench.render.check_files import to_benchmark_json, to_json, to_junit
 
     write_stdout(to_terminal(judgements, Console(file=sys.stdout)))
-    for option, path, render in (
+    for name, path, render in (
         ("--junit", junit, to_junit),
         ("--summary", summary, to_markdown),
         ("--json", json_file, to_json),
         ("--benchmark-json", benchmark_json, to_benchmark_json),
     ):
         if path is not None:
-            write_file(option, path, render(judgements))
+            write_file(name, path, render(judgements))

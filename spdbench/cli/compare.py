@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
 
 from spdbench.cli.files import result_paths, write_stdout
+from spdbench.cli.options import argument, flag, option, takes
+from spdbench.cli.terminal import use_one_numpy_thread
 
 if TYPE_CHECKING:
     from spdbench.render.table import Format
@@ -17,36 +19,42 @@ FORMATS = ("table", "github", "latex", "csv", "json")
 DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "specforge", "aiperf", "eagle", "spd")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """What is compared, with what, and how it is printed."""
+
+    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True)
+    baseline: str | None = option(
+        "--baseline", None, "LABEL|FILE", "What speed-ups are relative to. Default: the first vanilla of each table."
+    )
+    by: str | None = option("--by", click.Choice(["category"]), None, "One row for each category as well.")
+    form: Format = option("--format", click.Choice(FORMATS), None, "How to print.", "table")
+    dialect: str | None = option(
+        "--dialect",
+        click.Choice([*DIALECTS, "all"]),
+        None,
+        "Acceptance length as others print it, or in all dialects side by side.",
+    )
+    details: bool = flag("--details", "All columns, what they mean, and why each flag was raised.")
+
+
 @click.command("compare", short_help="Compare results: speed-ups, acceptance, outputs.")
-@click.argument("results", metavar="RESULT...", nargs=-1, required=True)
-@click.option(
-    "--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla of each table."
-)
-@click.option("--by", type=click.Choice(["category"]), help="One row for each category as well.")
-@click.option("--format", "form", type=click.Choice(FORMATS), default="table", show_default=True, help="How to print.")
-@click.option(
-    "--dialect",
-    type=click.Choice([*DIALECTS, "all"]),
-    help="Acceptance length as others print it, or in all dialects side by side.",
-)
-@click.option("--details", is_flag=True, help="All columns, what they mean, and why each flag was raised.")
-def command(
-    results: tuple[str, ...], baseline: str | None, by: str | None, form: Format, dialect: str | None, details: bool
-) -> None:
+@takes(CompareOptions)
+def command(options: CompareOptions) -> None:
     """Compare results: what each label gains, then a table for each suite, model, dtype, decoding and machine.
 
     RESULT is a result file, a pattern such as 'results/quick__*.json', a folder of result files, or a report, which
     holds results. Everything is computed anew from the runs in the files; no model is needed.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
+    use_one_numpy_thread()
     from rich.console import Console
 
     from spdbench.judge.comparison.compare import compare, find_baseline
     from spdbench.judge.loaded import read_results
     from spdbench.render.table import render
 
-    loaded = read_results(list(result_paths(results)))
-    chosen = None if baseline is None else find_baseline(baseline, loaded)
-    dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
-    tables = compare(loaded, chosen, by_category=by == "category", dialects=dialects)
-    write_stdout(render(tables, form, Console(file=sys.stdout), details=details))
+    loaded = read_results(list(result_paths(options.results)))
+    chosen = None if options.baseline is None else find_baseline(options.baseline, loaded)
+    dialects = DIALECTS if options.dialect == "all" else (options.dialect,) if options.dialect else ()
+    tables = compare(loaded, chosen, by_category=options.by == "category", dialects=dialects)
+    write_stdout(render(tables, options.form, Console(file=sys.stdout), details=options.details))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import sys
@@ -101,7 +102,7 @@ def refuse_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
 
 
 def write_stdout(text: str) -> None:
-    """`text` to stdout, flushed, so a full disk is felt here; a reader who has had enough (`| head`) is no error."""
+    """`text` to stdout, flushed, so that a full disk is noticed here; a closed pipe (`| head`) is no error."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)

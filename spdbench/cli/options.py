@@ -36,8 +36,9 @@ BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 def option(names: str, kind: Any, metavar: str | None, text: str | None, default: Any = None, **more: Any) -> Any:
     """A field of a command's options: `names` as typed (`-b --backend`), and what click shows and checks."""
-    more = {"show_default": default is not None, **more}
-    return field(metadata={"option": (names.split(), {"type": kind, "default": default, **more}, metavar, text)})
+    if default is not None:  # click 8.3 and later take None for a value, which a required option then has
+        more = {"default": default, "show_default": True, **more}
+    return field(metadata={"option": (names.split(), {"type": kind, **more}, metavar, text)})
 
 
 def flag(name: str, text: str) -> Any:
@@ -45,9 +46,9 @@ def flag(name: str, text: str) -> Any:
     return option(name, None, None, text, False, is_flag=True, show_default=False)
 
 
-def argument(metavar: str) -> Any:
-    """A word without an option's name."""
-    return field(metadata={"argument": metavar})
+def argument(metavar: str, **more: Any) -> Any:
+    """A word without an option's name; `more` is what click knows of arguments, such as how many there are."""
+    return field(metadata={"argument": {"metavar": metavar, **more}})
 
 
 def takes(options: type[Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
@@ -63,7 +64,7 @@ def takes(options: type[Any]) -> Callable[[Callable[[Any], Any]], Callable[..., 
 
         for name, metadata in reversed([*_declared(options)]):
             if "argument" in metadata:
-                wrapper = click.argument(name, metavar=metadata["argument"])(wrapper)
+                wrapper = click.argument(name, **metadata["argument"])(wrapper)
                 continue
             names, settings, metavar, text = metadata["option"]
             wrapper = click.option(*names, name, metavar=metavar, help=text, **settings)(wrapper)
@@ -136,6 +137,7 @@ PERCENT = Quantity("percent", rf"{NUMBER}\s*%", "a share from 0% to below 100%; 
 COUNT, WHOLE = WholeRange(min=1), WholeRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)
 PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
+OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[str, ...] | None:

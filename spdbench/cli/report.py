@@ -5,10 +5,9 @@ Of models it knows the tokenizer, which turns the ids of answers into text; thei
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
@@ -20,24 +19,25 @@ from spdbench.cli.files import (
     result_paths,
     write_whole_file,
 )
+from spdbench.cli.terminal import use_one_numpy_thread
+from spdbench.console import say
 from spdbench.errors import InputError
+from spdbench.render.report.style import STYLES, ImageFormat
 
 if TYPE_CHECKING:
     from spdbench.judge.comparison.compare import Table
     from spdbench.judge.gate.calibration import Calibration
     from spdbench.judge.loaded import LoadedResult
     from spdbench.judge.results.embedded import EmbeddedFile
-    from spdbench.render.report.vega import ImageFormat
 
 CHARTS = (
     *("speedup", "categories", "prompts", "acceptance"),
     *("step-lengths", "step-lengths-by-category", "step-lengths-by-context"),
     *("bubble", "waterfall", "timeline"),
 )
-FORMATS = ("svg", "png", "pdf")
+FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MAX_EMBEDDED_BYTES = 32 * 2**20
 """Of results in a history's page: about 3 MB when compressed. A page of more is made without them."""
-STYLES = ("screen", "paper", "paper-wide")
 
 
 @click.command("report", short_help="Draw a comparison: one HTML page, or one chart as a file.")
@@ -53,7 +53,7 @@ STYLES = ("screen", "paper", "paper-wide")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: svg]")
 @click.option(
     "--style",
-    type=click.Choice(STYLES),
+    type=click.Choice([*STYLES]),
     help="Of a chart: paper is one column of two (3.35 in), paper-wide is both (7 in). [default: screen]",
 )
 @click.option("--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla.")
@@ -83,7 +83,7 @@ def command(
     With --history the results are many runs of one suite, model, dtype and decoding, on any machines; a
     calibration.json next to them, which `check --calibrate` writes, says what is noise.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads gain nothing here and take a core each
+    use_one_numpy_thread()
     for option, value in (("--format", form), ("--style", style)):
         if value is not None and chart is None:
             raise click.UsageError(f"{option} is for a single chart; name it with --chart")
@@ -113,7 +113,7 @@ def command(
             raise InputError(f"--chart {chart}: {drawn.missing}")
         content = vega.to_file(drawn, panels, form, style or "screen")
     write_whole_file("-o", out, content)
-    click.echo(f"Wrote {out}", err=True)
+    say(f"Wrote {out}")
 
 
 def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
@@ -145,7 +145,7 @@ def _page(table: Table, paths: Sequence[Path], out: Path) -> bytes:
     decode = find_decoder(model.id, model.tokenizer_sha256)
 
     def answer(row: Row, key: RunKey) -> str:
-        """As the engine told it, else decoded; ids where the model's tokenizer is in no cache."""
+        """As the engine reported it, else decoded; ids where the model's tokenizer is in no cache."""
         runs = row.result.runs
         text = None if runs.texts is None else runs.texts[runs.row_of[key]]
         if text is not None:

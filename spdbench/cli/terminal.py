@@ -1,12 +1,19 @@
-"""Ctrl-C and SIGTERM as one kind of interruption."""
+"""What commands ask of the process: Ctrl-C and SIGTERM as one kind of interruption, and no threads of numpy's own."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+def use_one_numpy_thread() -> None:
+    """Keeps numpy, which is not imported yet, from starting threads: they gain nothing on results and take a core
+    each."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 class Terminated(KeyboardInterrupt):

@@ -46,6 +46,17 @@ class LoadedResult:
         return self.head.backend.label
 
     @cached_property
+    def known_devices(self) -> list[str] | None:
+        """What the backend ran on; None if it does not know."""
+        backend = self.head.backend
+        return None if "devices" in backend.unknown else backend.devices
+
+    @cached_property
+    def knows_ids(self) -> bool:
+        """False if an engine gave text without ids."""
+        return "ids" not in self.head.backend.unknown
+
+    @cached_property
     def num_begun(self) -> int:
         """Conversations with a run in the file, failed ones included."""
         return len({prompt for prompt, _, _ in self.runs.keys})
@@ -83,7 +94,7 @@ def load(result: Result, file: str) -> LoadedResult:
 
 def read_results(paths: Sequence[Path], *, keep_ids: bool = False) -> list[LoadedResult]:
     """The results in `paths`, and those that reports among them hold; a file that is named twice is read once.
-    `keep_ids` for those who show ids.
+    `keep_ids` for callers that show ids.
 
     Raises:
         InputError: a file cannot be read, or is not a result.

@@ -1,8 +1,9 @@
 """What else the machine does while a request is timed: read just before and just after it, outside of the clock.
 
 A reading costs some 20 us: files of /proc and /sys stay open and are read with one system call each, and one that is
-slow on this machine (/proc/stat of hundreds of processors) is left out or replaced when the watch begins. Who took the
-time is looked up only after a request that was disturbed. Where the system does not show a number, it is None.
+slow on this machine (/proc/stat of hundreds of processors) is omitted or replaced when the watch begins. The programs
+that used the processors are looked up only after a request that was disturbed. Where the system does not show a number,
+it is None.
 
 Sources: proc(5); the kernel's documentation of cgroup v1 and v2 (cpu.stat), of pressure stall information, and of
 cpufreq; `thermal_throttle` in arch/x86/kernel/cpu/mce/therm_throt.c.
@@ -25,7 +26,7 @@ from spdbench.measure.process_times import ProcessTimes, own_cpu_ns
 from spdbench.processors import limiting_group, usable_processors
 
 MOST_SOURCE_NS = 20_000
-"""A source whose reading takes longer is left out."""
+"""A source whose reading takes longer is omitted."""
 TRIES = 5
 MAX_BYTES = 65_536
 NUM_CLOCKS = 4
@@ -62,7 +63,7 @@ class MachineWatch:
         return found
 
     def load(self, before: Reading, after: Reading) -> MachineLoad:
-        """What happened between two readings. Looks up who took the time if it is enough to disturb a request."""
+        """What happened between two readings. Looks up the programs that used the time if it disturbs a request."""
         passed = {name: after[name] - before[name] for name in after.keys() & before.keys()}
         wall_ns = max(passed["wall"], 1)
         core_ns = wall_ns * len(self._processors)

@@ -3,8 +3,8 @@
 A node is a token at a position with its parent. One enters stage 0, moves one stage a cycle, and leaves the last stage
 with the target's verdict on its child. No tensors, clocks, processes, drafters or stop rules are involved.
 
-A cycle: read `cycle()`; draft a child of `newest` if one is needed; run every stage's node; then end it with exactly
-one of `fill` (nothing completed), `accept` (the completed node's child was right) or `restart` (it was wrong or
+A cycle: read `cycle()`; draft a child of the node in stage 0 if one is needed; run every stage's node; then end it with
+exactly one of `fill` (nothing completed), `accept` (the completed node's child was right) or `restart` (it was wrong or
 missing: everything in flight is dropped and the target's own token enters).
 
 Source of the rules: SPD, arXiv 2605.30852, section on pipelined decoding; SPD.md section 4.
@@ -55,11 +55,6 @@ class PipelineSchedule:
         self._stages: list[Node | None] = [None] * num_stages
         self._num_nodes = 0
 
-    @property
-    def newest(self) -> Node | None:
-        """The node in stage 0, whose child may be drafted this cycle."""
-        return self._stages[0]
-
     def start(self, token_id: int, position: int) -> Node:
         """Empties the pipeline and puts a token that the target emitted into stage 0."""
         self._stages = [None] * self.num_stages
@@ -74,7 +69,7 @@ class PipelineSchedule:
         return Cycle(tuple(self._stages), completing, child)
 
     def fill(self, draft: int | None) -> Node | None:
-        """Ends a cycle that completed nothing; `draft` enters as the child of `newest`, None leaves stage 0 empty."""
+        """Ends a cycle that completed nothing; `draft` enters as stage 0's node's child, None leaves stage 0 empty."""
         if self._stages[-1] is not None:
             raise ValueError("a node completed: accept its child or restart")
         return self._shift(draft)

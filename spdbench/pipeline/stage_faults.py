@@ -4,8 +4,8 @@ A stage can fail in three ways, and each shows at its neighbours as well, often 
 
 - It raises: it sends FAILED with its traceback and ends. Its neighbours, whose pipes and process groups break, may send
   FAILED first; such a report says that a neighbour seems to be at fault, and counts only if no other cause is found.
-- It is killed: its process ends with a signal's negative exit code and sends nothing. So before anybody is blamed, the
-  controller waits until one stage has ended and the others had time to notice.
+- It is killed: its process ends with a signal's negative exit code and sends nothing. So before a stage is
+  reported as failed, the controller waits until one stage has ended and the others had time to notice.
 - It hangs: no process ends, and all stages behind it wait as well. Each stage prints its stack on SIGUSR1, from C and
   without Python's lock, and the first whose stack is not in the middle of waiting for a neighbour is at fault.
 

@@ -36,7 +36,7 @@ from spdbench.pipeline.stage_faults import (
 )
 from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StagePipes, StageSpec, run_stage
 
-SURELY_FITS = 16384
+PIPE_BUFFER_BYTES = 16384
 """Bytes that an empty pipe takes at once on any system."""
 LOOK_EVERY_S = 0.5
 """How often loading stages are looked at."""
@@ -47,7 +47,7 @@ _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 class StageWorkers:
     """The processes of a pipeline, whose owner is called `label`. Its owner calls `close`."""
 
-    def __init__(self, specs: Sequence[StageSpec], timeout_s: float, label: str = "spd") -> None:
+    def __init__(self, specs: Sequence[StageSpec], timeout_s: float, label: str) -> None:
         self._timeout_s = timeout_s
         self._label = label
         self._stages: list[StageHandle] = []
@@ -70,7 +70,7 @@ class StageWorkers:
         self._require_alive()
         assert self._to_first is not None
         message = pack(header, payload)
-        if len(message) > SURELY_FITS:
+        if len(message) > PIPE_BUFFER_BYTES:
             self._send_long(self._to_first, message)
             return
         try:

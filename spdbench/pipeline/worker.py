@@ -204,7 +204,8 @@ class _Stage:
             store=store,
             rank=spec.index,
             world_size=spec.num_stages,
-            timeout=timedelta(seconds=LOAD_TIMEOUT_S + spec.timeout_s),  # more than the controller's, which names who
+            # More than the controller's, whose error names the stage.
+            timeout=timedelta(seconds=LOAD_TIMEOUT_S + spec.timeout_s),
         )
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:

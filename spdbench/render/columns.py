@@ -285,7 +285,7 @@ def _prompts(table: Table) -> str:
 
 def _where(table: Table) -> str:
     """The machine; that of the client alone, where no backend knows what its server runs on."""
-    served = all(row.head.backend.known_devices is None for row in table.rows)
+    served = all(row.result.known_devices is None for row in table.rows)
     return f"asked from {machine(table.head)}" if served else machine(table.head)
 
 

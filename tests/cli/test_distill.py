@@ -149,7 +149,7 @@ def test_half_a_surrogate_pair_in_a_turn_is_skipped_and_named_by_its_line(
 def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
     tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 3)
+    monkeypatch.setattr("spdbench.cli.distill.filling.MAX_DROPPED_IN_A_ROW", 3)
     prompts = write_prompts(tmp_path / "p.jsonl", *[{"turns": ["Say one."]}] * 7)
     for _ in range(2):
         said = distill(tiny_model, out, "--prompts", prompts, tokens=10_000)
@@ -163,7 +163,7 @@ def test_prompts_that_are_nearly_all_dropped_just_end_and_can_be_gone_on_with(
 def test_prompts_that_are_all_of_a_suite_end_with_their_number(
     tiny_model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 3)
+    monkeypatch.setattr("spdbench.cli.distill.filling.MAX_DROPPED_IN_A_ROW", 3)
     mine = write_prompts(tmp_path / "mine.jsonl", {"turns": ["Name the seven colours of a rainbow in order, please."]})
     five = write_prompts(tmp_path / "five.jsonl", *[{"turns": ["Name the seven colours of a rainbow in order!"]}] * 5)
     said = distill(tiny_model, out, "--prompts", five, "--exclude", mine, tokens=10_000)
@@ -307,7 +307,7 @@ def test_model_that_writes_nothing_of_worth_ends_with_the_reasons(
     tiny_model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ChatFormat, "decode", lambda *_: "\ufffd")
-    monkeypatch.setattr("spdbench.cli.distill.filling.HOPELESS", 5)
+    monkeypatch.setattr("spdbench.cli.distill.filling.MAX_DROPPED_IN_A_ROW", 5)
     said = distill(tiny_model, out)
     assert said.code == 1
     assert "5 conversations in a row were dropped: " in said.err

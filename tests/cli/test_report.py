@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from spdbench.cli import compare, report
 from spdbench.cli.main import run
 from spdbench.errors import InputError
-from spdbench.render.report import page, style, vega
+from spdbench.render.report import page, vega
 from tests.builders import make_result, make_run, write_result
 from tests.unit.render.report.reports import HOSTILE, results
 
@@ -120,7 +120,6 @@ def test_one_chart_as_a_file(form: str, files: Path, tmp_path: Path, monkeypatch
 
 def test_choices_of_the_command_are_those_of_the_renderer() -> None:
     assert tuple(vega.CHARTS) == report.CHARTS
-    assert tuple(style.STYLES) == report.STYLES
 
 
 def test_folder_without_results(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 SAMPLED_TOKENS, PAIRS, MAX_BINS = 4, ((0, 1), (2, 3)), 4
 """Of sampled answers the first tokens count. Each pair of neighbours is tested in cells of both quantiles, so that
 tokens that depend on each other in the wrong way show as well. With few cells a smaller deviation is found."""
-ROOMS = (SAMPLED_TOKENS, 16)
+ANSWER_LIMITS = (SAMPLED_TOKENS, 16)
 """Limits of sampled answers in turn: with little room rounds end, with a token of the target's own, among the tokens
 that are counted; with much room they are as deep as in any other request."""
 
@@ -192,7 +192,7 @@ class AuditSession:
     def _draw(self, prompt_id: str, ids: tuple[int, ...], draw: int) -> GenerationRequest:
         workload = self.workload
         seed = request_seed(workload.seed, prompt_id, draw)
-        room = min(ROOMS[draw % len(ROOMS)], workload.context_limit - len(ids))
+        room = min(ANSWER_LIMITS[draw % len(ANSWER_LIMITS)], workload.context_limit - len(ids))
         return GenerationRequest(ids, (), room, workload.sampling, seed, frozenset())
 
     def _text(self, token: int | None) -> str:

@@ -22,7 +22,7 @@ from spdbench.cli.distill.prompts import (
     excluded,
     read_conversations_to_answer,
     room_needed,
-    takeable,
+    taken_by_template,
 )
 from spdbench.cli.options import COUNT, PATH, WHOLE, TargetOptions, option, takes
 from spdbench.console import say
@@ -118,7 +118,7 @@ def _distiller(
 
     chat = chat_format(target, options)
     if prompts is not None:
-        prompts[:] = takeable(chat, prompts)
+        prompts[:] = taken_by_template(chat, prompts)
         report_joined(chat, [one.system for one in prompts])
     room = room_needed(chat, prompts, options.max_new_tokens, target.config.max_positions)
     distiller = talk.Distiller(

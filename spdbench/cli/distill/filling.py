@@ -21,7 +21,7 @@ from spdbench.training.distill.talk import Distiller, Dropped, Talk
 from spdbench.training.space import GB, how_many_fit, require_memory
 
 SECONDS_BETWEEN_SUMMARIES = 10.0
-HOPELESS = 1000
+MAX_DROPPED_IN_A_ROW = 1000
 """So many conversations of the model's own dropped in a row mean that no more will be kept."""
 SLOTS_A_PART = 32
 """A thread's smallest part of the conversations: weights are read once for all of a part."""
@@ -55,10 +55,10 @@ def fill(
                         file.add(outcome)
                         dropped_in_a_row = dropped_in_a_row + 1 if isinstance(outcome, Dropped) else 0
                     progress.update(*count())
-                    if endless and dropped_in_a_row == HOPELESS:
+                    if endless and dropped_in_a_row == MAX_DROPPED_IN_A_ROW:
                         file.write_summary(complete=False)
                         raise SpdbenchError(
-                            f"{HOPELESS:,} conversations in a row were dropped: {_reasons(file.dropped)}"
+                            f"{MAX_DROPPED_IN_A_ROW:,} conversations in a row were dropped: {_reasons(file.dropped)}"
                         )
                     if time.monotonic() - summed > SECONDS_BETWEEN_SUMMARIES:
                         summed = time.monotonic()

@@ -87,7 +87,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> PromptConversation:
         raise OddRowError(f"{where}: turns: {error}") from None
 
 
-def takeable(chat: ChatFormat, prompts: list[PromptConversation]) -> list[PromptConversation]:
+def taken_by_template(chat: ChatFormat, prompts: list[PromptConversation]) -> list[PromptConversation]:
     """The conversations that the chat template takes; reports on stderr how many it does not.
 
     Raises:

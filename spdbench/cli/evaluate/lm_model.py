@@ -16,8 +16,8 @@ from tqdm import tqdm
 from spdbench.backend import Backend, is_text_only
 from spdbench.cli.options import DTYPES, ModelOptions
 from spdbench.cli.setup import BackendSpec, find_backends, find_devices, load_model
+from spdbench.decoding.distribution import loglikelihood
 from spdbench.decoding.drafter_choice import parse_drafter
-from spdbench.decoding.scoring import loglikelihood
 from spdbench.decoding.synthetic import require_known_answer
 from spdbench.errors import InputError, did_you_mean
 from spdbench.models.target import Target

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spdbench.measure.runner import Workload
     from spdbench.models.target import Target
 
-COLDEST = 1e-3
+MIN_TEMPERATURE = 1e-3
 UNLIMITED_CONTEXT = 2**31
 """For a model that only its server has: the server reports when a request does not fit."""
 
@@ -96,9 +96,9 @@ def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
     """The suite's decoding settings, and those of the command line in their place."""
     settings = suite.decoding.model_dump()
     settings |= {key: given for key in settings if (given := getattr(options, key)) is not None}
-    if 0 < settings["temperature"] < COLDEST:
+    if 0 < (temperature := settings["temperature"]) < MIN_TEMPERATURE:
         raise InputError(
-            f"--temperature {settings['temperature']}: too small to divide by; 0 is greedy, else at least {COLDEST}"
+            f"--temperature {temperature}: too small to divide by; 0 is greedy, else at least {MIN_TEMPERATURE}"
         )
     return settings
 

@@ -27,7 +27,7 @@ class Row:
 
     `label` is unique in the table. `metrics` has METRICS.md's names, `speedup` among them. `outputs` is None where
     ids are not compared: no baseline, sampling, forced verdicts. `result` and `pairing`, its runs paired with the
-    baseline's, are what the row was made from, for those who show single runs.
+    baseline's, are what the row was made from, for callers that show single runs.
     """
 
     label: str
@@ -220,7 +220,7 @@ def _run_notes(result: LoadedResult, name: str, pairing: Pair | None) -> Iterato
         )
     if pairing is not None and pairing.num_dropped:
         paired = f"{len(pairing.keys)} runs pair with the baseline's"
-        yield f"{name}: {paired}; {pairing.num_dropped} without a partner are left out of the speed-up."
+        yield f"{name}: {paired}; {pairing.num_dropped} without a partner are omitted from the speed-up."
 
 
 def _row(
@@ -236,7 +236,7 @@ def _row(
     measured = own.metrics
     part = pairing if pairing is None or category is None else pairing.part(category)
     value, interval = part.speedup() if part else (1.0 if is_baseline else None, None)
-    devices = None if result.head.backend.known_devices is None else result.head.backend.num_devices
+    devices = None if result.known_devices is None else result.head.backend.num_devices
     compared = {
         "speedup": value,
         "speedup_ci": interval and list(interval),

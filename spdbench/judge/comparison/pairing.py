@@ -1,8 +1,9 @@
 """Which results did the same work on the same machine, which of their runs belong together, and how their speeds and
-outputs compare. METRICS.md, "Pairing" and "Intervals"."""
+outputs compare, over all of them and conversation by conversation. METRICS.md, "Pairing" and "Intervals"."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.schema import Result, RunKey
+from spdbench.judge.results.table import RunTable
 
 
 def workload(head: Result) -> str:
@@ -86,7 +88,7 @@ class Pair:
 
     @property
     def knows_ids(self) -> bool:
-        return self.baseline.head.backend.knows_ids and self.candidate.head.backend.knows_ids
+        return self.baseline.knows_ids and self.candidate.knows_ids
 
     @property
     def is_strict(self) -> bool:
@@ -102,7 +104,7 @@ class Pair:
     @property
     def same_machine(self) -> bool:
         """True if both are of one machine, and of one kind of its devices as far as engines report them."""
-        known = [head.backend.known_devices for head in self.heads]
+        known = [each.known_devices for each in (self.baseline, self.candidate)]
         kinds = {frozenset(name.partition(":")[0] for name in devices) for devices in known if devices is not None}
         return same_machine(*self.heads) and len(kinds) <= 1
 
@@ -158,3 +160,48 @@ def pair(baseline: LoadedResult, candidate: LoadedResult) -> Pair:
     answered = set(old.answered)
     keys = (key for key in new.answered if key in answered and new.prompt_of(key) == old.prompt_of(key))
     return Pair(baseline, candidate, tuple(keys))
+
+
+class PromptSpeeds(NamedTuple):
+    """Decode tokens/s of one conversation over its paired turns and repeats, and whether all ids are the baseline's."""
+
+    prompt_id: str
+    category: str
+    baseline: float
+    candidate: float
+    identical: bool
+
+    @property
+    def speedup(self) -> float:
+        return self.candidate / self.baseline
+
+
+def prompt_speeds(pairing: Pair) -> list[PromptSpeeds]:
+    """One entry a conversation, in the candidate's order; none for those of one token, which have no rate."""
+    turns = _by_conversation(pairing.keys)
+    others = {prompt for prompt, _, _ in pairing.with_other_ids}
+    old, new = pairing.baseline.runs, pairing.candidate.runs
+    found = []
+    for prompt, keys in turns.items():
+        (old_tokens, old_s), (tokens, seconds) = (table.rates(keys).sum(axis=0) for table in (old, new))
+        if old_tokens and old_s and tokens and seconds:
+            category = new.categories[new.row_of[keys[0]]]
+            rates = float(old_tokens / old_s), float(tokens / seconds)
+            found.append(PromptSpeeds(prompt, category, *rates, prompt not in others))
+    return found
+
+
+def conversation_rates(table: RunTable) -> dict[str, tuple[str, float | None]]:
+    """Category and decode tokens/s of each conversation that was answered; None for a rate that one token has not."""
+    found: dict[str, tuple[str, float | None]] = {}
+    for prompt, keys in _by_conversation(table.answered).items():
+        tokens, seconds = table.rates(keys).sum(axis=0)
+        found[prompt] = table.categories[table.row_of[keys[0]]], float(tokens / seconds) if seconds else None
+    return found
+
+
+def _by_conversation(keys: Sequence[RunKey]) -> dict[str, list[RunKey]]:
+    found: dict[str, list[RunKey]] = {}
+    for key in keys:
+        found.setdefault(key[0], []).append(key)
+    return found

@@ -175,7 +175,7 @@ def _missing(base: LoadedResult, gate: Gate) -> Judgement:
 
 
 def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
-    """What a reader should know besides the verdicts."""
+    """What a reader should know in addition to the verdicts."""
     old, new = case.pair.baseline.head, case.pair.candidate.head
     if old.backend.name != new.backend.name:
         yield f"the label is {new.backend.name} now and was {old.backend.name}"

@@ -91,7 +91,7 @@ def complete(pair: Pair, gate: Gate, *, of_all: bool = True) -> Iterator[Finding
     verdict = "not comparable" if faults or not pair.keys else "pass"
     reason = "; ".join(faults) or ("every run has its counterpart" if pair.keys else "there is no run on both sides")
     if verdict == "pass" and (later := _other_contexts(pair)):
-        reason = f"{len(later)} later turns follow on other answers and are left out, such as {name_of(later[0])}"
+        reason = f"{len(later)} later turns follow on other answers and are omitted, such as {name_of(later[0])}"
     yield Finding(gate, "paired_runs", verdict, reason, len(pair.baseline.runs.keys), len(pair.keys))
 
 

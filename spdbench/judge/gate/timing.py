@@ -25,7 +25,7 @@ even when it is twice as wide, and is inconclusive otherwise.
 
 Several baselines of a label count as one run that lasted longer, and so do several new results: a start of the command
 has a speed of its own, which repeats within it do not average out. Baselines of other machines, or without all the
-prompts, are left out.
+prompts, are omitted.
 
 Decode tokens/s are judged alike. They inform, and decide only where there is no speed-up; without a calibration, which
 shows how far the machine itself drifts, they say no more than inconclusive of a difference. Where its read bandwidth

@@ -58,7 +58,7 @@ class LaneTime:
 
 @dataclass(frozen=True)
 class SpanTable:
-    """Spans as columns of equal length, by lane and then by start; those without any duration are left out."""
+    """Spans as columns of equal length, by lane and then by start; those without any duration are omitted."""
 
     lanes: int
     lane: Times

@@ -203,7 +203,7 @@ def _steadiness_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
 
 
 def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
-    """Who took the machine's time while requests were timed, and how much of it."""
+    """The programs that used the processors while requests were timed, and how much of them."""
     slow = overall["slow_clock"] or 0.0
     if not overall["is_busy"] and slow <= BUSY_SHARE:
         return

@@ -1,4 +1,4 @@
-"""What the machine did besides a request while the request was timed: the record, and when it counts as a disturbance.
+"""What else the machine did while a request was timed: the record, and when it counts as a disturbance.
 
 METRICS.md, "Flags": `busy_machine`.
 """

@@ -83,23 +83,13 @@ class BackendRecord(Record):
     chosen: dict[str, str] = Field(
         default_factory=dict, description="what the backend decided for itself where the options left it open"
     )
-    kernels: str | None = Field(None, description="what computes the target's layers; null where that is not told")
+    kernels: str | None = Field(None, description="what computes the target's layers; null where that is not reported")
     unknown: list[Measurement] = Field(
         default_factory=list, description="what the backend cannot know of its steps; metrics made of it are null"
     )
     other_model: str | None = Field(
         None, description="what it runs where that is not the model as vanilla runs it; outputs are not compared then"
     )
-
-    @property
-    def knows_ids(self) -> bool:
-        """False if an engine gave text without ids."""
-        return "ids" not in self.unknown
-
-    @property
-    def known_devices(self) -> list[str] | None:
-        """What the backend ran on; None if it does not know."""
-        return None if "devices" in self.unknown else self.devices
 
 
 class ModelInfo(Record):
@@ -184,12 +174,12 @@ class FullCycles(Record):
 
 
 class Drafts(Record):
-    """What an engine counted of its drafts over one request, prefill left out."""
+    """What an engine counted of its drafts over one request, prefill omitted."""
 
     rounds: Count = Field(description="verify steps")
-    judged: Count | None = Field(description="drafts that got a verdict; null where it is not told")
+    judged: Count | None = Field(description="drafts that got a verdict; null where it is not reported")
     accepted: Count
-    drafted: Count | None = Field(None, description="all drafted tokens; null where it is not told")
+    drafted: Count | None = Field(None, description="all drafted tokens; null where it is not reported")
     rounds_accepting: list[Count] | None = Field(None, description="verify steps that accepted 0, 1, 2, ... drafts")
     judged_at: list[Count] | None = Field(None, description="drafts that got a verdict at depth 1, 2, ...")
     source: str = Field("", description="where the counts come from: the response itself, or the server's counters")
@@ -224,7 +214,7 @@ class Run(Record):
     full_cycles: FullCycles | None = None
     peak_memory_bytes: Large | None = None
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
-    text: str | None = Field(None, description="the answer as an engine told it; null where the ids say it")
+    text: str | None = Field(None, description="the answer as an engine reported it; null where the ids say it")
     drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
     num_cached_tokens: Count | None = Field(None, description="of the prompt, from a server's cache")
     engine_decode_s: Seconds | None = Field(None, description="decode time by a server's own clock")

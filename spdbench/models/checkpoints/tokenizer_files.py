@@ -1,4 +1,4 @@
-"""A model's tokenizer without its weights, for those who only show answers: loads neither torch nor transformers."""
+"""A model's tokenizer without its weights, for callers that only show answers: loads neither torch nor transformers."""
 
 from __future__ import annotations
 

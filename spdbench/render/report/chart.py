@@ -1,4 +1,4 @@
-"""What a chart is: panels of Vega-Lite, the rows that they show, words for those who cannot see it; and as CSV."""
+"""What a chart is: panels of Vega-Lite, the rows that they show, words for readers who cannot see it; and as CSV."""
 
 from __future__ import annotations
 

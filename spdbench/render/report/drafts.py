@@ -27,7 +27,7 @@ from spdbench.render.report.chart import (
 from spdbench.render.report.style import Palette
 
 ENOUGH_VERDICTS = 20
-"""Positions with fewer are left out of the picture, but for the first: their acceptance is chance."""
+"""Positions with fewer are omitted from the picture, but for the first: their acceptance is chance."""
 MOST_IDS = 7
 """From here on lengths share a colour."""
 

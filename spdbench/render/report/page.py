@@ -21,7 +21,7 @@ from markupsafe import Markup
 from spdbench.console import printable
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import conclusions
-from spdbench.judge.comparison.prompts import conversation_rates
+from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.judge.results.schema import Flag, RunKey

@@ -7,7 +7,7 @@ from typing import Any
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import outcome_of
-from spdbench.judge.comparison.prompts import prompt_speeds
+from spdbench.judge.comparison.pairing import prompt_speeds
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import (
     Chart,

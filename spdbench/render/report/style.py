@@ -7,8 +7,9 @@ contrast with the background would be below 3.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+ImageFormat = Literal["svg", "png", "pdf"]
 SERIES_SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-left")
 FONT = "system-ui, 'Segoe UI', 'Liberation Sans', Arial, sans-serif"
 

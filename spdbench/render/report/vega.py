@@ -6,15 +6,14 @@ vl-convert does it without a browser and without network. It comes with `spdbenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from spdbench.errors import InputError
+from spdbench.errors import InputError, install_command
 from spdbench.judge.comparison.compare import Table
 from spdbench.render.report import drafts, speed, timing
 from spdbench.render.report.chart import Chart, Panel, Spec
-from spdbench.render.report.style import LIGHT, STYLES, config
+from spdbench.render.report.style import LIGHT, STYLES, ImageFormat, config
 
-ImageFormat = Literal["svg", "png", "pdf"]
 CHARTS: dict[str, Chart[Table]] = {chart.name: chart for chart in (*speed.CHARTS, *drafts.CHARTS, *timing.CHARTS)}
 """All charts, in the order of the page."""
 VEGA_LITE = "6.1"
@@ -33,9 +32,8 @@ def vl_convert() -> Any:
     try:
         import vl_convert
     except ImportError:
-        raise InputError(
-            "reports need vl-convert-python, which is not installed: pip install 'spdbench[report]'"
-        ) from None
+        command = install_command("spdbench[report]")
+        raise InputError(f"reports need vl-convert-python, which is not installed: {command}") from None
     return vl_convert
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from spdbench.decoding.scoring import loglikelihood
+from spdbench.decoding.distribution import loglikelihood
 from spdbench.errors import InputError
 from tests import tiny
 

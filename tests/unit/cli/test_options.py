@@ -94,3 +94,18 @@ def test_names_that_are_too_long_are_cut_and_stay_apart(tmp_path: Path) -> None:
     assert first != second
     assert first == result_path(tmp_path, "quick", "a", "\u65e5" * 300 + "a", "n")
     first.touch()
+
+
+def test_an_option_that_is_required_is_asked_for_and_one_of_several_values_may_have_none() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Given:
+        out: Path = option("--out", click.Path(path_type=Path), "FILE", "Where to.", required=True)
+        words: tuple[str, ...] = option("--word", None, "WORD", "Some.", multiple=True)
+
+    found: list[Given] = []
+    command = click.command()(takes(Given)(found.append))
+    refused = CliRunner().invoke(command, [])
+    assert refused.exit_code == 2
+    assert "Missing option '--out'" in refused.output
+    assert CliRunner().invoke(command, ["--out", "x"]).exit_code == 0
+    assert found == [Given(out=Path("x"), words=())]

@@ -218,7 +218,7 @@ def test_a_new_result_without_plain_decoding_beside_others_with_it_is_judged_by_
 
 
 def begun(at: str, bandwidth: float = 1.0, **times: Any) -> list[LoadedResult]:
-    environment = {"fingerprint": "machine-a", "read_bandwidth_bytes_per_s": bandwidth}
+    environment = {"fingerprint": "machine-a", "read_bandwidth_bytes_per_s": bandwidth * 30e9}
     return run(**times, created=at, environment=environment)
 
 

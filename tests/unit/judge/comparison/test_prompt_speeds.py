@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spdbench.judge.comparison.pairing import pair
-from spdbench.judge.comparison.prompts import conversation_rates, prompt_speeds
+from spdbench.judge.comparison.pairing import conversation_rates, pair, prompt_speeds
 from spdbench.judge.loaded import load
 from tests.builders import MS, chunk_steps, failed_run, make_backend, make_result, make_run, vanilla_steps
 
