@@ -126,9 +126,10 @@ def parse_json(text: bytes | str) -> Any:
     return found
 
 
-def json_rows(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Pairs of place (`NAME line 3`) and object: from JSONL, whose blank lines are skipped, or from one JSON array
-    (`NAME entry 3`, from 1), both of which may be gzipped.
+    (`NAME entry 3`, from 1), both of which may be gzipped. With `odd`, a row that is no object is skipped, and
+    the reason is appended there.
 
     Raises:
         InputError: the file cannot be unpacked, or a line or the array is not UTF-8 or not JSON, or holds anything
@@ -145,9 +146,13 @@ def json_rows(raw: bytes, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         lines = ((f"{name} line {number}", line) for number, line in enumerate(raw.split(b"\n"), start=1))
         places = ((where, _parsed(line, where)) for where, line in lines if line.strip())
     for where, row in places:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: must be a JSON object, not {json.dumps(row)[:40]}")
-        yield where, row
+        if isinstance(row, dict):
+            yield where, row
+            continue
+        problem = f"{where}: must be a JSON object, not {json.dumps(row)[:40]}"
+        if odd is None:
+            raise InputError(problem)
+        odd.append(problem)
 
 
 def _parsed(text: bytes, where: str) -> Any:

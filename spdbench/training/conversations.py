@@ -79,7 +79,7 @@ def read_conversations(path: Path) -> Conversations:
     found: list[tuple[Message, ...]] = []
     places: list[str] = []
     skipped: list[str] = []
-    for where, row in json_rows(whole, str(path)):
+    for where, row in json_rows(whole, str(path), skipped):
         if row.get("schema") == SCHEMA:
             if not isinstance(row.get("model", {}), dict):
                 raise InputError(f"{where}: model: must be an object with the id and sha256 of who made these answers")

@@ -84,6 +84,8 @@ class DataFile(AppendLog):
 
         def parse(number: int, _: int, line: bytes) -> None:
             row = parse_json(line)
+            if not isinstance(row, dict):
+                raise ValueError
             if number > 1:
                 messages = messages_of(row, f"{self.path} line {number}")
                 sampling = dict(row["sampling"])

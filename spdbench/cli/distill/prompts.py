@@ -56,7 +56,7 @@ def read_conversations_to_answer(path: Path) -> list[PromptConversation]:
     """
     found: list[PromptConversation] = []
     skipped: list[str] = []
-    for where, row in json_rows(read_input(path, MAX_DATA_BYTES), str(path)):
+    for where, row in json_rows(read_input(path, MAX_DATA_BYTES), str(path), skipped):
         if row.get("schema") == SCHEMA:
             continue
         try:

@@ -7,6 +7,7 @@ name.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ class GGUFFile:
             return bool(value == int(head_dim * rope.get("partial_rotary_factor", 1.0)))
         if key == "attention.causal":
             return value is True
+        if key == "attention.scale":  # here 1 is no absence of a scale: it takes the place of 1 / sqrt(head_dim)
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            return value == 0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-5)
         if key == "attention.sliding_window" and value >= self.values.get("context_length", 0):
             return True
         known = getattr(config, key.removeprefix("attention."), None)

@@ -134,6 +134,18 @@ def test_a_key_that_the_conversion_does_not_use_is_named(tmp_path: Path) -> None
         find_model(str(file))
 
 
+@pytest.mark.parametrize(("scale", "taken"), [(0.0, True), (HEAD_DIM**-0.5, True), (1.0, False), (0.3, False)])
+def test_scale_of_attention_scores_is_taken_only_as_the_models_own(tmp_path: Path, scale: float, taken: bool) -> None:
+    file = write_gguf(
+        tmp_path / "scale.gguf", about=lambda writer: writer.add_float32("llama.attention.scale", float(scale))
+    )
+    if taken:
+        assert find_model(str(file)).directory.is_dir()
+    else:
+        with pytest.raises(InputError, match=r"llama\.attention\.scale is .* cannot apply"):
+            find_model(str(file))
+
+
 def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     def about(writer: GGUFWriter) -> None:
         writer.add_key_length(HEAD_DIM)

@@ -49,7 +49,7 @@ def test_line_that_a_kill_cut_is_left_out_of_our_files(tmp_path: Path) -> None:
         ([], "holds no conversation"),
         ([HEADER], "holds no conversation"),
         ([{"messages": CHAT}, "{"], "line 2: not JSON"),
-        ([{"messages": CHAT}, "[1]"], "line 2: must be a JSON object"),
+        (["3", "null"], "line 1: must be a JSON object, not 3"),
         ([{"text": "Hi"}], "line 1: has no `messages`, `conversations` or `turns`, and no `instruction` with `output`"),
         ([{"messages": []}], "line 1: messages: must be a list of messages that is not empty"),
         ([{"messages": "Hi"}], "line 1: messages: must be a list"),
@@ -63,7 +63,7 @@ def test_line_that_a_kill_cut_is_left_out_of_our_files(tmp_path: Path) -> None:
         ([{"schema": "spdbench.data/9"}], "line 1: schema 'spdbench.data/9' is not known"),
         ([{**HEADER, "model": "x"}, {"messages": CHAT}], "line 1: model: must be an object"),
         ([{"messages": [{"role": "user", "content": "\ud83d"}]}], "line 1: .*half of a surrogate"),
-        ([[{"messages": CHAT}, 3]], "entry 2: must be a JSON object, not 3"),
+        ([[3, {}]], "entry 1: must be a JSON object, not 3"),
         (['[{"messages": ['], "as one JSON array: not JSON"),
         (['{"messages": [], "messages": []}'], "line 1: key 'messages' occurs twice"),
     ],
@@ -146,3 +146,11 @@ def test_published_layouts_of_rows_are_one_conversation(row: dict[str, object]) 
 def test_input_of_an_instruction_follows_it() -> None:
     asked, _ = messages_of({"instruction": "Sum up", "input": "A text", "output": "B"}, "row")
     assert asked["content"] == "Sum up\n\nA text"
+
+
+def test_rows_that_are_no_objects_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[null, {"instruction": "Hi", "output": "Yes"}, 3, ["a"]]', encoding="utf-8")
+    found = read_conversations(path)
+    assert len(found.places) == 1
+    assert [reason.partition(":")[0] for reason in found.skipped] == [f"{path} entry {n}" for n in (1, 3, 4)]
