@@ -25,6 +25,7 @@ from tests.mock_backend import MockBackend
 
 WALL_CLOCK = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "time.localtime", "time.gmtime"}
 NAMING = {
+    "cli/run/events.py": "when an event happened, for readers; durations in it are of the other clock",
     "cli/evaluate/session.py": "created",
     "cli/distill/command.py": "created",
     "cli/run/session.py": "created",
