@@ -209,6 +209,11 @@ def parse_yaml(raw: bytes | str) -> Any:
     import yaml
 
     try:
+        depth = 0  # counted ahead, since Python's limit of recursion is whatever the process has made it
+        for event in yaml.parse(raw, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise RecursionError
         loader = yaml.SafeLoader(raw)
         try:
             node = loader.get_single_node()

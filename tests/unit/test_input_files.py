@@ -98,7 +98,7 @@ def test_json_with_many_brackets_is_not_deep() -> None:
         ("? !!map [1]\n: 1", "found unhashable key"),
         ("b: 1\na: 2\na: 3", " line 3: not YAML that can be read: key 'a' occurs twice"),
         ("x: " + "9" * 5000, "Exceeds the limit"),
-        ("a: " + "[" * 20_000, "nested too deeply"),
+        ("a: " + "[" * 2000, "nested too deeply"),
         (
             "\n".join(
                 ["a0: &a0 [1, 1, 1, 1]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9))]

@@ -11,9 +11,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("spdbench", "backends") for path in sorted((ROOT / folder).rglob("*.py"))]
-RUNS_CODE = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
+RUNS_CODE = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load"}
 JAIL = "measure/jail.py"
 """Runs what a model wrote: that is its purpose."""
+READS_ANSWERS = "judge/answer_code.py"
+"""Compiles what a model wrote to see whether it is Python, and runs nothing."""
 
 
 def calls() -> Iterator[tuple[Path, str, dict[str, str]]]:
@@ -64,10 +66,9 @@ def test_code_that_comes_with_a_model_is_never_allowed() -> None:
 
 def test_text_is_never_run_outside_of_the_sandbox() -> None:
     found = {path.relative_to(ROOT / "spdbench").as_posix() for path, name, _ in calls() if name in RUNS_CODE}
-    assert found == {
-        JAIL,
-        "judge/answer_code.py",
-    }  # the latter compiles an answer to see that it can be read, and runs nothing
+    assert found == {JAIL}
+    compiling = {path.relative_to(ROOT / "spdbench").as_posix() for path, name, _ in calls() if name == "compile"}
+    assert compiling == {JAIL, READS_ANSWERS}
     shells = [path for path, _, named in calls() if named.get("shell") == "True"]
     assert not shells
 
