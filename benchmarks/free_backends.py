@@ -12,10 +12,25 @@ from spdbench.types import BackendKind, Drafted, GenerationRequest, Message, Spa
 NUM_TOKENS, DEPTH = 64, 4
 
 
-class FreeSteps:
-    """A backend whose steps exist already, so that generating costs nothing."""
+class NothingToLoad:
+    """What a backend without a model answers to a runner."""
 
     Options: ClassVar[type[BackendOptions]] = BackendOptions
+
+    def load(self) -> None: ...
+    def close(self) -> None: ...
+    def prepare(self, request: GenerationRequest) -> None: ...
+
+    def describe(self) -> BackendInfo:
+        return BackendInfo(("cpu",), (1,))
+
+    def spans(self) -> Sequence[Span]:
+        return ()
+
+
+class FreeSteps(NothingToLoad):
+    """A backend whose steps exist already, so that generating costs nothing."""
+
     kind: ClassVar[BackendKind] = "autoregressive"
     lossless = True
 
@@ -29,16 +44,6 @@ class FreeSteps:
 
     def step(self, tokens: tuple[int, ...]) -> Step:
         return Step(tokens[:1], 0, 0, 0, 1.0)
-
-    def load(self) -> None: ...
-    def close(self) -> None: ...
-    def prepare(self, request: GenerationRequest) -> None: ...
-
-    def describe(self) -> BackendInfo:
-        return BackendInfo(("cpu",), (1,))
-
-    def spans(self) -> Sequence[Span]:
-        return ()
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:  # noqa: ARG002
         yield from self._steps

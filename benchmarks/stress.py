@@ -33,12 +33,13 @@ from typing import ClassVar, NamedTuple
 
 import yaml
 
+from benchmarks.free_backends import NothingToLoad
 from benchmarks.harness import row
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions
+from spdbench.backend import BackendContext, BackendOptions
 from spdbench.cli.main import run as run_command
 from spdbench.judge.results.schema import read_result
 from spdbench.measure import environment
-from spdbench.types import BackendKind, EngineReport, GenerationRequest, Span, Step
+from spdbench.types import BackendKind, EngineReport, GenerationRequest, Step
 
 CONVERSATIONS, TURNS = 40, 2
 LABELS = ("plain", "drafts")
@@ -52,25 +53,14 @@ Finished = dict[tuple[str, str, int, int], str]
 """Label, prompt, turn and repeat of each finished request -> its output and its times."""
 
 
-class Plain:
+class Plain(NothingToLoad):
     """A backend that answers at once, with ids that follow from the prompt."""
 
-    Options: ClassVar[type[BackendOptions]] = BackendOptions
     kind: ClassVar[BackendKind] = "autoregressive"
     text_only, lossless = True, True
     num_requests: ClassVar[int] = 0
 
     def __init__(self, options: BackendOptions, context: BackendContext) -> None: ...
-    def load(self) -> None: ...
-    def close(self) -> None: ...
-    def prepare(self, request: GenerationRequest) -> None: ...
-
-    def describe(self) -> BackendInfo:
-        return BackendInfo(("cpu",), (1,))
-
-    def spans(self) -> Sequence[Span]:
-        return ()
-
     def account(self) -> EngineReport:
         return EngineReport(text="an answer")
 
