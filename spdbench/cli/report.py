@@ -19,6 +19,7 @@ from spdbench.cli.files import (
     result_paths,
     write_whole_file,
 )
+from spdbench.cli.options import OUTPUT
 from spdbench.cli.terminal import use_one_numpy_thread
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -45,7 +46,7 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OUTPUT,
     metavar="FILE",
     help="Where to write. [default: report.html, or CHART.FORMAT]",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import write_stdout
-from spdbench.cli.options import WHOLE
+from spdbench.cli.options import PATH, WHOLE
 from spdbench.cli.trace import read_kept
 from spdbench.errors import InputError, did_you_mean
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command("show", short_help="Show an answer token by token, with its drafts.")
-@click.argument("result", metavar="RESULT", type=click.Path(path_type=Path))
+@click.argument("result", metavar="RESULT", type=PATH)
 @click.argument("prompt", metavar="[PROMPT]", required=False)
 @click.option("--turn", type=WHOLE, default=0, show_default=True, help="Which turn of the conversation.")
 @click.option("--repeat", type=WHOLE, default=0, show_default=True, help="Which repeat.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import refuse_output, write_whole_file
+from spdbench.cli.options import OUTPUT, PATH
+from spdbench.console import say
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,11 +18,11 @@ if TYPE_CHECKING:
 
 
 @click.command("trace", short_help="Write what every lane did as a trace for Perfetto.")
-@click.argument("result", metavar="RESULT", type=click.Path(path_type=Path))
+@click.argument("result", metavar="RESULT", type=PATH)
 @click.option(
     "-o",
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OUTPUT,
     metavar="FILE",
     default=Path("trace.json"),
     show_default=True,
@@ -43,7 +45,7 @@ def command(result: Path, out: Path, force: bool) -> None:
     except ValueError as error:
         raise InputError(f"{result}: {error}") from None
     write_whole_file("-o", out, content)
-    click.echo(f"Wrote {out}: open it in https://ui.perfetto.dev", err=True)
+    say(f"Wrote {out}: open it in https://ui.perfetto.dev")
 
 
 def read_kept(path: Path) -> tuple[Result, Iterator[Run]]:
