@@ -85,22 +85,22 @@ class CapturedDecoding:
     @torch.inference_mode()
     def _decode(self, request: GenerationRequest) -> Iterator[int]:
         sampler, length = Sampler(request.sampling, request.seed), len(request.prompt_ids)
-        ticket = self._choose(self.prefill(request.prompt_ids), sampler)
+        copy_index = self._choose(self.prefill(request.prompt_ids), sampler)
         try:
             for left in reversed(range(request.max_new_tokens)):
-                current = ticket
+                current = copy_index
                 if left:
                     length += 1
-                    ticket = self._choose(self.step(length), sampler)
+                    copy_index = self._choose(self.step(length), sampler)
                 token = require_number(self._readback.read(current)[0])
                 yield token
                 if token in request.eos_ids:
                     return
         finally:
-            self._readback.read(ticket)  # no step may be left at work, taking time from the next request
+            self._readback.read(copy_index)  # no step may be left at work, taking time from the next request
 
     def _choose(self, logits_1V: Tensor, sampler: Sampler) -> int:
-        """The readback's ticket for the token after `logits_1V`. Greedy decoding finds it in `token_1` already."""
+        """The readback's copy of the token after `logits_1V`. Greedy decoding finds it in `token_1` already."""
         if not sampler.greedy:
             self._uniform.send([sampler.uniform()])
             self.token_1.copy_(draw_rows(sampler.probabilities(logits_1V), self._uniform.words))

@@ -30,7 +30,7 @@ class Node:
 class Cycle:
     """What the stages do at the same time: `stages[s]` is stage s's node, None where the stage idles.
 
-    `completing` leaves the last stage at the end of this cycle; `child` is the node in flight that its logits judge.
+    `completing` leaves the last stage at the end of this cycle; `child` is the node in flight that its logits verify.
     """
 
     stages: tuple[Node | None, ...]

@@ -75,7 +75,7 @@ class StreamsPipeline(Pipeline):
         self._graphs = CudaGraphs(decoder.device)
         self._cycle: Cycle | None = None
         self._greedy = True
-        self._ticket: int | None = None
+        self._copy_index: int | None = None
         self._ids: list[int] | None = None
         with torch.inference_mode():
             self._cache = decoder.new_cache(capacity + 1)  # the last slot is that of idle stages
@@ -114,7 +114,7 @@ class StreamsPipeline(Pipeline):
         self._sent.send([cycle.stages[0].token_id if cycle.stages[0] else 0, *positions])
         self._cycles[busy[-1] + 1](length=length)
         asked = cycle.completing is not None or self._co_drafter is not None
-        self._ticket = self._readback.start(self._ids_2) if asked else None
+        self._copy_index = self._readback.start(self._ids_2) if asked else None
         self._ids = None
 
     def drafted(self) -> int:
@@ -183,6 +183,6 @@ class StreamsPipeline(Pipeline):
 
     def _read(self) -> list[int]:
         if self._ids is None:
-            assert self._ticket is not None
-            self._ids = self._readback.read(self._ticket)
+            assert self._copy_index is not None
+            self._ids = self._readback.read(self._copy_index)
         return self._ids

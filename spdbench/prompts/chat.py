@@ -31,7 +31,7 @@ PYTHON_WORDS = {"true": True, "false": False, "none": None, "null": None}
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
 
 
-class RefusedError(InputError):
+class ConversationRefusedError(InputError):
     """One conversation cannot be given to the model, as its chat template refuses it, for a role that it does not know
     for example, or crashes on it, or makes no tokens of it."""
 
@@ -148,7 +148,7 @@ class ChatFormat:
             ids = self._render(messages, self._template, tokenize=True, add_generation_prompt=True, return_dict=False)
         if not ids:
             source = "tokenizer" if self._template is None else "chat template"
-            raise RefusedError(
+            raise ConversationRefusedError(
                 f"the model's {source} makes no tokens of this conversation, so there is nothing to feed it"
             )
         return tuple(map(int, ids))
@@ -230,7 +230,7 @@ class ChatFormat:
                     **{"date_string": PROMPT_DATE, **self.template_args, **options},
                 )
         except TemplateError as error:
-            raise RefusedError(f"the model's chat template refuses this conversation: {error}") from None
+            raise ConversationRefusedError(f"the model's chat template refuses this conversation: {error}") from None
         except _TooSlowError:
             raise InputError(
                 f"the model's chat template does not end within {RENDER_LIMIT_S:g} seconds; use another model, or mend "
@@ -238,7 +238,9 @@ class ChatFormat:
             ) from None
         except Exception as error:  # a template is code from the model's author and may raise anything
             reason = f"{type(error).__name__}: {error}"
-            raise RefusedError(f"the model's chat template crashes on this conversation ({reason})") from None
+            raise ConversationRefusedError(
+                f"the model's chat template crashes on this conversation ({reason})"
+            ) from None
 
 
 class _TooSlowError(BaseException):

@@ -64,7 +64,7 @@ def test_a_server_alone_needs_no_model_here(run: Runs) -> None:
     result = run.result()
     jsonschema.validate(json.loads((run.results / "mini__openai__stub.json").read_text()), json_schema())
     assert (result.model.id, result.model.num_layers, result.model.dtype) == ("stub", None, "unknown")
-    assert result.backend.chosen["tokens"] == "the server's usage, told at the end"
+    assert result.backend.chosen["tokens"] == "the server's usage, reported at the end"
     assert result.backend.other_model == "stub in its server"
     assert [(one.text, one.num_new_tokens, one.output_ids, one.num_prompt_tokens) for one in result.runs] == [
         (TEXT, 8, [], 11)

@@ -113,7 +113,7 @@ class MedusaRecipe(Recipe):
         return chain_counts(batch, rows, [drafts_BRC[..., 0] for drafts_BRC in ranked])
 
     def _accuracies(self) -> tuple[tuple[float, ...], ...]:
-        """By head and rank; empty unless every head has been judged."""
+        """By head and rank; empty unless every head has been verified."""
         judged_K, right_KC = (self._heads.get_buffer(name).cpu() for name in ("judged_K", "ranks_KR"))
         if not bool(judged_K.all()):
             return ()

@@ -120,7 +120,7 @@ class OpenAI:
         self._engine = None if counters is None else counters.engine
 
     def describe(self) -> BackendInfo:
-        acceptance = "not told" if self._report is None else self._report.source
+        acceptance = "not reported" if self._report is None else self._report.source
         if self._engine is not None:
             acceptance = (
                 f"{self._engine.name}'s counters, before and after each request; null where others used the server"

@@ -130,10 +130,10 @@ def drafts_between(before: Counters, after: Counters, num_new_tokens: int) -> Dr
     depth = len(after.by_position) or ceil(drafted / max(1, rounds))
     if not 0 <= accepted <= drafted or rounds + accepted > num_new_tokens + depth:
         return None
-    return DraftCounts(rounds, _judged(before, after, rounds, drafted), accepted, drafted, source=source)
+    return DraftCounts(rounds, _verified(before, after, rounds, drafted), accepted, drafted, source=source)
 
 
-def _judged(before: Counters, after: Counters, rounds: int, drafted: int) -> int | None:
+def _verified(before: Counters, after: Counters, rounds: int, drafted: int) -> int | None:
     """Drafts that were verified: one a round, and one more after each accepted draft that had a successor.
 
     Follows from the counts by position if all chains have the same length; None otherwise.

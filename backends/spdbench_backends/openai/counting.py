@@ -21,8 +21,8 @@ Extras = Mapping[str, Any]
 
 WAY_TITLES: Mapping[Way, str] = {
     "ids": "the server's token ids",
-    "running_usage": "the server's usage, told with each chunk",
-    "usage": "the server's usage, told at the end",
+    "running_usage": "the server's usage, reported with each chunk",
+    "usage": "the server's usage, reported at the end",
     "logprobs": "the server's log-probabilities, one a token",
     "chunks": "one token a chunk, as the server's usage confirmed for one answer",
 }

@@ -1,4 +1,4 @@
-"""One try of a request to a server: the answer's chunks as steps, and what it reports besides."""
+"""One try of a request to a server: the answer's chunks as steps, and what else it reports."""
 
 from __future__ import annotations
 

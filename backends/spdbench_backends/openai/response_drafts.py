@@ -70,7 +70,7 @@ def _count_vllm(values: Mapping[str, Any], num_new_tokens: int) -> DraftCounts: 
             raise ValueError("steps that contradict their totals")
         judged_at = _reaching(min(accepted + 1, depth) for accepted, depth in steps)
     elif drafted == rounds * (depth := _number(values["num_spec_tokens"])):
-        judged_at = _judged_in_chains(accepting, depth)
+        judged_at = _verified_in_chains(accepting, depth)
     accepted = _number(values["num_accepted_draft_tokens"])
     return _counts("vLLM", rounds, accepted, drafted, accepting, judged_at)
 
@@ -86,7 +86,7 @@ def _count_sglang(values: Mapping[str, Any], num_new_tokens: int) -> DraftCounts
     judged_at = None
     # A draft may be a tree with more nodes than levels; with no more nodes than the deepest accepted one it is a chain.
     if accepting and rounds and drafted == rounds * (len(accepting) - 1):
-        judged_at = _judged_in_chains(accepting, len(accepting) - 1)
+        judged_at = _verified_in_chains(accepting, len(accepting) - 1)
     return _counts("SGLang", rounds, accepted, drafted, accepting, judged_at)
 
 
@@ -131,7 +131,7 @@ def _is_possible(counts: DraftCounts, num_new_tokens: int) -> bool:
     return rounds + accepted <= num_new_tokens + (len(accepting) if accepting else MAX_DEPTH)
 
 
-def _judged_in_chains(accepting: Sequence[int], depth: int) -> tuple[int, ...]:
+def _verified_in_chains(accepting: Sequence[int], depth: int) -> tuple[int, ...]:
     """Drafts that got a verdict at depth 1, 2, ... if every round drafts a chain of `depth`."""
     if len(accepting) > depth + 1:
         raise ValueError("more drafts accepted than made")

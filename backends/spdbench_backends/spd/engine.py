@@ -79,17 +79,17 @@ class PipelinedDecoding:
         assert logits is not None
         began = perf_counter_ns()
         if self._schedule.num_stages == 1:
-            judged = draft
+            verified = draft
         else:
-            judged = self._drafts.pop(cycle.child.id) if cycle.child else None
-        verdict = self._verify(logits, judged)
+            verified = self._drafts.pop(cycle.child.id) if cycle.child else None
+        verdict = self._verify(logits, verified)
         self._record_span("verify", began, cycle.completing.position)
         self._length += 1
-        step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if judged else (0, 0, 0)), forwards)
+        step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if verified else (0, 0, 0)), forwards)
         is_last = self._is_last(step)
-        if judged and self._request.keep_drafts:
+        if verified and self._request.keep_drafts:
             drops = is_last or not verdict.accepted
-            step = step._replace(drafts=self._drafted(judged, draft if drops else None, drops=drops))
+            step = step._replace(drafts=self._drafted(verified, draft if drops else None, drops=drops))
         if is_last:
             return step
         if verdict.accepted:
@@ -111,10 +111,10 @@ class PipelinedDecoding:
         self._record_span("draft", began, newest.position)
         return draft
 
-    def _drafted(self, judged: Draft, newest: Draft | None, *, drops: bool) -> Drafted:
+    def _drafted(self, verified: Draft, newest: Draft | None, *, drops: bool) -> Drafted:
         """The draft that got a verdict; if this `drops` the drafts behind it, these too, `newest` the last of them."""
-        behind = [*self._drafts.values(), *([newest] if newest and newest is not judged else [])] if drops else []
-        ids = tuple(draft.token_id for draft in (judged, *behind))
+        behind = [*self._drafts.values(), *([newest] if newest and newest is not verified else [])] if drops else []
+        ids = tuple(draft.token_id for draft in (verified, *behind))
         return Drafted(ids, tuple(range(-1, len(ids) - 1)))
 
     def _verify(self, logits: Logits, draft: Draft | None) -> DraftVerdict:

@@ -28,7 +28,7 @@ from spdbench_backends.drafter_files.folder import (
     require_version,
 )
 from spdbench_backends.drafter_files.tensors import TargetTensors, random_tensors, require_target
-from spdbench_backends.spd.formats import MOST_LAYERS, drafter_decoder
+from spdbench_backends.spd.formats import MAX_LAYERS, drafter_decoder
 
 
 class ExitConfig(DrafterConfig):
@@ -37,7 +37,7 @@ class ExitConfig(DrafterConfig):
     hidden_size: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     exit_layer: int = Field(ge=1)
-    num_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_layers: int = Field(ge=1, le=MAX_LAYERS)
     num_stages: int | None = Field(None, ge=1)
 
 

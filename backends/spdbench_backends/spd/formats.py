@@ -43,7 +43,7 @@ from spdbench_backends.spd.plan import FeaturePlan, GroupPlan, default_anchors, 
 VERSION, UNEVEN, GROUPED = 11, 12, 10
 USUAL_WIDTH = 9216
 """Of the draft layers' feed-forward where neither the target nor the head's config has one."""
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 """Of a head. So few that a damaged config cannot make the table of expected tensors endless."""
 
 
@@ -57,7 +57,7 @@ class ModuleConfig(DrafterConfig):
     num_stages: int = Field(ge=1)
     num_layers: int | None = None
     stage_layers: list[int] | None = None
-    num_spec_layers: int = Field(ge=1, le=MOST_LAYERS)
+    num_spec_layers: int = Field(ge=1, le=MAX_LAYERS)
     draft_token_ids: list[int] | None = None
     model_type: str | None = None
     spec_intermediate_size_fallback: int | None = Field(None, ge=1, le=2_000_000)

@@ -30,7 +30,7 @@ from spdbench_backends.spd.trainable import TrainableModule
 
 Counted = Annotated[tuple[int, ...] | None, BeforeValidator(counts_of)]
 PUBLISHED = "head.pt"
-MOST_OWN_ANCHORS = 5
+MAX_OWN_ANCHORS = 5
 """Up to so many anchors every stage's end is one by default; beyond, projections would outweigh the layers."""
 
 
@@ -220,6 +220,6 @@ class SPDRecipe(PipelineRecipe):
 
 def _usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:
     """The ends of all stages, so that every depth has features of its own; the published rule for many stages."""
-    if len(stages) + 1 <= MOST_OWN_ANCHORS:
+    if len(stages) + 1 <= MAX_OWN_ANCHORS:
         return (0, *(layers.stop for layers in stages))
     return default_anchors(stages[-1].stop, len(stages))

@@ -93,13 +93,13 @@ def taken_by_template(chat: ChatFormat, prompts: list[PromptConversation]) -> li
     Raises:
         InputError: it takes none of them, or fails for a reason that is not the conversation's.
     """
-    from spdbench.prompts.chat import RefusedError
+    from spdbench.prompts.chat import ConversationRefusedError
 
     found, refused = [], []
     for number, one in enumerate(prompts, start=1):
         try:
             _num_tokens(chat, one)
-        except RefusedError as error:
+        except ConversationRefusedError as error:
             refused.append(f"conversation {number}: {error}")
         except InputError as error:
             raise InputError(f"--prompts: conversation {number}: {error}") from None

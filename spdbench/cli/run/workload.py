@@ -11,7 +11,7 @@ from spdbench.backend import is_text_only
 from spdbench.cli.options import COUNT, PATH, WHOLE, FiniteRange, ModelOptions, argument, option
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.prompts.chat import ChatFormat, PlainText, RefusedError
+from spdbench.prompts.chat import ChatFormat, ConversationRefusedError, PlainText
 from spdbench.prompts.suite import Suite, limit_prompts
 from spdbench.types import Sampling
 
@@ -120,7 +120,7 @@ def _check(
         prompts[prompt.id] = ()
         try:
             ids = chat.encode([{"role": "user", "content": prompt.turns[0]}])
-        except RefusedError as error:
+        except ConversationRefusedError as error:
             obstacles.append(f"prompt {prompt.id}: {error}")
         except InputError as error:
             raise InputError(f"prompt {prompt.id}: {error}") from None

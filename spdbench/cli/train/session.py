@@ -21,7 +21,7 @@ from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
 from spdbench.output_files import FULL, write_obstacle
-from spdbench.prompts.chat import RefusedError, parse_template_args
+from spdbench.prompts.chat import ConversationRefusedError, parse_template_args
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations, skipped_note
@@ -149,7 +149,7 @@ def _sequences(conversations: Conversations, target: Target, options: TrainOptio
     for place, messages in zip(conversations.places, conversations.messages, strict=True):
         try:
             sequences += tokenised(messages, chat, end_id, length)
-        except RefusedError as error:  # many templates refuse two turns of one role in a row
+        except ConversationRefusedError as error:  # many templates refuse two turns of one role in a row
             skipped.append(f"{options.data} {place}: {error}")
         except InputError as error:
             raise InputError(f"{options.data} {place}: {error}") from None

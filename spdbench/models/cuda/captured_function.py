@@ -198,19 +198,19 @@ class Upload(_PinnedCopies):
 
 
 class Readback(_PinnedCopies):
-    """Device numbers (int64) read by the host. `start` requests them, after the work that was launched so far, and
-    returns a ticket; `read` waits for that ticket, not for work launched since. The last `COPIES` tickets are valid."""
+    """Device numbers (int64) read by the host. `start` requests a copy, after the work that was launched so far, and
+    returns its index; `read` waits for that copy, not for work launched since. The last `COPIES` copies are valid."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         super().__init__(count, torch.long, device)
 
     def start(self, numbers: Tensor) -> int:
-        ticket = self._take_next()
-        self._copy(ticket, self._hosts[ticket], numbers)
-        return ticket
+        copy_index = self._take_next()
+        self._copy(copy_index, self._hosts[copy_index], numbers)
+        return copy_index
 
-    def read(self, ticket: int) -> list[int]:
+    def read(self, copy_index: int) -> list[int]:
         if self._events:
-            self._events[ticket].synchronize()
-        found: list[int] = self._hosts[ticket].tolist()
+            self._events[copy_index].synchronize()
+        found: list[int] = self._hosts[copy_index].tolist()
         return found

@@ -96,7 +96,7 @@ def test_a_server_that_refuses_ids_still_reports_usage_with_each_chunk(server: S
     """As SGLang does in a chat."""
     server.offers, server.refuses = {"running_usage", "usage", "logprobs"}, {"return_token_ids"}
     made = loaded(backend())
-    assert "usage, told with each chunk" in made.describe().chosen["tokens"]
+    assert "usage, reported with each chunk" in made.describe().chosen["tokens"]
     assert run(made).steps.emitted == [1, 2, 1, 3, 1]
     assert "return_token_ids" not in server.asked[-1]
     assert "logprobs" not in server.asked[-1]
@@ -113,7 +113,7 @@ def test_usage_that_is_the_whole_answers_from_the_first_chunk_on_gives_no_times(
     server: StubServer, backend: Make
 ) -> None:
     server.offers, server.stated = {"running_usage", "usage"}, 8
-    assert "told at the end" in loaded(backend()).describe().chosen["tokens"]
+    assert "reported at the end" in loaded(backend()).describe().chosen["tokens"]
 
 
 def test_an_end_of_sequence_counts_where_the_server_counts_it(server: StubServer, backend: Make) -> None:
@@ -583,13 +583,13 @@ def test_counters_give_no_acceptance_where_others_use_the_server(server: StubSer
     assert run(made).report.drafts is None
     assert "null where others used the server" in made.describe().chosen["acceptance"]
     server.counters = Vllm(server)
-    assert loaded(backend(metrics="false")).describe().chosen["acceptance"] == "not told"
-    assert loaded(backend(concurrency="2")).describe().chosen["acceptance"] == "not told"
+    assert loaded(backend(metrics="false")).describe().chosen["acceptance"] == "not reported"
+    assert loaded(backend(concurrency="2")).describe().chosen["acceptance"] == "not reported"
 
 
 def test_a_server_without_counters_has_no_acceptance(backend: Make) -> None:
     made = loaded(backend())
-    assert made.describe().chosen["acceptance"] == "not told"
+    assert made.describe().chosen["acceptance"] == "not reported"
     assert run(made).report.drafts is None
 
 
@@ -598,7 +598,7 @@ def test_ids_that_are_sent_again_and_again_are_not_counted_by(server: StubServer
     report = server.report
     server.report = lambda body, tokens, first: report(body, ["x"] * first + list(tokens), 0)  # type: ignore[method-assign]
     made = loaded(backend())
-    assert "usage, told with each chunk" in made.describe().chosen["tokens"]
+    assert "usage, reported with each chunk" in made.describe().chosen["tokens"]
     assert run(made).steps.emitted == [1, 2, 1, 3, 1]
 
 

@@ -154,7 +154,7 @@ def test_a_server_without_such_details_is_not_asked_for_them(
 def test_acceptance_may_be_left_unread(server: StubServer, backend: Make) -> None:
     server.last_words = lambda _: of_vllm(SUMMARY)
     made = loaded(backend(metrics="false"))
-    assert made.describe().chosen["acceptance"] == "not told"
+    assert made.describe().chosen["acceptance"] == "not reported"
     assert run(made).report.drafts is None
 
 
