@@ -132,7 +132,12 @@ class ChatFormat:
         except InputError:
             return None
         ids = self.encode_answer(shown.rpartition(OPEN_END)[2].lstrip())
-        return ids[0] if ids and ids[0] in self._tokenizer.all_special_ids else None
+        return ids[0] if ids and self._is_special(ids[0]) else None
+
+    def _is_special(self, token_id: int) -> bool:
+        """True for a control token, whether a setting names it (`eos_token`) or only the list of added tokens does."""
+        added = self._tokenizer.added_tokens_decoder.get(token_id)
+        return token_id in self._tokenizer.all_special_ids or bool(added and added.special)
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Ids of the conversation, after which the model's answer to the last message follows.

@@ -196,6 +196,15 @@ def test_the_token_that_ends_turns_is_read_off_the_template(template: str | None
     assert ChatFormat(tokenizer(template)).turn_end() == expected
 
 
+def test_a_turn_may_end_with_a_control_token_that_no_setting_names() -> None:
+    inner = tokenizer(TEMPLATE.replace("</s>", "<end>"))
+    inner.backend_tokenizer.add_special_tokens(["<end>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner.backend_tokenizer, eos_token="</s>")
+    made.chat_template = inner.chat_template
+    assert made.convert_tokens_to_ids("<end>") not in made.all_special_ids
+    assert ChatFormat(made).turn_end() == made.convert_tokens_to_ids("<end>")
+
+
 THINKS = TEMPLATE + "{% if enable_thinking is not defined or enable_thinking %}<think>{{ depth }}{% endif %}"
 
 
