@@ -6,12 +6,14 @@ From a run's steps, the drafted tokens (`run --keep-drafts`) and the spans (`run
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+import numpy as np
+
+from spdbench.judge.metrics.bubble import at_work
 from spdbench.judge.results.kept import DraftColumns
 from spdbench.judge.results.schema import BackendRecord, Run, Steps
 from spdbench.types import Span
@@ -171,9 +173,11 @@ def pipe_fill(run: Run, backend: BackendRecord) -> list[int]:
     """How many lanes of a pipeline hold a token in each cycle: by the work in their spans (METRICS.md, `fill`), else by
     the drafts; empty without both."""
     if run.spans is not None and run.spans.lane:
-        busy = {(each.cycle, each.span.lane) for each in lane_spans(run) if each.span.kind in ("target", "head")}
-        count = Counter(cycle for cycle, _ in busy)
-        return [count[cycle] for cycle in range(len(run.steps.t_ns) - 1)]
+        work = [each for each in lane_spans(run) if each.span.kind == "target"]
+        spans = np.array([(each.span.lane, each.span.position, each.cycle) for each in work], np.int64).reshape(-1, 3)
+        shape = 1 + int(spans[:, 0].max(initial=0)), 1 + max(len(run.steps.t_ns), int(spans[:, 2].max(initial=0)))
+        fill: list[int] = at_work(spans[:, 0], spans[:, 1], spans[:, 2], shape).sum(axis=0).tolist()
+        return fill[: len(run.steps.t_ns) - 1]
     if run.drafted_tokens is None:
         return []
     return [sum(token is not None for token in stages) for stages in stage_tokens(run, backend)]

@@ -13,7 +13,7 @@ import numpy as np
 
 from spdbench.backend import Backend
 from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
-from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, read_spans
 from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
@@ -127,10 +127,12 @@ def lane_figures(backend: Backend, measured: Measurement, *, keep_spans: bool = 
     found: dict[str, Any] = {"spans": SpanColumns.of(spans, measured.start_ns)} if keep_spans else {}
     if not len(spans) or step_ends[0] == step_ends[-1]:
         return found
-    table = read_spans(spans, backend.describe().lanes)
+    info = backend.describe()
+    table = read_spans(spans, info.lanes)
     found["bubble"] = lane_time(table, step_ends).shares()
     if backend.kind == "pipeline":
         found["full_cycles"] = full_cycles(table, step_ends)
+        found["cycles_by_fill"] = cycles_by_fill(table, step_ends, sum(map(bool, info.stage_layers)) or info.lanes)
     return found
 
 

@@ -118,7 +118,13 @@ def details(table: Table) -> list[str]:
     if any(row.metrics["energy_j_per_token"] is not None for row in table.rows):
         counters = device_name(table.head.environment.get("energy")) or "the machine"
         found.append(ENERGY_NOTE.format(counters=counters))
-    found += [*_score_notes(table), *_bubble_notes(table), *_cycle_notes(table), *_flag_reasons(table)]
+    found += [
+        *_score_notes(table),
+        *_bubble_notes(table),
+        *_cycle_notes(table),
+        *_fill_notes(table),
+        *_flag_reasons(table),
+    ]
     return list(map(harmless, found))
 
 
@@ -172,6 +178,26 @@ def _cycle_notes(table: Table) -> Iterator[str]:
             took = f"the slowest stage's work took {share(efficiency)} of the time"
             found = f"{took}, and {besides_s * 1e3:.2f} ms a cycle were spent besides"
         yield f"{row.label}, cycles with all stages at work: {found}."
+
+
+def _fill_notes(table: Table) -> Iterator[str]:
+    """Cycles by how many stages were at work, and whether the drafter holds the pipeline up."""
+    for row in table.rows:
+        cycles, seconds, slack_s = (
+            row.metrics[name] for name in ("cycles_by_fill", "cycle_s_by_fill", "draft_slack_s")
+        )
+        if row.category is not None or not cycles or not sum(cycles):
+            continue
+        parts = [
+            f"{stages} stage{'s' * (stages != 1)} {share(num / sum(cycles))} ({wall_s / num * 1e3:.2f} ms each)"
+            for stages, (num, wall_s) in enumerate(zip(cycles, seconds, strict=True))
+            if num
+        ]
+        found = f"{row.label}, cycles by stages at work: {', '.join(parts)}"
+        if slack_s is not None:
+            than = "less" if slack_s >= 0 else "more"
+            found += f"; with all of them, drafting took {abs(slack_s) * 1e3:.2f} ms {than} than the slowest stage"
+        yield f"{found}."
 
 
 def _divergence_notes(table: Table) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
-from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models import target as models_target
 from spdbench.models.target import Target
@@ -175,6 +175,12 @@ def test_spans_tell_what_every_stage_did(pair: tuple[Pipelined, Pipelined]) -> N
     assert full is not None
     assert 0 < full.num <= verdicts
     assert full.stage_s < full.wall_s
+    fill = cycles_by_fill(table, ends, lanes)
+    steps = measured.steps
+    flushes = sum(judged > accepted for judged, accepted in zip(steps.judged[:-1], steps.accepted[:-1], strict=True))
+    assert sum(fill.num) == len(ends) - 1
+    assert fill.num[1] >= flushes + 1  # after each, and after prefill, whatever other stages have begun ahead
+    assert sum(fill.drafts) >= verdicts
 
 
 def test_idle_workers_use_no_processor(pair: tuple[Pipelined, Pipelined]) -> None:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.results.schema import BubbleParts, FullCycles
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
 from spdbench.types import Span
 
 NS_PER_S = 1e9
@@ -65,6 +66,7 @@ class SpanTable:
     kind: Times
     start: Times
     end: Times
+    position: Times
     kept: NDArray[np.bool_]
     cycle: Times
 
@@ -74,8 +76,8 @@ class SpanTable:
         return self.where(self.kind <= HEAD)
 
     def where(self, chosen: NDArray[np.bool_] | Times) -> SpanTable:
-        columns = {name: getattr(self, name)[chosen] for name in ("lane", "kind", "start", "end", "kept", "cycle")}
-        return replace(self, **columns)
+        names = ("lane", "kind", "start", "end", "position", "kept", "cycle")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
     def clipped(self, first: int, last: int) -> SpanTable:
         """What lies between `first` and `last`."""
@@ -90,14 +92,15 @@ def read_spans(spans: Sequence[Span], lanes: int) -> SpanTable:
         ValueError: the backend is broken: a kind that there is not, an end before its start, a lane that does not hold
             layers at work on the target, or two such spans on one lane at the same time.
     """
-    lane, kind, start, end, _, kept, cycle = zip(*spans, strict=True) if spans else ((),) * 7
+    lane, kind, start, end, position, kept, cycle = zip(*spans, strict=True) if spans else ((),) * 7
     if unknown := set(kind) - CODES.keys():
         raise ValueError(f"spans: kind {unknown.pop()!r} is none of {', '.join(CODES)}")
     codes = np.fromiter(map(CODES.__getitem__, kind), np.int64, len(kind))
     starts, ends = np.array(start, np.int64), np.array(end, np.int64)
     order = np.lexsort((starts, lane))
-    kepts, cycles = np.array(kept, bool), np.array(cycle, np.int64)
-    table = SpanTable(lanes, np.array(lane, np.int64), codes, starts, ends, kepts, cycles).where(order)
+    kepts = np.array(kept, bool)
+    lane_numbers, positions, cycles = (np.array(column, np.int64) for column in (lane, position, cycle))
+    table = SpanTable(lanes, lane_numbers, codes, starts, ends, positions, kepts, cycles).where(order)
     _check(table)
     return table.where(table.end > table.start)
 
@@ -159,11 +162,9 @@ def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None
     """
     ends = _cycle_ends(step_ends)
     busy = _in_cycles(table.busy, step_ends, ends)
-    shape = (table.lanes, len(ends) - 1)
-    place = busy.lane * shape[1] + busy.cycle
-    lane_ns = np.bincount(place, busy.end - busy.start, minlength=shape[0] * shape[1]).reshape(shape)
+    lane_ns = _lane_ns(busy, table.lanes, len(ends) - 1)
     full = lane_ns.all(axis=0)
-    full &= np.isin(np.arange(shape[1]), busy.cycle[busy.kept & (busy.lane == table.lanes - 1)])
+    full &= np.isin(np.arange(len(ends) - 1), busy.cycle[busy.kept & (busy.lane == table.lanes - 1)])
     if not full.any():
         return None
     return FullCycles(
@@ -171,6 +172,53 @@ def full_cycles(table: SpanTable, step_ends: Sequence[int]) -> FullCycles | None
         stage_s=float(lane_ns.max(axis=0)[full].sum()) / NS_PER_S,
         wall_s=float(np.diff(ends)[full].sum()) / NS_PER_S,
     )
+
+
+def cycles_by_fill(table: SpanTable, step_ends: Sequence[int], num_stages: int) -> CyclesByFill:
+    """The cycles between `step_ends` by how many of `num_stages` stages were at work on tokens in the pipe, and how
+    far the drafter was from holding up the slowest lane."""
+    ends = _cycle_ends(step_ends)
+    num_cycles = len(ends) - 1
+    busy, drafting = (_in_cycles(spans, step_ends, ends) for spans in (table.busy, table.where(table.kind == DRAFT)))
+    layers = busy.where((busy.kind == TARGET) & (busy.lane < num_stages))
+    fill = at_work(layers.lane, layers.position, layers.cycle, (num_stages, num_cycles)).sum(axis=0)
+    num_lanes = 1 + max(table.lanes, int(drafting.lane.max(initial=0)))
+    busy_ns, draft_ns = (_lane_ns(spans, num_lanes, num_cycles) for spans in (busy, drafting))
+    slowest_ns, drafted = busy_ns.max(axis=0), draft_ns.any(axis=0)
+    drafters_ns = np.where(draft_ns > 0, draft_ns + busy_ns, 0).max(axis=0)
+
+    def sums(values: NDArray[Any]) -> list[float]:
+        found: list[float] = np.bincount(fill, values, minlength=num_stages + 1).tolist()
+        return found
+
+    return CyclesByFill(
+        num=np.bincount(fill, minlength=num_stages + 1).tolist(),
+        wall_s=sums(np.diff(ends) / NS_PER_S),
+        stage_s=sums(slowest_ns / NS_PER_S),
+        drafts=np.bincount(fill[drafted], minlength=num_stages + 1).tolist(),
+        slack_s=sums(np.where(drafted, slowest_ns - drafters_ns, 0) / NS_PER_S),
+    )
+
+
+def at_work(lane: Times, position: Times, cycle: Times, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which lanes work in which cycle on a token in the pipe: `shape`, lanes by cycles. The rest are columns of spans.
+
+    In the cycle after a rejection, a stage that ran ahead may be at work on a token that was dropped. Tokens in the
+    pipe stand one position a stage apart, so position + lane is one number for all of them. Dropped tokens come after
+    the token that replaces a rejected draft, so theirs is higher.
+    """
+    front = np.full(shape[1], np.iinfo(np.int64).max)
+    np.minimum.at(front, cycle, position + lane)
+    in_pipe = position + lane == front[cycle]
+    found = np.zeros(shape, dtype=np.bool_)
+    found[lane[in_pipe], cycle[in_pipe]] = True
+    return found
+
+
+def _lane_ns(spans: SpanTable, num_lanes: int, num_cycles: int) -> NDArray[Any]:
+    """Nanoseconds of `spans` by lane and cycle."""
+    place = spans.lane * num_cycles + spans.cycle
+    return np.bincount(place, spans.end - spans.start, num_lanes * num_cycles).reshape(num_lanes, num_cycles)
 
 
 def _covered(cuts: Times, table: SpanTable) -> NDArray[np.bool_]:

@@ -107,6 +107,7 @@ RATIOS = (
     *(Ratio(name, name, "measured_s") for name in PARTS),
     Ratio("cycle_efficiency", "stage_s", "wall_s"),
     Ratio("control_s_per_cycle", "control_s", "cycles"),
+    Ratio("draft_slack_s", "slack_s", "full_drafts"),
 )
 RATIO_NAMES = tuple(dict.fromkeys(ratio.name for ratio in RATIOS))
 CAUSES = PARTS[2:]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,6 +164,13 @@ class Metrics(Mapping[str, Any]):
         deep = np.flatnonzero(judged)
         return (accepted[deep] / judged[deep]).tolist() if len(deep) else None
 
+    def by_fill(self, column: str) -> list[float] | None:
+        """A column of `CyclesByFill` summed over the runs that have it; None without any."""
+        found = [fill for fill, kept in zip(self.runs.by_fill, self._rows, strict=True) if kept and fill is not None]
+        if not found:
+            return None
+        return [sum(numbers) for numbers in zip_longest(*(getattr(fill, column) for fill in found), fillvalue=0)]
+
     # Steadiness
 
     @cached_property
@@ -258,6 +266,8 @@ def _list_metrics() -> dict[str, Metric]:
         found[f"itl_p{percent}_s"] = Metric(partial(Metrics.latency, index=index), "times")
         found[f"itl_p{percent}_s_macro"] = Metric(partial(Metrics.latency_macro, index=index), "times")
     found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position)
+    for name, column in (("cycles_by_fill", "num"), ("cycle_s_by_fill", "wall_s")):
+        found[name] = Metric(partial(Metrics.by_fill, column=column))
     for part in LOAD_PARTS:
         found[f"busy_{part}"] = Metric(partial(Metrics.taken, part=part))
     for column in ("disturbed", "set_aside"):

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
 from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
 from spdbench.types import BackendKind, FinishReason, Measurement
 
@@ -40,9 +41,6 @@ Forwards = Annotated[float, Field(ge=0, le=MAX_FORWARDS, allow_inf_nan=False)]
 
 RunKey = tuple[str, int, int]
 """Prompt id, turn, repeat."""
-
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-SHARE_TOLERANCE = 1e-6
 
 
 class Record(BaseModel):
@@ -145,34 +143,6 @@ class Steps(Record):
         return self
 
 
-class BubbleParts(Record):
-    """Shares of lanes x decode time; see METRICS: useful + wasted + the rest = 1."""
-
-    useful: Share
-    wasted: Share
-    fill: Share
-    verify: Share
-    draft: Share
-    imbalance: Share
-    host: Share
-    unattributed: Share
-
-    @model_validator(mode="after")
-    def _parts_make_a_whole(self) -> BubbleParts:
-        total = sum(value for _, value in self)
-        if abs(total - 1) > SHARE_TOLERANCE:
-            raise ValueError(f"the shares add up to {total:.6g}, not to 1")
-        return self
-
-
-class FullCycles(Record):
-    """A pipeline's cycles with every stage at work: their number, their slowest stages' time, and their duration."""
-
-    num: Annotated[int, Field(ge=1, le=INT32)]
-    stage_s: Seconds
-    wall_s: Seconds
-
-
 class Drafts(Record):
     """What an engine counted of its drafts over one request, prefill omitted."""
 
@@ -212,6 +182,7 @@ class Run(Record):
     score: Annotated[float, Field(ge=-1e10, le=1e10, allow_inf_nan=False)] | None = None
     bubble: BubbleParts | None = None
     full_cycles: FullCycles | None = None
+    cycles_by_fill: CyclesByFill | None = Field(None, description="null where not measured, and in older files")
     peak_memory_bytes: Large | None = None
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
     text: str | None = Field(None, description="the answer as an engine reported it; null where the ids say it")

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill
 from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
-from spdbench.judge.results.schema import BubbleParts, Drafts, Run, RunKey
+from spdbench.judge.results.schema import Drafts, Run, RunKey
 
 PARTS = tuple(BubbleParts.model_fields)
 """`useful` and `wasted`, then the causes of idle time in the order in which they are charged."""
@@ -28,6 +29,7 @@ COLUMNS = (
     *("reported_rounds", "reported_judged", "reported_accepted"),
     *("truncated", "degenerate", "peak_memory_bytes"),
     *("measured_s", "bubble_s", *PARTS, "cycles", "stage_s", "control_s", "wall_s"),
+    *("full_drafts", "slack_s"),
     *("watched_core_s", *(f"{name}_core_s" for name in LOAD_PARTS), "clock_mhz", "disturbed", "set_aside"),
 )
 """One run's numbers; all 0 for a run that failed.
@@ -35,7 +37,8 @@ COLUMNS = (
 `steps` to `forwards` are sums over decode steps, so without prefill. `scored`, `truncated` and `degenerate` are 1 or 0.
 `metered_tokens` are the new tokens of runs whose energy was measured. `reported_*` is what an engine counted itself,
 NaN for what it does not report. From `measured_s` on come the columns made of spans, 0 for a run without: decode time
-with spans and its parts, then the number of full cycles, their slowest stages' time, the rest of them, and all of them.
+with spans and its parts, then the number of full cycles, their slowest stages' time, the rest of them, and all of them;
+then how many cycles with all stages at work made a draft, and by how much the slowest lane took longer in them.
 From `watched_core_s` on come processor time of the machine while it was watched, and what of it was taken from the
 request; then a clock rate, 1 for a request that was disturbed, and how many measurements of it do not count.
 """
@@ -62,7 +65,8 @@ class RunTable:
 
     `errors` are the messages of failed runs, `disturbed_by` the processes that took most time from each run. `outputs`
     are each run's ids in decimal digits joined by commas, `texts` the answers of engines that give text; None where
-    they are only compared, for which `output_sha256` is enough. `drafts` are what engines counted themselves.
+    they are only compared, for which `output_sha256` is enough. `drafts` are what engines counted themselves, `by_fill`
+    are a pipeline's cycles.
     `sums` is [R, len(COLUMNS)]. `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps`
     [len(STEP_COLUMNS), S] are each run's; a gap is the time since the step before, for the first step since the
     request's start.
@@ -77,6 +81,7 @@ class RunTable:
     outputs: list[bytes] | None
     texts: list[str | None] | None
     drafts: list[Drafts | None]
+    by_fill: list[CyclesByFill | None]
     failed: NDArray[np.bool_]
     sums: NDArray[np.float64]
     num_steps: NDArray[np.int64]
@@ -179,6 +184,7 @@ def build_table(
         outputs=outputs if keep_ids else None,
         texts=[run.text for run in runs] if keep_ids else None,
         drafts=[run.drafts for run in runs],
+        by_fill=[run.cycles_by_fill for run in runs],
         failed=failed,
         sums=sums,
         num_steps=num_steps,
@@ -237,12 +243,13 @@ def _reported(run: Run) -> tuple[float, float, float]:
 def _lane_numbers(run: Run) -> tuple[float, ...]:
     """The columns made of spans. Each run weighs by its decode time."""
     if run.bubble is None or not run.decode_s:
-        return (0.0,) * (len(PARTS) + 6)
+        return (0.0,) * (len(PARTS) + 8)
     shares = [run.decode_s * share for _, share in run.bubble]
     bubble_s = run.decode_s * (1 - (run.bubble.useful + run.bubble.wasted))
     cycles = run.full_cycles
     full = (cycles.num, cycles.stage_s, cycles.wall_s - cycles.stage_s, cycles.wall_s) if cycles else (0.0,) * 4
-    return run.decode_s, bubble_s, *shares, *full
+    fill = run.cycles_by_fill
+    return run.decode_s, bubble_s, *shares, *full, *((fill.drafts[-1], fill.slack_s[-1]) if fill else (0.0, 0.0))
 
 
 def _load_numbers(run: Run) -> tuple[float, ...]:

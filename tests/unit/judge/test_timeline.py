@@ -70,16 +70,19 @@ def test_pipe_fill_without_spans_counts_tokens() -> None:
     assert pipe_fill(flushed_run().model_copy(update={"drafted_tokens": None}), PIPELINE) == []
 
 
-def test_pipe_fill_with_spans_counts_lanes_at_work() -> None:
+def test_pipe_fill_with_spans_counts_lanes_at_work_on_tokens_in_the_pipe() -> None:
     spans = [
         Span(0, "target", 60, 61, 7, True, 0),
         Span(0, "host", 61, 62, 7, True, 1),
         Span(1, "target", 62, 63, 7, True, 1),
         Span(1, "head", 63, 64, 7, True, 1),
         Span(0, "target", 62, 63, 8, True, 1),
+        Span(0, "target", 64, 65, 9, True, 2),
+        Span(2, "target", 64, 65, 8, False, 2),
     ]
     run = flushed_run().model_copy(update={"spans": SpanColumns.of(spans, 0)})
-    assert pipe_fill(run, PIPELINE) == [1, 2, 0, 0, 0, 0, 0]
+    assert pipe_fill(run, PIPELINE) == [1, 2, 1, 0, 0, 0, 0]
+    assert pipe_fill(run.model_copy(update={"spans": SpanColumns.of(spans[1:2], 0)}), PIPELINE) == [0] * 7
 
 
 def test_spans_have_the_tokens_of_kept_and_of_discarded_work() -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.results.schema import BubbleParts, Run
+from spdbench.judge.results.lanes import BubbleParts
+from spdbench.judge.results.schema import Run
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.runner import Candidate, Runner
 from spdbench.types import GenerationRequest, Span, Step
@@ -50,6 +51,7 @@ def test_a_drafting_backend_has_the_parts_of_its_decode_time_but_no_cycles(tmp_p
     for run in runs:
         assert nonzero(run.bubble) == DRAFT_VERIFY
         assert run.full_cycles is None
+        assert run.cycles_by_fill is None
         assert run.decode_s == pytest.approx(0.4)
 
 
@@ -64,6 +66,11 @@ def test_a_pipeline_has_the_parts_over_all_lanes_and_its_full_cycles(tmp_path: P
     assert nonzero(run.bubble) == {name: ms / lanes_ms for name, ms in parts.items()}
     assert run.full_cycles is not None
     assert run.full_cycles.model_dump() == pytest.approx({"num": 4, "stage_s": 0.32, "wall_s": 0.4})
+    assert run.cycles_by_fill is not None
+    assert run.cycles_by_fill.num == [0, 1, 1, 4]
+    assert run.cycles_by_fill.wall_s == pytest.approx([0, 0.1, 0.1, 0.4])
+    assert run.cycles_by_fill.stage_s == pytest.approx([0, 0.05, 0.08, 0.32])
+    assert run.cycles_by_fill.drafts == [0] * 4
     overall = summarise([run], make_backend("pipeline"), None).overall
     assert overall["cycle_efficiency"] == pytest.approx(0.8)
     assert overall["control_s_per_cycle"] == pytest.approx(0.02)

@@ -17,7 +17,8 @@ from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.dialects import DIALECTS
-from spdbench.judge.results.schema import BubbleParts, Divergence, DrafterRecord, FullCycles, Run
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
+from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from spdbench.render.notes import sentence
 from spdbench.render.table import FORMATS, Format, render
 from spdbench.types import BackendKind
@@ -543,6 +544,22 @@ def test_cycles_are_never_told_as_negative_times_or_shares_over_one() -> None:
         assert words in text
         assert "-0." not in text
         assert "111." not in text
+
+
+@pytest.mark.parametrize(("slack_s", "words"), [([0, 0, 0.2], "20.00 ms less"), ([0, 0, -0.05], "5.00 ms more")])
+def test_details_say_how_full_the_pipeline_was_and_what_the_drafter_left(slack_s: list[float], words: str) -> None:
+    bubble = BubbleParts(**(dict.fromkeys(BubbleParts.model_fields, 0.0) | {"useful": 1.0}))
+    fill = CyclesByFill(num=[0, 5, 15], wall_s=[0, 0.2, 0.9], stage_s=[0, 0.1, 0.8], drafts=[0, 5, 10], slack_s=slack_s)
+    steps = pipeline_steps([True] * 8, 3)
+    runs = [make_run(steps, prompt=f"p{i}", bubble=bubble, cycles_by_fill=fill) for i in range(10)]
+    tables = compare([entry("autoregressive"), entry("pipeline", runs=runs)])
+    text = " ".join(show(tables, details=True).split())
+    line = "spd, cycles by stages at work: 1 stage 25.0% (40.00 ms each), 2 stages 75.0% (60.00 ms each)"
+    assert f"{line}; with all of them, drafting took {words} than the slowest stage." in text
+    metrics = json.loads(show(tables, "json"))["tables"][0]["rows"][1]["metrics"]
+    assert metrics["cycles_by_fill"] == [0, 50, 150]
+    assert metrics["cycle_s_by_fill"] == pytest.approx([0, 2, 9])
+    assert "by stages at work" not in show(tables)
 
 
 HOSTILE = "\x1b]0;x\x07\n| \\hline % <b>\u202e[/]"

@@ -13,7 +13,8 @@ from spdbench.judge.comparison.compare import compare
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics import stats
-from spdbench.judge.results.schema import FullCycles, Run, RunKey
+from spdbench.judge.results.lanes import FullCycles
+from spdbench.judge.results.schema import Run, RunKey
 from spdbench.types import BackendKind
 from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
 

@@ -9,7 +9,8 @@ import pytest
 from spdbench.judge.comparison.pairing import Pair, pair
 from spdbench.judge.comparison.waterfall import Waterfall, waterfall
 from spdbench.judge.loaded import load
-from spdbench.judge.results.schema import BubbleParts, Run
+from spdbench.judge.results.lanes import BubbleParts
+from spdbench.judge.results.schema import Run
 from spdbench.types import BackendKind
 from tests.builders import (
     MS,

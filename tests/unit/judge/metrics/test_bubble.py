@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spdbench.judge.metrics.bubble import LaneTime, full_cycles, lane_time, read_spans
-from spdbench.judge.results.schema import FullCycles
+from spdbench.judge.metrics.bubble import LaneTime, cycles_by_fill, full_cycles, lane_time, read_spans
+from spdbench.judge.results.lanes import FullCycles
 from spdbench.types import Span, SpanKind
 
 
@@ -167,6 +167,59 @@ def test_the_slowest_stage_is_each_cycles_own_and_its_head_belongs_to_it() -> No
     assert full_cycles(read_spans(spans, 2), [0, 100, 200]) == FullCycles(num=2, stage_s=145e-9, wall_s=200e-9)
 
 
+# Cycles by how many stages were at work
+
+
+def token(lane: int, position: int, start: int, end: int, cycle: int, kind: SpanKind = "target") -> Span:
+    return Span(lane, kind, start, end, position, True, cycle)
+
+
+def test_cycles_are_counted_by_the_stages_at_work_in_them() -> None:
+    """One stage, then both twice; the head of the last one is no stage, and counts as its time."""
+    spans = [
+        *(token(0, 7, 0, 60, 0), token(2, 7, 0, 20, -1, "draft")),
+        *(token(0, 8, 100, 150, 1), token(1, 7, 100, 180, 1), token(1, 7, 180, 190, 1, "head")),
+        *(token(0, 9, 200, 280, 2), token(1, 8, 200, 250, 2), token(2, 9, 205, 305, -1, "draft")),
+    ]
+    found = cycles_by_fill(read_spans(spans, 2), [0, 100, 200, 320], 2)
+    assert (found.num, found.drafts) == ([0, 1, 2], [0, 1, 1])
+    assert found.wall_s == pytest.approx([0, 100e-9, 220e-9])
+    assert found.stage_s == pytest.approx([0, 60e-9, 170e-9])
+    assert found.slack_s == pytest.approx([0, 40e-9, -20e-9])
+
+
+def test_a_stage_at_work_on_a_dropped_token_is_not_at_work_in_the_pipe() -> None:
+    """After the rejection of 8 in cycle 1, stage 1 had begun 9 and stage 0 had passed it on; 8' enters in cycle 2."""
+    spans = [token(1, 7, 0, 90, 1), token(0, 8, 0, 90, 1), token(1, 8, 90, 99, 2), token(0, 9, 90, 99, 2)]
+    found = cycles_by_fill(read_spans([*spans, token(0, 8, 100, 150, 2)], 2), [-100, 0, 100, 200], 2)
+    assert found.num == [1, 1, 1]
+    assert found.stage_s == pytest.approx([0.0, 59e-9, 90e-9])
+
+
+def test_a_drafter_on_a_stages_lane_has_the_stages_time_as_well() -> None:
+    spans = [token(0, 8, 0, 30, 0), token(0, 8, 30, 80, -1, "draft"), token(1, 7, 0, 90, 0)]
+    assert cycles_by_fill(read_spans(spans, 2), [0, 100], 2).slack_s == pytest.approx([0, 0, 10e-9])
+
+
+def test_a_head_on_the_drafters_lane_is_no_stage_and_counts_as_the_drafters_time() -> None:
+    spans = [
+        token(0, 8, 0, 80, 0),
+        token(1, 7, 0, 50, 0),
+        token(2, 7, 50, 80, 0, "head"),
+        token(2, 8, 0, 40, 0, "draft"),
+    ]
+    found = cycles_by_fill(read_spans(spans, 3), [0, 100], 2)
+    assert found.num == [0, 0, 1]
+    assert found.slack_s == pytest.approx([0, 0, 10e-9])
+
+
+def test_cycles_of_any_spans_add_up_to_the_window() -> None:
+    ends = [0, 10, 10, 25]
+    found = cycles_by_fill(read_spans([token(1, 3, 1, 9, 0)], 3), ends, 3)
+    assert sum(found.num) == 2
+    assert sum(found.wall_s) == pytest.approx(25e-9)
+
+
 # Spans that cannot be
 
 
@@ -290,6 +343,15 @@ def test_parts_are_never_negative_and_add_up_exactly(timeline: tuple[list[Span],
     assert found.useful + found.wasted + found.bubble == lanes * (ends[-1] - ends[0])
     shares = found.shares().model_dump().values()
     assert sum(shares) == pytest.approx(1, abs=1e-12)
+
+
+@given(timelines())
+def test_every_cycle_has_one_fill(timeline: tuple[list[Span], list[int], int]) -> None:
+    spans, ends, lanes = timeline
+    found = cycles_by_fill(read_spans(spans, lanes), ends, lanes)
+    assert len(found.num) == lanes + 1
+    assert sum(found.num) == len(set(ends)) - 1
+    assert sum(found.wall_s) == pytest.approx((ends[-1] - ends[0]) * 1e-9)
 
 
 @given(timelines(), st.randoms())

@@ -12,7 +12,8 @@ from rich.console import Console
 from spdbench.judge.comparison.compare import Row, compare
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.flags import DISQUALIFYING, MADE_FROM_ONE_RESULT
-from spdbench.judge.results.schema import BubbleParts, Divergence, Run
+from spdbench.judge.results.lanes import BubbleParts
+from spdbench.judge.results.schema import Divergence, Run
 from spdbench.render.table import render
 from tests.builders import (
     MS,

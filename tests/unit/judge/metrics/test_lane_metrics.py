@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from spdbench.judge.metrics.definitions import CAUSES
-from spdbench.judge.results.schema import BubbleParts, FullCycles, Run, read_result
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
+from spdbench.judge.results.schema import Run, read_result
 from spdbench.judge.results.table import PARTS
 from tests.builders import MS, chunk_steps, failed_run, make_backend, make_result, make_run, summarise, write_result
 
-LANE_METRICS = {"bubble_ratio", *PARTS, "cycle_efficiency", "control_s_per_cycle"}
+LANE_METRICS = {"bubble_ratio", *PARTS, "cycle_efficiency", "control_s_per_cycle", "draft_slack_s", "cycles_by_fill"}
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "results"
 
 
@@ -75,6 +76,36 @@ def test_cycle_efficiency_is_stage_time_over_wall_time_and_the_rest_is_control()
     assert found["cycle_efficiency"] == pytest.approx(2.3 / 4)
     assert found["control_s_per_cycle"] == pytest.approx(1.7 / 40)
     assert overall(run(useful=1.0))["cycle_efficiency"] is None
+
+
+def by_fill(num: list[int], wall_s: list[float], drafts: list[int], slack_s: list[float]) -> CyclesByFill:
+    return CyclesByFill(num=num, wall_s=wall_s, stage_s=wall_s, drafts=drafts, slack_s=slack_s)
+
+
+def test_cycles_by_fill_add_up_over_runs_and_the_slack_is_that_of_full_cycles() -> None:
+    fills = [
+        by_fill([0, 2, 6], [0.0, 0.2, 0.9], [0, 2, 4], [0.0, 9.0, 0.02]),
+        by_fill([1, 3, 10], [0.1, 0.3, 1.1], [0, 3, 6], [0.0, 9.0, -0.07]),
+    ]
+    runs = [run(useful=1.0, prompt=f"p{at}").model_copy(update={"cycles_by_fill": f}) for at, f in enumerate(fills)]
+    found = overall(*runs, run(useful=1.0, prompt="older"))
+    assert found["cycles_by_fill"] == [1, 5, 16]
+    assert found["cycle_s_by_fill"] == pytest.approx([0.1, 0.5, 2.0])
+    assert found["draft_slack_s"] == pytest.approx(-0.05 / 10)
+    assert found["draft_slack_s_macro"] == pytest.approx((0.02 / 4 - 0.07 / 6) / 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (([1], [0.1, 0.2], [0], [0.0]), "columns of different length"),
+        (([], [], [], []), "columns of different length, or empty"),
+        (([1], [0.1], [2], [0.0]), "more drafts than cycles"),
+    ],
+)
+def test_cycles_by_fill_that_cannot_be_are_refused(columns: tuple[Any, Any, Any, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        by_fill(*columns)
 
 
 @pytest.mark.parametrize(("share", "flagged"), [(0.10, False), (0.11, True)])

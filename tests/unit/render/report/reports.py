@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import load
-from spdbench.judge.results.schema import BubbleParts, Result, Run
+from spdbench.judge.results.lanes import BubbleParts
+from spdbench.judge.results.schema import Result, Run
 from tests.builders import (
     MS,
     TRAINED,

@@ -13,7 +13,7 @@ import pytest
 
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import load
-from spdbench.judge.results.schema import BubbleParts
+from spdbench.judge.results.lanes import BubbleParts
 from spdbench.render.report.chart import Panel, to_csv
 from spdbench.render.report.style import DARK, LIGHT, STYLES, Palette, page_palette
 from spdbench.render.report.vega import CHARTS, to_file
