@@ -21,7 +21,7 @@ GATE_RUN := run quick --dtype float32 --drafter oracle:0.8 --limit 4 --max-new-t
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gate baselines format clean
+.PHONY: help demo test check gate baselines docs format clean
 
 help:
 	@echo "make demo     measure every method on the embedded model, compare them, draw results/report.html"
@@ -31,6 +31,7 @@ help:
 	@echo "              (TEST_WORKERS=$(TEST_WORKERS) test processes at once)"
 	@echo "make gate     a small run of every method, which has to give results/baselines to the token"
 	@echo "make baselines  renew results/baselines, when a change of ids or steps is meant"
+	@echo "make docs     build the documentation as pages, in build/site"
 	@echo "make format   format the code"
 	@echo "make clean    remove $(VENV), build folders and caches; results stay"
 	@echo "PYTHON=$(PYTHON) makes $(VENV), once."
@@ -68,6 +69,13 @@ gate:
 
 baselines:
 	@$(RUN) spdbench $(GATE_RUN) --results results/baselines
+
+docs: $(VENV)/.installed
+	@$(INSTALL) --editable '.[docs]'
+	@$(RUN) docs.module_map
+	@$(RUN) docs.option_reference
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
+	@echo "Open build/site/index.html in a browser."
 
 format:
 	@$(RUN) ruff format .

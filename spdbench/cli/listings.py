@@ -43,8 +43,8 @@ def backends(name: str | None, as_json: bool) -> None:
     points = installed_backends()
     if name is not None and name not in points:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, points)}")
-    listings = [_listing(point) for point in points.values() if name in (None, point.name)]
-    _print(listings, ["\n\n".join(map(_text, listings))], as_json)
+    found = [listing(point) for point in points.values() if name in (None, point.name)]
+    _print(found, ["\n\n".join(map(_text, found))], as_json)
 
 
 @click.command("suites", short_help="List the suites that come with spdbench.")
@@ -102,7 +102,7 @@ def _line(name: str, value: object) -> str:
     return f"{name + ':':<16} {'none' if value in (None, '') else value}"
 
 
-def _listing(point: EntryPoint) -> dict[str, Any]:
+def listing(point: EntryPoint) -> dict[str, Any]:
     """The facts of one installed backend; with an `error`, its kind, description and options are unknown."""
     from spdbench.backend import find_backend
 
@@ -154,15 +154,19 @@ def _type_name(kind: Any) -> str:
     return {"str": "text", "bool": "true|false"}.get(name := getattr(kind, "__name__", str(kind)), name)
 
 
-def _text(listing: Mapping[str, Any]) -> str:
-    lines = [f"{listing['name']}  {listing['kind'] or 'cannot be used'}  (from {listing['package']})"]
-    if about := listing["error"] or listing["description"]:
+def _text(facts: Mapping[str, Any]) -> str:
+    lines = [f"{facts['name']}  {facts['kind'] or 'cannot be used'}  (from {facts['package']})"]
+    if about := facts["error"] or facts["description"]:
         lines.append(click.wrap_text(about, 80, "    ", "    "))
-    for option in listing["options"]:
-        shown = "required" if option["required"] else f"default {_word(option['default'])}"
-        lines.append(f"    -o {listing['name']}.{option['key']}={option['type']}  [{shown}]")
+    for option in facts["options"]:
+        lines.append(f"    -o {facts['name']}.{option['key']}={option['type']}  [{default_text(option)}]")
         lines.append(click.wrap_text(option["help"], 80, "        ", "        "))
     return "\n".join(filter(None, lines))
+
+
+def default_text(option: Mapping[str, Any]) -> str:
+    """`required`, or what holds where the option is not given."""
+    return "required" if option["required"] else f"default {_word(option['default'])}"
 
 
 def _word(value: Any) -> str:

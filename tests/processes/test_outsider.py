@@ -115,11 +115,11 @@ def test_outsiders_backend_is_held_to_the_same_tests_as_those_that_ship(site: Pa
     assert "passed" in done.stdout
 
 
-def test_the_readmes_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documented_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
+    text, suites_page = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("backend.md", "suites.md"))
     [code] = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
     [line] = [line for line in text.splitlines() if line == 'mine = "mine:Mine"']
-    suites = [block.partition("```")[0] for block in text.split("```yaml\n")[1:]]
+    suites = [block.partition("```")[0] for block in suites_page.split("```yaml\n")[1:]]
     [suite] = [each for each in suites if each.startswith("name: mine\n")]
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)

@@ -1,0 +1,78 @@
+"""Writes `docs/options.md`: every option of every command and of every backend, from the code.
+
+python -m docs.option_reference          rewrites the page
+python -m docs.option_reference --check  exits 1 if the page differs from the code
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+from spdbench.backend import installed_backends
+from spdbench.cli.listings import default_text, listing
+from spdbench.cli.main import COMMANDS, spdbench
+
+PAGE = Path(__file__).resolve().parent / "options.md"
+INTRODUCTION = """# Options
+
+Made from the code by `python -m docs.option_reference`. `spdbench COMMAND --help` and `spdbench backends NAME` print the same.
+"""
+
+
+def page() -> str:
+    """The page's Markdown."""
+    return "\n".join([INTRODUCTION, *_commands(), "## Options of backends", "", *_backends()]).rstrip() + "\n"
+
+
+def _commands() -> Iterator[str]:
+    with click.Context(spdbench, info_name="spdbench") as outer:
+        for name in COMMANDS:
+            command = spdbench.get_command(outer, name)
+            assert command is not None
+            context = click.Context(command, info_name=name, parent=outer)
+            yield from (f"## `{command.get_usage(context).removeprefix('Usage: ')}`", "")
+            yield from (_paragraphs(command.help or ""), "")
+            records = (param.get_help_record(context) for param in command.params)
+            yield from _table(("option", "meaning"), (record for record in records if record and record[1]))
+
+
+def _backends() -> Iterator[str]:
+    for backend in map(listing, installed_backends().values()):
+        if not backend["package"].startswith("spdbench "):
+            continue
+        yield from (f"### {backend['name']}", "", backend["description"], "")
+        rows = [
+            (f"{backend['name']}.{each['key']}={each['type']}", f"{each['help']} [{default_text(each)}]")
+            for each in backend["options"]
+        ]
+        yield from _table(("`-o`", "meaning"), rows)
+
+
+def _paragraphs(text: str) -> str:
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    found = [(left.replace("|", "\\|"), right.replace("|", "\\|").replace("<", "&lt;")) for left, right in rows]
+    if found:
+        yield f"| {head[0]} | {head[1]} |"
+        yield "|---|---|"
+        yield from (f"| `{left}` | {right} |" for left, right in found)
+        yield ""
+
+
+def main() -> int:
+    text = page()
+    if "--check" in sys.argv[1:]:
+        return 0 if PAGE.read_text(encoding="utf-8") == text else 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
