@@ -18,6 +18,17 @@ from spdbench.errors import InputError
 
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """The keys of the tokens that end a text, a turn and a message: each of them ends an answer."""
+END_TOKENS = frozenset(
+    [
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
+        *("<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|return|>", "<|call|>"),
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's bars and spaces are not ASCII's
+    ]
+)
+"""The texts of control tokens that end an answer where no key names them, as in llama.cpp's `llama-vocab.cpp`."""
+HARMONY = frozenset(["<|return|>", "<|call|>"])
+"""Where a vocabulary has both, `<|end|>` only ends a channel, and the answer goes on."""
+CONTROL, USER_DEFINED = 3, 4
 SHAPES = frozenset(
     [
         "vocab_size",
@@ -59,7 +70,8 @@ class GGUFFile:
         """
         extra = {name for name in self.tensors if name not in parameters} - {ROPE_FACTORS}
         blocks = self.values["block_count"] - self.values.get("nextn_predict_layers", 0)
-        drafting = {name for name in extra if (match := BLOCK.match(name)) and int(match[1]) >= blocks}
+        drafting_blocks = range(blocks, self.values["block_count"])
+        drafting = {name for name in extra if (match := BLOCK.match(name)) and int(match[1]) in drafting_blocks}
         extra -= drafting
         stored = sum(size for name, size in self.tensors.items() if name not in drafting and name != ROPE_FACTORS)
         if stored != total:
@@ -134,7 +146,7 @@ def read_gguf(path: Path) -> GGUFFile:
             for key in reader.fields
             if key.startswith(architecture + ".")
         }
-        end_ids = [_content(reader, f"tokenizer.ggml.{key}") for key in END_KEYS]
+        end_ids = [*(_content(reader, f"tokenizer.ggml.{key}") for key in END_KEYS), *_named_end_ids(reader)]
         tensors = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
         factors = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
         number, count = _content(reader, "split.no") or 0, _content(reader, "split.count") or 1
@@ -161,6 +173,19 @@ def _content(reader: Any, key: str) -> Any:
     """A key's value as Python's; None if the file does not have it."""
     field = reader.fields.get(key)
     return None if field is None else field.contents()
+
+
+def _named_end_ids(reader: Any) -> list[int]:
+    """The control tokens of a file that end an answer by their text alone."""
+    tokens, kinds = (_content(reader, f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
+    found = {
+        text: token
+        for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if text in END_TOKENS and kind in (CONTROL, USER_DEFINED)
+    }
+    if found.keys() >= HARMONY:
+        found.pop("<|end|>", None)
+    return list(found.values())
 
 
 def parameter_names(architecture: str, num_layers: int, names: Collection[str]) -> dict[str, str]:

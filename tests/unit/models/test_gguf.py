@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.find_model import ModelFiles, find_model
+from spdbench.models.checkpoints.gguf_file import read_gguf
 from spdbench.models.hf import library
 from spdbench.models.target import Target, load_target
 
@@ -96,6 +97,32 @@ def test_every_token_that_ends_a_turn_ends_answers(tmp_path: Path) -> None:
         writer.add_eom_token_id(2)
 
     assert convert(write_gguf(tmp_path / "turns.gguf", about=about)).config.eos_ids == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "expected"),
+    [
+        (("<|eot_id|>", "b"), 3, {0, 3}),
+        (("<|end|>", "<|eom_id|>"), 4, {0, 3, 4}),
+        (("<|eot_id|>", "b"), 1, {0}),  # plain text that looks like one
+        (("<|end|>", "<|return|>", "<|call|>"), 3, {0, 4, 5}),  # such models end channels with <|end|>
+    ],
+)
+def test_a_control_token_with_a_known_text_ends_answers_though_no_key_names_it(
+    tmp_path: Path, texts: tuple[str, ...], kind: int, expected: set[int]
+) -> None:
+    def about(writer: GGUFWriter) -> None:
+        keys = writer.kv_data[0]
+        keys["tokenizer.ggml.tokens"].value = [*TOKENS[:3], *texts, *TOKENS[3 + len(texts) :]]
+        keys["tokenizer.ggml.token_type"].value = [3] * 3 + [kind] * len(texts) + [1] * (27 - len(texts))
+
+    assert set(read_gguf(write_gguf(tmp_path / "named.gguf", about=about)).end_ids) == expected
+
+
+def test_layers_beyond_the_count_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "more.gguf", extra={"blk.3.attn_norm.weight": [1.0] * WIDTH})
+    with pytest.raises(InputError, match=r"1 tensors have no place .* e\.g\. blk\.3\.attn_norm\.weight"):
+        find_model(str(file))
 
 
 def test_one_part_of_a_split_model_is_refused(tmp_path: Path) -> None:
