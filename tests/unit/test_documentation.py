@@ -29,11 +29,13 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
         file = page.parent / name if name else page
         assert file.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8").lower(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}, target
 
 
 def test_every_page_is_in_the_menu_once() -> None:
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    named = [page for entry in menu for page in (sum(entry.values(), []) if isinstance(entry, dict) else [entry])]
+    named: list[str] = []
+    for entry in menu:
+        named += [page for pages in entry.values() for page in pages] if isinstance(entry, dict) else [entry]
     assert sorted(named) == [page.name for page in PAGES]
