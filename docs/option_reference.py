@@ -20,8 +20,8 @@ from spdbench.cli.main import COMMANDS, spdbench
 PAGE = Path(__file__).resolve().parent / "options.md"
 INTRODUCTION = """# Options
 
-Made from the code by `python -m docs.option_reference`. `spdbench COMMAND --help` and `spdbench backends NAME` print the
-same.
+Made from the code by `python -m docs.option_reference`. `spdbench COMMAND --help` and `spdbench backends NAME` print
+the same.
 """
 
 
