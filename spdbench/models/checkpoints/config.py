@@ -24,9 +24,10 @@ MIXTURES = frozenset({"qwen3_moe", "qwen3_5_moe"})
 WINDOWED = frozenset({"mistral", "qwen2", "qwen3", "qwen3_moe"})
 """Families whose layers may attend to a window."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-WIDENED = ("dynamic", "linear", "yarn")
+WIDENED = ("linear", "yarn")
 """Types of rotary positions whose `factor` makes room for as many times the positions that were trained; configs with
-others (llama3, longrope) state the whole."""
+others (llama3, longrope) state the whole. Beyond the trained length the positions of `dynamic` depend on how long the
+sequence was at each forward, and in earlier requests, so that no two ways of decoding agree: it is not widened."""
 UNLIMITED = 2**31 - 1
 """Positions of a model whose config gives no limit, as for those without learned or rotary positions."""
 

@@ -57,9 +57,11 @@ def load_tokenizer(directory: Path) -> Any:
 
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a broken tokenizer fails in as many ways as it has files
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    tokenizer.model_max_length = 1 << 62  # the model's config is the limit; the tokenizer would only warn
+    return tokenizer
 
 
 def rotary_frequencies(standard: Any, head_dim: int, rotary_dim: int | None = None) -> tuple[Tensor, float]:

@@ -433,7 +433,7 @@ def test_an_unknown_dtype() -> None:
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),  # DeepSeek's
         ({"rope_type": "yarn", "factor": 4.0}, 1024),
         ({"rope_type": "linear", "factor": 2.5}, 640),
-        ({"rope_type": "dynamic", "factor": 2.0}, 512),
+        ({"rope_type": "dynamic", "factor": 2.0}, 256),
         (
             {
                 "rope_type": "llama3",
