@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from time import perf_counter_ns
@@ -118,12 +118,12 @@ class RejectingSPD(SPD):
         return steps
 
     def _rejecting(
-        self, verify: Callable[[Logits, Draft | None], DraftVerdict]
-    ) -> Callable[[Logits, Draft | None], DraftVerdict]:
+        self, verify: Callable[[Logits, Sequence[Draft]], DraftVerdict]
+    ) -> Callable[[Logits, Sequence[Draft]], DraftVerdict]:
         options = cast(RejectingOptions, self._options)
 
-        def reject_some(logits: Logits, draft: Draft | None) -> DraftVerdict:
-            verdict = verify(logits, draft)
+        def reject_some(logits: Logits, drafts: Sequence[Draft]) -> DraftVerdict:
+            verdict = verify(logits, drafts)
             if verdict.accepted:
                 self._accepted += 1
                 late = self._accepted - options.first

@@ -194,10 +194,15 @@ class ForcedDrafter:
         self._index += len(token_ids)
         self._drafter.accept(token_ids, features)
 
-    def draft(self, cycle: Any, sampler: Any) -> Any:
-        """A token of an SPD drafter."""
-        index = cycle.stages[0].position + 1 - self._prompt_length
-        return replace(self._drafter.draft(cycle, sampler), forced_verdict=self._drafts.favourable(index))
+    def successors(self, *given: Any) -> Any:
+        """Drafts of an SPD drafter."""
+        return [
+            found._replace(draft=replace(found.draft, forced_verdict=self._is_right(found.parent)))
+            for found in self._drafter.successors(*given)
+        ]
+
+    def _is_right(self, parent: Any) -> bool:
+        return bool(self._drafts.favourable(parent.position + 1 - self._prompt_length))
 
 
 @dataclass(frozen=True)

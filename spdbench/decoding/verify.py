@@ -57,7 +57,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class DraftVerdict:
-    """On a single draft: `token_id` is the draft where it is accepted, else the target's correction."""
+    """On a single draft or on siblings: `token_id` is the accepted draft, else the target's own token."""
 
     accepted: bool
     token_id: int
@@ -144,6 +144,21 @@ def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> Dra
     if first_accepted([token], [float(target_V[token])], drafted, [sampler.uniform()]) is not None:
         return DraftVerdict(True, token)
     return DraftVerdict(False, sampler.draw(residual(target_V, to_device([token], target_V.device), drafted_V)))
+
+
+def verify_siblings(logits_V: Logits, drafts: Sequence[Draft], sampler: Sampler) -> DraftVerdict:
+    """Verifies different drafts for one position against the target's logits for it, greedy or lossless.
+
+    Several drafts have to be picked ones: then a token chosen from p, accepted if it is among them, has the same
+    distribution as accepting them one after the other, and which drafts there are cannot bias it. A forced verdict is
+    that of the first draft.
+    """
+    if len(drafts) < 2 or drafts[0].forced_verdict is not None:
+        return verify_draft(logits_V, drafts[0] if drafts else None, sampler)
+    if any(draft.probabilities_V is not None for draft in drafts):
+        raise ValueError("of several drafts for one position none may be drawn")
+    token = sampler.choose(logits_V)
+    return DraftVerdict(any(draft.token_id == token for draft in drafts), token)
 
 
 def greedy(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:  # noqa: ARG001 - draws nothing

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
-from spdbench.models.interface import TargetCache, TargetDecoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.interface import Pipeline, States
-from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.schedule import Batch, Change, Cycle
+from spdbench.pipeline.stage_cache import StageCache
 
 
 def snapshots_in_step(stage: int, num_stages: int) -> int:
@@ -30,8 +32,8 @@ class InlinePipeline(Pipeline):
     def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], hidden_indices: Collection[int]) -> None:
         super().__init__(decoder, hidden_indices)
         self._stages = stages
-        self._caches: list[TargetCache] = []
-        self._inputs: dict[int, Tensor] = {}
+        self._caches: list[StageCache] = []
+        self._inputs: dict[int, Tensor] = {}  # by node, `[1, M]`
         self._cycle: Cycle | None = None
 
     def prefill(
@@ -41,47 +43,50 @@ class InlinePipeline(Pipeline):
         *,
         greedy: bool,  # noqa: ARG002 - it only saves a message
     ) -> tuple[Logits, States]:
-        decoder = self._decoder
-        self._caches = [
-            decoder.new_cache(capacity, layers, snapshots_in_step(stage, len(self._stages)))
-            for stage, layers in enumerate(self._stages)
-        ]
+        decoder, count = self._decoder, len(self._stages)
+        self._caches.clear()
         self._inputs.clear()
         self._states.clear()
         hidden_SM = decoder.embed(decoder.ids(prompt_ids))
         states: dict[int, Tensor] = {}
-        for layers, cache in zip(self._stages, self._caches, strict=True):
+        for stage, layers in enumerate(self._stages):
+            cache = decoder.new_cache(capacity, layers, snapshots_in_step(stage, count))
             hidden_SM, found = decoder.forward(hidden_SM, 0, cache, layers, self._hidden_indices)
             states |= found
+            self._caches.append(StageCache(decoder, cache, layers, self._hidden_indices, len(prompt_ids)))
         return decoder.logits(hidden_SM[-1:])[0], states
 
-    def enter(self, node: Node) -> None:
-        self._inputs[node.id] = self._embed(node)
+    def enter(self, batch: Batch) -> None:
+        hidden_SM = self._embed(batch)
+        self._give(batch, hidden_SM)
         if 0 in self._hidden_indices:
-            self._states.append((node.position, {0: self._inputs[node.id]}))
+            self._observe(batch, {0: hidden_SM})
 
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
 
     def finish(self) -> Logits | None:
-        assert self._cycle is not None
+        cycle = self._cycle
+        assert cycle is not None
         logits_V: Tensor | None = None
-        for stage, node in self._cycle.work():
-            hidden_SM, found = self._decoder.forward(
-                self._inputs.pop(node.id), node.position, self._caches[stage], self._stages[stage], self._hidden_indices
-            )
-            self._states.append((node.position, found))
+        for stage, batch in cycle.work():
+            rows_SM = torch.cat([self._inputs.pop(node.id) for node in batch])
+            hidden_SM, found = self._caches[stage].forward(rows_SM, batch, cycle.root.id)
+            self._observe(batch, found)
             if stage == len(self._stages) - 1:
                 logits_V = self._decoder.logits(hidden_SM)[0]
             else:
-                self._inputs[node.id] = hidden_SM
+                self._give(batch, hidden_SM)
         return logits_V
 
-    def rollback(self, length: int) -> None:
-        super().rollback(length)
-        for cache in self._caches:
-            cache.rollback(length)
-        self._inputs.clear()
+    def drop(self, change: Change) -> None:
+        super().drop(change)
+        for node in change.dropped:
+            self._inputs.pop(node.id, None)
+
+    def _give(self, batch: Batch, hidden_SM: Tensor) -> None:
+        """A stage's inputs for the next cycle."""
+        self._inputs |= {node.id: hidden_SM[row : row + 1] for row, node in enumerate(batch)}
 
     def close(self) -> None:
         self._caches.clear()

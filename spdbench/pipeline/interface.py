@@ -16,11 +16,11 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
-from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.schedule import Batch, Change, Cycle, Node
 from spdbench.types import Span
 
 States = Mapping[int, Tensor]
-"""Hidden states by index k, each `[S, M]`."""
+"""Hidden states by index k, each `[S, M]`: a row for each token or node."""
 
 
 class Pipeline(ABC):
@@ -31,7 +31,7 @@ class Pipeline(ABC):
     def __init__(self, decoder: TargetDecoder, hidden_indices: Collection[int]) -> None:
         self._decoder = decoder
         self._hidden_indices = frozenset(hidden_indices)
-        self._states: list[tuple[int, States]] = []
+        self._states: list[tuple[Node, States]] = []
 
     @abstractmethod
     def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
@@ -39,39 +39,48 @@ class Pipeline(ABC):
         logits of its last row and the hidden states that the pipeline reports."""
 
     @abstractmethod
-    def enter(self, node: Node) -> None:
-        """Gives stage 0 its node for the next cycle."""
+    def enter(self, batch: Batch) -> None:
+        """Gives stage 0 its nodes for the next cycle."""
 
-    def offer(self, token_id: int, position: int) -> None:  # noqa: B027 - it helps only where stage 0 can be free
-        """Announces a draft that enters after this cycle unless a verdict drops it: a stage 0 that is free may begin
-        with it, and has to stop when it is dropped."""
+    def offer(self, batch: Batch) -> None:  # noqa: B027 - it helps only where stage 0 can be free
+        """Announces drafts that enter after this cycle unless a verdict drops them: a stage 0 that is free may begin
+        with them, and has to stop with those that are dropped."""
 
     @abstractmethod
     def begin(self, cycle: Cycle) -> None:
-        """Every busy stage may run once on its own node."""
+        """Every busy stage may run once on its own batch."""
 
     @abstractmethod
     def finish(self) -> Logits | None:
-        """Waits for the cycle's oldest node; returns its logits if it completed."""
+        """Waits for the cycle's oldest batch; returns the logits of the node that completes."""
 
-    def states(self) -> Sequence[tuple[int, States]]:
-        """New hidden states by position, each `[1, M]`, from the cycle that finished last; each is given once."""
+    def states(self) -> Sequence[tuple[Node, States]]:
+        """New hidden states by node, each `[1, M]`, from the cycle that finished last; each is given once."""
         found, self._states = self._states, []
         return found
 
-    def rollback(self, length: int) -> None:
-        """Drops everything in flight, and every token from position `length` on."""
-        self._states = [(position, states) for position, states in self._states if position < length]
+    def drop(self, change: Change) -> None:
+        """Drops the nodes that a verdict drops. After a restart nothing else is in flight."""
+        dropped = {node.id for node in change.dropped}
+        self._states = [(node, states) for node, states in self._states if node.id not in dropped]
+
+    def stop(self) -> None:  # noqa: B027 - it matters only where stages work by themselves
+        """Drops everything in flight: the request has ended."""
 
     def spans(self, final_length: int) -> Sequence[Span]:  # noqa: ARG002 - by default lanes share a thread or a device
-        """What each lane did during the last request; kept is what lies before position `final_length` and was never
-        rolled back. Empty where lanes have no times of their own."""
+        """What each lane did during the last request; kept is what lies before position `final_length` and was not
+        dropped. Empty where lanes have no times of their own."""
         return ()
 
     @abstractmethod
     def close(self) -> None:
         """Frees everything. May be called twice."""
 
-    def _embed(self, node: Node) -> Tensor:
-        """The node's hidden state 0, `[1, M]`."""
-        return self._decoder.embed(self._decoder.ids((node.token_id,)))
+    def _embed(self, batch: Batch) -> Tensor:
+        """The nodes' hidden states 0, `[S, M]`."""
+        return self._decoder.embed(self._decoder.ids([node.token_id for node in batch]))
+
+    def _observe(self, batch: Sequence[Node], states: States) -> None:
+        """Keeps hidden states `[S, M]` of a batch until they are asked for."""
+        for row, node in enumerate(batch):
+            self._states.append((node, {index: state_SM[row : row + 1] for index, state_SM in states.items()}))

@@ -3,8 +3,8 @@
 A cycle has no barrier: a stage runs as soon as its own input is there, and the controller waits for the oldest node
 alone, whose verdict decides what comes next. Other stages' hidden states are read when a drafter asks for them.
 
-Results are matched by epoch and cycle: each stage reports in the order of its work, so whatever comes before the result
-that is waited for belongs to a node that was dropped meanwhile, and is skipped.
+Results are matched by batch: each stage reports in the order of its work, so whatever comes before the result that is
+waited for belongs to nodes that were dropped meanwhile, and is skipped.
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -12,8 +12,8 @@ Shapes: S rows, M model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +22,19 @@ from torch import Tensor
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.interface import Pipeline, States
-from spdbench.pipeline.messages import Header, Kind, from_bytes
-from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, unpack_nodes
+from spdbench.pipeline.schedule import Batch, Change, Cycle, Node
 from spdbench.pipeline.stages import StageWorkers
 from spdbench.pipeline.worker import SPAN_COLUMNS, SPAN_KINDS, StageSpec
 from spdbench.types import Span
 
 
-@dataclass(frozen=True)
-class _StageRun:
-    """A stage's run on its node in one cycle."""
+class _StageRun(NamedTuple):
+    """A stage's run in one cycle, on the batch that was sent under this number."""
 
     stage: int
-    node: Node
-    cycle: int
-    epoch: int
+    batch: int
+    nodes: Batch
 
 
 class ProcessPipeline(Pipeline):
@@ -50,95 +48,132 @@ class ProcessPipeline(Pipeline):
         self._workers = workers
         self._specs = tuple(specs)
         self._reads_embedding = 0 in hidden_indices
-        self._epoch = 0
+        self._greedy = True
+        self._prompt = 0  # its number: node i of the request is sent as number i + 1 behind it
+        self._num_sent = 0
+        self._root = 0
         self._cycle_number = 0
-        self._dropped_from: dict[int, int] = {}  # by epoch: the first position that its end dropped
+        self._batch_of: dict[int, int] = {}  # by node, for those sent
+        self._sent: dict[int, Batch] = {}  # by number of the batch
+        self._latest: tuple[int, frozenset[int]] = (-1, frozenset())  # the batch sent last: its cycle and its nodes
+        self._dropped: set[int] = set()
         self._runs: list[_StageRun] = []
         self._unread: list[_StageRun] = []
-        self._offered: tuple[int, int] | None = None  # epoch and position of the draft that stage 0 has already
         self._verdict_ns = 0
         self._host_spans: list[Span] = []
 
     def prefill(self, prompt_ids: Collection[int], capacity: int, *, greedy: bool) -> tuple[Logits, States]:
         ids = list(prompt_ids)
-        self._epoch += 1
+        self._prompt = self._root = self._num_sent = self._num_sent + 1
         self._cycle_number = 0
-        self._dropped_from.clear()
-        self._runs.clear()
-        self._unread.clear()
-        self._states.clear()
+        for kept in (self._batch_of, self._sent, self._dropped, self._runs, self._unread, self._states):
+            kept.clear()
+        self._latest = (-1, frozenset())
         self._host_spans.clear()
         self._verdict_ns = 0
-        header = Header(Kind.PROMPT, self._epoch, num_rows=len(ids), value=capacity, flag=int(greedy))
+        header = Header(Kind.PROMPT, self._prompt, self._root, num_rows=len(ids), value=capacity, flag=int(greedy))
+        self._greedy = greedy
         self._workers.send(header, np.array(ids, np.int64).tobytes())
         states: dict[int, Tensor] = {}
         if self._reads_embedding:
             states[0] = self._decoder.embed(self._decoder.ids(ids))
         logits: Logits | None = None
         for stage in range(len(self._specs)):
-            found, logits, _ = self._receive_result(stage, self._epoch, 0, len(ids))
+            header, payload = self._receive_result(stage, self._prompt)
+            found, logits = self._read_result(stage, payload, len(ids), 1)
             states |= found
         assert logits is not None
         return logits, states
 
-    def enter(self, node: Node) -> None:
-        """Sends the node at once, unless it was offered before: stage 0 waits for nothing else."""
+    def enter(self, batch: Batch) -> None:
+        """Sends the nodes at once, unless they were offered before: stage 0 waits for nothing else."""
         if self._reads_embedding:
-            self._states.append((node.position, {0: self._embed(node)}))
-        if self._offered == (self._epoch, node.position):
-            return
-        self._send_node(node.token_id, node.position, oldest=node.parent is None)
+            self._observe(batch, {0: self._embed(batch)})
+        if batch[0].id not in self._batch_of:
+            self._send_batch(batch)
 
-    def offer(self, token_id: int, position: int) -> None:
-        self._offered = (self._epoch, position)
-        self._send_node(token_id, position, oldest=False)
+    def offer(self, batch: Batch) -> None:
+        self._send_batch(batch)
 
     def begin(self, cycle: Cycle) -> None:
-        self._runs = [_StageRun(stage, node, self._cycle_number, self._epoch) for stage, node in cycle.work()]
+        self._root = self._number(cycle.root)
+        self._runs = [_StageRun(stage, self._batch_of[batch[0].id], batch) for stage, batch in cycle.work()]
         self._cycle_number += 1
 
     def finish(self) -> Logits | None:
-        oldest = self._runs[0]
-        found, logits, self._verdict_ns = self._receive_result(oldest.stage, oldest.epoch, oldest.cycle)
-        if found:
-            self._states.append((oldest.node.position, found))
-        self._unread += [run for run in self._runs[1:] if self._specs[run.stage].hidden_indices]
+        oldest, *others = self._runs
+        logits, self._verdict_ns = self._read_run(oldest)
+        self._unread += [run for run in others if self._specs[run.stage].hidden_indices]
         return logits
 
-    def states(self) -> Sequence[tuple[int, States]]:
+    def states(self) -> Sequence[tuple[Node, States]]:
         for run in self._unread:
-            self._states.append((run.node.position, self._receive_result(run.stage, run.epoch, run.cycle)[0]))
+            self._read_run(run)
         self._unread.clear()
         return super().states()
 
-    def rollback(self, length: int) -> None:
-        super().rollback(length)
-        self._dropped_from[self._epoch] = length
-        self._epoch += 1
-        self._workers.announce_epoch(self._epoch)
-        self._unread = [run for run in self._unread if run.node.position < length]
+    def drop(self, change: Change) -> None:
+        super().drop(change)
+        self._dropped |= {node.id for node in change.dropped}
+        self._root = self._number(change.root)
+        self._num_sent = max(self._num_sent, self._root)
+        self._workers.announce_root(self._root)
+        living = [
+            run._replace(nodes=tuple(node for node in run.nodes if node.id not in self._dropped))
+            for run in self._unread
+        ]
+        self._unread = [run for run in living if run.nodes]
+
+    def stop(self) -> None:
+        self._unread.clear()
+        self._states.clear()
+        self._num_sent += 1  # a root that no node descends from
+        self._workers.announce_root(self._num_sent)
 
     def spans(self, final_length: int) -> Sequence[Span]:
         self._workers.send(Header(Kind.SPANS))
         found = list(self._host_spans)
         for spec in self._specs:
             table = np.frombuffer(self._receive_kind(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
-            for kind, start, end, position, epoch, cycle in table.tolist():
-                kept = position < min(self._dropped_from.get(epoch, final_length), final_length)
-                found.append(Span(spec.index, SPAN_KINDS[kind], start, end, position, kept, cycle))  # type: ignore[arg-type]
+            for kind, start, end, batch, cycle in table.tolist():
+                kept = [node for node in self._sent[batch] if self._is_final(node, final_length)]
+                position = (kept or self._sent[batch])[0].position
+                found.append(Span(spec.index, SPAN_KINDS[kind], start, end, position, bool(kept), cycle))  # type: ignore[arg-type]
         return found
 
     def close(self) -> None:
         self._workers.close()
 
-    def _send_node(self, token_id: int, position: int, *, oldest: bool) -> None:
-        """A node to stage 0, for the next cycle. The time from the newest verdict until stage 0 had work again is the
-        controller's."""
-        now = perf_counter_ns()
-        self._workers.send(Header(Kind.NODE, self._epoch, self._cycle_number, position, 0, token_id, int(oldest), now))
+    def _is_final(self, node: Node, final_length: int) -> bool:
+        return node.position < final_length and node.id not in self._dropped
+
+    def _number(self, node: Node) -> int:
+        return self._prompt + 1 + node.id
+
+    def _parent_number(self, node: Node) -> int:
+        return self._prompt if node.parent is None else self._prompt + 1 + node.parent
+
+    def _send_batch(self, batch: Batch) -> None:
+        """Nodes to stage 0, for the next cycle. The time from the newest verdict until stage 0 had work again is the
+        controller's.
+
+        Every stage reports the oldest batch to the controller, or nothing would keep that from running ahead. The
+        oldest one in a cycle is the root's, and nodes that do not follow those before them can become it on the way.
+        """
+        number, now = self._number(batch[0]), perf_counter_ns()
+        cycle, before = self._latest
+        follows = cycle == self._cycle_number - 1 and all(node.parent in before for node in batch)
+        table = [Node(self._number(node), self._parent_number(node), node.token_id, node.position) for node in batch]
+        header = Header(Kind.BATCH, number, self._root, self._cycle_number, len(batch), -1, int(not follows), now)
+        self._workers.send(header, pack_nodes(table))
+        self._latest = self._cycle_number, frozenset(node.id for node in batch)
+        self._sent[number] = batch
+        self._batch_of |= {node.id: number for node in batch}
+        self._num_sent = max(self._num_sent, self._number(batch[-1]))
         if self._verdict_ns:
             lane = len(self._specs) + 1
-            self._host_spans.append(Span(lane, "host", self._verdict_ns, perf_counter_ns(), position, True))
+            span = Span(lane, "host", self._verdict_ns, perf_counter_ns(), batch[0].position, True)
+            self._host_spans.append(span)
 
     def _receive_kind(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
         while True:
@@ -146,24 +181,41 @@ class ProcessPipeline(Pipeline):
             if header.kind == kind:
                 return header, payload
 
-    def _receive_result(
-        self, stage: int, epoch: int, cycle: int, num_rows: int = 1
-    ) -> tuple[States, Logits | None, int]:
-        """A stage's result of one cycle: hidden states, from the last stage logits, and when it was sent. Results of
-        stale nodes that come before it are skipped."""
-        header = Header(Kind.RESULT, epoch=-1)
-        while (header.epoch, header.cycle) != (epoch, cycle):
+    def _receive_result(self, stage: int, batch: int) -> tuple[Header, bytes]:
+        """A stage's result of one batch. Results of batches that were dropped, which come before it, are skipped."""
+        header = Header(Kind.RESULT, batch=-1)
+        while header.batch != batch:
             header, payload = self._receive_kind(stage, Kind.RESULT)
+        return header, payload
+
+    def _read_run(self, run: _StageRun) -> tuple[Logits | None, int]:
+        """Keeps the hidden states of a run's nodes; returns the logits of the first one, from the last stage, and when
+        they were sent. The stage may have computed nodes that were dropped meanwhile."""
+        header, payload = self._receive_result(run.stage, run.batch)
+        size = header.num_rows * NODE_BYTES
+        numbers = [node.id for node in unpack_nodes(payload[:size])]
+        rows = [numbers.index(self._number(node)) for node in run.nodes]
+        states, logits = self._read_result(run.stage, payload[size:], len(numbers), len(numbers), rows[0])
+        if states:
+            if len(rows) < len(numbers):
+                states = {index: state_SM[rows] for index, state_SM in states.items()}
+            self._observe(run.nodes, states)
+        return logits, header.at_ns
+
+    def _read_result(
+        self, stage: int, payload: bytes, num_rows: int, num_logits: int, row: int = 0
+    ) -> tuple[dict[int, Tensor], Logits | None]:
+        """Hidden states by index, and from the last stage the logits of `row`."""
         decoder, spec = self._decoder, self._specs[stage]
         width, size = decoder.config.hidden_size, num_rows * decoder.config.hidden_size * decoder.dtype.itemsize
         states = {
             index: from_bytes(payload[at * size : (at + 1) * size], decoder.dtype, num_rows, width).to(decoder.device)
             for at, index in enumerate(spec.hidden_indices)
         }
-        logits: Logits | None = None
-        if spec.is_last and header.value >= 0:
-            logits = header.value
-        elif spec.is_last:
-            numbers = payload[len(spec.hidden_indices) * size :]
-            logits = from_bytes(numbers, torch.float32, decoder.config.vocab_size).to(decoder.device)
-        return states, logits, header.at_ns
+        if not spec.is_last:
+            return states, None
+        numbers = payload[len(spec.hidden_indices) * size :]
+        if self._greedy:
+            return states, int(from_bytes(numbers, torch.int64, num_logits)[row])
+        logits_SV = from_bytes(numbers, torch.float32, num_logits, decoder.config.vocab_size)
+        return states, logits_SV[row].to(decoder.device)

@@ -96,10 +96,10 @@ class StageWorkers:
         if writer.is_alive():
             self._fail_hanging()
 
-    def announce_epoch(self, epoch: int) -> None:
-        """Tells every stage that nodes of older epochs are stale."""
+    def announce_root(self, root: int) -> None:
+        """Tells every stage that nodes that do not descend from this one are stale."""
         self._require_alive()
-        self._send_number(self._stages, epoch)
+        self._send_number(self._stages, root)
 
     def receive(self, stage: int) -> tuple[Header, bytes]:
         """The next report of a stage.

@@ -36,7 +36,7 @@ from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import next_tokens
 from spdbench.pipeline.interface import Pipeline, States
-from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.schedule import Batch, Cycle
 
 
 class CoDrafter(Protocol):
@@ -57,8 +57,8 @@ class CoDrafter(Protocol):
 
 class StreamsPipeline(Pipeline):
     """Stages `stages` of `decoder` for sequences of up to `capacity` tokens. The hidden states `hidden_indices` go to
-    `co_drafter`; without one they are reported cycle by cycle. After a rollback, slots from its length on are
-    overwritten before they are seen again."""
+    `co_drafter`; without one they are reported cycle by cycle. Takes chains only: a row a stage. After a restart, slots
+    from its token on are overwritten before they are seen again."""
 
     def __init__(
         self,
@@ -102,17 +102,17 @@ class StreamsPipeline(Pipeline):
         )
         return decoder.logits(hidden_SM[-1:])[0], states
 
-    def enter(self, node: Node) -> None:
+    def enter(self, batch: Batch) -> None:
         if 0 in self._state_tensors:
-            self._states.append((node.position, {0: self._embed(node)}))
+            self._observe(batch, {0: self._embed(batch)})
 
     def begin(self, cycle: Cycle) -> None:
         self._cycle = cycle
-        busy = [stage for stage, node in enumerate(cycle.stages) if node is not None]
-        positions = [self.capacity if node is None else node.position for node in cycle.stages]
-        length = 1 + max(node.position for node in cycle.stages if node is not None)
-        self._sent.send([cycle.stages[0].token_id if cycle.stages[0] else 0, *positions])
-        self._cycles[busy[-1] + 1](length=length)
+        busy = [stage for stage, _ in cycle.work()]
+        positions = [batch[0].position if batch else self.capacity for batch in cycle.stages]
+        length = 1 + max(batch[0].position for _, batch in cycle.work())
+        self._sent.send([cycle.newest.token_id if cycle.newest else 0, *positions])
+        self._cycles[busy[0] + 1](length=length)
         asked = cycle.completing is not None or self._co_drafter is not None
         self._copy_index = self._readback.start(self._ids_2) if asked else None
         self._ids = None
@@ -123,10 +123,10 @@ class StreamsPipeline(Pipeline):
 
     def finish(self) -> Logits | None:
         assert self._cycle is not None
-        for stage, node in self._cycle.work():
+        for stage, batch in self._cycle.work():
             layers = self._stages[stage]
             states = {index: state.clone() for index, state in self._state_tensors.items() if index - 1 in layers}
-            self._states.append((node.position, states))
+            self._observe(batch, states)
         if self._cycle.completing is None:
             return None
         return self._read()[0] if self._greedy else self._logits_1V[0]

@@ -33,8 +33,9 @@ class Link:
         self._dtype = dtype
         self._device = device
 
-    def send(self, header: Header, rows_SM: Tensor | None = None) -> None:
-        self._write(header, b"" if rows_SM is None else to_bytes(rows_SM))
+    def send(self, header: Header, rows_SM: Tensor | None = None, table: bytes = b"") -> None:
+        """A message: its header, a `table` that belongs to it, and its rows."""
+        self._write(header, table if rows_SM is None else table + to_bytes(rows_SM))
 
     def receive(self) -> tuple[Header, bytes]:
         """Waits for a message."""
@@ -44,7 +45,7 @@ class Link:
             raise LinkClosedError from None
 
     def rows(self, header: Header, payload: bytes) -> Tensor:
-        """The rows that belong to a message just received: `[S, M]`."""
+        """The rows that belong to a message just received, of whose `payload` the table is taken off: `[S, M]`."""
         return from_bytes(payload, self._dtype, header.num_rows, self._width).to(self._device)
 
     def _write(self, header: Header, payload: bytes) -> None:
@@ -66,8 +67,8 @@ class DistributedLink(Link):
         place = torch.device("cpu") if host else device
         self._row = torch.empty(1, width, dtype=dtype, device=place)
 
-    def send(self, header: Header, rows_SM: Tensor | None = None) -> None:
-        self._write(header, b"")
+    def send(self, header: Header, rows_SM: Tensor | None = None, table: bytes = b"") -> None:
+        self._write(header, table)
         if rows_SM is not None:
             try:
                 dist.send(rows_SM.cpu() if self._host else rows_SM.contiguous(), self._peer)

@@ -3,10 +3,10 @@
 A stage loads its own layers and nothing else of the model. Its inbox delivers messages in order, and it computes each
 before it takes the next; there is no barrier between stages.
 
-A node can become stale on its way: when a verdict drops its token, the controller sends the number of the new epoch
-straight to every stage, past the inboxes. A stage compares it with a node's before it begins, and again before every
-layer, and drops the node in either case. A dropped node's rows may already be in the cache. No message says so: the
-next node's position says where the valid rows end, and the cache is rolled back to it before that node is computed.
+A node can become stale on its way: when a verdict drops it, the controller sends the id of the new root straight to
+every stage, past the inboxes. A stage drops nodes that do not descend from it before it begins with a batch, and the
+whole batch before any of its layers if no node is left. A dropped node's rows may already be in the cache, which gives
+them up before the next batch (`stage_cache`).
 
 Shapes: S rows, M model width, V vocabulary.
 """
@@ -22,9 +22,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -34,11 +34,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
-from spdbench.models.interface import CancelledForwardError, TargetCache, TargetDecoder
+from spdbench.models.interface import CancelledForwardError, TargetDecoder
 from spdbench.models.layer_ops import next_tokens
 from spdbench.models.target import LayerSource
 from spdbench.models.torch_utils import return_freed_memory
-from spdbench.pipeline.messages import Header, Kind, pack, to_bytes
+from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, pack, pack_nodes, to_bytes, unpack_nodes
+from spdbench.pipeline.schedule import Node
+from spdbench.pipeline.stage_cache import StageCache
 from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport
 
 LOAD_TIMEOUT_S = 600.0
@@ -47,8 +49,8 @@ WARM_UP_ROWS = 72
 
 TARGET, HEAD, HOST = range(3)
 SPAN_KINDS = ("target", "head", "host")
-SPAN_COLUMNS = 6
-"""Kind, start, end, position, epoch, cycle: one row of int64 a span."""
+SPAN_COLUMNS = 5
+"""Kind, start, end, batch, cycle: one row of int64 a span."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class StagePipes:
-    """A stage's ends of its pipes: messages in and out, reports to the controller, `control` numbers from it (epochs,
+    """A stage's ends of its pipes: messages in and out, reports to the controller, `control` numbers from it (roots,
     and first the port of the process group's store), and where stacks are printed. The last stage has no `outbox`."""
 
     inbox: Connection
@@ -128,11 +130,11 @@ class _Stage:
         self._pipes = pipes
         self._control = select.poll()
         self._control.register(pipes.control, select.POLLIN)
-        self._epoch = 0
+        self._root = 0  # the newest one known here
         self._greedy = False
         self._spans: list[tuple[int, ...]] = []
         self._free_since_ns = 0
-        self._cache: TargetCache | None = None
+        self._cache: StageCache | None = None
         self._decoder: TargetDecoder = captured_on_gpu(
             spec.source.load(spec.layers, spec.device), (1,), spec.hidden_indices
         )
@@ -147,8 +149,8 @@ class _Stage:
         while True:
             header, payload = self._inbox.receive()
             kind = header.kind
-            if kind == Kind.NODE:
-                self._run_node(header, payload)
+            if kind == Kind.BATCH:
+                self._run_batch(header, payload)
             elif kind == Kind.PROMPT:
                 self._run_prompt(header, payload)
             else:
@@ -210,34 +212,33 @@ class _Stage:
 
     def _run_prompt(self, header: Header, payload: bytes) -> None:
         spec, decoder = self._spec, self._decoder
-        self._read_epochs()  # answers of one token bring epochs and no nodes, and would fill the pipe up
+        self._read_roots()  # answers of one token bring roots and no batches, and would fill the pipe up
         self._spans.clear()
-        self._epoch, self._greedy = header.epoch, bool(header.flag)
-        self._cache = decoder.new_cache(header.value, spec.layers, snapshots_ahead(spec.num_stages))
-        rows_SM = self._rows(header, payload)
-        rows_SM, states = decoder.forward(rows_SM, 0, self._cache, spec.layers, spec.hidden_indices)
+        self._root, self._greedy = header.root, bool(header.flag)
+        cache = decoder.new_cache(header.value, spec.layers, snapshots_ahead(spec.num_stages))
+        if spec.is_first:
+            rows_SM = decoder.embed(decoder.ids(np.frombuffer(payload, np.int64).tolist()))
+        else:
+            rows_SM = self._inbox.rows(header, payload)
+        rows_SM, states = decoder.forward(rows_SM, 0, cache, spec.layers, spec.hidden_indices)
+        self._cache = StageCache(decoder, cache, spec.layers, spec.hidden_indices, len(rows_SM))
         if self._outbox is not None:
             self._outbox.send(header._replace(num_rows=len(rows_SM)), rows_SM)
         self._report_result(header, states, self._logits(rows_SM[-1:]) if spec.is_last else None)
 
-    def _run_node(self, header: Header, payload: bytes) -> None:
-        spec, decoder, cache = self._spec, self._decoder, self._cache
+    def _run_batch(self, header: Header, payload: bytes) -> None:
+        spec, cache = self._spec, self._cache
         assert cache is not None
-        rows_SM = self._rows(header, payload)
-        if self._is_stale(header):
+        nodes, rows_SM = self._nodes_and_rows(header, payload)
+        self._root = max(self._root, header.root)
+        if len(rows := self._living(nodes)) < len(nodes):
+            nodes, rows_SM = [nodes[row] for row in rows], rows_SM[rows]
+        if not nodes:
             return
-        cache.rollback(header.position)
         began = time.perf_counter_ns()
         self._record_span(HOST, max(header.at_ns, self._free_since_ns), began, header)
         try:
-            rows_SM, states = decoder.forward(
-                rows_SM,
-                header.position,
-                cache,
-                spec.layers,
-                spec.hidden_indices,
-                cancelled=partial(self._is_stale, header),
-            )
+            rows_SM, states = cache.forward(rows_SM, nodes, self._root, lambda: not self._living(nodes))
         except CancelledForwardError:
             self._record_span(TARGET, began, time.perf_counter_ns(), header)
             return
@@ -245,8 +246,8 @@ class _Stage:
         computed = time.perf_counter_ns()
         self._record_span(TARGET, began, computed, header)
         if self._outbox is not None:
-            passed_on = header._replace(cycle=header.cycle + 1, num_rows=1, value=-1, at_ns=computed)
-            self._outbox.send(passed_on, rows_SM)
+            passed_on = header._replace(cycle=header.cycle + 1, num_rows=len(nodes), at_ns=computed)
+            self._outbox.send(passed_on, rows_SM, pack_nodes(nodes))
         logits = None
         if spec.is_last:
             logits = self._logits(rows_SM)
@@ -254,43 +255,45 @@ class _Stage:
             self._record_span(HEAD, computed, ended, header)
             computed = ended
         if spec.is_last or header.flag or spec.hidden_indices:
-            self._report_result(header, states, logits)
+            self._report_result(header, states, logits, nodes)
         self._record_span(HOST, computed, time.perf_counter_ns(), header)
 
-    def _rows(self, header: Header, payload: bytes) -> Tensor:
-        """The rows that a message brings, `[S, M]`; stage 0 embeds the token ids that it is sent."""
-        if not self._spec.is_first:
-            return self._inbox.rows(header, payload)
-        ids = np.frombuffer(payload, np.int64).tolist() if header.kind == Kind.PROMPT else (header.value,)
-        return self._decoder.embed(self._decoder.ids(ids))
+    def _nodes_and_rows(self, header: Header, payload: bytes) -> tuple[list[Node], Tensor]:
+        """The nodes of a batch and their rows `[S, M]`; stage 0 embeds the token ids that it is sent."""
+        size = header.num_rows * NODE_BYTES
+        nodes = unpack_nodes(payload[:size])
+        if self._spec.is_first:
+            return nodes, self._decoder.embed(self._decoder.ids([node.token_id for node in nodes]))
+        return nodes, self._inbox.rows(header, payload[size:])
 
-    def _logits(self, rows_1M: Tensor) -> Tensor:
-        """Logits `[V]`, or the next token `[]` where that is enough, after the device has computed them."""
-        logits_V = self._decoder.logits(rows_1M)[0]
+    def _living(self, nodes: Sequence[Node]) -> list[int]:
+        """The rows of those nodes that no verdict has dropped since they were sent."""
+        assert self._cache is not None
+        self._read_roots()
+        return [row for row, node in enumerate(nodes) if self._cache.is_living(node, self._root)]
+
+    def _logits(self, rows_SM: Tensor) -> Tensor:
+        """Logits `[S, V]`, or the next tokens `[S]` where these are enough, after the device has computed them."""
+        logits_SV = self._decoder.logits(rows_SM)
         if self._greedy:
-            return next_tokens(logits_V).cpu()
+            return next_tokens(logits_SV).cpu()
         self._wait_for_device()
-        return logits_V
+        return logits_SV.float()
 
-    def _report_result(self, header: Header, states: dict[int, Tensor], logits: Tensor | None) -> None:
-        """RESULT: the hidden states to report, one behind the other, and the logits in float32."""
-        now, value = time.perf_counter_ns(), -1
-        payload = b"".join(to_bytes(states[index]) for index in self._spec.hidden_indices)
-        if logits is not None and self._greedy:
-            value = int(logits)
-        elif logits is not None:
-            payload += to_bytes(logits.float())
-        self._report(header._replace(kind=Kind.RESULT, value=value, at_ns=now), payload)
+    def _report_result(
+        self, header: Header, states: dict[int, Tensor], logits: Tensor | None, nodes: Sequence[Node] = ()
+    ) -> None:
+        """RESULT: the nodes, the hidden states to report, one behind the other, and the logits or next tokens."""
+        now, parts = time.perf_counter_ns(), [pack_nodes(nodes)]
+        parts += [to_bytes(states[index]) for index in self._spec.hidden_indices]
+        if logits is not None:
+            parts.append(to_bytes(logits))
+        self._report(header._replace(kind=Kind.RESULT, num_rows=len(nodes), at_ns=now), b"".join(parts))
 
-    def _is_stale(self, header: Header) -> bool:
-        """True if a verdict has dropped the node since it was sent."""
-        self._read_epochs()
-        return header.epoch < self._epoch
-
-    def _read_epochs(self) -> None:
+    def _read_roots(self) -> None:
         while self._control.poll(0):
             try:
-                self._epoch = max(self._epoch, int.from_bytes(self._pipes.control.recv_bytes(), "little"))
+                self._root = max(self._root, int.from_bytes(self._pipes.control.recv_bytes(), "little"))
             except (EOFError, OSError):
                 raise LinkClosedError from None
 
@@ -306,7 +309,7 @@ class _Stage:
             raise LinkClosedError from None
 
     def _record_span(self, kind: int, start_ns: int, end_ns: int, header: Header) -> None:
-        self._spans.append((kind, start_ns, end_ns, header.position, header.epoch, header.cycle))
+        self._spans.append((kind, start_ns, end_ns, header.batch, header.cycle))
 
     def _wait_for_device(self) -> None:
         if self._on_gpu:

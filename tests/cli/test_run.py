@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -535,13 +536,13 @@ def test_a_failed_prompt_is_exit_code_1_and_no_number(run: Runs, monkeypatch: py
 
 
 def test_a_real_divergence_is_exit_code_1(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spdbench.decoding.verify import DraftVerdict, verify_draft
+    from spdbench.decoding.verify import DraftVerdict, verify_siblings
 
-    def accepts_everything(logits: Tensor, draft: Draft | None, sampler: Sampler) -> DraftVerdict:
-        verdict = verify_draft(logits, draft, sampler)
-        return verdict if draft is None else DraftVerdict(True, draft.token_id)
+    def accepts_everything(logits: Tensor, drafts: Sequence[Draft], sampler: Sampler) -> DraftVerdict:
+        verdict = verify_siblings(logits, drafts, sampler)
+        return DraftVerdict(True, drafts[0].token_id) if drafts else verdict
 
-    monkeypatch.setattr("spdbench_backends.spd.engine.verify_draft", accepts_everything)
+    monkeypatch.setattr("spdbench_backends.spd.engine.verify_siblings", accepts_everything)
     said = run("--drafter", "oracle:0.5", *INLINE)
     assert said.code == 1
     divergence = run.result("spd").divergence

@@ -55,7 +55,7 @@ def test_one_accepted_draft_in_so_many_is_rejected_and_the_token_stays() -> None
     backend._options = RejectingOptions(every=4, first=2)
     answers = iter([True, False] * 12)
     verify = backend._rejecting(lambda logits, _: DraftVerdict(next(answers), int(logits)))
-    found = [verify(position, None) for position in range(24)]
+    found = [verify(position, ()) for position in range(24)]
     accepted = [verdict.accepted for verdict in found[::2]]
     assert [at + 1 for at, kept in enumerate(accepted) if not kept] == [2, 6, 10]
     assert [verdict.token_id for verdict in found] == list(range(24))

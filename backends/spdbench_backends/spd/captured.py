@@ -18,7 +18,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.layer_ops import argmax
-from spdbench.pipeline.schedule import Cycle
+from spdbench.pipeline.schedule import Cycle, Node
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.head import AnchoredModule, HeadWeights
 
@@ -66,7 +66,7 @@ class CapturedHeadDrafter(HeadDrafter):
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:  # noqa: ARG002
         self._captured.start(prompt_length, states, prompt_length)
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
         """The stages have put them into the module's ring."""
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002 - the cycle has drafted

@@ -1,8 +1,8 @@
 """The drafters of pipelined backends: a head over the features of tokens in flight (SPD), an early exit (PPSD), and the
 synthetic one.
 
-They differ from `decoding.speculate.Drafter` in that they draft one token at a time, after tokens that are not verified
-yet. Index t counts new tokens from 0 (prefill's), a position counts from the prompt's start.
+They differ from `decoding.speculate.Drafter` in that they draft next tokens only, after tokens that are not verified.
+Index t counts new tokens from 0 (prefill's), a position counts from the prompt's start.
 
 Shapes: S rows, M model width, U draft vocabulary, V vocabulary.
 """
@@ -10,7 +10,8 @@ Shapes: S rows, M model width, U draft vocabulary, V vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,28 +21,48 @@ from spdbench.decoding.synthetic import SyntheticDrafts
 from spdbench.decoding.verify import Draft
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
-from spdbench.pipeline.schedule import Cycle, Node
+from spdbench.pipeline.schedule import Change, Cycle, Node
 from spdbench_backends.spd.head import DraftModule, ModuleWeights
+
+
+class Proposal(NamedTuple):
+    """A draft and the node in flight that it follows."""
+
+    parent: Node
+    draft: Draft
 
 
 class PipelineDrafter(ABC):
     """One request's drafter. `hidden_indices` are the hidden states that it reads. With `reads_this_cycle` it drafts
     after the stages have moved, from what they have just computed; otherwise in parallel with them, from earlier
-    states."""
+    states. It proposes at most `max_rows` drafts a cycle."""
 
     hidden_indices: tuple[int, ...] = ()
     reads_this_cycle: bool = False
+    max_rows: int = 1
 
     @abstractmethod
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:
         """The prompt's hidden states, `[S, M]` by index; `capacity` tokens is the longest that the sequence can get."""
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:  # noqa: B027 - optional
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:  # noqa: B027 - optional
         """New hidden states of a token in flight, `[1, M]` by index."""
+
+    def successors(self, cycle: Cycle, can_continue: Callable[[Node], bool], sampler: Sampler) -> Sequence[Proposal]:
+        """Drafts after nodes in flight that `can_continue`, no token twice after the same node. By default one, after
+        the newest token."""
+        newest = cycle.newest
+        if newest is None or not can_continue(newest):
+            return ()
+        return (Proposal(newest, self.draft(cycle, sampler)),)
 
     @abstractmethod
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        """A successor of the token in stage 0, from what was observed."""
+        """A successor of the newest token, from what was observed."""
+
+    def drop(self, change: Change) -> None:
+        """A verdict has dropped nodes. By default those of a chain: the target's own token takes their place."""
+        self.rollback(change.root.position)
 
     def rollback(self, length: int) -> None:  # noqa: B027 - optional
         """Forgets everything from position `length` on."""
@@ -76,13 +97,13 @@ class HeadDrafter(PipelineDrafter):
         self._module = self._weights.new_module(capacity)
         self._module.start(len(self._rows.start(prompt_length)), states, prompt_length)
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
         assert self._module is not None
-        self._module.observe(position, states)
+        self._module.observe(node.position, states)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
         assert self._module is not None
-        in_flight = [node.position if node else -1 for node in cycle.stages]
+        in_flight = [batch[0].position if batch else -1 for batch in cycle.stages]
         return self._draft(self._module.logits(self._rows.next(in_flight, _newest(cycle).position)), sampler)
 
     def rollback(self, length: int) -> None:
@@ -122,9 +143,9 @@ class ExitDrafter(PipelineDrafter):
         self._length = prompt_length
         self._unread.clear()
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
         if self._exit_layer in states:
-            assert position == self._length + len(self._unread)
+            assert node.position == self._length + len(self._unread)
             self._unread.append(states[self._exit_layer])
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
@@ -144,6 +165,5 @@ class ExitDrafter(PipelineDrafter):
 
 def _newest(cycle: Cycle) -> Node:
     """The newest token, which is in stage 0."""
-    newest = cycle.stages[0]
-    assert newest is not None
-    return newest
+    assert cycle.newest is not None
+    return cycle.newest

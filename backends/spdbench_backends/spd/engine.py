@@ -8,9 +8,9 @@ from time import perf_counter_ns
 import torch
 
 from spdbench.decoding.sampling import Logits, Sampler
-from spdbench.decoding.verify import Draft, DraftVerdict, verify_draft
+from spdbench.decoding.verify import Draft, DraftVerdict, verify_siblings
 from spdbench.pipeline.interface import Pipeline
-from spdbench.pipeline.schedule import Cycle, Node, PipelineSchedule
+from spdbench.pipeline.schedule import Batch, Change, Cycle, Node, PipelineSchedule
 from spdbench.types import Drafted, GenerationRequest, Span, SpanKind, Step
 from spdbench_backends.spd.drafter import PipelineDrafter
 
@@ -30,7 +30,8 @@ class PipelinedDecoding:
         self._num_layers = stages[-1].stop
         self._length = len(request.prompt_ids)  # of the committed tokens
         self._limit = self._length + request.max_new_tokens
-        self._drafts: dict[int, Draft] = {}  # by node, for those in flight
+        self._drafts: dict[int, Draft] = {}  # by node, for those that have no verdict yet
+        self._nodes: dict[int, Node] = {}  # the same
         self._spans: list[Span] = []
 
     @torch.inference_mode()
@@ -38,19 +39,19 @@ class PipelinedDecoding:
         """Prefill, then a step a cycle; ends on the verdict that gives the last token."""
         prompt = self._request.prompt_ids
         try:
-            logits, states = self._pipeline.prefill(prompt, self._limit, greedy=self._sampler.greedy)
+            logits, states = self._pipeline.prefill(prompt, self._capacity, greedy=self._sampler.greedy)
             self._length += 1
             step = Step((self._sampler.choose(logits),), 0, 0, 0, float(len(prompt)))
             yield step
             if not self._is_last(step):
                 self._drafter.start(states, len(prompt), self._limit)
                 del states  # of the whole prompt, which the drafter has read
-                self._enter(self._schedule.start(step.token_ids[0], len(prompt)))
+                self._pipeline.enter((self._schedule.start(step.token_ids[0], len(prompt)),))
             while not self._is_last(step):
                 step = self._cycle()
                 yield step
         finally:  # also when a generation is closed early: no stage may go on in the background
-            self._pipeline.rollback(max(self._length - 1, 0))
+            self._pipeline.stop()
 
     def spans(self) -> Sequence[Span]:
         """Where the time went, after the last step; empty where stages share a process."""
@@ -58,84 +59,89 @@ class PipelinedDecoding:
             return ()
         return [*found, *self._spans]
 
+    @property
+    def _capacity(self) -> int:
+        """Slots of a stage's cache: the tokens of the longest sequence, and branches of nodes in flight."""
+        return self._limit + (self._drafter.max_rows - 1) * (self._schedule.num_stages + 2)
+
     def _is_last(self, step: Step) -> bool:
         return self._length == self._limit or bool(self._request.eos_ids.intersection(step.token_ids))
 
     def _cycle(self) -> Step:
-        """One cycle: the stages move, a successor of the newest token is drafted in parallel or afterwards, the oldest
-        draft is verified, and the next token enters."""
+        """One cycle: the stages move, successors of nodes in flight are drafted in parallel or afterwards, the oldest
+        drafts are verified, and the next nodes enter."""
         cycle = self._schedule.cycle()
-        forwards = sum(len(self._stages[stage]) for stage, _ in cycle.work()) / self._num_layers
+        rows = sum(len(self._stages[stage]) * len(batch) for stage, batch in cycle.work())
+        forwards = rows / self._num_layers
         self._pipeline.begin(cycle)
-        draft = None if self._drafter.reads_this_cycle else self._draft(cycle)
-        if draft is not None and cycle.stages[0] is not None and self._schedule.num_stages > 1:
-            self._pipeline.offer(draft.token_id, cycle.stages[0].position + 1)
+        if not self._drafter.reads_this_cycle:
+            drafted = self._draft(cycle)
+            if drafted and self._schedule.num_stages > 1:
+                self._pipeline.offer(drafted)
         logits = self._pipeline.finish()
         if self._drafter.reads_this_cycle:
-            draft = self._draft(cycle)
+            self._draft(cycle)
         if cycle.completing is None:
-            self._enter(self._schedule.fill(draft.token_id if draft else None), draft)
+            self._end(self._schedule.fill())
             return Step((), 0, 0, 0, forwards)
         assert logits is not None
-        began = perf_counter_ns()
-        if self._schedule.num_stages == 1:
-            verified = draft
-        else:
-            verified = self._drafts.pop(cycle.child.id) if cycle.child else None
-        verdict = self._verify(logits, verified)
+        began, children = perf_counter_ns(), self._schedule.children()
+        verdict = self._verify(logits, [self._drafts[node.id] for node in children])
         self._record_span("verify", began, cycle.completing.position)
         self._length += 1
-        step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if verified else (0, 0, 0)), forwards)
-        is_last = self._is_last(step)
-        if verified and self._request.keep_drafts:
-            drops = is_last or not verdict.accepted
-            step = step._replace(drafts=self._drafted(verified, draft if drops else None, drops=drops))
-        if is_last:
-            return step
-        if verdict.accepted:
-            self._enter(self._schedule.accept(draft.token_id if draft else None), draft)
+        step = Step((verdict.token_id,), *((1, 1, int(verdict.accepted)) if children else (0, 0, 0)), forwards)
+        if self._is_last(step):
+            settled = list(self._nodes.values())
+        elif verdict.accepted:
+            right = next(node for node in children if node.token_id == verdict.token_id)
+            settled = self._end(self._schedule.accept(right))
         else:
-            self._restart(cycle.completing, verdict.token_id)
+            settled = self._end(self._schedule.restart(verdict.token_id), restarts=True)
+        if children and self._request.keep_drafts:
+            step = step._replace(drafts=_drafted(cycle.completing, settled))
         return step
 
-    def _draft(self, cycle: Cycle) -> Draft | None:
-        """A successor of the newest token. None after an end of sequence, after the last position, or when stage 0 is
-        idle."""
-        for position, states in self._pipeline.states():
-            self._drafter.observe(position, states)
-        newest = cycle.stages[0]
-        if newest is None or newest.token_id in self._request.eos_ids or newest.position >= self._limit - 1:
-            return None
+    def _draft(self, cycle: Cycle) -> Batch:
+        """The successors that enter next."""
+        for node, states in self._pipeline.states():
+            self._drafter.observe(node, states)
         began = perf_counter_ns()
-        draft = self._drafter.draft(cycle, self._sampler)
-        self._record_span("draft", began, newest.position)
-        return draft
+        proposals = self._drafter.successors(cycle, self._can_continue, self._sampler)
+        if not proposals:
+            return ()
+        drafted = self._schedule.draft([(parent, draft.token_id) for parent, draft in proposals])
+        for node, (_, draft) in zip(drafted, proposals, strict=True):
+            self._nodes[node.id], self._drafts[node.id] = node, draft
+        self._record_span("draft", began, drafted[0].position - 1)
+        return drafted
 
-    def _drafted(self, verified: Draft, newest: Draft | None, *, drops: bool) -> Drafted:
-        """The draft that got a verdict; if this `drops` the drafts behind it, these too, `newest` the last of them."""
-        behind = [*self._drafts.values(), *([newest] if newest and newest is not verified else [])] if drops else []
-        ids = tuple(draft.token_id for draft in (verified, *behind))
-        return Drafted(ids, tuple(range(-1, len(ids) - 1)))
+    def _can_continue(self, node: Node) -> bool:
+        """False after an end of sequence and for the last position."""
+        return node.token_id not in self._request.eos_ids and node.position < self._limit - 1
 
-    def _verify(self, logits: Logits, draft: Draft | None) -> DraftVerdict:
-        return verify_draft(logits, draft, self._sampler)
+    def _verify(self, logits: Logits, drafts: Sequence[Draft]) -> DraftVerdict:
+        return verify_siblings(logits, drafts, self._sampler)
 
-    def _enter(self, node: Node | None, draft: Draft | None = None) -> None:
-        if node is None:
-            return
-        if draft is not None and self._schedule.num_stages > 1:
-            self._drafts[node.id] = draft
-        self._pipeline.enter(node)
-
-    def _restart(self, completing: Node, token_id: int) -> None:
-        """Drops all tokens in flight after the completed node; the target's own token enters."""
-        length = completing.position + 1
-        self._pipeline.rollback(length)
-        self._drafter.rollback(length)
-        self._drafts.clear()
-        self._enter(self._schedule.restart(token_id))
+    def _end(self, change: Change, *, restarts: bool = False) -> list[Node]:
+        """What a cycle's end changes elsewhere. Returns the drafts that it settles, the first drafted first."""
+        if change.dropped or restarts:
+            self._pipeline.drop(change)
+            self._drafter.drop(change)
+        settled = {node.id for node in change.dropped} | {change.root.id}
+        found = [node for node in self._nodes.values() if node.id in settled]
+        for node in found:
+            del self._nodes[node.id], self._drafts[node.id]
+        if change.entering:
+            self._pipeline.enter(change.entering)
+        return found
 
     def _record_span(self, kind: SpanKind, start_ns: int, position: int) -> None:
         """The drafter's lane comes after the stages', and the controller's after that."""
         lane = len(self._stages) + int(kind != "draft")
         self._spans.append(Span(lane, kind, start_ns, perf_counter_ns(), position, True))
+
+
+def _drafted(completing: Node, settled: Sequence[Node]) -> Drafted:
+    """Drafts as results keep them: those that got the verdict come after the newest token, which is no draft."""
+    place = {completing.id: -1} | {node.id: at for at, node in enumerate(settled)}
+    return Drafted(tuple(node.token_id for node in settled), tuple(place[node.parent or 0] for node in settled))

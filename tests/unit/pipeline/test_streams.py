@@ -16,7 +16,7 @@ from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
 from spdbench.pipeline.inline import InlinePipeline
 from spdbench.pipeline.interface import Pipeline, States
-from spdbench.pipeline.schedule import Node, PipelineSchedule
+from spdbench.pipeline.schedule import Batch, Change, Node, PipelineSchedule
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Sampling, Step
 from spdbench_backends.spd.backend import SPD
@@ -57,13 +57,12 @@ def test_every_cycle_gives_the_logits_and_states_of_the_stages_in_turn(
     for pipeline in (streams, inline):
         pipeline.prefill(PROMPT, 60, greedy=False)
     schedule = PipelineSchedule(len(stages))
-    node: Node | None = schedule.start(5, len(PROMPT))
+    entering: Batch = (schedule.start(5, len(PROMPT)),)
     for turn in range(30):
         cycle = schedule.cycle()
         found = []
         for pipeline in (streams, inline):
-            if node is not None:
-                pipeline.enter(node)
+            pipeline.enter(entering)
             pipeline.begin(cycle)
             found.append((pipeline.finish(), by_place(pipeline.states())))
         (ours, our_states), (theirs, their_states) = found
@@ -75,18 +74,25 @@ def test_every_cycle_gives_the_logits_and_states_of_the_stages_in_turn(
         assert our_states.keys() == their_states.keys()
         for key, state in our_states.items():
             torch.testing.assert_close(state, their_states[key], rtol=1e-4, atol=1e-4)
-        if cycle.completing is None:
-            node = schedule.fill(40 + turn)
-        elif turn % 7 == 6:
+        change = next_change(schedule, 40 + turn, restart=turn % 7 == 6)
+        if change.dropped:
             for pipeline in (streams, inline):
-                pipeline.rollback(cycle.completing.position + 1)
-            node = schedule.restart(60 + turn)
-        else:
-            node = schedule.accept(40 + turn)
+                pipeline.drop(change)
+        entering = change.entering
 
 
-def by_place(found: Sequence[tuple[int, States]]) -> dict[tuple[int, int], torch.Tensor]:
-    return {(position, index): state for position, states in found for index, state in states.items()}
+def next_change(schedule: PipelineSchedule, token_id: int, *, restart: bool) -> Change:
+    """Ends a cycle of a chain, with a draft; a verdict accepts unless it is to `restart`."""
+    cycle = schedule.cycle()
+    assert cycle.newest is not None
+    schedule.draft([(cycle.newest, token_id)])
+    if cycle.completing is None:
+        return schedule.fill()
+    return schedule.restart(token_id + 20) if restart else schedule.accept(schedule.children()[0])
+
+
+def by_place(found: Sequence[tuple[Node, States]]) -> dict[tuple[int, int], torch.Tensor]:
+    return {(node.position, index): state for node, states in found for index, state in states.items()}
 
 
 @pytest.mark.parametrize("drafter", ["random", "oracle:0.7", "forced:0.8"])
@@ -119,28 +125,24 @@ def test_drafts_of_the_captured_module_are_those_of_the_module(target: Target) -
         _, states = pipeline.prefill(PROMPT, 100, greedy=True)
         drafter.start(states, len(PROMPT), 100)
     sampler, seen, schedule = Sampler(Sampling(), 0), set(), PipelineSchedule(3)
-    node: Node | None = schedule.start(5, len(PROMPT))
+    entering: Batch = (schedule.start(5, len(PROMPT)),)
     for turn in range(40):
         cycle, drafts = schedule.cycle(), []
-        assert node is not None
         for pipeline, drafter in sides:
-            pipeline.enter(node)
+            pipeline.enter(entering)
             pipeline.begin(cycle)
-            for position, found in pipeline.states():
-                drafter.observe(position, found)
+            for node, found in pipeline.states():
+                drafter.observe(node, found)
             drafts.append(drafter.draft(cycle, sampler).token_id)
             pipeline.finish()
         assert drafts[0] == drafts[1], f"cycle {turn}"
         seen.add(drafts[0])
-        if cycle.completing is None:
-            node = schedule.fill(drafts[0])
-        elif turn % 5 == 4:
+        change = next_change(schedule, drafts[0], restart=turn % 5 == 4)
+        if change.dropped:
             for pipeline, drafter in sides:
-                pipeline.rollback(cycle.completing.position + 1)
-                drafter.rollback(cycle.completing.position + 1)
-            node = schedule.restart(60 + turn)
-        else:
-            node = schedule.accept(drafts[0])
+                pipeline.drop(change)
+                drafter.drop(change)
+        entering = change.entering
     assert len(seen) > 5, "a head that drafts one token proves little"
 
 

@@ -38,7 +38,7 @@ class Noted(ExitDrafter):
         self._ids = list(tiny.PROMPT)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
+        newest = cycle.newest
         assert newest is not None
         self._ids[newest.position :] = [newest.token_id]
         draft = super().draft(cycle, sampler)

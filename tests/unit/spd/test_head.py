@@ -15,7 +15,7 @@ from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.verify import Draft
 from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_evenly
-from spdbench.pipeline.schedule import Cycle
+from spdbench.pipeline.schedule import Cycle, Node
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, random_head
 from spdbench_backends.spd.head import HeadWeights
@@ -43,9 +43,9 @@ class Checked(HeadDrafter):
             self.features[position] = {index: state[position : position + 1] for index, state in states.items()}
         super().start(states, prompt_length, capacity)
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        self.features[position].update(states)
-        super().observe(position, states)
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
+        self.features[node.position].update(states)
+        super().observe(node, states)
 
     def rollback(self, length: int) -> None:
         for position in [p for p in self.features if p >= length]:
@@ -53,7 +53,7 @@ class Checked(HeadDrafter):
         super().rollback(length)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
+        newest = cycle.newest
         assert newest is not None
         from_scratch = int(self.logits_from_scratch(cycle, newest.position).argmax())
         draft = super().draft(cycle, sampler)
@@ -65,7 +65,7 @@ class Checked(HeadDrafter):
     def logits_from_scratch(self, cycle: Cycle, newest: int) -> Tensor:
         head = self._weights
         assert isinstance(head, HeadWeights)
-        depth = {node.position: stage for stage, node in enumerate(cycle.stages) if node}
+        depth = {batch[0].position: stage for stage, batch in cycle.work()}
         rows = []
         for position in range(newest + 1):
             kind = head.plan.row_type(depth.get(position, head.plan.full_depth))

@@ -19,7 +19,7 @@ from spdbench.decoding.verify import Draft
 from spdbench.errors import InputError
 from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
-from spdbench.pipeline.schedule import Cycle
+from spdbench.pipeline.schedule import Cycle, Node
 from spdbench_backends.spd.drafter import HeadDrafter
 from spdbench_backends.spd.formats import build_head, read_head
 from spdbench_backends.spd.head import DraftModule, LastAnchor
@@ -92,9 +92,9 @@ class Transcribed(HeadDrafter):
         super().start(states, prompt_length, capacity)
         self.plain.start(prompt_length)
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        self.features[position].update({index: state[0].clone() for index, state in states.items()})
-        super().observe(position, states)
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
+        self.features[node.position].update({index: state[0].clone() for index, state in states.items()})
+        super().observe(node, states)
 
     def rollback(self, length: int) -> None:
         for position in [p for p in self.features if p >= length]:
@@ -104,7 +104,7 @@ class Transcribed(HeadDrafter):
         super().rollback(length)
 
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        newest = cycle.stages[0]
+        newest = cycle.newest
         assert newest is not None
         self.plain.evicted = self.completed
         self.completed = None if cycle.completing is None else cycle.completing.position
