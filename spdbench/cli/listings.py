@@ -9,12 +9,14 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
 from spdbench import __version__
+from spdbench.cli.options import PATH, complete_suites
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
@@ -47,15 +49,23 @@ def backends(name: str | None, as_json: bool) -> None:
     _print(found, ["\n\n".join(map(_text, found))], as_json)
 
 
-@click.command("suites", short_help="List the suites that come with spdbench.")
+@click.command("suites", short_help="List the suites, or show the prompts of one.")
+@click.argument("name", metavar="[SUITE]", required=False, shell_complete=complete_suites)
+@click.option("--data", type=PATH, metavar="DIR", help="Where the suite's files lie.")
 @AS_JSON
-def suites(as_json: bool) -> None:
-    """List the suites that come with spdbench, and where each takes its prompts from.
+def suites(name: str | None, data: Path | None, as_json: bool) -> None:
+    """List the suites that come with spdbench, and where each takes its prompts from; or show the prompts of SUITE.
 
-    The sources are tried in order, and the first that is there is used; a path is looked up below --data.
+    SUITE is the name of a shipped suite or a YAML file. The sources are tried in order, and the first that is there is
+    used; a path is looked up below --data.
     """
-    from spdbench.prompts.suite import list_suites
+    from spdbench.prompts.suite import list_suites, load_suite
 
+    if name is not None:
+        suite = load_suite(name, data)
+        prompts = [asdict(prompt) for prompt in suite.prompts]
+        _print(prompts, (f"{suite.name} v{suite.version}, from {suite.source}", *map(_prompt_text, prompts)), as_json)
+        return
     found = list_suites()
     _print([asdict(suite) for suite in found], map(_suite_text, found), as_json)
 
@@ -82,6 +92,11 @@ def _suite_text(suite: SuiteListing) -> str:
     about = click.wrap_text(suite.description, 80, initial_indent="    ", subsequent_indent="    ")
     sources = (click.wrap_text(f"from {source}", 80, "    ", "      ") for source in suite.sources)
     return "\n".join([f"{suite.name}{count}", about, *sources])
+
+
+def _prompt_text(prompt: Mapping[str, Any]) -> str:
+    turns = (click.wrap_text(f"{turn}", 80, "    ", "    ", preserve_paragraphs=True) for turn in prompt["turns"])
+    return "\n".join([f"{prompt['id']}  ({prompt['category']})", *turns])
 
 
 def _environment_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

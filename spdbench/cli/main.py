@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
+from click.shell_completion import shell_complete
 
 from spdbench import __version__
+from spdbench.cli.defaults import file_options
 from spdbench.cli.terminal import Terminated
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
@@ -25,6 +27,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
 IMPOSSIBLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 """Error numbers of paths that no file can have, wherever they came from."""
+COMPLETE = "_SPDBENCH_COMPLETE"
+"""The variable by which a shell asks for completions, as click's scripts set it."""
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
 
 
@@ -48,7 +52,8 @@ COMMANDS = {
     "eval": LazyCommand("spdbench.cli.evaluate.eval", "Score backends on lm-eval's tasks."),
     "lm-eval": LazyCommand("spdbench.cli.evaluate.lm_eval", "lm-eval's own command line, with our backends."),
     "backends": LazyCommand("spdbench.cli.listings:backends", "List installed backends and their options."),
-    "suites": LazyCommand("spdbench.cli.listings:suites", "List the suites that come with spdbench."),
+    "suites": LazyCommand("spdbench.cli.listings:suites", "List the suites, or show the prompts of one."),
+    "completion": LazyCommand("spdbench.cli.completion", "Print what makes a shell complete words of spdbench."),
     "env": LazyCommand("spdbench.cli.listings:env", "Show what results record about this machine."),
 }
 
@@ -71,7 +76,10 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             raise click.UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], COMMANDS)}", ctx)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if name is not None and command is not None and not ctx.resilient_parsing:
+            ctx.default_map = {name: file_options(command, name, COMMANDS)}
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):
@@ -127,6 +135,8 @@ def run(args: Sequence[str]) -> int:
 
 def _invoke(args: list[str]) -> int:
     # Not spdbench.main(): click would handle interrupts and broken pipes in its own way.
+    if instruction := os.environ.get(COMPLETE):
+        return shell_complete(spdbench, {}, "spdbench", COMPLETE, instruction)
     try:
         with spdbench.make_context("spdbench", args) as context:
             spdbench.invoke(context)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from spdbench.errors import InputError, did_you_mean
 from spdbench.processors import usable_cores
@@ -138,6 +139,22 @@ COUNT, WHOLE = WholeRange(min=1), WholeRange(min=0)
 POSITIVE = FiniteRange(min=0, min_open=True)
 PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=False)
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
+
+
+def complete_suites(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """What a shell offers for SUITE: shipped suites, and files where none begins so."""
+    from spdbench.prompts.suite import shipped_suites
+
+    found = [CompletionItem(name) for name in shipped_suites() if name.startswith(begun)]
+    return found or [CompletionItem(begun, type="file")]
+
+
+def complete_backends(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """What a shell offers for `-b [LABEL=]BACKEND`."""
+    from spdbench.backend import installed_backends
+
+    label, equals, name = begun.rpartition("=")
+    return [CompletionItem(label + equals + each) for each in installed_backends() if each.startswith(name)]
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[str, ...] | None:

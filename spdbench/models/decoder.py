@@ -41,6 +41,7 @@ DRAFT_HEADS = "medusa_head."
 NO_PART = (DRAFT_HEADS, "mtp.", "model.visual.")
 """Prefixes of tensors that are no part of the language model: of draft heads, and of what predicts further tokens or
 reads images in Qwen3.5's checkpoints."""
+HEAD = "lm_head.weight"
 NESTED = "model.language_model."
 """Where the language model's tensors lie, instead of in `model.`, if the checkpoint also reads images."""
 EXACT = ("norm.weight", "A_log", "dt_bias")
@@ -202,7 +203,7 @@ def load_decoder(
     name = reader.base + "embed_tokens.weight"
     embeddings = head = None
     if last:
-        head = linear(reader.read(name if config.tied else "lm_head.weight", vocab_by_width))
+        head = linear(reader.read(name if config.tied else HEAD, vocab_by_width))
     if first and config.tied and can_pack(dtype, device):  # else the head's numbers would be held twice
         checkpoint.close()
         embeddings = reader.mapped(name, vocab_by_width)
@@ -242,7 +243,9 @@ class _Reader:
 
     def refuse_leftovers(self) -> None:
         """Raises `InputError` for weights that the config gives no place: they would be missing from the model."""
-        known = self.taken | ({"lm_head.weight"} if self.config.tied else set())
+        if self.config.tied and HEAD in self.checkpoint:
+            self._refuse_other_head()
+        known = self.taken | ({HEAD} if self.config.tied else set())
         left = [
             name
             for name in self.checkpoint
@@ -252,6 +255,15 @@ class _Reader:
             raise InputError(
                 f"{self.checkpoint.directory}: {len(left)} tensors have no place in this model, e.g. {min(left)}; "
                 "is config.json the one that belongs to the weights?"
+            )
+
+    def _refuse_other_head(self) -> None:
+        """Raises `InputError` for an output head of its own where the config ties it to the embedding: libraries differ
+        in which of the two they then use."""
+        if not torch.equal(self.checkpoint.stored(HEAD), self.checkpoint.stored(self.base + "embed_tokens.weight")):
+            raise InputError(
+                f"{self.checkpoint.directory}: {HEAD} is not the embedding, though config.json ties the two "
+                "(tie_word_embeddings). Set it to false if the model has a head of its own, else remove the tensor."
             )
 
     @cached_property

@@ -137,6 +137,15 @@ def test_suites_as_json_says_the_same() -> None:
     assert all(suite["description"] and suite["sources"] for suite in found.values())
 
 
+def test_a_suites_prompts_are_shown() -> None:
+    text = stdout(suites, "quick")
+    assert text.startswith("quick v1, from inline\n")
+    assert longest_line(text) <= WIDTH
+    found = json.loads(stdout(suites, "quick", "--json"))
+    assert all(f"\n{prompt['id']}  ({prompt['category']})\n" in text for prompt in found)
+    assert max(len(prompt["turns"]) for prompt in found) == 2
+
+
 @pytest.fixture
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "PROBE_BYTES", {"cpu": 2**20, "cuda": 2**20})

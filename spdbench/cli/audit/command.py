@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from spdbench.cli.files import require_replaceable
-from spdbench.cli.options import COUNT, option, parse_labels, takes
+from spdbench.cli.options import COUNT, complete_backends, option, parse_labels, takes
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
 from spdbench.errors import InputError
 from spdbench.prompts.suite import load_suite
@@ -21,7 +21,13 @@ class AuditOptions(SuiteOptions):
     """What `audit` checks, and how thoroughly."""
 
     backends: tuple[str, ...] = option(
-        "-b --backend", None, "[LABEL=]BACKEND", "What to audit. May be repeated.", multiple=True, required=True
+        "-b --backend",
+        None,
+        "[LABEL=]BACKEND",
+        "What to audit. May be repeated.",
+        multiple=True,
+        shell_complete=complete_backends,
+        required=True,
     )
     draws: int = option("--draws", COUNT, "N", "With a temperature: sampled answers for each prompt.", 200)
     json_file: Path | None = option(

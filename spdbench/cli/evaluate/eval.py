@@ -15,6 +15,7 @@ from spdbench.cli.options import (
     WHOLE,
     ModelOptions,
     check_name,
+    complete_backends,
     flag,
     option,
     parse_labels,
@@ -30,7 +31,12 @@ class EvalOptions(ModelOptions):
     """What `eval` scores, and how."""
 
     backends: tuple[str, ...] = option(
-        "-b --backend", None, "[LABEL=]BACKEND", "What to score. [default: vanilla]", multiple=True
+        "-b --backend",
+        None,
+        "[LABEL=]BACKEND",
+        "What to score. [default: vanilla]",
+        multiple=True,
+        shell_complete=complete_backends,
     )
     tasks: tuple[str, ...] = option(
         "--tasks",

@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
-from spdbench.cli.options import COUNT, FOLDER, PATH, WHOLE, check_name, flag, option, parse_labels, takes
+from spdbench.cli.options import (
+    COUNT,
+    FOLDER,
+    PATH,
+    WHOLE,
+    check_name,
+    complete_backends,
+    flag,
+    option,
+    parse_labels,
+    takes,
+)
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
 from spdbench.console import hide_notes, say
 from spdbench.errors import NotRunError
@@ -30,6 +41,7 @@ class RunOptions(SuiteOptions):
         "[LABEL=]BACKEND",
         "What to measure; the first is the baseline. [default: vanilla, spd]",
         multiple=True,
+        shell_complete=complete_backends,
     )
     repeats: int = option("--repeats", click.IntRange(1, 10_000), "R", "Measure every prompt R times.", 1)
     remeasure: int = option(

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spdbench.backend import is_text_only
-from spdbench.cli.options import COUNT, PATH, WHOLE, FiniteRange, ModelOptions, argument, option
+from spdbench.cli.options import (
+    COUNT,
+    PATH,
+    WHOLE,
+    FiniteRange,
+    ModelOptions,
+    argument,
+    complete_suites,
+    option,
+)
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.prompts.chat import ChatFormat, ConversationRefusedError, PlainText
@@ -29,7 +38,7 @@ UNLIMITED_CONTEXT = 2**31
 class SuiteOptions(ModelOptions):
     """A suite, and what the command line says in place of its own settings."""
 
-    suite: str = argument("SUITE")
+    suite: str = argument("SUITE", shell_complete=complete_suites)
     limit: int | None = option("--limit", COUNT, "N", "Only N conversations, round-robin over categories.")
     max_new_tokens: int | None = option("--max-new-tokens", COUNT, "N", "Limit of each answer. [default: the suite's]")
     temperature: float | None = option("--temperature", FiniteRange(min=0), "T", "0 is greedy. [default: the suite's]")

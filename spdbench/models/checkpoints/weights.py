@@ -26,7 +26,7 @@ from spdbench.input_files import read_json
 from spdbench.models.checkpoints.folders import cache_folder
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NARROW_FLOATS = ("torch.float8", "torch.float4", "F8", "F6", "F4")
+NARROW_FLOATS = ("torch.float8", "torch.float4", "F8_", "F6_", "F4")
 
 
 class Checkpoint:

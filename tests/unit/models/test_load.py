@@ -188,6 +188,25 @@ def test_a_missing_and_a_misshapen_tensor_are_named(copy: Path) -> None:
         tiny.load(copy).decoder  # noqa: B018
 
 
+def test_a_head_of_its_own_where_the_config_ties_it_is_refused_unless_it_is_the_embedding(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    edit_config(copy, tie_word_embeddings=True)
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, copy / "model.safetensors", {"format": "pt"})
+    tiny.load(copy).decoder  # noqa: B018
+    save_file({**tensors, "lm_head.weight": embedding + 1}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lm_head\.weight is not the embedding.*tie_word_embeddings"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
+def test_double_precision_is_no_quantisation(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].double()
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    Checkpoint(copy).refuse_quantised()
+    tiny.load(copy).decoder  # noqa: B018
+
+
 def test_what_our_own_layers_do_not_know_is_named(copy: Path) -> None:
     assert tiny.load(copy).unsupported_reason is None
     edit_config(copy, hidden_act="gelu")
