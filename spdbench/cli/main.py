@@ -46,6 +46,7 @@ COMMANDS = {
     "report": LazyCommand("spdbench.cli.report", "Draw a comparison: one HTML page, or one chart as a file."),
     "trace": LazyCommand("spdbench.cli.trace", "Write what every lane did as a trace for Perfetto."),
     "show": LazyCommand("spdbench.cli.show", "Show an answer token by token, with its drafts."),
+    "answers": LazyCommand("spdbench.cli.answers", "Show what was answered, label by label."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "audit": LazyCommand("spdbench.cli.audit.command", "Check that backends give the target's own outputs."),
     "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),
