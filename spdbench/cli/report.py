@@ -6,6 +6,7 @@ Of models it knows the tokenizer, which turns the ids of answers into text; thei
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
     from spdbench.judge.loaded import LoadedResult
     from spdbench.judge.results.embedded import EmbeddedFile
+    from spdbench.render.report.chart import Chart, Shown
 
 CHARTS = (
     *("speedup", "categories", "prompts", "acceptance"),
     *("step-lengths", "step-lengths-by-category", "step-lengths-by-context"),
     *("bubble", "waterfall", "timeline"),
 )
+HISTORY_CHARTS = ("history-speedup", "history-speed", "history-acceptance")
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MAX_EMBEDDED_BYTES = 32 * 2**20
 """Of results in a history's page: about 3 MB when compressed. A page of more is made without them."""
@@ -50,7 +53,7 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
     metavar="FILE",
     help="Where to write. [default: report.html, or CHART.FORMAT]",
 )
-@click.option("--chart", type=click.Choice(CHARTS), help="Write this chart alone.")
+@click.option("--chart", type=click.Choice([*CHARTS, *HISTORY_CHARTS]), help="Write this chart alone.")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: svg]")
 @click.option(
     "--style",
@@ -88,47 +91,46 @@ def command(
     for option, value in (("--format", form), ("--style", style)):
         if value is not None and chart is None:
             raise click.UsageError(f"{option} is for a single chart; name it with --chart")
-    for option, value in (("--chart", chart), ("--baseline", baseline)):
-        if value is not None and as_history:
-            raise click.UsageError(f"{option} has no effect with --history, which draws a page of its own")
+    if chart in CHARTS and as_history:
+        raise click.UsageError(f"--chart {chart} shows a comparison; with --history: {', '.join(HISTORY_CHARTS)}")
+    as_history = as_history or chart in HISTORY_CHARTS
+    if baseline is not None and as_history:
+        raise click.UsageError("--baseline has no effect on a history, whose runs are judged by those before them")
     form = form or "svg"
     page = "history.html" if as_history else "report.html"
     out = out or Path(page if chart is None else f"{chart}.{form}")
     paths = list(result_paths(results))
     refuse_output(out, paths, force=force)
     from spdbench.render.report import vega
-    from spdbench.render.report.style import LIGHT
 
     vega.vl_convert()  # before the results are read: without it there is nothing to do
     from spdbench.judge.loaded import read_results
 
     loaded = read_results(paths, keep_ids=True)
     if as_history:
-        content = _history(loaded, paths)
+        content = _history(loaded, paths, out, chart, form, style)
     elif chart is None:
         content = _page(_only_table(loaded, baseline), paths, out)
     else:
-        drawn = vega.CHARTS[chart]
-        panels = drawn.make(_only_table(loaded, baseline), LIGHT)
-        if not panels:
-            raise InputError(f"--chart {chart}: {drawn.missing}")
-        content = vega.to_file(drawn, panels, form, style or "screen")
+        content = _drawn(vega.CHARTS[chart], _only_table(loaded, baseline), form, style)
     write_whole_file("-o", out, content)
     say(f"Wrote {out}")
 
 
 def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
-    """The comparison of all results, by category.
+    """The comparison of all results, by category, with what turns their ids into text.
 
     Raises:
         InputError: they do not all compare.
     """
     from spdbench.judge.comparison.compare import compare, find_baseline
     from spdbench.judge.comparison.pairing import differences
+    from spdbench.models.checkpoints.tokenizer_files import find_decoder
 
     tables = compare(loaded, None if word is None else find_baseline(word, loaded), by_category=True)
     if len(tables) == 1:
-        return tables[0]
+        model = tables[0].head.model
+        return replace(tables[0], decode=find_decoder(model.id, model.tokenizer_sha256))
     first, second = (table.rows[0] for table in tables[:2])
     why = "; ".join(differences(first.head, second.head)) or "the machine that measured them"
     raise InputError(
@@ -137,36 +139,48 @@ def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
 
 
 def _page(table: Table, paths: Sequence[Path], out: Path) -> bytes:
-    from spdbench.judge.comparison.compare import Row
-    from spdbench.judge.results.schema import RunKey
-    from spdbench.models.checkpoints.tokenizer_files import find_decoder
     from spdbench.render.report.page import to_html
 
-    model = table.head.model
-    decode = find_decoder(model.id, model.tokenizer_sha256)
-
-    def answer(row: Row, key: RunKey) -> str:
-        """As the engine reported it, else decoded; ids where the model's tokenizer is in no cache."""
-        runs = row.result.runs
-        text = None if runs.texts is None else runs.texts[runs.row_of[key]]
-        if text is not None:
-            return text
-        ids = [int(number) for number in runs.output_of(key) if number]
-        return decode(ids) if decode else "ids: " + " ".join(map(str, ids))
-
-    return to_html(table, answer, _sources(paths), out.name).encode()
+    return to_html(table, _sources(paths), out.name).encode()
 
 
-def _history(loaded: Sequence[LoadedResult], paths: Sequence[Path]) -> bytes:
+def _drawn(chart: Chart[Shown], shown: Shown, form: ImageFormat, style: str | None) -> bytes:
+    """One chart as a file.
+
+    Raises:
+        InputError: `shown` has nothing that it shows.
+    """
+    from spdbench.render.report import vega
+    from spdbench.render.report.style import LIGHT
+
+    panels = chart.make(shown, LIGHT)
+    if not panels:
+        raise InputError(f"--chart {chart.name}: {chart.missing}")
+    return vega.to_file(chart, panels, form, style or "screen")
+
+
+def _history(
+    loaded: Sequence[LoadedResult],
+    paths: Sequence[Path],
+    out: Path,
+    chart: str | None,
+    form: ImageFormat,
+    style: str | None,
+) -> bytes:
+    """The page of a history, or one chart of it."""
     from spdbench.judge.gate.history import history
+    from spdbench.render.report.history import CHARTS as DRAWN
     from spdbench.render.report.history_page import to_html
 
     calibration = _calibration(paths)
     found = history(loaded, calibration)
-    sources = _sources(paths)
-    if sum(len(file.raw) for file in sources) > MAX_EMBEDDED_BYTES:
-        return to_html(found, None, calibration).encode()
-    return to_html(found, sources, calibration).encode()
+    if chart is not None:
+        return _drawn(DRAWN[chart], found, form, style)
+    files = _sources(paths)
+    sources = files if sum(len(file.raw) for file in files) <= MAX_EMBEDDED_BYTES else None
+    # The page holds no calibration: what draws a chart anew needs the folder where it is.
+    shown = out.name if sources and calibration is None else f"{paths[0].resolve().parent.name}/"
+    return to_html(found, sources, calibration, shown).encode()
 
 
 def _calibration(paths: Sequence[Path]) -> Calibration | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+from spdbench.errors import InputError
 from spdbench.judge.metrics.flags import MADE_FROM_ONE_RESULT, flags_for
 from spdbench.judge.metrics.metrics import Metrics
 from spdbench.judge.results.embedded import is_report, read_report
-from spdbench.judge.results.reader import read_runs
-from spdbench.judge.results.schema import Flag, Result
+from spdbench.judge.results.reader import read_detailed_runs, read_runs
+from spdbench.judge.results.schema import Flag, Result, Run
 from spdbench.judge.results.table import RunTable, table_from
+from spdbench.judge.timeline import step_tokens
 from spdbench.processors import usable_cores
 
 MOST_BYTES_PER_S = 1e18
@@ -34,16 +36,31 @@ Made = TypeVar("Made")
 class LoadedResult:
     """One result: the file's `head`, which is all of it but the runs, and the `runs`.
 
-    `metrics` and `flags` are computed anew, whatever summary and flags the head holds.
+    `metrics` and `flags` are computed anew, whatever summary and flags the head holds. `read_details` reads the runs
+    that hold spans or drafted tokens: they are too large to be in memory for every comparison.
     """
 
     file: str
     head: Result
     runs: RunTable
+    read_details: Callable[[], Iterable[Run]] = tuple
 
     @property
     def label(self) -> str:
         return self.head.backend.label
+
+    def detailed_runs(self) -> Iterator[Run]:
+        """The runs that hold spans or drafted tokens, one by one.
+
+        Raises:
+            InputError: the drafted tokens of one are not those of its steps.
+        """
+        for run in self.read_details():
+            try:
+                step_tokens(run)
+            except ValueError as error:
+                raise InputError(f"{self.file}: prompt {run.prompt_id}: {error}") from None
+            yield run
 
     @cached_property
     def known_devices(self) -> list[str] | None:
@@ -89,7 +106,9 @@ class LoadedResult:
 
 def load(result: Result, file: str) -> LoadedResult:
     """A result that is in memory already, with all ids."""
-    return LoadedResult(file, result.model_copy(update={"runs": []}), table_from(result.runs, keep_ids=True))
+    detailed = [run for run in result.runs if run.spans is not None or run.drafted_tokens is not None]
+    table = table_from(result.runs, keep_ids=True)
+    return LoadedResult(file, result.model_copy(update={"runs": []}), table, partial(iter, detailed))
 
 
 def read_results(paths: Sequence[Path], *, keep_ids: bool = False) -> list[LoadedResult]:
@@ -108,7 +127,7 @@ def _read(path: Path, *, keep_ids: bool) -> list[LoadedResult]:
     found = []
     for name, raw in files:
         head, runs = read_runs(name, keep_ids=keep_ids, raw=raw)
-        found.append(LoadedResult(str(name), head, runs))
+        found.append(LoadedResult(str(name), head, runs, partial(read_detailed_runs, name, raw)))
         if not keep_ids:
             _ = found[-1].flags  # a comparison shows them: computed here, in parallel where there are several processes
     return found

@@ -51,7 +51,7 @@ def show_answer(run: Run, backend: BackendRecord, decode: Decode | None, console
     Raises:
         ValueError: the drafts are not those of the run's steps.
     """
-    tokens, words = step_tokens(run), _Words(run.output_ids, decode)
+    tokens, words = step_tokens(run), Words(run.output_ids, decode)
     parts: list[RenderableType] = [_title(run, backend), _legend(), "", _steps(run, backend, tokens, words)]
     at = rejection_to_show(run, backend)
     if at is not None and backend.kind == "pipeline":
@@ -63,18 +63,18 @@ def show_answer(run: Run, backend: BackendRecord, decode: Decode | None, console
     return "\n".join(line.rstrip() for line in shown.get().splitlines()) + "\n"
 
 
-class _Words:
-    """Ids as text: each as it reads within the answer."""
+class Words:
+    """Ids as text on one line, with `line_end` for its line breaks: each as it reads within the answer."""
 
-    def __init__(self, output_ids: Sequence[int], decode: Decode | None) -> None:
-        self._ids, self._decode = output_ids, decode
+    def __init__(self, output_ids: Sequence[int], decode: Decode | None, line_end: str = "\\n") -> None:
+        self._ids, self._decode, self._line_end = output_ids, decode, line_end
 
     def at(self, position: int, ids: Sequence[int]) -> str:
         """`ids` as they read behind the answer's first `position` ids."""
         before = list(self._ids[max(position - CONTEXT_IDS, 0) : position])
         text = self._decode([*before, *ids])[len(self._decode(before)) :] if self._decode else ""
         text = text or "".join(f"<{token}>" for token in ids)
-        return printable(text.replace("\n", "\\n").replace("\t", "\\t"), one_line=True)
+        return printable(text.replace("\n", self._line_end).replace("\t", "\\t"), one_line=True)
 
 
 def _signed(kind: str, text: str) -> Text:
@@ -96,7 +96,7 @@ def _legend() -> Text:
     return shown.append_text(Text("  the target's own", SIGNS["own"][2]))
 
 
-def _steps(run: Run, backend: BackendRecord, tokens: Sequence[StepTokens], words: _Words) -> Table:
+def _steps(run: Run, backend: BackendRecord, tokens: Sequence[StepTokens], words: Words) -> Table:
     """A line a step; of a pipeline, whose steps give one token each, a line up to each flush."""
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
     table.add_column(justify="right", no_wrap=True)
@@ -119,7 +119,7 @@ def _steps(run: Run, backend: BackendRecord, tokens: Sequence[StepTokens], words
     return table
 
 
-def _append_unused(line: Text, kind: str, ids: Sequence[int], words: _Words, position: int) -> None:
+def _append_unused(line: Text, kind: str, ids: Sequence[int], words: Words, position: int) -> None:
     for token in ids[:MAX_UNUSED]:
         line.append_text(_signed(kind, words.at(position, [token])))
     if len(ids) > MAX_UNUSED:
@@ -137,7 +137,7 @@ def _lines(run: Run, backend: BackendRecord) -> Iterator[tuple[int, int]]:
             first = number + 1
 
 
-def _stages(run: Run, backend: BackendRecord, at: int, words: _Words, width: int) -> list[RenderableType]:
+def _stages(run: Run, backend: BackendRecord, at: int, words: Words, width: int) -> list[RenderableType]:
     """Which token is in which stage, a column a cycle."""
     cycles = stage_tokens(run, backend)
     rejection = at - 1
@@ -157,7 +157,7 @@ def _stages(run: Run, backend: BackendRecord, at: int, words: _Words, width: int
     return list(lines)
 
 
-def _held(token: StageToken | None, words: _Words, width: int) -> Text:
+def _held(token: StageToken | None, words: Words, width: int) -> Text:
     if token is None:
         return Text(IDLE, "dim")
     before, behind, _ = SIGNS[token.fate]
@@ -183,8 +183,8 @@ def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[Render
     rows: dict[str, list[LaneSpan]] = {}
     for each in lane_spans(run):
         if each.span.end_ns > begin and each.span.start_ns < end:
-            rows.setdefault(_lane_name(each, backend), []).append(each)
-    names = [name for name in _lane_order(backend) if name in rows]
+            rows.setdefault(lane_name(each, backend), []).append(each)
+    names = [name for name in lane_order(backend) if name in rows]
     lines = [Text(f"What the lanes did in {(end - begin) / 1e6:.1f} ms", "bold")]
     lines.append(Text("= target  x discarded  d draft  v verify  h host  . idle  | a step ends", "dim"))
     marks = {min(int((at_ns - begin) / cell_ns), columns - 1) for at_ns in ends[first : last + 1]}
@@ -195,14 +195,16 @@ def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[Render
     return list(lines)
 
 
-def _lane_name(each: LaneSpan, backend: BackendRecord) -> str:
+def lane_name(each: LaneSpan, backend: BackendRecord) -> str:
+    """Where a span belongs: a lane of a pipeline, else what the one lane did."""
     lane = each.span.lane
     if backend.lanes == 1 and backend.kind != "pipeline":
         return {"head": "target"}.get(each.span.kind, each.span.kind)
     return f"stage {lane}" if lane < backend.lanes else "drafter" if lane == backend.lanes else "host"
 
 
-def _lane_order(backend: BackendRecord) -> list[str]:
+def lane_order(backend: BackendRecord) -> list[str]:
+    """All names that `lane_name` gives."""
     return [*(f"stage {lane}" for lane in range(backend.lanes)), "drafter", "draft", "target", "verify", "host"]
 
 

@@ -53,8 +53,8 @@ def sentence(found: Conclusion) -> str:
     parts = [_answer(found)]
     if found.own_devices is not None and found.outcome != "pays":
         at_most = "at most" if found.own_devices.is_bound else "about"
-        stages = f"if each of its {found.own_devices.num_stages} stages had a device of its own"
-        parts.append(f"{at_most} {found.own_devices.speedup:.2f}x {stages}")
+        share = f"its {found.own_devices.num_stages} stages share {_devices(found.num_devices)}"
+        parts.append(f"{share}: {at_most} {found.own_devices.speedup:.2f}x if each had its own")
     if found.speedup_per_device is not None:
         parts.append(f"{found.speedup_per_device:.2f}x for each of {found.num_devices} devices")
     if found.disqualified_by and found.outcome != "baseline":
@@ -67,7 +67,8 @@ def sentence(found: Conclusion) -> str:
 def _answer(found: Conclusion) -> str:
     rate = "no tokens" if found.tokens_per_s is None else f"{found.tokens_per_s:.1f} tok/s"
     if found.outcome == "baseline":
-        return f"{rate}, the baseline"
+        of_all = found.devices_of_all
+        return f"{rate}, the baseline" + ("" if of_all is None else f"; each label uses {_devices(of_all)}")
     if found.outcome == "no baseline":
         return f"{rate}, and no baseline to compare with"
     if found.outcome == "no pair":
@@ -78,8 +79,12 @@ def _answer(found: Conclusion) -> str:
         return f"no difference shown at {found.num_prompts} prompts{_prompts_to_show(found)}"
     measured = f"{found.speedup:.2f}x [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
     if found.own_devices is not None and found.outcome == "slower":
-        return f"{measured} here"
+        return f"{measured}, does not pay here"
     return measured if found.disqualified_by else f"{measured}, {'pays' if found.outcome == 'pays' else 'does not pay'}"
+
+
+def _devices(number: int) -> str:
+    return "one device" if number == 1 else f"{number} devices"
 
 
 def _prompts_to_show(found: Conclusion) -> str:

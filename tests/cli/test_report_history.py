@@ -13,7 +13,7 @@ from spdbench.cli import report
 from spdbench.cli.main import run
 from spdbench.judge.gate.calibration import calibrate
 from spdbench.judge.loaded import load, read_results
-from spdbench.render.report import vega
+from spdbench.render.report import history, vega
 from tests.builders import write_result
 from tests.unit.judge.gate.histories import history_results, same_code
 from tests.unit.render.report.reports import HOSTILE
@@ -80,7 +80,7 @@ def test_page_holds_its_results(folder: Path, tmp_path: Path) -> None:
     held = read_results([out])
     assert [Path(each.file).name for each in held] == sorted(history_results())
     again = page_of(out, out=tmp_path / "again.html")
-    assert again == text
+    assert again == text.replace("report history.html", "report again.html")
 
 
 def test_large_results_stay_outside(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,11 +144,52 @@ def test_output_is_never_overwritten_unasked(folder: Path, capsys: pytest.Captur
     assert out.read_text() == "mine"
 
 
-@pytest.mark.parametrize("option", [("--chart", "speedup"), ("--baseline", "vanilla")])
-def test_options_of_other_pages(folder: Path, option: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        (("--chart", "speedup"), "--chart speedup shows a comparison; with --history: history-speedup, history-speed"),
+        (("--baseline", "vanilla"), "--baseline has no effect on a history"),
+    ],
+)
+def test_options_of_other_pages(folder: Path, option: tuple[str, str], why: str) -> None:
     done = CliRunner().invoke(report.command, ["--history", str(folder), *option])
     assert done.exit_code == 2
-    assert f"{option[0]} has no effect with --history" in done.stderr
+    assert why in done.stderr
+
+
+def test_one_chart_of_a_history_as_a_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def to_file(chart: Any, panels: Any, *how: str) -> bytes:
+        asked.append((chart.name, [len(panel.rows) for panel in panels], *how))
+        return b"drawn"
+
+    monkeypatch.setattr(vega, "to_file", to_file)
+    out = tmp_path / "a.file"
+    for words in (["--history"], []):  # the name of the chart says enough
+        arguments = ["report", str(folder), *words, "--chart", "history-speedup", "--style", "paper", "-o", str(out)]
+        assert run([*arguments, "--force"]) == 0
+    assert asked == [("history-speedup", [20], "svg", "paper")] * 2
+    assert out.read_bytes() == b"drawn"
+
+
+def test_chart_of_a_history_without_anything_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = {name: each for name, each in history_results(2).items() if each.backend.label == "vanilla"}
+    where = written(tmp_path / "alone", alone)
+    message = refusal(capsys, where, "--chart", "history-acceptance", "-o", tmp_path / "a.svg")
+    assert "--chart history-acceptance: None of these runs drafts." in message
+
+
+def test_charts_of_the_command_are_those_of_the_page() -> None:
+    assert tuple(history.CHARTS) == report.HISTORY_CHARTS
+
+
+def test_page_says_how_to_draw_its_charts_anew(folder: Path, tmp_path: Path) -> None:
+    again = "--chart history-speed --format svg -o history-speed.svg"
+    text = page_of(folder, out=tmp_path / "history.html")
+    assert f"spdbench report history.html {again}" in text
+    text = page_of(calibrated(folder), out=tmp_path / "history.html")  # the calibration is in the folder only
+    assert f"spdbench report history/ {again}" in text
 
 
 def test_page_is_called_history(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from spdbench.render.report import history
 from spdbench.render.report.vega import CHARTS
 from tests.builders import write_result
 from tests.unit.judge.gate.histories import history_results
-from tests.unit.render.report.reports import HOSTILE, results
+from tests.unit.render.report.reports import HOSTILE, WRONG, results
 from tests.unit.render.report.test_charts import contrast
 
 pytest.importorskip("vl_convert", reason="vl-convert-python draws the charts: pip install 'spdbench[report]'")
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="needs chromium and chromedriver (Debian: chromium-driver)"
 )
 WIDE, NARROW = 1280, 380
-PAGES = ("plain", "hostile", "history", "hostile history")
+PAGES = ("plain", "hostile", "history", "hostile history", "detailed")
 TEXT_OF = """
 const seen = [];
 for (const element of document.querySelectorAll('body *')) {
@@ -55,11 +55,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of plain results and of a history, and of each one in which all that others write is hostile."""
+    """Pages of plain results, of results with spans and drafts, and of a history; and of the first and the last one in
+    which all that others write is hostile."""
     found: dict[str, Path] = {}
     more: dict[str, Any]
     for name, more in (
         ("plain", {"text": "Two plus two is four."}),
+        ("detailed", {"detailed": True}),
         ("hostile", {"text": HOSTILE, "label": HOSTILE, "prompt": HOSTILE}),
     ):
         folder = tmp_path_factory.mktemp(name)
@@ -109,7 +111,7 @@ def test_no_errors_and_no_network(browser: Any, pages: dict[str, Path], name: st
     ] == []
 
 
-@pytest.mark.parametrize(("name", "charts"), [("plain", CHARTS), ("history", history.CHARTS)])
+@pytest.mark.parametrize(("name", "charts"), [("plain", CHARTS), ("detailed", CHARTS), ("history", history.CHARTS)])
 def test_every_chart_has_marks(browser: Any, pages: dict[str, Path], name: str, charts: dict[str, Any]) -> None:
     opened(browser, pages[name])
     counts = browser.execute_script(
@@ -189,6 +191,39 @@ def test_click_on_a_prompt_opens_its_answers_as_text(browser: Any, pages: dict[s
     assert "vanilla" in browser.find_element("css selector", "#answer-texts h3").text  # all labels gave the same
     assert all("<script>window.pwned=1</script>" in text and "\\u202e" in text and "\\x1b" in text for text in texts)
     assert browser.execute_script("return document.querySelectorAll('#answer-texts pre *').length") == 0
+
+
+def test_an_answer_shows_what_became_of_its_drafts(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["detailed"])
+    browser.execute_script("document.querySelector('button.answer').click()")
+    shown = {
+        title.text: block
+        for title, block in zip(
+            browser.find_elements("css selector", "#answer-texts h3"),
+            browser.find_elements("css selector", "#answer-texts pre"),
+            strict=True,
+        )
+    }
+    assert list(shown) == [f"turn 0: {label}" for label in ("vanilla", "eagle", "medusa", "spd")]
+    spd = shown["turn 0: spd"]
+    titles = [each.get_attribute("title") for each in spd.find_elements("css selector", ".step")]
+    assert f"rejected: <{WRONG}>\nthe target's own: <103>" in titles[3]
+    assert f"<{WRONG}>" not in spd.text  # until it is asked for
+    webdriver.ActionChains(browser).send_keys(" ").perform()  # the dialog's first control has the focus
+    assert f"<102><{WRONG}><103>" in spd.text
+    colours = {
+        browser.execute_script("return getComputedStyle(arguments[0]).color", spd.find_element("class name", kind))
+        for kind in ("accepted", "own", "rejected")
+    }
+    assert len(colours) == 3
+    assert min(contrast(hexadecimal(colour), "#ffffff") for colour in colours) >= 4.5
+
+
+def test_answers_without_drafts_have_no_legend_of_them(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"])
+    browser.execute_script("document.querySelector('button.answer').click()")
+    assert not browser.find_element("id", "answer-legend").is_displayed()
+    assert len(browser.find_elements("css selector", "#answer-texts pre")) == 1  # all labels gave the same
 
 
 @pytest.mark.parametrize("name", ["hostile", "hostile history"])

@@ -11,11 +11,15 @@ import jsonschema
 import pytest
 from rich.cells import cell_len
 
+from spdbench.judge.comparison.compare import compare
+from spdbench.judge.loaded import read_results
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.judge.results.schema import Result, Run, json_schema, read_result
 from spdbench.judge.timeline import stage_tokens, step_tokens
 from spdbench.pipeline.inline import InlinePipeline
 from spdbench.pipeline.schedule import Cycle
+from spdbench.render.report.style import LIGHT
+from spdbench.render.report.timeline import DISCARDED, TIMELINE
 from spdbench.types import Span
 from tests.cli.run_helpers import spdbench, write_suite
 
@@ -98,6 +102,7 @@ def requests_of(trace: Trace, result: Result) -> list[tuple[Run, int, list[Slice
     for index, (run, start) in enumerate(zip(result.runs, starts, strict=True)):
         until = [*starts, 1 << 62][index + 1]
         steps = [s for s in trace.tracks["requests"] if start <= s["start"] < until and "step" in s["args"]]
+        assert len(steps) == len(run.steps.t_ns)
         spans = []
         for name, slices in trace.tracks.items():
             if name == "requests":
@@ -153,6 +158,19 @@ def require_flushes(steps: list[Slice], lanes: int) -> None:
             assert names[at + lanes] in ("accepted", "rejected")
 
 
+def require_drawn_flush(path: Path, lanes: int) -> None:
+    """The report's timeline shows the flush after a rejection, the refill, and work that was thrown away."""
+    [table] = compare(read_results([path]), by_category=True)
+    [panel] = TIMELINE.make(table, LIGHT)
+    lanes_shown = {f"stage {lane}" for lane in range(lanes)} | {"drafter", "host", "cycles"}
+    assert {row["lane"] for row in panel.rows} == lanes_shown
+    verdicts = [row["what"] for row in panel.rows if row["lane"] == "cycles"]
+    after = verdicts[verdicts.index("rejected") + 1 :]
+    assert after[: lanes - 1] == ["filling"] * (lanes - 1)
+    assert after[lanes - 1 :][:1] in (["accepted"], ["rejected"])
+    assert any(row["what"] == DISCARDED and row["lane"].startswith("stage") for row in panel.rows)
+
+
 def test_stages_in_processes_give_a_trace_without_a_lost_slice(tiny_model: Path, tmp_path: Path) -> None:
     spd = ("-b", "spd", "-o", "spd.stages=3", "-o", "spd.executor=process", "--drafter", "forced:0.7")
     result = measured(tiny_model, tmp_path, *spd, "--trace", "--keep-drafts")
@@ -172,6 +190,7 @@ def test_stages_in_processes_give_a_trace_without_a_lost_slice(tiny_model: Path,
             assert "token" in each["args"] or each["args"]["position"] >= run.num_prompt_tokens + run.num_new_tokens
     assert set(trace.counters) == {"pipe fill", "acceptance"}
     assert {value for _, value in trace.counters["pipe fill"]} <= {0, 1, 2, 3}
+    require_drawn_flush(result_file(tmp_path), 3)
 
 
 def test_a_pipeline_in_one_process_shows_flush_and_refill(

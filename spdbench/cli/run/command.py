@@ -55,8 +55,8 @@ class RunOptions(SuiteOptions):
     results: Path = option("--results", FOLDER, "DIR", "Where result files go.", Path("results"))
     name: str | None = option("--name", None, "NAME", "Added to the files' names, to tell runs apart.")
     resume: bool = flag("--resume", "Go on with a run that was interrupted.")
-    trace: bool = flag("--trace", "Keep what every lane did, for `spdbench trace`.")
-    keep_drafts: bool = flag("--keep-drafts", "Keep the drafted tokens, for `spdbench show`.")
+    trace: bool = flag("--trace", "Keep what every lane did, for `spdbench trace`, `show` and `report`.")
+    keep_drafts: bool = flag("--keep-drafts", "Keep the drafted tokens, for `spdbench show` and `report`.")
     concurrency: int | None = option(
         "--concurrency", COUNT, "N", "Requests that a server has to answer at once. [default: 1]"
     )

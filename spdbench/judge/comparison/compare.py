@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import ChainMap, Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -57,7 +57,8 @@ class Row:
 class Table:
     """Results that may be compared. `head` is one of theirs, for the title; `baseline` is its label here, if any.
 
-    `dialects` are those in which acceptance lengths were asked for: each row's metrics hold them.
+    `dialects` are those in which acceptance lengths were asked for: each row's metrics hold them. `decode` turns ids
+    of the model into text, for callers that show tokens; None where its tokenizer is not at hand.
     """
 
     head: Result
@@ -65,6 +66,7 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     dialects: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 def compare(

@@ -39,7 +39,9 @@ class Conclusion:
 
     `speedup` is relative to the table's baseline, with its 95 % `interval`, on the same `num_prompts` conversations.
     `num_prompts_to_show` is the number that would show a speed-up of `EFFECT`, where no difference is shown.
-    `speedup_per_device` is None with one device. `disqualified_by` and `doubts` are names of the row's flags: the
+    `speedup_per_device` is None with one device. `devices_of_all` is in the baseline's conclusion: how many devices
+    every label used, the same number; None where they differ, are unknown, or there is no other label.
+    `disqualified_by` and `doubts` are names of the row's flags: the
     former take it out of any ranking, the latter ask for caution.
     """
 
@@ -52,6 +54,7 @@ class Conclusion:
     num_prompts_to_show: int | None
     num_devices: int
     speedup_per_device: float | None
+    devices_of_all: int | None
     own_devices: OwnDevices | None
     disqualified_by: tuple[str, ...]
     doubts: tuple[str, ...]
@@ -61,10 +64,12 @@ def conclusions(table: Table) -> tuple[Conclusion, ...]:
     """One conclusion for each label of `table`, in its order."""
     rows = [row for row in table.rows if row.category is None]
     baseline = next((row for row in rows if row.is_baseline), None)
-    return tuple(_conclude(row, baseline) for row in rows)
+    used = {None if row.result.known_devices is None else row.head.backend.num_devices for row in rows}
+    of_all = used.pop() if len(used) == 1 and len(rows) > 1 else None
+    return tuple(_conclude(row, baseline, of_all) for row in rows)
 
 
-def _conclude(row: Row, baseline: Row | None) -> Conclusion:
+def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Conclusion:
     metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
     outcome, interval, num_prompts = (
         outcome_of(row, has_baseline=baseline is not None),
@@ -85,6 +90,7 @@ def _conclude(row: Row, baseline: Row | None) -> Conclusion:
         num_prompts_to_show=to_show,
         num_devices=devices,
         speedup_per_device=metrics["speedup_per_device"] if devices > 1 else None,
+        devices_of_all=devices_of_all if row.is_baseline else None,
         own_devices=None if baseline is None or metrics["speedup"] is None else _own_devices(row, baseline),
         disqualified_by=tuple(name for name in names if name in DISQUALIFYING),
         doubts=tuple(name for name in names if name in DOUBTS),

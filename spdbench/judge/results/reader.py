@@ -41,6 +41,8 @@ MARKS = tuple(f'"{name}":['.encode() for name in ("output_ids", *StepArrays._fie
 """The beginnings of a run's columns, in the order in which they are written."""
 MAX_DIGITS = 18
 """What fits into 64 bits whatever the digits are."""
+DETAILS = (b'"spans":{', b'"drafted_tokens":{')
+"""In the JSON of a run that holds details; no string can hold them, as in `MARKS`."""
 COMMA, ZERO = ord(","), ord("0")
 FLOAT_CHARACTERS = b"0123456789.,+-eE "
 FIRST_LINE, RUNS_BEGIN, RUNS_END = b"{\n", b'"runs":[\n', b"],\n"
@@ -110,23 +112,36 @@ def _without_comma(line: bytes) -> bytes:
     return line.removesuffix(b"\n").removesuffix(b",")
 
 
-def reread(path: Path) -> tuple[Result, Iterator[tuple[RunKey, bytes]]]:
+def reread(path: Path, raw: bytes | None = None) -> tuple[Result, Iterator[tuple[RunKey, bytes]]]:
     """All of a result but its runs, and each run's key and JSON; the runs are read one by one where possible.
+
+    `raw` is as in `read_runs`.
 
     Raises:
         InputError: the file cannot be read, or is not a result.
     """
     try:
-        head, table = read_plain(path)
-        return head, zip(table.keys, _run_lines(path), strict=True)
+        head, table = read_plain(path, raw=raw)
+        return head, zip(table.keys, _run_lines(path, raw), strict=True)
     except NotPlain:
-        found = read_result(path)
+        found = read_result(path, raw)
         texts = (json.dumps(run.model_dump(mode="json"), separators=(",", ":")).encode() for run in found.runs)
         return found.model_copy(update={"runs": []}), zip([run.key for run in found.runs], texts, strict=True)
 
 
-def _run_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+def read_detailed_runs(path: Path, raw: bytes | None = None) -> Iterator[Run]:
+    """The runs of a result that hold spans or drafted tokens, one by one; the others are skipped as text.
+
+    Raises:
+        InputError: as `reread`.
+    """
+    for _, line in reread(path, raw)[1]:
+        if any(mark in line for mark in DETAILS):
+            yield Run.model_validate_json(line)
+
+
+def _run_lines(path: Path, raw: bytes | None) -> Iterator[bytes]:
+    with path.open("rb") if raw is None else BytesIO(raw) as file:
         for _ in _lines_until(RUNS_BEGIN, file):
             pass
         yield from map(_without_comma, _lines_until(RUNS_END, file))

@@ -13,7 +13,7 @@ from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.check import because
 from spdbench.render.columns import EMPTY, decoding, harmless
 from spdbench.render.report.history import CHARTS, SIGNS, change_of, machine_name, run_names
-from spdbench.render.report.page import figure, fill, words
+from spdbench.render.report.page import command, figure, fill, words
 
 COLUMNS = ("run", "label", "speed-up [95 %]", "change", "tok/s", "accept", "verdict", "machine", "file")
 LOOKS = {"regression": "bad", "improved": "good"}
@@ -42,14 +42,17 @@ class Line(NamedTuple):
     file: str
 
 
-def to_html(history: History, sources: Sequence[EmbeddedFile] | None, calibration: Calibration | None) -> str:
-    """The page of `history`. `sources` are the result files; None leaves them out."""
+def to_html(
+    history: History, sources: Sequence[EmbeddedFile] | None, calibration: Calibration | None, name: str
+) -> str:
+    """The page of `history`. `sources` are the result files; None leaves them out. `name` is what `spdbench report`
+    reads to draw the same charts: the page, or the results' folder."""
     head = history.head
     parts = [f"{head.suite.name} v{head.suite.version}", head.model.id, head.model.dtype, decoding(head.decoding)]
     count = f"{len(history.runs)} runs" if len(history.runs) > 1 else "one run"
     return fill(
         "history.html",
-        [figure(chart, history) for chart in CHARTS.values()],
+        [figure(chart, history, command(name, chart.name)) for chart in CHARTS.values()],
         embed(sources) if sources is not None else "",
         question="Has it changed?",
         title=" | ".join([*parts, count]),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -18,21 +18,19 @@ from urllib.parse import quote
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from spdbench.console import printable
-from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.compare import Table
 from spdbench.judge.comparison.conclusion import conclusions
 from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
-from spdbench.judge.results.schema import Flag, RunKey
+from spdbench.judge.results.schema import Flag
 from spdbench.render.columns import columns_for, harmless, title
 from spdbench.render.notes import details, sentence
 from spdbench.render.report import vega
+from spdbench.render.report.answers import answers
 from spdbench.render.report.chart import Chart, Panel, Shown, overall, to_csv
 from spdbench.render.report.style import DARK, LIGHT, config, css_properties, page_palette
 
-Answers = Callable[[Row, RunKey], str]
-"""The text of a row's answer."""
 SCRIPT_END = "</script"
 
 
@@ -54,13 +52,10 @@ class Warned(NamedTuple):
     disqualifies: bool
 
 
-def to_html(table: Table, answers: Answers, sources: Sequence[EmbeddedFile], name: str) -> str:
+def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
     """The page of `table`, which was compared by category. `sources` are the result files; `name` is the page's own."""
     columns = columns_for(table, details=True)
-    figures = [
-        figure(chart, table, f"spdbench report {name} --chart {chart.name} --format svg -o {chart.name}.svg")
-        for chart in vega.CHARTS.values()
-    ]
+    figures = [figure(chart, table, command(name, chart.name)) for chart in vega.CHARTS.values()]
     return fill(
         "page.html",
         figures,
@@ -78,7 +73,7 @@ def to_html(table: Table, answers: Answers, sources: Sequence[EmbeddedFile], nam
         prompts=_prompts(table),
         labels=[row.label for row in overall(table)],
         environment=_environment(table),
-        answers=_json(_answers(table, answers)),
+        answers=_json(answers(table)),
     )
 
 
@@ -142,7 +137,12 @@ def _warnings(table: Table) -> list[Warned]:
     return sorted(found.values(), key=lambda warned: not warned.disqualifies)
 
 
-def figure(chart: Chart[Shown], shown: Shown, command: str = "") -> Figure:
+def command(name: str, chart: str) -> str:
+    """What draws `chart` of the results in `name` as a file."""
+    return f"spdbench report {name} --chart {chart} --format svg -o {chart}.svg"
+
+
+def figure(chart: Chart[Shown], shown: Shown, command: str) -> Figure:
     """`chart` of `shown`; `command` reproduces it."""
     panels = chart.make(shown, page_palette())
     alt = chart.describe([row for panel in panels for row in panel.rows]) if panels else chart.missing
@@ -169,22 +169,6 @@ def _prompts(table: Table) -> list[PromptLine]:
 
 def _rate(found: tuple[str, float | None] | None) -> str:
     return "" if found is None or found[1] is None else f"{found[1]:.1f}"
-
-
-def _answers(table: Table, answers: Answers) -> Mapping[str, Any]:
-    """By prompt its answers: turn, repeat, the place of the text, and the labels that gave it.
-
-    Lossless methods give equal texts, which are there once.
-    """
-    texts: dict[str, int] = {}
-    found: dict[str, dict[tuple[int, int, int], list[str]]] = {}
-    for row in overall(table):
-        for key in row.result.runs.answered:
-            prompt, turn, repeat = key
-            place = texts.setdefault(printable(answers(row, key)), len(texts))
-            found.setdefault(harmless(prompt), {}).setdefault((turn, repeat, place), []).append(harmless(row.label))
-    prompts = {prompt: [[*key, labels] for key, labels in sorted(each.items())] for prompt, each in found.items()}
-    return {"texts": list(texts), "prompts": prompts}
 
 
 def _environment(table: Table) -> list[tuple[str, str]]:

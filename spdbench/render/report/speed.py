@@ -52,6 +52,17 @@ def _words(record: Record) -> str:
     )
 
 
+def _cost(row: Row) -> str:
+    """`, 3 stages on 1 device`; empty where the devices are unknown."""
+    if row.result.known_devices is None:
+        return ""
+    backend, num = row.head.backend, row.head.backend.num_devices
+    stages = f"{backend.lanes} stages on " if backend.kind == "pipeline" else ""
+    if num == 1:
+        return f", {stages}1 device"
+    return f", {stages}{num} devices, {row.metrics['speedup_per_device']:.2f}x a device"
+
+
 def _domain(records: Sequence[Record]) -> list[float]:
     values = [1.0, *(record[name] for record in records for name in ("speedup", "low", "high") if record[name])]
     room = 0.08 * (max(values) - min(values)) or 0.1
@@ -65,7 +76,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
     records = [_record(row) for row in rows]
     domain = _domain(records)
     for row, record in zip(rows, records, strict=True):
-        record["words"] = _words(record)
+        record["words"] = f"{_words(record)}{_cost(row)}"
         record["flags"] = ", ".join(dict.fromkeys(flag.name for flag in row.flags))
         record["devices"] = row.head.backend.num_devices
     y = names("label", records, labelFontWeight="bold")
@@ -218,8 +229,8 @@ CHARTS = (
     Chart(
         "speedup",
         "Speed-up over the baseline",
-        "A dot is the ratio of decode tokens/s to the baseline's on the same prompts; the bar is its 95 % interval. An "
-        "empty dot, whose bar crosses 1, shows no difference. Flags stand below the bar that they concern.",
+        "A dot right of the dashed line is faster than the baseline on the same prompts; the bar is its 95 % interval. "
+        "An empty dot, whose bar crosses the line, shows no difference. Flags stand below the bar that they concern.",
         NO_BASELINE,
         _speedups,
         _describe_speedups,

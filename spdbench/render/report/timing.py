@@ -1,4 +1,4 @@
-"""Charts of time: what lanes do, the waterfall from ideal to measured, a pipeline around a rejection."""
+"""Charts of time: what lanes do, the waterfall from ideal to measured; and the timeline of `timeline.py`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from itertools import accumulate
 
 from spdbench.judge.comparison.compare import Table
 from spdbench.judge.comparison.waterfall import Waterfall, waterfall
-from spdbench.judge.metrics.steps import cycles_around_rejection
 from spdbench.judge.results.table import PARTS
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import Chart, Panel, Record, height, listing, names, overall, quantity, spec
 from spdbench.render.report.style import Palette
+from spdbench.render.report.timeline import TIMELINE
 
 PART_NAMES = {
     "useful": "useful work",
@@ -33,7 +33,6 @@ STEP_NAMES = {
     "host": "host",
     "residual": "residual",
 }
-CYCLES_BEFORE = 4
 MS = 1000.0
 
 
@@ -107,50 +106,6 @@ def _longest_s(fall: Waterfall) -> float:
     return max(fall.measured_s, fall.vanilla_s, *accumulate(part.seconds for part in fall.parts))
 
 
-def _timeline(table: Table, palette: Palette) -> list[Panel]:
-    panels = []
-    for row in overall(table):
-        backend, runs = row.head.backend, row.result.runs
-        if backend.kind != "pipeline":
-            continue
-        found = cycles_around_rejection(runs, ~runs.failed, CYCLES_BEFORE, 2 * backend.lanes + 1)
-        if found is None:
-            continue
-        (prompt, turn, repeat), cycles = found
-        begin = cycles[0].start_s
-        records = [
-            {
-                "label": harmless(row.label),
-                "cycle": number,
-                "verdict": cycle.verdict,
-                "start": (cycle.start_s - begin) * MS,
-                "end": (cycle.end_s - begin) * MS,
-            }
-            for number, cycle in enumerate(cycles, start=1)
-        ]
-        colours = [palette.good, palette.bad, palette.neutral]
-        encoding = {
-            "x": quantity("start", "ms"),
-            "x2": {"field": "end"},
-            "y": names("verdict", records),
-            "color": {
-                "field": "verdict",
-                "type": "nominal",
-                "scale": {"domain": ["accepted", "rejected", "filling"], "range": colours},
-                "legend": None,
-            },
-            "tooltip": [
-                {"field": "cycle"},
-                {"field": "verdict"},
-                *({"field": name, "format": ".2f"} for name in ("start", "end")),
-            ],
-        }
-        drawn = spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "verdict", 30))
-        heading = f"{harmless(row.label)}: prompt {harmless(prompt)}, turn {turn}, repeat {repeat}"
-        panels.append(Panel(drawn, records, heading))
-    return panels
-
-
 def _describe_bubble(records: Sequence[Record]) -> str:
     parts = []
     for label in dict.fromkeys(record["label"] for record in records):
@@ -163,13 +118,6 @@ def _describe_waterfalls(records: Sequence[Record]) -> str:
     parts = []
     for label in dict.fromkeys(record["label"] for record in records):
         parts.append(f"{label}, ms a token: " + ", ".join(r["step"] for r in records if r["label"] == label))
-    return listing(parts)
-
-
-def _describe_timeline(records: Sequence[Record]) -> str:
-    parts = []
-    for label in dict.fromkeys(record["label"] for record in records):
-        parts.append(f"{label}: " + ", ".join(r["verdict"] for r in records if r["label"] == label))
     return listing(parts)
 
 
@@ -193,13 +141,5 @@ CHARTS = (
         _waterfalls,
         _describe_waterfalls,
     ),
-    Chart(
-        "timeline",
-        "A pipeline around a rejection",
-        "A bar is one cycle, by the verdict that came out of it. After a rejection the pipe is flushed, and fills "
-        "again before the next verdict.",
-        "None of these results is a pipeline with a rejection.",
-        _timeline,
-        _describe_timeline,
-    ),
+    TIMELINE,
 )

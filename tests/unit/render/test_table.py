@@ -107,9 +107,9 @@ def test_nothing_is_wider_than_the_terminal(entries: Any, width: int) -> None:
 def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
     lines = show(compare(everything()), width=160).splitlines()
     assert lines[:4] == [
-        "vanilla: 50.0 tok/s, the baseline",
-        "spd: 0.80x [0.80, 0.80] here; at most 2.00x if each of its 3 stages had a device of its own; disqualified by "
-        "synthetic_drafter",
+        "vanilla: 50.0 tok/s, the baseline; each label uses one device",
+        "spd: 0.80x [0.80, 0.80], does not pay here; its 3 stages share one device: at most 2.00x if each had its own; "
+        "disqualified by synthetic_drafter",
         "eagle: 3.20x [3.20, 3.20], pays",
         "medusa: 3.20x [3.20, 3.20]; disqualified by lossy, untrained_drafter",
     ]
@@ -286,7 +286,7 @@ def test_tables_that_look_alike_show_their_hashes() -> None:
 
 def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
     lines = show(compare(everything()), "github").splitlines()
-    assert lines[0] == "- vanilla: 50.0 tok/s, the baseline"
+    assert lines[0] == "- vanilla: 50.0 tok/s, the baseline; each label uses one device"
     assert lines[5].startswith("**quick v1 | smollm2")
     assert sum(line.startswith("| ") for line in lines) == 5
     assert any(line.startswith("- synthetic_drafter") for line in lines)
@@ -295,7 +295,7 @@ def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
 
 def test_latex_is_escaped_and_its_sentences_are_comments() -> None:
     text = show(compare(everything()), "latex")
-    assert text.startswith("% vanilla: 50.0 tok/s, the baseline\n")
+    assert text.startswith("% vanilla: 50.0 tok/s, the baseline; each label uses one device\n")
     assert "\\begin{tabular}" in text
     assert "95 \\%" in text
     for outside in (text.split("\\begin{tabular}")[0], text.split("\\end{tabular}")[1]):
@@ -490,7 +490,7 @@ def sentence_of(**more: Any) -> str:
     facts: dict[str, Any] = {
         "label": "eagle", "outcome": "pays", "tokens_per_s": 60.0, "speedup": 1.24, "interval": (1.13, 1.37),
         "num_prompts": 8, "num_prompts_to_show": None, "num_devices": 1, "speedup_per_device": None,
-        "own_devices": None, "disqualified_by": (), "doubts": (),
+        "devices_of_all": None, "own_devices": None, "disqualified_by": (), "doubts": (),
     }  # fmt: skip
     return sentence(Conclusion(**(facts | more)))
 
@@ -504,8 +504,11 @@ def test_sentences() -> None:
     assert sentence_of(outcome="no interval", interval=None) == "eagle: 1.24x over one prompt, which shows no interval"
     own = OwnDevices(1.05, 2, is_bound=False)
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
-        "eagle: 0.58x [0.50, 0.60] here; about 1.05x if each of its 2 stages had a device of its own"
+        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device: about 1.05x if each had its own"
     )
+    baseline = {"outcome": "baseline", "speedup": None, "interval": None}
+    assert sentence_of(**baseline) == "eagle: 60.0 tok/s, the baseline"
+    assert sentence_of(**baseline, devices_of_all=2) == "eagle: 60.0 tok/s, the baseline; each label uses 2 devices"
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,47 @@
     return made;
   };
 
-  // Text is only ever set as textContent: what models write stays text.
+  const KINDS = { a: "accepted", r: "rejected", d: "dropped", o: "own" };
+  const NAMES = { a: "accepted", r: "rejected", d: "dropped without a verdict", o: "the target's own" };
+
+  // A step of an answer with kept drafts; pointing at it says what became of each draft.
+  const stepElement = ([number, ms, ...tokens]) => {
+    const step = element("span", "");
+    step.className = "step";
+    const said = [`step ${number}, ${ms} ms`];
+    for (const [code, name] of Object.entries(NAMES)) {
+      const own = tokens.filter((token) => token[0] === code).map((token) => token.slice(1));
+      if (own.length) said.push(`${name}: ${own.join("\u00b7")}`);
+    }
+    step.title = said.join("\n");
+    for (const token of tokens) {
+      const unused = token[0] === "r" || token[0] === "d";
+      const text = token.slice(1).replaceAll("\u21b5", unused ? "\u21b5" : "\u21b5\n");
+      const part = element(unused ? "del" : "span", text);
+      part.className = KINDS[token[0]];
+      step.append(part);
+    }
+    return step;
+  };
+
+  const answerElement = (content) => {
+    const made = element("pre", typeof content === "string" ? content : "");
+    made.dir = "auto";
+    if (typeof content !== "string") made.append(...content.map(stepElement));
+    return made;
+  };
+
+  // Text is only ever set as textContent or title: what models write stays text.
   const openAnswer = (prompt) => {
     const found = answers.prompts[prompt];
     if (!found) return;
     document.getElementById("answer-prompt").textContent = prompt;
     const blocks = found.flatMap(([turn, repeat, place, labels]) => {
-      const text = element("pre", answers.texts[place]);
-      text.dir = "auto";
-      return [element("h3", `turn ${turn}${repeat ? `, repeat ${repeat}` : ""}: ${labels.join(", ")}`), text];
+      const title = `turn ${turn}${repeat ? `, repeat ${repeat}` : ""}: ${labels.join(", ")}`;
+      return [element("h3", title), answerElement(answers.texts[place])];
     });
     document.getElementById("answer-texts").replaceChildren(...blocks);
+    document.getElementById("answer-legend").hidden = !found.some(([, , place]) => typeof answers.texts[place] !== "string");
     dialog.showModal();
   };
 

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from spdbench.errors import InputError
 from spdbench.judge.loaded import read_results
 from spdbench.judge.results import reader, table
-from spdbench.judge.results.reader import NotPlain, read_lines, read_plain, read_runs, reread
+from spdbench.judge.results.kept import DraftColumns, SpanColumns
+from spdbench.judge.results.reader import NotPlain, read_detailed_runs, read_lines, read_plain, read_runs, reread
 from spdbench.judge.results.schema import Result, Run, read_result
 from spdbench.judge.results.table import table_from
+from spdbench.types import Span
 from tests.builders import (
     chunk_steps,
     contents,
@@ -228,6 +230,23 @@ def test_rereading_gives_every_run_as_json_of_its_own(tmp_path: Path, result: Re
     head, runs = reread(path)
     assert head == result.model_copy(update={"runs": []})
     assert [(key, Run.model_validate_json(text)) for key, text in runs] == [(run.key, run) for run in RUNS]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_runs_with_details_are_read_again(tmp_path: Path, result: Result, layout: str) -> None:
+    drafts = DraftColumns.of([None] * len(RUNS[0].steps.t_ns))
+    spans = SpanColumns.of([Span(0, "draft", 1, 2, 3, kept=True)], 0)
+    named = 'no "spans":{ and no "drafted_tokens":{'
+    runs = [
+        RUNS[0].model_copy(update={"prompt_id": name, **more})
+        for name, more in ((named, {}), ("drafts", {"drafted_tokens": drafts}), ("spans", {"spans": spans}))
+    ]
+    path = tmp_path / "a.json"
+    path.write_bytes(LAYOUTS[layout](result.model_copy(update={"runs": runs})))
+    assert list(read_detailed_runs(path)) == runs[1:]
+    assert list(read_detailed_runs(Path("elsewhere.json"), path.read_bytes())) == runs[1:]
+    [loaded] = read_results([path])
+    assert list(loaded.detailed_runs()) == runs[1:]
 
 
 def test_device_is_no_result() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,25 @@ def test_where_there_is_nothing_to_show_the_reason_is_there() -> None:
     for name, chart in CHARTS.items():
         assert panels(name, compared) == [], name
         assert chart.missing.endswith(".")
+
+
+def test_timeline_shows_every_span_around_a_rejection() -> None:
+    detailed = replace(table(results(detailed=True)), decode=lambda ids: "".join(f"<b>{each}\n" for each in ids))
+    eagle, _, spd = panels("timeline", detailed)
+    assert (eagle.heading, spd.heading) == ("eagle: prompt p0, turn 0, repeat 0", "spd: prompt p0, turn 0, repeat 0")
+    cycles = [row for row in spd.rows if row["lane"] == "cycles"]
+    verdicts = ["filling", "accepted", "accepted", "rejected", "filling", "filling", "accepted", "accepted"]
+    assert [row["what"] for row in cycles] == verdicts[-len(cycles) :]
+    for lane in ("stage 0", "stage 1", "stage 2"):
+        own = [row for row in spd.rows if row["lane"] == lane]
+        assert [(row["start"], row["end"]) for row in own] == [(row["start"], row["end"]) for row in cycles]
+        assert [row["what"] == "work thrown away" for row in own] == [row["what"] == "rejected" for row in cycles]
+    assert len(spd.rows) == 4 * len(cycles)
+    assert spd.rows[0]["start"] == 0
+    tokens = {row["token"] for row in spd.rows}
+    assert any(token.startswith("<b>1") for token in tokens)
+    assert not any("\n" in token for token in tokens)
+    assert "rejected" in [row["what"] for row in eagle.rows if row["lane"] == "rounds"]
 
 
 def test_draft_and_verify_alone_has_no_timeline() -> None:
