@@ -38,7 +38,8 @@ help:
 
 demo: $(VENV)/.installed
 	@echo "Measuring every method with its trained drafter: $(LIMIT) conversations, $(MAX_NEW_TOKENS) tokens each ..."
-	@$(RUN) spdbench run quick $(DEMO:%=-b %) --limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS)
+	@$(RUN) spdbench run quick $(DEMO:%=-b %) --limit $(LIMIT) --max-new-tokens $(MAX_NEW_TOKENS) \
+		--trace --keep-drafts
 	@if $(RUN) spdbench report $(DEMO:%=results/quick__%__smollm2.json) -o results/report.html --force; \
 		then echo "Open results/report.html in a browser: the same comparison with charts and answers."; \
 		else echo "The comparison above is complete; the page results/report.html could not be written."; fi

@@ -1,6 +1,6 @@
 """Takes the screenshots of README and docs: a report of real results, in a headless browser.
 
-    spdbench run quick -b vanilla -b spd -b eagle -b medusa --limit 16 --results results
+    make demo
     python docs/screenshots.py results/quick__*.json --out docs/images
 
 Needs chromium and chromedriver, and `pip install 'spdbench[report]' selenium`.
@@ -23,10 +23,13 @@ from selenium.webdriver.support.wait import WebDriverWait
 SHOTS = {"report-light": (1280, "light"), "report-dark": (1280, "dark"), "report-narrow": (380, "light")}
 """Name -> width and colour scheme."""
 FIRST_SCREEN = 900
+DETAILS_WIDTH = 960
+"""Of the page for a single figure and an answer."""
 
 
 def main() -> None:
-    """Writes one PNG a shot: the first screen, or with --whole the whole page."""
+    """Writes one PNG a shot: the first screen, or with --whole the whole page; an answer with its drafts and the
+    timeline, where the results keep drafts and spans."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", help="result files, or one report")
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
@@ -40,11 +43,22 @@ def main() -> None:
         browser = _browser()
         try:
             for name, (width, scheme) in SHOTS.items():
-                path = chosen.out / f"{name}.png"
-                path.write_bytes(_shot(browser, page, width, scheme, whole=chosen.whole))
-                print(f"Wrote {path}")
+                _write(chosen.out / f"{name}.png", _shot(browser, page, width, scheme, whole=chosen.whole))
+            _shot(browser, page, DETAILS_WIDTH, "light", whole=False)
+            timeline = browser.find_element("id", "timeline")
+            if timeline.find_elements("class name", "chart"):
+                _write(chosen.out / "report-timeline.png", timeline.screenshot_as_png)
+            browser.execute_script("document.querySelector('button.answer').click()")
+            if browser.find_element("id", "answer-legend").is_displayed():
+                browser.find_element("id", "answer-unused").click()
+                _write(chosen.out / "report-answer.png", browser.find_element("id", "answer").screenshot_as_png)
         finally:
             browser.quit()
+
+
+def _write(path: Path, picture: bytes) -> None:
+    path.write_bytes(picture)
+    print(f"Wrote {path}")
 
 
 def _browser() -> Any:

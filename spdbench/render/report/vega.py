@@ -17,8 +17,10 @@ from spdbench.render.report.style import LIGHT, STYLES, ImageFormat, config
 CHARTS: dict[str, Chart[Table]] = {chart.name: chart for chart in (*speed.CHARTS, *drafts.CHARTS, *timing.CHARTS)}
 """All charts, in the order of the page."""
 VEGA_LITE = "6.1"
-LABEL_SHARE = 0.3
-"""Of a file's width, for the names at the left of charts of several panels."""
+NAMES_SHARE, NUMBERS_SHARE = 0.3, 0.1
+"""Of a file's width, for what stands at the left of charts of several panels."""
+NARROW = 300
+"""Points: a file below this has room for two columns of a legend, not four."""
 PIXELS_A_POINT = 4
 """In PNG files: 288 dots an inch."""
 
@@ -65,9 +67,19 @@ def _whole(chart: Chart[Any], panels: Sequence[Panel], name: str) -> Spec:
     sized = [panel.spec | {"height": panel.spec["height"] * style.height_factor} for panel in panels]
     if len(panels) == 1 and panels[0].heading is None:
         return {**sized[0], **common, "width": style.width, "autosize": {"type": "fit-x", "contains": "padding"}}
-    labels = round(style.width * LABEL_SHARE)
+    has_names = any(map(_has_names, panels))
+    labels = round(style.width * (NAMES_SHARE if has_names else NUMBERS_SHARE))
     settings["axisY"] = {"minExtent": labels, "maxExtent": labels}
-    width = style.width - labels - 3 * settings["padding"]
+    if style.width < NARROW:
+        settings["legend"] |= {"columns": 2}
+    axis_title = 0 if has_names else 2 * style.font_size
+    width = style.width - labels - axis_title - 3 * settings["padding"]
     parts = [{**spec, "width": width, "title": panel.heading} for spec, panel in zip(sized, panels, strict=True)]
     # Each panel has colours of its own: in shared scales those of several panels' values would get mixed up.
     return {"vconcat": parts, "resolve": {"scale": {"color": "independent"}}, **common}
+
+
+def _has_names(panel: Panel) -> bool:
+    """True if its vertical axis has names, and no numbers."""
+    layers = panel.spec.get("layer", [panel.spec])
+    return any(layer["encoding"].get("y", {}).get("type") == "nominal" for layer in layers)

@@ -211,6 +211,16 @@ def test_charts_become_files(form: Any, style: str) -> None:
             assert b"eagle" in content
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_files_are_as_wide_as_their_style(style: str) -> None:
+    pytest.importorskip("vl_convert")
+    detailed = table(results(detailed=True))
+    drawn = {name: to_file(chart, chart.make(detailed, LIGHT), "svg", style) for name, chart in CHARTS.items()}
+    for name, content in drawn.items():
+        [width] = re.findall(rb'^<svg [^>]*?width="([0-9.]+)"', content)
+        assert float(width) == pytest.approx(STYLES[style].width, rel=0.06), name
+
+
 def test_colours_mean_the_same_in_every_panel_of_a_file() -> None:
     pytest.importorskip("vl_convert")
     drawn = to_file(CHARTS["step-lengths-by-category"], panels("step-lengths-by-category"), "svg", "screen").decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from datetime import timedelta
 from typing import Any
 
@@ -14,7 +15,8 @@ from spdbench.judge.loaded import load
 from spdbench.render.report.chart import Panel
 from spdbench.render.report.history import CHARTS, SIGNS, run_names
 from spdbench.render.report.history_page import answer
-from spdbench.render.report.style import LIGHT
+from spdbench.render.report.style import LIGHT, STYLES
+from spdbench.render.report.vega import to_file
 from tests.unit.judge.gate.histories import BEGIN, NUM_RUNS, PLANTED, history_results, same_code
 from tests.unit.render.report.reports import HOSTILE
 from tests.unit.render.report.test_charts import fields
@@ -30,6 +32,16 @@ EVERYTHING = made()
 
 def panels(name: str, of: History = EVERYTHING) -> list[Panel]:
     return CHARTS[name].make(of, LIGHT)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("name", CHARTS)
+def test_charts_become_files_as_wide_as_their_style(name: str, style: str) -> None:
+    pytest.importorskip("vl_convert")
+    drawn = to_file(CHARTS[name], panels(name), "svg", style)
+    [width] = re.findall(rb'^<svg [^>]*?width="([0-9.]+)"', drawn)
+    assert float(width) == pytest.approx(STYLES[style].width, rel=0.06)
+    assert drawn.count(b"<path") > NUM_RUNS
 
 
 @pytest.mark.parametrize("name", CHARTS)
