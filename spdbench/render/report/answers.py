@@ -58,7 +58,8 @@ def _text(row: Row, key: RunKey, table: Table) -> str:
 
 def _steps(run: Run, table: Table) -> list[Step]:
     """The steps that commit or judge something: all but a pipeline's cycles without a verdict."""
-    words, found = Words(run.output_ids, table.decode, LINE_END), []
+    words = Words(run.output_ids, table.decode, LINE_END)
+    found: list[Step] = []
     for number, (tokens, end_ns) in enumerate(zip(step_tokens(run), run.steps.t_ns, strict=True)):
         behind = tokens.position + len(tokens.accepted)
         shown = [
