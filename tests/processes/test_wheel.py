@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,8 +49,12 @@ def folder(wheel: Path) -> Path:
     return empty
 
 
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+
 def run(folder: Path, program: str, *args: str) -> str:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    env = environment()
     env["SPDBENCH_CACHE"] = str(folder.parent / "cache")
     command = [str(folder.parent / "venv" / "bin" / program), *args]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
@@ -126,3 +131,22 @@ def test_installed_wheel_measures_vanilla_and_spd_with_a_suite_of_ones_own(folde
         outputs.append({measured["prompt_id"]: measured["output_ids"] for measured in result["runs"]})
     assert outputs[0].keys() == {"a", "b"}
     assert outputs[0] == outputs[1]
+
+
+def test_the_tutorials_commands_work_in_order(folder: Path) -> None:
+    """In an empty folder, from the wheel, on the embedded model that `make test` fetched."""
+    page = (ROOT / "docs" / "tutorial.md").read_text("utf-8")
+    place = folder / "tutorial"
+    place.mkdir()
+    [suite] = re.findall(r"^```yaml\n(name: mine\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (place / "mine.yaml").write_text(suite, "utf-8")
+    env = environment()
+    env["PATH"] = f"{folder.parent / 'venv' / 'bin'}:{env['PATH']}"
+    blocks = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 7
+    for line in (line for block in blocks for line in block.splitlines()):
+        done = subprocess.run(["sh", "-c", line], cwd=place, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        assert done.stdout or done.stderr, line
+    assert (place / "report.html").stat().st_size > 100_000
+    assert (place / "my-drafter" / "model.safetensors").exists()
