@@ -23,7 +23,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 SHOTS = {"report-light": (1280, "light"), "report-dark": (1280, "dark"), "report-narrow": (380, "light")}
 """Name -> width and colour scheme."""
 FIRST_SCREEN = 900
-DETAILS_WIDTH = 960
+DETAILS_WIDTH, DETAILS_HEIGHT = 960, 1600
 """Of the page for a single figure and an answer."""
 
 
@@ -45,6 +45,7 @@ def main() -> None:
             for name, (width, scheme) in SHOTS.items():
                 _write(chosen.out / f"{name}.png", _shot(browser, page, width, scheme, whole=chosen.whole))
             _shot(browser, page, DETAILS_WIDTH, "light", whole=False)
+            _set_screen(browser, DETAILS_WIDTH, DETAILS_HEIGHT)
             timeline = browser.find_element("id", "timeline")
             if timeline.find_elements("class name", "chart"):
                 _write(chosen.out / "report-timeline.png", timeline.screenshot_as_png)
@@ -72,10 +73,14 @@ def _browser() -> Any:
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 
+def _set_screen(browser: Any, width: int, height: int) -> None:
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+
+
 def _shot(browser: Any, page: Path, width: int, scheme: str, *, whole: bool) -> bytes:
     """The page as PNG, once its charts are drawn."""
-    screen = {"width": width, "height": FIRST_SCREEN, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    _set_screen(browser, width, FIRST_SCREEN)
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     browser.get(page.resolve().as_uri())
