@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +23,16 @@ def usable_cores() -> int:
     """Threads that can compute at the same time. More than the quota allows would all be stopped for a while together,
     so of a quota of 2.5 processors' time 2 are used."""
     return max(1, min(len(usable_processors()), int(cpu_quota() or os.cpu_count() or 1)))
+
+
+def cpu_model() -> str:
+    """The processor's name in /proc/cpuinfo, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    named = re.search(r"^(?:model name|cpu model)\s*:\s*(\S.*)$", text, re.MULTILINE | re.IGNORECASE)
+    return named[1].strip() if named else platform.machine()
 
 
 def cpu_quota() -> float | None:

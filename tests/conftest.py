@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import hypothesis
@@ -16,6 +17,22 @@ from tests.stub_hub import StubHub
 torch.set_num_threads(1)  # tiny matrices gain nothing from a second thread, and lose much on a busy machine
 hypothesis.settings.register_profile("no deadline", deadline=None)  # slow on a busy machine is not wrong
 hypothesis.settings.load_profile("no deadline")
+NUMBERS = count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Measured costs are kept apart from the user's."""
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPDBENCH_PROFILES", str(folder))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _own_profiles(_profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one measured."""
+    monkeypatch.setenv("SPDBENCH_PROFILES", str(_profiles / str(next(NUMBERS))))
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ draft_verify also rounds, captured forwards, and the costs that choose a tree. A
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.synthetic import SyntheticDrafts
     from spdbench.decoding.tree_builder import TreeBuilder
-    from spdbench.decoding.tree_choice import RowCosts
     from spdbench.decoding.verify import AcceptRule
     from spdbench.models.cuda.captured_decoder import CapturedDecoder
     from spdbench.models.decoder import Decoder
+    from spdbench.profiles.profile import RowCosts
     from spdbench_backends.drafter_files.folder import DrafterFile
 
 D = TypeVar("D")
@@ -170,11 +170,31 @@ class DraftVerify(Drafting["Drafter"]):
     def _row_costs(self, largest: int) -> RowCosts:
         """Seconds of forwards of up to `largest` rows; of captured ones if the method captures its own."""
         from spdbench.decoding.tree_choice import CONTEXT, ROW_COUNTS, measure_row_costs
+        from spdbench.profiles.profile import RowCosts, make_key
 
-        if (decoder := self._decoder_to_capture()) is None:
-            return measure_row_costs(self._decoder, largest)
         counts = [count for count in ROW_COUNTS if count <= largest]
-        return measure_row_costs(self._captured_decoder(decoder, counts, CONTEXT + largest), largest)
+        decoder = self._decoder_to_capture()
+
+        def measure() -> Sequence[float]:
+            timed = self._captured_decoder(decoder, counts, CONTEXT + largest) if decoder else self._decoder
+            return measure_row_costs(timed, largest).seconds
+
+        keys = [make_key("forward", graphs=self._graphs, rows=count) for count in counts]
+        return RowCosts(tuple(counts), tuple(self._stored.seconds(keys, measure)))
+
+    def _draft_cost(self, tree: str, num_levels: int, measure: Callable[[], float]) -> float:
+        """Seconds of one draft of `num_levels` levels in a tree of that kind."""
+        from spdbench.profiles.profile import make_key
+
+        info = self._loaded(self._info)
+        fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
+        key = make_key("draft", **fields, tree=tree, levels=num_levels, graphs=self._graphs)
+        return self._stored.seconds([key], lambda: [measure()])[0]
+
+    @property
+    def _graphs(self) -> str:
+        """How forwards run, in keys of stored costs."""
+        return "off" if self._decoder_to_capture() is None else self._options.graphs.replace("auto", "on")
 
     def _seconds_to_draft(self, drafter: Drafter, num_levels: int) -> float:
         """Seconds of one draft of `num_levels` levels, timed as it will run: in turn with forwards of the target, so

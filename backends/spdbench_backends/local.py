@@ -14,6 +14,7 @@ from spdbench.errors import InputError
 from spdbench.types import Drafted, GenerationRequest, Span, Step
 
 if TYPE_CHECKING:
+    from spdbench.decoding.stored_costs import StoredCosts
     from spdbench.models.decoder import Decoder
     from spdbench.models.interface import TargetDecoder
 
@@ -67,6 +68,13 @@ class LocalBackend:
     @property
     def _decoder(self) -> TargetDecoder:
         return self._context.target.decoder
+
+    @property
+    def _stored(self) -> StoredCosts:
+        """Measured costs of the target, and where new ones are kept."""
+        from spdbench.decoding.stored_costs import StoredCosts
+
+        return StoredCosts(self._context.target, self._context.threads)
 
     def _loaded(self, part: T | None) -> T:
         """`part`, which `load` makes."""

@@ -90,15 +90,15 @@ def file_identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def refuse_output(out: Path, inputs: Sequence[Path], *, force: bool) -> None:
-    """Raises `InputError` where `-o` names a file that must not be written: without a folder, one of the `inputs`, or
-    there already and not to be replaced by `force`."""
+def refuse_output(out: Path, inputs: Sequence[Path], *, force: bool, option: str = "-o") -> None:
+    """Raises `InputError` where `option` names a file that must not be written: without a folder, one of the `inputs`,
+    or there already and not to be replaced by `force`."""
     if not out.parent.is_dir():
-        raise InputError(f"-o {out}: the folder {out.parent} does not exist; make it first")
+        raise InputError(f"{option} {out}: the folder {out.parent} does not exist; make it first")
     if file_identity(out) in map(file_identity, inputs):
-        raise InputError(f"-o {out}: is one of the results; choose another file")
+        raise InputError(f"{option} {out}: is one of the results; choose another file")
     if out.exists() and not force:
-        raise InputError(f"-o {out}: exists already; choose another file, or replace it with --force")
+        raise InputError(f"{option} {out}: exists already; choose another file, or replace it with --force")
 
 
 def write_stdout(text: str) -> None:

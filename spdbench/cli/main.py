@@ -48,6 +48,8 @@ COMMANDS = {
     "show": LazyCommand("spdbench.cli.show", "Show an answer token by token, with its drafts."),
     "answers": LazyCommand("spdbench.cli.answers", "Show what was answered, label by label."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
+    "project": LazyCommand("spdbench.cli.project.project", "Project results to a pipeline of n devices."),
+    "profile": LazyCommand("spdbench.cli.project.profile", "Measure what each part of decoding costs on a device."),
     "audit": LazyCommand("spdbench.cli.audit.command", "Check that backends give the target's own outputs."),
     "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),
     "eval": LazyCommand("spdbench.cli.evaluate.eval", "Score backends on lm-eval's tasks."),

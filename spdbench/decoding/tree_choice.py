@@ -7,7 +7,6 @@ before it on its path are.
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -18,26 +17,13 @@ import torch
 from spdbench.decoding.tree import Path
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
+from spdbench.profiles.profile import RowCosts
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3
 CONTEXT = 128
 RANK_DECAY = 0.25
 """The accuracy of each further rank relative to the one before, where nothing was measured."""
-
-
-@dataclass(frozen=True)
-class RowCosts:
-    """Seconds of a target forward by number of rows: linear between and beyond those measured."""
-
-    rows: tuple[int, ...]
-    seconds: tuple[float, ...]
-
-    def __call__(self, num_rows: int) -> float:
-        right = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
-        left = right - 1
-        slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
-        return self.seconds[left] + slope * (num_rows - self.rows[left])
 
 
 @torch.inference_mode()

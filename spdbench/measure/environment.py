@@ -21,7 +21,7 @@ from typing import Any
 
 from spdbench.measure.energy import energy_meter
 from spdbench.measure.pinning import pinned
-from spdbench.processors import cpu_quota, usable_cores
+from spdbench.processors import cpu_model, cpu_quota, usable_cores
 
 PACKAGES = ("torch", "transformers", "numpy", "numba", "safetensors")
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,16 +115,6 @@ def _sum_ns(data: Any) -> int:
     start = time.perf_counter_ns()
     data.sum().item()  # `item` waits for a GPU
     return time.perf_counter_ns() - start
-
-
-def cpu_model() -> str:
-    """The processor's name in /proc/cpuinfo, else its architecture."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    named = re.search(r"^(?:model name|cpu model)\s*:\s*(\S.*)$", text, re.MULTILINE | re.IGNORECASE)
-    return named[1].strip() if named else platform.machine()
 
 
 def _nvidia_driver() -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from spdbench.backend import Backend
 from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
-from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, read_spans
+from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, part_times, read_spans
 from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
@@ -130,6 +130,8 @@ def lane_figures(backend: Backend, measured: Measurement, *, keep_spans: bool = 
     info = backend.describe()
     table = read_spans(spans, info.lanes)
     found["bubble"] = lane_time(table, step_ends).shares()
+    if len(info.stage_layers) == info.lanes:
+        found["parts"] = part_times(table, step_ends, info.stage_layers)
     if backend.kind == "pipeline":
         found["full_cycles"] = full_cycles(table, step_ends)
         found["cycles_by_fill"] = cycles_by_fill(table, step_ends, sum(map(bool, info.stage_layers)) or info.lanes)

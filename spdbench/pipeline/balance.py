@@ -7,46 +7,51 @@ from collections.abc import Sequence
 
 import torch
 
+from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
 from spdbench.models.partition import split_by_cost
 from spdbench.models.torch_utils import median_seconds
+from spdbench.profiles.profile import make_key
 
 CONTEXT = 128
 
 
 @torch.inference_mode()
 def balanced_stages(
-    decoder: TargetDecoder, num_stages: int, threads: int, drafting_s: float = 0.0
+    decoder: TargetDecoder, num_stages: int, threads: int, drafting_s: float = 0.0, stored: StoredCosts | None = None
 ) -> tuple[range, ...]:
     """Layer ranges of `num_stages` stages with `threads` threads each, for a decoder that holds all layers. The last
-    stage also runs the head; the first shares its cores with a drafter that takes `drafting_s` seconds a cycle.
+    stage also runs the head; the first shares its cores with a drafter that takes `drafting_s` seconds a cycle. Times
+    come from `stored` where they are there.
 
     Raises:
         InputError: there are fewer layers than stages.
     """
-    layers_s = _layer_seconds(decoder, threads)
+    kinds = _layer_kinds(decoder)
     row_1M = decoder.embed(decoder.ids((0,)))
-    head_s = median_seconds(lambda: argmax(decoder.logits(row_1M)).item(), threads=threads)
+
+    def measure() -> list[float]:
+        layers_s = [_seconds(decoder, alike, threads) / sum(map(len, alike)) for alike in kinds.values()]
+        return [*layers_s, median_seconds(lambda: argmax(decoder.logits(row_1M)).item(), threads=threads)]
+
+    keys = [make_key("balance", part=part, threads=threads) for part in (*kinds, "head")]
+    *each_s, head_s = stored.seconds(keys, measure) if stored else measure()
+    by_layer = {layer: s for alike, s in zip(kinds.values(), each_s, strict=True) for ran in alike for layer in ran}
     extras = [0.0] * num_stages
     extras[0] += drafting_s
     extras[-1] += head_s
-    return split_by_cost(layers_s, extras)
+    return split_by_cost([by_layer[layer] for layer in decoder.layers], extras)
 
 
-def _layer_seconds(decoder: TargetDecoder, threads: int) -> list[float]:
-    """Seconds of each layer's forward of one row. Layers of a kind, recurrent or not, take the same time."""
-    layers = list(decoder.layers)
-    recurrent = [layer for layer in layers if decoder.snapshot_bytes(range(layer, layer + 1))]
+def _layer_kinds(decoder: TargetDecoder) -> dict[str, list[range]]:
+    """Layers by kind, those of which take the same time: all at once, or recurrent ones and others one by one."""
+    ranges = [range(layer, layer + 1) for layer in decoder.layers]
+    recurrent = [each for each in ranges if decoder.snapshot_bytes(each)]
     if not recurrent:
-        return [_seconds(decoder, [decoder.layers], threads) / len(layers)] * len(layers)
-    kinds = {True: recurrent, False: [layer for layer in layers if layer not in recurrent]}
-    each_s = {
-        kind: _seconds(decoder, [range(layer, layer + 1) for layer in alike], threads) / len(alike)
-        for kind, alike in kinds.items()
-        if alike
-    }
-    return [each_s[layer in recurrent] for layer in layers]
+        return {"layer": [decoder.layers]}
+    others = [each for each in ranges if each not in recurrent]
+    return {"recurrent": recurrent} | ({"layer": others} if others else {})
 
 
 def _seconds(decoder: TargetDecoder, ranges: Sequence[range], threads: int) -> float:

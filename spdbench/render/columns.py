@@ -159,9 +159,10 @@ def _drafter(row: Row) -> str:
     if drafter is None:
         return EMPTY
     name = harmless(Path(drafter.id).name or drafter.id)
-    if drafter.synthetic:
-        return f"{name} (synthetic)"
-    return f"{name} (untrained)" if is_untrained(drafter) else name
+    tree = row.head.backend.chosen.get("tree")
+    kind = "synthetic" if drafter.synthetic else "untrained" if is_untrained(drafter) else None
+    remarks = "; ".join(filter(None, (kind, tree and harmless(tree))))
+    return f"{name} ({remarks})" if remarks else name
 
 
 def _speedup(row: Row) -> str:

@@ -32,17 +32,18 @@ MAY_IMPORT = {
     "plugins": {"errors"},
     "backend": BASE | {"plugins"},
     "prompts": BASE | {"hub"},
-    "judge": BASE,
+    "profiles": BASE,
+    "judge": BASE | {"profiles"},
     "render": BASE | {"judge"},
     "measure": BASE | {"version", "append_log", "backend", "prompts", "judge"},
     "models": BASE | {"hub"} | ENGINE,
-    "decoding": BASE | ENGINE,
-    "pipeline": BASE | ENGINE,
+    "decoding": BASE | {"profiles"} | ENGINE,
+    "pipeline": BASE | {"profiles"} | ENGINE,
     "training": BASE | {"append_log", "plugins"} | ENGINE,
-    "cli": BASE | {"version", "backend"} | HARNESS,
-    "wiring": BASE | {"version", "append_log", "backend", "cli", "wiring", "training"} | HARNESS | ENGINE,
+    "cli": BASE | {"version", "backend", "profiles"} | HARNESS,
+    "wiring": BASE | {"version", "append_log", "backend", "cli", "profiles", "wiring", "training"} | HARNESS | ENGINE,
     "__main__": {"cli"},
-    "spdbench_backends": BASE | {"backend", "training"} | ENGINE,
+    "spdbench_backends": BASE | {"backend", "profiles", "training"} | ENGINE,
 }
 """Part -> the other parts that it may import; its own always."""
 
@@ -56,10 +57,11 @@ WIRING = (
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",
+    "spdbench.cli.project",
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 
-NO_TORCH = BASE | {"version", "hub", "append_log", "plugins", "backend", "prompts", "judge", "render"}
+NO_TORCH = BASE | {"version", "hub", "append_log", "plugins", "backend", "prompts", "profiles", "judge", "render"}
 HEAVY = {"torch", "transformers"}
 
 

@@ -183,9 +183,14 @@ class Eagle(DraftVerify):
         """Seconds of one draft."""
         if self._weights is None:
             return 0.0
-        captured = self._decoder_to_capture() is not None
-        rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
-        return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
+
+        def measure() -> float:
+            captured = self._decoder_to_capture() is not None
+            rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
+            return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
+
+        kind = "chain" if builder.max_nodes == builder.num_levels + 1 else "dynamic"
+        return self._draft_cost(kind, builder.num_levels, measure)
 
     def _weights_drafter(self, request: GenerationRequest) -> Drafter:
         builder, capacity = self._loaded(self._builder), len(request.prompt_ids) + request.max_new_tokens

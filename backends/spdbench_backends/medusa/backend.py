@@ -146,9 +146,14 @@ class Medusa(DraftVerify):
 
         if self._weights is None:
             return 0.0
-        builder, target = chain_builder(num_heads, self._decoder.device), self._context.target.own_decoder
-        drafter = MedusaDrafter(self._weights, target, builder, self._capture_draft(builder))
-        return self._seconds_to_draft(drafter, num_heads) / num_heads
+        weights, target = self._weights, self._context.target.own_decoder
+
+        def measure() -> float:
+            builder = chain_builder(num_heads, self._decoder.device)
+            drafter = MedusaDrafter(weights, target, builder, self._capture_draft(builder))
+            return self._seconds_to_draft(drafter, num_heads)
+
+        return self._draft_cost("chain", num_heads, measure) / num_heads
 
     def _capture_draft(self, builder: StaticTreeBuilder) -> CapturedFunction | None:
         """The heads' rounds captured, if the option says so."""

@@ -67,16 +67,32 @@ class SPD(Pipelined):
 
     def _rebalanced(self, head: HeadWeights) -> HeadWeights:
         """The head for stages balanced with its own drafting time, if its row types fit them."""
-        from spdbench_backends.spd.head import drafting_seconds
         from spdbench_backends.spd.plan import FeaturePlan
 
         count = len(self._stages)
-        stages = self._balanced(count, drafting_seconds(head, self._drafters_threads))
+        stages = self._balanced(count, self._drafting_s(head, self._drafters_threads))
         plan = FeaturePlan(head.plan.anchors, stages)
         if plan.row_types != head.plan.row_types:
             return head
         self._stages = stages
         return replace(head, plan=plan)
+
+    def measure_costs(self) -> None:
+        """Measures a draft with all threads, for `spdbench profile`."""
+        from spdbench_backends.spd.head import HeadWeights
+
+        if isinstance(self._head, HeadWeights):
+            self._drafting_s(self._head, self._context.threads)
+
+    def _drafting_s(self, head: HeadWeights, threads: int) -> float:
+        """Seconds of a draft in a full pipeline."""
+        from spdbench.profiles.profile import make_key
+        from spdbench_backends.spd.head import drafting_seconds
+
+        info = self._loaded(self._info)
+        fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
+        key = make_key("draft", **fields, stages=len(self._stages), threads=threads)
+        return self._stored.seconds([key], lambda: [drafting_seconds(head, threads)])[0]
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticPipelineDrafter

@@ -248,7 +248,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         threads = self._threads(num_stages)
         shared = num_stages * threads >= self._context.threads
-        return balanced_stages(self._decoder, num_stages, threads, drafting_s if shared else 0.0)
+        return balanced_stages(self._decoder, num_stages, threads, drafting_s if shared else 0.0, self._stored)
 
     def _threads(self, num_stages: int) -> int:
         """Threads of each stage: together no more than the run has, where it has at least one a stage."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles, PartTime, PartTimes
 from spdbench.types import Span
 
 NS_PER_S = 1e9
@@ -219,6 +219,20 @@ def _lane_ns(spans: SpanTable, num_lanes: int, num_cycles: int) -> NDArray[Any]:
     """Nanoseconds of `spans` by lane and cycle."""
     place = spans.lane * num_cycles + spans.cycle
     return np.bincount(place, spans.end - spans.start, num_lanes * num_cycles).reshape(num_lanes, num_cycles)
+
+
+def part_times(table: SpanTable, step_ends: Sequence[int], stage_layers: Sequence[int]) -> PartTimes:
+    """How often each part of the work was done between `step_ends`, and its time. `stage_layers` are those of each
+    lane. Work on tokens that were dropped does not count: most of it was cut short."""
+    ends = _cycle_ends(step_ends)
+    inside = table.where((table.start >= ends[0]) & (table.end <= ends[-1]) & table.kept)
+    found = {}
+    for name, kind in (("layer", TARGET), ("head", HEAD), ("draft", DRAFT), ("verify", VERIFY)):
+        of_kind = inside.where(inside.kind == kind)
+        num = int(np.asarray(stage_layers)[of_kind.lane].sum()) if kind == TARGET else len(of_kind.start)
+        if num:
+            found[name] = PartTime(num=num, s=float((of_kind.end - of_kind.start).sum()) / NS_PER_S)
+    return PartTimes(**found)
 
 
 def _covered(cuts: Times, table: SpanTable) -> NDArray[np.bool_]:

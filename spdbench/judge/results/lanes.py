@@ -67,3 +67,23 @@ class CyclesByFill(_Record):
         if any(drafts > num for drafts, num in zip(self.drafts, self.num, strict=True)):
             raise ValueError("more drafts than cycles")
         return self
+
+
+class PartTime(_Record):
+    """How often a part of the work was done in the decode window, and its seconds in all."""
+
+    num: Number
+    s: Seconds
+
+
+class PartTimes(_Record):
+    """A request's spans by the part of the work that they are; null for a part of which there are none.
+
+    `layer` counts single layers of the target, over kept tokens of a pipeline or over rounds; it includes the output
+    head where there are no `head` spans.
+    """
+
+    layer: PartTime | None = None
+    head: PartTime | None = None
+    draft: PartTime | None = None
+    verify: PartTime | None = None

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import read_input
 from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
-from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles, PartTimes
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
 from spdbench.types import BackendKind, FinishReason, Measurement
 
@@ -183,6 +183,7 @@ class Run(Record):
     bubble: BubbleParts | None = None
     full_cycles: FullCycles | None = None
     cycles_by_fill: CyclesByFill | None = Field(None, description="null where not measured, and in older files")
+    parts: PartTimes | None = Field(None, description="null without spans, and in files of older versions")
     peak_memory_bytes: Large | None = None
     energy_j: Annotated[float, Field(gt=0, le=1e10, allow_inf_nan=False)] | None = None
     text: str | None = Field(None, description="the answer as an engine reported it; null where the ids say it")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.results.lanes import BubbleParts, CyclesByFill
+from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, PartTimes
 from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
 from spdbench.judge.results.schema import Drafts, Run, RunKey
 
@@ -30,6 +30,7 @@ COLUMNS = (
     *("truncated", "degenerate", "peak_memory_bytes"),
     *("measured_s", "bubble_s", *PARTS, "cycles", "stage_s", "control_s", "wall_s"),
     *("full_drafts", "slack_s"),
+    *(f"{part}_{what}" for part in PartTimes.model_fields for what in ("num", "part_s")),
     *("watched_core_s", *(f"{name}_core_s" for name in LOAD_PARTS), "clock_mhz", "disturbed", "set_aside"),
 )
 """One run's numbers; all 0 for a run that failed.
@@ -38,7 +39,8 @@ COLUMNS = (
 `metered_tokens` are the new tokens of runs whose energy was measured. `reported_*` is what an engine counted itself,
 NaN for what it does not report. From `measured_s` on come the columns made of spans, 0 for a run without: decode time
 with spans and its parts, then the number of full cycles, their slowest stages' time, the rest of them, and all of them;
-then how many cycles with all stages at work made a draft, and by how much the slowest lane took longer in them.
+then how many cycles with all stages at work made a draft, and by how much the slowest lane took longer in them;
+then how often each part of the work was done, and its time.
 From `watched_core_s` on come processor time of the machine while it was watched, and what of it was taken from the
 request; then a clock rate, 1 for a request that was disturbed, and how many measurements of it do not count.
 """
@@ -243,13 +245,16 @@ def _reported(run: Run) -> tuple[float, float, float]:
 def _lane_numbers(run: Run) -> tuple[float, ...]:
     """The columns made of spans. Each run weighs by its decode time."""
     if run.bubble is None or not run.decode_s:
-        return (0.0,) * (len(PARTS) + 8)
+        return (0.0,) * (len(PARTS) + 8 + 2 * len(PartTimes.model_fields))
     shares = [run.decode_s * share for _, share in run.bubble]
     bubble_s = run.decode_s * (1 - (run.bubble.useful + run.bubble.wasted))
     cycles = run.full_cycles
     full = (cycles.num, cycles.stage_s, cycles.wall_s - cycles.stage_s, cycles.wall_s) if cycles else (0.0,) * 4
     fill = run.cycles_by_fill
-    return run.decode_s, bubble_s, *shares, *full, *((fill.drafts[-1], fill.slack_s[-1]) if fill else (0.0, 0.0))
+    drafting = (fill.drafts[-1], fill.slack_s[-1]) if fill else (0.0, 0.0)
+    times = [part for _, part in run.parts] if run.parts else [None] * len(PartTimes.model_fields)
+    parts = chain.from_iterable((part.num, part.s) if part else (0.0, 0.0) for part in times)
+    return run.decode_s, bubble_s, *shares, *full, *drafting, *parts
 
 
 def _load_numbers(run: Run) -> tuple[float, ...]:

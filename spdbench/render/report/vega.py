@@ -6,7 +6,8 @@ vl-convert does it without a browser and without network. It comes with `spdbenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast, get_args
 
 from spdbench.errors import InputError, install_command
 from spdbench.judge.comparison.compare import Table
@@ -37,6 +38,19 @@ def vl_convert() -> Any:
         command = install_command("spdbench[report]")
         raise InputError(f"reports need vl-convert-python, which is not installed: {command}") from None
     return vl_convert
+
+
+def format_of(option: str, path: Path) -> ImageFormat:
+    """The format that the name of a chart's file ends with.
+
+    Raises:
+        InputError: it is none that a chart can have.
+    """
+    allowed = get_args(ImageFormat)
+    form = next((each for each in allowed if path.suffix.lower() == f".{each}"), None)
+    if form is None:
+        raise InputError(f"{option} {path}: is no picture's name. Allowed: {', '.join(f'.{each}' for each in allowed)}")
+    return cast(ImageFormat, form)
 
 
 def script() -> str:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.decoding.tree import chain, from_paths, sorted_paths
-from spdbench.decoding.tree_choice import RowCosts, assumed_accuracies, best_paths, choose_tree
+from spdbench.decoding.tree_choice import assumed_accuracies, best_paths, choose_tree
+from spdbench.profiles.profile import RowCosts
 
 PATHS = [(1,), (0, 0, 1), (0,), (0, 0), (1, 2)]
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.decoding.tree import Path
-from spdbench.decoding.tree_choice import RowCosts, best_paths, choose_tree
+from spdbench.decoding.tree_choice import best_paths, choose_tree
+from spdbench.profiles.profile import RowCosts
 
 LEVELS = st.lists(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=4)
 COARSE = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=3), min_size=1, max_size=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ import torch
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
-from spdbench.decoding.tree_choice import RowCosts
+from spdbench.decoding.tree_choice import ROW_COUNTS
 from spdbench.errors import InputError
 from spdbench.models.target import Target
+from spdbench.profiles.profile import RowCosts
 from spdbench_backends.eagle.backend import Eagle
 from tests import tiny
 
@@ -74,6 +76,26 @@ def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypat
     monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", timed)
     load(target, {}, "random")
     assert done == ["forward", "draft"] * 4
+
+
+def test_a_second_start_chooses_the_same_tree_whatever_the_machine_does(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The costs that the first start measured are stored; with those of the second it would choose another tree."""
+
+    def start(further_rows_cost: float) -> str:
+        def measured(_decoder: object, largest: int) -> RowCosts:
+            counts = tuple(count for count in ROW_COUNTS if count <= largest)
+            return RowCosts(counts, tuple(1.0 + further_rows_cost * (count - 1) for count in counts))
+
+        monkeypatch.setattr("spdbench.decoding.tree_choice.measure_row_costs", measured)
+        monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", lambda *_, **__: 0.01)
+        return load(target, {}, "random").describe().chosen["tree"]
+
+    cheap = start(0.0)
+    assert start(0.5) == cheap
+    monkeypatch.setenv("SPDBENCH_PROFILES", os.environ["SPDBENCH_PROFILES"] + "-other")
+    assert start(0.5) != cheap
 
 
 def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

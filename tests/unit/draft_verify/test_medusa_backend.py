@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.tree_choice import RowCosts
 from spdbench.errors import InputError
 from spdbench.models.target import Target
+from spdbench.profiles.profile import RowCosts
 from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.drafter import random_medusa
 from spdbench_backends.medusa.formats import MedusaFile, write_medusa
@@ -105,7 +105,7 @@ def test_measured_accuracies_make_the_tree(
 ) -> None:
     """Only the second choice of the first head is ever right, so nothing else is drafted where rows cost something."""
     costs = RowCosts((1, 32), (1.0, 2.0))
-    monkeypatch.setattr("spdbench.decoding.tree_choice.measure_row_costs", lambda *_: costs)
+    monkeypatch.setattr(Medusa, "_row_costs", lambda *_: costs)
     accuracies = ((0.0, 1.0), (0.0,), (0.0,))
     config = heads.config.model_copy(update={"head_accuracies": accuracies})
     file = replace(heads, config=config)

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from spdbench.measure import environment as module
-from spdbench.measure.environment import cpu_model, environment, fingerprint, git_state
+from spdbench.measure.environment import environment, fingerprint, git_state
+from spdbench.processors import cpu_model
 
 MACHINE: dict[str, Any] = {
     "cpu": "A Processor",

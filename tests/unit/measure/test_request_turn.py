@@ -71,6 +71,9 @@ def test_a_pipeline_has_the_parts_over_all_lanes_and_its_full_cycles(tmp_path: P
     assert run.cycles_by_fill.wall_s == pytest.approx([0, 0.1, 0.1, 0.4])
     assert run.cycles_by_fill.stage_s == pytest.approx([0, 0.05, 0.08, 0.32])
     assert run.cycles_by_fill.drafts == [0] * 4
+    assert run.parts is not None
+    assert run.parts.layer is not None
+    assert run.parts.layer.s == pytest.approx(work / 1000)
     overall = summarise([run], make_backend("pipeline"), None).overall
     assert overall["cycle_efficiency"] == pytest.approx(0.8)
     assert overall["control_s_per_cycle"] == pytest.approx(0.02)

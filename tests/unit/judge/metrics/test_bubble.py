@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from spdbench.judge.metrics.bubble import LaneTime, cycles_by_fill, full_cycles, lane_time, read_spans
-from spdbench.judge.results.lanes import FullCycles
+from spdbench.judge.metrics.bubble import LaneTime, cycles_by_fill, full_cycles, lane_time, part_times, read_spans
+from spdbench.judge.results.lanes import FullCycles, PartTime, PartTimes
 from spdbench.types import Span, SpanKind
 
 
@@ -152,6 +152,20 @@ def test_cycle_efficiency_looks_at_full_cycles_only() -> None:
     table = read_spans(spans, 3)
     assert full_cycles(table, [0, 100, 200, 300, 410]) == FullCycles(num=2, stage_s=160e-9, wall_s=210e-9)
     assert full_cycles(table, [0, 100, 200]) is None
+
+
+def test_parts_are_counted_with_their_time_and_dropped_work_is_not() -> None:
+    spans = [
+        *(span(0, "target", 0, 40), span(1, "target", 50, 80), span(1, "head", 80, 90), span(2, "draft", 10, 30)),
+        *(span(0, "target", 100, 120, kept=False), span(3, "verify", 110, 115), span(2, "draft", 190, 230)),
+    ]
+    found = part_times(read_spans(spans, 2), [0, 100, 200], [4, 2])
+    assert found == PartTimes(
+        layer=PartTime(num=6, s=70e-9),
+        head=PartTime(num=1, s=10e-9),
+        draft=PartTime(num=1, s=20e-9),
+        verify=PartTime(num=1, s=5e-9),
+    )
 
 
 def test_a_pipe_with_a_dropped_token_at_its_end_is_not_full() -> None:

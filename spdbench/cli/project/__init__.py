@@ -1,0 +1,1 @@
+"""The commands `project` and `profile`: what results promise on other devices, and what one device costs."""

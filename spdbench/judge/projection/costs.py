@@ -1,0 +1,205 @@
+"""What a part of decoding costs on one device, from one of two sources: a profile, or what results recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+from spdbench.errors import InputError
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.definitions import by_layers
+from spdbench.judge.projection.recorded import Recorded, host_seconds, num_stages, part_seconds, start_seconds
+from spdbench.judge.results.table import COLUMN
+from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
+
+DEFAULT_WIDTH_BYTES = 8192
+"""Of a hidden state in a message, where no profile says how wide the model is."""
+
+
+class Costs(Protocol):
+    """Seconds on one device. A method returns None for what the source cannot say."""
+
+    @property
+    def device(self) -> str:
+        """What a device is, for people."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What limits these numbers."""
+
+    def layer_s(self, rows: float) -> float | None: ...
+
+    def head_s(self, rows: float) -> float | None: ...
+
+    def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None: ...
+
+    def round_draft_s(self, result: LoadedResult, levels: float) -> float | None: ...
+
+    def verify_s(self) -> float: ...
+
+    def host_s(self) -> float: ...
+
+    def message_s(self, rows: float) -> float | None: ...
+
+    def start_s(self, result: LoadedResult) -> float: ...
+
+
+def refuse(what: str, command: str) -> NoReturn:
+    """Raises `InputError` for a cost that no source here knows."""
+    raise InputError(f"{what} is not in these results. This measures it: {command}")
+
+
+@dataclass(frozen=True)
+class RecordedCosts:
+    """Costs of one row, from the results alone: a device is what ran vanilla, whose time is split between layers and
+    head by the bytes that each reads."""
+
+    recorded: Recorded
+
+    @property
+    def device(self) -> str:
+        head = self._vanilla.head
+        where, threads = ", ".join(head.backend.devices), head.environment.get("threads")
+        return f"what ran {head.backend.label}: {where}" + (f", {threads} threads" if where == "cpu" else "")
+
+    @property
+    def notes(self) -> Sequence[str]:
+        head = self._vanilla.head
+        cores, most = head.environment.get("cores"), max(map(num_stages, self.recorded.pipelines))
+        found = [
+            "messages between devices are not in these results: a pipeline's are taken as the time that lanes waited "
+            "for messages and the host, and tensor parallelism is omitted; `spdbench profile` measures messages"
+        ]
+        if set(head.backend.devices) == {"cpu"} and isinstance(cores, int) and cores <= most:
+            found.append(
+                f"the drafter was timed with {most} stages next to it on {cores} cores, so its time includes waiting; "
+                "`spdbench profile` times each part alone"
+            )
+        return found
+
+    @property
+    def _vanilla(self) -> LoadedResult:
+        if self.recorded.vanilla is None:
+            refuse("the time of a layer (there is no result of vanilla)", self.recorded.remeasure())
+        return self.recorded.vanilla
+
+    def _token_s(self) -> float:
+        total = self._vanilla.runs.total(self._vanilla.runs.answered)
+        return float(total[COLUMN["decode_s"]] / total[COLUMN["decode_tokens"]])
+
+    def _head_share(self) -> float:
+        """Of the bytes that a token reads, the head's: the last stage's beyond what its layers have."""
+        for result in self.recorded.pipelines:
+            lane_bytes, layers = result.head.backend.lane_bytes, result.head.backend.stage_layers
+            if len(lane_bytes) > 1 and by_layers(result.head.backend) is not None:
+                head = lane_bytes[-1] - lane_bytes[0] / layers[0] * layers[-1]
+                return max(0.0, head / sum(lane_bytes))
+        refuse("how much of a token's time is the output head's", self.recorded.remeasure())
+
+    def layer_s(self, rows: float) -> float | None:
+        if rows != 1:
+            return None
+        return self._token_s() * (1 - self._head_share()) / self.recorded.num_layers
+
+    def head_s(self, rows: float) -> float | None:
+        return self._token_s() * self._head_share() if rows == 1 else None
+
+    def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:  # noqa: ARG002 - one was timed
+        drafter = result.head.drafter
+        return 0.0 if drafter is not None and drafter.synthetic else part_seconds(result, "draft")
+
+    def round_draft_s(self, result: LoadedResult, levels: float) -> float | None:  # noqa: ARG002
+        return part_seconds(result, "draft")
+
+    def verify_s(self) -> float:
+        return max((part_seconds(each, "verify") or 0.0 for each in self.recorded.pipelines), default=0.0)
+
+    def host_s(self) -> float:
+        return max((host_seconds(each) for each in self.recorded.pipelines), default=0.0)
+
+    def message_s(self, rows: float) -> float | None:  # noqa: ARG002 - a pipeline's are in `host_s`
+        return None
+
+    def start_s(self, result: LoadedResult) -> float:
+        return start_seconds(result)
+
+
+@dataclass(frozen=True)
+class ProfileCosts:
+    """Costs from a profile, at the mean context length of the recorded runs."""
+
+    profile: Profile
+    recorded: Recorded
+
+    @property
+    def device(self) -> str:
+        profile = self.profile
+        threads = f", {profile.threads} threads" if profile.threads else ""
+        return f"{profile.device}{threads} ({profile.origin} profile of {profile.created[:10]})"
+
+    @property
+    def notes(self) -> Sequence[str]:
+        if self.profile.origin == "computed":
+            return ["the profile is computed from a datasheet: a bound with two efficiencies, no measurement"]
+        return []
+
+    def layer_s(self, rows: float) -> float | None:
+        return self.profile.layer_s(rows, self.recorded.context)
+
+    def head_s(self, rows: float) -> float | None:
+        return self.profile.head_s(rows)
+
+    def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:
+        """Of the result's own drafter where it was profiled, else of one of the same method; with the nearest number
+        of stages."""
+        drafter = result.head.drafter
+        if drafter is None or drafter.synthetic:
+            return 0.0
+        by_stages = {
+            int(fields["stages"]): seconds
+            for key, seconds in self.profile.seconds.items()
+            if (fields := parse_key(key)[1]).get("method") == drafter.method and "stages" in fields
+        }
+        return by_stages[nearest(list(by_stages), num_stages)] if by_stages else None
+
+    def round_draft_s(self, result: LoadedResult, levels: float) -> float | None:
+        drafter = result.head.drafter
+        if drafter is None or drafter.synthetic:
+            return 0.0
+        if drafter.sha256 is None and drafter.trained_tokens is None:  # it has no weights: a look-up on the host
+            return part_seconds(result, "draft")
+        tree = "chain" if "chain" in result.head.backend.chosen.get("tree", "") else "dynamic"
+        for kind in (tree, "chain", "dynamic"):
+            found = self._by_levels(drafter.method, kind)
+            if found is not None and len(found.rows) == 1:  # the heads of Medusa, each for a level
+                return found.seconds[0] * levels / found.rows[0]
+            if found is not None:
+                return max(0.0, found(levels))
+        return None
+
+    def _by_levels(self, method: str, tree: str) -> RowCosts | None:
+        found = {}
+        for key, seconds in self.profile.seconds.items():
+            name, fields = parse_key(key)
+            if name == "draft" and fields.get("method") == method and fields.get("tree") == tree and "levels" in fields:
+                found[int(fields["levels"])] = seconds
+        levels = sorted(found)
+        return RowCosts(tuple(levels), tuple(found[each] for each in levels)) if levels else None
+
+    def verify_s(self) -> float:
+        return self.profile.seconds.get(make_key("verify"), 0.0)
+
+    def host_s(self) -> float:
+        return self.profile.seconds.get(make_key("host"), 0.0)
+
+    def message_s(self, rows: float) -> float | None:
+        itemsize = 4 if self.profile.model.dtype == "float32" else 2
+        return self.profile.message_s(rows * self.profile.model.hidden_size * itemsize)
+
+    def start_s(self, result: LoadedResult) -> float:
+        """What the results recorded, on a device like this one; a measured profile is of the machine of the results
+        unless it says otherwise."""
+        recorded, own = part_seconds(result, "draft"), self.pipeline_draft_s(result, num_stages(result))
+        start_s = start_seconds(result)
+        return start_s * own / recorded if recorded and own else start_s if own else 0.0

@@ -1,0 +1,188 @@
+"""What a pipeline is held against, in the same costs: plain decoding on one device, tensor parallelism and replicas on
+n, drafting and verifying on one; for one request, and for 1 to N at once.
+
+With c requests at once a forward has c times the rows, and so does a drafter, whose time grows as a forward's does.
+Every request advances in each step (continuous batching); attention reads each request's own keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+import numpy as np
+
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.stats import Interval, ratio_interval
+from spdbench.judge.projection.costs import Costs
+from spdbench.judge.projection.recorded import Recorded, rounds_of
+from spdbench.judge.results.table import COLUMN
+
+ALL_REDUCES = 2
+"""Of a layer in tensor parallelism: after attention's output and after the MLP (M. Shoeybi et al., Megatron-LM, arXiv
+1909.08053)."""
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A way to decode on `devices` devices: tokens/s of one request, and its interval over prompts."""
+
+    label: str
+    method: str
+    devices: int
+    tokens_per_s: float
+    interval: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """A way to decode with `requests` at once: seconds between two tokens of one, and of device time a token."""
+
+    label: str
+    requests: int
+    devices: int
+    token_s: float
+    device_s_per_token: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all requests together."""
+        return self.requests / self.token_s
+
+
+def forward_s(costs: Costs, num_layers: int, rows: float) -> float | None:
+    """Seconds of a forward of `rows` rows on one device, head included."""
+    layer, head = costs.layer_s(rows), costs.head_s(rows)
+    return None if layer is None or head is None else num_layers * layer + head
+
+
+def token_s(costs: Costs, num_layers: int, rows: float = 1) -> float | None:
+    """Seconds of a token of plain decoding on one device, for each of `rows` requests at once."""
+    found = forward_s(costs, num_layers, rows)
+    return None if found is None else found + costs.host_s()
+
+
+def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, rows: float = 1) -> float | None:
+    """Seconds of a token on `devices` devices that share every product. An all-reduce takes ceil(log2 n) messages
+    (recursive doubling: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective Communication Operations in
+    MPICH", 2005)."""
+    alone, message_s = forward_s(costs, num_layers, rows), costs.message_s(rows)
+    if alone is None or message_s is None:
+        return None
+    all_reduce_s = ceil(log2(devices)) * message_s
+    return alone / devices + ALL_REDUCES * num_layers * all_reduce_s + costs.host_s()
+
+
+def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) -> list[Opponent]:
+    """All opponents with one request under way."""
+    layers, found = recorded.num_layers, []
+    alone = token_s(costs, layers)
+    if alone is not None:
+        found.append(Opponent("vanilla", "autoregressive", 1, 1 / alone))
+    for count in device_counts:
+        shared = tensor_parallel_s(costs, layers, count)
+        if shared is not None and count > 1:
+            found.append(Opponent(f"tensor parallel x{count}", "tensor_parallel", count, 1 / shared))
+    return [*found, *(each for result in recorded.rounds if (each := _rounds(result, recorded, costs)))]
+
+
+def _rounds(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
+    """Draft-verify on one device: its recorded rounds, each as long as a forward of its tree, a draft, a verdict."""
+    backend, runs = result.head.backend, result.runs
+    rounds, keys = rounds_of(result), list(runs.answered)
+    sums = runs.sums[[runs.row_of[key] for key in keys]]
+    if costs.layer_s(2) is None:  # no cost of several rows: the rounds as they were timed, on the device that ran them
+        seconds = sums[:, COLUMN["decode_s"]]
+    else:
+        times = [_round_s(result, recorded, costs, rounds[key].rows, rounds[key].levels) for key in keys]
+        if any(time is None for time in times):
+            return None
+        seconds = np.array([rounds[key].num * (time or 0.0) for key, time in zip(keys, times, strict=True)])
+    tokens = sums[:, COLUMN["decode_tokens"]]
+    rates = np.stack([tokens, seconds], axis=1)
+    return Opponent(backend.label, "draft_verify", 1, float(tokens.sum() / seconds.sum()), ratio_interval(keys, rates))
+
+
+def _round_s(
+    result: LoadedResult, recorded: Recorded, costs: Costs, rows: float, levels: float, requests: int = 1
+) -> float | None:
+    """Seconds of one round of `requests` requests with trees of `rows` nodes each."""
+    forward = forward_s(costs, recorded.num_layers, rows * requests)
+    draft = costs.round_draft_s(result, levels)
+    if forward is None or draft is None:
+        return None
+    return forward + draft * _growth(costs, recorded, requests) + costs.verify_s() + costs.host_s()
+
+
+def _growth(costs: Costs, recorded: Recorded, requests: int) -> float:
+    """How much longer a forward of `requests` rows takes than one of a single row."""
+    one, many = (forward_s(costs, recorded.num_layers, rows) for rows in (1, requests))
+    return 1.0 if one is None or many is None else many / one
+
+
+def under_load(
+    recorded: Recorded,
+    costs: Costs,
+    device_counts: Sequence[int],
+    most: int,
+    pipelines: Sequence[tuple[str, int, Callable[[int], float]]],
+) -> list[Load]:
+    """All ways to decode with 1, 2, 4, ... `most` requests at once. `pipelines` are labels with their devices and the
+    seconds between two tokens of one request by the number of requests whose tokens share each stage."""
+    layers, found = recorded.num_layers, []
+    requests, count = [], 1
+    while count < most:
+        requests.append(count)
+        count *= 2
+    for num in [*requests, most]:
+        ways: list[tuple[str, int, float | None]] = [("vanilla", 1, token_s(costs, layers, num))]
+        for devices in (each for each in device_counts if each > 1):
+            ways.append((f"tensor parallel x{devices}", devices, tensor_parallel_s(costs, layers, devices, num)))
+            if devices <= num:  # a replica without a request is none
+                ways.append((f"replicas x{devices}", devices, token_s(costs, layers, ceil(num / devices))))
+        for result in recorded.rounds:
+            ways.append((result.label, 1, _token_s_of_rounds(result, recorded, costs, num)))
+        ways += [(label, devices, seconds(num)) for label, devices, seconds in pipelines]
+        found += [Load(label, num, n, each, n * each / num) for label, n, each in ways if each is not None]
+    return found
+
+
+def _token_s_of_rounds(result: LoadedResult, recorded: Recorded, costs: Costs, requests: int) -> float | None:
+    rounds = rounds_of(result)
+    total = sum(each.num for each in rounds.values())
+    if not total:
+        return None
+    rows = sum(each.num * each.rows for each in rounds.values()) / total
+    levels = sum(each.num * each.levels for each in rounds.values()) / total
+    tokens = result.runs.total(result.runs.answered)[COLUMN["decode_tokens"]]
+    round_s = _round_s(result, recorded, costs, rows, levels, requests)
+    return None if round_s is None else float(round_s * total / tokens)
+
+
+def faster_up_to(loads: Sequence[Load], label: str, rival: str) -> int | None:
+    """The most requests at once up to which a token by `label` takes less time than one by `rival`: 0 if it never does;
+    None where both were not computed."""
+    times = {(each.label, each.requests): each.token_s for each in loads}
+    shared = sorted(num for name, num in times if name == label and (rival, num) in times)
+    found = None
+    for num in shared:
+        if times[label, num] >= times[rival, num]:
+            return found or 0
+        found = num
+    return found
+
+
+def frontier(loads: Sequence[Load]) -> list[Load]:
+    """Those that no other of as many requests beats in both time a token and device time a token."""
+    return [
+        each
+        for each in loads
+        if not any(
+            other.requests == each.requests
+            and other.token_s <= each.token_s
+            and other.device_s_per_token <= each.device_s_per_token
+            and (other.token_s, other.device_s_per_token) != (each.token_s, each.device_s_per_token)
+            for other in loads
+        )
+    ]

@@ -1,0 +1,319 @@
+"""A projection: recorded results and costs in, a pipeline of each number of stages and its opponents out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from spdbench.errors import InputError
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.bubble import LaneTime
+from spdbench.judge.metrics.stats import SEED, Interval, ratio_interval
+from spdbench.judge.projection.costs import Costs, refuse
+from spdbench.judge.projection.opponents import (
+    Load,
+    Opponent,
+    faster_up_to,
+    forward_s,
+    one_request,
+    token_s,
+    under_load,
+)
+from spdbench.judge.projection.recorded import Recorded, num_stages, verdicts, with_acceptance
+from spdbench.judge.projection.simulation import Parts, Stretch, lane_shares, request_seconds
+from spdbench.judge.results.schema import RunKey
+from spdbench.profiles.profile import nearest
+
+LINKS_S = (1e-5, 1e-4, 1e-3)
+"""Seconds of a message at which the sensitivity to links is computed."""
+ACCEPTANCE_CHANGES = (-0.1, -0.05, 0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to project: `stages` as layer counts each, whether the drafter has a device of its own, requests at once."""
+
+    stages: tuple[tuple[int, ...], ...]
+    own_drafter: bool
+    concurrency: int = 1
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A speed-up if one thing were different: `acceptance` by so much, or `message_s` so long."""
+
+    what: str
+    value: float
+    speedup: float
+
+
+@dataclass(frozen=True)
+class PipelineRow:
+    """One pipeline. `source` is the result whose verdicts it replays, measured with `recorded_stages` stages."""
+
+    label: str
+    source: str
+    recorded_stages: int
+    layers: tuple[int, ...]
+    devices: int
+    acceptance: float
+    tokens_per_s: float
+    interval: Interval | None
+    speedup: float
+    speedup_interval: Interval | None
+    cycle_s: float
+    slowest_stage_s: float
+    draft_s: float
+    tokens_per_cycle: float
+    lanes: LaneTime
+    hidden_layers: float
+    sensitivities: tuple[Sensitivity, ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.layers)
+
+    @property
+    def speedup_per_device(self) -> float:
+        return self.speedup / self.devices
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`token_s` is plain decoding's on one device. `loads` is empty without concurrency."""
+
+    device: str
+    token_s: float
+    pipelines: tuple[PipelineRow, ...]
+    opponents: tuple[Opponent, ...]
+    loads: tuple[Load, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def best(self) -> PipelineRow:
+        """The fastest pipeline."""
+        return max(self.pipelines, key=lambda row: row.tokens_per_s)
+
+    @cached_property
+    def most_efficient(self) -> PipelineRow:
+        """The pipeline with the highest speed-up a device."""
+        return max(self.pipelines, key=lambda row: row.speedup_per_device)
+
+    @property
+    def breakevens(self) -> list[tuple[str, str, int]]:
+        """Under load: a speculative way to decode, a plain one, and up to how many requests at once the first is the
+        faster one; 0 if it never is."""
+        pairs = [(each.label, "vanilla") for each in self.opponents if each.method == "draft_verify"]
+        for row in self.pipelines:
+            pairs += [(row.label, "vanilla"), (row.label, f"tensor parallel x{row.devices}")]
+        found = [(label, rival, faster_up_to(self.loads, label, rival)) for label, rival in pairs]
+        return [(label, rival, most) for label, rival, most in found if most is not None]
+
+    def speedup(self, tokens_per_s: float) -> float:
+        return tokens_per_s * self.token_s
+
+
+def parse_stages(text: str, num_layers: int, split: Callable[[int], list[int]]) -> tuple[tuple[int, ...], ...]:
+    """`2,4,11/10/9` as layer counts: each item is a number of stages, which `split` turns into layer counts, or the
+    layers of each stage.
+
+    Raises:
+        InputError: an item is neither, or does not fit the model.
+    """
+    found = []
+    for word in text.split(","):
+        try:
+            counts = [int(part) for part in word.strip().split("/")]
+        except ValueError:
+            raise InputError(
+                f"--stages {text}: '{word.strip()}' is no number of stages. Write 2,4,8, or the layers of each stage: "
+                "11/10/9"
+            ) from None
+        if len(counts) == 1:
+            if not 1 <= counts[0] <= num_layers:
+                raise InputError(
+                    f"--stages {text}: {counts[0]} stages, and the model has {num_layers} layers. Allowed: 1 to "
+                    f"{num_layers}"
+                )
+            counts = split(counts[0])
+        elif min(counts) < 1 or sum(counts) != num_layers:
+            raise InputError(
+                f"--stages {text}: {word.strip()} has {sum(counts)} layers, and the model {num_layers}; every stage "
+                "needs at least one"
+            )
+        found.append(tuple(counts))
+    return tuple(dict.fromkeys(found))
+
+
+def even_layers(num_layers: int, num_stages: int) -> list[int]:
+    """As even as possible; the first stages get one more, since the last one has the output head."""
+    least, more = divmod(num_layers, num_stages)
+    return [least + (stage < more) for stage in range(num_stages)]
+
+
+def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
+    """The projection of all pipelines and opponents.
+
+    Raises:
+        InputError: a cost is needed that the source does not know; names the command that measures it.
+    """
+    alone = token_s(costs, recorded.num_layers)
+    if alone is None:
+        refuse("the time of a layer", _profile_command(recorded))
+    if setting.concurrency > 1 and costs.layer_s(2) is None:
+        refuse("what a forward of several requests takes", _profile_command(recorded))
+    rows, by_load = [], []
+    for layers in setting.stages:
+        for source in _sources(recorded, len(layers)):
+            parts = make_parts(recorded, costs, source, layers, own_drafter=setting.own_drafter)
+            rows.append(_row(source, layers, parts, alone))
+            by_load.append((rows[-1].label, rows[-1].devices, _seconds_a_token(recorded, costs, source, parts)))
+    counts = sorted({row.devices for row in rows} | {row.num_stages for row in rows})
+    loads = under_load(recorded, costs, counts, setting.concurrency, by_load) if setting.concurrency > 1 else []
+    return Projection(
+        device=costs.device,
+        token_s=alone,
+        pipelines=tuple(rows),
+        opponents=tuple(one_request(recorded, costs, counts)),
+        loads=tuple(loads),
+        notes=tuple(_notes(rows, costs)),
+    )
+
+
+def _profile_command(recorded: Recorded) -> str:
+    model = recorded.first.head.model
+    return f"spdbench profile -m {model.id} --dtype {model.dtype} -o profile.json, then --profile profile.json"
+
+
+def _sources(recorded: Recorded, wanted: int) -> list[LoadedResult]:
+    """For each pipelined backend the result with the nearest number of stages."""
+    by_name: dict[str, list[LoadedResult]] = {}
+    for result in recorded.pipelines:
+        by_name.setdefault(result.head.backend.name, []).append(result)
+    found = []
+    for results in by_name.values():
+        recorded_stages = [num_stages(each) for each in results]
+        found.append(results[recorded_stages.index(nearest(recorded_stages, wanted))])
+    return found
+
+
+def make_parts(
+    recorded: Recorded, costs: Costs, source: LoadedResult, layers: Sequence[int], *, own_drafter: bool
+) -> Parts:
+    """The parts of a pipeline's cycle, each stage on a device of its own.
+
+    Raises:
+        InputError: a cost is not known.
+    """
+    layer, head = costs.layer_s(1), costs.head_s(1)
+    draft = costs.pipeline_draft_s(source, len(layers))
+    if layer is None or head is None:
+        refuse("the time of a layer", _profile_command(recorded))
+    if draft is None:
+        refuse(f"{source.file}: the time of a draft", f"{recorded.remeasure()}, or {_profile_command(recorded)}")
+    return Parts(
+        stages=tuple(count * layer for count in layers),
+        head_s=head,
+        draft_s=draft,
+        verify_s=costs.verify_s(),
+        host_s=costs.host_s(),
+        message_s=costs.message_s(1) or 0.0,
+        devices=(*range(len(layers)), len(layers) if own_drafter else 0),
+        start_s=costs.start_s(source),
+        late=source.head.backend.name == "ppsd",
+    )
+
+
+def _row(source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: float) -> PipelineRow:
+    sequences, stretch = verdicts(source), Stretch(parts)
+    rate, interval, seconds = replay(stretch, sequences)
+    tokens = sum(map(len, sequences.values()))
+    cycles = sum(_num_cycles(each, len(layers)) for each in sequences.values())
+    layer = parts.stages[0] / layers[0]
+    return PipelineRow(
+        label=f"{source.head.backend.name} x{len(layers)}" + ("" if _is_even(layers) else f" ({_shown(layers)})"),
+        source=source.file,
+        recorded_stages=num_stages(source),
+        layers=layers,
+        devices=len(set(parts.devices)),
+        acceptance=sum(map(sum, sequences.values())) / max(1, tokens),
+        tokens_per_s=rate,
+        interval=interval,
+        speedup=rate * alone,
+        speedup_interval=interval and (interval[0] * alone, interval[1] * alone),
+        cycle_s=seconds / max(1, cycles),
+        slowest_stage_s=parts.slowest_s,
+        draft_s=parts.draft_s,
+        tokens_per_cycle=tokens / max(1, cycles),
+        lanes=lane_shares(stretch, list(sequences.values())),
+        hidden_layers=max(0.0, parts.slowest_s - parts.draft_s) / layer,
+        sensitivities=_sensitivities(parts, sequences, alone),
+    )
+
+
+def replay(stretch: Stretch, sequences: dict[RunKey, list[bool]]) -> tuple[float, Interval | None, float]:
+    """Tokens/s, its interval over resampled prompts, and seconds in all."""
+    keys = [key for key, sequence in sequences.items() if sequence]
+    rates = np.array([[len(sequences[key]), request_seconds(stretch, sequences[key])] for key in keys])
+    tokens, seconds = rates.sum(axis=0)
+    return float(tokens / seconds), ratio_interval(keys, rates), float(seconds)
+
+
+def _num_cycles(sequence: Sequence[bool], num_stages: int) -> int:
+    """METRICS.md: verdicts + (n - 1)(1 + rejections before the last verdict)."""
+    return len(sequence) + (num_stages - 1) * (1 + sum(not each for each in sequence[:-1]))
+
+
+def _sensitivities(parts: Parts, sequences: dict[RunKey, list[bool]], alone: float) -> tuple[Sensitivity, ...]:
+    found = []
+    stretch = Stretch(parts)
+    for change in ACCEPTANCE_CHANGES:
+        rng = np.random.default_rng(SEED)
+        changed = {key: with_acceptance(each, change, rng) for key, each in sequences.items()}
+        found.append(Sensitivity("acceptance", change, replay(stretch, changed)[0] * alone))
+    for message_s in LINKS_S:
+        slower = Stretch(replace(parts, message_s=parts.message_s + message_s))
+        found.append(Sensitivity("message_s", message_s, replay(slower, sequences)[0] * alone))
+    return tuple(found)
+
+
+def _seconds_a_token(recorded: Recorded, costs: Costs, source: LoadedResult, parts: Parts) -> Callable[[int], float]:
+    """Seconds between two tokens of one request by the number of requests whose tokens share each stage: all parts grow
+    as a forward's rows do. No engine of ours batches requests in a pipeline; this is what one would give."""
+    sequences = verdicts(source)
+
+    def seconds(requests: int) -> float:
+        one, many = (forward_s(costs, recorded.num_layers, rows) or 1.0 for rows in (1, requests))
+        grown = replace(
+            parts,
+            stages=tuple(each * many / one for each in parts.stages),
+            head_s=parts.head_s * many / one,
+            draft_s=parts.draft_s * many / one,
+            message_s=costs.message_s(requests) or 0.0,
+        )
+        return 1 / replay(Stretch(grown), sequences)[0]
+
+    return seconds
+
+
+def _is_even(layers: Sequence[int]) -> bool:
+    return max(layers) - min(layers) <= 1
+
+
+def _shown(layers: Sequence[int]) -> str:
+    return "/".join(map(str, layers))
+
+
+def _notes(rows: Sequence[PipelineRow], costs: Costs) -> list[str]:
+    found = list(costs.notes)
+    if far := [row for row in rows if row.recorded_stages != row.num_stages]:
+        shown = ", ".join(dict.fromkeys(str(row.recorded_stages) for row in far))
+        found.append(
+            f"verdicts of a drafter for {shown} stages stand for "
+            f"{', '.join(dict.fromkeys(row.label for row in far))}: a drafter for these drafts differently. Add a "
+            "result of that many stages to replace them"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Profiles: what each part of decoding costs on one device, measured there or computed from its datasheet."""

@@ -1,0 +1,144 @@
+"""A profile: seconds of each part of decoding a model on one device, by number of rows and context length.
+
+    layer context=128 rows=1      one layer of the target, the mean over all of them
+    head rows=1                   the output head and its argmax
+    forward rows=1                all layers and the head at once, as trees are chosen by
+    draft method=spd ...          one draft: of a pipeline's drafter with so many stages, or of so many levels of a tree
+    verify, host                  a verdict; a cycle's bookkeeping
+    message bytes=64              a message from one process to another
+
+A key is a name and its sorted `field=value` words; a part that a machine cannot measure is absent. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from spdbench.errors import InputError, validated
+from spdbench.input_files import read_input
+
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Key = Annotated[str, Field(pattern=r"^[a-z]+( [a-z]+=[^ =]+)*$", max_length=300)]
+
+
+@dataclass(frozen=True)
+class RowCosts:
+    """Seconds of a target forward by number of rows: linear between and beyond those measured."""
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, num_rows: float) -> float:
+        if len(self.rows) == 1:
+            return self.seconds[0]
+        right = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
+        left = right - 1
+        slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
+        return self.seconds[left] + slope * (num_rows - self.rows[left])
+
+
+class ModelShape(BaseModel):
+    """The model that a profile is of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    sha256: str
+    dtype: str
+    num_layers: int = Field(ge=1, le=2**16)
+    hidden_size: int = Field(ge=1, le=2**24)
+
+
+class Profile(BaseModel):
+    """The file's content. `device` is a name for people; `machine` is equal for machines with comparable times."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_: Literal["spdbench.profile/1"] = Field("spdbench.profile/1", alias="schema")
+    created: str
+    origin: Literal["measured", "computed"]
+    device: str
+    machine: str
+    threads: int = Field(ge=0, le=2**16)
+    model: ModelShape
+    seconds: dict[Key, Seconds] = Field(default_factory=dict)
+
+    def costs(self, name: str, by: str = "rows", **same: object) -> RowCosts | None:
+        """Seconds of `name` by the numbers of its field `by`, the other fields being `same`; None without any."""
+        found = {}
+        for key, seconds in self.seconds.items():
+            title, fields = parse_key(key)
+            if title == name and by in fields and {k: v for k, v in fields.items() if k != by} == _words(same):
+                found[int(fields[by])] = seconds
+        rows = sorted(found)
+        return RowCosts(tuple(rows), tuple(found[count] for count in rows)) if rows else None
+
+    def layer_s(self, rows: float, context: float) -> float | None:
+        """Seconds of one layer of `rows` rows behind `context` tokens: linear between the contexts measured."""
+        contexts = sorted({int(parse_key(key)[1]["context"]) for key in self.seconds if key.startswith("layer ")})
+        at = [(each, costs(rows)) for each in contexts if (costs := self.costs("layer", context=each))]
+        if not at:
+            return None
+        return RowCosts(tuple(each for each, _ in at), tuple(seconds for _, seconds in at))(context)
+
+    def head_s(self, rows: float) -> float | None:
+        costs = self.costs("head")
+        return costs(rows) if costs else None
+
+    def message_s(self, num_bytes: float) -> float | None:
+        costs = self.costs("message", by="bytes")
+        return max(costs(num_bytes), 0.0) if costs else None
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=1) + "\n"
+
+
+def make_key(name: str, **fields: object) -> str:
+    """The key of a part: `layer context=128 rows=1`."""
+    return " ".join([name, *(f"{field}={value}" for field, value in sorted(_words(fields).items()))])
+
+
+def parse_key(key: str) -> tuple[str, dict[str, str]]:
+    """The name in a key, and its fields."""
+    name, *words = key.split(" ")
+    return name, dict(word.split("=", 1) for word in words)
+
+
+def _words(fields: dict[str, object]) -> dict[str, str]:
+    return {field: re.sub(r"[\s=]", "-", str(value)) for field, value in fields.items()}
+
+
+def read_profile(path: Path) -> Profile:
+    """The profile in `path`.
+
+    Raises:
+        InputError: it cannot be read, or is no profile.
+    """
+    return validated(Profile, read_input(path), f"{path}: is no profile that this version reads: ")
+
+
+def require_model(profile: Profile, source: str, sha256: str, dtype: str, num_layers: int | None, model: str) -> None:
+    """Raises `InputError` for a profile of another model or dtype. A computed one depends on the model's shape too."""
+    own = profile.model
+    for what, found, wanted in (
+        ("layers", own.num_layers, num_layers),
+        ("dtype", own.dtype, dtype),
+        ("weights", own.sha256[:12], sha256[:12]),
+    ):
+        if found != wanted:
+            raise InputError(
+                f"--profile {source}: is of {own.id} with {what} {found}, and the results of {model} with {wanted}. "
+                f"Make one of that model: spdbench profile -m {model} --dtype {dtype} -o {source}"
+            )
+
+
+def nearest(numbers: Sequence[int], wanted: int) -> int:
+    """The number closest to `wanted`, the smaller of two."""
+    return min(numbers, key=lambda number: (abs(number - wanted), number))

@@ -1,0 +1,199 @@
+"""A projection for people, as tables that fit a terminal, and for programs as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from spdbench.judge.metrics.bubble import LaneTime
+from spdbench.judge.projection.opponents import Load, Opponent, frontier
+from spdbench.judge.projection.project import PipelineRow, Projection
+from spdbench.render.columns import EMPTY, bullet, capture, harmless, plain_grid
+
+SCHEMA = "spdbench.projection/1"
+MS = 1e3
+CAUSES = ("fill", "verify", "draft", "imbalance", "host", "unattributed")
+
+
+def to_terminal(projection: Projection, console: Console) -> str:
+    """The verdict, then a table of speeds, one of the pipelines' parts, and under load one of all ways to decode."""
+    parts: list[RenderableType] = [
+        Text(verdict(projection), style="bold"),
+        "",
+        Text(f"one request; a device is {harmless(projection.device)}"),
+        _speeds(projection),
+        "",
+        Text("pipelines: what a lane does, and what would change the speed-up"),
+        _pipelines(projection),
+    ]
+    if projection.loads:
+        parts += ["", Text("several requests at once; * no other way is better in both columns"), _loads(projection)]
+    notes = [*map(_breakeven, projection.breakevens), *projection.notes]
+    return capture(console, *parts, "", *map(bullet, map(harmless, notes)))
+
+
+def _breakeven(pair: tuple[str, str, int]) -> str:
+    label, rival, most = pair
+    return f"{label}: faster than {rival} " + (f"up to {most} requests at once" if most else "at no number of requests")
+
+
+def verdict(projection: Projection) -> str:
+    """What the projection says, in one or two sentences."""
+    best, efficient = projection.best, projection.most_efficient
+    rival = max(projection.opponents, key=lambda each: each.tokens_per_s)
+    text = f"Fastest pipeline: {best.label}, {best.speedup:.2f}x plain decoding on {best.devices} devices"
+    other = projection.speedup(rival.tokens_per_s)
+    text += f"; best opponent: {rival.label}, {other:.2f}x on {rival.devices}."
+    if efficient is not best:
+        text += f" Most a device: {efficient.label}, {efficient.speedup_per_device:.2f}x a device."
+    return text
+
+
+def _speeds(projection: Projection) -> RenderableType:
+    grid = plain_grid((("", False), *((name, True) for name in ("devices", "tok/s", "speed-up [95 %]", "a device"))))
+    rows: list[tuple[str, int, float, tuple[float, float] | None]] = [
+        *((row.label, row.devices, row.tokens_per_s, row.interval) for row in projection.pipelines),
+        *((row.label, row.devices, row.tokens_per_s, row.interval) for row in projection.opponents),
+    ]
+    for label, devices, rate, interval in sorted(rows, key=lambda row: -row[2]):
+        speedup = projection.speedup(rate)
+        low_high = f" [{', '.join(f'{projection.speedup(each):.2f}' for each in interval)}]" if interval else ""
+        cells = f"{rate:.1f}", f"{speedup:.2f}{low_high}", f"{speedup / devices:.2f}"
+        grid.add_row(Text(harmless(label)), str(devices), *cells)
+    return grid
+
+
+def _pipelines(projection: Projection) -> RenderableType:
+    names = (
+        "cycle\nms",
+        "stage\nms",
+        "draft\nms",
+        "tok/\ncycle",
+        "bubble,\nmostly",
+        "+5 %\nacc.",
+        "100 us\nlinks",
+        "spare\nlayers",
+    )
+    grid = plain_grid((("", False), *((name, True) for name in names)))
+    for row in projection.pipelines:
+        shares = bubble_shares(row.lanes)
+        cause = max(CAUSES, key=lambda name: shares[name])
+        grid.add_row(
+            Text(harmless(row.label)),
+            *(f"{MS * each:.2f}" for each in (row.cycle_s, row.slowest_stage_s, row.draft_s)),
+            f"{row.tokens_per_cycle:.2f}",
+            f"{sum(shares[name] for name in CAUSES):.0%} {cause}",
+            *(_sensitivity(row, what, value) for what, value in (("acceptance", 0.05), ("message_s", 1e-4))),
+            f"{row.hidden_layers:.1f}",
+        )
+    return grid
+
+
+def _sensitivity(row: PipelineRow, what: str, value: float) -> str:
+    found = next((each.speedup for each in row.sensitivities if (each.what, each.value) == (what, value)), None)
+    return EMPTY if found is None else f"{found:.2f}"
+
+
+def _loads(projection: Projection) -> RenderableType:
+    best = set(map(astuple, frontier(projection.loads)))
+    grid = plain_grid(
+        (("requests", True), ("", False), ("devices", True), ("ms/token", True), ("device ms/token", True))
+    )
+    before = 0
+    for load in projection.loads:
+        if before not in (0, load.requests):
+            grid.add_section()
+        star = " *" if astuple(load) in best else ""
+        cells = f"{MS * load.token_s:.2f}", f"{MS * load.device_s_per_token:.2f}"
+        grid.add_row(
+            str(load.requests) if before != load.requests else "",
+            f"{harmless(load.label)}{star}",
+            str(load.devices),
+            *cells,
+        )
+        before = load.requests
+    return grid
+
+
+def bubble_shares(lanes: LaneTime) -> dict[str, float]:
+    """The parts of lanes x decode time, by name."""
+    return {field.name: getattr(lanes, field.name) / lanes.total for field in fields(lanes)}
+
+
+def to_json(projection: Projection) -> str:
+    """Everything, for programs."""
+    document = {
+        "schema": SCHEMA,
+        "device": projection.device,
+        "vanilla_token_s": projection.token_s,
+        "verdict": verdict(projection),
+        "best": projection.best.label,
+        "most_efficient": projection.most_efficient.label,
+        "pipelines": [_pipeline_record(row) for row in projection.pipelines],
+        "opponents": [_opponent_record(row, projection) for row in projection.opponents],
+        "faster_up_to": [
+            {"label": label, "than": rival, "requests": most} for label, rival, most in projection.breakevens
+        ],
+        "loads": _load_records(projection.loads),
+        "notes": list(projection.notes),
+    }
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def _pipeline_record(row: PipelineRow) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "stage_layers": row.layers,
+        "devices": row.devices,
+        "source": row.source,
+        "recorded_stages": row.recorded_stages,
+        "acceptance_rate": row.acceptance,
+        "tokens_per_s": row.tokens_per_s,
+        "tokens_per_s_ci": row.interval,
+        "speedup": row.speedup,
+        "speedup_ci": row.speedup_interval,
+        "speedup_per_device": row.speedup_per_device,
+        "device_s_per_token": row.devices / row.tokens_per_s,
+        "cycle_s": row.cycle_s,
+        "slowest_stage_s": row.slowest_stage_s,
+        "draft_s": row.draft_s,
+        "tokens_per_cycle": row.tokens_per_cycle,
+        "lane_shares": bubble_shares(row.lanes),
+        "spare_layers": row.hidden_layers,
+        "sensitivity": [{each.what: each.value, "speedup": each.speedup} for each in row.sensitivities],
+    }
+
+
+def _opponent_record(row: Opponent, projection: Projection) -> dict[str, Any]:
+    speedup = projection.speedup(row.tokens_per_s)
+    return {
+        "label": row.label,
+        "method": row.method,
+        "devices": row.devices,
+        "tokens_per_s": row.tokens_per_s,
+        "tokens_per_s_ci": row.interval,
+        "speedup": speedup,
+        "speedup_per_device": speedup / row.devices,
+        "device_s_per_token": row.devices / row.tokens_per_s,
+    }
+
+
+def _load_records(loads: Sequence[Load]) -> list[dict[str, Any]]:
+    best = set(map(astuple, frontier(loads)))
+    return [
+        {
+            "label": each.label,
+            "requests": each.requests,
+            "devices": each.devices,
+            "token_s": each.token_s,
+            "device_s_per_token": each.device_s_per_token,
+            "tokens_per_s": each.tokens_per_s,
+            "on_frontier": astuple(each) in best,
+        }
+        for each in loads
+    ]

@@ -1,0 +1,126 @@
+"""The chart of a projection: speed-up by devices, and a frontier of time against device time under load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spdbench.judge.projection.project import Projection
+from spdbench.render.columns import harmless
+from spdbench.render.report.chart import Chart, Panel, Record, listing, quantity, spec
+from spdbench.render.report.style import Palette
+
+MS = 1e3
+PIPELINE, TENSOR, ONE = "pipeline", "tensor parallel", "one device"
+
+
+def _panels(projection: Projection, palette: Palette) -> list[Panel]:
+    return [_speedups(projection, palette), *([_frontier(projection, palette)] if projection.loads else [])]
+
+
+def _speedups(projection: Projection, palette: Palette) -> Panel:
+    records: list[Record] = [
+        {
+            "label": harmless(row.label),
+            "kind": PIPELINE,
+            "devices": row.devices,
+            "speedup": row.speedup,
+            "low": row.speedup_interval[0] if row.speedup_interval else row.speedup,
+            "high": row.speedup_interval[1] if row.speedup_interval else row.speedup,
+        }
+        for row in projection.pipelines
+    ]
+    for rival in projection.opponents:
+        speedup = projection.speedup(rival.tokens_per_s)
+        low, high = (projection.speedup(each) for each in rival.interval or (rival.tokens_per_s,) * 2)
+        kind = TENSOR if rival.method == "tensor_parallel" else ONE
+        records.append(
+            {
+                "label": harmless(rival.label),
+                "kind": kind,
+                "devices": rival.devices,
+                "speedup": speedup,
+                "low": low,
+                "high": high,
+            }
+        )
+    kinds = list(dict.fromkeys(record["kind"] for record in records))
+    look = {"field": "kind", "type": "nominal", "scale": {"domain": kinds, "range": list(palette.series[: len(kinds)])}}
+    x = quantity("devices", "devices", scale={"zero": True})
+    y = quantity("speedup", "speed-up over plain decoding", scale={"zero": True})
+    tip = [{"field": "label"}, {"field": "devices"}, {"field": "speedup", "format": ".2f"}]
+    return Panel(
+        spec(
+            records,
+            {"mark": {"type": "rule", "strokeDash": [4, 3]}, "encoding": {"y": {"datum": 1}}},
+            {
+                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
+                "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": look},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
+                "encoding": {
+                    "x": x,
+                    "y": y,
+                    "color": look,
+                    "shape": look | {"scale": {"domain": kinds}},
+                    "tooltip": tip,
+                },
+            },
+            {
+                "mark": {"type": "text", "align": "left", "dx": 7, "dy": -7},
+                "encoding": {"x": x, "y": y, "text": {"field": "label"}},
+            },
+            height=320,
+        ),
+        records,
+        "One request" if projection.loads else None,
+    )
+
+
+def _frontier(projection: Projection, palette: Palette) -> Panel:
+    records: list[Record] = [
+        {
+            "label": harmless(load.label),
+            "requests": load.requests,
+            "token_ms": MS * load.token_s,
+            "device_ms": MS * load.device_s_per_token,
+        }
+        for load in projection.loads
+    ]
+    labels = list(dict.fromkeys(record["label"] for record in records))
+    colours = [palette.series[number % len(palette.series)] for number in range(len(labels))]
+    tip = [{"field": "label"}, {"field": "requests"}]
+    tip += [{"field": name, "format": ".2f"} for name in ("token_ms", "device_ms")]
+    encoding = {
+        "x": quantity("token_ms", "ms between two tokens of a request", scale={"type": "log"}),
+        "y": quantity("device_ms", "device ms a token", scale={"type": "log"}),
+        "color": {"field": "label", "type": "nominal", "scale": {"domain": labels, "range": colours}},
+        "order": {"field": "requests"},
+        "tooltip": tip,
+    }
+    return Panel(
+        spec(records, {"mark": {"type": "line", "point": True}, "encoding": encoding}, height=320),
+        records,
+        "Several requests at once",
+    )
+
+
+def _describe(records: Sequence[Record]) -> str:
+    return listing(
+        [
+            f"{each['label']}: {each['speedup']:.2f}x on {each['devices']} devices"
+            for each in records
+            if "speedup" in each
+        ]
+    )
+
+
+CHART: Chart[Projection] = Chart(
+    "projection",
+    "Projected speed-up by devices",
+    "A dot is a way to decode one request; its bar is the 95 % interval over prompts. Below, a line is a way to decode "
+    "under 1, 2, 4, ... requests at once: further left is faster for each, further down is cheaper.",
+    "There is no pipeline to show.",
+    _panels,
+    _describe,
+)

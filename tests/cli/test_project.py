@@ -1,0 +1,184 @@
+"""`spdbench project` and `spdbench profile` from the outside: table, JSON, chart, profiles, refusals before work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from spdbench.cli.project import profile as profile_command
+from spdbench.cli.project import project as project_command
+from spdbench.errors import InputError
+from spdbench.profiles.profile import Profile, read_profile
+from tests.builders import write_result
+from tests.unit.judge.projection.projected import eagle_result, make_profile, pipeline_result, vanilla_result
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Results of vanilla, a pipeline of three stages, and EAGLE."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for name, result in {"vanilla": vanilla_result(), "spd": pipeline_result(), "eagle": eagle_result()}.items():
+        write_result(result, folder / f"{name}.json")
+    return folder
+
+
+def invoke(*args: object, command: Any = project_command.command) -> Result:
+    """Runs the command; an error comes out as an exception, as the main entry would see it."""
+    return CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
+
+
+def refusal(*args: object, command: Any = project_command.command) -> str:
+    with pytest.raises(InputError) as caught:
+        invoke(*args, command=command)
+    return str(caught.value)
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    path = tmp_path / "profile.json"
+    path.write_text(make_profile().to_json())
+    return path
+
+
+# project
+
+
+def test_it_prints_a_verdict_and_every_way_to_decode(files: Path) -> None:
+    text = invoke(files, "--stages", "2,3,10").stdout
+    assert text.startswith("Fastest pipeline: spd x")
+    for label in ("spd x2", "spd x3", "spd x10", "vanilla", "eagle"):
+        assert f"\n{label} " in text
+    assert "tensor parallel x" not in text  # no result knows what a message takes
+
+
+def test_json_holds_everything(files: Path, profile: Path) -> None:
+    words = ("--stages", "3,15/15", "--profile", profile, "--concurrency", "4", "--json")
+    found = json.loads(invoke(files, *words).stdout)
+    assert found["schema"] == "spdbench.projection/1"
+    assert [row["stage_layers"] for row in found["pipelines"]] == [[10, 10, 10], [15, 15]]
+    for row in found["pipelines"]:
+        assert sum(row["lane_shares"].values()) == pytest.approx(1)
+        assert row["speedup_per_device"] == pytest.approx(row["speedup"] / row["devices"])
+        assert row["device_s_per_token"] == pytest.approx(row["devices"] / row["tokens_per_s"])
+    assert {row["label"] for row in found["opponents"]} >= {"vanilla", "eagle", "tensor parallel x3"}
+    assert {row["requests"] for row in found["loads"]} == {1, 2, 4}
+    assert found["best"] in {row["label"] for row in found["pipelines"]}
+
+
+def test_loads_are_shown_with_what_nothing_beats_and_where_speculation_stops_paying(files: Path, profile: Path) -> None:
+    text = invoke(files, "--stages", "3", "--profile", profile, "--concurrency", "8").stdout
+    assert "several requests at once" in text
+    assert "eagle *" in text
+    assert "- eagle: faster than vanilla " in text
+
+
+def test_balanced_stages_leave_room_for_the_head(files: Path) -> None:
+    found = json.loads(invoke(files, "--stages", "3", "--balanced", "--json").stdout)
+    assert found["pipelines"][0]["stage_layers"] == [11, 11, 8]
+
+
+def test_a_shared_drafter_saves_a_device(files: Path) -> None:
+    found = [json.loads(invoke(files, "--stages", "3", "--json", *more).stdout) for more in ((), ("--shared-drafter",))]
+    assert [each["pipelines"][0]["devices"] for each in found] == [4, 3]
+    own, shared = (each["pipelines"][0]["tokens_per_s"] for each in found)
+    assert shared < own
+
+
+def test_a_chart_is_drawn_by_the_name_of_its_file(files: Path, profile: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    chart = tmp_path / "chart.svg"
+    words = (files, "--stages", "2,3", "--profile", profile, "--concurrency", "4", "--chart", chart)
+    assert f"Wrote {chart}" in invoke(*words).stderr
+    svg = chart.read_text()
+    assert svg.startswith("<svg")
+    for text in ("spd x3", "tensor parallel x4", "Several requests at once"):
+        assert text in svg
+    assert "exists already" in refusal(*words)
+    invoke(*words, "--force")
+
+
+def test_it_starts_without_torch(files: Path) -> None:
+    code = (
+        "import sys; from spdbench.cli.main import run; "
+        "assert run(sys.argv[1:]) == 0; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    words = [sys.executable, "-c", code, "project", str(files), "--stages", "2,3", "--balanced"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--stages", "31"), "Allowed: 1 to 30"),
+        (("--stages", "two"), "no number of stages"),
+        (("--stages", "2", "--concurrency", "4"), "spdbench profile"),
+        (("--stages", "2", "--profile", "missing.json"), "missing.json: cannot be read"),
+        (("--stages", "2", "--chart", "chart.gif"), "Allowed: .svg, .png, .pdf"),
+        (("--stages", "2", "--chart", "nowhere/chart.svg"), "does not exist"),
+    ],
+)
+def test_bad_input_has_one_message(files: Path, words: tuple[str, ...], why: str) -> None:
+    assert why in refusal(files, *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [({"num_layers": 12}, "layers 12"), ({"dtype": "bfloat16"}, "dtype bfloat16"), ({"sha256": "x" * 64}, "weights")],
+)
+def test_a_profile_of_another_model_is_refused(files: Path, tmp_path: Path, change: dict[str, Any], why: str) -> None:
+    shape = make_profile().model
+    other = make_profile().model_copy(update={"model": shape.model_copy(update=change)})
+    path = tmp_path / "other.json"
+    path.write_text(other.to_json())
+    assert why in refusal(files, "--stages", "2", "--profile", path)
+
+
+# profile
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rounds: no number here is looked at."""
+    monkeypatch.setattr("spdbench.pipeline.profiling.ROUNDS", 1)
+    monkeypatch.setattr("spdbench.pipeline.profiling.MESSAGES", 3)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_measured_profile_is_kept_and_written(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "profile.json"
+    common = ("-m", tiny_model, "--dtype", "float32", "--devices", "cpu", "--threads", "1")
+    text = invoke(*common, "-o", out, command=profile_command.command).stdout
+    found = read_profile(out)
+    assert found.origin == "measured"
+    assert found.model.num_layers == 6
+    for part in ("layer ", "head ", "verify", "host", "message "):
+        assert any(key.startswith(part) for key in found.seconds)
+        assert part.strip() in text
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    assert "exists already" in refusal(*common, "-o", out, command=profile_command.command)
+
+
+def test_a_datasheet_gives_a_computed_profile(tiny_model: Path) -> None:
+    words = ("-m", tiny_model, "--dtype", "bfloat16", "--from", "h100-sxm")
+    found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
+    assert (found.origin, found.device) == ("computed", "NVIDIA H100 SXM")
+    slower = Profile.model_validate_json(invoke(*words[:-1], "l4", command=profile_command.command).stdout)
+    assert slower.seconds["message bytes=64"] > found.seconds["message bytes=64"]
+    layers = [each.layer_s(1, 128) for each in (found, slower)]
+    assert layers[0] is not None
+    assert layers[1] is not None
+    assert layers[0] < layers[1]
+
+
+def test_an_unknown_datasheet_names_those_that_are_known(tiny_model: Path) -> None:
+    done = CliRunner().invoke(profile_command.command, ["-m", str(tiny_model), "--from", "h100"])
+    assert done.exit_code == 2
+    assert "h100-sxm" in done.stderr

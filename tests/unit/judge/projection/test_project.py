@@ -1,0 +1,281 @@
+"""From results to a projection: what is replayed, what parts cost, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.judge.loaded import LoadedResult, load
+from spdbench.judge.projection.costs import ProfileCosts, RecordedCosts
+from spdbench.judge.projection.opponents import Load, faster_up_to, frontier, tensor_parallel_s, token_s, under_load
+from spdbench.judge.projection.project import Setting, even_layers, make_parts, parse_stages, project
+from spdbench.judge.projection.recorded import (
+    Recorded,
+    rounds_of,
+    sort_results,
+    start_seconds,
+    verdicts,
+    with_acceptance,
+)
+from tests.builders import (
+    MS,
+    ORACLE,
+    chunk_steps,
+    make_backend,
+    make_result,
+    make_run,
+    pipeline_steps,
+    vanilla_steps,
+)
+from tests.unit.judge.projection.projected import (
+    VERDICTS,
+    eagle_result,
+    make_profile,
+    pipeline_result,
+    vanilla_result,
+)
+
+
+def vanilla() -> LoadedResult:
+    return load(vanilla_result(), "vanilla.json")
+
+
+def pipeline(num_stages: int = 3, **more: Any) -> LoadedResult:
+    return load(pipeline_result(num_stages, **more), f"spd{num_stages}.json")
+
+
+def eagle() -> LoadedResult:
+    return load(eagle_result(), "eagle.json")
+
+
+def setting(*stages: int, **more: Any) -> Setting:
+    return Setting(tuple(tuple(even_layers(30, count)) for count in stages), own_drafter=True, **more)
+
+
+RESULTS: Sequence[LoadedResult] = (vanilla(), pipeline(), eagle())
+
+
+@pytest.fixture
+def recorded() -> Recorded:
+    return sort_results(RESULTS)
+
+
+def test_the_verdicts_are_those_of_every_token_after_the_first() -> None:
+    assert list(verdicts(pipeline()).values()) == VERDICTS
+    assert list(verdicts(pipeline(5)).values()) == VERDICTS
+
+
+def test_rounds_are_counted_with_their_rows_and_levels() -> None:
+    found = next(iter(rounds_of(eagle()).values()))
+    assert (found.num, found.rows, found.levels) == (3, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("change", [-0.2, -0.05, 0.05, 0.2])
+def test_another_acceptance_is_as_much_higher_or_lower(change: float) -> None:
+    rng = np.random.default_rng(0)
+    sequence = (rng.random(20_000) < 0.6).tolist()
+    assert np.mean(with_acceptance(sequence, change, rng)) == pytest.approx(0.6 + change, abs=0.02)
+
+
+def test_acceptance_has_its_bounds() -> None:
+    rng = np.random.default_rng(0)
+    assert with_acceptance([True, False], 1.0, rng) == [True, True]
+    assert with_acceptance([True, True], 0.1, rng) == [True, True]
+    assert with_acceptance([False, False], -0.1, rng) == [False, False]
+
+
+def test_what_the_first_cycle_takes_longer_than_a_refill_is_the_start() -> None:
+    steps = pipeline_steps([True, False, True, True], 3)
+    late = steps.model_copy(update={"t_ns": [steps.t_ns[0], *(each + 30 * MS for each in steps.t_ns[1:])]})
+    result = pipeline()
+    slow = load(make_result([make_run(late)], result.head.backend), "slow.json")
+    assert start_seconds(slow) == pytest.approx(0.03)
+    assert start_seconds(result) == 0.0
+
+
+def test_without_a_profile_vanillas_token_is_split_by_bytes(recorded: Recorded) -> None:
+    costs = RecordedCosts(recorded)
+    # 30 layers of 6 bytes and a head of 20: a tenth of the token's 100 ms is the head's
+    assert costs.head_s(1) == pytest.approx(0.01)
+    assert costs.layer_s(1) == pytest.approx(0.003)
+    assert costs.layer_s(2) is None
+    assert costs.message_s(1) is None
+    parts = make_parts(recorded, costs, pipeline(), (10, 10, 10), own_drafter=True)
+    assert parts.stages == pytest.approx((0.03, 0.03, 0.03))
+    assert (parts.draft_s, parts.verify_s) == pytest.approx((0.002, 0.0001))
+    assert parts.devices == (0, 1, 2, 3)
+
+
+def test_the_drafter_shares_the_first_stages_device_where_asked(recorded: Recorded) -> None:
+    parts = make_parts(recorded, RecordedCosts(recorded), pipeline(), (15, 15), own_drafter=False)
+    assert parts.devices == (0, 1, 0)
+
+
+def test_a_synthetic_drafter_takes_no_time(recorded: Recorded) -> None:
+    synthetic = pipeline(parts=None, drafter=ORACLE)
+    assert make_parts(recorded, RecordedCosts(recorded), synthetic, (15, 15), own_drafter=True).draft_s == 0.0
+
+
+def test_a_projection_has_a_row_for_each_number_of_stages_and_each_opponent(recorded: Recorded) -> None:
+    found = project(recorded, ProfileCosts(make_profile(), recorded), setting(1, 2, 3, 5))
+    assert [row.num_stages for row in found.pipelines] == [1, 2, 3, 5]
+    assert found.token_s == pytest.approx(0.035)
+    assert {each.label for each in found.opponents} == {
+        "vanilla",
+        "eagle",
+        *(f"tensor parallel x{count}" for count in (2, 3, 4, 5, 6)),
+    }
+    for row in found.pipelines:
+        assert row.interval is not None
+        assert row.interval[0] <= row.tokens_per_s <= row.interval[1]
+        assert row.speedup == pytest.approx(row.tokens_per_s * 0.035)
+        by_what = {(each.what, each.value): each.speedup for each in row.sensitivities}
+        assert by_what["acceptance", -0.1] <= row.speedup <= by_what["acceptance", 0.1]
+        assert by_what["message_s", 1e-3] <= by_what["message_s", 1e-5] <= row.speedup
+    assert found.best is max(found.pipelines, key=lambda row: row.speedup)
+    assert found.most_efficient is max(found.pipelines, key=lambda row: row.speedup / row.devices)
+
+
+def test_the_steady_cycle_of_a_projection_is_the_slowest_stage(recorded: Recorded) -> None:
+    costs = ProfileCosts(make_profile(), recorded)
+    row = project(recorded, costs, setting(3)).pipelines[0]
+    assert row.slowest_stage_s == pytest.approx(0.015)
+    assert row.hidden_layers == pytest.approx(13.0)  # 15 ms less a draft of 2 ms, in layers of 1 ms
+
+
+def test_a_result_of_the_same_number_of_stages_is_replayed_rather_than_another() -> None:
+    recorded = sort_results([vanilla(), pipeline(3), pipeline(5)])
+    found = project(recorded, RecordedCosts(recorded), setting(2, 3, 5, 6))
+    assert [row.recorded_stages for row in found.pipelines] == [3, 3, 5, 5]
+    assert any("verdicts of a drafter for 3, 5 stages stand for spd x2, spd x6" in note for note in found.notes)
+
+
+def test_eagle_takes_its_rounds_at_the_profiles_costs(recorded: Recorded) -> None:
+    found = project(recorded, ProfileCosts(make_profile(), recorded), setting(2))
+    rival = next(each for each in found.opponents if each.label == "eagle")
+    round_s = 30 * 1.02e-3 + 5e-3 + 6e-3  # three rows, two levels
+    assert rival.tokens_per_s == pytest.approx(6 / (3 * round_s))
+
+
+def test_eagle_without_costs_of_several_rows_is_as_it_was_measured(recorded: Recorded) -> None:
+    found = project(recorded, RecordedCosts(recorded), setting(2))
+    rival = next(each for each in found.opponents if each.label == "eagle")
+    assert rival.tokens_per_s == pytest.approx(6 / (3 * 0.12))
+
+
+def test_tensor_parallelism_shares_the_work_and_pays_for_all_reduces(recorded: Recorded) -> None:
+    costs = ProfileCosts(make_profile(), recorded)
+    assert tensor_parallel_s(costs, 30, 4) == pytest.approx(0.035 / 4 + 2 * 30 * 2 * 1e-4)
+    assert tensor_parallel_s(RecordedCosts(recorded), 30, 4) is None
+
+
+def test_under_load_requests_share_a_forward(recorded: Recorded) -> None:
+    costs = ProfileCosts(make_profile(), recorded)
+    loads = under_load(recorded, costs, [2], 5, [("spd x1", 2, lambda _: 0.02)])
+    by_name = {(each.label, each.requests): each for each in loads}
+    assert sorted({each.requests for each in loads}) == [1, 2, 4, 5]
+    five = token_s(costs, 30, 5)
+    assert five is not None
+    assert by_name["vanilla", 5].token_s == five
+    assert by_name["vanilla", 5].device_s_per_token == pytest.approx(five / 5)
+    assert by_name["replicas x2", 5].token_s == token_s(costs, 30, 3)
+    assert ("replicas x2", 1) not in by_name
+    assert by_name["spd x1", 4].device_s_per_token == pytest.approx(2 * 0.02 / 4)
+
+
+def test_the_frontier_has_what_nothing_beats() -> None:
+    fast, cheap, both = Load("a", 1, 2, 1.0, 2.0), Load("b", 1, 1, 2.0, 1.0), Load("c", 1, 2, 2.0, 2.0)
+    assert frontier([fast, cheap, both, replace(both, requests=2)]) == [fast, cheap, replace(both, requests=2)]
+
+
+def test_where_speculation_stops_paying() -> None:
+    loads = [
+        Load(label, num, 1, seconds, 1.0)
+        for label, times in {"eagle": (1.0, 2.0, 9.0), "vanilla": (2.0, 3.0, 4.0), "slow": (5.0, 5.0, 1.0)}.items()
+        for num, seconds in zip((1, 2, 4), times, strict=True)
+    ]
+    assert faster_up_to(loads, "eagle", "vanilla") == 2
+    assert faster_up_to(loads, "slow", "vanilla") == 0
+    assert faster_up_to(loads, "eagle", "nothing") is None
+
+
+def test_a_profile_of_requests_at_once_gives_loads_and_a_breakeven(recorded: Recorded) -> None:
+    found = project(recorded, ProfileCosts(make_profile(), recorded), setting(3, concurrency=8))
+    assert {each.requests for each in found.loads} == {1, 2, 4, 8}
+    assert {(label, rival) for label, rival, _ in found.breakevens} == {
+        ("eagle", "vanilla"),
+        ("spd x3", "vanilla"),
+        ("spd x3", "tensor parallel x4"),
+    }
+
+
+# Refusals
+
+
+def test_without_a_pipelines_result_there_is_nothing_to_replay() -> None:
+    with pytest.raises(InputError, match=r"no result of a pipeline.*spdbench run quick -b vanilla -b spd"):
+        sort_results([vanilla(), eagle()])
+
+
+def test_results_of_several_workloads_are_refused() -> None:
+    with pytest.raises(InputError, match=r"spd3\.json: does not fit vanilla\.json.*dtype"):
+        sort_results([vanilla(), pipeline(dtype="bfloat16")])
+
+
+def test_a_result_without_steps_is_refused() -> None:
+    backend = make_backend("draft_verify", name="openai", label="server", unknown=["drafts", "times"])
+    served = load(make_result([make_run(chunk_steps([1, 3]))], backend), "served.json")
+    with pytest.raises(InputError, match=r"served\.json: server records no drafts and times"):
+        sort_results([vanilla(), pipeline(), served])
+
+
+def test_a_result_without_decode_steps_is_refused() -> None:
+    empty = load(make_result([make_run(vanilla_steps(1), finish="length")]), "empty.json")
+    with pytest.raises(InputError, match=r"empty\.json: holds no run with decode steps"):
+        sort_results([empty, pipeline()])
+
+
+def test_a_layers_time_is_refused_without_vanilla_and_without_a_profile() -> None:
+    recorded = sort_results([pipeline()])
+    with pytest.raises(InputError, match=r"no result of vanilla.*spdbench run quick"):
+        project(recorded, RecordedCosts(recorded), setting(2))
+
+
+def test_a_drafts_time_that_was_not_recorded_is_refused() -> None:
+    recorded = sort_results([vanilla(), pipeline(parts=None)])
+    with pytest.raises(InputError, match=r"the time of a draft is not in these results.*spdbench profile -m smollm2"):
+        project(recorded, RecordedCosts(recorded), setting(2))
+
+
+def test_several_requests_need_a_profile(recorded: Recorded) -> None:
+    with pytest.raises(InputError, match=r"what a forward of several requests takes.*spdbench profile"):
+        project(recorded, RecordedCosts(recorded), setting(2, concurrency=4))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("2,31", "31 stages, and the model has 30 layers. Allowed: 1 to 30"),
+        ("0", "0 stages"),
+        ("2,x", "'x' is no number of stages"),
+        ("10/10", "has 20 layers, and the model 30"),
+        ("31/-1", "every stage needs at least one"),
+        ("", "'' is no number of stages"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(text: str, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        parse_stages(text, 30, lambda count: even_layers(30, count))
+
+
+def test_stages_are_numbers_or_layers() -> None:
+    assert parse_stages("2, 4,11/10/9,2", 30, lambda count: even_layers(30, count)) == (
+        (15, 15),
+        (8, 8, 7, 7),
+        (11, 10, 9),
+    )

@@ -1,0 +1,141 @@
+"""Profiles: keys, interpolation, files that are none, and what a datasheet gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.profiles.datasheet import BANDWIDTH_SHARE, DEVICES, LAUNCH_S, DrafterSize, Sizes, computed_seconds
+from spdbench.profiles.profile import (
+    ModelShape,
+    Profile,
+    RowCosts,
+    make_key,
+    nearest,
+    parse_key,
+    read_profile,
+    require_model,
+)
+
+SECONDS = {
+    "layer context=100 rows=1": 1.0,
+    "layer context=100 rows=3": 2.0,
+    "layer context=300 rows=1": 3.0,
+    "layer context=300 rows=3": 4.0,
+    "head rows=1": 0.5,
+    "message bytes=100": 1.0,
+    "message bytes=300": 2.0,
+}
+
+
+def make_profile(seconds: dict[str, float] = SECONDS, **more: Any) -> Profile:
+    shape = ModelShape(id="smollm2", sha256="m" * 64, dtype="float32", num_layers=30, hidden_size=576)
+    fields: dict[str, Any] = {
+        "created": "2026-06-01T12:00:00+00:00",
+        "origin": "measured",
+        "device": "Testium 9000",
+        "machine": "a",
+        "threads": 2,
+        "model": shape,
+        "seconds": seconds,
+    }
+    return Profile(**(fields | more))
+
+
+def test_a_key_is_read_as_it_was_made() -> None:
+    key = make_key("draft", method="spd", stages=3)
+    assert key == "draft method=spd stages=3"
+    assert parse_key(key) == ("draft", {"method": "spd", "stages": "3"})
+
+
+def test_a_layer_is_interpolated_between_rows_and_contexts() -> None:
+    profile = make_profile()
+    assert [profile.layer_s(rows, context) for rows, context in ((1, 100), (2, 100), (2, 200), (5, 100))] == [
+        1.0,
+        1.5,
+        2.5,
+        3.0,
+    ]
+
+
+def test_parts_with_one_measurement_are_constant_and_missing_ones_unknown() -> None:
+    profile = make_profile()
+    assert profile.head_s(9) == 0.5
+    assert profile.message_s(200) == 1.5
+    assert make_profile({}).layer_s(1, 100) is None
+    assert make_profile({}).head_s(1) is None
+    assert make_profile({}).message_s(1) is None
+    assert RowCosts((4,), (2.0,))(9) == 2.0
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(make_profile().to_json())
+    assert read_profile(path) == make_profile()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{}", "created"),
+        ("nonsense", "no profile"),
+        (make_profile().to_json().replace("profile/1", "profile/9"), "schema"),
+        (make_profile().to_json().replace('"head rows=1": 0.5', '"head rows=1": -0.5'), "head rows=1"),
+        (make_profile().to_json().replace("head rows=1", "head rows"), "head rows"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_named(tmp_path: Path, text: str, why: str) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=why):
+        read_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [({"num_layers": 12}, "layers 30"), ({"dtype": "bfloat16"}, "dtype float32"), ({"sha256": "x" * 64}, "weights")],
+)
+def test_a_profile_of_another_model_is_refused(change: dict[str, Any], what: str) -> None:
+    same: dict[str, Any] = {"sha256": "m" * 64, "dtype": "float32", "num_layers": 30, "model": "smollm2"}
+    require_model(make_profile(), "p.json", **same)
+    with pytest.raises(InputError, match=what):
+        require_model(make_profile(), "p.json", **(same | change))
+
+
+def test_the_nearest_number_is_the_smaller_of_two() -> None:
+    assert nearest([2, 4, 8], 3) == 2
+    assert nearest([2, 4, 8], 7) == 8
+
+
+def test_one_row_is_bound_by_memory_and_many_by_arithmetic() -> None:
+    device, sizes = DEVICES["a100-80"], Sizes(layer=100e6, head=200e6, kv=1e3, itemsize=2)
+    found = computed_seconds(device, sizes, ())
+    alone = found[make_key("layer", context=128, rows=1)]
+    assert alone == pytest.approx((100e6 + 128e3) / (BANDWIDTH_SHARE * 2.039e12) + LAUNCH_S)
+    assert found[make_key("layer", context=4096, rows=1)] > alone
+    assert found[make_key("layer", context=128, rows=8)] == alone
+    assert found[make_key("layer", context=128, rows=256)] > alone
+
+
+def test_a_tree_takes_a_drafter_level_by_level_and_a_pipeline_once() -> None:
+    sizes = Sizes(layer=100e6, head=200e6, kv=1e3, itemsize=2)
+    drafters = (
+        DrafterSize("eagle3", "e" * 64, 50e6, (("tree", "chain"),)),
+        DrafterSize("spd", "s", 50e6, (("stages", 4),)),
+    )
+    found = computed_seconds(DEVICES["l40s"], sizes, drafters)
+    chain = [found[f"draft drafter=eeeeeeeeeeee levels={levels} method=eagle3 tree=chain"] for levels in (1, 4)]
+    assert chain[1] == pytest.approx(4 * chain[0])
+    assert found["draft drafter=s method=spd stages=4"] == chain[0]
+    Profile.model_validate(make_profile(found).model_dump(by_alias=True))
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_model_of_four_billion_parameters_decodes_at_a_plausible_speed(name: str) -> None:
+    """16-bit weights of 8 GB at 40 to 90 % of the card's bandwidth."""
+    found = computed_seconds(DEVICES[name], Sizes(layer=230e6, head=600e6, kv=4096, itemsize=2), ())
+    token_s = 32 * found[make_key("layer", context=128, rows=1)] + found[make_key("head", rows=1)]
+    assert 0.4 < (32 * 230e6 + 600e6) / token_s / DEVICES[name].bandwidth < 0.9
