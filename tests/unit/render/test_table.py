@@ -48,7 +48,7 @@ def entry(
         "pipeline": pipeline_steps([True] * 8, 3, step_ns=20 * MS),
     }[kind]
     made = runs or [make_run(steps, prompt=f"p{i}", category=CATEGORIES[i % 2]) for i in range(10)]
-    names = {name: more.pop(name) for name in ("label", "lossy", "num_devices") if name in more}
+    names = {name: more.pop(name) for name in ("label", "lossy", "num_devices", "chosen") if name in more}
     result = make_result(made, make_backend(kind, **names), drafter=drafter, **more)
     return load(result, f"{result.backend.label}.json")
 
@@ -146,6 +146,14 @@ def test_a_wide_terminal_has_room_for_the_drafters() -> None:
     assert "oracle:0.8 (synthetic)" in text
     assert "10/10" in text
     assert more(text).startswith("explanations")
+
+
+def test_the_tree_that_was_chosen_stands_with_its_drafter() -> None:
+    tree = {"tree": "dynamic, depth 3, top_k 2, total_tokens 6", "graphs": "on"}
+    eagle = entry("draft_verify", TRAINED, chosen=tree)
+    assert "smollm2-spd (dynamic, depth 3, top_k 2, total_tokens 6)" in show(compare([*demo(), eagle]), width=180)
+    synthetic = entry("draft_verify", ORACLE, chosen={"tree": "chain, depth 2"})
+    assert "oracle:0.8 (synthetic; chain, depth 2)" in show(compare([*demo(), synthetic]), width=180)
 
 
 def test_columns_go_by_rank_when_room_is_short_and_the_hint_names_them() -> None:
