@@ -25,13 +25,23 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.shared.sleeping import SleepingSPD, sleeping_pipeline
+from benchmarks.shared.workload import prompt_ids
 from spdbench.judge.loaded import LoadedResult, read_results
+from spdbench.judge.metrics.bubble import part_times, read_spans
 from spdbench.judge.projection.costs import ProfileCosts, RecordedCosts
 from spdbench.judge.projection.project import even_layers, replay
 from spdbench.judge.projection.recorded import part_seconds, sort_results, start_seconds, verdicts
 from spdbench.judge.projection.simulation import Parts, Stretch, request_seconds
+from spdbench.judge.results.lanes import PartTime
+from spdbench.measure.clock import Measurement
+from spdbench.measure.clock import measure as measure_request
+from spdbench.models.target import load_target
 from spdbench.profiles.profile import read_profile
+from spdbench.types import GenerationRequest, Sampling
 
+SLEEPING_STAGES, SLEEPING_DRAFTER = (2, 3, 5, 10), "oracle:0.7"
+LAYER_S, DRAFT_S = 4e-3, 20e-3
 STAGES = {2: "auto", 3: "auto", 5: "oracle:0.6", 6: "oracle:0.6", 10: "oracle:0.6"}
 """Number of stages -> drafter; trained ones ship for two and three."""
 IN_PROCESSES = (2, 3, 5)
@@ -123,7 +133,7 @@ def here(folder: Path) -> Iterator[str]:
     results = read_results(sorted(folder.glob("*__*.json")))
     by_label = {each.label: each for each in results}
     head, profile = results[0].head, folder / "profile.json"
-    cores, cpu = head.environment.get("cores"), head.environment.get("cpu")
+    cores, cpu = int(head.environment.get("cores") or 1), head.environment.get("cpu")
     yield ""
     yield f"Machine: {cpu}, {cores} cores; {head.model.id} in {head.model.dtype}, greedy, {head.suite.num_prompts} "
     yield f"prompts of `{head.suite.name}`, up to {head.decoding.max_new_tokens} tokens, {REPEATS} repeats."
@@ -135,6 +145,15 @@ def here(folder: Path) -> Iterator[str]:
     message_s = read_profile(profile).message_s(1) or 0.0
     rows = [in_processes(by_label[f"process{stages}"], cores, message_s) for stages in IN_PROCESSES]
     yield from table("tokens/s", rows)
+    yield ""
+    yield "Load of other programs makes these too fast: a cycle waits for the slowest of its stages, which is more than"
+    yield "the mean of any of them when their times scatter, and a simulated stage always takes its mean."
+    yield ""
+    yield "## Stages in processes that mostly sleep"
+    yield ""
+    yield "The same engine, with layers and drafts that sleep several times as long as they compute, so that every"
+    yield "stage has a core when it needs one, whatever their number: the check of the simulated schedule by itself."
+    yield from table("tokens/s", list(sleeping(message_s)))
     yield ""
     yield "## Stages stepped in one process"
     yield ""
@@ -160,6 +179,56 @@ def in_processes(result: LoadedResult, cores: int, message_s: float) -> Compared
     )
     remark = "a core each" if stages <= cores else f"{stages} stages on {cores} cores"
     return compared(f"{stages} stages, {_drafter(result)}", result, parts, remark)
+
+
+def sleeping(message_s: float) -> Iterator[Compared]:
+    """Pipelines in processes whose parts mostly sleep."""
+    target = load_target("smollm2", "bfloat16", "cpu")
+    ids = prompt_ids(target)
+    for stages in SLEEPING_STAGES:
+        backend = sleeping_pipeline(target, stages, SLEEPING_DRAFTER, LAYER_S, DRAFT_S)
+        try:
+            requests = [
+                GenerationRequest(tuple(each), (), NEW_TOKENS, Sampling(), 0, frozenset()) for each in ids.values()
+            ]
+            yield _sleeping(backend, requests, message_s)
+        finally:
+            backend.close()
+
+
+def _sleeping(backend: SleepingSPD, requests: Sequence[GenerationRequest], message_s: float) -> Compared:
+    counts = backend.describe().stage_layers
+    seconds, sequences, found = 0.0, [], []
+    for request in requests:
+        backend.prepare(request)
+        measured = measure_request(backend, request)
+        ends = [measured.start_ns + at for at in measured.steps.t_ns]
+        found.append(part_times(read_spans(backend.spans(), len(counts)), ends, counts))
+        sequences.append([accepted > 0 for new, accepted in _columns(measured)[1:] if new])
+        seconds += (ends[-1] - ends[0]) / 1e9
+    layer, head, draft = (_mean_s([getattr(each, name) for each in found]) for name in ("layer", "head", "draft"))
+    parts = Parts(
+        stages=tuple(count * layer for count in counts),
+        head_s=head,
+        draft_s=draft,
+        verify_s=0.0,
+        host_s=0.0,
+        message_s=message_s,
+        devices=(*range(len(counts)), len(counts)),
+    )
+    stretch, tokens = Stretch(parts), sum(map(len, sequences))
+    projected = tokens / sum(request_seconds(stretch, each) for each in sequences)
+    remark = f"stages of {1e3 * parts.slowest_s:.0f} ms, drafts of {1e3 * draft:.0f} ms"
+    return Compared(f"{len(counts)} stages", tokens / seconds, projected, remark)
+
+
+def _mean_s(parts: Sequence[PartTime | None]) -> float:
+    known = [part for part in parts if part]
+    return sum(part.s for part in known) / max(1, sum(part.num for part in known))
+
+
+def _columns(measured: Measurement) -> list[tuple[int, int]]:
+    return list(zip(measured.steps.emitted, measured.steps.accepted, strict=True))
 
 
 def inline(vanilla: LoadedResult, result: LoadedResult, results: Sequence[LoadedResult], profile: Path) -> Compared:
