@@ -38,7 +38,8 @@ from spdbench.judge.results.schema import BackendRecord, DecodingInfo, ModelInfo
 from spdbench.measure.assemble import ResultHead, write_result
 from spdbench.measure.clock import measure
 from spdbench.measure.journal import Journal, create_journal, resume_journal
-from spdbench.measure.runner import Candidate, Runner, Workload
+from spdbench.measure.request_turn import Workload
+from spdbench.measure.runner import Candidate, Runner
 from spdbench.render.table import render
 from spdbench.types import FirstDivergence, GenerationRequest, Prompt, Sampling
 

@@ -6,14 +6,23 @@ third-party backends alike. Importing this module loads neither torch nor transf
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from spdbench.errors import InputError
 from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
-from spdbench.types import BackendKind, EngineLogits, EngineReport, GenerationRequest, Measurement, Span, Step
+from spdbench.types import (
+    BackendKind,
+    EngineLogits,
+    EngineReport,
+    FirstDivergence,
+    GenerationRequest,
+    Measurement,
+    Span,
+    Step,
+)
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -111,7 +120,8 @@ class Backend(Protocol):
     """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
 
     Optional members, for backends that drive an engine: `account()`, see `engine_report`; `text_only = True` in a class
-    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`; `next_logits`, see `engine_logits`.
+    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`; `next_logits`, see `engine_logits`;
+    `explain_divergence`, see `divergence_explainer`.
     """
 
     kind: ClassVar[BackendKind]
@@ -158,6 +168,23 @@ def engine_logits(backend: Backend) -> EngineLogits | None:
     logits or log-probabilities of the next token by id, of all or of the likeliest, None where it reports none. None
     for a backend without that method."""
     return cast("EngineLogits | None", getattr(backend, "next_logits", None))
+
+
+class Answer(NamedTuple):
+    """An answer of a server: its ids, empty where they are unknown, and its text."""
+
+    ids: Sequence[int]
+    text: str
+
+
+DivergenceExplainer = Callable[[GenerationRequest, Answer, Answer, Backend], FirstDivergence | None]
+
+
+def divergence_explainer(backend: Backend) -> DivergenceExplainer | None:
+    """The method `explain_divergence(request, expected, found, other)` of a backend whose engine has the only copy of
+    its model: where and why the greedy answer `found`, of the backend `other`, differs from its own answer `expected`;
+    None if it does not. None for a backend without that method."""
+    return cast("DivergenceExplainer | None", getattr(backend, "explain_divergence", None))
 
 
 def is_text_only(cls: type[Backend]) -> bool:

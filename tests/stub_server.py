@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
-Offer = Literal["ids", "running_usage", "usage", "logprobs"]
+Offer = Literal["ids", "running_usage", "usage", "logprobs", "timings"]
 Fault = Literal[
     "die",
     "stall",
@@ -45,9 +45,9 @@ class StubServer:
     The first requests get `refusals`, one each; `refuses` are fields that it does not accept. `fault` happens after
     two chunks, where it also sends the events in `inserted`. `stated` replaces the number of tokens in its usage.
     It accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as
-    a token; `last_words` makes further keys of the event with usage from the request. `next_logprobs` are those of
-    the next token, in answers that are not streamed. `counters` makes its text for Prometheus. `asked` collects the
-    bodies of all requests, `headers` their headers.
+    a token; `lists_ids` if its log-probabilities have ids, as llama.cpp's; `last_words` makes further keys of the event
+    with usage from the request. `next_logprobs` are those of the next token, in answers that are not streamed.
+    `counters` makes its text for Prometheus. `asked` collects the bodies of all requests, `headers` their headers.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -65,6 +65,7 @@ class StubServer:
         self.inserted: Sequence[bytes] = ()
         self.stated: int | None = None
         self.counts_end = False
+        self.lists_ids = False
         self.counters: Callable[[], str] | None = None
         self.last_words: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
         self.asked: list[dict[str, Any]] = []
@@ -184,6 +185,8 @@ class StubServer:
             report = self.report(body, kept, sent)
             sent += len(kept)
             more = {"usage": self.usage(sent)} if self.shows("running_usage", body) else {}
+            if "timings" in self.offers and body.get("timings_per_token"):
+                more = {"timings": {"predicted_n": sent}}
             yield event({"choices": [choice | report], **more})
         finish = "length" if sent == room else "stop"
         ended = self.counts_end and finish == "stop"
@@ -199,7 +202,12 @@ class StubServer:
         if "ids" in self.offers and body.get("return_token_ids"):
             found["token_ids"] = [2 if token == "</s>" else 100 + first + i for i, token in enumerate(tokens)]
         if "logprobs" in self.offers and body.get("logprobs"):
-            found["logprobs"] = {"content": [{"token": token, "logprob": -0.5} for token in tokens]}
+            ids = [
+                {"id": 100 + first + i} if self.lists_ids and token != "</s>" else {} for i, token in enumerate(tokens)
+            ]
+            found["logprobs"] = {
+                "content": [{"token": token, "logprob": -0.5, **own} for token, own in zip(tokens, ids, strict=True)]
+            }
         return found
 
     def usage(self, num_tokens: int) -> dict[str, int]:

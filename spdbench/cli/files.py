@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,13 +17,18 @@ import click
 
 from spdbench.errors import InputError
 from spdbench.input_files import read_input
-from spdbench.output_files import replaced_file
+from spdbench.output_files import replaced_file, write_obstacle
 
 if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
 
 CALIBRATION = "calibration.json"
 """What `check --calibrate` leaves in a folder of results; no result itself."""
+NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f\ud800-\udfff]"""
+"""Characters of a model's name that some file systems and upload steps refuse in a file's name."""
+LONGEST_PART = 120
+LONGEST_NAME = 255
+LONGEST_ENDING = ".journal.jsonl.old.part"
 
 
 def result_paths(words: Sequence[str]) -> Iterator[Path]:
@@ -148,3 +155,42 @@ def write_whole_file(option: str, path: Path, content: bytes) -> None:
             file.write(content)
     except OSError as error:
         raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from None
+
+
+def require_writable(folder: Path) -> None:
+    """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
+    from spdbench.measure.journal import Journal
+
+    if (error := write_obstacle(folder)) is not None:
+        raise Journal.write_error(folder, error)
+
+
+def result_path(folder: Path, work: str, label: str, model_id: str, name: str | None) -> Path:
+    """Where what `label` did of a suite or of tasks goes; `name` tells runs apart.
+
+    Earlier versions replaced nothing but `/` in the model's name; a result or journal of that name is still used.
+
+    Raises:
+        InputError: no file can have that name.
+    """
+
+    def path(model: str) -> Path:
+        return folder / f"{'__'.join(filter(None, [work, label, model, name]))}.json"
+
+    old = path(model_id.replace("/", "-"))
+    is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
+    found = old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
+    if (length := len(os.fsencode(found.stem + LONGEST_ENDING))) > LONGEST_NAME:
+        raise InputError(
+            f"{found.stem[:60]}...: the names of suite, label, model and --name make a file name of {length} bytes, "
+            f"and {LONGEST_NAME} are possible; choose a shorter label or --name"
+        )
+    return found
+
+
+def _shortened(text: str) -> str:
+    """`text`, or as much of it as a file's name has room for, with a hash that tells it from other long ones."""
+    if len(text.encode()) <= LONGEST_PART:
+        return text
+    kept = text.encode()[:LONGEST_PART].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

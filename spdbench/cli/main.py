@@ -50,6 +50,7 @@ COMMANDS = {
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "project": LazyCommand("spdbench.cli.project.project", "Project results to a pipeline of n devices."),
     "profile": LazyCommand("spdbench.cli.project.profile", "Measure what each part of decoding costs on a device."),
+    "import": LazyCommand("spdbench.cli.exports.command", "Read exports of aiperf and guidellm into results."),
     "audit": LazyCommand("spdbench.cli.audit.command", "Check that backends give the target's own outputs."),
     "distill": LazyCommand("spdbench.cli.distill.command", "Let the target write training data by itself."),
     "eval": LazyCommand("spdbench.cli.evaluate.eval", "Score backends on lm-eval's tasks."),

@@ -157,6 +157,26 @@ def complete_backends(_context: click.Context, _parameter: click.Parameter, begu
     return [CompletionItem(label + equals + each) for each in installed_backends() if each.startswith(name)]
 
 
+MOST_AT_ONCE = 1024
+
+
+def _levels(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[int, ...] | None:
+    """`1,4,16` as numbers, ascending, each once."""
+    if words is None:
+        return None
+    found = set()
+    for word in str(words).split(","):
+        if not re.fullmatch(r" *[0-9]{1,4} *", word) or not 1 <= int(word) <= MOST_AT_ONCE:
+            raise click.BadParameter(f"{word!r} is no number of requests from 1 to {MOST_AT_ONCE}; write 4, or 1,4,16")
+        found.add(int(word))
+    return tuple(sorted(found))
+
+
+def levels(name: str, text: str) -> Any:
+    """An option that takes numbers of requests at once; None where it is not given."""
+    return option(name, None, "N,...", text, callback=_levels)
+
+
 def _names(_context: click.Context, _parameter: click.Parameter, words: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in words.split(",")) if words else None
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +13,11 @@ from spdbench.cli.options import ModelOptions, TargetOptions, parse_backend_opti
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
-from spdbench.measure.journal import Journal
 from spdbench.models.target import Target, find_device, load_target
-from spdbench.output_files import write_obstacle
 from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
 from spdbench.types import Message
 
 DEFAULT_MODEL = "smollm2"
-NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f\ud800-\udfff]"""
-"""Characters of a model's name that some file systems and upload steps refuse in a file's name."""
-LONGEST_PART = 120
 
 
 @dataclass(frozen=True)
@@ -88,6 +79,31 @@ def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: 
     ]
 
 
+def find_levels(
+    labels: Mapping[str, str], chosen: ModelOptions, levels: Sequence[int] | None
+) -> list[list[BackendSpec]]:
+    """The chosen backends for each number of requests at once, one list without any.
+
+    Raises:
+        InputError: as `find_backends`, or one of several levels would not be measured by a backend.
+    """
+    found = [find_backends(labels, chosen, level) for level in levels or (None,)]
+    if levels is None or len(levels) == 1:
+        return found
+    for level, specs in zip(levels, found, strict=True):
+        for spec in specs:
+            at_once = getattr(spec.options, "concurrency", None)
+            if at_once != level:
+                words = (
+                    "takes one request at a time" if at_once is None else f"has -o {spec.label}.concurrency={at_once}"
+                )
+                raise InputError(
+                    f"--concurrency {','.join(map(str, levels))}: {spec.label} {words}; several numbers are for "
+                    "servers, all of which are measured at each"
+                )
+    return found
+
+
 def find_devices(chosen: TargetOptions) -> tuple[str, ...]:
     """The chosen devices, all checked; by default the first GPU, or the CPU where there is none. Sets the number of
     torch's threads."""
@@ -127,47 +143,6 @@ def report_joined(chat: ChatFormat, conversations: Iterable[Sequence[Message]]) 
             f"NOTE: the chat template takes no system message: in {sum(found):,} of {len(found):,} conversations its "
             "text opens the user's first message."
         )
-
-
-LONGEST_NAME = 255
-LONGEST_ENDING = ".journal.jsonl.old.part"
-
-
-def require_writable(folder: Path) -> None:
-    """Raises `InputError` where no results can be written to `folder`, which is made if it is not there."""
-    if (error := write_obstacle(folder)) is not None:
-        raise Journal.write_error(folder, error)
-
-
-def result_path(folder: Path, work: str, label: str, model_id: str, name: str | None) -> Path:
-    """Where what `label` did of a suite or of tasks goes; `name` tells runs apart.
-
-    Earlier versions replaced nothing but `/` in the model's name; a result or journal of that name is still used.
-
-    Raises:
-        InputError: no file can have that name.
-    """
-
-    def path(model: str) -> Path:
-        return folder / f"{'__'.join(filter(None, [work, label, model, name]))}.json"
-
-    old = path(model_id.replace("/", "-"))
-    is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
-    found = old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
-    if (length := len(os.fsencode(found.stem + LONGEST_ENDING))) > LONGEST_NAME:
-        raise InputError(
-            f"{found.stem[:60]}...: the names of suite, label, model and --name make a file name of {length} bytes, "
-            f"and {LONGEST_NAME} are possible; choose a shorter label or --name"
-        )
-    return found
-
-
-def _shortened(text: str) -> str:
-    """`text`, or as much of it as a file's name has room for, with a hash that tells it from other long ones."""
-    if len(text.encode()) <= LONGEST_PART:
-        return text
-    kept = text.encode()[:LONGEST_PART].decode(errors="ignore")
-    return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:

@@ -73,6 +73,16 @@ class LoadedResult:
         """False if an engine gave text without ids."""
         return "ids" not in self.head.backend.unknown
 
+    @property
+    def is_served(self) -> bool:
+        """True if another engine has the only copy of the model: a server."""
+        return self.head.backend.other_model is not None and self.known_devices is None
+
+    @cached_property
+    def drafts(self) -> bool:
+        """True if any draft is known to have been accepted."""
+        return bool((self.metrics["acceptance_length"] or 1.0) > 1.0)
+
     @cached_property
     def num_begun(self) -> int:
         """Conversations with a run in the file, failed ones included."""

@@ -1,29 +1,112 @@
-"""One request to one backend, from the attempt to the record of a run, whether it succeeds or fails."""
+"""What backends are asked, and one request to one backend, from the attempt to the record of a run."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from spdbench.backend import Backend
-from spdbench.errors import PromptFailedError, SpdbenchError, TryAgainError
+from spdbench.errors import InputError, PromptFailedError, SpdbenchError, TryAgainError
 from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, part_times, read_spans
 from spdbench.judge.results.kept import DraftColumns, SpanColumns
 from spdbench.judge.results.machine_load import MachineLoad
-from spdbench.judge.results.schema import Drafts, Run, RunKey, Steps
+from spdbench.judge.results.schema import DecodingInfo, Drafts, Run, RunKey, Steps
 from spdbench.measure.clock import Measurement, measure
 from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import without_secrets
-from spdbench.types import UNKNOWN_ID, EngineReport, GenerationRequest, Prompt
+from spdbench.types import (
+    UNKNOWN_ID,
+    EngineReport,
+    GenerationRequest,
+    Message,
+    Prompt,
+    Sampling,
+    request_seed,
+)
 
+MOST_BLOCKS = 4
 NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
+
+
+class Chat(Protocol):
+    """Messages to ids and back."""
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens.
+
+    A request that the machine disturbed is measured up to `remeasure` more times. `keep_spans` and `keep_drafts` record
+    what lanes did and which tokens were drafted. `first_prompts` holds hashes of first turns' prompts, as far as known.
+    """
+
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    eos_ids: frozenset[int]
+    repeats: int
+    warmup: int
+    context_limit: int
+    remeasure: int = 0
+    keep_spans: bool = False
+    keep_drafts: bool = False
+    first_prompts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> DecodingInfo:
+        """The settings of decoding as results record them."""
+        return DecodingInfo(
+            max_new_tokens=self.max_new_tokens, seed=self.seed, eos_ids=sorted(self.eos_ids), **asdict(self.sampling)
+        )
+
+    def keys_of(self, prompt: Prompt) -> list[RunKey]:
+        """Every request of one conversation, in order."""
+        return [(prompt.id, turn, repeat) for turn in range(len(prompt.turns)) for repeat in range(self.repeats)]
+
+    def keys(self) -> set[RunKey]:
+        """Every request that each backend gets."""
+        return {key for prompt in self.prompts for key in self.keys_of(prompt)}
+
+    def blocks(self, width: int) -> list[Sequence[Prompt]]:
+        """The prompts in order, in blocks of about the same size: at most `MOST_BLOCKS`, each with at least twice as
+        many conversations as there are users (`width`), since the start and the end of a block cost time."""
+        number = max(1, min(MOST_BLOCKS, len(self.prompts) // (2 * width)))
+        ends = [round(len(self.prompts) * part / number) for part in range(number + 1)]
+        return [self.prompts[start:end] for start, end in pairwise(ends)]
+
+    def request(
+        self, chat: Chat, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]
+    ) -> tuple[GenerationRequest, str | None]:
+        """The request, and why it cannot be made, if so."""
+        ids, obstacle = tuple[int, ...](), None
+        try:
+            ids = chat.encode(messages)
+        except InputError as error:
+            obstacle = str(error)
+        if len(ids) >= self.context_limit:
+            obstacle = "the conversation no longer fits into the model's context"
+        request = GenerationRequest(
+            prompt_ids=ids,
+            messages=tuple(messages),
+            max_new_tokens=min(self.max_new_tokens, self.context_limit - len(ids)),
+            sampling=self.sampling,
+            seed=request_seed(self.seed, prompt.id, turn, repeat),
+            eos_ids=self.eos_ids,
+            keep_drafts=self.keep_drafts,
+        )
+        return request, obstacle
 
 
 @dataclass(frozen=True)

@@ -2,81 +2,44 @@
 
 Order: conversation, turn, repeat, backend; the backends in alternating order (A B, B A, ...) so that drift affects all
 alike. The first backend's answers are the context for all, so that every backend gets the same prompts in every turn.
-A backend that takes several requests at once has the run to itself while it works, with as many conversations in
-parallel as it takes.
+A backend that takes several requests at once works alone and under constant load: as many users as it takes, each of
+whom asks again as soon as its answer is there (a closed loop). Before the first measured request and after the last
+one, users ask what is not recorded, so that every measured request meets the whole load. Several such backends take
+turns, one block of conversations at a time.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
 from typing import Protocol
 
 from spdbench.backend import Backend, concurrency_of
-from spdbench.errors import BackendLostError, InputError, PromptFailedError, SpdbenchError
+from spdbench.errors import BackendLostError, PromptFailedError, SpdbenchError, TryAgainError
 from spdbench.judge.results.machine_load import SetAside
-from spdbench.judge.results.schema import DecodingInfo, Run, RunKey
+from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.journal import Journal
 from spdbench.measure.request_turn import (
+    Chat,
     Gauges,
     RequestTurn,
     StoppedError,
+    Workload,
     attempt,
     failed_run,
     measure_when_ready,
     prompt_sha256,
 )
-from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling, request_seed
+from spdbench.types import FirstDivergence, Message, Prompt
 
 WARMUP_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The requests that every backend gets: prompts, decoding, repeats. `context_limit` is the model's, in tokens.
-
-    A request that the machine disturbed is measured up to `remeasure` more times. `keep_spans` and `keep_drafts` record
-    what lanes did and which tokens were drafted. `first_prompts` holds hashes of first turns' prompts, as far as known.
-    """
-
-    prompts: tuple[Prompt, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    eos_ids: frozenset[int]
-    repeats: int
-    warmup: int
-    context_limit: int
-    remeasure: int = 0
-    keep_spans: bool = False
-    keep_drafts: bool = False
-    first_prompts: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def decoding(self) -> DecodingInfo:
-        """The settings of decoding as results record them."""
-        return DecodingInfo(
-            max_new_tokens=self.max_new_tokens, seed=self.seed, eos_ids=sorted(self.eos_ids), **asdict(self.sampling)
-        )
-
-    def keys_of(self, prompt: Prompt) -> list[RunKey]:
-        """Every request of one conversation, in order."""
-        return [(prompt.id, turn, repeat) for turn in range(len(prompt.turns)) for repeat in range(self.repeats)]
-
-    def keys(self) -> set[RunKey]:
-        """Every request that each backend gets."""
-        return {key for prompt in self.prompts for key in self.keys_of(prompt)}
-
-
-class Chat(Protocol):
-    """Messages to ids and back."""
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+RETRY_S = 0.2
+"""How long a user whose unrecorded request failed waits before the next one."""
 
 
 class Observer(Protocol):
@@ -125,14 +88,14 @@ class Runner:
         comparable: Callable[[Candidate], bool] = is_comparable,
     ) -> None:
         """`compare` gets the greedy outputs of all `comparable` candidates."""
-        self._workload = workload
-        self._candidates = tuple(candidates)
+        self.workload = workload
+        self.candidates = tuple(candidates)
         self._chat = chat
         self._compare = compare
         self._observer = observer
         in_turns = (c for c in candidates if concurrency_of(c.backend) == 1)
         self._reference = next((c for c in in_turns if c.backend.kind == "autoregressive"), None)
-        self._first = self._candidates[0].backend.describe()
+        self._first = self.candidates[0].backend.describe()
         self._score = score
         has_answer = self._reference is not None and workload.sampling.greedy
         self._compared = [c for c in candidates if has_answer and c is not self._reference and comparable(c)]
@@ -149,58 +112,114 @@ class Runner:
             InputError: a journal that is resumed holds a run of another prompt.
         """
         self._check_resumed()
-        everything = self._workload.keys()
-        if any(everything - candidate.journal.offsets.keys() for candidate in self._candidates):
+        everything = self.workload.keys()
+        if any(everything - candidate.journal.offsets.keys() for candidate in self.candidates):
             self._warm_up()
-        for group in _groups(self._candidates):
+        for group in _groups(self.candidates):
             if (width := concurrency_of(group[0].backend)) > 1:
-                self._run_in_parallel(group[0], width)
+                self._run_under_load(group, width)
             else:
                 self._run_in_turns(group)
 
     def _check_resumed(self) -> None:
         """Raises `InputError` for a run of another prompt in a journal that is resumed. Tokenizes nothing: first turns
         are known, and in later ones all backends have the same prompt."""
-        first, repeats = self._workload.first_prompts, range(self._workload.repeats)
+        first, repeats = self.workload.first_prompts, range(self.workload.repeats)
         known = {(prompt, 0, repeat): sha256 for prompt, sha256 in first.items() for repeat in repeats}
-        for candidate in self._candidates:
+        for candidate in self.candidates:
             for key, sha256 in candidate.journal.resumed_prompts.items():
                 candidate.journal.require_prompt(key, known.setdefault(key, sha256))
 
     def _run_in_turns(self, candidates: Sequence[Candidate]) -> None:
         """All of `candidates`, one request at a time."""
         number = 0
-        for prompt in self._workload.prompts:
+        for prompt in self.workload.prompts:
             if not self._is_complete(prompt, candidates):
                 self._run_conversation(prompt, number, candidates)
-            number += len(self._workload.keys_of(prompt))
+            number += len(self.workload.keys_of(prompt))
 
-    def _run_in_parallel(self, candidate: Candidate, width: int) -> None:
-        """One candidate, with `width` conversations in parallel until they run out."""
-        todo = [prompt for prompt in self._workload.prompts if not self._is_complete(prompt, [candidate])]
+    def _run_under_load(self, candidates: Sequence[Candidate], width: int) -> None:
+        """All of `candidates`, which take `width` requests at once, block by block in alternating order. Where later
+        turns follow on answers of the first of them, that one always comes first."""
+        has_turns = any(len(prompt.turns) > 1 for prompt in self.workload.prompts)
+        gives_context = has_turns and candidates[0] is self.candidates[0]
+        for number, block in enumerate(self.workload.blocks(width)):
+            for candidate in candidates if gives_context or number % 2 == 0 else candidates[::-1]:
+                todo = [prompt for prompt in block if not self._is_complete(prompt, [candidate])]
+                if todo:
+                    self._run_in_parallel(candidate, todo, width)
+
+    def _run_in_parallel(self, candidate: Candidate, prompts: Sequence[Prompt], width: int) -> None:
+        """One candidate, with `width` users who answer `prompts` between them."""
+        todo, done, lock = deque(prompts), threading.Event(), threading.Lock()
+        open_conversations = len(prompts)
+        others = cycle(reversed(self.workload.prompts))
+
+        def ask_more() -> None:
+            with lock:
+                prompt = next(others)
+            self._ask_unrecorded(candidate, prompt, done)
+
+        def user() -> None:
+            nonlocal open_conversations
+            for _ in range(self.workload.warmup):
+                ask_more()
+            while not done.is_set():
+                with lock:
+                    prompt = todo.popleft() if todo else None
+                if prompt is None:
+                    ask_more()
+                    continue
+                self._run_conversation(prompt, 0, [candidate])
+                with lock:
+                    open_conversations -= 1
+                    if not open_conversations:
+                        done.set()
+
         with ThreadPoolExecutor(width, thread_name_prefix=candidate.label) as pool:
-            conversations = [pool.submit(self._run_conversation, prompt, 0, [candidate]) for prompt in todo]
+            users = [pool.submit(user) for _ in range(width)]
             try:
-                wait(conversations, return_when=FIRST_EXCEPTION)
+                wait(users, return_when=FIRST_EXCEPTION)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-                if any(not one.done() for one in conversations):  # interrupted, or one raised: end the others' waits
+                done.set()
+                if any(not one.done() for one in users):  # interrupted, or one raised: end the others' waits
                     self._stopped.set()
                     candidate.backend.close()
-        errors = [one.exception() for one in conversations if not one.cancelled()]
+        errors = [one.exception() for one in users if not one.cancelled()]
         if error := next((error for error in errors if error and not isinstance(error, StoppedError)), None):
             raise error
 
+    def _ask_unrecorded(self, candidate: Candidate, prompt: Prompt, done: threading.Event) -> None:
+        """One request that keeps the load up and leaves no trace; given up when `done` is set. It never raises: what is
+        wrong here meets a recorded request as well."""
+        wait_s = RETRY_S
+        try:
+            with self._lock:
+                messages = [{"role": "user", "content": prompt.turns[0]}]
+                request, obstacle = self.workload.request(self._chat, prompt, 0, 0, messages)
+            if obstacle is None:
+                candidate.backend.prepare(request)
+                for _ in candidate.backend.generate(request):
+                    if done.is_set():
+                        break
+                return
+        except TryAgainError as later:
+            wait_s = later.wait_s
+        except Exception:
+            pass
+        done.wait(wait_s)
+
     def _is_complete(self, prompt: Prompt, candidates: Sequence[Candidate]) -> bool:
         """True if a conversation has nothing left to do, so that it need not even be tokenized again."""
-        keys = self._workload.keys_of(prompt)
+        keys = self.workload.keys_of(prompt)
         return all(key in candidate.journal for candidate in candidates for key in keys) and all(
             key in candidate.journal.outcomes for candidate in self._compared for key in keys
         )
 
     def _run_conversation(self, prompt: Prompt, first: int, candidates: Sequence[Candidate]) -> None:
         """All turns of one conversation on `candidates`; its first request is number `first` of the run."""
-        for number, turn in enumerate(self._turns(prompt), start=first):
+        for number, turn in enumerate(self.turns(prompt), start=first):
             order = candidates if number % 2 == 0 else candidates[::-1]
             for candidate in order:
                 if turn.key not in candidate.journal:
@@ -210,22 +229,23 @@ class Runner:
             if concurrency_of(candidates[0].backend) == 1:
                 self._compare_outputs(turn)
 
-    def _turns(self, prompt: Prompt) -> Iterator[RequestTurn]:
-        """The conversation's requests; a turn's first answer has to be in the first journal before the next turn."""
+    def turns(self, prompt: Prompt) -> Iterator[RequestTurn]:
+        """A conversation's requests; a turn's first answer has to be in the first journal before the next turn."""
         messages: list[Message] = []
         obstacle: str | None = None
-        workload = self._workload
+        workload = self.workload
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
             for repeat in range(workload.repeats):
-                request, new_obstacle = self._request(prompt, turn, repeat, messages)
+                with self._lock:
+                    request, new_obstacle = workload.request(self._chat, prompt, turn, repeat, messages)
                 obstacle = obstacle or new_obstacle
                 yield RequestTurn(prompt, turn, repeat, request, obstacle, workload.keep_spans)
             if turn + 1 < len(prompt.turns):
                 with self._lock:
-                    answered = self._candidates[0].journal.run((prompt.id, turn, 0))
+                    answered = self.candidates[0].journal.run((prompt.id, turn, 0))
                 if answered.finish_reason == "error":
-                    obstacle = obstacle or f"{self._candidates[0].label} failed in turn {turn}: nothing to go on from"
+                    obstacle = obstacle or f"{self.candidates[0].label} failed in turn {turn}: nothing to go on from"
                 messages.append({"role": "assistant", "content": self._answer(answered)})
 
     def _answer(self, run: Run) -> str:
@@ -235,40 +255,19 @@ class Runner:
         with self._lock:
             return self._chat.decode(run.output_ids)
 
-    def _request(
-        self, prompt: Prompt, turn: int, repeat: int, messages: Sequence[Message]
-    ) -> tuple[GenerationRequest, str | None]:
-        """The request, and why it cannot be made, if so."""
-        workload, ids, obstacle = self._workload, tuple[int, ...](), None
-        try:
-            with self._lock:
-                ids = self._chat.encode(messages)
-        except InputError as error:
-            obstacle = str(error)
-        if len(ids) >= workload.context_limit:
-            obstacle = "the conversation no longer fits into the model's context"
-        request = GenerationRequest(
-            prompt_ids=ids,
-            messages=tuple(messages),
-            max_new_tokens=min(workload.max_new_tokens, workload.context_limit - len(ids)),
-            sampling=workload.sampling,
-            seed=request_seed(workload.seed, prompt.id, turn, repeat),
-            eos_ids=workload.eos_ids,
-            keep_drafts=workload.keep_drafts,
-        )
-        return request, obstacle
-
     def _warm_up(self) -> None:
         """Runs the first request that can be made unrecorded. One that fails here fails again when it is measured, and
         is recorded then."""
         asked = (
-            self._request(prompt, 0, 0, [{"role": "user", "content": prompt.turns[0]}])
-            for prompt in self._workload.prompts
+            self.workload.request(self._chat, prompt, 0, 0, [{"role": "user", "content": prompt.turns[0]}])
+            for prompt in self.workload.prompts
         )
         for request in islice((request for request, obstacle in asked if obstacle is None), 1):
             request = replace(request, max_new_tokens=min(WARMUP_TOKENS, request.max_new_tokens))
-            for _ in range(self._workload.warmup):
-                for candidate in self._candidates:
+            for _ in range(self.workload.warmup):
+                for candidate in self.candidates:
+                    if concurrency_of(candidate.backend) > 1:  # its users warm it up
+                        continue
                     try:
                         measure_when_ready(candidate.backend, candidate.gauges, request, self._stopped)
                     except Exception as error:
@@ -285,7 +284,7 @@ class Runner:
         if self._stopped.is_set():  # it failed because the run ends, so it has not been measured
             raise StoppedError
         # Backends that share this process have no memory of their own, and that of a server is unknown.
-        if len(self._candidates) == 1 and (devices := self._first.known_devices) is not None:
+        if len(self.candidates) == 1 and (devices := self._first.known_devices) is not None:
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(devices)})
         if self._score is not None and run.finish_reason != "error":
             run = run.model_copy(update={"score": self._score(turn.prompt, turn.turn, self._answer(run))})
@@ -302,12 +301,12 @@ class Runner:
         `remeasure` times; then the run counts from which the machine took least, however fast it was."""
         journal = candidate.journal
         runs, trace = journal.taken_aside(turn.key), ""
-        while not runs or (_is_disturbed(runs[-1]) and len(runs) <= self._workload.remeasure):
+        while not runs or (_is_disturbed(runs[-1]) and len(runs) <= self.workload.remeasure):
             run, trace = attempt(candidate.backend, candidate.gauges, turn, self._stopped)
             if self._stopped.is_set() or run.machine is None:  # a failure has no load, and is never measured away
                 return run, trace
             runs.append(run)
-            if self._workload.remeasure and _is_disturbed(run):
+            if self.workload.remeasure and _is_disturbed(run):
                 journal.set_aside(run)
         best = min(runs, key=_taken)
         others = [
@@ -338,11 +337,10 @@ def _taken(run: Run) -> float:
 
 
 def _groups(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-    """Candidates that run interleaved, in order: all that take one request at a time, and each of the others alone.
-
-    The first candidate's group comes first, since its answers are the context of all others.
-    """
-    alone = [[candidate] for candidate in candidates if concurrency_of(candidate.backend) > 1]
-    in_turns = [candidate for candidate in candidates if concurrency_of(candidate.backend) == 1]
-    groups = [*alone, in_turns] if alone and alone[0][0] is candidates[0] else [in_turns, *alone]
-    return [group for group in groups if group]
+    """Candidates that take turns, by how many requests they take at once. The first candidate's group comes first,
+    since its answers are the context of all others."""
+    widths = [concurrency_of(candidate.backend) for candidate in candidates]
+    return [
+        [candidate for candidate, its in zip(candidates, widths, strict=True) if its == width]
+        for width in dict.fromkeys(widths)
+    ]

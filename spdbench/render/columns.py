@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from spdbench.console import printable
 from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import FEW_PROMPTS, is_untrained
 from spdbench.judge.results.schema import DecodingInfo, Result
@@ -243,14 +244,14 @@ def by_category(table: Table) -> bool:
 
 
 def title(table: Table, *, with_hashes: bool = False) -> str:
-    """One line: suite, model, arguments of its chat template, dtype, decoding, prompts, machine."""
+    """One line: suite, model, arguments of its chat template, dtype, decoding, prompts, requests at once, machine."""
     head = table.head
     suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
     if with_hashes:
         suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     model = " ".join([model, *args])
-    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), _where(table)]
+    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), *_load(table), _where(table)]
     return harmless(" | ".join(parts))
 
 
@@ -282,6 +283,12 @@ def _prompts(table: Table) -> str:
         if short
         else f"{words} prompt{'' if total == 1 else 's'}"
     )
+
+
+def _load(table: Table) -> list[str]:
+    """How many requests were under way at once, where that was more than one."""
+    levels = list(dict.fromkeys(concurrency(row.head) for row in table.rows)) or [1]
+    return [f"{', '.join(map(str, levels))} at once"] if levels != [1] else []
 
 
 def _where(table: Table) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
+from spdbench.judge.comparison.load import conclude, loads
+from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.render.columns import decoding, harmless, machine
 from spdbench.render.notes import sentence
@@ -21,7 +23,9 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 def to_json(tables: Sequence[Table]) -> str:
     """One object: `tables`, each with its rows and every metric."""
-    return json.dumps({"tables": [_table(table) for table in tables]}, indent=2) + "\n"
+    levels = [load for load in loads(tables) if len(load.tables) > 1]
+    more = {"loads": [[asdict(found) for found in conclude(load)] for load in levels]} if levels else {}
+    return json.dumps({"tables": [_table(table) for table in tables], **more}, indent=2) + "\n"
 
 
 def _table(table: Table) -> dict[str, Any]:
@@ -31,6 +35,7 @@ def _table(table: Table) -> dict[str, Any]:
         "model": head.model.model_dump(),
         "decoding": head.decoding.model_dump(),
         "environment": head.environment,
+        "requests_at_once": concurrency(head),
         "baseline": table.baseline,
         "dialects": {name: DIALECTS[name].rule for name in table.dialects},
         "notes": list(table.notes),
@@ -94,6 +99,7 @@ def _record(table: Table, row: Row, found: Conclusion | None) -> dict[str, Any]:
         "dtype": head.model.dtype,
         "decoding": decoding(head.decoding),
         "machine": machine(head),
+        "requests_at_once": concurrency(head),
         "label": row.label,
         "file": row.file,
         "category": row.category,

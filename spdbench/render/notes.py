@@ -211,7 +211,8 @@ def _divergence_notes(table: Table) -> Iterator[str]:
         classes = row.head.divergence.counts if row.head.divergence else {}
         if sum(classes.values()) > classes.get("identical", 0):
             words = [f"{count} {_kind(name, count)}" for name, count in classes.items() if count]
-            yield f"{label}, outputs against vanilla's: {', '.join(words)}."
+            whose = "vanilla's" if row.head.backend.other_model is None else "the first server's"
+            yield f"{label}, outputs against {whose}: {', '.join(words)}."
 
 
 def _kind(name: str, count: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from textwrap import fill
 from typing import Literal, NamedTuple, get_args
 
@@ -19,6 +19,7 @@ from rich.text import Text
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import Outcome, conclusions
+from spdbench.judge.comparison.load import Load, conclude, loads
 from spdbench.render.columns import (
     LABEL,
     SPEEDUP,
@@ -33,9 +34,11 @@ from spdbench.render.columns import (
     markdown_line,
     plain_grid,
     tabulated,
+    title,
     titles,
 )
 from spdbench.render.export import to_csv, to_json
+from spdbench.render.load import columns_of, load_notes, sentences
 from spdbench.render.notes import details as notes_on_details
 from spdbench.render.notes import notes, sentence, verdicts
 
@@ -63,6 +66,10 @@ def render(tables: Sequence[Table], form: Format, console: Console, *, details: 
 
 def _to_terminal(tables: Sequence[Table], console: Console, *, details: bool) -> str:
     parts: list[RenderableType] = []
+    families = loads(tables)
+    whole = not details and not any(by_category(table) or table.dialects for table in tables)
+    if whole and len(families) < len(tables):
+        return capture(console, *chain.from_iterable(_load_to_terminal(family, console) for family in families))
     headings = titles(tables)
     for table, heading in zip(tables, headings, strict=True):
         parts += [Text(heading, style="bold")] * (len(tables) > 1)
@@ -70,6 +77,23 @@ def _to_terminal(tables: Sequence[Table], console: Console, *, details: bool) ->
     for table, heading in zip(tables, headings, strict=True):
         parts += ["", Text(heading, style="bold"), *_table_and_notes(table, console, details=details)]
     return capture(console, *parts)
+
+
+def _load_to_terminal(load: Load, console: Console) -> Iterator[RenderableType]:
+    """Several loads in one table; a single one as ever."""
+    if len(load.tables) == 1:
+        yield _to_terminal(load.tables, console, details=False)
+        return
+    for found in conclude(load):
+        first, *others = sentences(found)
+        style = STYLES["pays"] if found.pays_up_to else ""
+        yield from (_indented(first, console, style), *(_indented(line, console, "") for line in others))
+    yield from (
+        "",
+        Text(title(load.table), style="bold"),
+        _grid(load.table, _fit(load.table, [*columns_of(load)], console.width)),
+    )
+    yield from map(bullet, [*load_notes(load), MORE.format("a table for each load")])
 
 
 def _indented(line: str, console: Console, style: str) -> Text:
@@ -185,11 +209,11 @@ def _tabulate(table: Table, form: str, escape: Callable[[str], str] = str, *, de
 
 def _to_github(tables: Sequence[Table], *, details: bool) -> str:
     parts = []
-    for table, title in zip(tables, titles(tables), strict=True):
+    for table, heading in zip(tables, titles(tables), strict=True):
         grid = _tabulate(table, "pipe", markdown_cell, details=details)
         lines = [*notes(table), *(notes_on_details(table) if details else ())]
         parts.append(
-            "\n".join([*(f"- {markdown_line(line)}" for line in verdicts(table)), "", markdown(title, grid, lines)])
+            "\n".join([*(f"- {markdown_line(line)}" for line in verdicts(table)), "", markdown(heading, grid, lines)])
         )
     return "\n".join(parts)
 
@@ -197,8 +221,8 @@ def _to_github(tables: Sequence[Table], *, details: bool) -> str:
 def _to_latex(tables: Sequence[Table], *, details: bool) -> str:
     """A booktabs tabular each; verdicts, title and notes as comments, since where they go is the paper's choice."""
     parts = []
-    for table, title in zip(tables, titles(tables), strict=True):
+    for table, heading in zip(tables, titles(tables), strict=True):
         grid = _tabulate(table, "latex_booktabs", details=details)
-        above, below = [*verdicts(table), title], [*notes(table), *(notes_on_details(table) if details else ())]
+        above, below = [*verdicts(table), heading], [*notes(table), *(notes_on_details(table) if details else ())]
         parts.append("\n".join([*(f"% {line}" for line in above), grid, *(f"% {line}" for line in below), ""]))
     return "\n".join(parts)

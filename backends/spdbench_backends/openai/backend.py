@@ -16,10 +16,10 @@ from typing import ClassVar, cast
 
 from pydantic import Field
 
-from spdbench.backend import BackendContext, BackendInfo, BackendOptions
+from spdbench.backend import Answer, Backend, BackendContext, BackendInfo, BackendOptions
 from spdbench.console import say
 from spdbench.errors import BackendLostError, InputError, PromptFailedError
-from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, GenerationRequest, Span, Step
+from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, FirstDivergence, GenerationRequest, Span, Step
 from spdbench_backends.openai.chunks import FINISHES, Chunk
 from spdbench_backends.openai.client import BrokenError, RefusedError, Server, UnreachableError, one_line, parse_address
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
@@ -35,6 +35,7 @@ from spdbench_backends.openai.counting import (
 from spdbench_backends.openai.endpoint import BUSY, Endpoint, NotStreamedError, describe_refusal
 from spdbench_backends.openai.exchange import MAX_WAIT_S, Exchange
 from spdbench_backends.openai.response_drafts import REQUEST, DraftReport, count_drafts
+from spdbench_backends.openai.token_scores import TokenScores, explain_divergence
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PERMANENT = frozenset({401, 403, 404})
@@ -114,6 +115,7 @@ class OpenAI:
             self._way == "logprobs"
             and all(UNKNOWN_ID not in (chunk.listed or ()) for chunk in answer if chunk.has_text)
         )
+        self._scores = TokenScores(self._endpoint)
         self._report = self._find_report(answer) if options.metrics else None
         reads_counters = options.metrics and options.concurrency == 1 and self._report is None
         counters = self._counters() if reads_counters else None
@@ -152,7 +154,8 @@ class OpenAI:
         try:
             with closing(exchange.connection or self._loaded_server().connect()) as connection:
                 chunks = self._endpoint.stream(connection, self._endpoint.body(request, self._extras))
-                yield from exchange.steps(chunks, Counter(self._way, request.max_new_tokens, whole=self._whole))
+                counter = Counter(self._way, request.max_new_tokens, whole=self._whole, end=self._end_of(request))
+                yield from exchange.steps(chunks, counter)
         except RefusedError as refusal:
             raise self._error_of_refusal(refusal, exchange) from None
         except UnreachableError as error:
@@ -190,7 +193,14 @@ class OpenAI:
 
     def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float] | None:
         """The server's log-probabilities of the likeliest tokens, see `spdbench.backend.engine_logits`."""
-        return self._endpoint.next_logprobs((*prompt_ids, *answer_ids))
+        known = self._endpoint.prompt_form == "ids"
+        return self._scores.next_of((*prompt_ids, *answer_ids)) if known else None
+
+    def explain_divergence(
+        self, request: GenerationRequest, expected: Answer, found: Answer, other: Backend
+    ) -> FirstDivergence | None:
+        """Why the server `other` answered differently, see `spdbench.backend.divergence_explainer`."""
+        return explain_divergence(request, expected, found, self._scores, cast(OpenAI, other)._scores)
 
     def spans(self) -> Sequence[Span]:
         return ()
@@ -199,6 +209,12 @@ class OpenAI:
         self._closed = True
         if self._server is not None:
             self._server.close()
+
+    def _end_of(self, request: GenerationRequest) -> int | None:
+        """The id of the end of sequence that only the server's usage includes; None if it is not known which."""
+        if not self._ids:
+            return UNKNOWN_ID
+        return next(iter(request.eos_ids)) if len(request.eos_ids) == 1 else None
 
     def _loaded_server(self) -> Server:
         if self._server is None:

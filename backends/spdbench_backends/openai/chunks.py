@@ -56,7 +56,8 @@ class Chunk:
     `text` is part of the answer, `thought` of the reasoning before it. `ids` are the chunk's tokens as the server lists
     them, `listed` those that it lists with log-probabilities, `UNKNOWN_ID` where they have no id there. The two numbers
     of tokens count from the start of the request, `thought_tokens` those of thoughts; `cached_tokens` are those of the
-    prompt that a cache answered. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of
+    prompt that a cache answered; `predicted_tokens` are llama.cpp's count while the answer comes, which may go beyond
+    its end. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of
     its drafts. `finish` is the server's word for why the answer ended, in lower case.
     """
 
@@ -68,6 +69,7 @@ class Chunk:
     prompt_tokens: int | None = None
     thought_tokens: int = 0
     cached_tokens: int | None = None
+    predicted_tokens: int | None = None
     decode_s: float | None = None
     drafts: DraftReport | None = None
     finish: str | None = None
@@ -159,6 +161,7 @@ def _with_timings(chunk: Chunk, timings: Any) -> Chunk:
     seconds = milliseconds / 1000 if isinstance(milliseconds, int | float) else -1.0
     return replace(
         chunk,
+        predicted_tokens=_count_or_none(timings.get("predicted_n")),
         decode_s=seconds if 0 <= seconds < MAX_SECONDS else None,
         cached_tokens=_count_or_none(cached) if chunk.cached_tokens is None else chunk.cached_tokens,
     )
@@ -188,10 +191,14 @@ def _number_or_none(value: Any) -> int | None:
 
 
 def _listed_tokens(logprobs: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The tokens that have log-probabilities. vLLM writes `token_id:ID` for their text if it is asked to."""
+    """The tokens that have log-probabilities. vLLM writes `token_id:ID` for their text if it is asked to, llama.cpp
+    adds the id."""
     content, tokens = logprobs.get("content"), logprobs.get("tokens")
     if content is not None:
-        tokens = [entry["token"] for entry in content]
+        tokens = [
+            entry["token"] if _count_or_none(entry.get("id")) is None else f"{ID_PREFIX}{entry['id']}"
+            for entry in content
+        ]
     if tokens is None:
         return None
     return tuple(

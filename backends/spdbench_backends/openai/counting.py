@@ -1,4 +1,4 @@
-"""Counts the tokens of an answer that comes as text, by what the server reports of them, in one of five ways.
+"""Counts the tokens of an answer that comes as text, by what the server reports of them, in one of six ways.
 
 Chunks are not tokens: a server that drafts sends several tokens at once, and holds back an incomplete character. So the
 count is the server's own, and the result says which way it was. A report for each token is preferred to one at the end;
@@ -15,21 +15,30 @@ from spdbench.types import UNKNOWN_ID, Measurement
 from spdbench_backends.openai.chunks import Chunk
 
 Api = Literal["chat", "completions"]
-Way = Literal["ids", "running_usage", "usage", "logprobs", "chunks"]
+Way = Literal["ids", "running_usage", "timings", "usage", "logprobs", "chunks"]
 CountOption = Literal["auto", "ids", "usage", "logprobs", "chunks"]
 Extras = Mapping[str, Any]
 
 WAY_TITLES: Mapping[Way, str] = {
     "ids": "the server's token ids",
     "running_usage": "the server's usage, reported with each chunk",
+    "timings": "llama.cpp's timings, reported with each chunk, and its usage",
     "usage": "the server's usage, reported at the end",
     "logprobs": "the server's log-probabilities, one a token",
     "chunks": "one token a chunk, as the server's usage confirmed for one answer",
 }
 TRIES: Mapping[CountOption, tuple[tuple[Way, ...], ...]] = {
-    "auto": (("ids", "usage"), ("running_usage",), ("logprobs", "usage"), ("logprobs",), ("usage",), ("chunks",)),
+    "auto": (
+        ("ids", "usage"),
+        ("running_usage",),
+        ("timings", "usage"),
+        ("logprobs", "usage"),
+        ("logprobs",),
+        ("usage",),
+        ("chunks",),
+    ),
     "ids": (("ids", "usage"), ("ids",)),
-    "usage": (("running_usage",), ("usage",)),
+    "usage": (("running_usage",), ("timings", "usage"), ("usage",)),
     "logprobs": (("logprobs", "usage"), ("logprobs",)),
     "chunks": (("chunks",),),
 }
@@ -44,8 +53,10 @@ SPARE_CHUNKS = 2
 class Counter:
     """The tokens of one answer: `take` every chunk, then `rest`; both return the ids of tokens not counted before."""
 
-    def __init__(self, way: Way, limit: int, *, whole: bool) -> None:
-        """`limit` is the requested maximum of tokens; `whole` if the server's chunks hold whole tokens."""
+    def __init__(self, way: Way, limit: int, *, whole: bool, end: int | None = UNKNOWN_ID) -> None:
+        """`limit` is the requested maximum of tokens; `whole` if the server's chunks hold whole tokens. `end` is the id
+        to count for an end of sequence that only the usage includes; None to leave it out."""
+        self._end = end
         self._way = way
         self._limit = limit
         self._whole = whole
@@ -87,6 +98,8 @@ class Counter:
             return found or ()
         if self._way == "running_usage":
             return (UNKNOWN_ID,) * max(0, (self._stated or 0) - self.total)
+        if self._way == "timings":
+            return (UNKNOWN_ID,) * max(0, min(self._limit, chunk.predicted_tokens or 0) - self.total)
         first_only = self._way == "usage" and self.total > 0
         return (UNKNOWN_ID,) if chunk.has_text and not first_only else ()
 
@@ -96,7 +109,13 @@ class Counter:
         Raises:
             PromptFailedError: the server reported no usage, or one that contradicts its answer.
         """
-        if self._way not in ("usage", "running_usage"):
+        if self._way in ("ids", "logprobs"):
+            is_missing = self.total > 0 and self._stated == self.total + 1
+            if self._end is None or not is_missing:
+                return ()
+            self.total += 1
+            return (self._end,)
+        if self._way == "chunks":
             return ()
         if self._stated is None:
             raise PromptFailedError("the server reported no usage, so its tokens cannot be counted")
@@ -131,6 +150,7 @@ def extras(ways: Iterable[Way], api: Api) -> Extras:
     parts: Mapping[Way, Extras] = {
         "ids": {"return_token_ids": True},
         "running_usage": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        "timings": {"timings_per_token": True},
         "usage": {"stream_options": {"include_usage": True}},
         "logprobs": {"logprobs": True if api == "chat" else 1},
         "chunks": {},
@@ -175,8 +195,12 @@ def _can_count(answer: Sequence[Chunk], way: Way) -> bool:
     with_text = [chunk for chunk in answer if chunk.has_text]
     if way == "usage":
         return _stated_tokens(answer) > 0
-    if way == "running_usage":
-        counts = [chunk.completion_tokens or 0 for chunk in with_text]
+    if way in ("running_usage", "timings"):
+        counts = [
+            (chunk.completion_tokens if way == "running_usage" else chunk.predicted_tokens) or 0 for chunk in with_text
+        ]
+        if way == "timings" and not _stated_tokens(answer):
+            return False
         return len(counts) > 1 and 0 < counts[0] < counts[-1] and all(counts)
     if way == "ids":
         # A server that sends all ids so far with each chunk has more ids than tokens.

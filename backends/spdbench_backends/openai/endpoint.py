@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any, TypeVar
 
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import ID_PREFIX, Chunk, read_chunks
+from spdbench_backends.openai.chunks import Chunk, read_chunks
 from spdbench_backends.openai.client import (
     MALFORMED,
     Address,
@@ -36,8 +36,6 @@ NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
 MAX_SEED = 2**31
-LISTED_LOGPROBS = (20, 5)
-"""Log-probabilities asked for a token: the most that vLLM and OpenAI's own completions list by default."""
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
 
@@ -55,7 +53,7 @@ class Endpoint:
     """Where and how one model of a server completes conversations.
 
     Without a `model` the server's only one is taken. `prompt_form` is how a request holds its prompt: `messages`, `ids`
-    or `text`.
+    or `text`. `template` are the arguments of the chat template as a request has them.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class Endpoint:
         self._path = server.address.path + ("/chat/completions" if api == "chat" else "/completions")
         self._retries = retries
         self._tokenizer = tokenizer
-        self._template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
+        self.template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
         self.model = model or self._only_model()
         self.prompt_form = "messages"
         if api != "chat":
@@ -102,7 +100,7 @@ class Endpoint:
             body |= {"top_p": sampling.top_p, "seed": request.seed % MAX_SEED}
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.prompt_form == "messages":
-            return body | self._template | {"messages": [dict(message) for message in request.messages]}
+            return body | self.template | {"messages": [dict(message) for message in request.messages]}
         return body | {"prompt": self._prompt(request)}
 
     def stream(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
@@ -141,43 +139,19 @@ class Endpoint:
                 return None
             raise describe_refusal(self._label, self.model, refusal) from None
 
-    def next_logprobs(self, ids: Sequence[int]) -> dict[int, float] | None:
-        """Log-probabilities of the likeliest tokens after `ids`, by id; None where the server does not report them, or
-        reports them by text, which does not tell apart tokens that are written alike."""
-        if self.prompt_form != "ids":
-            return None
-        body = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "stream": False}
-
-        def ask(connection: Connection) -> dict[int, float] | None:
-            answer = json.loads(connection.body(connection.ask("POST", self._path, asked)))
-            listed = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-            found = {
-                int(token.removeprefix(ID_PREFIX)): float(p)
-                for token, p in listed.items()
-                if token.startswith(ID_PREFIX)
-            }
-            return found if len(found) == len(listed) else None
-
-        for count in LISTED_LOGPROBS:
-            asked = {**body, "logprobs": count, "return_tokens_as_token_ids": True}
-            with suppress(RefusedError):
-                try:
-                    return self._ask_until_ready(ask)
-                except MALFORMED:
-                    return None
-        return None
+    def ask_json(self, path: str, body: Mapping[str, Any], *, from_root: bool = False) -> Any:
+        """The JSON that answers a request which is not streamed. Raises `RefusedError`, or `InputError` if the server
+        cannot be used at all."""
+        base = "" if from_root else self._server.address.path
+        return self._ask_until_ready(lambda line: json.loads(line.body(line.ask("POST", base + path, body))))
 
     def unstreamed_usage(self) -> int | None:
         """How many tokens the answer to the same question has when it is not streamed; None if unknown."""
         body = self.body(self._question(), {}) | {"stream": False}
-
-        def completion_tokens(connection: Connection) -> int | None:
-            answer = json.loads(connection.body(connection.ask("POST", self._path, body)))
+        try:
+            answer = self.ask_json(self._path.removeprefix(self._server.address.path), body)
             found = (answer.get("usage") or {}).get("completion_tokens")
             return None if found is None else int(found)
-
-        try:
-            return self._ask_until_ready(completion_tokens)
         except (RefusedError, *MALFORMED):
             return None
 

@@ -36,8 +36,8 @@ from spdbench.judge.metrics.chi_square import MIN_EXPECTED, ChiSquare, chi_squar
 from spdbench.judge.results.schema import Run
 from spdbench.measure.journal import create_journal
 from spdbench.measure.privacy import names_only, without_secrets
-from spdbench.measure.request_turn import RequestTurn
-from spdbench.measure.runner import Candidate, Runner, Workload
+from spdbench.measure.request_turn import RequestTurn, Workload
+from spdbench.measure.runner import Candidate, Runner
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.prompts.suite import Suite

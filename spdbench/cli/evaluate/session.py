@@ -21,14 +21,13 @@ from spdbench import __version__
 from spdbench.cli.evaluate.eval import EvalOptions
 from spdbench.cli.evaluate.lm_model import SpdbenchLM, with_ids
 from spdbench.cli.evaluate.lm_tasks import finite, input_error_in, scores_of
+from spdbench.cli.files import require_writable, result_path
 from spdbench.cli.setup import (
     drafter_record,
     find_backends,
     find_devices,
     load_model,
     model_record,
-    require_writable,
-    result_path,
 )
 from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.console import printable, say

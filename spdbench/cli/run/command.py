@@ -9,13 +9,13 @@ from typing import Any
 import click
 
 from spdbench.cli.options import (
-    COUNT,
     FOLDER,
     PATH,
     WHOLE,
     check_name,
     complete_backends,
     flag,
+    levels,
     option,
     parse_labels,
     takes,
@@ -57,8 +57,9 @@ class RunOptions(SuiteOptions):
     resume: bool = flag("--resume", "Go on with a run that was interrupted.")
     trace: bool = flag("--trace", "Keep what every lane did, for `spdbench trace`, `show` and `report`.")
     keep_drafts: bool = flag("--keep-drafts", "Keep the drafted tokens, for `spdbench show` and `report`.")
-    concurrency: int | None = option(
-        "--concurrency", COUNT, "N", "Requests that a server has to answer at once. [default: 1]"
+    concurrency: tuple[int, ...] | None = levels(
+        "--concurrency",
+        "Requests that a server has to answer at once; with several numbers each is measured. [default: 1]",
     )
     allow_code_execution: bool = flag(
         "--allow-code-execution",
@@ -89,11 +90,12 @@ def command(options: RunOptions) -> None:
 def _measure(options: RunOptions) -> int:
     """The exit code of the run."""
     from spdbench.cli.run.session import Session
-    from spdbench.cli.setup import chat_format, find_backends, find_devices
+    from spdbench.cli.setup import chat_format, find_devices, find_levels
 
     labels = parse_labels(options.backends or DEFAULT_BACKENDS)
     check_name(options.name)
-    specs = find_backends(labels, options, options.concurrency)
+    levels = find_levels(labels, options, options.concurrency)
+    specs = levels[0]
     suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
     score = _scorer(suite, options.allow_code_execution)
     devices = find_devices(options)
@@ -103,7 +105,7 @@ def _measure(options: RunOptions) -> int:
     workload = make_workload(
         suite, options, target, chat, specs, **counts, keep_spans=options.trace, keep_drafts=options.keep_drafts
     )
-    return Session(options, suite, workload, chat, target, devices, specs, score).run()
+    return Session(options, suite, workload, chat, target, devices, levels, score).run()
 
 
 def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:

@@ -15,7 +15,8 @@ ignores events and fields that it does not know. A run that is killed leaves no 
     `exit_code`, and `results`: the names of the result files.
 
 `drafted`, `judged` and `accepted` are sums over the steps of one request; `done` counts the requests that `--resume`
-found finished, of which no event follows. A file that holds events of earlier runs is continued.
+found finished, of which no event follows. A file that holds events of earlier runs is continued. With several numbers
+of `--concurrency`, each is a run of its own here: its events follow those of the one before.
 """
 
 from __future__ import annotations

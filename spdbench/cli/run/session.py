@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,13 +22,14 @@ from rich.console import Console
 
 from spdbench.append_log import first_difference
 from spdbench.backend import Backend, concurrency_of
-from spdbench.cli.run.events import STDOUT, Events, Observers, open_events
+from spdbench.cli.files import require_writable, result_path
+from spdbench.cli.run.events import STDOUT, Events, Observers, Write, open_events
 from spdbench.cli.run.live_view import LiveView, Screen, Tally
-from spdbench.cli.run.outputs import OutputComparer
-from spdbench.cli.setup import BackendSpec, drafter_record, model_record, require_writable, result_path
+from spdbench.cli.run.outputs import OutputComparer, compare_servers
+from spdbench.cli.setup import BackendSpec, drafter_record, model_record
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
-from spdbench.errors import BackendLostError, InputError
+from spdbench.errors import BackendLostError, InputError, SpdbenchError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.results.reader import reread
@@ -39,8 +41,8 @@ from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal
 from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import names_only
-from spdbench.measure.request_turn import Gauges
-from spdbench.measure.runner import Candidate, Runner, Workload
+from spdbench.measure.request_turn import Gauges, Workload
+from spdbench.measure.runner import Candidate, Runner
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
@@ -60,7 +62,8 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Session:
-    """One run from loading to the comparison. `target` is None where only servers have the model."""
+    """One run from loading to the comparison. `target` is None where only servers have the model. `levels` holds the
+    backends for each number of requests at once, which are measured one after the other; most runs have one."""
 
     options: RunOptions
     suite: Suite
@@ -68,22 +71,43 @@ class Session:
     chat: ChatFormat | PlainText
     target: Target | None
     devices: tuple[str, ...]
-    specs: Sequence[BackendSpec]
+    levels: Sequence[Sequence[BackendSpec]]
     score: Scorer
 
     def run(self) -> int:
         """The exit code: 1 if a prompt failed or an output differs from vanilla's without excuse."""
         require_writable(self.options.results)
-        folder, name = self.options.results, self.options.name
-        paths = [result_path(folder, self.suite.name, spec.label, self.model.id, name) for spec in self.specs]
-        for path in paths:
+        paths = [[self._path(spec) for spec in specs] for specs in self.levels]
+        for path in chain(*paths):
             if os.path.isdir(path):
                 raise InputError(f"{path}: is a folder, where a result file has to go")
+        results: list[LoadedResult] = []
         with ExitStack() as stack:
             stack.enter_context(sigterm_interrupts())
             write_event = stack.enter_context(open_events(self.options.events))
+            try:
+                for specs, files in zip(self.levels, paths, strict=True):
+                    results += self._measure(specs, files, write_event)
+            except (KeyboardInterrupt, SpdbenchError):  # a server that fails at one level keeps those before it
+                if results:
+                    self._show(results)
+                raise
+        self._show(results)
+        return exit_code(results)
+
+    def _path(self, spec: BackendSpec) -> Path:
+        """Where the result of `spec` goes; of one of several levels, its name ends with it."""
+        options, level = self.options, f"c{getattr(spec.options, 'concurrency', 1)}"
+        name = "__".join(filter(None, [options.name, level if len(self.levels) > 1 else None])) or None
+        return result_path(options.results, self.suite.name, spec.label, self.model.id, name)
+
+    def _measure(
+        self, specs: Sequence[BackendSpec], paths: Sequence[Path], write_event: Write | None
+    ) -> list[LoadedResult]:
+        """The results of one level, measured and written."""
+        with ExitStack() as stack:
             backends = []
-            for spec in self.specs:
+            for spec in specs:
                 args = self.chat.template_args
                 made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, args)
                 backends.append(stack.enter_context(closing(made)))
@@ -93,10 +117,10 @@ class Session:
                     f"NOTE: {reason} is not one that spdbench's own layers know; transformers' layers serve, which are "
                     "slower."
                 )
-            machine, git = environment(self.devices[0]), git_state()
+            machine, git = self._environment
             watch = stack.enter_context(closing(_watch(backends)))
             outputs, candidates = [], []
-            for spec, backend, path in zip(self.specs, backends, paths, strict=True):
+            for spec, backend, path in zip(specs, backends, paths, strict=True):
                 head = self._head(spec, backend, machine, git)
                 journal = stack.enter_context(self._journal(path, spec, backend))
                 outputs.append(Output(path, head, journal))
@@ -116,13 +140,19 @@ class Session:
                 try:
                     with view:
                         runner.run()
+                    compare_servers(runner)
                 except (KeyboardInterrupt, BackendLostError):
                     ignore_from_now_on()
                     _write_partial(outputs)
                     raise
-                code = self._finish(outputs)
-                events.ended(code, paths)
-            return code
+                results = _write(outputs)
+                events.ended(exit_code(results), list(paths))
+            return results
+
+    @cached_property
+    def _environment(self) -> tuple[Mapping[str, Any], str | None]:
+        """The machine and the state of spdbench's checkout, read once: results of one run are known by that."""
+        return environment(self.devices[0]), git_state()
 
     @property
     def _screen(self) -> Screen | None:
@@ -136,7 +166,7 @@ class Session:
         """The results' record of the model; of one that only servers have, the names under which they serve it."""
         if self.target is not None:
             return model_record(self.target, self.chat)
-        names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in self.specs)
+        names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in self.levels[0])
         name = "+".join(names_only(list(names)))  # a server may call its model by its folder
         return ModelInfo(
             id=name,
@@ -186,8 +216,8 @@ class Session:
             "options": names_only(spec.options.model_dump(mode="json")),
             "drafter": names_only(spec.drafter),
             "drafter_sha256": drafter.sha256 if drafter else None,
-            "baseline": self.specs[0].label,
-            "backends": [other.label for other in self.specs],
+            "baseline": self.levels[0][0].label,
+            "backends": [other.label for other in self.levels[0]],
             "devices": list(self.devices),
             "threads": self.options.threads,
             **({"template_args": self.chat.template_args} if self.chat.template_args else {}),
@@ -218,17 +248,21 @@ class Session:
             git=git,
         )
 
-    def _finish(self, outputs: Sequence[Output]) -> int:
-        results = []
-        for output in outputs:
-            results.append(write_result(*output))
-            say(f"Wrote {output.path}")
-        for output in outputs:  # only now: until every result is there, --resume can still make them all
-            output.journal.remove()
-        tables = compare(results, self.specs[0].label)
+    def _show(self, results: Sequence[LoadedResult]) -> None:
+        tables = compare(results, self.levels[0][0].label)
         table = render(tables, "table", Console(file=sys.stdout))
         click.echo(table, nl=False, err=self.options.events == STDOUT)
-        return 1 if any(map(_went_wrong, results)) else 0
+
+
+def _write(outputs: Sequence[Output]) -> list[LoadedResult]:
+    """Makes results of finished journals, which are removed."""
+    results = []
+    for output in outputs:
+        results.append(write_result(*output))
+        say(f"Wrote {output.path}")
+    for output in outputs:  # only now: until every result is there, --resume can still make them all
+        output.journal.remove()
+    return results
 
 
 def _sha256(content: object) -> str:
@@ -281,6 +315,10 @@ def _gauges(backend: Backend, watch: MachineWatch) -> Gauges:
     server: it may be on another machine, or be the program that keeps this one busy."""
     devices = backend.describe().known_devices
     return Gauges(EnergyMeter()) if devices is None else Gauges(energy_meter(devices), watch)
+
+
+def exit_code(results: Sequence[LoadedResult]) -> int:
+    return 1 if any(map(_went_wrong, results)) else 0
 
 
 def _went_wrong(result: LoadedResult) -> bool:

@@ -26,7 +26,7 @@ from spdbench.types import Sampling
 
 if TYPE_CHECKING:
     from spdbench.cli.setup import BackendSpec
-    from spdbench.measure.runner import Workload
+    from spdbench.measure.request_turn import Workload
     from spdbench.models.target import Target
 
 MIN_TEMPERATURE = 1e-3
@@ -80,8 +80,7 @@ def make_workload(
     Raises:
         InputError: a setting or a prompt that cannot be used.
     """
-    from spdbench.measure.request_turn import prompt_sha256
-    from spdbench.measure.runner import Workload
+    from spdbench.measure.request_turn import Workload, prompt_sha256
 
     settings = _decoding(suite, options)
     workload = Workload(

@@ -145,8 +145,16 @@ def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) 
     if isinstance(baseline, LoadedResult):
         return baseline if _has_same_work(baseline, group) else None
     if baseline is None:
-        return next((result for result in group if result.head.backend.kind == "autoregressive"), None)
+        plain = (result for result in group if result.head.backend.kind == "autoregressive")
+        return next(plain, _plain_server(group))
     return next((result for result in group if result.label == baseline), None)
+
+
+def _plain_server(group: Sequence[LoadedResult]) -> LoadedResult | None:
+    """Of servers, some of which are known to draft, the first that does not."""
+    if not any(result.is_served and result.drafts for result in group):
+        return None
+    return next((result for result in group if result.is_served and not result.drafts), None)
 
 
 def _table(
@@ -237,6 +245,7 @@ def _row(
     own = result if category is None else result.part(category)
     measured = own.metrics
     part = pairing if pairing is None or category is None else pairing.part(category)
+    needed = part.break_even() if part else (None, None)
     value, interval = part.speedup() if part else (1.0 if is_baseline else None, None)
     devices = None if result.known_devices is None else result.head.backend.num_devices
     compared = {
@@ -245,6 +254,8 @@ def _row(
         "speedup_spread": part.spread() if part and interval else None,
         "speedup_per_device": value / devices if value is not None and devices else None,
         "speedup_per_device_ci": [bound / devices for bound in interval] if interval and devices else None,
+        "break_even_length": needed[0],
+        "break_even_length_ci": needed[1] and list(needed[1]),
         "num_paired": len(part.keys) if part else measured["num_runs"] if is_baseline else None,
         "num_paired_prompts": part.num_prompts if part else measured["num_prompts"] if is_baseline else None,
         "num_dropped": pairing.num_dropped if pairing and category is None else None,
@@ -259,10 +270,16 @@ def _row(
 
 
 def _ids_compare(pairing: Pair) -> bool:
-    """True if equal ids may be expected: greedy, on the same machine, with verdicts that are the model's own."""
+    """True if equal outputs may be expected: greedy, on the same machine, with verdicts that are the model's own. Texts
+    are compared where neither of the two knows ids."""
     head = pairing.candidate.head
     forced = head.drafter is not None and head.drafter.id.startswith("forced")
-    return head.decoding.temperature == 0 and pairing.same_machine and not forced and pairing.knows_ids
+    return (
+        head.decoding.temperature == 0
+        and pairing.same_machine
+        and not forced
+        and (pairing.knows_ids or pairing.knows_texts)
+    )
 
 
 def _pair_flags(pairing: Pair) -> Iterator[Flag]:
@@ -271,6 +288,14 @@ def _pair_flags(pairing: Pair) -> Iterator[Flag]:
     if not pairing.same_machine:
         yield make_flag(
             "hardware_mismatch", "the baseline was measured on another machine, other devices or other software"
+        )
+    elif (
+        pairing.baseline.is_served
+        and pairing.candidate.is_served
+        and (base.environment != new.environment or "imported_from" in base.environment)
+    ):  # a run measures its machine once, so that the environments of its results are equal
+        yield make_flag(
+            "apart", "it did not take turns with the baseline, so that what changed in between counts as well"
         )
     if len({base.model.template_sha256, new.model.template_sha256} - {None}) > 1:
         yield make_flag("template_mismatch", "its chat template is not the baseline's")

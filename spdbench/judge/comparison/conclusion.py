@@ -17,8 +17,8 @@ Outcome = Literal["baseline", "pays", "slower", "no difference shown", "no inter
 `no pair`: no run pairs with one of the baseline's. `no baseline`: the table has none."""
 EFFECT = 0.05
 """The speed-up that `num_prompts_to_show` is about."""
-DOUBTS = frozenset({"few_prompts", "degenerate", "no_template"})
-"""Warnings that make a speed-up one of few prompts, or of answers that another user would not get."""
+DOUBTS = frozenset({"few_prompts", "degenerate", "no_template", "apart"})
+"""Warnings that make a speed-up one of few prompts, of answers that another user would not get, or of another time."""
 
 
 @dataclass(frozen=True)

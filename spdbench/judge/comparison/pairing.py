@@ -3,31 +3,47 @@ outputs compare, over all of them and conversation by conversation. METRICS.md, 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
+from spdbench.judge.metrics.definitions import requests_at_once, steps_of
 from spdbench.judge.results.schema import Result, RunKey
-from spdbench.judge.results.table import RunTable
+from spdbench.judge.results.table import COLUMN, RunTable
+
+NOTHING = hashlib.sha256(b"").digest()
+"""The hash of an output of which neither ids nor text are known."""
 
 
 def workload(head: Result) -> str:
     """Equal for results that did the same work: suite, model, dtype, arguments of the chat template, decoding, and
     requests at once."""
+    return repr(work_and_load(head))
+
+
+def work_and_load(head: Result) -> tuple[Any, ...]:
+    """What `workload` is made of; the last entry is the number of requests at once, where that is not 1."""
     suite, model = head.suite, head.model
     args = sorted(model.template_args.items())
     key = (suite.name, suite.version, suite.sha256, model.sha256, model.dtype, args, head.decoding.model_dump())
     # Calibrations are kept under a hash of this, so that one request at a time adds nothing.
-    return repr(key if (at_once := concurrency(head)) == 1 else (*key, at_once))
+    return key if (at_once := concurrency(head)) == 1 else (*key, at_once)
+
+
+def work_at_any_load(head: Result) -> str:
+    """Equal for results of `workload` that differ at most in the number of requests at once."""
+    return repr(work_and_load(head)[:-1] if concurrency(head) > 1 else work_and_load(head))
 
 
 def concurrency(head: Result) -> int:
-    """How many requests were under way at once; only servers are measured with more than one."""
-    at_once: int = head.backend.options.get("concurrency", 1)
-    return at_once
+    """How many requests were under way at once."""
+    return requests_at_once(head.backend)
 
 
 def machine(head: Result) -> str:
@@ -91,6 +107,14 @@ class Pair:
         return self.baseline.knows_ids and self.candidate.knows_ids
 
     @property
+    def knows_texts(self) -> bool:
+        """True if both are of servers that give text alone, and gave some."""
+        sides = self.baseline, self.candidate
+        return not any(side.knows_ids for side in sides) and all(
+            {*side.runs.output_sha256} - {NOTHING} for side in sides
+        )
+
+    @property
     def is_strict(self) -> bool:
         """True where nothing excuses a difference: greedy in float32, by the model itself."""
         head = self.candidate.head
@@ -139,6 +163,23 @@ class Pair:
         """Standard deviation between conversations of the log of the speed-up; None with fewer than two."""
         sides = self.baseline.runs.rates(self.keys), self.candidate.runs.rates(self.keys)
         return stats.spread_of_log_ratio(self.keys, *sides)
+
+    def break_even(self) -> tuple[float | None, stats.Interval | None]:
+        """The acceptance length at which the candidate would be as fast as the baseline, and its 95 % interval: the
+        time of a verify round over the baseline's time for a token. None where no draft was accepted, or drafts are
+        those of a pipeline, which verifies in every cycle."""
+        kind = steps_of(self.candidate.head.backend)
+        if kind not in ("draft_verify", "reported"):
+            return None, None
+        rounds, accepted = ("reported_rounds", "reported_accepted") if kind == "reported" else ("steps", "accepted")
+        old, new = self.baseline.runs, self.candidate.runs
+        keys = [key for key in self.keys if new.sums[new.row_of[key], COLUMN[rounds]] > 0]
+        base, own = old.columns(keys, "decode_s", "decode_tokens"), new.columns(keys, "decode_s", rounds)
+        totals = np.hstack([base, own]).sum(axis=0)
+        if not totals.all() or not new.columns(keys, accepted).any():
+            return None, None
+        value = (totals[2] / totals[3]) / (totals[0] / totals[1])
+        return float(value), stats.ratio_interval(keys, base, own)
 
     def outputs(self) -> Outputs:
         return Outputs(len(self.keys), len(self.keys) - len(self.with_other_ids))

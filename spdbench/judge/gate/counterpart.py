@@ -51,16 +51,26 @@ def reference(result: LoadedResult, others: Sequence[LoadedResult]) -> LoadedRes
     """The plain decoding that took turns with `result` in one run, itself perhaps; None if there was none.
 
     A run measures its machine once, so that the environments of its results are equal to the last byte of read
-    bandwidth. Where that still leaves several of a label, the one counts that was begun at the same time.
+    bandwidth. Where that still leaves several of a label, the one counts that was begun at the same time. For a server
+    that drafts it is one without drafts.
     """
+    if result.is_served and not result.drafts:
+        return result
     made_together = [
         each
         for each in (result, *others)
-        if each.head.backend.kind == "autoregressive"
+        if is_plain(each, result)
         and workload(each.head) == workload(result.head)
         and each.head.environment == result.head.environment
     ]
     return min(made_together, key=lambda each: _distance(result, each), default=None)
+
+
+def is_plain(each: LoadedResult, result: LoadedResult) -> bool:
+    """True if `each` is the plain decoding with which `result` is compared: of the same model, that of servers."""
+    if each.is_served and result.is_served:
+        return not each.drafts
+    return each.head.backend.kind == "autoregressive"
 
 
 def _distance(result: LoadedResult, other: LoadedResult) -> tuple[bool, str, float]:

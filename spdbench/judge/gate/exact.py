@@ -12,7 +12,7 @@ decoding is a regression anywhere.
 | ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
 |                             | one is better, else regression; it holds once the baseline is renewed    |
 
-Of an engine that gives text alone neither is known, and the gate says that it cannot judge. METRICS.md, "Losslessness".
+Of an engine that gives text alone neither is known; `served.py` judges what is. METRICS.md, "Losslessness".
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from spdbench.judge.comparison.pairing import Pair
+from spdbench.judge.gate.served import served
 from spdbench.judge.gate.verdict import Finding, Verdict, name_of
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.definitions import ratios_for
@@ -38,8 +39,14 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
     if not pair.keys:
         return
     if not pair.knows_ids:
-        reason = "ids are not known of an engine that gives text alone; use --gate timing"
-        yield Finding("exact", "identical_outputs", "not comparable", reason)
+        if pair.baseline.knows_ids or pair.candidate.knows_ids:
+            reason = "ids are known of one of the two only: the other is of an engine that gives text alone; "
+            reason += "use --gate timing"
+            yield Finding("exact", "identical_outputs", "not comparable", reason)
+            return
+        yield from served(pair, max_acceptance_drop)
+        if pair.candidate.head.divergence is not None:
+            yield _divergence(pair.candidate)
         return
     yield _outputs(pair)
     if pair.candidate.head.divergence is not None:

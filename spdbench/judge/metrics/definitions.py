@@ -40,6 +40,12 @@ def _by_devices(backend: BackendRecord, _read_bandwidth: float | None) -> float 
     return backend.num_devices
 
 
+def requests_at_once(backend: BackendRecord, _read_bandwidth: float | None = None) -> int:
+    """How many requests were under way at once; only servers are measured with more than one."""
+    at_once: int = backend.options.get("concurrency", 1)
+    return at_once
+
+
 def _share_of_bandwidth(backend: BackendRecord, read_bandwidth: float | None) -> float | None:
     return sum(backend.lane_bytes) / read_bandwidth if read_bandwidth else None
 
@@ -84,6 +90,8 @@ RATIOS = (
     Ratio("total_s", "total_s", "runs"),
     Ratio("decode_tokens_per_s", "decode_tokens", "decode_s"),
     Ratio("tokens_per_s", "new_tokens", "total_s", positive="decode_tokens"),
+    # Every user of a closed loop always waits for an answer, so that what all get is as many times what one gets.
+    Ratio("throughput_tokens_per_s", "new_tokens", "total_s", positive="decode_tokens", scale=requests_at_once),
     Ratio("tpot_s", "decode_s", "decode_tokens"),
     Ratio("acceptance_rate", "accepted", "judged", VERIFY + PIPELINE),
     Ratio("acceptance_rate", "reported_accepted", "reported_judged", REPORTED),

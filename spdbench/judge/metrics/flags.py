@@ -20,6 +20,7 @@ UNATTRIBUTED_SHARE = 0.10
 DRIFT_SHARE = 0.05
 DRIFT_P_VALUE = 0.01
 MAX_NAMED = 3
+OTHER_ANSWERS = "Start both with the same weights and settings; what differs then is a bug of the server"
 FOREIGN_LAYERS = "Use a model that spdbench's own layers know; these are transformers'"
 
 
@@ -54,6 +55,7 @@ KINDS = {
     "hardware_mismatch": FlagKind(
         "Measure both on one machine, in one `spdbench run`", disqualifies=True, needs_two=True
     ),
+    "apart": FlagKind("Measure both in one `spdbench run`, in which they take turns", needs_two=True),
     "template_mismatch": FlagKind("Use the same model files for both", disqualifies=True, needs_two=True),
     "prompt_mismatch": FlagKind(
         "Measure both in one `spdbench run`",
@@ -117,6 +119,12 @@ def _output_flags(backend: BackendRecord, divergence: Divergence | None) -> Iter
         yield make_flag("other_model", reason)
     if backend.lossy:
         yield make_flag("lossy", "its outputs are not the target model's own, by design")
+    elif backend.other_model is not None and divergence is not None:
+        if divergence.real:  # a server need not report what it takes to tell a tie
+            reason = (
+                f"{divergence.real} of {sum(divergence.counts.values())} answers differ from the first server's, by "
+            )
+            yield make_flag("diverged", reason + "more than a tie in its log-probabilities explains", OTHER_ANSWERS)
     elif divergence is not None and (divergence.real or divergence.unclassified):
         yield diverged(
             divergence.real + divergence.unclassified,

@@ -151,6 +151,11 @@ class Metrics(Mapping[str, Any]):
         """Each run's own percentiles: [R, percents]."""
         return percentiles(*token_intervals(self.runs, self._rows))
 
+    def ttft(self, index: int) -> float | None:
+        """A percentile over requests."""
+        seconds = self._table[:, COLUMN["ttft_s"]]
+        return _finite_or_none(percentiles(seconds, np.ones(len(seconds), dtype=np.int64), [len(seconds)])[0, index])
+
     def latency(self, index: int) -> float | None:
         return _finite_or_none(self._latencies[index])
 
@@ -263,6 +268,7 @@ def _list_metrics() -> dict[str, Metric]:
     for name in WITHOUT_DEGENERATE:
         found[name + WITHOUT] = Metric(partial(Metrics.without_degenerate, name=name))
     for index, percent in enumerate(PERCENTS):
+        found[f"ttft_p{percent}_s"] = Metric(partial(Metrics.ttft, index=index))
         found[f"itl_p{percent}_s"] = Metric(partial(Metrics.latency, index=index), "times")
         found[f"itl_p{percent}_s_macro"] = Metric(partial(Metrics.latency_macro, index=index), "times")
     found["acceptance_by_position"] = Metric(Metrics.acceptance_by_position)

@@ -67,11 +67,10 @@ class RunTable:
 
     `errors` are the messages of failed runs, `disturbed_by` the processes that took most time from each run. `outputs`
     are each run's ids in decimal digits joined by commas, `texts` the answers of engines that give text; None where
-    they are only compared, for which `output_sha256` is enough. `drafts` are what engines counted themselves, `by_fill`
-    are a pipeline's cycles.
-    `sums` is [R, len(COLUMNS)]. `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps`
-    [len(STEP_COLUMNS), S] are each run's; a gap is the time since the step before, for the first step since the
-    request's start.
+    they are only compared, for which `output_sha256` is enough: of the ids, or of the text where no ids are known.
+    `drafts` are what engines counted themselves, `by_fill` are a pipeline's cycles. `sums` is [R, len(COLUMNS)].
+    `num_steps` [R] says how many entries of `gaps_ns` [S] and `steps` [len(STEP_COLUMNS), S] are each run's; a gap is
+    the time since the step before, for the first step since the request's start.
     """
 
     keys: list[RunKey]
@@ -120,8 +119,12 @@ class RunTable:
 
     def rates(self, keys: Sequence[RunKey]) -> NDArray[np.float64]:
         """Decode tokens and seconds of each of the runs `keys`: [keys, 2]."""
+        return self.columns(keys, "decode_tokens", "decode_s")
+
+    def columns(self, keys: Sequence[RunKey], *names: str) -> NDArray[np.float64]:
+        """Columns of each of the runs `keys`: [keys, names]."""
         rows = [self.row_of[key] for key in keys]
-        return self.sums[rows][:, [COLUMN["decode_tokens"], COLUMN["decode_s"]]]
+        return self.sums[rows][:, [COLUMN[name] for name in names]]
 
     def total(self, keys: Sequence[RunKey]) -> NDArray[np.float64]:
         """The sum of each column over the runs `keys`."""
@@ -182,7 +185,10 @@ def build_table(
         prompt_sha256=[run.prompt_sha256 for run in runs],
         errors=[run.error for run in runs],
         disturbed_by=[run.machine.who if run.machine else [] for run in runs],
-        output_sha256=[hashlib.sha256(text).digest() for text in outputs],
+        output_sha256=[
+            hashlib.sha256(ids or (run.text or "").encode(errors="replace")).digest()
+            for ids, run in zip(outputs, runs, strict=True)
+        ],
         outputs=outputs if keep_ids else None,
         texts=[run.text for run in runs] if keep_ids else None,
         drafts=[run.drafts for run in runs],

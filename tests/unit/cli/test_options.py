@@ -10,8 +10,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from spdbench.cli.files import result_path
 from spdbench.cli.options import DURATION, PERCENT, SIZE, WHOLE, argument, flag, option, takes
-from spdbench.cli.setup import result_path
 
 
 @dataclass(frozen=True, kw_only=True)

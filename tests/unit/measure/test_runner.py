@@ -16,8 +16,8 @@ from spdbench.judge.results.schema import Run, RunKey
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.energy import Counter, EnergyMeter
 from spdbench.measure.journal import Journal, create_journal, resume_journal
-from spdbench.measure.request_turn import Gauges
-from spdbench.measure.runner import Candidate, Runner, Workload
+from spdbench.measure.request_turn import Gauges, Workload
+from spdbench.measure.runner import Candidate, Runner
 from spdbench.types import FirstDivergence, GenerationRequest, Message, Prompt, Sampling, Step
 from tests.mock_backend import MockBackend, MockDraftVerify, MockPipeline, Watcher, WordChat, one_by_one
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 from spdbench.errors import BackendLostError, PromptFailedError, TryAgainError
 from spdbench.types import UNKNOWN_ID, DraftCounts, EngineReport, GenerationRequest, Prompt, Step
 from tests.mock_backend import MockBackend, MockDraftVerify
-from tests.unit.measure.test_runner import Bench
+from tests.unit.measure.test_runner import Bench, workload
 
 MANY = tuple(Prompt(f"p{i}", "maths", ("one", "two")) for i in range(6))
 
@@ -26,7 +28,8 @@ class Wide(MockDraftVerify):
         self.gate = threading.Barrier(3)
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        self.gate.wait(timeout=20)
+        with suppress(threading.BrokenBarrierError):
+            self.gate.wait(timeout=0.5)  # it ends with the last block, when users stop to ask
         yield from super().generate(request)
 
 
@@ -151,3 +154,80 @@ def test_an_answer_that_breaks_off_is_a_failed_prompt_without_a_number_or_a_trac
     assert (failed.error, failed.ttft_s, failed.num_new_tokens) == ("the server died", None, 0)
     assert bench.watcher.traces == ["the server died"]
     assert runs["b", 0, 0].finish_reason == "length"
+
+
+class Watched(MockDraftVerify):
+    """Takes three requests at once; `least` are, for each request that was measured, the fewest at any of its steps."""
+
+    concurrency = 3
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails = fails
+        self.at_once = 0
+        self.least: list[int] = []
+        self._local = threading.local()
+        self._lock = threading.Lock()
+
+    def generate(self, request: GenerationRequest) -> Iterator[Step]:
+        with self._lock:
+            self.at_once += 1
+        try:
+            self._local.least = 3
+            for step in super().generate(request):
+                time.sleep(0.01)
+                self._local.least = min(self._local.least, self.at_once)
+                yield step
+            if self.fails and threading.current_thread().name.endswith("_0"):
+                raise PromptFailedError("the server died")
+        finally:
+            with self._lock:
+                self.at_once -= 1
+
+    def account(self) -> EngineReport:
+        self.least.append(self._local.least)
+        return EngineReport(finish="length")
+
+
+SINGLE = tuple(Prompt(f"p{i}", "maths", ("one",)) for i in range(12))
+
+
+@pytest.mark.parametrize("num_prompts", [2, 7])
+def test_every_measured_request_meets_the_whole_load(tmp_path: Path, num_prompts: int) -> None:
+    bench = Bench(tmp_path, wide := Watched(), prompts=SINGLE[:num_prompts], warmup=2, max_new_tokens=5)
+    assert len(bench.run()) == num_prompts
+    # Users have to ask the next time; until they do, one less is under way.
+    assert len(wide.least) == num_prompts
+    assert min(wide.least) >= 2
+    assert len(wide.requests) >= num_prompts + 2 * 3
+
+
+def test_wide_backends_take_turns_block_by_block(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Watched(), Watched(), prompts=SINGLE)
+    bench.run()
+    labels = [label for label, _ in bench.watcher.seen]
+    assert labels == ["first"] * 6 + ["second"] * 12 + ["first"] * 6
+    assert [len(list(journal.runs())) for journal in bench.journals] == [12, 12]
+
+
+def test_the_first_wide_backend_answers_before_others_go_on_from_its_answers(tmp_path: Path) -> None:
+    prompts = tuple(Prompt(f"p{i}", "maths", ("one", "two")) for i in range(12))
+    bench = Bench(tmp_path, Watched(), Watched(), prompts=prompts)
+    bench.run()
+    labels = [label for label, _ in bench.watcher.seen]
+    assert labels == (["first"] * 12 + ["second"] * 12) * 2
+
+
+def test_unrecorded_requests_that_fail_end_nothing(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, Watched(fails=True), prompts=SINGLE[:4], warmup=2)
+    runs = bench.run()
+    assert sorted(run.prompt_id for run in runs) == ["p0", "p1", "p2", "p3"]
+    assert {run.error for run in runs} <= {None, "the server died"}
+
+
+@pytest.mark.parametrize(("num", "width", "sizes"), [(3, 4, [3]), (12, 3, [6, 6]), (34, 4, [8, 9, 9, 8])])
+def test_blocks_hold_twice_as_many_conversations_as_there_are_users(num: int, width: int, sizes: list[int]) -> None:
+    prompts = tuple(Prompt(f"p{i}", "maths", ("one",)) for i in range(num))
+    blocks = workload(prompts=prompts).blocks(width)
+    assert [len(block) for block in blocks] == sizes
+    assert [prompt for block in blocks for prompt in block] == list(prompts)

@@ -123,6 +123,31 @@ def test_an_end_of_sequence_counts_where_the_server_counts_it(server: StubServer
     assert measured.finish_reason == "eos"
 
 
+@pytest.mark.parametrize("offers", [{"logprobs", "usage"}, {"timings", "usage"}, {"usage"}, {"running_usage", "usage"}])
+def test_an_end_that_only_the_usage_includes_counts_whichever_way_tokens_are_counted(
+    server: StubServer, backend: Make, offers: set[Offer]
+) -> None:
+    server.offers, server.stated = offers, 9
+    assert len(run(loaded(backend())).output_ids) == 9
+
+
+def test_timings_of_llamacpp_report_each_token_and_cost_the_server_nothing(server: StubServer, backend: Make) -> None:
+    server.offers = {"timings", "usage", "logprobs"}
+    made = loaded(backend())
+    assert "llama.cpp's timings, reported with each chunk" in made.describe().chosen["tokens"]
+    assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+    assert "times" not in made.describe().missing_measurements
+    assert server.asked[-1]["timings_per_token"]
+    assert "logprobs" not in server.asked[-1]
+
+
+def test_log_probabilities_with_ids_give_the_ids(server: StubServer, backend: Make) -> None:
+    server.offers, server.lists_ids = {"logprobs", "usage"}, True
+    made = loaded(backend(count="logprobs"))
+    assert made.describe().knows_ids
+    assert run(made).output_ids == tuple(range(100, 108))
+
+
 def test_the_limit_ends_an_answer_and_the_rest_is_still_heard(server: StubServer, backend: Make) -> None:
     server.offers = {"ids", "usage"}
     measured = run(loaded(backend()), ask(4))

@@ -1,0 +1,1 @@
+"""The `import` command: exports of other load generators become results."""

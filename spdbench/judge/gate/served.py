@@ -1,0 +1,88 @@
+"""The exact gate for engines that give text alone, such as servers: acceptance, scores and lengths, with intervals.
+
+Which tokens such an engine chose is unknown, and equal texts are no fair test of it: requests that share a batch round
+differently, so that a tie falls the other way and takes the rest of an answer with it. What is known of acceptance and
+quality is therefore judged by its size AND its 95 % interval. With s the share that may be lost:
+
+| change, estimate  | change, interval | verdict      |
+|-------------------|------------------|--------------|
+| below 1 - s       | wholly below 1   | regression   |
+| below 1 - s       | reaches 1        | inconclusive |
+| above 1 / (1 - s) | wholly above 1   | improved     |
+| otherwise         |                  | pass         |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spdbench.judge.comparison.pairing import Pair
+from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.metrics import stats
+from spdbench.judge.results.table import RunTable
+
+UNKNOWN = "the server reports no drafts; see what `spdbench backends` says of acceptance"
+
+
+def served(pair: Pair, max_drop: float) -> Iterator[Finding]:
+    """Findings on the runs that pair; `max_drop` is the share that acceptance and score may fall by."""
+    yield _texts(pair)
+    yield _acceptance(pair, max_drop)
+    if all(each.metrics["score"] is not None for each in (pair.baseline, pair.candidate)):
+        yield _by_interval("score", pair, ("score", "scored"), max_drop)
+    found = _by_interval("num_new_tokens", pair, ("new_tokens", "runs"), max_drop)
+    yield Finding("exact", "num_new_tokens", "pass", "an answer, on average", found.before, found.now, decides=False)
+
+
+def _texts(pair: Pair) -> Finding:
+    num, differ = len(pair.keys), len(pair.with_other_ids)
+    if not pair.knows_texts:
+        return Finding("exact", "identical_outputs", "pass", "texts are unknown", decides=False)
+    reason = (
+        "every text is the baseline's" if not differ else f"{differ} of {num} texts differ, which alone is no fault"
+    )
+    return Finding("exact", "identical_outputs", "pass", reason, num, num - differ, decides=False)
+
+
+def _acceptance(pair: Pair, max_drop: float) -> Finding:
+    known = [bool(table.columns(pair.keys, "reported_rounds").all()) for table in _tables(pair)]
+    if all(known):
+        return _by_interval("acceptance_length", pair, ("reported_accepted", "reported_rounds"), max_drop, plus=1)
+    if not any(known):
+        return Finding("exact", "acceptance_length", "pass", UNKNOWN, decides=False)
+    which = "the baseline's run" if known[1] else "this run"
+    return Finding("exact", "acceptance_length", "not comparable", f"unknown of some requests of {which}: {UNKNOWN}")
+
+
+def _by_interval(name: str, pair: Pair, columns: tuple[str, str], max_drop: float, plus: int = 0) -> Finding:
+    """The finding on `plus` + the ratio of sums of two columns, by the table above."""
+    sides = [_columns(table, pair, columns, plus) for table in _tables(pair)]
+    before, now = (float(side[:, 0].sum() / side[:, 1].sum()) for side in sides)
+    interval = stats.ratio_interval(pair.keys, *sides)
+    change = now / before if before else None
+    verdict, reason = _decide(before, now, interval, max_drop)
+    return Finding("exact", name, verdict, reason, before, now, change, interval, allowed=max_drop)
+
+
+def _decide(before: float, now: float, interval: stats.Interval | None, max_drop: float) -> tuple[Verdict, str]:
+    low, high = interval or (0.0, np.inf)
+    if now < before * (1 - max_drop):
+        if high < 1:
+            return "regression", f"fell by more than {max_drop:.3g} of it"
+        return "inconclusive", "seems to have fallen, but the interval reaches 1; measure more prompts (--limit)"
+    if now * (1 - max_drop) > before and low > 1:
+        return "improved", "rose; renew the baseline to hold it"
+    return "pass", "as before" if now == before else "within what is allowed, or what chance explains"
+
+
+def _tables(pair: Pair) -> tuple[RunTable, RunTable]:
+    return pair.baseline.runs, pair.candidate.runs
+
+
+def _columns(table: RunTable, pair: Pair, names: tuple[str, str], plus: int) -> NDArray[np.float64]:
+    found = table.columns(pair.keys, *names)
+    found[:, 0] += plus * found[:, 1]
+    return found

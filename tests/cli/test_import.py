@@ -1,0 +1,237 @@
+"""`spdbench import`: exports of guidellm and aiperf, in the shape that both tools write, as results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from spdbench.judge.results.schema import json_schema, read_result
+from tests.cli.run_helpers import spdbench
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def guidellm_request(number: int, first_s: float = 0.2, token_s: float = 0.01, tokens: int = 11) -> dict[str, Any]:
+    body = {
+        "messages": [{"role": "user", "content": f"Question {number}?"}],
+        "max_completion_tokens": 64,
+        "temperature": 0,
+    }
+    start = 1000.0 + number
+    return {
+        "request_args": json.dumps({"stream": True, "body": body}),
+        "output": f"Answer {number}.",
+        "info": {
+            "request_id": f"id-{number}",
+            "turn_index": 0,
+            "error": None,
+            "timings": {
+                "request_start": start,
+                "first_token_iteration": start + first_s,
+                "last_token_iteration": start + first_s + (tokens - 1) * token_s,
+            },
+        },
+        "input_metrics": {"text_tokens": 30},
+        "output_metrics": {"text_tokens": tokens},
+    }
+
+
+def guidellm(*levels: int, num: int = 9, token_s: float = 0.01) -> dict[str, Any]:
+    return {
+        "metadata": {"version": 2, "guidellm_version": "0.8.1"},
+        "benchmarks": [
+            {
+                "config": {"strategy": {"streams": level}, "backend": {"model": "m"}},
+                "start_time": 1000.0,
+                "requests": {
+                    "successful": [guidellm_request(i, token_s=token_s * level) for i in range(num)],
+                    "errored": [],
+                    "incomplete": [],
+                },
+            }
+            for level in levels
+        ],
+    }
+
+
+def aiperf_record(number: int, token_s: float = 0.01, tokens: int = 11, **more: Any) -> dict[str, Any]:
+    start_ns = (1000 + number) * 10**9
+    latency_s = 0.2 + (tokens - 1) * token_s
+    return {
+        "metadata": {
+            "session_num": number,
+            "conversation_id": f"session_{number:06d}",
+            "turn_index": 0,
+            "request_start_ns": start_ns,
+            "request_end_ns": start_ns + round(latency_s * 1e9),
+            "benchmark_phase": "profiling",
+        },
+        "metrics": {
+            "time_to_first_token": {"value": 200.0, "unit": "ms"},
+            "request_latency": {"value": latency_s * 1000, "unit": "ms"},
+            "output_sequence_length": {"value": tokens, "unit": "tokens"},
+            "input_sequence_length": {"value": 30, "unit": "tokens"},
+            **more,
+        },
+        "error": None,
+    }
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return path
+
+
+def test_a_report_of_guidellm_is_a_result_for_each_load(tmp_path: Path) -> None:
+    report = guidellm(1, 4)
+    report["benchmarks"][1]["requests"]["errored"] = [
+        {**guidellm_request(99), "info": {**guidellm_request(99)["info"], "error": "timed out"}}
+    ]
+    said = spdbench(
+        "import", write(tmp_path / "load test.json", report), "--results", tmp_path / "r", "--label", "mine"
+    )
+    assert said.code == 0, said.err
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
+        f"load-test__mine__m__c{level}.json" for level in (1, 4)
+    ]
+    for level in (1, 4):
+        path = tmp_path / "r" / f"load-test__mine__m__c{level}.json"
+        jsonschema.validate(json.loads(path.read_text()), json_schema())
+        result = read_result(path)
+        assert result.backend.options["concurrency"] == level
+        assert (result.decoding.temperature, result.decoding.max_new_tokens) == (0.0, 64)
+        overall = result.summary.overall
+        assert overall["ttft_s"] == pytest.approx(0.2)
+        assert overall["decode_tokens_per_s"] == pytest.approx(100 / level)
+        assert overall["throughput_tokens_per_s"] == pytest.approx(level * 11 / (0.2 + 0.1 * level))
+        assert overall["itl_p50_s"] is None
+        assert result.runs[0].text == "Answer 0."
+    assert [run.error for run in result.runs if run.error] == ["timed out"]
+
+
+def test_records_of_aiperf_are_a_result_with_what_drafts_they_hold(tmp_path: Path) -> None:
+    drafts: dict[str, Any] = {
+        f"spec_decode_{name}": {"value": value, "unit": "tokens"}
+        for name, value in (("steps", 4), ("accepted_draft_tokens", 6), ("draft_tokens", 12))
+    }
+    rows = [aiperf_record(i, **drafts) for i in range(9)]
+    rows[0]["metadata"]["benchmark_phase"] = "warmup"
+    rows[1]["error"] = {"code": 500, "message": "out of memory"}
+    said = spdbench("import", write_lines(tmp_path / "profile_export.jsonl", rows), "--results", tmp_path, "-m", "m")
+    assert said.code == 0, said.err
+    result = read_result(tmp_path / "profile_export__aiperf__m.json")
+    assert len(result.runs) == 8
+    assert result.runs[0].error == "out of memory"
+    overall = result.summary.overall
+    assert (overall["num_failed"], overall["num_runs"]) == (1, 7)
+    assert overall["decode_tokens_per_s"] == pytest.approx(100)
+    assert overall["acceptance_length"] == pytest.approx(1 + 6 / 4)
+    assert result.backend.options["concurrency"] == 1
+
+
+def test_overlapping_requests_of_aiperf_say_how_many_were_under_way(tmp_path: Path) -> None:
+    rows = [aiperf_record(i) for i in range(4)]
+    for row in rows[:3]:
+        row["metadata"]["request_start_ns"], row["metadata"]["request_end_ns"] = 10**12, 10**12 + 5
+    said = spdbench("import", write_lines(tmp_path / "x.jsonl", rows), "--results", tmp_path)
+    assert said.code == 0, said.err
+    assert "3 at once" in said.err
+
+
+def test_imports_compare_and_are_gated(tmp_path: Path) -> None:
+    for label, token_s in (("before", 0.01), ("after", 0.02)):
+        source = write(tmp_path / f"{label}.json", guidellm(1, token_s=token_s))
+        where = ("--results", tmp_path / label, "--suite", "s", "--machine", "box")
+        assert spdbench("import", source, *where, "--label", label).code == 0
+        assert spdbench("import", source, *where, "--label", "same", "--name", "again").code == 0
+    said = spdbench("compare", tmp_path / "before", tmp_path / "after", "--baseline", "before", "--format", "json")
+    assert said.code == 0, said.err
+    rows = {row["label"]: row for table in json.loads(said.out)["tables"] for row in table["rows"]}
+    assert rows["after"]["metrics"]["speedup"] == pytest.approx(0.5)
+    assert "apart" in {flag["name"] for flag in rows["after"]["flags"]}
+    words = ("--baseline", tmp_path / "before" / "s__same__m__again.json", "--max-slowdown", "10%")
+    said = spdbench("check", tmp_path / "after" / "s__same__m__again.json", *words)
+    assert said.code == 3, said.out + said.err
+    assert "slower" in said.out
+    said = spdbench("check", tmp_path / "before" / "s__same__m__again.json", *words)
+    assert said.code == 0, said.out + said.err
+
+
+def _without(*path: str | int) -> Change:
+    def change(report: dict[str, Any]) -> None:
+        holder: Any = report
+        for key in path[:-1]:
+            holder = holder[key]
+        del holder[path[-1]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda report: report["metadata"].update(version=7), "metadata.version: 7 is not known; guidellm's reports"),
+        (_without("metadata"), "metadata.version: null is not known"),
+        (_without("benchmarks", 0, "requests"), "benchmarks.0.requests: is missing"),
+        (_without("benchmarks", 0, "config", "strategy"), "benchmarks.0.strategy: is missing"),
+        (
+            _without("benchmarks", 0, "requests", "successful", 3, "output_metrics"),
+            "benchmarks.0.requests.3: cannot be read: lacks 'output_metrics'",
+        ),
+        (
+            lambda report: report["benchmarks"][0]["requests"]["successful"][0]["info"]["timings"].update(
+                request_start=5000.0
+            ),
+            "benchmarks.0.requests.0: cannot be read: times or tokens that cannot be",
+        ),
+    ],
+)
+def test_a_report_that_cannot_be_read_is_one_line(tmp_path: Path, change: Change, message: str) -> None:
+    report = guidellm(1)
+    change(report)
+    said = spdbench("import", write(tmp_path / "g.json", report), "--results", tmp_path / "r")
+    assert said.code == 2
+    assert message in said.err
+    assert len(said.err.strip().splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is no export; expected the report of `guidellm run"),
+        ("", "is no export"),
+        ("{}", "is no export"),
+        ("{", "not JSON"),
+        ('{"input_config": {}}', "aiperf's summary, which holds no single requests; import profile_export.jsonl"),
+        ('{"metadata": {}, "metrics": {}}', "line 1: cannot be read: lacks "),
+        ('{"metadata": {"benchmark_phase": "warmup"}, "metrics": {}}', "no request of a profiling phase"),
+    ],
+)
+def test_what_is_no_export_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    said = spdbench("import", path, "--results", tmp_path / "r")
+    assert said.code == 2
+    assert message in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_a_result_that_is_there_is_not_replaced_unasked(tmp_path: Path) -> None:
+    words = ("import", write(tmp_path / "g.json", guidellm(1)), "--results", tmp_path / "r")
+    assert spdbench(*words).code == 0
+    said = spdbench(*words)
+    assert said.code == 2
+    assert "exists already" in said.err
+    assert spdbench(*words, "--force").code == 0
+    assert spdbench(*words, "--label", "a/b").code == 2

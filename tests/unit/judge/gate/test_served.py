@@ -1,0 +1,81 @@
+"""The gate on results of servers: what is known of acceptance, scores and lengths is judged, equal text is not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spdbench.judge.gate.verdict import Judgement, Verdict
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.results.schema import Divergence, Drafts
+from tests.builders import make_run, vanilla_steps
+from tests.unit.judge.gate.gates import eagle, finding, judged, only
+
+SERVED = {"unknown": ["drafts", "forwards", "devices", "ids"], "other_model": "m in its server"}
+ROUNDS = 10
+
+
+def server(
+    *accepted: int, text: str = "An answer", score: float | None = None, num_prompts: int = 12, **more: Any
+) -> LoadedResult:
+    """Prompts whose rounds accepted as many drafts; the last number goes for all that follow."""
+    runs = []
+    for i in range(num_prompts):
+        drafts = None
+        if accepted:
+            drafts = Drafts(
+                rounds=ROUNDS, judged=None, accepted=accepted[min(i, len(accepted) - 1)], source="its response"
+            )
+        steps = vanilla_steps(30)
+        runs.append(make_run(steps, prompt=f"p{i}", output_ids=[], text=f"{text} {i}", drafts=drafts, score=score))
+    return eagle(runs, **{**SERVED, **more})
+
+
+def exact(new: LoadedResult, old: LoadedResult) -> Judgement:
+    return only(judged(new, old, "exact"))
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        ((20,), "pass"),
+        ((10,), "regression"),
+        ((30,), "improved"),
+        ((0, 39, 0, 39, 10), "inconclusive"),
+    ],
+)
+def test_acceptance_of_a_server_is_judged_by_size_and_interval(now: tuple[int, ...], verdict: Verdict) -> None:
+    assert finding(exact(server(*now), server(20)), "acceptance_length").verdict == verdict
+
+
+def test_other_texts_inform_and_decide_nothing() -> None:
+    judgement = exact(server(20, text="Another"), server(20))
+    texts = finding(judgement, "identical_outputs")
+    assert (texts.before, texts.now, texts.decides) == (12, 0, False)
+    assert judgement.verdict == "pass"
+
+
+def test_a_server_that_reports_no_drafts_passes_with_a_word_and_one_that_stopped_to_does_not() -> None:
+    judgement = exact(server(), server())
+    assert "the server reports no drafts" in finding(judgement, "acceptance_length").reason
+    assert judgement.verdict == "pass"
+    assert exact(server(), server(20)).verdict == "not comparable"
+
+
+def test_quality_is_judged_where_answers_have_scores() -> None:
+    good, bad = server(20, score=0.9), server(20, score=0.5)
+    assert finding(exact(good, good), "score").verdict == "pass"
+    assert finding(exact(bad, good), "score").verdict == "regression"
+    assert "score" not in {each.metric for each in exact(server(20), server(20)).findings}
+
+
+def test_a_real_difference_from_the_plain_server_is_a_regression() -> None:
+    real = Divergence(identical=11, ties=0, near_ties=0, real=1, unclassified=0)
+    tied = Divergence(identical=10, ties=1, near_ties=1, real=0, unclassified=0)
+    assert exact(server(20, divergence=real), server(20)).verdict == "regression"
+    assert exact(server(20, divergence=tied), server(20)).verdict == "pass"
+
+
+def test_ids_on_one_side_alone_compare_with_nothing() -> None:
+    assert exact(server(20), eagle()).verdict == "not comparable"
