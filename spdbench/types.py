@@ -85,7 +85,7 @@ class Step(NamedTuple):
     of drafts that got a verdict, `accepted` that of the accepted ones. `forwards` is the target's work in
     token-forwards: tree nodes, the root included; 1 for vanilla; in a pipeline, layers run by busy stages over all
     layers. `drafts` are the drafted tokens where the request asks for them: the whole tree of a round; in a pipeline
-    the draft that got the verdict, followed by the drafts in flight that were dropped with it.
+    those that a verdict settles: the drafts that got it, and the drafts in flight that were dropped with them.
     """
 
     token_ids: tuple[int, ...]

@@ -59,6 +59,11 @@ class SyntheticDrafts:
         verdict = self.favourable(index, position) if self.choice.kind == "forced" else None
         return Draft(self.token(index, position), forced_verdict=verdict)
 
+    def drafts(self, index: int, count: int) -> list[Draft]:
+        """`count` different drafts of a pipeline for new token `index`: `draft`'s first, then `siblings`."""
+        position = self._position(index) if len(self.choice.rates) > 1 else 1
+        return [self.draft(index), *map(Draft, self.siblings(index, count, position)[1:])]
+
     def siblings(self, index: int, count: int, position: int = 1) -> list[int]:
         """`count` different drafts for new token `index`: `token`'s first, then tokens that are wrong for certain."""
         first = self.token(index, position)

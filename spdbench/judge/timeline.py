@@ -116,7 +116,8 @@ def stage_tokens(run: Run, backend: BackendRecord) -> list[tuple[StageToken | No
     """Which token each stage of a pipeline holds in each cycle, the first one after prefill first; None: no token.
 
     After prefill and after each flush the target's own token enters stage 0, then a draft a cycle, and all move one
-    stage a cycle (`pipeline/schedule.py`). Needs kept drafts.
+    stage a cycle (`pipeline/schedule.py`). Needs kept drafts. Where several branches are in flight, it is the one whose
+    drafts are accepted.
     """
     steps, tokens, lanes = run.steps, step_tokens(run), backend.lanes
     cycles: list[tuple[StageToken | None, ...]] = []
@@ -125,10 +126,9 @@ def stage_tokens(run: Run, backend: BackendRecord) -> list[tuple[StageToken | No
         ends = range(start, len(steps.t_ns))
         end = next((n for n in ends if verdict(steps, n, backend) == "rejected"), len(steps.t_ns) - 1)
         chain = [StageToken(token, "own") for token in tokens[start - 1].own[-1:]]
-        for step in tokens[start : end + 1]:
-            chain += [StageToken(token, "accepted") for token in step.accepted]
-            chain += [StageToken(token, "rejected") for token in step.rejected]
-            chain += [StageToken(token, "dropped") for token in step.dropped]
+        chain += [StageToken(token, "accepted") for step in tokens[start : end + 1] for token in step.accepted]
+        chain += [StageToken(token, "rejected") for token in tokens[end].rejected[:1]]
+        chain += [StageToken(token, "dropped") for token in tokens[end].dropped]
         for cycle in range(end + 1 - start):
             places = (cycle - stage for stage in range(lanes))
             cycles.append(tuple(chain[at] if 0 <= at < len(chain) else None for at in places))

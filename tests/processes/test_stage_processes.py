@@ -7,7 +7,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,21 @@ from spdbench.errors import InputError
 from spdbench.judge.metrics.bubble import cycles_by_fill, full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models import target as models_target
+from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
 from spdbench.pipeline.process import ProcessPipeline
 from spdbench.types import GenerationRequest, Sampling
+from spdbench_backends.spd.formats import build_head, random_head
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
+from tests.unit.spd.dialled import DialledDrafter
 
 CASES = [
     ("spd", {"stages": "2"}, "oracle:0.7"),
     ("spd", {"stage_layers": "3,1,2", "transport": "gloo"}, "oracle:0.7"),
     ("spd", {"stages": "3"}, "random"),
+    ("spd", {"stages": "3", "draft_top_k": "2"}, "random"),
+    ("spd", {"stage_layers": "3,1,2", "redraft": "true", "draft_top_k": "4", "transport": "gloo"}, "random"),
     ("ppsd", {"stages": "3", "transport": "gloo"}, "random"),
 ]
 
@@ -69,7 +75,9 @@ def workers(backend: Pipelined) -> list[int]:
 def test_what_runs_where_stands_in_the_result(pair: tuple[Pipelined, Pipelined]) -> None:
     far, near = (backend.describe() for backend in pair)
     assert far.chosen["executor"] == "process"
-    assert near.chosen == {"executor": "inline"}
+    assert near.chosen == {name: far.chosen[name] for name in ("max_rows",) if name in far.chosen} | {
+        "executor": "inline"
+    }
     assert far.chosen["transport"] in ("pipe", "gloo")
     assert len(workers(pair[0])) == far.lanes == near.lanes
 
@@ -84,6 +92,31 @@ def test_steps_are_those_of_one_process(pair: tuple[Pipelined, Pipelined]) -> No
     request = tiny.greedy(tiny.PROMPT, 30)
     far, near = (list(backend.generate(request)) for backend in pair)
     assert far == near
+
+
+@pytest.mark.parametrize("cut", ["3,3", "2,2,2", "3,1,2", "2,1,1,1,1"])
+def test_branches_that_turn_out_right_are_those_of_one_process(target: Target, cut: str) -> None:
+    """First and second choices, drafts of deeper rows: with the counts of every step and the drafts that it settles."""
+    decoder, options = target.own_decoder, {"stage_layers": cut, "draft_top_k": "2"}
+    answer = list(decode(decoder, tiny.greedy(tiny.PROMPT, 30)))
+    request = replace(tiny.greedy(tiny.PROMPT, 30), keep_drafts=True)
+    far, near = (load(target, "spd", {**options, "executor": how}, "random") for how in ("process", "inline"))
+    stages = split_by_counts(6, [int(count) for count in cut.split(",")])
+    head = build_head(random_head(decoder, stages, 3), decoder, stages)
+    try:
+        for top_k, redraft, max_rows in product((1, 2, 4), (False, True), (2, 64)):
+            found = []
+            for backend in (far, near):
+                drafter = DialledDrafter(
+                    head, top_k, max_rows, redraft=redraft, num_prompt=len(tiny.PROMPT), answer=answer
+                )
+                backend._new_drafter = lambda _, drafter=drafter: drafter  # type: ignore[method-assign, misc]
+                found.append(list(backend.generate(request)))
+            assert found[0] == found[1]
+            assert [token for step in found[0] for token in step.token_ids] == answer
+    finally:
+        far.close()
+        near.close()
 
 
 @pytest.mark.parametrize("name", ["spd", "ppsd"])

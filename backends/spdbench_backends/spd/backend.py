@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from spdbench.backend import BackendOptions
+from spdbench.backend import BackendInfo, BackendOptions
+from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from spdbench_backends.spd.head import HeadWeights
 
 
+USUAL_MAX_ROWS = 8
+"""Of a stage with branches: so many rows cost little more than one on most devices."""
+
+
 class SPDOptions(PipelineOptions):
     """Options of `spd`."""
 
@@ -39,6 +44,21 @@ class SPDOptions(PipelineOptions):
         "plain",
         description="how a head reads the last layer's output: before the final norm; after it in the prompt, as "
         "the reference code decodes; or always after it, for heads trained with that",
+    )
+    draft_top_k: int = Field(
+        1, ge=1, le=64, description="drafts after each of the newest tokens; more than 1: branches, a few rows a stage"
+    )
+    redraft: bool = Field(
+        False,
+        description="true: a row that has become deeper drafts again, and another token enters as a branch at once; "
+        "needs a head, best one trained with -o all_depths; synthetic drafters never draft another token",
+    )
+    max_rows: int | None = Field(
+        None,
+        ge=2,
+        le=1024,
+        description="with branches: the most rows that a stage computes in a cycle; default: one, one more for each "
+        "stage and further draft, at most 8",
     )
 
 
@@ -55,12 +75,59 @@ class SPD(Pipelined):
         from spdbench_backends.spd.formats import build_head, random_head, read_head
         from spdbench_backends.spd.head import HeadWeights
 
+        self._check_branches()
         file = self._find_head(choice, read_head, random_head)
         if file is None:
             return
         self._head = build_head(file, self._drafters_target, self._stages, self._options.last_anchor)
         if self._options.stage_layers == "auto" and isinstance(self._head, HeadWeights):
             self._head = self._rebalanced(self._head)
+        if self._has_branches and not (isinstance(self._head, HeadWeights) and self._head.use_deepest):
+            raise self._branch_error(
+                "this head reads rows as if all stages were level; branches need one that was trained with use_deepest"
+            )
+
+    @property
+    def _has_branches(self) -> bool:
+        return self._options.draft_top_k > 1 or self._options.redraft
+
+    @property
+    def _max_rows(self) -> int:
+        options = self._options
+        if not self._has_branches:
+            return 1
+        usual = 1 + len(self._stages) * (options.draft_top_k - 1 + int(options.redraft))
+        return options.max_rows or min(usual, USUAL_MAX_ROWS)
+
+    def _check_branches(self) -> None:
+        """Raises `InputError` where branches are asked for and cannot be."""
+        options = self._options
+        if not self._has_branches:
+            if options.max_rows is not None:
+                raise self._option_error("max_rows", "is used with draft_top_k above 1 or redraft=true only")
+            return
+        if options.executor == "streams":
+            raise self._option_error("executor", "runs one row a stage, no branches. Allowed: process, inline")
+        own = self._context.target.own_decoder if self._context.target.unsupported_reason is None else None
+        if own is None:
+            raise self._branch_error("this model runs on transformers' layers, which take no trees")
+        if not own.takes_trees:
+            raise self._branch_error("this model has recurrent layers, which take no trees")
+        count = 2 * (options.stages or len(options.stage_layers or ()) or own.config.num_layers)
+        if any(window is not None and window < count for window in own.config.windows):
+            raise self._branch_error(f"this model has layers that see fewer than {count} tokens, not all in flight")
+
+    def _branch_error(self, why: str) -> InputError:
+        options = self._options
+        if options.draft_top_k > 1:
+            return self._option_error("draft_top_k", f"{why}; use {self._context.label}.draft_top_k=1")
+        return self._option_error("redraft", f"{why}; use {self._context.label}.redraft=false")
+
+    def describe(self) -> BackendInfo:
+        info = super().describe()
+        if not self._has_branches:
+            return info
+        return replace(info, chosen={**info.chosen, "max_rows": str(self._max_rows)})
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors
@@ -104,9 +171,14 @@ class SPD(Pipelined):
 
             assert isinstance(self._pipeline, StreamsPipeline)
             return CapturedHeadDrafter(self._head, self._module, self._pipeline.drafted)
+        options = self._options
+        if isinstance(self._head, HeadWeights) and self._has_branches:
+            from spdbench_backends.spd.branches import BranchingDrafter
+
+            return BranchingDrafter(self._head, options.draft_top_k, self._max_rows, redraft=options.redraft)
         if self._head is not None:
             return HeadDrafter(self._head)
-        return SyntheticPipelineDrafter(self._drafts(request))
+        return SyntheticPipelineDrafter(self._drafts(request), top_k=options.draft_top_k, max_rows=self._max_rows)
 
     def _co_drafter(self, capacity: int) -> CoDrafter | None:
         """None for heads that read rows as if all stages were level, or normed states: these draft outside of the

@@ -56,9 +56,9 @@ class PipelineDrafter(ABC):
             return ()
         return (Proposal(newest, self.draft(cycle, sampler)),)
 
-    @abstractmethod
     def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:
-        """A successor of the newest token, from what was observed."""
+        """A successor of the newest token, from what was observed, where `successors` gives one at most."""
+        raise NotImplementedError
 
     def drop(self, change: Change) -> None:
         """A verdict has dropped nodes. By default those of a chain: the target's own token takes their place."""
@@ -69,18 +69,30 @@ class PipelineDrafter(ABC):
 
 
 class SyntheticPipelineDrafter(PipelineDrafter):
-    """`oracle:P` and `forced:P`."""
+    """`oracle:P` and `forced:P`. With `top_k` above 1 every newest node gets so many drafts, up to `max_rows` in a
+    cycle; all but the first are wrong for certain."""
 
-    def __init__(self, drafts: SyntheticDrafts, *, reads_this_cycle: bool = False) -> None:
+    def __init__(
+        self, drafts: SyntheticDrafts, *, reads_this_cycle: bool = False, top_k: int = 1, max_rows: int = 1
+    ) -> None:
         self.reads_this_cycle = reads_this_cycle
+        self.max_rows = max_rows
         self._drafts = drafts
+        self._top_k = top_k
         self._prompt_length = 0
 
     def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:  # noqa: ARG002
         self._prompt_length = prompt_length
 
-    def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002
-        return self._drafts.draft(_newest(cycle).position + 1 - self._prompt_length)
+    def successors(self, cycle: Cycle, can_continue: Callable[[Node], bool], sampler: Sampler) -> Sequence[Proposal]:  # noqa: ARG002
+        found = [
+            (rank, Proposal(node, draft))
+            for node in cycle.stages[0]
+            if can_continue(node)
+            for rank, draft in enumerate(self._drafts.drafts(node.position + 1 - self._prompt_length, self._top_k))
+        ]
+        found.sort(key=lambda ranked: ranked[0])
+        return [proposal for _, proposal in found[: self.max_rows]]
 
 
 class HeadDrafter(PipelineDrafter):

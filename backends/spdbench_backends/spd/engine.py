@@ -62,7 +62,8 @@ class PipelinedDecoding:
     @property
     def _capacity(self) -> int:
         """Slots of a stage's cache: the tokens of the longest sequence, and branches of nodes in flight."""
-        return self._limit + (self._drafter.max_rows - 1) * (self._schedule.num_stages + 2)
+        rows = self._drafter.max_rows
+        return self._limit + (rows * (self._schedule.num_stages + 2) if rows > 1 else 0)
 
     def _is_last(self, step: Step) -> bool:
         return self._length == self._limit or bool(self._request.eos_ids.intersection(step.token_ids))

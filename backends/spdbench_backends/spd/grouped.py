@@ -33,15 +33,15 @@ class GroupedWeights(ModuleWeights):
     by_depth: tuple[Tensor, ...]
     restarts: tuple[tuple[Tensor, ...], ...]
 
-    def new_module(self, capacity: int) -> DraftModule:
-        return GroupedModule(self, capacity)
+    def new_module(self, capacity: int, ring_size: int | None = None) -> DraftModule:
+        return GroupedModule(self, capacity, ring_size=ring_size)
 
 
 class GroupedModule(DraftModule):
     """Every row but the newest passes each layer only for its keys and values; what else it would compute is left."""
 
-    def __init__(self, weights: GroupedWeights, capacity: int) -> None:
-        super().__init__(weights, capacity)
+    def __init__(self, weights: GroupedWeights, capacity: int, ring_size: int | None = None) -> None:
+        super().__init__(weights, capacity, ring_size=ring_size)
         self._weights = weights
 
     def _read_prompt(self, states: Mapping[int, Tensor]) -> None:

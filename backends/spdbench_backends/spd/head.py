@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
 from spdbench.models.torch_utils import median_seconds, to_device
 from spdbench_backends.spd.plan import DeepestRows, FeaturePlan, GroupPlan, NominalRows, Row
@@ -38,8 +39,8 @@ class ModuleWeights:
     decoder: Decoder
     token_ids_U: Tensor | None
 
-    def new_module(self, capacity: int) -> DraftModule:
-        """The module for one sequence of up to `capacity` tokens."""
+    def new_module(self, capacity: int, ring_size: int | None = None) -> DraftModule:
+        """The module for one sequence of up to `capacity` tokens, with the features of `ring_size` tokens."""
         raise NotImplementedError
 
     def new_rows(self) -> DeepestRows | NominalRows:
@@ -56,8 +57,8 @@ class HeadWeights(ModuleWeights):
     use_deepest: bool
     last_anchor: LastAnchor = "plain"
 
-    def new_module(self, capacity: int) -> DraftModule:
-        return AnchoredModule(self, capacity)
+    def new_module(self, capacity: int, ring_size: int | None = None) -> DraftModule:
+        return AnchoredModule(self, capacity, ring_size=ring_size)
 
     def new_rows(self) -> DeepestRows | NominalRows:
         return DeepestRows(self.plan) if self.use_deepest else NominalRows(self.plan)
@@ -68,16 +69,18 @@ class DraftModule(ABC):
     positions, and a cache of the module's own layers.
 
     Features of a position stand side by side in a row of `_ring_PF`, by rising anchor. Rows are reused: no position
-    further back than two pipelines is read again. `spare_slots` of the cache, and one spare row of the ring, are for
-    tokens that do not exist (see `captured.CapturedDraftModule`).
+    further back than two pipelines, which is the ring's usual size, is read again. `spare_slots` of the cache, and one
+    spare row of the ring, are for tokens that do not exist (see `captured.CapturedDraftModule`).
     """
 
-    def __init__(self, weights: ModuleWeights, capacity: int, spare_slots: int = 0) -> None:
+    def __init__(
+        self, weights: ModuleWeights, capacity: int, spare_slots: int = 0, ring_size: int | None = None
+    ) -> None:
         decoder, plan = weights.decoder, weights.plan
         self._decoder = decoder
         self._full_depth = plan.full_depth
         self._width = decoder.config.hidden_size
-        self._ring_size = 2 * plan.full_depth + 2
+        self._ring_size = ring_size or 2 * plan.full_depth + 2
         self._columns = {anchor: slice(i * self._width, (i + 1) * self._width) for i, anchor in enumerate(plan.anchors)}
         self._cache = decoder.new_cache(capacity + spare_slots)
         shape = self._ring_size + 1, len(plan.anchors) * self._width
@@ -86,7 +89,7 @@ class DraftModule(ABC):
     def start(self, num_rows: int, states: Mapping[int, Tensor], prompt_length: int) -> None:
         """Reads the prompt's hidden states `[S, M]`: their first `num_rows` are rows at full depth."""
         self._cache.rollback(0)
-        first = max(0, prompt_length - 2 * self._full_depth)
+        first = max(0, prompt_length - min(self._ring_size, 2 * self._full_depth))
         rows_S = to_device(
             [position % self._ring_size for position in range(first, prompt_length)], self._decoder.device
         )
@@ -95,21 +98,24 @@ class DraftModule(ABC):
         if num_rows:
             self._read_prompt({anchor: states[anchor][:num_rows] for anchor in self._columns})
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
-        """New hidden states of a token in flight, each `[1, M]`; those that are no anchors are ignored."""
+    def observe(self, key: int, states: Mapping[int, Tensor]) -> None:
+        """New hidden states of a token in flight, by its position or slot (`Row.key`), each `[1, M]`; those that are no
+        anchors are ignored."""
         for index, state_1M in states.items():
             if index in self._columns:
-                self._ring_PF[position % self._ring_size, self._columns[index]] = state_1M[0]
+                self._ring_PF[key % self._ring_size, self._columns[index]] = state_1M[0]
 
     def logits(self, rows: Sequence[Row]) -> Tensor:
         """Draft logits `[U]` for the token after the last row. Rewrites the cache from the first row on."""
-        ring_rows_S = to_device([row.position % self._ring_size for row in rows], self._decoder.device)
         self._cache.rollback(rows[0].position)
-        return self._decoder.logits(self._newest(ring_rows_S, [row.depth for row in rows]))[0]
+        return self._decoder.logits(self._newest(self._ring_rows(rows), [row.depth for row in rows]))[0]
 
     def rollback(self, length: int) -> None:
         """Forgets rows of positions from `length` on."""
         self._cache.rollback(length)
+
+    def _ring_rows(self, rows: Sequence[Row]) -> Tensor:
+        return to_device([row.key % self._ring_size for row in rows], self._decoder.device)
 
     @abstractmethod
     def _read_prompt(self, states: Mapping[int, Tensor]) -> None:
@@ -123,8 +129,8 @@ class DraftModule(ABC):
 class AnchoredModule(DraftModule):
     """The module of versions 11 and 12: a row of type i is the first (i + 1) M columns of its position's features."""
 
-    def __init__(self, weights: HeadWeights, capacity: int, spare_slots: int = 0) -> None:
-        super().__init__(weights, capacity, spare_slots)
+    def __init__(self, weights: HeadWeights, capacity: int, spare_slots: int = 0, ring_size: int | None = None) -> None:
+        super().__init__(weights, capacity, spare_slots, ring_size)
         self.weights = weights
         self._plan = weights.plan
         self._last_anchor = weights.decoder.config.num_layers
@@ -134,10 +140,19 @@ class AnchoredModule(DraftModule):
             states = self._with_last_normed(states)
         super().start(num_rows, states, prompt_length)
 
-    def observe(self, position: int, states: Mapping[int, Tensor]) -> None:
+    def observe(self, key: int, states: Mapping[int, Tensor]) -> None:
         if self.weights.last_anchor == "normed":
             states = self._with_last_normed(states)
-        super().observe(position, states)
+        super().observe(key, states)
+
+    def logits_of(self, rows: Sequence[Row], chosen: Sequence[int], tree: TreeRows | None) -> Tensor:
+        """Draft logits `[R, U]` for the tokens after the rows `chosen` of a tree, or of a chain. Rewrites the cache
+        from the first row on."""
+        start = rows[0].position
+        self._cache.rollback(start)
+        rows_SM = self._project(self._ring_rows(rows), [row.depth for row in rows])
+        hidden_SM, _ = self._decoder.forward(rows_SM, start, self._cache, tree=tree)
+        return self._decoder.logits(hidden_SM[list(chosen)])
 
     def _with_last_normed(self, states: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
         last = self._last_anchor

@@ -127,8 +127,13 @@ class Pipelined(Drafting["PipelineDrafter"]):
         if self._options.executor != "auto":
             return self._options.executor
         if self._share_a_gpu:
-            return "streams"
+            return "inline" if self._has_branches else "streams"
         return "process" if len(self._stages) > 1 else "inline"
+
+    @property
+    def _has_branches(self) -> bool:
+        """True if more than one token of the same position can be in flight."""
+        return False
 
     @property
     def _num_snapshots(self) -> list[int]:

@@ -91,10 +91,16 @@ def default_anchors(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the draft module: a position read at a depth."""
+    """One row of the draft module: a position read at a depth. `slot` is where its features are kept, by default that
+    of its position, of which a chain has one token."""
 
     position: int
     depth: int
+    slot: int | None = None
+
+    @property
+    def key(self) -> int:
+        return self.position if self.slot is None else self.slot
 
 
 class DeepestRows:
