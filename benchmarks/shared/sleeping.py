@@ -63,9 +63,10 @@ class SleepingSPD(SPD):
 
 
 class SleepingDrafter(_Around):
-    def draft(self, *cycle: Any) -> Any:
-        time.sleep(self._layer_s)
-        return self._inner.draft(*cycle)
+    def successors(self, *cycle: Any) -> Any:
+        if found := self._inner.successors(*cycle):
+            time.sleep(self._layer_s)
+        return found
 
     @property
     def reads_this_cycle(self) -> bool:
