@@ -33,6 +33,19 @@ def find_server() -> str | None:
     return shutil.which("llama-server", path=str(Path(package.origin).parent / "bin"))
 
 
+def libraries_of(server: str) -> dict[str, str]:
+    """The environment in which a server of a package finds its libraries, which lie next to it."""
+    paths = os.pathsep.join(filter(None, [str(Path(server).parent), os.environ.get("LD_LIBRARY_PATH")]))
+    return {**os.environ, "LD_LIBRARY_PATH": paths}
+
+
+def draft_words(server: str) -> tuple[str, ...]:
+    """What makes the server draft with a model; newer ones want to be told the kind of drafts as well."""
+    told = subprocess.run([server, "--help"], env=libraries_of(server), capture_output=True, text=True, check=False)
+    kind = ("--spec-type", "draft-simple") if "draft-simple" in told.stdout + told.stderr else ()
+    return (*kind, "-md", str(embedded_gguf()))
+
+
 SERVER = find_server()
 pytestmark = [
     pytest.mark.embedded,
@@ -46,11 +59,10 @@ def serving(*words: str) -> Iterator[str]:
     assert SERVER is not None
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    libraries = os.pathsep.join(filter(None, [str(Path(SERVER).parent), os.environ.get("LD_LIBRARY_PATH")]))
     fixed = ("-m", str(embedded_gguf()), "--host", "127.0.0.1", "--port", str(port), "-c", "8192", "-np", "4")
     server = subprocess.Popen(
         [SERVER, *fixed, *words],
-        env={**os.environ, "LD_LIBRARY_PATH": libraries},
+        env=libraries_of(SERVER),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -71,6 +83,7 @@ def urls() -> Iterator[dict[str, str]]:
     """The draft model is the model itself: nearly all drafts are accepted, and nothing is gained."""
     if not list((cache_folder() / "models").glob("SmolLM2*")):
         pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
+    assert SERVER is not None
     with ExitStack() as stack:
         plain = stack.enter_context(serving("--no-cache-prompt"))
         yield {
