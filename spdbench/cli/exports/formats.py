@@ -2,7 +2,7 @@
 
 Both hold a line for each request: when it was sent, when its first and last token came, and how many tokens it had. So
 decode speed, times to the first token and throughput are known, times between tokens are not. A request is known by the
-hash of what it asked, where the export says that, so that two exports of the same prompts pair.
+hash of what it asked, in aiperf's records by its number, so that two exports of the same prompts pair.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _aiperf(where: str, rows: Sequence[Mapping[str, Any]]) -> Export:
 
 def _aiperf_request(row: Mapping[str, Any]) -> _Request:
     metadata, metrics = row["metadata"], row["metrics"]
-    asked = str(metadata.get("conversation_id") or metadata["session_num"])
+    asked = str(metadata["session_num"])  # conversations have other ids in every run
     turn = int(metadata.get("turn_index") or 0)
     start_ns, end_ns = int(metadata["request_start_ns"]), int(metadata["request_end_ns"])
     if end_ns < start_ns:
