@@ -106,7 +106,7 @@ def run_here(name: str, settings: Settings, out: Path) -> None:
 
     from benchmarks.shared.gpu_sides import run_part
     from spdbench.measure.environment import git_state
-    from spdbench.pipeline.worker import die_with
+    from spdbench.processors import die_with
 
     die_with(os.getppid())
     if not settings.on_gpu:

@@ -1,15 +1,55 @@
-"""What this process may use: processors by its affinity and the CPU quota of its container, and its control groups."""
+"""What this process may use: processors by its affinity and the CPU quota of its container, and its control groups;
+and which processes work for it."""
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import platform
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
+
+_workers_of_ranks: set[int] = set()
+"""Workers on this machine that are no children of this process: other ranks of a torchrun job started them."""
+
+
+def add_worker(process: int) -> None:
+    """Counts a process of this machine as a worker of this one, until `remove_worker`."""
+    _workers_of_ranks.add(process)
+
+
+def remove_worker(process: int) -> None:
+    _workers_of_ranks.discard(process)
+
+
+def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Makes this process get a signal when its parent ends, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def elsewhere(device: str, node: int) -> str:
+    """The name, in results, of a device of another node of a torchrun job."""
+    return f"{device}:node{node}"
+
+
+def is_elsewhere(device: str) -> bool:
+    """True for a name from `elsewhere`: nothing here can read that device's counters."""
+    return ":node" in device
+
+
+def workers() -> list[int]:
+    """The ids of the processes on this machine that work for this one."""
+    return [child.pid or 0 for child in multiprocessing.active_children()] + sorted(_workers_of_ranks)
 
 
 def usable_processors() -> list[int]:

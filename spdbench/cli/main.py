@@ -103,7 +103,10 @@ def spdbench() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The console entry point: runs one command line and leaves with its exit code."""
-    sys.exit(run(sys.argv[1:] if args is None else args))
+    words = sys.argv[1:] if args is None else args
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.exit(importlib.import_module("spdbench.cli.ranks").run_rank(words))
+    sys.exit(run(words))
 
 
 def run(args: Sequence[str]) -> int:

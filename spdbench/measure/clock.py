@@ -6,7 +6,6 @@ timed in the same way. Nothing but the backend's own work happens between two re
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from spdbench.backend import Backend, engine_report
 from spdbench.judge.results.schema import Steps
+from spdbench.processors import is_elsewhere, workers
 from spdbench.types import Drafted, EngineReport, FinishReason, GenerationRequest, Step
 
 
@@ -41,20 +41,21 @@ def peak_memory_bytes(devices: Sequence[str]) -> int | None:
     """The most memory in bytes that this process and its workers have held so far, on GPUs too; shared pages count once
     for each process. This is a backend's own peak only if it is the only one in the process.
 
-    None if workers use one of the GPUs in `devices`: torch counts GPU memory only within the process that uses it.
+    None if workers use one of the GPUs in `devices`: torch counts GPU memory only within the process that uses it. None
+    also if one of `devices` is on another node.
     """
-    workers = multiprocessing.active_children()
-    if workers and any(device.startswith("cuda") for device in devices):
+    helpers = workers()
+    if any(map(is_elsewhere, devices)) or (helpers and any(device.startswith("cuda") for device in devices)):
         return None
     total = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    total += sum(_peak_bytes(worker.pid) for worker in workers)
+    total += sum(map(_peak_bytes, helpers))
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         total += sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     return total
 
 
-def _peak_bytes(process: int | None) -> int:
+def _peak_bytes(process: int) -> int:
     """Another process's peak, or 0 where the system does not show it."""
     try:
         status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from spdbench.processors import is_elsewhere
+
 POWERCAP = Path("/sys/class/powercap")
 ZONE = re.compile(r"intel-rapl:(\d+)(:\d+)?")
 NVML = "libnvidia-ml.so.1"
@@ -66,8 +68,10 @@ class EnergyMeter:
 def energy_meter(devices: Sequence[str], powercap: Path | None = None) -> EnergyMeter:
     """The meter for a backend on `devices`: its GPUs, and all processor packages, since every backend uses the CPU.
 
-    Empty if one of the GPUs has no counter: the rest alone would understate the energy.
+    Empty if one of the GPUs has no counter, or is on another node: the rest alone would understate the energy.
     """
+    if any(map(is_elsewhere, devices)):
+        return EnergyMeter()
     names = [name for name in dict.fromkeys(devices) if name.startswith("cuda")]
     gpus = [_gpu_counter(name) for name in names]
     if None in gpus:

@@ -9,7 +9,6 @@ Source: NVIDIA, "NVML API Reference Guide", nvmlDeviceGetProcessUtilization.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from spdbench.measure.energy import nvml_device
 from spdbench.measure.process_times import process_name
+from spdbench.processors import workers
 
 MAX_SAMPLES = 1024
 
@@ -74,7 +74,7 @@ class GpuUsers:
         since = ctypes.c_ulonglong(self._last_us[number])
         if nvml.nvmlDeviceGetProcessUtilization(handle, samples, ctypes.byref(count), since):
             return {}  # not found: no other program has used it since
-        own = {os.getpid(), *(worker.pid for worker in multiprocessing.active_children())}
+        own = {os.getpid(), *workers()}
         by_process: dict[int, list[float]] = defaultdict(list)
         for sample in samples[: count.value]:
             self._last_us[number] = max(self._last_us[number], sample.timestamp_us)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 from pathlib import Path
 
 from spdbench.console import printable
+from spdbench.processors import workers
 
 LEAST_SHARE = 0.1
 """Of the processor time that was lost; a process that used less is not named."""
@@ -15,7 +15,7 @@ LEAST_SHARE = 0.1
 
 def own_cpu_ns() -> int:
     """Processor time of this process and its workers, in ns, up to now."""
-    return time.process_time_ns() + sum(cpu_ns(worker.pid or 0) for worker in multiprocessing.active_children())
+    return time.process_time_ns() + sum(map(cpu_ns, workers()))
 
 
 def cpu_ns(process: int) -> int:
@@ -48,7 +48,7 @@ class ProcessTimes:
         """Names of the other processes that used most processor time since the last call, or since the beginning; those
         that can have taken a good part of the `lost_ns` of a request in between."""
         before, self._last = self._last, self._all()
-        own = {os.getpid(), *(worker.pid for worker in multiprocessing.active_children())}
+        own = {os.getpid(), *workers()}
         used = {pid: now - before.get(pid, 0) for pid, now in self._last.items() if pid not in own}
         enough = LEAST_SHARE * max(lost_ns, sum(used.values()))
         names: dict[str, int] = {}

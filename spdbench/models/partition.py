@@ -69,3 +69,10 @@ def split_by_cost(layer_costs: Sequence[float], extras: Sequence[float]) -> tupl
 def _uneven_example(num_layers: int) -> str:
     half = (num_layers + 1) // 2
     return f"{half},{num_layers - half}" if num_layers > 1 else "1"
+
+
+def usual_stages(num_layers: int) -> int:
+    """Three stages if they divide the layers, else the fewest that do."""
+    if num_layers % 3 == 0:
+        return 3
+    return next((n for n in range(2, num_layers + 1) if num_layers % n == 0), 1)

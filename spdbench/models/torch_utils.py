@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from spdbench.errors import InputError
+
+T = TypeVar("T")
 
 
 def array(tensor: Tensor) -> Any:
@@ -68,5 +70,15 @@ def median_seconds(
             work()
             times.append(perf_counter() - began)
         return median(times)
+    finally:
+        torch.set_num_threads(before)
+
+
+def with_threads(items: Iterator[T], threads: int) -> Iterator[T]:
+    """The items, each computed with so many threads in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield from items
     finally:
         torch.set_num_threads(before)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from spdbench.pipeline.messages import Header, Kind, unpack
 from spdbench.pipeline.worker import StageSpec
@@ -56,23 +56,101 @@ class FailureReport(NamedTuple):
         return cls(payload.decode(errors="replace"), bool(header.flag))
 
 
+class StageProcess(Protocol):
+    """A stage's process, on this machine or on another one. `sentinel` becomes readable when it has ended."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def place(self) -> str:
+        """Where it runs, as part of a name; empty for this machine."""
+
+    @property
+    def sentinel(self) -> int: ...
+
+    @property
+    def exitcode(self) -> int | None:
+        """As `multiprocessing` has it: None while it runs, negative if a signal ended it."""
+
+    @property
+    def is_lost(self) -> bool:
+        """True if it ended, or cannot be reached any more, and nothing is left that knows its exit code."""
+
+    def kill(self) -> None: ...
+
+    def print_stack(self) -> None:
+        """Asks for its stack; does not wait."""
+
+    def read_stack(self) -> str:
+        """The stack that was asked for, or why there is none."""
+
+    def usage(self) -> tuple[str, ...]:
+        """What it has used so far of processor and disk; two that are equal mean no progress."""
+
+    def close(self) -> None:
+        """Frees what is kept of it here."""
+
+
+class LocalProcess:
+    """A stage's process that this process started; it prints stacks to a pipe that is read from `stacks`."""
+
+    place = ""
+    is_lost = False
+
+    def __init__(self, process: SpawnProcess, stacks: Connection) -> None:
+        self._process = process
+        self._stacks = stacks
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        return self._process.sentinel
+
+    @property
+    def exitcode(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+
+    def print_stack(self) -> None:
+        with contextlib.suppress(OSError, TypeError):
+            os.kill(self.pid, signal.SIGUSR1)  # type: ignore[arg-type]
+
+    def read_stack(self) -> str:
+        with contextlib.suppress(EOFError, OSError):
+            if self._stacks.poll(0):
+                return os.read(self._stacks.fileno(), 1 << 16).decode(errors="replace")
+        return "  (it does not even answer signals: stopped, or stuck in the kernel)"
+
+    def usage(self) -> tuple[str, ...]:
+        return _usage_of(self.pid or 0)
+
+    def close(self) -> None:
+        self._stacks.close()
+
+
 @dataclass(frozen=True)
 class StageHandle:
-    """One stage of the pipeline of `label`, and the controller's ends of its pipes. `unread` are reports that came
-    while another stage's was awaited."""
+    """One stage of the pipeline of `label`, and the controller's ends of its connections. `unread` are reports that
+    came while another stage's was awaited."""
 
     label: str
     spec: StageSpec
-    process: SpawnProcess
+    process: StageProcess
     reports: Connection
     control: Connection
-    stacks: Connection
     unread: deque[tuple[Header, bytes]]
 
     @property
     def name(self) -> str:
         layers = self.spec.layers
-        where = f"layers {layers.start} to {layers.stop - 1}, process {self.process.pid}"
+        where = f"layers {layers.start} to {layers.stop - 1}, {self.process.place}process {self.process.pid}"
         return f"stage {self.spec.index} of {self.spec.num_stages} of {self.label} ({where})"
 
 
@@ -86,6 +164,9 @@ def describe_failure(stages: Sequence[StageHandle], received: Mapping[int, Failu
     for stage, report in reports:
         if not report.blames_neighbour:
             return f"{stage.name} failed:\n{report.traceback}"
+    for stage in stages:
+        if stage.process.is_lost:
+            return f"{stage.name} is lost: its rank or its node ended, or the network between them did"
     for stage in stages:
         code = stage.process.exitcode
         if code is not None and code < 0:
@@ -103,18 +184,16 @@ def describe_hang(stages: Sequence[StageHandle], limit_s: float, limit_name: str
     """Which stage is at fault when no process ended but an answer is overdue, and where it is: the first that waits
     neither for a message nor for its successor to take one."""
     for stage in stages:
-        with contextlib.suppress(OSError, TypeError):
-            os.kill(stage.process.pid, signal.SIGUSR1)  # type: ignore[arg-type]
+        stage.process.print_stack()
     time.sleep(STACK_S)
     for stage in stages:
-        stack = _read_stack(stage.stacks)
+        stack = stage.process.read_stack()
         if not WAITS.search(stack):
-            at = stack or "  (it does not even answer signals: stopped, or stuck in the kernel)"
-            return f"{stage.name} gave no answer within {limit_s:g} s ({limit_name}). It is at:\n{at}"
+            return f"{stage.name} gave no answer within {limit_s:g} s ({limit_name}). It is at:\n{stack}"
     return f"no stage gave an answer within {limit_s:g} s ({limit_name}), and all wait for messages"
 
 
-def join_processes(processes: Sequence[SpawnProcess], limit_s: float, *, at_least_one: bool = False) -> None:
+def join_processes(processes: Sequence[StageProcess], limit_s: float, *, at_least_one: bool = False) -> None:
     """Waits until all have ended; or, if `at_least_one`, until one has and its neighbours had time to notice."""
     deadline = time.monotonic() + limit_s
     while alive := [process for process in processes if process.exitcode is None]:
@@ -137,13 +216,6 @@ def _last_report(reports: Connection) -> FailureReport | None:
     return None
 
 
-def _read_stack(stacks: Connection) -> str:
-    with contextlib.suppress(EOFError, OSError):
-        if stacks.poll(0):
-            return os.read(stacks.fileno(), 1 << 16).decode(errors="replace")
-    return ""
-
-
 class Progress:
     """Whether some processes make progress, by processor time and by what they read from disk (Linux: proc(5), `stat`
     and `io`; elsewhere they are always taken to).
@@ -151,8 +223,8 @@ class Progress:
     Only the main thread's time counts, since other threads may poll: gloo's do, in a process that only waits.
     """
 
-    def __init__(self, process_ids: Iterable[int]) -> None:
-        self._process_ids = tuple(process_ids)
+    def __init__(self, processes: Iterable[StageProcess]) -> None:
+        self._processes = tuple(processes)
         self._seen = self._usage()
         self._at = time.monotonic()
 
@@ -165,7 +237,7 @@ class Progress:
         return now - self._at
 
     def _usage(self) -> list[tuple[str, ...]]:
-        return [_usage_of(process_id) for process_id in self._process_ids]
+        return [process.usage() for process in self._processes]
 
 
 def _usage_of(process_id: int) -> tuple[str, ...]:

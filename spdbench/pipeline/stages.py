@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from types import MappingProxyType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from torch.multiprocessing import get_context
 
@@ -28,6 +28,7 @@ from spdbench.pipeline.messages import Header, Kind, pack, unpack
 from spdbench.pipeline.stage_faults import (
     LAST_REPORT_S,
     FailureReport,
+    LocalProcess,
     Progress,
     StageHandle,
     describe_failure,
@@ -44,10 +45,19 @@ LOOK_EVERY_S = 0.5
 _ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StartStages(Protocol):
+    """Starts the processes of all stages, and appends each to `handles` at once, so that a failure leaves none behind.
+    Returns the connection to stage 0."""
+
+    def __call__(self, specs: Sequence[StageSpec], label: str, handles: list[StageHandle]) -> Connection: ...
+
+
 class StageWorkers:
     """The processes of a pipeline, whose owner is called `label`. Its owner calls `close`."""
 
-    def __init__(self, specs: Sequence[StageSpec], timeout_s: float, label: str) -> None:
+    def __init__(
+        self, specs: Sequence[StageSpec], timeout_s: float, label: str, start: StartStages | None = None
+    ) -> None:
         self._timeout_s = timeout_s
         self._label = label
         self._stages: list[StageHandle] = []
@@ -55,7 +65,10 @@ class StageWorkers:
         self._to_first: Connection | None = None
         self._lost: str | None = None
         try:
-            self._start(specs)
+            self._to_first = (start or start_processes)(specs, label, self._stages)
+            for stage in self._stages:
+                self._poll.register(stage.reports.fileno(), select.POLLIN)
+                self._poll.register(stage.process.sentinel, select.POLLIN)  # any death ends the wait for any stage
             self._wait_until_ready(specs)
         except BaseException:
             self._kill()
@@ -153,34 +166,9 @@ class StageWorkers:
             join_processes([stage.process for stage in self._stages], LAST_REPORT_S)
         self._kill()
 
-    def _start(self, specs: Sequence[StageSpec]) -> None:
-        context = get_context("spawn")
-        inboxes = [context.Pipe(duplex=False) for _ in specs]  # (read, write)
-        self._to_first = inboxes[0][1]
-        parent = os.getpid()
-        given: list[Connection] = []
-        try:
-            for spec in specs:
-                reports, control, stacks = (context.Pipe(duplex=False) for _ in range(3))
-                outbox = None if spec.is_last else inboxes[spec.index + 1][1]
-                pipes = StagePipes(inboxes[spec.index][0], outbox, reports[1], control[0], stacks[1])
-                given += [pipes.inbox, pipes.reports, pipes.control, pipes.stacks, *([outbox] if outbox else [])]
-                process = context.Process(
-                    target=run_stage, args=(spec, pipes, parent), name=f"spdbench-stage-{spec.index}", daemon=True
-                )
-                with _signals_wait():
-                    process.start()
-                self._stages.append(StageHandle(self._label, spec, process, reports[0], control[1], stacks[0], deque()))
-        finally:
-            for connection in given:  # else a worker's death would not close its pipes
-                connection.close()
-        for stage in self._stages:
-            self._poll.register(stage.reports.fileno(), select.POLLIN)
-            self._poll.register(stage.process.sentinel, select.POLLIN)  # any death ends the wait for any stage
-
     def _wait_until_ready(self, specs: Sequence[StageSpec]) -> None:
         grouped = specs[0].transport != "pipe" and len(specs) > 1
-        progress = Progress(self.process_ids)
+        progress = Progress(stage.process for stage in self._stages)
         if grouped:
             port = self._receive_from_loading(0, progress)[0].value
             self._send_number(self._stages[1:], port)
@@ -212,16 +200,48 @@ class StageWorkers:
 
     def _kill(self) -> None:
         for stage in self._stages:
-            if stage.process.is_alive():
-                stage.process.kill()
+            stage.process.kill()
         join_processes([stage.process for stage in self._stages], LAST_REPORT_S)
         for stage in self._stages:
-            for connection in (stage.reports, stage.control, stage.stacks):
-                connection.close()
+            for part in (stage.reports, stage.control, stage.process):
+                part.close()
         if self._to_first is not None:
             self._to_first.close()
         self._to_first = None
         self._stages.clear()
+
+
+def start_processes(specs: Sequence[StageSpec], label: str, handles: list[StageHandle]) -> Connection:
+    """`StartStages` on this machine: children of this process, and pipes between them."""
+    context = get_context("spawn")
+    inboxes = [context.Pipe(duplex=False) for _ in specs]  # (read, write)
+    given: list[Connection] = []
+    try:
+        for spec in specs:
+            reports, control = (context.Pipe(duplex=False) for _ in range(2))
+            outbox = None if spec.is_last else inboxes[spec.index + 1][1]
+            given += [inboxes[spec.index][0], reports[1], control[0], *([outbox] if outbox else [])]
+            process = spawn_stage(spec, inboxes[spec.index][0], outbox, reports[1], control[0])
+            handles.append(StageHandle(label, spec, process, reports[0], control[1], deque()))
+    finally:
+        for connection in given:  # else a worker's death would not close its pipes
+            connection.close()
+    return inboxes[0][1]
+
+
+def spawn_stage(
+    spec: StageSpec, inbox: Connection, outbox: Connection | None, reports: Connection, control: Connection
+) -> LocalProcess:
+    """A stage's process, with its ends of these connections; the caller closes its own copies of them."""
+    context = get_context("spawn")
+    stacks, printed = context.Pipe(duplex=False)
+    pipes = StagePipes(inbox, outbox, reports, control, printed)
+    process = context.Process(
+        target=run_stage, args=(spec, pipes, os.getpid()), name=f"spdbench-stage-{spec.index}", daemon=True
+    )
+    with printed, _signals_wait():
+        process.start()
+    return LocalProcess(process, stacks)
 
 
 @contextlib.contextmanager

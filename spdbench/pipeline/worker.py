@@ -14,7 +14,6 @@ Shapes: S rows, M model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import select
@@ -42,6 +41,7 @@ from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, pack, pack_node
 from spdbench.pipeline.schedule import Node
 from spdbench.pipeline.stage_cache import StageCache
 from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport
+from spdbench.processors import die_with
 
 LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 72
@@ -68,6 +68,10 @@ class StageSpec:
     hidden_indices: tuple[int, ...]
     transport: RowTransport
     timeout_s: float
+    group_host: str = "127.0.0.1"
+    """Where the process group's store is reached: stage 0's machine."""
+    clock_offset_ns: int = 0
+    """How far the stage's clock is ahead of the controller's; spans and messages carry the controller's time."""
 
     @property
     def is_first(self) -> bool:
@@ -116,14 +120,6 @@ def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
         sys.exit(1)
 
 
-def die_with(parent: int) -> None:
-    """Makes this process end when its parent ends, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 class _Stage:
     def __init__(self, spec: StageSpec, pipes: StagePipes) -> None:
         self._spec = spec
@@ -159,7 +155,7 @@ class _Stage:
                 if kind == Kind.STOP:
                     return
                 self._report_spans()
-            self._free_since_ns = time.perf_counter_ns()
+            self._free_since_ns = self._now()
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
@@ -194,11 +190,12 @@ class _Stage:
         """Joins the process group whose stages send rows to each other. Stage 0 holds the group's store, on a port that
         the system chooses, and reports it to the controller, which sends it to all others."""
         spec = self._spec
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if spec.group_host == "127.0.0.1":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if self._on_gpu:
             torch.cuda.set_device(self._decoder.device)
         port = 0 if spec.is_first else int.from_bytes(self._pipes.control.recv_bytes(), "little")
-        store = TCPStore("127.0.0.1", port, spec.num_stages, is_master=spec.is_first, wait_for_workers=False)
+        store = TCPStore(spec.group_host, port, spec.num_stages, is_master=spec.is_first, wait_for_workers=False)
         if spec.is_first:
             self._report(Header(Kind.READY, value=store.port))
         dist.init_process_group(
@@ -235,15 +232,15 @@ class _Stage:
             nodes, rows_SM = [nodes[row] for row in rows], rows_SM[rows]
         if not nodes:
             return
-        began = time.perf_counter_ns()
+        began = self._now()
         self._record_span(HOST, max(header.at_ns, self._free_since_ns), began, header)
         try:
             rows_SM, states = cache.forward(rows_SM, nodes, self._root, lambda: not self._living(nodes))
         except CancelledForwardError:
-            self._record_span(TARGET, began, time.perf_counter_ns(), header)
+            self._record_span(TARGET, began, self._now(), header)
             return
         self._wait_for_device()
-        computed = time.perf_counter_ns()
+        computed = self._now()
         self._record_span(TARGET, began, computed, header)
         if self._outbox is not None:
             passed_on = header._replace(cycle=header.cycle + 1, num_rows=len(nodes), at_ns=computed)
@@ -251,12 +248,12 @@ class _Stage:
         logits = None
         if spec.is_last:
             logits = self._logits(rows_SM)
-            ended = time.perf_counter_ns()
+            ended = self._now()
             self._record_span(HEAD, computed, ended, header)
             computed = ended
         if spec.is_last or header.flag or spec.hidden_indices:
             self._report_result(header, states, logits, nodes)
-        self._record_span(HOST, computed, time.perf_counter_ns(), header)
+        self._record_span(HOST, computed, self._now(), header)
 
     def _nodes_and_rows(self, header: Header, payload: bytes) -> tuple[list[Node], Tensor]:
         """The nodes of a batch and their rows `[S, M]`; stage 0 embeds the token ids that it is sent."""
@@ -284,7 +281,7 @@ class _Stage:
         self, header: Header, states: dict[int, Tensor], logits: Tensor | None, nodes: Sequence[Node] = ()
     ) -> None:
         """RESULT: the nodes, the hidden states to report, one behind the other, and the logits or next tokens."""
-        now, parts = time.perf_counter_ns(), [pack_nodes(nodes)]
+        now, parts = self._now(), [pack_nodes(nodes)]
         parts += [to_bytes(states[index]) for index in self._spec.hidden_indices]
         if logits is not None:
             parts.append(to_bytes(logits))
@@ -310,6 +307,9 @@ class _Stage:
 
     def _record_span(self, kind: int, start_ns: int, end_ns: int, header: Header) -> None:
         self._spans.append((kind, start_ns, end_ns, header.batch, header.cycle))
+
+    def _now(self) -> int:
+        return time.perf_counter_ns() - self._spec.clock_offset_ns
 
     def _wait_for_device(self) -> None:
         if self._on_gpu:

@@ -49,6 +49,7 @@ MAY_IMPORT = {
 
 WIRING = (
     "spdbench.cli.setup",
+    "spdbench.cli.ranks",
     "spdbench.cli.run",
     "spdbench.cli.audit",
     "spdbench.cli.report",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
+    from spdbench.pipeline.ranks.remote import Ranks
     from spdbench.pipeline.streams import CoDrafter, StreamsPipeline
     from spdbench.pipeline.transport import RowTransport
     from spdbench_backends.spd.drafter import PipelineDrafter
@@ -43,10 +44,11 @@ class PipelineOptions(BackendOptions):
     stage_layers: Annotated[tuple[int, ...] | Literal["auto"] | None, BeforeValidator(counts_of)] = Field(
         None, description="layers of each stage, e.g. 11,10,9; auto: balanced by measured times; default: equal stages"
     )
-    executor: Literal["auto", "process", "inline", "streams"] = Field(
+    executor: Literal["auto", "process", "inline", "streams", "torchrun"] = Field(
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
         "streams: all stages in parallel on one GPU, captured in CUDA graphs (on a CPU a rehearsal); "
+        "torchrun: a rank for each stage, also on other nodes, and rank 0 measures; "
         "auto: streams where there is one GPU, else process for more than one stage",
     )
     context: int | None = Field(
@@ -82,7 +84,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     def load(self) -> None:
         self._check_context()
+        ranks = self._ranks if self._executor == "torchrun" else None  # before weights are loaded
         super().load()
+        if ranks is not None:
+            ranks.require_stages(len(self._stages), f"-o {self._context.label}.executor=torchrun")
         self._pipeline = self._start_pipeline()
 
     def describe(self) -> BackendInfo:
@@ -92,8 +97,10 @@ class Pipelined(Drafting["PipelineDrafter"]):
         if self._anchors():
             devices.append(self._drafters_device)
         chosen: dict[str, str] = {"executor": self._executor}
-        if self._executor == "process":
+        if self._in_processes:
             chosen["transport"] = self._transport
+        if self._executor == "torchrun":
+            chosen |= self._ranks.describe()
         chosen |= described_snapshots(decoder, self._stages, self._num_snapshots)
         return BackendInfo(
             devices=tuple(dict.fromkeys(devices)),
@@ -118,12 +125,14 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
         self._decoding = PipelinedDecoding(self._loaded(self._pipeline), self._stages, drafter, request)
         steps = self._decoding.steps()
-        if self._executor != "process":
+        if not self._in_processes:
             return steps
-        return _with_threads(steps, self._drafters_threads)
+        from spdbench.models.torch_utils import with_threads
+
+        return with_threads(steps, self._drafters_threads)
 
     @property
-    def _executor(self) -> Literal["process", "inline", "streams"]:
+    def _executor(self) -> Literal["process", "inline", "streams", "torchrun"]:
         if self._options.executor != "auto":
             return self._options.executor
         if self._share_a_gpu:
@@ -136,13 +145,23 @@ class Pipelined(Drafting["PipelineDrafter"]):
         return False
 
     @property
+    def _in_processes(self) -> bool:
+        return self._executor in ("process", "torchrun")
+
+    @property
+    def _ranks(self) -> Ranks:
+        from spdbench.pipeline.ranks.remote import joined_ranks
+
+        return joined_ranks(f"-o {self._context.label}.executor=torchrun")
+
+    @property
     def _num_snapshots(self) -> list[int]:
         """States of recurrent layers that each stage keeps to go back to."""
         from spdbench.pipeline.inline import snapshots_in_step
         from spdbench.pipeline.worker import snapshots_ahead
 
         count = len(self._stages)
-        if self._executor == "process":
+        if self._in_processes:
             return [snapshots_ahead(count)] * count
         return [snapshots_in_step(stage, count) for stage in range(count)]
 
@@ -167,7 +186,9 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     @property
     def _stage_devices(self) -> list[str]:
-        """Stages take the devices in turn; streams share one."""
+        """Stages take the devices in turn; streams share one, and ranks have their nodes'."""
+        if self._executor == "torchrun":
+            return self._ranks.devices(self._context.devices)
         devices = self._context.devices[:1] if self._executor == "streams" else self._context.devices
         return [devices[stage % len(devices)] for stage in range(len(self._stages))]
 
@@ -230,7 +251,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
 
     def _cut(self, drafters_stages: int | None, trained_cut: tuple[range, ...] | None = None) -> tuple[range, ...]:
         """The stages that the options name, else those that the drafter was trained for, else equal ones."""
-        from spdbench.models.partition import split_by_counts, split_evenly
+        from spdbench.models.partition import split_by_counts, split_evenly, usual_stages
 
         options, num_layers = self._options, self._context.target.config.num_layers
         try:
@@ -310,7 +331,11 @@ class Pipelined(Drafting["PipelineDrafter"]):
             )
             for index, (layers, device) in enumerate(zip(self._stages, self._stage_devices, strict=True))
         ]
-        workers = StageWorkers(specs, self._options.timeout_s, self._context.label)
+        start = None
+        if self._executor == "torchrun":
+            specs = self._ranks.place(specs, self._context.devices, self._context.threads)
+            start = self._ranks.start_stages
+        workers = StageWorkers(specs, self._options.timeout_s, self._context.label, start)
         return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
 
     def _start_streams(self) -> StreamsPipeline:
@@ -325,22 +350,3 @@ class Pipelined(Drafting["PipelineDrafter"]):
     def _co_drafter(self, capacity: int) -> CoDrafter | None:  # noqa: ARG002 - for methods that have one
         """The drafter that is captured together with the stages; None where drafts are made outside of the cycle."""
         return None
-
-
-def _with_threads(steps: Iterator[Step], threads: int) -> Iterator[Step]:
-    """The steps, computed with so many threads in this process."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield from steps
-    finally:
-        torch.set_num_threads(before)
-
-
-def usual_stages(num_layers: int) -> int:
-    """Three stages if they divide the layers, else the fewest that do."""
-    if num_layers % 3 == 0:
-        return 3
-    return next((n for n in range(2, num_layers + 1) if num_layers % n == 0), 1)

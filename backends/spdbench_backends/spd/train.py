@@ -18,13 +18,13 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from spdbench.errors import InputError
-from spdbench.models.partition import split_by_counts, split_evenly
+from spdbench.models.partition import split_by_counts, split_evenly, usual_stages
 from spdbench.training.layers import DecoderLayer, angles
 from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions
 from spdbench.training.soft_targets import greedy_drafts, mean_kl
 from spdbench_backends.drafter_files.folder import Storage, origin, stored, unpacked, write_folder
 from spdbench_backends.spd.formats import VERSION, write_published
-from spdbench_backends.spd.pipelined import counts_of, usual_stages
+from spdbench_backends.spd.pipelined import counts_of
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 from spdbench_backends.spd.trainable import TrainableModule
 

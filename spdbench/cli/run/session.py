@@ -44,6 +44,7 @@ from spdbench.measure.privacy import names_only
 from spdbench.measure.request_turn import Gauges, Workload
 from spdbench.measure.runner import Candidate, Runner
 from spdbench.models.target import Target
+from spdbench.processors import is_elsewhere
 from spdbench.prompts.chat import ChatFormat, PlainText
 from spdbench.prompts.suite import Suite
 from spdbench.render.table import render
@@ -307,7 +308,8 @@ def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
 def _watch(backends: Sequence[Backend]) -> MachineWatch:
     """The watch of this machine, and of the GPUs that any of the backends use."""
     devices = dict.fromkeys(device for backend in backends for device in backend.describe().known_devices or ())
-    return MachineWatch([gpu_uuid(device) for device in devices if device.startswith("cuda")])
+    here = [device for device in devices if device.startswith("cuda") and not is_elsewhere(device)]
+    return MachineWatch([gpu_uuid(device) for device in here])
 
 
 def _gauges(backend: Backend, watch: MachineWatch) -> Gauges:

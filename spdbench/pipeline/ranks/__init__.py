@@ -1,0 +1,1 @@
+"""A pipeline over the ranks of a torchrun job: rank 0 measures, every other rank hosts a stage."""
