@@ -41,6 +41,7 @@ class LazyCommand(NamedTuple):
 
 COMMANDS = {
     "run": LazyCommand("spdbench.cli.run.command", "Measure backends on a suite and compare them."),
+    "sweep": LazyCommand("spdbench.cli.sweep.command", "Run a grid or a list of runs, here or on a cluster."),
     "train": LazyCommand("spdbench.cli.train.command", "Train a drafter on conversations."),
     "compare": LazyCommand("spdbench.cli.compare", "Compare results: speed-ups, acceptance, outputs."),
     "report": LazyCommand("spdbench.cli.report", "Draw a comparison: one HTML page, or one chart as a file."),

@@ -50,6 +50,7 @@ MAY_IMPORT = {
 WIRING = (
     "spdbench.cli.setup",
     "spdbench.cli.ranks",
+    "spdbench.cli.sweep",
     "spdbench.cli.run",
     "spdbench.cli.audit",
     "spdbench.cli.report",

@@ -121,15 +121,12 @@ class Pipelined(Drafting["PipelineDrafter"]):
             pipeline.close()
 
     def _decode(self, request: GenerationRequest, drafter: PipelineDrafter) -> Iterator[Step]:
+        from spdbench.models.torch_utils import with_threads
         from spdbench_backends.spd.engine import PipelinedDecoding
 
         self._decoding = PipelinedDecoding(self._loaded(self._pipeline), self._stages, drafter, request)
         steps = self._decoding.steps()
-        if not self._in_processes:
-            return steps
-        from spdbench.models.torch_utils import with_threads
-
-        return with_threads(steps, self._drafters_threads)
+        return with_threads(steps, self._drafters_threads) if self._in_processes else steps
 
     @property
     def _executor(self) -> Literal["process", "inline", "streams", "torchrun"]:

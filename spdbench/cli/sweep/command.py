@@ -1,0 +1,69 @@
+"""`spdbench sweep`: reads and checks the whole file, then runs what is not done yet."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from spdbench.cli.files import write_stdout
+from spdbench.cli.options import FOLDER, PATH, argument, flag, option, takes
+from spdbench.console import say
+
+PLACES = {"local": "local", "ray": "on_ray", "slurm": "on_slurm"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What `sweep` runs, and where."""
+
+    file: Path = argument("FILE", type=PATH)
+    on: str = option("--on", click.Choice(tuple(PLACES)), None, "Where the points run.", "local")
+    results: Path | None = option("--results", FOLDER, "DIR", "Where results go. [default: results/NAME of the sweep]")
+    dry_run: bool = flag("--dry-run", "Print the commands, one a line, and run nothing.")
+    best: str | None = option("--best", None, "METRIC", "Print the best point by a metric, such as speedup, as YAML.")
+
+
+@click.command("sweep", short_help="Run a grid or a list of runs, here or on a cluster.")
+@takes(SweepOptions)
+def command(options: SweepOptions) -> None:
+    """Run every point of FILE, a YAML file with a grid or a list of settings of `run`, and skip what is done.
+
+    Each point is an ordinary `spdbench run`. A point that fails does not stop the others.
+    """
+    click.get_current_context().exit(_sweep(options))
+
+
+def _sweep(options: SweepOptions) -> int:
+    """The exit code: 1 if a point failed."""
+    from spdbench.cli.sweep.best import best_snippet
+    from spdbench.cli.sweep.points import read_sweep
+    from spdbench.cli.sweep.progress import failures, open_log
+    from spdbench.cli.terminal import sigterm_interrupts
+
+    file, points = read_sweep(options.file)
+    folder = options.results or Path("results") / file.name
+    if options.dry_run:
+        write_stdout("".join(f"{point.shown(folder)}\n" for point in points))
+        return 0
+    place = importlib.import_module(f"spdbench.cli.sweep.{PLACES[options.on]}")
+    run = place.connect(getattr(file, options.on, {}))
+    with sigterm_interrupts(), open_log(folder) as log:
+        todo = [point for point in points if not log.is_done(point)]
+        say(f"{file.name}: {len(points)} points, of which {len(points) - len(todo)} are done.")
+        outcomes = []
+        for outcome in run(todo, folder):
+            log.record(outcome)
+            outcomes.append(outcome)
+            how = f"failed (exit code {outcome.exit_code})" if outcome.exit_code else "done"
+            note = f"; {outcome.note}" if outcome.note else ""
+            say(f"[{len(outcomes)}/{len(todo)}] {outcome.point.name}: {how}{note}")
+    failed = failures(outcomes)
+    say(f"{len(points) - len(failed)} of {len(points)} points are in {folder}; `spdbench compare {folder}` shows them.")
+    if failed:
+        say("Failed points, which the same command tries again:\n  " + "\n  ".join(failed))
+    if options.best is not None:
+        write_stdout(best_snippet(options.best, file, points, folder))
+    return 1 if failed else 0

@@ -1,0 +1,118 @@
+"""The points of a sweep on a Ray cluster: each takes a node, or the GPUs that it names, and sends its results back.
+
+Ray starts and watches the work; this module says which node a point takes. The point of a node that is lost runs on
+another one, and is given up after `TRIES`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from socket import create_connection
+from typing import Any
+
+from spdbench.cli.sweep.local import Runner
+from spdbench.cli.sweep.points import Point
+from spdbench.cli.sweep.progress import Outcome
+from spdbench.errors import InputError, brief, install_command
+from spdbench.output_files import replaced_file
+from spdbench.processors import die_with
+
+TRIES = 3
+LOOK_EVERY_S = 1.0
+LONGEST_NOTE = 300
+CONNECT_S = 10
+Running = dict[Any, tuple[Point, int, str, str]]  # by task: its point, try, note and node
+
+
+def connect(_settings: Mapping[str, Any]) -> Runner:
+    """A runner on the cluster at RAY_ADDRESS, or the one that this machine belongs to.
+
+    Raises:
+        InputError: ray is not installed, or there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise InputError(f"--on ray: needs ray: {install_command('spdbench[ray]')}") from None
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    try:
+        if port.isdigit():
+            create_connection((host.strip("[]"), int(port)), CONNECT_S).close()  # Ray itself would try for a minute
+        if not ray.is_initialized():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    except Exception as error:  # ConnectionError, ValueError, RuntimeError, errors of gRPC
+        advice = "Start one with `ray start --head`, or set RAY_ADDRESS."
+        raise InputError(f"--on ray: no cluster at {address} ({brief(error)}). {advice}") from None
+    return run_points
+
+
+def run_points(points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
+    import ray
+
+    waiting = [(point, 1, "") for point in points]
+    running: Running = {}
+    lost: set[str] = set()  # nodes, of which Ray may hear later than we do
+    while waiting or running:
+        waiting = [each for each in waiting if not _started(each, running, lost)]
+        if not running:
+            yield from (Outcome(point, 1, "no node has room for it") for point, _, _ in waiting)
+            return
+        done, _ = ray.wait(list(running), timeout=LOOK_EVERY_S)
+        for task in done:
+            point, number, note, node = running.pop(task)
+            try:
+                exit_code, said, files = ray.get(task)
+            except ray.exceptions.RayError as error:
+                lost.add(node)
+                note = f"lost with node {node[:8]} ({type(error).__name__}), try {number} of {TRIES}"
+                if number == TRIES:
+                    yield Outcome(point, 1, note)
+                else:
+                    waiting.append((point, number + 1, note))
+                continue
+            for name, content in files.items():
+                with replaced_file(folder / name) as file:
+                    file.write(content)
+            yield Outcome(point, exit_code, note or (said if exit_code else ""))
+
+
+def _started(each: tuple[Point, int, str], running: Running, lost: Collection[str]) -> bool:
+    """Starts a point on a node that has room for it; False if none has. A point without GPUs takes all processors."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    point, number, note = each
+    for node in ray.nodes():
+        name, has = node["NodeID"], node.get("Resources", {})
+        taken = [other for other, _, _, where in running.values() if where == name]
+        whole = any(not other.num_gpus for other in taken) or (taken and not point.num_gpus)
+        gpus = has.get("GPU", 0) - sum(other.num_gpus for other in taken)
+        if not node["Alive"] or name in lost or whole or gpus < point.num_gpus or not has.get("CPU"):
+            continue
+        place = NodeAffinitySchedulingStrategy(name, soft=False)
+        room = {"num_cpus": 0 if point.num_gpus else has["CPU"], "num_gpus": point.num_gpus}
+        task = ray.remote(run_there).options(**room, max_retries=0, scheduling_strategy=place)
+        running[task.remote(point, os.getcwd())] = (point, number, note, name)
+        return True
+    return False
+
+
+def run_there(point: Point, here: str) -> tuple[int, str, dict[str, bytes]]:
+    """One run on a node: exit code, the last thing that it said, result files by name. It ends with the worker.
+    Relative paths are those of `here`, where the node has that folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            point.command(folder),
+            capture_output=True,
+            text=True,
+            cwd=here if os.path.isdir(here) else None,
+            preexec_fn=partial(die_with, os.getpid()),
+        )
+        files = {path.name: path.read_bytes() for path in Path(folder).glob("*.json")}
+    return done.returncode, done.stderr.strip().rpartition("\n")[2][-LONGEST_NOTE:], files

@@ -1,0 +1,84 @@
+"""The points of a sweep as SLURM jobs, through submitit: one job array, of which each task has a node for itself.
+
+Results go to the sweep's folder, which all nodes share. A task whose node is lost is submitted again; since each run
+continues its journal, it loses at most the request that was being measured.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from spdbench.cli.sweep.local import Runner, run_here
+from spdbench.cli.sweep.points import Point
+from spdbench.cli.sweep.progress import Outcome
+from spdbench.errors import InputError, brief, install_command
+
+TRIES = 3
+LOOK_EVERY_S = 0.5
+LOGS = "slurm"
+ONE_NODE = {"nodes": 1, "tasks_per_node": 1}
+
+
+def connect(settings: Mapping[str, Any]) -> Runner:
+    """A runner with the sweep's `slurm` settings: `cluster` (slurm, or local to try it without SLURM), and parameters
+    of submitit such as `slurm_partition` and `timeout_min`.
+
+    Raises:
+        InputError: submitit is not installed, there is no SLURM here, or a parameter is unknown.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError(f"--on slurm: needs submitit: {install_command('spdbench[slurm]')}") from None
+    parameters = {**ONE_NODE, **settings}
+    cluster = parameters.pop("cluster", "slurm")
+    if cluster not in ("slurm", "local"):
+        raise InputError(f"--on slurm: slurm.cluster: {cluster!r} is neither slurm nor local")
+    if cluster == "slurm":
+        if shutil.which("sbatch") is None:
+            raise InputError("--on slurm: no SLURM here (there is no sbatch); run it on a login node")
+        parameters = {"slurm_exclusive": "", **parameters}
+
+    def executor(folder: Path) -> Any:
+        made = submitit.AutoExecutor(folder / LOGS, cluster=cluster)
+        made.update_parameters(**parameters)
+        return made
+
+    try:
+        submitit.AutoExecutor(Path.cwd(), cluster=cluster).update_parameters(**parameters)
+    except (NameError, TypeError, ValueError) as error:
+        raise InputError(f"--on slurm: slurm: {str(error).partition(chr(10))[0]}") from None
+    return partial(_run_points, executor, 1 if cluster == "local" else None)
+
+
+def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
+    """All points as one array; or `at_once` jobs at a time, where all run on this machine."""
+    executing = executor(folder)
+    waiting = [(point, 1, "") for point in points]
+    running: list[tuple[Any, Point, int, str]] = []
+    while waiting or running:
+        room = len(waiting) if at_once is None else at_once - len(running)
+        now, waiting = waiting[:room], waiting[room:]
+        if now:
+            with executing.batch():
+                jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
+            running += [(job, *each) for job, each in zip(jobs, now, strict=True)]
+        ended = [each for each in running if each[0].done()]
+        for each in ended:
+            running.remove(each)
+            job, point, number, note = each
+            try:
+                yield Outcome(point, job.result(), note)
+            except Exception as error:  # the job has no result: its node was lost, or it was killed
+                note = f"lost with job {job.job_id} ({brief(error)}), try {number} of {TRIES}"
+                if number == TRIES:
+                    yield Outcome(point, 1, note)
+                else:
+                    waiting.append((point, number + 1, note))
+        if not ended:
+            time.sleep(LOOK_EVERY_S)

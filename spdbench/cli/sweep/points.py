@@ -1,0 +1,198 @@
+"""A sweep's YAML file as points: each is one `spdbench run`, checked as far as that goes without weights.
+
+Keys are the options of `run` under their names in `RunOptions`, so that each option of `run` can be swept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spdbench.backend import find_backend, parse_options
+from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels
+from spdbench.cli.run.command import DEFAULT_BACKENDS, RunOptions
+from spdbench.cli.run.command import command as run_command
+from spdbench.errors import InputError, did_you_mean, first_problem
+from spdbench.input_files import parse_yaml, read_input
+from spdbench.prompts.suite import load_suite
+
+OWN = {"results", "name", "resume", "quiet", "events"}
+"""Options of `run` that a sweep sets itself."""
+KEYS = {name: field.metadata for name, field in RunOptions.__dataclass_fields__.items() if name not in OWN}
+OPTION = "options."
+"""What begins an axis over a backend's option: `options.spd.stages`."""
+MOST_POINTS = 10_000
+LONGEST_SLUG = 60
+
+Settings = Mapping[str, Any]
+
+
+class SweepFile(BaseModel):
+    """A sweep as written: `fixed` settings of all points, and those that differ: every one of `points` with every
+    combination of `grid`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    fixed: dict[str, Any] = {}
+    grid: dict[str, list[Any]] = {}
+    points: list[dict[str, Any]] = Field([], max_length=MOST_POINTS)
+    slurm: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its `words` after `spdbench run`, without where its results go. `name` follows from the words
+    and the suite's content, so it stays the same whatever else changes in the file."""
+
+    name: str
+    settings: Settings
+    words: tuple[str, ...]
+    suite: str
+    labels: tuple[str, ...]
+    num_gpus: int
+
+    def command(self, results: Path | str) -> list[str]:
+        """The whole command."""
+        return [sys.executable, "-m", "spdbench", "run", *self.arguments(results)]
+
+    def arguments(self, results: Path | str) -> list[str]:
+        return [*self.words, "--results", str(results), "--name", self.name, "--resume"]
+
+    def shown(self, results: Path) -> str:
+        """The command as a person types it."""
+        return shlex.join(["spdbench", "run", *self.arguments(results)])
+
+
+def read_sweep(path: Path) -> tuple[SweepFile, list[Point]]:
+    """The file and its points, at least one, each different.
+
+    Raises:
+        InputError: a mistake in it; names the key, the value and what is allowed.
+    """
+    try:
+        data = parse_yaml(read_input(path))
+    except ValueError as error:
+        raise InputError(f"{path}{error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: a sweep is a mapping with name, fixed, grid or points")
+    try:
+        file = SweepFile.model_validate(data)
+    except ValidationError as error:
+        loc, reason = first_problem(error)
+        hint = did_you_mean(loc[0], SweepFile.model_fields) if error.errors()[0]["type"] == "extra_forbidden" else ""
+        raise InputError(f"{path}: {'.'.join(loc)}: {'unknown key' + hint if hint else reason}") from None
+    if not LABEL.fullmatch(file.name):
+        raise InputError(f"{path}: name: {file.name!r} has to be letters, digits and .+- with single _ between")
+    suites: dict[tuple[str, Any], tuple[str, str]] = {}
+    points = [_point(f"{path}: {where}", file.fixed, own, suites) for where, own in _combinations(path, file)]
+    repeated = [point for index, point in enumerate(points) if point.name in {p.name for p in points[:index]}]
+    if repeated:
+        raise InputError(f"{path}: a point is there twice: {dict(repeated[0].settings)}")
+    return file, points
+
+
+def _combinations(path: Path, file: SweepFile) -> Iterator[tuple[str, Settings]]:
+    """What differs between the points, and where in the file it is."""
+    if not file.grid and not file.points:
+        raise InputError(f"{path}: nothing to sweep: give a grid (key: [values]) or points (a list of settings)")
+    for key, values in file.grid.items():
+        if not values:
+            raise InputError(f"{path}: grid.{key}: is empty; give at least one value")
+    count = max(1, len(file.points))
+    for values in file.grid.values():
+        count *= len(values)
+    if count > MOST_POINTS:
+        raise InputError(f"{path}: {count:,} points; {MOST_POINTS:,} are possible")
+    for number, listed in enumerate(file.points or [{}]):
+        where = f"points.{number}" if file.points else "grid"
+        for combination in itertools.product(*file.grid.values()):
+            yield where, {**listed, **dict(zip(file.grid, combination, strict=True))}
+
+
+def _point(where: str, fixed: Settings, own: Settings, suites: dict[tuple[str, Any], tuple[str, str]]) -> Point:
+    settings = _merged(where, fixed, own)
+    words = tuple(_words(where, settings))
+    try:
+        with run_command.make_context("run", list(words)) as context:
+            options = RunOptions(**context.params)
+        labels = parse_labels(options.backends or DEFAULT_BACKENDS)
+        given = parse_backend_options(options.options, list(labels))
+        parse_drafters(options.drafters, list(labels))
+        for label, name in labels.items():
+            cls = find_backend(name)
+            parse_options(label, cls.Options, given[label])
+        key = (options.suite, options.data)
+        if key not in suites:
+            suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
+            suites[key] = suite.name, suite.sha256
+    except (InputError, click.ClickException) as error:
+        said = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        raise InputError(f"{where}: {said}") from None
+    suite_name, sha256 = suites[key]
+    digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
+    slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
+    name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
+    num_gpus = sum(device.startswith("cuda") for device in options.devices or ())
+    return Point(name, own, words, suite_name, tuple(labels), num_gpus)
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _merged(where: str, fixed: Settings, own: Settings) -> dict[str, Any]:
+    """`fixed` and `own` in one, the latter winning, with all options of backends under `options`."""
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in [*fixed.items(), *own.items()]:
+        if key.startswith(OPTION):
+            options[key.removeprefix(OPTION)] = value
+        elif key == "options":
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}: options: has to be a mapping, such as spd.stages: 3")
+            options |= value
+        elif key in KEYS:
+            found[key] = value
+        else:
+            raise InputError(f"{where}: {key}: unknown key{did_you_mean(key, [*KEYS, OPTION + 'LABEL.KEY'])}")
+    if "suite" not in found:
+        raise InputError(f"{where}: suite: is missing; `spdbench suites` lists those that ship")
+    return {**found, "options": options}
+
+
+def _words(where: str, settings: Settings) -> Iterator[str]:
+    """The settings as words of a command line."""
+    yield str(settings["suite"])
+    for key, value in settings.items():
+        if key == "suite" or value is None:
+            continue
+        names, more, *_ = KEYS[key]["option"]
+        if key == "options":
+            yield from itertools.chain.from_iterable(("-o", f"{name}={_text(each)}") for name, each in value.items())
+        elif more.get("is_flag"):
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: {key}: {value!r} has to be true or false")
+            yield from [names[-1]] if value else []
+        elif more.get("multiple"):
+            items: Sequence[Any] = value if isinstance(value, list) else [value]
+            yield from itertools.chain.from_iterable((names[-1], _text(each)) for each in items)
+        else:
+            yield from (names[-1], _text(value))
+
+
+def _text(value: Any) -> str:
+    """As typed on a command line: `true`, and lists with commas."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,102 @@
+"""What is done of a sweep: a folder of results, and a file `points.jsonl` with a line for each point that ended.
+
+A point is done if its last line says that it ended with 0, and if the results in the folder still have the run keys in
+that line. The file is locked while a sweep works, so that a second one cannot mix with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from spdbench.cli.sweep.points import Point
+from spdbench.errors import InputError
+from spdbench.judge.loaded import LoadedResult, read_results
+from spdbench.output_files import write_obstacle
+
+LOG = "points.jsonl"
+
+
+class Outcome(NamedTuple):
+    """How a point ended: its exit code, and what else is worth saying, such as the node that was lost."""
+
+    point: Point
+    exit_code: int
+    note: str = ""
+
+
+def result_files(folder: Path, point: Point) -> list[Path]:
+    """The result files of a point that are there, by label."""
+    starts = [glob.escape(f"{point.suite}__{label}__") for label in point.labels]
+    return [path for start in starts for path in sorted(folder.glob(f"{start}*__{glob.escape(point.name)}.json"))]
+
+
+def point_results(folder: Path, point: Point) -> list[LoadedResult]:
+    """A point's results; empty if one is missing or cannot be read."""
+    files = result_files(folder, point)
+    try:
+        return read_results(files) if len(files) == len(point.labels) else []
+    except InputError:
+        return []
+
+
+class SweepLog:
+    """The lines of `points.jsonl`, and new ones."""
+
+    def __init__(self, folder: Path, file: IO[str]) -> None:
+        self._folder = folder
+        self._file = file
+        self._last: dict[str, dict[str, Any]] = {}
+        file.seek(0)
+        for line in file:
+            try:
+                found = json.loads(line)
+                self._last[found["name"]] = found
+            except (ValueError, KeyError, TypeError):  # the last line of a sweep that was killed
+                continue
+
+    def is_done(self, point: Point) -> bool:
+        found = self._last.get(point.name)
+        if found is None or found.get("exit_code") != 0:
+            return False
+        keys = [result.head.run_key for result in point_results(self._folder, point)]
+        return bool(keys) and keys == found.get("run_keys")
+
+    def record(self, outcome: Outcome) -> None:
+        point = outcome.point
+        keys = [result.head.run_key for result in point_results(self._folder, point)]
+        line = {"name": point.name, "exit_code": outcome.exit_code, "run_keys": keys, "words": point.words}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._last[point.name] = line
+
+
+@contextmanager
+def open_log(folder: Path) -> Iterator[SweepLog]:
+    """The log of the sweep in `folder`, which is made.
+
+    Raises:
+        InputError: the folder cannot be written, or another sweep works in it.
+    """
+    if (error := write_obstacle(folder)) is not None:
+        raise InputError(f"--results {folder}: cannot be written ({error})")
+    with (folder / LOG).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another sweep works in this folder; wait for it, or give --results") from None
+        yield SweepLog(folder, file)
+
+
+def failures(outcomes: Sequence[Outcome]) -> list[str]:
+    """A line for each point that failed."""
+    return [
+        f"{outcome.point.name}: exit code {outcome.exit_code}{'; ' + outcome.note if outcome.note else ''}"
+        for outcome in outcomes
+        if outcome.exit_code
+    ]
