@@ -27,7 +27,9 @@ class CompareOptions:
     baseline: str | None = option(
         "--baseline", None, "LABEL|FILE", "What speed-ups are relative to. Default: the first vanilla of each table."
     )
-    by: str | None = option("--by", click.Choice(["category"]), None, "One row for each category as well.")
+    by: str | None = option(
+        "--by", click.Choice(["category", "context"]), None, "One row for each category, or length of context, as well."
+    )
     form: Format = option("--format", click.Choice(FORMATS), None, "How to print.", "table")
     dialect: str | None = option(
         "--dialect",
@@ -50,11 +52,17 @@ def command(options: CompareOptions) -> None:
     from rich.console import Console
 
     from spdbench.judge.comparison.compare import compare, find_baseline
-    from spdbench.judge.loaded import read_results
+    from spdbench.judge.comparison.context import by_context
+    from spdbench.judge.loaded import LoadedResult, read_results
     from spdbench.render.table import render
 
     loaded = read_results(list(result_paths(options.results)))
     chosen = None if options.baseline is None else find_baseline(options.baseline, loaded)
+    if options.by == "context":
+        where = loaded.index(chosen) if chosen in loaded else None
+        loaded = by_context(loaded)
+        if isinstance(chosen, LoadedResult):
+            chosen = by_context([chosen])[0] if where is None else loaded[where]
     dialects = DIALECTS if options.dialect == "all" else (options.dialect,) if options.dialect else ()
-    tables = compare(loaded, chosen, by_category=options.by == "category", dialects=dialects)
+    tables = compare(loaded, chosen, by_category=options.by is not None, dialects=dialects)
     write_stdout(render(tables, options.form, Console(file=sys.stdout), details=options.details))

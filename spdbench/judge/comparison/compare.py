@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from spdbench.errors import InputError, NotComparableError, did_you_mean
+from spdbench.judge.comparison.context import length_of
 from spdbench.judge.comparison.pairing import Outputs, Pair, differences, machine, pair, workload
 from spdbench.judge.loaded import LoadedResult, read_results, real_path
 from spdbench.judge.metrics.dialects import metric_name
@@ -192,8 +193,9 @@ def _without_other_model(rows: Sequence[Row]) -> list[Row]:
 
 
 def _categories(members: Sequence[LoadedResult]) -> list[str | None]:
-    """Categories in the order of the files, then None for all prompts."""
-    return [*dict.fromkeys(name for result in members for name in result.by_category), None]
+    """Categories in the order of the files, or contexts from short to long; then None for all prompts."""
+    names = dict.fromkeys(name for result in members for name in result.by_category)
+    return [*sorted(names, key=length_of), None]
 
 
 def _names(members: Sequence[LoadedResult]) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.comparison.compare import Row, Table, compare, find_baseline
+from spdbench.judge.comparison.context import by_context
 from spdbench.judge.loaded import LoadedResult, load, read_results
 from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from tests.builders import (
@@ -353,3 +354,32 @@ def test_flags_are_judged_anew_but_those_of_other_makers_are_kept() -> None:
     old = [{"name": name, "reason": "r", "remedy": "m"} for name in ("unattributed", "recalled", "few_prompts")]
     entry = load(type(result).model_validate(result.model_dump(by_alias=True) | {"flags": old}), "a.json")
     assert [flag.name for flag in entry.flags] == ["recalled"]
+
+
+# Lengths of context
+
+
+def contexts(*lengths: int) -> list[Run]:
+    runs = fast_runs(len(lengths))
+    return [run.model_copy(update={"num_prompt_tokens": length}) for run, length in zip(runs, lengths, strict=True)]
+
+
+def test_contexts_are_rows_from_short_to_long() -> None:
+    lengths = (40_000, 1024, 2047, 300, 255, 2048, 17)
+    plain = [run.model_copy(update={"num_prompt_tokens": n}) for run, n in zip(vanilla_runs(7), lengths, strict=True)]
+    results = by_context([vanilla(runs=plain), eagle(runs=contexts(*lengths))])
+    rows = only(compare(results, by_category=True)).rows
+    assert [(row.category, row.metrics["num_prompts"]) for row in rows[1::2]] == [
+        ("context under 256", 2),
+        ("context from 256", 1),
+        ("context from 1k", 2),
+        ("context from 2k", 1),
+        ("context from 32k", 1),
+        (None, 7),
+    ]
+    assert {row.metrics["speedup"] for row in rows[1::2]} == {pytest.approx(4.0)}
+
+
+def test_the_context_of_a_failed_run_is_unknown() -> None:
+    [result] = by_context([eagle(runs=[*contexts(300), failed_run("p9")])])
+    assert result.runs.categories == ["context from 256", "context unknown (failed)"]
