@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,6 +65,15 @@ class Drafter(Protocol):
         the last: as many rows as tokens."""
 
 
+@runtime_checkable
+class ObservesLogits(Protocol):
+    """A drafter that also reads the target's logits."""
+
+    def observe(self, accepted_ids: Sequence[int], logits_NV: Tensor) -> None:
+        """The accepted drafts, and the target's logits `[N, V]` after the old root and after each of them. `accept`
+        follows."""
+
+
 class Speculation:
     """The rounds of one request. `spans` records where the time went."""
 
@@ -78,6 +87,7 @@ class Speculation:
         self._decoder = decoder
         self._accept_rule = accept_rule
         self._drafter = drafter
+        self._observer = drafter if isinstance(drafter, ObservesLogits) else None
         self._request = request
         self._sampler = Sampler(request.sampling, request.seed)
         # A round keeps at least its root, so recurrent layers go back by one token less than it has nodes.
@@ -121,6 +131,8 @@ class Speculation:
         verdict = verify(logits_NV, draft, self._sampler, self._accept_rule).within(room)
         self.cache.keep(mark, verdict.path)
         verified = perf_counter_ns()
+        if self._observer is not None:
+            self._observer.observe(verdict.token_ids[:-1], logits_NV[list(verdict.path)])
         self._drafter.accept(verdict.token_ids, Features(hidden_NM, states).at(verdict.path))
         self._record_span("draft", began, drafted, mark)
         self._record_span("target", drafted, forwarded, mark)

@@ -70,10 +70,18 @@ OPTIONS: Mapping[str, tuple[dict[str, str], ...]] = {
     ),
     "ngram": ({}, {"min_ngram": "1", "max_ngram": "1", "num_tokens": "3"}, {"graphs": "on"}),
     "ppsd": (*PIPELINES, STREAMS[1]),
+    "recycling": (
+        {},
+        {"row_cost": "0"},
+        {"row_cost": "0", "top_k": "1"},
+        {"earlier_answers": "true"},
+        {"graphs": "on"},
+    ),
     "spd": PIPELINES + BRANCHES + STREAMS,
+    "suffix": ({}, {"row_cost": "0"}, {"row_cost": "0", "earlier_answers": "true"}, {"graphs": "on"}),
     "vanilla": ({}, {"graphs": "on"}),
 }
-ALONE = {"hf", "ngram", "vanilla"}
+ALONE = {"hf", "ngram", "recycling", "suffix", "vanilla"}
 """They take no drafter."""
 
 ELSEWHERE = {"llamacpp", "openai"}
