@@ -41,7 +41,7 @@ class BackendContext:
     `model` is one object for all backends of a run and loads its weights at first use; None where only a server has the
     model. `drafter` is what the user gave (`auto`, a path, `oracle:0.8`, ...), `seed` the run's. `devices` are names
     such as `cpu` or `cuda:0`. `template_args` are for servers that apply the chat template themselves; the ids of a
-    request have them in already.
+    request have them in already, and the template `chat_template` too, which no server is given.
     """
 
     label: str
@@ -51,6 +51,7 @@ class BackendContext:
     threads: int
     seed: int
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
 
     @property
     def target(self) -> Target:

@@ -22,17 +22,24 @@ where it reports none."""
 UNKNOWN_ID = -1
 """The id, in a step, of a token whose id is unknown."""
 Message = Mapping[str, str]
-"""One chat message: `{"role": ..., "content": ...}`."""
+"""One chat message: `{"role": ..., "content": ...}`, with `reasoning_content` where a given answer has thoughts."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One conversation of a suite: the user's turns in order, the answers being the model's own."""
+    """One conversation of a suite: the user's turns in order, the answers being the model's own. `context` are the
+    messages before the first turn, such as a system prompt, or turns whose answers are given."""
 
     id: str
     category: str
     turns: tuple[str, ...]
     reference: tuple[str, ...] | None = None
+    context: tuple[Message, ...] = ()
+
+    @property
+    def first_messages(self) -> list[Message]:
+        """The messages of the first request."""
+        return [*self.context, {"role": "user", "content": self.turns[0]}]
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class RecyclingDrafter:
         node_of: dict[Path, int] = {(): 0}
         for path in self._paths:
             parent, rank = node_of.get(path[:-1]), path[-1]
-            candidates = () if parent is None else self._table.get(ids[parent], ())
+            candidates = [] if parent is None else self._table.get(ids[parent], [])
             if parent is not None and len(path) <= max_levels and rank < len(candidates):
                 node_of[path] = len(ids)
                 ids.append(candidates[rank])

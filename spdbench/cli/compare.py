@@ -59,10 +59,10 @@ def command(options: CompareOptions) -> None:
     loaded = read_results(list(result_paths(options.results)))
     chosen = None if options.baseline is None else find_baseline(options.baseline, loaded)
     if options.by == "context":
-        where = loaded.index(chosen) if chosen in loaded else None
-        loaded = by_context(loaded)
+        split = by_context(loaded)
         if isinstance(chosen, LoadedResult):
-            chosen = by_context([chosen])[0] if where is None else loaded[where]
+            chosen = split[loaded.index(chosen)] if chosen in loaded else by_context([chosen])[0]
+        loaded = split
     dialects = DIALECTS if options.dialect == "all" else (options.dialect,) if options.dialect else ()
     tables = compare(loaded, chosen, by_category=options.by is not None, dialects=dialects)
     write_stdout(render(tables, options.form, Console(file=sys.stdout), details=options.details))

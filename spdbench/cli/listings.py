@@ -95,8 +95,9 @@ def _suite_text(suite: SuiteListing) -> str:
 
 
 def _prompt_text(prompt: Mapping[str, Any]) -> str:
-    turns = (click.wrap_text(f"{turn}", 80, "    ", "    ", preserve_paragraphs=True) for turn in prompt["turns"])
-    return "\n".join([f"{prompt['id']}  ({prompt['category']})", *turns])
+    given = [f"[{message['role']}] {message['content']}" for message in prompt["context"]]
+    texts = (click.wrap_text(text, 80, "    ", "    ", preserve_paragraphs=True) for text in [*given, *prompt["turns"]])
+    return "\n".join([f"{prompt['id']}  ({prompt['category']})", *texts])
 
 
 def _environment_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -194,6 +194,12 @@ class TargetOptions:
         "cpu, or cuda:0,cuda:1,... [default: cuda:0 if there is one, else cpu]",
         callback=_names,
     )
+    chat_template: str | None = option(
+        "--chat-template",
+        None,
+        "FILE|NAME",
+        "In place of the model's chat template: a file, or vicuna, llama-2, chatml, zephyr.",
+    )
     template_args: tuple[str, ...] = option(
         "--template-arg",
         None,

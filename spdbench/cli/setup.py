@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from spdbench.errors import InputError
 from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
 from spdbench.models.target import Target, find_device, load_target
 from spdbench.prompts.chat import ChatFormat, PlainText, parse_template_args
+from spdbench.prompts.templates import BUILT_IN, find_template
 from spdbench.types import Message
 
 DEFAULT_MODEL = "smollm2"
@@ -36,10 +36,11 @@ class BackendSpec:
         devices: tuple[str, ...],
         threads: int,
         seed: int,
-        template_args: Mapping[str, Any] | None = None,
+        chat: ChatFormat | PlainText | None = None,
     ) -> Backend:
-        """The backend, before its `load`."""
-        context = BackendContext(self.label, model, self.drafter, devices, threads, seed, template_args or {})
+        """The backend, before its `load`. `chat` is the run's format of conversations, if it has one."""
+        args, name = (chat.template_args, chat.template_name) if chat else ({}, None)
+        context = BackendContext(self.label, model, self.drafter, devices, threads, seed, args, name)
         return self.cls(self.options, context)
 
     def record(self, backend: Backend) -> BackendRecord:
@@ -122,9 +123,13 @@ def load_model(chosen: TargetOptions, device: str, default: str | None = None) -
 def chat_format(target: Target, chosen: TargetOptions) -> ChatFormat:
     """The model's format of conversations. Reports on stderr what in it may surprise: that there is none, or that it
     ends turns with a token at which answers do not end."""
-    chat = ChatFormat(target.tokenizer, parse_template_args(chosen.template_args))
+    template = find_template(chosen.chat_template)
+    chat = ChatFormat(target.tokenizer, parse_template_args(chosen.template_args), template)
     if not chat.is_chat:
-        say(f"NOTE: {target.files.id} has no chat template: conversations are fed to it as plain text.")
+        say(
+            f"NOTE: {target.files.id} has no chat template: conversations are fed to it as plain text. If it was "
+            f"trained on conversations, give its format by --chat-template (a file, {', '.join(BUILT_IN)})."
+        )
     elif (end := chat.turn_end()) is not None and end not in target.eos_ids:
         # Not added to the others: some models (those that think aloud in channels) go on after such a token.
         say(
@@ -156,6 +161,7 @@ def model_record(target: Target, chat: ChatFormat | PlainText) -> ModelInfo:
         bytes=target.num_bytes,
         template_sha256=chat.template_sha256,
         template_args=chat.template_args,
+        chat_template=chat.template_name,
         tokenizer_sha256=target.files.tokenizer_sha256,
     )
 

@@ -35,7 +35,7 @@ from spdbench.measure.request_turn import (
     measure_when_ready,
     prompt_sha256,
 )
-from spdbench.types import FirstDivergence, Message, Prompt
+from spdbench.types import FirstDivergence, Prompt
 
 WARMUP_TOKENS = 8
 RETRY_S = 0.2
@@ -231,7 +231,7 @@ class Runner:
 
     def turns(self, prompt: Prompt) -> Iterator[RequestTurn]:
         """A conversation's requests; a turn's first answer has to be in the first journal before the next turn."""
-        messages: list[Message] = []
+        messages = list(prompt.context)
         obstacle: str | None = None
         workload = self.workload
         for turn, text in enumerate(prompt.turns):
@@ -259,8 +259,7 @@ class Runner:
         """Runs the first request that can be made unrecorded. One that fails here fails again when it is measured, and
         is recorded then."""
         asked = (
-            self.workload.request(self._chat, prompt, 0, 0, [{"role": "user", "content": prompt.turns[0]}])
-            for prompt in self.workload.prompts
+            self.workload.request(self._chat, prompt, 0, 0, prompt.first_messages) for prompt in self.workload.prompts
         )
         for request in islice((request for request, obstacle in asked if obstacle is None), 1):
             request = replace(request, max_new_tokens=min(WARMUP_TOKENS, request.max_new_tokens))

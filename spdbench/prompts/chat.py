@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any, NoReturn
 
 from spdbench.errors import InputError, did_you_mean
+from spdbench.prompts.templates import BUILT_IN, ChatTemplate
 from spdbench.types import Message, encodable
 
 PROMPT_DATE = "01 Jan 2025"
@@ -72,6 +73,7 @@ class PlainText:
     """
 
     template_sha256 = None
+    template_name = None
 
     def __init__(self, template_args: Mapping[str, Any] | None = None) -> None:
         self.template_args = dict(template_args or {})
@@ -91,21 +93,31 @@ class ChatFormat:
 
     `template_sha256` identifies the chat template as published. None means plain completion: the messages' texts
     joined by newlines, after the BOS token if this tokenizer adds one. `template_args` go to the template by name.
+    `chosen` takes the place of the tokenizer's own template, and its name is `template_name`.
 
     Raises:
-        InputError: the template has none of these arguments.
+        InputError: the template has none of these arguments, or `chosen` fails on the shortest of conversations.
     """
 
-    def __init__(self, tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> None:
-        template = getattr(tokenizer, "chat_template", None)
+    def __init__(
+        self, tokenizer: Any, template_args: Mapping[str, Any] | None = None, chosen: ChatTemplate | None = None
+    ) -> None:
+        template = getattr(tokenizer, "chat_template", None) if chosen is None else chosen.text
         if isinstance(template, Mapping):  # several named ones, as some tool-using models have
             template = template.get("default")
         self._tokenizer = tokenizer
+        self.template_name = None if chosen is None else chosen.name
         self._template: str | None = template or None
         self.template_sha256 = hashlib.sha256(template.encode()).hexdigest() if template else None
         self.template_args = dict(template_args or {})
         for key in self.template_args:
             self._require_argument(key)
+        if chosen is not None:
+            try:
+                self.encode([{"role": "user", "content": "a"}])
+            except InputError as error:
+                reason = str(error).replace("the model's chat template", "it")
+                raise InputError(f"--chat-template {chosen.name}: {reason}") from None
 
     @property
     def is_chat(self) -> bool:
@@ -205,7 +217,10 @@ class ChatFormat:
     def _require_argument(self, key: str) -> None:
         """Raises `InputError` for an argument that the template does not read, or that is not the user's to give."""
         if self._template is None:
-            raise InputError(f"--template-arg {key}: the model has no chat template; leave the option out")
+            raise InputError(
+                f"--template-arg {key}: the model has no chat template; leave the option out, or give one by "
+                f"--chat-template (a file, {', '.join(BUILT_IN)})"
+            )
         if key == "messages" or key in inspect.signature(self._tokenizer.apply_chat_template).parameters:
             raise InputError(f"--template-arg {key}: is set by spdbench; leave it out")
         words = set(re.findall(r"[A-Za-z_]\w*", self._template))

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from spdbench import hub
-from spdbench.errors import InputError, brief, did_you_mean, install_command
+from spdbench.errors import brief, install_command
 from spdbench.output_files import write_failure
 from spdbench.prompts.rows import SourceUnavailable
+from spdbench.prompts.tables import parquet_rows
 
 CONVERTED = "refs/convert/parquet"
 DEFAULT_FOLDER = "data"
@@ -36,8 +37,7 @@ def read_dataset(
     """
     try:
         import huggingface_hub  # noqa: F401 - the functions below import what they need of it
-        import pyarrow
-        from pyarrow import parquet
+        import pyarrow  # noqa: F401 - so does the reader
     except ImportError as error:
         raise SourceUnavailable(
             f"needs huggingface_hub and pyarrow ({error})", install_command("spdbench[hub]")
@@ -45,14 +45,7 @@ def read_dataset(
     rows: list[Mapping[str, Any]] = []
     files = _fetch(repo, config, split, revision)
     for file in files:
-        try:
-            known = parquet.read_schema(file).names
-            for column in columns:
-                if column not in known:
-                    raise InputError(f"hub {repo} {file.name}: has no column '{column}'{did_you_mean(column, known)}")
-            rows += parquet.read_table(file, columns=list(columns)).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"{file}: not a readable parquet file ({brief(error)})") from None
+        rows += parquet_rows(file, f"hub {repo} {file.name}", columns)
     return rows, _snapshot_of(files[0]).name
 
 

@@ -6,13 +6,18 @@ sources.py has the places that rows come from.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from spdbench.chat_rows import CONTENTS, NAMES, OddRowError, message_of
+from spdbench.console import say
 from spdbench.errors import InputError, did_you_mean
-from spdbench.types import Prompt, encodable
+from spdbench.input_files import parse_json
+from spdbench.types import Message, Prompt, encodable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -69,18 +74,92 @@ def _as_texts(value: object) -> object:
 Text = Annotated[str, AfterValidator(_not_blank)]
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """A list of messages as a prompt: what is given, and the user's turns that the model answers."""
+
+    context: tuple[Message, ...]
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read. With `own_answers` the model answers every user message of a conversation itself; without,
+    the answers in it are given. At most `max_turns` turns are asked. With `skip_odd`, rows that are no conversation are
+    counted and left out. A turn that begins with `placeholder` is one that its data set has not filled in; `origin`
+    says how that is done."""
+
+    own_answers: bool = False
+    max_turns: int | None = None
+    skip_odd: bool = False
+    placeholder: str | None = None
+    origin: str | None = None
+
+
+def split_messages(messages: Sequence[Any], where: str, *, own_answers: bool = False) -> Conversation:
+    """A list of messages as a prompt. An answer after the last user message is left out.
+
+    Raises:
+        OddRowError: a message that no chat template takes, or none of a user's to answer; begins with `where`.
+    """
+    found = [message_of(message, f"{where}.{number}") for number, message in enumerate(messages)]
+    while found and found[-1]["role"] != "user":
+        found.pop()
+    if not found:
+        raise OddRowError(f"{where}: has no message of a user to answer")
+    if any(not message["content"].strip() for message in found if message["role"] == "user"):
+        raise OddRowError(f"{where}: has an empty message of a user")
+    if own_answers:
+        found = [message for message in found if message["role"] != "assistant"]
+    start = len(found)
+    while start and found[start - 1]["role"] == "user":
+        start -= 1
+    return Conversation(tuple(found[:start]), tuple(message["content"] for message in found[start:]))
+
+
+def _as_conversation(value: object) -> Conversation:
+    if not isinstance(value, list):
+        raise ValueError("must be a list of messages, each with role and content")
+    try:
+        return split_messages(value, "messages")
+    except OddRowError as error:
+        raise ValueError(str(error).removeprefix("messages: ")) from None
+
+
 class Row(Part):
-    """One conversation from any source. `id` and `reference` may be numbers, which become text."""
+    """One conversation from any source: the user's turns, or a list of messages. `id` and `reference` may be numbers,
+    which become text."""
 
     id: Annotated[Text, BeforeValidator(_number_as_text)]
     turns: list[Text] = Field(min_length=1)
     category: Text | None = None
+    system: Text | None = Field(None, description="a system prompt of the row's own; beats the suite's")
+    messages: Annotated[Any, AfterValidator(_as_conversation)] = Field(
+        None, description="messages with role and content, in place of `turns`; the answers in it are given"
+    )
     reference: Annotated[list[Annotated[str, AfterValidator(encodable)]] | None, BeforeValidator(_as_texts)] = None
 
-    def prompt(self, category: str) -> Prompt:
+    @model_validator(mode="before")
+    @classmethod
+    def _turns_of_messages(cls, data: Any) -> Any:
+        """Without `turns`, those of `messages`: if these are wrong, the error is that of `messages` alone."""
+        if not isinstance(data, dict) or "messages" not in data:
+            return data
+        if "turns" in data:
+            raise ValueError("must have either turns or messages, not both")
+        turns = ["-"]
+        with suppress(ValueError):
+            turns = list(_as_conversation(data["messages"]).turns)
+        return {**data, "turns": turns}
+
+    def prompt(self, category: str, max_turns: int | None = None) -> Prompt:
         """The row as a prompt; `category` is the default for a row that names none."""
         reference = None if self.reference is None else tuple(self.reference)
-        return Prompt(self.id, self.category or category, tuple(self.turns), reference)
+        context = () if self.messages is None else self.messages.context
+        if self.system is not None:
+            rest = context[1:] if context and context[0]["role"] == "system" else context
+            context = ({"role": "system", "content": self.system}, *rest)
+        return Prompt(self.id, self.category or category, tuple(self.turns[:max_turns]), reference, context)
 
 
 def problem(details: ErrorDetails) -> str:
@@ -108,8 +187,9 @@ def rows_to_prompts(
     category: str,
     optional: frozenset[str] = frozenset(),
     unjudged: Callable[[str], bool] = lambda _: False,
+    reading: Reading = Reading(),
 ) -> tuple[Prompt, ...]:
-    """Prompts from pairs of place and row.
+    """Prompts from pairs of place and row. A column of turns may hold a text, a list of texts or a list of messages.
 
     `columns` maps a field of `Row` to its column; those in `optional` may be absent. Without a column for ids, rows are
     numbered from 0. `name` is that of the whole source, for a message if it is empty. In categories that are `unjudged`
@@ -120,6 +200,7 @@ def rows_to_prompts(
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
+    skipped: list[str] = []
     for number, (where, row) in enumerate(rows):
         fields: dict[str, Any] = {"id": number} if "id" not in columns else {}
         for field, column in columns.items():
@@ -128,13 +209,23 @@ def rows_to_prompts(
             elif field not in optional:
                 raise InputError(f"{where}: has no '{column}'{did_you_mean(column, row)}")
         asked = not unjudged(str(fields.get("category") or category))
-        prompt = _checked_row(fields, where, columns, asked=asked).prompt(category)
+        try:
+            row_read = _checked_row(fields, where, columns, reading, asked=asked)
+        except OddRowError as error:
+            if not reading.skip_odd:
+                raise
+            skipped.append(str(error))
+            continue
+        prompt = row_read.prompt(category, reading.max_turns)
         if prompt.id in places:
             raise InputError(f"{where}: {columns['id']} '{prompt.id}' is already that of {places[prompt.id]}")
         places[prompt.id] = where
         prompts.append(prompt)
     if not prompts:
-        raise InputError(f"{name}: holds no prompts")
+        raise InputError(skipped[0] if skipped else f"{name}: holds no prompts")
+    if skipped:
+        total = len(prompts) + len(skipped)
+        say(f"NOTE: {name}: {len(skipped):,} of {total:,} rows are no conversation. The first: {skipped[0]}")
     return tuple(prompts)
 
 
@@ -170,17 +261,40 @@ def filled(template: str, row: Mapping[str, Any], where: str) -> str:
     return COLUMN_IN_TEMPLATE.sub(lambda found: str(row[found[1]]), template)
 
 
-def _checked_row(fields: Mapping[str, Any], where: str, columns: Mapping[str, str], *, asked: bool) -> Row:
+def _checked_row(
+    fields: Mapping[str, Any], where: str, columns: Mapping[str, str], reading: Reading, *, asked: bool
+) -> Row:
     """`fields` as a `Row`; a single text is one turn. Errors name `where` and the column, unless it is that of a
     reference that is not `asked` for."""
-    turns = fields["turns"]
+    turns, column = _messages_in_text(fields["turns"]), f"{where}: {columns['turns']}"
     if not isinstance(turns, str | list):
-        raise InputError(f"{where}: {columns['turns']}: must be text or a list of texts, not {_short_repr(turns)}")
+        raise InputError(f"{column}: must be text or a list of texts, not {_short_repr(turns)}")
+    if isinstance(turns, list) and (any(isinstance(turn, dict) for turn in turns) or (not turns and reading.skip_odd)):
+        conversation = split_messages(turns, column, own_answers=reading.own_answers)
+        # The answers that are not given have been taken out, so that `Row` reads it in its only way.
+        asked_for = [{"role": "user", "content": turn} for turn in conversation.turns]
+        given: dict[str, Any] = {"messages": [*map(dict, conversation.context), *asked_for]}
+    else:
+        given = {"turns": [turns] if isinstance(turns, str) else turns}
     try:
-        return Row.model_validate({**fields, "turns": [turns] if isinstance(turns, str) else turns})
+        row = Row.model_validate({**{key: value for key, value in fields.items() if key != "turns"}, **given})
     except ValidationError as error:
         first = error.errors()[0]
         field, *rest = (str(part) for part in first["loc"])
         if field == "reference" and not asked:  # the last field, so all else is as it should be
-            return _checked_row({**fields, "reference": None}, where, columns, asked=asked)
+            return _checked_row({**fields, "reference": None}, where, columns, reading, asked=asked)
         raise InputError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None
+    if reading.placeholder is not None and any(turn.startswith(reading.placeholder) for turn in row.turns):
+        how = "" if reading.origin is None else f"; {reading.origin}"
+        raise InputError(f"{column}: has not been filled in yet ({_short_repr(reading.placeholder)}){how}")
+    return row
+
+
+def _messages_in_text(value: Any) -> Any:
+    """The list of messages that `value` is the JSON of, as tables without nested types keep them; else `value`."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        with suppress(ValueError):
+            found = parse_json(value)
+            named = [isinstance(each, dict) and {*each} & {*NAMES} and {*each} & {*CONTENTS} for each in found]
+            return found if named and all(named) else value
+    return value

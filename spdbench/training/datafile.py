@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.append_log import AppendLog, require_same_settings
+from spdbench.chat_rows import messages_of
 from spdbench.errors import InputError
 from spdbench.input_files import parse_json, read_json
-from spdbench.training.conversations import OUR_START, SCHEMA, messages_of
+from spdbench.training.conversations import OUR_START, SCHEMA
 from spdbench.training.distill.talk import Dropped, Kept
 
 SUMMARY_SCHEMA = "spdbench.data-summary/1"

@@ -131,7 +131,8 @@ def test_suites_lists_what_ships_with_its_sources() -> None:
 
 def test_suites_as_json_says_the_same() -> None:
     found = {suite["name"]: suite for suite in json.loads(stdout(suites, "--json"))}
-    assert found.keys() == {"quick", "mtbench", "gsm8k", "humaneval"}
+    yardsticks = {"spec_bench", "speed_bench", "sharegpt", "long_context"}
+    assert found.keys() == yardsticks | {"quick", "mtbench", "gsm8k", "humaneval"}
     assert found["quick"]["num_prompts"] >= 24
     assert found["mtbench"]["num_prompts"] is None
     assert all(suite["description"] and suite["sources"] for suite in found.values())

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("spdbench", "spdbench_backends")
 
-BASE = {"types", "errors", "console", "processors", "input_files", "output_files"}
+BASE = {"types", "errors", "console", "processors", "input_files", "output_files", "chat_rows"}
 ENGINE = {"models", "decoding", "pipeline"}
 HARNESS = {"prompts", "measure", "judge", "render"}
 
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "processors": set[str](),
     "input_files": {"errors"},
     "output_files": set[str](),
+    "chat_rows": {"types", "errors", "input_files"},
     "hub": set[str](),
     "append_log": {"errors", "console", "input_files", "output_files"},
     "plugins": {"errors"},

@@ -93,6 +93,12 @@ class OpenAI:
             raise InputError(f"-b {label}: needs a server; give -o {label}.base_url=http://HOST:PORT/v1")
         if self._context.template_args and options.api != "chat" and self._context.tokenizer is None:
             raise InputError(f"--template-arg: no template is applied to what {label} sends; use -o {label}.api=chat")
+        if self._context.chat_template is not None and options.api == "chat":
+            raise InputError(
+                f"--chat-template: {label} sends messages, and its server applies a template of its own; start the "
+                f"server with it (vLLM, SGLang: --chat-template; llama.cpp: --chat-template-file), or give -m and "
+                f"-o {label}.api=completions"
+            )
         try:
             address = parse_address(options.base_url)
         except ValueError as error:

@@ -76,8 +76,7 @@ class AuditSession:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="spdbench-audit-")))
             candidates = []
             for number, spec in enumerate(self.specs):
-                args = self.chat.template_args
-                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, args)
+                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, self.chat)
                 backend = stack.enter_context(closing(made))
                 backend.load()
                 journal = stack.enter_context(create_journal(folder / f"{number}.jsonl", "", {}))
@@ -150,7 +149,7 @@ class AuditSession:
         with Progress(total) as progress:
             for prompt in workload.prompts:
                 try:
-                    ids = self.chat.encode([{"role": "user", "content": prompt.turns[0]}])
+                    ids = self.chat.encode(prompt.first_messages)
                 except InputError:
                     continue  # reported before
                 if len(ids) + SAMPLED_TOKENS > workload.context_limit:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spdbench.chat_rows import OddRowError, messages_of
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import json_rows, read_input
-from spdbench.training.conversations import MAX_DATA_BYTES, SCHEMA, OddRowError, messages_of, skipped_note
+from spdbench.training.conversations import MAX_DATA_BYTES, SCHEMA, skipped_note
 from spdbench.types import Message, encodable
 
 if TYPE_CHECKING:

@@ -80,4 +80,6 @@ def command(options: EvalOptions) -> None:
 
     if parse_template_args(options.template_args) and not options.apply_chat_template:
         raise InputError("--template-arg: no chat template is applied; add --apply-chat-template")
+    if options.chat_template is not None and not options.apply_chat_template:
+        raise InputError("--chat-template: no chat template is applied; add --apply-chat-template")
     evaluate(labels, options, manager)

@@ -69,12 +69,12 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         devices: tuple[str, ...],
         threads: int,
         seed: int,
-        template_args: Mapping[str, Any] | None = None,
+        chat: ChatFormat | None = None,
     ) -> None:
         super().__init__()
         self.target, self.spec, self.devices = target, spec, devices
         self.tokenizer = target.tokenizer
-        self._chat = ChatFormat(target.tokenizer, template_args)
+        self.chat = chat or ChatFormat(target.tokenizer)
         self._seed = seed
         self.backend: Backend = spec.make(target, devices, threads, seed)
         self.opened.append(self)
@@ -131,11 +131,11 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; by default after a BOS token, if this tokenizer adds one and the text has none."""
-        return list(self._chat.encode_answer(string) if add_special_tokens is False else self._chat.encode_text(string))
+        return list(self.chat.encode_answer(string) if add_special_tokens is False else self.chat.encode_text(string))
 
     def apply_chat_template(self, chat_history: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Raises `InputError` if the model has no chat template, or it refuses."""
-        return self._chat.text(chat_history, answered=not add_generation_prompt)
+        return self.chat.text(chat_history, answered=not add_generation_prompt)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The backend's answers, each up to the first of its stop strings."""
@@ -195,7 +195,7 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _up_to_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[str, bool]:
         """The text of `ids` up to the first stop string in it, and whether there is one."""
-        text = self._chat.decode(ids)
+        text = self.chat.decode(ids)
         places = [place for word in stop if (place := text.find(word)) >= 0]
         return text[: min(places, default=None)], bool(places)
 
@@ -262,6 +262,7 @@ def _chosen(given: Mapping[str, str], name: str) -> ModelOptions:
         dtype=dtype,
         devices=tuple(devices.split("+")) if devices else None,
         threads=_whole(given, "threads", usable_cores()),
+        chat_template=None,
         template_args=(),
     )
 

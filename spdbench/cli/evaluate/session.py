@@ -36,6 +36,7 @@ from spdbench.measure.environment import git_state
 from spdbench.measure.journal import Journal
 from spdbench.measure.privacy import names_only
 from spdbench.prompts.chat import ChatFormat, parse_template_args
+from spdbench.prompts.templates import find_template
 
 PACKAGES = ("lm_eval", "torch", "transformers")
 LONGEST_NAME = 60
@@ -49,6 +50,7 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
     target = load_model(options, devices[0])
     given = {name: getattr(options, name) for name in EvalSettings.model_fields}
     args = parse_template_args(options.template_args)
+    chat = ChatFormat(target.tokenizer, args, find_template(options.chat_template))
     settings = EvalSettings.model_validate({**given, "template_args": args})
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs its progress, and a warning for every option
     found = []
@@ -56,7 +58,7 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
         for spec in specs:
             created = datetime.now(UTC).isoformat(timespec="seconds")
             try:
-                model = SpdbenchLM(spec, target, devices, options.threads, settings.seed, args)
+                model = SpdbenchLM(spec, target, devices, options.threads, settings.seed, chat)
                 found.append(_evaluation(model, settings, _scored(model, settings, manager), created))
             finally:
                 SpdbenchLM.close_all()
@@ -98,7 +100,7 @@ def _evaluation(model: SpdbenchLM, settings: EvalSettings, scored: Mapping[str, 
         versions={name: version(name) for name in PACKAGES},
         settings=settings,
         backend=names_only(model.spec.record(model.backend).model_dump()),
-        model=names_only(model_record(model.target, ChatFormat(model.tokenizer, settings.template_args)).model_dump()),
+        model=names_only(model_record(model.target, model.chat).model_dump()),
         drafter=drafter and names_only(drafter.model_dump()),
         tasks={name: _task(name, scored) for name in scored["samples"]},
         samples=[_sample(name, sample) for name, samples in scored["samples"].items() for sample in samples],

@@ -22,7 +22,7 @@ from spdbench.cli.options import (
 )
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
 from spdbench.console import hide_notes, say
-from spdbench.errors import NotRunError
+from spdbench.errors import InputError, NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
 from spdbench.prompts.chat import PlainText, parse_template_args
@@ -100,6 +100,8 @@ def _measure(options: RunOptions) -> int:
     score = _scorer(suite, options.allow_code_execution)
     devices = find_devices(options)
     target = choose_target(suite, options, devices[0], specs)
+    if target is None and options.chat_template is not None:
+        raise InputError("--chat-template: is applied here, which takes the model's tokenizer; name the model with -m")
     chat = PlainText(parse_template_args(options.template_args)) if target is None else chat_format(target, options)
     counts: dict[str, Any] = {"repeats": options.repeats, "warmup": options.warmup, "remeasure": options.remeasure}
     workload = make_workload(

@@ -109,8 +109,7 @@ class Session:
         with ExitStack() as stack:
             backends = []
             for spec in specs:
-                args = self.chat.template_args
-                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, args)
+                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, self.chat)
                 backends.append(stack.enter_context(closing(made)))
                 made.load()
             if self.target is not None and (reason := self.target.unsupported_reason) is not None:
@@ -206,7 +205,7 @@ class Session:
             "suite": self.suite.name,
             "suite_sha256": self.suite.sha256,
             "num_prompts": len(workload.prompts),
-            "prompts_sha256": _sha256([(prompt.id, prompt.turns) for prompt in workload.prompts]),
+            "prompts_sha256": _sha256([(prompt.id, prompt.turns, *prompt.context) for prompt in workload.prompts]),
             "model": self.model.id,
             "model_sha256": self.model.sha256,
             "dtype": self.model.dtype,
@@ -222,6 +221,7 @@ class Session:
             "devices": list(self.devices),
             "threads": self.options.threads,
             **({"template_args": self.chat.template_args} if self.chat.template_args else {}),
+            **({"template_sha256": self.chat.template_sha256} if self.chat.template_name else {}),
             **{name: True for name in ("keep_spans", "keep_drafts") if getattr(workload, name)},
         }
         if score.judges is not None:  # what scores depend on

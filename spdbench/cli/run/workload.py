@@ -96,8 +96,10 @@ def make_workload(
         keep_spans=keep_spans,
         keep_drafts=keep_drafts,
     )
-    prompts = _check(specs, workload, chat)
-    return replace(workload, first_prompts={name: prompt_sha256(ids) for name, ids in prompts.items()})
+    prompts = _check(specs, workload, chat, omit_too_long=suite.omit_too_long)
+    first = {name: prompt_sha256(ids) for name, ids in prompts.items()}
+    kept = tuple(prompt for prompt in workload.prompts if prompt.id in prompts)
+    return replace(workload, prompts=kept, first_prompts=first)
 
 
 def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
@@ -112,22 +114,25 @@ def _decoding(suite: Suite, options: SuiteOptions) -> dict[str, Any]:
 
 
 def _check(
-    specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText
+    specs: Sequence[BackendSpec], workload: Workload, chat: ChatFormat | PlainText, *, omit_too_long: bool
 ) -> dict[str, tuple[int, ...]]:
-    """The first prompt of each conversation by its id, empty where the template refuses it; raises `InputError` for
-    what is known to be wrong before anything is loaded or written."""
+    """The first prompt of each conversation by its id, empty where the template refuses it; without those for which
+    the model has no room, if the suite says so. Raises `InputError` for what is known to be wrong before anything is
+    loaded or written."""
+    from spdbench.cli.setup import report_joined
     from spdbench.decoding.drafter_choice import parse_drafter
     from spdbench.decoding.synthetic import require_known_answer
 
     for spec in specs:
         if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):
             require_known_answer(parse_drafter(spec.drafter), workload.sampling)
-    obstacles = []
+    obstacles: list[str] = []
+    omitted: list[str] = []
     prompts: dict[str, tuple[int, ...]] = {}
     for prompt in workload.prompts:
         prompts[prompt.id] = ()
         try:
-            ids = chat.encode([{"role": "user", "content": prompt.turns[0]}])
+            ids = chat.encode(prompt.first_messages)
         except ConversationRefusedError as error:
             obstacles.append(f"prompt {prompt.id}: {error}")
         except InputError as error:
@@ -135,11 +140,16 @@ def _check(
         else:
             prompts[prompt.id] = ids
             if len(ids) >= (limit := workload.context_limit):
-                obstacles.append(
-                    f"prompt {prompt.id}: {len(ids)} tokens leave no room in the model's context of {limit}"
-                )
-    if len(obstacles) == len(workload.prompts):
-        raise InputError(obstacles[0])
+                obstacle = f"prompt {prompt.id}: {len(ids)} tokens leave no room in the model's context of {limit}"
+                (omitted if omit_too_long else obstacles).append(obstacle)
+                if omit_too_long:
+                    del prompts[prompt.id]
+    if len(obstacles) + len(omitted) == len(workload.prompts):
+        raise InputError([*obstacles, *omitted][0])
+    if omitted:
+        say(f"NOTE: {len(omitted):,} of {len(workload.prompts):,} prompts are omitted. The first: {omitted[0]}")
+    if isinstance(chat, ChatFormat):
+        report_joined(chat, [prompt.context for prompt in workload.prompts])
     if obstacles:
         say(
             f"NOTE: {len(obstacles):,} of {len(workload.prompts):,} prompts cannot be given to the model and count as "

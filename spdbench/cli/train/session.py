@@ -22,6 +22,7 @@ from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
 from spdbench.output_files import FULL, write_obstacle
 from spdbench.prompts.chat import ConversationRefusedError, parse_template_args
+from spdbench.prompts.templates import find_template
 from spdbench.training import checkpoint
 from spdbench.training.checkpoint import State
 from spdbench.training.conversations import Conversations, read_conversations, skipped_note
@@ -157,6 +158,11 @@ def _sequences(conversations: Conversations, target: Target, options: TrainOptio
         raise InputError(skipped[-1])
     if skipped:
         say(skipped_note(f"--data {options.data}", skipped, len(conversations.places) + len(conversations.skipped)))
+    if conversations.num_without_thoughts:
+        say(
+            f"NOTE: --data {options.data}: {conversations.num_without_thoughts:,} conversations hold thoughts "
+            "(reasoning_content), which are not learned; their answers are."
+        )
     report_joined(chat, conversations.messages)
     if len(sequences) < 2:
         raise InputError(
@@ -178,6 +184,7 @@ def _identity(options: TrainOptions, recipe_options: RecipeOptions, target: Targ
         "device": target.device.type,
         "data_sha256": data_sha256,
         **({"template_args": args} if (args := parse_template_args(options.template_args)) else {}),
+        **({"chat_template": template.text} if (template := find_template(options.chat_template)) else {}),
     }
 
 

@@ -22,8 +22,8 @@ NOTHING = hashlib.sha256(b"").digest()
 
 
 def workload(head: Result) -> str:
-    """Equal for results that did the same work: suite, model, dtype, arguments of the chat template, decoding, and
-    requests at once."""
+    """Equal for results that did the same work: suite, model, dtype, chosen chat template and its arguments, decoding,
+    and requests at once."""
     return repr(work_and_load(head))
 
 
@@ -32,8 +32,9 @@ def work_and_load(head: Result) -> tuple[Any, ...]:
     suite, model = head.suite, head.model
     args = sorted(model.template_args.items())
     key = (suite.name, suite.version, suite.sha256, model.sha256, model.dtype, args, head.decoding.model_dump())
-    # Calibrations are kept under a hash of this, so that one request at a time adds nothing.
-    return key if (at_once := concurrency(head)) == 1 else (*key, at_once)
+    # Calibrations are kept under a hash of this, so one request at a time and the model's own template add nothing.
+    chosen = () if model.chat_template is None else ("chat template", model.template_sha256)
+    return (*key, *chosen) if (at_once := concurrency(head)) == 1 else (*key, *chosen, at_once)
 
 
 def work_at_any_load(head: Result) -> str:
@@ -72,6 +73,10 @@ def differences(base: Result, candidate: Result) -> list[str]:
             found.append(f"{name} ({values[0]}, not {values[1]})")
         elif hashes[0] != hashes[1]:
             found.append(f"{name} ({values[0]} {hashes[0][:8]}, not {hashes[1][:8]})")
+    names = [head.model.chat_template or "none" for head in heads]
+    same_template = base.model.template_sha256 == candidate.model.template_sha256
+    if names != ["none", "none"] and not (same_template and "none" not in names):
+        found.append(f"--chat-template ({names[0]}, not {names[1]})")
     if base.model.template_args != candidate.model.template_args:
         given = [", ".join(f"{key}={value}" for key, value in head.model.template_args.items()) for head in heads]
         found.append(f"--template-arg ({given[0] or 'none'}, not {given[1] or 'none'})")

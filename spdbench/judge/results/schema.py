@@ -101,6 +101,7 @@ class ModelInfo(Record):
     template_args: dict[str, Any] = Field(
         default_factory=dict, description="what --template-arg gave the chat template"
     )
+    chat_template: str | None = Field(None, description="what --chat-template named; null for the model's own")
     tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
 
 

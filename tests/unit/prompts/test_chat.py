@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,14 @@ from transformers import PreTrainedTokenizerFast
 
 from spdbench.errors import InputError
 from spdbench.prompts import chat as chats
-from spdbench.prompts.chat import PROMPT_DATE, ChatFormat, PlainText, parse_template_args
+from spdbench.prompts.chat import (
+    PROMPT_DATE,
+    ChatFormat,
+    ConversationRefusedError,
+    PlainText,
+    parse_template_args,
+)
+from spdbench.prompts.templates import BUILT_IN, ChatTemplate, find_template
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
@@ -252,3 +261,105 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
     rounds = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match=r"does not end within 0\.2 seconds"):
         ChatFormat(tokenizer(rounds + TEMPLATE)).encode(HELLO)
+
+
+def chosen(name: str, messages: list[dict[str, str]], **special: Any) -> str:
+    inner = tokenizer(None, **special)
+    return shown(ChatFormat(inner, None, find_template(name)), inner, messages)
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "with_system"),
+    [
+        (
+            "llama-2",
+            "<s>[INST] hi [/INST] yes? </s><s>[INST] bye [/INST]",
+            "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nhi [/INST]",
+        ),
+        (
+            "chatml",
+            "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyes?<|im_end|>\n"
+            "<|im_start|>user\nbye<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "zephyr",
+            "<|user|>\nhi</s>\n<|assistant|>\nyes?</s>\n<|user|>\nbye</s>\n<|assistant|>\n",
+            "<|system|>\nBe brief.</s>\n<|user|>\nhi</s>\n<|assistant|>\n",
+        ),
+    ],
+)
+def test_built_in_templates_write_their_familys_format(name: str, expected: str, with_system: str) -> None:
+    assert chosen(name, TALK) == expected
+    assert chosen(name, [SYSTEM, *HELLO]) == with_system
+
+
+def test_vicuna_has_its_own_system_prompt_unless_another_is_given() -> None:
+    assert chosen("vicuna", TALK).startswith("<s>A chat between a curious user")
+    assert chosen("vicuna", TALK).endswith("user's questions. USER: hi ASSISTANT: yes?</s> USER: bye ASSISTANT:")
+    assert chosen("vicuna", [SYSTEM, *HELLO]) == "<s>Be brief. USER: hi ASSISTANT:"
+
+
+@pytest.mark.parametrize("name", ["vicuna", "llama-2"])
+def test_templates_whose_turns_alternate_refuse_others(name: str) -> None:
+    with pytest.raises(ConversationRefusedError, match="must take turns"):
+        chosen(name, [*HELLO, *HELLO])
+
+
+@pytest.mark.parametrize("name", list(BUILT_IN))
+def test_a_model_without_a_template_is_no_plain_text_with_a_chosen_one(name: str) -> None:
+    chat = ChatFormat(tokenizer(None), None, find_template(name))
+    assert chat.is_chat
+    assert chat.takes_system
+    assert chat.template_name == name
+    assert chat.template_sha256 == hashlib.sha256(BUILT_IN[name].encode()).hexdigest()
+
+
+def test_a_chosen_template_beats_the_tokenizers_own_and_takes_arguments(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{{ prefix }}{{ messages[0].content }}", encoding="utf-8")
+    inner = tokenizer(TEMPLATE)
+    chat = ChatFormat(inner, {"prefix": "> "}, find_template(str(path)))
+    assert shown(chat, inner, HELLO) == "> hi"
+    assert chat.template_name == "mine.jinja"
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}!"}')
+    found = find_template(str(tmp_path / "tokenizer_config.json"))
+    assert shown(ChatFormat(inner, None, found), inner, HELLO) == "hi!"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("t.jinja", None, "no such file, and none that is built in"),
+        ("t.jinja", b"\xff", "not UTF-8"),
+        ("t.jinja", b" \n", "holds no template"),
+        ("t.json", b"[1]", "JSON without a text `chat_template`"),
+        ("t.json", b"{", "not JSON"),
+    ],
+)
+def test_a_template_that_cannot_be_read(tmp_path: Path, name: str, content: bytes | None, expected: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"--chat-template .*{re.escape(expected)}"):
+        find_template(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{% for %}", "--chat-template t: it refuses this conversation"),
+        ("{{ 1 / 0 }}", "--chat-template t: it crashes on this conversation"),
+        ("{% if false %}a{% endif %}", "makes no tokens"),
+    ],
+)
+def test_a_template_that_cannot_be_used(text: str, expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        ChatFormat(tokenizer(TEMPLATE), None, ChatTemplate("t", text))
+
+
+def test_a_misspelt_built_in_template_is_recognised() -> None:
+    with pytest.raises(InputError, match="did you mean 'vicuna'"):
+        find_template("vicunna")

@@ -17,15 +17,8 @@ import pytest
 from spdbench.errors import InputError
 from spdbench.prompts.hub import choose_files, parquet_splits
 from spdbench.prompts.rows import SourceUnavailable
-from spdbench.prompts.sources import (
-    HubSource,
-    LmEvalSource,
-    Loaded,
-    PackageSource,
-    PathSource,
-    Place,
-    Source,
-)
+from spdbench.prompts.source import Loaded, Place, Source
+from spdbench.prompts.sources import HubSource, LmEvalSource, PackageSource, PathSource
 from spdbench.types import Prompt
 from tests.stub_hub import StubHub
 
@@ -213,10 +206,10 @@ def test_broken_package_file_is_reported_with_package_and_line(package: Path) ->
 def test_reference_may_be_made_of_several_columns(package: Path) -> None:
     rows = [{"q": "def f():", "test": "def check(g): assert g() == {1}", "name": "f"}, {"q": "x", "name": "g"}]
     (package / "p.jsonl").write_bytes(jsonl(rows[0]))
-    asked = {"package": "some_prompts", "file": "p.jsonl", "prompt": "q", "reference": "{test}\ncheck({name})"}
-    assert load(PackageSource(**asked)).prompts[0].reference == ("def check(g): assert g() == {1}\ncheck(f)",)
+    source = PackageSource(package="some_prompts", file="p.jsonl", prompt="q", reference="{test}\ncheck({name})")
+    assert load(source).prompts[0].reference == ("def check(g): assert g() == {1}\ncheck(f)",)
     (package / "p.jsonl").write_bytes(jsonl(*rows))
-    assert broken(PackageSource(**asked)) == "some_prompts/p.jsonl line 2: has no 'test'. Known: name, q."
+    assert broken(source) == "some_prompts/p.jsonl line 2: has no 'test'. Known: name, q."
 
 
 def test_path_takes_references_from_a_package(package: Path, tmp_path: Path) -> None:

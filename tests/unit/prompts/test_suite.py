@@ -61,6 +61,37 @@ def test_suite_keeps_its_model_decoding_and_score(tmp_path: Path) -> None:
     assert suite.decoding.model_dump() == decoding
 
 
+def test_a_rows_own_system_prompt_beats_the_suites(tmp_path: Path) -> None:
+    talk = [{"role": "system", "content": "Of the messages."}, {"role": "user", "content": "hi"}]
+    rows = [
+        {"id": "a", "turns": ["hi"]},
+        {"id": "b", "turns": ["hi"], "system": "Of the row."},
+        {"id": "c", "messages": talk},
+        {"id": "d", "messages": talk, "system": "Of the row."},
+    ]
+    prompts = {"source": [{"inline": rows}], "system": "Of the suite."}
+    found = load_suite(str(write_suite(tmp_path, prompts=prompts)), None).prompts
+    said = [prompt.first_messages[0]["content"] for prompt in found]
+    assert said == ["Of the suite.", "Of the row.", "Of the messages.", "Of the row."]
+    assert all(len(prompt.first_messages) == 2 for prompt in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"turns": ["a"], "messages": []}, "must have either turns or messages, not both"),
+        ({"messages": "a"}, "messages: must be a list of messages, each with role and content"),
+        ({"messages": []}, "messages: has no message of a user to answer"),
+        ({"messages": [{"role": "user"}]}, "messages.0: content must be text, not NoneType"),
+        ({}, "turns: is missing"),
+    ],
+)
+def test_a_row_is_either_turns_or_messages(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    message = message_of(write_suite(tmp_path, prompts={"source": [{"inline": [{"id": "a", **row}]}]}))
+    assert "prompts.source.0.inline.0" in message
+    assert expected in message
+
+
 def test_template_wraps_every_turn_and_leaves_braces_alone(tmp_path: Path) -> None:
     source = {"inline": [{"id": "a", "turns": ["f{x}", "g{prompt}"]}]}
     suite = load_suite(str(write_suite(tmp_path, prompts={"source": [source], "template": "{{Q}} {prompt}!"})), None)
@@ -146,7 +177,8 @@ def test_limit_below_one_is_an_error() -> None:
 
 
 def test_shipped_suites_are_those_of_the_contract() -> None:
-    assert sorted(shipped_suites()) == ["gsm8k", "humaneval", "mtbench", "quick"]
+    contract = {"gsm8k", "humaneval", "mtbench", "quick"}
+    assert shipped_suites().keys() == contract | {"spec_bench", "speed_bench", "sharegpt", "long_context"}
 
 
 def test_quick_has_prompts_of_many_kinds_and_needs_nothing() -> None:
@@ -245,7 +277,7 @@ def test_importing_suites_loads_no_heavy_library() -> None:
 
 def test_unknown_suite_names_the_closest_and_offers_a_path() -> None:
     message = message_of("gsm8")
-    assert message.startswith("unknown suite 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, humaneval, mtbench, quick.")
+    assert message.startswith("unknown suite 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, humaneval, long_context, ")
     assert message.endswith("Or a path to a YAML file.")
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from spdbench.chat_rows import messages_of
 from spdbench.errors import InputError
-from spdbench.training.conversations import messages_of, read_conversations, skipped_note
+from spdbench.training.conversations import read_conversations, skipped_note
 
 HEADER = {"schema": "spdbench.data/1", "seed": 0}
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -154,3 +155,13 @@ def test_rows_that_are_no_objects_are_skipped_and_counted(tmp_path: Path) -> Non
     found = read_conversations(path)
     assert len(found.places) == 1
     assert [reason.partition(":")[0] for reason in found.skipped] == [f"{path} entry {n}" for n in (1, 3, 4)]
+
+
+def test_thoughts_are_left_out_and_counted(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?", "reasoning_content": "A hi."}]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": messages}) for messages in (talk, talk[:1] * 2, talk)))
+    found = read_conversations(path)
+    assert found.num_without_thoughts == 2
+    assert found.messages[0] == (talk[0], {"role": "assistant", "content": "yes?"})
+    assert messages_of({"messages": talk}, "row") == tuple(talk)

@@ -1,0 +1,150 @@
+"""Prompts from CSV and Parquet, and from lists of messages in any of the formats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdbench.errors import InputError
+from spdbench.prompts.source import Loaded, Place
+from spdbench.prompts.sources import PathSource
+from spdbench.types import Prompt
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?", "reasoning_content": "They greet me."},
+    {"role": "user", "content": "bye"},
+]
+
+
+def load(source: PathSource, base: Path) -> Loaded:
+    return source.load(Place("mine", base, "general"))
+
+
+def broken(source: PathSource, base: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        load(source, base)
+    return str(caught.value)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.Table.from_pylist(rows), path)
+
+
+def test_csv_columns(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_bytes('\ufeffn,text,kind\n1,"Say ""a"",\nplease.",talk\n2,hi,\n'.encode())
+    source = PathSource(path="q.csv", id="n", prompt="text", category="kind")
+    expected = (Prompt("1", "talk", ('Say "a",\nplease.',)), Prompt("2", "general", ("hi",)))
+    assert load(source, tmp_path).prompts == expected
+    (tmp_path / "q.tsv").write_text("n\ttext\tkind\n2\thi\t\n")
+    assert load(source.model_copy(update={"path": "q.tsv"}), tmp_path).prompts == expected[1:]
+
+
+def test_a_cell_longer_than_pythons_own_limit(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text(f"turns\n{'word ' * 50_000}\n")
+    [prompt] = load(PathSource(path="q.csv", id=None), tmp_path).prompts
+    assert len(prompt.turns[0]) == 250_000
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no prompts"),
+        (b"turns\n", "holds no prompts"),
+        (b"text\nhi\n", "line 2: has no 'turns'. Known: text."),
+        (b"turns,turns\na,b\n", "line 1: column 'turns' occurs twice"),
+        (b"turns,b\na\n", "line 2: has 1 cells, and the first line names 2 columns"),
+        (b'turns\n"a\n', "not CSV"),
+        (b"turns\n\xff\n", "not UTF-8"),
+        (b"turns,b\n,x\n", "line 2: turns: must be text or a list of texts, not None"),
+    ],
+)
+def test_csv_that_cannot_be_read(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "q.csv").write_bytes(content)
+    assert expected in broken(PathSource(path="q.csv", id=None), tmp_path)
+
+
+def test_parquet_columns(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "q.parquet", [{"question_id": "a", "category": "c", "turns": ["hi", "bye"], "more": 1}])
+    assert load(PathSource(path="q.parquet"), tmp_path).prompts == (Prompt("a", "c", ("hi", "bye")),)
+    source = PathSource(path="q.parquet", prompt="turn")
+    assert "has no column 'turn'; did you mean 'turns'?" in broken(source, tmp_path)
+    (tmp_path / "q.parquet").write_bytes(b"PAR1 but no more")
+    assert "not a readable parquet file" in broken(PathSource(path="q.parquet"), tmp_path)
+
+
+def test_answers_in_a_list_of_messages_are_given(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": TALK}))
+    [prompt] = load(PathSource(path="q.jsonl", id=None, prompt="messages"), tmp_path).prompts
+    assert prompt == Prompt("0", "general", ("bye",), None, tuple(TALK[:3]))
+    assert prompt.first_messages == TALK
+
+
+def test_an_answer_after_the_last_question_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": TALK[1:3]}))
+    [prompt] = load(PathSource(path="q.jsonl", id=None, prompt="messages"), tmp_path).prompts
+    assert (prompt.turns, prompt.context) == (("hi",), ())
+
+
+def test_the_model_gives_its_own_answers_where_the_suite_says_so(tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"messages": TALK}))
+    source = PathSource(path="q.jsonl", id=None, prompt="messages", answers="own")
+    [prompt] = load(source, tmp_path).prompts
+    assert (prompt.turns, prompt.context) == (("hi", "bye"), (TALK[0],))
+    [prompt] = load(source.model_copy(update={"max_turns": 1}), tmp_path).prompts
+    assert prompt.turns == ("hi",)
+
+
+def test_messages_of_tables_without_nested_types(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text('turns\n"[{""from"": ""human"", ""value"": ""hi""}]"\n[1] is a list\n[]\n')
+    prompts = load(PathSource(path="q.csv", id=None), tmp_path).prompts
+    assert [prompt.turns for prompt in prompts] == [("hi",), ("[1] is a list",), ("[]",)]
+
+
+def test_messages_of_parquet(tmp_path: Path) -> None:
+    rows = [{"role": turn["role"], "content": turn["content"]} for turn in TALK]
+    write_parquet(tmp_path / "q.parquet", [{"messages": rows}])
+    [prompt] = load(PathSource(path="q.parquet", id=None, prompt="messages"), tmp_path).prompts
+    assert prompt.first_messages == rows
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([{"role": "assistant", "content": "a"}], "line 1: messages: has no message of a user to answer"),
+        ([{"role": "user", "content": " "}], "line 1: messages: has an empty message of a user"),
+        ([{"role": "wizard", "content": "a"}], "line 1: messages.0: role 'wizard' is not known."),
+        ([{"role": "tool", "content": "a"}], "line 1: messages.0: calls a tool or holds its answer"),
+        ([{"role": "user", "content": 5}], "line 1: messages.0: content must be text, not int"),
+        ([{"role": "user", "content": "a"}, "b"], "line 1: messages.1: must be an object with role and content"),
+    ],
+)
+def test_messages_that_no_template_takes(tmp_path: Path, messages: list[Any], expected: str) -> None:
+    good = {"messages": TALK}
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, [{"messages": messages}, good])))
+    source = PathSource(path="q.jsonl", id=None, prompt="messages")
+    assert expected in broken(source, tmp_path)
+    assert len(load(source.model_copy(update={"skip_odd": True}), tmp_path).prompts) == 1
+
+
+def test_skipped_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": []}, {"messages": [{"from": "gpt", "value": "a"}]}, {"messages": TALK}]
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    source = PathSource(path="q.json", id=None, prompt="messages", skip_odd=True)
+    assert [prompt.id for prompt in load(source, tmp_path).prompts] == ["2"]
+    assert "2 of 3 rows are no conversation. The first: " in capsys.readouterr().err
+    (tmp_path / "q.json").write_text(json.dumps(rows[:2]))
+    assert "has no message of a user to answer" in broken(source, tmp_path)
+
+
+def test_rows_with_system_prompts(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("turns,role\nhi,Be a pirate.\nbye,\n")
+    prompts = load(PathSource(path="q.csv", id=None, system="role"), tmp_path).prompts
+    assert [prompt.context for prompt in prompts] == [({"role": "system", "content": "Be a pirate."},), ()]
