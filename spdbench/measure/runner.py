@@ -196,7 +196,7 @@ class Runner:
         wait_s = RETRY_S
         try:
             with self._lock:
-                messages = [{"role": "user", "content": prompt.turns[0]}]
+                messages = prompt.first_messages
                 request, obstacle = self.workload.request(self._chat, prompt, 0, 0, messages)
             if obstacle is None:
                 candidate.backend.prepare(request)

@@ -43,7 +43,7 @@ KINDS = {
     "synthetic_drafter": FlagKind("Measure a trained one; this is a what-if", disqualifies=True),
     "untrained_drafter": FlagKind("Name a trained one with --drafter", disqualifies=True),
     "degenerate": FlagKind("Use prompts that suit the model, or a model for chat"),
-    "no_template": FlagKind("Give its format by --chat-template, use its chat version, or read the answers first"),
+    "no_template": FlagKind("Name its format (--chat-template), or read answers first"),
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
