@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from spdbench.backend import BackendContext, parse_options
+from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.models.decoder import Decoder
 from spdbench.pipeline import balance
 from spdbench.pipeline.balance import balanced_stages
+from spdbench.profiles.profile import parse_key
+from spdbench_backends.spd.backend import SPD
 from tests import tiny
 
 
@@ -37,6 +41,37 @@ def test_the_cut_follows_the_times(
 def test_measured_for_real_all_layers_are_there(decoder: Decoder) -> None:
     stages = balanced_stages(decoder, 3, 1)
     assert [layer for stage in stages for layer in stage] == list(range(6))
+
+
+def test_a_second_start_cuts_the_same_stages_by_the_stored_times(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head is as fast as nothing at first, and would take all of the last stage's time later."""
+    target, times = tiny.load(tiny_model), iter([6.0, 0.0, 6.0, 9.0])
+    monkeypatch.setattr(balance, "median_seconds", lambda *_, **__: next(times))
+    stored = StoredCosts(target, 1)
+    cuts = [balanced_stages(target.decoder, 2, 1, stored=stored) for _ in range(2)]
+    assert cuts[0] == cuts[1]
+    stored.forget()
+    assert balanced_stages(target.decoder, 2, 1, stored=stored) != cuts[0]
+
+
+def test_a_draft_of_spd_is_timed_once_for_a_number_of_stages(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny.load(tiny_model)
+    times = iter([1.0, 2.0])
+    monkeypatch.setattr("spdbench_backends.spd.head.median_seconds", lambda *_, **__: next(times))
+
+    def measure(stages: int) -> None:
+        options = parse_options("spd", SPD.Options, {"stages": str(stages), "executor": "inline"})
+        backend = SPD(options, BackendContext("spd", target, "random", ("cpu",), 1, 0))
+        backend.load()
+        backend.measure_costs()
+        backend.close()
+
+    for stages in (2, 3, 2):
+        measure(stages)
+    found = {parse_key(key)[1]["stages"]: s for key, s in StoredCosts(target, 1).read().seconds.items()}
+    assert found == {"2": 1.0, "3": 2.0}
 
 
 def test_recurrent_layers_have_a_time_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
