@@ -34,6 +34,7 @@ from spdbench.judge.projection.project import even_layers, replay
 from spdbench.judge.projection.recorded import part_seconds, sort_results, start_seconds, verdicts
 from spdbench.judge.projection.simulation import Parts, Stretch, request_seconds
 from spdbench.judge.results.lanes import PartTime
+from spdbench.judge.results.table import COLUMN
 from spdbench.measure.clock import Measurement
 from spdbench.measure.clock import measure as measure_request
 from spdbench.models.target import load_target
@@ -140,14 +141,16 @@ def here(folder: Path) -> Iterator[str]:
     yield ""
     yield "## Stages in processes"
     yield ""
-    yield "Each part takes what the spans of the run itself say, so this checks the schedule and nothing else: fill,"
-    yield "flush, overlap, messages. Where there are more stages than cores, waiting for a core is in the spans."
+    yield "Each part takes what the spans of the run say, the last stage what the slowest takes in cycles with"
+    yield "a full pipeline, so this checks the schedule: fill, flush, overlap. Where there are more stages than cores,"
+    yield "waiting for a core is in the spans."
     message_s = read_profile(profile).message_s(1) or 0.0
     rows = [in_processes(by_label[f"process{stages}"], cores, message_s) for stages in IN_PROCESSES]
     yield from table("tokens/s", rows)
     yield ""
-    yield "Load of other programs makes these too fast: a cycle waits for the slowest of its stages, which is more than"
-    yield "the mean of any of them when their times scatter, and a simulated stage always takes its mean."
+    yield f"Other programs took {_others(results):.0%} of the cores' time during these requests. That makes the"
+    yield "projections too fast: stages' times scatter, every cycle waits for the slowest of them, and"
+    yield "a simulated part always takes its mean. On an idle machine run this again."
     yield ""
     yield "## Stages in processes that mostly sleep"
     yield ""
@@ -163,13 +166,20 @@ def here(folder: Path) -> Iterator[str]:
     yield from table("tokens/s", rows)
 
 
+def _others(results: Sequence[LoadedResult]) -> float:
+    """The share of the cores' time that other programs took while requests were timed."""
+    totals = sum(each.runs.total(each.runs.answered) for each in results)
+    return float(totals[COLUMN["others_core_s"]] / totals[COLUMN["watched_core_s"]])
+
+
 def in_processes(result: LoadedResult, cores: int, message_s: float) -> Compared:
     backend = result.head.backend
-    layer, head = part_seconds(result, "layer") or 0.0, part_seconds(result, "head") or 0.0
+    layer, total = part_seconds(result, "layer") or 0.0, result.runs.total(result.runs.answered)
+    slowest = float(total[COLUMN["stage_s"]] / total[COLUMN["cycles"]])
     stages = len(backend.stage_layers)
     parts = Parts(
         stages=tuple(count * layer for count in backend.stage_layers),
-        head_s=head,
+        head_s=max(part_seconds(result, "head") or 0.0, slowest - layer * backend.stage_layers[-1]),
         draft_s=part_seconds(result, "draft") or 0.0,
         verify_s=part_seconds(result, "verify") or 0.0,
         host_s=0.0,

@@ -7,10 +7,12 @@ several times as long as it computes, so that any number of stages run as if eac
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from spdbench.backend import BackendContext, parse_options
+from spdbench.models.interface import CancelledForwardError
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.backend import SPD
 
@@ -48,9 +50,12 @@ class SleepingSource(_Around):
 
 
 class SleepingDecoder(_Around):
-    def forward(self, *rows: Any, **more: Any) -> Any:
-        time.sleep(self._layer_s * len(self._inner.layers))
-        return self._inner.forward(*rows, **more)
+    def forward(self, *rows: Any, cancelled: Callable[[], bool] | None = None, **more: Any) -> Any:
+        for _ in self._inner.layers:
+            if cancelled is not None and cancelled():
+                raise CancelledForwardError
+            time.sleep(self._layer_s)
+        return self._inner.forward(*rows, cancelled=cancelled, **more)
 
 
 class SleepingSPD(SPD):

@@ -159,7 +159,7 @@ class SPD(Pipelined):
         info = self._loaded(self._info)
         fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
         key = make_key("draft", **fields, stages=len(self._stages), threads=threads)
-        return self._stored.seconds([key], lambda: [drafting_seconds(head, threads)])[0]
+        return self._stored.seconds([key], lambda: [drafting_seconds(head, threads, self._decoder)])[0]
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import HeadDrafter, SyntheticPipelineDrafter

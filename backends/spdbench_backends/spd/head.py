@@ -22,6 +22,7 @@ from torch.nn.functional import linear
 
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.models.torch_utils import median_seconds, to_device
 from spdbench_backends.spd.plan import DeepestRows, FeaturePlan, GroupPlan, NominalRows, Row
 
@@ -178,8 +179,8 @@ class AnchoredModule(DraftModule):
         return torch.cat(parts)
 
 
-def drafting_seconds(weights: HeadWeights, threads: int) -> float:
-    """Seconds of a draft in a full pipeline, timed in turn with forwards of the target, so that the draft module's
+def drafting_seconds(weights: HeadWeights, threads: int, target: TargetDecoder) -> float:
+    """Seconds of a draft in a full pipeline, timed in turn with forwards of the `target`, so that the draft module's
     weights are not in the processor's caches."""
     plan, decoder = weights.plan, weights.decoder
     width, depth = weights.projections[0].shape[0], plan.full_depth
@@ -190,10 +191,10 @@ def drafting_seconds(weights: HeadWeights, threads: int) -> float:
     first = prompt_length - depth
     module.start(first, states, prompt_length)
     rows = [Row(position, prompt_length - 1 - position) for position in range(first, prompt_length)]
-    cache = decoder.new_cache(1)
+    cache = target.new_cache(1)
 
     def forward() -> None:
-        decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
+        target.forward(target.embed(target.ids((0,))), 0, cache)
         cache.rollback(0)
 
     return median_seconds(lambda: int(module.logits(rows).argmax()), threads=threads, between=forward)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.stored_costs import StoredCosts
@@ -59,7 +60,14 @@ def test_a_second_start_cuts_the_same_stages_by_the_stored_times(
 def test_a_draft_of_spd_is_timed_once_for_a_number_of_stages(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tiny.load(tiny_model)
     times = iter([1.0, 2.0])
-    monkeypatch.setattr("spdbench_backends.spd.head.median_seconds", lambda *_, **__: next(times))
+
+    def timed(work: Callable[[], object], *, threads: int, between: Callable[[], object]) -> float:  # noqa: ARG001
+        with torch.inference_mode():
+            between()
+            work()
+        return next(times)
+
+    monkeypatch.setattr("spdbench_backends.spd.head.median_seconds", timed)
 
     def measure(stages: int) -> None:
         options = parse_options("spd", SPD.Options, {"stages": str(stages), "executor": "inline"})
