@@ -168,7 +168,7 @@ def here(folder: Path) -> Iterator[str]:
 
 def _others(results: Sequence[LoadedResult]) -> float:
     """The share of the cores' time that other programs took while requests were timed."""
-    totals = sum(each.runs.total(each.runs.answered) for each in results)
+    totals = np.sum([each.runs.total(each.runs.answered) for each in results], axis=0)
     return float(totals[COLUMN["others_core_s"]] / totals[COLUMN["watched_core_s"]])
 
 
