@@ -159,8 +159,8 @@ def here(folder: Path) -> Iterator[str]:
     yield from table("tokens/s", list(sleeping(message_s)))
     yield ""
     yield f"Layers sleep {1e3 * LAYER_S:.0f} ms each, drafts {1e3 * DRAFT_S:.0f} ms. What stages take beyond that is"
-    yield "computing, and waking late where other programs use the cores; it scatters, with the effect named above. Within"
-    yield "10 % is the goal where stages have a core each; it takes an idle machine to tell."
+    yield "computing, and waking late where other programs use the cores; it scatters, with the effect named above."
+    yield "Within 10 % is the goal where stages have a core each; it takes an idle machine to tell."
     yield ""
     yield "## Stages stepped in one process"
     yield ""
