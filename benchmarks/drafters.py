@@ -34,7 +34,7 @@ from spdbench.training.features import Features
 from spdbench.training.loop import Training
 from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
 from spdbench.training.schedule import Data, Plan, split_held_out
-from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
+from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
 
 MODEL, DTYPE = "smollm2", "bfloat16"
 DRAFT_VOCABULARY = 8192
@@ -135,7 +135,7 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
     config = decoder.config
     torch.manual_seed(seed)
     kind = find_recipe(each.method)
-    draft_ids_U = draft_vocabulary(sequences, DRAFT_VOCABULARY, config.vocab_size, target.eos_ids)
+    draft_ids_U = most_frequent_tokens(sequences, DRAFT_VOCABULARY, config.vocab_size, target.eos_ids)
     options = parse_recipe_options([f"{key}={value}" for key, value in each.options.items()], kind.Options)
     return kind(options, Teacher(decoder), draft_ids_U, each.stages)
 

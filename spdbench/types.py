@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 BackendKind = Literal["autoregressive", "draft_verify", "pipeline"]
 FinishReason = Literal["eos", "length", "error"]
@@ -23,6 +23,16 @@ UNKNOWN_ID = -1
 """The id, in a step, of a token whose id is unknown."""
 Message = Mapping[str, str]
 """One chat message: `{"role": ..., "content": ...}`, with `reasoning_content` where a given answer has thoughts."""
+
+
+class Chat(Protocol):
+    """The model's format of conversations, as `prompts.chat` implements it."""
+
+    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """Ids to feed so that the answer to the last message comes next."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
 
 
 @dataclass(frozen=True)

@@ -133,35 +133,15 @@ class ModelDrafter:
 
 def random_decoder(target: Decoder, seed: int) -> Decoder:
     """An untrained model of one layer: matrices drawn from N(0, 0.02²) between the target's embedding and head."""
-    import torch
+    from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+    from spdbench.models.decoder import geometry_of
+    from spdbench_backends.drafter_files.tensors import random_tensors
 
-    from spdbench.models.cpu.linear import linear
-    from spdbench.models.layer_ops import NormWeight
-    from spdbench.models.layers import LayerWeights
-
-    config = target.config
-    width, ffn = config.hidden_size, config.intermediate_size
-    queries, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    generator = torch.Generator().manual_seed(seed)
-
-    def matrix(outputs: int, inputs: int) -> Tensor:
-        return (torch.randn(outputs, inputs, generator=generator) * 0.02).to(target.device, target.dtype)
-
-    def norm() -> NormWeight:
-        return NormWeight(torch.ones(width, dtype=target.dtype, device=target.device))
-
-    layer = LayerWeights(
-        input_norm=norm(),
-        qkv=linear(matrix(queries + 2 * kv, width)),
-        head_norms=None,
-        out=linear(matrix(width, queries)),
-        post_norm=norm(),
-        gate_up=linear(matrix(2 * ffn, width)),
-        down=linear(matrix(width, ffn)),
-        experts=None,
-        window=None,
-    )
-    return replace(target, layers=range(1), weights={0: layer})
+    config, expected = target.config, ExpectedTensors()
+    expected.add_layer("", geometry_of(config), config.hidden_size, config.intermediate_size)
+    drawn = random_tensors(expected.required, seed)
+    tensors = {name: tensor.to(target.device, target.dtype) for name, tensor in drawn.items()}
+    return replace(target, layers=range(1), weights={0: dense_layer(tensors.get, "")})
 
 
 def load_small(context: BackendContext, option: str, name: str) -> Target:

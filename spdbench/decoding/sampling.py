@@ -1,13 +1,14 @@
 """How the next token is chosen from logits: warping, inverse-CDF draws, one random stream a request.
 
 Target and drafter use the same warp, as lossless verification requires.
-Shapes: V vocabulary, N rows.
+Shapes: V vocabulary, U draft vocabulary, N rows.
 """
 
 from __future__ import annotations
 
 import math
 import random
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,23 @@ from spdbench.types import Sampling
 
 Logits = Tensor | int
 """Logits `[V]`, or only the next token by `next_tokens`, which greedy decoding needs and which is a shorter message."""
+
+
+class DraftVocabulary:
+    """The tokens that a drafter can propose: those that `token_ids_U` lists, or all `vocab_size` of the target's."""
+
+    def __init__(self, vocab_size: int, token_ids_U: Tensor | None = None) -> None:
+        self.size = vocab_size if token_ids_U is None else len(token_ids_U)
+        self.token_ids_U = token_ids_U
+
+    def to_target(self, draft_ids: Tensor) -> Tensor:
+        """Indices in the draft vocabulary, of any shape, as the target's token ids."""
+        return draft_ids if self.token_ids_U is None else self.token_ids_U[draft_ids]
+
+    @cached_property
+    def listed(self) -> tuple[int, ...] | None:
+        """The token ids on the host; None where drafts come from the whole vocabulary."""
+        return None if self.token_ids_U is None else tuple(self.token_ids_U.tolist())
 
 
 def require_number(token: int) -> int:

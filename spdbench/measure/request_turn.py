@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,13 +34,6 @@ from spdbench.types import (
 
 MOST_BLOCKS = 4
 NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
-
-
-class Chat(Protocol):
-    """Messages to ids and back."""
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)

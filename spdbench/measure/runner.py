@@ -25,7 +25,6 @@ from spdbench.judge.results.schema import Run
 from spdbench.measure.clock import peak_memory_bytes
 from spdbench.measure.journal import Journal
 from spdbench.measure.request_turn import (
-    Chat,
     Gauges,
     RequestTurn,
     StoppedError,
@@ -35,7 +34,7 @@ from spdbench.measure.request_turn import (
     measure_when_ready,
     prompt_sha256,
 )
-from spdbench.types import FirstDivergence, Prompt
+from spdbench.types import Chat, FirstDivergence, Prompt
 
 WARMUP_TOKENS = 8
 RETRY_S = 0.2

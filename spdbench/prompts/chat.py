@@ -143,7 +143,8 @@ class ChatFormat:
             shown = self._render([question, answer, question], self._template or "", tokenize=False)
         except InputError:
             return None
-        ids = self.encode_answer(shown.rpartition(OPEN_END)[2].lstrip())
+        _, mark, rest = shown.rpartition(OPEN_END)
+        ids = self.encode_answer(rest.lstrip()) if mark else ()
         return ids[0] if ids and self._is_special(ids[0]) else None
 
     def _is_special(self, token_id: int) -> bool:

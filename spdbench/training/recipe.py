@@ -18,6 +18,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
@@ -68,31 +69,22 @@ class Teacher:
         return nn.functional.rms_norm(hidden.float(), (hidden.shape[-1],), self.norm_M, self.config.norm_eps)
 
 
-class DraftVocabulary:
-    """The tokens that a drafter can propose, and the target's head rows for them; all tokens if `ids_U` is None."""
+class TrainedVocabulary(DraftVocabulary):
+    """A draft vocabulary with the target's head rows for it; of all tokens if `token_ids_U` is None."""
 
-    def __init__(self, ids_U: Tensor | None, head_VM: Tensor) -> None:
-        device = head_VM.device
-        self._index_V = torch.arange(len(head_VM), device=device)
-        self.ids_U, self.head_UM = None, head_VM
-        if ids_U is not None:
-            self.ids_U = ids_U.to(device)
-            self.head_UM = head_VM[self.ids_U]
+    def __init__(self, token_ids_U: Tensor | None, head_VM: Tensor) -> None:
+        device, vocab_size = head_VM.device, len(head_VM)
+        super().__init__(vocab_size, None if token_ids_U is None else token_ids_U.to(device))
+        self._index_V = torch.arange(vocab_size, device=device)
+        self.head_UM = head_VM
+        if self.token_ids_U is not None:
+            self.head_UM = head_VM[self.token_ids_U]
             self._index_V = torch.full_like(self._index_V, -1)
-            self._index_V[self.ids_U] = torch.arange(len(ids_U), device=device)
+            self._index_V[self.token_ids_U] = torch.arange(self.size, device=device)
 
     def draft_ids(self, token_ids: Tensor) -> Tensor:
         """Indices of tokens in the draft vocabulary, -1 for those that it lacks."""
         return self._index_V[token_ids]
-
-    def token_ids(self, draft_ids: Tensor) -> Tensor:
-        """The target's ids of tokens given by their index in the draft vocabulary."""
-        return draft_ids if self.ids_U is None else self.ids_U[draft_ids]
-
-    @property
-    def listed(self) -> tuple[int, ...] | None:
-        """The token ids for a drafter's config; None if drafts come from the whole vocabulary."""
-        return None if self.ids_U is None else tuple(self.ids_U.tolist())
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ class Recipe(ABC):
             InputError: the options do not fit the model.
         """
         self._options, self._teacher, self._num_stages = options, teacher, num_stages
-        self._vocabulary = DraftVocabulary(draft_ids_U, teacher.head_VM)
+        self._vocabulary = TrainedVocabulary(draft_ids_U, teacher.head_VM)
         self.module = self._build().to(teacher.device)
 
     @abstractmethod

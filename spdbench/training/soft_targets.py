@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from spdbench.training.recipe import Batch, Counts, DraftVocabulary, Teacher
+from spdbench.training.recipe import Batch, Counts, Teacher, TrainedVocabulary
 
 CHUNK = 2**21
 """Logits held at once: 8 MB in float32, which nearly fits a CPU's cache."""
@@ -87,7 +87,7 @@ class ScoredDrafts:
 
 
 def scored_drafts(
-    batch: Batch, rows: DraftRows, teacher: Teacher, vocabulary: DraftVocabulary, levels: int
+    batch: Batch, rows: DraftRows, teacher: Teacher, vocabulary: TrainedVocabulary, levels: int
 ) -> ScoredDrafts:
     """All drafts of the batch. A row's root scores drafts of the row and of those directly before it."""
     labels_BR = vocabulary.draft_ids(rows.ahead(batch.argmax_BS, 1))

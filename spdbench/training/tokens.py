@@ -15,18 +15,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spdbench.errors import InputError
-from spdbench.types import Message
+from spdbench.types import Chat, Message
 
 
-class Chat(Protocol):
-    """The model's format of conversations: `prompts.chat.ChatFormat`."""
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Ids to feed so that the answer to the last message comes next."""
+class TokenChat(Chat, Protocol):
+    """A format of conversations whose tokens are known: `prompts.chat.ChatFormat`."""
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text, without special tokens around it."""
+
+    def encode_open(self, messages: Sequence[Message], begun: str) -> tuple[int, ...]:
+        """Ids of the conversation and of a user's turn that begins with `begun`, for the model to continue."""
+
+    def turn_end(self) -> int | None:
+        """The special token after an answer that another message follows; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class TokenSequence:
         return sum(self.answer[1:])
 
 
-def tokenised(messages: Sequence[Message], chat: Chat, end_id: int | None, max_length: int) -> Iterator[TokenSequence]:
+def tokenised(
+    messages: Sequence[Message], chat: TokenChat, end_id: int | None, max_length: int
+) -> Iterator[TokenSequence]:
     """The sequences of one conversation, cut to `max_length` tokens; none where nothing is answered within that."""
     ids: tuple[int, ...] = ()
     answer: tuple[bool, ...] = ()
@@ -65,23 +69,16 @@ def _cut(ids: tuple[int, ...], answer: tuple[bool, ...], max_length: int) -> Ite
         yield sequence
 
 
-def ending_token(chat: Chat, eos_ids: Collection[int]) -> int | None:
+def ending_token(chat: TokenChat, eos_ids: Collection[int]) -> int | None:
     """The end-of-sequence token that closes an answer in this chat format; the lowest where the format has none.
 
     None where the model has no end-of-sequence token.
     """
-    if not eos_ids:
-        return None
-    question: Message = {"role": "user", "content": "a"}
-    try:
-        fed = chat.encode([question])
-        again = chat.encode([question, {"role": "assistant", "content": "b"}, question])
-    except InputError:
-        return min(eos_ids)
-    return next((token for token in again[len(fed) :] if token in eos_ids), min(eos_ids))
+    end = chat.turn_end()
+    return end if end in eos_ids else min(eos_ids, default=None)
 
 
-def draft_vocabulary(
+def most_frequent_tokens(
     sequences: Sequence[TokenSequence], size: int, vocab_size: int, eos_ids: Collection[int]
 ) -> Tensor | None:
     """The `size` most frequent tokens of answers and every end-of-sequence token, ascending: `[U]`.

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
-from zipfile import is_zipfile
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +27,7 @@ from spdbench.errors import InputError, validated
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
-from spdbench.models.checkpoints.weights import FLOATS
+from spdbench.models.checkpoints.weights import FLOATS, load_torch_file, tensors_of
 
 if TYPE_CHECKING:
     from spdbench.training.recipe import Provenance
@@ -38,7 +37,7 @@ FOLDER_VERSION = 1
 
 Storage = Literal["bfloat16", "int8"]
 SCALE = ".scale"
-LARGEST = 127
+MAX_INT8 = 127
 
 
 class DrafterConfig(BaseModel):
@@ -149,26 +148,12 @@ def load_content(file: Path) -> object:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
-        # A whole model may lie in the file, of which only the draft heads are read: mapped where the format allows it.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        content: object = load_torch_file(file)
+        return content
     except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
         raise InputError(
             f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
         ) from None
-
-
-def tensors_of(content: object, file: Path) -> dict[str, Tensor]:
-    """`content` as tensors by name.
-
-    Raises:
-        InputError: it is something else.
-    """
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: is not a mapping from names to tensors")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{file}: is not a mapping from names to tensors: {name} is a {type(tensor).__name__}")
-    return {str(name): tensor for name, tensor in content.items()}
 
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = str) -> dict[str, Tensor]:
@@ -215,7 +200,7 @@ def stored(tensors: Mapping[str, Tensor], storage: Storage = "bfloat16") -> dict
     for name, tensor in tensors.items():
         plain = tensor.detach().to("cpu", torch.float32)
         if storage == "int8" and plain.ndim == 2:
-            scales_O = plain.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+            scales_O = plain.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / MAX_INT8
             found[name] = (plain / scales_O[:, None]).round_().to(torch.int8)
             found[name + SCALE] = scales_O
         else:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape
 from spdbench.models.checkpoints.weights import FLOATS
 from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import NormWeight
+from spdbench.models.torch_utils import require_finite
 from spdbench_backends.drafter_files.folder import DrafterFile
 
 WHOLE_NUMBERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -46,8 +48,7 @@ class TargetTensors(Mapping[str, Tensor]):
                 raise file.error(f"tensor {name} is {_kind(tensor)}; only unquantised weights are supported")
             if tuple(tensor.shape) != shape:
                 raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-            if not bool(tensor.isfinite().all()):
-                raise file.error(f"tensor {name} holds values that are not finite")
+            require_finite(str(file.path), name, tensor)
         if left := file.tensors.keys() - shapes.keys():
             raise file.error(f"unknown tensor {min(left)} ({len(left)} in all)")
 
@@ -71,19 +72,20 @@ class TargetTensors(Mapping[str, Tensor]):
         """`PREFIXweight`, with `PREFIXbias` where there is one."""
         return linear(self[prefix + "weight"], self.get(prefix + "bias"))
 
-    def head(self, name: str, token_ids_U: Tensor | None) -> Linear:
+    def head(self, name: str, vocabulary: DraftVocabulary) -> Linear:
         """The drafter's own rows of the output head, or the target's rows of the draft vocabulary."""
-        return linear(self[name]) if name in self else target_head(self._target, token_ids_U)
+        return linear(self[name]) if name in self else target_head(self._target, vocabulary)
 
 
 def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype) if tensor.layout == torch.strided and not tensor.is_meta else "not dense"
 
 
-def target_head(target: Decoder, token_ids_U: Tensor | None) -> Linear:
-    """The target's head, cut to a draft vocabulary if there is one."""
+def target_head(target: Decoder, vocabulary: DraftVocabulary) -> Linear:
+    """The target's head, cut to the draft vocabulary."""
     assert target.head is not None
-    return target.head if token_ids_U is None else linear(target.head.plain()[token_ids_U])
+    ids_U = vocabulary.token_ids_U
+    return target.head if ids_U is None else linear(target.head.plain()[ids_U])
 
 
 def require_target(
@@ -107,8 +109,8 @@ def draft_vocabulary(
     size: int | None = None,
     source: str = "config.draft_token_ids",
     ascending: bool = True,
-) -> Tensor | None:
-    """Token ids of the draft vocabulary on the target's device, `[U]`; None where it is the whole vocabulary.
+) -> DraftVocabulary:
+    """The draft vocabulary `ids` on the target's device; the whole vocabulary where they are None.
 
     `size` is what the config says of it, `source` the part of the file that lists `ids`.
 
@@ -125,7 +127,7 @@ def draft_vocabulary(
     if size not in (None, vocab_size if ids is None else len(ids)):
         lack = f"{source} is missing" if ids is None else f"its draft tokens are {len(ids)}"
         raise file.error(f"config.draft_vocab_size is {size}, but {lack}")
-    return None if ids is None else torch.tensor(ids, device=target.device)
+    return DraftVocabulary(vocab_size, None if ids is None else torch.tensor(ids, device=target.device))
 
 
 def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:

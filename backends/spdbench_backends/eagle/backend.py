@@ -109,9 +109,8 @@ class Eagle(DraftVerify):
             rope_theta=options.rope_theta,
             norm_output=options.norm_output,
         )
-        vocabulary = self._decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)
-        if options.tree == "dynamic" and options.top_k > vocabulary:
-            raise self._option_error("top_k", f"the head knows {vocabulary} tokens only")
+        if options.tree == "dynamic" and options.top_k > weights.vocabulary.size:
+            raise self._option_error("top_k", f"the head knows {weights.vocabulary.size} tokens only")
         return weights
 
     def _report_foreign(self, file: EagleFile) -> None:

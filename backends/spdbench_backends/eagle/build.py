@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
 from torch.nn import functional
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
 from spdbench.models.decoder import Decoder, geometry_of
@@ -77,18 +77,17 @@ def build_eagle(
         ("config's target family", config.target_family, base.family),
     )
     num_aux = _num_aux(file, sizes, base)
-    file, token_ids_U = _draft_vocabulary(file, target)
+    file, vocabulary = _draft_vocabulary(file, target)
     for name, of_target in (("embed_tokens.weight", "embedding"), ("lm_head.weight", "head")):
         if name not in file.tensors and sizes.width != base.hidden_size:
             raise file.error(f"tensor {name} is missing, and the target's {of_target} is of another width")
     expected = _expected(sizes, eagle3, base)
-    draft_vocab = base.vocab_size if token_ids_U is None else len(token_ids_U)
     of_all = "input_norm.weight" in file.tensors  # one norm over all features, or one for each
     norms = ["input_norm.weight"] if of_all else [f"fc_norm.{index}.weight" for index in range(num_aux)]
     expected.add(dict.fromkeys(norms if eagle3 else (), (sizes.fused if of_all else base.hidden_size,)), optional=True)
     # Where a published head of the whole vocabulary leaves its output head out, its authors share the target's.
-    own_head_is_optional = not eagle3 or file.layout == "spdbench" or token_ids_U is None
-    expected.add({"lm_head.weight": (draft_vocab, sizes.width)}, optional=own_head_is_optional)
+    own_head_is_optional = not eagle3 or file.layout == "spdbench" or vocabulary.token_ids_U is None
+    expected.add({"lm_head.weight": (vocabulary.size, sizes.width)}, optional=own_head_is_optional)
     tensors = TargetTensors(file, expected, target)
     # SpecForge's `norm_output` names the norm that every head has; elsewhere it says what the next row is fed.
     feed_normed = norm_output == "feed" or (norm_output == "auto" and config.norm_output and file.layout != "specforge")
@@ -109,8 +108,8 @@ def build_eagle(
         ),
         feature_norm=tensors.norm("layers.0.hidden_norm.weight"),
         norm=tensors.norm("norm.weight"),
-        head=tensors.head("lm_head.weight", token_ids_U),
-        token_ids_U=token_ids_U,
+        head=tensors.head("lm_head.weight", vocabulary),
+        vocabulary=vocabulary,
         residual_normed=eagle3 and config.norm_before_residual,
         feed_normed=eagle3 and feed_normed,
     )
@@ -126,7 +125,7 @@ def _num_aux(file: EagleFile, sizes: Sizes, base: ModelConfig) -> int:
     return sizes.fused // width if file.is_eagle3 else 0
 
 
-def _draft_vocabulary(file: EagleFile, target: Decoder) -> tuple[EagleFile, Tensor | None]:
+def _draft_vocabulary(file: EagleFile, target: Decoder) -> tuple[EagleFile, DraftVocabulary]:
     """The draft vocabulary, and the file without the tensors that list it."""
     ids, size, source = file.config.draft_token_ids, file.config.draft_vocab_size, "config.draft_token_ids"
     if ids is None:

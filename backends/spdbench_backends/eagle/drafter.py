@@ -96,9 +96,10 @@ class HeadProposer:
         return self._best(logits_SU, count)
 
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
+        to_target = self._head.weights.vocabulary.to_target
         if count == 1:
             best_S1 = argmax(logits_SU)[:, None]
-            return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), self._head.token_ids(best_S1))
+            return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), to_target(best_S1))
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
-        return Candidates(scores, self._head.token_ids(best.indices))
+        return Candidates(scores, to_target(best.indices))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.cpu.linear import Linear
 from spdbench.models.kv_cache import KVCache
@@ -39,8 +40,7 @@ class EagleWeights:
     the final norm. `layers[0]` reads 2M inputs in EAGLE-3. `feature_norm` normalises the features that enter layer 0
     (`hidden_norm`), `fc_norms` the target's features before `fc`: none, one over all A T columns, or one for each of A.
     `norm` precedes the head; None in EAGLE-1/2. `residual_normed`: the residual is the normalised feature.
-    `feed_normed`: the next row is fed the output of `norm`, not its input. `token_ids_U` lists the draft vocabulary,
-    None where it is the target's own.
+    `feed_normed`: the next row is fed the output of `norm`, not its input. `vocabulary` is what it drafts from.
     """
 
     geometry: Geometry
@@ -56,7 +56,7 @@ class EagleWeights:
     feature_norm: NormWeight | None
     norm: NormWeight | None
     head: Linear
-    token_ids_U: Tensor | None
+    vocabulary: DraftVocabulary
     residual_normed: bool = False
     feed_normed: bool = False
 
@@ -88,11 +88,6 @@ class EagleHead(ABC):
     def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
         """Rows of a tree after the committed ones, fed by the states of the rows they follow: logits `[S, U]` and
         states `[S, M]`."""
-
-    def token_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary indices as token ids, of the same shape."""
-        ids_U = self.weights.token_ids_U
-        return draft_ids if ids_U is None else ids_U[draft_ids]
 
     def _fused(self, features_SF: Tensor) -> Tensor:
         """The input of layer 0: `fc` of the features in EAGLE-3, the features themselves in EAGLE-1/2."""

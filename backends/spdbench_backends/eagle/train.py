@@ -92,7 +92,7 @@ class Eagle3Recipe(Recipe):
         rows = draft_rows(batch)
         every_R = torch.arange(rows.tokens_BR.shape[1], device=rows.tokens_BR.device)
         states = [self._head.norm(states_BRM) for states_BRM in self._states(batch, rows, every_R)]
-        drafts = [self._vocabulary.token_ids(greedy_drafts(state, self._output_head)) for state in states]
+        drafts = [self._vocabulary.to_target(greedy_drafts(state, self._output_head)) for state in states]
         return chain_counts(batch, rows, drafts)
 
     def _states(self, batch: Batch, rows: DraftRows, columns_P: Tensor) -> list[Tensor]:
@@ -111,7 +111,7 @@ class Eagle3Recipe(Recipe):
 
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """`eagle3` is the layout of the method's authors."""
-        tensors, ids_U = dict(self.module.state_dict()), self._vocabulary.ids_U
+        tensors, ids_U = dict(self.module.state_dict()), self._vocabulary.token_ids_U
         if layout != "spdbench":  # published layouts store the head and have the vocabulary as tensors
             tensors["lm_head.weight"] = self._output_head
         tensors = stored(tensors)

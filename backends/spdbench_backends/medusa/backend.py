@@ -117,8 +117,7 @@ class Medusa(DraftVerify):
 
     def _vocabulary(self) -> int:
         """The number of tokens that can be drafted."""
-        ids = None if self._weights is None else self._weights.token_ids_U
-        return self._decoder.config.vocab_size if ids is None else len(ids)
+        return self._decoder.config.vocab_size if self._weights is None else self._weights.vocabulary.size
 
     def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
         from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree

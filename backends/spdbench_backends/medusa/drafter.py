@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.sampling import DraftVocabulary, Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.tree import DraftTree, lone_root
 from spdbench.decoding.tree_builder import Candidates, StaticTreeBuilder
@@ -41,11 +41,11 @@ from spdbench_backends.medusa.formats import NAMES, SHARED, TOKEN_MAP, MedusaCon
 @dataclass(frozen=True)
 class MedusaWeights:
     """`blocks[k]` are the residual blocks of head k; `heads` holds one linear layer for each, or one that all share.
-    `token_ids_U` lists the draft vocabulary, None where it is the target's own."""
+    `vocabulary` is what they draft from."""
 
     blocks: tuple[tuple[Linear, ...], ...]
     heads: tuple[Linear, ...]
-    token_ids_U: Tensor | None
+    vocabulary: DraftVocabulary
 
     @property
     def num_heads(self) -> int:
@@ -62,10 +62,6 @@ class MedusaWeights:
         if len(self.heads) == 1:
             return self.heads[0](torch.cat(states))
         return torch.cat([head(state) for head, state in zip(self.heads[:num_heads], states, strict=True)])
-
-    def token_ids(self, draft_ids: Tensor) -> Tensor:
-        """Draft vocabulary indices as token ids, of the same shape."""
-        return draft_ids if self.token_ids_U is None else self.token_ids_U[draft_ids]
 
     @staticmethod
     def _through(state_1M: Tensor, blocks: Sequence[Linear]) -> Tensor:
@@ -88,22 +84,21 @@ def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:
         ("config.target_family", config.target_family, base.family),
     )
     source = f"tensor {TOKEN_MAP}" if file.layout == "vllm" else "config.draft_token_ids"
-    token_ids_U = draft_vocabulary(file, config.draft_token_ids, target, source=source, ascending=False)
-    draft_vocab = base.vocab_size if token_ids_U is None else len(token_ids_U)
+    vocabulary = draft_vocabulary(file, config.draft_token_ids, target, source=source, ascending=False)
     longest = max(map(len, config.head_accuracies), default=0)
-    if longest > draft_vocab:
-        raise file.error(f"head_accuracies are of {longest} ranks, but {draft_vocab} tokens are drafted")
+    if longest > vocabulary.size:
+        raise file.error(f"head_accuracies are of {longest} ranks, but {vocabulary.size} tokens are drafted")
     blocks = file.block_names(file.layout)
     expected = _expected(blocks, file.layout, target)
     shared = SHARED in file.tensors and file.layout in ("vllm", "spdbench")
     linears = [SHARED] if shared else file.head_names(file.layout)
-    expected.add(dict.fromkeys(linears, (draft_vocab, base.hidden_size)), optional=True)
+    expected.add(dict.fromkeys(linears, (vocabulary.size, base.hidden_size)), optional=True)
     tensors = TargetTensors(file, expected, target)
     own = tuple(tensors.linear(name.removesuffix("weight")) for name in linears if name in tensors)
     return MedusaWeights(
         blocks=tuple(tuple(tensors.linear(name) for name in head) for head in blocks),
-        heads=own or (target_head(target, token_ids_U),),
-        token_ids_U=token_ids_U,
+        heads=own or (target_head(target, vocabulary),),
+        vocabulary=vocabulary,
     )
 
 
@@ -176,7 +171,7 @@ def draft_tree(
     """One round: a tree after the token `root_1`, which the target chose from `hidden_1M`."""
     levels = min(max_levels, builder.num_levels)
     best_Kk = weights.logits(target.normed(hidden_1M), levels).topk(builder.num_ranks, dim=-1).indices
-    return builder.build_tree(_ByLevel(weights.token_ids(best_Kk)), root_1, levels)
+    return builder.build_tree(_ByLevel(weights.vocabulary.to_target(best_Kk)), root_1, levels)
 
 
 def capture_draft(weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> CapturedFunction:

@@ -76,7 +76,7 @@ class MedusaRecipe(Recipe):
         )
         # `acceptance` counts ranks for `write`. The counts are part of the module's state, so that the weights that a
         # run keeps come with the counts measured on them. Their names are those in checkpoints.
-        self._num_ranks = min(NUM_RANKS, len(self._vocabulary.head_UM))
+        self._num_ranks = min(NUM_RANKS, self._vocabulary.size)
         self._heads.register_buffer("ranks_KR", torch.zeros(heads, self._num_ranks, dtype=torch.long))
         self._heads.register_buffer("judged_K", torch.zeros(heads, dtype=torch.long))
         return self._heads
@@ -105,7 +105,7 @@ class MedusaRecipe(Recipe):
         rows = draft_rows(batch)
         normed_BRM = self._normed_rows(batch, rows)
         ranked = [
-            self._vocabulary.token_ids(best_drafts(head(normed_BRM), self._vocabulary.head_UM, self._num_ranks))
+            self._vocabulary.to_target(best_drafts(head(normed_BRM), self._vocabulary.head_UM, self._num_ranks))
             for head in self._heads
         ]
         for name, counts in zip(("judged_K", "ranks_KR"), rank_counts(batch, rows, ranked), strict=True):
@@ -122,7 +122,7 @@ class MedusaRecipe(Recipe):
 
     def require_layout(self, layout: str) -> None:
         """The layouts of the method's authors draft from the whole vocabulary."""
-        if layout in ("v0.1", "v2") and self._vocabulary.ids_U is not None:
+        if layout in ("v0.1", "v2") and self._vocabulary.token_ids_U is not None:
             raise InputError(
                 f"--format {layout}: knows no draft vocabulary; give --draft-vocab {self._teacher.config.vocab_size}, "
                 "which is all of it, or --format vllm or spdbench"
@@ -131,7 +131,7 @@ class MedusaRecipe(Recipe):
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """`medusa` is the published layout that can describe these heads: vLLM's where they draft only some tokens."""
         if layout == "medusa":
-            layout = "v0.1" if self._vocabulary.ids_U is None else "vllm"
+            layout = "v0.1" if self._vocabulary.token_ids_U is None else "vllm"
         self.require_layout(layout)
         base = self._teacher.config
         config = MedusaConfig(

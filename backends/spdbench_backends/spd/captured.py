@@ -33,8 +33,7 @@ class CapturedDraftModule(AnchoredModule):
             decoder = weights.decoder
             self._capacity = capacity
             self._layers = CapturedLayers(decoder.weights, decoder.geometry, decoder.rotary, self._cache)
-            num_ids = decoder.config.vocab_size if weights.token_ids_U is None else len(weights.token_ids_U)
-            self.logits_1U = torch.zeros(1, num_ids, dtype=decoder.dtype, device=decoder.device)
+            self.logits_1U = torch.zeros(1, weights.vocabulary.size, dtype=decoder.dtype, device=decoder.device)
 
     def enter(self, position_1: Tensor, hidden_1M: Tensor) -> None:
         self.observe_stage(0, position_1, hidden_1M)
@@ -44,15 +43,14 @@ class CapturedDraftModule(AnchoredModule):
         self._ring_PF[:, self._columns[index]].index_copy_(0, rows_1, hidden_1M)
 
     def draft(self, num_stages: int, position_1: Tensor, bucket: int) -> Tensor:
-        decoder, ids_U = self.weights.decoder, self.weights.token_ids_U
+        decoder = self.weights.decoder
         first_1 = (position_1 - num_stages).masked_fill(position_1 >= self._capacity, self._capacity + 1)
         positions_S = first_1 + torch.arange(num_stages + 1, device=position_1.device)
         depths = (self._plan.full_depth, *reversed(range(num_stages)))
         rows_SM = self._project(positions_S % self._ring_size, depths)
         hidden_SM = self._layers.forward(rows_SM, self._layers.chain(positions_S, bucket), decoder.layers)
         self.logits_1U.copy_(decoder.logits(hidden_SM[-1:]))
-        best_1 = argmax(self.logits_1U)
-        return best_1 if ids_U is None else ids_U.index_select(0, best_1)
+        return self.weights.vocabulary.to_target(argmax(self.logits_1U))
 
 
 class CapturedHeadDrafter(HeadDrafter):

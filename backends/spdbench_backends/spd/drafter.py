@@ -100,7 +100,6 @@ class HeadDrafter(PipelineDrafter):
 
     def __init__(self, weights: ModuleWeights) -> None:
         self.hidden_indices = weights.plan.anchors
-        self._token_ids = None if weights.token_ids_U is None else weights.token_ids_U.tolist()
         self._weights = weights
         self._module: DraftModule | None = None
         self._rows = weights.new_rows()
@@ -125,15 +124,15 @@ class HeadDrafter(PipelineDrafter):
 
     def _draft(self, logits_U: Tensor, sampler: Sampler) -> Draft:
         """The draft in the target's vocabulary."""
-        draft, ids_U = Draft.from_logits(logits_U, sampler), self._weights.token_ids_U
-        if ids_U is None or self._token_ids is None:
+        draft, vocabulary = Draft.from_logits(logits_U, sampler), self._weights.vocabulary
+        if vocabulary.token_ids_U is None or vocabulary.listed is None:
             return draft
-        token_id, drafted_U = int(self._token_ids[draft.token_id]), draft.probabilities_V
+        token_id, drafted_U = vocabulary.listed[draft.token_id], draft.probabilities_V
         if drafted_U is None:
             return Draft(token_id)
         vocab_size = self._weights.decoder.config.vocab_size
         drafted_V = torch.zeros(vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
-        return Draft(token_id, drafted_V.index_copy_(0, ids_U, drafted_U))
+        return Draft(token_id, drafted_V.index_copy_(0, vocabulary.token_ids_U, drafted_U))
 
 
 class ExitDrafter(PipelineDrafter):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
@@ -83,7 +84,7 @@ def build_exit(file: ExitFile, target: Decoder, stages: tuple[range, ...]) -> De
     fitting = ": give ppsd.stages or ppsd.stage_layers that fit"
     require_target(file, ("config.exit_layer", config.exit_layer, stages[0].stop), remedy=fitting)
     tensors = TargetTensors(file, _exit_tensors(target, config.num_layers), target)
-    decoder = drafter_decoder(tensors, target, "layers", config.num_layers, None)
+    decoder = drafter_decoder(tensors, target, "layers", config.num_layers, DraftVocabulary(target.config.vocab_size))
     return replace(decoder, final_norm=tensors.norm("norm.weight") or target.final_norm)
 
 

@@ -18,11 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import canonical_family
 from spdbench.models.checkpoints.hybrid_tensors import add_gated_layer, gated_layer
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
-from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
+from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files, tensors_of
 from spdbench.models.decoder import Decoder, geometry_of
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files.folder import (
@@ -33,7 +34,6 @@ from spdbench_backends.drafter_files.folder import (
     read_config,
     read_tensors,
     require_version,
-    tensors_of,
 )
 from spdbench_backends.drafter_files.tensors import TargetTensors, draft_vocabulary, random_tensors, require_target
 from spdbench_backends.spd.grouped import GroupedWeights
@@ -165,14 +165,14 @@ def _build_anchored(file: HeadFile, target: Decoder, stages: tuple[range, ...], 
             f"was trained for stages of {cut} layers; cut into {asked}, tokens in flight have not reached the same of "
             f"its anchors {list(plan.anchors)}"
         )
-    token_ids_U = draft_vocabulary(file, config.draft_token_ids, target, size=config.draft_vocab_size)
+    vocabulary = draft_vocabulary(file, config.draft_token_ids, target, size=config.draft_vocab_size)
     expected = _head_tensors(target, config)
     rows = {"lm_head.weight": (config.draft_vocab_size, base.hidden_size)}
     expected.add(rows, optional=file.layout == "spdbench")
     tensors = TargetTensors(file, expected, target)
-    decoder = _module_decoder(tensors, target, config.num_spec_layers, token_ids_U)
+    decoder = _module_decoder(tensors, target, config.num_spec_layers, vocabulary)
     projections = tuple(tensors[f"aggr_projs.{index}.weight"] for index in range(len(plan.anchors)))
-    return HeadWeights(plan, decoder, token_ids_U, projections, config.trained_with_use_deepest, last_anchor)
+    return HeadWeights(plan, decoder, vocabulary, projections, config.trained_with_use_deepest, last_anchor)
 
 
 def _build_grouped(file: GroupedFile, target: Decoder, stages: tuple[range, ...]) -> GroupedWeights:
@@ -185,7 +185,7 @@ def _build_grouped(file: GroupedFile, target: Decoder, stages: tuple[range, ...]
         plan = GroupPlan(groups, stages)
     except ValueError as error:
         raise file.error(f"config.shallow_hidden_layer_indices: {error}") from None
-    token_ids_U = draft_vocabulary(file, config.draft_token_ids, target, size=config.draft_vocab_size)
+    vocabulary = draft_vocabulary(file, config.draft_token_ids, target, size=config.draft_vocab_size)
     width, layers = base.hidden_size, config.num_spec_layers
     expected = ExpectedTensors({"lm_head.weight": (config.draft_vocab_size, width), "g0_proj.weight": (width, width)})
     for index, group in enumerate(reversed(groups)):
@@ -196,17 +196,17 @@ def _build_grouped(file: GroupedFile, target: Decoder, stages: tuple[range, ...]
     tensors = TargetTensors(file, expected, target)
     return GroupedWeights(
         plan=plan,
-        decoder=_module_decoder(tensors, target, layers, token_ids_U),
-        token_ids_U=token_ids_U,
+        decoder=_module_decoder(tensors, target, layers, vocabulary),
+        vocabulary=vocabulary,
         newest=tensors["g0_proj.weight"],
         by_depth=tuple(tensors[f"stage_projs.{count - depth}.weight"] for depth in range(1, count + 1)),
         restarts=tuple(tuple(tensors[name] for name in reversed(names)) for names in by_layer),
     )
 
 
-def _module_decoder(tensors: TargetTensors, target: Decoder, num_layers: int, token_ids_U: Tensor | None) -> Decoder:
+def _module_decoder(tensors: TargetTensors, target: Decoder, num_layers: int, vocabulary: DraftVocabulary) -> Decoder:
     """A draft module's layers, which are of the target's kind of full attention."""
-    decoder = drafter_decoder(tensors, target, "spec_layers", 0, token_ids_U)
+    decoder = drafter_decoder(tensors, target, "spec_layers", 0, vocabulary)
     hybrid = target.config.recurrent is not None
     prefixes = [f"spec_layers.{index}." for index in range(num_layers)]
     weights = {
@@ -217,7 +217,7 @@ def _module_decoder(tensors: TargetTensors, target: Decoder, num_layers: int, to
 
 
 def drafter_decoder(
-    tensors: TargetTensors, target: Decoder, prefix: str, num_layers: int, token_ids_U: Tensor | None
+    tensors: TargetTensors, target: Decoder, prefix: str, num_layers: int, vocabulary: DraftVocabulary
 ) -> Decoder:
     """A drafter's own layers, called `PREFIX.0` and so on, between no embedding and the target's final norm."""
     return replace(
@@ -225,7 +225,7 @@ def drafter_decoder(
         layers=range(num_layers),
         weights={index: dense_layer(tensors.get, f"{prefix}.{index}.") for index in range(num_layers)},
         embeddings_VM=None,
-        head=tensors.head("lm_head.weight", token_ids_U),
+        head=tensors.head("lm_head.weight", vocabulary),
     )
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
@@ -34,11 +35,11 @@ in decoding; or always after it."""
 @dataclass(frozen=True)
 class ModuleWeights:
     """What the heads of all versions have. `decoder` holds the module's layers, the target's final norm, and the
-    module's head `[U, M]`. `token_ids_U` lists the draft vocabulary; None where it is the target's own."""
+    module's head `[U, M]`. `vocabulary` is what the module drafts from."""
 
     plan: FeaturePlan | GroupPlan
     decoder: Decoder
-    token_ids_U: Tensor | None
+    vocabulary: DraftVocabulary
 
     def new_module(self, capacity: int, ring_size: int | None = None) -> DraftModule:
         """The module for one sequence of up to `capacity` tokens, with the features of `ring_size` tokens."""

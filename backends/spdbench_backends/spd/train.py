@@ -195,7 +195,7 @@ class SPDRecipe(PipelineRecipe):
             "base_model_path": about.model_id,
             "hidden_size": base.hidden_size,
             "vocab_size": base.vocab_size,
-            "draft_vocab_size": self._vocabulary.head_UM.shape[0],
+            "draft_vocab_size": self._vocabulary.size,
             "num_stages": len(self._stages),
             "num_spec_layers": len(self._module.spec_layers),
             "num_aggr_types": len(self._plan.anchors),
@@ -214,7 +214,7 @@ class SPDRecipe(PipelineRecipe):
     @torch.no_grad()
     def _agreed(self, normed_BSM: Tensor, batch: Batch) -> Tensor:
         """Whether the greedy draft is the target's own next token, for each position of an answer: `[N]`."""
-        drafts_N = self._vocabulary.token_ids(greedy_drafts(normed_BSM[batch.answers_BS], self._head))
+        drafts_N = self._vocabulary.to_target(greedy_drafts(normed_BSM[batch.answers_BS], self._head))
         return drafts_N == batch.argmax_BS[batch.answers_BS]
 
 

@@ -47,7 +47,7 @@ from spdbench.training.space import (
     teacher_bytes,
     training_bytes,
 )
-from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
+from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
 
 EPOCHS = 3.0
 MOST_HELD_OUT_TOKENS = 20_000
@@ -197,7 +197,7 @@ def _prepared(
 ) -> tuple[Recipe, Features]:
     decoder = target.own_decoder
     config = decoder.config
-    draft_ids_U = draft_vocabulary(sequences, options.draft_vocab, config.vocab_size, target.eos_ids)
+    draft_ids_U = most_frequent_tokens(sequences, options.draft_vocab, config.vocab_size, target.eos_ids)
     recipe = recipe_class(recipe_options, Teacher(decoder), draft_ids_U, options.stages)
     recipe.require_layout(options.layout)
     require_memory(training_bytes(recipe.module, config, options.batch_tokens), target.device, "training")

@@ -49,9 +49,7 @@ class Checkpoint:
                     handle: Any = self._stack.enter_context(safe_open(path, framework="pt"))
                     names = list(handle.keys())
                 else:
-                    # Files of torch before 1.6 are no zip archives, which alone can be mapped.
-                    mapped = zipfile.is_zipfile(path)
-                    handle = _dense_tensors(path, torch.load(path, map_location="cpu", mmap=mapped, weights_only=True))
+                    handle = _dense_tensors(path, load_torch_file(path))
                     names = list(handle)
             except InputError:
                 raise
@@ -114,18 +112,36 @@ class Checkpoint:
         self.__dict__.pop("_where", None)
 
 
-def _dense_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """The content of a `.bin` file, checked to be tensors of numbers by name."""
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: holds {type(content).__name__}, expected tensors by name")
+def load_torch_file(path: Path) -> Any:
+    """What a file of `torch.save` holds, of plain data only. Mapped where the format allows it, as only a part of it
+    may be read: files of torch before 1.6 are no zip archives, which alone can be mapped."""
+    return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+
+
+def tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
+    """`content` of the file `path` as tensors by name.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a mapping from names to tensors")
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(
-                f"{path}: holds {type(tensor).__name__} under {reprlib.repr(name)}, expected tensors by name"
-            )
+        if not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise InputError(f"{path}: is not a mapping from names to tensors: {reprlib.repr(name)[1:-1]} is a {kind}")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _dense_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:
+    """The content of a `.bin` file, checked to be tensors of numbers by name."""
+    found = tensors_of(content, path)
+    if not found:
+        raise InputError(f"{path}: holds no tensors")
+    for name, tensor in found.items():
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
             raise InputError(f"{path}: tensor {name} is not a dense tensor with numbers")
-    return content
+    return found
 
 
 def _weight_files(directory: Path) -> list[Path]:

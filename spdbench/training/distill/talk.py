@@ -12,11 +12,12 @@ import random
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from spdbench.training.distill.continuous import Completion
 from spdbench.training.distill.filters import Overlap, Seen, is_repetitive, words
 from spdbench.training.distill.seed_prompts import GROUPS
+from spdbench.training.tokens import TokenChat
 from spdbench.types import Message, Sampling
 
 SECOND_TURN_SHARE = 0.35
@@ -27,14 +28,6 @@ MAX_USER_TOKENS = 128
 FEWEST_USER_WORDS = 3
 FEWEST_ANSWER_IDS = 4
 _ENDS = re.compile(r"[.?!:](?=[\s\"')\]]|$)|\n")
-
-
-class Chat(Protocol):
-    """The model's format of conversations: `prompts.chat.ChatFormat`."""
-
-    def encode(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
-    def encode_open(self, messages: Sequence[Message], begun: str) -> tuple[int, ...]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Distiller:
     `room` is the most tokens that a conversation may have; `is_loop` tells whether ids end in a short cycle.
     """
 
-    chat: Chat
+    chat: TokenChat
     is_chat: bool
     eos_ids: frozenset[int]
     seed: int

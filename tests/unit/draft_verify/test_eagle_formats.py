@@ -73,8 +73,7 @@ def test_published_eagle3_heads_are_read(
     assert file.sha256
     weights = build_eagle(file, decoder)
     assert weights.aux == default_aux(6) == (2, 3, 3)
-    assert weights.token_ids_U is not None
-    assert weights.token_ids_U.tolist() == IDS
+    assert weights.vocabulary.listed == tuple(IDS)
     assert (weights.geometry.num_heads, weights.geometry.num_kv_heads, weights.geometry.head_dim) == (4, 2, 8)
     own_embeddings = make is eagle_files.speculators
     assert (weights.embeddings is not decoder.embeddings_VM) is own_embeddings

@@ -198,8 +198,7 @@ def test_every_layout_says_where_a_head_comes_from(decoder: Decoder, tmp_path: P
     assert ("lm_head.weight" in file.tensors) == (head == "trained" or layout != "spdbench")
     weights = build_eagle(file, decoder)
     assert weights.aux == (2, 3, 3)
-    assert weights.token_ids_U is not None
-    assert weights.token_ids_U.tolist() == DRAFT_IDS.tolist()
+    assert weights.vocabulary.listed == tuple(DRAFT_IDS.tolist())
 
 
 def test_auto_finds_what_was_trained(

@@ -134,7 +134,7 @@ def test_vllms_prefix_and_its_whole_linear_layer_with_a_map(decoder: Decoder, tm
     found = read_medusa(folder)
     assert torch.equal(found.tensors["lm_head.weight"], whole[list(IDS)])
     weights = build_medusa(found, decoder)
-    assert weights.token_ids(torch.tensor([[0, 2]])).tolist() == [[7, 200]]
+    assert weights.vocabulary.to_target(torch.tensor([[0, 2]])).tolist() == [[7, 200]]
 
 
 def test_vllms_original_head_is_one_whatever_its_name(decoder: Decoder, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def test_logits_are_the_methods_own(
 def test_draft_indices_become_token_ids(decoder: Decoder) -> None:
     some, every = (build_medusa(loud(1, 0, ids, True), decoder) for ids in (IDS, None))
     indices = torch.tensor([[0, 5], [1, 1]])
-    assert some.token_ids(indices).tolist() == [[200, 99], [3, 3]]
-    assert every.token_ids(indices).tolist() == indices.tolist()
+    assert some.vocabulary.to_target(indices).tolist() == [[200, 99], [3, 3]]
+    assert every.vocabulary.to_target(indices).tolist() == indices.tolist()
 
 
 def test_bytes_are_those_of_blocks_and_linear_layers(decoder: Decoder) -> None:

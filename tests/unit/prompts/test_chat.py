@@ -198,6 +198,7 @@ def test_a_system_message_that_the_template_takes_stays() -> None:
         (TEMPLATE.replace("</s>", "\n"), 2),  # the next turn's own token is all that ends this one
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),
         ("{{ raise_exception('no') }}", None),
+        ("</s>{{ messages[-1].content }}", None),  # earlier answers are not shown
         (None, None),
     ],
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from spdbench.prompts.chat import ChatFormat
-from spdbench.training.tokens import TokenSequence, draft_vocabulary, ending_token, tokenised
+from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
 from spdbench.types import Message
 from tests import tiny
 
@@ -58,19 +56,14 @@ def test_long_ones_are_cut_and_those_left_without_an_answer_dropped() -> None:
 
 
 def test_the_end_of_an_answer_is_the_templates_own_or_the_lowest() -> None:
-    class Silent:
-        def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-            return (1,) * len(messages)
-
-        def encode_answer(self, text: str) -> tuple[int, ...]:
-            return (2,) * len(text)
-
-    assert ending_token(Silent(), {9, 7}) == 7
-    assert ending_token(Silent(), set()) is None
+    assert ending_token(chat(), {256, 3}) == 256
+    assert ending_token(chat(), {9, 7}) == 7
+    assert ending_token(chat(FORGETFUL), {9, 7}) == 7
+    assert ending_token(chat(), set()) is None
 
 
 @pytest.mark.parametrize(("size", "expected"), [(3, [5, 8, 9]), (5, [0, 5, 7, 8, 9]), (10, None)])
-def test_draft_vocabulary_is_the_most_frequent_tokens_and_the_end(size: int, expected: list[int] | None) -> None:
+def test_the_most_frequent_tokens_and_the_end_make_a_vocabulary(size: int, expected: list[int] | None) -> None:
     sequence = TokenSequence((4, 5, 5, 8, 8, 7), (False, True, True, True, True, True))
-    found = draft_vocabulary([sequence], size, 10, {9})
+    found = most_frequent_tokens([sequence], size, 10, {9})
     assert (None if found is None else found.tolist()) == expected
