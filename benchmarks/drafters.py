@@ -5,7 +5,8 @@ take longer than any drafter's own training, are computed once for all of them h
 Regimes: the embedded model, conversations of its own (`spdbench distill`), a draft vocabulary of 8,192, the target's
 own head rows; one decoder layer for EAGLE-3, two for pipeline drafters, whose matrices are stored in 8 bits.
 Output: one folder per drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
-Several processes of one thread each (`--processes`) share the work: two threads on one product wait for each other.
+Several processes of one thread each (`--processes`) share the work: two threads on one matrix multiplication wait for
+each other.
 
     python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 2] [--only eagle3 spd-3 | --all]
 """

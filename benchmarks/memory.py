@@ -6,9 +6,9 @@ Regimes: batch 1, greedy, one short prompt, both dtypes, a new process each time
 Output: three rows a dtype, medians over the rounds in MB. `anonymous` is the process's own memory (RssAnon, sampled
 every 2 ms); `checkpoint` the resident pages of the mapped weight files, which the system may drop; `resident` all
 resident memory of the process (VmRSS and VmHWM), which also grows by the pages of torch's libraries that the first
-products touch. Each before the weights are loaded, which is the runtime's own (modules imported, tokenizer, threads,
-compiled code), after loading, after decoding, and at the peak. The target is for anonymous and checkpoint together,
-peak less runtime, over the model's bytes.
+matrix multiplications touch. Each before the weights are loaded, which is the runtime's own (modules imported,
+tokenizer, threads, compiled code), after loading, after decoding, and at the peak. The target is for anonymous and
+checkpoint together, peak less runtime, over the model's bytes.
 
     python -m benchmarks.memory [--rounds 3] [--tokens 64] [--threads 2] [--dtypes float32] [--json FILE]
 """

@@ -10,7 +10,7 @@ of itself, and what it returns for the token's key is moved towards the token's 
 Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464; SPD.md, section 12, for Qwen3.5's variant.
 
 `delta_net` is the reference, for every device and any number of rows; `layer_ops.CpuOps` computes a few rows with a
-compiled kernel. Norms, gate and products around it are those of other layers.
+compiled kernel. Norms, gate and projections around it are those of other layers.
 
 Shapes: S rows, M model width, C channels of queries, keys and values together, W rows of the convolution's window, H
 value heads, D key head size, E value head size; B rows of a block.

@@ -1,4 +1,4 @@
-"""A layer's operations between its matrix products: norms, rotary positions, the cache, attention, the gate.
+"""A layer's operations between its matrix multiplications: norms, rotary positions, the cache, attention, the gate.
 
 `LayerOps` is the reference, for every device and any number of rows. `CpuOps` computes the same with compiled kernels
 for a few rows on a CPU, where the call of a torch operator takes longer than its arithmetic; tests hold it to the
@@ -21,13 +21,13 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.attention_context import AttentionContext
-from spdbench.models.cpu.worker_pool import Attention, TaskKind, worker_pool
+from spdbench.models.cpu.worker_pool import AttentionTask, TaskKind, worker_pool
 from spdbench.models.delta_net import DeltaNet, delta_net
 from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.rotary import apply_rotary
 from spdbench.models.torch_utils import array
 
-COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_PAIRS, torch.float32: TaskKind.ATTENTION_FLOATS}
+COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_BF16, torch.float32: TaskKind.ATTENTION_F32}
 COMPILED_ROWS = 64
 """Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads."""
 NOT_NUMBERS = -1
@@ -165,7 +165,7 @@ class CpuOps(LayerOps):
         self._kernels.apply_rotary(
             array(qkv), q_norm, k_norm, eps, context.positions, *angles, keys_KTD, values_KTD, slot, queries_array
         )
-        task = Attention(
+        task = AttentionTask(
             kind=COMPILED_DTYPES[self._dtype],
             queries=queries.data_ptr(),
             keys=keys_KTD.ctypes.data,
@@ -250,7 +250,7 @@ def attend(
     `mask_ST` is true where a row may look; None for a single row, or where all slots are the rows' own in a chain. With
     `window` w a row sees itself and the w - 1 slots before it.
 
-    Query heads that share a kv head are folded into rows of it, so that one small product serves them: one row's
+    Query heads that share a kv head are folded into rows of it, so that one small multiplication serves them: one row's
     attention over 1,024 slots takes a sixth of the time that it takes with `enable_gqa` on a CPU.
     """
     num_rows, num_heads, _ = queries_SHD.shape

@@ -20,8 +20,8 @@ from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.layer_ops import HeadNorms, LayerOps, NormWeight
 
 EXPERT_ROWS = 64
-"""Up to so many rows the products of a mixture are computed row by row: a row has the same bits whichever rows are next
-to it, and each expert reads its weights once for one or two rows anyway."""
+"""Up to so many rows the matrix multiplications of a mixture are computed row by row: a row has the same bits whichever
+rows are next to it, and each expert reads its weights once for one or two rows anyway."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def after_attention(weights: LayerWeights, ops: LayerOps, attended: Tensor, hidd
 
 def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
     """Top-k experts for each row, weighted by the router's softmax. Loops over the chosen experts only."""
-    product = linear if len(normed_SM) > EXPERT_ROWS else _row_by_row
-    scores = product(normed_SM, experts.router).softmax(dim=-1, dtype=torch.float32)
+    multiply = linear if len(normed_SM) > EXPERT_ROWS else _row_by_row
+    scores = multiply(normed_SM, experts.router).softmax(dim=-1, dtype=torch.float32)
     weights_SN, chosen_SN = scores.topk(experts.per_token, dim=-1)
     if experts.normalise:
         weights_SN = weights_SN / weights_SN.sum(dim=-1, keepdim=True)
@@ -137,8 +137,8 @@ def _mixture(experts: ExpertWeights, normed_SM: Tensor) -> Tensor:
     out = torch.zeros_like(normed_SM)
     for expert in torch.unique(chosen_SN).tolist():
         rows, ranks = (chosen_SN == expert).nonzero(as_tuple=True)
-        gate, up = product(normed_SM[rows], experts.gate_up[expert]).chunk(2, dim=-1)
-        out.index_add_(0, rows, product(silu(gate) * up, experts.down[expert]) * weights_SN[rows, ranks, None])
+        gate, up = multiply(normed_SM[rows], experts.gate_up[expert]).chunk(2, dim=-1)
+        out.index_add_(0, rows, multiply(silu(gate) * up, experts.down[expert]) * weights_SN[rows, ranks, None])
     return out
 
 

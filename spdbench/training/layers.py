@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, rows: Tensor) -> Tensor:
-        return rms_norm(rows.float(), (rows.shape[-1],), self.weight, self.eps)  # autocast's products are in bfloat16
+        return rms_norm(rows.float(), (rows.shape[-1],), self.weight, self.eps)  # autocast multiplies in bfloat16
 
 
 class _Projections(nn.Module):

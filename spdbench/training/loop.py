@@ -174,7 +174,7 @@ class Training:
         figures: Mapping[str, float] = {}
         for indices in chosen:
             batch = self._features.batch(indices)
-            with fast_products(self._device):
+            with fast_gemm(self._device):
                 loss, figures = self._recipe.loss(batch)
             (loss / len(chosen)).backward()  # type: ignore[no-untyped-call]
             losses += loss.item() / len(chosen)
@@ -264,7 +264,7 @@ def measure_acceptance(
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), fast_products(device):
+        with torch.no_grad(), torch.random.fork_rng(devices), fast_gemm(device):
             for indices in batches:
                 counts += recipe.acceptance(features.batch(indices))
     except KeyboardInterrupt:
@@ -274,8 +274,8 @@ def measure_acceptance(
     return counts
 
 
-def fast_products(device: torch.device) -> AbstractContextManager[Any]:
-    """A context with matrix products in bfloat16, if the device computes them faster than in float32."""
+def fast_gemm(device: torch.device) -> AbstractContextManager[Any]:
+    """A context with matrix multiplications in bfloat16, if the device computes them faster than in float32."""
     if device.type == "cuda":
         supported = bool(torch.cuda.is_bf16_supported())
     else:

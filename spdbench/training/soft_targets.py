@@ -152,7 +152,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         positions_X: Tensor,
         labels_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype, device = product_dtype(drafts_XM), drafts_XM.device
+        dtype, device = gemm_dtype(drafts_XM), drafts_XM.device
         entropy_X = torch.zeros(len(drafts_XM), device=device)
         right_X = torch.zeros(len(drafts_XM), dtype=torch.bool, device=device)
         grad_XM = torch.zeros(drafts_XM.shape, device=device)
@@ -197,8 +197,8 @@ def _chunks(positions_X: Tensor, num_positions: int, num_logits: int) -> Iterato
         yield slice(start, start + step), slice(ends[index], ends[index + 1])
 
 
-def product_dtype(like: Tensor) -> torch.dtype:
-    """The dtype of matrix products on the device of `like`: autocast's, or float32.
+def gemm_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of matrix multiplications on the device of `like`: autocast's, or float32.
 
     Asked once for a whole head: autocast itself would convert the head again for every chunk.
     """
@@ -208,7 +208,7 @@ def product_dtype(like: Tensor) -> torch.dtype:
 
 def best_drafts(states: Tensor, head_UM: Tensor, count: int) -> Tensor:
     """The `count` most probable draft ids of states of any shape, best first: `[..., count]`."""
-    dtype = product_dtype(states)
+    dtype = gemm_dtype(states)
     flat_NM, head_UM = states.flatten(0, -2).to(dtype), head_UM.to(dtype)
     chunks = torch.split(flat_NM, max(16, CHUNK // len(head_UM)))
     logits = (chunk_NM @ head_UM.T for chunk_NM in chunks)

@@ -1,9 +1,9 @@
-"""Matrix products as decoding needs them: a few rows with weights that are read once a token.
+"""Matrix multiplications as decoding needs them: a few rows with weights that are read once a token.
 
-On a CPU such a product is bound by reading the weights, and their layout in memory decides how fast that goes. Weights
-are therefore packed once, when they are loaded, into the layout that `packed_gemm` reads, and what follows a product (a
-bias, a residual) is added while its result is still in registers. Where weights cannot be packed, torch's product
-serves.
+On a CPU such a multiplication is bound by reading the weights, and their layout in memory decides how fast that goes.
+Weights are therefore packed once, when they are loaded, into the layout that `packed_gemm` reads, and what follows a
+multiplication (a bias, a residual) is added while its result is still in registers. Where weights cannot be packed,
+torch's serves.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spdbench.models.cpu.worker_pool import Product, TaskKind, worker_pool
+from spdbench.models.cpu.worker_pool import GemmTask, TaskKind, worker_pool
 
-PACKED_DTYPES = {torch.bfloat16: TaskKind.PRODUCT_PAIRS, torch.float32: TaskKind.PRODUCT_FLOATS}
+PACKED_DTYPES = {torch.bfloat16: TaskKind.GEMM_BF16, torch.float32: TaskKind.GEMM_F32}
 BLOCK = 16
 """Outputs of a block of a packed weight."""
 PAGES_BYTES = 32 << 20
@@ -35,13 +35,13 @@ class Linear(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one product reads."""
+        """Bytes that one multiplication reads."""
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
         """`[S, N]`."""
 
     def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
-        """The product added to `other_SN`: `[S, N]`."""
+        """The outputs added to `other_SN`: `[S, N]`."""
 
     def plain(self) -> Tensor:
         """The weight `[N, K]` as it was given."""
@@ -108,7 +108,7 @@ class PackedLinear:
         if num_inputs != self.shape[1] or rows_SK.dtype != self.dtype:
             raise ValueError(f"rows {list(rows_SK.shape)} of {rows_SK.dtype} do not fit a weight {list(self.shape)}")
         out = torch.empty((num_rows, self.shape[0]), dtype=self.dtype)
-        self._pool.run(Product(*self._fixed, rows_SK.data_ptr(), num_rows, out.data_ptr(), other_at))
+        self._pool.run(GemmTask(*self._fixed, rows_SK.data_ptr(), num_rows, out.data_ptr(), other_at))
         return out
 
 
@@ -121,7 +121,7 @@ def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if such weights can be packed here, which one small product has shown."""
+    """True if such weights can be packed here, which one small multiplication has shown."""
     return device.type == "cpu" and dtype in PACKED_DTYPES and _packing_works(dtype)
 
 

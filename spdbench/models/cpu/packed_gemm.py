@@ -1,4 +1,5 @@
-"""Matrix products of a few rows with a packed weight, which is read once, straight from memory: compiled by numba.
+"""Matrix multiplications of a few rows with a packed weight, which is read once, straight from memory: compiled by
+numba.
 
 A packed weight `[N, K]` consists of blocks of 16 outputs; in each block the 16 outputs' numbers lie side by side for
 one input after the other (bfloat16: for one pair of inputs after the other). A block is thus one run of memory, read
@@ -34,7 +35,7 @@ MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 """The processor has an instruction for pairs of bfloat16."""
 TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
-MOST_ROWS = TILE_ROWS[-1]
+MAX_TILE_ROWS = TILE_ROWS[-1]
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
 
@@ -180,18 +181,18 @@ def _store_outputs(task: Any, first_row: int, count: int, first: int, sums: Any,
 
 @inner
 def num_blocks(task: Any) -> Any:
-    """Blocks of outputs of the product `task`, a `worker_pool.Product`."""
+    """Blocks of outputs of `task`, a `worker_pool.GemmTask`."""
     return (task.num_outputs + WIDTH - 1) // WIDTH
 
 
 @inner
 def multiply_blocks(task: Any, begin: int, end: int, like: Any) -> None:
-    """The outputs of the blocks `begin` to `end` of the product `task`, of numbers of the type of `like`."""
-    sums = np.empty((MOST_ROWS, WIDTH), F)
+    """The outputs of the blocks `begin` to `end` of `task`, of numbers of the type of `like`."""
+    sums = np.empty((MAX_TILE_ROWS, WIDTH), F)
     for block in range(begin, end):
         weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
-        for first_row in range(0, task.num_rows, MOST_ROWS):
-            count = min(MOST_ROWS, task.num_rows - first_row)
+        for first_row in range(0, task.num_rows, MAX_TILE_ROWS):
+            count = min(MAX_TILE_ROWS, task.num_rows - first_row)
             rows = task.rows + first_row * task.row_bytes
             _sum_block(weight, rows, task.row_bytes, count, task.num_steps, np.int64(sums.ctypes.data), like)
             _store_outputs(task, first_row, count, block * WIDTH, sums, like)

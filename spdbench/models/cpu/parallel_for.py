@@ -1,15 +1,15 @@
 """A parallel loop over the chunks of one task at a time, without locks: compiled by numba.
 
-The calling thread writes its task onto a board in shared memory; it and the pool's workers then claim chunks of it by
+The calling thread writes its task into a slot in shared memory; it and the pool's workers then claim chunks of it by
 an atomic increment of the chunk counter. No chunk is assigned in advance: a worker that comes late, because its
 processor is busy otherwise, costs no time, since the others do its chunks. Only a chunk that was begun has to be
 finished, which is what the counter `DONE` shows.
 
 The chunk counter holds three numbers in one word: the number of the task, how many chunks it has, and which is next. So
-one atomic increment either claims a chunk of the task that is on the board at this moment, whichever task the worker
+one atomic increment either claims a chunk of the task that is in the slot at this moment, whichever task the worker
 had looked at before, or shows that none is left. Were they separate words, a worker that is suspended between reading
 the task's number and claiming a chunk could claim one of the next task as if it were the last one's. And as long as a
-claimed chunk is not done, the caller waits, so the task on the board cannot change under a worker.
+claimed chunk is not done, the caller waits, so the task in the slot cannot change under a worker.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from numba.extending import intrinsic
 from spdbench.models.cpu.compile import I64, F, compiled, inner, llvm_function, pointer_to, record_at
 from spdbench.models.cpu.kernels import attend_heads
 from spdbench.models.cpu.packed_gemm import FEATURES, multiply_blocks, num_blocks
-from spdbench.models.cpu.worker_pool import CALLER, Attention, Product, TaskKind
+from spdbench.models.cpu.worker_pool import CALLER, AttentionTask, GemmTask, TaskKind
 
 CHUNKS_PER_THREAD = 4
 """More chunks than threads, so that a thread that is slowed down leaves the rest of its share to the others."""
 CHUNK_COUNTER, DONE, MAX_WORKERS, CHUNK_SIZE, TASK = 0, 8, 16, 17, 24
-"""Where the board's words are, in units of 8 bytes; what several threads write has a cache line of its own."""
-BOARD_WORDS = TASK + max(len(Product._fields), len(Attention._fields))
+"""Where the parts of the task slot are, in units of 8 bytes; what several threads write has a cache line of its own."""
+SLOT_WORDS = TASK + max(len(GemmTask._fields), len(AttentionTask._fields))
 NUMBER_SHIFT, COUNT_SHIFT, FIELD = 40, 20, 0xFFFFF
 """The chunk counter: the task's number, 22 bits, then the number of chunks and the next chunk, 20 bits each."""
 
-PRODUCT = np.dtype([(name, np.int64) for name in Product._fields])
-ATTENTION = np.dtype([(name, np.int64) for name in Attention._fields])
-PRODUCT_PAIRS, PRODUCT_FLOATS = int(TaskKind.PRODUCT_PAIRS), int(TaskKind.PRODUCT_FLOATS)
-ATTENTION_PAIRS = int(TaskKind.ATTENTION_PAIRS)
+GEMM = np.dtype([(name, np.int64) for name in GemmTask._fields])
+ATTENTION = np.dtype([(name, np.int64) for name in AttentionTask._fields])
+GEMM_BF16, GEMM_F32 = int(TaskKind.GEMM_BF16), int(TaskKind.GEMM_F32)
+ATTENTION_BF16 = int(TaskKind.ATTENTION_BF16)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -105,9 +105,10 @@ def _attend(task: Any, begin: int, end: int, like: Any) -> None:
 
 @inner
 def _num_units(task: int, kind: int) -> Any:
-    """What the task at the address `task` can be cut into: blocks of a product; the heads of all rows of attention."""
-    if kind <= PRODUCT_FLOATS:
-        return num_blocks(record_at(task, PRODUCT))
+    """What the task at the address `task` can be cut into: blocks of a matrix multiplication; the heads of all rows of
+    attention."""
+    if kind <= GEMM_F32:
+        return num_blocks(record_at(task, GEMM))
     attention = record_at(task, ATTENTION)
     return attention.num_rows * attention.num_heads
 
@@ -116,34 +117,34 @@ def _num_units(task: int, kind: int) -> Any:
 def _run_chunk(task: int, kind: int, chunk: int, chunk_size: int) -> None:
     begin = chunk * chunk_size
     end = min(begin + chunk_size, _num_units(task, kind))
-    if kind == PRODUCT_PAIRS:
-        multiply_blocks(record_at(task, PRODUCT), begin, end, np.uint16(0))
-    elif kind == PRODUCT_FLOATS:
-        multiply_blocks(record_at(task, PRODUCT), begin, end, F(0))
-    elif kind == ATTENTION_PAIRS:
+    if kind == GEMM_BF16:
+        multiply_blocks(record_at(task, GEMM), begin, end, np.uint16(0))
+    elif kind == GEMM_F32:
+        multiply_blocks(record_at(task, GEMM), begin, end, F(0))
+    elif kind == ATTENTION_BF16:
         _attend(record_at(task, ATTENTION), begin, end, np.uint16(0))
     else:
         _attend(record_at(task, ATTENTION), begin, end, F(0))
 
 
 @compiled
-def parallel_for(board: Any, task: Any, num_workers: int, index: int, spin_limit: int) -> None:
+def parallel_for(task_slot: Any, task: Any, num_workers: int, index: int, spin_limit: int) -> None:
     """Runs `task` with up to `num_workers` workers, if `index` is `CALLER`; else, as worker number `index`, runs chunks
-    of what is on the board until it has found none `spin_limit` times in a row.
+    of what is in the slot until it has found none `spin_limit` times in a row.
 
     Both roles are one function, so that the arithmetic exists once as machine code: the bits of a result do not depend
-    on who computed which chunk. A caller without workers brings a board of its own.
+    on who computed which chunk. A caller without workers brings a slot of its own.
     """
-    words: Any = np.int64(board.ctypes.data)
+    words: Any = np.int64(task_slot.ctypes.data)
     counter, done, max_workers = words + 8 * CHUNK_COUNTER, words + 8 * DONE, words + 8 * MAX_WORKERS
     num_chunks = 0
     if index == CALLER:
         for word in range(task.shape[0]):
-            board[TASK + word] = task[word]
+            task_slot[TASK + word] = task[word]
         units = _num_units(words + 8 * TASK, task[0])
         wanted = CHUNKS_PER_THREAD * (num_workers + 1) if num_workers > 0 else 1
-        board[CHUNK_SIZE] = max(1, (units + wanted - 1) // wanted)
-        num_chunks = (units + board[CHUNK_SIZE] - 1) // board[CHUNK_SIZE]
+        task_slot[CHUNK_SIZE] = max(1, (units + wanted - 1) // wanted)
+        num_chunks = (units + task_slot[CHUNK_SIZE] - 1) // task_slot[CHUNK_SIZE]
         _store(done, 0)
         _store(max_workers, num_workers)
         number = (_load(counter) >> NUMBER_SHIFT) + 1
@@ -154,7 +155,7 @@ def parallel_for(board: Any, task: Any, num_workers: int, index: int, spin_limit
         if seen & FIELD < seen >> COUNT_SHIFT & FIELD and index < _load(max_workers):
             claimed = _fetch_add(counter, 1)
             if claimed & FIELD < claimed >> COUNT_SHIFT & FIELD:
-                _run_chunk(words + 8 * TASK, board[TASK], claimed & FIELD, board[CHUNK_SIZE])
+                _run_chunk(words + 8 * TASK, task_slot[TASK], claimed & FIELD, task_slot[CHUNK_SIZE])
                 _fetch_add(done, 1)
                 spins = 0
         elif index == CALLER:

@@ -27,13 +27,13 @@ LINE_WORDS = 8
 class TaskKind(IntEnum):
     """What a task is, by the numbers that it is about: `PAIRS` of bfloat16, or float32."""
 
-    PRODUCT_PAIRS = 0
-    PRODUCT_FLOATS = 1
-    ATTENTION_PAIRS = 2
-    ATTENTION_FLOATS = 3
+    GEMM_BF16 = 0
+    GEMM_F32 = 1
+    ATTENTION_BF16 = 2
+    ATTENTION_F32 = 3
 
 
-class Product(NamedTuple):
+class GemmTask(NamedTuple):
     """Rows times a packed weight, plus `bias` and `other` where these are not 0. Addresses first, then sizes."""
 
     kind: int
@@ -48,7 +48,7 @@ class Product(NamedTuple):
     other: int
 
 
-class Attention(NamedTuple):
+class AttentionTask(NamedTuple):
     """The attention of `kernels.attend_heads`. Addresses first, then sizes; `tree_width` is 0 for a chain, `window` is
     0 where there is none."""
 
@@ -78,22 +78,22 @@ class WorkerPool:
 
     def reset(self) -> None:
         """Starts over without workers: also what a forked child has to do, which has none of its parent's threads."""
-        self._board = _aligned_words(self._loops.BOARD_WORDS)
+        self._task_slot = _aligned_words(self._loops.SLOT_WORDS)
         self._num_workers = self._num_asleep = 0
         self._sleepers = threading.Semaphore(0)
         self._lock, self._in_use = threading.Lock(), threading.Lock()
 
-    def run(self, task: Product | Attention) -> None:
+    def run(self, task: GemmTask | AttentionTask) -> None:
         """Runs the task with torch's number of threads; alone while another thread has the workers."""
         words = np.fromiter(task, np.int64, len(task))
         workers = torch.get_num_threads() - 1
         if workers <= 0 or not self._in_use.acquire(blocking=False):
-            self._loops.parallel_for(np.zeros(self._loops.BOARD_WORDS, np.int64), words, 0, CALLER, SPIN_LIMIT)
+            self._loops.parallel_for(np.zeros(self._loops.SLOT_WORDS, np.int64), words, 0, CALLER, SPIN_LIMIT)
             return
         try:
             if workers > self._num_workers:
                 self._start_workers(workers)
-            self._loops.parallel_for(self._board, words, workers, CALLER, SPIN_LIMIT)
+            self._loops.parallel_for(self._task_slot, words, workers, CALLER, SPIN_LIMIT)
             if self._num_asleep:
                 self._wake_workers()
         finally:
@@ -107,7 +107,7 @@ class WorkerPool:
 
     def _serve(self, index: int) -> None:
         while True:
-            self._loops.parallel_for(self._board, self._board, 0, index, SPIN_LIMIT)
+            self._loops.parallel_for(self._task_slot, self._task_slot, 0, index, SPIN_LIMIT)
             with self._lock:
                 self._num_asleep += 1
             self._sleepers.acquire()
@@ -119,7 +119,7 @@ class WorkerPool:
 
 
 def _aligned_words(count: int) -> Any:
-    """Zeros that begin with a cache line, so that each part of the board has lines of its own."""
+    """Zeros that begin with a cache line, so that each part of the task slot has lines of its own."""
     words = np.zeros(count + LINE_WORDS, np.int64)
     first = -(words.ctypes.data // 8) % LINE_WORDS
     return words[first : first + count]
@@ -131,8 +131,8 @@ def worker_pool() -> WorkerPool | None:
     try:
         from spdbench.models.cpu import parallel_for
 
-        nothing = np.array(Attention(TaskKind.ATTENTION_FLOATS, *[0] * 14), np.int64)
-        parallel_for.parallel_for(np.zeros(parallel_for.BOARD_WORDS, np.int64), nothing, 0, CALLER, 0)
+        nothing = np.array(AttentionTask(TaskKind.ATTENTION_F32, *[0] * 14), np.int64)
+        parallel_for.parallel_for(np.zeros(parallel_for.SLOT_WORDS, np.int64), nothing, 0, CALLER, 0)
     except Exception:  # numba is missing, switched off, or does not know this processor: each fails in its own way
         return None
     pool = WorkerPool(parallel_for)

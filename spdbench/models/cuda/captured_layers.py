@@ -53,7 +53,7 @@ class CapturedContext:
 
 class CapturedLayers:
     """The layers `weights`, by index, over one cache. `compiled`: torch.compile fuses the operations between matrix
-    products."""
+    multiplications."""
 
     def __init__(
         self,
@@ -167,8 +167,8 @@ def captured_layer(
 def attend_masked(queries_SHD: Tensor, keys_KBD: Tensor, values_KBD: Tensor, mask_RB: Tensor, widen: bool) -> Tensor:
     """Attention over all slots of a bucket, scores and softmax in float32: `[S, H D]`.
 
-    Two plain matrix products: with a mask, the fused attention kernels do not split the slots of a few rows over the
-    processors of a GPU. `widen`: the device multiplies 16-bit matrices into a float32 result.
+    Two plain matrix multiplications: with a mask, the fused attention kernels do not split the slots of a few rows over
+    the processors of a GPU. `widen`: the device multiplies 16-bit matrices into a float32 result.
     """
     folded_KRD = fold_heads(queries_SHD, keys_KBD.shape[0])
     keys_KDB = keys_KBD.transpose(1, 2)
@@ -183,7 +183,7 @@ def attend_masked(queries_SHD: Tensor, keys_KBD: Tensor, values_KBD: Tensor, mas
 
 @cache
 def can_widen(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the device multiplies 16-bit matrices into a float32 result, found out by one small product."""
+    """True if the device multiplies 16-bit matrices into a float32 result, found out by one small multiplication."""
     if device.type != "cuda" or dtype == torch.float32:
         return False
     ones = torch.ones(2, 8, 8, dtype=dtype, device=device)

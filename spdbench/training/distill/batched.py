@@ -1,7 +1,7 @@
 """Many sequences in parallel through a target's own layers, one token of each per step.
 
-The current tokens are rows of every matrix product; only positions and attention differ by row, so the cache keeps a
-length for each slot.
+The current tokens are rows of every matrix multiplication; only positions and attention differ by row, so the cache
+keeps a length for each slot.
 
 Shapes: B slots, M model width, V vocabulary, H query heads, K kv heads, G = H / K, T cache positions, D head size.
 """
@@ -42,7 +42,7 @@ class Slots:
     def __init__(self, decoder: Decoder, num_slots: int, capacity: int) -> None:
         geometry, dtype, device = decoder.geometry, decoder.dtype, decoder.device
         shape = (len(decoder.layers), num_slots, geometry.num_kv_heads, capacity, geometry.head_dim)
-        # Zeros, not uninitialised memory: a masked position still enters a product, and 0 times NaN is NaN.
+        # Zeros, not uninitialised memory: a masked position still enters a multiplication, and 0 times NaN is NaN.
         keys = torch.zeros(shape, dtype=dtype, device=device)
         values = torch.zeros_like(keys)
         self.capacity = capacity
@@ -139,7 +139,8 @@ class _TorchAttention:
         keys_BKTD, values_BKTD = self._keys[layer], self._values[layer]
         keys_BKTD[self._slots, :, self._lengths] = rotated[:, self._num_heads :]
         values_BKTD[self._slots, :, self._lengths] = new_values_BKD
-        # The G query heads that share a kv head become G rows of one small product, as in `models.layer_ops.attend`.
+        # The G query heads that share a kv head become G rows of one small multiplication, as in
+        # `models.layer_ops.attend`.
         queries_BHD, (num_slots, num_kv) = rotated[:, : self._num_heads], keys_BKTD.shape[:2]
         folded = queries_BHD.reshape(num_slots, num_kv, -1, queries_BHD.shape[-1])
         cached = keys_BKTD[:, :, : self._size], values_BKTD[:, :, : self._size]

@@ -144,8 +144,8 @@ def results_of(batches: Sequence[Batch[Result]], num_threads: int) -> Generator[
     """The results of all batches, each in a thread of its own, with None now and then in between.
 
     The batches share `num_threads`. Two threads with a batch each do more than both on one batch: they do not wait for
-    each other at the end of every product, which on a machine with other work takes most of the time. Closing the
-    iterator stops the threads; an error in one of them is raised here.
+    each other at the end of every matrix multiplication, which on a machine with other work takes most of the time.
+    Closing the iterator stops the threads; an error in one of them is raised here.
     """
     if len(batches) == 1:
         yield from batches[0].results()
@@ -156,7 +156,7 @@ def results_of(batches: Sequence[Batch[Result]], num_threads: int) -> Generator[
     def work(batch: Batch[Result]) -> None:
         ended = _Ended()
         try:
-            torch.set_num_threads(max(1, num_threads // len(batches)))  # for products called from this thread
+            torch.set_num_threads(max(1, num_threads // len(batches)))  # for multiplications called from this thread
             for result in batch.results():
                 found.put(result)
                 if stop.is_set():

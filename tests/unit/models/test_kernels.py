@@ -1,4 +1,4 @@
-"""Packed products against plain ones, and the plain ones where packing is missing."""
+"""Packed multiplications against plain ones, and the plain ones where packing is missing."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_products_and_what_is_fused_to_them(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
+def test_multiplications_and_what_is_fused_to_them(dtype: torch.dtype, rows: int, with_bias: bool) -> None:
     weight = tensor(48, 40, dtype=dtype)
     bias = tensor(48, dtype=dtype, seed=2) if with_bias else None
     x, other = tensor(rows, 40, dtype=dtype, seed=3), tensor(rows, 48, dtype=dtype, seed=4)
-    product = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    near(linear(weight, bias)(x), product)
-    near(linear(weight, bias).plus(x, other), other.float() + product)
+    multiply = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    near(linear(weight, bias)(x), multiply)
+    near(linear(weight, bias).plus(x, other), other.float() + multiply)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,7 +57,7 @@ def test_a_packed_weight_unpacks_to_itself(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("unpacked")
-def test_without_packing_plain_products_serve() -> None:
+def test_without_packing_plain_multiplications_serve() -> None:
     weight, x = tensor(48, 40), tensor(3, 40, seed=2)
     assert isinstance(linear(weight), PlainLinear)
     near(linear(weight)(x), functional.linear(x, weight))
@@ -80,12 +80,12 @@ def test_a_row_gets_the_same_bits_alone_and_in_company(dtype: torch.dtype, shape
         tensor(20, shape[1], dtype=dtype),
         tensor(20, shape[0], dtype=dtype),
     )
-    product = linear(weight)
+    multiply = linear(weight)
     for count in (2, 5, 8, 20):
-        together, added = product(rows[:count]), product.plus(rows[:count], other[:count])
+        together, added = multiply(rows[:count]), multiply.plus(rows[:count], other[:count])
         for i in range(count):
-            assert torch.equal(product(rows[i : i + 1])[0], together[i])
-            assert torch.equal(product.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])
+            assert torch.equal(multiply(rows[i : i + 1])[0], together[i])
+            assert torch.equal(multiply.plus(rows[i : i + 1], other[i : i + 1])[0], added[i])
 
 
 @pytest.mark.parametrize("shape", [(262, 64), (48, 40), (7, 6)])
@@ -96,10 +96,10 @@ def test_sizes_that_fill_no_block_are_whole(shape: tuple[int, int]) -> None:
 
 
 def test_rows_that_do_not_fit_are_refused() -> None:
-    product = linear(tensor(32, 16))
+    multiply = linear(tensor(32, 16))
     for rows in (tensor(1, 8), tensor(1, 16, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="do not fit a weight"):
-            product(rows)
+            multiply(rows)
 
 
 def test_processors_without_wide_registers_are_served_too(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The ops between products: the compiled ones against torch's, and torch's against what is written down."""
+"""The ops between matrix multiplications: the compiled ones against torch's, and torch's against what is written
+down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Threads that share a product: what they give is what one gives, and none is at work when there is nothing to do."""
+"""Threads that share a matrix multiplication: what they give is what one gives, and none is at work when there is
+nothing to do."""
 
 from __future__ import annotations
 
@@ -33,15 +34,15 @@ def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shared_products_have_the_bits_of_those_done_alone(dtype: torch.dtype) -> None:
-    products = [linear(tensor(outputs, 64, seed=outputs).to(dtype)) for outputs in (16, 48, 200, 1003)]
+def test_shared_multiplications_have_the_bits_of_those_done_alone(dtype: torch.dtype) -> None:
+    layers = [linear(tensor(outputs, 64, seed=outputs).to(dtype)) for outputs in (16, 48, 200, 1003)]
     rows = tensor(5, 64).to(dtype)
     torch.set_num_threads(1)
-    alone = [product(rows) for product in products]
+    alone = [layer(rows) for layer in layers]
     torch.set_num_threads(WORKERS + 1)
     for _ in range(500):
-        for product, expected in zip(products, alone, strict=True):
-            assert torch.equal(product(rows), expected)
+        for layer, expected in zip(layers, alone, strict=True):
+            assert torch.equal(layer(rows), expected)
 
 
 @pytest.mark.usefixtures("shared")
@@ -67,14 +68,14 @@ def test_shared_attention_has_the_bits_of_that_done_alone(dtype: torch.dtype) ->
 
 @pytest.mark.usefixtures("shared")
 def test_threads_that_ask_at_once_do_not_mix() -> None:
-    product = linear(tensor(1003, 64))
+    layer = linear(tensor(1003, 64))
     rows = [tensor(3, 64, seed=seed) for seed in range(4)]
-    expected = [product(each) for each in rows]
+    expected = [layer(each) for each in rows]
     wrong: list[int] = []
 
     def ask(index: int) -> None:
         for _ in range(300):
-            if not torch.equal(product(rows[index]), expected[index]):
+            if not torch.equal(layer(rows[index]), expected[index]):
                 wrong.append(index)
 
     threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(rows))]
@@ -98,9 +99,9 @@ def test_an_idle_pool_uses_no_processor() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_starts_workers_of_its_own() -> None:
-    product, rows = linear(tensor(1003, 64)), tensor(2, 64)
-    expected = product(rows)
+    layer, rows = linear(tensor(1003, 64)), tensor(2, 64)
+    expected = layer(rows)
     child = os.fork()
     if child == 0:
-        os._exit(0 if all(torch.equal(product(rows), expected) for _ in range(20)) else 1)
+        os._exit(0 if all(torch.equal(layer(rows), expected) for _ in range(20)) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
