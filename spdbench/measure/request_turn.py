@@ -23,6 +23,7 @@ from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import without_secrets
 from spdbench.types import (
+    Chat,
     UNKNOWN_ID,
     EngineReport,
     GenerationRequest,

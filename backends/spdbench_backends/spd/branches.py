@@ -102,7 +102,7 @@ class BranchingDrafter(HeadDrafter):
         self, asked: Sequence[Node], in_flight: Sequence[Node], log_likely_RU: Tensor
     ) -> list[tuple[float, Node, int]]:
         """(log-likelihood on the way from the root, parent, token) of new nodes after those `asked`."""
-        ids_U, row_of = self._weights.token_ids_U, {node.id: row for row, node in enumerate(asked)}
+        row_of = {node.id: row for row, node in enumerate(asked)}
         drafted: dict[int, set[int]] = {node.id: set() for node in asked}
         again = [node for node in in_flight if node.parent in row_of]  # drafts after a node whose row is deeper now
         if again:
@@ -116,7 +116,7 @@ class BranchingDrafter(HeadDrafter):
             if node is not root:
                 on_the_way[node.id] = on_the_way[node.parent or 0] + self._log_likely[_key(node)]
         best_RC = log_likely_RU.topk(min(log_likely_RU.shape[1], self._top_k), dim=-1)
-        tokens_RC = best_RC.indices if ids_U is None else ids_U[best_RC.indices]
+        tokens_RC = self._weights.vocabulary.to_target(best_RC.indices)
         parts = (part.tolist() for part in (tokens_RC, best_RC.indices, best_RC.values))
         candidates = []
         for node, *choices in zip(asked, *parts, strict=True):
