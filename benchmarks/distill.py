@@ -28,7 +28,7 @@ from benchmarks.shared import sides
 from benchmarks.shared.sides import Goal, Report, Row, Spread, show, spread, take_turns
 from benchmarks.shared.workload import MODEL
 
-LEAST = {"bfloat16": 400.0}
+MIN_TOKENS_PER_S = {"bfloat16": 400.0}
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     rows = [row(dtype, found) for dtype, found in turns.items()]
     report.tables["distill"] = rows
     for each in rows:
-        if least := LEAST.get(each["dtype"]):
+        if least := MIN_TOKENS_PER_S.get(each["dtype"]):
             what = f"generated tokens/s, {each['dtype']}"
             report.goals.append(Goal(what, each["generated_per_s"].median, at_least=least))
     keys = ("generated_per_s", "kept_per_s", "seconds")

@@ -14,12 +14,13 @@ each other.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def main() -> None:
     conversations = read_conversations(chosen.data)
     sequences = sequences_of(conversations.messages, target)
     recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in drafters}
-    features = Features(
+    features = SharedFeatures(
         target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.hidden_indices}
     )
     features.keep_on_disk(cache_folder())
@@ -125,6 +126,24 @@ def together(count: int, work: Callable[[int], None]) -> None:
         sys.exit("a process failed")
 
 
+class SharedFeatures(Features):
+    """Features that several processes compute together, for several drafters."""
+
+    def share(self) -> None:
+        """Makes features visible between processes that are forked from now on; `know_all` says that they are there."""
+        self._argmax_T.share_memory_()  # type: ignore[no-untyped-call]
+
+    def know_all(self) -> None:
+        """Marks all sequences as computed, by this process or another."""
+        self._known.update(range(len(self._sequences)))
+
+    def only(self, hidden_indices: Collection[int]) -> Features:
+        """A view whose batches hold only these states and the last layer's, for one of several drafters."""
+        view = copy.copy(self)
+        view._given = sorted({*hidden_indices, self._decoder.config.num_layers})
+        return view
+
+
 def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) -> list[TokenSequence]:
     chat = ChatFormat(target.tokenizer)
     end_id = ending_token(chat, target.eos_ids)
@@ -157,7 +176,7 @@ def prepare(features: Features, tokens: Sequence[int], process: int, num_process
 def train(
     each: Drafter,
     recipe: Recipe,
-    features: Features,
+    features: SharedFeatures,
     sequences: list[TokenSequence],
     target: Target,
     data_sha256: str,

@@ -44,7 +44,7 @@ NEEDED = ("torch", "transformers", "numpy", "numba", "pydantic", "safetensors")
 """Of the project's dependencies, those that the parts import."""
 
 BUDGET_S = 1200.0
-LEAST_S = 30.0
+MIN_S = 30.0
 """A part does not begin with less time left."""
 
 TAIL = 1500
@@ -167,7 +167,7 @@ def run_parts(asked: Sequence[str], settings: Settings, out: Path, deadline: flo
     for name in asked or [name for name in known if name not in read_records(out, known)]:
         left_s = deadline - time.monotonic()
         why = f"not begun, {max(left_s, 0.0):.0f} s are left"
-        if left_s >= LEAST_S:
+        if left_s >= MIN_S:
             why = run_apart(name, out, left_s, rehearse=not settings.on_gpu)
         failed += [name] if why else []
         print(f"{name}: {why or 'done'}", flush=True)

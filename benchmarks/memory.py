@@ -34,7 +34,7 @@ from spdbench.models.cpu.linear import can_pack
 from spdbench.models.target import DTYPES, load_target
 
 SAMPLE_EVERY_S = 0.002
-MOST = 1.2
+MAX_RATIO = 1.2
 KINDS = ("anonymous", "checkpoint", "resident")
 STAGES = ("runtime", "loaded", "decoded", "peak")
 
@@ -59,7 +59,7 @@ def measure(chosen: argparse.Namespace, report: Report) -> None:
     report.tables["memory"] = rows
     for each in rows:
         what = f"peak memory less the runtime's, over the model's bytes, {each['dtype']}"
-        report.goals.append(Goal(what, each["ratio"].median, at_most=MOST))
+        report.goals.append(Goal(what, each["ratio"].median, at_most=MAX_RATIO))
     show(
         ["dtype", "model, MB", "memory, MB", *STAGES],
         [

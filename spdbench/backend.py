@@ -6,7 +6,8 @@ third-party backends alike. Importing this module loads neither torch nor transf
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
@@ -19,7 +20,7 @@ from spdbench.types import (
     EngineReport,
     FirstDivergence,
     GenerationRequest,
-    Measurement,
+    MeasurementKind,
     Span,
     Step,
 )
@@ -98,7 +99,7 @@ class BackendInfo:
     drafter: DrafterInfo | None = None
     chosen: Mapping[str, str] = field(default_factory=dict)
     kernels: str | None = None
-    missing_measurements: tuple[Measurement, ...] = ()
+    missing_measurements: tuple[MeasurementKind, ...] = ()
     other_model: str | None = None
 
     @property
@@ -156,6 +157,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Frees what `load` took. May be called twice, and after a failure."""
+
+
+@contextmanager
+def closing_steps(steps: Iterator[Step]) -> Iterator[Iterator[Step]]:
+    """The steps of a request, which is given up at the end of the block."""
+    try:
+        yield steps
+    finally:
+        if isinstance(steps, Generator):  # any other iterator ends itself
+            steps.close()
 
 
 def engine_report(backend: Backend) -> EngineReport:

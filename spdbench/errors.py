@@ -87,6 +87,15 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def short_repr(value: object) -> str:
+    """`repr` of a value from outside, in at most 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     """The key path of the first thing that pydantic found wrong, and what is wrong with it."""
     first = error.errors()[0]

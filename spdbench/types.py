@@ -10,10 +10,10 @@ from typing import Literal, NamedTuple, Protocol
 BackendKind = Literal["autoregressive", "draft_verify", "pipeline"]
 FinishReason = Literal["eos", "length", "error"]
 SpanKind = Literal["target", "head", "draft", "verify", "host"]
-Measurement = Literal["ids", "times", "drafts", "forwards", "devices"]
+MeasurementKind = Literal["ids", "times", "drafts", "forwards", "devices"]
 """What a backend may be unable to measure: the ids of tokens, the times of single tokens, drafts and verdicts, the
 target's work, the devices that it runs on."""
-Outcome = Literal["identical", "tie", "near_tie", "real", "unclassified"]
+DivergenceClass = Literal["identical", "tie", "near_tie", "real", "unclassified"]
 """How a greedy output compares with plain decoding's (METRICS.md, "Losslessness"); unclassified: it differs, and the
 engine does not report the logits that could say why."""
 EngineLogits = Callable[[Sequence[int], Sequence[int]], Mapping[int, float] | None]
@@ -157,7 +157,7 @@ class FirstDivergence:
     `apart` how far all of its logits lie from plain decoding's, relative to their spread. None: not measured.
     """
 
-    outcome: Outcome
+    outcome: DivergenceClass
     position: int
     expected: int | None
     found: int | None
@@ -186,6 +186,12 @@ class Span(NamedTuple):
     position: int
     kept: bool
     cycle: int = -1
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int:
+    """The index of the first id that differs; the shorter length where one is the beginning of the other."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def request_seed(*parts: object) -> int:

@@ -21,7 +21,7 @@ from spdbench.cli.main import run
 from spdbench.console import MAX_CHARS, printable
 from spdbench.errors import SpdbenchError
 
-LONGEST_MESSAGE = 10_000
+MAX_MESSAGE_LENGTH = 10_000
 MEMORY_LIMIT = 2 * 2**30
 TRIED: Counter[str] = Counter()
 """How many inputs each test has really given to its reader."""
@@ -143,7 +143,7 @@ def read(name: str, reader: Callable[[], object], folder: Path | None = None) ->
 
 def require_message(text: str) -> None:
     assert text.strip()
-    assert len(printable(text)) < LONGEST_MESSAGE
+    assert len(printable(text)) < MAX_MESSAGE_LENGTH
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def command(name: str, *words: str) -> int:
     for text in (out.getvalue(), err.getvalue()):
         lines = text.split("\n")
         assert all(printable(line[:MAX_CHARS]) == line[:MAX_CHARS] for line in lines)
-        assert max(map(len, lines)) < 10 * LONGEST_MESSAGE
+        assert max(map(len, lines)) < 10 * MAX_MESSAGE_LENGTH
     if code == 2:
         require_message(err.getvalue())
     return code

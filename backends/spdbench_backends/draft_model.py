@@ -133,8 +133,7 @@ class ModelDrafter:
 
 def random_decoder(target: Decoder, seed: int) -> Decoder:
     """An untrained model of one layer: matrices drawn from N(0, 0.02²) between the target's embedding and head."""
-    from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
-    from spdbench.models.decoder import geometry_of
+    from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
     from spdbench_backends.drafter_files.tensors import random_tensors
 
     config, expected = target.config, ExpectedTensors()

@@ -26,8 +26,8 @@ CALIBRATION = "calibration.json"
 """What `check --calibrate` leaves in a folder of results; no result itself."""
 NOT_IN_FILE_NAMES = r"""[\x00-\x1f"*/:<>?\\|\x7f\ud800-\udfff]"""
 """Characters of a model's name that some file systems and upload steps refuse in a file's name."""
-LONGEST_PART = 120
-LONGEST_NAME = 255
+MAX_PART_BYTES = 120
+MAX_NAME_BYTES = 255
 LONGEST_ENDING = ".journal.jsonl.old.part"
 
 
@@ -180,17 +180,17 @@ def result_path(folder: Path, work: str, label: str, model_id: str, name: str | 
     old = path(model_id.replace("/", "-"))
     is_there = os.path.exists(old) or os.path.exists(old.with_name(f"{old.stem}.journal.jsonl"))
     found = old if is_there else path(_shortened(re.sub(NOT_IN_FILE_NAMES, "-", model_id)))
-    if (length := len(os.fsencode(found.stem + LONGEST_ENDING))) > LONGEST_NAME:
+    if (length := len(os.fsencode(found.stem + LONGEST_ENDING))) > MAX_NAME_BYTES:
         raise InputError(
             f"{found.stem[:60]}...: the names of suite, label, model and --name make a file name of {length} bytes, "
-            f"and {LONGEST_NAME} are possible; choose a shorter label or --name"
+            f"and {MAX_NAME_BYTES} are possible; choose a shorter label or --name"
         )
     return found
 
 
 def _shortened(text: str) -> str:
     """`text`, or as much of it as a file's name has room for, with a hash that tells it from other long ones."""
-    if len(text.encode()) <= LONGEST_PART:
+    if len(text.encode()) <= MAX_PART_BYTES:
         return text
-    kept = text.encode()[:LONGEST_PART].decode(errors="ignore")
+    kept = text.encode()[:MAX_PART_BYTES].decode(errors="ignore")
     return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

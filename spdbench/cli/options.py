@@ -30,7 +30,7 @@ from spdbench.processors import usable_cores
 
 DTYPES = ("bfloat16", "float32", "float16")
 LABEL = re.compile(r"[A-Za-z0-9.+-]+(_[A-Za-z0-9.+-]+)*")
-MOST = 2**63 - 1
+MAX_NUMBER = 2**63 - 1
 """The largest whole number that options take: files, arrays and torch's seeds hold 64 bits."""
 BYTES = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -91,12 +91,12 @@ class FiniteRange(click.FloatRange):
 
 
 class WholeRange(click.IntRange):
-    """A whole number from `min` to `MOST`, which is too large to be worth showing in help."""
+    """A whole number from `min` to `MAX_NUMBER`, which is too large to be worth showing in help."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         number = int(super().convert(value, param, ctx))
-        if number > MOST:
-            self.fail(f"a number of {len(str(number))} digits is too large. Allowed: at most {MOST}.", param, ctx)
+        if number > MAX_NUMBER:
+            self.fail(f"a number of {len(str(number))} digits is too large. Allowed: at most {MAX_NUMBER}.", param, ctx)
         return number
 
 
@@ -117,12 +117,12 @@ class Quantity(click.ParamType[float]):
 def _seconds(*hours_minutes_seconds: str | None) -> float | None:
     units = (3600.0, 60.0, 1.0)
     found = sum(float(n or 0) * unit for n, unit in zip(hours_minutes_seconds, units, strict=True))
-    return found if 0 < found <= MOST else None
+    return found if 0 < found <= MAX_NUMBER else None
 
 
 def _bytes(number: str, unit: str | None) -> int | None:
     found = float(number) * BYTES[(unit or "").upper()]
-    return int(found) if found <= MOST else None
+    return int(found) if found <= MAX_NUMBER else None
 
 
 def _share(number: str) -> float | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spdbench.models.interface import TargetDecoder
-from spdbench.types import EngineLogits, FirstDivergence, Outcome
+from spdbench.types import DivergenceClass, EngineLogits, FirstDivergence, first_difference
 
 MAX_APART = {torch.float32: 1e-4, torch.float16: 0.0125, torch.bfloat16: 0.1}
 """How far another engine's logits may lie from the target's and still count as rounded, relative to their spread:
@@ -56,9 +56,7 @@ def first_divergence(
     another `engine` whose own logits prefer plain decoding's id, or lie further from the target's than rounding puts
     them.
     """
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
+    at = first_difference(expected, found)
     if at == len(expected) == len(found):
         return None
     ours, theirs = (ids[at] if at < len(ids) else None for ids in (expected, found))
@@ -74,7 +72,7 @@ def first_divergence(
     if gap == 0.0:
         return divergence
     floor, width = _floor(decoder, prompt_ids, answer, widths, plain_V, enough=abs(gap))
-    outcome: Outcome = "near_tie" if abs(gap) <= floor else "real"
+    outcome: DivergenceClass = "near_tie" if abs(gap) <= floor else "real"
     return replace(divergence, outcome=outcome, floor=floor, floor_source=f"{_rows(width)} a forward against one")
 
 

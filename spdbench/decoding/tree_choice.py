@@ -22,6 +22,8 @@ from spdbench.profiles.profile import RowCosts
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 ROUNDS = 3
 CONTEXT = 128
+MAX_AUTO_NODES = 32
+"""Of a tree that a backend chooses for itself, the root included."""
 RANK_DECAY = 0.25
 """The accuracy of each further rank relative to the one before, where nothing was measured."""
 
@@ -43,8 +45,10 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
     return RowCosts(tuple(counts), tuple(median(times[count][1:]) for count in counts))
 
 
-def assumed_accuracies(by_level: Sequence[float], num_ranks: int) -> list[list[float]]:
-    """A table for all ranks from first-choice accuracies: each rank has a fixed share of the one before."""
+def assumed_accuracies(by_level: Sequence[float], num_levels: int, num_ranks: int) -> list[list[float]]:
+    """A table for all ranks of `num_levels` levels from first-choice accuracies, of which the last goes on; each rank
+    has a fixed share of the one before."""
+    by_level = [*by_level, *[by_level[-1]] * num_levels][:num_levels]
     return [[accuracy * RANK_DECAY**rank for rank in range(num_ranks)] for accuracy in by_level]
 
 

@@ -64,7 +64,7 @@ class DraftVerdict:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """On a tree. `path` holds the accepted nodes, root first; `token_ids` their tokens without the root's, then the
     target's own token. `drafted` is the tree's depth, `judged` counts the levels that were verified."""
 
@@ -77,12 +77,12 @@ class Verdict:
     def accepted(self) -> int:
         return len(self.path) - 1
 
-    def within(self, room: int) -> Verdict:
+    def within(self, room: int) -> Verification:
         """The verdict as if the tree had been built for `room` tokens: deeper levels do not count."""
         levels = room - 1
         if self.drafted <= levels:
             return self
-        return Verdict(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
+        return Verification(self.path[:room], self.token_ids[:room], levels, min(self.judged, levels))
 
 
 class Rule(NamedTuple):
@@ -102,7 +102,9 @@ AcceptRule = Callable[[Tensor, DraftTree, Sampler], Rule]
 """Starts a rule on the target's logits of every node `[N, V]`."""
 
 
-def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: AcceptRule | None = None) -> Verdict:
+def verify(
+    logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: AcceptRule | None = None
+) -> Verification:
     """Verifies drafts against the target's logits of every node `[N, V]`, by `accept_rule`, by default greedy or
     lossless sampling as the request says. The host waits for a GPU once, except in typical acceptance."""
     forced = draft.forced_verdicts
@@ -125,7 +127,7 @@ def verify(logits_NV: Tensor, draft: DraftTree, sampler: Sampler, accept_rule: A
             break
         path.append(accepted)
     token = rule.token_after(path[-1], [] if forced is not None else siblings)
-    return Verdict(tuple(path), (*(rule.ids[node] for node in path[1:]), token), max(depths), judged)
+    return Verification(tuple(path), (*(rule.ids[node] for node in path[1:]), token), max(depths), judged)
 
 
 def verify_draft(logits_V: Logits, draft: Draft | None, sampler: Sampler) -> DraftVerdict:

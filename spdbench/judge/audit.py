@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from spdbench.judge.metrics.chi_square import ChiSquare
-from spdbench.types import FirstDivergence, Outcome
+from spdbench.types import DivergenceClass, FirstDivergence
 
-Verdict = Literal["lossless", "lossless but for rounding", "NOT lossless", "faulty", "unknown", "not audited"]
+AuditVerdict = Literal["lossless", "lossless but for rounding", "NOT lossless", "faulty", "unknown", "not audited"]
 
 SIGNIFICANCE = 1e-3
 """Probability that an audit calls a distribution wrong that is right; shared by all backends (Bonferroni)."""
@@ -61,7 +61,7 @@ class BackendAudit:
     backend: str
     kernels: str
     not_audited: str | None = None
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    outcomes: Counter[DivergenceClass] = field(default_factory=Counter)
     divergences: list[PromptDivergence] = field(default_factory=list)
     restarts: Restarts = field(default_factory=Restarts)
     ends: Ends = field(default_factory=Ends)
@@ -70,7 +70,7 @@ class BackendAudit:
     significance: float = SIGNIFICANCE
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> AuditVerdict:
         if self.not_audited is not None:
             return "not audited"
         if self.outcomes["real"] or self.ends.wrong or self.is_skewed:

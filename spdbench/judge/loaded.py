@@ -22,7 +22,7 @@ from spdbench.judge.results.table import RunTable, table_from
 from spdbench.judge.timeline import step_tokens
 from spdbench.processors import usable_cores
 
-MOST_BYTES_PER_S = 1e18
+MAX_BYTES_PER_S = 1e18
 """A read bandwidth above this comes from a damaged file."""
 WORTHWHILE_BYTES = 24 * 2**20
 """Files of less than this together are read before a second process would have started."""
@@ -96,7 +96,7 @@ class LoadedResult:
     def read_bandwidth(self) -> float | None:
         """The machine's, in bytes/s; None where it was not measured, or cannot be true."""
         value = self.head.environment.get("read_bandwidth_bytes_per_s")
-        return float(value) if isinstance(value, int | float) and 1 <= value <= MOST_BYTES_PER_S else None
+        return float(value) if isinstance(value, int | float) and 1 <= value <= MAX_BYTES_PER_S else None
 
     @cached_property
     def by_category(self) -> dict[str, LoadedResult]:

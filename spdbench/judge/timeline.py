@@ -18,7 +18,7 @@ from spdbench.judge.results.kept import DraftColumns
 from spdbench.judge.results.schema import BackendRecord, Run, Steps
 from spdbench.types import Span
 
-Verdict = Literal["prefill", "accepted", "rejected", "filling", "decoded"]
+CycleOutcome = Literal["prefill", "accepted", "rejected", "filling", "decoded"]
 """What a step gave: `filling` is a pipeline's cycle without a verdict, `decoded` a token without drafts."""
 
 
@@ -80,7 +80,7 @@ def _path(ids: Sequence[int], parents: Sequence[int], accepted: Sequence[int]) -
     return path
 
 
-def verdict(steps: Steps, number: int, backend: BackendRecord) -> Verdict:
+def verdict(steps: Steps, number: int, backend: BackendRecord) -> CycleOutcome:
     """What step `number` gave. A pipeline's token without a draft before it flushes the pipeline like a rejection."""
     if number == 0:
         return "prefill"

@@ -9,11 +9,11 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spdbench.backend import Backend, engine_report
+from spdbench.backend import Backend, closing_steps, engine_report
 from spdbench.judge.results.schema import Steps
 from spdbench.processors import is_elsewhere, workers
 from spdbench.types import Drafted, EngineReport, FinishReason, GenerationRequest, Step
@@ -80,8 +80,7 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
     finish: FinishReason | None = None
     now = time.perf_counter_ns
     start = now()
-    steps = backend.generate(request)
-    try:
+    with closing_steps(backend.generate(request)) as steps:
         for step in steps:
             at = now() - start
             kept, finish = _cut(step.token_ids, request, len(ids))
@@ -89,9 +88,6 @@ def measure(backend: Backend, request: GenerationRequest) -> Measurement:
             rows.append((at, len(kept), step))
             if finish is not None:
                 break
-    finally:
-        if isinstance(steps, Generator):  # any other iterator ends itself
-            steps.close()
     report = engine_report(backend)
     if finish is None and ids:
         finish = report.finish

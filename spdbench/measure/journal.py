@@ -25,7 +25,7 @@ from spdbench.errors import InputError
 from spdbench.input_files import parse_json
 from spdbench.judge.results.kept import RunDivergence
 from spdbench.judge.results.schema import Run, RunKey, require_totals
-from spdbench.types import FirstDivergence, Outcome
+from spdbench.types import DivergenceClass, FirstDivergence
 
 MAGIC = "spdbench.journal/1"
 RUN_START, ASIDE_START = b'{"run":', b'{"set_aside":'
@@ -43,7 +43,7 @@ class Journal(AppendLog):
         super().__init__(path)
         self.created = ""
         self.identity: Mapping[str, Any] = {}
-        self.outcomes: dict[RunKey, Outcome] = {}
+        self.outcomes: dict[RunKey, DivergenceClass] = {}
         self.divergences: dict[RunKey, RunDivergence] = {}
         self.offsets: dict[RunKey, int] = {}
         self.resumed_prompts: dict[RunKey, str] = {}
@@ -76,7 +76,7 @@ class Journal(AppendLog):
 
     def add_comparison(self, key: RunKey, found: FirstDivergence | None) -> None:
         """Adds where a finished request's output differs first from vanilla's; None: nowhere."""
-        outcome: Outcome = "identical" if found is None else found.outcome
+        outcome: DivergenceClass = "identical" if found is None else found.outcome
         line = _json({"outcome": [*key, outcome]})[:-1]
         if found is not None:
             prompt, turn, repeat = key
@@ -138,7 +138,7 @@ class Journal(AppendLog):
             record = parse_json(line)
             prompt, turn, repeat, outcome = record["outcome"]
             key: RunKey = (prompt, turn, repeat)
-            if outcome not in get_args(Outcome) or key not in self.offsets:
+            if outcome not in get_args(DivergenceClass) or key not in self.offsets:
                 raise ValueError
             if "divergence" in record:
                 self.divergences[key] = RunDivergence.model_validate(record["divergence"])

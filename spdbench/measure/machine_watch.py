@@ -25,7 +25,7 @@ from spdbench.measure.gpu_users import GpuUsers
 from spdbench.measure.process_times import ProcessTimes, own_cpu_ns
 from spdbench.processors import limiting_group, usable_processors
 
-MOST_SOURCE_NS = 20_000
+MAX_SOURCE_NS = 20_000
 """A source whose reading takes longer is omitted."""
 TRIES = 5
 MAX_BYTES = 65_536
@@ -46,7 +46,7 @@ class MachineWatch:
     def __init__(self, gpus: Sequence[str] = (), proc: Path = Path("/proc"), sys_: Path = Path("/sys")) -> None:
         self._processors = usable_processors()
         self._files: list[int] = []
-        self._sources = [source for source in self._find(proc, sys_) if _cost_ns(source) <= MOST_SOURCE_NS]
+        self._sources = [source for source in self._find(proc, sys_) if _cost_ns(source) <= MAX_SOURCE_NS]
         self._gpus = GpuUsers(gpus)
         self._processes = ProcessTimes(proc)
 
@@ -102,7 +102,7 @@ class MachineWatch:
             every = len(self._processors) == os.cpu_count()
             wanted = (b"cpu",) if every else tuple(b"cpu%d" % number for number in self._processors)
             of_stat = _stat_reader(stat, frozenset(wanted))
-            if _cost_ns(of_stat) <= MOST_SOURCE_NS:
+            if _cost_ns(of_stat) <= MAX_SOURCE_NS:
                 yield of_stat
             elif every and (uptime := self._open(proc / "uptime")) is not None:
                 yield lambda: {"idle": round(float(_read(uptime).split()[1]) * NS_PER_S)}

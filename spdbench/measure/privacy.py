@@ -14,7 +14,7 @@ SECRET_NAME = re.compile(
 )
 LOGIN = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
 """User and password in a URL."""
-SHORTEST_SECRET = 8
+MIN_SECRET_LENGTH = 8
 """A shorter value would also be replaced within unrelated words."""
 HIDDEN = "***"
 
@@ -32,7 +32,7 @@ def without_secrets(text: str) -> str:
     """`text` with the home folder as `~`, and with `***` for the values of variables such as HF_TOKEN, plain or as JSON
     escapes them, and for the user and password of a URL."""
     secrets = [
-        value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET
+        value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH
     ]
     hidden = {form for value in secrets for form in (value, json.dumps(value)[1:-1])}
     for value in sorted(hidden, key=len, reverse=True):

@@ -9,7 +9,7 @@ from pathlib import Path
 from spdbench.console import printable
 from spdbench.processors import workers
 
-LEAST_SHARE = 0.1
+MIN_SHARE = 0.1
 """Of the processor time that was lost; a process that used less is not named."""
 
 
@@ -50,7 +50,7 @@ class ProcessTimes:
         before, self._last = self._last, self._all()
         own = {os.getpid(), *workers()}
         used = {pid: now - before.get(pid, 0) for pid, now in self._last.items() if pid not in own}
-        enough = LEAST_SHARE * max(lost_ns, sum(used.values()))
+        enough = MIN_SHARE * max(lost_ns, sum(used.values()))
         names: dict[str, int] = {}
         for pid, spent in used.items():
             if spent >= enough:

@@ -23,8 +23,8 @@ from spdbench.measure.energy import EnergyMeter
 from spdbench.measure.machine_watch import MachineWatch
 from spdbench.measure.privacy import without_secrets
 from spdbench.types import (
-    Chat,
     UNKNOWN_ID,
+    Chat,
     EngineReport,
     GenerationRequest,
     Message,
@@ -33,7 +33,7 @@ from spdbench.types import (
     request_seed,
 )
 
-MOST_BLOCKS = 4
+MAX_BLOCKS = 4
 NO_STEPS = Steps(t_ns=[], emitted=[], drafted=[], judged=[], accepted=[], forwards=[])
 
 
@@ -74,9 +74,9 @@ class Workload:
         return {key for prompt in self.prompts for key in self.keys_of(prompt)}
 
     def blocks(self, width: int) -> list[Sequence[Prompt]]:
-        """The prompts in order, in blocks of about the same size: at most `MOST_BLOCKS`, each with at least twice as
+        """The prompts in order, in blocks of about the same size: at most `MAX_BLOCKS`, each with at least twice as
         many conversations as there are users (`width`), since the start and the end of a block cost time."""
-        number = max(1, min(MOST_BLOCKS, len(self.prompts) // (2 * width)))
+        number = max(1, min(MAX_BLOCKS, len(self.prompts) // (2 * width)))
         ends = [round(len(self.prompts) * part / number) for part in range(number + 1)]
         return [self.prompts[start:end] for start, end in pairwise(ends)]
 

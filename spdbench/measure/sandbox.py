@@ -60,14 +60,14 @@ STANDARD = Limits()
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ExecutionResult:
     """How a program ended; `guards` are those that were in force."""
 
     finished: bool
     guards: tuple[str, ...]
 
 
-def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
+def run_program(program: str, limits: Limits = STANDARD) -> ExecutionResult:
     """Runs `program`. It has not finished if it ended by an exception, an exit or a limit.
 
     Raises:
@@ -100,7 +100,7 @@ def run_program(program: str, limits: Limits = STANDARD) -> Outcome:
             finished = verdict == token.encode() + b"\n" and not _exceeds_limits(folder, limits)
     except OSError as error:
         raise NotRunError(f"--allow-code-execution: answers cannot be run here ({error.strerror})") from None
-    return Outcome(finished, tuple(json.loads(guards)))
+    return ExecutionResult(finished, tuple(json.loads(guards)))
 
 
 def _read_reply(pipe: int, folder: str, limits: Limits) -> bytes:

@@ -26,7 +26,7 @@ from spdbench.models.checkpoints.hybrid_tensors import (
     plain_norm,
     recurrent_layer,
 )
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
 from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.cpu.linear import Linear, PackedLinear, can_pack, linear
 from spdbench.models.interface import CancelledForwardError
@@ -155,7 +155,7 @@ class Decoder:
             total += self.final_norm.nbytes + self.head.nbytes
         return total
 
-    def ends_on(self, device: torch.device) -> Decoder:
+    def embedding_and_head_on(self, device: torch.device) -> Decoder:
         """Embedding, final norm and head alone, copied to another device."""
         assert self.embeddings_VM is not None
         assert self.final_norm is not None
@@ -226,11 +226,6 @@ def load_decoder(
         dtype=dtype,
         device=device,
     )
-
-
-def geometry_of(config: ModelConfig) -> Geometry:
-    """How a model's layers cut their tensors into heads."""
-    return Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from spdbench.chat_rows import CONTENTS, NAMES, OddRowError, message_of
 from spdbench.console import say
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, short_repr
 from spdbench.input_files import parse_json
 from spdbench.types import Message, Prompt, encodable
 
@@ -169,15 +169,7 @@ def problem(details: ErrorDetails) -> str:
         return "is missing"
     reason = TYPE_WORDS.get(kind) or details["msg"].removeprefix("Value error, ")
     reason = reason.replace("Input should be", "must be").replace("String should match", "must match")
-    return f"{reason}, not {_short_repr(value)}"
-
-
-def _short_repr(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print an integer of thousands of digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{reason}, not {short_repr(value)}"
 
 
 def rows_to_prompts(
@@ -268,7 +260,7 @@ def _checked_row(
     reference that is not `asked` for."""
     turns, column = _messages_in_text(fields["turns"]), f"{where}: {columns['turns']}"
     if not isinstance(turns, str | list):
-        raise InputError(f"{column}: must be text or a list of texts, not {_short_repr(turns)}")
+        raise InputError(f"{column}: must be text or a list of texts, not {short_repr(turns)}")
     if isinstance(turns, list) and (any(isinstance(turn, dict) for turn in turns) or (not turns and reading.skip_odd)):
         conversation = split_messages(turns, column, own_answers=reading.own_answers)
         # The answers that are not given have been taken out, so that `Row` reads it in its only way.
@@ -286,7 +278,7 @@ def _checked_row(
         raise InputError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None
     if reading.placeholder is not None and any(turn.startswith(reading.placeholder) for turn in row.turns):
         how = "" if reading.origin is None else f"; {reading.origin}"
-        raise InputError(f"{column}: has not been filled in yet ({_short_repr(reading.placeholder)}){how}")
+        raise InputError(f"{column}: has not been filled in yet ({short_repr(reading.placeholder)}){how}")
     return row
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from spdbench.judge.comparison.pairing import workload
 from spdbench.judge.gate.calibration import Calibration
-from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, Verdict, verdict_of
+from spdbench.judge.gate.verdict import EXIT_CODES, Finding, GateVerdict, Judgement, verdict_of
 from spdbench.render.columns import (
     EMPTY,
     bullet,
@@ -41,7 +41,7 @@ NAMES = {
 }
 QUIET = frozenset({"failed_runs", "real_divergences"})
 """Not shown while nothing is wrong."""
-STYLES: dict[Verdict, str] = {
+STYLES: dict[GateVerdict, str] = {
     "regression": "bold red",
     "not comparable": "magenta",
     "inconclusive": "yellow",

@@ -18,7 +18,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import Outcome, conclusions
+from spdbench.judge.comparison.conclusion import SpeedupOutcome, conclusions
 from spdbench.judge.comparison.load import Load, conclude, loads
 from spdbench.render.columns import (
     LABEL,
@@ -45,8 +45,8 @@ from spdbench.render.notes import notes, sentence, verdicts
 Format = Literal["table", "github", "latex", "csv", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
 MORE = "`spdbench compare --details` adds {}."
-SHORTEST_LABEL = 12
-STYLES: dict[Outcome, str] = {"pays": "bold green", "slower": "red"}
+MIN_LABEL_WIDTH = 12
+STYLES: dict[SpeedupOutcome, str] = {"pays": "bold green", "slower": "red"}
 
 
 def render(tables: Sequence[Table], form: Format, console: Console, *, details: bool = False) -> str:
@@ -161,7 +161,7 @@ def _fit(table: Table, columns: Sequence[Column], room: int) -> _Fit:
             break
         last = ranks.index(max(ranks))
         kept, cells = [*kept[:last], *kept[last + 1 :]], [*cells[:last], *cells[last + 1 :]]
-    length = max(SHORTEST_LABEL, max(map(cell_len, cells[0])) - fit.too_wide(table, room))
+    length = max(MIN_LABEL_WIDTH, max(map(cell_len, cells[0])) - fit.too_wide(table, room))
     fit = fit._replace(cells=[[_shortened(label, length) for label in cells[0]], *cells[1:]])
     return fit._replace(whole=not fit.too_wide(table, room))
 

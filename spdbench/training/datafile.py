@@ -22,7 +22,7 @@ from spdbench.training.conversations import OUR_START, SCHEMA
 from spdbench.training.distill.talk import Dropped, Kept
 
 SUMMARY_SCHEMA = "spdbench.data-summary/1"
-MOST = 1e15
+MAX_COUNT = 1e15
 """No count and no time in seconds of a summary is larger."""
 FREE_TO_CHANGE = ("created", "tokens", "spdbench", "batch")
 """Settings that may differ when a file is resumed: the file may grow, by another version of spdbench."""
@@ -112,7 +112,7 @@ class DataFile(AppendLog):
             row = read_json(summary_path(self.path))
             dropped = Counter({str(reason): int(count) for reason, count in row["dropped"].items()})
             written, seconds = int(row["generated_tokens"]), float(row["seconds"])
-            if all(0 <= number < MOST for number in (*dropped.values(), written, seconds)):  # false for NaN
+            if all(0 <= number < MAX_COUNT for number in (*dropped.values(), written, seconds)):  # false for NaN
                 self.dropped, self.num_written, self.seconds = dropped, written, seconds
         except (InputError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             pass

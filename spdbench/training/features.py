@@ -8,7 +8,6 @@ Shapes: B sequences, S tokens of each, T tokens of all, K kinds of states, M mod
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
@@ -66,20 +65,6 @@ class Features:
             os.close(handle)
             os.unlink(name)
         self._states_TKM = flat.view(self._starts[-1], len(self._kinds), -1)
-
-    def share(self) -> None:
-        """Makes features visible between processes that are forked from now on; `know_all` says that they are there."""
-        self._argmax_T.share_memory_()  # type: ignore[no-untyped-call]
-
-    def know_all(self) -> None:
-        """Marks all sequences as computed, by this process or another."""
-        self._known.update(range(len(self._sequences)))
-
-    def only(self, hidden_indices: Collection[int]) -> Features:
-        """A view whose batches hold only these states and the last layer's, for one of several drafters."""
-        view = copy.copy(self)
-        view._given = sorted({*hidden_indices, self._decoder.config.num_layers})
-        return view
 
     def prepare(self, indices: Sequence[int]) -> None:
         """Computes the features of some sequences now, if they can be kept."""

@@ -28,7 +28,7 @@ FOLDERS = sorted(path.parent for path in CASES.glob("*/how.txt"))
 BASELINES = Path(__file__).parents[2] / "results" / "baselines"
 TIME_LIMIT_S = 30
 MEMORY_LIMIT = 2 * 2**30
-LONGEST_OUTPUT = 50_000
+MAX_OUTPUT_LENGTH = 50_000
 """In characters; no message of a file shows a megabyte of it."""
 
 EXIT_CODES = {
@@ -169,7 +169,7 @@ def test_a_hostile_input_gives_a_message_and_does_no_harm(case: Path, tmp_path: 
     assert "Traceback" not in ended.output, shown
     assert ended.code == EXIT_CODES.get(case.name, 2), shown
     assert ended.peak_bytes < MEMORY_LIMIT, shown
-    assert len(ended.output) < LONGEST_OUTPUT
+    assert len(ended.output) < MAX_OUTPUT_LENGTH
     raw = [char for char in ended.output if printable(char) != char]
     assert not raw, f"raw characters {raw[:5]}: {shown}"
     assert not (folder / "RAN").exists(), "code of the input has run"

@@ -16,7 +16,7 @@ from spdbench.models.checkpoints.folders import cache_folder, drafter_folders
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
 LOGS = Path(__file__).parents[2] / "results" / "training"
 FOLDERS = sorted(path.parent for path in SHIPPED.glob("*/config.json"))
-MOST_BYTES = 45_000_000
+MAX_BYTES = 45_000_000
 LABELS = ("vanilla", "eagle", "medusa", "spd", "ppsd")
 
 
@@ -28,7 +28,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 def test_all_are_present_and_small() -> None:
     assert drafter_folders()[-1] == SHIPPED
     assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd-2", "spd-3"]
-    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MOST_BYTES
+    assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

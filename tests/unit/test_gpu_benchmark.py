@@ -166,7 +166,7 @@ def test_the_table_is_there_after_every_part_and_the_same_command_goes_on(
 
 
 def test_no_part_begins_when_too_little_of_the_budget_is_left(tmp_path: Path, ran: list[str]) -> None:
-    assert gpu.run_parts([], REHEARSAL, tmp_path, time.monotonic() + gpu.LEAST_S - 1) == 1
+    assert gpu.run_parts([], REHEARSAL, tmp_path, time.monotonic() + gpu.MIN_S - 1) == 1
     assert ran == []
     assert "Not measured yet: vanilla-tiny" in (tmp_path / "gpu.md").read_text()
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head whose file does not give it; heads trained on little data reach about as much."""
 
-LARGEST_AUTO_TREE = 32
 CHAIN_DEPTH = 4
 TIMED_TOKENS = 64
 """Capacity for the drafts that are timed, each of which commits one token."""
@@ -143,17 +142,15 @@ class Eagle(DraftVerify):
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
         """The builder that promises the most tokens a second; of a chain where the target takes no trees."""
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, chain_builder
-        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
+        from spdbench.decoding.tree_choice import MAX_AUTO_NODES, assumed_accuracies, choose_tree
 
         device = self._decoder.device
-        largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else LARGEST_AUTO_TREE
+        largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else MAX_AUTO_NODES
         depth = self._options.depth or min(8, largest - 1)
         if not self._decoder.takes_trees:
             largest = depth + 1
-        by_level = list(file.config.acceptance_by_position) if file is not None else list(choice.rates)
-        by_level = [*by_level, *[by_level[-1] if by_level else ASSUMED_ACCURACY] * depth][:depth]
-        synthetic = self._weights is None
-        accuracies = assumed_accuracies(by_level, 1 if synthetic else 4)
+        by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
+        accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
         costs = self._row_costs(largest)
         chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device))
         chain = tree = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
-from spdbench.models.decoder import Decoder, geometry_of
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
+from spdbench.models.decoder import Decoder
 from spdbench.models.hf.library import scaled_frequencies
 from spdbench.models.layer_ops import Geometry
 from spdbench.models.rotary import Rotary, plain_frequencies

@@ -31,7 +31,7 @@ from spdbench_backends.drafter_files.folder import origin, stored
 from spdbench_backends.drafter_files.tensors import vocabulary_maps
 from spdbench_backends.eagle.build import default_aux
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout, write_eagle
-from spdbench_backends.eagle.training_time_test import EagleHead, state_index
+from spdbench_backends.eagle.training_time_test import TrainableEagleHead, state_index
 
 PLAIN_BASE = 10_000.0
 """Base of the rotary positions where the target's are scaled, which not every layout can say of a head."""
@@ -70,7 +70,7 @@ class Eagle3Recipe(Recipe):
         self._base = teacher.decoder.rotary.plain_base or PLAIN_BASE
         rotary = Rotary(plain_frequencies(self._base, config.head_dim), 1.0, torch.float32, teacher.device)
         trained = self._options.head == "trained"
-        self._head = EagleHead(config, len(self._aux), rotary, self._vocabulary.head_UM if trained else None)
+        self._head = TrainableEagleHead(config, len(self._aux), rotary, self._vocabulary.head_UM if trained else None)
         if self._options.init == "target":
             self._head.start_from_target(teacher)
         return self._head

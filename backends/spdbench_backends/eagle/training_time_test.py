@@ -28,7 +28,7 @@ class EagleLayer(DecoderLayer):
         self.hidden_norm = RMSNorm(config.hidden_size, config.norm_eps)
 
 
-class EagleHead(nn.Module):
+class TrainableEagleHead(nn.Module):
     """The tensors of a head under their published names; `lm_head` only if its rows are trained."""
 
     def __init__(self, config: ModelConfig, num_aux: int, rotary: Rotary, head_UM: Tensor | None) -> None:

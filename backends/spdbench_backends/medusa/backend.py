@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
 """First-choice accuracy by head where the drafter's file does not give it: each head predicts one token further."""
 
-LARGEST_AUTO_TREE = 32
 SYNTHETIC_HEADS = 5
 
 
@@ -120,16 +119,15 @@ class Medusa(DraftVerify):
         return self._decoder.config.vocab_size if self._weights is None else self._weights.vocabulary.size
 
     def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
-        from spdbench.decoding.tree_choice import assumed_accuracies, choose_tree
+        from spdbench.decoding.tree_choice import MAX_AUTO_NODES, assumed_accuracies, choose_tree
 
         if file is None:
-            accuracies = assumed_accuracies([*choice.rates, *[choice.rates[-1]] * heads][:heads], 1)
+            accuracies = assumed_accuracies(choice.rates, heads, 1)
         elif file.config.head_accuracies:
             accuracies = [list(ranks) for ranks in file.config.head_accuracies[:heads]]
         else:
-            by_head = [*ASSUMED_ACCURACIES, *[ASSUMED_ACCURACIES[-1]] * heads][:heads]
-            accuracies = assumed_accuracies(by_head, min(4, self._vocabulary()))
-        largest = LARGEST_AUTO_TREE
+            accuracies = assumed_accuracies(ASSUMED_ACCURACIES, heads, min(4, self._vocabulary()))
+        largest = MAX_AUTO_NODES
         if not self._decoder.takes_trees:
             accuracies, largest = [ranks[:1] for ranks in accuracies], heads + 1
         draft_s, costs = self._draft_seconds(heads), self._row_costs(largest)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path as FilePath
 
 from spdbench.decoding.tree import CHILDREN, Path, named_tree, sorted_paths
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, short_repr
 from spdbench.input_files import parse_json, parse_yaml, read_input
 from spdbench.models.checkpoints.folders import typed_path
 
-LARGEST_TREE = 1024
-LARGEST_RANK = 2**31
+MAX_PATHS = 1024
+MAX_RANK = 2**31
 
 
 def find_tree(text: str) -> tuple[Path, ...]:
@@ -46,8 +46,8 @@ def read_tree_file(file: FilePath) -> tuple[Path, ...]:
         raise InputError(f"{file}: cannot be read as a tree ({reason})") from None
     if not isinstance(content, list) or not content:
         raise InputError(f"{file}: a tree is a list of paths, such as [[0], [1], [0, 0]], and has at least one")
-    if len(content) > LARGEST_TREE:
-        raise InputError(f"{file}: a tree of {len(content)} paths; at most {LARGEST_TREE} are supported")
+    if len(content) > MAX_PATHS:
+        raise InputError(f"{file}: a tree of {len(content)} paths; at most {MAX_PATHS} are supported")
     seen: set[Path] = set()
     for entry in content:
         path = _path(file, entry)
@@ -64,19 +64,12 @@ def _path(file: FilePath, entry: object) -> Path:
     if (
         not isinstance(entry, list)
         or not entry
-        or not all(type(rank) is int and 0 <= rank < LARGEST_RANK for rank in entry)
+        or not all(type(rank) is int and 0 <= rank < MAX_RANK for rank in entry)
     ):
         raise InputError(
-            f"{file}: {_shown(entry)} is not a path: a list of ranks, whole numbers from 0 on, at least one"
+            f"{file}: {short_repr(entry)} is not a path: a list of ranks, whole numbers from 0 on, at least one"
         )
     return tuple(entry)
-
-
-def _shown(entry: object) -> str:
-    try:
-        return f"{entry!r:.60}"
-    except ValueError:  # Python does not print an integer of thousands of digits
-        return "a number of thousands of digits"
 
 
 def check_levels(paths: Sequence[Path], num_heads: int) -> None:

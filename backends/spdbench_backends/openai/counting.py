@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from spdbench.errors import InputError, PromptFailedError
-from spdbench.types import UNKNOWN_ID, Measurement
+from spdbench.types import UNKNOWN_ID, MeasurementKind
 from spdbench_backends.openai.chunks import Chunk
 
 Api = Literal["chat", "completions"]
@@ -130,9 +130,9 @@ class Counter:
         return found
 
 
-def missing_measurements(way: Way, ids: bool) -> tuple[Measurement, ...]:
+def missing_measurements(way: Way, ids: bool) -> tuple[MeasurementKind, ...]:
     """What is unknown of steps that are counted in this way; `ids` if the tokens came with theirs."""
-    found: list[Measurement] = ["drafts", "forwards", "devices"]
+    found: list[MeasurementKind] = ["drafts", "forwards", "devices"]
     if not ids:
         found.append("ids")
     if way == "usage":

@@ -14,7 +14,7 @@ from typing import Any
 
 from spdbench.backend import Answer
 from spdbench.errors import InputError
-from spdbench.types import FirstDivergence, GenerationRequest, Outcome
+from spdbench.types import DivergenceClass, FirstDivergence, GenerationRequest
 from spdbench_backends.openai.chunks import ID_PREFIX
 from spdbench_backends.openai.client import MALFORMED, RefusedError
 from spdbench_backends.openai.endpoint import Endpoint
@@ -159,7 +159,7 @@ def classify(first: FirstDivergence, readings: Sequence[Scores]) -> FirstDiverge
         return replace(
             first, expected_logit=known[0][expected], found_logit=known[0][found], gap=gaps[0], reason=reason
         )
-    outcome: Outcome = "tie" if gaps[0] == 0.0 else "near_tie" if abs(gaps[0]) <= floor else "real"
+    outcome: DivergenceClass = "tie" if gaps[0] == 0.0 else "near_tie" if abs(gaps[0]) <= floor else "real"
     return replace(
         first,
         outcome=outcome,

@@ -16,9 +16,9 @@ from pydantic import Field
 
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, geometry_of
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
-from spdbench.models.decoder import Decoder, geometry_of
+from spdbench.models.decoder import Decoder
 from spdbench_backends.drafter_files.folder import (
     FOLDER_VERSION,
     DrafterConfig,

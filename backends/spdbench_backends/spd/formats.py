@@ -22,9 +22,9 @@ from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import canonical_family
 from spdbench.models.checkpoints.hybrid_tensors import add_gated_layer, gated_layer
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files, tensors_of
-from spdbench.models.decoder import Decoder, geometry_of
+from spdbench.models.decoder import Decoder
 from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench_backends.drafter_files.folder import (
     DrafterConfig,

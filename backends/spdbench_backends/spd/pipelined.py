@@ -204,7 +204,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
         if device == target.device:
             return target
         if self._ends is None:
-            self._ends = target.ends_on(device)
+            self._ends = target.embedding_and_head_on(device)
         return self._ends
 
     def _find_head(

@@ -3,12 +3,12 @@ step. They use what every backend has, so they work on any backend that decodes 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, islice
 
-from spdbench.backend import Backend
+from spdbench.backend import Backend, closing_steps
 from spdbench.errors import PromptFailedError
 from spdbench.judge.audit import Ends, Restarts
 from spdbench.judge.results.schema import Run, Steps
@@ -129,9 +129,5 @@ def first_tokens(backend: Backend, request: GenerationRequest, count: int) -> Se
 def _steps(backend: Backend, request: GenerationRequest) -> Iterator[Iterator[Step]]:
     """The steps of a request, which is given up at the end."""
     backend.prepare(request)
-    steps = backend.generate(request)
-    try:
+    with closing_steps(backend.generate(request)) as steps:
         yield steps
-    finally:
-        if isinstance(steps, Generator):  # any other iterator ends itself
-            steps.close()

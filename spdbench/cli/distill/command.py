@@ -30,6 +30,7 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
+    from spdbench.prompts.chat import ChatFormat
     from spdbench.training.distill.talk import Distiller
 
 BYTES_PER_TOKEN = 10
@@ -113,7 +114,6 @@ def _distiller(
     from spdbench.cli.setup import chat_format, report_joined
     from spdbench.judge.results.table import is_degenerate
     from spdbench.training.distill import talk
-    from spdbench.training.distill.continuous import TOP_K
     from spdbench.training.distill.filters import Overlap, Seen
 
     chat = chat_format(target, options)
@@ -132,8 +132,22 @@ def _distiller(
         is_loop=is_degenerate,
         seen=Seen(),
     )
+    return distiller, _header_settings(target, chat, prompts, kept_out, options)
+
+
+def _header_settings(
+    target: Target,
+    chat: ChatFormat,
+    prompts: list[PromptConversation] | None,
+    kept_out: Mapping[str, tuple[str, ...]],
+    options: DistillOptions,
+) -> dict[str, Any]:
+    """How the data is made, as the file's header records it."""
+    from spdbench.training.distill import talk
+    from spdbench.training.distill.continuous import TOP_K
+
     texts = repr(sorted(kept_out.items())).encode()
-    settings = {
+    return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "spdbench": __version__,
         "model": {"id": target.files.id, "sha256": target.files.sha256, "dtype": target.dtype_name},
@@ -154,7 +168,6 @@ def _distiller(
         "prompts_sha256": None if options.prompts is None else hashlib.sha256(options.prompts.read_bytes()).hexdigest(),
         **({"template_args": chat.template_args} if chat.template_args else {}),
     }
-    return distiller, settings
 
 
 def _target(options: DistillOptions) -> Target:

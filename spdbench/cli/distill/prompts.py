@@ -119,11 +119,11 @@ def room_needed(chat: ChatFormat, prompts: list[PromptConversation] | None, max_
     Raises:
         InputError: not even one turn and its answer fit.
     """
-    from spdbench.training.distill.seed_prompts import LONGEST
+    from spdbench.training.distill.seed_prompts import LONGEST_PROMPT
     from spdbench.training.distill.talk import MAX_USER_TOKENS
 
     if prompts is None:
-        shortest = len(chat.encode([{"role": "user", "content": LONGEST}])) + MAX_USER_TOKENS + max_new_tokens
+        shortest = len(chat.encode([{"role": "user", "content": LONGEST_PROMPT}])) + MAX_USER_TOKENS + max_new_tokens
         longest = shortest + MAX_USER_TOKENS + max_new_tokens + TEMPLATE_TOKENS
     else:
         lengths = [_num_tokens(chat, one) for one in prompts]

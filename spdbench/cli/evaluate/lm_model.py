@@ -5,7 +5,7 @@ Importing it needs lm-eval. Requests are answered one at a time, since backends 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from lm_eval.api.model import TemplateLM
@@ -13,7 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from spdbench.backend import Backend, is_text_only
+from spdbench.backend import Backend, closing_steps, is_text_only
 from spdbench.cli.options import DTYPES, ModelOptions
 from spdbench.cli.setup import BackendSpec, find_backends, find_devices, load_model
 from spdbench.decoding.distribution import loglikelihood
@@ -177,9 +177,8 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _answer(self, context: str, settings: Mapping[str, Any], number: int) -> str:
         request = self._request(context, settings, number)
         self.backend.prepare(request)
-        steps = self.backend.generate(request)
         ids: list[int] = []
-        try:
+        with closing_steps(self.backend.generate(request)) as steps:
             for step in steps:
                 for token in step.token_ids[: request.max_new_tokens - len(ids)]:
                     if token in request.eos_ids:
@@ -188,9 +187,6 @@ class SpdbenchLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 text, stopped = self._up_to_stop(ids, request.stop)
                 if stopped or len(ids) == request.max_new_tokens:
                     return text
-        finally:
-            if isinstance(steps, Generator):
-                steps.close()
         return self._up_to_stop(ids, request.stop)[0]
 
     def _up_to_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[str, bool]:

@@ -39,7 +39,7 @@ from spdbench.prompts.chat import ChatFormat, parse_template_args
 from spdbench.prompts.templates import find_template
 
 PACKAGES = ("lm_eval", "torch", "transformers")
-LONGEST_NAME = 60
+MAX_NAME_LENGTH = 60
 
 
 def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> None:
@@ -63,7 +63,7 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
             finally:
                 SpdbenchLM.close_all()
             tasks = re.sub(r"[^A-Za-z0-9.+-]+", "-", "+".join(settings.tasks))
-            tasks = tasks if len(tasks) <= LONGEST_NAME else f"{len(settings.tasks)}-tasks"
+            tasks = tasks if len(tasks) <= MAX_NAME_LENGTH else f"{len(settings.tasks)}-tasks"
             path = result_path(options.results, tasks, spec.label, target.files.id, options.name)
             Journal.replace_file(path, f"{found[-1].model_dump_json(by_alias=True, indent=1)}\n".encode())
             say(f"Wrote {path}")

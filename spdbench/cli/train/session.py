@@ -50,7 +50,7 @@ from spdbench.training.space import (
 from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
 
 EPOCHS = 3.0
-MOST_HELD_OUT_TOKENS = 20_000
+MAX_HELD_OUT_TOKENS = 20_000
 SHARE_OF_DISK = 0.5
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 MAY_DIFFER = ("data", "out", "feature_cache", "layout", "resume")
@@ -226,7 +226,7 @@ def _keep(features: Features, options: TrainOptions) -> None:
 
 def _data(sequences: list[TokenSequence], options: TrainOptions) -> Data:
     lengths = [len(sequence.ids) for sequence in sequences]
-    share, most = (0.05, MOST_HELD_OUT_TOKENS) if options.held_out is None else (options.held_out, sum(lengths))
+    share, most = (0.05, MAX_HELD_OUT_TOKENS) if options.held_out is None else (options.held_out, sum(lengths))
     return Data(lengths, *split_held_out(lengths, share, options.seed, most))
 
 

@@ -12,7 +12,7 @@ from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.metrics.stats import Interval, prompts_to_show
 
-Outcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
+SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
 """`pays` and `slower`: the interval of the speed-up lies above 1, or below. `no interval`: a speed-up over one prompt.
 `no pair`: no run pairs with one of the baseline's. `no baseline`: the table has none."""
 EFFECT = 0.05
@@ -46,7 +46,7 @@ class Conclusion:
     """
 
     label: str
-    outcome: Outcome
+    outcome: SpeedupOutcome
     tokens_per_s: float | None
     speedup: float | None
     interval: Interval | None
@@ -97,7 +97,7 @@ def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Con
     )
 
 
-def outcome_of(row: Row, *, has_baseline: bool = True) -> Outcome:
+def outcome_of(row: Row, *, has_baseline: bool = True) -> SpeedupOutcome:
     """What a row's speed-up says; `has_baseline` is false where its table has none."""
     if row.is_baseline or not has_baseline:
         return "baseline" if row.is_baseline else "no baseline"

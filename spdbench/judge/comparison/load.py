@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from math import exp, log
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import Outcome, outcome_of
+from spdbench.judge.comparison.conclusion import SpeedupOutcome, outcome_of
 from spdbench.judge.comparison.pairing import concurrency, machine, work_at_any_load
 from spdbench.judge.metrics.stats import Interval
 
@@ -35,7 +35,7 @@ class Level:
     known; `needed` is the one at which it would be as fast as the baseline."""
 
     at_once: int
-    outcome: Outcome
+    outcome: SpeedupOutcome
     speedup: float | None
     interval: Interval | None
     acceptance: float | None

@@ -33,7 +33,7 @@ from spdbench.judge.results.schema import Result, RunKey
 SCHEMA = "spdbench.calibration/1"
 MIN_RUNS = 5
 ONE_SIDED = 0.999
-SMALLEST = 0.01
+MIN_LIMIT = 0.01
 """A slowdown of less than this is not worth a red build, however quiet the machine is."""
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -190,7 +190,7 @@ def work_of(head: Result) -> str:
 def slowdown(spread: float, num_runs: int, num_new: int, num_baselines: int) -> float:
     """s above, from d over `num_runs` runs."""
     distance_of_means = spread * math.sqrt((1 / num_new + 1 / num_baselines) / 2)
-    return max(SMALLEST, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * distance_of_means))
+    return max(MIN_LIMIT, -math.expm1(-t_quantile(ONE_SIDED, num_runs - 1) * distance_of_means))
 
 
 def distance(logarithms: Sequence[float]) -> float:

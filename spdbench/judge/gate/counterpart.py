@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from spdbench.judge.comparison.pairing import Pair, differences, workload
-from spdbench.judge.gate.verdict import Finding, Gate, Verdict, count_runs, name_of
+from spdbench.judge.gate.verdict import Finding, Gate, GateVerdict, count_runs, name_of
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import RunKey
 
@@ -91,7 +91,7 @@ def complete(pair: Pair, gate: Gate, *, of_all: bool = True) -> Iterator[Finding
     conversations that it was asked for, which cannot be known of a part."""
     runs = pair.candidate.runs
     failed, before = _failed(pair.candidate), _failed(pair.baseline)
-    verdict: Verdict = "regression" if failed else "pass"
+    verdict: GateVerdict = "regression" if failed else "pass"
     reason = "no run failed"
     if failed:
         error = runs.errors[runs.row_of[failed[0]]] or "no tokens"

@@ -23,11 +23,12 @@ import numpy as np
 
 from spdbench.judge.comparison.pairing import Pair
 from spdbench.judge.gate.served import served
-from spdbench.judge.gate.verdict import Finding, Verdict, name_of
+from spdbench.judge.gate.verdict import Finding, GateVerdict, name_of
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.definitions import ratios_for
 from spdbench.judge.results.schema import RunKey
 from spdbench.judge.results.table import COLUMN, STEP_COLUMNS
+from spdbench.types import first_difference
 
 ACCEPTANCE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle")
 AS_ALLOWED = "within what is allowed"
@@ -60,11 +61,11 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
 
 def _outputs(pair: Pair) -> Finding:
     differ = pair.with_other_ids
-    verdict: Verdict = "regression" if differ and pair.is_strict else "pass"
+    verdict: GateVerdict = "regression" if differ and pair.is_strict else "pass"
     reason = "every output is the baseline's, token for token"
     if differ:
         old, new = (each.runs.output_of(differ[0]) for each in (pair.baseline, pair.candidate))
-        at = next((at for at, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        at = first_difference(old, new)
         reason = f"{_count(differ, pair.keys)} outputs differ, the first at token {at} of {name_of(differ[0])}"
         if not pair.is_strict:
             reason += "; outside of greedy float32 that alone is no fault"
@@ -78,7 +79,7 @@ def _divergence(candidate: LoadedResult) -> Finding:
     assert found is not None
     num_compared = sum(found.counts.values())
     if found.real:
-        verdict: Verdict = "regression"
+        verdict: GateVerdict = "regression"
         reason = f"{found.real} of {num_compared} outputs are not plain decoding's, by more than a tie excuses"
     elif found.unclassified:
         verdict, reason = (
@@ -117,7 +118,7 @@ def _counts(pair: Pair, share: float) -> Iterator[Finding]:
     (before, now), steps = _sums(pair, "new_tokens", "steps")
     other_length = abs(now - before) > share * before
     reason = f"answers end elsewhere: by more than {share:.3g} of all tokens" if other_length else AS_ALLOWED
-    verdict: Verdict = "regression" if other_length else "pass"
+    verdict: GateVerdict = "regression" if other_length else "pass"
     yield Finding("exact", "num_new_tokens", verdict, reason, before, now, allowed=share)
     if pair.candidate.metrics["num_steps"] is None:
         return
@@ -148,7 +149,7 @@ def _within(name: str, before: float, now: float, max_drop: float) -> Finding:
     """Regression below (1 - `max_drop`) of `before`, improved above its inverse."""
     change = now / before if before else None
     if now < before * (1 - max_drop):
-        verdict: Verdict = "regression"
+        verdict: GateVerdict = "regression"
         reason = "fell" if not max_drop else f"fell by more than {max_drop:.3g} of it"
     elif now * (1 - max_drop) > before:
         verdict, reason = "improved", "rose; renew the baseline to hold it"

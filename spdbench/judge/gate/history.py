@@ -20,7 +20,7 @@ from spdbench.judge.gate.calibration import Calibration
 from spdbench.judge.gate.check import GATES, Limits, judge
 from spdbench.judge.gate.counterpart import complete, reference
 from spdbench.judge.gate.timing import SPEED, SPEEDUP
-from spdbench.judge.gate.verdict import Judgement, Verdict
+from spdbench.judge.gate.verdict import GateVerdict, Judgement
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.stats import Interval
 from spdbench.judge.results.schema import Result
@@ -55,7 +55,7 @@ class Point:
         return self.result.label
 
     @property
-    def verdict(self) -> Verdict | Literal["first"]:
+    def verdict(self) -> GateVerdict | Literal["first"]:
         """`first` where there is nothing before it to judge it by, and nothing wrong with itself."""
         verdict = self.judgement.verdict
         return "first" if self.judgement.against is None and verdict == "pass" else verdict

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge.comparison.pairing import Pair
-from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.gate.verdict import Finding, GateVerdict
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.table import RunTable
 
@@ -67,7 +67,7 @@ def _by_interval(name: str, pair: Pair, columns: tuple[str, str], max_drop: floa
     return Finding("exact", name, verdict, reason, before, now, change, interval, allowed=max_drop)
 
 
-def _decide(before: float, now: float, interval: stats.Interval | None, max_drop: float) -> tuple[Verdict, str]:
+def _decide(before: float, now: float, interval: stats.Interval | None, max_drop: float) -> tuple[GateVerdict, str]:
     low, high = interval or (0.0, np.inf)
     if now < before * (1 - max_drop):
         if high < 1:

@@ -43,7 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spdbench.judge.comparison.pairing import Pair, same_machine
-from spdbench.judge.gate.verdict import Finding, Verdict
+from spdbench.judge.gate.verdict import Finding, GateVerdict
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.machine_load import BUSY_SHARE
@@ -183,7 +183,7 @@ def _rate(columns: NDArray[np.float64]) -> float | None:
     return float(tokens / seconds) if tokens and seconds else None
 
 
-def decide(change: float | None, interval: stats.Interval | None, allowed: float) -> tuple[Verdict, str]:
+def decide(change: float | None, interval: stats.Interval | None, allowed: float) -> tuple[GateVerdict, str]:
     """The table above, and the words for it."""
     if change is None:
         return "inconclusive", "no tokens were decoded after the first"

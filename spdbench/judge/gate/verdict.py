@@ -8,11 +8,11 @@ from typing import Literal, get_args
 
 from spdbench.judge.results.schema import Result, RunKey
 
-Verdict = Literal["regression", "not comparable", "inconclusive", "improved", "pass"]
+GateVerdict = Literal["regression", "not comparable", "inconclusive", "improved", "pass"]
 Gate = Literal["exact", "timing"]
-WORST_FIRST: tuple[Verdict, ...] = get_args(Verdict)
+WORST_FIRST: tuple[GateVerdict, ...] = get_args(GateVerdict)
 """Where several hold, the first of them is the verdict of all."""
-EXIT_CODES: dict[Verdict, int] = {
+EXIT_CODES: dict[GateVerdict, int] = {
     "regression": 1,
     "not comparable": 4,
     "inconclusive": 3,
@@ -31,7 +31,7 @@ class Finding:
 
     gate: Gate
     metric: str
-    verdict: Verdict
+    verdict: GateVerdict
     reason: str
     before: float | None = None
     now: float | None = None
@@ -55,17 +55,17 @@ class Judgement:
     notes: tuple[str, ...] = ()
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> GateVerdict:
         return worst(finding.verdict for finding in self.findings if finding.decides)
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[GateVerdict]) -> GateVerdict:
     """The verdict of all `verdicts` together; `pass` for none."""
     found = set(verdicts)
     return next((verdict for verdict in WORST_FIRST if verdict in found), "pass")
 
 
-def verdict_of(judgements: Iterable[Judgement]) -> Verdict:
+def verdict_of(judgements: Iterable[Judgement]) -> GateVerdict:
     return worst(judgement.verdict for judgement in judgements)
 
 

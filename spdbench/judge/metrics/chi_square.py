@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from math import erfc, exp, lgamma, log, sqrt
 from typing import TypeVar
 
+from spdbench.judge.metrics.stats import bisected
+
 C = TypeVar("C", bound=Hashable)
 
 MIN_EXPECTED = 5.0
@@ -111,8 +113,4 @@ def _solve(reached: Callable[[float], bool]) -> float:
     high = 1.0
     while not reached(high):
         high *= 2.0
-    low = 0.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2.0
-        low, high = (low, middle) if reached(middle) else (middle, high)
-    return high
+    return bisected(0.0, high, reached, HALVINGS)[1]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from spdbench.judge.metrics.stats import divide
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN, PARTS
-from spdbench.types import Measurement
+from spdbench.types import MeasurementKind
 
 Steps = Literal["autoregressive", "draft_verify", "reported", "pipeline"]
 """What a backend's steps are: single tokens, verify steps, a server's chunks (only its own counts cover drafts), or
@@ -65,7 +65,7 @@ class Ratio:
     scale: Scale | None = None
     factor: float = 1.0
     positive: str | None = None
-    needs: Measurement | None = None
+    needs: MeasurementKind | None = None
 
     @property
     def columns(self) -> set[str]:
@@ -129,7 +129,7 @@ class Count:
     name: str
     column: str
     steps: tuple[Steps, ...] = ALL
-    needs: Measurement | None = None
+    needs: MeasurementKind | None = None
 
 
 COUNTS = (

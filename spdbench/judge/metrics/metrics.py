@@ -24,7 +24,7 @@ from spdbench.judge.results.machine_load import PARTS as LOAD_PARTS
 from spdbench.judge.results.machine_load import SLOW_CLOCK, is_busy
 from spdbench.judge.results.schema import BackendRecord
 from spdbench.judge.results.table import COLUMN, COLUMNS, RunTable
-from spdbench.types import Measurement
+from spdbench.types import MeasurementKind
 
 SPEED = "decode_tokens_per_s"
 WITHOUT = "_without_degenerate"
@@ -251,7 +251,7 @@ class Metric:
     """How a metric is computed; null where the backend does not know `needs`."""
 
     value: Callable[[Metrics], Any]
-    needs: Measurement | None = None
+    needs: MeasurementKind | None = None
 
 
 def _list_metrics() -> dict[str, Metric]:

@@ -21,7 +21,7 @@ spread, the interval errs to the wide side. Where speed-ups differ by 50 % it er
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, reduce
 from math import ceil, cos, log1p, pi, sin, sqrt, tan
 from operator import iadd
@@ -230,11 +230,16 @@ def expanded_tail_percent(num: int, tail_percent: float) -> float:
 def t_quantile(share: float, degrees: int) -> float:
     """The value below which `share` (at least one half) of Student's t lies, by halving an angle until it is found."""
     degrees = min(degrees, MAX_DEGREES)
-    low, high = 0.0, pi / 2
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _share_within(middle, degrees) < 2 * share - 1 else (low, middle)
+    low, _ = bisected(0.0, pi / 2, lambda angle: _share_within(angle, degrees) >= 2 * share - 1, HALVINGS)
     return tan(low) * sqrt(degrees)
+
+
+def bisected(low: float, high: float, reached: Callable[[float], bool], halvings: int) -> tuple[float, float]:
+    """The numbers between `low` and `high` around the one from which on `reached` is true, after so many halvings."""
+    for _ in range(halvings):
+        middle = (low + high) / 2.0
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return low, high
 
 
 def _share_within(angle: float, degrees: int) -> float:

@@ -26,12 +26,12 @@ MIN_STEPS = 8
 """Decode steps of a request below which its time a step is chance."""
 MAX_BLOCKS = 100
 """Where there are more values, medians of neighbours replace them: the number of pairs grows with the square."""
-MOST_SCORE = 3.5
+MAX_SCORE = 3.5
 MAD_TO_SIGMA = 1.4826
 FAR_RATIO = 1.25
 """An outlier is farther off than this factor as well: on a quiet machine the score alone would find harmless ones."""
 
-MOST_LOG = 100.0
+MAX_LOG = 100.0
 """No machine slows down by more; a damaged file's numbers may say so."""
 
 Numbers = NDArray[np.float64]
@@ -73,7 +73,7 @@ def find_drift(paces: Numbers, askings: Sequence[object]) -> Drift | None:
         return None
     places = np.arange(len(values), dtype=np.float64)
     change = theil_sen(places, values) * (len(values) - 1)
-    return Drift(expm1(min(change, MOST_LOG)), _trend_p_value(values))
+    return Drift(expm1(min(change, MAX_LOG)), _trend_p_value(values))
 
 
 def find_outliers(paces: Numbers, askings: Sequence[object]) -> NDArray[np.bool_]:
@@ -82,7 +82,7 @@ def find_outliers(paces: Numbers, askings: Sequence[object]) -> NDArray[np.bool_
     Not those of a prompt that is far off in each of its repeats: it is that prompt's nature.
     """
     off = np.abs(paces - np.median(paces))
-    far = off > max(MOST_SCORE * MAD_TO_SIGMA * float(np.median(off)), log(FAR_RATIO))
+    far = off > max(MAX_SCORE * MAD_TO_SIGMA * float(np.median(off)), log(FAR_RATIO))
     if not far.any():
         return far
     parts = np.split(far, _starts(askings)[1:])

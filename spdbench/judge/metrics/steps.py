@@ -26,7 +26,7 @@ RUNS_AT_ONCE = 1024
 EMITTED, JUDGED, ACCEPTED = (STEP_COLUMNS.index(name) for name in ("emitted", "judged", "accepted"))
 
 Rows = NDArray[np.bool_]
-Verdict = Literal["accepted", "rejected", "filling"]
+DraftOutcome = Literal["accepted", "rejected", "filling"]
 """What came out of a pipeline's cycle; nothing while it fills."""
 
 
@@ -179,7 +179,7 @@ class Cycle(NamedTuple):
 
     start_s: float
     end_s: float
-    verdict: Verdict
+    verdict: DraftOutcome
 
 
 def cycles_around_rejection(table: RunTable, rows: Rows, before: int, after: int) -> tuple[RunKey, list[Cycle]] | None:
@@ -202,7 +202,7 @@ def cycles_around_rejection(table: RunTable, rows: Rows, before: int, after: int
     return table.keys[row], cycles
 
 
-def _verdict(table: RunTable, step: int) -> Verdict:
+def _verdict(table: RunTable, step: int) -> DraftOutcome:
     if not table.steps[JUDGED, step]:
         return "filling"
     return "accepted" if table.steps[ACCEPTED, step] else "rejected"

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from spdbench.types import Drafted, FirstDivergence, Span, SpanKind
 
-MOST = 2**62
-Moment = Annotated[int, Field(ge=-MOST, le=MOST)]
+MAX_NUMBER = 2**62
+Moment = Annotated[int, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Index = Annotated[int, Field(ge=-1, le=2**31 - 1)]
 
@@ -61,7 +61,7 @@ class DraftColumns(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ids: list[list[Annotated[int, Field(ge=-MOST, le=MOST)]]]
+    ids: list[list[Annotated[int, Field(ge=-MAX_NUMBER, le=MAX_NUMBER)]]]
     parents: list[list[Index]] = Field(description="of each id: the index of the one before it; -1: the newest token")
 
     @classmethod

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 BUSY_SHARE = 0.05
 """Of the time; what is below does not change a speed-up by more than the default gate allows."""
-LEAST_LOST_S = 0.04
+MIN_LOST_S = 0.04
 """Processor time below which a request's share is chance: the system counts idle time in ticks of 10 ms."""
 SLOW_CLOCK = 0.8
 """Of the highest clock rate of a run; below it a processor counts as slowed."""
@@ -81,7 +81,7 @@ PARTS = {
 
 def is_busy(share: float, core_s: float) -> bool:
     """True where `share` of `core_s` seconds of processor time is too much to ignore, and no chance of the counters."""
-    return share > BUSY_SHARE and share * core_s > LEAST_LOST_S
+    return share > BUSY_SHARE and share * core_s > MIN_LOST_S
 
 
 class SetAside(BaseModel):

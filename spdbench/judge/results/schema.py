@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spdbench.errors import InputError, first_problem
+from spdbench.errors import InputError, first_problem, short_repr
 from spdbench.input_files import read_input
 from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles, PartTimes
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
-from spdbench.types import BackendKind, FinishReason, Measurement
+from spdbench.types import BackendKind, FinishReason, MeasurementKind
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
@@ -82,7 +82,7 @@ class BackendRecord(Record):
         default_factory=dict, description="what the backend decided for itself where the options left it open"
     )
     kernels: str | None = Field(None, description="what computes the target's layers; null where that is not reported")
-    unknown: list[Measurement] = Field(
+    unknown: list[MeasurementKind] = Field(
         default_factory=list, description="what the backend cannot know of its steps; metrics made of it are null"
     )
     other_model: str | None = Field(
@@ -310,10 +310,7 @@ def _age(schema: str) -> str:
 
 def _value(value: object) -> str:
     """`, not VALUE` for a single value; nothing for a part of the file that is too large to show."""
-    if not isinstance(value, str | int | float):
-        return ""
-    shown = repr(value)
-    return f", not {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return f", not {short_repr(value)}" if isinstance(value, str | int | float) else ""
 
 
 def json_schema() -> dict[str, Any]:

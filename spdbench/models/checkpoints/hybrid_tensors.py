@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from spdbench.models.checkpoints.config import ModelConfig
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
 from spdbench.models.cpu.linear import linear
 from spdbench.models.delta_net import DeltaNet
-from spdbench.models.layer_ops import Geometry, NormWeight
+from spdbench.models.layer_ops import NormWeight
 from spdbench.models.layers import LayerWeights
 
 Read = Callable[[str], Tensor | None]
@@ -32,8 +32,7 @@ QUERIES, GATES = "self_attn.q_proj.", "self_attn.gate_proj."
 
 def add_gated_layer(expected: ExpectedTensors, prefix: str, config: ModelConfig, ffn: int | None) -> None:
     """A full-attention layer whose query projection holds the gates as well; see `ExpectedTensors.add_layer`."""
-    geometry = Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
-    expected.add_layer(prefix, geometry, config.hidden_size, ffn, head_norms=True)
+    expected.add_layer(prefix, geometry_of(config), config.hidden_size, ffn, head_norms=True)
     doubled = 2 * config.num_heads * config.head_dim
     expected.required[f"{prefix}{QUERIES}weight"] = (doubled, config.hidden_size)
     for group in expected.optional:

@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.cpu.linear import Linear, linear
 from spdbench.models.layer_ops import Geometry, HeadNorms, NormWeight
 from spdbench.models.layers import LayerWeights
 
 Shape = tuple[int, ...]
+
+
+def geometry_of(config: ModelConfig) -> Geometry:
+    """How a model's layers cut their tensors into heads."""
+    return Geometry(config.num_heads, config.num_kv_heads, config.head_dim, config.norm_eps)
 
 
 @dataclass(frozen=True)

@@ -127,10 +127,10 @@ def tensors_of(content: object, path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: is not a mapping from names to tensors")
     for name, tensor in content.items():
-        if not isinstance(tensor, torch.Tensor):
-            kind = type(tensor).__name__
-            raise InputError(f"{path}: is not a mapping from names to tensors: {reprlib.repr(name)[1:-1]} is a {kind}")
-    return {str(name): tensor for name, tensor in content.items()}
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            shown, kind = reprlib.repr(name).strip("'"), type(tensor).__name__
+            raise InputError(f"{path}: is not a mapping from names to tensors: {shown} is a {kind}")
+    return content
 
 
 def _dense_tensors(path: Path, content: object) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ RELAXED = ("reassoc", "contract", "nsz", "arcp")
 F = np.float32
 LOG2_E = F(1.44269504)
 LN2_HIGH, LN2_LOW = F(0.693359375), F(-2.12194440e-4)
-SMALLEST_EXPONENT, LARGEST_EXPONENT = F(-87.0), F(88.0)
+MIN_EXPONENT, MAX_EXPONENT = F(-87.0), F(88.0)
 
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
@@ -91,7 +91,7 @@ def exponential(x: Any) -> Any:
     two parts keeps n ln 2 exact, as long as the order of the terms is kept. Below -87 it stays at e^-87, which no sum
     in float32 notices; above 88, where float32 ends, at e^88.
     """
-    x = min(max(x, SMALLEST_EXPONENT), LARGEST_EXPONENT)
+    x = min(max(x, MIN_EXPONENT), MAX_EXPONENT)
     n = np.floor(x * LOG2_E + F(0.5))
     r = (x - n * LN2_HIGH) - n * LN2_LOW
     p = F(1.0 / 5040.0)

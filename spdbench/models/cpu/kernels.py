@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from spdbench.models.attention_context import NO_TREE
 from spdbench.models.cpu.compile import F, compiled, exponential, inner, narrow, widen
 
 MINUS_INFINITY = F(-np.inf)
 LANES = 64
 """Maxima that `argmax` keeps side by side, so that the search is vectorised."""
 NO_DEPTH = np.zeros(1, dtype=np.int64)
-NO_TREE = np.zeros((0, 0), dtype=np.bool_)
 
 
 @compiled

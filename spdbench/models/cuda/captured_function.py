@@ -22,12 +22,12 @@ Tensors = tuple[Tensor, ...]
 WARM_UPS = 2
 """Runs before a capture, in which libraries choose their algorithms and allocate what they keep."""
 
-SMALLEST_BUCKET = 256
+MIN_BUCKET = 256
 
 
 def buckets(capacity: int, at_least: int = 1) -> tuple[int, ...]:
     """Numbers of cache slots that attention is captured for: powers of two and the capacity, from `at_least` on."""
-    sizes, size = [], SMALLEST_BUCKET
+    sizes, size = [], MIN_BUCKET
     while size < capacity:
         sizes.append(size)
         size *= 2

@@ -28,7 +28,7 @@ from spdbench.render.report.style import Palette
 
 ENOUGH_VERDICTS = 20
 """Positions with fewer are omitted from the picture, but for the first: their acceptance is chance."""
-MOST_IDS = 7
+MAX_IDS = 7
 """From here on lengths share a colour."""
 
 
@@ -135,8 +135,8 @@ def _stacked(row: Row, groups: Mapping[str, NDArray[np.int64]], field: str, pale
             "mean": mean,
             "name": f"{harmless(name)}: {mean:.2f}",
         }
-        records += [{**place, **each} for each in _counted(counts, MOST_IDS)]
-    every = [*map(str, range(MOST_IDS)), f"{MOST_IDS} or more"]
+        records += [{**place, **each} for each in _counted(counts, MAX_IDS)]
+    every = [*map(str, range(MAX_IDS)), f"{MAX_IDS} or more"]
     lengths = [ids for ids in every if any(record["ids"] == ids for record in records)]
     colours = [palette.lengths[every.index(ids)] for ids in lengths]
     colour = {

@@ -10,7 +10,7 @@ from spdbench.types import Message
 
 NGRAM_WORDS = 8
 """A text that shares this many words in a row with an excluded prompt overlaps with it."""
-FEWEST_WORDS = 4
+MIN_WORDS = 4
 """An excluded prompt shorter than `NGRAM_WORDS` overlaps where all of it occurs; one shorter than this, only with an
 equal text."""
 GRAM_TOKENS = 8
@@ -38,7 +38,7 @@ class Overlap:
         for prompt in prompts:
             found = words(prompt)
             size = min(NGRAM_WORDS, len(found))
-            if size < FEWEST_WORDS:
+            if size < MIN_WORDS:
                 self._whole.add(found)
             else:
                 self._grams.setdefault(size, set()).update(_grams(found, size))

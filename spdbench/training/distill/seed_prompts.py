@@ -64,4 +64,4 @@ GROUPS: dict[str, tuple[tuple[str, ...], int]] = {
 }  # fmt: skip
 """Seed prompts by topic, and how often each topic is drawn."""
 
-LONGEST = max((prompt for prompts, _ in GROUPS.values() for prompt in prompts), key=len)
+LONGEST_PROMPT = max((prompt for prompts, _ in GROUPS.values() for prompt in prompts), key=len)

@@ -25,8 +25,8 @@ USER_SAMPLING = Sampling(temperature=1.0, top_p=0.95)
 ANSWER_TEMPERATURES = (0.7, 1.0)
 ANSWER_TOP_P = 0.95
 MAX_USER_TOKENS = 128
-FEWEST_USER_WORDS = 3
-FEWEST_ANSWER_IDS = 4
+MIN_USER_WORDS = 3
+MIN_ANSWER_IDS = 4
 _ENDS = re.compile(r"[.?!:](?=[\s\"')\]]|$)|\n")
 
 
@@ -53,8 +53,8 @@ class Dropped:
     reason: str
 
 
-Outcome = Kept | Dropped
-Talk = Generator[Completion, tuple[int, ...], Outcome]
+TalkResult = Kept | Dropped
+Talk = Generator[Completion, tuple[int, ...], TalkResult]
 Turn = Generator[Completion, tuple[int, ...], str | None]
 """The making of one turn; returns the reason why the conversation must end, or None."""
 
@@ -141,7 +141,7 @@ class _Conversation:
         if new[-1] not in shared.eos_ids:
             text = _to_last_end(text)
         text = text.strip()
-        if len(words(text)) < max(FEWEST_USER_WORDS, len(words(begun)) + 1):
+        if len(words(text)) < max(MIN_USER_WORDS, len(words(begun)) + 1):
             return "short_turn"
         if shared.is_loop(new) or is_repetitive(new) or "\ufffd" in text:
             return "bad_turn"
@@ -157,7 +157,7 @@ class _Conversation:
         text = shared.chat.decode(new).rstrip("\ufffd")  # the limit may fall into the middle of a character
         checks = (
             ("empty", not text.strip()),
-            ("short", len(new) < FEWEST_ANSWER_IDS),
+            ("short", len(new) < MIN_ANSWER_IDS),
             ("loop", shared.is_loop(new)),
             ("repetitive", is_repetitive(new)),
             ("overlap", text in shared.overlap),
@@ -169,7 +169,7 @@ class _Conversation:
         self._num_answers += 1
         return None
 
-    def outcome(self, failure: str | None, **facts: Any) -> Outcome:
+    def outcome(self, failure: str | None, **facts: Any) -> TalkResult:
         """Keeps everything up to the last good answer, if there is one."""
         if not self._num_answers:
             return Dropped(self._index, failure or "empty")

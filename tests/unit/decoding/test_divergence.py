@@ -15,13 +15,13 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.divergence import OtherEngine, first_divergence
 from spdbench.models.cpu.linear import PlainLinear
 from spdbench.models.decoder import Decoder
-from spdbench.types import FirstDivergence, Outcome
+from spdbench.types import DivergenceClass, FirstDivergence
 from tests import tiny
 
 PROMPT = tuple(range(60, 70))
 
 
-def classify(decoder: Any, expected: Sequence[int], found: Sequence[int], widths: Collection[int]) -> Outcome:
+def classify(decoder: Any, expected: Sequence[int], found: Sequence[int], widths: Collection[int]) -> DivergenceClass:
     divergence = first_divergence(decoder, PROMPT, expected, found, widths)
     return "identical" if divergence is None else divergence.outcome
 

@@ -80,7 +80,7 @@ def test_row_costs_are_linear_between_and_behind_what_was_measured() -> None:
 
 
 def test_free_rows_and_drafts_make_deep_chains_pay_and_dear_ones_short() -> None:
-    accuracies = assumed_accuracies([0.9] * 8, 1)
+    accuracies = assumed_accuracies([0.9], 8, 1)
     free = choose_tree(accuracies, RowCosts((1, 16), (10.0, 10.0)), lambda _: 0.0, 31)
     assert free.num_levels == 8
     assert free.speedup == pytest.approx(sum(0.9**k for k in range(9)))
@@ -90,5 +90,5 @@ def test_free_rows_and_drafts_make_deep_chains_pay_and_dear_ones_short() -> None
 
 
 def test_cheap_rows_buy_breadth() -> None:
-    wide = choose_tree(assumed_accuracies([0.4] * 4, 4), RowCosts((1, 64), (10.0, 10.1)), lambda levels: levels, 31)
+    wide = choose_tree(assumed_accuracies([0.4], 4, 4), RowCosts((1, 64), (10.0, 10.1)), lambda levels: levels, 31)
     assert len(wide.paths) > wide.num_levels

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, chain, from_paths
-from spdbench.decoding.verify import Verdict, sampled_at_once, typical, verify
+from spdbench.decoding.verify import Verification, sampled_at_once, typical, verify
 from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.types import Sampling
 
@@ -177,16 +177,16 @@ def test_children_that_have_all_the_mass_leave_no_other_token() -> None:
 @pytest.mark.parametrize(
     ("room", "expected"),
     [
-        (1, Verdict((0,), (5,), 0, 0)),
-        (2, Verdict((0, 1), (5, 6), 1, 1)),
-        (3, Verdict((0, 1, 2), (5, 6, 7), 2, 2)),
-        (4, Verdict((0, 1, 2), (5, 6, 7), 3, 3)),
-        (9, Verdict((0, 1, 2), (5, 6, 7), 4, 3)),
+        (1, Verification((0,), (5,), 0, 0)),
+        (2, Verification((0, 1), (5, 6), 1, 1)),
+        (3, Verification((0, 1, 2), (5, 6, 7), 2, 2)),
+        (4, Verification((0, 1, 2), (5, 6, 7), 3, 3)),
+        (9, Verification((0, 1, 2), (5, 6, 7), 4, 3)),
     ],
 )
-def test_of_a_tree_deeper_than_there_is_room_nothing_counts_that_lies_deeper(room: int, expected: Verdict) -> None:
+def test_of_a_tree_deeper_than_there_is_room_nothing_counts_that_lies_deeper(room: int, expected: Verification) -> None:
     """Drafts 5 and 6 of four levels accepted, the third rejected, and 7 the target's own."""
-    assert Verdict((0, 1, 2), (5, 6, 7), 4, 3).within(room) == expected
+    assert Verification((0, 1, 2), (5, 6, 7), 4, 3).within(room) == expected
 
 
 def test_typical_acceptance_takes_what_is_likely_enough() -> None:

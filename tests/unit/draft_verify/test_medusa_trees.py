@@ -9,7 +9,7 @@ import pytest
 
 from spdbench.decoding.tree import named_tree
 from spdbench.errors import InputError
-from spdbench_backends.medusa.trees import LARGEST_TREE, check_levels, check_ranks, find_tree, read_tree_file
+from spdbench_backends.medusa.trees import MAX_PATHS, check_levels, check_ranks, find_tree, read_tree_file
 
 PATHS = ((0,), (3,), (0, 0), (0, 2), (3, 1), (0, 2, 5))
 
@@ -57,7 +57,7 @@ def test_a_file_lists_paths_in_any_order(tmp_path: Path, name: str, text: str) -
         ([[0], [1], [0]], r"path \[0\] is there twice"),
         ([[0], [0, 0, 1]], r"path \[0, 0, 1\] has no parent, \[0, 0\] is missing"),
         ([[0], [1, 0], [1, 0, 0]], r"path \[1, 0\] has no parent, \[1\] is missing"),
-        ([[rank] for rank in range(LARGEST_TREE + 1)], f"at most {LARGEST_TREE} are supported"),
+        ([[rank] for rank in range(MAX_PATHS + 1)], f"at most {MAX_PATHS} are supported"),
     ],
 )
 @pytest.mark.parametrize("name", ["tree.json", "tree.yaml"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
 from spdbench.models.decoder import Decoder
@@ -43,8 +44,8 @@ def test_tensors_that_fit_are_copies_where_the_target_computes(tiny_model: Path)
         assert found["fc.weight"].data_ptr() != FULL["fc.weight"].data_ptr()
     some = TargetTensors(file_of({"fc.weight": FULL["fc.weight"]}), EXPECTED, target)
     assert (some.get("fc.bias"), some.norm("q.norm")) == (None, None)
-    assert some.head("lm_head.weight", None) is target.head
-    rows = some.head("lm_head.weight", torch.tensor([5, 3])).plain()
+    assert some.head("lm_head.weight", DraftVocabulary(VOCAB)) is target.head
+    rows = some.head("lm_head.weight", DraftVocabulary(VOCAB, torch.tensor([5, 3]))).plain()
     assert target.head is not None
     assert torch.equal(rows, target.head.plain()[[5, 3]])
 

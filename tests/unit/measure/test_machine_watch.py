@@ -58,7 +58,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(module, "usable_processors", lambda: [0, 1])
     monkeypatch.setattr(module, "limiting_group", lambda: made.sys / "group")
     monkeypatch.setattr(module, "own_cpu_ns", lambda: round(made.own_s * S))
-    monkeypatch.setattr(module, "MOST_SOURCE_NS", S)
+    monkeypatch.setattr(module, "MAX_SOURCE_NS", S)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     return made
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from spdbench.backend import Answer, divergence_explainer
-from spdbench.types import FirstDivergence, Outcome
+from spdbench.types import DivergenceClass, FirstDivergence
 from spdbench_backends.openai.token_scores import classify
 from tests.stub_server import StubServer
 from tests.unit.openai.conftest import Make
@@ -32,7 +32,7 @@ FIRST = FirstDivergence("unclassified", 2, 7, 9)
     ids=["equal", "within the noise", "beyond it", "no noise known", "not even listed", "listed by the other alone"],
 )
 def test_a_difference_is_classified_by_its_gap_and_the_noise(
-    readings: Sequence[Mapping[int, float]], outcome: Outcome
+    readings: Sequence[Mapping[int, float]], outcome: DivergenceClass
 ) -> None:
     found = classify(FIRST, readings)
     assert found.outcome == outcome
@@ -101,7 +101,7 @@ class Speaking(StubServer):
     ("four", "by_itself", "outcome"), [(-0.5, 0.0, "tie"), (-0.6, 0.15, "near_tie"), (-4.0, 0.1, "real")]
 )
 def test_a_difference_of_two_servers_is_explained(
-    backend: Make, dialect: str, four: float, by_itself: float, outcome: Outcome
+    backend: Make, dialect: str, four: float, by_itself: float, outcome: DivergenceClass
 ) -> None:
     server = Speaking(dialect, four, by_itself)
     try:

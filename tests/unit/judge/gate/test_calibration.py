@@ -12,9 +12,9 @@ from scipy import stats as scipy_stats
 
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.gate.calibration import (
+    MIN_LIMIT,
     MIN_RUNS,
     ONE_SIDED,
-    SMALLEST,
     calibrate,
     distance,
     parse_calibration,
@@ -71,7 +71,7 @@ def test_tokens_per_s_are_calibrated_as_well_and_decide_where_there_is_no_plain_
 
 
 def test_a_machine_without_noise_still_allows_a_little() -> None:
-    assert calibrate(runs(*[1.0] * MIN_RUNS)).max_slowdown == SMALLEST
+    assert calibrate(runs(*[1.0] * MIN_RUNS)).max_slowdown == MIN_LIMIT
 
 
 def test_normal_noise_crosses_the_threshold_about_once_in_a_thousand_times() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spdbench.judge.gate.calibration import Calibration, Threshold, slowdown, work_of
-from spdbench.judge.gate.verdict import EXIT_CODES, Verdict, verdict_of, worst
+from spdbench.judge.gate.verdict import EXIT_CODES, GateVerdict, verdict_of, worst
 from spdbench.judge.results.schema import Divergence
 from tests.builders import MS, failed_run, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
@@ -182,7 +182,7 @@ def test_later_turn_in_another_context_is_excused_where_ids_may_differ_only() ->
         (["inconclusive", "not comparable", "regression"], 1),
     ],
 )
-def test_the_worst_verdict_gives_the_exit_code(verdicts: list[Verdict], code: int) -> None:
+def test_the_worst_verdict_gives_the_exit_code(verdicts: list[GateVerdict], code: int) -> None:
     assert EXIT_CODES[worst(verdicts)] == code
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spdbench.judge.gate.verdict import Verdict
+from spdbench.judge.gate.verdict import GateVerdict
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import Divergence, Drafts, Steps
 from tests.builders import chunk_steps, make_run, vanilla_steps
@@ -26,7 +26,7 @@ from tests.unit.judge.gate.gates import (
 )
 
 
-def verdicts(chunks: Sequence[int]) -> tuple[Verdict, str]:
+def verdicts(chunks: Sequence[int]) -> tuple[GateVerdict, str]:
     found = only(judged(eagle(drafted_runs(chunks=lambda i: chunks if i == 4 else CHUNKS)), eagle(), "exact"))
     return found.verdict, finding(found, "num_steps").reason
 
@@ -127,7 +127,7 @@ def test_other_ids_outside_of_greedy_float32_inform(loose: dict[str, Any]) -> No
     ("old", "new", "verdict"),
     [(200, 199, "pass"), (200, 198, "regression"), (199, 200, "pass"), (198, 200, "improved")],
 )
-def test_acceptance_may_fall_by_half_a_per_cent(old: int, new: int, verdict: Verdict) -> None:
+def test_acceptance_may_fall_by_half_a_per_cent(old: int, new: int, verdict: GateVerdict) -> None:
     """Of 300 rounds with one draft each, so many are accepted."""
     sides = (
         [make_run(steps_of(accepted), output_ids=range(300 + accepted + 1), prompt=f"p{i}") for i in range(2)]
@@ -164,7 +164,7 @@ def test_the_allowed_fall_of_acceptance_is_an_option() -> None:
     ("counts", "verdict"),
     [({"real": 1}, "regression"), ({"unclassified": 1}, "inconclusive"), ({"ties": 2, "near_ties": 1}, "pass")],
 )
-def test_what_the_run_found_against_plain_decoding_counts(counts: dict[str, int], verdict: Verdict) -> None:
+def test_what_the_run_found_against_plain_decoding_counts(counts: dict[str, int], verdict: GateVerdict) -> None:
     none = {"identical": 5, "ties": 0, "near_ties": 0, "real": 0, "unclassified": 0}
     new = eagle(dtype="bfloat16", divergence=Divergence(**(none | counts)))
     assert only(judged(new, eagle(dtype="bfloat16"), "exact", by_category=True)).verdict == verdict
@@ -185,7 +185,7 @@ def test_another_model_is_held_to_the_number_of_steps_and_not_to_each_of_them() 
 
 @pytest.mark.parametrize(("chunks", "verdict"), [((1, 4, 2, 1, 2), "regression"), ((1, 5, 4), "improved")])
 def test_outside_of_greedy_float32_the_number_of_steps_may_grow_by_little(
-    chunks: Sequence[int], verdict: Verdict
+    chunks: Sequence[int], verdict: GateVerdict
 ) -> None:
     new = eagle(drafted_runs(chunks=lambda _: chunks), dtype="bfloat16")
     old = eagle(dtype="bfloat16")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from spdbench.judge.gate.calibration import calibrate
-from spdbench.judge.gate.verdict import EXIT_CODES, Verdict, verdict_of
+from spdbench.judge.gate.verdict import EXIT_CODES, GateVerdict, verdict_of
 from spdbench.judge.loaded import LoadedResult
 from tests.builders import MS
 from tests.unit.judge.gate.gates import drafted_runs, eagle, judged, plain, plain_runs
@@ -52,14 +52,14 @@ class Noise:
         return lambda prompt: round(20 * MS * float(np.exp(level + noise[prompt])))
 
 
-def verdict(new: Sequence[Start], old: Sequence[Start], *, calibrated: bool = False, labels: int = 2) -> Verdict:
+def verdict(new: Sequence[Start], old: Sequence[Start], *, calibrated: bool = False, labels: int = 2) -> GateVerdict:
     """Of all results of `new` against those of `old`; of the last label alone with `labels` 1, as single files."""
     new_files, old_files = ([each for start in side for each in start[-labels:]] for side in (new, old))
     calibration = calibrate([each for start in old for each in start]) if calibrated else None
     return verdict_of(judged(new_files, old_files, "timing", calibration=calibration))
 
 
-WAYS: dict[str, Callable[[Noise, float], Verdict]] = {
+WAYS: dict[str, Callable[[Noise, float], GateVerdict]] = {
     "single files": lambda noise, slower: verdict([noise.start(slower)], [noise.start()], labels=1),
     "folders": lambda noise, slower: verdict([noise.start(slower)], [noise.start()]),
     "folders of several starts": lambda noise, slower: verdict(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spdbench.judge.gate.verdict import Judgement, Verdict
+from spdbench.judge.gate.verdict import GateVerdict, Judgement
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import Divergence, Drafts
 from tests.builders import make_run, vanilla_steps
@@ -45,7 +45,7 @@ def exact(new: LoadedResult, old: LoadedResult) -> Judgement:
         ((0, 39, 0, 39, 10), "inconclusive"),
     ],
 )
-def test_acceptance_of_a_server_is_judged_by_size_and_interval(now: tuple[int, ...], verdict: Verdict) -> None:
+def test_acceptance_of_a_server_is_judged_by_size_and_interval(now: tuple[int, ...], verdict: GateVerdict) -> None:
     assert finding(exact(server(*now), server(20)), "acceptance_length").verdict == verdict
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spdbench.judge.gate.calibration import MIN_RUNS, calibrate
 from spdbench.judge.gate.timing import decide
-from spdbench.judge.gate.verdict import Verdict
+from spdbench.judge.gate.verdict import GateVerdict
 from spdbench.judge.loaded import LoadedResult
 from tests.builders import MS, make_load
 from tests.unit.judge.gate.gates import drafted_runs, eagle, finding, judged, of, only, plain, plain_runs
@@ -28,7 +28,7 @@ CALIBRATED = calibrate([each for _ in range(MIN_RUNS) for each in run()])
 """For both labels, of a machine without noise."""
 
 
-def speedup(new: list[LoadedResult], old: list[LoadedResult], **limits: float) -> Verdict:
+def speedup(new: list[LoadedResult], old: list[LoadedResult], **limits: float) -> GateVerdict:
     return finding(of(judged(new, old, "timing", **limits), "eagle"), "speedup").verdict
 
 
@@ -48,7 +48,9 @@ def speedup(new: list[LoadedResult], old: list[LoadedResult], **limits: float) -
         (None, None, "inconclusive"),
     ],
 )
-def test_the_table_of_decisions(change: float | None, interval: tuple[float, float] | None, verdict: Verdict) -> None:
+def test_the_table_of_decisions(
+    change: float | None, interval: tuple[float, float] | None, verdict: GateVerdict
+) -> None:
     assert decide(change, interval, 0.05)[0] == verdict
 
 
@@ -254,7 +256,7 @@ def test_without_a_calibration_tokens_per_s_alone_decide_nothing(ms: float, limi
 
 @pytest.mark.parametrize(("bandwidth", "verdict"), [(0.6, "inconclusive"), (1.0, "regression"), (1.7, "regression")])
 def test_calibrated_tokens_per_s_are_no_regression_where_memory_became_slower_as_well(
-    bandwidth: float, verdict: Verdict
+    bandwidth: float, verdict: GateVerdict
 ) -> None:
     new = begun("2026-06-02T12:00:00+00:00", bandwidth, eagle_ms=29)[1:]
     old = begun("2026-06-01T12:00:00+00:00")[1:]
@@ -275,7 +277,7 @@ def test_a_slowdown_that_starts_of_the_same_code_may_show_is_inconclusive_by_def
     [(0.0, 0.5, "inconclusive"), (0.5, 0.0, "inconclusive"), (None, 0.5, "inconclusive"), (0.3, 0.32, "regression")],
 )
 def test_a_machine_that_others_kept_busy_gives_no_word_of_a_difference(
-    was: float | None, is_now: float, verdict: Verdict
+    was: float | None, is_now: float, verdict: GateVerdict
 ) -> None:
     def side(share: float | None, eagle_ms: float) -> list[LoadedResult]:
         load = None if share is None else make_load(share, who=["make"])

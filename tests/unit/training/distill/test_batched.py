@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from spdbench.decoding.sampling import warp
+from spdbench.errors import PromptFailedError
 from spdbench.models.decoder import Decoder
 from spdbench.training.distill import batched
 from spdbench.training.distill.batched import Slots
-from spdbench.training.distill.continuous import Batch, Completion, Script, choose, results_of
+from spdbench.training.distill.continuous import TOP_K, Batch, Completion, Script, choose, likeliest, results_of
 from spdbench.types import Sampling
 from tests import tiny
 
@@ -114,6 +117,21 @@ def test_draws_follow_the_warped_distribution() -> None:
     points = [i / 1000 for i in range(1000)]
     tokens = choose(logits, [Sampling(1.0, 0.9)] * 1000, points)
     assert [tokens.count(i) for i in range(4)] == pytest.approx([526, 316, 158, 0], abs=2)
+
+
+def test_weights_are_those_of_the_warp_that_decoding_uses() -> None:
+    logits_RV = torch.randn(3, 1000, generator=torch.Generator().manual_seed(2)) * 3
+    samplings = [Sampling(0.7, 0.5), Sampling(1.0, 0.95), Sampling(1.3)]
+    ids_RN, weights_RN = likeliest(logits_RV, samplings)
+    found_RV = torch.zeros(3, 1000).scatter_(1, ids_RN, weights_RN / weights_RN.sum(-1, keepdim=True))
+    expected = [warp(row, replace(how, top_k=TOP_K)) for row, how in zip(logits_RV, samplings, strict=True)]
+    torch.testing.assert_close(found_RV, torch.stack(expected))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0.9)])
+def test_logits_that_are_not_numbers_end_the_run(sampling: Sampling) -> None:
+    with pytest.raises(PromptFailedError, match="logits are not numbers"):
+        choose(torch.tensor([[1.0, torch.nan, 0.0]]), [sampling], [0.5])
 
 
 def test_greedy_and_sampled_rows_mix() -> None:

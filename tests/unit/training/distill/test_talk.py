@@ -10,8 +10,8 @@ import pytest
 from spdbench.judge.results.table import is_degenerate
 from spdbench.training.distill.continuous import Completion
 from spdbench.training.distill.filters import Overlap, Seen
-from spdbench.training.distill.seed_prompts import GROUPS, LONGEST
-from spdbench.training.distill.talk import Distiller, Dropped, Kept, Outcome, Talk
+from spdbench.training.distill.seed_prompts import GROUPS, LONGEST_PROMPT
+from spdbench.training.distill.talk import Distiller, Dropped, Kept, Talk, TalkResult
 from spdbench.types import Message
 
 END = 0
@@ -46,7 +46,7 @@ def distiller(**changes: Any) -> Distiller:
     return Distiller(**(settings | changes))
 
 
-def play(talk: Talk, *said: tuple[int, ...]) -> tuple[Outcome, list[Completion]]:
+def play(talk: Talk, *said: tuple[int, ...]) -> tuple[TalkResult, list[Completion]]:
     """The outcome if the model answers with `said` in turn, and with the last of it from then on."""
     requests, lines = [next(talk)], list(said)
     try:
@@ -58,7 +58,7 @@ def play(talk: Talk, *said: tuple[int, ...]) -> tuple[Outcome, list[Completion]]
 
 def asked(
     shared: Distiller, *said: tuple[int, ...], turns: Sequence[str] = ("What is it?",), index: int = 0
-) -> Outcome:
+) -> TalkResult:
     return play(shared.reply(index, (), turns), *said)[0]
 
 
@@ -100,7 +100,7 @@ def test_invented_conversations_have_one_turn_or_two_and_all_topics() -> None:
 def test_seed_prompts_are_many_and_end_in_no_space() -> None:
     prompts = {prompt for group, _ in GROUPS.values() for prompt in group}
     assert len(prompts) > 100
-    assert LONGEST in prompts
+    assert LONGEST_PROMPT in prompts
     assert all(prompt == prompt.strip() for prompt in prompts)
 
 
