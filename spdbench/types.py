@@ -188,8 +188,8 @@ class Span(NamedTuple):
     cycle: int = -1
 
 
-def first_difference(first: Sequence[int], second: Sequence[int]) -> int:
-    """The index of the first id that differs; the shorter length where one is the beginning of the other."""
+def first_difference(first: Sequence[object], second: Sequence[object]) -> int:
+    """The index of the first item that differs; the shorter length where one is the beginning of the other."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
 

@@ -97,7 +97,7 @@ def file_identity(path: Path) -> object:
     return found.st_dev, found.st_ino
 
 
-def refuse_output(out: Path, inputs: Sequence[Path], *, force: bool, option: str = "-o") -> None:
+def require_free_output(out: Path, inputs: Sequence[Path], *, force: bool, option: str = "-o") -> None:
     """Raises `InputError` where `option` names a file that must not be written: without a folder, one of the `inputs`,
     or there already and not to be replaced by `force`."""
     if not out.parent.is_dir():

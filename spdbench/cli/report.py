@@ -16,7 +16,7 @@ from spdbench.cli.files import (
     CALIBRATION,
     file_identity,
     read_calibration,
-    refuse_output,
+    require_free_output,
     result_paths,
     write_whole_file,
 )
@@ -100,7 +100,7 @@ def command(
     page = "history.html" if as_history else "report.html"
     out = out or Path(page if chart is None else f"{chart}.{form}")
     paths = list(result_paths(results))
-    refuse_output(out, paths, force=force)
+    require_free_output(out, paths, force=force)
     from spdbench.render.report import vega
 
     vega.vl_convert()  # before the results are read: without it there is nothing to do

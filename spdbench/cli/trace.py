@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import refuse_output, write_whole_file
+from spdbench.cli.files import require_free_output, write_whole_file
 from spdbench.cli.options import OUTPUT, PATH
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -35,7 +35,7 @@ def command(result: Path, out: Path, force: bool) -> None:
     RESULT is a result of `spdbench run --trace`. The trace has a track for each stage, the drafter and the host, one
     for requests and their steps, and counters for the fill of a pipeline and for acceptance.
     """
-    refuse_output(out, [result], force=force)
+    require_free_output(out, [result], force=force)
     from spdbench.render.trace import to_json, trace_events
 
     head, runs = read_kept(result)

@@ -185,9 +185,10 @@ def share(value: float | None) -> str:
 
 def _score(row: Row, fewest: int = 1) -> str:
     """The mean with its interval, where there is one; blank where fewer answers than `fewest` have a score."""
-    value, interval = row.metrics["score"], row.metrics["score_ci"]
+    value = row.metrics["score"]
     if value is None or (row.metrics["num_scored"] or 0) < fewest:
         return EMPTY
+    interval = row.metrics["score_ci"]  # asked for last: it takes time, and most rows have no score
     return f"{value:.2f}" if interval is None else _with_interval(value, interval)
 
 

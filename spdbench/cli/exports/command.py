@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import refuse_output, require_writable, result_path, write_whole_file
+from spdbench.cli.files import require_free_output, require_writable, result_path, write_whole_file
 from spdbench.cli.options import FOLDER, LABEL, argument, check_name, flag, option, takes
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -59,7 +59,7 @@ def command(options: ImportOptions) -> None:
         level = f"c{export.at_once}" if len(exports) > 1 else None
         name = "__".join(filter(None, [options.name, level])) or None
         path = result_path(options.results, result.suite.name, result.backend.label, result.model.id, name)
-        refuse_output(path, [source], force=options.force, option="--results")
+        require_free_output(path, [source], force=options.force, option="--results")
         found.append((path, result))
     for path, result in found:
         write_whole_file("--results", path, result.model_dump_json(by_alias=True).encode() + b"\n")

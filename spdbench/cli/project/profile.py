@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import refuse_output, write_stdout, write_whole_file
+from spdbench.cli.files import require_free_output, write_stdout, write_whole_file
 from spdbench.cli.options import OUTPUT, TargetOptions, flag, option, takes
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -49,7 +49,7 @@ def command(options: ProfileOptions) -> None:
     missing once. With --from nothing is measured and nothing kept: the profile is computed and goes to -o or stdout.
     """
     if options.out is not None:
-        refuse_output(options.out, [], force=options.force)
+        require_free_output(options.out, [], force=options.force)
     from spdbench.cli.setup import find_devices, load_model
 
     if options.datasheet is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spdbench.cli.files import refuse_output, result_paths, write_stdout, write_whole_file
+from spdbench.cli.files import require_free_output, result_paths, write_stdout, write_whole_file
 from spdbench.cli.options import COUNT, OUTPUT, PATH, argument, flag, option, takes
 from spdbench.cli.terminal import use_one_numpy_thread
 from spdbench.console import say
@@ -107,7 +107,7 @@ def _splitter(recorded: Recorded, costs: Costs, *, balanced: bool) -> Callable[[
 def _check_chart(path: Path, inputs: list[Path], *, force: bool) -> None:
     from spdbench.render.report import vega
 
-    refuse_output(path, inputs, force=force, option="--chart")
+    require_free_output(path, inputs, force=force, option="--chart")
     vega.format_of("--chart", path)
     vega.vl_convert()
 
