@@ -14,7 +14,7 @@ import click
 
 from spdbench.cli.files import CALIBRATION, file_identity, read_calibration, result_paths, write_file, write_stdout
 from spdbench.cli.options import OUTPUT, PERCENT, argument, flag, option, takes
-from spdbench.cli.terminal import use_one_numpy_thread
+from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 from spdbench.errors import InputError
 
@@ -71,7 +71,7 @@ def command(options: CheckOptions) -> None:
     NEW is a result file, a pattern, or a folder of result files. Exit codes: 0 fine; 1 regression, divergence or
     failed prompt; 2 wrong usage or input; 3 inconclusive; 4 not comparable. Where several hold: 2, then 1, 4, 3.
     """
-    use_one_numpy_thread()
+    start_quickly()
     from spdbench.judge.gate.check import GATES, MAX_ACCEPTANCE_DROP, Limits, check
     from spdbench.judge.gate.verdict import EXIT_CODES, verdict_of
     from spdbench.judge.loaded import read_results

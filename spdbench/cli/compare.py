@@ -10,7 +10,7 @@ import click
 
 from spdbench.cli.files import result_paths, write_stdout
 from spdbench.cli.options import argument, flag, option, takes
-from spdbench.cli.terminal import use_one_numpy_thread
+from spdbench.cli.terminal import start_quickly
 
 if TYPE_CHECKING:
     from spdbench.render.table import Format
@@ -48,7 +48,7 @@ def command(options: CompareOptions) -> None:
     RESULT is a result file, a pattern such as 'results/quick__*.json', a folder of result files, or a report, which
     holds results. Everything is computed anew from the runs in the files; no model is needed.
     """
-    use_one_numpy_thread()
+    start_quickly()
     from rich.console import Console
 
     from spdbench.judge.comparison.compare import compare, find_baseline

@@ -21,7 +21,7 @@ from spdbench.cli.files import (
     write_whole_file,
 )
 from spdbench.cli.options import OUTPUT
-from spdbench.cli.terminal import use_one_numpy_thread
+from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.render.report.style import STYLES, ImageFormat
@@ -87,7 +87,7 @@ def command(
     With --history the results are many runs of one suite, model, dtype and decoding, on any machines; a
     calibration.json next to them, which `check --calibrate` writes, says what is noise.
     """
-    use_one_numpy_thread()
+    start_quickly()
     for option, value in (("--format", form), ("--style", style)):
         if value is not None and chart is None:
             raise click.UsageError(f"{option} is for a single chart; name it with --chart")

@@ -1,7 +1,9 @@
-"""What commands ask of the process: Ctrl-C and SIGTERM as one kind of interruption, and no threads of numpy's own."""
+"""What commands ask of the process: Ctrl-C and SIGTERM as one kind of interruption, and a quick start and end."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import threading
@@ -9,11 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+GC_THRESHOLD = 200_000
+"""New containers after which the garbage collector runs; imports leave some 80,000."""
 
-def use_one_numpy_thread() -> None:
-    """Keeps numpy, which is not imported yet, from starting threads: they gain nothing on results and take a core
-    each."""
+
+def start_quickly() -> None:
+    """For commands that only read results, before numpy is imported.
+
+    Numpy starts no threads of its own, which gain nothing on results and take a core each. The garbage collector looks
+    through what imports leave only when a lot more has come, and not at exit: of the 0.31 s of processor time of a
+    `compare` of six small files it took 0.07 s, and there is next to nothing that it could free.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    gc.set_threshold(GC_THRESHOLD)
+    atexit.register(gc.freeze)  # the interpreter's last collection skips what is frozen
 
 
 class Terminated(KeyboardInterrupt):
