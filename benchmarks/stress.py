@@ -1,7 +1,7 @@
 """Kills, full disks and a day of requests: what a run loses, and how its memory grows.
 
 Why: a test kills a run where its author expects a fault; runs of many hours end at any place, and all of them have to
-resume to the result of a run that nobody disturbed.
+resume to the result of a run that was not disturbed.
 Regimes: the whole command, from its options to its table, in a process forked after the imports, so that 200 kills take
 a minute; two backends whose steps cost nothing, 40 conversations of two turns. `kills`: SIGKILL at random moments, then
 --resume. `disk`: files may have up to a random size, then --resume. `day`: one backend, one token every 10 ms, ten

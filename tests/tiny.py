@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from spdbench.decoding.sampling import warp
 from spdbench.models.checkpoints.find_model import find_model
+from spdbench.models.interface import TargetDecoder
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling
@@ -166,3 +168,15 @@ def greedy(
 def rows(cache: KVCache, layer: int) -> list[torch.Tensor]:
     """Valid keys and values of one layer, each `[K, length, D]`."""
     return [part[:, : cache.length] for part in cache.slots(layer)]
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Normally distributed numbers, the same for a seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@torch.inference_mode()
+def next_probabilities(decoder: TargetDecoder, ids: tuple[int, ...], sampling: Sampling) -> list[float]:
+    """The warped distribution of the token after `ids`, by one forward over all of them."""
+    hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), 0, decoder.new_cache(len(ids)))
+    return [float(p) for p in warp(decoder.logits(hidden_SM[-1:])[0], sampling)]

@@ -30,7 +30,7 @@ def program(answer: str, reference: str) -> str:
 
     Only those statements of the answer are kept that its tests need, so that examples of use and tests of the model's
     own can neither fail nor end the program; EvalPlus reads answers in the same way. Lines at a piece's end that are no
-    Python, such as words behind the code, are left out.
+    Python, such as words behind the code, are omitted.
     """
     before, after = around_answer(reference)
     defined, loaded = _names(ast.parse(after), after) if is_python(after) else (set(), set())

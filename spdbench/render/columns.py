@@ -103,7 +103,7 @@ class Column:
 
 def columns_for(table: Table, *, details: bool = False) -> list[Column]:
     """The columns that say anything in `table`; the label always comes first. With `details` also those that are
-    left out everywhere else."""
+    omitted everywhere else."""
     columns = _columns_with(table.dialects)
     if details:
         shown = [column.cells(table) for column in columns]

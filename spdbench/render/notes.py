@@ -1,4 +1,4 @@
-"""The sentences around a comparison: what it concludes, what was left out, each flag with its remedy; and, on request,
+"""The sentences around a comparison: what it concludes, what was omitted, each flag with its remedy; and, on request,
 what the columns mean. For terminal, Markdown, LaTeX."""
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _rounded(number: int) -> int:
 
 
 def notes(table: Table) -> list[str]:
-    """The lines below a table: the dialect asked for, what was left out, what differs, each flag with its remedy."""
+    """The lines below a table: the dialect asked for, what was omitted, what differs, each flag with its remedy."""
     found = [*_dialect_notes(table), *table.notes, *_divergence_notes(table), *_flag_lines(table)]
     return list(map(harmless, found))
 

@@ -13,11 +13,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
 from spdbench.backend import Backend, BackendContext, find_backend, installed_backends, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.sampling import warp
 from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.target import Target
@@ -310,10 +308,8 @@ def test_sampled_triples_follow_the_exact_joint_distribution(small: Target, name
 def _joint(decoder: TargetDecoder, prompt: tuple[int, ...], sampling: Sampling) -> dict[object, float]:
     """Exact probabilities of every first three tokens."""
 
-    @torch.inference_mode()
     def next_probabilities(prefix: tuple[int, ...]) -> list[float]:
-        hidden, _ = decoder.forward(decoder.embed(decoder.ids(prefix)), 0, decoder.new_cache(len(prefix)))
-        return [float(p) for p in warp(decoder.logits(hidden[-1:])[0], sampling)]
+        return tiny.next_probabilities(decoder, prefix, sampling)
 
     joint: dict[object, float] = {}
     for a, pa in enumerate(next_probabilities(prompt)):

@@ -157,7 +157,7 @@ def load_content(file: Path) -> object:
 
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = str) -> dict[str, Tensor]:
-    """The tensors of all files under the names that `rename` gives them; those for which it returns None are left out.
+    """The tensors of all files under the names that `rename` gives them; those for which it returns None are omitted.
 
     Raises:
         InputError: a file is damaged, two tensors get the same name, or `rename` raised a `ValueError` that says why a

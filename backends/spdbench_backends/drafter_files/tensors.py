@@ -135,7 +135,7 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
     which tokens have one. Each follows from the other, so one is enough. None where the file has neither.
 
     Writers pad both, as they pad vocabularies: `t2d` beyond the vocabulary, for tokens without a draft id, and the end
-    of `d2t` with offsets of 0 or with tokens beyond the vocabulary. The padding is left out.
+    of `d2t` with offsets of 0 or with tokens beyond the vocabulary. The padding is omitted.
 
     Raises:
         InputError: one of the two is misshapen, or they disagree.

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, dense_layer, geometry_of
+from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape, dense_layer, geometry_of
 from spdbench.models.decoder import Decoder
 from spdbench.models.hf.library import scaled_frequencies
 from spdbench.models.layer_ops import Geometry
@@ -81,14 +81,10 @@ def build_eagle(
     for name, of_target in (("embed_tokens.weight", "embedding"), ("lm_head.weight", "head")):
         if name not in file.tensors and sizes.width != base.hidden_size:
             raise file.error(f"tensor {name} is missing, and the target's {of_target} is of another width")
-    expected = _expected(sizes, eagle3, base)
     of_all = "input_norm.weight" in file.tensors  # one norm over all features, or one for each
     norms = ["input_norm.weight"] if of_all else [f"fc_norm.{index}.weight" for index in range(num_aux)]
-    expected.add(dict.fromkeys(norms if eagle3 else (), (sizes.fused if of_all else base.hidden_size,)), optional=True)
-    # Where a published head of the whole vocabulary leaves its output head out, its authors share the target's.
-    own_head_is_optional = not eagle3 or file.layout == "spdbench" or vocabulary.token_ids_U is None
-    expected.add({"lm_head.weight": (vocabulary.size, sizes.width)}, optional=own_head_is_optional)
-    tensors = TargetTensors(file, expected, target)
+    norm_shapes = dict.fromkeys(norms if eagle3 else (), (sizes.fused if of_all else base.hidden_size,))
+    tensors = _checked_tensors(file, sizes, target, vocabulary, norm_shapes)
     # SpecForge's `norm_output` names the norm that every head has; elsewhere it says what the next row is fed.
     feed_normed = norm_output == "feed" or (norm_output == "auto" and config.norm_output and file.layout != "specforge")
     embeddings = tensors.get("embed_tokens.weight", target.embeddings_VM)
@@ -113,6 +109,18 @@ def build_eagle(
         residual_normed=eagle3 and config.norm_before_residual,
         feed_normed=eagle3 and feed_normed,
     )
+
+
+def _checked_tensors(
+    file: EagleFile, sizes: Sizes, target: Decoder, vocabulary: DraftVocabulary, norm_shapes: dict[str, Shape]
+) -> TargetTensors:
+    """The head's tensors; `norm_shapes` are those of the norms before `fc`, which it may have."""
+    expected = _expected(sizes, file.is_eagle3, target.config)
+    expected.add(norm_shapes, optional=True)
+    # Where a published head of the whole vocabulary has no output head, its authors share the target's.
+    own_head_is_optional = not file.is_eagle3 or file.layout == "spdbench" or vocabulary.token_ids_U is None
+    expected.add({"lm_head.weight": (vocabulary.size, sizes.width)}, optional=own_head_is_optional)
+    return TargetTensors(file, expected, target)
 
 
 def _num_aux(file: EagleFile, sizes: Sizes, base: ModelConfig) -> int:

@@ -66,7 +66,7 @@ class EagleWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one draft row reads, `fc` left out: a tree's rows do not pass through it in EAGLE-3."""
+        """Bytes that one draft row reads, without `fc`: a tree's rows do not pass through it in EAGLE-3."""
         layers = sum(layer.bytes_per_token() for layer in self.layers)
         return layers + self.head.nbytes + (0 if self.is_eagle3 else self.fc.nbytes)
 

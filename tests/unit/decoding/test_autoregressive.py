@@ -24,9 +24,9 @@ def test_the_newest_step_is_waited_for_though_nobody_wants_it(
         given.append(start(self, numbers))
         return given[-1]
 
-    def read_too(self: Readback, ticket: int) -> list[int]:
-        read.append(ticket)
-        return read_one(self, ticket)
+    def read_too(self: Readback, copy_index: int) -> list[int]:
+        read.append(copy_index)
+        return read_one(self, copy_index)
 
     monkeypatch.setattr(Readback, "start", started)
     monkeypatch.setattr(Readback, "read", read_too)

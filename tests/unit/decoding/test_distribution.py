@@ -12,7 +12,6 @@ import torch
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.distribution import PlainDistribution
-from spdbench.decoding.sampling import warp
 from spdbench.judge.metrics.chi_square import ChiSquare, chi_square
 from spdbench.models.interface import TargetDecoder
 from spdbench.types import GenerationRequest, Sampling
@@ -29,16 +28,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TargetDecoder:
 
 
 @torch.inference_mode()
-def next_probabilities(decoder: TargetDecoder, ids: tuple[int, ...], sampling: Sampling) -> list[float]:
-    hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), 0, decoder.new_cache(len(ids)))
-    return [float(p) for p in warp(decoder.logits(hidden_SM[-1:])[0], sampling)]
-
-
 def test_a_quantile_is_what_is_likelier_and_a_part_of_the_token_itself(small: TargetDecoder) -> None:
     plain = PlainDistribution(small, PROMPT, WARPED, 3)
     for answer in [(4, 0, 2), (1, 1, 1), (0, 3, 4)]:  # one after the other: nothing stays of the one before
         for number, found in enumerate(plain.quantiles(answer, (0.0, 0.25, 0.5))):
-            p = next_probabilities(small, PROMPT + answer[:number], WARPED)
+            p = tiny.next_probabilities(small, PROMPT + answer[:number], WARPED)
             own = p[answer[number]]
             likelier = sum(other for other in p if other > own)
             expected = None if own == 0.0 else likelier + own * (0.0, 0.25, 0.5)[number]

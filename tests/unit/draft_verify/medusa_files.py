@@ -1,4 +1,4 @@
-"""Medusa heads of random numbers, by the names of our own layout."""
+"""Medusa heads of random numbers, by the names of our own layout, and the backend that drafts with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spdbench.backend import BackendContext, parse_options
+from spdbench.models.target import Target
+from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.formats import MedusaConfig, MedusaFile
 
 WIDTH, VOCAB = 32, 262
@@ -38,3 +41,11 @@ def heads(
         draw("lm_head.weight" if shared else f"{k}.{num_blocks}.weight", VOCAB if ids is None else len(ids), WIDTH)
     settings = MedusaConfig(draft_token_ids=ids, **{"vocab_size": VOCAB, **config})
     return MedusaFile(Path("made"), "spdbench", settings, tensors)
+
+
+def started(target: Target, drafter: Path | str, **options: str) -> Medusa:
+    """The backend with its drafter, loaded."""
+    context = BackendContext("medusa", target, str(drafter), ("cpu",), 1, seed=0)
+    backend = Medusa(parse_options("medusa", Medusa.Options, options), context)
+    backend.load()
+    return backend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ from tests.unit.draft_verify.training import (
     ABOUT,
     DRAFT_IDS,
     answers,
+    check_that_bfloat16_changes_little,
+    check_that_silence_costs_nothing,
     make_batch,
     round_weights,
     train,
@@ -223,22 +224,8 @@ def test_auto_finds_what_was_trained(
 
 
 def test_a_batch_without_answers_costs_nothing(decoder: Decoder, batch: Batch) -> None:
-    recipe = fresh(decoder)
-    silent = replace(batch, answers_BS=torch.zeros_like(batch.answers_BS))
-    loss, figures = recipe.loss(silent)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert (loss.item(), dict(figures)) == (0.0, {})
-    assert not any(recipe.acceptance(silent).judged)
+    check_that_silence_costs_nothing(fresh(decoder), batch)
 
 
 def test_bfloat16_changes_little(decoder: Decoder, batch: Batch) -> None:
-    """And brings no warnings: what is summed and exponentiated stays in float32."""
-    recipe = fresh(decoder)
-    torch.manual_seed(0)
-    exact, _ = recipe.loss(batch)
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = recipe.loss(batch)
-    rounded.backward()  # type: ignore[no-untyped-call]
-    assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    check_that_bfloat16_changes_little(fresh(decoder), batch)

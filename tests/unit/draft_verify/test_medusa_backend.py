@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
 from spdbench.models.target import Target
@@ -19,6 +18,7 @@ from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.drafter import random_medusa
 from spdbench_backends.medusa.formats import MedusaFile, write_medusa
 from tests import tiny
+from tests.unit.draft_verify.medusa_files import started
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -33,13 +33,6 @@ def target(tiny_model: Path) -> Target:
 @pytest.fixture(scope="module")
 def heads(target: Target) -> MedusaFile:
     return random_medusa(target.own_decoder, 3, seed=1)
-
-
-def started(target: Target, drafter: str | Path, **options: str) -> Medusa:
-    context = BackendContext("medusa", target, str(drafter), ("cpu",), 1, seed=0)
-    backend = Medusa(parse_options("medusa", Medusa.Options, options), context)
-    backend.load()
-    return backend
 
 
 def emitted(backend: Medusa) -> list[int]:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
 from spdbench.models.target import Target
 from spdbench.training.recipe import Batch, Counts, Teacher
 from spdbench.training.soft_targets import draft_rows
-from spdbench_backends.medusa.backend import Medusa
 from spdbench_backends.medusa.drafter import build_medusa
 from spdbench_backends.medusa.formats import read_medusa
 from spdbench_backends.medusa.train import MedusaRecipe
 from tests import tiny
-from tests.unit.draft_verify.training import ABOUT, DRAFT_IDS, answers, make_batch, round_weights, train
+from tests.unit.draft_verify.medusa_files import started
+from tests.unit.draft_verify.training import (
+    ABOUT,
+    DRAFT_IDS,
+    answers,
+    check_that_bfloat16_changes_little,
+    check_that_silence_costs_nothing,
+    make_batch,
+    round_weights,
+    train,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -53,13 +60,6 @@ def trained(decoder: Decoder, batch: Batch) -> MedusaRecipe:
     train(recipe, batch, 150)
     round_weights(recipe)
     return recipe
-
-
-def started(target: Target, drafter: Path | str, **options: str) -> Medusa:
-    context = BackendContext("medusa", target, str(drafter), ("cpu",), 1, seed=0)
-    backend = Medusa(parse_options("medusa", Medusa.Options, options), context)
-    backend.load()
-    return backend
 
 
 def test_a_fresh_head_is_the_targets_own(decoder: Decoder, batch: Batch, tmp_path: Path) -> None:
@@ -167,22 +167,8 @@ def test_accuracies_are_those_of_the_last_measurement_and_choose_the_tree(
 
 
 def test_a_batch_without_answers_costs_nothing(decoder: Decoder, batch: Batch) -> None:
-    recipe = fresh(decoder)
-    silent = replace(batch, answers_BS=torch.zeros_like(batch.answers_BS))
-    loss, figures = recipe.loss(silent)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert (loss.item(), dict(figures)) == (0.0, {})
-    assert not any(recipe.acceptance(silent).judged)
+    check_that_silence_costs_nothing(fresh(decoder), batch)
 
 
 def test_bfloat16_changes_little(decoder: Decoder, batch: Batch) -> None:
-    """And brings no warnings: what is summed and exponentiated stays in float32."""
-    recipe = fresh(decoder)
-    torch.manual_seed(0)
-    exact, _ = recipe.loss(batch)
-    torch.manual_seed(0)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = recipe.loss(batch)
-    rounded.backward()  # type: ignore[no-untyped-call]
-    assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)
+    check_that_bfloat16_changes_little(fresh(decoder), batch)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
+import pytest
 import torch
 
 from spdbench.decoding.autoregressive import decode
@@ -63,3 +65,24 @@ def round_weights(recipe: Recipe) -> None:
     """To what files hold."""
     for parameter in recipe.module.parameters():
         parameter.copy_(parameter.bfloat16())
+
+
+def check_that_silence_costs_nothing(recipe: Recipe, batch: Batch) -> None:
+    """A batch without answers has a loss of 0 and counts no draft."""
+    silent = replace(batch, answers_BS=torch.zeros_like(batch.answers_BS))
+    loss, figures = recipe.loss(silent)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert (loss.item(), dict(figures)) == (0.0, {})
+    assert not any(recipe.acceptance(silent).judged)
+
+
+def check_that_bfloat16_changes_little(recipe: Recipe, batch: Batch) -> None:
+    """And brings no warnings: what is summed and exponentiated stays in float32."""
+    torch.manual_seed(0)
+    exact, _ = recipe.loss(batch)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = recipe.loss(batch)
+    rounded.backward()  # type: ignore[no-untyped-call]
+    assert rounded.dtype == torch.float32
+    assert rounded.item() == pytest.approx(exact.item(), rel=0.02)

@@ -14,14 +14,11 @@ from torch.nn import functional
 
 from spdbench.models.cpu import linear as linear_module
 from spdbench.models.cpu.linear import PackedLinear, PlainLinear, linear
+from tests.tiny import tensor
 
 ROOT = Path(__file__).parents[3]
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [1, 2, 3, 5, 8, 11, 16, 33]
-
-
-def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 @pytest.fixture

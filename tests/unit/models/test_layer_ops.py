@@ -27,6 +27,7 @@ from spdbench.models.layer_ops import (
 from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import array
 from tests import tiny
+from tests.tiny import tensor
 
 compiled = pytest.importorskip("spdbench.models.cpu.compile", reason="numba is not installed")
 
@@ -36,10 +37,6 @@ TREE = TreeRows(  # 0 -> 1, 2; 1 -> 3; 2 -> 4
     torch.tensor([0, 1, 1, 2, 2]),
     torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]]).bool(),
 )
-
-
-def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def near(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from spdbench.models.cpu.linear import linear
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import CpuOps, Geometry
 from spdbench.models.rotary import Rotary, plain_frequencies
+from tests.tiny import tensor
 
 pytestmark = pytest.mark.whole_machine
 WORKERS = 3
@@ -26,10 +27,6 @@ def shared() -> Iterator[None]:
     torch.set_num_threads(WORKERS + 1)
     yield
     torch.set_num_threads(1)
-
-
-def tensor(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.usefixtures("shared")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from spdbench.cli import compare as commands
+from spdbench.cli import report
 from spdbench.console import printable
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices
@@ -20,6 +22,7 @@ from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
 from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from spdbench.render.notes import sentence
+from spdbench.render.report.vega import CHARTS
 from spdbench.render.table import FORMATS, Format, render
 from spdbench.types import BackendKind
 from tests.builders import (
@@ -600,3 +603,10 @@ def test_csv_holds_no_formulas() -> None:
     formula = entry("autoregressive", label='=HYPERLINK("http://x")')
     [row] = csv.DictReader(io.StringIO(show(compare([formula]), "csv")))
     assert row["label"] == '\'=HYPERLINK("http://x")'
+
+
+def test_commands_offer_every_form_dialect_and_chart() -> None:
+    """Commands list them again, as their help would otherwise have to import numpy and Vega."""
+    assert commands.FORMATS == FORMATS
+    assert tuple(DIALECTS) == commands.DIALECTS
+    assert tuple(CHARTS) == report.CHARTS
