@@ -10,6 +10,7 @@ Shapes: T target width, M draft width, A aux features, U draft vocabulary, V voc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -112,7 +113,7 @@ def build_eagle(
 
 
 def _checked_tensors(
-    file: EagleFile, sizes: Sizes, target: Decoder, vocabulary: DraftVocabulary, norm_shapes: dict[str, Shape]
+    file: EagleFile, sizes: Sizes, target: Decoder, vocabulary: DraftVocabulary, norm_shapes: Mapping[str, Shape]
 ) -> TargetTensors:
     """The head's tensors; `norm_shapes` are those of the norms before `fc`, which it may have."""
     expected = _expected(sizes, file.is_eagle3, target.config)
