@@ -20,7 +20,7 @@ from spdbench.decoding.synthetic import synthetic_drafts
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.find_model import ModelFiles
-from spdbench.models.decoder import load_decoder
+from spdbench.models.decoder import HEAD, load_decoder
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.target import DTYPES
 from spdbench.types import GenerationRequest, Sampling, Step
@@ -104,11 +104,11 @@ class RandomCheckpoint:
 
     directory = Path("random")
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, tied: bool) -> None:
+        self._dtype, self._device, self._tied = dtype, device, tied
 
     def __contains__(self, name: str) -> bool:
-        return not name.endswith(".bias")
+        return not name.endswith(".bias") and not (self._tied and name == HEAD)
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
@@ -133,7 +133,7 @@ class RandomTarget:
         self.files = ModelFiles(f"random {shape}", Path(), "")
         self.config = config_of(shape)
         frequencies = plain_frequencies(1e6, self.config.head_dim), 1.0
-        checkpoint: Any = RandomCheckpoint(dtype, device)
+        checkpoint: Any = RandomCheckpoint(dtype, device, tied=self.config.tied)
         with torch.inference_mode():
             self.decoder = self.own_decoder = load_decoder(checkpoint, self.config, frequencies, dtype, device)
 

@@ -57,6 +57,7 @@ WIRING = (
     "spdbench.cli.report",
     "spdbench.cli.trace",
     "spdbench.cli.show",
+    "spdbench.cli.answers",
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",
