@@ -62,7 +62,6 @@ WIRING = (
     "spdbench.cli.train",
     "spdbench.cli.evaluate",
     "spdbench.cli.project",
-    "spdbench.cli.answers",
 )
 """Where harness and engine are put together: the only modules and packages of commands that know models."""
 

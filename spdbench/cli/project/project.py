@@ -12,7 +12,7 @@ import click
 
 from spdbench.cli.files import require_free_output, result_paths, write_stdout, write_whole_file
 from spdbench.cli.options import COUNT, OUTPUT, PATH, argument, flag, option, takes
-from spdbench.cli.terminal import use_one_numpy_thread
+from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def command(options: ProjectOptions) -> None:
     of a pipeline, whose verdicts are replayed in a simulated pipeline of each size. Without --profile a device is what
     ran vanilla.
     """
-    use_one_numpy_thread()
+    start_quickly()
     from rich.console import Console
 
     from spdbench.judge.loaded import read_results
