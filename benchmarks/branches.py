@@ -72,9 +72,9 @@ class LoggingDrafter(BranchingDrafter):
         self.nodes: dict[int, Node] = {}
 
     def _logits(self, in_flight: Sequence[tuple[Node, int]], rows: Sequence[int]) -> Tensor:
-        logits_RU, ids_U = super()._logits(in_flight, rows), self._weights.token_ids_U
+        logits_RU = super()._logits(in_flight, rows)
         best_RC = logits_RU.topk(FIRST_CHOICES, dim=-1).indices
-        tokens_RC = best_RC if ids_U is None else ids_U[best_RC]
+        tokens_RC = self._weights.vocabulary.to_target(best_RC)
         for row, tokens in zip(rows, tokens_RC.tolist(), strict=True):
             node, depth = in_flight[row]
             self.nodes[node.id] = node
