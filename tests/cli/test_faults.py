@@ -29,6 +29,8 @@ NAMING = {
     "cli/evaluate/session.py": "created",
     "cli/distill/command.py": "created",
     "cli/run/session.py": "created",
+    "cli/project/profile.py": "created",
+    "decoding/stored_costs.py": "created",
     "judge/gate/calibration.py": "created",
     "openai/client.py": "a server's Retry-After may be a date",
 }

@@ -65,7 +65,7 @@ def test_backends_lists_what_ships_with_every_option() -> None:
     assert "vanilla  autoregressive" in text
     assert "spd  pipeline" in text
     assert "-o spd.stages=int  [default none]" in text
-    assert "-o spd.executor=auto|process|inline|streams  [default auto]" in text
+    assert "-o spd.executor=auto|process|inline|streams|torchrun  [default auto]" in text
 
 
 def test_backends_can_be_asked_for_one() -> None:

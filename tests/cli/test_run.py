@@ -358,7 +358,10 @@ BAD = [
     (("-o", "spd.stages=4", "--drafter", "oracle:1"), "-o spd.stages=4: 6 layers cannot be split into 4 equal stages"),
     (("-o", "spd.stage_layers=3,4", "--drafter", "oracle:1"), "adds up to 7 layers, but the model has 6"),
     (("-o", "spd.stage_layers=3,x", "--drafter", "oracle:1"), "-o spd.stage_layers"),
-    (("-o", "spd.executor=magic"), "-o spd.executor=magic: Input should be 'auto', 'process', 'inline' or 'streams'"),
+    (
+        ("-o", "spd.executor=magic"),
+        "-o spd.executor=magic: Input should be 'auto', 'process', 'inline', 'streams' or 'torchrun'",
+    ),
     (("--drafter", "oracle:0.8", "--temperature", "0.7"), "oracle:0.8 works with --temperature 0 only (given: 0.7)"),
     (("--drafter", "oracle:2"), "oracle needs an acceptance from 0 to 1"),
     (("--drafter", "/nowhere/head.pt"), "no such file or folder"),

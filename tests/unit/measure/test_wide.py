@@ -176,6 +176,7 @@ class Watched(MockDraftVerify):
             self._local.least = 3
             for step in super().generate(request):
                 time.sleep(0.01)
+                self._wait_for_company()
                 self._local.least = min(self._local.least, self.at_once)
                 yield step
             if self.fails and threading.current_thread().name.endswith("_0"):
@@ -183,6 +184,12 @@ class Watched(MockDraftVerify):
         finally:
             with self._lock:
                 self.at_once -= 1
+
+    def _wait_for_company(self) -> None:
+        """Gives a user whom the system delays the time to ask; a load that is not kept up never comes."""
+        end = time.monotonic() + 0.5
+        while self.at_once < 2 and time.monotonic() < end:
+            time.sleep(0.005)
 
     def account(self) -> EngineReport:
         self.least.append(self._local.least)
