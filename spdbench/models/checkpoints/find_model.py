@@ -22,7 +22,7 @@ from spdbench.models.hf import library
 from spdbench.output_files import write_failure
 
 NOTE = "spdbench.json"
-CONVERSION = 3
+CONVERSION = 4
 """Changes with what a conversion makes of a file, so that no folder of an earlier version is used."""
 
 

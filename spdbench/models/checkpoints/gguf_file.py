@@ -20,12 +20,12 @@ END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 """The keys of the tokens that end a text, a turn and a message: each of them ends an answer."""
 END_TOKENS = frozenset(
     [
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<|eom_id|>"),
-        *("<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<|return|>", "<|call|>"),
-        "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's bars and spaces are not ASCII's
+        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<EOT>", "[EOT]", "<end_of_utterance>"),
+        *("<|return|>", "<|call|>"),
     ]
 )
-"""The texts of control tokens that end an answer where no key names them, as in llama.cpp's `llama-vocab.cpp`."""
+"""The texts of control tokens that end a turn where no key names them, as in llama.cpp's `llama-vocab.cpp`. What ends a
+text, such as `<|endoftext|>`, has a key of its own."""
 HARMONY = frozenset(["<|return|>", "<|call|>"])
 """Where a vocabulary has both, `<|end|>` only ends a channel, and the answer goes on."""
 CONTROL, USER_DEFINED = 3, 4
