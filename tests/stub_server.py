@@ -6,7 +6,6 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +36,9 @@ class Refusal(NamedTuple):
     status: int
     body: str = ""
     headers: Mapping[str, str] = {}
+
+
+LAST = b"[DONE]"
 
 
 class StubServer:
@@ -73,6 +75,7 @@ class StubServer:
         self.most_at_once = self._at_once = 0
         self.pause_s = 0.0
         self._lock = threading.Lock()
+        self._here = threading.local()
         self._released = threading.Event()
         stub = self
 
@@ -83,8 +86,11 @@ class StubServer:
                 stub.get(self)
 
             def do_POST(self) -> None:
-                with stub.counted():
+                stub.enter()
+                try:
                     stub.post(self)
+                finally:
+                    stub.leave()
 
             def log_message(self, *_: Any) -> None: ...
 
@@ -104,15 +110,17 @@ class StubServer:
         self._server.server_close()
         self._thread.join(timeout=10)
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def enter(self) -> None:
         """Counts one more request at once."""
         with self._lock:
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
-        try:
-            yield
-        finally:
+        self._here.is_counted = True
+
+    def leave(self) -> None:
+        """Ends what `enter` began in this thread, once."""
+        if getattr(self._here, "is_counted", False):
+            self._here.is_counted = False
             with self._lock:
                 self._at_once -= 1
 
@@ -145,6 +153,8 @@ class StubServer:
         for number, event in enumerate(self.events(handler, body)):
             if number >= 3 and self.fault is not None:
                 return self.fail(handler)
+            if event == LAST:  # once it is sent, the client may ask again before this thread goes on
+                self.leave()
             for one in (*(self.inserted if number == 3 else ()), event):
                 self.write(handler, b"data: " + one + b"\n\n")
         self.write(handler, b"")
@@ -194,7 +204,7 @@ class StubServer:
         yield event({"choices": [{"delta": {}, "text": "", "finish_reason": finish} | report]})
         if self.shows("usage", body):
             yield event({"choices": [], "usage": self.usage(sent + ended), **self.last_words(body)})
-        yield b"[DONE]"
+        yield LAST
 
     def report(self, body: Mapping[str, Any], tokens: Sequence[str], first: int) -> dict[str, Any]:
         """What a chunk reports of its tokens besides their text."""

@@ -229,3 +229,24 @@ class DraftVerify(Drafting["Drafter"]):
             foreign = self._context.target.unsupported_reason is not None
             layers = "runs on transformers' layers, which" if foreign else "has recurrent layers, which"
             raise self._option_error("tree", f"this model {layers} take no trees; use chain")
+
+
+class Lookup(DraftVerify):
+    """Base of the methods that draft from text alone: they take no drafter, so none has a say in what they give."""
+
+    method: ClassVar[str]
+    drafts_are: ClassVar[str]
+    """What results call their drafter."""
+
+    @property
+    def lossless(self) -> bool:
+        return True
+
+    def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
+        self._set_up()
+        self._capture_target(self._max_nodes, ())
+        self._info = DrafterInfo(self.drafts_are, method=self.method, synthetic=False)
+
+    @abstractmethod
+    def _set_up(self) -> None:
+        """Checks the options, and makes what is kept between requests."""

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from spdbench.backend import DrafterInfo
 from spdbench.types import GenerationRequest
-from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.drafting import Lookup
 from spdbench_backends.local import GraphOptions
 
 if TYPE_CHECKING:
-    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
 
 
-class Ngram(DraftVerify):
+class Ngram(Lookup):
     """Prompt lookup: drafts what followed the last few tokens when they occurred before."""
+
+    method, drafts_are = "ngram", "prompt lookup"
 
     class Options(GraphOptions):
         num_tokens: int = Field(8, ge=1, le=64, description="tokens drafted at most")
@@ -30,16 +30,10 @@ class Ngram(DraftVerify):
 
     _options: Options
 
-    @property
-    def lossless(self) -> bool:
-        return True  # no drafter that the user names has a say
-
-    def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
+    def _set_up(self) -> None:
         options = self._options
         if options.min_ngram > options.max_ngram:
             raise self._option_error("min_ngram", f"is more than max_ngram={options.max_ngram}")
-        self._capture_target(self._max_nodes, ())
-        self._info = DrafterInfo("prompt lookup", method="ngram", synthetic=False)
 
     @property
     def _max_nodes(self) -> int:

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from spdbench.backend import DrafterInfo
 from spdbench.types import GenerationRequest
-from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.drafting import Lookup
 from spdbench_backends.weighing import Rates, WeighedOptions, worthwhile
 
 if TYPE_CHECKING:
-    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.tree import Path
 
@@ -36,8 +34,10 @@ MARGIN = 7.0
 """Candidates lie within this distance of the best logit: others have less than a thousandth of its probability."""
 
 
-class Recycling(DraftVerify):
+class Recycling(Lookup):
     """Token recycling: drafts a tree of the tokens that the target last found likely after each token."""
+
+    method, drafts_are = "recycling", "recycled tokens"
 
     class Options(WeighedOptions):
         nodes: int = Field(24, ge=1, le=256, description="nodes of the static tree, drafted at most")
@@ -46,19 +46,13 @@ class Recycling(DraftVerify):
 
     _options: Options
 
-    @property
-    def lossless(self) -> bool:
-        return True  # no drafter that the user names has a say
-
-    def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
+    def _set_up(self) -> None:
         from spdbench.decoding.tree_choice import best_paths
 
         options = self._options
         by_rank = [PRIOR * PRIOR_DECAY**rank for rank in range(options.top_k if self._decoder.takes_trees else 1)]
         self._paths = [path for path, _ in best_paths([by_rank] * options.depth, options.nodes)]
         self._table: dict[int, list[int]] = {}
-        self._capture_target(self._max_nodes, ())
-        self._info = DrafterInfo("recycled tokens", method="recycling", synthetic=False)
         self._chosen = {**self._chosen, "drafts_from": options.memory}
 
     @property

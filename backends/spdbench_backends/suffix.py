@@ -15,42 +15,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from spdbench.backend import DrafterInfo
 from spdbench.types import GenerationRequest
-from spdbench_backends.drafting import DraftVerify
+from spdbench_backends.drafting import Lookup
 from spdbench_backends.weighing import Rates, WeighedOptions, worthwhile
 
 if TYPE_CHECKING:
-    from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.decoding.speculate import Drafter
 
-MOST_POSITIONS = 64
+MAX_POSITIONS = 64
 """Earlier positions that are compared with the end of the text, the latest first."""
-LONGEST_MATCH = 8
+MAX_MATCH = 8
 """Longer matches count as this long: what follows them is as likely."""
 BREAK = -1
 """Between the texts of several requests; no match and no draft goes across it."""
-MOST_EARLIER = 200_000
+MAX_EARLIER = 200_000
 """Tokens of earlier answers that are kept, the latest ones."""
 
 
-class Suffix(DraftVerify):
+class Suffix(Lookup):
     """Suffix decoding: drafts what most often followed the longest run of last tokens that occurred before."""
+
+    method, drafts_are = "suffix", "suffixes"
 
     class Options(WeighedOptions):
         num_tokens: int = Field(16, ge=1, le=64, description="tokens drafted at most")
 
     _options: Options
 
-    @property
-    def lossless(self) -> bool:
-        return True  # no drafter that the user names has a say
-
-    def _load_drafter(self, choice: DrafterChoice) -> None:  # noqa: ARG002
+    def _set_up(self) -> None:
         self._earlier: dict[tuple[int, ...], list[int]] = {}
         self._last: tuple[GenerationRequest, SuffixDrafter] | None = None
-        self._capture_target(self._max_nodes, ())
-        self._info = DrafterInfo("suffixes", method="suffix", synthetic=False)
         self._chosen = {**self._chosen, "drafts_from": self._options.memory}
 
     @property
@@ -66,7 +60,7 @@ class Suffix(DraftVerify):
                 self._earlier[prompt_ids] = self._last[1].ids[-self._last[1].num_new :]
             # An answer to the same prompt would give this one away: that is no draft but a copy.
             others = [answer for prompt_ids, answer in self._earlier.items() if prompt_ids != request.prompt_ids]
-            drafter.read([token for answer in others for token in (*answer, BREAK)][-MOST_EARLIER:])
+            drafter.read([token for answer in others for token in (*answer, BREAK)][-MAX_EARLIER:])
             self._last = request, drafter
         return drafter
 
@@ -148,9 +142,9 @@ class SuffixDrafter:
     def _longest_match(self) -> Match | None:
         ids, size = self.ids, len(self.ids)
         longest, found = 1, list[int]()
-        for position in reversed(self._after.get((ids[-2], ids[-1]), ())[-MOST_POSITIONS:] if size > 1 else ()):
+        for position in reversed(self._after.get((ids[-2], ids[-1]), ())[-MAX_POSITIONS:] if size > 1 else ()):
             length = 2
-            while length < LONGEST_MATCH and length < position and ids[position - 1 - length] == ids[size - 1 - length]:
+            while length < MAX_MATCH and length < position and ids[position - 1 - length] == ids[size - 1 - length]:
                 length += 1
             if length > longest:
                 longest, found = length, []
@@ -163,7 +157,7 @@ class SuffixDrafter:
         of its occurrences agree."""
         counts = Counter(self.ids[position] for position in match.positions)
         [(token, count)] = counts.most_common(1)
-        return token, (min(match.length, LONGEST_MATCH), count == len(match.positions))
+        return token, (min(match.length, MAX_MATCH), count == len(match.positions))
 
 
 def _prior(kind: tuple[int, bool]) -> float:

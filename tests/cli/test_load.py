@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ def servers() -> Iterator[dict[str, StubServer]]:
         drafts = {"draft_n": 9, "draft_n_accepted": 4} if label == "drafted" else {}
         stub.last_words = partial(_with_timings, {"cache_n": 0, "predicted_n": 8, **drafts})
         stub.offers = {"running_usage", "usage"}
-    stubs["plain"].pause_s, stubs["drafted"].pause_s = 0.02, 0.01
+    stubs["plain"].pause_s, stubs["drafted"].pause_s = 0.06, 0.02
     yield stubs
     for stub in stubs.values():
         stub.close()
@@ -111,7 +110,7 @@ def test_a_server_that_dies_at_one_level_keeps_those_before(
     said = run("--concurrency", "1,2,3", "-o", "drafted.retries=0", "-o", "plain.retries=0")
     assert said.code == BackendLostError.exit_code, said.err
     assert "drafted: the server cannot be reached any more" in said.err
-    assert "pays up to" in said.out or "at every load measured, up to 2 requests" in said.out
+    assert "drafted: pays at every load measured, up to 2 requests at once" in " ".join(said.out.split())
     for label in ("plain", "drafted"):
         for level in (1, 2):
             result = read_result(tmp_path / "results" / f"mini__{label}__stub__c{level}.json")
@@ -121,12 +120,11 @@ def test_a_server_that_dies_at_one_level_keeps_those_before(
 
 def test_a_finished_run_of_several_levels_resumes_to_itself(run: Run, servers: dict[str, StubServer]) -> None:
     assert run("--concurrency", "1,2").code == 0
-    asked = len(servers["plain"].asked)
-    began = time.monotonic()
+    asked = {label: len(stub.asked) for label, stub in servers.items()}
     said = run("--concurrency", "1,2", "--resume")
     assert said.code == 0, said.err
-    assert time.monotonic() - began < 60
-    assert {body["max_tokens"] for body in servers["plain"].asked[asked:]} <= {16}, "only trials, no prompt again"
+    for label, stub in servers.items():
+        assert {body["max_tokens"] for body in stub.asked[asked[label] :]} <= {16}, "only trials, no prompt again"
 
 
 @pytest.mark.parametrize("words", ["1,x", "0", "1,,4", "-2", "1025", "1.5"])

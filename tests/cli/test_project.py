@@ -31,7 +31,9 @@ def files(tmp_path: Path) -> Path:
 
 def invoke(*args: object, command: Any = project_command.command) -> Result:
     """Runs the command; an error comes out as an exception, as the main entry would see it."""
-    return CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
+    done = CliRunner().invoke(command, list(map(str, args)), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done
 
 
 def refusal(*args: object, command: Any = project_command.command) -> str:
@@ -101,7 +103,9 @@ def test_a_chart_is_drawn_by_the_name_of_its_file(files: Path, profile: Path, tm
     for text in ("spd x3", "tensor parallel x4", "Several requests at once"):
         assert text in svg
     assert "exists already" in refusal(*words)
+    chart.write_text("another")
     invoke(*words, "--force")
+    assert chart.read_text().startswith("<svg")
 
 
 def test_it_starts_without_torch(files: Path) -> None:

@@ -178,10 +178,11 @@ def test_pipelines_obey_the_cycle_formula(target: Target, name: str, options: di
     cycles = run(backend, tiny.greedy(PROMPT, 40))[1:]
     verdicts = [step.accepted for step in cycles if step.token_ids]
     lanes = backend.describe().lanes
-    if "redraft" in options:  # a branch that begins late is behind
-        assert len(cycles) >= len(verdicts) + (lanes - 1)
+    formula = len(verdicts) + (lanes - 1) * (1 + verdicts[:-1].count(0))
+    if "redraft" in options:  # a branch that begins late is behind, by less than a rejection costs
+        assert formula <= len(cycles) <= lanes * len(verdicts) - verdicts[:-1].count(1)
         return
-    assert len(cycles) == len(verdicts) + (lanes - 1) * (1 + verdicts[:-1].count(0))
+    assert len(cycles) == formula
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), CASES)

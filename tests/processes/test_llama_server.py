@@ -8,19 +8,17 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
 
 from spdbench.judge.results.schema import Result, read_result
 from spdbench.models.checkpoints.embedded import embedded_gguf
-from spdbench.models.checkpoints.folders import cache_folder
 from tests.cli.run_helpers import spdbench, write_suite
-from tests.processes.test_llamacpp_server import wait_for
+from tests.processes.servers import require_embedded_model, serving
 
 
 def find_server() -> str | None:
@@ -53,42 +51,23 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def serving(*words: str) -> Iterator[str]:
+def llama_server(*words: str) -> AbstractContextManager[str]:
     """The address of a server on the embedded model, started with `words`."""
     assert SERVER is not None
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    fixed = ("-m", str(embedded_gguf()), "--host", "127.0.0.1", "--port", str(port), "-c", "8192", "-np", "4")
-    server = subprocess.Popen(
-        [SERVER, *fixed, *words],
-        env=libraries_of(SERVER),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    fixed = [SERVER, "-m", str(embedded_gguf()), "--host", "127.0.0.1", "-c", "8192", "-np", "4", *words]
+    return serving(lambda port: [*fixed, "--port", str(port)], "/health", libraries_of(SERVER))
 
 
 @pytest.fixture(scope="module")
 def urls() -> Iterator[dict[str, str]]:
     """The draft model is the model itself: nearly all drafts are accepted, and nothing is gained."""
-    if not list((cache_folder() / "models").glob("SmolLM2*")):
-        pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
+    require_embedded_model()
     assert SERVER is not None
     with ExitStack() as stack:
-        plain = stack.enter_context(serving("--no-cache-prompt"))
+        plain = stack.enter_context(llama_server("--no-cache-prompt"))
         yield {
             "plain": plain,
-            "drafted": stack.enter_context(serving("--no-cache-prompt", "-md", str(embedded_gguf()))),
+            "drafted": stack.enter_context(llama_server("--no-cache-prompt", *draft_words(SERVER))),
         }
 
 

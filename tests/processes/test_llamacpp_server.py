@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +15,10 @@ import pytest
 
 from spdbench.judge.results.schema import read_result
 from spdbench.models.checkpoints.embedded import embedded_gguf
-from spdbench.models.checkpoints.folders import cache_folder
 from tests.cli.run_helpers import spdbench
+from tests.processes.servers import require_embedded_model, serving
 
 PYTHON = os.environ.get("SPDBENCH_LLAMACPP_PYTHON", sys.executable)
-PATIENCE_S = 120
 
 
 def has_server() -> bool:
@@ -38,44 +34,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    if not list((cache_folder() / "models").glob("SmolLM2*")):
-        pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [
-        PYTHON,
-        "-m",
-        "llama_cpp.server",
-        "--model",
-        str(embedded_gguf()),
-        "--port",
-        str(port),
-        "--n_ctx",
-        "2048",
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/v1/models", server)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+    require_embedded_model()
+    model = str(embedded_gguf())
 
+    def command(port: int) -> list[str]:
+        return [PYTHON, "-m", "llama_cpp.server", "--model", model, "--port", str(port), "--n_ctx", "2048"]
 
-def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        assert server.poll() is None, "the server ended"
-        try:
-            with urllib.request.urlopen(address, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError("the server does not answer")
+    with serving(command, "/v1/models") as address:
+        yield address
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])

@@ -75,6 +75,7 @@ def workers(backend: Pipelined) -> list[int]:
 def test_what_runs_where_stands_in_the_result(pair: tuple[Pipelined, Pipelined]) -> None:
     far, near = (backend.describe() for backend in pair)
     assert far.chosen["executor"] == "process"
+    assert ("max_rows" in far.chosen) == getattr(pair[0], "_has_branches", False)
     assert near.chosen == {name: far.chosen[name] for name in ("max_rows",) if name in far.chosen} | {
         "executor": "inline"
     }

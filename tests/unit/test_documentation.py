@@ -20,11 +20,18 @@ def test_the_option_reference_is_what_the_code_says() -> None:
     )
 
 
+def local_links(page: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text(encoding="utf-8"))
+    return [target for target in found if not target.startswith(("http:", "https:"))]
+
+
+def test_there_are_links_to_follow() -> None:
+    assert sum(len(local_links(page)) for page in (ROOT / "README.md", *PAGES)) >= 40
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text(encoding="utf-8")):
-        if target.startswith(("http:", "https:")):
-            continue
+    for target in local_links(page):
         name, _, anchor = target.partition("#")
         file = page.parent / name if name else page
         assert file.exists(), target

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "decoding": BASE | {"profiles"} | ENGINE,
     "pipeline": BASE | {"profiles"} | ENGINE,
     "training": BASE | {"append_log", "plugins"} | ENGINE,
-    "cli": BASE | {"version", "backend", "profiles"} | HARNESS,
+    "cli": BASE | {"version", "backend"} | HARNESS,
     "wiring": BASE | {"version", "append_log", "backend", "cli", "profiles", "wiring", "training"} | HARNESS | ENGINE,
     "__main__": {"cli"},
     "spdbench_backends": BASE | {"backend", "profiles", "training"} | ENGINE,

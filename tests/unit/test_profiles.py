@@ -10,7 +10,6 @@ import pytest
 from spdbench.errors import InputError
 from spdbench.profiles.datasheet import BANDWIDTH_SHARE, DEVICES, LAUNCH_S, DrafterSize, Sizes, computed_seconds
 from spdbench.profiles.profile import (
-    ModelShape,
     Profile,
     RowCosts,
     make_key,
@@ -19,6 +18,7 @@ from spdbench.profiles.profile import (
     read_profile,
     require_model,
 )
+from tests.unit.judge.projection import projected
 
 SECONDS = {
     "layer context=100 rows=1": 1.0,
@@ -31,18 +31,8 @@ SECONDS = {
 }
 
 
-def make_profile(seconds: dict[str, float] = SECONDS, **more: Any) -> Profile:
-    shape = ModelShape(id="smollm2", sha256="m" * 64, dtype="float32", num_layers=30, hidden_size=576)
-    fields: dict[str, Any] = {
-        "created": "2026-06-01T12:00:00+00:00",
-        "origin": "measured",
-        "device": "Testium 9000",
-        "machine": "a",
-        "threads": 2,
-        "model": shape,
-        "seconds": seconds,
-    }
-    return Profile(**(fields | more))
+def make_profile(seconds: dict[str, float] = SECONDS) -> Profile:
+    return projected.make_profile().model_copy(update={"seconds": seconds})
 
 
 def test_a_key_is_read_as_it_was_made() -> None:

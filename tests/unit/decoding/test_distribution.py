@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.distribution import PlainDistribution
@@ -27,7 +26,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> TargetDecoder:
     return tiny.load(tiny.make_model(folder, vocab_size=5, num_hidden_layers=2, seed=4)).decoder
 
 
-@torch.inference_mode()
 def test_a_quantile_is_what_is_likelier_and_a_part_of_the_token_itself(small: TargetDecoder) -> None:
     plain = PlainDistribution(small, PROMPT, WARPED, 3)
     for answer in [(4, 0, 2), (1, 1, 1), (0, 3, 4)]:  # one after the other: nothing stays of the one before

@@ -91,6 +91,8 @@ def test_of_two_at_once_one_measures_and_the_other_reads(target: Target) -> None
     first.start()
     assert begun.wait(10)
     second.start()
+    second.join(0.5)
+    assert second.is_alive()  # it waits for the first, or would have measured by itself
     other_asks.set()
     for thread in (first, second):
         thread.join(20)

@@ -26,16 +26,20 @@ class Wide(MockDraftVerify):
         super().__init__(**more)
         self.concurrency = 3
         self.gate = threading.Barrier(3)
+        self.met = False
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         with suppress(threading.BrokenBarrierError):
-            self.gate.wait(timeout=0.5)  # it ends with the last block, when users stop to ask
+            # The first three have to meet; later the last block ends, and users stop to ask.
+            self.gate.wait(timeout=0.5 if self.met else 20)
+            self.met = True
         yield from super().generate(request)
 
 
 def test_as_many_conversations_go_on_at_once_as_the_backend_takes(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, Wide(), prompts=MANY)
+    bench = Bench(tmp_path, wide := Wide(), prompts=MANY)
     runs = bench.run()
+    assert wide.met
     assert sorted(run.key for run in runs) == [(f"p{i}", turn, 0) for i in range(6) for turn in (0, 1)]
     assert all(run.finish_reason == "length" for run in runs)
 
@@ -156,6 +160,10 @@ def test_an_answer_that_breaks_off_is_a_failed_prompt_without_a_number_or_a_trac
     assert runs["b", 0, 0].finish_reason == "length"
 
 
+PATIENCE_S = 2
+"""How long a request that is alone waits for another user to ask."""
+
+
 class Watched(MockDraftVerify):
     """Takes three requests at once; `least` are, for each request that was measured, the fewest at any of its steps."""
 
@@ -164,6 +172,7 @@ class Watched(MockDraftVerify):
     def __init__(self, fails: bool = False) -> None:
         super().__init__()
         self.fails = fails
+        self.failures = 0
         self.at_once = 0
         self.least: list[int] = []
         self._local = threading.local()
@@ -180,6 +189,7 @@ class Watched(MockDraftVerify):
                 self._local.least = min(self._local.least, self.at_once)
                 yield step
             if self.fails and threading.current_thread().name.endswith("_0"):
+                self.failures += 1
                 raise PromptFailedError("the server died")
         finally:
             with self._lock:
@@ -187,7 +197,7 @@ class Watched(MockDraftVerify):
 
     def _wait_for_company(self) -> None:
         """Gives a user whom the system delays the time to ask; a load that is not kept up never comes."""
-        end = time.monotonic() + 0.5
+        end = time.monotonic() + PATIENCE_S
         while self.at_once < 2 and time.monotonic() < end:
             time.sleep(0.005)
 
@@ -226,8 +236,9 @@ def test_the_first_wide_backend_answers_before_others_go_on_from_its_answers(tmp
 
 
 def test_unrecorded_requests_that_fail_end_nothing(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, Watched(fails=True), prompts=SINGLE[:4], warmup=2)
+    bench = Bench(tmp_path, wide := Watched(fails=True), prompts=SINGLE[:4], warmup=2)
     runs = bench.run()
+    assert wide.failures >= 1  # in the first user's warm-up
     assert sorted(run.prompt_id for run in runs) == ["p0", "p1", "p2", "p3"]
     assert {run.error for run in runs} <= {None, "the server died"}
 

@@ -93,12 +93,14 @@ def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], famil
             decoder.forward(
                 theirs[layer], 0, decoder.new_cache(len(PROMPT), range(layer, layer + 1)), range(layer, layer + 1)
             )[0]
-            for layer in range(5)
+            for layer in range(6)
         ]
     for layer in range(5):  # each from transformers' own input: in recurrent models differences of rounding grow
         torch.testing.assert_close(ours[layer], theirs[layer + 1], rtol=1e-4, atol=1e-4)
-    for index in range(6 if "qwen3_5" not in family else 5):
-        torch.testing.assert_close(states[index], theirs[index], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder.normed(ours[5]), theirs[6], rtol=1e-4, atol=1e-4)  # theirs is behind the norm
+    for index in range(6):
+        bound = 1e-3 if "qwen3_5_moe" in family and index == 5 else 1e-4  # the layers alone keep to 1e-4, see above
+        torch.testing.assert_close(states[index], theirs[index], rtol=bound, atol=bound)
     torch.testing.assert_close(states[6], hidden)  # before the final norm, unlike transformers' last one
     torch.testing.assert_close(decoder.logits(hidden), found.logits[0], rtol=1e-4, atol=1e-4)
 

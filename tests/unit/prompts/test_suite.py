@@ -277,7 +277,10 @@ def test_importing_suites_loads_no_heavy_library() -> None:
 
 def test_unknown_suite_names_the_closest_and_offers_a_path() -> None:
     message = message_of("gsm8")
-    assert message.startswith("unknown suite 'gsm8'; did you mean 'gsm8k'? Known: gsm8k, humaneval, long_context, ")
+    assert message.startswith(
+        "unknown suite 'gsm8'; did you mean 'gsm8k'? "
+        "Known: gsm8k, humaneval, long_context, mtbench, quick, sharegpt, spec_bench, speed_bench."
+    )
     assert message.endswith("Or a path to a YAML file.")
 
 

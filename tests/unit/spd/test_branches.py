@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.sampling import Logits, Sampler, warp
+from spdbench.decoding.sampling import Logits, Sampler
 from spdbench.decoding.verify import Draft, DraftVerdict
 from spdbench.errors import InputError
 from spdbench.judge.metrics.chi_square import chi_square
@@ -128,7 +128,10 @@ def test_few_rows_leave_the_tokens_right(
 def test_kept_drafts_are_the_tree_of_those_that_a_verdict_settles(decoder: Decoder) -> None:
     answer = list(decode(decoder, tiny.greedy(tiny.PROMPT, 24)))
     drafter = dialled(decoder, 3, 2, redraft=True, answer=answer)
-    for step in run(decoder, drafter, 24)[1:]:
+    steps = run(decoder, drafter, 24)
+    assert ids(steps) == answer
+    assert sum(step.judged for step in steps) > 10
+    for step in steps[1:]:
         if not step.judged:
             assert step.drafts is None
             continue
@@ -204,16 +207,9 @@ def exact(decoder: Decoder, sampling: Sampling) -> dict[object, float]:
         found = {
             (*before, token): p * q
             for before, p in found.items()
-            for token, q in enumerate(next_probabilities(decoder, before, sampling))
+            for token, q in enumerate(tiny.next_probabilities(decoder, (1, 2, 3, *before), sampling))
         }
     return cast("dict[object, float]", found)
-
-
-@torch.inference_mode()
-def next_probabilities(decoder: Decoder, before: tuple[int, ...], sampling: Sampling) -> list[float]:
-    ids = (1, 2, 3, *before)
-    hidden_SM, _ = decoder.forward(decoder.embed(decoder.ids(ids)), 0, decoder.new_cache(len(ids)))
-    return [float(p) for p in warp(decoder.logits(hidden_SM[-1:])[0], sampling)]
 
 
 BRANCHES = [{"draft_top_k": "2"}, {"draft_top_k": "4", "max_rows": "3"}, {"redraft": "true"}]
