@@ -18,7 +18,7 @@ from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     from spdbench.cli.exports.formats import Export
-    from spdbench.judge.results.schema import Result
+    from spdbench.judge.results.schema import BackendRecord, Result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,7 @@ def _result(export: Export, options: ImportOptions, source: Path) -> Result:
     """The export as a result. What it does not say is unknown: token ids, times between tokens, the machine."""
     from spdbench import __version__
     from spdbench.judge.loaded import load
-    from spdbench.judge.results.schema import (
-        SCHEMA,
-        BackendRecord,
-        DecodingInfo,
-        ModelInfo,
-        Result,
-        SuiteInfo,
-        Summary,
-    )
+    from spdbench.judge.results.schema import SCHEMA, DecodingInfo, Result, SuiteInfo, Summary, served_model
 
     model = options.model or Path(export.model).name or "served"
     wrote = f"{export.tool} {export.version}".strip()
@@ -105,30 +97,8 @@ def _result(export: Export, options: ImportOptions, source: Path) -> Result:
             seed=0,
             eos_ids=[],
         ),
-        backend=BackendRecord(
-            name=export.tool,
-            label=options.label or export.tool,
-            kind="draft_verify",
-            options={"concurrency": export.at_once},
-            devices=["server"],
-            num_devices=1,
-            lossy=False,
-            lanes=1,
-            lane_bytes=[0],
-            stage_layers=[],
-            chosen={"tokens": f"as {wrote} counts them", "prompt": "messages"},
-            unknown=["drafts", "forwards", "devices", "ids", "times"],
-            other_model=f"{model} in its server",
-        ),
-        model=ModelInfo(
-            id=model,
-            sha256=f"unknown, served as {model}",
-            dtype="unknown",
-            num_layers=None,
-            num_parameters=None,
-            bytes=None,
-            template_sha256=None,
-        ),
+        backend=_backend(export, options.label or export.tool, wrote, model),
+        model=served_model(model),
         drafter=None,
         environment={"imported_from": wrote, "fingerprint": machine},
         runs=list(export.runs),
@@ -140,6 +110,27 @@ def _result(export: Export, options: ImportOptions, source: Path) -> Result:
     by_category = {name: dict(part.metrics) for name, part in loaded.by_category.items()}
     summary = Summary(overall=dict(loaded.metrics), by_category=by_category)
     return result.model_copy(update={"summary": summary, "flags": loaded.flags})
+
+
+def _backend(export: Export, label: str, wrote: str, model: str) -> BackendRecord:
+    """A server of which only times and counts are known."""
+    from spdbench.judge.results.schema import BackendRecord
+
+    return BackendRecord(
+        name=export.tool,
+        label=label,
+        kind="draft_verify",
+        options={"concurrency": export.at_once},
+        devices=["server"],
+        num_devices=1,
+        lossy=False,
+        lanes=1,
+        lane_bytes=[0],
+        stage_layers=[],
+        chosen={"tokens": f"as {wrote} counts them", "prompt": "messages"},
+        unknown=["drafts", "forwards", "devices", "ids", "times"],
+        other_model=f"{model} in its server",
+    )
 
 
 def _plain(name: str) -> str:

@@ -33,7 +33,7 @@ from spdbench.errors import BackendLostError, InputError, SpdbenchError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.results.reader import reread
-from spdbench.judge.results.schema import ModelInfo, SuiteInfo
+from spdbench.judge.results.schema import ModelInfo, SuiteInfo, served_model
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter, gpu_uuid
@@ -168,16 +168,7 @@ class Session:
             return model_record(self.target, self.chat)
         names = dict.fromkeys(str(getattr(spec.options, "model", None) or "served") for spec in self.levels[0])
         name = "+".join(names_only(list(names)))  # a server may call its model by its folder
-        return ModelInfo(
-            id=name,
-            sha256=f"unknown, served as {name}",
-            dtype="unknown",
-            num_layers=None,
-            num_parameters=None,
-            bytes=None,
-            template_sha256=None,
-            template_args=self.chat.template_args,
-        )
+        return served_model(name, self.chat.template_args)
 
     def _journal(self, result: Path, spec: BackendSpec, backend: Backend) -> Journal:
         """The journal to write to: with `--resume`, one that already holds what was finished."""

@@ -105,6 +105,20 @@ class ModelInfo(Record):
     tokenizer_sha256: str | None = Field(None, description="of the tokenizer's files; null in files of older versions")
 
 
+def served_model(name: str, template_args: Mapping[str, Any] | None = None) -> ModelInfo:
+    """The record of a model that only a server has: nothing but its name there is known."""
+    return ModelInfo(
+        id=name,
+        sha256=f"unknown, served as {name}",
+        dtype="unknown",
+        num_layers=None,
+        num_parameters=None,
+        bytes=None,
+        template_sha256=None,
+        template_args=dict(template_args or {}),
+    )
+
+
 class DrafterRecord(Record):
     id: str
     sha256: str | None

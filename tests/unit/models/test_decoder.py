@@ -83,7 +83,7 @@ def test_where_compiled_code_cannot_be_had_torch_serves(folders: dict[str, Path]
 
 @pytest.mark.parametrize("family", MODELS)
 def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], family: str) -> None:
-    decoder = tiny.load(folders[family]).decoder
+    decoder = tiny.load(folders[family]).own_decoder
     cache = decoder.new_cache(len(PROMPT))
     with torch.inference_mode():
         hidden, states = decoder.forward(decoder.embed(decoder.ids(PROMPT)), 0, cache, hidden_indices=range(7))
