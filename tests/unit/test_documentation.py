@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
 from docs import option_reference
+from spdbench.cli.main import COMMANDS
+from spdbench.prompts.suite import shipped_suites
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]["spdbench.backends"]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -46,3 +50,25 @@ def test_every_page_is_in_the_menu_once() -> None:
     for entry in menu:
         named += [page for pages in entry.values() for page in pages] if isinstance(entry, dict) else [entry]
     assert sorted(named) == [page.name for page in PAGES]
+
+
+def test_every_command_backend_and_suite_is_explained_in_prose() -> None:
+    prose = "".join(
+        page.read_text(encoding="utf-8") for page in PAGES if page.name not in ("options.md", "architecture.md")
+    )
+    known = [*(f"`spdbench {name}" for name in COMMANDS), *(f"`{name}`" for name in (*shipped_suites(), *SHIPPED))]
+    assert not [name for name in known if name not in prose]
+
+
+def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        phrase for bold in re.findall(r"^\*\*(`.*?)\*\*", page, re.MULTILINE) for phrase in re.findall("`(.*?)`", bold)
+    ]
+    files = [*(ROOT / "spdbench").rglob("*.py"), *(ROOT / "backends").rglob("*.py")]
+    code = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    assert len(quoted) >= 8
+    # What a message fills in stands as `...` on the page and as `{name}` in the code.
+    assert not [
+        phrase for phrase in quoted if not re.search(re.escape(phrase).replace(re.escape("..."), r"\{\w+\}"), code)
+    ]
