@@ -119,7 +119,7 @@ def stage_tokens(run: Run, backend: BackendRecord) -> list[tuple[StageToken | No
     stage a cycle (`pipeline/schedule.py`). Needs kept drafts. Where several branches are in flight, it is the one whose
     drafts are accepted.
     """
-    steps, tokens, lanes = run.steps, step_tokens(run), backend.lanes
+    steps, tokens, lanes = run.steps, step_tokens(run), backend.num_stages
     cycles: list[tuple[StageToken | None, ...]] = []
     start = 1
     while start < len(steps.t_ns):

@@ -171,6 +171,14 @@ class Decoder:
             device=device,
         )
 
+    def with_head_of(self, ids: range) -> Decoder:
+        """This decoder with a head of its own for these token ids only: `logits` are `[S, len(ids)]`; for none, it has
+        no head."""
+        if not ids:
+            return replace(self, head=None)
+        assert self.head is not None
+        return replace(self, head=linear(self.head.plain()[ids.start : ids.stop].clone()))
+
     def _recurrent(self, layers: range) -> list[int]:
         """Those of `layers` that are recurrent."""
         return [layer for layer in layers if self.weights[layer].delta_net is not None]

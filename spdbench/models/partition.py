@@ -1,11 +1,80 @@
-"""Splits a model's layers into pipeline stages: evenly, by given counts, or by cost. Uses numbers only, no tensors."""
+"""Splits a model's layers into pipeline stages: evenly, by given counts, or by cost; and estimates what a cycle takes,
+by where the drafter and the output head run. Uses numbers only, no tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 from spdbench.errors import InputError
+
+DraftingPlace = Literal["own", "first_stage"]
+HeadPlace = Literal["last_stage", "drafter", "split"]
+DRAFTERS_SHARE: dict[HeadPlace, float] = {"last_stage": 0.0, "drafter": 1.0, "split": 0.5}
+"""Of the head's work."""
+ALIKE = 1.02
+"""Estimates that differ by less are no reason to prefer the layout that needs more devices or messages."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a pipeline run that are no layers: the drafter, by itself or in the first stage's process; and
+    the output head, with the last stage, with the drafter, or half of the vocabulary with each."""
+
+    drafting: DraftingPlace = "own"
+    head: HeadPlace = "last_stage"
+
+    @property
+    def words(self) -> str:
+        where = {"own": "drafter by itself", "first_stage": "drafter with the first stage"}[self.drafting]
+        head = {"last_stage": "with the last stage", "drafter": "with the drafter", "split": "half with each"}[
+            self.head
+        ]
+        return f"{where}, head {head}"
+
+
+@dataclass(frozen=True)
+class PieceTimes:
+    """Seconds of each layer, of the head and of a draft. `drafts_last`: drafts are made after the stages have moved,
+    not in parallel. `has_lane`: the drafter has a device or processors of its own."""
+
+    layers_s: Sequence[float]
+    head_s: float
+    draft_s: float
+    drafts_last: bool
+    has_lane: bool
+
+    def extras_s(self, layout: Layout, num_stages: int) -> list[float]:
+        """What each stage does in a cycle in addition to its layers. A drafter without a lane of its own takes its time
+        from the first stage."""
+        found = [0.0] * num_stages
+        found[-1] += self.head_s * (1 - DRAFTERS_SHARE[layout.head])
+        if layout.drafting == "first_stage" or not self.has_lane:
+            found[0] += self._drafters_s(layout)
+        return found
+
+    def cycle_s(self, layout: Layout, stages: Sequence[range]) -> float:
+        """What a cycle with all stages at work takes at least."""
+        layers_s = [sum(self.layers_s[layer] for layer in stage) for stage in stages]
+        drafter_s, last_share = self._drafters_s(layout), 1 - DRAFTERS_SHARE[layout.head]
+        layers_s[-1] += self.head_s * last_share
+        if self.drafts_last:
+            return max(layers_s) + drafter_s
+        if layout.drafting == "first_stage":
+            return max(layers_s[0] + drafter_s, *layers_s[1:], 0.0)
+        even_s = 0.0 if self.has_lane else (sum(layers_s) + drafter_s) / len(stages)  # the system moves processes
+        return max(*layers_s, drafter_s, even_s)
+
+    def _drafters_s(self, layout: Layout) -> float:
+        return self.draft_s + self.head_s * DRAFTERS_SHARE[layout.head]
+
+
+def best_layout(cycles_s: dict[Layout, float]) -> Layout:
+    """The first layout, of those by their estimates, that is about as fast as the fastest."""
+    fastest_s = min(cycles_s.values())
+    return next(layout for layout, cycle_s in cycles_s.items() if cycle_s <= ALIKE * fastest_s)
 
 
 def split_evenly(num_layers: int, num_stages: int) -> tuple[range, ...]:

@@ -1,5 +1,5 @@
-"""Splits a model into stages that take the same time, by measuring its layers, of each kind, and its head on this
-machine."""
+"""What a model's pieces take on this machine: its layers, of each kind, and its head. Stages are balanced by it, and
+layouts chosen (`models.partition`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
-from spdbench.models.partition import split_by_cost
 from spdbench.models.torch_utils import median_seconds
 from spdbench.profiles.profile import make_key
 
@@ -18,16 +17,11 @@ CONTEXT = 128
 
 
 @torch.inference_mode()
-def balanced_stages(
-    decoder: TargetDecoder, num_stages: int, threads: int, drafting_s: float = 0.0, stored: StoredCosts | None = None
-) -> tuple[range, ...]:
-    """Layer ranges of `num_stages` stages with `threads` threads each, for a decoder that holds all layers. The last
-    stage also runs the head; the first shares its cores with a drafter that takes `drafting_s` seconds a cycle. Times
-    come from `stored` where they are there.
-
-    Raises:
-        InputError: there are fewer layers than stages.
-    """
+def measured_times(
+    decoder: TargetDecoder, threads: int, stored: StoredCosts | None = None
+) -> tuple[list[float], float]:
+    """Seconds of a row's way through each layer, and of the head and its argmax, with `threads` threads, for a decoder
+    that holds all layers. Times come from `stored` where they are there."""
     kinds = _layer_kinds(decoder)
     row_1M = decoder.embed(decoder.ids((0,)))
 
@@ -38,10 +32,7 @@ def balanced_stages(
     keys = [make_key("balance", part=part, threads=threads) for part in (*kinds, "head")]
     *each_s, head_s = stored.seconds(keys, measure) if stored else measure()
     by_layer = {layer: s for alike, s in zip(kinds.values(), each_s, strict=True) for ran in alike for layer in ran}
-    extras = [0.0] * num_stages
-    extras[0] += drafting_s
-    extras[-1] += head_s
-    return split_by_cost([by_layer[layer] for layer in decoder.layers], extras)
+    return [by_layer[layer] for layer in decoder.layers], head_s
 
 
 def _layer_kinds(decoder: TargetDecoder) -> dict[str, list[range]]:

@@ -8,7 +8,7 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.interface import Pipeline, States
+from spdbench.pipeline.output_head import HeadPart
 from spdbench.pipeline.schedule import Batch, Change, Cycle
 from spdbench.pipeline.stage_cache import StageCache
 
@@ -27,10 +28,18 @@ def snapshots_in_step(stage: int, num_stages: int) -> int:
 
 
 class InlinePipeline(Pipeline):
-    """Stages `stages` of `decoder`; reports the hidden states whose index is in `hidden_indices`."""
+    """Stages `stages` of `decoder`; reports the hidden states whose index is in `hidden_indices`. `head` are the parts
+    of the output head, by rising token ids; empty: it is whole."""
 
-    def __init__(self, decoder: TargetDecoder, stages: tuple[range, ...], hidden_indices: Collection[int]) -> None:
+    def __init__(
+        self,
+        decoder: TargetDecoder,
+        stages: tuple[range, ...],
+        hidden_indices: Collection[int],
+        head: Sequence[HeadPart] = (),
+    ) -> None:
         super().__init__(decoder, hidden_indices)
+        self._head = head
         self._stages = stages
         self._caches: list[StageCache] = []
         self._inputs: dict[int, Tensor] = {}  # by node, `[1, M]`
@@ -54,7 +63,7 @@ class InlinePipeline(Pipeline):
             hidden_SM, found = decoder.forward(hidden_SM, 0, cache, layers, self._hidden_indices)
             states |= found
             self._caches.append(StageCache(decoder, cache, layers, self._hidden_indices, len(prompt_ids)))
-        return decoder.logits(hidden_SM[-1:])[0], states
+        return self._logits(hidden_SM[-1:]), states
 
     def enter(self, batch: Batch) -> None:
         hidden_SM = self._embed(batch)
@@ -74,7 +83,7 @@ class InlinePipeline(Pipeline):
             hidden_SM, found = self._caches[stage].forward(rows_SM, batch, cycle.root.id)
             self._observe(batch, found)
             if stage == len(self._stages) - 1:
-                logits_V = self._decoder.logits(hidden_SM)[0]
+                logits_V = self._logits(hidden_SM)
             else:
                 self._give(batch, hidden_SM)
         return logits_V
@@ -90,3 +99,9 @@ class InlinePipeline(Pipeline):
 
     def close(self) -> None:
         self._caches.clear()
+
+    def _logits(self, row_1M: Tensor) -> Tensor:
+        """Logits `[V]`."""
+        if not self._head:
+            return self._decoder.logits(row_1M)[0]
+        return torch.cat([part.logits(row_1M)[0] for part in self._head])

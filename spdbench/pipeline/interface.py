@@ -28,6 +28,9 @@ class Pipeline(ABC):
     overlaps with the stages' work where these have processes of their own. `decoder` embeds; the hidden states
     `hidden_indices` are reported."""
 
+    drafts_in_first_stage = False
+    """True if this process, which drafts, is also the first stage."""
+
     def __init__(self, decoder: TargetDecoder, hidden_indices: Collection[int]) -> None:
         self._decoder = decoder
         self._hidden_indices = frozenset(hidden_indices)

@@ -3,6 +3,7 @@
     controller -> stage 0 -> stage 1 -> ...     PROMPT, BATCH, SPANS, STOP: in order, each stage passes on what it got
     controller -> every stage                   the newest root, so that stale nodes are dropped before their work
     every stage -> controller                   READY, RESULT, SPANS, FAILED
+    last stage -> controller                    HEAD after RESULT, where it computes one part of the output head
 
 No message repeats what its receiver knows: a stage runs its own layers, keeps account of its own cache, and the next
 receiver follows from the order of the stages. Nodes have ids that are never used again, in no request; the prompt has
@@ -34,6 +35,7 @@ class Kind(IntEnum):
     READY = 4
     RESULT = 5
     FAILED = 6
+    HEAD = 7
 
 
 class Header(NamedTuple):

@@ -23,6 +23,7 @@ from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.interface import Pipeline, States
 from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, unpack_nodes
+from spdbench.pipeline.output_head import HeadPart, join_best
 from spdbench.pipeline.schedule import Batch, Change, Cycle, Node
 from spdbench.pipeline.stages import StageWorkers
 from spdbench.pipeline.worker import SPAN_COLUMNS, SPAN_KINDS, StageSpec
@@ -39,14 +40,25 @@ class _StageRun(NamedTuple):
 
 class ProcessPipeline(Pipeline):
     """`workers` run the stages `specs`; `decoder` is the controller's own, which embeds for drafters that read
-    hidden state 0."""
+    hidden state 0. `head` is what the controller computes of the output head, if it has a part of it; the last stage
+    then reports its output, hidden state L."""
 
     def __init__(
-        self, workers: StageWorkers, specs: Sequence[StageSpec], decoder: TargetDecoder, hidden_indices: Collection[int]
+        self,
+        workers: StageWorkers,
+        specs: Sequence[StageSpec],
+        decoder: TargetDecoder,
+        hidden_indices: Collection[int],
+        head: HeadPart | None = None,
     ) -> None:
         super().__init__(decoder, hidden_indices)
+        self.drafts_in_first_stage = workers.has_local_stage
+        self._head = head
+        self._head_spans: list[tuple[int, int, int, Batch]] = []  # start, end, cycle, nodes
+        self._own_head_ns = 0
         self._workers = workers
         self._specs = tuple(specs)
+        self._num_layers = specs[-1].layers.stop
         self._reads_embedding = 0 in hidden_indices
         self._greedy = True
         self._prompt = 0  # its number: node i of the request is sent as number i + 1 behind it
@@ -70,6 +82,7 @@ class ProcessPipeline(Pipeline):
             kept.clear()
         self._latest = (-1, frozenset())
         self._host_spans.clear()
+        self._head_spans.clear()
         self._verdict_ns = 0
         header = Header(Kind.PROMPT, self._prompt, self._root, num_rows=len(ids), value=capacity, flag=int(greedy))
         self._greedy = greedy
@@ -82,6 +95,8 @@ class ProcessPipeline(Pipeline):
             header, payload = self._receive_result(stage, self._prompt)
             found, logits = self._read_result(stage, payload, len(ids), 1)
             states |= found
+        if self._head is not None:
+            logits = self._logits_of(states[self._num_layers][-1:], self._prompt, 1, 0)
         assert logits is not None
         return logits, states
 
@@ -133,6 +148,10 @@ class ProcessPipeline(Pipeline):
     def spans(self, final_length: int) -> Sequence[Span]:
         self._workers.send(Header(Kind.SPANS))
         found = list(self._host_spans)
+        for start, end, cycle, nodes in self._head_spans:
+            kept = any(self._is_final(node, final_length) for node in nodes)
+            lane = 0 if self.drafts_in_first_stage else len(self._specs)
+            found.append(Span(lane, "head", start, end, nodes[0].position, kept, cycle))
         for spec in self._specs:
             table = np.frombuffer(self._receive_kind(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
             for kind, start, end, batch, cycle in table.tolist():
@@ -172,8 +191,8 @@ class ProcessPipeline(Pipeline):
         self._num_sent = max(self._num_sent, self._number(batch[-1]))
         if self._verdict_ns:
             lane = len(self._specs) + 1
-            span = Span(lane, "host", self._verdict_ns, perf_counter_ns(), batch[0].position, True)
-            self._host_spans.append(span)
+            sent = now if self.drafts_in_first_stage else perf_counter_ns()  # sending to it is running it
+            self._host_spans.append(Span(lane, "host", self._verdict_ns, sent, batch[0].position, True))
 
     def _receive_kind(self, stage: int, kind: Kind) -> tuple[Header, bytes]:
         while True:
@@ -196,11 +215,17 @@ class ProcessPipeline(Pipeline):
         numbers = [node.id for node in unpack_nodes(payload[:size])]
         rows = [numbers.index(self._number(node)) for node in run.nodes]
         states, logits = self._read_result(run.stage, payload[size:], len(numbers), len(numbers), rows[0])
+        at_ns = header.at_ns
+        if self._head is not None and self._specs[run.stage].is_last:
+            began, first = perf_counter_ns(), rows[0]
+            logits = self._logits_of(states[self._num_layers][first : first + 1], run.batch, len(numbers), first)
+            self._head_spans.append((began, self._own_head_ns, self._cycle_number - 1, run.nodes))
+            at_ns = perf_counter_ns()
         if states:
             if len(rows) < len(numbers):
                 states = {index: state_SM[rows] for index, state_SM in states.items()}
             self._observe(run.nodes, states)
-        return logits, header.at_ns
+        return logits, at_ns
 
     def _read_result(
         self, stage: int, payload: bytes, num_rows: int, num_logits: int, row: int = 0
@@ -212,10 +237,30 @@ class ProcessPipeline(Pipeline):
             index: from_bytes(payload[at * size : (at + 1) * size], decoder.dtype, num_rows, width).to(decoder.device)
             for at, index in enumerate(spec.hidden_indices)
         }
-        if not spec.is_last:
+        if not spec.is_last or spec.head_ids is not None:
             return states, None
         numbers = payload[len(spec.hidden_indices) * size :]
         if self._greedy:
             return states, int(from_bytes(numbers, torch.int64, num_logits)[row])
         logits_SV = from_bytes(numbers, torch.float32, num_logits, decoder.config.vocab_size)
         return states, logits_SV[row].to(decoder.device)
+
+    def _logits_of(self, row_1M: Tensor, batch: int, num_rows: int, row: int) -> Logits:
+        """The controller's part of the head on a completed row, joined with the last stage's, if it has one: on `row`
+        of `num_rows` rows of a batch."""
+        assert self._head is not None
+        row_1M = row_1M.to(self._head.device)
+        parts = [self._head.best(row_1M).cpu() if self._greedy else self._head.logits(row_1M).float()]
+        self._own_head_ns = perf_counter_ns()
+        spec = self._specs[-1]
+        if spec.has_head:
+            assert spec.head_ids is not None
+            header = Header(Kind.HEAD, batch=-1)
+            while header.batch != batch:
+                header, payload = self._receive_kind(spec.index, Kind.HEAD)
+            if self._greedy:
+                found = from_bytes(payload, torch.float64, num_rows, 2)
+            else:
+                found = from_bytes(payload, torch.float32, num_rows, len(spec.head_ids)).to(parts[0].device)
+            parts.insert(0, found[row : row + 1])
+        return int(join_best(parts)[0]) if self._greedy else torch.cat(parts, dim=-1)[0]

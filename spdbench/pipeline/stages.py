@@ -74,6 +74,9 @@ class StageWorkers:
             self._kill()
             raise
 
+    has_local_stage = False
+    """True if stage 0 is no process, but the controller's (`local_stage`)."""
+
     @property
     def process_ids(self) -> list[int]:
         return [stage.process.pid or 0 for stage in self._stages]
@@ -212,16 +215,17 @@ class StageWorkers:
 
 
 def start_processes(specs: Sequence[StageSpec], label: str, handles: list[StageHandle]) -> Connection:
-    """`StartStages` on this machine: children of this process, and pipes between them."""
+    """`StartStages` on this machine: children of this process, and pipes between them. `specs` may be those of the last
+    stages only."""
     context = get_context("spawn")
     inboxes = [context.Pipe(duplex=False) for _ in specs]  # (read, write)
     given: list[Connection] = []
     try:
-        for spec in specs:
+        for place, spec in enumerate(specs):
             reports, control = (context.Pipe(duplex=False) for _ in range(2))
-            outbox = None if spec.is_last else inboxes[spec.index + 1][1]
-            given += [inboxes[spec.index][0], reports[1], control[0], *([outbox] if outbox else [])]
-            process = spawn_stage(spec, inboxes[spec.index][0], outbox, reports[1], control[0])
+            inbox, outbox = inboxes[place][0], None if spec.is_last else inboxes[place + 1][1]
+            given += [inbox, reports[1], control[0], *([outbox] if outbox else [])]
+            process = spawn_stage(spec, inbox, outbox, reports[1], control[0])
             handles.append(StageHandle(label, spec, process, reports[0], control[1], deque()))
     finally:
         for connection in given:  # else a worker's death would not close its pipes

@@ -33,11 +33,13 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
+from spdbench.models.decoder import Decoder
 from spdbench.models.interface import CancelledForwardError, TargetDecoder
 from spdbench.models.layer_ops import next_tokens
 from spdbench.models.target import LayerSource
 from spdbench.models.torch_utils import return_freed_memory
 from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, pack, pack_nodes, to_bytes, unpack_nodes
+from spdbench.pipeline.output_head import best_of
 from spdbench.pipeline.schedule import Node
 from spdbench.pipeline.stage_cache import StageCache
 from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport
@@ -56,7 +58,8 @@ SPAN_COLUMNS = 5
 @dataclass(frozen=True)
 class StageSpec:
     """All that a stage has to know, as plain data. `hidden_indices` are the hidden states that it reports, `cores` the
-    processors that it may use, or None for all."""
+    processors that it may use, or None for all. `head_ids` are the token ids whose logits the last stage computes, for
+    rows that it has reported before; None: of all, and it reports them together with the row's hidden states."""
 
     index: int
     num_stages: int
@@ -72,6 +75,7 @@ class StageSpec:
     """Where the process group's store is reached: stage 0's machine."""
     clock_offset_ns: int = 0
     """How far the stage's clock is ahead of the controller's; spans and messages carry the controller's time."""
+    head_ids: range | None = None
 
     @property
     def is_first(self) -> bool:
@@ -80,6 +84,10 @@ class StageSpec:
     @property
     def is_last(self) -> bool:
         return self.index == self.num_stages - 1
+
+    @property
+    def has_head(self) -> bool:
+        return self.is_last and (self.head_ids is None or len(self.head_ids) > 0)
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
         if spec.cores is not None:
             os.sched_setaffinity(0, spec.cores)
         torch.set_num_threads(spec.threads)
-        _Stage(spec, pipes).serve()
+        Stage(spec, pipes).serve()
     except LinkClosedError as error:  # another process has ended; the controller finds out which
         if error.__cause__ is not None:
             with contextlib.suppress(OSError):
@@ -120,7 +128,9 @@ def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
         sys.exit(1)
 
 
-class _Stage:
+class Stage:
+    """One stage: its layers, the cache of the sequence in work, and its connections."""
+
     def __init__(self, spec: StageSpec, pipes: StagePipes) -> None:
         self._spec = spec
         self._pipes = pipes
@@ -131,9 +141,11 @@ class _Stage:
         self._spans: list[tuple[int, ...]] = []
         self._free_since_ns = 0
         self._cache: StageCache | None = None
-        self._decoder: TargetDecoder = captured_on_gpu(
-            spec.source.load(spec.layers, spec.device), (1,), spec.hidden_indices
-        )
+        decoder = spec.source.load(spec.layers, spec.device)
+        if spec.is_last and spec.head_ids is not None:
+            assert isinstance(decoder, Decoder)
+            decoder = decoder.with_head_of(spec.head_ids)
+        self._decoder: TargetDecoder = captured_on_gpu(decoder, (1,), spec.hidden_indices)
         self._on_gpu = self._decoder.device.type == "cuda"
         self._warm_up()
         self._inbox, self._outbox = self._links()
@@ -142,20 +154,24 @@ class _Stage:
     def serve(self) -> None:
         """Handles messages in order; returns after STOP."""
         self._report(Header(Kind.READY))
-        while True:
-            header, payload = self._inbox.receive()
-            kind = header.kind
-            if kind == Kind.BATCH:
-                self._run_batch(header, payload)
-            elif kind == Kind.PROMPT:
-                self._run_prompt(header, payload)
-            else:
-                if self._outbox is not None:
-                    self._outbox.send(header)
-                if kind == Kind.STOP:
-                    return
-                self._report_spans()
-            self._free_since_ns = self._now()
+        while self.handle(*self._inbox.receive()):
+            pass
+
+    def handle(self, header: Header, payload: bytes) -> bool:
+        """Does what a message asks for; False after STOP."""
+        kind = header.kind
+        if kind == Kind.BATCH:
+            self._run_batch(header, payload)
+        elif kind == Kind.PROMPT:
+            self._run_prompt(header, payload)
+        else:
+            if self._outbox is not None:
+                self._outbox.send(header)
+            if kind == Kind.STOP:
+                return False
+            self._report_spans()
+        self._free_since_ns = self._now()
+        return True
 
     @torch.inference_mode()
     def _warm_up(self) -> None:
@@ -167,7 +183,7 @@ class _Stage:
         cache = decoder.new_cache(num_rows + 1, spec.layers)
         for part_SM in (rows_SM, rows_SM[:1]):
             hidden_SM, _ = decoder.forward(part_SM, cache.length, cache, spec.layers, spec.hidden_indices)
-        if spec.is_last:
+        if spec.has_head:
             decoder.logits(hidden_SM)
         self._wait_for_device()
         return_freed_memory()
@@ -221,7 +237,10 @@ class _Stage:
         self._cache = StageCache(decoder, cache, spec.layers, spec.hidden_indices, len(rows_SM))
         if self._outbox is not None:
             self._outbox.send(header._replace(num_rows=len(rows_SM)), rows_SM)
-        self._report_result(header, states, self._logits(rows_SM[-1:]) if spec.is_last else None)
+        if spec.is_last:
+            self._report_completed(header, states, rows_SM[-1:])
+        else:
+            self._report_result(header, states, None)
 
     def _run_batch(self, header: Header, payload: bytes) -> None:
         spec, cache = self._spec, self._cache
@@ -245,15 +264,30 @@ class _Stage:
         if self._outbox is not None:
             passed_on = header._replace(cycle=header.cycle + 1, num_rows=len(nodes), at_ns=computed)
             self._outbox.send(passed_on, rows_SM, pack_nodes(nodes))
-        logits = None
         if spec.is_last:
-            logits = self._logits(rows_SM)
-            ended = self._now()
-            self._record_span(HEAD, computed, ended, header)
-            computed = ended
-        if spec.is_last or header.flag or spec.hidden_indices:
-            self._report_result(header, states, logits, nodes)
+            computed = self._report_completed(header, states, rows_SM, nodes)
+        elif header.flag or spec.hidden_indices:
+            self._report_result(header, states, None, nodes)
         self._record_span(HOST, computed, self._now(), header)
+
+    def _report_completed(
+        self, header: Header, states: dict[int, Tensor], rows_SM: Tensor, nodes: Sequence[Node] = ()
+    ) -> int:
+        """Computes the head, or this stage's part, and reports rows that have passed all layers: before that, if the
+        controller has a part too, so that both work at the same time. Returns when the head was done."""
+        spec = self._spec
+        if spec.head_ids is not None:
+            self._report_result(header, states, None, nodes)
+        began = self._now()
+        logits = self._logits(rows_SM) if spec.has_head else None
+        ended = self._now()
+        if logits is not None and header.kind == Kind.BATCH:
+            self._record_span(HEAD, began, ended, header)
+        if spec.head_ids is None:
+            self._report_result(header, states, logits, nodes)
+        elif logits is not None:
+            self._report(header._replace(kind=Kind.HEAD, at_ns=ended), to_bytes(logits))
+        return ended
 
     def _nodes_and_rows(self, header: Header, payload: bytes) -> tuple[list[Node], Tensor]:
         """The nodes of a batch and their rows `[S, M]`; stage 0 embeds the token ids that it is sent."""
@@ -270,8 +304,11 @@ class _Stage:
         return [row for row, node in enumerate(nodes) if self._cache.is_living(node, self._root)]
 
     def _logits(self, rows_SM: Tensor) -> Tensor:
-        """Logits `[S, V]`, or the next tokens `[S]` where these are enough, after the device has computed them."""
+        """Logits `[S, V]`, or the next tokens `[S]` where these are enough, after the device has computed them; of a
+        part of the head its logits `[S, U]`, or their `best_of`."""
         logits_SV = self._decoder.logits(rows_SM)
+        if self._greedy and self._spec.head_ids is not None:
+            return best_of(logits_SV).cpu()
         if self._greedy:
             return next_tokens(logits_SV).cpu()
         self._wait_for_device()

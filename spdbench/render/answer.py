@@ -142,12 +142,12 @@ def _stages(run: Run, backend: BackendRecord, at: int, words: Words, width: int)
     cycles = stage_tokens(run, backend)
     rejection = at - 1
     first = max(rejection - CYCLES_BEFORE, 0)
-    num = min(rejection - first + backend.lanes + 2, len(cycles) - first, max((width - LABEL_WIDTH) // 6, 1))
+    num = min(rejection - first + backend.num_stages + 2, len(cycles) - first, max((width - LABEL_WIDTH) // 6, 1))
     cell = min((width - LABEL_WIDTH) // num - 1, 14)
     lines = [Text("Tokens in the stages, a column a cycle ('.': no token)", "bold")]
     shown = range(first, first + num)
     lines.append(_row("cycle", [Text(str(cycle + 1), "dim") for cycle in shown], cell))
-    for stage in range(backend.lanes):
+    for stage in range(backend.num_stages):
         lines.append(_row(f"stage {stage}", [_held(cycles[cycle][stage], words, cell) for cycle in shown], cell))
     names = {"accepted": "accepted", "rejected": "REJECTED", "filling": "fills"}
     verdicts = [names[verdict(run.steps, cycle + 1, backend)] for cycle in shown]
@@ -176,7 +176,7 @@ def _row(label: str, cells: Sequence[Text], width: int) -> Text:
 def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[RenderableType]:
     """What each lane did over time, from a cycle or two before the rejection to the next verdict."""
     ends = run.steps.t_ns
-    first, last = max(at - CYCLES_BEFORE, 1), min(at + backend.lanes, len(ends) - 1)
+    first, last = max(at - CYCLES_BEFORE, 1), min(at + backend.num_stages, len(ends) - 1)
     begin, end = ends[first - 1], ends[last]
     columns = max(width - LABEL_WIDTH, 10)
     cell_ns = max((end - begin) / columns, 1)
@@ -200,12 +200,12 @@ def lane_name(each: LaneSpan, backend: BackendRecord) -> str:
     lane = each.span.lane
     if backend.lanes == 1 and backend.kind != "pipeline":
         return {"head": "target"}.get(each.span.kind, each.span.kind)
-    return f"stage {lane}" if lane < backend.lanes else "drafter" if lane == backend.lanes else "host"
+    return f"stage {lane}" if lane < backend.num_stages else "drafter" if lane == backend.num_stages else "host"
 
 
 def lane_order(backend: BackendRecord) -> list[str]:
     """All names that `lane_name` gives."""
-    return [*(f"stage {lane}" for lane in range(backend.lanes)), "drafter", "draft", "target", "verify", "host"]
+    return [*(f"stage {lane}" for lane in range(backend.num_stages)), "drafter", "draft", "target", "verify", "host"]
 
 
 def _sign(spans: Sequence[LaneSpan], begin: float, end: float) -> str:

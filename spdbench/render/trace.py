@@ -105,10 +105,10 @@ def _track_name(track: int, backend: BackendRecord) -> str:
     lane, further = divmod(track - 1, TRACKS_A_LANE)
     if backend.kind != "pipeline":
         name = "target and drafter" if lane == 0 else f"lane {lane}"
-    elif lane < backend.lanes:
+    elif lane < backend.num_stages:
         name = f"stage {lane}"
     else:
-        name = {backend.lanes: "drafter", backend.lanes + 1: "host"}.get(lane, f"lane {lane}")
+        name = {backend.num_stages: "drafter", backend.num_stages + 1: "host"}.get(lane, f"lane {lane}")
     return f"{name}, overlapping {further}" if further else name
 
 

@@ -25,7 +25,14 @@ from tests import tiny
 PROMPT = tuple(range(30, 41))
 PIPELINES: tuple[dict[str, str], ...] = tuple(
     {"executor": "inline", **cut}
-    for cut in ({"stages": "1"}, {"stages": "2"}, {"stages": "3"}, {"stages": "6"}, {"stage_layers": "3,1,2"})
+    for cut in (
+        {"stages": "1"},
+        {"stages": "2"},
+        {"stages": "3"},
+        {"stages": "6"},
+        {"stage_layers": "3,1,2"},
+        {"stages": "2", "head": "split"},
+    )
 )
 """Stages in processes of their own have tests of their own, in tests/processes."""
 

@@ -22,7 +22,8 @@ from pydantic import Field
 from spdbench.backend import BackendInfo, BackendOptions
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
-from spdbench_backends.spd.pipelined import Pipelined, PipelineOptions
+from spdbench_backends.spd.pipelined import Pipelined
+from spdbench_backends.spd.placement import PipelineOptions
 
 if TYPE_CHECKING:
     from spdbench.decoding.drafter_choice import DrafterChoice
@@ -80,8 +81,6 @@ class SPD(Pipelined):
         if file is None:
             return
         self._head = build_head(file, self._drafters_target, self._stages, self._options.last_anchor)
-        if self._options.stage_layers == "auto" and isinstance(self._head, HeadWeights):
-            self._head = self._rebalanced(self._head)
         if self._has_branches and not (isinstance(self._head, HeadWeights) and self._head.use_deepest):
             raise self._branch_error(
                 "this head reads rows as if all stages were level; branches need one that was trained with use_deepest"
@@ -132,31 +131,39 @@ class SPD(Pipelined):
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors
 
-    def _rebalanced(self, head: HeadWeights) -> HeadWeights:
-        """The head for stages balanced with its own drafting time, if its row types fit them."""
+    def _fits(self, stages: tuple[range, ...]) -> bool:
+        """A head fits stages that give the same row types."""
+        from spdbench_backends.spd.head import HeadWeights
         from spdbench_backends.spd.plan import FeaturePlan
 
-        count = len(self._stages)
-        stages = self._balanced(count, self._drafting_s(head, self._drafters_threads))
-        plan = FeaturePlan(head.plan.anchors, stages)
-        if plan.row_types != head.plan.row_types:
-            return head
-        self._stages = stages
-        return replace(head, plan=plan)
+        if not isinstance(self._head, HeadWeights):
+            return self._head is None or stages == self._stages
+        return FeaturePlan(self._head.plan.anchors, stages).row_types == self._head.plan.row_types
+
+    def _use_cut(self, stages: tuple[range, ...]) -> None:
+        from spdbench_backends.spd.head import HeadWeights
+
+        if isinstance(self._head, HeadWeights):
+            self._head = replace(self._head, plan=replace(self._head.plan, stages=stages))
+        super()._use_cut(stages)
 
     def measure_costs(self) -> None:
         """Measures a draft with all threads, for `spdbench profile`."""
         from spdbench_backends.spd.head import HeadWeights
 
         if isinstance(self._head, HeadWeights):
-            self._drafting_s(self._head, self._context.threads)
+            self._measured_draft_s(self._context.threads)
 
-    def _drafting_s(self, head: HeadWeights, threads: int) -> float:
+    def _drafting_s(self) -> float:
+        return 0.0 if self._head is None else self._measured_draft_s(self._drafters_threads)
+
+    def _measured_draft_s(self, threads: int) -> float:
         """Seconds of a draft in a full pipeline."""
         from spdbench.profiles.profile import make_key
         from spdbench_backends.spd.head import drafting_seconds
 
-        info = self._loaded(self._info)
+        assert self._head is not None
+        head, info = self._head, self._loaded(self._info)
         fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
         key = make_key("draft", **fields, stages=len(self._stages), threads=threads)
         return self._stored.seconds([key], lambda: [drafting_seconds(head, threads, self._decoder)])[0]

@@ -137,8 +137,9 @@ class PipelinedDecoding:
         return found
 
     def _record_span(self, kind: SpanKind, start_ns: int, position: int) -> None:
-        """The drafter's lane comes after the stages', and the controller's after that."""
-        lane = len(self._stages) + int(kind != "draft")
+        """The drafter's lane comes after the stages', unless it shares the first one's; the controller's after that."""
+        shared = kind == "draft" and self._pipeline.drafts_in_first_stage
+        lane = 0 if shared else len(self._stages) + int(kind != "draft")
         self._spans.append(Span(lane, kind, start_ns, perf_counter_ns(), position, True))
 
 

@@ -180,11 +180,11 @@ class AnchoredModule(DraftModule):
         return torch.cat(parts)
 
 
-def drafting_seconds(weights: HeadWeights, threads: int, target: TargetDecoder) -> float:
+def drafting_seconds(weights: ModuleWeights, threads: int, target: TargetDecoder) -> float:
     """Seconds of a draft in a full pipeline, timed in turn with forwards of the `target`, so that the draft module's
     weights are not in the processor's caches."""
     plan, decoder = weights.plan, weights.decoder
-    width, depth = weights.projections[0].shape[0], plan.full_depth
+    width, depth = decoder.config.hidden_size, plan.full_depth
     prompt_length = 2 * depth
     module = weights.new_module(prompt_length)
     state_SM = torch.zeros(prompt_length, width, dtype=decoder.dtype, device=decoder.device)

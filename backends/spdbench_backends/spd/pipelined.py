@@ -1,4 +1,4 @@
-"""What the pipelined backends share: stages, where they run, and the drafter's device. A method adds its drafter."""
+"""What the pipelined backends share: the cut into stages, and the pipeline of these. A method adds its drafter."""
 
 from __future__ import annotations
 
@@ -6,65 +6,30 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import TYPE_CHECKING, ClassVar
 
 from spdbench.backend import BackendInfo, BackendOptions
 from spdbench.errors import InputError
+from spdbench.models.partition import Layout
 from spdbench.processors import usable_processors
 from spdbench.types import BackendKind, GenerationRequest, Span, Step
-from spdbench_backends.drafting import Drafting, F
+from spdbench_backends.drafting import F
 from spdbench_backends.local import described_snapshots
+from spdbench_backends.spd.placement import PipelineOptions, Placed
 
 if TYPE_CHECKING:
     from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
-    from spdbench.pipeline.ranks.remote import Ranks
+    from spdbench.pipeline.output_head import HeadPart, HeadParts
+    from spdbench.pipeline.stages import StageWorkers
     from spdbench.pipeline.streams import CoDrafter, StreamsPipeline
-    from spdbench.pipeline.transport import RowTransport
+    from spdbench.pipeline.worker import StageSpec
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.engine import PipelinedDecoding
 
 
-def counts_of(value: Any) -> Any:
-    """`8,8,7,7` or `8;8;7;7` as a list."""
-    if not isinstance(value, str) or value == "auto":
-        return value
-    return [part for part in value.replace(";", ",").split(",") if part]
-
-
-class PipelineOptions(BackendOptions):
-    """Options of all pipelined backends."""
-
-    stages: int | None = Field(
-        None, ge=1, description="pipeline stages n; default: the drafter's, else 3 where that divides the layers"
-    )
-    stage_layers: Annotated[tuple[int, ...] | Literal["auto"] | None, BeforeValidator(counts_of)] = Field(
-        None, description="layers of each stage, e.g. 11,10,9; auto: balanced by measured times; default: equal stages"
-    )
-    executor: Literal["auto", "process", "inline", "streams", "torchrun"] = Field(
-        "auto",
-        description="process: a process for each stage; inline: all stages stepped in this process; "
-        "streams: all stages in parallel on one GPU, captured in CUDA graphs (on a CPU a rehearsal); "
-        "torchrun: a rank for each stage, also on other nodes, and rank 0 measures; "
-        "auto: streams where there is one GPU, else process for more than one stage",
-    )
-    context: int | None = Field(
-        None, ge=64, le=2**20, description="streams: tokens of the longest sequence; default: 4096, or the model's own"
-    )
-    transport: Literal["auto", "pipe", "gloo", "nccl"] = Field(
-        "auto",
-        description="how hidden states travel between processes; auto: nccl where every stage has a GPU of its own, "
-        "else pipe",
-    )
-    timeout_s: float = Field(
-        60.0, gt=0, le=1e6, description="a stage that does not answer in this time counts as hanging"
-    )
-
-
-class Pipelined(Drafting["PipelineDrafter"]):
+class Pipelined(Placed):
     """Base of the backends of kind pipeline."""
 
     kind: ClassVar[BackendKind] = "pipeline"
@@ -72,8 +37,6 @@ class Pipelined(Drafting["PipelineDrafter"]):
     method: ClassVar[str]
     """As `config.json` of a drafter's folder has it."""
 
-    _options: PipelineOptions
-    _stages: tuple[range, ...] = ()
     _ends: Decoder | None = None
     _pipeline: Pipeline | None = None
     _decoding: PipelinedDecoding | None = None
@@ -85,18 +48,23 @@ class Pipelined(Drafting["PipelineDrafter"]):
     def load(self) -> None:
         self._check_context()
         ranks = self._ranks if self._executor == "torchrun" else None  # before weights are loaded
+        self._layout = self._layouts()[0]
         super().load()
         if ranks is not None:
             ranks.require_stages(len(self._stages), f"-o {self._context.label}.executor=torchrun")
+        self._choose_layout()
         self._pipeline = self._start_pipeline()
 
     def describe(self) -> BackendInfo:
-        decoder = self._decoder
-        last = len(self._stages) - 1
-        devices = self._stage_devices
-        if self._anchors():
+        from spdbench.pipeline.output_head import lane_bytes
+
+        decoder, devices = self._decoder, self._stage_devices
+        lanes = lane_bytes(decoder, self._stages, self._layout)
+        if self._anchors() or self._parts.controller:
             devices.append(self._drafters_device)
         chosen: dict[str, str] = {"executor": self._executor}
+        if self._layout != Layout() or self._estimates:
+            chosen["layout"] = self._layout.words + self._estimates
         if self._in_processes:
             chosen["transport"] = self._transport
         if self._executor == "torchrun":
@@ -104,12 +72,18 @@ class Pipelined(Drafting["PipelineDrafter"]):
         chosen |= described_snapshots(decoder, self._stages, self._num_snapshots)
         return BackendInfo(
             devices=tuple(dict.fromkeys(devices)),
-            lane_bytes=tuple(decoder.bytes_per_token(layers, head=s == last) for s, layers in enumerate(self._stages)),
-            stage_layers=tuple(len(layers) for layers in self._stages),
+            lane_bytes=tuple(lanes),
+            stage_layers=tuple([*map(len, self._stages), 0][: len(lanes)]),
             drafter=self._info,
             chosen=chosen,
             kernels=decoder.kernels,
         )
+
+    @property
+    def _parts(self) -> HeadParts:
+        from spdbench.pipeline.output_head import HeadParts
+
+        return HeadParts.of(self._layout.head, self._context.target.config.vocab_size)
 
     def spans(self) -> Sequence[Span]:
         return () if self._decoding is None else self._decoding.spans()
@@ -127,73 +101,6 @@ class Pipelined(Drafting["PipelineDrafter"]):
         self._decoding = PipelinedDecoding(self._loaded(self._pipeline), self._stages, drafter, request)
         steps = self._decoding.steps()
         return with_threads(steps, self._drafters_threads) if self._in_processes else steps
-
-    @property
-    def _executor(self) -> Literal["process", "inline", "streams", "torchrun"]:
-        if self._options.executor != "auto":
-            return self._options.executor
-        if self._share_a_gpu:
-            return "inline" if self._has_branches else "streams"
-        return "process" if len(self._stages) > 1 else "inline"
-
-    @property
-    def _has_branches(self) -> bool:
-        """True if more than one token of the same position can be in flight."""
-        return False
-
-    @property
-    def _in_processes(self) -> bool:
-        return self._executor in ("process", "torchrun")
-
-    @property
-    def _ranks(self) -> Ranks:
-        from spdbench.pipeline.ranks.remote import joined_ranks
-
-        return joined_ranks(f"-o {self._context.label}.executor=torchrun")
-
-    @property
-    def _num_snapshots(self) -> list[int]:
-        """States of recurrent layers that each stage keeps to go back to."""
-        from spdbench.pipeline.inline import snapshots_in_step
-        from spdbench.pipeline.worker import snapshots_ahead
-
-        count = len(self._stages)
-        if self._in_processes:
-            return [snapshots_ahead(count)] * count
-        return [snapshots_in_step(stage, count) for stage in range(count)]
-
-    @property
-    def _share_a_gpu(self) -> bool:
-        """True if one GPU is all there is. Processes would take turns on it; captured stages run in parallel."""
-        from spdbench.models.cuda.captured_decoder import is_capturable
-
-        devices = set(self._context.devices)
-        return len(devices) == 1 and devices.pop().startswith("cuda") and is_capturable(self._decoder)
-
-    @property
-    def _transport(self) -> RowTransport:
-        if self._options.transport != "auto":
-            return self._options.transport
-        return "nccl" if self._have_own_gpus and len(self._stages) > 1 else "pipe"
-
-    @property
-    def _have_own_gpus(self) -> bool:
-        devices = self._stage_devices
-        return len(set(devices)) == len(devices) and all(device.startswith("cuda") for device in devices)
-
-    @property
-    def _stage_devices(self) -> list[str]:
-        """Stages take the devices in turn; streams share one, and ranks have their nodes'."""
-        if self._executor == "torchrun":
-            return self._ranks.devices(self._context.devices)
-        devices = self._context.devices[:1] if self._executor == "streams" else self._context.devices
-        return [devices[stage % len(devices)] for stage in range(len(self._stages))]
-
-    @property
-    def _drafters_device(self) -> str:
-        """A device of its own if there are more devices than stages, else the first."""
-        devices, count = self._context.devices, len(self._stages)
-        return devices[count] if self._executor == "process" and len(devices) > count else devices[0]
 
     @property
     def _drafters_target(self) -> Decoder:
@@ -265,43 +172,20 @@ class Pipelined(Drafting["PipelineDrafter"]):
         except InputError as error:
             raise InputError(f"-o {self._context.label}.{error}") from None
 
-    def _balanced(self, num_stages: int, drafting_s: float = 0.0) -> tuple[range, ...]:
-        """Stages of equal time. The first shares its cores with the drafter if none are left for it."""
-        from spdbench.pipeline.balance import balanced_stages
+    def _head_part(self, ids: range) -> HeadPart:
+        from spdbench.pipeline.output_head import HeadPart
 
-        threads = self._threads(num_stages)
-        shared = num_stages * threads >= self._context.threads
-        return balanced_stages(self._decoder, num_stages, threads, drafting_s if shared else 0.0, self._stored)
-
-    def _threads(self, num_stages: int) -> int:
-        """Threads of each stage: together no more than the run has, where it has at least one a stage."""
-        return max(1, self._context.threads // num_stages)
-
-    @property
-    def _drafters_threads(self) -> int:
-        """The threads that the stages leave; more would wait for the stages' threads."""
-        count = len(self._stages)
-        return max(1, self._context.threads - count * self._threads(count))
-
-    def _check_context(self) -> None:
-        context, most = self._options.context, self._context.target.config.max_positions
-        if context is None:
-            return
-        if self._executor != "streams":
-            raise self._option_error("context", f"is used with {self._context.label}.executor=streams only")
-        if context > most:
-            raise self._option_error("context", f"the model has {most} positions")
+        return HeadPart(self._drafters_target, ids)
 
     def _start_pipeline(self) -> Pipeline:
-        anchors = self._anchors()
+        anchors, parts = self._anchors(), self._parts if self._parts.controller else ()
         if self._executor == "inline":
             from spdbench.pipeline.inline import InlinePipeline
 
-            return InlinePipeline(self._decoder, self._stages, anchors)
+            return InlinePipeline(self._decoder, self._stages, anchors, [self._head_part(ids) for ids in parts if ids])
         if self._executor == "streams":
             return self._start_streams()
         from spdbench.pipeline.process import ProcessPipeline
-        from spdbench.pipeline.stages import StageWorkers
         from spdbench.pipeline.worker import StageSpec
 
         if self._transport == "nccl" and not self._have_own_gpus:
@@ -311,6 +195,7 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 f"{','.join(self._context.devices)}. Allowed: auto, pipe, gloo.",
             )
         count, threads, source = len(self._stages), self._threads(len(self._stages)), self._context.target.source
+        reported = {*anchors, self._stages[-1].stop} if parts else anchors
         cores = usable_processors()
         pinned = hasattr(os, "sched_setaffinity") and count > 1 and count * threads <= len(cores)
         specs = [
@@ -322,18 +207,25 @@ class Pipelined(Drafting["PipelineDrafter"]):
                 device=device,
                 threads=threads,
                 cores=frozenset(cores[index * threads : (index + 1) * threads]) if pinned else None,
-                hidden_indices=tuple(anchor for anchor in sorted(anchors) if layers.start < anchor <= layers.stop),
+                hidden_indices=tuple(state for state in sorted(reported) if layers.start < state <= layers.stop),
                 transport=self._transport,
                 timeout_s=self._options.timeout_s,
+                head_ids=parts.stage if parts and index == count - 1 else None,
             )
             for index, (layers, device) in enumerate(zip(self._stages, self._stage_devices, strict=True))
         ]
-        start = None
         if self._executor == "torchrun":
             specs = self._ranks.place(specs, self._context.devices, self._context.threads)
-            start = self._ranks.start_stages
-        workers = StageWorkers(specs, self._options.timeout_s, self._context.label, start)
-        return ProcessPipeline(workers, specs, self._ends or self._decoder, anchors)
+        head = self._head_part(parts.controller) if parts else None
+        return ProcessPipeline(self._start_workers(specs), specs, self._ends or self._decoder, anchors, head)
+
+    def _start_workers(self, specs: Sequence[StageSpec]) -> StageWorkers:
+        from spdbench.pipeline.local_stage import StageWorkersWithLocal
+        from spdbench.pipeline.stages import StageWorkers
+
+        start = self._ranks.start_stages if self._executor == "torchrun" else None
+        workers = StageWorkersWithLocal if self._layout.drafting == "first_stage" else StageWorkers
+        return workers(specs, self._options.timeout_s, self._context.label, start)
 
     def _start_streams(self) -> StreamsPipeline:
         from spdbench.models.cuda.captured_decoder import refuse_uncapturable, usual_capacity

@@ -27,6 +27,7 @@ class PPSD(Pipelined):
 
     method = "ppsd"
     _head: Decoder | None = None
+    _drafts_last = True
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.spd.exit_formats import build_exit, random_exit, read_exit
@@ -34,6 +35,18 @@ class PPSD(Pipelined):
         file = self._find_head(choice, read_exit, random_exit)
         if file is not None:
             self._head = build_exit(file, self._drafters_target, self._stages)
+
+    def _fits(self, stages: tuple[range, ...]) -> bool:
+        """An exit head reads the first stage's output."""
+        return self._head is None or stages[0] == self._stages[0]
+
+    def _drafting_s(self) -> float:
+        from spdbench.pipeline.balance import measured_times
+
+        if self._head is None:
+            return 0.0
+        layers_s, head_s = measured_times(self._head, self._drafters_threads)
+        return sum(layers_s) + head_s
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else (self._stages[0].stop,)

@@ -24,7 +24,7 @@ from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOp
 from spdbench.training.soft_targets import greedy_drafts, mean_kl
 from spdbench_backends.drafter_files.folder import Storage, origin, stored, unpacked, write_folder
 from spdbench_backends.spd.formats import VERSION, write_published
-from spdbench_backends.spd.pipelined import counts_of
+from spdbench_backends.spd.placement import counts_of
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
 from spdbench_backends.spd.trainable import TrainableModule
 

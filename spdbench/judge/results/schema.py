@@ -89,6 +89,11 @@ class BackendRecord(Record):
         None, description="what it runs where that is not the model as vanilla runs it; outputs are not compared then"
     )
 
+    @property
+    def num_stages(self) -> int:
+        """The lanes that hold layers: all but one on which a drafter runs with a part of the output head."""
+        return sum(map(bool, self.stage_layers)) or self.lanes
+
 
 class ModelInfo(Record):
     id: str

@@ -12,11 +12,21 @@ import torch
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
+from spdbench.models.partition import Layout, PieceTimes, split_by_cost
 from spdbench.pipeline import balance
-from spdbench.pipeline.balance import balanced_stages
+from spdbench.pipeline.balance import measured_times
 from spdbench.profiles.profile import parse_key
 from spdbench_backends.spd.backend import SPD
 from tests import tiny
+
+
+def balanced_stages(
+    decoder: TargetDecoder, num_stages: int, threads: int, drafting_s: float = 0.0, stored: StoredCosts | None = None
+) -> tuple[range, ...]:
+    """As `-o stage_layers=auto` cuts a model whose drafter shares the first stage's processors."""
+    times = PieceTimes(*measured_times(decoder, threads, stored), drafting_s, drafts_last=False, has_lane=False)
+    return split_by_cost(times.layers_s, times.extras_s(Layout(), num_stages))
 
 
 @pytest.mark.parametrize(
