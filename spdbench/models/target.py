@@ -40,14 +40,14 @@ class LayerSource:
     config: ModelConfig | None
     frequencies: tuple[tuple[float, ...], float] | None
 
-    def load(self, layers: range | None, device: str) -> TargetDecoder:
+    def load(self, layers: range | None, device: str, head_ids: range | None = None) -> TargetDecoder:
         """The layers `layers` (all by default), read straight from the files, with embedding and head where they
-        belong."""
+        belong; of the head only the token ids `head_ids`, if these are given."""
         if self.config is None or self.frequencies is None:
             return Target(self.files, self.dtype, device).load_layers(layers)
         inverse, factor = self.frequencies
         with closing(Checkpoint(self.files.directory)) as checkpoint:
-            return load_decoder(
+            decoder = load_decoder(
                 checkpoint,
                 self.config,
                 (torch.tensor(inverse), factor),
@@ -55,6 +55,7 @@ class LayerSource:
                 find_device(device),
                 layers,
             )
+        return decoder if head_ids is None else decoder.with_head_of(head_ids)
 
 
 class Target:

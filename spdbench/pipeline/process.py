@@ -148,10 +148,10 @@ class ProcessPipeline(Pipeline):
     def spans(self, final_length: int) -> Sequence[Span]:
         self._workers.send(Header(Kind.SPANS))
         found = list(self._host_spans)
+        lane = 0 if self.drafts_in_first_stage else len(self._specs)
         for start, end, cycle, nodes in self._head_spans:
-            kept = any(self._is_final(node, final_length) for node in nodes)
-            lane = 0 if self.drafts_in_first_stage else len(self._specs)
-            found.append(Span(lane, "head", start, end, nodes[0].position, kept, cycle))
+            final = any(self._is_final(node, final_length) for node in nodes)
+            found.append(Span(lane, "head", start, end, nodes[0].position, final, cycle))
         for spec in self._specs:
             table = np.frombuffer(self._receive_kind(spec.index, Kind.SPANS)[1], np.int64).reshape(-1, SPAN_COLUMNS)
             for kind, start, end, batch, cycle in table.tolist():

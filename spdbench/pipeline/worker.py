@@ -33,7 +33,6 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 from spdbench.models.cuda.captured_decoder import captured_on_gpu
-from spdbench.models.decoder import Decoder
 from spdbench.models.interface import CancelledForwardError, TargetDecoder
 from spdbench.models.layer_ops import next_tokens
 from spdbench.models.target import LayerSource
@@ -141,10 +140,7 @@ class Stage:
         self._spans: list[tuple[int, ...]] = []
         self._free_since_ns = 0
         self._cache: StageCache | None = None
-        decoder = spec.source.load(spec.layers, spec.device)
-        if spec.is_last and spec.head_ids is not None:
-            assert isinstance(decoder, Decoder)
-            decoder = decoder.with_head_of(spec.head_ids)
+        decoder = spec.source.load(spec.layers, spec.device, spec.head_ids)
         self._decoder: TargetDecoder = captured_on_gpu(decoder, (1,), spec.hidden_indices)
         self._on_gpu = self._decoder.device.type == "cuda"
         self._warm_up()

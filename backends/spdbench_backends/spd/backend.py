@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from spdbench.pipeline.streams import CoDrafter
     from spdbench_backends.spd.captured import CapturedDraftModule
     from spdbench_backends.spd.drafter import PipelineDrafter
-    from spdbench_backends.spd.grouped import GroupedWeights
-    from spdbench_backends.spd.head import HeadWeights
+    from spdbench_backends.spd.head import GroupedWeights, HeadWeights
 
 
 USUAL_MAX_ROWS = 8

@@ -1,7 +1,7 @@
 """SPD's heads on disk: the published files, and our own folder. Source: SPD.md, section 3.
 
 published   one file, torch.save({"state_dict": ..., "config": ...}); version 11 for equal stages, 12 for the
-            stages that its config lists, 10 for groups of hidden states instead of anchors (see `grouped`)
+            stages that its config lists, 10 for groups of hidden states instead of anchors
 ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
             uneven) and model.safetensors; no lm_head.weight where it is the target's own rows; matrices may be
             in 8 bits
@@ -36,8 +36,7 @@ from spdbench_backends.drafter_files.folder import (
     require_version,
 )
 from spdbench_backends.drafter_files.tensors import TargetTensors, draft_vocabulary, random_tensors, require_target
-from spdbench_backends.spd.grouped import GroupedWeights
-from spdbench_backends.spd.head import HeadWeights, LastAnchor
+from spdbench_backends.spd.head import GroupedWeights, HeadWeights, LastAnchor
 from spdbench_backends.spd.plan import FeaturePlan, GroupPlan, default_anchors, default_groups
 
 VERSION, UNEVEN, GROUPED = 11, 12, 10

@@ -15,6 +15,7 @@ from spdbench_backends.drafting import Drafting
 if TYPE_CHECKING:
     from spdbench.pipeline.ranks.remote import Ranks
     from spdbench.pipeline.transport import RowTransport
+    from spdbench_backends.spd.drafter import PipelineDrafter  # noqa: F401 - named as text, as the class runs without it
 
 LAID_OUT = ("process", "inline")
 """Executors of which a user chooses where the drafter and the head run."""

@@ -16,7 +16,7 @@ from spdbench.models.partition import Layout, PieceTimes, best_layout, split_by_
 from spdbench.pipeline.output_head import HeadPart, HeadParts, best_of, join_best, lane_bytes
 
 LOGITS = st.sampled_from([-1.5, 0.0, 0.25, 3.0, 3.0000002, math.inf, -math.inf, math.nan])
-ALL = [Layout(drafting, head) for head in ("last_stage", "drafter", "split") for drafting in ("first_stage", "own")]  # type: ignore[arg-type]
+ALL = [Layout(drafting, head) for head in ("last_stage", "drafter", "split") for drafting in ("first_stage", "own")]
 
 
 @given(st.lists(st.lists(LOGITS, min_size=4, max_size=4), min_size=1, max_size=3), st.sets(st.integers(1, 3)))
@@ -31,7 +31,7 @@ def test_the_best_of_parts_is_the_next_token_of_the_whole(rows: list[list[float]
 @pytest.mark.parametrize("vocab_size", [1, 16, 17, 31, 32, 262, 49_152, 248_320])
 def test_parts_hold_every_id_once_and_begin_with_a_block(vocab_size: int) -> None:
     for place in ("last_stage", "drafter", "split"):
-        parts = HeadParts.of(place, vocab_size)  # type: ignore[arg-type]
+        parts = HeadParts.of(place, vocab_size)
         assert [*parts.stage, *parts.controller] == list(range(vocab_size))
         assert sum(parts.bytes_of(1001)) == 1001
     half = HeadParts.of("split", vocab_size)
