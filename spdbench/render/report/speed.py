@@ -57,7 +57,7 @@ def _cost(row: Row) -> str:
     if row.result.known_devices is None:
         return ""
     backend, num = row.head.backend, row.head.backend.num_devices
-    stages = f"{backend.lanes} stages on " if backend.kind == "pipeline" else ""
+    stages = f"{backend.num_stages} stages on " if backend.kind == "pipeline" else ""
     if num == 1:
         return f", {stages}1 device"
     return f", {stages}{num} devices, {row.metrics['speedup_per_device']:.2f}x a device"

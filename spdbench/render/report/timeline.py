@@ -50,7 +50,7 @@ def _spans(run: Run, backend: BackendRecord, at: int, words: Words, label: str) 
     """A record a step, then a record a span, lane by lane; cut off at the ends of the picture."""
     ends, is_pipeline = run.steps.t_ns, backend.kind == "pipeline"
     first = max(at - CYCLES_BEFORE, 1)
-    last = min(at + (backend.lanes + 1 if is_pipeline else ROUNDS_AFTER), len(ends) - 1)
+    last = min(at + (backend.num_stages + 1 if is_pipeline else ROUNDS_AFTER), len(ends) - 1)
     begin, end = ends[first - 1], ends[last]
 
     def record(lane: str, what: str, cycle: int, start_ns: int, end_ns: int, **more: Any) -> Record:
@@ -85,7 +85,7 @@ def _cycles(row: Row) -> tuple[RunKey, list[Record]] | None:
     backend, runs = row.head.backend, row.result.runs
     if backend.kind != "pipeline":
         return None
-    found = cycles_around_rejection(runs, ~runs.failed, CYCLES_BEFORE, 2 * backend.lanes + 1)
+    found = cycles_around_rejection(runs, ~runs.failed, CYCLES_BEFORE, 2 * backend.num_stages + 1)
     if found is None:
         return None
     key, cycles = found
