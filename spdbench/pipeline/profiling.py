@@ -1,5 +1,8 @@
-"""Measures what every method shares, for a profile: layers by rows and context, the output head, a
-verdict, a cycle's bookkeeping, and messages between processes.
+"""What a model's pieces take on this machine.
+
+For a profile, what every method shares: layers by rows and context, the output head, a verdict, a cycle's bookkeeping,
+and messages between processes. To balance stages and to choose a layout (`models.partition`): layers of each kind, and
+the head, for one row.
 
 Row counts and contexts take turns round by round, so that a slow moment affects all of them.
 
@@ -8,7 +11,7 @@ Shapes: S rows, M model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from statistics import median
@@ -17,6 +20,7 @@ from time import perf_counter
 import torch
 
 from spdbench.decoding.sampling import Sampler
+from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.decoding.verify import Draft, verify_draft
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
@@ -29,6 +33,7 @@ from spdbench.profiles.profile import make_key
 from spdbench.types import Sampling
 
 CONTEXTS = (128, 512, 1024, 4096)
+BALANCE_CONTEXT = 128
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 7
 MESSAGE_ROWS = (1, 64)
@@ -75,6 +80,51 @@ def _in_turn(work: Mapping[str, Callable[[], object]]) -> dict[str, float]:
             run()
             times[key].append(perf_counter() - began)
     return {key: median(seconds[1:]) for key, seconds in times.items()}
+
+
+@torch.inference_mode()
+def measured_times(
+    decoder: TargetDecoder, threads: int, stored: StoredCosts | None = None
+) -> tuple[list[float], float]:
+    """Seconds of a row's way through each layer, and of the head and its argmax, with `threads` threads, for a decoder
+    that holds all layers. Times come from `stored` where they are there."""
+    kinds = _layer_kinds(decoder)
+    row_1M = decoder.embed(decoder.ids((0,)))
+
+    def measure() -> list[float]:
+        layers_s = [_one_row_seconds(decoder, alike, threads) / sum(map(len, alike)) for alike in kinds.values()]
+        return [*layers_s, median_seconds(lambda: argmax(decoder.logits(row_1M)).item(), threads=threads)]
+
+    keys = [make_key("balance", part=part, threads=threads) for part in (*kinds, "head")]
+    *each_s, head_s = stored.seconds(keys, measure) if stored else measure()
+    by_layer = {layer: s for alike, s in zip(kinds.values(), each_s, strict=True) for ran in alike for layer in ran}
+    return [by_layer[layer] for layer in decoder.layers], head_s
+
+
+def _layer_kinds(decoder: TargetDecoder) -> dict[str, list[range]]:
+    """Layers by kind, those of which take the same time: all at once, or recurrent ones and others one by one."""
+    ranges = [range(layer, layer + 1) for layer in decoder.layers]
+    recurrent = [each for each in ranges if decoder.snapshot_bytes(each)]
+    if not recurrent:
+        return {"layer": [decoder.layers]}
+    others = [each for each in ranges if each not in recurrent]
+    return {"recurrent": recurrent} | ({"layer": others} if others else {})
+
+
+def _one_row_seconds(decoder: TargetDecoder, ranges: Sequence[range], threads: int) -> float:
+    """Seconds of a row's way through all `ranges`."""
+    prompt_SM = decoder.embed(decoder.ids([0] * BALANCE_CONTEXT))
+    caches = [decoder.new_cache(BALANCE_CONTEXT + 1, layers, num_snapshots=1) for layers in ranges]
+    for layers, cache in zip(ranges, caches, strict=True):
+        decoder.forward(prompt_SM, 0, cache, layers)
+
+    def forward() -> None:
+        for layers, cache in zip(ranges, caches, strict=True):
+            cache.rollback(BALANCE_CONTEXT)
+            row_1M, _ = decoder.forward(prompt_SM[:1], BALANCE_CONTEXT, cache, layers)
+        row_1M.sum().item()
+
+    return median_seconds(forward, threads=threads)
 
 
 @torch.inference_mode()

@@ -158,6 +158,29 @@ def test_hybrid_targets_go_back_in_every_layout(tmp_path: Path, family: str) -> 
             near.close()
 
 
+@pytest.mark.parametrize("executor", ["inline", "process"])
+@pytest.mark.parametrize("layout", [FIRST, {"head": "split"}, {**FIRST, "head": "split"}, {"head": "drafter"}])
+@pytest.mark.parametrize("branches", [{"draft_top_k": "2"}, {"draft_top_k": "2", "redraft": "true"}])
+def test_branches_run_in_every_layout(
+    target: Target, executor: str, layout: dict[str, str], branches: dict[str, str]
+) -> None:
+    given = {"stages": "3", **branches}
+    backend = load(target, "spd", {"executor": executor, **layout, **given}, "random")
+    usual = load(target, "spd", {"executor": "inline", **given}, "random")
+    try:
+        for prompt in PROMPTS:
+            request = tiny.greedy(prompt, 30)
+            steps = list(backend.generate(request))
+            assert steps == list(usual.generate(request))
+            assert [token for step in steps for token in step.token_ids] == list(decode(target.decoder, request))
+        for seed, sampling in enumerate((Sampling(1.0, 0.9, 40), Sampling(1.3))):
+            request = GenerationRequest(tiny.PROMPT, (), 30, sampling, seed, frozenset())
+            assert list(backend.generate(request)) == list(usual.generate(request))
+    finally:
+        backend.close()
+        usual.close()
+
+
 def test_a_stage_that_dies_behind_the_controllers_is_named(target: Target) -> None:
     backend = load(target, "spd", {"stages": "3", "executor": "process", **FIRST}, "oracle:1")
     try:

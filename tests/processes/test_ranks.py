@@ -104,6 +104,18 @@ def test_steps_are_those_of_one_process(target: Target, case: tuple[str, dict[st
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("name", "value"), [("drafting", "first_stage"), ("head", "split"), ("head", "drafter")])
+def test_ranks_have_the_usual_layout_only(target: Target, name: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"spd\.{name}={value}: needs spd\.executor=process, and this is torchrun"):
+        load(target, "spd", {"stages": "3", name: value})
+    backend = load(target, "spd", {"stages": "3", name: "auto"})
+    try:
+        assert "layout" not in backend.describe().chosen
+    finally:
+        backend.close()
+
+
+@pytest.mark.usefixtures("group")
 def test_result_names_nodes_and_clocks_and_spans_carry_rank_0s_time(target: Target) -> None:
     backend = load(target, "spd", {"stages": "3"})
     try:

@@ -28,9 +28,8 @@ from spdbench_backends.spd.placement import PipelineOptions
 if TYPE_CHECKING:
     from spdbench.decoding.drafter_choice import DrafterChoice
     from spdbench.pipeline.streams import CoDrafter
-    from spdbench_backends.spd.captured import CapturedDraftModule
     from spdbench_backends.spd.drafter import PipelineDrafter
-    from spdbench_backends.spd.head import GroupedWeights, HeadWeights
+    from spdbench_backends.spd.head import CapturedDraftModule, GroupedWeights, HeadWeights
 
 
 USUAL_MAX_ROWS = 8
@@ -168,12 +167,11 @@ class SPD(Pipelined):
         return self._stored.seconds([key], lambda: [drafting_seconds(head, threads, self._decoder)])[0]
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
-        from spdbench_backends.spd.drafter import HeadDrafter, SyntheticPipelineDrafter
+        from spdbench_backends.spd.drafter import CapturedHeadDrafter, HeadDrafter, SyntheticPipelineDrafter
         from spdbench_backends.spd.head import HeadWeights
 
         if isinstance(self._head, HeadWeights) and self._module is not None:
             from spdbench.pipeline.streams import StreamsPipeline
-            from spdbench_backends.spd.captured import CapturedHeadDrafter
 
             assert isinstance(self._pipeline, StreamsPipeline)
             return CapturedHeadDrafter(self._head, self._module, self._pipeline.drafted)
@@ -189,8 +187,7 @@ class SPD(Pipelined):
     def _co_drafter(self, capacity: int) -> CoDrafter | None:
         """None for heads that read rows as if all stages were level, or normed states: these draft outside of the
         captured cycle."""
-        from spdbench_backends.spd.captured import CapturedDraftModule
-        from spdbench_backends.spd.head import HeadWeights
+        from spdbench_backends.spd.head import CapturedDraftModule, HeadWeights
 
         head = self._head
         if isinstance(head, HeadWeights) and head.use_deepest and head.last_anchor != "normed":

@@ -22,7 +22,7 @@ from spdbench.decoding.verify import Draft
 from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import KVCache
 from spdbench.pipeline.schedule import Change, Cycle, Node
-from spdbench_backends.spd.head import DraftModule, ModuleWeights
+from spdbench_backends.spd.head import CapturedDraftModule, DraftModule, HeadWeights, ModuleWeights
 
 
 class Proposal(NamedTuple):
@@ -133,6 +133,27 @@ class HeadDrafter(PipelineDrafter):
         vocab_size = self._weights.decoder.config.vocab_size
         drafted_V = torch.zeros(vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
         return Draft(token_id, drafted_V.index_copy_(0, vocabulary.token_ids_U, drafted_U))
+
+
+class CapturedHeadDrafter(HeadDrafter):
+    """One request's drafter whose drafts come out of the pipeline's cycle: `drafted` waits for the current one's."""
+
+    def __init__(self, weights: HeadWeights, module: CapturedDraftModule, drafted: Callable[[], int]) -> None:
+        super().__init__(weights)
+        self._captured = module
+        self._drafted = drafted
+
+    def start(self, states: Mapping[int, Tensor], prompt_length: int, capacity: int) -> None:  # noqa: ARG002
+        self._captured.start(prompt_length, states, prompt_length)
+
+    def observe(self, node: Node, states: Mapping[int, Tensor]) -> None:
+        """The stages have put them into the module's ring."""
+
+    def draft(self, cycle: Cycle, sampler: Sampler) -> Draft:  # noqa: ARG002 - the cycle has drafted
+        return Draft(self._drafted()) if sampler.greedy else self._draft(self._captured.logits_1U[0], sampler)
+
+    def rollback(self, length: int) -> None:
+        """Rows from `length` on are overwritten before they are read."""
 
 
 class ExitDrafter(PipelineDrafter):

@@ -177,7 +177,7 @@ class Placed(Drafting["PipelineDrafter"]):
         return split_by_cost(times.layers_s, times.extras_s(self._layout, num_stages))
 
     def _times(self, num_stages: int, draft_s: float) -> PieceTimes:
-        from spdbench.pipeline.balance import measured_times
+        from spdbench.pipeline.profiling import measured_times
 
         threads = self._threads(num_stages)
         if self._measured is None:

@@ -41,7 +41,7 @@ class PPSD(Pipelined):
         return self._head is None or stages[0] == self._stages[0]
 
     def _drafting_s(self) -> float:
-        from spdbench.pipeline.balance import measured_times
+        from spdbench.pipeline.profiling import measured_times
 
         if self._head is None:
             return 0.0

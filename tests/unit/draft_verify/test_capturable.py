@@ -24,8 +24,8 @@ from spdbench.pipeline.streams import StreamsPipeline
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.captured import CapturedRounds
 from spdbench_backends.medusa.drafter import build_medusa, capture_draft, random_medusa
-from spdbench_backends.spd.captured import CapturedDraftModule
 from spdbench_backends.spd.formats import build_head, random_head
+from spdbench_backends.spd.head import CapturedDraftModule
 from tests import tiny
 
 META = torch.device("meta")

@@ -14,8 +14,8 @@ from spdbench.decoding.stored_costs import StoredCosts
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.partition import Layout, PieceTimes, split_by_cost
-from spdbench.pipeline import balance
-from spdbench.pipeline.balance import measured_times
+from spdbench.pipeline import profiling
+from spdbench.pipeline.profiling import measured_times
 from spdbench.profiles.profile import parse_key
 from spdbench_backends.spd.backend import SPD
 from tests import tiny
@@ -44,7 +44,7 @@ def test_the_cut_follows_the_times(
         asked.append(threads)
         return 6.0 if len(asked) == 1 else head_s
 
-    monkeypatch.setattr(balance, "median_seconds", timed)
+    monkeypatch.setattr(profiling, "median_seconds", timed)
     assert [len(stage) for stage in balanced_stages(decoder, 2, 5, drafting_s)] == counts
     assert asked == [5, 5]
 
@@ -59,7 +59,7 @@ def test_a_second_start_cuts_the_same_stages_by_the_stored_times(
 ) -> None:
     """The head is as fast as nothing at first, and would take all of the last stage's time later."""
     target, times = tiny.load(tiny_model), iter([6.0, 0.0, 6.0, 9.0])
-    monkeypatch.setattr(balance, "median_seconds", lambda *_, **__: next(times))
+    monkeypatch.setattr(profiling, "median_seconds", lambda *_, **__: next(times))
     stored = StoredCosts(target, 1)
     cuts = [balanced_stages(target.decoder, 2, 1, stored=stored) for _ in range(2)]
     assert cuts[0] == cuts[1]
@@ -102,6 +102,6 @@ def test_recurrent_layers_have_a_time_of_their_own(tmp_path: Path, monkeypatch: 
         asked.append(work)
         return {1: 12.0, 2: 2.0}.get(len(asked), 0.0)
 
-    monkeypatch.setattr(balance, "median_seconds", timed)
+    monkeypatch.setattr(profiling, "median_seconds", timed)
     assert [len(stage) for stage in balanced_stages(hybrid, 4, 1)] == [1, 2, 1, 2]
     assert len(asked) == 3

@@ -20,9 +20,9 @@ from spdbench.pipeline.schedule import Batch, Change, Node, PipelineSchedule
 from spdbench.pipeline.streams import StreamsPipeline
 from spdbench.types import GenerationRequest, Sampling, Step
 from spdbench_backends.spd.backend import SPD
-from spdbench_backends.spd.captured import CapturedDraftModule, CapturedHeadDrafter
-from spdbench_backends.spd.drafter import HeadDrafter, PipelineDrafter
+from spdbench_backends.spd.drafter import CapturedHeadDrafter, HeadDrafter, PipelineDrafter
 from spdbench_backends.spd.formats import build_head, random_head
+from spdbench_backends.spd.head import CapturedDraftModule
 from tests import tiny
 
 PROMPT = tuple(range(30, 41))
