@@ -44,8 +44,8 @@ from spdbench_backends.spd.branches import BranchingDrafter
 from spdbench_backends.spd.head import HeadWeights
 
 SETTINGS: Mapping[str, dict[str, str]] = {
-    "plain": {},
-    "early re-draft": {"redraft": "true"},
+    "plain": {"draft_top_k": "1"},
+    "early re-draft": {"draft_top_k": "1", "redraft": "true"},
     "k = 2": {"draft_top_k": "2"},
     "k = 4": {"draft_top_k": "4"},
     "k = 2, early re-draft": {"draft_top_k": "2", "redraft": "true"},

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from spdbench.backend import BackendInfo, BackendOptions
-from spdbench.errors import InputError
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined
 from spdbench_backends.spd.placement import PipelineOptions
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
 
 USUAL_MAX_ROWS = 8
 """Of a stage with branches: so many rows cost little more than one on most devices."""
+USUAL_TOP_K = 4
+"""Drafts after a token where nothing is asked for and branches pay: measured on CPUs, greedy, in `benchmarks.branches`.
+At a temperature a picked draft is accepted less often than a drawn one, and branches win nothing."""
 
 
 class SPDOptions(PipelineOptions):
@@ -44,8 +46,10 @@ class SPDOptions(PipelineOptions):
         description="how a head reads the last layer's output: before the final norm; after it in the prompt, as "
         "the reference code decodes; or always after it, for heads trained with that",
     )
-    draft_top_k: int = Field(
-        1, ge=1, le=64, description="drafts after each of the newest tokens; more than 1: branches, a few rows a stage"
+    draft_top_k: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
+        "auto",
+        description="drafts after each of the newest tokens; more than 1: branches, a few rows a stage; auto: 4 for "
+        "greedy requests on CPUs with a trained head and a model that allow it, else 1",
     )
     redraft: bool = Field(
         False,
@@ -69,62 +73,85 @@ class SPD(Pipelined):
     _options: SPDOptions
     _head: HeadWeights | GroupedWeights | None = None
     _module: CapturedDraftModule | None = None
+    _top_k: int = 1
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.spd.formats import build_head, random_head, read_head
-        from spdbench_backends.spd.head import HeadWeights
 
-        self._check_branches()
+        options = self._options
+        if options.draft_top_k != "auto":
+            self._top_k = options.draft_top_k
+        if self._has_branches:
+            self._require_branches(self._target_without_branches())
         file = self._find_head(choice, read_head, random_head)
-        if file is None:
-            return
-        self._head = build_head(file, self._drafters_target, self._stages, self._options.last_anchor)
-        if self._has_branches and not (isinstance(self._head, HeadWeights) and self._head.use_deepest):
-            raise self._branch_error(
-                "this head reads rows as if all stages were level; branches need one that was trained with use_deepest"
-            )
+        if file is not None:
+            self._head = build_head(file, self._drafters_target, self._stages, options.last_anchor)
+            if self._has_branches:
+                self._require_branches(self._head_without_branches())
+        if options.draft_top_k == "auto" and choice.kind in ("path", "auto") and self._branches_pay:
+            self._top_k = USUAL_TOP_K
+        if options.max_rows is not None and not self._has_branches:
+            raise self._option_error("max_rows", "is used with draft_top_k above 1 or redraft=true only")
 
     @property
     def _has_branches(self) -> bool:
-        return self._options.draft_top_k > 1 or self._options.redraft
+        return self._top_k > 1 or self._options.redraft
+
+    @property
+    def _branches_pay(self) -> bool:
+        """True where several drafts are possible and were measured to win more than their rows cost."""
+        on_cpu = all(device == "cpu" for device in self._context.devices)
+        possible = not (self._target_without_branches() or self._head_without_branches())
+        return on_cpu and possible and self._executor != "streams" and len(self._stages) > 1
 
     @property
     def _max_rows(self) -> int:
         options = self._options
         if not self._has_branches:
             return 1
-        usual = 1 + len(self._stages) * (options.draft_top_k - 1 + int(options.redraft))
+        usual = 1 + len(self._stages) * (self._top_k - 1 + int(options.redraft))
         return options.max_rows or min(usual, USUAL_MAX_ROWS)
 
-    def _check_branches(self) -> None:
-        """Raises `InputError` where branches are asked for and cannot be."""
+    def _target_without_branches(self) -> str | None:
+        """Why this model has no branches; None if it can have them."""
         options = self._options
-        if not self._has_branches:
-            if options.max_rows is not None:
-                raise self._option_error("max_rows", "is used with draft_top_k above 1 or redraft=true only")
-            return
-        if options.executor == "streams":
-            raise self._option_error("executor", "runs one row a stage, no branches. Allowed: process, inline")
         own = self._context.target.own_decoder if self._context.target.unsupported_reason is None else None
         if own is None:
-            raise self._branch_error("this model runs on transformers' layers, which take no trees")
+            return "this model runs on transformers' layers, which take no trees"
         if not own.takes_trees:
-            raise self._branch_error("this model has recurrent layers, which take no trees")
+            return "this model has recurrent layers, which take no trees"
         count = 2 * (options.stages or len(options.stage_layers or ()) or own.config.num_layers)
         if any(window is not None and window < count for window in own.config.windows):
-            raise self._branch_error(f"this model has layers that see fewer than {count} tokens, not all in flight")
+            return f"this model has layers that see fewer than {count} tokens, not all in flight"
+        return None
 
-    def _branch_error(self, why: str) -> InputError:
+    def _head_without_branches(self) -> str | None:
+        """Why this head has no branches; None if it can have them."""
+        from spdbench_backends.spd.head import HeadWeights
+
+        if isinstance(self._head, HeadWeights) and self._head.use_deepest:
+            return None
+        return "this head reads rows as if all stages were level; branches need one that was trained with use_deepest"
+
+    def _require_branches(self, why_not: str | None) -> None:
+        """Raises `InputError` where branches are asked for and cannot be."""
         options = self._options
-        if options.draft_top_k > 1:
-            return self._option_error("draft_top_k", f"{why}; use {self._context.label}.draft_top_k=1")
-        return self._option_error("redraft", f"{why}; use {self._context.label}.redraft=false")
+        if options.executor == "streams":
+            raise self._option_error("executor", "runs one row a stage, no branches. Allowed: process, inline")
+        if why_not is None:
+            return
+        if self._top_k > 1:
+            raise self._option_error("draft_top_k", f"{why_not}; use {self._context.label}.draft_top_k=1")
+        raise self._option_error("redraft", f"{why_not}; use {self._context.label}.redraft=false")
 
     def describe(self) -> BackendInfo:
         info = super().describe()
         if not self._has_branches:
             return info
-        return replace(info, chosen={**info.chosen, "max_rows": str(self._max_rows)})
+        chosen = {**info.chosen, "max_rows": str(self._max_rows)}
+        if self._options.draft_top_k == "auto":
+            chosen["draft_top_k"] = f"{self._top_k}" if self._top_k == 1 else f"{self._top_k}, 1 when sampling"
+        return replace(info, chosen=chosen)
 
     def _anchors(self) -> Collection[int]:
         return () if self._head is None else self._head.plan.anchors
@@ -176,13 +203,14 @@ class SPD(Pipelined):
             assert isinstance(self._pipeline, StreamsPipeline)
             return CapturedHeadDrafter(self._head, self._module, self._pipeline.drafted)
         options = self._options
-        if isinstance(self._head, HeadWeights) and self._has_branches:
+        top_k = 1 if options.draft_top_k == "auto" and not request.sampling.greedy else self._top_k
+        if isinstance(self._head, HeadWeights) and (top_k > 1 or options.redraft):
             from spdbench_backends.spd.branches import BranchingDrafter
 
-            return BranchingDrafter(self._head, options.draft_top_k, self._max_rows, redraft=options.redraft)
+            return BranchingDrafter(self._head, top_k, self._max_rows, redraft=options.redraft)
         if self._head is not None:
             return HeadDrafter(self._head)
-        return SyntheticPipelineDrafter(self._drafts(request), top_k=options.draft_top_k, max_rows=self._max_rows)
+        return SyntheticPipelineDrafter(self._drafts(request), top_k=top_k, max_rows=self._max_rows)
 
     def _co_drafter(self, capacity: int) -> CoDrafter | None:
         """None for heads that read rows as if all stages were level, or normed states: these draft outside of the

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -33,6 +34,7 @@ from spdbench_backends.spd.engine import PipelinedDecoding
 from spdbench_backends.spd.formats import build_head, random_head
 from tests import tiny
 from tests.unit.spd.dialled import DialledDrafter
+from tests.unit.spd.test_formats import published
 
 CUTS = {2: (3, 3), 3: (2, 2, 2), 5: (2, 1, 1, 1, 1), 6: (1,) * 6}
 SETTINGS = [
@@ -271,3 +273,30 @@ def test_draws_of_the_dial_are_repeatable(decoder: Decoder) -> None:
     answer = [random.Random(0).randrange(50) for _ in range(8)]
     first, second = (dialled(decoder, 3, 2, redraft=True, answer=answer) for _ in range(2))
     assert [first.lag(index) for index in range(8)] == [second.lag(index) for index in range(8)]
+
+
+def started(folder: Path, drafter: Path | str, **options: str) -> SPD:
+    context = BackendContext("spd", tiny.load(folder), str(drafter), ("cpu",), 1, seed=0)
+    backend = SPD(parse_options("spd", SPD.Options, {"executor": "inline", **options}), context)
+    backend.load()
+    return backend
+
+
+def test_a_trained_head_has_branches_for_greedy_requests_unless_told_otherwise(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    target = tiny.load(tiny_model)
+    stages, request = split_by_counts(6, (3, 3)), tiny.greedy(tiny.PROMPT, 30)
+    trained = published(target.own_decoder, tmp_path / "head.pt", stages=stages, trained_with_use_deepest=True)
+    level = published(target.own_decoder, tmp_path / "level.pt", stages=stages, trained_with_use_deepest=False)
+    auto, four, one = (
+        started(tiny_model, trained, **words) for words in ({}, {"draft_top_k": "4"}, {"draft_top_k": "1"})
+    )
+    assert auto.describe().chosen["draft_top_k"] == "4, 1 when sampling"
+    assert list(auto.generate(request)) == list(four.generate(request)) != list(one.generate(request))
+    drawn = replace(request, sampling=Sampling(1.0))
+    assert list(auto.generate(drawn)) == list(one.generate(drawn))
+    for plain in (started(tiny_model, level), started(tiny_model, "random"), started(tiny_model, "oracle:0.5")):
+        assert "max_rows" not in plain.describe().chosen
+    streams = started(tiny_model, trained, executor="streams")
+    assert "max_rows" not in streams.describe().chosen

@@ -26,9 +26,15 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 STAGES = split_evenly(6, 3)
 
 
-def published(decoder: Decoder, path: Path, tensors: dict[str, Tensor] | None = None, **config: Any) -> Path:
+def published(
+    decoder: Decoder,
+    path: Path,
+    tensors: dict[str, Tensor] | None = None,
+    stages: tuple[range, ...] = STAGES,
+    **config: Any,
+) -> Path:
     """A version 11 file as the reference code writes it, with a draft vocabulary of every second id."""
-    head = random_head(decoder, STAGES, 5, num_layers=2)
+    head = random_head(decoder, stages, 5, num_layers=2)
     ids = list(range(0, 262, 2))
     assert decoder.head is not None
     state = {**head.tensors, "lm_head.weight": decoder.head.plain()[ids]}
