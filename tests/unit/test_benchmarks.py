@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim, distill, generate, llamacpp, memory, scaling
+from benchmarks import claim, distill, generate, instructions, llamacpp, memory, scaling
 from benchmarks.shared import sides
 from benchmarks.shared.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
 from benchmarks.shared.workload import Decoded, common_prefix
@@ -249,3 +249,16 @@ def test_distill_runs_the_command_as_it_is() -> None:
 @pytest.mark.parametrize("module", [distill, generate, llamacpp, memory, scaling])
 def test_every_script_opens_with_why_regimes_and_output(module: Any) -> None:
     assert {"Why", "Regimes", "Output"} <= {line.partition(":")[0] for line in (module.__doc__ or "").splitlines()}
+
+
+def test_instructions_are_repeatable_different_and_of_every_category(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = instructions.conversations(2000, seed=1)
+    assert rows == instructions.conversations(2000, seed=1) != instructions.conversations(2000, seed=2)
+    turns = [row["turns"] for row in rows]
+    assert len({first for first, *_ in turns}) == 2000
+    assert {len(each) for each in turns} == {1, 2}
+    assert {row["category"] for row in rows} == set(instructions.CATEGORIES)
+    assert not [first for first, *_ in turns if "{" in first]
+    monkeypatch.setattr(instructions, "CATEGORIES", {"one": (lambda _rng: "Always the same.", 1)})
+    with pytest.raises(ValueError, match="only 1 different conversations, not 2"):
+        instructions.conversations(2, seed=1)
