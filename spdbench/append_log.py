@@ -7,8 +7,6 @@ line ten thousand as at line one, and an appended line is with the operating sys
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Mapping
@@ -18,12 +16,7 @@ from typing import Any, ClassVar, Self, cast
 
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.output_files import FULL, replaced_file
-
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
-"""What `flock` fails with on file systems without locks, as some on networks are."""
-TAKEN = (errno.EWOULDBLOCK, errno.EACCES, errno.ENOENT)
-"""What locking fails with while another run has the lock, or has replaced the file."""
+from spdbench.output_files import FULL, replaced_file, try_lock
 
 
 class AppendLog:
@@ -51,14 +44,15 @@ class AppendLog:
         except OSError as error:
             raise self.write_error(path, error) from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(descriptor).st_ino != path.stat().st_ino  # it was replaced between opening and locking
+            locked = try_lock(descriptor)
+            taken = locked is False or os.fstat(descriptor).st_ino != path.stat().st_ino
+        except FileNotFoundError:
+            taken = True  # as where the number differs, it was replaced between opening and locking
         except OSError as error:
-            taken = error.errno in TAKEN
-            if not taken and error.errno not in NO_LOCKS:
-                self._file.close()
-                raise self.write_error(path, error) from None
-            if not taken:
+            self._file.close()
+            raise self.write_error(path, error) from None
+        else:
+            if locked is None:
                 say(f"NOTE: {path}: its file system has no locks; take care that no other run writes it.")
         if taken:
             self._file.close()

@@ -1,18 +1,41 @@
-"""Writes files whole or not at all, and says why nothing can be written."""
+"""Writes files whole or not at all, says why nothing can be written, and locks files where locks are."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The error numbers of a full disk, an exhausted quota and a file that is too large."""
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+"""What `flock` fails with on file systems without locks, as some on networks are."""
+TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+"""What it fails with while another process has the lock."""
+
+
+def try_lock(file: IO[Any] | int, *, wait: bool = False) -> bool | None:
+    """Locks an open file, until it is closed: True. False while another process has the lock, for which it does not
+    `wait`; None where the file system has no locks.
+
+    Raises:
+        OSError: locking fails for another reason.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        if error.errno in TAKEN:
+            return False
+        raise
+    return True
 
 
 @contextmanager

@@ -3,6 +3,7 @@ and which processes work for it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -32,7 +33,8 @@ def remove_worker(process: int) -> None:
 def die_with(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
     """Makes this process get a signal when its parent ends, however that ends (Linux: prctl(2), PR_SET_PDEATHSIG)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)
+        with contextlib.suppress(AttributeError, OSError):  # a C library without it: the parent's end is not noticed
+            ctypes.CDLL(None).prctl(1, number)
     if os.getppid() != parent:
         os._exit(1)
 

@@ -7,7 +7,6 @@ So a choice by cost (a tree, balanced stages) is the same in every run on a mach
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.target import Target
-from spdbench.output_files import replaced_file
+from spdbench.output_files import replaced_file, try_lock
 from spdbench.processors import cpu_model, usable_cores
 from spdbench.profiles.profile import ModelShape, Profile, read_profile
 
@@ -86,7 +85,7 @@ class StoredCosts:
 
     def forget(self) -> None:
         """Removes the stored profile, so that everything is measured anew."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, InputError):
             self.path.unlink()
 
     def seconds(self, keys: Sequence[str], measure: Callable[[], Sequence[float]]) -> list[float]:
@@ -108,19 +107,17 @@ class StoredCosts:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = self.path.with_suffix(".lock").open("ab")
-        except OSError:  # `_write` reports it
+        except (OSError, InputError):  # `_write` reports it
             yield
             return
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try_lock(lock, wait=True)  # where there are no locks, two processes measure the same
             yield
 
     def _write(self, profile: Profile) -> None:
         try:
             with replaced_file(self.path) as file:
                 file.write(profile.to_json().encode())
-        except OSError as error:
-            say(
-                f"NOTE: measured costs cannot be kept in {self.path.parent} ({error.strerror}): the next run measures "
-                "anew, and may choose another tree"
-            )
+        except (OSError, InputError) as error:
+            why = f"in {self.path.parent} ({error.strerror})" if isinstance(error, OSError) else f"({error})"
+            say(f"NOTE: measured costs cannot be kept {why}: the next run measures anew, and may choose another tree")

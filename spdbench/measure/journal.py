@@ -11,7 +11,6 @@ journals of older versions neither the header nor the lines have one.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -25,6 +24,7 @@ from spdbench.errors import InputError
 from spdbench.input_files import parse_json
 from spdbench.judge.results.kept import RunDivergence
 from spdbench.judge.results.schema import Run, RunKey, require_totals
+from spdbench.output_files import try_lock
 from spdbench.types import DivergenceClass, FirstDivergence
 
 MAGIC = "spdbench.journal/1"
@@ -198,7 +198,7 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try_lock(descriptor, wait=True)
         yield
     finally:
         os.close(descriptor)

@@ -6,7 +6,6 @@ that line. The file is locked while a sweep works, so that a second one cannot m
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import json
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from spdbench.cli.sweep.points import Point
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult, read_results
-from spdbench.output_files import write_obstacle
+from spdbench.output_files import try_lock, write_obstacle
 
 LOG = "points.jsonl"
 
@@ -86,10 +86,11 @@ def open_log(folder: Path) -> Iterator[SweepLog]:
     if (error := write_obstacle(folder)) is not None:
         raise InputError(f"--results {folder}: cannot be written ({error})")
     with (folder / LOG).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{folder}: another sweep works in this folder; wait for it, or give --results") from None
+        locked = try_lock(file)
+        if locked is None:
+            say(f"NOTE: {folder}: its file system has no locks; take care that no other sweep works there.")
+        elif not locked:
+            raise InputError(f"{folder}: another sweep works in this folder; wait for it, or give --results")
         yield SweepLog(folder, file)
 
 

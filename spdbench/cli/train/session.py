@@ -18,7 +18,7 @@ from spdbench.cli.train.command import TrainOptions
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.config import ModelConfig
-from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.folders import optional_cache_folder
 from spdbench.models.target import Target
 from spdbench.output_files import FULL, write_obstacle
 from spdbench.prompts.chat import ConversationRefusedError, parse_template_args
@@ -209,7 +209,8 @@ def _prepared(
 
 def _keep(features: Features, options: TrainOptions) -> None:
     """Keeps features on disk if there is room."""
-    folder = next((place for place in (cache_folder(), options.out) if write_obstacle(place) is None), options.out)
+    cache = optional_cache_folder()
+    folder = options.out if cache is None or write_obstacle(cache) is not None else cache
     free = shutil.disk_usage(folder).free
     allowed = int(free * SHARE_OF_DISK) if options.feature_cache is None else options.feature_cache
     if features.num_bytes <= min(allowed, free):

@@ -20,6 +20,14 @@ def cache_folder() -> Path:
     return (Path(base) if base else _home("SPDBENCH_CACHE") / ".cache") / "spdbench"
 
 
+def optional_cache_folder() -> Path | None:
+    """`cache_folder()` for what may do without: None where the user has none."""
+    try:
+        return cache_folder()
+    except InputError:
+        return None
+
+
 def data_folder() -> Path:
     """The user's own data: `$XDG_DATA_HOME/spdbench`, else `~/.local/share/spdbench`. May not exist yet."""
     base = os.environ.get("XDG_DATA_HOME")

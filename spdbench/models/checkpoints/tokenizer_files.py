@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from spdbench import hub
-from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.folders import optional_cache_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 Decode = Callable[[Sequence[int]], str]
@@ -41,7 +41,8 @@ def find_decoder(model_id: str, sha256: str | None) -> Decode | None:
 
 def _cached(model_id: str) -> Iterator[Path]:
     """The tokenizer files that may be the model's."""
-    yield from sorted((cache_folder() / "models").glob("*/tokenizer.json"))
+    if (cache := optional_cache_folder()) is not None:
+        yield from sorted((cache / "models").glob("*/tokenizer.json"))
     if model_id.count("/") == 1:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError

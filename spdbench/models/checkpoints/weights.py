@@ -23,9 +23,10 @@ from safetensors import safe_open
 
 from spdbench.errors import InputError
 from spdbench.input_files import read_json
-from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.folders import optional_cache_folder
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MEMO = "hashes.json"
 NARROW_FLOATS = ("torch.float8", "torch.float4", "F8_", "F6_", "F4")
 
 
@@ -180,10 +181,10 @@ def _indexed_names(index: Path) -> list[str]:
 
 def sha256_of_files(files: list[Path]) -> str:
     """sha256 over the contents of `files` in order, cached on disk by path, size and time of change."""
-    memo_path = cache_folder() / "hashes.json"
+    cache = optional_cache_folder()
     key = "|".join(f"{p.resolve()}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)
     try:
-        known = read_json(memo_path)
+        known = None if cache is None else read_json(cache / MEMO)
     except InputError:
         known = None
     memo = known if isinstance(known, dict) else {}
@@ -195,8 +196,9 @@ def sha256_of_files(files: list[Path]) -> str:
                     digest.update(block)
         memo = {old: known for old, known in memo.items() if all(map(_is_there, old.split("|")))}
         memo[key] = digest.hexdigest()
-        with suppress(OSError):  # a read-only cache costs time, not correctness
-            _replace_text(memo_path, json.dumps(memo))
+        with suppress(OSError):  # no cache, or a read-only one, costs time, not correctness
+            if cache is not None:
+                _replace_text(cache / MEMO, json.dumps(memo))
     return str(memo[key])
 
 
