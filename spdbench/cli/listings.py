@@ -1,4 +1,4 @@
-"""The commands that list things: `backends` with their `-o` options, `suites`, and `env`, the facts on this machine.
+"""The commands that list things: `backends` with their `-o` options, and `suites`.
 
 Each prints text for people, or JSON. No model is loaded.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
 
-from spdbench import __version__
 from spdbench.cli.options import PATH, complete_suites
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def _print(facts: Any, lines: Iterable[str], as_json: bool) -> None:
+def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
+    """`facts` as JSON, or `lines` for people, in which no text commands the terminal."""
     shown = (printable(line) for text in lines for line in text.split("\n"))
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(shown))
 
@@ -46,7 +46,7 @@ def backends(name: str | None, as_json: bool) -> None:
     if name is not None and name not in points:
         raise InputError(f"unknown backend '{name}'{did_you_mean(name, points)}")
     found = [listing(point) for point in points.values() if name in (None, point.name)]
-    _print(found, ["\n\n".join(map(_text, found))], as_json)
+    print_facts(found, ["\n\n".join(map(_text, found))], as_json)
 
 
 @click.command("suites", short_help="List the suites, or show the prompts of one.")
@@ -64,27 +64,12 @@ def suites(name: str | None, data: Path | None, as_json: bool) -> None:
     if name is not None:
         suite = load_suite(name, data)
         prompts = [asdict(prompt) for prompt in suite.prompts]
-        _print(prompts, (f"{suite.name} v{suite.version}, from {suite.source}", *map(_prompt_text, prompts)), as_json)
+        print_facts(
+            prompts, (f"{suite.name} v{suite.version}, from {suite.source}", *map(_prompt_text, prompts)), as_json
+        )
         return
     found = list_suites()
-    _print([asdict(suite) for suite in found], map(_suite_text, found), as_json)
-
-
-@click.command("env", short_help="Show what results record about this machine.")
-@AS_JSON
-def env(as_json: bool) -> None:
-    """Show what results record about this machine and its software.
-
-    Results compare only where the fingerprint is the same. The read bandwidth is measured now and takes a moment.
-    """
-    import torch
-
-    from spdbench.measure.environment import environment, git_state
-    from spdbench.processors import usable_cores
-
-    torch.set_num_threads(usable_cores())  # as `spdbench run` does by default
-    found = {"spdbench": {"version": __version__, "git": git_state()}, "environment": environment()}
-    _print(found, _environment_lines(found), as_json)
+    print_facts([asdict(suite) for suite in found], map(_suite_text, found), as_json)
 
 
 def _suite_text(suite: SuiteListing) -> str:
@@ -98,24 +83,6 @@ def _prompt_text(prompt: Mapping[str, Any]) -> str:
     given = [f"[{message['role']}] {message['content']}" for message in prompt["context"]]
     texts = (click.wrap_text(text, 80, "    ", "    ", preserve_paragraphs=True) for text in [*given, *prompt["turns"]])
     return "\n".join([f"{prompt['id']}  ({prompt['category']})", *texts])
-
-
-def _environment_lines(found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    git = found["spdbench"]["git"]
-    yield _line("spdbench", found["spdbench"]["version"] + (f" (git {git})" if git else ""))
-    for name, value in found["environment"].items():
-        if isinstance(value, Mapping):
-            yield from (_line(key, text) for key, text in value.items())
-        elif name == "read_bandwidth_bytes_per_s":
-            yield _line("read bandwidth", f"{value / 1e9:.1f} GB/s")
-        elif name == "memory_bytes":
-            yield _line("memory", f"{value / 2**30:.1f} GiB")
-        else:
-            yield _line(name, ", ".join(value) if isinstance(value, list) else value)
-
-
-def _line(name: str, value: object) -> str:
-    return f"{name + ':':<16} {'none' if value in (None, '') else value}"
 
 
 def listing(point: EntryPoint) -> dict[str, Any]:

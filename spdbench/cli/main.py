@@ -59,7 +59,7 @@ COMMANDS = {
     "backends": LazyCommand("spdbench.cli.listings:backends", "List installed backends and their options."),
     "suites": LazyCommand("spdbench.cli.listings:suites", "List the suites, or show the prompts of one."),
     "completion": LazyCommand("spdbench.cli.completion", "Print what makes a shell complete words of spdbench."),
-    "env": LazyCommand("spdbench.cli.listings:env", "Show what results record about this machine."),
+    "env": LazyCommand("spdbench.cli.env", "Show what results record about this machine, or check it."),
 }
 
 

@@ -14,7 +14,8 @@ from pydantic import Field
 
 from spdbench import __version__
 from spdbench.backend import BackendOptions
-from spdbench.cli.listings import backends, env, suites
+from spdbench.cli.env import command as env
+from spdbench.cli.listings import backends, suites
 from spdbench.measure import environment as measured
 from spdbench.prompts.suite import shipped_suites
 

