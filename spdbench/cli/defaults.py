@@ -24,7 +24,7 @@ OWN_FILE, PROJECT_FILE = "spdbench.toml", "pyproject.toml"
 MAX_BYTES = 1 << 20
 ONLY_TYPED = frozenset(
     [
-        *("allow_code_execution", "force", "resume", "calibrate", "include_path"),
+        *("allow_code_execution", "force", "resume", "calibrate", "include_path", "delete", "yes", "log"),
         *("events", "out", "json_file", "junit", "summary", "benchmark_json"),
     ]
 )

@@ -48,6 +48,7 @@ COMMANDS = {
     "trace": LazyCommand("spdbench.cli.trace", "Write what every lane did as a trace for Perfetto."),
     "show": LazyCommand("spdbench.cli.show", "Show an answer token by token, with its drafts."),
     "answers": LazyCommand("spdbench.cli.answers", "Show what was answered, label by label."),
+    "results": LazyCommand("spdbench.cli.results", "List result files, filter them, delete them."),
     "check": LazyCommand("spdbench.cli.check", "Judge results against a baseline, for CI."),
     "project": LazyCommand("spdbench.cli.project.project", "Project results to a pipeline of n devices."),
     "profile": LazyCommand("spdbench.cli.project.profile", "Measure what each part of decoding costs on a device."),
