@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from spdbench.cli.files import result_paths, write_stdout
 from spdbench.cli.options import argument, flag, option, takes
 from spdbench.cli.terminal import start_quickly
+from spdbench.errors import InputError
 
 if TYPE_CHECKING:
+    from spdbench.judge.comparison.compare import Table
+    from spdbench.judge.loaded import LoadedResult
     from spdbench.render.table import Format
 
-FORMATS = ("table", "github", "latex", "csv", "json")
+FORMATS = ("table", "github", "latex", "csv", "json", "parquet")
+RECORD_WRITERS = {"csv": "csv_text", "json": "json_text", "parquet": "to_parquet"}
+"""Formats of single records, and which function of `render/export.py` writes them."""
 DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "specforge", "aiperf", "eagle", "spd")
 
 
@@ -28,9 +33,13 @@ class CompareOptions:
         "--baseline", None, "LABEL|FILE", "What speed-ups are relative to. Default: the first vanilla of each table."
     )
     by: str | None = option(
-        "--by", click.Choice(["category", "context"]), None, "One row for each category, or length of context, as well."
+        "--by",
+        click.Choice(["category", "context", "request"]),
+        None,
+        "One row for each category, or length of context, as well; or only one for each request, as csv, json or "
+        "parquet.",
     )
-    form: Format = option("--format", click.Choice(FORMATS), None, "How to print.", "table")
+    form: Format | Literal["parquet"] = option("--format", click.Choice(FORMATS), None, "How to print.", "table")
     dialect: str | None = option(
         "--dialect",
         click.Choice([*DIALECTS, "all"]),
@@ -49,20 +58,49 @@ def command(options: CompareOptions) -> None:
     holds results. Everything is computed anew from the runs in the files; no model is needed.
     """
     start_quickly()
+    form = options.form
+    if form == "parquet" and sys.stdout.isatty():
+        raise InputError("--format parquet: is binary; send it to a file: spdbench compare ... > FILE.parquet")
+    if options.by == "request" and form not in RECORD_WRITERS:
+        raise InputError(f"--by request: is for programs; give --format {', '.join(RECORD_WRITERS)}, not {form}")
+    if options.by == "request" and (options.baseline or options.dialect):
+        raise InputError("--by request: compares nothing, so it takes neither --baseline nor --dialect")
+
     from rich.console import Console
 
-    from spdbench.judge.comparison.compare import compare, find_baseline
-    from spdbench.judge.comparison.context import by_context
-    from spdbench.judge.loaded import LoadedResult, read_results
+    from spdbench.judge.loaded import read_results
+    from spdbench.render import export
     from spdbench.render.table import render
 
     loaded = read_results(list(result_paths(options.results)))
-    chosen = None if options.baseline is None else find_baseline(options.baseline, loaded)
-    if options.by == "context":
+    if options.by == "request":
+        write_stdout(getattr(export, RECORD_WRITERS[form])(export.request_records(loaded)))
+        return
+    tables = compare_results(loaded, options.baseline, options.by, options.dialect)
+    if form == "parquet":
+        write_stdout(export.to_parquet(export.comparison_records(tables)))
+    else:
+        write_stdout(render(tables, form, Console(file=sys.stdout), details=options.details))
+
+
+def compare_results(
+    loaded: list[LoadedResult], baseline: str | None, by: str | None, dialect: str | None
+) -> list[Table]:
+    """The tables of `loaded` results; the other arguments are the command's options.
+
+    Raises:
+        InputError: `baseline` is neither a label nor a result file.
+        NotComparableError: `baseline` did other work than every result.
+    """
+    from spdbench.judge.comparison.compare import compare, find_baseline
+    from spdbench.judge.comparison.context import by_context
+    from spdbench.judge.loaded import LoadedResult
+
+    chosen = None if baseline is None else find_baseline(baseline, loaded)
+    if by == "context":
         split = by_context(loaded)
         if isinstance(chosen, LoadedResult):
             chosen = split[loaded.index(chosen)] if chosen in loaded else by_context([chosen])[0]
         loaded = split
-    dialects = DIALECTS if options.dialect == "all" else (options.dialect,) if options.dialect else ()
-    tables = compare(loaded, chosen, by_category=options.by is not None, dialects=dialects)
-    write_stdout(render(tables, options.form, Console(file=sys.stdout), details=options.details))
+    dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
+    return compare(loaded, chosen, by_category=by is not None, dialects=dialects)

@@ -108,11 +108,13 @@ def require_free_output(out: Path, inputs: Sequence[Path], *, force: bool, optio
         raise InputError(f"{option} {out}: exists already; choose another file, or replace it with --force")
 
 
-def write_stdout(text: str) -> None:
-    """`text` to stdout, flushed, so that a full disk is noticed here; a closed pipe (`| head`) is no error."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+def write_stdout(content: str | bytes) -> None:
+    """`content` to stdout, flushed, so that a full disk is noticed here; a closed pipe (`| head`) is no error."""
+    if isinstance(content, str):
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        content = content.encode(encoding, "replace").decode(encoding)
     try:
-        click.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
+        click.echo(content, nl=False)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -1,4 +1,4 @@
-"""A comparison for programs: JSON with everything, CSV with one header and a line a row."""
+"""Comparisons and requests for programs: JSON with everything, CSV with one header and a line a row, Parquet."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from spdbench.errors import InputError, install_command
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.load import conclude, loads
 from spdbench.judge.comparison.pairing import concurrency
+from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.dialects import DIALECTS
+from spdbench.judge.results.schema import Drafts
+from spdbench.judge.results.table import COLUMNS
 from spdbench.render.columns import decoding, harmless, machine
 from spdbench.render.notes import sentence
 
@@ -69,13 +73,103 @@ def to_csv(tables: Sequence[Table]) -> str:
 
     Text that a spreadsheet would take for a formula has an apostrophe in front.
     """
-    records = [
+    return csv_text(comparison_records(tables))
+
+
+def comparison_records(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """A flat record for each row of `tables`."""
+    return [
         _record(table, row, concluded.get(row.label) if row.category is None else None)
         for table in tables
         for concluded in [{each.label: each for each in conclusions(table)}]
         for row in table.rows
     ]
-    return csv_text(records)
+
+
+def request_records(results: Sequence[LoadedResult]) -> list[dict[str, Any]]:
+    """A flat record for each request of `results`, failed ones included. Numbers that are not known are None.
+
+    `judged` and `accepted` are an engine's own counts where its steps cannot tell.
+    """
+    records = []
+    for result in results:
+        head, runs = result.head, result.runs
+        named = {
+            "suite": head.suite.name,
+            "model": head.model.id,
+            "dtype": head.model.dtype,
+            "decoding": decoding(head.decoding),
+            "machine": machine(head),
+            "created": head.created,
+            "label": result.label,
+            "file": result.file,
+            "backend": head.backend.name,
+        }
+        for row, (prompt_id, turn, repeat) in enumerate(runs.keys):
+            numbers = dict(zip(COLUMNS, runs.sums[row].tolist(), strict=True))
+            failed = bool(runs.failed[row])
+            key = {"prompt_id": prompt_id, "category": runs.categories[row], "turn": turn, "repeat": repeat}
+            hashes = {"prompt_sha256": runs.prompt_sha256[row], "output_sha256": runs.output_sha256[row].hex()}
+            found = dict.fromkeys(REQUEST_NUMBERS) if failed else _request_numbers(numbers, runs.drafts[row])
+            if "drafts" in head.backend.unknown and runs.drafts[row] is None:
+                found |= {"judged": None, "accepted": None}
+            records.append({**named, **key, "error": runs.errors[row], **hashes, **found})
+    return [{name: _text(value) for name, value in record.items()} for record in records]
+
+
+REQUEST_NUMBERS = (
+    *("num_prompt_tokens", "num_new_tokens", "ttft_s", "decode_s", "decode_tokens_per_s"),
+    *("steps", "judged", "accepted", "forwards", "score", "energy_j", "peak_memory_bytes", "disturbed"),
+)
+
+
+def _request_numbers(numbers: Mapping[str, float], drafts: Drafts | None) -> dict[str, Any]:
+    """The `REQUEST_NUMBERS` of a request that did not fail."""
+    values = (
+        int(numbers["prompt_tokens"]),
+        int(numbers["new_tokens"]),
+        numbers["ttft_s"],
+        numbers["decode_s"],
+        numbers["decode_tokens"] / numbers["decode_s"] if numbers["decode_s"] else None,
+        int(numbers["steps"]),
+        int(numbers["judged"]) if drafts is None else drafts.judged,
+        int(numbers["accepted"]) if drafts is None else drafts.accepted,
+        numbers["forwards"],
+        numbers["score"] if numbers["scored"] else None,
+        numbers["energy_j"] or None,
+        int(numbers["peak_memory_bytes"]) or None,
+        bool(numbers["disturbed"]),
+    )
+    return dict(zip(REQUEST_NUMBERS, values, strict=True))
+
+
+def _text(value: Any) -> Any:
+    """`value`; of text, what UTF-8 has no bytes for as escapes: a file's name need not be Unicode."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def to_parquet(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """`records` as a Parquet file with a column for each of their names.
+
+    Raises:
+        InputError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        needed = install_command("spdbench[parquet]")
+        raise InputError(f"--format parquet: needs pyarrow, which is not installed; {needed}") from None
+    names = dict.fromkeys(name for record in records for name in record)
+    columns = {name: [_text(record.get(name)) for record in records] for name in names}
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return file.getvalue()
+
+
+def json_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """`records` as an array, one a line."""
+    return "[" + ",".join("\n" + json.dumps(record) for record in records) + "\n]\n"
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 
@@ -75,9 +76,56 @@ def test_brackets_in_the_name_of_a_folder_that_exists_mean_themselves(tmp_path: 
 
 
 def test_formats_of_the_command_are_those_of_the_renderer() -> None:
-    assert FORMATS == RENDERED
+    assert (*RENDERED, "parquet") == FORMATS
     for form in FORMATS:
         assert compare(VANILLA, SPD, "--format", form).exit_code == 0
+
+
+def read_parquet(*args: str) -> list[dict[str, object]]:
+    """The records that the command sends to stdout."""
+    content = io.BytesIO(compare(*args, "--format", "parquet").stdout_bytes)
+    found: list[dict[str, object]] = pyarrow.parquet.read_table(content).to_pylist()
+    return found
+
+
+def test_parquet_holds_what_csv_holds() -> None:
+    records = read_parquet(VANILLA, SPD, EAGLE)
+    lines = list(csv.DictReader(io.StringIO(compare(VANILLA, SPD, EAGLE, "--format", "csv").stdout)))
+    assert len(records) == len(lines) == 3
+    for record, line in zip(records, lines, strict=True):
+        assert record.keys() == line.keys()
+        assert {name: "" if value is None else str(value) for name, value in record.items()} == line
+
+
+def test_requests_are_the_same_in_all_their_formats() -> None:
+    args = (VANILLA, EAGLE, "--by", "request")
+    found = json.loads(compare(*args, "--format", "json").stdout)
+    assert read_parquet(*args) == found
+    lines = list(csv.DictReader(io.StringIO(compare(*args, "--format", "csv").stdout)))
+    assert [{name: "" if value is None else str(value) for name, value in each.items()} for each in found] == lines
+    runs = [run for file in (VANILLA, EAGLE) for run in json.loads(Path(file).read_text())["runs"]]
+    kept = ("prompt_id", "turn", "repeat", "category", "error", "prompt_sha256")
+    assert [[each[name] for name in kept] for each in found] == [[run.get(name) for name in kept] for run in runs]
+    for each, run in zip(found, runs, strict=True):
+        failed = run["error"] is not None
+        names = ("num_prompt_tokens", "num_new_tokens", "ttft_s", "decode_s")
+        assert [each[name] for name in names] == [None if failed else run[name] for name in names]
+        assert each["accepted"] == (None if failed else sum(run["steps"]["accepted"][1:]))
+    assert any(each["error"] for each in found)
+
+
+def test_a_files_name_need_not_be_unicode(tmp_path: Path) -> None:
+    file = tmp_path / "odd\udcff.json"
+    shutil.copy(VANILLA, file)
+    for by in ([], ["--by", "request"]):
+        assert str(read_parquet(str(file), *by)[0]["file"]).endswith("odd\\udcff.json")
+
+
+def test_what_single_requests_do_not_go_with_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "give --format csv, json, parquet, not table" in refusal(VANILLA, "--by", "request")
+    assert "neither --baseline" in refusal(VANILLA, "--by", "request", "--format", "csv", "--baseline", "vanilla")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "needs pyarrow, which is not installed; " in refusal(VANILLA, "--format", "parquet")
 
 
 def test_category_rows() -> None:
