@@ -96,7 +96,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-for-tests: $(VENV)/.installed
 	@echo "Installing what the tests need ..."
-	@$(INSTALL) --editable '.[dev,hub,humaneval,eval,report]'
+	@$(INSTALL) --editable '.[dev,hub,humaneval,eval,report,pandas]'
 	@touch $@
 
 $(VENV)/bin/python:

@@ -53,3 +53,17 @@ def ignore_from_now_on() -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """For callers that go on afterwards: Ctrl-C and SIGTERM are handled as before, whatever was set inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

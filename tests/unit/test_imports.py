@@ -42,14 +42,20 @@ MAY_IMPORT = {
     "pipeline": BASE | {"profiles"} | ENGINE,
     "training": BASE | {"append_log", "plugins"} | ENGINE,
     "cli": BASE | {"version", "backend"} | HARNESS,
-    "wiring": BASE | {"version", "append_log", "backend", "cli", "profiles", "wiring", "training"} | HARNESS | ENGINE,
+    "wiring": BASE
+    | {"version", "append_log", "plugins", "backend", "cli", "profiles", "wiring", "training"}
+    | HARNESS
+    | ENGINE,
     "__main__": {"cli"},
     "spdbench_backends": BASE | {"backend", "profiles", "training"} | ENGINE,
 }
 """Part -> the other parts that it may import; its own always."""
 
 WIRING = (
+    "spdbench.api",
     "spdbench.cli.setup",
+    "spdbench.cli.env",
+    "spdbench.cli.readiness",
     "spdbench.cli.ranks",
     "spdbench.cli.sweep",
     "spdbench.cli.run",

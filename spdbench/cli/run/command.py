@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -27,6 +27,9 @@ from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
 from spdbench.prompts.chat import PlainText, parse_template_args
 from spdbench.prompts.suite import Suite, load_suite
+
+if TYPE_CHECKING:
+    from spdbench.cli.run.session import Session
 
 DEFAULT_BACKENDS = ("vanilla", "spd")
 
@@ -61,6 +64,13 @@ class RunOptions(SuiteOptions):
         "--concurrency",
         "Requests that a server has to answer at once; with several numbers each is measured. [default: 1]",
     )
+    log: tuple[str, ...] = option(
+        "--log",
+        None,
+        "NAME",
+        "Give the results to an experiment tracker as well: mlflow, wandb, or one that a package offers.",
+        multiple=True,
+    )
     allow_code_execution: bool = flag(
         "--allow-code-execution",
         "Run code that a model wrote, in a sandbox, to score it, and code in task files that the suite names.",
@@ -82,16 +92,24 @@ def command(options: RunOptions) -> None:
     SUITE is the name of a shipped suite or a YAML file. Several -b are measured in one run on the same prompts; each
     gets a result file.
     """
+    from spdbench.cli.run.session import exit_code
+
     with hide_notes(options.quiet):
-        code = _measure(options)
-    click.get_current_context().exit(code)
+        results = prepare(options).run()
+    click.get_current_context().exit(exit_code(results))
 
 
-def _measure(options: RunOptions) -> int:
-    """The exit code of the run."""
+def prepare(options: RunOptions) -> Session:
+    """The run that the options describe, with all checked that can be checked before weights are loaded.
+
+    Raises:
+        InputError: something of it cannot be used.
+    """
+    from spdbench.cli.run.loggers import find_loggers
     from spdbench.cli.run.session import Session
     from spdbench.cli.setup import chat_format, find_devices, find_levels
 
+    loggers = find_loggers(options.log)
     labels = parse_labels(options.backends or DEFAULT_BACKENDS)
     check_name(options.name)
     levels = find_levels(labels, options, options.concurrency)
@@ -107,7 +125,7 @@ def _measure(options: RunOptions) -> int:
     workload = make_workload(
         suite, options, target, chat, specs, **counts, keep_spans=options.trace, keep_drafts=options.keep_drafts
     )
-    return Session(options, suite, workload, chat, target, devices, levels, score).run()
+    return Session(options, suite, workload, chat, target, devices, levels, score, loggers)
 
 
 def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:

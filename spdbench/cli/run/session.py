@@ -25,12 +25,13 @@ from spdbench.backend import Backend, concurrency_of
 from spdbench.cli.files import require_writable, result_path
 from spdbench.cli.run.events import STDOUT, Events, Observers, Write, open_events
 from spdbench.cli.run.live_view import LiveView, Screen, Tally
+from spdbench.cli.run.loggers import RunLogger, log_results
 from spdbench.cli.run.outputs import OutputComparer, compare_servers
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
 from spdbench.errors import BackendLostError, InputError, SpdbenchError
-from spdbench.judge.comparison.compare import compare
+from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.results.reader import reread
 from spdbench.judge.results.schema import ModelInfo, SuiteInfo, served_model
@@ -74,9 +75,14 @@ class Session:
     devices: tuple[str, ...]
     levels: Sequence[Sequence[BackendSpec]]
     score: Scorer
+    loggers: Mapping[str, RunLogger]
 
-    def run(self) -> int:
-        """The exit code: 1 if a prompt failed or an output differs from vanilla's without excuse."""
+    def run(self, *, show: bool = True) -> list[LoadedResult]:
+        """The results, in the order of levels and labels; with `show`, their comparison is printed.
+
+        Raises:
+            InputError: no result can be written.
+        """
         require_writable(self.options.results)
         paths = [[self._path(spec) for spec in specs] for specs in self.levels]
         for path in chain(*paths):
@@ -90,11 +96,14 @@ class Session:
                 for specs, files in zip(self.levels, paths, strict=True):
                     results += self._measure(specs, files, write_event)
             except (KeyboardInterrupt, SpdbenchError):  # a server that fails at one level keeps those before it
-                if results:
+                if results and show:
                     self._show(results)
                 raise
-        self._show(results)
-        return exit_code(results)
+        if show:
+            self._show(results)
+        if self.loggers:
+            log_results(self.loggers, self._compared(results))
+        return results
 
     def _path(self, spec: BackendSpec) -> Path:
         """Where the result of `spec` goes; of one of several levels, its name ends with it."""
@@ -240,9 +249,11 @@ class Session:
             git=git,
         )
 
+    def _compared(self, results: Sequence[LoadedResult]) -> list[Table]:
+        return compare(results, self.levels[0][0].label)
+
     def _show(self, results: Sequence[LoadedResult]) -> None:
-        tables = compare(results, self.levels[0][0].label)
-        table = render(tables, "table", Console(file=sys.stdout))
+        table = render(self._compared(results), "table", Console(file=sys.stdout))
         click.echo(table, nl=False, err=self.options.events == STDOUT)
 
 
@@ -311,6 +322,7 @@ def _gauges(backend: Backend, watch: MachineWatch) -> Gauges:
 
 
 def exit_code(results: Sequence[LoadedResult]) -> int:
+    """1 if a prompt failed or an output differs from vanilla's without excuse."""
     return 1 if any(map(_went_wrong, results)) else 0
 
 

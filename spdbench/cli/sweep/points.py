@@ -10,31 +10,26 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdbench.backend import find_backend, parse_options
 from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels
-from spdbench.cli.run.command import DEFAULT_BACKENDS, RunOptions
-from spdbench.cli.run.command import command as run_command
+from spdbench.cli.run.command import DEFAULT_BACKENDS
+from spdbench.cli.run.settings import SETTINGS, Settings, merged, parse_words, run_words
 from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.input_files import parse_yaml, read_input
 from spdbench.prompts.suite import load_suite
 
 OWN = {"results", "name", "resume", "quiet", "events"}
 """Options of `run` that a sweep sets itself."""
-KEYS = {name: field.metadata for name, field in RunOptions.__dataclass_fields__.items() if name not in OWN}
-OPTION = "options."
-"""What begins an axis over a backend's option: `options.spd.stages`."""
+KEYS = [name for name in SETTINGS if name not in OWN]
 MOST_POINTS = 10_000
 LONGEST_SLUG = 60
-
-Settings = Mapping[str, Any]
 
 
 class SweepFile(BaseModel):
@@ -121,11 +116,9 @@ def _combinations(path: Path, file: SweepFile) -> Iterator[tuple[str, Settings]]
 
 
 def _point(where: str, fixed: Settings, own: Settings, suites: dict[tuple[str, Any], tuple[str, str]]) -> Point:
-    settings = _merged(where, fixed, own)
-    words = tuple(_words(where, settings))
+    words = tuple(run_words(where, merged(where, fixed, own, KEYS)))
     try:
-        with run_command.make_context("run", list(words)) as context:
-            options = RunOptions(**context.params)
+        options = parse_words(words)
         labels = parse_labels(options.backends or DEFAULT_BACKENDS)
         given = parse_backend_options(options.options, list(labels))
         parse_drafters(options.drafters, list(labels))
@@ -136,9 +129,8 @@ def _point(where: str, fixed: Settings, own: Settings, suites: dict[tuple[str, A
         if key not in suites:
             suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
             suites[key] = suite.name, suite.sha256
-    except (InputError, click.ClickException) as error:
-        said = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        raise InputError(f"{where}: {said}") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     suite_name, sha256 = suites[key]
     digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
@@ -149,50 +141,3 @@ def _point(where: str, fixed: Settings, own: Settings, suites: dict[tuple[str, A
 
 def _last(key: str) -> str:
     return key.rpartition(".")[2]
-
-
-def _merged(where: str, fixed: Settings, own: Settings) -> dict[str, Any]:
-    """`fixed` and `own` in one, the latter winning, with all options of backends under `options`."""
-    found: dict[str, Any] = {}
-    options: dict[str, Any] = {}
-    for key, value in [*fixed.items(), *own.items()]:
-        if key.startswith(OPTION):
-            options[key.removeprefix(OPTION)] = value
-        elif key == "options":
-            if not isinstance(value, Mapping):
-                raise InputError(f"{where}: options: has to be a mapping, such as spd.stages: 3")
-            options |= value
-        elif key in KEYS:
-            found[key] = value
-        else:
-            raise InputError(f"{where}: {key}: unknown key{did_you_mean(key, [*KEYS, OPTION + 'LABEL.KEY'])}")
-    if "suite" not in found:
-        raise InputError(f"{where}: suite: is missing; `spdbench suites` lists those that ship")
-    return {**found, "options": options}
-
-
-def _words(where: str, settings: Settings) -> Iterator[str]:
-    """The settings as words of a command line."""
-    yield str(settings["suite"])
-    for key, value in settings.items():
-        if key == "suite" or value is None:
-            continue
-        names, more, *_ = KEYS[key]["option"]
-        if key == "options":
-            yield from itertools.chain.from_iterable(("-o", f"{name}={_text(each)}") for name, each in value.items())
-        elif more.get("is_flag"):
-            if not isinstance(value, bool):
-                raise InputError(f"{where}: {key}: {value!r} has to be true or false")
-            yield from [names[-1]] if value else []
-        elif more.get("multiple"):
-            items: Sequence[Any] = value if isinstance(value, list) else [value]
-            yield from itertools.chain.from_iterable((names[-1], _text(each)) for each in items)
-        else:
-            yield from (names[-1], _text(value))
-
-
-def _text(value: Any) -> str:
-    """As typed on a command line: `true`, and lists with commas."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(_text, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,87 @@
+"""Settings of `run` by name, as a sweep's file and `spdbench.run` give them: checked, and made words of a command line.
+
+Names are those of `RunOptions`, so that each option of `run` can be given. The command's own parser checks the values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+
+from spdbench.cli.run.command import RunOptions, command
+from spdbench.errors import InputError, did_you_mean
+
+Settings = Mapping[str, Any]
+SETTINGS = {name: field.metadata for name, field in RunOptions.__dataclass_fields__.items()}
+OPTION = "options."
+"""What begins a backend's option: `options.spd.stages`."""
+
+
+def merged(where: str, fixed: Settings, own: Settings, known: Collection[str]) -> dict[str, Any]:
+    """`fixed` and `own` in one, the latter winning, with all options of backends under `options`.
+
+    Raises:
+        InputError: a name that is not `known`, or no suite; names it behind `where`.
+    """
+    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for key, value in [*fixed.items(), *own.items()]:
+        if key.startswith(OPTION):
+            options[key.removeprefix(OPTION)] = value
+        elif key == "options":
+            if not isinstance(value, Mapping):
+                raise InputError(f"{where}: options: has to be a mapping, such as spd.stages: 3")
+            options |= value
+        elif key in known:
+            found[key] = value
+        else:
+            raise InputError(f"{where}: {key}: unknown key{did_you_mean(key, [*known, OPTION + 'LABEL.KEY'])}")
+    if "suite" not in found:
+        raise InputError(f"{where}: suite: is missing; `spdbench suites` lists those that ship")
+    return {**found, "options": options}
+
+
+def run_words(where: str, settings: Settings) -> Iterator[str]:
+    """`settings` as words of a command line, the suite first. Raises `InputError` for what cannot be such words."""
+    suite = str(settings["suite"])
+    if suite.startswith("-"):
+        raise InputError(f"{where}: suite: {suite!r} is the name of no suite; `spdbench suites` lists those that ship")
+    yield suite
+    for key, value in settings.items():
+        if key == "suite" or value is None:
+            continue
+        names, more, *_ = SETTINGS[key]["option"]
+        if key == "options":
+            yield from itertools.chain.from_iterable(("-o", f"{name}={_text(each)}") for name, each in value.items())
+        elif more.get("is_flag"):
+            if not isinstance(value, bool):
+                raise InputError(f"{where}: {key}: {value!r} has to be true or false")
+            yield from [names[-1]] if value else []
+        elif more.get("multiple"):
+            items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+            yield from itertools.chain.from_iterable((names[-1], _text(each)) for each in items)
+        else:
+            yield from (names[-1], _text(value))
+
+
+def _text(value: Any) -> str:
+    """As typed on a command line: `true`, and lists with commas."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def parse_words(words: Sequence[str]) -> RunOptions:
+    """The options of `spdbench run WORDS`.
+
+    Raises:
+        InputError: the command does not take them.
+    """
+    try:
+        with command.make_context("run", list(words)) as context:
+            return RunOptions(**context.params)
+    except click.ClickException as error:
+        raise InputError(error.format_message()) from None
