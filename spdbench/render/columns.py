@@ -90,6 +90,7 @@ class Column:
     cell: Callable[[Row], str]
     leave_out: int = 0
     numeric: bool = True
+    meaning: str = ""
 
     @property
     def name(self) -> str:
@@ -211,8 +212,8 @@ def _outputs(row: Row) -> str:
 LABEL = Column("label", _label, numeric=False)
 RATE = Column("tok/s", _rate, leave_out=1)
 SPEEDUP = Column("speed-up\n[95 %]", _speedup)
-ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=4)
-TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=3)
+ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=4, meaning="share of drafts accepted")
+TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=3, meaning="tokens a round")
 """Vanilla's is 1 by definition, and not shown."""
 WITH_DIALECTS = (LABEL, replace(RATE, leave_out=2), replace(SPEEDUP, leave_out=4), replace(ACCEPTANCE, leave_out=3))
 """The columns next to acceptance lengths in several dialects; the highest number makes room first."""
@@ -224,12 +225,17 @@ COLUMNS = (
     Column("per\ndevice", _metric("speedup_per_device", ".2f", where=_has_devices), leave_out=2),
     ACCEPTANCE,
     TAU,
-    Column("ideal", _metric("ideal_speedup", ".2f", where=_is_pipeline), leave_out=5),
+    Column(
+        "ideal",
+        _metric("ideal_speedup", ".2f", where=_is_pipeline),
+        leave_out=5,
+        meaning="speed-up with a device per stage if nothing waited",
+    ),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8),
     Column("same\noutputs", _outputs, leave_out=6),
     Column("score", partial(_score, fewest=FEW_PROMPTS), leave_out=7),
-    Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=10),
-    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=9),
+    Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=10, meaning="tokens a cycle of the pipeline"),
+    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=9, meaning="share of time in which stages did nothing"),
     Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=11),
     Column("device\nms/tok", _metric("device_s_per_token", ".1f", scale=1000, where=_has_devices), leave_out=12),
     # Memory is the highest over the run, whose categories share a process.
@@ -279,13 +285,12 @@ def _prompts(table: Table) -> str:
     fewest, most = min(counts, default=0), max(counts, default=0)
     asked = max((row.head.suite.num_prompts for row in rows), default=0)
     short = any(row.metrics["num_prompts"] < row.head.suite.num_prompts for row in rows)
+    answers = max((row.metrics["num_runs"] - row.metrics["num_failed"] for row in rows), default=0)
     words = f"{most}" if fewest == most else f"{fewest} to {most}"
     total = asked if short else most
-    return (
-        f"{words} of {asked} prompt{'' if total == 1 else 's'}"
-        if short
-        else f"{words} prompt{'' if total == 1 else 's'}"
-    )
+    counted = f"{words} of {asked}" if short else words
+    more = f", {answers} answers" if answers > most else ""
+    return f"{counted} prompt{'' if total == 1 else 's'}{more}"
 
 
 def _load(table: Table) -> list[str]:
@@ -304,7 +309,7 @@ def machine(head: Result) -> str:
     """The machine's name as far as the environment holds it, and the start of its fingerprint."""
     found = [text for key in ("gpu", "gpus", "cpu") if (text := device_name(head.environment.get(key)))]
     fingerprint = str(head.environment.get("fingerprint") or "unknown machine")[:8]
-    return f"{', '.join(found)} ({fingerprint})" if found else fingerprint
+    return f"{', '.join(found)} (machine {fingerprint})" if found else fingerprint
 
 
 def device_name(value: Any) -> str:

@@ -25,7 +25,12 @@ def sentences(found: LoadConclusion) -> list[str]:
 def _verdict(found: LoadConclusion) -> str:
     first, last = found.levels[0].at_once, found.levels[-1].at_once
     if found.pays_up_to is None:
-        text = f"is not shown to pay at {first} {_requests(first)} at once"
+        none = all(level.outcome == "slower" for level in found.levels)
+        text = (
+            "does not pay at any load measured"
+            if none
+            else f"is not shown to pay at {first} {_requests(first)} at once"
+        )
     elif found.pays_up_to == last:
         return f"pays at every load measured, up to {last} requests at once"
     else:

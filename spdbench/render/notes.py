@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import ceil
 
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, conclusions
+from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, OwnDevices, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
@@ -15,13 +15,16 @@ from spdbench.render.columns import device_name, harmless, share
 
 LINE_LENGTH = 78
 """What a line may hold next to its bullet on a terminal of 80 columns."""
+METHODS = {
+    "spd": "speculative pipeline decoding: the model's layers in n stages that work on n tokens at once",
+    "ppsd": "PPSD, a pipeline whose first stage's output drafts",
+}
 INTERVAL_NOTE = (
     "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
     "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
 )
 POWER_NOTE = (
-    "prompts that would show 5 %: with the spread measured here, as many prompts show a speed-up of 1.05 four times in "
-    "five."
+    "prompts needed to detect 5 %: with the spread measured here, so many show a speed-up of 1.05 four times in five."
 )
 OWN_DEVICES_NOTE = (
     "a device of its own: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of that time "
@@ -52,15 +55,13 @@ def sentence(found: Conclusion) -> str:
     """`eagle: 1.24x [1.13, 1.37], pays`."""
     parts = [_answer(found)]
     if found.own_devices is not None and found.outcome != "pays":
-        at_most = "at most" if found.own_devices.is_bound else "about"
-        share = f"its {found.own_devices.num_stages} stages share {_devices(found.num_devices)}"
-        parts.append(f"{share}: {at_most} {found.own_devices.speedup:.2f}x if each had its own")
+        parts.append(_with_own_devices(found.own_devices, found.num_devices))
     if found.speedup_per_device is not None:
         parts.append(f"{found.speedup_per_device:.2f}x for each of {found.num_devices} devices")
     if found.disqualified_by and found.outcome != "baseline":
         parts.append(f"disqualified by {', '.join(found.disqualified_by)}")
     elif found.doubts and found.outcome == "pays":
-        parts.append(f"doubtful: {', '.join(found.doubts)}")
+        parts[0] += f" (provisional: {', '.join(found.doubts)})"
     return harmless(f"{found.label}: {'; '.join(parts)}")
 
 
@@ -68,16 +69,16 @@ def _answer(found: Conclusion) -> str:
     rate = "no tokens" if found.tokens_per_s is None else f"{found.tokens_per_s:.1f} tok/s"
     if found.outcome == "baseline":
         of_all = found.devices_of_all
-        return f"{rate}, the baseline" + ("" if of_all is None else f"; each label uses {_devices(of_all)}")
+        return f"{rate}, the baseline" + ("" if of_all is None else f"; every method ran on {_devices(of_all)}")
     if found.outcome == "no baseline":
         return f"{rate}, and no baseline to compare with"
     if found.outcome == "no pair":
         return f"{rate}, and no answer to a prompt that the baseline answered"
     if found.interval is None:
         return f"{found.speedup:.2f}x over one prompt, which shows no interval"
-    if found.outcome == "no difference shown":
-        return f"no difference shown at {found.num_prompts} prompts{_prompts_to_show(found)}"
     measured = f"{found.speedup:.2f}x [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
+    if found.outcome == "no difference shown":
+        return f"{measured}, {_undecided(found)}"
     if found.own_devices is not None and found.outcome == "slower":
         return f"{measured}, does not pay here"
     return measured if found.disqualified_by else f"{measured}, {'pays' if found.outcome == 'pays' else 'does not pay'}"
@@ -87,13 +88,23 @@ def _devices(number: int) -> str:
     return "one device" if number == 1 else f"{number} devices"
 
 
-def _prompts_to_show(found: Conclusion) -> str:
-    needed = found.num_prompts_to_show
+def _with_own_devices(own: OwnDevices, num_devices: int) -> str:
+    """What the stages that share devices would give with one each."""
+    gain = "" if round(own.speedup, 2) > 1 else ", still no gain"
+    at_most = "at most" if own.is_bound else "about"
+    return (
+        f"its {own.num_stages} stages share {_devices(num_devices)}; with one each {at_most} {own.speedup:.2f}x "
+        f"(estimate){gain}"
+    )
+
+
+def _undecided(found: Conclusion) -> str:
+    needed, effect = found.num_prompts_to_show, f"{100 * EFFECT:.0f} %"
     if needed is None:
-        return ""
+        return f"undecided at {found.num_prompts} prompts"
     if needed <= found.num_prompts:
-        return f", enough to show {100 * EFFECT:.0f} %"
-    return f"; about {_rounded(needed)} would show {100 * EFFECT:.0f} %"
+        return f"no difference, and {found.num_prompts} prompts would show one of {effect}"
+    return f"undecided: about {_rounded(needed)} prompts needed to detect {effect}"
 
 
 def _rounded(number: int) -> int:
@@ -112,6 +123,8 @@ def details(table: Table) -> list[str]:
     """How to read the columns, what bubbles are made of, and why each flag was raised."""
     found = []
     compared = [each for each in conclusions(table) if each.interval is not None]
+    names = dict.fromkeys(row.head.backend.name for row in table.rows)
+    found += [f"{name}: {METHODS[name]}." for name in names if name in METHODS]
     if compared:
         found.append(INTERVAL_NOTE.format(baseline=table.baseline))
     if any(each.num_prompts_to_show for each in compared):
@@ -221,17 +234,19 @@ def _kind(name: str, count: int) -> str:
 
 
 def _flag_lines(table: Table) -> Iterator[str]:
-    """`noisy (spd, eagle): add prompts.` for each flag and remedy; on one line, as far as the remedy allows."""
-    labels: dict[tuple[str, str], list[str]] = {}
+    """`noisy (spd, eagle): add prompts.` for each flag, with the remedy of the first label that raised it."""
+    raised: dict[str, dict[str, str]] = {}
     rows = [row for row in table.rows if row.category is None]
     for row in rows:
         for flag in row.flags:
-            labels.setdefault((flag.name, flag.remedy), []).append(row.label)
-    for (name, remedy), raised in labels.items():
-        who = list(dict.fromkeys(raised))
-        for words in (", ".join(who), "all") if len(who) == len(rows) > 1 else (", ".join(who), f"{len(who)} labels"):
+            raised.setdefault(flag.name, {}).setdefault(row.label, flag.remedy)
+    for name, remedies in raised.items():
+        who, remedy = list(remedies), next(iter(remedies.values()))
+        some = [f"{', '.join(who[:count])} and {len(who) - count} more" for count in range(len(who) - 1, 0, -1)]
+        shorter = ["all"] if len(who) == len(rows) > 1 else [*some, f"{len(who)} labels"] if some else []
+        for words in [", ".join(who), *shorter]:
             line = f"{name} ({words}): {remedy[:1].lower()}{remedy[1:]}."
-            if len(line) <= LINE_LENGTH or len(who) == 1:
+            if len(line) <= LINE_LENGTH:
                 break
         yield line
 

@@ -106,6 +106,8 @@ def _table_and_notes(table: Table, console: Console, *, details: bool) -> Iterat
     columns = columns_for(table)
     fit = _fit(table, columns, console.width)
     yield _grid(table, fit)
+    if meanings := [f"{column.name}: {column.meaning}" for column in fit.columns if column.meaning]:
+        yield bullet(f"{'; '.join(meanings)}.")
     yield from map(bullet, notes(table))
     if not details:
         names = [column.name for column in columns if column not in fit.columns]

@@ -47,9 +47,9 @@ KINDS = {
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
-    "slow_baseline": FlagKind("Try more --threads, another --dtype, an idle machine"),
+    "slow_baseline": FlagKind("Speed-ups over it flatter: try more --threads, an idle machine"),
     "unattributed": FlagKind("Leave the machine idle; its spans may be incomplete", disqualifies=True),
-    "drift": FlagKind("Let the machine warm up, leave it idle, and measure again"),
+    "drift": FlagKind("Measure again on an idle machine that has warmed up"),
     "outliers": FlagKind("Measure again on an idle machine, with --repeats"),
     "busy_machine": FlagKind("End other programs, or measure disturbed requests again: --remeasure 2"),
     "hardware_mismatch": FlagKind(
@@ -79,7 +79,8 @@ AGAINST = {
     "memory": "free some",
     "clock": "let it cool",
 }
-"""What took the machine's time, and what to do about it, in few words."""
+SHARE_OF = {"others": "the CPU", "steal": "the CPU", "gpu": "the GPU"}
+"""What took the machine's time, what to do about it, and what was taken, in few words."""
 DISQUALIFYING = frozenset(name for name, kind in KINDS.items() if kind.disqualifies)
 MADE_FROM_ONE_RESULT = frozenset(name for name, kind in KINDS.items() if not kind.needs_two)
 """What `flags_for` finds, and so computes anew whenever a file is read."""
@@ -216,7 +217,8 @@ def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     if not overall["is_busy"] and slow <= BUSY_SHARE:
         return
     shares = {part: overall[f"busy_{part}"] or 0.0 for part in PARTS}
-    names = ", ".join((overall["disturbed_by"] or [])[:MAX_NAMED])
+    named = (overall["disturbed_by"] or [])[:MAX_NAMED]
+    names = ", ".join("another spdbench" if name == "spdbench" else name for name in named)
     words = {**PARTS, "others": f"{PARTS['others']} ({names})"} if names else PARTS
     largest = sorted((part for part in PARTS if shares[part] >= 0.01), key=lambda part: -shares[part])
     parts = [f"{words[part]} took {shares[part]:.0%}" for part in largest]
@@ -225,7 +227,7 @@ def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     cause, share = (largest[0], shares[largest[0]]) if largest and shares[largest[0]] > slow else ("clock", slow)
     who = names if names and cause == "others" else CAUSES[cause]
     against = AGAINST.get(cause, "end them" if "," in who or cause == "gpu" else "end it")
-    remedy = f"{who} took {share:.0%} of the time: {against}, or --remeasure 2"
+    remedy = f"{who} took {share:.0%} of {SHARE_OF.get(cause, 'the time')}: {against}, or --remeasure 2"
     yield make_flag("busy_machine", f"{', '.join(parts)} of the time in which requests were measured; {count}", remedy)
 
 

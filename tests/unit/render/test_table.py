@@ -110,8 +110,9 @@ def test_nothing_is_wider_than_the_terminal(entries: Any, width: int) -> None:
 def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
     lines = show(compare(everything()), width=160).splitlines()
     assert lines[:4] == [
-        "vanilla: 50.0 tok/s, the baseline; each label uses one device",
-        "spd: 0.80x [0.80, 0.80], does not pay here; its 3 stages share one device: at most 2.00x if each had its own; "
+        "vanilla: 50.0 tok/s, the baseline; every method ran on one device",
+        "spd: 0.80x [0.80, 0.80], does not pay here; its 3 stages share one device; with one each at most 2.00x "
+        "(estimate); "
         "disqualified by synthetic_drafter",
         "eagle: 3.20x [3.20, 3.20], pays",
         "medusa: 3.20x [3.20, 3.20]; disqualified by lossy, untrained_drafter",
@@ -197,7 +198,7 @@ def test_synthetic_untrained_and_lossy_are_said_in_the_table_itself() -> None:
 def test_interval_that_holds_one_is_called_no_difference_and_still_shown() -> None:
     runs = [make_run(vanilla_steps(9, step_ns=(18 + 4 * (i % 2)) * MS), prompt=f"p{i}") for i in range(10)]
     text = show(compare([entry("autoregressive"), entry("autoregressive", label="again", runs=runs)]), width=120)
-    assert "again: no difference shown at 10 prompts; about " in text
+    assert "], undecided: about " in text
     assert "1.00 [0.9" in "\n".join(grid(text)) or "1.01 [0.9" in "\n".join(grid(text))
 
 
@@ -210,7 +211,7 @@ def test_without_a_baseline_speedups_stay_blank_and_the_note_says_why() -> None:
 def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
     text = show(compare(demo()), width=200)
     assert heading(text) == (
-        "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine-)"
+        "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine machine-)"
     )
 
 
@@ -265,6 +266,9 @@ def test_a_flag_of_all_labels_or_of_many_stays_on_one_line() -> None:
     all_of_them = [entry("autoregressive", label=f"number-{i}", runs=runs) for i in range(9)]
     assert "- truncated (all): raise" in show(compare(all_of_them))
     assert "- truncated (9 labels): raise" in show(compare([entry("autoregressive"), *all_of_them]))
+    cut = [entry("autoregressive", label=f"cut-{i}", runs=runs[: 2 + i]) for i in range(5)]
+    text = show(compare([entry("autoregressive"), *cut]))
+    assert "- few_prompts (cut-0, cut-1, cut-2, cut-3, cut-4): measure" in text
 
 
 def test_failed_runs_and_divergence_classes_are_told() -> None:
@@ -297,7 +301,7 @@ def test_tables_that_look_alike_show_their_hashes() -> None:
 
 def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
     lines = show(compare(everything()), "github").splitlines()
-    assert lines[0] == "- vanilla: 50.0 tok/s, the baseline; each label uses one device"
+    assert lines[0] == "- vanilla: 50.0 tok/s, the baseline; every method ran on one device"
     assert lines[5].startswith("**quick v1 | smollm2")
     assert sum(line.startswith("| ") for line in lines) == 5
     assert any(line.startswith("- synthetic_drafter") for line in lines)
@@ -306,7 +310,7 @@ def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
 
 def test_latex_is_escaped_and_its_sentences_are_comments() -> None:
     text = show(compare(everything()), "latex")
-    assert text.startswith("% vanilla: 50.0 tok/s, the baseline; each label uses one device\n")
+    assert text.startswith("% vanilla: 50.0 tok/s, the baseline; every method ran on one device\n")
     assert "\\begin{tabular}" in text
     assert "95 \\%" in text
     for outside in (text.split("\\begin{tabular}")[0], text.split("\\end{tabular}")[1]):
@@ -509,32 +513,32 @@ def sentence_of(**more: Any) -> str:
 def test_sentences() -> None:
     assert sentence_of() == "eagle: 1.24x [1.13, 1.37], pays"
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6)) == "eagle: 0.58x [0.50, 0.60], does not pay"
-    assert sentence_of(doubts=("few_prompts",)) == "eagle: 1.24x [1.13, 1.37], pays; doubtful: few_prompts"
+    assert sentence_of(doubts=("few_prompts",)) == "eagle: 1.24x [1.13, 1.37], pays (provisional: few_prompts)"
     assert sentence_of(num_devices=4, speedup_per_device=0.31).endswith("pays; 0.31x for each of 4 devices")
     assert sentence_of(disqualified_by=("lossy",)) == "eagle: 1.24x [1.13, 1.37]; disqualified by lossy"
     assert sentence_of(outcome="no interval", interval=None) == "eagle: 1.24x over one prompt, which shows no interval"
     own = OwnDevices(1.05, 2, is_bound=False)
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
-        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device: about 1.05x if each had its own"
+        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device; with one each about 1.05x (estimate)"
     )
     baseline = {"outcome": "baseline", "speedup": None, "interval": None}
     assert sentence_of(**baseline) == "eagle: 60.0 tok/s, the baseline"
-    assert sentence_of(**baseline, devices_of_all=2) == "eagle: 60.0 tok/s, the baseline; each label uses 2 devices"
+    assert sentence_of(**baseline, devices_of_all=2) == "eagle: 60.0 tok/s, the baseline; every method ran on 2 devices"
 
 
 @pytest.mark.parametrize(
     ("needed", "words"),
     [
-        (27, "; about 30 would show 5 %"),
-        (9, "; about 9 would show 5 %"),
-        (143, "; about 150 would show 5 %"),
-        (8, ", enough to show 5 %"),
-        (None, ""),
+        (27, "undecided: about 30 prompts needed to detect 5 %"),
+        (9, "undecided: about 9 prompts needed to detect 5 %"),
+        (143, "undecided: about 150 prompts needed to detect 5 %"),
+        (8, "no difference, and 8 prompts would show one of 5 %"),
+        (None, "undecided at 8 prompts"),
     ],
 )
 def test_the_number_of_prompts_that_would_show_a_difference(needed: int | None, words: str) -> None:
     found = sentence_of(outcome="no difference shown", num_prompts_to_show=needed)
-    assert found == f"eagle: no difference shown at 8 prompts{words}"
+    assert found == f"eagle: 1.24x [1.13, 1.37], {words}"
 
 
 def test_conclusions_are_in_the_exports() -> None:
@@ -607,6 +611,6 @@ def test_csv_holds_no_formulas() -> None:
 
 def test_commands_offer_every_form_dialect_and_chart() -> None:
     """Commands list them again, as their help would otherwise have to import numpy and Vega."""
-    assert commands.FORMATS == FORMATS
+    assert (*FORMATS, "parquet") == commands.FORMATS
     assert tuple(DIALECTS) == commands.DIALECTS
     assert tuple(CHARTS) == report.CHARTS
