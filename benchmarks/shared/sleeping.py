@@ -42,8 +42,8 @@ class SleepingTarget(_Around):
 
 
 class SleepingSource(_Around):
-    def load(self, layers: range, device: str) -> SleepingDecoder:
-        return SleepingDecoder(self._inner.load(layers, device), self._layer_s)
+    def load(self, *what: Any) -> SleepingDecoder:
+        return SleepingDecoder(self._inner.load(*what), self._layer_s)
 
     def __reduce__(self) -> tuple[type[SleepingSource], tuple[Any, float]]:
         return SleepingSource, (self._inner, self._layer_s)

@@ -41,7 +41,7 @@ CHARTS = (
 HISTORY_CHARTS = ("history-speedup", "history-speed", "history-acceptance")
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
 MAX_EMBEDDED_BYTES = 32 * 2**20
-"""Of results in a history's page: about 3 MB when compressed. A page of more is made without them."""
+"""Of results in a page of many: about 3 MB when compressed. A page of more is made without them."""
 
 
 @click.command("report", short_help="Draw a comparison: one HTML page, or one chart as a file.")
@@ -176,8 +176,7 @@ def _history(
     found = history(loaded, calibration)
     if chart is not None:
         return _drawn(DRAWN[chart], found, form, style)
-    files = _sources(paths)
-    sources = files if sum(len(file.raw) for file in files) <= MAX_EMBEDDED_BYTES else None
+    sources = small_sources(paths)
     # The page holds no calibration: what draws a chart anew needs the folder where it is.
     shown = out.name if sources and calibration is None else f"{paths[0].resolve().parent.name}/"
     return to_html(found, sources, calibration, shown).encode()
@@ -197,6 +196,12 @@ def _calibration(paths: Sequence[Path]) -> Calibration | None:
             "a history into one folder, or remove one calibration"
         )
     return read_calibration(found[0]) if found else None
+
+
+def small_sources(paths: Sequence[Path]) -> list[EmbeddedFile] | None:
+    """The result files as they are; None if they are too large for a page."""
+    files = _sources(paths)
+    return files if sum(len(file.raw) for file in files) <= MAX_EMBEDDED_BYTES else None
 
 
 def _sources(paths: Sequence[Path]) -> list[EmbeddedFile]:

@@ -33,8 +33,12 @@ def to_terminal(projection: Projection, console: Console) -> str:
     ]
     if projection.loads:
         parts += ["", Text("several requests at once; * no other way is better in both columns"), _loads(projection)]
-    notes = [*map(_breakeven, projection.breakevens), *projection.notes]
-    return capture(console, *parts, "", *map(bullet, map(harmless, notes)))
+    return capture(console, *parts, "", *map(bullet, map(harmless, sentences(projection))))
+
+
+def sentences(projection: Projection) -> list[str]:
+    """Where speculation stops to pay, and what limits the projection."""
+    return [*map(_breakeven, projection.breakevens), *projection.notes]
 
 
 def _breakeven(pair: tuple[str, str, int]) -> str:
@@ -54,43 +58,60 @@ def verdict(projection: Projection) -> str:
     return text
 
 
+SPEED_COLUMNS = ("", "devices", "tok/s", "speed-up [95 %]", "a device")
+
+
+def speed_rows(projection: Projection) -> list[list[str]]:
+    """All ways to decode one request, the fastest first: cells of `SPEED_COLUMNS`."""
+    found = []
+    rows: list[PipelineRow | Opponent] = [*projection.pipelines, *projection.opponents]
+    for row in sorted(rows, key=lambda row: -row.tokens_per_s):
+        speedup = projection.speedup(row.tokens_per_s)
+        interval = [f"{projection.speedup(each):.2f}" for each in row.interval or ()]
+        low_high = f" [{', '.join(interval)}]" if interval else ""
+        a_device = f"{speedup / row.devices:.2f}"
+        found.append(
+            [harmless(row.label), str(row.devices), f"{row.tokens_per_s:.1f}", f"{speedup:.2f}{low_high}", a_device]
+        )
+    return found
+
+
 def _speeds(projection: Projection) -> RenderableType:
-    grid = plain_grid((("", False), *((name, True) for name in ("devices", "tok/s", "speed-up [95 %]", "a device"))))
-    rows: list[tuple[str, int, float, tuple[float, float] | None]] = [
-        *((row.label, row.devices, row.tokens_per_s, row.interval) for row in projection.pipelines),
-        *((row.label, row.devices, row.tokens_per_s, row.interval) for row in projection.opponents),
-    ]
-    for label, devices, rate, interval in sorted(rows, key=lambda row: -row[2]):
-        speedup = projection.speedup(rate)
-        low_high = f" [{', '.join(f'{projection.speedup(each):.2f}' for each in interval)}]" if interval else ""
-        cells = f"{rate:.1f}", f"{speedup:.2f}{low_high}", f"{speedup / devices:.2f}"
-        grid.add_row(Text(harmless(label)), str(devices), *cells)
+    grid = plain_grid([(name, bool(name)) for name in SPEED_COLUMNS])
+    for label, *cells in speed_rows(projection):
+        grid.add_row(Text(label), *cells)
     return grid
 
 
-def _pipelines(projection: Projection) -> RenderableType:
-    names = (
-        "cycle\nms",
-        "stage\nms",
-        "draft\nms",
-        "tok/\ncycle",
-        "bubble,\nmostly",
-        "+5 %\nacc.",
-        "100 us\nlinks",
-        "spare\nlayers",
-    )
-    grid = plain_grid((("", False), *((name, True) for name in names)))
+PIPELINE_COLUMNS = (
+    *("", "cycle\nms", "stage\nms", "draft\nms", "tok/\ncycle", "bubble,\nmostly"),
+    *("+5 %\nacc.", "100 us\nlinks", "spare\nlayers"),
+)
+
+
+def pipeline_rows(projection: Projection) -> list[list[str]]:
+    """What a pipeline's lanes do, and what would change its speed-up: cells of `PIPELINE_COLUMNS`."""
+    found = []
     for row in projection.pipelines:
         shares = bubble_shares(row.lanes)
         cause = max(CAUSES, key=lambda name: shares[name])
-        grid.add_row(
-            Text(harmless(row.label)),
-            *(f"{MS * each:.2f}" for each in (row.cycle_s, row.slowest_stage_s, row.draft_s)),
-            f"{row.tokens_per_cycle:.2f}",
-            f"{sum(shares[name] for name in CAUSES):.0%} {cause}",
-            *(_sensitivity(row, what, value) for what, value in (("acceptance", 0.05), ("message_s", 1e-4))),
-            f"{row.hidden_layers:.1f}",
+        found.append(
+            [
+                harmless(row.label),
+                *(f"{MS * each:.2f}" for each in (row.cycle_s, row.slowest_stage_s, row.draft_s)),
+                f"{row.tokens_per_cycle:.2f}",
+                f"{sum(shares[name] for name in CAUSES):.0%} {cause}",
+                *(_sensitivity(row, what, value) for what, value in (("acceptance", 0.05), ("message_s", 1e-4))),
+                f"{row.hidden_layers:.1f}",
+            ]
         )
+    return found
+
+
+def _pipelines(projection: Projection) -> RenderableType:
+    grid = plain_grid([(name, bool(name)) for name in PIPELINE_COLUMNS])
+    for label, *cells in pipeline_rows(projection):
+        grid.add_row(Text(label), *cells)
     return grid
 
 

@@ -108,6 +108,25 @@ def test_a_chart_is_drawn_by_the_name_of_its_file(files: Path, profile: Path, tm
     assert chart.read_text().startswith("<svg")
 
 
+def test_a_page_holds_the_results_and_the_command_that_makes_it(files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    page = tmp_path / "projection.html"
+    words = (files, "--stages", "2,3", "--head", "split", "--report", page)
+    assert f"Wrote {page}" in invoke(*words).stderr
+    assert f"spdbench project {files} --stages 2,3 --head split --chart projection.svg" in page.read_text()
+    assert "exists already" in refusal(*words)
+    again = json.loads(invoke(page, "--stages", "2,3", "--head", "split", "--json").stdout)
+    assert [row["label"] for row in again["pipelines"]] == ["spd x2", "spd x3"]
+
+
+def test_the_head_next_to_the_drafter_shortens_the_last_stage(files: Path) -> None:
+    found = [
+        json.loads(invoke(files, "--stages", "3", "--json", "--head", place).stdout)["pipelines"][0]
+        for place in ("last_stage", "split", "drafter")
+    ]
+    assert found[0]["slowest_stage_s"] > found[1]["slowest_stage_s"] > found[2]["slowest_stage_s"]
+
+
 def test_it_starts_without_torch(files: Path) -> None:
     code = (
         "import sys; from spdbench.cli.main import run; "
@@ -127,6 +146,7 @@ def test_it_starts_without_torch(files: Path) -> None:
         (("--stages", "2", "--profile", "missing.json"), "missing.json: cannot be read"),
         (("--stages", "2", "--chart", "chart.gif"), "Allowed: .svg, .png, .pdf"),
         (("--stages", "2", "--chart", "nowhere/chart.svg"), "does not exist"),
+        (("--stages", "2", "--report", "nowhere/page.html"), "does not exist"),
     ],
 )
 def test_bad_input_has_one_message(files: Path, words: tuple[str, ...], why: str) -> None:

@@ -49,7 +49,7 @@ def write(folder: Path, content: object) -> Path:
     return path
 
 
-def run(folder: Path, content: object, *words: str) -> Said:
+def run(folder: Path, content: object, *words: str | Path) -> Said:
     return spdbench("sweep", write(folder, content), "--results", folder / "out", *words)
 
 
@@ -164,6 +164,21 @@ def test_second_sweep_in_one_folder_is_refused(sweep: dict[str, Any], tmp_path: 
         said = run(tmp_path, sweep)
     assert said.code == 2
     assert "another sweep works in this folder" in said.err
+
+
+def test_charts_and_page_of_a_sweep(sweep: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert")
+    page, chart = tmp_path / "sweep.html", tmp_path / "map.svg"
+    said = run(tmp_path, sweep, "--report", page, "--chart", "heat-map", chart)
+    assert said.code == 0, said.err
+    assert chart.read_text().startswith("<svg")
+    text = page.read_text()
+    assert f"spdbench sweep {tmp_path / 'sweep.yaml'} --results {tmp_path / 'out'} --chart pareto pareto.svg" in text
+    assert text.count('<th scope="row">spd</th>') == 4
+    for words in (("--report", page), ("--chart", "pareto", tmp_path / "map.gif"), ("--chart", "map", chart)):
+        said = run(tmp_path, sweep, *words)
+        assert (said.code, said.out) == (2, "")
+    assert run(tmp_path, sweep, "--report", page, "--force").code == 0
 
 
 def test_which_metrics_are_better_when_lower() -> None:

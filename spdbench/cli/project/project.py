@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from spdbench.judge.projection.costs import Costs
     from spdbench.judge.projection.project import Projection
     from spdbench.judge.projection.recorded import Recorded
+    from spdbench.models.partition import HeadPlace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,29 @@ class ProjectOptions:
     )
     balanced: bool = flag("--balanced", "Numbers of stages mean stages of equal time (stage_layers=auto), not layers.")
     shared_drafter: bool = flag("--shared-drafter", "The drafter shares the first stage's device; else it has its own.")
+    head: str = option(
+        "--head",
+        click.Choice(("last_stage", "drafter", "split")),
+        None,
+        "Where the output head runs; split is half of the vocabulary in each.",
+        "last_stage",
+    )
     concurrency: int = option(
         "--concurrency", COUNT, "N", "Also all ways to decode under 1, 2, 4, ... N requests; needs --profile.", 1
     )
     as_json: bool = flag("--json", "Print JSON with everything.")
     chart: Path | None = option("--chart", OUTPUT, "FILE", "Also draw a chart: .svg, .png or .pdf.")
-    force: bool = flag("--force", "Replace a chart that is there already.")
+    report: Path | None = option("--report", OUTPUT, "FILE", "Also write an HTML page: verdict, charts, all tables.")
+    force: bool = flag("--force", "Replace a chart or a page that is there already.")
+
+    @property
+    def words(self) -> list[str]:
+        """The command, without what it writes."""
+        pairs = (("--stages", self.stages), ("--profile", self.profile), ("--head", self.head))
+        found = ["spdbench", "project", *self.results]
+        found += [str(word) for pair in pairs if pair[1] not in (None, "last_stage") for word in pair]
+        found += ["--balanced"] * self.balanced + ["--shared-drafter"] * self.shared_drafter
+        return found + (["--concurrency", str(self.concurrency)] if self.concurrency > 1 else [])
 
 
 @click.command("project", short_help="Project results to a pipeline of n devices.")
@@ -57,19 +76,24 @@ def command(options: ProjectOptions) -> None:
     from spdbench.judge.loaded import read_results
     from spdbench.judge.projection.project import Setting, parse_stages, project
     from spdbench.judge.projection.recorded import sort_results
+    from spdbench.models.partition import DRAFTERS_SHARE
     from spdbench.render.projection import to_json, to_terminal
 
     paths = list(result_paths(options.results))
-    if options.chart is not None:
-        _check_chart(options.chart, paths, force=options.force)
+    for name, path in (("--chart", options.chart), ("--report", options.report)):
+        if path is not None:
+            _check_output(name, path, paths, force=options.force)
     recorded = sort_results(read_results(paths))
     costs = _costs(recorded, options.profile)
     stages = parse_stages(options.stages, recorded.num_layers, _splitter(recorded, costs, balanced=options.balanced))
-    setting = Setting(stages, not options.shared_drafter, options.concurrency)
+    drafters_head = DRAFTERS_SHARE[cast("HeadPlace", options.head)]
+    setting = Setting(stages, not options.shared_drafter, drafters_head, options.concurrency)
     found = project(recorded, costs, setting)
     write_stdout(to_json(found) if options.as_json else to_terminal(found, Console(file=sys.stdout)))
     if options.chart is not None:
         _draw(found, options.chart)
+    if options.report is not None:
+        _report(found, recorded, options, paths)
 
 
 def _costs(recorded: Recorded, path: Path | None) -> Costs:
@@ -104,12 +128,25 @@ def _splitter(recorded: Recorded, costs: Costs, *, balanced: bool) -> Callable[[
     return by_time
 
 
-def _check_chart(path: Path, inputs: list[Path], *, force: bool) -> None:
+def _check_output(name: str, path: Path, inputs: list[Path], *, force: bool) -> None:
     from spdbench.render.report import vega
 
-    require_free_output(path, inputs, force=force, option="--chart")
-    vega.format_of("--chart", path)
+    require_free_output(path, inputs, force=force, option=name)
+    if name == "--chart":
+        vega.format_of(name, path)
     vega.vl_convert()
+
+
+def _report(projection: Projection, recorded: Recorded, options: ProjectOptions, paths: list[Path]) -> None:
+    from spdbench.cli.report import small_sources
+    from spdbench.render.report.projection import to_html
+
+    assert options.report is not None
+    head = recorded.first.head
+    title = f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype} | projected"
+    page = to_html(projection, title, small_sources(paths), shlex.join(options.words))
+    write_whole_file("--report", options.report, page.encode())
+    say(f"Wrote {options.report}")
 
 
 def _draw(projection: Projection, path: Path) -> None:

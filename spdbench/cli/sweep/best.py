@@ -27,7 +27,7 @@ def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: 
     Raises:
         InputError: no such metric, or no point has it.
     """
-    rows = [(row, point) for point in points for row in _rows(point, folder)]
+    rows = [(row, point) for point in points for row in point_rows(point, folder)]
     if rows and metric not in rows[0][0].metrics:
         raise InputError(f"--best {metric}: unknown metric{did_you_mean(metric, rows[0][0].metrics)}")
     found = list(_valued(metric, rows))
@@ -41,7 +41,7 @@ def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: 
     return f"# best {metric} of {len(points)} points: {value:.4g}, {row.label} of {point.name}\n{note}{snippet}"
 
 
-def _rows(point: Point, folder: Path) -> Iterator[Row]:
+def point_rows(point: Point, folder: Path) -> Iterator[Row]:
     """The point's labels next to its own baseline, which counts only for metrics that need no other."""
     if results := point_results(folder, point):
         for table in compare(results, point.labels[0]):

@@ -9,9 +9,10 @@ from pathlib import Path
 import click
 
 from spdbench.cli.files import write_stdout
-from spdbench.cli.options import FOLDER, PATH, argument, flag, option, takes
+from spdbench.cli.options import FOLDER, OUTPUT, PATH, argument, flag, option, takes
 from spdbench.console import say
 
+CHARTS = ("heat-map", "pareto", "break-even")
 PLACES = {"local": "local", "ray": "on_ray", "slurm": "on_slurm"}
 
 
@@ -23,6 +24,15 @@ class SweepOptions:
     on: str = option("--on", click.Choice(tuple(PLACES)), None, "Where the points run.", "local")
     results: Path | None = option("--results", FOLDER, "DIR", "Where results go. [default: results/NAME of the sweep]")
     dry_run: bool = flag("--dry-run", "Print the commands, one a line, and run nothing.")
+    chart: tuple[str, Path] | None = option(
+        "--chart",
+        (click.Choice(CHARTS), OUTPUT),
+        "CHART FILE",
+        f"Draw {', '.join(CHARTS)} as .svg, .png or .pdf.",
+        nargs=2,
+    )
+    report: Path | None = option("--report", OUTPUT, "FILE", "Write an HTML page: charts, all points, where it pays.")
+    force: bool = flag("--force", "Replace a chart or a page that is there already.")
     best: str | None = option("--best", None, "METRIC", "Print the best point by a metric, such as speedup, as YAML.")
 
 
@@ -39,10 +49,15 @@ def command(options: SweepOptions) -> None:
 def _sweep(options: SweepOptions) -> int:
     """The exit code: 1 if a point failed."""
     from spdbench.cli.sweep.best import best_snippet
+    from spdbench.cli.sweep.drawn import check_output, draw, write_report
     from spdbench.cli.sweep.points import read_sweep
     from spdbench.cli.sweep.progress import failures, open_log
     from spdbench.cli.terminal import sigterm_interrupts
 
+    if options.chart is not None:
+        check_output("--chart", options.chart[1], force=options.force)
+    if options.report is not None:
+        check_output("--report", options.report, force=options.force)
     file, points = read_sweep(options.file)
     folder = options.results or Path("results") / file.name
     if options.dry_run:
@@ -66,4 +81,8 @@ def _sweep(options: SweepOptions) -> int:
         say("Failed points, which the same command tries again:\n  " + "\n  ".join(failed))
     if options.best is not None:
         write_stdout(best_snippet(options.best, file, points, folder))
+    if options.chart is not None:
+        draw(*options.chart, points, folder)
+    if options.report is not None:
+        write_report(options.report, options.file, file.name, points, folder)
     return 1 if failed else 0

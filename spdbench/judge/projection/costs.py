@@ -9,7 +9,7 @@ from typing import NoReturn, Protocol
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.definitions import by_layers
-from spdbench.judge.projection.recorded import Recorded, host_seconds, num_stages, part_seconds, start_seconds
+from spdbench.judge.projection.recorded import Recorded, host_seconds, part_seconds, stage_sigma, start_seconds
 from spdbench.judge.results.table import COLUMN
 from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
 
@@ -44,6 +44,9 @@ class Costs(Protocol):
 
     def start_s(self, result: LoadedResult) -> float: ...
 
+    def sigma(self, result: LoadedResult) -> float:
+        """How the parts' times scatter: the standard deviation of their logarithm."""
+
 
 def refuse(what: str, command: str) -> NoReturn:
     """Raises `InputError` for a cost that no source here knows."""
@@ -66,7 +69,7 @@ class RecordedCosts:
     @property
     def notes(self) -> Sequence[str]:
         head = self._vanilla.head
-        cores, most = head.environment.get("cores"), max(map(num_stages, self.recorded.pipelines))
+        cores, most = head.environment.get("cores"), self.recorded.most_stages
         found = [
             "messages between devices are not in these results: a pipeline's are taken as the time that lanes waited "
             "for messages and the host, and tensor parallelism is omitted; `spdbench profile` measures messages"
@@ -89,12 +92,12 @@ class RecordedCosts:
         return float(total[COLUMN["decode_s"]] / total[COLUMN["decode_tokens"]])
 
     def _head_share(self) -> float:
-        """Of the bytes that a token reads, the head's: the last stage's beyond what its layers have."""
+        """Of the bytes that a token reads, the head's: what lanes read beyond their layers. One has layers alone."""
         for result in self.recorded.pipelines:
             lane_bytes, layers = result.head.backend.lane_bytes, result.head.backend.stage_layers
             if len(lane_bytes) > 1 and by_layers(result.head.backend) is not None:
-                head = lane_bytes[-1] - lane_bytes[0] / layers[0] * layers[-1]
-                return max(0.0, head / sum(lane_bytes))
+                layer = min(num_bytes / count for num_bytes, count in zip(lane_bytes, layers, strict=True) if count)
+                return max(0.0, 1 - layer * sum(layers) / sum(lane_bytes))
         refuse("how much of a token's time is the output head's", self.recorded.remeasure())
 
     def layer_s(self, rows: float) -> float | None:
@@ -123,6 +126,9 @@ class RecordedCosts:
 
     def start_s(self, result: LoadedResult) -> float:
         return start_seconds(result)
+
+    def sigma(self, result: LoadedResult) -> float:
+        return stage_sigma(result)
 
 
 @dataclass(frozen=True)
@@ -200,6 +206,10 @@ class ProfileCosts:
     def start_s(self, result: LoadedResult) -> float:
         """What the results recorded, on a device like this one; a measured profile is of the machine of the results
         unless it says otherwise."""
-        recorded, own = part_seconds(result, "draft"), self.pipeline_draft_s(result, num_stages(result))
+        recorded, own = part_seconds(result, "draft"), self.pipeline_draft_s(result, result.head.backend.num_stages)
         start_s = start_seconds(result)
         return start_s * own / recorded if recorded and own else start_s if own else 0.0
+
+    def sigma(self, result: LoadedResult) -> float:
+        """That of the machine that recorded the result; a computed profile is a bound, whose parts do not scatter."""
+        return stage_sigma(result) if self.profile.origin == "measured" else 0.0

@@ -84,7 +84,9 @@ def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) 
         shared = tensor_parallel_s(costs, layers, count)
         if shared is not None and count > 1:
             found.append(Opponent(f"tensor parallel x{count}", "tensor_parallel", count, 1 / shared))
-    return [*found, *(each for result in recorded.rounds if (each := _rounds(result, recorded, costs)))]
+    for result in recorded.rounds:
+        found += [each for each in (_rounds(result, recorded, costs), _best_chain(result, recorded, costs)) if each]
+    return found
 
 
 def _rounds(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
@@ -102,6 +104,28 @@ def _rounds(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent 
     tokens = sums[:, COLUMN["decode_tokens"]]
     rates = np.stack([tokens, seconds], axis=1)
     return Opponent(backend.label, "draft_verify", 1, float(tokens.sum() / seconds.sum()), ratio_interval(keys, rates))
+
+
+def _best_chain(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
+    """The fastest shorter chain of a method that drafted chains, where one is faster than those it drafted. A round
+    with a chain of d drafts accepts as many as the recorded one did, at most d: so rounds are taken to begin where the
+    recorded ones did."""
+    rounds, runs, found = rounds_of(result), result.runs, []
+    if not all(each.is_chain for each in rounds.values()) or costs.layer_s(2) is None:
+        return None
+    keys = [key for key in runs.answered if rounds[key].num]
+    longest = max((round(rounds[key].levels) for key in keys), default=0)
+    for depth in range(1, longest + 1):
+        round_s = _round_s(result, recorded, costs, depth + 1, depth)
+        if round_s is None:
+            return None
+        tokens = [float(1 + np.minimum(rounds[key].accepted, depth).mean()) * rounds[key].num for key in keys]
+        rates = np.array([[each, rounds[key].num * round_s] for each, key in zip(tokens, keys, strict=True)])
+        rate = float(rates[:, 0].sum() / rates[:, 1].sum())
+        label = f"{result.label}, chain of {depth}"
+        found.append((rate, depth, Opponent(label, "draft_verify", 1, rate, ratio_interval(keys, rates))))
+    best = max(found, key=lambda each: each[0], default=None)
+    return None if best is None or best[1] == longest else best[2]
 
 
 def _round_s(
@@ -175,14 +199,17 @@ def faster_up_to(loads: Sequence[Load], label: str, rival: str) -> int | None:
 
 def frontier(loads: Sequence[Load]) -> list[Load]:
     """Those that no other of as many requests beats in both time a token and device time a token."""
+    found = []
+    for requests in dict.fromkeys(each.requests for each in loads):
+        alike = [each for each in loads if each.requests == requests]
+        best = undominated([(each.token_s, each.device_s_per_token) for each in alike])
+        found += [each for each, kept in zip(alike, best, strict=True) if kept]
+    return found
+
+
+def undominated(costs: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which of these pairs of costs no other pair is below in one and at most equal to in the other."""
     return [
-        each
-        for each in loads
-        if not any(
-            other.requests == each.requests
-            and other.token_s <= each.token_s
-            and other.device_s_per_token <= each.device_s_per_token
-            and (other.token_s, other.device_s_per_token) != (each.token_s, each.device_s_per_token)
-            for other in loads
-        )
+        not any(one <= first and two <= second and (one, two) != (first, second) for one, two in costs)
+        for first, second in costs
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -22,8 +23,16 @@ from spdbench.judge.projection.opponents import (
     token_s,
     under_load,
 )
-from spdbench.judge.projection.recorded import Recorded, num_stages, verdicts, with_acceptance
-from spdbench.judge.projection.simulation import Parts, Stretch, lane_shares, request_seconds
+from spdbench.judge.projection.recorded import Recorded, rows_a_stage, verdicts, with_acceptance
+from spdbench.judge.projection.simulation import (
+    Parts,
+    Scatter,
+    Stretch,
+    lane_shares,
+    lognormal_factors,
+    request_seconds,
+    stretches,
+)
 from spdbench.judge.results.schema import RunKey
 from spdbench.profiles.profile import nearest
 
@@ -34,10 +43,12 @@ ACCEPTANCE_CHANGES = (-0.1, -0.05, 0.05, 0.1)
 
 @dataclass(frozen=True)
 class Setting:
-    """What to project: `stages` as layer counts each, whether the drafter has a device of its own, requests at once."""
+    """What to project: `stages` as layer counts each, whether the drafter has a device of its own, what share of the
+    output head runs there, requests at once."""
 
     stages: tuple[tuple[int, ...], ...]
     own_drafter: bool
+    drafters_head: float = 0.0
     concurrency: int = 1
 
 
@@ -168,7 +179,7 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
     rows, by_load = [], []
     for layers in setting.stages:
         for source in _sources(recorded, len(layers)):
-            parts = make_parts(recorded, costs, source, layers, own_drafter=setting.own_drafter)
+            parts = make_parts(recorded, costs, source, layers, setting)
             rows.append(_row(source, layers, parts, alone))
             by_load.append((rows[-1].label, rows[-1].devices, _seconds_a_token(recorded, costs, source, parts)))
     counts = sorted({row.devices for row in rows} | {row.num_stages for row in rows})
@@ -195,40 +206,50 @@ def _sources(recorded: Recorded, wanted: int) -> list[LoadedResult]:
         by_name.setdefault(result.head.backend.name, []).append(result)
     found = []
     for results in by_name.values():
-        recorded_stages = [num_stages(each) for each in results]
+        recorded_stages = [each.head.backend.num_stages for each in results]
         found.append(results[recorded_stages.index(nearest(recorded_stages, wanted))])
     return found
 
 
 def make_parts(
-    recorded: Recorded, costs: Costs, source: LoadedResult, layers: Sequence[int], *, own_drafter: bool
+    recorded: Recorded, costs: Costs, source: LoadedResult, layers: Sequence[int], setting: Setting
 ) -> Parts:
     """The parts of a pipeline's cycle, each stage on a device of its own.
+
+    A stage in a process of its own looks after each layer whether its token was dropped, and so works on it for half a
+    layer more on average.
+    All parts scatter as the recorded stages did.
 
     Raises:
         InputError: a cost is not known.
     """
-    layer, head = costs.layer_s(1), costs.head_s(1)
+    rows = rows_a_stage(source)
+    layer, head = costs.layer_s(rows), costs.head_s(rows)
     draft = costs.pipeline_draft_s(source, len(layers))
     if layer is None or head is None:
-        refuse("the time of a layer", _profile_command(recorded))
+        several = f" of {rows:.1f} rows, which the branches of {source.label} have" if rows > 1 else ""
+        refuse(f"the time of a layer{several}", _profile_command(recorded))
     if draft is None:
         refuse(f"{source.file}: the time of a draft", f"{recorded.remeasure()}, or {_profile_command(recorded)}")
+    factors = lognormal_factors(costs.sigma(source))
     return Parts(
         stages=tuple(count * layer for count in layers),
         head_s=head,
         draft_s=draft,
         verify_s=costs.verify_s(),
         host_s=costs.host_s(),
-        message_s=costs.message_s(1) or 0.0,
-        devices=(*range(len(layers)), len(layers) if own_drafter else 0),
+        message_s=costs.message_s(rows) or 0.0,
+        devices=(*range(len(layers)), len(layers) if setting.own_drafter else 0),
         start_s=costs.start_s(source),
+        drafters_head=setting.drafters_head,
+        abort_s=layer / 2 if len(layers) > 1 and setting.own_drafter else 0.0,
         late=source.head.backend.name == "ppsd",
+        scatter=Scatter(factors, factors, factors),
     )
 
 
 def _row(source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: float) -> PipelineRow:
-    sequences, stretch = verdicts(source), Stretch(parts)
+    sequences, stretch = verdicts(source, len(layers)), Stretch(parts)
     rate, interval, seconds = replay(stretch, sequences)
     tokens = sum(map(len, sequences.values()))
     cycles = sum(_num_cycles(each, len(layers)) for each in sequences.values())
@@ -236,10 +257,10 @@ def _row(source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: flo
     return PipelineRow(
         label=f"{source.head.backend.name} x{len(layers)}" + ("" if _is_even(layers) else f" ({_shown(layers)})"),
         source=source.file,
-        recorded_stages=num_stages(source),
+        recorded_stages=source.head.backend.num_stages,
         layers=layers,
         devices=len(set(parts.devices)),
-        acceptance=sum(map(sum, sequences.values())) / max(1, tokens),
+        acceptance=sum(map(bool, chain.from_iterable(sequences.values()))) / max(1, tokens),
         tokens_per_s=rate,
         interval=interval,
         speedup=rate * alone,
@@ -254,7 +275,7 @@ def _row(source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: flo
     )
 
 
-def replay(stretch: Stretch, sequences: dict[RunKey, list[bool]]) -> tuple[float, Interval | None, float]:
+def replay(stretch: Stretch, sequences: dict[RunKey, list[int]]) -> tuple[float, Interval | None, float]:
     """Tokens/s, its interval over resampled prompts, and seconds in all."""
     keys = [key for key, sequence in sequences.items() if sequence]
     rates = np.array([[len(sequences[key]), request_seconds(stretch, sequences[key])] for key in keys])
@@ -262,12 +283,12 @@ def replay(stretch: Stretch, sequences: dict[RunKey, list[bool]]) -> tuple[float
     return float(tokens / seconds), ratio_interval(keys, rates), float(seconds)
 
 
-def _num_cycles(sequence: Sequence[bool], num_stages: int) -> int:
-    """METRICS.md: verdicts + (n - 1)(1 + rejections before the last verdict)."""
-    return len(sequence) + (num_stages - 1) * (1 + sum(not each for each in sequence[:-1]))
+def _num_cycles(sequence: Sequence[int], num_stages: int) -> int:
+    """METRICS.md: a verdict takes n cycles after a flush; after an accepted one as many as that one says, usually 1."""
+    return sum(num_stages + cycles for _, cycles, _ in stretches(sequence))
 
 
-def _sensitivities(parts: Parts, sequences: dict[RunKey, list[bool]], alone: float) -> tuple[Sensitivity, ...]:
+def _sensitivities(parts: Parts, sequences: dict[RunKey, list[int]], alone: float) -> tuple[Sensitivity, ...]:
     found = []
     stretch = Stretch(parts)
     for change in ACCEPTANCE_CHANGES:
@@ -283,16 +304,16 @@ def _sensitivities(parts: Parts, sequences: dict[RunKey, list[bool]], alone: flo
 def _seconds_a_token(recorded: Recorded, costs: Costs, source: LoadedResult, parts: Parts) -> Callable[[int], float]:
     """Seconds between two tokens of one request by the number of requests whose tokens share each stage: all parts grow
     as a forward's rows do. No engine of ours batches requests in a pipeline; this is what one would give."""
-    sequences = verdicts(source)
+    sequences, rows = verdicts(source, parts.num_stages), rows_a_stage(source)
 
     def seconds(requests: int) -> float:
-        one, many = (forward_s(costs, recorded.num_layers, rows) or 1.0 for rows in (1, requests))
+        one, many = (forward_s(costs, recorded.num_layers, rows * count) or 1.0 for count in (1, requests))
         grown = replace(
             parts,
             stages=tuple(each * many / one for each in parts.stages),
             head_s=parts.head_s * many / one,
             draft_s=parts.draft_s * many / one,
-            message_s=costs.message_s(requests) or 0.0,
+            message_s=costs.message_s(rows * requests) or 0.0,
         )
         return 1 / replay(Stretch(grown), sequences)[0]
 

@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spdbench.errors import InputError
 from spdbench.judge.comparison.pairing import differences
 from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.stats import SEED
 from spdbench.judge.results.schema import RunKey
 from spdbench.judge.results.table import COLUMN, STEP_COLUMNS
 
 EMITTED, DRAFTED, _, ACCEPTED = range(len(STEP_COLUMNS))
+MIN_STAGES = 2
+"""Of one stage there is no slowest."""
+DRAWS, HALVINGS, LEAST_SIGMA, MAX_SIGMA = 4_096, 20, 1e-3, 1.5
 REMEASURE = "spdbench run {suite} -b vanilla -b spd -m {model} --dtype {dtype}"
 
 
@@ -46,6 +51,11 @@ class Recorded:
         runs = self.first.runs
         sums = runs.total(runs.answered)
         return float((sums[COLUMN["prompt_tokens"]] + sums[COLUMN["new_tokens"]] / 2) / max(1.0, sums[COLUMN["runs"]]))
+
+    @property
+    def most_stages(self) -> int:
+        """Of the pipelines."""
+        return max(each.head.backend.num_stages for each in self.pipelines)
 
     def remeasure(self) -> str:
         """The command that records what these results lack."""
@@ -94,40 +104,88 @@ def _require_steps(result: LoadedResult) -> None:
         raise InputError(f"{result.file}: holds no run with decode steps. Measure again with `spdbench run`.")
 
 
-def num_stages(result: LoadedResult) -> int:
-    """Stages of a pipeline: the lanes that hold layers."""
-    return sum(map(bool, result.head.backend.stage_layers)) or result.head.backend.lanes
+def has_branches(result: LoadedResult) -> bool:
+    """True for a pipeline with more than one draft after a token."""
+    options = result.head.backend.options
+    return (options.get("draft_top_k") or 1) > 1 or bool(options.get("redraft"))
 
 
-def verdicts(result: LoadedResult) -> dict[RunKey, list[bool]]:
-    """For each run of a pipeline: was the draft of each token after the first accepted. A token without a draft counts
-    as a rejection, for it flushes the pipeline too."""
-    found = {}
+def verdicts(result: LoadedResult, num_stages: int | None = None) -> dict[RunKey, list[int]]:
+    """For each run of a pipeline the verdict on the draft of each token after the first: 0 for a rejection, else in how
+    many cycles the next verdict came. That is 1, or more where a branch was accepted that had entered later, but no
+    more than a flush of `num_stages` takes, or of as many as were recorded. A token without a draft counts as rejected,
+    for it flushes the pipeline too."""
+    found, most = {}, num_stages or result.head.backend.num_stages
     for key in result.runs.answered:
         steps = result.runs.steps_of(key)
-        committed = steps[:, steps[EMITTED] > 0][:, 1:]
-        found[key] = (committed[ACCEPTED] > 0).tolist()
+        at = np.flatnonzero(steps[EMITTED] > 0)[1:]
+        gaps = np.minimum(np.diff(at, append=at[-1:] + 1), most)
+        found[key] = np.where(steps[ACCEPTED, at] > 0, gaps, 0).tolist()
     return found
 
 
-def with_acceptance(sequence: Sequence[bool], change: float, rng: np.random.Generator) -> list[bool]:
+def with_acceptance(sequence: Sequence[int], change: float, rng: np.random.Generator) -> list[int]:
     """`sequence` with so much more (or less) of it accepted, in shares of all verdicts as they were drawn."""
     draws = rng.random(len(sequence))
-    rate = sum(sequence) / max(1, len(sequence))
+    rate = sum(map(bool, sequence)) / max(1, len(sequence))
     if change >= 0:
         turned = min(1.0, change / (1 - rate)) if rate < 1 else 0.0
-        return [bool(each or draw < turned) for each, draw in zip(sequence, draws, strict=True)]
+        return [each or int(draw < turned) for each, draw in zip(sequence, draws, strict=True)]
     turned = min(1.0, -change / rate) if rate else 0.0
-    return [bool(each and draw >= turned) for each, draw in zip(sequence, draws, strict=True)]
+    return [each if draw >= turned else 0 for each, draw in zip(sequence, draws, strict=True)]
+
+
+def rows_a_stage(result: LoadedResult) -> float:
+    """Rows that a busy stage of a pipeline works on in a cycle, on average: 1 without branches."""
+    if not has_branches(result):
+        return 1.0
+    runs, layers = result.runs, [count for count in result.head.backend.stage_layers if count]
+    shares = np.cumsum(layers) / sum(layers)  # of the layers, those at work in each cycle after a flush
+    rows = one = 0.0
+    for key in runs.answered:
+        rows += float(runs.sums[runs.row_of[key], COLUMN["forwards"]])
+        since = 0
+        for emitted, accepted in runs.steps_of(key)[[EMITTED, ACCEPTED], 1:].T.tolist():
+            one += shares[min(since, len(layers) - 1)]
+            since = 0 if emitted and not accepted else since + 1
+    return max(1.0, rows / one) if one else 1.0
+
+
+def stage_sigma(result: LoadedResult) -> float:
+    """How the times of a pipeline's stages scatter, as the standard deviation of their logarithm: with it the slowest
+    of the stages takes on average what it took in cycles with all of them at work. 0 where that was not recorded."""
+    total, backend = result.runs.total(result.runs.answered), result.head.backend
+    layer, head = part_seconds(result, "layer"), part_seconds(result, "head") or 0.0
+    if layer is None or not total[COLUMN["cycles"]] or backend.num_stages < MIN_STAGES:
+        return 0.0
+    means = np.array([count * layer for count in backend.stage_layers[: backend.num_stages]])
+    if len(backend.stage_layers) == backend.num_stages:
+        means[-1] += head
+    slowest = total[COLUMN["stage_s"]] / total[COLUMN["cycles"]]
+    draws = np.random.default_rng(SEED).standard_normal((DRAWS, len(means)))
+    low, high = 0.0, MAX_SIGMA
+    for _ in range(HALVINGS):
+        sigma = (low + high) / 2
+        factors = np.exp(sigma * draws)
+        expected = (means * factors / factors.mean(axis=0)).max(axis=1).mean()
+        low, high = (sigma, high) if expected < slowest else (low, sigma)
+    return low if low > LEAST_SIGMA else 0.0
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """One request of a draft-verify method: how many rounds, their mean rows and drafted levels."""
+    """One request of a draft-verify method: how many rounds, their mean rows and drafted levels, and how many drafts
+    each accepted [num]."""
 
     num: int
     rows: float
     levels: float
+    accepted: NDArray[np.integer]
+
+    @property
+    def is_chain(self) -> bool:
+        """True if no round drafted two tokens for one place."""
+        return bool(np.isclose(self.rows, self.levels + 1)) or not self.num
 
 
 def rounds_of(result: LoadedResult) -> dict[RunKey, Rounds]:
@@ -137,7 +195,9 @@ def rounds_of(result: LoadedResult) -> dict[RunKey, Rounds]:
         steps = runs.steps_of(key)[:, 1:]
         num = steps.shape[1]
         forwards = runs.sums[runs.row_of[key], COLUMN["forwards"]]
-        found[key] = Rounds(num, float(forwards) / max(1, num), float(steps[DRAFTED].mean()) if num else 0.0)
+        found[key] = Rounds(
+            num, float(forwards) / max(1, num), float(steps[DRAFTED].mean()) if num else 0.0, steps[ACCEPTED]
+        )
     return found
 
 

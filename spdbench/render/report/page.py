@@ -44,6 +44,14 @@ class Figure(NamedTuple):
     command: str
 
 
+class Numbers(NamedTuple):
+    """A table as `plain.html` shows it."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 class Warned(NamedTuple):
     """A flag, and the labels that it concerns."""
 

@@ -1,16 +1,67 @@
-"""The chart of a projection: speed-up by devices, and a frontier of time against device time under load."""
+"""The chart of a projection: speed-up by devices, and time against device time under load; and its page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spdbench.judge.projection.opponents import Load, frontier
 from spdbench.judge.projection.project import Projection
+from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.columns import harmless
+from spdbench.render.projection import (
+    PIPELINE_COLUMNS,
+    SPEED_COLUMNS,
+    pipeline_rows,
+    sentences,
+    speed_rows,
+    verdict,
+)
 from spdbench.render.report.chart import Chart, Panel, Record, listing, quantity, spec
+from spdbench.render.report.page import Numbers, figure, fill
 from spdbench.render.report.style import Palette
 
 MS = 1e3
-PIPELINE, TENSOR, ONE = "pipeline", "tensor parallel", "one device"
+TENSOR, ONE = "tensor parallel", "one device"
+
+
+def to_html(projection: Projection, title: str, sources: Sequence[EmbeddedFile] | None, command: str) -> str:
+    """The page of a projection; `command` makes it again."""
+    tables = [
+        Numbers("One request", SPEED_COLUMNS, speed_rows(projection)),
+        Numbers("Pipelines", [each.replace("\n", " ") for each in PIPELINE_COLUMNS], pipeline_rows(projection)),
+    ]
+    if projection.loads:
+        tables.append(Numbers("Several requests at once", LOAD_COLUMNS, _load_rows(projection.loads)))
+    return fill(
+        "plain.html",
+        [figure(CHART, projection, f"{command} --chart {CHART.name}.svg")],
+        embed(sources) if sources is not None else "",
+        question="Would it pay there?",
+        title=title,
+        verdicts=[verdict(projection)],
+        tables=tables,
+        notes=sentences(projection),
+        environment=[("a device", projection.device), ("projected from", _files(projection))],
+    )
+
+
+LOAD_COLUMNS = ("", "requests", "devices", "ms a token", "device ms a token", "no better")
+
+
+def _load_rows(loads: Sequence[Load]) -> list[list[str]]:
+    best = frontier(loads)
+    return [
+        [
+            *(each.label, str(each.requests), str(each.devices)),
+            *(f"{MS * seconds:.2f}" for seconds in (each.token_s, each.device_s_per_token)),
+            "*" if each in best else "",
+        ]
+        for each in loads
+    ]
+
+
+def _files(projection: Projection) -> str:
+    return ", ".join(dict.fromkeys(row.source for row in projection.pipelines))
 
 
 def _panels(projection: Projection, palette: Palette) -> list[Panel]:
@@ -21,7 +72,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
     records: list[Record] = [
         {
             "label": harmless(row.label),
-            "kind": PIPELINE,
+            "kind": harmless(row.label.partition(" ")[0]),
             "devices": row.devices,
             "speedup": row.speedup,
             "low": row.speedup_interval[0] if row.speedup_interval else row.speedup,
@@ -55,6 +106,11 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
             {
                 "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.45},
                 "encoding": {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}, "color": look},
+            },
+            {
+                "transform": [{"filter": f"datum.kind !== '{ONE}'"}],
+                "mark": {"type": "line", "strokeWidth": 1.5},
+                "encoding": {"x": x, "y": y, "color": look},
             },
             {
                 "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
@@ -118,7 +174,8 @@ def _describe(records: Sequence[Record]) -> str:
 CHART: Chart[Projection] = Chart(
     "projection",
     "Projected speed-up by devices",
-    "A dot is a way to decode one request; its bar is the 95 % interval over prompts. Below, a line is a way to decode "
+    "A dot is a way to decode one request; its bar is the 95 % interval over prompts, a line the same way on more "
+    "devices. Below, a line is a way to decode "
     "under 1, 2, 4, ... requests at once: further left is faster for each, further down is cheaper.",
     "There is no pipeline to show.",
     _panels,

@@ -17,11 +17,14 @@ from spdbench.judge.projection.project import Setting, even_layers, make_parts, 
 from spdbench.judge.projection.recorded import (
     Recorded,
     rounds_of,
+    rows_a_stage,
     sort_results,
+    stage_sigma,
     start_seconds,
     verdicts,
     with_acceptance,
 )
+from spdbench.judge.results.lanes import FullCycles, PartTime, PartTimes
 from tests.builders import (
     MS,
     ORACLE,
@@ -29,10 +32,13 @@ from tests.builders import (
     make_backend,
     make_result,
     make_run,
+    make_steps,
     pipeline_steps,
     vanilla_steps,
 )
 from tests.unit.judge.projection.projected import (
+    BUSY,
+    PARTS,
     VERDICTS,
     eagle_result,
     make_profile,
@@ -105,20 +111,30 @@ def test_without_a_profile_vanillas_token_is_split_by_bytes(recorded: Recorded) 
     assert costs.layer_s(1) == pytest.approx(0.003)
     assert costs.layer_s(2) is None
     assert costs.message_s(1) is None
-    parts = make_parts(recorded, costs, pipeline(), (10, 10, 10), own_drafter=True)
+    parts = make_parts(recorded, costs, pipeline(), (10, 10, 10), setting())
     assert parts.stages == pytest.approx((0.03, 0.03, 0.03))
     assert (parts.draft_s, parts.verify_s) == pytest.approx((0.002, 0.0001))
     assert parts.devices == (0, 1, 2, 3)
+    assert parts.abort_s == pytest.approx(0.0015)
 
 
 def test_the_drafter_shares_the_first_stages_device_where_asked(recorded: Recorded) -> None:
-    parts = make_parts(recorded, RecordedCosts(recorded), pipeline(), (15, 15), own_drafter=False)
-    assert parts.devices == (0, 1, 0)
+    shared = replace(setting(), own_drafter=False)
+    parts = make_parts(recorded, RecordedCosts(recorded), pipeline(), (15, 15), shared)
+    assert (parts.devices, parts.abort_s) == ((0, 1, 0), 0.0)
+
+
+def test_a_part_of_the_head_runs_next_to_the_drafter_where_asked(recorded: Recorded) -> None:
+    costs, rows = ProfileCosts(make_profile(), recorded), {}
+    for share in (0.0, 0.5, 1.0):
+        row = project(recorded, costs, replace(setting(3), drafters_head=share)).pipelines[0]
+        rows[share] = row.slowest_stage_s
+    assert rows == pytest.approx({0.0: 0.015, 0.5: 0.0125, 1.0: 0.01})
 
 
 def test_a_synthetic_drafter_takes_no_time(recorded: Recorded) -> None:
     synthetic = pipeline(parts=None, drafter=ORACLE)
-    assert make_parts(recorded, RecordedCosts(recorded), synthetic, (15, 15), own_drafter=True).draft_s == 0.0
+    assert make_parts(recorded, RecordedCosts(recorded), synthetic, (15, 15), setting()).draft_s == 0.0
 
 
 def test_a_projection_has_a_row_for_each_number_of_stages_and_each_opponent(recorded: Recorded) -> None:
@@ -212,6 +228,83 @@ def test_a_profile_of_requests_at_once_gives_loads_and_a_breakeven(recorded: Rec
         ("spd x3", "vanilla"),
         ("spd x3", "tensor parallel x4"),
     }
+
+
+def test_a_shorter_chain_is_an_opponent_where_it_is_faster(recorded: Recorded) -> None:
+    """Rounds accepted 2, 1 and 0 of two drafts each; with a second level as dear as a forward, one draft is better."""
+    profile = make_profile()
+    slow = profile.model_copy(
+        update={"seconds": profile.seconds | {"draft drafter=b method=eagle3 tree=chain levels=2": 3e-2}}
+    )
+    found = project(recorded, ProfileCosts(slow, recorded), setting(2))
+    best = next(each for each in found.opponents if each.label == "eagle, chain of 1")
+    assert best.tokens_per_s == pytest.approx(5 / 3 / (30 * 1.01e-3 + 5e-3 + 4e-3))
+    assert best.tokens_per_s > next(each for each in found.opponents if each.label == "eagle").tokens_per_s
+    assert best.interval is not None
+    known = {each.label for each in project(recorded, ProfileCosts(profile, recorded), setting(2)).opponents}
+    assert "eagle, chain of 1" not in known  # two drafts are better there
+
+
+# Branches
+
+
+def branched(num_stages: int = 3) -> LoadedResult:
+    """One request: two drafts accepted whose branches entered two cycles late, one rejected, one accepted; two rows a
+    stage."""
+    late = [(1, 1), (0, 0), (0, 0), (1, 1), (0, 0), (0, 0), (1, 0), (0, 0), (0, 0), (1, 1)]
+    emitted, accepted = zip((1, 0), (0, 0), (0, 0), *late, strict=True)
+    forwards = [1.0, *(2 * min(1.0, (each + 1) / 3) for each in [0, 1, *range(2, 9), 0, 1, 2])]
+    steps = make_steps(emitted, drafted=emitted, judged=emitted, accepted=accepted, forwards=forwards, step_ns=MS)
+    result = pipeline_result(num_stages)
+    backend = result.backend.model_copy(update={"options": {"draft_top_k": 2, "redraft": True}})
+    return load(
+        result.model_copy(update={"backend": backend, "runs": [make_run(steps, bubble=BUSY, parts=PARTS)]}), "b.json"
+    )
+
+
+def test_an_accepted_branch_that_entered_late_delays_the_next_verdict() -> None:
+    assert list(verdicts(branched()).values()) == [[3, 3, 0, 1]]
+    assert list(verdicts(branched(), 2).values()) == [[2, 2, 0, 1]]
+
+
+def test_branches_take_the_time_of_their_rows() -> None:
+    assert rows_a_stage(pipeline()) == 1.0
+    assert rows_a_stage(branched()) == pytest.approx(2.0)
+    recorded = sort_results([vanilla(), branched()])
+    profile = ProfileCosts(make_profile(), recorded)
+    assert make_parts(recorded, profile, branched(), (15, 15), setting()).stages[0] == pytest.approx(15 * 1.01e-3)
+    with pytest.raises(InputError, match=r"of 2\.0 rows, which the branches of spd have.*spdbench profile"):
+        project(recorded, RecordedCosts(recorded), setting(2))
+
+
+# Scatter
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5])
+def test_the_recorded_scatter_is_found_by_the_slowest_of_the_stages(sigma: float) -> None:
+    layer, head, num = 1e-3, 2e-3, 4_000
+    rng = np.random.default_rng(1)
+    factors = np.exp(sigma * rng.standard_normal((num, 3)) - sigma**2 / 2)
+    slowest = float((factors * [0.01, 0.01, 0.012]).max(axis=1).sum())
+    parts = PartTimes(layer=PartTime(num=300, s=300 * layer), head=PartTime(num=10, s=10 * head))
+    cycles = FullCycles(num=num, stage_s=slowest, wall_s=2 * slowest)
+    result = pipeline_result(parts=parts)
+    runs = [run.model_copy(update={"full_cycles": cycles if at == 0 else None}) for at, run in enumerate(result.runs)]
+    found = stage_sigma(load(result.model_copy(update={"runs": runs}), "spd.json"))
+    assert found == pytest.approx(sigma, abs=0.03)
+
+
+def test_a_projection_scatters_as_the_recorded_stages_did_unless_it_is_computed(recorded: Recorded) -> None:
+    result = pipeline_result()
+    cycles = FullCycles(num=100, stage_s=100 * 0.016, wall_s=2.0)
+    runs = [run.model_copy(update={"full_cycles": cycles}) for run in result.runs]
+    scattered = sort_results([vanilla(), load(result.model_copy(update={"runs": runs}), "spd.json")])
+    measured, computed = make_profile(), make_profile().model_copy(update={"origin": "computed"})
+    rates = [
+        project(results, ProfileCosts(profile, results), setting(3)).pipelines[0].tokens_per_s
+        for results, profile in ((scattered, measured), (scattered, computed), (recorded, measured))
+    ]
+    assert rates[0] < rates[1] == pytest.approx(rates[2])
 
 
 # Refusals
