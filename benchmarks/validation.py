@@ -13,6 +13,7 @@ Output: `docs/validation.md` on stdout, with the worst error of each regime. Tak
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -64,6 +65,7 @@ IN_PROCESSES: dict[str, tuple[int, dict[str, str]]] = {
     "3 stages": (3, {}),
     "5 stages": (5, {}),
 }
+PROFILE, SLEEPING = "profile.json", "sleeping.json"
 LIMIT, NEW_TOKENS, REPEATS = 6, 32, 2
 ROOT = Path(__file__).parents[1]
 
@@ -77,8 +79,10 @@ def main() -> None:
     if not words.published:
         with tempfile.TemporaryDirectory() as name:
             folder = words.results or Path(name)
-            if not (folder / "profile.json").exists():
+            if not (folder / PROFILE).exists():
                 measure(folder)
+            if not (folder / SLEEPING).exists():
+                measure_sleeping(folder)
             parts = [*here(folder), *parts]
     print("\n".join([*heading(), *parts]))
 
@@ -93,7 +97,7 @@ def heading() -> Iterator[str]:
 def measure(folder: Path) -> None:
     """A profile of this machine, then all pipelines and vanilla in one run, prompt by prompt in turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    spdbench("profile", "-o", str(folder / "profile.json"))
+    spdbench("profile", "-o", str(folder / PROFILE))
     words = ["-b", "vanilla"]
     for stages, drafter in STAGES.items():
         words += _pipeline(f"inline{stages}", drafter, {"stages": str(stages), "executor": "inline"})
@@ -119,7 +123,7 @@ def here(folder: Path) -> Iterator[str]:
     """What was measured on this machine."""
     results = read_results(sorted(folder.glob("*__*.json")))
     by_label = {each.label: each for each in results}
-    head, profile = results[0].head, read_profile(folder / "profile.json")
+    head, profile = results[0].head, read_profile(folder / PROFILE)
     cores, cpu = int(head.environment.get("cores") or 1), head.environment.get("cpu")
     yield ""
     yield f"Machine: {cpu}, {cores} cores; {head.model.id} in {head.model.dtype}, greedy, {head.suite.num_prompts}"
@@ -136,8 +140,8 @@ def here(folder: Path) -> Iterator[str]:
         "tokens/s", [in_processes(*each, cores, profile) for each in zip(IN_PROCESSES, pipelines, strict=True)]
     )
     yield ""
-    yield "The same from what every result holds, as `spdbench project` reads it: the means of the parts, and one scatter"
-    yield "for all of them, by which the slowest stage took what it took on average."
+    yield "The same from what every result holds, as `spdbench project` reads it: the means of the parts, and one"
+    yield "scatter for all of them, by which the slowest stage took what it took on average."
     yield from table("tokens/s", [without_spans(*each) for each in zip(IN_PROCESSES, pipelines, strict=True)])
     yield ""
     yield "## Stages in processes that mostly sleep"
@@ -145,7 +149,7 @@ def here(folder: Path) -> Iterator[str]:
     yield "The same engine, with layers and drafts that sleep several times as long as they compute, so that every"
     yield "stage has a core when it needs one, whatever their number: the check of the simulated schedule by itself."
     yield f"Layers sleep {1e3 * LAYER_S:.0f} ms each, drafts {1e3 * DRAFT_S:.0f} ms."
-    yield from table("tokens/s", list(sleeping(profile)))
+    yield from table("tokens/s", list(sleeping(folder, profile)))
     yield ""
     yield "## Stages stepped in one process"
     yield ""
@@ -241,37 +245,54 @@ def without_spans(name: str, result: LoadedResult) -> Compared:
     return compared(f"{name}, {_drafter(result)}", result, parts)
 
 
-def sleeping(profile: Profile) -> Iterator[Compared]:
-    """Pipelines in processes whose parts mostly sleep."""
+class Slept(NamedTuple):
+    """Requests to a pipeline that mostly sleeps: layers by stage, seconds of decoding in all; verdicts, spans."""
+
+    counts: list[int]
+    seconds: float
+    verdicts: list[list[int]]
+    traced: list[Traced]
+
+
+def measure_sleeping(folder: Path) -> None:
+    """Pipelines in processes whose parts mostly sleep, into `sleeping.json`."""
     target = load_target("smollm2", "bfloat16", "cpu")
-    ids = prompt_ids(target)
+    requests = [
+        GenerationRequest(tuple(each), (), NEW_TOKENS, Sampling(), 0, frozenset())
+        for each in prompt_ids(target).values()
+    ]
+    found = []
     for stages in SLEEPING_STAGES:
         backend = sleeping_pipeline(target, stages, SLEEPING_DRAFTER, LAYER_S, DRAFT_S)
         try:
-            requests = [
-                GenerationRequest(tuple(each), (), NEW_TOKENS, Sampling(), 0, frozenset()) for each in ids.values()
-            ]
-            yield _sleeping(backend, requests, profile)
+            found.append(_measure_sleeping(backend, requests))
         finally:
             backend.close()
+    (folder / SLEEPING).write_text(json.dumps(found))
 
 
-def _sleeping(backend: SleepingSPD, requests: Sequence[GenerationRequest], profile: Profile) -> Compared:
-    counts = backend.describe().stage_layers
-    seconds, sequences, traced = 0.0, [], []
+def _measure_sleeping(backend: SleepingSPD, requests: Sequence[GenerationRequest]) -> Slept:
+    found = Slept(list(backend.describe().stage_layers), 0.0, [], [])
     for request in requests:
         backend.prepare(request)
         measured = measure_request(backend, request)
         first_ns, last_ns = (measured.start_ns + measured.steps.t_ns[at] for at in (0, -1))
-        traced.append(Traced(backend.spans(), first_ns, last_ns))
+        found.traced.append(Traced(backend.spans(), first_ns, last_ns))
         columns = list(zip(measured.steps.emitted, measured.steps.accepted, strict=True))[1:]
-        sequences.append([int(accepted > 0) for new, accepted in columns if new])
-        seconds += (last_ns - first_ns) / 1e9
-    parts = parts_of(traced, counts, profile)
-    stretch, tokens = Stretch(parts), sum(map(len, sequences))
-    rate = tokens / sum(request_seconds(stretch, each) for each in sequences)
-    remark = f"stages of {1e3 * parts.slowest_s:.0f} ms, drafts of {1e3 * parts.draft_s:.0f} ms"
-    return Compared(f"{len(counts)} stages", tokens / seconds, rate, remark)
+        found.verdicts.append([int(accepted > 0) for new, accepted in columns if new])
+        found = found._replace(seconds=found.seconds + (last_ns - first_ns) / 1e9)
+    return found
+
+
+def sleeping(folder: Path, profile: Profile) -> Iterator[Compared]:
+    for row in json.loads((folder / SLEEPING).read_text()):
+        found = Slept(*row)
+        traced = [Traced([Span(*span) for span in spans], *window) for spans, *window in found.traced]
+        parts = parts_of(traced, found.counts, profile)
+        stretch, tokens = Stretch(parts), sum(map(len, found.verdicts))
+        rate = tokens / sum(request_seconds(stretch, each) for each in found.verdicts)
+        remark = f"stages of {1e3 * parts.slowest_s:.0f} ms, drafts of {1e3 * parts.draft_s:.0f} ms"
+        yield Compared(f"{len(found.counts)} stages", tokens / found.seconds, rate, remark)
 
 
 def inline(vanilla: LoadedResult, result: LoadedResult, results: Sequence[LoadedResult], profile: Profile) -> Compared:

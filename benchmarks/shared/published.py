@@ -153,12 +153,12 @@ def published() -> Iterator[str]:
     fill, _ = SIXTEEN.fill_and_verdict_ms
     yield ""
     yield f"With 16 stages a cycle takes {fill:.1f} ms although neither a stage nor a draft takes 3, and a verdict"
-    yield "adds three times as much as with 8. No stage is slower than the others: 32 layers make 16 equal stages, and"
-    yield "the head is elsewhere. What grows with n is what rank 0 does for each stage: it sends every rank its orders and"
-    yield "receives every rank's hidden states, one message each, and 17 ranks do not fit two nodes of 8 GPUs (their"
-    yield "script for 9 ranks has two already). So the second projection adds a time by the number of stages: what 4 and 8"
-    yield f"took beyond their slowest part, {_added_ms(8):.2f} ms with 8, on a line to {_added_ms(16):.2f} with 16; and"
-    yield "it takes the verdict from the same two rows. No figure of 16 stages, of 9B or of the other training is used."
+    yield "adds three times as much as with 8. No stage is slower than the others: 32 layers make 16 equal stages,"
+    yield "and the head is elsewhere. What grows with n is what rank 0 does for each stage: it sends every rank its"
+    yield "orders and receives every rank's hidden states, one message each; and 17 ranks do not fit two nodes of 8"
+    yield "GPUs, which their script for 9 ranks has. So the second projection adds a time by the number of stages: what"
+    yield f"4 and 8 took beyond their slowest part, {_added_ms(8):.2f} ms with 8, on a line to {_added_ms(16):.2f} with"
+    yield "16. The verdict is that of the same two rows. No figure of 16 stages, of 9B or of another training is used."
     yield from table("speed-up", [_by_suites(row) for row in (*ROWS, *OTHER_TRAINING)])
     yield ""
     yield "The last four rows are heads of another training. What is left with 16 stages is the longer verdict, behind"
