@@ -44,7 +44,7 @@ class TargetTensors(Mapping[str, Tensor]):
             tensor = file.tensors.get(name)
             if tensor is None:
                 raise file.error(f"tensor {name} is missing")
-            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in FLOATS:
+            if not is_plain(tensor):
                 raise file.error(f"tensor {name} is {_kind(tensor)}; only unquantised weights are supported")
             if tuple(tensor.shape) != shape:
                 raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
@@ -75,6 +75,11 @@ class TargetTensors(Mapping[str, Tensor]):
     def head(self, name: str, vocabulary: DraftVocabulary) -> Linear:
         """The drafter's own rows of the output head, or the target's rows of the draft vocabulary."""
         return linear(self[name]) if name in self else target_head(self._target, vocabulary)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """True for a dense tensor of unquantised numbers."""
+    return tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in FLOATS
 
 
 def _kind(tensor: Tensor) -> str:

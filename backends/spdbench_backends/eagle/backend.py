@@ -114,7 +114,7 @@ class Eagle(DraftVerify):
 
     def _report_foreign(self, file: EagleFile) -> None:
         """Reports on stderr that a head fits in shape only."""
-        from spdbench_backends.eagle.build import foreign_target
+        from spdbench_backends.eagle.belonging import foreign_target
 
         target = self._context.target
         if reason := foreign_target(file, target.own_decoder, target.files.id, target.files.sha256):

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from torch.nn import functional
-
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.checkpoints.config import ROPE_TYPES, ModelConfig
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape, dense_layer, geometry_of
@@ -31,6 +29,7 @@ from spdbench_backends.drafter_files.tensors import (
     random_tensors,
     require_target,
 )
+from spdbench_backends.eagle.belonging import without_padding
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile
 from spdbench_backends.eagle.head import EagleWeights
 
@@ -40,8 +39,6 @@ NormOutput = Literal["auto", "feed", "ignore"]
 QUERY, KEY = "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight"
 QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 GATE = "layers.0.mlp.gate_proj.weight"
-ALIKE = 0.9
-"""Cosine of two embeddings of one model, or of models trained from it; those of two models have one near 0."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ def build_eagle(
         InputError: made for another hidden size, vocabulary or family; a tensor is unknown, missing or misshapen; a
             convention is ambiguous and not given.
     """
+    file = without_padding(file, target)
     config, base, eagle3, sizes = file.config, target.config, file.is_eagle3, sizes_of(file)
     wide = config.target_hidden_size if eagle3 else None
     size = ("the hidden size of fc.weight", sizes.width) if wide is None else ("config.target_hidden_size", wide)
@@ -150,27 +148,6 @@ def _draft_vocabulary(file: EagleFile, target: Decoder) -> tuple[EagleFile, Draf
             size = len(ids) if size == len(padded) else size
         file = replace(file, tensors=tensors)
     return file, draft_vocabulary(file, ids, target, size=size, source=source)
-
-
-def foreign_target(file: EagleFile, target: Decoder, identity: str, sha256: str) -> str | None:
-    """Why a head that fits `target` in shape seems to be made for another model; None where nothing says so.
-
-    Heads carry the embedding of the model that they were trained for, so it says more than names, which differ for one
-    model. A model that was trained further keeps nearly the same embedding.
-    """
-    own_VM, of_target_VM, config = file.tensors.get("embed_tokens.weight"), target.embeddings_VM, file.config
-    if own_VM is not None and of_target_VM is not None and own_VM.shape == of_target_VM.shape:
-        some = slice(None, None, max(1, len(own_VM) // 1000))
-        own, expected = (table_VM[some].float().cpu().flatten() for table_VM in (own_VM, of_target_VM))
-        alike = float(functional.cosine_similarity(own, expected, dim=0))
-        return None if alike >= ALIKE else f"its embedding is not that of {identity} (cosine {alike:.2f})"
-    if config.target_sha256 is not None:
-        of = config.target_id or "an unnamed model"
-        return None if config.target_sha256 == sha256 else f"its config names other weights as its target's, of {of}"
-    stated = (config.target_id or identity).rstrip("/").rpartition("/")[2]
-    if stated.lower() == identity.rpartition("/")[2].lower():
-        return None
-    return f"its config says that it was trained for {config.target_id}, and the model here is {identity}"
 
 
 def _expected(sizes: Sizes, eagle3: bool, base: ModelConfig) -> ExpectedTensors:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench_backends.eagle.build import build_eagle, default_aux, foreign_target, random_eagle
+from spdbench_backends.eagle.belonging import foreign_target
+from spdbench_backends.eagle.build import build_eagle, default_aux, random_eagle
 from spdbench_backends.eagle.formats import EagleFile, Layout, read_eagle, write_eagle
 from spdbench_backends.eagle.head import EagleModule, EagleWeights
 from tests import tiny
@@ -229,6 +230,53 @@ def test_a_head_that_fits_in_shape_only_is_noticed(decoder: Decoder, tmp_path: P
         folder = eagle_files.specforge(tmp_path / str(stated).replace("/", " "))
         altered(folder, target_model_name_or_path=stated)
         assert expected in str(asked(folder)) if expected else asked(folder) is None
+
+
+def padded(rows: Tensor, how: str, count: int = 26) -> Tensor:
+    """An embedding with further rows: zeros, one vector in all of them, or numbers as they were drawn."""
+    drawn = torch.randn(count, rows.shape[1], generator=torch.Generator().manual_seed(9)).to(rows.dtype)
+    return torch.cat((rows, {"zeros": 0 * drawn, "mean": rows.mean(0).expand_as(drawn), "drawn": drawn}[how]))
+
+
+@pytest.mark.parametrize("how", ["zeros", "mean", "drawn"])
+def test_padded_rows_are_cut_off(decoder: Decoder, tmp_path: Path, how: str) -> None:
+    own = decoder.embeddings_VM
+    assert own is not None
+    drawn = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
+    table = own if how == "drawn" else drawn  # rows as drawn are padding only behind the target's own embedding
+    plain = altered(eagle_files.specforge(tmp_path / "plain"), put("embed_tokens.weight", table.clone()))
+    wide = eagle_files.specforge(tmp_path / "wide")
+    altered(wide, put("embed_tokens.weight", padded(table, how)), vocab_size=VOCAB + 26)
+    weights = build(decoder, wide)
+    assert torch.equal(weights.embeddings, table.to(weights.dtype))
+    assert torch.equal(drafts(weights), drafts(build(decoder, plain)))
+    noted = foreign_target(read_eagle(wide), decoder, "somebody/tiny-llama", "a" * 64)
+    assert (noted is None) is (how == "drawn")
+
+
+def test_a_padded_head_of_the_whole_vocabulary_loses_the_same_rows(decoder: Decoder, tmp_path: Path) -> None:
+    table = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(5))
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        for name in ("d2t", "t2d"):
+            del tensors[name]
+        tensors["embed_tokens.weight"] = tensors["lm_head.weight"] = padded(table, "zeros")
+
+    folder = eagle_files.specforge(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    widen(tensors)
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    weights = build(decoder, altered(folder, None, vocab_size=VOCAB + 26, draft_vocab_size=VOCAB + 26))
+    assert weights.vocabulary.size == VOCAB
+    assert torch.equal(weights.head.plain(), table)
+
+
+@pytest.mark.parametrize("count", [1, 26])
+def test_more_rows_than_tokens_that_are_no_padding_are_refused(decoder: Decoder, tmp_path: Path, count: int) -> None:
+    table = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(5))
+    folder = altered(eagle_files.specforge(tmp_path), put("embed_tokens.weight", padded(table, "drawn", count)))
+    with pytest.raises(InputError, match=rf"has {VOCAB + count} rows, .* {VOCAB} tokens. .* no padding: .*cosine"):
+        build(decoder, folder)
 
 
 def test_an_empty_list_of_auxiliary_layers_means_the_usual_ones(decoder: Decoder, tmp_path: Path) -> None:
