@@ -519,7 +519,8 @@ def test_sentences() -> None:
     assert sentence_of(outcome="no interval", interval=None) == "eagle: 1.24x over one prompt, which shows no interval"
     own = OwnDevices(1.05, 2, is_bound=False)
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
-        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device; with one each about 1.05x (estimate)"
+        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device; with one each about 1.05x "
+        "(estimate)"
     )
     baseline = {"outcome": "baseline", "speedup": None, "interval": None}
     assert sentence_of(**baseline) == "eagle: 60.0 tok/s, the baseline"
