@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("spdbench", "backends", "suites", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+SOURCES = ("spdbench", "backends", "suites", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "THIRD_PARTY.md")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_wheel_holds_suites_schema_and_licence(wheel: Path) -> None:
     assert {"spdbench/judge/result.schema.json", "spdbench/py.typed", "spdbench_backends/py.typed"} <= set(names)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert any(name.endswith("/licenses/NOTICE") for name in names)
+    assert any(name.endswith("/licenses/THIRD_PARTY.md") for name in names)
 
 
 def test_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:

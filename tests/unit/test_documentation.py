@@ -72,3 +72,12 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
     assert not [
         phrase for phrase in quoted if not re.search(re.escape(phrase).replace(re.escape("..."), r"\{\w+\}"), code)
     ]
+
+
+def test_third_party_notices_name_every_package_that_is_depended_on() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = {None: project["dependencies"], **project["optional-dependencies"]}
+    del asked["dev"]  # what only developers install
+    packages = {re.split(r"[<>=!~\[]", word)[0] for words in asked.values() for word in words}
+    text = (ROOT / "THIRD_PARTY.md").read_text("utf-8")
+    assert not [package for package in packages if f"| {package} |" not in text]
