@@ -148,6 +148,7 @@ def test_the_pages_examples_run_as_they_stand(tmp_path: Path) -> None:
 
 def test_a_type_checker_knows_the_interface(tmp_path: Path) -> None:
     """With the project's settings and cache, so that torch is not checked once more."""
+    pytest.importorskip("mypy")
     good, bad = tmp_path / "good.py", tmp_path / "bad.py"
     good.write_text("\n".join(examples()), "utf-8")
     bad.write_text("import spdbench\nspdbench.run('quick', limt=2)\nspdbench.load(3)[0].label + 1\n", "utf-8")
