@@ -42,6 +42,8 @@ SHAPES = frozenset(
 """Keys that only repeat the shapes of tensors, which loading compares with the config."""
 NO_ARITHMETIC = frozenset(["tensor_data_layout", "context_length", "nextn_predict_layers"])
 """Keys that change nothing that is computed."""
+REQUIRED = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.head_count": "num_attention_heads"}
+"""Keys that no tensor's shape tells of and for which transformers has defaults, with their names in a config."""
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = re.compile(r"blk\.(\d+)\.")
 
@@ -66,7 +68,7 @@ class GGUFFile:
         only where the numbers of elements differ. `used_keys` are the keys that made the `config`.
 
         Raises:
-            InputError: names the first tensor or key that was not used.
+            InputError: names the first tensor or key that was not used, or that is missing.
         """
         extra = {name for name in self.tensors if name not in parameters} - {ROPE_FACTORS}
         blocks = self.values["block_count"] - self.values.get("nextn_predict_layers", 0)
@@ -80,7 +82,12 @@ class GGUFFile:
                 f"{len(extra)} tensors have no place in the converted model, e.g. {names[0]}, so that it would compute "
                 "something else"
             )
+        for key, name in REQUIRED.items():
+            if key not in self.values and getattr(config, name, None) is not None:
+                raise self.error(f"{self.architecture}.{key} is missing")
         for key, value in self.values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise self.error(f"{self.architecture}.{key} is {value}, expected a finite number")
             if key not in used_keys and not self._is_harmless(key, value, config):
                 raise self.error(f"{self.architecture}.{key} is {value!r}, which the conversion cannot apply")
 
@@ -98,8 +105,12 @@ class GGUFFile:
             return value is True
         if key == "attention.scale":  # here 1 is no absence of a scale: it takes the place of 1 / sqrt(head_dim)
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            return value == 0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-5)
-        if key == "attention.sliding_window" and value >= self.values.get("context_length", 0):
+            return isinstance(value, int | float) and (value == 0 or math.isclose(value, head_dim**-0.5, rel_tol=1e-5))
+        if (
+            key == "attention.sliding_window"
+            and isinstance(value, int)
+            and value >= self.values.get("context_length", math.inf)
+        ):
             return True
         known = getattr(config, key.removeprefix("attention."), None)
         return bool(value == (1 if key.endswith(("scale", "factor")) else 0) or (known is not None and known == value))
@@ -112,15 +123,18 @@ class GGUFFile:
         """
         prefix = "rope.scaling."
         stated = {key.removeprefix(prefix): value for key, value in self.values.items() if key.startswith(prefix)}
-        kind, factor, original = (stated.get(key) for key in ("type", "factor", "original_context_length"))
+        factor, original = (stated.get(key) for key in ("factor", "original_context_length"))
+        kind = stated.get("type", "linear")  # as in llama.cpp, where a factor may stand alone
         known = {"type", "factor", "original_context_length", "finetuned"}
         if all(key in known or (key == "attn_factor" and value == 1) for key, value in stated.items()):
-            if kind in (None, "none") or (kind == "linear" and factor in (None, 0, 1)):
+            if kind == "none" or (kind == "linear" and factor in (None, 0, 1)):
                 return None
-            if kind == "linear" and factor:
-                return {"rope_type": kind, "factor": float(factor)}
-            if kind == "yarn" and factor and original:
-                return {"rope_type": kind, "factor": float(factor), "original_max_position_embeddings": int(original)}
+            if isinstance(factor, int | float) and factor > 0:
+                found = {"rope_type": kind, "factor": float(factor)}
+                if kind == "linear":
+                    return found
+                if kind == "yarn" and isinstance(original, int) and original > 0:
+                    return {**found, "original_max_position_embeddings": original}
         raise self.error(f"it scales rotary positions in a way that the conversion cannot apply ({stated})")
 
     def error(self, reason: str) -> InputError:

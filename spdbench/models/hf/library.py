@@ -257,8 +257,8 @@ def convert_gguf(file: Path, out: Path) -> None:
     family = next((name for name in (header.architecture, config.model_type) if name in GGUF_CONFIG_MAPPING), None)
     keys = set(GGUF_CONFIG_MAPPING[family]) - {"rope.dimension_count"} if family else set(header.values)
     header.refuse_unused(parameter_names(header.architecture, config.num_hidden_layers, state), total, keys, config)
-    if len(header.end_ids) > 1:
-        config.eos_token_id = model.generation_config.eos_token_id = list(header.end_ids)
+    if len(header.end_ids) != 1:  # without any, the architecture's default would be a token of another vocabulary
+        config.eos_token_id = model.generation_config.eos_token_id = list(header.end_ids) or None
     with quiet():
         # The weights are plain floats now; transformers refuses to save a model that it considers quantised.
         model.is_quantized, model.hf_quantizer = False, None
@@ -278,14 +278,14 @@ def _factors_as_llama3(header: GGUFFile, config: Any) -> dict[str, Any] | None:
     if factors is None or set(factors) == {1.0}:
         return None
     head_dim, theta = 2 * len(factors), config.rope_parameters.get("rope_theta", 1e4)
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(round(max(factors))),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, OverflowError):  # also of factors that are not finite
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(round(max(factors))),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
         found, _ = scaled_frequencies({"rope_theta": theta, **scaling}, head_dim, 8192)
         if torch.allclose(found, plain_frequencies(theta, head_dim) / torch.tensor(factors), rtol=1e-4):
             return scaling

@@ -184,6 +184,46 @@ def test_keys_that_change_nothing_are_accepted(tmp_path: Path) -> None:
     assert find_model(str(write_gguf(tmp_path / "plain.gguf", about=about))).directory.is_dir()
 
 
+def without_key(key: str) -> Callable[[GGUFWriter], None]:
+    return lambda writer: writer.kv_data[0].pop(key) and None
+
+
+@pytest.mark.parametrize("key", ["attention.layer_norm_rms_epsilon", "attention.head_count"])
+def test_a_key_for_which_there_is_only_a_default_is_missed(tmp_path: Path, key: str) -> None:
+    file = write_gguf(tmp_path / "less.gguf", about=without_key(f"llama.{key}"))
+    with pytest.raises(InputError, match=f"less.gguf: (llama.{key} is missing|cannot be converted)"):
+        find_model(str(file))
+
+
+def test_a_window_is_refused_where_no_context_length_says_that_it_is_wide(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        without_key("llama.context_length")(writer)
+        writer.add_sliding_window(2)
+
+    with pytest.raises(InputError, match=r"sliding_window is 2, which the conversion cannot apply"):
+        find_model(str(write_gguf(tmp_path / "window.gguf", about=about)))
+
+
+def test_a_number_that_is_none_is_named(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["llama.attention.layer_norm_rms_epsilon"].value = float("nan")
+
+    with pytest.raises(InputError, match=r"layer_norm_rms_epsilon is nan, expected a finite number"):
+        find_model(str(write_gguf(tmp_path / "nan.gguf", about=about)))
+
+
+@pytest.mark.parametrize("key", ["attention.sliding_window", "attention.scale", "rope.scaling.factor"])
+def test_text_in_place_of_a_number_is_refused(tmp_path: Path, key: str) -> None:
+    file = write_gguf(tmp_path / "text.gguf", about=lambda writer: writer.add_string(f"llama.{key}", "x"))
+    with pytest.raises(InputError, match="cannot apply"):
+        find_model(str(file))
+
+
+def test_no_token_ends_answers_where_the_file_names_none(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "endless.gguf", about=without_key("tokenizer.ggml.eos_token_id"))
+    assert convert(file).config.eos_ids == set()
+
+
 def library_scaling(name: str) -> Any:
     from gguf import RopeScalingType
 
@@ -199,6 +239,11 @@ def test_a_scaling_of_rotary_positions_is_applied(tmp_path: Path) -> None:
     rope = raw_config(convert(write_gguf(tmp_path / "yarn.gguf", about=about)).files)["rope_parameters"]
     expected = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
     assert expected.items() <= rope.items()
+
+
+def test_a_factor_alone_scales_rotary_positions_linearly(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "factor.gguf", about=lambda writer: writer.add_rope_scaling_factor(4.0))
+    assert {"rope_type": "linear", "factor": 4.0}.items() <= raw_config(convert(file).files)["rope_parameters"].items()
 
 
 def test_another_scaling_of_rotary_positions_is_refused(tmp_path: Path) -> None:
@@ -217,8 +262,9 @@ def test_frequency_factors_become_the_scaling_that_they_are_of(tmp_path: Path) -
     assert scaling.items() <= raw_config(convert(file).files)["rope_parameters"].items()
 
 
-def test_other_frequency_factors_are_refused(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "other.gguf", extra={"rope_freqs.weight": [1.0, 2.0, 3.0, 5.0]})
+@pytest.mark.parametrize("last", [5.0, float("nan"), float("inf")])
+def test_other_frequency_factors_are_refused(tmp_path: Path, last: float) -> None:
+    file = write_gguf(tmp_path / "other.gguf", extra={"rope_freqs.weight": [last, 1.0, 2.0, 3.0]})
     with pytest.raises(InputError, match=r"rope_freqs\.weight scales rotary positions"):
         find_model(str(file))
 
