@@ -234,9 +234,17 @@ def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputErro
         )
     if 300 <= status < 400:
         return InputError(f"-o {label}.base_url: the server redirects ({status}); give the address it redirects to")
+    if status == 429:  # asked before the words: quotas are exceeded as well
+        return InputError(
+            f"-b {label}: the server takes no more requests for now (429); wait, or raise the limit of its account or "
+            f"its queue.{quote}"
+        )
     if any(word in refusal.message.lower() for word in TOO_LONG):
         return InputError(
             f"-b {label}: the server's context is too small ({status}); start it with a larger one, or lower "
             f"--max-new-tokens.{quote}"
         )
-    return InputError(f"-b {label}: the server refuses the request ({status}); change what it names.{quote}")
+    if status >= 500:
+        return InputError(f"-b {label}: the server failed ({status}); its log says why.{quote}")
+    advice = "change what it names" if quote else "it gives no reason; its log may"
+    return InputError(f"-b {label}: the server refuses the request ({status}); {advice}.{quote}")

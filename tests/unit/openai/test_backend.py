@@ -275,6 +275,12 @@ def test_neither_key_nor_address_is_among_the_options_of_a_result(
         (lambda stub: setattr(stub, "fault", "no_stream"), "answers at once instead of streaming"),
         (lambda stub: setattr(stub, "context", 10), r"context is too small \(400\).*larger one"),
         (lambda stub: setattr(stub, "refusals", [Refusal(302, "", {"Location": "/"})]), "the server redirects"),
+        (
+            lambda stub: setattr(stub, "refusals", [Refusal(429, "You exceeded your quota", {"Retry-After": "0"})] * 9),
+            r"takes no more requests for now \(429\).*It says: You exceeded",
+        ),
+        (lambda stub: setattr(stub, "refusals", [Refusal(501)] * 9), r"the server failed \(501\); its log says why\.$"),
+        (lambda stub: setattr(stub, "refusals", [Refusal(405)]), r"refuses the request \(405\); it gives no reason"),
         (lambda stub: setattr(stub, "fault", "malformed"), "not a part of an answer"),
         (lambda stub: setattr(stub, "answer", []), "cannot be counted"),
     ],
