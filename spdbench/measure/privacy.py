@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$|_(KEY|PAT|PWD)$", re.IGNORECASE
+    r"TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|(API|ACCESS|PRIVATE)_?KEY|^KEY$|_(KEY|PAT|PWD|PASS)$", re.IGNORECASE
 )
-LOGIN = re.compile(r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)")
-"""User and password in a URL."""
+LOGIN = re.compile(r"(?<=://)[^\s/@]+(?=@)")
+"""User and password in a URL, or a token in their place."""
 MIN_SECRET_LENGTH = 8
 """A shorter value would also be replaced within unrelated words."""
 HIDDEN = "***"
@@ -30,7 +30,7 @@ def names_only(value: Any) -> Any:
 
 def without_secrets(text: str) -> str:
     """`text` with the home folder as `~`, and with `***` for the values of variables such as HF_TOKEN, plain or as JSON
-    escapes them, and for the user and password of a URL."""
+    escapes them, and for the login in a URL."""
     secrets = [
         value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH
     ]

@@ -62,13 +62,13 @@ def test_messages_keep_their_words_but_neither_home_nor_secret() -> None:
     assert without_secrets(message) == "FileNotFoundError: '~/a b' for ***, short, ultramarine"
 
 
-@pytest.mark.parametrize("name", ["OPENAI_KEY", "GH_PAT", "MYSQL_PWD", "DB_PASSWORD", "key"])
+@pytest.mark.parametrize("name", ["OPENAI_KEY", "GH_PAT", "MYSQL_PWD", "DB_PASS", "DB_PASSWORD", "key"])
 def test_names_that_secrets_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "planted-secret")
     assert without_secrets("with planted-secret") == "with ***"
 
 
-@pytest.mark.parametrize("name", ["PWD", "KEYBOARD", "PATTERN"])
+@pytest.mark.parametrize("name", ["PWD", "KEYBOARD", "PATTERN", "BYPASS"])
 def test_names_that_secrets_do_not_have(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "no-secret-at-all")
     assert without_secrets("with no-secret-at-all") == "with no-secret-at-all"
@@ -78,6 +78,7 @@ def test_a_login_in_a_url_is_cut_out() -> None:
     assert (
         without_secrets("postgres://me:planted@db:5432/x, http://a:80/@b") == "postgres://***@db:5432/x, http://a:80/@b"
     )
+    assert without_secrets("cloning https://ghp_planted@host/x") == "cloning https://***@host/x"
 
 
 def test_home_is_found_by_its_real_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
