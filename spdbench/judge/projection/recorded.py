@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ class Recorded:
     def remeasure(self) -> str:
         """The command that records what these results lack."""
         head = self.first.head
-        return REMEASURE.format(suite=head.suite.name, model=head.model.id, dtype=head.model.dtype)
+        return REMEASURE.format(suite=quote(head.suite.name), model=quote(head.model.id), dtype=quote(head.model.dtype))
 
 
 def sort_results(loaded: Sequence[LoadedResult]) -> Recorded:

@@ -315,6 +315,11 @@ def test_without_a_pipelines_result_there_is_nothing_to_replay() -> None:
         sort_results([vanilla(), eagle()])
 
 
+def test_a_command_to_measure_again_quotes_what_files_say() -> None:
+    with pytest.raises(InputError, match=r"spdbench run 's; touch x' -b vanilla"):
+        sort_results([load(vanilla_result(suite="s; touch x"), "vanilla.json")])
+
+
 def test_results_of_several_workloads_are_refused() -> None:
     with pytest.raises(InputError, match=r"spd3\.json: does not fit vanilla\.json.*dtype"):
         sort_results([vanilla(), pipeline(dtype="bfloat16")])
