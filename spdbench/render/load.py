@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from spdbench.judge.comparison.compare import Row
 from spdbench.judge.comparison.load import Level, Load, LoadConclusion
@@ -16,6 +16,8 @@ NOTE = (
     "request after its first token; TTFT and ITL: median / 95th percentile."
 )
 
+WORDS: Mapping[str, str] = {"slower": "does not pay", "no difference shown": "undecided"}
+
 
 def sentences(found: LoadConclusion) -> list[str]:
     """What is concluded of a label, then what was measured at each level."""
@@ -25,12 +27,7 @@ def sentences(found: LoadConclusion) -> list[str]:
 def _verdict(found: LoadConclusion) -> str:
     first, last = found.levels[0].at_once, found.levels[-1].at_once
     if found.pays_up_to is None:
-        none = all(level.outcome == "slower" for level in found.levels)
-        text = (
-            "does not pay at any load measured"
-            if none
-            else f"is not shown to pay at {first} {_requests(first)} at once"
-        )
+        text = _does_not_pay(found)
     elif found.pays_up_to == last:
         return f"pays at every load measured, up to {last} requests at once"
     else:
@@ -42,13 +39,23 @@ def _verdict(found: LoadConclusion) -> str:
     return f"{text}; break-even at about {found.break_even:.1f} [{ends}]"
 
 
+def _does_not_pay(found: LoadConclusion) -> str:
+    """Of a label that is not shown to pay at the lowest level."""
+    outcomes = {level.outcome for level in found.levels}
+    first = found.levels[0]
+    if len(found.levels) > 1 and outcomes == {"slower"}:
+        return "does not pay at any level measured"
+    words = WORDS.get(first.outcome, first.outcome)
+    return f"{words} at {first.at_once} {_requests(first.at_once)} at once"
+
+
 def _requests(number: int) -> str:
     return "request" if number == 1 else "requests"
 
 
 def _measured(level: Level) -> str:
-    words = {"pays": "pays", "slower": "does not pay"}.get(level.outcome, level.outcome)
-    speedup = "" if level.speedup is None else f"{_with_interval(level.speedup, level.interval)}x, "
+    words = WORDS.get(level.outcome, level.outcome)
+    speedup = "" if level.speedup is None else f"{_with_interval(level.speedup, level.interval, 'x')}, "
     text = f"at {level.at_once}: {speedup}{words}"
     if level.acceptance is None:
         return text
@@ -57,8 +64,8 @@ def _measured(level: Level) -> str:
     return text + tau + needs
 
 
-def _with_interval(value: float, interval: Interval | None) -> str:
-    return f"{value:.2f}" if interval is None else f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+def _with_interval(value: float, interval: Interval | None, unit: str = "") -> str:
+    return f"{value:.2f}{unit}" + ("" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]")
 
 
 def load_notes(load: Load) -> list[str]:

@@ -19,16 +19,29 @@ METHODS = {
     "spd": "speculative pipeline decoding: the model's layers in n stages that work on n tokens at once",
     "ppsd": "PPSD, a pipeline whose first stage's output drafts",
 }
+DOUBT_WORDS = {
+    "apart": "measured apart",
+    "busy_machine": "busy machine",
+    "degenerate": "looping answers",
+    "few_prompts": "few prompts",
+    "no_template": "no chat template",
+    "slow_baseline": "slow baseline",
+}
+"""A flag in a verdict, where its name is not plain words."""
+DOUBTS_OF_SLOWER = frozenset({"busy_machine"})
+"""What also makes a verdict provisional that a label does not pay: a method of several processes suffers more from
+other programs than plain decoding."""
 INTERVAL_NOTE = (
     "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
-    "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
+    "(paired bootstrap over prompts); one that holds 1.0 is undecided."
 )
 POWER_NOTE = (
-    "prompts needed to detect 5 %: with the spread measured here, so many show a speed-up of 1.05 four times in five."
+    "prompts needed to detect a 5 % speed-up: with the spread measured here, as many prompts show a speed-up of 1.05 "
+    "four times in five."
 )
 OWN_DEVICES_NOTE = (
-    "a device of its own: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of that time "
-    "and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or where "
+    "with one device per stage: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of that "
+    "time and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or where "
     "stages ran ahead of the verdict."
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
@@ -53,15 +66,15 @@ def verdicts(table: Table) -> list[str]:
 
 def sentence(found: Conclusion) -> str:
     """`eagle: 1.24x [1.13, 1.37], pays`."""
-    parts = [_answer(found)]
+    parts = [_answer(found) + _provisional(found)]
+    if found.own_devices is not None and found.outcome == "slower":
+        parts[0] += f": {found.own_devices.num_stages} stages share {_devices(found.num_devices)}"
     if found.own_devices is not None and found.outcome != "pays":
-        parts.append(_with_own_devices(found.own_devices, found.num_devices))
+        parts.append(_with_own_devices(found.own_devices))
     if found.speedup_per_device is not None:
         parts.append(f"{found.speedup_per_device:.2f}x for each of {found.num_devices} devices")
     if found.disqualified_by and found.outcome != "baseline":
         parts.append(f"disqualified by {', '.join(found.disqualified_by)}")
-    elif found.doubts and found.outcome == "pays":
-        parts[0] += f" (provisional: {', '.join(found.doubts)})"
     return harmless(f"{found.label}: {'; '.join(parts)}")
 
 
@@ -78,33 +91,41 @@ def _answer(found: Conclusion) -> str:
         return f"{found.speedup:.2f}x over one prompt, which shows no interval"
     measured = f"{found.speedup:.2f}x [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
     if found.outcome == "no difference shown":
-        return f"{measured}, {_undecided(found)}"
+        return _no_difference(found, measured)
     if found.own_devices is not None and found.outcome == "slower":
         return f"{measured}, does not pay here"
     return measured if found.disqualified_by else f"{measured}, {'pays' if found.outcome == 'pays' else 'does not pay'}"
+
+
+def _provisional(found: Conclusion) -> str:
+    """` (provisional: busy machine)`. A verdict against a label depends on few of the doubts."""
+    doubts = found.doubts if found.outcome == "pays" else set(found.doubts) & DOUBTS_OF_SLOWER
+    if found.disqualified_by or found.outcome not in ("pays", "slower") or not doubts:
+        return ""
+    return f" (provisional: {', '.join(DOUBT_WORDS.get(name, name) for name in doubts)})"
+
+
+def _with_own_devices(own: OwnDevices) -> str:
+    """`with one device per stage: about 1.05x (estimate), would pay`."""
+    gains = round(own.speedup, 2) > 1
+    verdict = "still no gain" if not gains else "could pay" if own.is_bound else "would pay"
+    at = "at most" if own.is_bound else "about"
+    return f"with one device per stage: {at} {own.speedup:.2f}x (estimate), {verdict}"
 
 
 def _devices(number: int) -> str:
     return "one device" if number == 1 else f"{number} devices"
 
 
-def _with_own_devices(own: OwnDevices, num_devices: int) -> str:
-    """What the stages that share devices would give with one each."""
-    gain = "" if round(own.speedup, 2) > 1 else ", still no gain"
-    at_most = "at most" if own.is_bound else "about"
-    return (
-        f"its {own.num_stages} stages share {_devices(num_devices)}; with one each {at_most} {own.speedup:.2f}x "
-        f"(estimate){gain}"
-    )
-
-
-def _undecided(found: Conclusion) -> str:
-    needed, effect = found.num_prompts_to_show, f"{100 * EFFECT:.0f} %"
+def _no_difference(found: Conclusion, measured: str) -> str:
+    """Undecided, unless there were prompts enough to show a difference of `EFFECT`."""
+    needed = found.num_prompts_to_show
+    effect = f"detect a {100 * EFFECT:.0f} % speed-up"
     if needed is None:
-        return f"undecided at {found.num_prompts} prompts"
+        return f"{measured}, undecided at {found.num_prompts} prompts"
     if needed <= found.num_prompts:
-        return f"no difference, and {found.num_prompts} prompts would show one of {effect}"
-    return f"undecided: about {_rounded(needed)} prompts needed to detect {effect}"
+        return f"{measured}, no difference shown; {found.num_prompts} prompts are enough to {effect}"
+    return f"{measured}, undecided; about {_rounded(needed)} prompts needed to {effect}"
 
 
 def _rounded(number: int) -> int:

@@ -17,8 +17,10 @@ SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "n
 `no pair`: no run pairs with one of the baseline's. `no baseline`: the table has none."""
 EFFECT = 0.05
 """The speed-up that `num_prompts_to_show` is about."""
-DOUBTS = frozenset({"few_prompts", "degenerate", "no_template", "apart"})
-"""Warnings that make a speed-up one of few prompts, of answers that another user would not get, or of another time."""
+OF_BASELINE = frozenset({"busy_machine", "drift", "outliers", "slow_baseline"})
+"""Warnings of the baseline that make every speed-up over it provisional."""
+DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "noisy"}
+"""Warnings that make a speed-up provisional: few prompts, answers that another user would not get, a doubtful timing."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Conclusion:
     `num_prompts_to_show` is the number that would show a speed-up of `EFFECT`, where no difference is shown.
     `speedup_per_device` is None with one device. `devices_of_all` is in the baseline's conclusion: how many devices
     every label used, the same number; None where they differ, are unknown, or there is no other label.
-    `disqualified_by` and `doubts` are names of the row's flags: the
-    former take it out of any ranking, the latter ask for caution.
+    `disqualified_by` and `doubts` are names of flags: the former, of the row, take it out of any ranking; the latter,
+    of the row or of the baseline, make its verdict provisional.
     """
 
     label: str
@@ -71,6 +73,7 @@ def conclusions(table: Table) -> tuple[Conclusion, ...]:
 
 def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Conclusion:
     metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
+    of_baseline = [flag.name for flag in baseline.flags if flag.name in OF_BASELINE] if baseline is not None else []
     outcome, interval, num_prompts = (
         outcome_of(row, has_baseline=baseline is not None),
         metrics["speedup_ci"],
@@ -93,7 +96,7 @@ def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Con
         devices_of_all=devices_of_all if row.is_baseline else None,
         own_devices=None if baseline is None or metrics["speedup"] is None else _own_devices(row, baseline),
         disqualified_by=tuple(name for name in names if name in DISQUALIFYING),
-        doubts=tuple(name for name in names if name in DOUBTS),
+        doubts=tuple(name for name in dict.fromkeys([*names, *of_baseline]) if name in DOUBTS),
     )
 
 

@@ -108,11 +108,11 @@ def test_nothing_is_wider_than_the_terminal(entries: Any, width: int) -> None:
 
 
 def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
-    lines = show(compare(everything()), width=160).splitlines()
+    lines = show(compare(everything()), width=200).splitlines()
     assert lines[:4] == [
         "vanilla: 50.0 tok/s, the baseline; every method ran on one device",
-        "spd: 0.80x [0.80, 0.80], does not pay here; its 3 stages share one device; with one each at most 2.00x "
-        "(estimate); "
+        "spd: 0.80x [0.80, 0.80], does not pay here: 3 stages share one device; "
+        "with one device per stage: at most 2.00x (estimate), could pay; "
         "disqualified by synthetic_drafter",
         "eagle: 3.20x [3.20, 3.20], pays",
         "medusa: 3.20x [3.20, 3.20]; disqualified by lossy, untrained_drafter",
@@ -121,7 +121,7 @@ def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
 
 
 def test_several_tables_have_their_conclusions_first_each_below_its_title() -> None:
-    lines = show(compare([*demo(), entry("autoregressive", suite="gsm8k")]), width=160).splitlines()
+    lines = show(compare([*demo(), entry("autoregressive", suite="gsm8k")]), width=200).splitlines()
     first = lines.index("")
     assert [line.split()[0] for line in lines[:first]] == ["quick", "vanilla:", "spd:", "gsm8k", "vanilla:"]
 
@@ -198,7 +198,8 @@ def test_synthetic_untrained_and_lossy_are_said_in_the_table_itself() -> None:
 def test_interval_that_holds_one_is_called_no_difference_and_still_shown() -> None:
     runs = [make_run(vanilla_steps(9, step_ns=(18 + 4 * (i % 2)) * MS), prompt=f"p{i}") for i in range(10)]
     text = show(compare([entry("autoregressive"), entry("autoregressive", label="again", runs=runs)]), width=120)
-    assert "], undecided: about " in text
+    assert "], undecided; about " in text
+    assert "prompts needed to detect a 5 % speed-up" in text
     assert "1.00 [0.9" in "\n".join(grid(text)) or "1.01 [0.9" in "\n".join(grid(text))
 
 
@@ -513,33 +514,56 @@ def sentence_of(**more: Any) -> str:
 def test_sentences() -> None:
     assert sentence_of() == "eagle: 1.24x [1.13, 1.37], pays"
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6)) == "eagle: 0.58x [0.50, 0.60], does not pay"
-    assert sentence_of(doubts=("few_prompts",)) == "eagle: 1.24x [1.13, 1.37], pays (provisional: few_prompts)"
+    assert sentence_of(doubts=("few_prompts",)) == "eagle: 1.24x [1.13, 1.37], pays (provisional: few prompts)"
     assert sentence_of(num_devices=4, speedup_per_device=0.31).endswith("pays; 0.31x for each of 4 devices")
     assert sentence_of(disqualified_by=("lossy",)) == "eagle: 1.24x [1.13, 1.37]; disqualified by lossy"
     assert sentence_of(outcome="no interval", interval=None) == "eagle: 1.24x over one prompt, which shows no interval"
-    own = OwnDevices(1.05, 2, is_bound=False)
-    assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
-        "eagle: 0.58x [0.50, 0.60], does not pay here; its 2 stages share one device; with one each about 1.05x "
-        "(estimate)"
-    )
     baseline = {"outcome": "baseline", "speedup": None, "interval": None}
     assert sentence_of(**baseline) == "eagle: 60.0 tok/s, the baseline"
     assert sentence_of(**baseline, devices_of_all=2) == "eagle: 60.0 tok/s, the baseline; every method ran on 2 devices"
 
 
 @pytest.mark.parametrize(
+    ("speedup", "is_bound", "words"),
+    [
+        (1.05, False, "about 1.05x (estimate), would pay"),
+        (1.05, True, "at most 1.05x (estimate), could pay"),
+        (1.004, False, "about 1.00x (estimate), still no gain"),
+        (0.9, True, "at most 0.90x (estimate), still no gain"),
+    ],
+)
+def test_a_pipeline_on_shared_devices_says_why_and_what_more_devices_would_give(
+    speedup: float, is_bound: bool, words: str
+) -> None:
+    own = OwnDevices(speedup, 2, is_bound=is_bound)
+    assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
+        "eagle: 0.58x [0.50, 0.60], does not pay here: 2 stages share one device; with one device per stage: " + words
+    )
+
+
+def test_a_doubtful_verdict_is_provisional_and_says_why() -> None:
+    assert sentence_of(doubts=("busy_machine", "noisy")).endswith(", pays (provisional: busy machine, noisy)")
+    slower = {"outcome": "slower", "speedup": 0.58, "interval": (0.5, 0.6)}
+    assert sentence_of(doubts=("busy_machine", "noisy"), **slower).endswith("does not pay (provisional: busy machine)")
+    assert sentence_of(doubts=("few_prompts",), **slower).endswith("does not pay")
+    own = sentence_of(doubts=("busy_machine",), own_devices=OwnDevices(1.05, 2, is_bound=False), **slower)
+    assert "does not pay here (provisional: busy machine): 2 stages share one device; with" in own
+    assert "provisional" not in sentence_of(doubts=("noisy",), disqualified_by=("lossy",))
+
+
+@pytest.mark.parametrize(
     ("needed", "words"),
     [
-        (27, "undecided: about 30 prompts needed to detect 5 %"),
-        (9, "undecided: about 9 prompts needed to detect 5 %"),
-        (143, "undecided: about 150 prompts needed to detect 5 %"),
-        (8, "no difference, and 8 prompts would show one of 5 %"),
-        (None, "undecided at 8 prompts"),
+        (27, "1.02x [0.90, 1.13], undecided; about 30 prompts needed to detect a 5 % speed-up"),
+        (9, "1.02x [0.90, 1.13], undecided; about 9 prompts needed to detect a 5 % speed-up"),
+        (143, "1.02x [0.90, 1.13], undecided; about 150 prompts needed to detect a 5 % speed-up"),
+        (8, "1.02x [0.90, 1.13], no difference shown; 8 prompts are enough to detect a 5 % speed-up"),
+        (None, "1.02x [0.90, 1.13], undecided at 8 prompts"),
     ],
 )
 def test_the_number_of_prompts_that_would_show_a_difference(needed: int | None, words: str) -> None:
-    found = sentence_of(outcome="no difference shown", num_prompts_to_show=needed)
-    assert found == f"eagle: 1.24x [1.13, 1.37], {words}"
+    facts = {"speedup": 1.02, "interval": (0.9, 1.13), "num_prompts_to_show": needed}
+    assert sentence_of(outcome="no difference shown", **facts) == f"eagle: {words}"
 
 
 def test_conclusions_are_in_the_exports() -> None:

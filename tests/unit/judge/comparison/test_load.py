@@ -68,8 +68,24 @@ def test_the_level_at_which_drafts_stop_paying_is_named_with_what_acceptance_wou
     assert 4 < low <= conclusion.break_even <= high < 8
     first, *others = sentences(conclusion)
     assert first.startswith("drafted: pays up to 4 requests at once; break-even at about ")
-    assert others[0].strip().startswith("at 1: 1.99 [1.99, 2.00]x, pays; ")
+    assert others[0].strip().startswith("at 1: 1.99x [1.99, 2.00], pays; ")
     assert "tau 2.00 [2.00, 2.00], break-even 1.00 [" in others[0]
+
+
+@pytest.mark.parametrize(
+    ("drafted_ms", "words"),
+    [
+        ((20.0, 25.0), "drafted: does not pay at any level measured"),
+        ((20.0, 5.0), "drafted: does not pay at 1 request at once"),
+        ((10.0, 25.0), "drafted: undecided at 1 request at once"),
+    ],
+)
+def test_the_first_line_says_the_same_as_the_levels_below_it(drafted_ms: tuple[float, ...], words: str) -> None:
+    results = [_result("plain", 1, 10.0), _result("plain", 4, 12.0)]
+    results += [_result("drafted", at_once, ms, tau=1.0) for at_once, ms in zip((1, 4), drafted_ms, strict=True)]
+    (found,) = loads(compare(results, "plain"))
+    (conclusion,) = conclude(found)
+    assert sentences(conclusion)[0].startswith(words)
 
 
 def test_one_level_is_no_load() -> None:
