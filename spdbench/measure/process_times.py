@@ -12,6 +12,9 @@ from spdbench.processors import workers
 MIN_SHARE = 0.1
 """Of the processor time that was lost; a process that used less is not named."""
 
+NAME_LENGTH = 48
+"""Leaves room for the number of the process in a result's `who`."""
+
 
 def own_cpu_ns() -> int:
     """Processor time of this process and its workers, in ns, up to now."""
@@ -45,18 +48,14 @@ class ProcessTimes:
         self._last = self._all()
 
     def busiest(self, lost_ns: float) -> list[str]:
-        """Names of the other processes that used most processor time since the last call, or since the beginning; those
-        that can have taken a good part of the `lost_ns` of a request in between."""
+        """The other processes that used most processor time since the last call, or since the beginning, such as
+        `python (pid 123)`; those that can have taken a good part of the `lost_ns` of a request in between."""
         before, self._last = self._last, self._all()
         own = {os.getpid(), *workers()}
         used = {pid: now - before.get(pid, 0) for pid, now in self._last.items() if pid not in own}
         enough = MIN_SHARE * max(lost_ns, sum(used.values()))
-        names: dict[str, int] = {}
-        for pid, spent in used.items():
-            if spent >= enough:
-                name = process_name(self._proc, pid)
-                names[name] = names.get(name, 0) + spent
-        return sorted(names, key=lambda name: -names[name])
+        busy = sorted((pid for pid, spent in used.items() if spent >= enough), key=lambda pid: -used[pid])
+        return [f"{process_name(self._proc, pid)} (pid {pid})" for pid in busy]
 
     def _all(self) -> dict[int, int]:
         try:
@@ -72,4 +71,4 @@ def process_name(proc: Path, process: int) -> str:
         name = (proc / str(process) / "comm").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "a process that is not visible"
-    return printable(name.strip(), one_line=True)[:64]
+    return printable(name.strip(), one_line=True)[:NAME_LENGTH]

@@ -256,7 +256,8 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
     head = table.head
     suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
     if with_hashes:
-        suite, model = f"{suite} ({head.suite.sha256[:8]})", f"{model} ({head.model.sha256[:8]})"
+        suite = f"{suite} (sha256 {head.suite.sha256[:8]})"
+        model = f"{model} (sha256 {head.model.sha256[:8]})"
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     chosen = head.model.chat_template
     model = " ".join([model, *([] if chosen is None else [f"chat template {chosen}"]), *args])

@@ -13,8 +13,8 @@ from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.render.columns import device_name, harmless, share
 
-LINE_LENGTH = 78
-"""What a line may hold next to its bullet on a terminal of 80 columns."""
+MAX_LABELS = 6
+"""The labels that a flag's line names."""
 METHODS = {
     "spd": "speculative pipeline decoding: the model's layers in n stages that work on n tokens at once",
     "ppsd": "PPSD, a pipeline whose first stage's output drafts",
@@ -40,9 +40,9 @@ POWER_NOTE = (
     "four times in five."
 )
 OWN_DEVICES_NOTE = (
-    "with one device per stage: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of that "
-    "time and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or where "
-    "stages ran ahead of the verdict."
+    "with one device per stage: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of "
+    "that time and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or "
+    "where stages ran ahead of the verdict."
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
 ENERGY_NOTE = (
@@ -263,13 +263,9 @@ def _flag_lines(table: Table) -> Iterator[str]:
             raised.setdefault(flag.name, {}).setdefault(row.label, flag.remedy)
     for name, remedies in raised.items():
         who, remedy = list(remedies), next(iter(remedies.values()))
-        some = [f"{', '.join(who[:count])} and {len(who) - count} more" for count in range(len(who) - 1, 0, -1)]
-        shorter = ["all"] if len(who) == len(rows) > 1 else [*some, f"{len(who)} labels"] if some else []
-        for words in [", ".join(who), *shorter]:
-            line = f"{name} ({words}): {remedy[:1].lower()}{remedy[1:]}."
-            if len(line) <= LINE_LENGTH:
-                break
-        yield line
+        names, more = ", ".join(who[:MAX_LABELS]), len(who) - MAX_LABELS
+        words = "all" if len(who) == len(rows) > 1 else f"{names} and {more} more" if more > 0 else names
+        yield f"{name} ({words}): {remedy[:1].lower()}{remedy[1:]}."
 
 
 def _flag_reasons(table: Table) -> Iterator[str]:

@@ -20,7 +20,7 @@ EFFECT = 0.05
 OF_BASELINE = frozenset({"busy_machine", "drift", "outliers", "slow_baseline"})
 """Warnings of the baseline that make every speed-up over it provisional."""
 DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "noisy"}
-"""Warnings that make a speed-up provisional: few prompts, answers that another user would not get, a doubtful timing."""
+"""Warnings that make a speed-up provisional: few prompts, answers that are not typical, a doubtful timing."""
 
 
 @dataclass(frozen=True)

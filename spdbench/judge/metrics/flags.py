@@ -21,7 +21,8 @@ DRIFT_SHARE = 0.05
 DRIFT_P_VALUE = 0.01
 MAX_NAMED = 3
 OTHER_ANSWERS = "Start both with the same weights and settings; what differs then is a bug of the server"
-FOREIGN_LAYERS = "Use a model that spdbench's own layers know; these are transformers'"
+TOO_SLOW = "Speed-ups look too high"
+FOREIGN_LAYERS = f"{TOO_SLOW}: use a model that spdbench's own layers know"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ KINDS = {
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
-    "slow_baseline": FlagKind("Speed-ups over it flatter: try more --threads, an idle machine"),
+    "slow_baseline": FlagKind(f"{TOO_SLOW}: try other --threads, --dtype"),
     "unattributed": FlagKind("Leave the machine idle; its spans may be incomplete", disqualifies=True),
     "drift": FlagKind("Measure again on an idle machine that has warmed up"),
     "outliers": FlagKind("Measure again on an idle machine, with --repeats"),
@@ -79,7 +80,7 @@ AGAINST = {
     "memory": "free some",
     "clock": "let it cool",
 }
-SHARE_OF = {"others": "the CPU", "steal": "the CPU", "gpu": "the GPU"}
+SHARE_OF = {"others": "all cores", "steal": "all cores", "gpu": "the GPU"}
 """What took the machine's time, what to do about it, and what was taken, in few words."""
 DISQUALIFYING = frozenset(name for name, kind in KINDS.items() if kind.disqualifies)
 MADE_FROM_ONE_RESULT = frozenset(name for name, kind in KINDS.items() if not kind.needs_two)
@@ -185,8 +186,9 @@ def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator
             FOREIGN_LAYERS,
         )
     if share is not None and share < SLOW_ROOFLINE_SHARE:
-        reason = f"vanilla reaches {share:.0%} of what memory bandwidth allows, which flatters every speed-up"
-        yield make_flag("slow_baseline", reason, FOREIGN_LAYERS if backend.kernels in SLOW_KERNELS else None)
+        against = f"{TOO_SLOW}: measure on an idle machine" if overall["is_busy"] else None
+        reason = f"vanilla reaches {share:.0%} of what memory bandwidth allows, which makes every speed-up look higher"
+        yield make_flag("slow_baseline", reason, FOREIGN_LAYERS if backend.kernels in SLOW_KERNELS else against)
     share = overall["unattributed"]
     if share is not None and share > UNATTRIBUTED_SHARE:
         reason = f"{share:.0%} of the lanes' decode time is idle for reasons that its spans do not show"
@@ -217,8 +219,7 @@ def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     if not overall["is_busy"] and slow <= BUSY_SHARE:
         return
     shares = {part: overall[f"busy_{part}"] or 0.0 for part in PARTS}
-    named = (overall["disturbed_by"] or [])[:MAX_NAMED]
-    names = ", ".join("another spdbench" if name == "spdbench" else name for name in named)
+    names = ", ".join(_programs(overall["disturbed_by"] or [])[:MAX_NAMED])
     words = {**PARTS, "others": f"{PARTS['others']} ({names})"} if names else PARTS
     largest = sorted((part for part in PARTS if shares[part] >= 0.01), key=lambda part: -shares[part])
     parts = [f"{words[part]} took {shares[part]:.0%}" for part in largest]
@@ -227,8 +228,21 @@ def _machine_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     cause, share = (largest[0], shares[largest[0]]) if largest and shares[largest[0]] > slow else ("clock", slow)
     who = names if names and cause == "others" else CAUSES[cause]
     against = AGAINST.get(cause, "end them" if "," in who or cause == "gpu" else "end it")
-    remedy = f"{who} took {share:.0%} of {SHARE_OF.get(cause, 'the time')}: {against}, or --remeasure 2"
-    yield make_flag("busy_machine", f"{', '.join(parts)} of the time in which requests were measured; {count}", remedy)
+    remedy = f"{who} took {share:.0%} of {SHARE_OF.get(cause, 'the time')}"
+    yield make_flag(
+        "busy_machine",
+        f"{', '.join(parts)} of the time in which requests were measured; {count}",
+        f"{remedy}: {against}, or --remeasure 2",
+    )
+
+
+def _programs(processes: Sequence[str]) -> list[str]:
+    """`processes` such as `python (pid 123)`, each program once: without its number where several ran."""
+    found: dict[str, set[str]] = {}
+    for process in processes:
+        found.setdefault(process.partition(" (pid ")[0], set()).add(process)
+    words = [each.pop() if len(each) == 1 else f"{name} (several)" for name, each in found.items()]
+    return [f"another {each}" if each.split()[0] == "spdbench" else each for each in words]
 
 
 def interval_is_noisy(value: float | None, interval: Sequence[float] | None) -> bool:

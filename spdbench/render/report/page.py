@@ -23,7 +23,6 @@ from spdbench.judge.comparison.conclusion import conclusions
 from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
-from spdbench.judge.results.schema import Flag
 from spdbench.render.columns import columns_for, harmless, title
 from spdbench.render.notes import details, sentence
 from spdbench.render.report import vega
@@ -53,10 +52,12 @@ class Numbers(NamedTuple):
 
 
 class Warned(NamedTuple):
-    """A flag, and the labels that it concerns."""
+    """A flag by its name, the labels that it concerns, and its first remedy. `reasons` are those of the labels."""
 
-    flag: Flag
+    name: str
+    remedy: str
     labels: list[str]
+    reasons: list[str]
     disqualifies: bool
 
 
@@ -73,6 +74,7 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         created=table.head.created,
         verdicts=[(each.outcome, sentence(each)) for each in conclusions(table)],
         columns=[column.name for column in columns],
+        meanings=[f"{column.name}: {column.meaning}" for column in columns if column.meaning],
         rows=[[column.cell(row) for column in columns] for row in overall(table)],
         best=[row.best for row in overall(table)],
         warnings=_warnings(table),
@@ -136,12 +138,13 @@ def _json(data: Any) -> Markup:
 
 
 def _warnings(table: Table) -> list[Warned]:
-    """Every flag with its reason once, those that disqualify first."""
-    found: dict[tuple[str, str], Warned] = {}
+    """Every flag once, those that disqualify first."""
+    found: dict[str, Warned] = {}
     for row in overall(table):
         for flag in row.flags:
-            warned = Warned(flag, [], flag.name in DISQUALIFYING)
-            found.setdefault((flag.name, flag.reason), warned).labels.append(row.label)
+            warned = found.setdefault(flag.name, Warned(flag.name, flag.remedy, [], [], flag.name in DISQUALIFYING))
+            warned.labels.append(row.label)
+            warned.reasons.append(flag.reason)
     return sorted(found.values(), key=lambda warned: not warned.disqualifies)
 
 
@@ -184,7 +187,7 @@ def _environment(table: Table) -> list[tuple[str, str]]:
     head = table.head
     found = {
         "suite": f"{head.suite.name} v{head.suite.version} ({head.suite.source})",
-        "model": f"{head.model.id} ({head.model.sha256[:12]}), {head.model.dtype}",
+        "model": f"{head.model.id} (sha256 {head.model.sha256[:12]}), {head.model.dtype}",
         "spdbench": " ".join(str(value) for value in head.spdbench.values() if value),
         "measured": head.created,
     }

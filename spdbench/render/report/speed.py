@@ -45,11 +45,8 @@ def _words(record: Record) -> str:
     if record["low"] is None:
         return f"{record['speedup']:.2f}x (no interval)"
     interval = f"[{record['low']:.2f}, {record['high']:.2f}]"
-    return (
-        f"no difference shown {interval}"
-        if record["outcome"] == OUTCOMES[2]
-        else f"{record['speedup']:.2f}x {interval}"
-    )
+    unclear = ", no difference shown" if record["outcome"] == OUTCOMES[2] else ""
+    return f"{record['speedup']:.2f}x {interval}{unclear}"
 
 
 def _cost(row: Row) -> str:
@@ -78,6 +75,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
     for row, record in zip(rows, records, strict=True):
         record["words"] = f"{_words(record)}{_cost(row)}"
         record["flags"] = ", ".join(dict.fromkeys(flag.name for flag in row.flags))
+        record["marks"] = record["flags"] and f"flags: {record['flags']}"
         record["devices"] = row.head.backend.num_devices
     y = names("label", records, labelFontWeight="bold")
     x = quantity(
@@ -102,7 +100,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
                 },
                 *_points({"x": x, "y": y, "color": colour, "tooltip": tip}, 120),
                 _text("words", -0.27 / len(records), y, {"fontWeight": "bold"}),
-                _text("flags", 0.28 / len(records), y, {"color": palette.bad}),
+                _text("marks", 0.28 / len(records), y, {"color": palette.flag}),
                 height=height(records, "label", 60),
             ),
             records,

@@ -26,6 +26,7 @@ class Palette:
     baseline: str
     good: str
     bad: str
+    flag: str
     neutral: str
     series: tuple[str, ...]
     parts: tuple[str, ...]
@@ -40,6 +41,7 @@ LIGHT = Palette(
     baseline="#57606a",
     good="#00694d",
     bad="#b34700",
+    flag="#6f42a8",
     neutral="#57606a",
     series=("#0072b2", "#c75000", "#007a5a", "#aa4499", "#8a6500", "#4b4bb5"),
     parts=("#0072b2", "#d55e00", "#e69f00", "#cc79a7", "#009e73", "#c9bb00", "#56b4e9", "#8c959f"),
@@ -53,6 +55,7 @@ DARK = Palette(
     baseline="#a4adb8",
     good="#4fd1a5",
     bad="#f59a5b",
+    flag="#c3a3f0",
     neutral="#a4adb8",
     series=("#62b8f0", "#f59a5b", "#4fd1a5", "#e09fd0", "#e3b94a", "#a9a9ff"),
     parts=("#3d9ad6", "#f0803c", "#f2b441", "#dd92bd", "#2fbf94", "#e8dd5a", "#8fd0f5", "#8c959f"),

@@ -182,7 +182,8 @@ def test_the_process_that_used_most_time_is_named() -> None:
         start = cpu_ns(busy.pid)
         while cpu_ns(busy.pid) - start < S / 5:
             time.sleep(0.01)
-        assert Path(f"/proc/{busy.pid}/comm").read_text().strip() in times.busiest(S / 5)
+        name = Path(f"/proc/{busy.pid}/comm").read_text().strip()
+        assert f"{name} (pid {busy.pid})" in times.busiest(S / 5)
         assert times.busiest(lost_ns=1000 * S) == []  # too little of that is its doing
     finally:
         busy.kill()

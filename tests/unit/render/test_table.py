@@ -262,11 +262,13 @@ def test_each_flag_is_one_line_with_its_remedy_and_its_reason_is_a_detail() -> N
     assert "synthetic_drafter (disqualifies): two, three: the drafts come from oracle:0.8" in text
 
 
-def test_a_flag_of_all_labels_or_of_many_stays_on_one_line() -> None:
+def test_a_flag_names_the_labels_that_it_concerns() -> None:
     runs = [make_run(vanilla_steps(9), prompt=f"p{i}", finish="length") for i in range(10)]
     all_of_them = [entry("autoregressive", label=f"number-{i}", runs=runs) for i in range(9)]
     assert "- truncated (all): raise" in show(compare(all_of_them))
-    assert "- truncated (9 labels): raise" in show(compare([entry("autoregressive"), *all_of_them]))
+    named = ", ".join(f"number-{i}" for i in range(6))
+    text = " ".join(show(compare([entry("autoregressive"), *all_of_them])).split())
+    assert f"- truncated ({named} and 3 more): raise" in text
     cut = [entry("autoregressive", label=f"cut-{i}", runs=runs[: 2 + i]) for i in range(5)]
     text = show(compare([entry("autoregressive"), *cut]))
     assert "- few_prompts (cut-0, cut-1, cut-2, cut-3, cut-4): measure" in text
@@ -296,8 +298,8 @@ def test_tables_that_look_alike_show_their_hashes() -> None:
     first, other = entry("autoregressive"), entry("autoregressive")
     head = other.head.model_copy(update={"model": other.head.model.model_copy(update={"sha256": "f" * 64})})
     text = show(compare([first, replace(other, file="b.json", head=head)]), width=200)
-    assert "smollm2 (mmmmmmmm)" in text
-    assert "smollm2 (ffffffff)" in text
+    assert "smollm2 (sha256 mmmmmmmm)" in text
+    assert "smollm2 (sha256 ffffffff)" in text
 
 
 def test_github_has_conclusions_one_row_a_label_and_notes_as_a_list() -> None:
