@@ -13,7 +13,8 @@ from spdbench.render.notes import notes
 
 NOTE = (
     "at once: users who each ask again as soon as an answer is there; total: new tokens/s of the server, tok/s: of one "
-    "request after its first token; TTFT and ITL: median / 95th percentile."
+    "request after its first token; TTFT and ITL: median / 95th percentile; tau: tokens a round; break-even: the "
+    "tau from which it would pay."
 )
 
 WORDS: Mapping[str, str] = {"slower": "does not pay", "no difference shown": "undecided"}

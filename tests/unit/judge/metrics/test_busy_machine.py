@@ -34,9 +34,7 @@ def test_the_flag_says_who_and_how_much() -> None:
 def test_the_remedy_names_programs_by_their_number_and_says_of_what_their_share_is() -> None:
     many = [["spdbench (pid 7)", "cc1 (pid 8)"], ["spdbench (pid 7)", "cc1 (pid 9)"]]
     [flag] = [each for each in of(*(make_load(0.5, who=who) for who in many)).flags if each.name == "busy_machine"]
-    assert flag.remedy == (
-        "another spdbench (pid 7), cc1 (several) took 50% of all cores: end them, or --remeasure 2"
-    )
+    assert flag.remedy == ("another spdbench (pid 7), cc1 (several) took 50% of all cores: end them, or --remeasure 2")
 
 
 def test_every_cause_is_named_the_largest_first() -> None:
