@@ -148,9 +148,13 @@ def _table(found: Sequence[Listing], console: Console) -> str:
 
     headers = ("created (UTC)", "suite", "label", "model", "requests", "tok/s", "file")
     grid = plain_grid([(header, header in ("requests", "tok/s")) for header in headers])
+    grid.columns[0].no_wrap = True
+    folders = {str(Path(each.file).parent) for each in found}
+    heading = harmless(f"{folders.pop()}:") + "\n" if len(folders) == 1 else ""
     for each in found:
+        file = Path(each.file).name if heading else each.file
         if each.error is not None:
-            cells = [EMPTY, "unreadable", *[""] * 4, each.file]
+            cells = [EMPTY, "unreadable", *[""] * 4, file]
         else:
             moment, speed = _moment(each.created), each.decode_tokens_per_s
             cells = [
@@ -158,11 +162,11 @@ def _table(found: Sequence[Listing], console: Console) -> str:
                 *(text or EMPTY for text in (each.suite, each.label, each.model)),
                 f"{each.num_requests}" + (f" ({each.num_failed} failed)" if each.num_failed else ""),
                 EMPTY if speed is None else f"{speed:.1f}",
-                each.file,
+                file,
             ]
         grid.add_row(*(Text(harmless(cell), overflow="fold") for cell in cells))
     errors = [f"{harmless(each.file)}: {harmless(each.error)}" for each in found if each.error is not None]
-    return capture(console, grid) + "".join(f"{line}\n" for line in errors)
+    return heading + capture(console, grid) + "".join(f"{line}\n" for line in errors)
 
 
 def _delete(found: Sequence[Listing], *, sure: bool) -> None:

@@ -44,7 +44,8 @@ def test_all_results_of_the_folder_are_listed_the_unreadable_ones_too(folder: Pa
     said = spdbench("results")
     assert (said.code, said.err) == (0, "")
     assert listed() == ["broken", "evil", "old", "new"]
-    [old] = [line for line in said.out.splitlines() if "results/old.json" in line]
+    [old] = [line for line in said.out.splitlines() if line.endswith(" old.json")]
+    assert said.out.startswith("results:\n")
     assert old.split()[:4] == ["2026-01-01", "00:30", "suite-old", "vanilla"]
     assert "results/broken.json: is not JSON" in said.out
     assert "old.journal.jsonl" not in said.out
