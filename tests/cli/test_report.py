@@ -52,6 +52,21 @@ def refusal(*args: object) -> str:
     return str(caught.value)
 
 
+def test_each_flag_stands_once_below_the_table_with_the_labels_that_it_concerns(tmp_path: Path) -> None:
+    folder = written(tmp_path / "few", num_prompts=2)
+    invoke(folder, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    flags = re.findall(r'<strong class="flag">(\w+)</strong>', text)
+    assert len(flags) == len(set(flags))
+    assert '<strong class="flag">few_prompts</strong>, vanilla, eagle, medusa, spd: only 2 prompts' in text
+
+
+def test_each_chart_says_what_its_numbers_and_its_command_are(files: Path, tmp_path: Path) -> None:
+    invoke(files, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("The chart's numbers: <a ") == text.count("The command that draws it as a file: <code>") > 3
+
+
 def test_page_is_written_and_named(files: Path, tmp_path: Path) -> None:
     done = invoke(files, "-o", tmp_path / "report.html")
     assert done.exit_code == 0
