@@ -9,7 +9,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 from spdbench.console import CLEAR, can_redraw, printable, say
@@ -78,6 +79,19 @@ def duration_left(seconds: float) -> str:
     return f"about {duration(seconds)} left"
 
 
+@contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """Shows `words` on a terminal while the block runs; elsewhere nothing."""
+    live = can_redraw(sys.stderr)
+    if live:
+        print(f"{CLEAR}{printable(words, one_line=True)}", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if live:
+            print(CLEAR, end="", file=sys.stderr, flush=True)
+
+
 class DataProgress(Progress):
     """Tokens of training data kept out of `total`, with speed, share dropped and time left."""
 
@@ -89,10 +103,15 @@ class DataProgress(Progress):
         self._done = kept
         parts = (
             f"{kept:,}/{self._total:,} tokens kept in {conversations:,} conversations, {dropped:,} dropped",
-            f"{(kept - self._first) / self.seconds:.0f} tok/s kept, {written / self.seconds:.0f} generated",
+            self._speeds(kept - self._first, written),
             self.left,
         )
         return "; ".join(filter(None, parts))
+
+    def _speeds(self, kept: float, written: int) -> str:
+        """Nothing is kept before the first conversation ends, which says nothing of the speed."""
+        generated = f"{written / self.seconds:.0f} tok/s generated"
+        return f"{kept / self.seconds:.0f} tok/s kept, {generated}" if kept else generated
 
 
 class TrainingProgress(Progress):

@@ -25,6 +25,7 @@ from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.decoder import NO_PART, Decoder, load_decoder
 from spdbench.models.hf import library
 from spdbench.models.hf.decoder import HFDecoder, SplitError, split_model
+from spdbench.models.hf.ends import EndsError, shared_ends
 from spdbench.models.interface import TargetDecoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -115,6 +116,27 @@ class Target:
                 f"{self.files.id}: spdbench's own layers do not know this model ({self.unsupported_reason})"
             )
         return decoder
+
+    @cached_property
+    def ends(self) -> Decoder:
+        """What drafters share of the model, its embedding, final norm and head: `decoder` itself where its layers are
+        ours, else a decoder without layers.
+
+        Raises:
+            InputError: the model runs on transformers' layers, and its ends are of another kind than ours.
+        """
+        decoder = self.decoder
+        if isinstance(decoder, Decoder):
+            return decoder
+        assert isinstance(decoder, HFDecoder)
+        try:
+            return shared_ends(decoder, self.files.directory)
+        except EndsError as why:
+            raise InputError(
+                f"{self.files.id}: drafters share embedding, final norm and output head with the model, and those of "
+                f"{self.unsupported_reason} cannot be shared ({why}). Use `-b ngram`, `suffix` or `recycling`, a "
+                "smaller model (`-b draft_model`), or --drafter oracle:P."
+            ) from None
 
     @property
     def source(self) -> LayerSource:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.training.recipe import Batch
 from spdbench.training.tokens import TokenSequence
 
@@ -29,7 +29,9 @@ LOGIT_ROWS = 128
 class Features:
     """The target's features of `sequences`: hidden states `hidden_indices`, and always the last layer's."""
 
-    def __init__(self, decoder: Decoder, sequences: Sequence[TokenSequence], hidden_indices: Collection[int]) -> None:
+    def __init__(
+        self, decoder: TargetDecoder, sequences: Sequence[TokenSequence], hidden_indices: Collection[int]
+    ) -> None:
         last = decoder.config.num_layers
         self._decoder = decoder
         self._sequences = sequences

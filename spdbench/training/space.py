@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spdbench.errors import InputError
-from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.config import ModelConfig, Sizes
 from spdbench.processors import control_groups
 
 MASTER_BYTES = 16
@@ -33,9 +33,10 @@ def checkpoint_bytes(module: nn.Module) -> int:
     return 2 * sum(p.numel() for p in module.parameters()) * (MASTER_BYTES + 1)
 
 
-def teacher_bytes(target_bytes: int, config: ModelConfig) -> int:
+def teacher_bytes(target_bytes: int, config: Sizes) -> int:
     """Bytes of the frozen target: its weights, and head and embedding once more in float32."""
-    return target_bytes + config.vocab_size * config.hidden_size * 4 * (1 if config.tied else 2)
+    tied = isinstance(config, ModelConfig) and config.tied
+    return target_bytes + config.vocab_size * config.hidden_size * 4 * (1 if tied else 2)
 
 
 def available_bytes(device: torch.device) -> int:

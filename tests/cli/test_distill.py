@@ -70,6 +70,14 @@ def test_model_writes_conversations_until_there_are_enough_tokens(tiny_model: Pa
     assert summary(out)["tokens"] == sum(row["num_tokens"] for row in kept)
 
 
+def test_after_its_time_no_conversation_begins_and_all_that_began_are_kept(tiny_model: Path, out: Path) -> None:
+    said = distill(tiny_model, out, "--budget", "1s", "--batch", "4", tokens=1_000_000)
+    assert said.code == 0, said.err
+    assert "Time or prompts are used up" in said.err
+    assert len(rows(out)) == summary(out)["conversations"] + 1
+    assert summary(out)["complete"]
+
+
 def test_same_command_says_that_all_is_done(tiny_model: Path, out: Path) -> None:
     distill(tiny_model, out)
     before = out.read_bytes()

@@ -208,7 +208,7 @@ def test_a_folder_with_a_model_is_no_finished_run(data: Path, out: Path, tiny_mo
         (("-o", "layers"), "expected KEY=VALUE"),
         (("--format", "eagle3"), "spdbench or spd-v11"),
         (("--format", "spd-v11", "-o", "stage_layers=1,2,3"), "knows equal stages only, not 1,2,3 layers"),
-        (("--drafter", "random"), "it takes none"),
+        (("--drafter", "random"), "No such option"),
         (("--budget", "soon"), "is not a duration"),
         (("--feature-cache", "much"), "is not a size"),
         (("--max-length", "3"), "at least 2 are needed"),
@@ -301,3 +301,13 @@ def test_a_conversation_that_the_chat_template_refuses_is_skipped_and_named_by_i
     said = train("spd", data, out / "other", model)
     assert said.code == 2
     assert "data.jsonl line 1: the model's chat template refuses" in " ".join(said.err.split())
+
+
+def test_a_new_run_keeps_the_drafter_of_a_finished_one(data: Path, out: Path, tiny_model: Path) -> None:
+    assert train("medusa", data, out, tiny_model).code == 0
+    former = (out / "model.safetensors").read_bytes()
+    said = train("medusa", data, out, tiny_model, "--seed", "5", "--lr", "0.01")
+    assert said.code == 0, said.err
+    assert "is kept there, as config.json.old, model.safetensors.old" in " ".join(said.err.split())
+    assert (out / "model.safetensors.old").read_bytes() == former
+    assert (out / "model.safetensors").read_bytes() != former

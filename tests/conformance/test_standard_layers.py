@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from spdbench.errors import InputError
 from spdbench.models.target import Target
 from tests import tiny
 from tests.conformance.test_backends import PROMPT, ids, load, run
@@ -61,11 +60,3 @@ def test_dictated_verdicts_need_no_layers_of_ours(target: Target) -> None:
     steps = run(load(target, "spd", {"stages": "3", "executor": "inline"}, "forced:0.5"), tiny.greedy(PROMPT, 40))
     assert len(ids(steps)) == 40
     assert {step.accepted for step in steps if step.judged} == {0, 1}
-
-
-@pytest.mark.parametrize("drafter", ["random", "auto"])
-def test_heads_are_refused_before_anything_is_loaded(folder: Path, drafter: str) -> None:
-    target = tiny.load(folder)
-    with pytest.raises(InputError, match=rf"--drafter {drafter}: SPD heads are made of .* Give oracle:P or forced:P"):
-        load(target, "spd", {"stages": "3", "executor": "inline"}, drafter)
-    assert "decoder" not in vars(target)

@@ -69,7 +69,7 @@ class Eagle(DraftVerify):
 
         self._check_options()
         target, seed = self._context.target, self._context.seed
-        file = self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.own_decoder, seed))
+        file = self._read_drafter(choice, "eagle3", read_eagle, lambda: random_eagle(target.ends, seed))
         if file is not None:
             self._weights = self._build(file)
             if choice.kind == "path":
@@ -103,7 +103,7 @@ class Eagle(DraftVerify):
         options = self._options
         weights = build_eagle(
             file,
-            self._context.target.own_decoder,
+            self._context.target.ends,
             aux_convention=options.aux_convention,
             rope_theta=options.rope_theta,
             norm_output=options.norm_output,
@@ -117,7 +117,7 @@ class Eagle(DraftVerify):
         from spdbench_backends.eagle.belonging import foreign_target
 
         target = self._context.target
-        if reason := foreign_target(file, target.own_decoder, target.files.id, target.files.sha256):
+        if reason := foreign_target(file, target.ends, target.files.id, target.files.sha256):
             say(f"NOTE: {file.path}: {reason}. It fits in shape only: few of its drafts can be expected to be right.")
 
     def _choose_builder(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
@@ -197,7 +197,7 @@ class Eagle(DraftVerify):
         from spdbench_backends.eagle.drafter import EagleDrafter, Rounds
 
         rounds = captured or Rounds(self._loaded(self._weights), builder, capacity)
-        return EagleDrafter(self._context.target.own_decoder, rounds)
+        return EagleDrafter(self._context.target.ends, rounds)
 
     def _capture_rounds(self, builder: TreeBuilder, capacity: int) -> CapturedRounds:
         from spdbench_backends.eagle.captured import CapturedRounds

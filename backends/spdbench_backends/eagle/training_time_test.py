@@ -52,10 +52,11 @@ class TrainableEagleHead(nn.Module):
     @torch.no_grad()
     def start_from_target(self, teacher: Teacher) -> None:
         """Begins as the target's last layer behind `fc`, which passes the deepest feature on; the weights that read the
-        next token's embedding stay small as drawn."""
+        next token's embedding stay small as drawn. Layers of transformers have no weights of our kind to begin as."""
         width = teacher.config.hidden_size
         self.fc.weight[:, -width:] += torch.eye(width)
-        self.layer.start_from(teacher.decoder.weights[teacher.config.num_layers - 1], self.layer.hidden_norm)
+        if last := teacher.decoder.weights.get(teacher.config.num_layers - 1):
+            self.layer.start_from(last, self.layer.hidden_norm)
         self.norm.weight.copy_(teacher.norm_M)
 
     def training_time_test(

@@ -63,7 +63,7 @@ class Medusa(DraftVerify):
         if file is not None:
             from spdbench_backends.medusa.drafter import build_medusa
 
-            self._weights = build_medusa(file, self._context.target.own_decoder)
+            self._weights = build_medusa(file, self._context.target.ends)
         self._builder = StaticTreeBuilder(self._choose_paths(choice, file), self._decoder.device)
         self._capture_target(self._builder.max_nodes, ())
         self._captured_draft = self._capture_draft(self._builder)
@@ -80,7 +80,7 @@ class Medusa(DraftVerify):
             choice,
             "medusa",
             lambda path: read_medusa(path, folder),
-            lambda: random_medusa(target.own_decoder, heads, seed),
+            lambda: random_medusa(target.ends, heads, seed),
         )
 
     def _num_heads(self) -> int:
@@ -143,7 +143,7 @@ class Medusa(DraftVerify):
 
         if self._weights is None:
             return 0.0
-        weights, target = self._weights, self._context.target.own_decoder
+        weights, target = self._weights, self._context.target.ends
 
         def measure() -> float:
             builder = chain_builder(num_heads, self._decoder.device)
@@ -171,4 +171,4 @@ class Medusa(DraftVerify):
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
         weights, builder = self._loaded(self._weights), self._loaded(self._builder)
-        return MedusaDrafter(weights, self._context.target.own_decoder, builder, self._captured_draft)
+        return MedusaDrafter(weights, self._context.target.ends, builder, self._captured_draft)

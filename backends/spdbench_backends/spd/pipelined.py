@@ -107,7 +107,7 @@ class Pipelined(Placed):
         """The target that heads are built on: with its embedding and its head on the drafter's device."""
         from spdbench.models.target import find_device
 
-        target, device = self._context.target.own_decoder, find_device(self._drafters_device)
+        target, device = self._context.target.ends, find_device(self._drafters_device)
         if device == target.device:
             return target
         if self._ends is None:
@@ -123,11 +123,6 @@ class Pipelined(Placed):
         """The head that the user chose, None for a synthetic drafter; also cuts the model into stages that fit it.
         `draw(target, stages, seed)` is an untrained head."""
         target, counts = self._context.target, self._options.stage_layers
-        if target.unsupported_reason and not choice.is_synthetic:
-            raise InputError(
-                f"--drafter {choice.text}: {self.method.upper()} heads are made of spdbench's own layers, which do not "
-                f"know this model ({target.unsupported_reason}). Give oracle:P or forced:P."
-            )
         is_read = choice.kind in ("path", "auto")
         if not is_read:
             self._stages = self._cut(None)
@@ -135,7 +130,7 @@ class Pipelined(Placed):
             choice,
             self.method,
             read,
-            lambda: draw(target.own_decoder, self._stages, self._context.seed),
+            lambda: draw(target.ends, self._stages, self._context.seed),
             len(counts) if isinstance(counts, tuple) else self._options.stages,
         )
         if is_read:

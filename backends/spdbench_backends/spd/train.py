@@ -80,6 +80,7 @@ class PipelineRecipe(Recipe):
 
     def _start_layers(self, layers: nn.ModuleList) -> tuple[int, ...]:
         """Copies the target's layers of `init_layers`, its last ones by default, into a drafter's; returns which.
+        Those of transformers have no weights of our kind: the drafter's stay as they were drawn.
 
         Raises:
             InputError: another number of them is named, or one is none of the target's.
@@ -93,7 +94,8 @@ class PipelineRecipe(Recipe):
                 f"-o init_layers={','.join(map(str, indices))}: expected {count} of the layers 0 to {num_layers - 1}"
             )
         for index, layer in zip(indices, cast("list[DecoderLayer]", list(layers)), strict=True):
-            layer.start_from(self._teacher.decoder.weights[index])
+            if weights := self._teacher.decoder.weights.get(index):
+                layer.start_from(weights)
         return indices
 
     def _angles(self, batch: Batch) -> tuple[Tensor, Tensor]:

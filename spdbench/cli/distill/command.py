@@ -24,7 +24,7 @@ from spdbench.cli.distill.prompts import (
     room_needed,
     taken_by_template,
 )
-from spdbench.cli.options import COUNT, PATH, WHOLE, TargetOptions, option, takes
+from spdbench.cli.options import COUNT, DURATION, PATH, WHOLE, TargetOptions, option, takes
 from spdbench.console import say
 from spdbench.errors import InputError
 
@@ -44,6 +44,9 @@ class DistillOptions(TargetOptions):
 
     out: Path = option("--out", PATH, "FILE", "The JSONL file to write.", required=True)
     tokens: int = option("--tokens", COUNT, "N", "Answer tokens to keep.", 500_000)
+    budget: float | None = option(
+        "--budget", DURATION, "TIME", "Begin no conversation after so long: 90s, 20m; those under way are finished."
+    )
     prompts: Path | None = option(
         "--prompts",
         PATH,
@@ -70,7 +73,8 @@ def command(options: DistillOptions) -> None:
 
     What is finished is in the file at once; the same command goes on after an interruption.
     """
-    from spdbench.cli.distill.filling import fill, new_conversations, new_slots, report_end, require_slot
+    from spdbench.cli.distill.filling import begun_within, fill, new_conversations, new_slots, report_end, require_slot
+    from spdbench.models.checkpoints.config import ModelConfig
     from spdbench.prompts.suite import shipped_suites
     from spdbench.training.datafile import open_data
 
@@ -84,11 +88,11 @@ def command(options: DistillOptions) -> None:
             "where they lie, `spdbench suites` names their files."
         )
     target = _target(options)
-    decoder = target.own_decoder
-    if decoder.config.recurrent is not None:
+    decoder = target.decoder
+    if isinstance(target.config, ModelConfig) and target.config.recurrent is not None:
         raise InputError(
             f"-m {target.files.id}: distill decodes many conversations in parallel, which recurrent layers "
-            f"({decoder.config.family}) do not support. Use data that another model of its vocabulary wrote."
+            f"({target.config.family}) do not support. Use data that another model of its vocabulary wrote."
         )
     distiller, settings = _distiller(target, prompts, kept_out, options)
     require_slot(decoder, distiller.room)
@@ -99,9 +103,9 @@ def command(options: DistillOptions) -> None:
             say(f"{out}: goes on after {file.num_conversations:,} conversations, {file.num_tokens:,} tokens.")
         if file.num_tokens < tokens:
             slots = new_slots(decoder, options.batch, tokens - file.num_tokens, distiller.room, threads)
-            conversations = new_conversations(distiller, prompts, file)
+            conversations = begun_within(options.budget, new_conversations(distiller, prompts, file))
             fill(file, tokens, conversations, slots, threads, endless=prompts is None)
-        report_end(file, tokens)
+        report_end(file, tokens, options.budget)
 
 
 def _distiller(

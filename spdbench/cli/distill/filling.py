@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 import time
 from collections import Counter
@@ -14,8 +16,9 @@ from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
 from spdbench.console import say
 from spdbench.errors import SpdbenchError
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.training.datafile import DataFile
-from spdbench.training.distill.batched import Slots, slot_bytes
+from spdbench.training.distill.batched import SingleSlot, Slots, slot_bytes
 from spdbench.training.distill.continuous import Batch, results_of
 from spdbench.training.distill.talk import Distiller, Dropped, Talk
 from spdbench.training.space import GB, how_many_fit, require_memory
@@ -30,7 +33,13 @@ TOKENS_PER_SLOT = 100
 
 
 def fill(
-    file: DataFile, tokens: int, scripts: Iterator[Talk], slots: Sequence[Slots], num_threads: int, *, endless: bool
+    file: DataFile,
+    tokens: int,
+    scripts: Iterator[Talk],
+    slots: Sequence[Slots | SingleSlot],
+    num_threads: int,
+    *,
+    endless: bool,
 ) -> None:
     """Adds conversations until there are enough tokens or no more prompts; `endless` if there are always more."""
     lock = threading.Lock()
@@ -76,9 +85,16 @@ def fill(
     say(progress.words(*counts))
 
 
-def report_end(file: DataFile, tokens: int) -> None:
+def begun_within(seconds: float | None, conversations: Iterator[Talk]) -> Iterator[Talk]:
+    """The conversations that are asked for in time; all of them where `seconds` is None."""
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    return itertools.takewhile(lambda _: time.monotonic() < end, conversations)
+
+
+def report_end(file: DataFile, tokens: int, budget: float | None) -> None:
     if file.num_tokens < tokens:
-        say(f"All prompts are used up, {tokens - file.num_tokens:,} tokens before the end.")
+        over = "All prompts are used up" if budget is None else "Time or prompts are used up"
+        say(f"{over}, {tokens - file.num_tokens:,} tokens before the end.")
     dropped, cut = _reasons(file.dropped), _reasons(file.cut_short)
     say(f"{file.path}: {file.num_tokens:,} tokens (dropped: {dropped}; cut short: {cut})")
 
@@ -87,14 +103,20 @@ def _reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common()) or "nothing"
 
 
-def require_slot(decoder: Decoder, room: int) -> None:
+def require_slot(decoder: TargetDecoder, room: int) -> None:
     """Raises `InputError` where the memory that is free does not hold a single conversation of `room` tokens."""
     remedy = "Give a smaller --max-new-tokens, shorter --prompts or a smaller model."
     require_memory(slot_bytes(decoder, room), decoder.device, f"a conversation of {room:,} tokens", remedy)
 
 
-def new_slots(decoder: Decoder, batch: int, tokens: int, room: int, num_threads: int) -> list[Slots]:
-    """Room for `batch` conversations, fewer for little data or memory: on a CPU one part for each of a few threads."""
+def new_slots(
+    decoder: TargetDecoder, batch: int, tokens: int, room: int, num_threads: int
+) -> list[Slots] | list[SingleSlot]:
+    """Room for `batch` conversations, fewer for little data or memory: on a CPU one part for each of a few threads. For
+    one where the layers are transformers'."""
+    if not isinstance(decoder, Decoder):
+        say("NOTE: transformers' layers serve, one conversation at a time; --batch has no effect.")
+        return [SingleSlot(decoder, room)]
     wanted, each = min(batch, max(1, tokens // TOKENS_PER_SLOT)), slot_bytes(decoder, room)
     num_slots = how_many_fit(each, wanted, decoder.device)
     if num_slots < wanted:

@@ -17,20 +17,19 @@ from spdbench.cli.options import (
     SIZE,
     WHOLE,
     FiniteRange,
-    ModelOptions,
+    TargetOptions,
     argument,
     flag,
     option,
     takes,
 )
 from spdbench.cli.terminal import sigterm_interrupts
-from spdbench.errors import InputError
 
 SHARE = FiniteRange(min=0, max=1, min_open=True, max_open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(ModelOptions):
+class TrainOptions(TargetOptions):
     """What `train` makes, from what, and how."""
 
     method: str = argument("METHOD")
@@ -43,6 +42,7 @@ class TrainOptions(ModelOptions):
     )
     layout: str = option("--format", None, "NAME", "Layout of the files.", "spdbench")
     lr: float = option("--lr", POSITIVE, None, "Learning rate.", 1e-3)
+    options: tuple[str, ...] = option("-o", None, "KEY=VALUE", "An option of the method.", multiple=True)
     seed: int = option("--seed", WHOLE, None, None, 0)
     batch_tokens: int = option("--batch-tokens", COUNT, None, "Tokens a forward, padded.", 512)
     accumulate: int = option("--accumulate", COUNT, None, "Forwards a step.", 1)
@@ -71,7 +71,5 @@ def command(options: TrainOptions) -> None:
     started = time.monotonic()
     from spdbench.cli.train.session import train
 
-    if options.drafters:
-        raise InputError("--drafter: training makes a drafter, it takes none")
     with sigterm_interrupts():
         train(options, started)

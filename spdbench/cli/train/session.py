@@ -17,7 +17,6 @@ from spdbench.cli.setup import chat_format, find_devices, load_model, report_joi
 from spdbench.cli.train.command import TrainOptions
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.folders import optional_cache_folder
 from spdbench.models.target import Target
 from spdbench.output_files import FULL, write_obstacle
@@ -135,8 +134,6 @@ def _nothing_is_left(options: TrainOptions, identity: Mapping[str, Any]) -> bool
 def _target(options: TrainOptions) -> Target:
     """The model, its weights still on disk."""
     target = load_model(options, find_devices(options)[0])
-    if not isinstance(target.config, ModelConfig):
-        raise InputError(f"{target.files.id}: drafters are made of spdbench's own layers, which do not know this model")
     require_memory(teacher_bytes(target.num_bytes, target.config), target.device, f"the model {target.files.id}")
     return target
 
@@ -195,14 +192,14 @@ def _prepared(
     sequences: list[TokenSequence],
     options: TrainOptions,
 ) -> tuple[Recipe, Features]:
-    decoder = target.own_decoder
-    config = decoder.config
+    ends = target.ends
+    config = ends.config
     draft_ids_U = most_frequent_tokens(sequences, options.draft_vocab, config.vocab_size, target.eos_ids)
-    recipe = recipe_class(recipe_options, Teacher(decoder), draft_ids_U, options.stages)
+    recipe = recipe_class(recipe_options, Teacher(ends), draft_ids_U, options.stages)
     recipe.require_layout(options.layout)
     require_memory(training_bytes(recipe.module, config, options.batch_tokens), target.device, "training")
     require_disk(checkpoint_bytes(recipe.module), options.out, "training")
-    features = Features(decoder, sequences, recipe.hidden_indices)
+    features = Features(target.decoder, sequences, recipe.hidden_indices)
     _keep(features, options)
     return recipe, features
 
@@ -236,6 +233,18 @@ def _plan(options: TrainOptions) -> Plan:
     return Plan(epochs, options.budget, options.lr, options.seed, options.batch_tokens, options.accumulate)
 
 
+def _keep_former(out: Path) -> None:
+    """Renames the drafter that a former run left in `out`, which is about to be replaced."""
+    former = [path for path in out.iterdir() if path.name == "config.json" or path.suffix in (*WEIGHTS, ".pt")]
+    former = sorted(path for path in former if path.name != checkpoint.NAME)
+    for path in former:
+        path.replace(path.with_name(f"{path.name}.old"))
+    if former:
+        say(
+            f"NOTE: the drafter that was in {out} is kept there, as {', '.join(f'{path.name}.old' for path in former)}."
+        )
+
+
 def _finish(
     state: State, recipe: Recipe, target: Target, options: TrainOptions, data_sha256: str, started: float
 ) -> None:
@@ -247,6 +256,7 @@ def _finish(
         seed=options.seed,
         acceptance_by_position=state.best_rates,
     )
+    _keep_former(options.out)
     recipe.write(options.out, about, options.layout)
     mark_finished(options.out, options.layout)
     checkpoint.remove(options.out)

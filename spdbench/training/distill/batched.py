@@ -1,7 +1,7 @@
 """Many sequences in parallel through a target's own layers, one token of each per step.
 
 The current tokens are rows of every matrix multiplication; only positions and attention differ by row, so the cache
-keeps a length for each slot.
+keeps a length for each slot. Layers of transformers serve one sequence after the other (`SingleSlot`).
 
 Shapes: B slots, M model width, V vocabulary, H query heads, K kv heads, G = H / K, T cache positions, D head size.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, has_cpu_kernels
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
@@ -26,10 +27,13 @@ ROUND_UP = 64
 """Torch's attention reads a multiple of this many positions, so that its buffers have few sizes."""
 
 
-def slot_bytes(decoder: Decoder, capacity: int) -> int:
-    """Bytes of one of `Slots`: its keys and values, and its row of logits twice."""
-    geometry = decoder.geometry
-    cached = 2 * len(decoder.layers) * geometry.num_kv_heads * capacity * geometry.head_dim
+def slot_bytes(decoder: TargetDecoder, capacity: int) -> int:
+    """Bytes of one of `Slots`: its keys and values, and its row of logits twice. For layers of transformers at most
+    these: keys as wide as the model."""
+    width = decoder.config.hidden_size
+    if isinstance(decoder, Decoder):
+        width = decoder.geometry.num_kv_heads * decoder.geometry.head_dim
+    cached = 2 * len(decoder.layers) * capacity * width
     return (cached + 2 * decoder.config.vocab_size) * decoder.dtype.itemsize
 
 
@@ -81,6 +85,40 @@ class Slots:
         assert self._decoder.final_norm is not None
         assert self._decoder.head is not None
         return self._decoder.head(self._ops.norm(hidden_BM, self._decoder.final_norm))
+
+
+class SingleSlot:
+    """One sequence of up to `capacity` tokens through layers of any kind, with the interface of `Slots`.
+
+    Layers of transformers have no rows of different sequences in one forward, so that more slots would win nothing.
+    """
+
+    def __init__(self, decoder: TargetDecoder, capacity: int) -> None:
+        self.capacity = capacity
+        self._decoder = decoder
+        self._cache = decoder.new_cache(capacity)
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens are read: one number."""
+        return [self._cache.length]
+
+    def rollback(self, slot: int, length: int) -> None:  # noqa: ARG002 - there is one
+        """Drops the tokens beyond the first `length`."""
+        self._cache.rollback(length)
+
+    @torch.inference_mode()
+    def read(self, ids_B: Sequence[int | None]) -> Tensor:
+        """Reads one more token: the last layer's output `[1, M]`."""
+        (token,) = ids_B
+        assert token is not None
+        embedded_1M = self._decoder.embed(self._decoder.ids((token,)))
+        return self._decoder.forward(embedded_1M, self._cache.length, self._cache)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden_BM: Tensor) -> Tensor:
+        """Next-token logits `[B, V]` of a row that `read` returned."""
+        return self._decoder.logits(hidden_BM)
 
 
 class _CpuAttention:

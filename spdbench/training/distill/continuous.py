@@ -22,7 +22,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import draw_rows, require_number
 from spdbench.models.layer_ops import next_tokens
 from spdbench.models.torch_utils import to_device
-from spdbench.training.distill.batched import Slots
+from spdbench.training.distill.batched import SingleSlot, Slots
 from spdbench.types import Sampling
 
 TOP_K = 64
@@ -67,7 +67,10 @@ class Batch(Generic[Result]):
     """
 
     def __init__(
-        self, slots: Slots, scripts: Iterator[Script[Result]], lock: AbstractContextManager[Any] | None = None
+        self,
+        slots: Slots | SingleSlot,
+        scripts: Iterator[Script[Result]],
+        lock: AbstractContextManager[Any] | None = None,
     ) -> None:
         self._slots = slots
         self._scripts = scripts

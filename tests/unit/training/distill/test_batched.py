@@ -13,6 +13,7 @@ import torch
 from spdbench.decoding.sampling import warp
 from spdbench.errors import PromptFailedError
 from spdbench.models.decoder import Decoder
+from spdbench.models.interface import TargetDecoder
 from spdbench.training.distill import batched
 from spdbench.training.distill.batched import Slots
 from spdbench.training.distill.continuous import TOP_K, Batch, Completion, Script, choose, likeliest, results_of
@@ -23,7 +24,9 @@ PROMPTS = [tuple(range(start, start + length)) for start, length in ((30, 11), (
 LIMITS = (40, 9, 70, 25, 1)
 
 
-def vanilla(decoder: Decoder, prompt: tuple[int, ...], limit: int, eos: frozenset[int] = frozenset()) -> list[int]:
+def vanilla(
+    decoder: TargetDecoder, prompt: tuple[int, ...], limit: int, eos: frozenset[int] = frozenset()
+) -> list[int]:
     """Greedy ids by one forward a token."""
     cache, unread, new = decoder.new_cache(len(prompt) + limit), prompt, list[int]()
     with torch.inference_mode():

@@ -120,7 +120,7 @@ def test_half_a_character_at_the_end_of_an_answer_is_left_out(monkeypatch: pytes
 
 
 def test_bad_answers_are_dropped_with_the_reason() -> None:
-    cycle, sentence = (7, 8) * 40, tuple(range(20, 50)) * 3
+    cycle, sentence = (7, 8) * 40, tuple(range(20, 60)) * 3
     for said, reason in (((END,), "empty"), ((5, END), "short"), (cycle, "loop"), (sentence, "repetitive")):
         assert asked(distiller(), said) == Dropped(0, reason)
 
