@@ -14,6 +14,7 @@ from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.load import conclude, loads
 from spdbench.judge.comparison.pairing import concurrency
+from spdbench.judge.comparison.summary import Summary, summaries
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import Drafts
@@ -28,8 +29,16 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def to_json(tables: Sequence[Table]) -> str:
     """One object: `tables`, each with its rows and every metric."""
     levels = [load for load in loads(tables) if len(load.tables) > 1]
-    more = {"loads": [[asdict(found) for found in conclude(load)] for load in levels]} if levels else {}
+    more: dict[str, Any] = {"loads": [[asdict(found) for found in conclude(load)] for load in levels]} if levels else {}
+    if over_suites := summaries(tables):
+        more["summaries"] = [_summary(each) for each in over_suites]
     return json.dumps({"tables": [_table(table) for table in tables], **more}, indent=2) + "\n"
+
+
+def _summary(summary: Summary) -> dict[str, Any]:
+    head = summary.tables[0].head
+    named = {"suites": summary.suites, "model": head.model.model_dump(), "baseline": summary.tables[0].baseline}
+    return {**named, "labels": [asdict(each) for each in summary.labels]}
 
 
 def _table(table: Table) -> dict[str, Any]:

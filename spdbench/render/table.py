@@ -20,6 +20,8 @@ from rich.text import Text
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import SpeedupOutcome, conclusions
 from spdbench.judge.comparison.load import Load, conclude, loads
+from spdbench.judge.comparison.summary import summaries
+from spdbench.render import summary as over_suites
 from spdbench.render.columns import (
     LABEL,
     SPEEDUP,
@@ -68,15 +70,24 @@ def _to_terminal(tables: Sequence[Table], console: Console, *, details: bool) ->
     parts: list[RenderableType] = []
     families = loads(tables)
     whole = not details and not any(by_category(table) or table.dialects for table in tables)
+    summary = [*chain.from_iterable(_summary_to_terminal(tables))]
     if whole and len(families) < len(tables):
-        return capture(console, *chain.from_iterable(_load_to_terminal(family, console) for family in families))
+        shown = chain.from_iterable(_load_to_terminal(family, console) for family in families)
+        return capture(console, *shown, *summary)
     headings = titles(tables)
     for table, heading in zip(tables, headings, strict=True):
         parts += [Text(heading, style="bold")] * (len(tables) > 1)
         parts += [_indented(sentence(each), console, STYLES.get(each.outcome, "")) for each in conclusions(table)]
     for table, heading in zip(tables, headings, strict=True):
         parts += ["", Text(heading, style="bold"), *_table_and_notes(table, console, details=details)]
-    return capture(console, *parts)
+    return capture(console, *parts, *summary)
+
+
+def _summary_to_terminal(tables: Sequence[Table]) -> Iterator[Sequence[RenderableType]]:
+    """What several suites say together."""
+    for each in summaries(tables):
+        heading = Text(over_suites.heading(each), style="bold")
+        yield "", heading, over_suites.to_rich(each), *map(bullet, over_suites.notes(each))
 
 
 def _load_to_terminal(load: Load, console: Console) -> Iterator[RenderableType]:
@@ -217,7 +228,7 @@ def _to_github(tables: Sequence[Table], *, details: bool) -> str:
         parts.append(
             "\n".join([*(f"- {markdown_line(line)}" for line in verdicts(table)), "", markdown(heading, grid, lines)])
         )
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(over_suites.to_github, summaries(tables))])
 
 
 def _to_latex(tables: Sequence[Table], *, details: bool) -> str:
@@ -227,4 +238,4 @@ def _to_latex(tables: Sequence[Table], *, details: bool) -> str:
         grid = _tabulate(table, "latex_booktabs", details=details)
         above, below = [*verdicts(table), heading], [*notes(table), *(notes_on_details(table) if details else ())]
         parts.append("\n".join([*(f"% {line}" for line in above), grid, *(f"% {line}" for line in below), ""]))
-    return "\n".join(parts)
+    return "\n".join([*parts, *map(over_suites.to_latex, summaries(tables))])
