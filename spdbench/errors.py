@@ -8,7 +8,8 @@
     │   └── NotRunError           exit 2   a program that a model wrote could not be run
     └── NotComparableError        exit 4   results that may not be in one table
 
-Anything else that escapes is a bug and shows its traceback.
+Anything else that escapes is a bug and shows its traceback. Each kind has an `anchor` on the page about messages,
+`docs/troubleshooting.md`.
 """
 
 from __future__ import annotations
@@ -16,30 +17,48 @@ from __future__ import annotations
 import difflib
 import importlib.util
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
 Model = TypeVar("Model", bound="BaseModel")
 
+TROUBLESHOOTING = "docs/troubleshooting.md"
+
 
 class SpdbenchError(Exception):
-    """Base of every error that spdbench raises on purpose."""
+    """Base of every error that spdbench raises on purpose.
+
+    `names_page`: the command line adds where the page says more, for kinds whose messages cannot hold all remedies.
+    """
 
     exit_code = 1
+    anchor: ClassVar[str] = "something-failed"
+    names_page: ClassVar[bool] = True
+
+    @property
+    def see(self) -> str:
+        """Where the documentation says more of this kind of error."""
+        return f"{TROUBLESHOOTING}#{self.anchor}"
 
 
 class BackendLostError(SpdbenchError):
     """A backend failed for good: its current prompt has failed, and the run ends with what it has."""
 
+    anchor = "backend-lost"
+
 
 class PromptFailedError(SpdbenchError):
     """One prompt cannot be answered, for a reason that is no bug; the next one may be answered."""
 
+    anchor = "prompt-failed"
+
 
 class TryAgainError(SpdbenchError):
     """The request should be repeated after `wait_s` seconds. The code that raises it limits how often."""
+
+    anchor = "try-again"
 
     def __init__(self, reason: str, wait_s: float) -> None:
         super().__init__(reason)
@@ -47,19 +66,25 @@ class TryAgainError(SpdbenchError):
 
 
 class InputError(SpdbenchError):
-    """The user's input cannot be used as it is."""
+    """The user's input cannot be used as it is. The message says what to do instead."""
 
     exit_code = 2
+    anchor = "wrong-input"
+    names_page = False
 
 
 class NotRunError(InputError):
     """A program that a model wrote could not be run, so that its result is unknown."""
+
+    anchor = "not-run"
+    names_page = True
 
 
 class NotComparableError(SpdbenchError):
     """These results may not be compared with each other."""
 
     exit_code = 4
+    anchor = "not-comparable"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -119,6 +119,8 @@ def run(args: Sequence[str]) -> int:
         return code
     except SpdbenchError as error:
         click.echo(f"Error: {printable(str(error))}", err=True)
+        if error.names_page:
+            click.echo(f"See {error.see}.", err=True)
         return error.exit_code
     except click.ClickException as error:
         shown = io.StringIO()

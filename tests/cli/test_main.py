@@ -150,10 +150,14 @@ def test_wrong_input_says_what_is_wrong_and_exits_with_2(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("error", "code"), [(SpdbenchError, 1), (InputError, 2), (NotComparableError, 4)])
-def test_our_own_errors_are_one_line_and_an_exit_code(
+@pytest.mark.parametrize(
+    ("error", "code", "section"),
+    [(SpdbenchError, 1, "something-failed"), (InputError, 2, None), (NotComparableError, 4, "not-comparable")],
+)
+def test_our_own_errors_are_one_line_an_exit_code_and_where_to_read_on(
     error: type[SpdbenchError],
     code: int,
+    section: str | None,
     failing: Callable[[BaseException], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -161,7 +165,10 @@ def test_our_own_errors_are_one_line_and_an_exit_code(
     with pytest.raises(SystemExit) as caught:
         entry.main(["run"])
     assert caught.value.code == code
-    assert capsys.readouterr() == ("", "Error: it went wrong\n")
+    assert capsys.readouterr() == (
+        "",
+        "Error: it went wrong\n" + (f"See docs/troubleshooting.md#{section}.\n" if section else ""),
+    )
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from docs import option_reference
+from spdbench import errors
 from spdbench.cli.main import COMMANDS
+from spdbench.errors import SpdbenchError
 from spdbench.prompts.suite import shipped_suites
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +60,20 @@ def test_every_command_backend_and_suite_is_explained_in_prose() -> None:
     )
     known = [*(f"`spdbench {name}" for name in COMMANDS), *(f"`{name}`" for name in (*shipped_suites(), *SHIPPED))]
     assert not [name for name in known if name not in prose]
+
+
+def kinds_of(error: type[SpdbenchError]) -> list[type[SpdbenchError]]:
+    return [error, *(kind for each in error.__subclasses__() for kind in kinds_of(each))]
+
+
+def test_every_kind_of_error_has_a_section_of_its_own() -> None:
+    known = [kind for kind in kinds_of(SpdbenchError) if kind.__module__ == errors.__name__]
+    headings = re.findall(r"^## (.*)$", (ROOT / errors.TROUBLESHOOTING).read_text("utf-8").lower(), re.MULTILINE)
+    sections = [heading.replace(" ", "-") for heading in headings]
+    anchors = [kind.anchor for kind in known]
+    assert len(set(anchors)) == len(anchors) == 7
+    assert not set(anchors) - set(sections)
+    assert SpdbenchError("reason").see == "docs/troubleshooting.md#something-failed"
 
 
 def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:

@@ -39,8 +39,8 @@ def without_padding(file: EagleFile, target: Decoder) -> EagleFile:
         of_own = "" if alike is None else f", and those before them are not the target's (cosine {alike:.2f})"
         raise file.error(
             f"tensor embed_tokens.weight has {num_rows} rows, but the target's vocabulary has {vocab_size} tokens. The "
-            f"rows beyond it ({len(surplus)}) are no padding: they hold numbers that differ{of_own}. It was made for "
-            "another vocabulary."
+            f"rows beyond it ({len(surplus)}) are no padding: they hold numbers that differ{of_own}. It was "
+            "made for another vocabulary."
         )
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in tensors and tensors[name].dim() == 2 and len(tensors[name]) == num_rows:
