@@ -121,9 +121,9 @@ class BackendInfo:
 class Backend(Protocol):
     """A way of decoding. Its life: construct, `load`, then for each request `prepare` and `generate`, then `close`.
 
-    Optional members, for backends that drive an engine: `account()`, see `engine_report`; `text_only = True` in a class
-    that needs no target, see `is_text_only`; `concurrency`, see `concurrency_of`; `next_logits`, see `engine_logits`;
-    `explain_divergence`, see `divergence_explainer`.
+    Optional members: `check()`, see `check_before_load`. For backends that drive an engine: `account()`, see
+    `engine_report`; `text_only = True` in a class that needs no target, see `is_text_only`; `concurrency`, see
+    `concurrency_of`; `next_logits`, see `engine_logits`; `explain_divergence`, see `divergence_explainer`.
     """
 
     kind: ClassVar[BackendKind]
@@ -167,6 +167,18 @@ def closing_steps(steps: Iterator[Step]) -> Iterator[Iterator[Step]]:
     finally:
         if isinstance(steps, Generator):  # any other iterator ends itself
             steps.close()
+
+
+def check_before_load(backend: Backend) -> None:
+    """Calls the method `check` of a backend that has one: it finds what is missing without loading anything, so that no
+    other backend is loaded in vain.
+
+    Raises:
+        InputError: the backend cannot be loaded.
+    """
+    check = getattr(backend, "check", None)
+    if check is not None:
+        check()
 
 
 def engine_report(backend: Backend) -> EngineReport:

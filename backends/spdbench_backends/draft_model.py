@@ -46,6 +46,13 @@ class DraftModel(DraftVerify):
     _options: Options
     _weights: TargetDecoder | None = None
 
+    def check(self) -> None:
+        from spdbench.decoding.drafter_choice import parse_drafter
+
+        choice = parse_drafter(self._context.drafter)
+        if choice.kind == "auto":
+            self._require_name(self._options.model)
+
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench.decoding.tree_builder import chain_builder
         from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
@@ -60,11 +67,14 @@ class DraftModel(DraftVerify):
         if captured is not None and small is not None and is_capturable(small):
             self._weights = CapturedDecoder(small, (1, 2), usual_capacity(small), ())
 
-    def _load_small(self, name: str | None) -> TargetDecoder:
+    def _require_name(self, name: str | None) -> str:
         if name is None:
             label = self._context.label
             raise InputError(f"-b {label}: needs a smaller model; give -o {label}.model=FOLDER_OR_HUB_ID")
-        small = load_small(self._context, "model", name)
+        return name
+
+    def _load_small(self, name: str | None) -> TargetDecoder:
+        small = load_small(self._context, "model", self._require_name(name))
         self._info = DrafterInfo(small.files.id, method="draft_model", synthetic=False, sha256=small.files.sha256)
         return small.decoder
 

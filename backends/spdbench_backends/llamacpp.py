@@ -41,6 +41,10 @@ class LlamaCpp(ObservedEngine):
     _options: Options
     _model: Any = None
 
+    def check(self) -> None:
+        _package(self._context.label)
+        self._find_file()
+
     def load(self) -> None:
         options, target = self._options, self._context.target
         self._set_lookup()

@@ -48,7 +48,7 @@ class CheckOptions:
     by: str | None = option("--by", click.Choice(["category"]), None, "What each category shows as well.")
     calibrate: bool = flag(
         "--calibrate",
-        "NEW are runs of the same code: find the slowdown that is noise, and keep it next to the baseline.",
+        "NEW are runs of the same code, at least 5: find the slowdown that is noise, and keep it with the baseline.",
     )
     junit: Path | None = option("--junit", OUTPUT, "FILE", "Write JUnit XML as well.")
     summary: Path | None = option("--summary", OUTPUT, "FILE", "Write Markdown as well, for a CI job's page.")

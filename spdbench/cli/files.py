@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import read_input
 from spdbench.output_files import replaced_file, write_obstacle
 
 if TYPE_CHECKING:
     from spdbench.judge.gate.calibration import Calibration
+    from spdbench.judge.results.schema import Result
 
 CALIBRATION = "calibration.json"
 """What `check --calibrate` leaves in a folder of results; no result itself."""
@@ -196,3 +198,25 @@ def _shortened(text: str) -> str:
         return text
     kept = text.encode()[:MAX_PART_BYTES].decode(errors="ignore")
     return f"{kept}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def keep_former(path: Path, new: Result) -> None:
+    """Renames a result at `path` that is of other work or other options than the one about to replace it. Only the head
+    of `new` counts."""
+    from spdbench.judge.comparison.pairing import differences
+    from spdbench.judge.loaded import read_results
+    from spdbench.measure.privacy import names_only
+
+    if not path.is_file():
+        return
+    try:
+        former = read_results([path])[0].head
+    except InputError:  # no result, or a damaged one
+        return
+    options = names_only(new.backend.options)
+    changed = [key for key, value in options.items() if former.backend.options.get(key) != value]
+    found = [*differences(new, former), *(f"-o {new.backend.label}.{key}" for key in changed)]
+    if found:
+        kept = path.with_name(f"{path.name}.old")
+        path.replace(kept)
+        say(f"NOTE: {path} was of other settings ({'; '.join(found)}); it is kept as {kept.name}. --name keeps both.")

@@ -652,3 +652,17 @@ def test_template_arguments_are_part_of_the_work_and_of_the_title(run: Runs, tmp
     said = run(*words, "--name", "silent", "--resume", "--template-arg", "thinking=true")
     assert said.code == 2
     assert "other settings" in said.err
+
+
+def test_a_result_of_other_settings_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    suite, results = write_suite(tmp_path, 1), tmp_path / "results"
+    common = (suite, "-m", tiny_model, "--threads", "1", "--max-new-tokens", "4", "--results", results, "-b", "vanilla")
+    assert spdbench("run", *common, "--dtype", "float32").code == 0
+    former = (results / "mini__vanilla__tiny-llama.json").read_bytes()
+    again = spdbench("run", *common, "--dtype", "float32")
+    assert "is kept as" not in again.err
+    said = spdbench("run", *common, "--dtype", "bfloat16")
+    assert "of other settings (dtype (bfloat16, not float32))" in " ".join(said.err.split())
+    kept = results / "mini__vanilla__tiny-llama.json.old"
+    assert kept.stat().st_size == pytest.approx(len(former), rel=0.2)
+    assert '"dtype": "float32"' in kept.read_text()

@@ -117,20 +117,27 @@ def test_outsiders_backend_is_held_to_the_same_tests_as_those_that_ship(site: Pa
 
 def test_the_documented_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
     text, suites_page = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("backend.md", "suites.md"))
-    [code] = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
-    [line] = [line for line in text.splitlines() if line == 'mine = "mine:Mine"']
+    code = "\n\n".join(block.partition("```")[0] for block in text.split("```python\n")[1:])
+    lines = ['mine = "mine:Mine"', 'guessing = "mine:Guessing"']
+    assert all(line in text for line in lines)
     suites = [block.partition("```")[0] for block in suites_page.split("```yaml\n")[1:]]
     [suite] = [each for each in suites if each.startswith("name: mine\n")]
     site = tmp_path / "site"
     (site / "mine-1.0.dist-info").mkdir(parents=True)
     (site / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", "utf-8")
     (site / "mine-1.0.dist-info" / "entry_points.txt").write_text(
-        "[spdbench.backends]\n" + line.replace('"', ""), "utf-8"
+        "[spdbench.backends]\n" + "\n".join(lines).replace('"', ""), "utf-8"
     )
     (site / "mine.py").write_text(code, "utf-8")
     (tmp_path / "mine.yaml").write_text(suite, "utf-8")
     words = ["mine.yaml", "-m", str(tiny_model), "--dtype", "float32", "--threads", "1", "--max-new-tokens", "12"]
-    done = spdbench([site], tmp_path, "run", *words, "-b", "vanilla", "-b", "mine", "-o", "mine.top=1")
+    done = spdbench(
+        [site], tmp_path, "run", *words, "-b", "vanilla", "-b", "mine", "-b", "guessing", "-o", "mine.top=1"
+    )
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "results" / f"mine__mine__{tiny_model.name}.json").read_text("utf-8"))
-    assert result["divergence"]["identical"] == len(result["runs"]) == 3
+    judged = {}
+    for label in ("mine", "guessing"):
+        result = json.loads((tmp_path / "results" / f"mine__{label}__{tiny_model.name}.json").read_text("utf-8"))
+        assert result["divergence"]["identical"] == len(result["runs"]) == 3
+        judged[label] = sum(sum(run["steps"]["judged"]) for run in result["runs"])
+    assert judged["guessing"] > judged["mine"] == 0

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -21,8 +21,9 @@ import click
 from rich.console import Console
 
 from spdbench.append_log import first_difference
-from spdbench.backend import Backend, concurrency_of
-from spdbench.cli.files import require_writable, result_path
+from spdbench.backend import Backend, check_before_load, concurrency_of
+from spdbench.cli.files import keep_former, require_writable, result_path
+from spdbench.cli.progress import waiting
 from spdbench.cli.run.events import STDOUT, Events, Observers, Write, open_events
 from spdbench.cli.run.live_view import LiveView, Screen, Tally
 from spdbench.cli.run.loggers import RunLogger, log_results
@@ -34,7 +35,7 @@ from spdbench.errors import BackendLostError, InputError, SpdbenchError
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.results.reader import reread
-from spdbench.judge.results.schema import ModelInfo, SuiteInfo, served_model
+from spdbench.judge.results.schema import ModelInfo, Result, SuiteInfo, served_model
 from spdbench.judge.score import Scorer
 from spdbench.measure.assemble import ResultHead, run_key, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter, gpu_uuid
@@ -116,11 +117,17 @@ class Session:
     ) -> list[LoadedResult]:
         """The results of one level, measured and written."""
         with ExitStack() as stack:
+            made = [
+                spec.make(self.target, self.devices, self.options.threads, self.workload.seed, self.chat)
+                for spec in specs
+            ]
+            for backend in made:
+                check_before_load(backend)
             backends = []
-            for spec in specs:
-                made = spec.make(self.target, self.devices, self.options.threads, self.workload.seed, self.chat)
-                backends.append(stack.enter_context(closing(made)))
-                made.load()
+            for spec, backend in zip(specs, made, strict=True):
+                backends.append(stack.enter_context(closing(backend)))
+                with nullcontext() if self.options.quiet else waiting(f"Loading {spec.label} ..."):
+                    backend.load()
             if self.target is not None and (reason := self.target.unsupported_reason) is not None:
                 say(
                     f"NOTE: {reason} is not one that spdbench's own layers know; transformers' layers serve, which are "
@@ -261,6 +268,7 @@ def _write(outputs: Sequence[Output]) -> list[LoadedResult]:
     """Makes results of finished journals, which are removed."""
     results = []
     for output in outputs:
+        keep_former(output.path, cast(Result, output.head))
         results.append(write_result(*output))
         say(f"Wrote {output.path}")
     for output in outputs:  # only now: until every result is there, --resume can still make them all

@@ -46,7 +46,10 @@ request; then a clock rate, 1 for a request that was disturbed, and how many mea
 """
 COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 STEP_COLUMNS = ("emitted", "drafted", "judged", "accepted")
-MAX_CYCLE = 8
+MAX_CYCLE = 32
+"""The longest cycle of which two fit into the tail that is looked at."""
+MIN_IDS = 16
+"""Shorter outputs are too short to decide."""
 TAIL_TOKENS = 64
 
 
@@ -281,9 +284,9 @@ def _narrow(values: NDArray[np.int64]) -> NDArray[np.integer]:
 
 
 def is_degenerate(output_ids: Sequence[int]) -> bool:
-    """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 8 ids.
+    """True if over half of the last 64 ids lie in one stretch that repeats a cycle of at most 32 ids.
 
-    A cycle counts once it occurred twice. Outputs shorter than two cycles of 8 are too short to decide.
+    A cycle counts once it occurred twice. Outputs of fewer than 16 ids are too short to decide.
     """
     tail = np.asarray(output_ids[-TAIL_TOKENS:], dtype=np.int64)[None]
     return bool(_end_in_loops(tail, np.ones(tail.shape, dtype=np.bool_))[0])
@@ -307,7 +310,7 @@ def _end_in_loops(ids: NDArray[np.int64], real: NDArray[np.bool_]) -> NDArray[np
     for period in range(1, MAX_CYCLE + 1):
         repeats = (ids[:, period:] == ids[:, :-period]) & real[:, :-period]
         # Most rows repeat too few ids, wherever they are; only in the others it matters whether in one stretch.
-        rows = np.flatnonzero((2 * (repeats.sum(axis=1) + period) > lengths) & (lengths >= 2 * MAX_CYCLE))
+        rows = np.flatnonzero((2 * (repeats.sum(axis=1) + period) > lengths) & (lengths >= MIN_IDS))
         place = np.arange(1, repeats.shape[1] + 1)
         last_break = np.maximum.accumulate(np.where(repeats[rows], 0, place), axis=1)
         stretch = (place - last_break).max(axis=1, initial=0)
