@@ -65,7 +65,7 @@ def test_answers_without_a_number_score_nothing(run: Runs) -> None:
 
 def test_code_is_left_unscored_with_a_note_unless_it_is_allowed(run: Runs) -> None:
     said = run([*SUMS, *CODE], BOTH, "-b", "vanilla")
-    assert "NOTE: answers to 1 prompts for code are not scored" in said.err
+    assert "NOTE: answers to 1 prompt for code are not scored" in said.err
     assert "--allow-code-execution" in said.err
     assert scores(run.result("vanilla"))[3] is None
     said = run([*SUMS, *CODE], BOTH, "-b", "vanilla", "--allow-code-execution")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
 from spdbench.prompts.chat import PlainText, parse_template_args
 from spdbench.prompts.suite import Suite, load_suite
+from spdbench.types import Prompt
 
 if TYPE_CHECKING:
     from spdbench.cli.run.session import Session
@@ -125,6 +127,8 @@ def prepare(options: RunOptions) -> Session:
     workload = make_workload(
         suite, options, target, chat, specs, **counts, keep_spans=options.trace, keep_drafts=options.keep_drafts
     )
+    if not options.allow_code_execution:
+        _report_unscored(suite, workload.prompts)
     return Session(options, suite, workload, chat, target, devices, levels, score, loggers)
 
 
@@ -138,10 +142,16 @@ def _scorer(suite: Suite, allow_code_execution: bool) -> Scorer:
     code = [prompt for prompt in suite.prompts if judge_of(suite.score, prompt.category) in RUNS_CODE]
     if code and allow_code_execution:
         say(f"NOTE: answers that are code are run, each by itself; {require_sandbox()}")
-    elif code:
-        kind = "answers" if len(code) == len(suite.prompts) else f"answers to {len(code)} prompts for code"
-        say(f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution")
     return Scorer(suite.score, _passes if allow_code_execution else None)
+
+
+def _report_unscored(suite: Suite, prompts: Sequence[Prompt]) -> None:
+    """Reports how many of the run's prompts ask for code, which is not run."""
+    count = sum(judge_of(suite.score, prompt.category) in RUNS_CODE for prompt in prompts)
+    if count:
+        asked = f"{count} prompt{'' if count == 1 else 's'}"
+        kind = "answers" if count == len(prompts) else f"answers to {asked} for code"
+        say(f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution")
 
 
 def _passes(program: str) -> bool | None:

@@ -75,7 +75,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
     # The version keeps folders apart that earlier conversions made; names from outside may be too long for a folder.
     directory = cache_folder() / "models" / f"{file.stem[:60]}-{sha256[:12]}-v{CONVERSION}"
     if not directory.exists():
-        say(f"Converting {file.name} once (about 20 s for 135M parameters) ...")
+        say(f"Converting {file.name} once, {file.stat().st_size / 1e6:.0f} MB (about 20 s for each 100 MB) ...")
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))
