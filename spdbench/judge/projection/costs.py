@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NoReturn, Protocol
+
+import numpy as np
 
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.definitions import by_layers
-from spdbench.judge.projection.recorded import Recorded, host_seconds, part_seconds, stage_sigma, start_seconds
+from spdbench.judge.projection.recorded import (
+    Recorded,
+    host_seconds,
+    part_seconds,
+    rows_a_stage,
+    stage_sigma,
+    start_seconds,
+)
 from spdbench.judge.results.table import COLUMN
 from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
 
@@ -31,6 +41,9 @@ class Costs(Protocol):
     def layer_s(self, rows: float) -> float | None: ...
 
     def head_s(self, rows: float) -> float | None: ...
+
+    def growth(self, rows: float) -> float:
+        """How much longer a forward of `rows` rows takes than one of a single row."""
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None: ...
 
@@ -74,6 +87,11 @@ class RecordedCosts:
             "messages between devices are not in these results: a pipeline's are taken as the time that lanes waited "
             "for messages and the host, and tensor parallelism is omitted; `spdbench profile` measures messages"
         ]
+        if not self._rounds_s and any(rows_a_stage(each) > 1 for each in self.recorded.pipelines):
+            found.append(
+                "the pipelines have branches, and what a stage's further rows cost is not in these results: they are "
+                "taken as free. Add a result of eagle or medusa, or `--profile`"
+            )
         if set(head.backend.devices) == {"cpu"} and isinstance(cores, int) and cores <= most:
             found.append(
                 f"the drafter was timed with {most} stages next to it on {cores} cores, so its time includes waiting; "
@@ -107,6 +125,25 @@ class RecordedCosts:
 
     def head_s(self, rows: float) -> float | None:
         return self._token_s() * self._head_share() if rows == 1 else None
+
+    def growth(self, rows: float) -> float:
+        """On the line from vanilla's token to the rounds of a method that verifies several rows; 1 without one."""
+        known = self._rounds_s
+        if rows <= 1 or not known:
+            return 1.0
+        at, seconds = zip((1.0, self._token_s()), *sorted(known.items()), strict=True)
+        return max(1.0, float(np.interp(rows, at, seconds) / seconds[0]))
+
+    @cached_property
+    def _rounds_s(self) -> dict[float, float]:
+        """Seconds of a forward by its rows, of methods that verify several."""
+        found = {}
+        for result in self.recorded.rounds:
+            total, layer = result.runs.total(result.runs.answered), part_seconds(result, "layer")
+            if layer is not None and total[COLUMN["steps"]] and total[COLUMN["forwards"]] > total[COLUMN["steps"]]:
+                rows = float(total[COLUMN["forwards"]] / total[COLUMN["steps"]])
+                found[rows] = self.recorded.num_layers * layer + (part_seconds(result, "head") or 0.0)
+        return found
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:  # noqa: ARG002 - one was timed
         drafter = result.head.drafter
@@ -155,6 +192,15 @@ class ProfileCosts:
 
     def head_s(self, rows: float) -> float | None:
         return self.profile.head_s(rows)
+
+    def growth(self, rows: float) -> float:
+        layers, times = self.recorded.num_layers, []
+        for each in (1.0, rows):
+            layer, head = self.layer_s(each), self.head_s(each)
+            if layer is None or head is None:
+                return 1.0
+            times.append(layers * layer + head)
+        return times[1] / times[0]
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:
         """Of the result's own drafter where it was profiled, else of one of the same method; with the nearest number

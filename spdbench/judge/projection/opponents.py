@@ -136,13 +136,7 @@ def _round_s(
     draft = costs.round_draft_s(result, levels)
     if forward is None or draft is None:
         return None
-    return forward + draft * _growth(costs, recorded, requests) + costs.verify_s() + costs.host_s()
-
-
-def _growth(costs: Costs, recorded: Recorded, requests: int) -> float:
-    """How much longer a forward of `requests` rows takes than one of a single row."""
-    one, many = (forward_s(costs, recorded.num_layers, rows) for rows in (1, requests))
-    return 1.0 if one is None or many is None else many / one
+    return forward + draft * costs.growth(requests) + costs.verify_s() + costs.host_s()
 
 
 def under_load(

@@ -18,7 +18,6 @@ from spdbench.judge.projection.opponents import (
     Load,
     Opponent,
     faster_up_to,
-    forward_s,
     one_request,
     token_s,
     under_load,
@@ -181,7 +180,7 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
         for source in _sources(recorded, len(layers)):
             parts = make_parts(recorded, costs, source, layers, setting)
             rows.append(_row(source, layers, parts, alone))
-            by_load.append((rows[-1].label, rows[-1].devices, _seconds_a_token(recorded, costs, source, parts)))
+            by_load.append((rows[-1].label, rows[-1].devices, _seconds_a_token(costs, source, parts)))
     counts = sorted({row.devices for row in rows} | {row.num_stages for row in rows})
     loads = under_load(recorded, costs, counts, setting.concurrency, by_load) if setting.concurrency > 1 else []
     return Projection(
@@ -224,13 +223,13 @@ def make_parts(
         InputError: a cost is not known.
     """
     rows = rows_a_stage(source)
-    layer, head = costs.layer_s(rows), costs.head_s(rows)
+    layer, head, growth = costs.layer_s(1), costs.head_s(1), costs.growth(rows)
     draft = costs.pipeline_draft_s(source, len(layers))
     if layer is None or head is None:
-        several = f" of {rows:.1f} rows, which the branches of {source.label} have" if rows > 1 else ""
-        refuse(f"the time of a layer{several}", _profile_command(recorded))
+        refuse("the time of a layer", _profile_command(recorded))
     if draft is None:
         refuse(f"{source.file}: the time of a draft", f"{recorded.remeasure()}, or {_profile_command(recorded)}")
+    layer, head = layer * growth, head * growth
     factors = lognormal_factors(costs.sigma(source))
     return Parts(
         stages=tuple(count * layer for count in layers),
@@ -301,18 +300,18 @@ def _sensitivities(parts: Parts, sequences: dict[RunKey, list[int]], alone: floa
     return tuple(found)
 
 
-def _seconds_a_token(recorded: Recorded, costs: Costs, source: LoadedResult, parts: Parts) -> Callable[[int], float]:
+def _seconds_a_token(costs: Costs, source: LoadedResult, parts: Parts) -> Callable[[int], float]:
     """Seconds between two tokens of one request by the number of requests whose tokens share each stage: all parts grow
     as a forward's rows do. No engine of ours batches requests in a pipeline; this is what one would give."""
     sequences, rows = verdicts(source, parts.num_stages), rows_a_stage(source)
 
     def seconds(requests: int) -> float:
-        one, many = (forward_s(costs, recorded.num_layers, rows * count) or 1.0 for count in (1, requests))
+        growth = costs.growth(rows * requests) / costs.growth(rows)
         grown = replace(
             parts,
-            stages=tuple(each * many / one for each in parts.stages),
-            head_s=parts.head_s * many / one,
-            draft_s=parts.draft_s * many / one,
+            stages=tuple(each * growth for each in parts.stages),
+            head_s=parts.head_s * growth,
+            draft_s=parts.draft_s * growth,
             message_s=costs.message_s(rows * requests) or 0.0,
         )
         return 1 / replay(Stretch(grown), sequences)[0]

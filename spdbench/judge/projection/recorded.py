@@ -105,12 +105,6 @@ def _require_steps(result: LoadedResult) -> None:
         raise InputError(f"{result.file}: holds no run with decode steps. Measure again with `spdbench run`.")
 
 
-def has_branches(result: LoadedResult) -> bool:
-    """True for a pipeline with more than one draft after a token."""
-    options = result.head.backend.options
-    return (options.get("draft_top_k") or 1) > 1 or bool(options.get("redraft"))
-
-
 def verdicts(result: LoadedResult, num_stages: int | None = None) -> dict[RunKey, list[int]]:
     """For each run of a pipeline the verdict on the draft of each token after the first: 0 for a rejection, else in how
     many cycles the next verdict came. That is 1, or more where a branch was accepted that had entered later, but no
@@ -137,8 +131,9 @@ def with_acceptance(sequence: Sequence[int], change: float, rng: np.random.Gener
 
 
 def rows_a_stage(result: LoadedResult) -> float:
-    """Rows that a busy stage of a pipeline works on in a cycle, on average: 1 without branches."""
-    if not has_branches(result):
+    """Rows that a busy stage of a pipeline works on in a cycle, on average: 1 without branches, of which `max_rows`
+    tells."""
+    if "max_rows" not in result.head.backend.chosen:
         return 1.0
     runs, layers = result.runs, [count for count in result.head.backend.stage_layers if count]
     shares = np.cumsum(layers) / sum(layers)  # of the layers, those at work in each cycle after a flush
@@ -149,7 +144,7 @@ def rows_a_stage(result: LoadedResult) -> float:
         for emitted, accepted in runs.steps_of(key)[[EMITTED, ACCEPTED], 1:].T.tolist():
             one += shares[min(since, len(layers) - 1)]
             since = 0 if emitted and not accepted else since + 1
-    return max(1.0, rows / one) if one else 1.0
+    return max(1.0, float(rows / one)) if one else 1.0
 
 
 def stage_sigma(result: LoadedResult) -> float:

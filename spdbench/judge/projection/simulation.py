@@ -74,7 +74,8 @@ class Parts:
     last entry where the drafter does; work on one device is done in the order in which its input arrives. `start_s` is
     what a request takes once, before its first cycle. Of the output head the drafter's device computes `drafters_head`,
     from 0 to 1, and the last stage the rest, at the same time. `abort_s` is how long a stage still works on a token
-    that was dropped. `late` drafters read what stage 0 computes in the same cycle (PPSD).
+    that was dropped. Drafts with `reads_states` wait for what the stages computed in the cycle before; a synthetic
+    drafter's do not. `late` drafters read what stage 0 computes in the same cycle (PPSD).
     """
 
     stages: tuple[float, ...]
@@ -89,6 +90,7 @@ class Parts:
     abort_s: float = 0.0
     in_step: bool = False
     late: bool = False
+    reads_states: bool = True
     scatter: Scatter = field(default=Scatter())
 
     @property
@@ -194,7 +196,7 @@ class Stretch:
             self._add(stage, "host", before[stage - 1], arrived, cycle - stage, cycle)
             work.append(_Work(np.maximum(arrived, begin), stage))
         draft = self._controller
-        if cycle:
+        if cycle and parts.reads_states:
             draft = np.maximum(draft, np.max(before[: min(cycle, parts.num_stages)], axis=0) + self._message())
         if parts.late:
             self._run_all(work, cycle)
@@ -231,11 +233,11 @@ class Stretch:
         self._add(lane, "host", self._finished[oldest], done, cycle - oldest, cycle)
         done = np.maximum(done, drafted)
         if parts.drafts_in_first_stage:
-            start = np.maximum(drafted, self._free[parts.devices[0]])
+            start = np.maximum(drafted + self._message(), self._free[parts.devices[0]])
             self._ahead = start + self._drawn(parts.stages[0], parts.scatter.stages)
             self._free[parts.devices[0]] = self._ahead
             self._add(0, "target", start, self._ahead, cycle + 1, cycle + 1)
-            done = np.maximum(done, self._ahead)
+            done = np.maximum(done, self._ahead + self._message())
         if cycle >= parts.num_stages - 1:
             verdict = done + parts.verify_s
             if parts.drafters_head:

@@ -72,7 +72,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
     records: list[Record] = [
         {
             "label": harmless(row.label),
-            "kind": harmless(row.label.partition(" ")[0]),
+            "kind": harmless(_kind(row.label)),
             "devices": row.devices,
             "speedup": row.speedup,
             "low": row.speedup_interval[0] if row.speedup_interval else row.speedup,
@@ -118,7 +118,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
                     "x": x,
                     "y": y,
                     "color": look,
-                    "shape": look | {"scale": {"domain": kinds}},
+                    "shape": look | {"scale": {"domain": kinds}, "legend": None},
                     "tooltip": tip,
                 },
             },
@@ -137,28 +137,48 @@ def _frontier(projection: Projection, palette: Palette) -> Panel:
     records: list[Record] = [
         {
             "label": harmless(load.label),
+            "kind": harmless(_kind(load.label)),
             "requests": load.requests,
             "token_ms": MS * load.token_s,
             "device_ms": MS * load.device_s_per_token,
         }
         for load in projection.loads
     ]
-    labels = list(dict.fromkeys(record["label"] for record in records))
-    colours = [palette.series[number % len(palette.series)] for number in range(len(labels))]
+    kinds = list(dict.fromkeys(record["kind"] for record in records))
+    colours = [palette.series[number % len(palette.series)] for number in range(len(kinds))]
     tip = [{"field": "label"}, {"field": "requests"}]
     tip += [{"field": name, "format": ".2f"} for name in ("token_ms", "device_ms")]
+    scale = {"type": "log", "nice": False, "padding": 20}
+    place = {
+        "x": quantity("token_ms", "ms between two tokens of a request", scale=scale),
+        "y": quantity("device_ms", "device ms a token", scale=scale),
+    }
     encoding = {
-        "x": quantity("token_ms", "ms between two tokens of a request", scale={"type": "log"}),
-        "y": quantity("device_ms", "device ms a token", scale={"type": "log"}),
-        "color": {"field": "label", "type": "nominal", "scale": {"domain": labels, "range": colours}},
+        **place,
+        "color": {"field": "kind", "type": "nominal", "scale": {"domain": kinds, "range": colours}},
+        "detail": {"field": "label"},
         "order": {"field": "requests"},
         "tooltip": tip,
     }
     return Panel(
-        spec(records, {"mark": {"type": "line", "point": True}, "encoding": encoding}, height=320),
+        spec(
+            records,
+            {"mark": {"type": "line", "point": True}, "encoding": encoding},
+            {
+                "transform": [{"filter": "datum.requests === 1"}],
+                "mark": {"type": "text", "align": "left", "dx": 5, "dy": -6},
+                "encoding": {**place, "text": {"field": "label"}},
+            },
+            height=420,
+        ),
         records,
         "Several requests at once",
     )
+
+
+def _kind(label: str) -> str:
+    """A way to decode without its number of devices."""
+    return label.partition(" x")[0]
 
 
 def _describe(records: Sequence[Record]) -> str:

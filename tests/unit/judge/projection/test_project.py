@@ -256,7 +256,7 @@ def branched(num_stages: int = 3) -> LoadedResult:
     forwards = [1.0, *(2 * min(1.0, (each + 1) / 3) for each in [0, 1, *range(2, 9), 0, 1, 2])]
     steps = make_steps(emitted, drafted=emitted, judged=emitted, accepted=accepted, forwards=forwards, step_ns=MS)
     result = pipeline_result(num_stages)
-    backend = result.backend.model_copy(update={"options": {"draft_top_k": 2, "redraft": True}})
+    backend = result.backend.model_copy(update={"chosen": {"max_rows": "7"}})
     return load(
         result.model_copy(update={"backend": backend, "runs": [make_run(steps, bubble=BUSY, parts=PARTS)]}), "b.json"
     )
@@ -272,9 +272,23 @@ def test_branches_take_the_time_of_their_rows() -> None:
     assert rows_a_stage(branched()) == pytest.approx(2.0)
     recorded = sort_results([vanilla(), branched()])
     profile = ProfileCosts(make_profile(), recorded)
-    assert make_parts(recorded, profile, branched(), (15, 15), setting()).stages[0] == pytest.approx(15 * 1.01e-3)
-    with pytest.raises(InputError, match=r"of 2\.0 rows, which the branches of spd have.*spdbench profile"):
-        project(recorded, RecordedCosts(recorded), setting(2))
+    growth = (30 * 1.01e-3 + 5e-3) / 35e-3
+    assert make_parts(recorded, profile, branched(), (15, 15), setting()).stages[0] == pytest.approx(15e-3 * growth)
+
+
+def test_without_a_profile_rows_cost_what_rounds_of_several_rows_took() -> None:
+    """A token takes 100 ms; a round of three rows 30 layers of 4 ms, so that two rows take 110."""
+    rounds = eagle_result()
+    parts = PartTimes(layer=PartTime(num=90, s=0.36))
+    runs = [run.model_copy(update={"bubble": BUSY, "parts": parts}) for run in rounds.runs]
+    timed = load(rounds.model_copy(update={"runs": runs}), "eagle.json")
+    recorded = sort_results([vanilla(), branched(), timed])
+    costs = RecordedCosts(recorded)
+    assert [costs.growth(rows) for rows in (1, 2, 3, 9)] == pytest.approx([1.0, 1.1, 1.2, 1.2])
+    assert not any("taken as free" in note for note in costs.notes)
+    free = RecordedCosts(sort_results([vanilla(), branched()]))
+    assert free.growth(2) == 1.0
+    assert any("taken as free" in note for note in free.notes)
 
 
 # Scatter

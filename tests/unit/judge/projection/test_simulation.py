@@ -87,6 +87,13 @@ def test_a_branch_that_entered_late_takes_as_many_cycles_more() -> None:
     assert request_seconds(stretch, [1, 3, 1]) == pytest.approx(7.0)
 
 
+def test_a_drafter_that_reads_no_states_does_not_wait_for_the_slowest_stage() -> None:
+    scatter = Scatter(stages=lognormal_factors(0.5))
+    parts = [make_parts(*[1.0] * 6, draft_s=0.9, reads_states=each, scatter=scatter) for each in (True, False)]
+    waits, goes_on = map(steady, parts)
+    assert 1.0 < goes_on < 0.98 * waits
+
+
 def test_a_rejection_costs_what_a_stage_still_works_on_a_dropped_token() -> None:
     seconds = [request_seconds(Stretch(make_parts(1.0, 1.0, abort_s=each)), [0, 1]) for each in (0.0, 0.25)]
     assert seconds == pytest.approx([4.0, 4.25])
