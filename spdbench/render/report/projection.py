@@ -73,6 +73,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
         {
             "label": harmless(row.label),
             "kind": harmless(_kind(row.label)),
+            "short": harmless(_short(row.label)),
             "devices": row.devices,
             "speedup": row.speedup,
             "low": row.speedup_interval[0] if row.speedup_interval else row.speedup,
@@ -88,6 +89,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
             {
                 "label": harmless(rival.label),
                 "kind": kind,
+                "short": harmless(_short(rival.label)),
                 "devices": rival.devices,
                 "speedup": speedup,
                 "low": low,
@@ -124,7 +126,7 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
             },
             {
                 "mark": {"type": "text", "align": "left", "dx": 7, "dy": -7},
-                "encoding": {"x": x, "y": y, "text": {"field": "label"}},
+                "encoding": {"x": x, "y": y, "text": {"field": "short"}},
             },
             height=320,
         ),
@@ -138,6 +140,7 @@ def _frontier(projection: Projection, palette: Palette) -> Panel:
         {
             "label": harmless(load.label),
             "kind": harmless(_kind(load.label)),
+            "short": harmless(_short(load.label)),
             "requests": load.requests,
             "token_ms": MS * load.token_s,
             "device_ms": MS * load.device_s_per_token,
@@ -167,7 +170,7 @@ def _frontier(projection: Projection, palette: Palette) -> Panel:
             {
                 "transform": [{"filter": "datum.requests === 1"}],
                 "mark": {"type": "text", "align": "left", "dx": 5, "dy": -6},
-                "encoding": {**place, "text": {"field": "label"}},
+                "encoding": {**place, "text": {"field": "short"}},
             },
             height=420,
         ),
@@ -179,6 +182,11 @@ def _frontier(projection: Projection, palette: Palette) -> Panel:
 def _kind(label: str) -> str:
     """A way to decode without its number of devices."""
     return label.partition(" x")[0]
+
+
+def _short(label: str) -> str:
+    """What its colour does not say: the number of devices; for one device the label."""
+    return f"x{number}" if (number := label.partition(" x")[2]) else label
 
 
 def _describe(records: Sequence[Record]) -> str:
