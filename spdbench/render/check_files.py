@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
+from spdbench.console import printable
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, Judgement, verdict_of
 from spdbench.render.check import NAMES, names
 
@@ -85,7 +86,7 @@ def _add_case(suite: ElementTree.Element, class_name: str, finding: Finding) -> 
 
 
 def _text(text: str) -> str:
-    return NOT_XML.sub("?", text)
+    return NOT_XML.sub("?", printable(text))
 
 
 def to_benchmark_json(judgements: Sequence[Judgement]) -> str:

@@ -181,6 +181,8 @@ def _text(content: Any, kind: str) -> str:
 
 def _number(value: Any) -> int:
     number = int(value)
+    if isinstance(value, bool):
+        raise ValueError("true and false are no counts")
     if number < 0:
         raise ValueError("ids and counts must not be negative")
     return number

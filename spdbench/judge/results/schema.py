@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError, first_problem, short_repr
-from spdbench.input_files import read_input
+from spdbench.input_files import parse_json, read_input
 from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles, PartTimes
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
@@ -299,9 +299,14 @@ def read_result(path: Path, raw: bytes | None = None) -> Result:
     """
     raw = read_input(path) if raw is None else raw
     try:
-        return Result.model_validate_json(raw)
+        found = Result.model_validate_json(raw)
     except ValidationError as error:
         raise InputError(f"{path}: {_why(raw, error)}") from None
+    try:
+        parse_json(raw)  # a repeated key would hide a part of the file
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return found
 
 
 def _why(raw: bytes, error: ValidationError) -> str:

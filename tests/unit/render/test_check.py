@@ -25,7 +25,7 @@ def fine(**more: Any) -> list[Judgement]:
 
 def wrong() -> list[Judgement]:
     """A failed prompt, a prompt that is missing, slower, and a label that the baseline lacks."""
-    broken = [*drafted_runs(8, step_ns=lambda _: 25 * MS), failed_run("p8\x00", "a|b")]
+    broken = [*drafted_runs(8, step_ns=lambda _: 25 * MS), failed_run("p8\x00\u202e", "a|b")]
     return judged([plain(), eagle(broken), eagle(label="new|one")], [plain(), eagle()])
 
 
@@ -120,7 +120,7 @@ def test_junit_counts_regressions_as_failures_and_what_cannot_be_told_as_errors(
     }
     assert {case.get("name") for case in bad if case.find("error") is not None} == {"exact: paired runs"}
     assert suites["quick new|one"].get("errors") == "1"
-    assert "p8?" in (bad.find("testcase/failure").get("message") or "")  # type: ignore[union-attr]
+    assert r"p8\x00\u202e: " in (bad.find("testcase/failure").get("message") or "")  # type: ignore[union-attr]
 
 
 def test_junit_never_fails_for_what_only_informs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from spdbench.errors import InputError
 from spdbench.judge.loaded import load
+from spdbench.judge.results.reader import read_runs
 from spdbench.judge.results.schema import SCHEMA_FILE, Steps, json_schema, read_result
 from tests.builders import make_result, make_run, summarise, write_result
 
@@ -166,6 +168,20 @@ def test_run_that_stands_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     twice = result.model_copy(update={"runs": [*result.runs, result.runs[0]]})
     with pytest.raises(InputError, match=r"runs: entries 0 and 2 are both prompt 'p0', turn 0, repeat 0"):
         read_result(write_result(twice, tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("read", [read_result, read_runs])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    """Programs differ in which of the two they read."""
+    path = write_result(make_result([make_run()]), tmp_path / "a.json")
+    for old, new in (
+        (b'"runs":', b'"runs":[],"runs":'),
+        (b'"created":', b'"created":"2026-01-01T00:00:00Z","created":'),
+    ):
+        path = tmp_path / "twice.json"
+        path.write_bytes((tmp_path / "a.json").read_bytes().replace(b'": ', b'":').replace(old, new, 1))
+        with pytest.raises(InputError, match=r"twice\.json: key '(runs|created)' occurs twice"):
+            read(path)
 
 
 @pytest.mark.parametrize("bandwidth", [1e-320, float("inf"), -1, 10**400, True, "fast"])
