@@ -58,6 +58,25 @@ def replaced_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def cached_file(path: Path) -> Iterator[IO[bytes]]:
+    """As `replaced_file`, in a folder that is made, and for several processes at once: the file of the last one stays.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
+
+
 def write_obstacle(folder: Path) -> OSError | None:
     """Why no file can be made in `folder`, which is made if it is not there; None where one can."""
     try:

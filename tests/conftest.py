@@ -22,10 +22,11 @@ NUMBERS = count()
 
 @pytest.fixture(scope="session", autouse=True)
 def _profiles(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Measured costs are kept apart from the user's."""
+    """Measured costs, and facts about models of tests, are kept apart from the user's."""
     folder = tmp_path_factory.mktemp("profiles")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPDBENCH_PROFILES", str(folder))
+        patch.setattr("spdbench.models.checkpoints.facts_cache.optional_cache_folder", lambda: folder / "facts")
         yield folder
 
 

@@ -20,7 +20,7 @@ from spdbench.decoding.synthetic import synthetic_drafts
 from spdbench.measure.environment import read_bandwidth_bytes_per_s
 from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.checkpoints.find_model import ModelFiles
-from spdbench.models.decoder import HEAD, load_decoder
+from spdbench.models.load_decoder import HEAD, load_decoder
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.target import DTYPES
 from spdbench.types import GenerationRequest, Sampling, Step

@@ -50,6 +50,11 @@ class AttentionContext:
         return np.arange(self.num_rows) if self.tree is None else np.ascontiguousarray(self.tree.depths_S.numpy())
 
     @cached_property
+    def slot(self) -> Any:
+        """Where a kernel that runs later reads which slot is the first new one: `[1]`."""
+        return np.zeros(1, np.int64)
+
+    @cached_property
     def positions(self) -> Any:
         """`[S]`."""
         return self.depths + self.start

@@ -32,8 +32,9 @@ from spdbench.models.torch_utils import array, to_device
 class KVCache:
     """Keys and values of the layers `layers`, room for `capacity` slots, batch 1.
 
-    `length` slots are valid. A forward pass calls `write` once a layer and `advance` once at its end, so that all
-    layers agree; `rollback` forgets the newest slots without touching memory.
+    `length` slots are valid; `recorded` holds forward passes over this cache (`cpu.recorded_forward`). A forward pass
+    calls `write` once a layer and `advance` once at its end, so that all layers agree; `rollback` forgets the newest
+    slots without touching memory.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class KVCache:
         self.layers = layers
         self.capacity = capacity
         self.length = 0
+        self.recorded: dict[Any, object] = {}
         self._row_of = {layer: row for row, layer in enumerate(layers)}
         shape = (len(layers), num_kv_heads, capacity, head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)

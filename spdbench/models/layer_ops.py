@@ -1,8 +1,7 @@
 """A layer's operations between its matrix multiplications: norms, rotary positions, the cache, attention, the gate.
 
-`LayerOps` is the reference, for every device and any number of rows. `CpuOps` computes the same with compiled kernels
-for a few rows on a CPU, where the call of a torch operator takes longer than its arithmetic; tests hold it to the
-reference within rounding.
+`LayerOps` is the reference, for every device and any number of rows. `cpu.cpu_ops.CpuOps` computes the same with
+compiled kernels for a few rows on a CPU; tests hold it to the reference within rounding.
 
 Shapes: S rows, M width, F feed-forward width, H query heads, K kv heads, D head size.
 """
@@ -11,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from types import ModuleType
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,13 +19,13 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.attention_context import AttentionContext
-from spdbench.models.cpu.worker_pool import AttentionTask, TaskKind, worker_pool
+from spdbench.models.cpu.native import native_functions
 from spdbench.models.delta_net import DeltaNet, delta_net
 from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.rotary import apply_rotary
 from spdbench.models.torch_utils import array
 
-COMPILED_DTYPES = {torch.bfloat16: TaskKind.ATTENTION_BF16, torch.float32: TaskKind.ATTENTION_F32}
+COMPILED_DTYPES = torch.bfloat16, torch.float32
 COMPILED_ROWS = 64
 """Up to so many rows one thread does norms, rotation and gate; more are worth torch's threads."""
 NOT_NUMBERS = -1
@@ -58,6 +56,11 @@ class NormWeight:
     def array(self) -> Any:
         return array(self.weight_M)
 
+    @cached_property
+    def widened(self) -> Tensor:
+        """The weight in float32, as kernels read it."""
+        return self.weight_M.float().contiguous()
+
 
 @dataclass(frozen=True)
 class HeadNorms:
@@ -73,6 +76,9 @@ class HeadNorms:
 
 class LayerOps:
     """The operations as torch operators, over rows in one attention context."""
+
+    records_tasks: ClassVar[bool] = False
+    """True if all operations are tasks of the worker pool."""
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
@@ -120,119 +126,20 @@ class LayerOps:
         return functional.silu(gate) * up
 
 
-class CpuOps(LayerOps):
-    """The operations as compiled kernels over the tensors' memory.
-
-    What an operation returns holds until the same operation, or a norm with the same weight, is called again with as
-    many rows: a pass writes to the same buffers all the time.
-    """
-
-    def __init__(self, geometry: Geometry, dtype: torch.dtype) -> None:
-        kernels, pool = cpu_kernels(), worker_pool()
-        assert kernels is not None
-        assert pool is not None
-        from spdbench.models.cpu import delta_net_kernel
-
-        super().__init__(geometry)
-        self._kernels = kernels
-        self._delta_net = delta_net_kernel.delta_net
-        self._pool = pool
-        self._dtype = dtype
-        self._no_norm = array(torch.empty(0, dtype=dtype))
-        self._buffers: dict[tuple[object, tuple[int, ...]], tuple[Tensor, Any]] = {}
-
-    def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
-        out, out_array = self._buffer(weight, *rows_SM.shape)
-        self._kernels.rms_norm(array(rows_SM), weight.array, self.geometry.norm_eps, out_array)
-        return out
-
-    def attention(
-        self,
-        qkv: Tensor,
-        norms: HeadNorms | None,
-        window: int | None,
-        context: AttentionContext,
-        cache: KVCache,
-        layer: int,
-    ) -> Tensor:
-        geometry, num_rows = self.geometry, context.num_rows
-        width = geometry.num_heads * geometry.head_dim
-        queries, queries_array = self._buffer("queries", num_rows, width)
-        out, _ = self._buffer("attention", num_rows, width)
-        slot, keys_KTD, values_KTD = cache.room(layer, num_rows)
-        q_norm, k_norm = (self._no_norm,) * 2 if norms is None else (norms.query.array, norms.key.array)
-        eps, angles = geometry.norm_eps, context.angle_arrays
-        self._kernels.apply_rotary(
-            array(qkv), q_norm, k_norm, eps, context.positions, *angles, keys_KTD, values_KTD, slot, queries_array
-        )
-        task = AttentionTask(
-            kind=COMPILED_DTYPES[self._dtype],
-            queries=queries.data_ptr(),
-            keys=keys_KTD.ctypes.data,
-            values=values_KTD.ctypes.data,
-            depths=context.depths.ctypes.data,
-            visible=context.visible.ctypes.data,
-            out=out.data_ptr(),
-            slot=slot,
-            num_rows=num_rows,
-            num_heads=geometry.num_heads,
-            num_kv_heads=geometry.num_kv_heads,
-            head_dim=geometry.head_dim,
-            capacity=keys_KTD.shape[1],
-            tree_width=context.visible.shape[1],
-            window=window or 0,
-        )
-        self._pool.run(task)
-        return out
-
-    def delta_net(self, net: DeltaNet, projected: Tensor, cache: HybridCache, layer: int) -> Tensor:
-        sizes, num_rows = net.sizes, projected.shape[0]
-        cache.claim(num_rows, every_state=True)
-        out, out_array = self._buffer("delta net", num_rows, sizes.values)
-        conv_WC, decay_H, time_bias_H, norm_E = net.arrays
-        windows_RWC, matrices_RHDE = cache.state_arrays(layer)
-        self._delta_net(
-            array(projected),
-            sizes.num_key_heads,
-            sizes.num_value_heads,
-            conv_WC,
-            decay_H,
-            time_bias_H,
-            norm_E,
-            net.norm_eps,
-            windows_RWC,
-            matrices_RHDE,
-            cache.slot(0),
-            out_array,
-        )
-        return out
-
-    def gate(self, both_S2F: Tensor) -> Tensor:
-        out, out_array = self._buffer("gate", both_S2F.shape[0], both_S2F.shape[1] // 2)
-        self._kernels.gate(array(both_S2F), out_array)
-        return out
-
-    def _buffer(self, operation: object, *shape: int) -> tuple[Tensor, Any]:
-        """A tensor and its memory as numpy sees it."""
-        key = (operation, shape)
-        if key not in self._buffers:
-            tensor = torch.zeros(shape, dtype=self._dtype)
-            self._buffers[key] = (tensor, array(tensor))
-        return self._buffers[key]
-
-
 def ops_by_rows(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> Callable[[int], LayerOps]:
     """Returns a function from a number of rows to the operations that are fastest for them."""
     torch_ops = LayerOps(geometry)
     if not has_cpu_kernels(dtype, device):
         return lambda _: torch_ops
+    from spdbench.models.cpu.cpu_ops import CpuOps
+
     cpu_ops = CpuOps(geometry, dtype)
     return lambda num_rows: cpu_ops if num_rows <= COMPILED_ROWS else torch_ops
 
 
 def has_cpu_kernels(dtype: torch.dtype, device: torch.device) -> bool:
     """True if `CpuOps` works: on a CPU, in a dtype that it supports, where numba is installed."""
-    return device.type == "cpu" and dtype in COMPILED_DTYPES and cpu_kernels() is not None
+    return device.type == "cpu" and dtype in COMPILED_DTYPES and native_functions() is not None
 
 
 def rms_norm(rows_SM: Tensor, weight_M: Tensor, eps: float) -> Tensor:
@@ -293,11 +200,12 @@ def argmax(logits: Tensor) -> Tensor:
     """
     if logits.dim() == 0 or logits.dim() > 2 or not has_cpu_kernels(logits.dtype, logits.device):
         return logits.argmax(dim=-1)
-    kernels = cpu_kernels()
-    assert kernels is not None
-    rows_SV = logits if logits.dim() == 2 else logits[None]
+    functions = native_functions()
+    assert functions is not None
+    rows_SV = (logits if logits.dim() == 2 else logits[None]).contiguous()
     ids_S = torch.empty(len(rows_SV), dtype=torch.long)
-    kernels.argmax(array(rows_SV), ids_S.numpy())
+    num_rows, size = rows_SV.shape
+    functions.argmax(rows_SV.data_ptr(), num_rows, size, ids_S.data_ptr(), logits.dtype == torch.float32)
     return ids_S if logits.dim() == 2 else ids_S[0]
 
 
@@ -305,15 +213,3 @@ def next_tokens(logits: Tensor) -> Tensor:
     """`argmax`, but `NOT_NUMBERS` for a row that holds NaN, after which nothing that follows would mean anything."""
     best = argmax(logits)
     return best.masked_fill(logits.gather(-1, best[..., None])[..., 0].isnan(), NOT_NUMBERS)
-
-
-@cache
-def cpu_kernels() -> ModuleType | None:
-    """The module `cpu.kernels`; None where numba cannot be used."""
-    if worker_pool() is None:
-        return None
-    try:
-        from spdbench.models.cpu import kernels
-    except ImportError:  # numba is missing, or does not fit this Python or numpy
-        return None
-    return kernels

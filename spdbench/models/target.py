@@ -20,14 +20,19 @@ from spdbench.models.checkpoints.config import (
     read_raw_config,
     sizes,
 )
+from spdbench.models.checkpoints.facts_cache import cached_facts
+from spdbench.models.checkpoints.fast_tokenizer import FastTokenizer, TokenizerFacts
 from spdbench.models.checkpoints.find_model import ModelFiles, find_model
 from spdbench.models.checkpoints.weights import Checkpoint
-from spdbench.models.decoder import NO_PART, Decoder, load_decoder
+from spdbench.models.decoder import Decoder
 from spdbench.models.hf import library
 from spdbench.models.hf.decoder import HFDecoder, SplitError, split_model
 from spdbench.models.hf.ends import EndsError, shared_ends
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.load_decoder import NO_PART, load_decoder
 
+Frequencies = tuple[tuple[float, ...], float]
+"""Inverse frequencies of rotary positions, and the factor on cos and sin."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
@@ -39,7 +44,7 @@ class LayerSource:
     files: ModelFiles
     dtype: str
     config: ModelConfig | None
-    frequencies: tuple[tuple[float, ...], float] | None
+    frequencies: Frequencies | None
 
     def load(self, layers: range | None, device: str, head_ids: range | None = None) -> TargetDecoder:
         """The layers `layers` (all by default), read straight from the files, with embedding and head where they
@@ -70,15 +75,14 @@ class Target:
         self.dtype_name = dtype
         self.dtype = DTYPES[dtype]
         self.device = find_device(device)
-        raw = read_raw_config(files.directory)
-        self._standard = library.standard_config(files.directory, raw["model_type"])
+        self._family = read_raw_config(files.directory)["model_type"]
         self._known: ModelConfig | None = None
         self.unsupported_reason: str | None = None
-        self._frequencies: tuple[torch.Tensor, float] | None = None
+        self._frequencies: Frequencies | None = None
         try:
-            self._known = model_config(files.directory, self._standard)
-            text = self._standard.get_text_config(decoder=True)
-            self._frequencies = library.rotary_frequencies(text, self._known.head_dim, self._known.rotary_dim)
+            facts = cached_facts(files.directory, "config", tuple[ModelConfig, Frequencies], self._own_config)
+            assert facts is not None
+            self._known, self._frequencies = facts
         except ForeignModelError as reason:
             library.require_causal(files.directory, self._standard)
             self.unsupported_reason = str(reason)
@@ -86,10 +90,24 @@ class Target:
             raise InputError(f"{files.directory}/config.json: cannot be used ({brief(error)})") from None
         self.config: Sizes = self._known or sizes(files.directory, self._standard)
 
+    def _own_config(self) -> tuple[ModelConfig, Frequencies]:
+        """What our own layers need to know. Raises `ForeignModelError` where they do not support the model."""
+        config = model_config(self.files.directory, self._standard)
+        text = self._standard.get_text_config(decoder=True)
+        inverse, factor = library.rotary_frequencies(text, config.head_dim, config.rotary_dim)
+        return config, (tuple(inverse.tolist()), factor)
+
+    @cached_property
+    def _standard(self) -> Any:
+        """transformers' config of the model."""
+        return library.standard_config(self.files.directory, self._family)
+
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer of the model."""
-        return library.load_tokenizer(self.files.directory)
+        """The model's tokenizer, with the part of transformers' interface that `prompts.chat` uses."""
+        directory = self.files.directory
+        facts = cached_facts(directory, "tokenizer", TokenizerFacts, lambda: library.tokenizer_facts(directory))
+        return library.load_tokenizer(directory) if facts is None else FastTokenizer(facts)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
@@ -141,10 +159,7 @@ class Target:
     @property
     def source(self) -> LayerSource:
         """What a process needs to load layers of its own."""
-        if self._known is None or self._frequencies is None:
-            return LayerSource(self.files, self.dtype_name, None, None)
-        inverse, factor = self._frequencies
-        return LayerSource(self.files, self.dtype_name, self._known, (tuple(inverse.tolist()), factor))
+        return LayerSource(self.files, self.dtype_name, self._known, self._frequencies)
 
     def load_layers(self, layers: range | None = None) -> TargetDecoder:
         """A new decoder for `layers` (all by default), read straight from the files.

@@ -222,7 +222,9 @@ class ChatFormat:
                 f"--template-arg {key}: the model has no chat template; leave the option out, or give one by "
                 f"--chat-template (a file, {', '.join(BUILT_IN)})"
             )
-        if key == "messages" or key in inspect.signature(self._tokenizer.apply_chat_template).parameters:
+        own = getattr(self._tokenizer, "template_arguments", None)
+        own = inspect.signature(self._tokenizer.apply_chat_template).parameters if own is None else own
+        if key == "messages" or key in own:
             raise InputError(f"--template-arg {key}: is set by spdbench; leave it out")
         words = set(re.findall(r"[A-Za-z_]\w*", self._template))
         if key not in words:

@@ -428,7 +428,7 @@ def test_prompts_that_the_model_cannot_be_given_fail_and_the_others_go_on(run: R
 def test_logits_that_are_not_numbers_fail_their_prompt_only(
     run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("decoder", "hf.library"):
+    for module in ("load_decoder", "hf.library"):
         monkeypatch.setattr(f"spdbench.models.{module}.require_finite", lambda *_: None)
     run.model = shutil.copytree(run.model, tmp_path / "overflowing")
     tensors = load_file(run.model / "model.safetensors")

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
-from spdbench.models.decoder import DRAFT_HEADS
+from spdbench.models.load_decoder import DRAFT_HEADS
 from spdbench_backends.drafter_files.folder import (
     FOLDER_VERSION,
     DrafterConfig,

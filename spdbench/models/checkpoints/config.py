@@ -67,6 +67,10 @@ class RecurrentSizes:
         """Columns of the values of all heads."""
         return self.num_value_heads * self.value_dim
 
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of a layer's state: a window in numbers of `itemsize` bytes, and matrices in float32."""
+        return self.window * self.channels * itemsize + 4 * self.values * self.key_dim
+
 
 class ForeignModelError(Exception):
     """A valid config of a model that our own layers do not support; the message says what in it they do not."""
@@ -102,6 +106,11 @@ class ModelConfig(Sizes):
     experts: Experts | None
     rotary_dim: int
     recurrent: RecurrentSizes | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """True without experts and recurrent layers."""
+        return self.experts is None and self.recurrent is None
 
 
 def read_raw_config(directory: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from spdbench.models.checkpoints.folders import cache_folder, typed_path
 from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
+from spdbench.models.hf.download import download
 from spdbench.output_files import write_failure
 
 NOTE = "spdbench.json"
@@ -61,7 +62,7 @@ def find_model(name: str) -> ModelFiles:
         raise InputError(
             f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`."
         )
-    return _from_folder(name, library.download(name))
+    return _from_folder(name, download(name))
 
 
 def _from_folder(identity: str, directory: Path) -> ModelFiles:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import reprlib
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from spdbench.errors import InputError
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints.folders import optional_cache_folder
+from spdbench.output_files import cached_file
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MEMO = "hashes.json"
@@ -196,23 +196,10 @@ def sha256_of_files(files: list[Path]) -> str:
                     digest.update(block)
         memo = {old: known for old, known in memo.items() if all(map(_is_there, old.split("|")))}
         memo[key] = digest.hexdigest()
-        with suppress(OSError):  # no cache, or a read-only one, costs time, not correctness
-            if cache is not None:
-                _replace_text(cache / MEMO, json.dumps(memo))
+        if cache is not None:
+            with suppress(OSError), cached_file(cache / MEMO) as file:  # a read-only cache costs time, not correctness
+                file.write(json.dumps(memo).encode())
     return str(memo[key])
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Writes a file in one piece, also where several processes do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(part, path)
-    except OSError:
-        os.unlink(part)
-        raise
 
 
 def _is_there(file: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -24,6 +25,7 @@ LOG2_E = F(1.44269504)
 LN2_HIGH, LN2_LOW = F(0.693359375), F(-2.12194440e-4)
 MIN_EXPONENT, MAX_EXPONENT = F(-87.0), F(88.0)
 
+CACHE_LINE = 64
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
@@ -74,7 +76,7 @@ def narrow(_typing: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _from_bits(_typing: Any, bits: Any) -> Any:  # noqa: ARG001 - numba reads the signature
+def float_from_bits(_typing: Any, bits: Any) -> Any:  # noqa: ARG001 - numba reads the signature
     """The float32 with an int32's bits."""
 
     def bitcast(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -102,7 +104,7 @@ def exponential(x: Any) -> Any:
     p = p * r + F(0.5)
     p = p * r + F(1.0)
     p = p * r + F(1.0)
-    return p * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return p * float_from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 def llvm_function(builder: Any, name: str, kind: Any) -> Any:
@@ -129,3 +131,40 @@ def record_at(_typing: Any, address: Any, dtype: Any) -> Any:  # noqa: ARG001
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return dtype.dtype(types.int64, dtype), build
+
+
+def stack_memory(num_bytes: int) -> Any:
+    """A function that gives the address of so many bytes on the stack of the function that it is compiled into."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def address(_typing: Any) -> Any:
+        def build(_context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+            place = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), num_bytes))
+            place.align = CACHE_LINE
+            return builder.ptrtoint(place, I64)
+
+        return types.int64(), build
+
+    return address
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def allocate(_typing: Any, num_bytes: Any) -> Any:  # noqa: ARG001
+    """The address of new memory, for `free`: by the C library, as numba's own arrays need numba's runtime."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(8).as_pointer(), [I64])
+        return builder.ptrtoint(builder.call(llvm_function(builder, "malloc", kind), arguments), I64)
+
+    return types.int64(types.int64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def free(_typing: Any, address: Any) -> Any:  # noqa: ARG001
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        function = llvm_function(builder, "free", ir.FunctionType(ir.VoidType(), [pointer]))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer)])
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64), build

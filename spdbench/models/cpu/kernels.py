@@ -2,9 +2,8 @@
 attention; and the argmax over logits.
 
 A matrix multiplication over one row takes tens of microseconds; each torch operator next to it costs several more, and
-a layer has some twenty-five of them. Each kernel does the same arithmetic in one pass over memory. All but attention
-run on one thread, because the rows are few and the other threads wait in the worker pool, which shares multiplications
-and attention.
+a layer has some twenty-five of them. Each kernel does the same arithmetic in one pass over memory. `parallel_for` cuts
+them by rows, and attention by heads as well.
 
 A row's result has the same bits alone, in a chain or on a branch of a tree: what a row reads is taken in the same order
 by the same instructions, whatever rows are next to it. So a draft is verified by exactly what decoding one token at a
@@ -19,21 +18,35 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from spdbench.models.attention_context import NO_TREE
-from spdbench.models.cpu.compile import F, compiled, exponential, inner, narrow, widen
+from spdbench.models.cpu.claims import begin_writing, end_writing
+from spdbench.models.cpu.compile import (
+    F,
+    allocate,
+    compiled,
+    exponential,
+    free,
+    inner,
+    narrow,
+    pointer_to,
+    stack_memory,
+    widen,
+)
 
 MINUS_INFINITY = F(-np.inf)
 LANES = 64
 """Maxima that `argmax` keeps side by side, so that the search is vectorised."""
+_lanes_memory = stack_memory(8 * LANES)
 NO_DEPTH = np.zeros(1, dtype=np.int64)
 
 
-@compiled
-def rms_norm(rows_SM: Any, weight_M: Any, eps: float, out_SM: Any) -> None:
-    """Rows over their root mean square, times the weight (Zhang and Sennrich, arXiv 1910.07467)."""
-    num_rows, width = rows_SM.shape
-    for s in range(num_rows):
+@inner
+def norm_rows(rows_SM: Any, weight_M: Any, eps: float, out_SM: Any, begin: int, end: int) -> None:
+    """Rows `begin` to `end` over their root mean square, times the weight (Zhang and Sennrich, arXiv 1910.07467)."""
+    width = rows_SM.shape[1]
+    for s in range(begin, end):
         total = F(0)
         for m in range(width):
             total += widen(rows_SM[s, m]) * widen(rows_SM[s, m])
@@ -42,11 +55,12 @@ def rms_norm(rows_SM: Any, weight_M: Any, eps: float, out_SM: Any) -> None:
             out_SM[s, m] = narrow(widen(rows_SM[s, m]) * scale * widen(weight_M[m]), out_SM[s, m])
 
 
-@compiled
-def gate(both_S2F: Any, out_SF: Any) -> None:
-    """silu(gate) * up of rows in which the gate comes before up; nothing is left of a gate below -87."""
-    num_rows, width = out_SF.shape
-    for s in range(num_rows):
+@inner
+def gate_rows(both_S2F: Any, out_SF: Any, begin: int, end: int) -> None:
+    """silu(gate) * up of the rows `begin` to `end`, in which the gate comes before up; nothing is left of a gate below
+    -87."""
+    width = out_SF.shape[1]
+    for s in range(begin, end):
         for f in range(width):
             x = widen(both_S2F[s, f])
             out_SF[s, f] = narrow(x / (F(1) + exponential(-x)) * widen(both_S2F[s, width + f]), out_SF[s, f])
@@ -77,7 +91,8 @@ def _rotate_head(head_D: Any, norm_D: Any, eps: float, cos_D: Any, sin_D: Any, o
         _rotate_pair(low, widen(head_D[half + d]) * scale * widen(norm_D[half + d]), d, half, cos_D, sin_D, out_D)
 
 
-def _apply_rotary(
+@inner
+def rotate_rows(
     qkv: Any,
     q_norm_D: Any,
     k_norm_D: Any,
@@ -89,12 +104,14 @@ def _apply_rotary(
     values_KTD: Any,
     slot: int,
     queries: Any,
+    begin: int,
+    end: int,
 ) -> None:
-    """Splits `qkv` `[S, (H + 2K) D]`: rotated queries go to `queries` `[S, H D]`, rotated keys and plain values to the
-    slots from `slot` on. Head norms are empty where the model has none."""
+    """Splits the rows `begin` to `end` of `qkv` `[S, (H + 2K) D]`: rotated queries go to `queries` `[S, H D]`, rotated
+    keys and plain values to the slots from `slot` on. Head norms are empty where the model has none."""
     num_kv, _, size = keys_KTD.shape
     num_heads = queries.shape[1] // size
-    for s in range(positions_S.shape[0]):
+    for s in range(begin, end):
         cos_D, sin_D = cos_PD[positions_S[s]], sin_PD[positions_S[s]]
         for h in range(num_heads):
             at = h * size
@@ -105,10 +122,6 @@ def _apply_rotary(
             at += num_kv * size
             for d in range(size):
                 values_KTD[k, slot + s, d] = qkv[s, at + d]
-
-
-apply_rotary = compiled(_apply_rotary)
-_apply_rotary_inlined = inner(_apply_rotary)
 
 
 @inner
@@ -191,8 +204,11 @@ def attend_heads(
     out: Any,
     begin: int,
     end: int,
+    status: int,
+    token: int,
 ) -> None:
     """Attention of the new rows in the slots from `slot` on, for the heads `begin` to `end`, counted row after row.
+    `status` and `token`: see `claims.begin_writing`.
 
     `queries` and `out` are `[S, H D]`. Row s is `depths_S[s]` positions behind the first new slot, or behind a tree's
     first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows; without a tree (`visible_SW` is
@@ -203,8 +219,13 @@ def attend_heads(
     num_heads = queries.shape[1] // size
     group = num_heads // num_kv
     scale = F(1) / np.sqrt(F(size))
-    query_D, attended_D = np.empty(size, F), np.empty(size, F)
-    scores, slots = np.empty(slot + num_rows, F), np.empty(slot + num_rows, np.uintp)
+    # The slots that a row sees, 8 bytes each; then their scores, the query and what is attended to, in float32.
+    num_slots = slot + num_rows
+    memory = allocate(12 * num_slots + 8 * size)
+    slots = carray(pointer_to(memory, 0, np.uintp(0)), num_slots)
+    scores = carray(pointer_to(memory + 8 * num_slots, 0, F(0)), num_slots)
+    query_D = carray(pointer_to(memory + 12 * num_slots, 0, F(0)), size)
+    attended_D = carray(pointer_to(memory + 12 * num_slots + 4 * size, 0, F(0)), size)
     row, count = -1, 0
     for unit in range(begin, end):
         s, h = unit // num_heads, unit % num_heads
@@ -222,16 +243,22 @@ def attend_heads(
             scores[i] = score
         _softmax(scores, count)
         _add_weighted_values(scores, values_KTD[k], slots, count, attended_D)
+        if not begin_writing(status, token):
+            break
         for d in range(size):
             out[s, at + d] = narrow(attended_D[d], out[s, at + d])
+        end_writing(status, token)
+    free(memory)
 
 
-@compiled
-def argmax(logits_SV: Any, out_S: Any) -> None:
+@inner
+def _argmax(logits_SV: Any, out_S: Any) -> None:
     """Of every row the index of its greatest number, the first of several; as in torch, NaN counts as the greatest."""
     num_rows, size = logits_SV.shape
     whole = size // LANES * LANES
-    greatest, odd = np.empty(LANES, F), np.empty(LANES, np.int32)
+    lanes_at = _lanes_memory()
+    greatest = carray(pointer_to(lanes_at, 0, F(0)), LANES)
+    odd = carray(pointer_to(lanes_at + 4 * LANES, 0, np.int32(0)), LANES)
     for s in range(num_rows):
         greatest[:] = MINUS_INFINITY
         odd[:] = 0
@@ -258,6 +285,15 @@ def argmax(logits_SV: Any, out_S: Any) -> None:
         out_S[s] = found
 
 
+def argmax(logits_at: int, num_rows: int, size: int, out_at: int, is_float: int) -> None:
+    """`_argmax` of rows at an address, in float32 if `is_float`, else in bfloat16."""
+    out_S = carray(pointer_to(out_at, 0, np.int64(0)), num_rows)
+    if is_float:
+        _argmax(carray(pointer_to(logits_at, 0, F(0)), (num_rows, size)), out_S)
+    else:
+        _argmax(carray(pointer_to(logits_at, 0, np.uint16(0)), (num_rows, size)), out_S)
+
+
 @compiled
 def attend_in_slots(
     qkv: Any,
@@ -273,11 +309,11 @@ def attend_in_slots(
     queries: Any,
     out: Any,
 ) -> None:
-    """`apply_rotary` and attention for one row in each of B caches, of which row b's is `lengths_B[b]` long."""
+    """`rotate_rows` and attention for one row in each of B caches, of which row b's is `lengths_B[b]` long."""
     num_heads = queries.shape[1] // keys_BKTD.shape[3]
     for b in range(lengths_B.shape[0]):
         row, length, keys, values = slice(b, b + 1), lengths_B[b], keys_BKTD[b], values_BKTD[b]
-        _apply_rotary_inlined(
-            qkv[row], q_norm_D, k_norm_D, eps, lengths_B[row], cos_PD, sin_PD, keys, values, length, queries[row]
+        rotate_rows(
+            qkv[row], q_norm_D, k_norm_D, eps, lengths_B[row], cos_PD, sin_PD, keys, values, length, queries[row], 0, 1
         )
-        attend_heads(queries[row], keys, values, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads)
+        attend_heads(queries[row], keys, values, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads, 0, 0)

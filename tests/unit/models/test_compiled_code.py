@@ -13,7 +13,8 @@ import torch
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.attention_context import AttentionContext
 from spdbench.models.rotary import Rotary, plain_frequencies
-from spdbench.models.layer_ops import CpuOps, Geometry
+from spdbench.models.cpu.cpu_ops import CpuOps
+from spdbench.models.layer_ops import Geometry
 
 torch.set_num_threads(1)
 cpu, found = torch.device("cpu"), hashlib.sha256()
@@ -41,4 +42,4 @@ def test_fresh_code_and_code_from_disk_round_alike(tmp_path: Path) -> None:
         for _ in range(2)
     ]
     assert runs[0] == runs[1]
-    assert list(tmp_path.rglob("*.nbc"))
+    assert list(tmp_path.rglob("*.bin"))

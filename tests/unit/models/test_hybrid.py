@@ -19,6 +19,7 @@ from spdbench.errors import InputError
 from spdbench.models import layer_ops
 from spdbench.models.checkpoints.config import RecurrentSizes
 from spdbench.models.checkpoints.hybrid_tensors import rotary_order
+from spdbench.models.cpu.cpu_ops import CpuOps
 from spdbench.models.decoder import Decoder
 from spdbench.models.delta_net import DeltaNet, delta_net
 from spdbench.models.kv_cache import HybridCache
@@ -269,7 +270,7 @@ def test_rows_are_those_of_the_definition(num_rows: int) -> None:
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_agrees_with_the_reference(dtype: torch.dtype) -> None:
-    net, ops = new_net(), layer_ops.CpuOps(layer_ops.Geometry(1, 1, 2, 1e-6), dtype)
+    net, ops = new_net(), CpuOps(layer_ops.Geometry(1, 1, 2, 1e-6), dtype)
     near, far = new_cache(4, dtype), new_cache(4, dtype)
     near_enough = 1e-4 if dtype == torch.float32 else 0.03
     for num_rows in (3, 1, 5, 20):

@@ -16,7 +16,6 @@ from spdbench.models import layer_ops
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import (
-    CpuOps,
     Geometry,
     HeadNorms,
     LayerOps,
@@ -30,6 +29,7 @@ from tests import tiny
 from tests.tiny import tensor
 
 compiled = pytest.importorskip("spdbench.models.cpu.compile", reason="numba is not installed")
+CpuOps = pytest.importorskip("spdbench.models.cpu.cpu_ops").CpuOps
 
 DTYPES = [torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
@@ -193,5 +193,5 @@ def test_without_numba_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_cpu_kernels(torch.bfloat16, CPU)
     assert not has_cpu_kernels(torch.float16, CPU)
     assert not has_cpu_kernels(torch.float32, torch.device("cuda"))
-    monkeypatch.setattr(layer_ops, "cpu_kernels", lambda: None)
+    monkeypatch.setattr(layer_ops, "native_functions", lambda: None)
     assert not has_cpu_kernels(torch.float32, CPU)

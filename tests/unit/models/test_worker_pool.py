@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from spdbench.models.attention_context import AttentionContext
+from spdbench.models.cpu.cpu_ops import CpuOps
 from spdbench.models.cpu.linear import linear
 from spdbench.models.kv_cache import KVCache
-from spdbench.models.layer_ops import CpuOps, Geometry
+from spdbench.models.layer_ops import Geometry
 from spdbench.models.rotary import Rotary, plain_frequencies
 from tests.tiny import tensor
 

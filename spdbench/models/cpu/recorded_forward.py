@@ -1,0 +1,136 @@
+"""A forward pass of a few rows through packed layers, recorded once as tasks of the worker pool and replayed.
+
+A layer is nine short tasks; for one row, making them in Python takes a sixth of the time of the whole pass. What they
+are differs from pass to pass only in the rows, their positions and slots, which a replay writes to where the tasks read
+them. The layers themselves are recorded as they run otherwise, so both give the same bits.
+
+Shapes: S rows, M model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spdbench.models.attention_context import AttentionContext, TreeRows
+from spdbench.models.cpu.linear import PackedLinear
+from spdbench.models.cpu.worker_pool import task_words, worker_pool
+from spdbench.models.interface import CancelledForwardError
+from spdbench.models.kv_cache import KVCache
+from spdbench.models.layer_ops import LayerOps
+from spdbench.models.layers import LayerWeights, layer_forward
+from spdbench.models.rotary import Rotary
+
+MAX_ROWS = 32
+"""More rows take so long that their tasks do not matter, and each number of rows has buffers of its own."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a recording is for: layers, S, the width of the tree's mask (None for a chain), the states that it gives."""
+
+    layers: range
+    num_rows: int
+    tree_width: int | None
+    hidden_indices: frozenset[int]
+
+
+def can_record(weights: Collection[LayerWeights], ops: LayerOps) -> bool:
+    """True if all that the layers compute with `ops` are tasks of the pool."""
+    return ops.records_tasks and bool(weights) and all(map(_is_recordable, weights))
+
+
+def _is_recordable(layer: LayerWeights) -> bool:
+    parts = (layer.qkv, layer.out, layer.gate_up, layer.down)
+    plain = layer.experts is None and layer.delta_net is None and layer.output_gate is None
+    return plain and all(isinstance(part, PackedLinear) for part in parts)
+
+
+class RecordedForward:
+    """The pass of one `shape` over one cache, of rows like `like_SM`."""
+
+    def __init__(
+        self,
+        weights: Mapping[int, LayerWeights],
+        ops: LayerOps,
+        rotary: Rotary,
+        cache: KVCache,
+        shape: Shape,
+        like_SM: Tensor,
+    ) -> None:
+        num_rows, rows = shape.num_rows, None
+        if shape.tree_width is not None:
+            visible_SW = torch.zeros(num_rows, shape.tree_width, dtype=torch.bool)
+            rows = TreeRows(torch.zeros(num_rows, dtype=torch.long), visible_SW)
+        pool = worker_pool()
+        assert pool is not None
+        self._cache, self._shape, self._ops, self._pool = cache, shape, ops, pool
+        # Behind the cache's last slot, so that the tables of angles never have to grow.
+        self._context = AttentionContext(rotary, cache.capacity, num_rows, rows)
+        self._angles = self._context.angle_arrays
+        self._given_SM = hidden_SM = torch.zeros(like_SM.shape, dtype=like_SM.dtype)
+        self._states: dict[int, Tensor] = {}
+        self._ends: list[int] = []
+        with pool.recording() as recording:
+            for layer in shape.layers:
+                hidden_SM = layer_forward(weights[layer], ops, self._context, layer, hidden_SM, cache)
+                self._ends.append(len(recording.tasks))
+                if layer + 1 in shape.hidden_indices:
+                    self._states[layer + 1] = hidden_SM
+        self._out_SM, self._tensors = hidden_SM, recording.tensors
+        self._tasks = task_words(recording.tasks)
+
+    def run(
+        self, hidden_SM: Tensor, start: int, tree: TreeRows | None, cancelled: Callable[[], bool] | None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last layer's output and the states, in memory of their own.
+
+        Raises:
+            CancelledForwardError: `cancelled`, called before each layer, returned true.
+        """
+        context, shape = self._context, self._shape
+        context.slot[0] = self._cache.room(shape.layers.start, shape.num_rows)[0]
+        if tree is not None:
+            context.depths[:] = tree.depths_S.numpy()
+            context.visible[:] = tree.visible_SW.numpy()
+        context.positions[:] = context.depths + start
+        self._given_SM.copy_(hidden_SM)
+        if cancelled is None:
+            self._pool.run_all(self._tasks)
+        else:
+            for begin, end in zip([0, *self._ends], self._ends, strict=False):
+                if cancelled():
+                    raise CancelledForwardError
+                self._pool.run_all(self._tasks[begin:end])
+        return self._out_SM.clone(), {index: state.clone() for index, state in self._states.items()}
+
+
+class RecordedLayers:
+    """Passes through any range of some layers, each recorded when it is first needed and kept with its cache."""
+
+    def __init__(self, weights: Mapping[int, LayerWeights], ops: LayerOps, rotary: Rotary) -> None:
+        self._weights, self._ops, self._rotary = weights, ops, rotary
+
+    def forward(
+        self,
+        hidden_SM: Tensor,
+        start: int,
+        cache: KVCache,
+        layers: range,
+        hidden_indices: Collection[int],
+        tree: TreeRows | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """As `Decoder.forward`, but for hidden state 0."""
+        tree_width = None if tree is None else tree.visible_SW.shape[1]
+        shape = Shape(layers, len(hidden_SM), tree_width, frozenset(hidden_indices))
+        recorded = cache.recorded.get(shape)
+        if not isinstance(recorded, RecordedForward):
+            recorded = RecordedForward(self._weights, self._ops, self._rotary, cache, shape, hidden_SM)
+            cache.recorded[shape] = recorded
+        found = recorded.run(hidden_SM, start, tree, cancelled)
+        cache.advance(len(hidden_SM))
+        return found
