@@ -89,7 +89,7 @@ def test_results_say_what_else_the_machine_did_during_each_request(run: Runs, mo
     for label in ("vanilla", "spd"):
         assert {(one.machine.others, len(one.set_aside)) for one in run.result(label).runs if one.machine} == {(0.4, 1)}
     shown = " ".join(said.out.split())
-    assert "make took 40% of the time: end it, or --remeasure 2." in shown
+    assert "make took 40% of all cores: end it, or --remeasure 2." in shown
     assert "measured again (--remeasure)" in shown
 
 
