@@ -193,7 +193,7 @@ def _machine() -> Finding:
     busy = {"other programs": load.others, "other virtual machines": load.steal or 0.0}
     for who, share in busy.items():
         if share > BUSY_SHARE:
-            names = f" ({', '.join(load.who)})" if load.who else ""
+            names = f", above all {', '.join(load.who)}," if load.who else ""
             remedy = "end them, or measure disturbed requests again: --remeasure 2"
             return Finding("machine", "warn", f"{who}{names} use {share:.0%} of the processors", remedy)
     return Finding("machine", "ok", "the processors are idle")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from spdbench.console import printable
 from spdbench.processors import workers
 
+NS_PER_S = 10**9
 MIN_SHARE = 0.1
 """Of the processor time that was lost; a process that used less is not named."""
 
@@ -17,8 +20,9 @@ NAME_LENGTH = 48
 
 
 def own_cpu_ns() -> int:
-    """Processor time of this process and its workers, in ns, up to now."""
-    return time.process_time_ns() + sum(map(cpu_ns, workers()))
+    """Processor time of this process, its workers and those of its children that have ended, in ns, up to now."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time_ns() + sum(map(cpu_ns, workers())) + round((ended.ru_utime + ended.ru_stime) * NS_PER_S)
 
 
 def cpu_ns(process: int) -> int:
@@ -49,13 +53,21 @@ class ProcessTimes:
 
     def busiest(self, lost_ns: float) -> list[str]:
         """The other processes that used most processor time since the last call, or since the beginning, such as
-        `python (pid 123)`; those that can have taken a good part of the `lost_ns` of a request in between."""
+        `python (pid 123)`; those that can have taken a good part of the `lost_ns` of a request in between. Omitted is
+        what this process started, and what started it (make, a shell, pytest): to end that would end the measuring."""
         before, self._last = self._last, self._all()
         own = {os.getpid(), *workers()}
         used = {pid: now - before.get(pid, 0) for pid, now in self._last.items() if pid not in own}
         enough = MIN_SHARE * max(lost_ns, sum(used.values()))
         busy = sorted((pid for pid, spent in used.items() if spent >= enough), key=lambda pid: -used[pid])
-        return [f"{process_name(self._proc, pid)} (pid {pid})" for pid in busy]
+        ancestors = set(self._ancestors(os.getpid()))
+        found = (pid for pid in busy if pid not in ancestors and own.isdisjoint(self._ancestors(pid)))
+        return [f"{process_name(self._proc, pid)} (pid {pid})" for pid in found]
+
+    def _ancestors(self, process: int) -> Iterator[int]:
+        """The processes that started this one, the nearest first."""
+        while process := _parent(self._proc, process):
+            yield process
 
     def _all(self) -> dict[int, int]:
         try:
@@ -63,6 +75,15 @@ class ProcessTimes:
         except OSError:
             return {}
         return {process: cpu_ns(process) for process in processes}
+
+
+def _parent(proc: Path, process: int) -> int:
+    """The process that started another; 0 where there is none, or it is not visible."""
+    try:
+        stat = (proc / str(process) / "stat").read_text(encoding="utf-8", errors="replace")
+        return int(stat.rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def process_name(proc: Path, process: int) -> str:

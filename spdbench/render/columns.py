@@ -231,11 +231,16 @@ COLUMNS = (
         leave_out=5,
         meaning="speed-up with a device per stage if nothing waited",
     ),
-    Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8),
-    Column("same\noutputs", _outputs, leave_out=6),
+    Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8, meaning="time to first token"),
+    Column("same\noutputs", _outputs, leave_out=6, meaning="answers equal to the baseline's"),
     Column("score", partial(_score, fewest=FEW_PROMPTS), leave_out=7),
     Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=10, meaning="tokens a cycle of the pipeline"),
-    Column("bubble", _metric("bubble_ratio", ".1%"), leave_out=9, meaning="share of time in which stages did nothing"),
+    Column(
+        "bubble",
+        _metric("bubble_ratio", ".1%"),
+        leave_out=9,
+        meaning="share of time in which the target model was idle",
+    ),
     Column("J/\ntok", _metric("energy_j_per_token", ".2f"), leave_out=11),
     Column("device\nms/tok", _metric("device_s_per_token", ".1f", scale=1000, where=_has_devices), leave_out=12),
     # Memory is the highest over the run, whose categories share a process.
@@ -310,7 +315,7 @@ def machine(head: Result) -> str:
     """The machine's name as far as the environment holds it, and the start of its fingerprint."""
     found = [text for key in ("gpu", "gpus", "cpu") if (text := device_name(head.environment.get(key)))]
     fingerprint = str(head.environment.get("fingerprint") or "unknown machine")[:8]
-    return f"{', '.join(found)} (machine {fingerprint})" if found else fingerprint
+    return f"{', '.join(found)} (machine id {fingerprint})" if found else fingerprint
 
 
 def device_name(value: Any) -> str:

@@ -31,6 +31,7 @@ DOUBT_WORDS = {
 DOUBTS_OF_SLOWER = frozenset({"busy_machine"})
 """What also makes a verdict provisional that a label does not pay: a method of several processes suffers more from
 other programs than plain decoding."""
+COUNT_NOTE = "prompts are conversations; answers are their turns and repeats; 'same outputs' counts answers."
 INTERVAL_NOTE = (
     "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
     "(paired bootstrap over prompts); one that holds 1.0 is undecided."
@@ -144,8 +145,9 @@ def details(table: Table) -> list[str]:
     """How to read the columns, what bubbles are made of, and why each flag was raised."""
     found = []
     compared = [each for each in conclusions(table) if each.interval is not None]
-    names = dict.fromkeys(row.head.backend.name for row in table.rows)
-    found += [f"{name}: {METHODS[name]}." for name in names if name in METHODS]
+    found += methods(table)
+    if any(row.metrics["num_runs"] > row.metrics["num_prompts"] for row in table.rows):
+        found.append(COUNT_NOTE)
     if compared:
         found.append(INTERVAL_NOTE.format(baseline=table.baseline))
     if any(each.num_prompts_to_show for each in compared):
@@ -165,6 +167,12 @@ def details(table: Table) -> list[str]:
         *_flag_reasons(table),
     ]
     return list(map(harmless, found))
+
+
+def methods(table: Table) -> list[str]:
+    """What the names of methods stand for, where they do not say it."""
+    names = dict.fromkeys(row.head.backend.name for row in table.rows)
+    return [f"{name}: {METHODS[name]}." for name in names if name in METHODS]
 
 
 def _score_notes(table: Table) -> Iterator[str]:

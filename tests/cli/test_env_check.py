@@ -134,7 +134,7 @@ def broken_check(monkeypatch: pytest.MonkeyPatch) -> None:
         ("model", no_memory(1000), "fail", "smaller model"),
         ("kernels", no_kernels, "warn", "numba"),
         ("threads", little_quota, "warn", "a quota of 0.5"),
-        ("machine", busy(others=0.5, who=["make"]), "warn", "other programs (make) use 50%"),
+        ("machine", busy(others=0.5, who=["make"]), "warn", "other programs, above all make, use 50%"),
         ("machine", busy(steal=0.2), "warn", "other virtual machines use 20%"),
         ("machine", busy(others=None), "ok", "not shown"),
         ("gpu", driver_without_cuda, "warn", "built without CUDA"),

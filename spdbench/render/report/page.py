@@ -24,7 +24,7 @@ from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.columns import columns_for, harmless, title
-from spdbench.render.notes import details, sentence
+from spdbench.render.notes import details, methods, sentence
 from spdbench.render.report import vega
 from spdbench.render.report.answers import answers
 from spdbench.render.report.chart import Chart, Panel, Shown, overall, to_csv
@@ -79,6 +79,7 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         best=[row.best for row in overall(table)],
         warnings=_warnings(table),
         notes=table.notes,
+        methods=methods(table),
         details=details(table),
         prompts=_prompts(table),
         labels=[row.label for row in overall(table)],

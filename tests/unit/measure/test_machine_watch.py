@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +14,9 @@ import pytest
 
 from spdbench.judge.results.machine_load import MachineLoad
 from spdbench.measure import machine_watch as module
+from spdbench.measure import process_times
 from spdbench.measure.machine_watch import MachineWatch
-from spdbench.measure.process_times import ProcessTimes, cpu_ns
+from spdbench.measure.process_times import ProcessTimes, cpu_ns, own_cpu_ns
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 S = 10**9
@@ -175,19 +177,46 @@ def test_files_that_vanish_are_unknown_from_then_on(machine: Machine, watch: Mac
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processor time of other processes by their number is Linux's")
-def test_the_process_that_used_most_time_is_named() -> None:
-    times = ProcessTimes(Path("/proc"))
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+def test_the_process_that_used_most_time_is_named(tmp_path: Path) -> None:
+    """The only one that is looked at: how busy the machine is does not matter."""
+    times = ProcessTimes(tmp_path)
+    # Its shell ends at once, so that it is no descendant of this process.
+    command = ["sh", "-c", '"$0" -c "while True: pass" > /dev/null 2>&1 & echo $!', sys.executable]
+    busy = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    (tmp_path / str(busy)).symlink_to(f"/proc/{busy}")
     try:
-        start = cpu_ns(busy.pid)
-        while cpu_ns(busy.pid) - start < S / 5:
+        start = cpu_ns(busy)
+        while cpu_ns(busy) - start < S / 5:
             time.sleep(0.01)
-        name = Path(f"/proc/{busy.pid}/comm").read_text().strip()
-        assert f"{name} (pid {busy.pid})" in times.busiest(S / 5)
+        name = Path(f"/proc/{busy}/comm").read_text().strip()
+        assert f"{name} (pid {busy})" in times.busiest(S / 5)
         assert times.busiest(lost_ns=1000 * S) == []  # too little of that is its doing
     finally:
-        busy.kill()
-        busy.wait()
+        os.kill(busy, signal.SIGKILL)
+
+
+def test_what_this_process_started_and_what_started_it_are_not_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell starts make, which starts this process, which starts a worker that starts a compiler."""
+    parents = {1: 0, 20: 1, 30: 20, os.getpid(): 30, 40: os.getpid(), 41: 40, 50: 20, 60: 1}
+    for process, parent in parents.items():
+        (tmp_path / str(process)).mkdir()
+        (tmp_path / str(process) / "stat").write_text(f"{process} (a) b) S {parent} 0 0")
+        (tmp_path / str(process) / "comm").write_text(f"p{process}\n")
+    spent = dict.fromkeys(parents, 0)
+    monkeypatch.setattr(process_times, "cpu_ns", spent.get)
+    monkeypatch.setattr(process_times, "workers", lambda: [40])
+    times = ProcessTimes(tmp_path)
+    spent.update({process: S + process for process in parents})
+    assert times.busiest(S) == ["p60 (pid 60)", "p50 (pid 50)"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processor time of other processes by their number is Linux's")
+def test_the_time_of_children_that_have_ended_is_ours() -> None:
+    before = own_cpu_ns()
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    assert own_cpu_ns() - before >= 0.3 * S
 
 
 def test_a_process_that_does_not_exist_used_no_time() -> None:

@@ -212,7 +212,7 @@ def test_without_a_baseline_speedups_stay_blank_and_the_note_says_why() -> None:
 def test_title_says_suite_model_dtype_decoding_prompts_and_machine() -> None:
     text = show(compare(demo()), width=200)
     assert heading(text) == (
-        "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine machine-)"
+        "quick v1 | smollm2 | float32 | greedy, up to 64 new tokens | 10 prompts | Testium 9000 (machine id machine-)"
     )
 
 
@@ -281,6 +281,17 @@ def test_failed_runs_and_divergence_classes_are_told() -> None:
     text = show(compare([entry("autoregressive"), broken]), width=120)
     assert "eagle: 1 of 10 runs failed." in text
     assert "eagle, outputs against vanilla's: 8 identical, 1 near tie." in text
+
+
+def test_methods_and_counts_are_explained() -> None:
+    turns = [make_run(vanilla_steps(9), prompt=f"p{i}", turn=turn) for i in range(8) for turn in (0, 1)]
+    tables = compare([entry("autoregressive", runs=turns), entry("pipeline", ORACLE)])
+    text = " ".join(show(tables).split())
+    assert ", 16 answers |" in text
+    assert "speculative pipeline decoding" not in text
+    text = " ".join(show(tables, details=True).split())
+    assert "- spd: speculative pipeline decoding: " in text
+    assert "- prompts are conversations; answers are their turns" in text
 
 
 def test_text_that_looks_like_markup_is_shown_as_it_is() -> None:
