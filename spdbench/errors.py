@@ -96,9 +96,23 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def install_command(package: str) -> str:
-    """The command that installs `package` here: environments that uv makes have no pip."""
+    """The command that installs `package` here: environments that uv makes have no pip.
+
+    For `spdbench[EXTRA,...]` it names what the extras need, since spdbench itself need not be on an index.
+    """
     tool = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
-    return f"{tool} '{package}'" if "[" in package else f"{tool} {package}"
+    needs = _of_extras(package) if "[" in package else [package]
+    return " ".join([tool, *(need if need.replace("-", "").isalnum() else f"'{need}'" for need in needs)])
+
+
+def _of_extras(package: str) -> list[str]:
+    """The requirements of the extras in `PROJECT[EXTRA,...]`; `package` itself where it declares none."""
+    from importlib import metadata  # a slow import, which `--help` does without
+
+    project, _, extras = package.removesuffix("]").partition("[")
+    markers = {f'extra == "{extra}"' for extra in extras.split(",")}
+    lines = [line.partition("; ") for line in metadata.requires(project) or ()]
+    return list(dict.fromkeys(need for need, _, marker in lines if marker in markers)) or [package]
 
 
 def brief(error: BaseException) -> str:

