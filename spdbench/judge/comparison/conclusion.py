@@ -18,8 +18,8 @@ SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "n
 EFFECT = 0.05
 """The speed-up that `num_prompts_to_show` is about."""
 OF_BASELINE = frozenset({"busy_machine", "outliers", "slow_baseline"})
-"""Warnings of the baseline that make every speed-up over it provisional. `drift` is none: labels of a run take turns, so
-that they drift together, and their ratio stays."""
+"""Warnings of the baseline that make every speed-up over it provisional. `drift` is none: labels of a run take turns,
+so that they drift together, and their ratio stays."""
 DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "noisy"}
 """Warnings that make a speed-up provisional: few prompts, answers that are not typical, a doubtful timing."""
 
