@@ -21,6 +21,7 @@ from spdbench.cli.defaults import file_options
 from spdbench.cli.terminal import Terminated
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
+from spdbench.measure.privacy import hide_secrets
 from spdbench.output_files import write_failure
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
@@ -111,6 +112,11 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(run(words))
 
 
+def _shown(message: str) -> str:
+    """`message` as a terminal or a log may show it."""
+    return printable(hide_secrets(message))
+
+
 def run(args: Sequence[str]) -> int:
     """Runs one command line and returns its exit code. An exception that is a bug escapes as it is."""
     try:
@@ -118,14 +124,14 @@ def run(args: Sequence[str]) -> int:
         sys.stdout.flush()
         return code
     except SpdbenchError as error:
-        click.echo(f"Error: {printable(str(error))}", err=True)
+        click.echo(f"Error: {_shown(str(error))}", err=True)
         if error.names_page:
             click.echo(f"See {error.see}.", err=True)
         return error.exit_code
     except click.ClickException as error:
         shown = io.StringIO()
         error.show(shown)
-        click.echo(printable(shown.getvalue()), err=True, nl=False)
+        click.echo(_shown(shown.getvalue()), err=True, nl=False)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
         click.echo("Interrupted.", err=True)
@@ -135,7 +141,7 @@ def run(args: Sequence[str]) -> int:
         return BROKEN_PIPE
     except Exception as error:  # libraries that are not written in Python have errors of their own
         if isinstance(error, OSError) and error.errno in IMPOSSIBLE_PATH:
-            click.echo(f"Error: {printable(f'{error.filename}: {error.strerror}')}", err=True)
+            click.echo(f"Error: {_shown(f'{error.filename}: {error.strerror}')}", err=True)
             return InputError.exit_code
         if (reason := write_failure(error)) is None:
             raise

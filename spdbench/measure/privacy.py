@@ -14,6 +14,8 @@ SECRET_NAME = re.compile(
 )
 LOGIN = re.compile(r"(?<=://)[^\s/@]+(?=@)")
 """User and password in a URL, or a token in their place."""
+QUERY = re.compile(r"(?<=[?&])((?:api[_-]?|access[_-]?)?(?:key|token)|password)=[^&#\s'\"]+", re.IGNORECASE)
+"""A key in the query of a URL."""
 MIN_SECRET_LENGTH = 8
 """A shorter value would also be replaced within unrelated words."""
 HIDDEN = "***"
@@ -29,19 +31,25 @@ def names_only(value: Any) -> Any:
 
 
 def without_secrets(text: str) -> str:
-    """`text` with the home folder as `~`, and with `***` for the values of variables such as HF_TOKEN, plain or as JSON
-    escapes them, and for the login in a URL."""
+    """`hide_secrets`, and the home folder as `~`."""
+    text = hide_secrets(text)
+    home = os.path.expanduser("~")
+    for folder in (home, os.path.realpath(home)):
+        if path := folder.rstrip("/"):
+            text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
+    return text
+
+
+def hide_secrets(text: str) -> str:
+    """`text` with `***` for the values of variables such as HF_TOKEN, plain or as JSON escapes them, and for the login
+    or a key in a URL."""
     secrets = [
         value for name, value in os.environ.items() if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LENGTH
     ]
     hidden = {form for value in secrets for form in (value, json.dumps(value)[1:-1])}
     for value in sorted(hidden, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    home = os.path.expanduser("~")
-    for folder in (home, os.path.realpath(home)):
-        if path := folder.rstrip("/"):
-            text = re.sub(rf"{re.escape(path)}(?![\w.-])", "~", text)
-    return LOGIN.sub(HIDDEN, text)
+    return QUERY.sub(rf"\1={HIDDEN}", LOGIN.sub(HIDDEN, text))
 
 
 def _is_path(text: str) -> bool:

@@ -108,6 +108,15 @@ def test_no_arguments_is_wrong_usage_and_shows_the_help() -> None:
     assert "Commands:" in done.stderr
 
 
+def test_a_message_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted-secret")
+    for words in (("compare", "/none/hf_planted-secret"), ("run", "quick", "--limit", "hf_planted-secret")):
+        said = spdbench(*words)
+        assert said.returncode == 2
+        assert "***" in said.stderr
+        assert "planted" not in said.stderr
+
+
 def test_an_unknown_command_is_answered_with_the_nearest_one() -> None:
     done = spdbench("comapre", "x.json")
     assert done.returncode == 2

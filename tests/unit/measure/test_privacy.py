@@ -79,6 +79,7 @@ def test_a_login_in_a_url_is_cut_out() -> None:
         without_secrets("postgres://me:planted@db:5432/x, http://a:80/@b") == "postgres://***@db:5432/x, http://a:80/@b"
     )
     assert without_secrets("cloning https://ghp_planted@host/x") == "cloning https://***@host/x"
+    assert without_secrets("http://h/v1?a=1&api_key=planted&token=x y") == "http://h/v1?a=1&api_key=***&token=*** y"
 
 
 def test_home_is_found_by_its_real_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
