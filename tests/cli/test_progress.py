@@ -53,7 +53,7 @@ def test_time_left_follows_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> 
     data._done = 400
     assert data.left == "about 30 s left"
     assert data.words(400, 500, 3, 1) == (
-        "400/1,000 tokens kept in 3 conversations, 1 dropped; 20 tok/s kept, 50 generated; about 30 s left"
+        "400/1,000 tokens kept in 3 conversations, 1 dropped; 20 tok/s kept, 50 tok/s generated; about 30 s left"
     )
     data._done = 1000
     assert data.left == ""
