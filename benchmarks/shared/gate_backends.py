@@ -74,8 +74,8 @@ class SlowTarget(_Slow):
 
 
 class SlowSource(_Slow):
-    def load(self, layers: range, device: str) -> SlowDecoder:
-        return SlowDecoder(self._inner.load(layers, device), self._share)
+    def load(self, layers: range, device: str, head_ids: range | None = None) -> SlowDecoder:
+        return SlowDecoder(self._inner.load(layers, device, head_ids), self._share)
 
     def __reduce__(self) -> tuple[type[SlowSource], tuple[Any, float]]:
         return SlowSource, (self._inner, self._share)

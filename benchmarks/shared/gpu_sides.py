@@ -103,6 +103,7 @@ class RandomCheckpoint:
     """A checkpoint whose tensors are drawn on the device when they are read: timing needs sizes, not answers."""
 
     directory = Path("random")
+    files: Sequence[Path] = ()
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, tied: bool) -> None:
         self._dtype, self._device, self._tied = dtype, device, tied
@@ -135,7 +136,9 @@ class RandomTarget:
         frequencies = plain_frequencies(1e6, self.config.head_dim), 1.0
         checkpoint: Any = RandomCheckpoint(dtype, device, tied=self.config.tied)
         with torch.inference_mode():
-            self.decoder = self.own_decoder = load_decoder(checkpoint, self.config, frequencies, dtype, device)
+            self.decoder = self.own_decoder = self.ends = load_decoder(
+                checkpoint, self.config, frequencies, dtype, device
+            )
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def load_decoder(
     first, last = layers.start == 0, layers.stop == config.num_layers
     vocab_by_width = (config.vocab_size, config.hidden_size)
     name = reader.base + "embed_tokens.weight"
-    file = PackedFile(checkpoint, config, dtype) if can_pack(dtype, device) and config.is_dense else None
+    packs = can_pack(dtype, device) and config.is_dense and bool(checkpoint.files)
+    file = PackedFile(checkpoint, config, dtype) if packs else None
     packed = None if file is None else file.read(layers)
     if packed is None:
         head = linear(reader.read(name if config.tied else HEAD, vocab_by_width)) if last else None
