@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -127,6 +127,8 @@ def _option(key: str, field: FieldInfo) -> dict[str, Any]:
 def _type_name(kind: Any) -> str:
     """A type in the words of a command line: `int`, `inline|process`, `int,int,...`."""
     origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_name(inner[0])
     if origin is Literal:
         return "|".join(map(str, inner))
     if origin in (Union, UnionType):

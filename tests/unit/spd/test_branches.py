@@ -214,7 +214,12 @@ def exact(decoder: Decoder, sampling: Sampling) -> dict[object, float]:
     return cast("dict[object, float]", found)
 
 
-BRANCHES = [{"draft_top_k": "2"}, {"draft_top_k": "4", "max_rows": "3"}, {"redraft": "true"}]
+BRANCHES = [
+    {"draft_top_k": "2"},
+    {"draft_top_k": "4"},
+    {"draft_top_k": "4", "max_rows": "3"},
+    {"redraft": "true"},
+]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_p=0.9, top_k=4)], ids=["plain", "warped"])
