@@ -87,9 +87,9 @@ def measured_times(
     decoder: TargetDecoder, threads: int, stored: StoredCosts | None = None
 ) -> tuple[list[float], float]:
     """Seconds of a row's way through each layer, and of the head and its argmax, with `threads` threads, for a decoder
-    that holds all layers. Times come from `stored` where they are there."""
+    that holds all layers; an exit head has no embedding. Times come from `stored` where they are there."""
     kinds = _layer_kinds(decoder)
-    row_1M = decoder.embed(decoder.ids((0,)))
+    row_1M = _zero_rows(decoder, 1)
 
     def measure() -> list[float]:
         layers_s = [_one_row_seconds(decoder, alike, threads) / sum(map(len, alike)) for alike in kinds.values()]
@@ -99,6 +99,11 @@ def measured_times(
     *each_s, head_s = stored.seconds(keys, measure) if stored else measure()
     by_layer = {layer: s for alike, s in zip(kinds.values(), each_s, strict=True) for ran in alike for layer in ran}
     return [by_layer[layer] for layer in decoder.layers], head_s
+
+
+def _zero_rows(decoder: TargetDecoder, count: int) -> torch.Tensor:
+    """Hidden states of zeros: `[count, M]`."""
+    return torch.zeros(count, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
 
 
 def _layer_kinds(decoder: TargetDecoder) -> dict[str, list[range]]:
@@ -113,7 +118,7 @@ def _layer_kinds(decoder: TargetDecoder) -> dict[str, list[range]]:
 
 def _one_row_seconds(decoder: TargetDecoder, ranges: Sequence[range], threads: int) -> float:
     """Seconds of a row's way through all `ranges`."""
-    prompt_SM = decoder.embed(decoder.ids([0] * BALANCE_CONTEXT))
+    prompt_SM = _zero_rows(decoder, BALANCE_CONTEXT)
     caches = [decoder.new_cache(BALANCE_CONTEXT + 1, layers, num_snapshots=1) for layers in ranges]
     for layers, cache in zip(ranges, caches, strict=True):
         decoder.forward(prompt_SM, 0, cache, layers)

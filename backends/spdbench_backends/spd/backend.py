@@ -172,26 +172,10 @@ class SPD(Pipelined):
             self._head = replace(self._head, plan=replace(self._head.plan, stages=stages))
         super()._use_cut(stages)
 
-    def measure_costs(self) -> None:
-        """Measures a draft with all threads, for `spdbench profile`."""
-        from spdbench_backends.spd.head import HeadWeights
-
-        if isinstance(self._head, HeadWeights):
-            self._measured_draft_s(self._context.threads)
-
-    def _drafting_s(self) -> float:
-        return 0.0 if self._head is None else self._measured_draft_s(self._drafters_threads)
-
-    def _measured_draft_s(self, threads: int) -> float:
-        """Seconds of a draft in a full pipeline."""
-        from spdbench.profiles.profile import make_key
+    def _time_draft(self, threads: int) -> float:
         from spdbench_backends.spd.head import drafting_seconds
 
-        assert self._head is not None
-        head, info = self._head, self._loaded(self._info)
-        fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
-        key = make_key("draft", **fields, stages=len(self._stages), threads=threads)
-        return self._stored.seconds([key], lambda: [drafting_seconds(head, threads, self._decoder)])[0]
+        return drafting_seconds(self._loaded(self._head), threads, self._decoder)
 
     def _new_drafter(self, request: GenerationRequest) -> PipelineDrafter:
         from spdbench_backends.spd.drafter import CapturedHeadDrafter, HeadDrafter, SyntheticPipelineDrafter

@@ -37,6 +37,8 @@ class Pipelined(Placed):
     method: ClassVar[str]
     """As `config.json` of a drafter's folder has it."""
 
+    _head: object | None = None
+    """The drafter's weights; None for a synthetic one."""
     _ends: Decoder | None = None
     _pipeline: Pipeline | None = None
     _decoding: PipelinedDecoding | None = None
@@ -44,6 +46,10 @@ class Pipelined(Placed):
     @abstractmethod
     def _anchors(self) -> Collection[int]:
         """The hidden states that the drafter reads, by index."""
+
+    @abstractmethod
+    def _time_draft(self, threads: int) -> float:
+        """Seconds of a draft by the head in a full pipeline, timed now."""
 
     def load(self) -> None:
         self._check_context()
@@ -78,6 +84,23 @@ class Pipelined(Placed):
             chosen=chosen,
             kernels=decoder.kernels,
         )
+
+    def measure_costs(self) -> None:
+        """Measures a draft with all threads, for `spdbench profile`."""
+        if self._head is not None:
+            self._draft_s(self._context.threads)
+
+    def _drafting_s(self) -> float:
+        return 0.0 if self._head is None else self._draft_s(self._drafters_threads)
+
+    def _draft_s(self, threads: int) -> float:
+        """Seconds of a draft: the stored ones, so that every run on this machine chooses alike."""
+        from spdbench.profiles.profile import make_key
+
+        info = self._loaded(self._info)
+        fields = {"method": info.method, "drafter": (info.sha256 or info.id)[:12]}
+        key = make_key("draft", **fields, stages=len(self._stages), threads=threads)
+        return self._stored.seconds([key], lambda: [self._time_draft(threads)])[0]
 
     @property
     def _parts(self) -> HeadParts:

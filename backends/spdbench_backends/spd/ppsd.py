@@ -40,12 +40,10 @@ class PPSD(Pipelined):
         """An exit head reads the first stage's output."""
         return self._head is None or stages[0] == self._stages[0]
 
-    def _drafting_s(self) -> float:
+    def _time_draft(self, threads: int) -> float:
         from spdbench.pipeline.profiling import measured_times
 
-        if self._head is None:
-            return 0.0
-        layers_s, head_s = measured_times(self._head, self._drafters_threads)
+        layers_s, head_s = measured_times(self._loaded(self._head), threads)
         return sum(layers_s) + head_s
 
     def _anchors(self) -> Collection[int]:

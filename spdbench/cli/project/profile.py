@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TREE_METHODS = {"eagle": "eagle3", "medusa": "medusa"}
 """Backends that choose trees by cost -> the method of their drafters."""
-PIPELINE_METHODS = {"spd": "spd"}
+PIPELINE_METHODS = {"spd": "spd", "ppsd": "ppsd"}
 MS = 1e3
 
 

@@ -18,6 +18,7 @@ from spdbench.pipeline import profiling
 from spdbench.pipeline.profiling import measured_times
 from spdbench.profiles.profile import parse_key
 from spdbench_backends.spd.backend import SPD
+from spdbench_backends.spd.ppsd import PPSD
 from tests import tiny
 
 
@@ -90,6 +91,33 @@ def test_a_draft_of_spd_is_timed_once_for_a_number_of_stages(tiny_model: Path, m
         measure(stages)
     found = {parse_key(key)[1]["stages"]: s for key, s in StoredCosts(target, 1).read().seconds.items()}
     assert found == {"2": 1.0, "3": 2.0}
+
+
+def test_a_second_start_of_ppsd_lays_its_stages_out_by_the_stored_times(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, timed = tiny.load(tiny_model), list[float]()
+
+    def slower_each_time(work: Callable[[], Any], *, threads: int) -> float:  # noqa: ARG001
+        timed.append(10.0 ** len(timed))
+        return timed[-1]
+
+    monkeypatch.setattr(profiling, "median_seconds", slower_each_time)
+
+    def start() -> tuple[int, ...]:
+        options = parse_options("ppsd", PPSD.Options, {"stages": "3", "executor": "inline", "stage_layers": "auto"})
+        backend = PPSD(options, BackendContext("ppsd", target, "random", ("cpu",), 1, 0))
+        backend.load()
+        layers = backend.describe().stage_layers
+        backend.close()
+        return layers
+
+    first = start()
+    assert len(timed) == 4  # a layer and the head, of the target and of the exit
+    assert start() == first
+    assert len(timed) == 4
+    found = {key: s for key, s in StoredCosts(target, 1).read().seconds.items() if key.startswith("draft ")}
+    assert found == {"draft drafter=random method=ppsd stages=3 threads=1": timed[2] + timed[3]}
 
 
 def test_recurrent_layers_have_a_time_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
