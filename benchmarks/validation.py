@@ -5,7 +5,8 @@ Regimes: (1) SPD with stages in processes, its parts timed by the spans of the r
 give the measured tokens/s? (2) the same with stages that mostly sleep, as if each had a device. (3) SPD inline, all
 stages on one device, its layers timed by vanilla in the same run and its drafter by the stored profile. (4) The
 reference code's tables (`benchmarks/shared/published.py`).
-Output: `docs/validation.md` on stdout, with the worst error of each regime. Takes five minutes, (4) alone a second.
+Output: `docs/validation.md` on stdout, with the worst error of all and of each regime. Takes five minutes, (4) alone a
+second.
 
     python -m benchmarks.validation [--results DIR] [--published] > docs/validation.md
 """
@@ -17,18 +18,17 @@ import json
 import subprocess
 import sys
 import tempfile
-from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.shared.published import Compared, published, table
+from benchmarks.shared.published import Compared, Regime, published, worst_errors
 from benchmarks.shared.sleeping import SleepingSPD, sleeping_pipeline
+from benchmarks.shared.traced import Traced, parts_of, traced_parts
 from benchmarks.shared.workload import prompt_ids
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.judge.projection.costs import ProfileCosts, RecordedCosts
@@ -46,7 +46,6 @@ from spdbench.judge.projection.simulation import (
     Parts,
     Scatter,
     Stretch,
-    as_factors,
     lognormal_factors,
     request_seconds,
 )
@@ -86,7 +85,15 @@ def main() -> None:
             if not (folder / SLEEPING).exists():
                 measure_sleeping(folder)
             parts = [*here(folder), *parts]
-    print("\n".join([*heading(), *parts]))
+    print("\n".join(page(parts)))
+
+
+def page(parts: Sequence[str | Regime]) -> Iterator[str]:
+    """The page's lines: the worst errors first, then each part."""
+    yield from heading()
+    yield from worst_errors([each for each in parts if isinstance(each, Regime)])
+    for each in parts:
+        yield from each.table() if isinstance(each, Regime) else [each]
 
 
 def heading() -> Iterator[str]:
@@ -121,7 +128,7 @@ def spdbench(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "spdbench", *words], check=True, stdout=sys.stderr, cwd=ROOT)
 
 
-def here(folder: Path) -> Iterator[str]:
+def here(folder: Path) -> Iterator[str | Regime]:
     """What was measured on this machine."""
     results = read_results(sorted(folder.glob("*__*.json")))
     by_label = {each.label: each for each in results}
@@ -144,18 +151,20 @@ def here(folder: Path) -> Iterator[str]:
     yield "The first projection of the run of 2026-11-29 took the controller's time from the profile, which times the"
     yield f"schedule alone (8 us), and was 6 to 11 % too fast. Here the spans say {1e3 * min(hosts_s.values()):.1f} to"
     yield f"{1e3 * max(hosts_s.values()):.1f} ms."
-    yield from table("tokens/s", [in_processes(*each, cores) for each in zip(IN_PROCESSES, pipelines, strict=True)])
+    traced = [in_processes(*each, cores) for each in zip(IN_PROCESSES, pipelines, strict=True)]
+    yield Regime("stages in processes, times of spans", "tokens/s", traced)
     yield ""
     yield "The same from what every result holds, as `spdbench project` reads it: the means of the parts, and one"
     yield "scatter for all of them, by which the slowest stage took what it took on average."
-    yield from table("tokens/s", [without_spans(*each) for each in zip(IN_PROCESSES, pipelines, strict=True)])
+    means = [without_spans(*each) for each in zip(IN_PROCESSES, pipelines, strict=True)]
+    yield Regime("stages in processes, means of the result", "tokens/s", means)
     yield ""
     yield "## Stages in processes that mostly sleep"
     yield ""
     yield "The same engine, with layers and drafts that sleep several times as long as they compute, so that every"
     yield "stage has a core when it needs one, whatever their number: the check of the simulated schedule by itself."
     yield f"Layers sleep {1e3 * LAYER_S:.0f} ms each, drafts {1e3 * DRAFT_S:.0f} ms."
-    yield from table("tokens/s", list(sleeping(folder)))
+    yield Regime("stages that mostly sleep", "tokens/s", list(sleeping(folder)))
     yield ""
     yield "## Stages stepped in one process"
     yield ""
@@ -168,7 +177,7 @@ def here(folder: Path) -> Iterator[str]:
         inline(by_label["vanilla"], by_label[f"inline{stages}"], results, profile, hosts_s[min(stages, max(hosts_s))])
         for stages in STAGES
     ]
-    yield from table("tokens/s", rows)
+    yield Regime("stages stepped in one process", "tokens/s", rows)
 
 
 def _others(results: Sequence[LoadedResult]) -> float:
@@ -177,77 +186,11 @@ def _others(results: Sequence[LoadedResult]) -> float:
     return float(totals[COLUMN["others_core_s"]] / totals[COLUMN["watched_core_s"]])
 
 
-class Traced(NamedTuple):
-    """The spans of a request, and its decode window on their clock."""
-
-    spans: Sequence[Span]
-    first_ns: int
-    last_ns: int
-
-
-def parts_of(traced: Sequence[Traced], counts: Sequence[int], *, reads_states: bool) -> Parts:
-    """The parts of a pipeline with `counts` layers a stage, from the spans of its requests. What comes of dropped
-    tokens does not count: most of it was cut short. A message took the time that a lane waited right before its
-    work."""
-    found: dict[tuple[str, int], list[float]] = {}
-    for spans, first_ns, last_ns in traced:
-        found.setdefault(("control", 0), []).extend(_control_seconds(spans, first_ns, last_ns))
-        inside = [each for each in spans if each.kept and first_ns <= each.start_ns and each.end_ns <= last_ns]
-        begins = {(each.lane, each.start_ns) for each in inside if each.kind == "target"}
-        for span in inside:
-            seconds = (span.end_ns - span.start_ns) / 1e9
-            if span.kind != "host":
-                found.setdefault((span.kind, span.lane), []).append(seconds)
-            elif (span.lane, span.end_ns) in begins:
-                found.setdefault(("message", 0), []).append(seconds)
-    num, own = len(counts), len(counts) - 1
-    drafting = next((lane for kind, lane in found if kind == "draft"), num)
-    stages = [found["target", lane] for lane in range(num)]
-    drafts, messages = found.get(("draft", drafting), [0.0]), found.get(("message", 0), [0.0])
-    last_head, drafters_head = (fmean(found.get(("head", lane), [0.0])) for lane in (own, drafting))
-    layer_s = sum(map(fmean, stages)) / sum(counts)
-    return Parts(
-        stages=tuple(map(fmean, stages)),
-        head_s=last_head + drafters_head,
-        draft_s=fmean(drafts),
-        verify_s=fmean(found.get(("verify", num + 1), [0.0])),
-        host_s=fmean(found["control", 0]),
-        message_s=fmean(messages),
-        devices=(*range(num), drafting),
-        drafters_head=drafters_head / ((last_head + drafters_head) or 1.0),
-        abort_s=layer_s / 2 if drafting else 0.0,
-        reads_states=reads_states,
-        scatter=Scatter(
-            stages=tuple(factor for stage in stages for factor in as_factors(stage)),
-            drafts=as_factors(drafts),
-            messages=as_factors(messages),
-        ),
-    )
-
-
-def _control_seconds(spans: Sequence[Span], first_ns: int, last_ns: int) -> Iterator[float]:
-    """What the controller took before each draft: since its last draft or verdict, or since the last of the stages was
-    done where it had to wait for that."""
-    ends = sorted(each.end_ns for each in spans if each.kind != "host")
-    for draft in (each for each in spans if each.kind == "draft" and first_ns <= each.start_ns <= last_ns):
-        if at := bisect(ends, draft.start_ns):
-            yield (draft.start_ns - max(ends[at - 1], first_ns)) / 1e9
-
-
-def traced_parts(result: LoadedResult) -> Parts:
-    drafter, counts = result.head.drafter, [count for count in result.head.backend.stage_layers if count]
-    traced = [
-        Traced(run.spans.spans(), run.steps.t_ns[0], run.steps.t_ns[-1]) for run in result.detailed_runs() if run.spans
-    ]
-    parts = parts_of(traced, counts, reads_states=drafter is not None and not drafter.synthetic)
-    return replace(parts, start_s=start_seconds(result))
-
-
 def in_processes(name: str, result: LoadedResult, cores: int) -> Compared:
     parts = traced_parts(result)
     processes = parts.num_stages + (parts.devices[-1] != 0)
     remark = "a core each" if processes <= cores else f"{processes} processes on {cores} cores"
-    return compared(f"{name}, {_drafter(result)}", result, parts, remark)
+    return replace(compared(f"{name}, {_drafter(result)}", result, parts, remark), own_core=processes <= cores)
 
 
 def without_spans(name: str, result: LoadedResult) -> Compared:
@@ -319,7 +262,7 @@ def sleeping(folder: Path) -> Iterator[Compared]:
         stretch, tokens = Stretch(parts), sum(map(len, found.verdicts))
         rate = tokens / sum(request_seconds(stretch, each) for each in found.verdicts)
         remark = f"stages of {1e3 * parts.slowest_s:.0f} ms, drafts of {1e3 * parts.draft_s:.0f} ms"
-        yield Compared(f"{len(found.counts)} stages", tokens / found.seconds, rate, remark)
+        yield Compared(f"{len(found.counts)} stages", tokens / found.seconds, rate, remark, own_core=True)
 
 
 def inline(
