@@ -8,6 +8,7 @@ from dataclasses import astuple, fields
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from spdbench.judge.metrics.bubble import LaneTime
@@ -17,16 +18,20 @@ from spdbench.render.columns import EMPTY, bullet, capture, harmless, plain_grid
 
 SCHEMA = "spdbench.projection/1"
 MS = 1e3
+CHART_WIDTH, LONGEST_LABEL = 80, 32
 CAUSES = ("fill", "verify", "draft", "imbalance", "host", "unattributed")
 
 
 def to_terminal(projection: Projection, console: Console) -> str:
-    """The verdict, then a table of speeds, one of the pipelines' parts, and under load one of all ways to decode."""
+    """The verdict, then speeds as a table and as bars, the pipelines' parts, and under load all ways to decode."""
     parts: list[RenderableType] = [
         Text(verdict(projection), style="bold"),
         "",
         Text(f"one request; a device is {harmless(projection.device)}"),
         _speeds(projection),
+        "",
+        Text("speed-up by devices"),
+        _bars(projection, console),
         "",
         Text("pipelines: what a lane does, and what would change the speed-up"),
         _pipelines(projection),
@@ -80,6 +85,25 @@ def _speeds(projection: Projection) -> RenderableType:
     grid = plain_grid([(name, bool(name)) for name in SPEED_COLUMNS])
     for label, *cells in speed_rows(projection):
         grid.add_row(Text(label), *cells)
+    return grid
+
+
+def _bars(projection: Projection, console: Console) -> RenderableType:
+    """A bar for each way to decode one request, in the order of devices, within `CHART_WIDTH` columns."""
+    rows: list[PipelineRow | Opponent] = [*projection.opponents, *projection.pipelines]
+    rows.sort(key=lambda row: (row.devices, row.tokens_per_s))
+    labels, speedups = [harmless(row.label) for row in rows], [projection.speedup(row.tokens_per_s) for row in rows]
+    longest = min(LONGEST_LABEL, max(map(len, labels)))
+    room = min(CHART_WIDTH, console.width) - longest - len(f"{rows[-1].devices}") - len(f"{max(speedups):.2f}") - 3
+    mark = "#" if console.options.ascii_only else "█"
+    grid = RichTable.grid(padding=(0, 1, 0, 0))
+    grid.add_column(max_width=longest)
+    grid.add_column(justify="right")
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right")
+    for row, label, speedup in zip(rows, labels, speedups, strict=True):
+        bar = mark * max(1, round(room * speedup / max(speedups)))
+        grid.add_row(Text(label), str(row.devices), bar, f"{speedup:.2f}")
     return grid
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,18 +15,37 @@ from click.testing import CliRunner, Result
 from spdbench.cli.project import profile as profile_command
 from spdbench.cli.project import project as project_command
 from spdbench.errors import InputError
-from spdbench.profiles.profile import Profile, read_profile
+from spdbench.judge.loaded import load
+from spdbench.judge.projection.costs import ProfileCosts
+from spdbench.judge.projection.recorded import sort_results
+from spdbench.models.partition import split_evenly
+from spdbench.models.target import Target
+from spdbench.profiles.profile import Profile, parse_key, read_profile
+from spdbench_backends.drafter_files.folder import write_folder
+from spdbench_backends.eagle.build import random_eagle
+from spdbench_backends.eagle.formats import write_eagle
+from spdbench_backends.medusa.drafter import random_medusa
+from spdbench_backends.medusa.formats import write_medusa
+from spdbench_backends.spd.exit_formats import random_exit
+from spdbench_backends.spd.formats import random_head
+from tests import tiny
 from tests.builders import write_result
-from tests.unit.judge.projection.projected import eagle_result, make_profile, pipeline_result, vanilla_result
+from tests.unit.judge.projection.projected import (
+    eagle_result,
+    make_profile,
+    medusa_result,
+    pipeline_result,
+    vanilla_result,
+)
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Results of vanilla, a pipeline of three stages, and EAGLE."""
+    """Results of vanilla, a pipeline of three stages, EAGLE, and Medusa."""
     folder = tmp_path / "results"
     folder.mkdir()
-    for name, result in {"vanilla": vanilla_result(), "spd": pipeline_result(), "eagle": eagle_result()}.items():
-        write_result(result, folder / f"{name}.json")
+    for result in (vanilla_result(), pipeline_result(), eagle_result(), medusa_result()):
+        write_result(result, folder / f"{result.backend.label}.json")
     return folder
 
 
@@ -55,9 +75,30 @@ def profile(tmp_path: Path) -> Path:
 def test_it_prints_a_verdict_and_every_way_to_decode(files: Path) -> None:
     text = invoke(files, "--stages", "2,3,10").stdout
     assert text.startswith("Fastest pipeline: spd x")
-    for label in ("spd x2", "spd x3", "spd x10", "vanilla", "eagle"):
+    for label in ("spd x2", "spd x3", "spd x10", "vanilla", "eagle", "medusa"):
         assert f"\n{label} " in text
     assert "tensor parallel x" not in text  # no result knows what a message takes
+    assert "spdbench profile -m smollm2 --dtype float32 -o profile.json" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(("charset", "mark"), [("utf-8", "█"), ("ascii", "#")])
+def test_bars_show_speedups_by_devices_within_80_columns(
+    files: Path, profile: Path, monkeypatch: pytest.MonkeyPatch, charset: str, mark: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["--stages", "2,3,15/10/5", "--profile", str(profile)]
+    done = CliRunner(charset=charset).invoke(project_command.command, [str(files), *words], catch_exceptions=False)
+    chart = done.stdout.partition("\nspeed-up by devices\n")[2].partition("\n\n")[0].splitlines()
+    rows = [re.fullmatch(rf"(.+?) +(\d+) ({mark}+) +(\d+\.\d\d)", line) for line in chart]
+    assert all(rows), chart
+    found = [(row[1], int(row[2]), len(row[3]), float(row[4])) for row in rows if row]
+    assert {label for label, *_ in found} >= {"vanilla", "medusa", "spd x2", "spd x3 (15/10/5)", "tensor parallel x3"}
+    assert [devices for _, devices, _, _ in found] == sorted(devices for _, devices, _, _ in found)
+    assert max(map(len, chart)) <= 80
+    longest, best = max(width for _, _, width, _ in found), max(speedup for *_, speedup in found)
+    assert longest > 40
+    for _, _, width, speedup in found:
+        assert width == pytest.approx(longest * speedup / best, abs=1)
 
 
 def test_json_holds_everything(files: Path, profile: Path) -> None:
@@ -127,14 +168,18 @@ def test_the_head_next_to_the_drafter_shortens_the_last_stage(files: Path) -> No
     assert found[0]["slowest_stage_s"] > found[1]["slowest_stage_s"] > found[2]["slowest_stage_s"]
 
 
-def test_it_starts_without_torch(files: Path) -> None:
+@pytest.mark.parametrize("more", [("--balanced",), ("--chart", "chart.svg"), ("--report", "page.html")])
+def test_it_starts_without_torch(files: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+    if more[-1] != "--balanced":
+        pytest.importorskip("vl_convert")
     code = (
         "import sys; from spdbench.cli.main import run; "
         "assert run(sys.argv[1:]) == 0; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
-    words = [sys.executable, "-c", code, "project", str(files), "--stages", "2,3", "--balanced"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = [sys.executable, "-c", code, "project", str(files), "--stages", "2,3", *more]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "speed-up by devices" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -188,6 +233,45 @@ def test_a_measured_profile_is_kept_and_written(tiny_model: Path, tmp_path: Path
         assert part.strip() in text
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert "exists already" in refusal(*common, "-o", out, command=profile_command.command)
+
+
+def install_drafters(target: Target, folder: Path) -> None:
+    """One untrained drafter of each method, as if it had been trained: of three stages where it has stages."""
+    ends, stages = target.ends, split_evenly(target.config.num_layers, 3)
+    write_eagle(random_eagle(ends, 0), folder / "eagle", "spdbench")
+    write_medusa(random_medusa(ends, 3, 0), folder / "medusa", "spdbench")
+    head, exit_head = random_head(ends, stages, 0), random_exit(ends, stages, 0)
+    write_folder(folder / "spd", head.config.model_dump(mode="json"), head.tensors)
+    write_folder(folder / "ppsd", exit_head.config.model_dump(mode="json") | {"num_stages": 3}, exit_head.tensors)
+    for name, method in {"eagle": "eagle3", "medusa": "medusa", "spd": "spd", "ppsd": "ppsd"}.items():
+        path = folder / name / "config.json"
+        own = {"method": method, "model_sha256": target.files.sha256, "trained_tokens": 1}
+        path.write_text(json.dumps(json.loads(path.read_text()) | own))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_profile_holds_the_drafts_of_installed_drafters_and_a_projection_reads_them(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_drafters(tiny.load(tiny_model), tmp_path / "drafters")
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(tmp_path / "drafters"))
+    out = tmp_path / "profile.json"
+    words = ("-m", tiny_model, "--dtype", "float32", "--devices", "cpu", "--threads", "1", "-o", out)
+    invoke(*words, command=profile_command.command)
+    profile = read_profile(out)
+    found = {key: parse_key(key)[1] for key in profile.seconds}
+    drafts = [fields for fields in found.values() if "method" in fields]
+    assert {each["method"] for each in drafts} == {"spd", "ppsd", "eagle3", "medusa"}
+    assert {each["stages"] for each in drafts if "stages" in each} == {"3"}
+    assert {each["levels"] for each in drafts if each["method"] == "medusa"} == {"3"}
+    kinds = {(each["tree"], each["levels"]) for each in drafts if each["method"] == "eagle3"}
+    assert len(kinds) > 1  # a first level and further ones cost differently
+    recorded = sort_results([load(pipeline_result(), "spd.json"), load(eagle_result(), "eagle.json")])
+    costs = ProfileCosts(profile, recorded)
+    (spd,) = [profile.seconds[key] for key, fields in found.items() if fields.get("method") == "spd"]
+    assert spd > 0
+    assert costs.pipeline_draft_s(recorded.pipelines[0], 2) == spd
+    assert costs.round_draft_s(recorded.rounds[0], 1) is not None
 
 
 def test_a_datasheet_gives_a_computed_profile(tiny_model: Path) -> None:

@@ -84,8 +84,10 @@ class RecordedCosts:
         head = self._vanilla.head
         cores, most = head.environment.get("cores"), self.recorded.most_stages
         found = [
-            "messages between devices are not in these results: a pipeline's are taken as the time that lanes waited "
-            "for messages and the host, and tensor parallelism is omitted; `spdbench profile` measures messages"
+            "tensor parallelism and several requests at once are omitted: these results do not hold what a message "
+            "between devices and a forward of several requests take. This measures both: "
+            f"{self.recorded.profile_command()}",
+            "a pipeline's messages are taken as the time that lanes waited for messages and the host",
         ]
         if not self._rounds_s and any(rows_a_stage(each) > 1 for each in self.recorded.pipelines):
             found.append(

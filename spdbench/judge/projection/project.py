@@ -37,6 +37,10 @@ from spdbench.profiles.profile import nearest
 
 LINKS_S = (1e-5, 1e-4, 1e-3)
 """Seconds of a message at which the sensitivity to links is computed."""
+REPLICAS = (
+    "n replicas of what runs on one device take n requests at once, each as fast as there, so its speed-up `a device` is "
+    "theirs too. One request alone leaves all but one idle, so replicas are not listed for it"
+)
 ACCEPTANCE_CHANGES = (-0.1, -0.05, 0.05, 0.1)
 
 
@@ -172,9 +176,9 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
     """
     alone = token_s(costs, recorded.num_layers)
     if alone is None:
-        refuse("the time of a layer", _profile_command(recorded))
+        refuse("the time of a layer", recorded.profile_command())
     if setting.concurrency > 1 and costs.layer_s(2) is None:
-        refuse("what a forward of several requests takes", _profile_command(recorded))
+        refuse("what a forward of several requests takes", recorded.profile_command())
     rows, by_load = [], []
     for layers in setting.stages:
         for source in _sources(recorded, len(layers)):
@@ -189,13 +193,8 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
         pipelines=tuple(rows),
         opponents=tuple(one_request(recorded, costs, counts)),
         loads=tuple(loads),
-        notes=tuple(_notes(rows, costs)),
+        notes=tuple(_notes(rows, costs, setting)),
     )
-
-
-def _profile_command(recorded: Recorded) -> str:
-    model = recorded.first.head.model
-    return f"spdbench profile -m {model.id} --dtype {model.dtype} -o profile.json, then --profile profile.json"
 
 
 def _sources(recorded: Recorded, wanted: int) -> list[LoadedResult]:
@@ -226,9 +225,9 @@ def make_parts(
     layer, head, growth = costs.layer_s(1), costs.head_s(1), costs.growth(rows)
     draft = costs.pipeline_draft_s(source, len(layers))
     if layer is None or head is None:
-        refuse("the time of a layer", _profile_command(recorded))
+        refuse("the time of a layer", recorded.profile_command())
     if draft is None:
-        refuse(f"{source.file}: the time of a draft", f"{recorded.remeasure()}, or {_profile_command(recorded)}")
+        refuse(f"{source.file}: the time of a draft", f"{recorded.remeasure()}, or {recorded.profile_command()}")
     layer, head = layer * growth, head * growth
     factors = lognormal_factors(costs.sigma(source))
     return Parts(
@@ -327,8 +326,12 @@ def _shown(layers: Sequence[int]) -> str:
     return "/".join(map(str, layers))
 
 
-def _notes(rows: Sequence[PipelineRow], costs: Costs) -> list[str]:
-    found = list(costs.notes)
+def _notes(rows: Sequence[PipelineRow], costs: Costs, setting: Setting) -> list[str]:
+    found = [REPLICAS, *costs.notes]
+    if setting.concurrency == 1 and costs.layer_s(2) is not None:
+        found.append(
+            "--concurrency N also shows all ways to decode, replicas among them, under 1 to N requests at once"
+        )
     if far := [row for row in rows if row.recorded_stages != row.num_stages]:
         shown = ", ".join(dict.fromkeys(str(row.recorded_stages) for row in far))
         found.append(

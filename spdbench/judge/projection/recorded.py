@@ -63,6 +63,12 @@ class Recorded:
         head = self.first.head
         return REMEASURE.format(suite=quote(head.suite.name), model=quote(head.model.id), dtype=quote(head.model.dtype))
 
+    def profile_command(self) -> str:
+        """What measures the costs that results do not hold, and how a projection reads them."""
+        model = self.first.head.model
+        profile = f"spdbench profile -m {quote(model.id)} --dtype {quote(model.dtype)} -o profile.json"
+        return f"{profile}, then --profile profile.json"
+
 
 def sort_results(loaded: Sequence[LoadedResult]) -> Recorded:
     """Results by kind.

@@ -14,6 +14,7 @@ from tests.builders import (
     make_backend,
     make_result,
     make_run,
+    make_steps,
     pipeline_steps,
     vanilla_steps,
 )
@@ -55,6 +56,22 @@ def eagle_result() -> Result:
     return make_result(runs, make_backend("draft_verify"), drafter=drafter)
 
 
+def medusa_result() -> Result:
+    """Rounds of 120 ms with trees of five nodes on two levels."""
+    chunks = [1, 3, 2, 1]
+    steps = make_steps(
+        chunks,
+        drafted=[0, 2, 2, 2],
+        judged=[0, 2, 2, 1],
+        accepted=[0, 2, 1, 0],
+        forwards=[1.0, 5.0, 5.0, 5.0],
+        step_ns=120 * MS,
+    )
+    runs = [make_run(steps, prompt=f"p{number}") for number in range(3)]
+    backend = make_backend("draft_verify", name="medusa", label="medusa", chosen={"tree": "5 nodes, 2 levels"})
+    return make_result(runs, backend, drafter=TRAINED.model_copy(update={"method": "medusa"}))
+
+
 def make_profile() -> Profile:
     """A layer takes 1 ms of one row and 2 ms of 101; a head 5 ms; a message 0.1 ms."""
     shape = ModelShape(id="smollm2", sha256="m" * 64, dtype="float32", num_layers=30, hidden_size=576)
@@ -65,6 +82,7 @@ def make_profile() -> Profile:
         "draft drafter=a method=spd stages=3": 2e-3,
         "draft drafter=b method=eagle3 tree=chain levels=1": 4e-3,
         "draft drafter=b method=eagle3 tree=chain levels=2": 6e-3,
+        "draft drafter=c method=medusa tree=chain levels=3": 3e-3,
         "message bytes=2304": 1e-4,
         "verify": 0.0,
         "host": 0.0,

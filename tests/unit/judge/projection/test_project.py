@@ -42,6 +42,7 @@ from tests.unit.judge.projection.projected import (
     VERDICTS,
     eagle_result,
     make_profile,
+    medusa_result,
     pipeline_result,
     vanilla_result,
 )
@@ -59,11 +60,15 @@ def eagle() -> LoadedResult:
     return load(eagle_result(), "eagle.json")
 
 
+def medusa() -> LoadedResult:
+    return load(medusa_result(), "medusa.json")
+
+
 def setting(*stages: int, **more: Any) -> Setting:
     return Setting(tuple(tuple(even_layers(30, count)) for count in stages), own_drafter=True, **more)
 
 
-RESULTS: Sequence[LoadedResult] = (vanilla(), pipeline(), eagle())
+RESULTS: Sequence[LoadedResult] = (vanilla(), pipeline(), eagle(), medusa())
 
 
 @pytest.fixture
@@ -144,6 +149,7 @@ def test_a_projection_has_a_row_for_each_number_of_stages_and_each_opponent(reco
     assert {each.label for each in found.opponents} == {
         "vanilla",
         "eagle",
+        "medusa",
         *(f"tensor parallel x{count}" for count in (2, 3, 4, 5, 6)),
     }
     for row in found.pipelines:
@@ -182,6 +188,29 @@ def test_eagle_without_costs_of_several_rows_is_as_it_was_measured(recorded: Rec
     found = project(recorded, RecordedCosts(recorded), setting(2))
     rival = next(each for each in found.opponents if each.label == "eagle")
     assert rival.tokens_per_s == pytest.approx(6 / (3 * 0.12))
+
+
+@pytest.mark.parametrize(
+    ("profiled", "round_s"),
+    [(True, 30 * 1.04e-3 + 5e-3 + 2e-3), (False, 0.12)],  # five rows, two of the three heads; or as it was measured
+)
+def test_medusa_takes_its_trees_rows_and_its_heads(recorded: Recorded, profiled: bool, round_s: float) -> None:
+    costs = ProfileCosts(make_profile(), recorded) if profiled else RecordedCosts(recorded)
+    found = project(recorded, costs, setting(2))
+    (rival,) = [each for each in found.opponents if each.label.startswith("medusa")]
+    assert rival.tokens_per_s == pytest.approx(6 / (3 * round_s))
+    assert (rival.devices, rival.method) == (1, "draft_verify")
+
+
+def test_what_results_alone_cannot_say_is_named_with_the_command_that_measures_it(recorded: Recorded) -> None:
+    notes = project(recorded, RecordedCosts(recorded), setting(2)).notes
+    (missing,) = [note for note in notes if "omitted" in note]
+    assert missing.startswith("tensor parallelism and several requests at once are omitted")
+    assert "spdbench profile -m smollm2 --dtype float32 -o profile.json, then --profile profile.json" in missing
+    assert any(note.startswith("n replicas of what runs on one device take n requests") for note in notes)
+    profiled = project(recorded, ProfileCosts(make_profile(), recorded), setting(2)).notes
+    assert not any("omitted" in note for note in profiled)
+    assert any(note.startswith("--concurrency N") for note in profiled)
 
 
 def test_tensor_parallelism_shares_the_work_and_pays_for_all_reduces(recorded: Recorded) -> None:
@@ -225,6 +254,7 @@ def test_a_profile_of_requests_at_once_gives_loads_and_a_breakeven(recorded: Rec
     assert {each.requests for each in found.loads} == {1, 2, 4, 8}
     assert {(label, rival) for label, rival, _ in found.breakevens} == {
         ("eagle", "vanilla"),
+        ("medusa", "vanilla"),
         ("spd x3", "vanilla"),
         ("spd x3", "tensor parallel x4"),
     }
