@@ -6,15 +6,18 @@ Names are those of `RunOptions`, so that each option of `run` can be given. The 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
 
+from spdbench.cli.defaults import ADDRESS, ONLY_TYPED
 from spdbench.cli.run.command import RunOptions, command
 from spdbench.errors import InputError, did_you_mean
 
 Settings = Mapping[str, Any]
+Given = bool | str | list[str]
 SETTINGS = {name: field.metadata for name, field in RunOptions.__dataclass_fields__.items()}
 OPTION = "options."
 """What begins a backend's option: `options.spd.stages`."""
@@ -46,25 +49,58 @@ def merged(where: str, fixed: Settings, own: Settings, known: Collection[str]) -
 
 def run_words(where: str, settings: Settings) -> Iterator[str]:
     """`settings` as words of a command line, the suite first. Raises `InputError` for what cannot be such words."""
+    yield _suite(where, settings)
+    for _, name, given in _given(where, settings):
+        yield from _words(name, given)
+
+
+def run_table(where: str, settings: Settings) -> tuple[str, list[str]]:
+    """`settings` as the table `[run]` of an `spdbench.toml`, and the words behind `spdbench run` that go with it: the
+    suite, and what such a file cannot set. Raises `InputError` as `run_words` does."""
+    lines, words = ["[run]"], [_suite(where, settings)]
+    for key, name, given in _given(where, settings):
+        if key in ONLY_TYPED or (isinstance(given, list) and any(map(ADDRESS.match, given))):
+            words += _words(name, given)
+        else:
+            lines.append(f"{name.lstrip('-')} = {json.dumps(given, ensure_ascii=False)}")
+    return "\n".join([*lines, ""]), words
+
+
+def _suite(where: str, settings: Settings) -> str:
     suite = str(settings["suite"])
     if suite.startswith("-"):
         raise InputError(f"{where}: suite: {suite!r} is the name of no suite; `spdbench suites` lists those that ship")
-    yield suite
+    return suite
+
+
+def _given(where: str, settings: Settings) -> Iterator[tuple[str, str, Given]]:
+    """Each setting that is given but the suite, its option as typed, and its value: text, a list of texts for an option
+    that can be given several times, true for one without a value."""
     for key, value in settings.items():
         if key == "suite" or value is None:
             continue
         names, more, *_ = SETTINGS[key]["option"]
         if key == "options":
-            yield from itertools.chain.from_iterable(("-o", f"{name}={_text(each)}") for name, each in value.items())
+            if value:
+                yield key, "-o", [f"{name}={_text(each)}" for name, each in value.items()]
         elif more.get("is_flag"):
             if not isinstance(value, bool):
                 raise InputError(f"{where}: {key}: {value!r} has to be true or false")
-            yield from [names[-1]] if value else []
+            if value:
+                yield key, names[-1], True
         elif more.get("multiple"):
-            items: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
-            yield from itertools.chain.from_iterable((names[-1], _text(each)) for each in items)
+            yield key, names[-1], [_text(each) for each in (value if isinstance(value, list | tuple) else [value])]
         else:
-            yield from (names[-1], _text(value))
+            yield key, names[-1], _text(value)
+
+
+def _words(name: str, given: Given) -> Iterator[str]:
+    if isinstance(given, bool):
+        yield name
+    else:
+        yield from itertools.chain.from_iterable(
+            (name, each) for each in (given if isinstance(given, list) else [given])
+        )
 
 
 def _text(value: Any) -> str:
@@ -74,14 +110,14 @@ def _text(value: Any) -> str:
     return ",".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def parse_words(words: Sequence[str]) -> RunOptions:
-    """The options of `spdbench run WORDS`.
+def parse_words(words: Sequence[str], defaults: Mapping[str, Any] | None = None) -> RunOptions:
+    """The options of `spdbench run WORDS`, those that are not given from `defaults` first.
 
     Raises:
         InputError: the command does not take them.
     """
     try:
-        with command.make_context("run", list(words)) as context:
+        with command.make_context("run", list(words), default_map=dict(defaults or {})) as context:
             return RunOptions(**context.params)
     except click.ClickException as error:
         raise InputError(error.format_message()) from None

@@ -1,18 +1,24 @@
-"""The best point of a sweep by one metric, as a file that sweeps it alone."""
+"""The best point of a sweep by one metric, as options that `spdbench run` reads from a file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
-from spdbench.cli.sweep.points import Point, SweepFile
+from spdbench.cli.run.settings import merged, run_table
+from spdbench.cli.sweep.points import KEYS, Point, SweepFile
 from spdbench.cli.sweep.progress import point_results
 from spdbench.errors import InputError, did_you_mean
 from spdbench.judge.comparison.compare import Row, compare
+from spdbench.judge.metrics.metrics import METRICS
 
 Found = tuple[float, Row, Point]
+OF_COMPARISONS = ("speedup", "speedup_per_device", "speedup_spread", "break_even_length")
+"""Metrics of a result next to its baseline; all others are a result's own."""
+NO_NUMBER = re.compile(r"_ci$|_by_|^outliers$|^is_")
+"""Metrics that are intervals, lists or facts, of which none is the best."""
 
 
 def lower_is_better(metric: str) -> bool:
@@ -20,25 +26,32 @@ def lower_is_better(metric: str) -> bool:
     return (metric.endswith("_s") and not metric.endswith("_per_s")) or "_per_token" in metric or "bubble" in metric
 
 
+def require_metric(metric: str) -> None:
+    """Raises `InputError` for a metric that no point can have."""
+    known = [name for name in (*OF_COMPARISONS, *METRICS) if not NO_NUMBER.search(name)]
+    if metric not in known:
+        raise InputError(f"--best {metric}: unknown metric{did_you_mean(metric, known)}")
+
+
 def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: Path) -> str:
-    """The label and point with the best value, as YAML. A label that is disqualified, such as one with a synthetic
-    drafter, counts only if all are.
+    """The options of the point with the best value, as an `spdbench.toml`. A label that is disqualified, such as one
+    with a synthetic drafter, counts only if all are.
 
     Raises:
-        InputError: no such metric, or no point has it.
+        InputError: no point has this metric.
     """
-    rows = [(row, point) for point in points for row in point_rows(point, folder)]
-    if rows and metric not in rows[0][0].metrics:
-        raise InputError(f"--best {metric}: unknown metric{did_you_mean(metric, rows[0][0].metrics)}")
-    found = list(_valued(metric, rows))
+    found = list(_valued(metric, points, folder))
     if not found:
         raise InputError(f"--best {metric}: no finished point has this metric")
     fair = [each for each in found if not each[1].disqualified]
     value, row, point = (min if lower_is_better(metric) else max)(fair or found, key=lambda each: each[0])
     note = "" if fair else f"# disqualified, as all are: {', '.join(flag.name for flag in row.flags)}\n"
-    alone = {"name": file.name, "fixed": file.fixed, "points": [dict(point.settings)]}
-    snippet = yaml.safe_dump(alone, sort_keys=False)
-    return f"# best {metric} of {len(points)} points: {value:.4g}, {row.label} of {point.name}\n{note}{snippet}"
+    table, words = run_table(point.name, merged(point.name, file.fixed, point.settings, KEYS))
+    command = shlex.join(["spdbench", "run", *words])
+    return (
+        f"# best {metric} of {len(points)} points: {value:.4g}, {row.label} of {point.name}\n"
+        f"{note}# as spdbench.toml it sets the options of: {command}\n{table}"
+    )
 
 
 def point_rows(point: Point, folder: Path) -> Iterator[Row]:
@@ -48,9 +61,8 @@ def point_rows(point: Point, folder: Path) -> Iterator[Row]:
             yield from (row for row in table.rows if not row.is_baseline or len(point.labels) == 1)
 
 
-def _valued(metric: str, rows: Sequence[tuple[Row, Point]]) -> Iterator[Found]:
-    for row, point in rows:
-        metrics: Mapping[str, object] = row.metrics
-        value = metrics[metric]
-        if isinstance(value, int | float):
-            yield float(value), row, point
+def _valued(metric: str, points: Sequence[Point], folder: Path) -> Iterator[Found]:
+    for point in points:
+        for row in point_rows(point, folder):
+            if isinstance(value := row.metrics.get(metric), int | float):
+                yield float(value), row, point

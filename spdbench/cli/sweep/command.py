@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,9 @@ class SweepOptions:
     )
     report: Path | None = option("--report", OUTPUT, "FILE", "Write an HTML page: charts, all points, where it pays.")
     force: bool = flag("--force", "Replace a chart or a page that is there already.")
-    best: str | None = option("--best", None, "METRIC", "Print the best point by a metric, such as speedup, as YAML.")
+    best: str | None = option(
+        "--best", None, "METRIC", "Print the options of the best point by a metric, such as speedup."
+    )
 
 
 @click.command("sweep", short_help="Run a grid or a list of runs, here or on a cluster.")
@@ -48,12 +51,14 @@ def command(options: SweepOptions) -> None:
 
 def _sweep(options: SweepOptions) -> int:
     """The exit code: 1 if a point failed."""
-    from spdbench.cli.sweep.best import best_snippet
+    from spdbench.cli.sweep.best import best_snippet, require_metric
     from spdbench.cli.sweep.drawn import check_output, draw, write_report
     from spdbench.cli.sweep.points import read_sweep
     from spdbench.cli.sweep.progress import failures, open_log
     from spdbench.cli.terminal import sigterm_interrupts
 
+    if options.best is not None:
+        require_metric(options.best)
     if options.chart is not None:
         check_output("--chart", options.chart[1], force=options.force)
     if options.report is not None:
@@ -69,20 +74,21 @@ def _sweep(options: SweepOptions) -> int:
         todo = [point for point in points if not log.is_done(point)]
         say(f"{file.name}: {len(points)} points, of which {len(points) - len(todo)} are done.")
         outcomes = []
-        for outcome in run(todo, folder):
-            log.record(outcome)
-            outcomes.append(outcome)
-            how = f"failed (exit code {outcome.exit_code})" if outcome.exit_code else "done"
-            note = f"; {outcome.note}" if outcome.note else ""
-            say(f"[{len(outcomes)}/{len(todo)}] {outcome.point.name}: {how}{note}")
+        with closing(run(todo, folder)) as ended:  # an interruption here also ends what still runs
+            for outcome in ended:
+                log.record(outcome)
+                outcomes.append(outcome)
+                how = f"failed (exit code {outcome.exit_code})" if outcome.exit_code else "done"
+                note = f"; {outcome.note}" if outcome.note else ""
+                say(f"[{len(outcomes)}/{len(todo)}] {outcome.point.name}: {how}{note}")
     failed = failures(outcomes)
     say(f"{len(points) - len(failed)} of {len(points)} points are in {folder}; `spdbench compare {folder}` shows them.")
     if failed:
         say("Failed points, which the same command tries again:\n  " + "\n  ".join(failed))
-    if options.best is not None:
-        write_stdout(best_snippet(options.best, file, points, folder))
     if options.chart is not None:
         draw(*options.chart, points, folder)
     if options.report is not None:
         write_report(options.report, options.file, file.name, points, folder)
+    if options.best is not None:
+        write_stdout(best_snippet(options.best, file, points, folder))
     return 1 if failed else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,16 +13,17 @@ from spdbench.cli.sweep.progress import Outcome
 
 
 class Runner(Protocol):
-    """Runs points, and yields how each ended as soon as it has; their results are in the folder by then."""
+    """Runs points, and yields how each ended as soon as it has; their results are in the folder by then. Closed before
+    its end, it ends what still runs."""
 
-    def __call__(self, points: Sequence[Point], folder: Path) -> Iterator[Outcome]: ...
+    def __call__(self, points: Sequence[Point], folder: Path) -> Generator[Outcome]: ...
 
 
 def connect(_settings: Mapping[str, Any]) -> Runner:
     return run_points
 
 
-def run_points(points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
+def run_points(points: Sequence[Point], folder: Path) -> Generator[Outcome]:
     for point in points:
         yield Outcome(point, run_here(point, folder))
 

@@ -1,7 +1,7 @@
 """The points of a sweep on a Ray cluster: each takes a node, or the GPUs that it names, and sends its results back.
 
 Ray starts and watches the work; this module says which node a point takes. The point of a node that is lost runs on
-another one, and is given up after `TRIES`.
+another one, and is given up after `TRIES`; a task's own error would follow it anywhere, and is the point's end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from socket import create_connection
@@ -17,15 +17,15 @@ from typing import Any
 
 from spdbench.cli.sweep.local import Runner
 from spdbench.cli.sweep.points import Point
-from spdbench.cli.sweep.progress import Outcome
+from spdbench.cli.sweep.progress import Outcome, Try, try_again
 from spdbench.errors import InputError, brief, install_command
 from spdbench.output_files import replaced_file
 from spdbench.processors import die_with
 
-TRIES = 3
-LOOK_EVERY_S = 1.0
-LONGEST_NOTE = 300
-CONNECT_S = 10
+LOOK_EVERY_S, CONNECT_S, LONGEST_NOTE = 1.0, 10, 300
+DIED = ("NodeDiedError", "LocalRayletDiedError", "WorkerCrashedError", "RayActorError")
+LOSSES = {*DIED, "ObjectLostError", "TaskUnschedulableError"}
+"""Ray's errors, by their base classes, of what ended with a worker or a node, or could not start there any more."""
 Running = dict[Any, tuple[Point, int, str, str]]  # by task: its point, try, note and node
 
 
@@ -52,16 +52,19 @@ def connect(_settings: Mapping[str, Any]) -> Runner:
     return run_points
 
 
-def run_points(points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
+def run_points(points: Sequence[Point], folder: Path) -> Generator[Outcome]:
     import ray
 
-    waiting = [(point, 1, "") for point in points]
+    waiting: list[Try] = [(point, 1, "") for point in points]
     running: Running = {}
     lost: set[str] = set()  # nodes, of which Ray may hear later than we do
     while waiting or running:
         waiting = [each for each in waiting if not _started(each, running, lost)]
+        if not running and lost:
+            lost.clear()  # Ray knows by now which of them are there; only a worker of theirs may have died
+            continue
         if not running:
-            yield from (Outcome(point, 1, "no node has room for it") for point, _, _ in waiting)
+            yield from (Outcome(each[0], 1, f"{each[2]}; no node has room for it".lstrip("; ")) for each in waiting)
             return
         done, _ = ray.wait(list(running), timeout=LOOK_EVERY_S)
         for task in done:
@@ -69,12 +72,11 @@ def run_points(points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
             try:
                 exit_code, said, files = ray.get(task)
             except ray.exceptions.RayError as error:
-                lost.add(node)
-                note = f"lost with node {node[:8]} ({type(error).__name__}), try {number} of {TRIES}"
-                if number == TRIES:
-                    yield Outcome(point, 1, note)
+                if LOSSES.isdisjoint(cls.__name__ for cls in type(error).__mro__):
+                    yield Outcome(point, 1, brief(getattr(error, "cause", error)))
                 else:
-                    waiting.append((point, number + 1, note))
+                    lost.add(node)
+                    yield from try_again(waiting, point, number, f"lost with node {node[:8]} ({type(error).__name__})")
                 continue
             for name, content in files.items():
                 with replaced_file(folder / name) as file:
@@ -82,7 +84,7 @@ def run_points(points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
             yield Outcome(point, exit_code, note or (said if exit_code else ""))
 
 
-def _started(each: tuple[Point, int, str], running: Running, lost: Collection[str]) -> bool:
+def _started(each: Try, running: Running, lost: Collection[str]) -> bool:
     """Starts a point on a node that has room for it; False if none has. A point without GPUs takes all processors."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

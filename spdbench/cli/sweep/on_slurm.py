@@ -1,24 +1,25 @@
 """The points of a sweep as SLURM jobs, through submitit: one job array, of which each task has a node for itself.
 
 Results go to the sweep's folder, which all nodes share. A task whose node is lost is submitted again; since each run
-continues its journal, it loses at most the request that was being measured.
+continues its journal, it loses at most the request that was being measured. An interrupted sweep cancels its jobs.
 """
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from spdbench.cli.sweep.local import Runner, run_here
 from spdbench.cli.sweep.points import Point
-from spdbench.cli.sweep.progress import Outcome
+from spdbench.cli.sweep.progress import Outcome, Try, try_again
+from spdbench.console import say
 from spdbench.errors import InputError, brief, install_command
 
-TRIES = 3
 LOOK_EVERY_S = 0.5
 LOGS = "slurm"
 ONE_NODE = {"nodes": 1, "tasks_per_node": 1}
@@ -56,29 +57,42 @@ def connect(settings: Mapping[str, Any]) -> Runner:
     return partial(_run_points, executor, 1 if cluster == "local" else None)
 
 
-def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], folder: Path) -> Iterator[Outcome]:
+def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], folder: Path) -> Generator[Outcome]:
     """All points as one array; or `at_once` jobs at a time, where all run on this machine."""
     executing = executor(folder)
-    waiting = [(point, 1, "") for point in points]
+    waiting: list[Try] = [(point, 1, "") for point in points]
     running: list[tuple[Any, Point, int, str]] = []
-    while waiting or running:
-        room = len(waiting) if at_once is None else at_once - len(running)
-        now, waiting = waiting[:room], waiting[room:]
-        if now:
-            with executing.batch():
-                jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
-            running += [(job, *each) for job, each in zip(jobs, now, strict=True)]
-        ended = [each for each in running if each[0].done()]
-        for each in ended:
-            running.remove(each)
-            job, point, number, note = each
-            try:
-                yield Outcome(point, job.result(), note)
-            except Exception as error:  # the job has no result: its node was lost, or it was killed
-                note = f"lost with job {job.job_id} ({brief(error)}), try {number} of {TRIES}"
-                if number == TRIES:
-                    yield Outcome(point, 1, note)
-                else:
-                    waiting.append((point, number + 1, note))
-        if not ended:
-            time.sleep(LOOK_EVERY_S)
+    try:
+        while waiting or running:
+            room = len(waiting) if at_once is None else at_once - len(running)
+            now, waiting = waiting[:room], waiting[room:]
+            if now:
+                with executing.batch():
+                    jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
+                running += [(job, *each) for job, each in zip(jobs, now, strict=True)]
+            ended = [each for each in running if each[0].done()]
+            for each in ended:
+                running.remove(each)
+                job, point, number, note = each
+                try:
+                    yield Outcome(point, job.result(), note)
+                except Exception as error:  # the job has no result: its node was lost, or it was killed
+                    yield from try_again(waiting, point, number, f"lost with job {job.job_id} ({brief(error)})")
+            if not ended:
+                time.sleep(LOOK_EVERY_S)
+    finally:
+        _cancel([job for job, *_ in running])
+
+
+def _cancel(jobs: Sequence[Any]) -> None:
+    """Cancels the jobs of a sweep that was interrupted, and says so."""
+    left = []
+    for job in jobs:
+        try:
+            job.cancel()
+        except (OSError, subprocess.CalledProcessError):  # of scancel
+            left.append(job.job_id)
+    if num := len(jobs) - len(left):
+        say(f"Cancelled {num} job{'s' * (num > 1)}; the same command goes on where they stopped.")
+    if left:
+        say(f"NOTE: these could not be cancelled and may still run: scancel {' '.join(left)}")

@@ -18,8 +18,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdbench.backend import find_backend, parse_options
+from spdbench.cli.defaults import file_options
+from spdbench.cli.main import COMMANDS
 from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels
-from spdbench.cli.run.command import DEFAULT_BACKENDS
+from spdbench.cli.run.command import DEFAULT_BACKENDS, RunOptions, command
 from spdbench.cli.run.settings import SETTINGS, Settings, merged, parse_words, run_words
 from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.input_files import parse_yaml, read_input
@@ -89,8 +91,8 @@ def read_sweep(path: Path) -> tuple[SweepFile, list[Point]]:
         raise InputError(f"{path}: {'.'.join(loc)}: {'unknown key' + hint if hint else reason}") from None
     if not LABEL.fullmatch(file.name):
         raise InputError(f"{path}: name: {file.name!r} has to be letters, digits and .+- with single _ between")
-    suites: dict[tuple[str, Any], tuple[str, str]] = {}
-    points = [_point(f"{path}: {where}", file.fixed, own, suites) for where, own in _combinations(path, file)]
+    reader = _Reader(file.fixed, file_options(command, "run", COMMANDS))
+    points = [reader.point(f"{path}: {where}", own) for where, own in _combinations(path, file)]
     repeated = [point for index, point in enumerate(points) if point.name in {p.name for p in points[:index]}]
     if repeated:
         raise InputError(f"{path}: a point is there twice: {dict(repeated[0].settings)}")
@@ -115,28 +117,44 @@ def _combinations(path: Path, file: SweepFile) -> Iterator[tuple[str, Settings]]
             yield where, {**listed, **dict(zip(file.grid, combination, strict=True))}
 
 
-def _point(where: str, fixed: Settings, own: Settings, suites: dict[tuple[str, Any], tuple[str, str]]) -> Point:
-    words = tuple(run_words(where, merged(where, fixed, own, KEYS)))
-    try:
-        options = parse_words(words)
-        labels = parse_labels(options.backends or DEFAULT_BACKENDS)
-        given = parse_backend_options(options.options, list(labels))
-        parse_drafters(options.drafters, list(labels))
-        for label, name in labels.items():
-            cls = find_backend(name)
-            parse_options(label, cls.Options, given[label])
+class _Reader:
+    """Makes points of what differs between them. `fixed` is common to all; `defaults` are options that
+    `spdbench.toml` sets, which each run reads as well."""
+
+    def __init__(self, fixed: Settings, defaults: Settings) -> None:
+        self._fixed = fixed
+        self._defaults = defaults
+        self._suites: dict[tuple[str, Any], tuple[str, str]] = {}
+
+    def point(self, where: str, own: Settings) -> Point:
+        words = tuple(run_words(where, merged(where, self._fixed, own, KEYS)))
+        try:
+            options = parse_words(words, self._defaults)
+            labels = parse_labels(options.backends or DEFAULT_BACKENDS)
+            given = parse_backend_options(options.options, list(labels))
+            parse_drafters(options.drafters, list(labels))
+            for label, name in labels.items():
+                cls = find_backend(name)
+                parse_options(label, cls.Options, given[label])
+            if len(levels := options.concurrency or ()) > 1:
+                found = ",".join(map(str, levels))
+                raise InputError(f"concurrency: {found}: a point has one number of requests at once; list them in grid")
+            suite_name, sha256 = self._suite(options)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
+        slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
+        name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
+        num_gpus = sum(device.startswith("cuda") for device in options.devices or ())
+        return Point(name, own, words, suite_name, tuple(labels), num_gpus)
+
+    def _suite(self, options: RunOptions) -> tuple[str, str]:
+        """Name and hash of the point's suite."""
         key = (options.suite, options.data)
-        if key not in suites:
+        if key not in self._suites:
             suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
-            suites[key] = suite.name, suite.sha256
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from None
-    suite_name, sha256 = suites[key]
-    digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
-    name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
-    num_gpus = sum(device.startswith("cuda") for device in options.devices or ())
-    return Point(name, own, words, suite_name, tuple(labels), num_gpus)
+            self._suites[key] = suite.name, suite.sha256
+        return self._suites[key]
 
 
 def _last(key: str) -> str:

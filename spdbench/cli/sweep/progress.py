@@ -20,6 +20,8 @@ from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.output_files import try_lock, write_obstacle
 
 LOG = "points.jsonl"
+TRIES = 3
+"""On a cluster, for a point whose node was lost."""
 
 
 class Outcome(NamedTuple):
@@ -28,6 +30,19 @@ class Outcome(NamedTuple):
     point: Point
     exit_code: int
     note: str = ""
+
+
+Try = tuple[Point, int, str]
+"""A point that waits for its turn: which try it is, and what happened in the last one."""
+
+
+def try_again(waiting: list[Try], point: Point, number: int, lost: str) -> Iterator[Outcome]:
+    """Adds a point, whose try `number` was `lost`, to those that wait; yields its end where there are no more tries."""
+    note = f"{lost}, try {number} of {TRIES}"
+    if number < TRIES:
+        waiting.append((point, number + 1, note))
+    else:
+        yield Outcome(point, 1, note)
 
 
 def result_files(folder: Path, point: Point) -> list[Path]:
