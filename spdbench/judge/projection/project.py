@@ -38,8 +38,8 @@ from spdbench.profiles.profile import nearest
 LINKS_S = (1e-5, 1e-4, 1e-3)
 """Seconds of a message at which the sensitivity to links is computed."""
 REPLICAS = (
-    "n replicas of what runs on one device take n requests at once, each as fast as there, so its speed-up `a device` is "
-    "theirs too. One request alone leaves all but one idle, so replicas are not listed for it"
+    "n replicas of what runs on one device take n requests at once, each as fast as there, so its speed-up `a device` "
+    "is theirs too. One request alone leaves all but one idle, so replicas are not listed for it"
 )
 ACCEPTANCE_CHANGES = (-0.1, -0.05, 0.05, 0.1)
 
