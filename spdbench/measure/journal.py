@@ -146,6 +146,7 @@ class Journal(AppendLog):
 
     def _checked(self, text: bytes) -> Run:
         """The run in `text`; raises `ValueError` for one that this journal's run cannot have made."""
+        parse_json(text)  # no key twice
         run = Run.model_validate_json(text)
         require_totals(run)
         if run.num_new_tokens > self.identity.get("max_new_tokens", run.num_new_tokens):

@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from spdbench.errors import InputError, validated
-from spdbench.input_files import read_input
+from spdbench.input_files import parse_json, read_input
 
 Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Key = Annotated[str, Field(pattern=r"^[a-z]+( [a-z]+=[^ =]+)*$", max_length=300)]
@@ -121,7 +121,13 @@ def read_profile(path: Path) -> Profile:
     Raises:
         InputError: it cannot be read, or is no profile.
     """
-    return validated(Profile, read_input(path), f"{path}: is no profile that this version reads: ")
+    raw = read_input(path)
+    found = validated(Profile, raw, f"{path}: is no profile that this version reads: ")
+    try:
+        parse_json(raw)  # no key twice
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return found
 
 
 def require_model(profile: Profile, source: str, sha256: str, dtype: str, num_layers: int | None, model: str) -> None:

@@ -119,6 +119,17 @@ def test_a_report_of_guidellm_is_a_result_for_each_load(tmp_path: Path) -> None:
     assert [run.error for run in result.runs if run.error] == ["timed out"]
 
 
+def test_arguments_that_cannot_be_read_are_as_if_not_there(tmp_path: Path) -> None:
+    report = guidellm(1)
+    requests = report["benchmarks"][0]["requests"]["successful"]
+    for request, args in zip(
+        requests, ("[" * 5000, '{"body": {}, "body": {}}', "{}", "no JSON", '"text"'), strict=False
+    ):
+        request["request_args"] = args
+    said = spdbench("import", write(tmp_path / "load.json", report), "--results", tmp_path / "r")
+    assert said.code == 0, said.err
+
+
 def test_records_of_aiperf_are_a_result_with_what_drafts_they_hold(tmp_path: Path) -> None:
     drafts: dict[str, Any] = {
         f"spec_decode_{name}": {"value": value, "unit": "tokens"}

@@ -14,6 +14,7 @@ import pytest
 from spdbench.cli.run.settings import run_table
 from spdbench.cli.sweep.best import lower_is_better, require_metric
 from spdbench.cli.sweep.points import read_sweep
+from spdbench.cli.sweep.progress import SweepLog
 from spdbench.errors import InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
@@ -181,6 +182,13 @@ def test_file_that_is_no_sweep(tmp_path: Path, text: str) -> None:
     assert said.code == 2
     assert str(tmp_path / "sweep.yaml") in said.err
     assert spdbench("sweep", tmp_path / "absent.yaml").code == 2
+
+
+def test_lines_that_cannot_be_read_are_as_if_not_there(tmp_path: Path) -> None:
+    lines = ["[" * 100_000, '{"name": "a", "name": "b"}', "[]", '{"name": []}', '{"name": "c", "exit_code": 1}']
+    with (tmp_path / "points.jsonl").open("w+") as file:
+        file.write("\n".join(lines))
+        assert set(SweepLog(tmp_path, file)._last) == {"c"}
 
 
 def test_second_sweep_in_one_folder_is_refused(sweep: dict[str, Any], tmp_path: Path) -> None:

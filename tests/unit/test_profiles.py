@@ -75,6 +75,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         (make_profile().to_json().replace("profile/1", "profile/9"), "schema"),
         (make_profile().to_json().replace('"head rows=1": 0.5', '"head rows=1": -0.5'), "head rows=1"),
         (make_profile().to_json().replace("head rows=1", "head rows"), "head rows"),
+        (make_profile().to_json().replace('"created"', '"created": "x", "created"'), "'created' occurs twice"),
     ],
 )
 def test_a_file_that_is_no_profile_is_named(tmp_path: Path, text: str, why: str) -> None:

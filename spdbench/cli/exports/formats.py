@@ -125,7 +125,7 @@ def _guidellm(where: str, report: Mapping[str, Any]) -> list[Export]:
 
 def _body_of(row: Any) -> Mapping[str, Any]:
     try:
-        body = json.loads(row["request_args"])["body"]
+        body = parse_json(row["request_args"])["body"]
     except DAMAGED:
         return {}
     return body if isinstance(body, Mapping) else {}

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 from spdbench.cli.sweep.points import Point
 from spdbench.console import say
 from spdbench.errors import InputError
+from spdbench.input_files import parse_json
 from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.output_files import try_lock, write_obstacle
 
@@ -70,7 +71,7 @@ class SweepLog:
         file.seek(0)
         for line in file:
             try:
-                found = json.loads(line)
+                found = parse_json(line)
                 self._last[found["name"]] = found
             except (ValueError, KeyError, TypeError):  # the last line of a sweep that was killed
                 continue

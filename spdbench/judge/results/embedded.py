@@ -22,7 +22,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from spdbench.errors import InputError, first_problem
-from spdbench.input_files import MAX_UNPACKED_BYTES, read_input
+from spdbench.input_files import MAX_UNPACKED_BYTES, parse_json, read_input
 from spdbench.judge.results.schema import Record
 
 SCHEMA = "spdbench.report/1"
@@ -87,6 +87,7 @@ def read_report(path: Path) -> list[EmbeddedFile]:
         raise InputError(f"{path}: is no report of spdbench: it holds no results")
     try:
         element = _Element.model_validate_json(found[1])
+        parse_json(found[1])  # no key twice
         raw = _unpack(base64.b64decode(element.base64, validate=True), sum(file.bytes for file in element.files))
         files, start = [], 0
         for file in element.files:

@@ -179,7 +179,9 @@ def in_batches(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _read_array(text: bytes, *, keep_ids: bool) -> RunTable:
     """The runs of an array, whose brackets `text` lacks."""
     rest, columns = _cut(text)
-    runs = _RUNS.validate_json(b"[" + rest + b"]")
+    array = b"[" + rest + b"]"
+    parse_json(array)  # no key twice, which pydantic would pass over
+    runs = _RUNS.validate_json(array)
     if len(columns[0]) != len(runs):
         raise NotPlain
     for number, run in enumerate(runs):  # is each column that of its own run

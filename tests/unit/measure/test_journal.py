@@ -93,6 +93,7 @@ def test_damage_in_the_middle_is_named_by_line(path: Path) -> None:
         (b'{"run"', b'{"x":1,"run"'),
         (b'{"run"', b'{ "run"'),
         (b'"identical"', b'"banana"'),
+        (b'"turn":0', b'"turn":1,"turn":0'),
     ],
 )
 def test_what_an_editor_did_to_it_is_noticed_at_once(path: Path, old: bytes, new: bytes) -> None:

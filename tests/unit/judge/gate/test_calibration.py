@@ -136,7 +136,7 @@ def test_calibration_is_read_back_as_it_was_written() -> None:
     assert parse_calibration(found.model_dump_json(by_alias=True)) == found
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": "spdbench.calibration/2"}', "{}"])
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": "spdbench.calibration/2"}', "{}", '{"schema": 1, "schema": 1}'])
 def test_what_is_no_calibration_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_calibration(text)

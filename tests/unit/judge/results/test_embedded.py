@@ -95,6 +95,7 @@ def test_folders_in_a_name_are_dropped(tmp_path: Path) -> None:
         (BEGIN + "{not JSON" + END, "its results are not JSON"),
         (BEGIN + "[]" + END, "its results are not JSON"),
         (element(compression="zip"), "compression"),
+        (element().replace('"compression"', '"base64": "", "compression"'), "damaged"),
         (element(base64="@@@"), "damaged"),
         (element(base64=b64encode(b"no xz").decode()), "damaged"),
         (element(files=[entry(9)]), "damaged"),
@@ -102,7 +103,20 @@ def test_folders_in_a_name_are_dropped(tmp_path: Path) -> None:
         (element(files=[entry(-1)]), "files.0.bytes"),
         (element(files=[entry(2**28), entry(2**28)]), "damaged"),
     ],
-    ids=["none", "version", "no JSON", "a list", "packing", "base64", "xz", "short", "long", "negative", "huge"],
+    ids=[
+        "none",
+        "version",
+        "no JSON",
+        "a list",
+        "packing",
+        "twice",
+        "base64",
+        "xz",
+        "short",
+        "long",
+        "negative",
+        "huge",
+    ],
 )
 def test_what_is_no_report_is_refused_with_one_message(tmp_path: Path, content: str, message: str) -> None:
     path = page(tmp_path, content)

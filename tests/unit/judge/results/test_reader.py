@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,31 @@ def test_totals_that_the_columns_contradict_are_refused(
     (tmp_path / "a.json").write_bytes(write(make_result([]).model_copy(update={"runs": runs})))
     with pytest.raises(InputError, match=rf"a\.json: runs: .*entry 1: {message}"):
         read_runs(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("turn", b"0"),
+        ("prompt_id", b'"p0"'),
+        ("score", b"1.0"),
+        ("output_ids", b"[]"),
+        ("t_ns", b"[]"),
+        ("steps", b"{}"),
+    ],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_key_that_a_run_has_twice_is_named(
+    tmp_path: Path, result: Result, key: str, value: bytes, layout: str
+) -> None:
+    """Readers differ in which of the two values they use."""
+    path = tmp_path / "a.json"
+    once = LAYOUTS[layout](result)
+    path.write_bytes(re.sub(rb'("%s": ?)' % key.encode(), rb"\g<1>%s,\g<1>" % value, once, count=1))
+    assert path.read_bytes() != once
+    for read in (read_runs, reread):
+        with pytest.raises(InputError, match=rf"a\.json: key '{key}' occurs twice"):
+            read(path)
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
