@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,14 @@ def test_which_metrics_are_better_when_lower() -> None:
     lower = ["ttft_s", "tpot_s", "energy_j_per_token", "device_s_per_token", "bubble_ratio"]
     higher = ["speedup", "tokens_per_s", "decode_tokens_per_s", "acceptance_rate", "tokens_per_cycle", "score"]
     assert [lower_is_better(name) for name in lower + higher] == [True] * len(lower) + [False] * len(higher)
+
+
+@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("slurm", "submitit")])
+def test_engine_that_is_not_installed(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = run(tmp_path, sweep, "--on", engine)
+    assert said.code == 2
+    assert f"--on {engine}: needs {package}: " in said.err
+    assert f"pip install '{package}>=" in said.err

@@ -18,7 +18,7 @@ from spdbench.cli.sweep.local import Runner, run_here
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome, Try, try_again
 from spdbench.console import say
-from spdbench.errors import InputError, brief, install_command
+from spdbench.errors import InputError, brief, first_line, install_command
 
 LOOK_EVERY_S = 0.5
 LOGS = "slurm"
@@ -30,19 +30,24 @@ def connect(settings: Mapping[str, Any]) -> Runner:
     of submitit such as `slurm_partition` and `timeout_min`.
 
     Raises:
-        InputError: submitit is not installed, there is no SLURM here, or a parameter is unknown.
+        InputError: submitit is not installed, there is no SLURM here, or a parameter is unknown or of another type.
     """
     try:
         import submitit
     except ImportError:
         raise InputError(f"--on slurm: needs submitit: {install_command('spdbench[slurm]')}") from None
+    if other := [key for key in ONE_NODE if settings.get(key, 1) != 1]:
+        raise InputError(
+            f"--on slurm: slurm.{other[0]}: {settings[other[0]]!r}: each point is one task on one node. One model over "
+            "several nodes is spd.executor=torchrun"
+        )
     parameters = {**ONE_NODE, **settings}
     cluster = parameters.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise InputError(f"--on slurm: slurm.cluster: {cluster!r} is neither slurm nor local")
     if cluster == "slurm":
-        if shutil.which("sbatch") is None:
-            raise InputError("--on slurm: no SLURM here (there is no sbatch); run it on a login node")
+        if missing := [name for name in ("sbatch", "srun") if shutil.which(name) is None]:
+            raise InputError(f"--on slurm: no SLURM here (there is no {missing[0]}); run it on a login node")
         parameters = {"slurm_exclusive": "", **parameters}
 
     def executor(folder: Path) -> Any:
@@ -52,7 +57,7 @@ def connect(settings: Mapping[str, Any]) -> Runner:
 
     try:
         submitit.AutoExecutor(Path.cwd(), cluster=cluster).update_parameters(**parameters)
-    except (NameError, TypeError, ValueError) as error:
+    except (AssertionError, NameError, TypeError, ValueError) as error:
         raise InputError(f"--on slurm: slurm: {str(error).partition(chr(10))[0]}") from None
     return partial(_run_points, executor, 1 if cluster == "local" else None)
 
@@ -67,8 +72,11 @@ def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], fol
             room = len(waiting) if at_once is None else at_once - len(running)
             now, waiting = waiting[:room], waiting[room:]
             if now:
-                with executing.batch():
-                    jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
+                try:
+                    with executing.batch():
+                        jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
+                except RuntimeError as error:  # what sbatch says, such as of a partition that there is not
+                    raise InputError(f"--on slurm: no job was accepted: {first_line(error)}") from None
                 running += [(job, *each) for job, each in zip(jobs, now, strict=True)]
             ended = [each for each in running if each[0].done()]
             for each in ended:
