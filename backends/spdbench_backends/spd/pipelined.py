@@ -86,9 +86,14 @@ class Pipelined(Placed):
         )
 
     def measure_costs(self) -> None:
-        """Measures a draft with all threads, for `spdbench profile`."""
+        """Measures, for `spdbench profile`, a draft with all threads, and what the choice of a layout or of balanced
+        stages reads: a draft with those of each layout, and the target's parts with a stage's."""
+        count, all_threads = len(self._stages), self._context.threads
+        a_stages = self._threads(count)
         if self._head is not None:
-            self._draft_s(self._context.threads)
+            for threads in sorted({all_threads, a_stages, max(1, all_threads - count * a_stages)}):
+                self._draft_s(threads)
+        self._times(count, 0.0)
 
     def _drafting_s(self) -> float:
         return 0.0 if self._head is None else self._draft_s(self._drafters_threads)

@@ -205,16 +205,18 @@ class ProfileCosts:
         return times[1] / times[0]
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:
-        """Of the result's own drafter where it was profiled, else of one of the same method; with the nearest number
-        of stages."""
+        """With all threads of the device, of the nearest number of stages; of the result's own drafter where it was
+        profiled, else of one of the same method."""
         drafter = result.head.drafter
         if drafter is None or drafter.synthetic:
             return 0.0
-        by_stages = {
-            int(fields["stages"]): seconds
+        own = (drafter.sha256 or drafter.id)[:12]
+        found = sorted(
+            (fields.get("drafter") == own, int(fields.get("threads", 0)), int(fields["stages"]), seconds)
             for key, seconds in self.profile.seconds.items()
             if (fields := parse_key(key)[1]).get("method") == drafter.method and "stages" in fields
-        }
+        )
+        by_stages = {stages: seconds for *_, stages, seconds in found}  # the last of a number is the one that is meant
         return by_stages[nearest(list(by_stages), num_stages)] if by_stages else None
 
     def round_draft_s(self, result: LoadedResult, levels: float) -> float | None:

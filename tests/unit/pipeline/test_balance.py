@@ -17,7 +17,9 @@ from spdbench.models.partition import Layout, PieceTimes, split_by_cost
 from spdbench.pipeline import profiling
 from spdbench.pipeline.profiling import measured_times
 from spdbench.profiles.profile import parse_key
+from spdbench_backends.spd import head
 from spdbench_backends.spd.backend import SPD
+from spdbench_backends.spd.pipelined import Pipelined
 from spdbench_backends.spd.ppsd import PPSD
 from tests import tiny
 
@@ -89,8 +91,36 @@ def test_a_draft_of_spd_is_timed_once_for_a_number_of_stages(tiny_model: Path, m
 
     for stages in (2, 3, 2):
         measure(stages)
-    found = {parse_key(key)[1]["stages"]: s for key, s in StoredCosts(target, 1).read().seconds.items()}
-    assert found == {"2": 1.0, "3": 2.0}
+    seconds = StoredCosts(target, 1).read().seconds
+    assert {parse_key(key)[1]["stages"]: s for key, s in seconds.items() if key.startswith("draft ")} == {
+        "2": 1.0,
+        "3": 2.0,
+    }
+
+
+@pytest.mark.parametrize("method", [SPD, PPSD])
+def test_after_a_profile_no_start_measures_whatever_it_has_to_choose(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, method: type[Pipelined]
+) -> None:
+    target, threads = tiny.load(tiny_model), 7
+
+    def made(**options: str) -> Pipelined:
+        read = parse_options("it", method.Options, {"stages": "3", **options})
+        return method(read, BackendContext("it", target, "random", ("cpu",), threads, 0))
+
+    profiled = made(executor="inline")
+    profiled.load()
+    profiled.measure_costs()
+    profiled.close()
+    for place in (profiling, head):
+        monkeypatch.setattr(place, "median_seconds", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(method, "_start_pipeline", lambda _: None)  # processes, which have nothing to choose
+    for options in ({"drafting": "auto", "head": "auto"}, {"head": "auto"}, {"stage_layers": "auto"}):
+        chosen = made(executor="process", **options)
+        chosen.load()
+        shown = chosen.describe().chosen.get("layout", "")
+        assert ("ms a cycle by measured parts" in shown) is ("head" in options)
+        chosen.close()
 
 
 def test_a_second_start_of_ppsd_lays_its_stages_out_by_the_stored_times(

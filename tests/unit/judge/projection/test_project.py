@@ -177,6 +177,17 @@ def test_a_result_of_the_same_number_of_stages_is_replayed_rather_than_another()
     assert any("verdicts of a drafter for 3, 5 stages stand for spd x2, spd x6" in note for note in found.notes)
 
 
+def test_a_draft_takes_what_the_results_own_drafter_took_with_all_threads(recorded: Recorded) -> None:
+    own, seconds = "d" * 12, make_profile().seconds
+    found = seconds | {
+        f"draft drafter={own} method=spd stages=2 threads=16": 3e-3,
+        f"draft drafter={own} method=spd stages=2 threads=4": 5e-3,
+        "draft drafter=other method=spd stages=2 threads=32": 7e-3,
+    }
+    costs = ProfileCosts(make_profile().model_copy(update={"seconds": found}), recorded)
+    assert [costs.pipeline_draft_s(pipeline(), stages) for stages in (2, 3)] == [3e-3, 2e-3]
+
+
 def test_eagle_takes_its_rounds_at_the_profiles_costs(recorded: Recorded) -> None:
     found = project(recorded, ProfileCosts(make_profile(), recorded), setting(2))
     rival = next(each for each in found.opponents if each.label == "eagle")
