@@ -19,6 +19,7 @@ from spdbench.cli.sweep.progress import SweepLog
 from spdbench.errors import InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
+from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import read_result
 from tests.cli.run_helpers import spdbench
 from tests.cli.sweeps import EXAMPLE, results, run, tiny_sweep, write
@@ -119,7 +120,8 @@ def test_unknown_metric_is_refused_before_any_work(sweep: dict[str, Any], tmp_pa
 
 
 def test_every_metric_of_a_comparison_that_is_a_number_can_be_the_best_one() -> None:
-    (table,) = compare([load(vanilla_result(), "vanilla.json"), load(pipeline_result(), "spd.json")])
+    results = [load(vanilla_result(), "vanilla.json"), load(pipeline_result(), "spd.json")]
+    (table,) = compare(results, dialects=tuple(DIALECTS))
     for row in table.rows:
         for name, value in row.metrics.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("num_"):

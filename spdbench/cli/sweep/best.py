@@ -12,7 +12,7 @@ from spdbench.cli.sweep.points import KEYS, Point, SweepFile
 from spdbench.cli.sweep.progress import point_results
 from spdbench.errors import InputError, did_you_mean
 from spdbench.judge.comparison.compare import Row, compare
-from spdbench.judge.metrics.metrics import METRICS
+from spdbench.judge.metrics.metrics import DIALECT_METRICS, METRICS
 
 Found = tuple[float, Row, Point]
 OF_COMPARISONS = ("speedup", "speedup_per_device", "speedup_spread", "break_even_length")
@@ -28,7 +28,7 @@ def lower_is_better(metric: str) -> bool:
 
 def require_metric(metric: str) -> None:
     """Raises `InputError` for a metric that no point can have."""
-    known = [name for name in (*OF_COMPARISONS, *METRICS) if not NO_NUMBER.search(name)]
+    known = [name for name in (*OF_COMPARISONS, *METRICS, *DIALECT_METRICS) if not NO_NUMBER.search(name)]
     if metric not in known:
         raise InputError(f"--best {metric}: unknown metric{did_you_mean(metric, known)}")
 
