@@ -130,7 +130,7 @@ def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
     tables = compare(loaded, None if word is None else find_baseline(word, loaded), by_category=True)
     if len(tables) == 1:
         model = tables[0].head.model
-        return replace(tables[0], decode=find_decoder(model.id, model.tokenizer_sha256))
+        return replace(tables[0], decode=find_decoder(model.id, model.tokenizer_sha256, model.sha256))
     first, second = (table.rows[0] for table in tables[:2])
     why = "; ".join(differences(first.head, second.head)) or "the machine that measured them"
     raise InputError(

@@ -39,7 +39,7 @@ def command(result: Path, prompt: str | None, turn: int, repeat: int) -> None:
     from spdbench.models.checkpoints.tokenizer_files import find_decoder
     from spdbench.render.answer import show_answer
 
-    decode = find_decoder(head.model.id, head.model.tokenizer_sha256)
+    decode = find_decoder(head.model.id, head.model.tokenizer_sha256, head.model.sha256)
     try:
         write_stdout(show_answer(run, head.backend, decode, Console(file=sys.stdout, highlight=False)))
     except ValueError as error:

@@ -68,7 +68,7 @@ def find_text(head: Result) -> Callable[[Sequence[int]], str]:
     """What shows ids: their text, else the numbers where no cache holds the model's tokenizer."""
     from spdbench.models.checkpoints.tokenizer_files import find_decoder
 
-    decode = find_decoder(head.model.id, head.model.tokenizer_sha256)
+    decode = find_decoder(head.model.id, head.model.tokenizer_sha256, head.model.sha256)
 
     def text(ids: Sequence[int]) -> str:
         return (decode(ids) if decode else "") or "".join(f"<{token}>" for token in ids)

@@ -15,16 +15,18 @@ from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints import embedded
-from spdbench.models.checkpoints.folders import cache_folder, typed_path
+from spdbench.models.checkpoints.folders import SOURCE_NOTE, cache_folder, typed_path
 from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
 from spdbench.models.hf.download import download
 from spdbench.output_files import write_failure
 
-NOTE = "spdbench.json"
-CONVERSION = 4
-"""Changes with what a conversion makes of a file, so that no folder of an earlier version is used."""
+ADAPTER = "adapter_config.json"
+CONVERSION = 5
+"""Changes with what a conversion makes of a file, so that no folder of an earlier version is used: raise it whenever
+`library.convert_gguf` writes other files than before. A test fails when the code behind it changes, so that it is
+not forgotten."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ def find_model(name: str) -> ModelFiles:
 
 
 def _from_folder(identity: str, directory: Path) -> ModelFiles:
+    if os.path.exists(directory / ADAPTER):
+        raise InputError(
+            f"{directory}: holds an adapter ({ADAPTER}), such as LoRA makes, which is not applied. Merge it into its "
+            "model and give that folder (peft: `merge_and_unload`, then `save_pretrained`), or remove the adapter's "
+            "files."
+        )
     if sha256 := _read_source_note(directory):
         return ModelFiles(identity, directory, sha256)
     return ModelFiles(identity, directory, sha256_of_files(Checkpoint(directory).files))
@@ -83,8 +91,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
         except OSError as error:
             raise embedded.cache_error(directory.parent, error) from None
         try:
-            library.convert_gguf(file, scratch)
-            _write_source_note(scratch, file.name, sha256)
+            _write_source_note(scratch, file.name, sha256, library.convert_gguf(file, scratch))
             _rename_unless_there(scratch, directory)
         except Exception as error:  # safetensors has an error of its own for a full disk
             if (reason := write_failure(error)) is None:
@@ -95,6 +102,7 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             ) from None
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+    _read_source_note(directory)
     return ModelFiles(identity, directory, sha256, file)
 
 
@@ -106,15 +114,15 @@ def _rename_unless_there(scratch: Path, directory: Path) -> None:
             raise
 
 
-def _write_source_note(directory: Path, source: str, sha256: str) -> None:
+def _write_source_note(directory: Path, source: str, sha256: str, warning: str) -> None:
     """Notes in a converted folder what it was made from: the hash of a model is that of its published file."""
-    note = {"source": source, "sha256": sha256}
-    (directory / NOTE).write_text(json.dumps(note), encoding="utf-8")
+    note = {"source": source, "sha256": sha256} | ({"warning": warning} if warning else {})
+    (directory / SOURCE_NOTE).write_text(json.dumps(note), encoding="utf-8")
 
 
 def _read_source_note(directory: Path) -> str | None:
-    """The hash of the file that a converted folder was made from; None for other folders."""
-    path = directory / NOTE
+    """The hash of the file that a converted folder was made from; None for other folders. Says its warning."""
+    path = directory / SOURCE_NOTE
     if not os.path.exists(path):
         return None
     note = read_json(path)
@@ -123,4 +131,6 @@ def _read_source_note(directory: Path) -> str | None:
         raise InputError(
             f"{path}: sha256 is {reprlib.repr(sha256)}, expected 64 hexadecimal digits; convert the model again"
         )
+    if isinstance(warning := note.get("warning"), str):
+        say(warning)
     return sha256

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from spdbench.errors import InputError
 
+SOURCE_NOTE = "spdbench.json"
+"""In a converted model's folder: what it was made from."""
+
 
 def cache_folder() -> Path:
     """`$SPDBENCH_CACHE`, else `$XDG_CACHE_HOME/spdbench`, else `~/.cache/spdbench`. May not exist yet.

@@ -46,12 +46,47 @@ REQUIRED = {"attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.head_
 """Keys that no tensor's shape tells of and for which transformers has defaults, with their names in a config."""
 ROPE_FACTORS = "rope_freqs.weight"
 BLOCK = re.compile(r"blk\.(\d+)\.")
+TOKENIZER = "tokenizer.ggml."
+
+_REST = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = "'s|'t|'re|'ve|'m|'ll|'d"
+_GPT2 = rf"{_SHORT}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+_LLAMA3 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*{_REST}"
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_QWEN35 = rf"(?i:{_SHORT})|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*{_REST}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_BEFORE, _SIGNS = r"[^\r\n\p{L}\p{N}]?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_TEKKEN = rf"{_BEFORE}{_UPPER}*{_LOWER}+|{_BEFORE}{_UPPER}+{_LOWER}*|\p{{N}}|{_SIGNS}{_REST}"
+_ENDING = rf"(?i:{_SHORT})?"
+_GPT4O = rf"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}|{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}|\p{{N}}{{1,3}}|{_SIGNS}{_REST}"
+_BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
+_LLAMA3_NAMES = "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2"
+_NAMES = (
+    ("gpt-2 phi-2 mpt olmo jais trillion exaone4 gigachat a.x-4.0 mellum granite-docling", (_GPT2,)),
+    ("starcoder refact command-r smollm codeshell exaone minerva-7b", (r"\p{N}", _GPT2)),
+    (f"{_LLAMA3_NAMES} dbrx smaug-bpe chatglm-bpe glm4", (_LLAMA3,)),
+    ("qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan grok-2", (_QWEN2,)),
+    ("qwen35", (_QWEN35,)),
+    ("tekken", (_TEKKEN,)),
+    ("gpt-4o llama4 minimax-m2", (_GPT4O,)),
+    ("bloom poro-chat gpt3-finnish", (_BLOOM,)),
+    ("viking", (_BLOOM, r"\p{N}")),
+    ("falcon", (r"[\p{P}$+<=>^~|`]+", _GPT2, "[0-9]{3}")),
+    ("default", (r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", "[0-9]{3}")),
+)
+PRE_TOKENIZERS = {name: patterns for names, patterns in _NAMES for name in names.split()}
+"""Into what a text is cut before its pieces become tokens, by the name in `tokenizer.ggml.pre`: what matches the first
+pattern, and what lies between, is cut by the next one. As llama.cpp's `llama-vocab.cpp` reads these names."""
+WHOLE_WORDS = frozenset([*_LLAMA3_NAMES.split(), "tekken"])
+"""Names of tokenizers that take a piece that is a token as it is, and begin texts with BOS unless the file says
+otherwise."""
 
 
 @dataclass(frozen=True)
 class GGUFFile:
     """A GGUF file's header. `values` are the keys of its architecture, without that prefix; `tensors` its tensors'
-    numbers of elements; `end_ids` the tokens that end an answer; `rope_factors` the divisors of the frequencies."""
+    numbers of elements; `end_ids` the tokens that end an answer; `rope_factors` the divisors of the frequencies.
+    `tokenizer` are the plain values of the keys that begin with `tokenizer.ggml.`, without that."""
 
     path: Path
     architecture: str
@@ -59,6 +94,38 @@ class GGUFFile:
     tensors: dict[str, int]
     end_ids: tuple[int, ...]
     rope_factors: tuple[float, ...] | None
+    tokenizer: dict[str, Any]
+
+    @property
+    def note(self) -> str:
+        """What a user should know of the file's ids; empty if there is nothing."""
+        if self.tokenizer.get("model") != "gpt2" or "pre" in self.tokenizer:
+            return ""
+        return (
+            f"{self.path.name} does not say how its tokenizer cuts texts (tokenizer.ggml.pre). They are cut as "
+            "llama.cpp does then, and ids may be others than the model was trained with: convert the model again."
+        )
+
+    def set_pre_tokenizer(self, tokenizer: Any) -> None:
+        """Lets transformers' `tokenizer` of this file cut texts as the file says."""
+        from tokenizers import Regex, decoders, pre_tokenizers
+
+        backend, name = tokenizer.backend_tokenizer, self.tokenizer.get("pre", "default")
+        if self.tokenizer.get("model") == "gpt2":
+            cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[name]]
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, byte_level])
+            if name in WHOLE_WORDS:
+                backend.model.ignore_merges = True
+                if "add_bos_token" not in self.tokenizer and tokenizer.bos_token is not None:
+                    tokenizer.add_bos_token = True
+        elif self.tokenizer.get("add_space_prefix") is False and isinstance(
+            backend.pre_tokenizer, pre_tokenizers.Metaspace
+        ):
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+            backend.decoder = decoders.Sequence(
+                [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+            )
 
     def refuse_unused(self, parameters: Mapping[str, str], total: int, used_keys: Collection[str], config: Any) -> None:
         """Refuses a file of which the conversion used only a part.
@@ -160,7 +227,13 @@ def read_gguf(path: Path) -> GGUFFile:
             for key in reader.fields
             if key.startswith(architecture + ".")
         }
-        end_ids = [*(_content(reader, f"tokenizer.ggml.{key}") for key in END_KEYS), *_named_end_ids(reader)]
+        end_ids = [*(_content(reader, TOKENIZER + key) for key in END_KEYS), *_named_end_ids(reader)]
+        tokenizer = {
+            key.removeprefix(TOKENIZER): _content(reader, key)
+            for key, field in reader.fields.items()
+            if key.startswith(TOKENIZER) and len(field.types) == 1  # no array
+        }
+        num_tokens = len(_content(reader, TOKENIZER + "tokens") or [])
         tensors = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
         factors = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
         number, count = _content(reader, "split.no") or 0, _content(reader, "split.count") or 1
@@ -180,7 +253,18 @@ def read_gguf(path: Path) -> GGUFFile:
             "missing; is it a part of a model?"
         )
     ids = tuple(dict.fromkeys(token for token in end_ids if isinstance(token, int)))
-    return GGUFFile(path, architecture, values, tensors, ids, None if factors is None else tuple(factors))
+    factors = None if factors is None else tuple(factors)
+    found = GGUFFile(path, architecture, values, tensors, ids, factors, tokenizer)
+    for key, value in tokenizer.items():
+        if key.endswith("_token_id") and not (type(value) is int and 0 <= value < num_tokens):
+            raise found.error(f"{TOKENIZER}{key} is {value!r:.40}, but its vocabulary has {num_tokens} tokens")
+    name = tokenizer.get("pre", "default")
+    if tokenizer.get("model") == "gpt2" and name not in PRE_TOKENIZERS:
+        known = ", ".join(sorted(PRE_TOKENIZERS))
+        raise found.error(
+            f"{TOKENIZER}pre is {name!r:.60}, and how that tokenizer cuts texts is unknown here. Known: {known}"
+        )
+    return found
 
 
 def _content(reader: Any, key: str) -> Any:
@@ -191,7 +275,7 @@ def _content(reader: Any, key: str) -> Any:
 
 def _named_end_ids(reader: Any) -> list[int]:
     """The control tokens of a file that end an answer by their text alone."""
-    tokens, kinds = (_content(reader, f"tokenizer.ggml.{key}") or [] for key in ("tokens", "token_type"))
+    tokens, kinds = (_content(reader, TOKENIZER + key) or [] for key in ("tokens", "token_type"))
     found = {
         text: token
         for token, (text, kind) in enumerate(zip(tokens, kinds, strict=False))

@@ -258,8 +258,9 @@ def range_cache(layers: range) -> tuple[Any, list[Any]]:
     return cache, slots
 
 
-def convert_gguf(file: Path, out: Path) -> None:
-    """Dequantises a GGUF file to float32 safetensors with its tokenizer, in the folder `out`.
+def convert_gguf(file: Path, out: Path) -> str:
+    """Dequantises a GGUF file to float32 safetensors with its tokenizer, in the folder `out`. Returns what a user
+    should know of its ids each time, else an empty text.
 
     Raises:
         InputError: not a GGUF file, one that transformers cannot read, or one of which it uses only a part.
@@ -277,6 +278,7 @@ def convert_gguf(file: Path, out: Path) -> None:
         except Exception as error:  # readers of broken files raise errors of any type
             raise InputError(f"{file}: cannot be converted ({first_line(error)})") from error
     _refuse_other_tensors(str(file), report, "is it a part of a model?")
+    header.set_pre_tokenizer(tokenizer)
     config = model.config
     if scaling := header.rope_parameters() or _factors_as_llama3(header, config):
         rope = config.rope_parameters.get("full_attention", config.rope_parameters)  # with windows: by kind of layer
@@ -295,6 +297,7 @@ def convert_gguf(file: Path, out: Path) -> None:
             del config.quantization_config
         model.save_pretrained(str(out))
         tokenizer.save_pretrained(str(out))
+    return header.note
 
 
 def _factors_as_llama3(header: GGUFFile, config: Any) -> dict[str, Any] | None:

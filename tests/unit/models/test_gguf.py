@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from gguf import GGUFWriter
 
@@ -17,63 +16,9 @@ from spdbench.models.checkpoints.find_model import ModelFiles, find_model
 from spdbench.models.checkpoints.gguf_file import read_gguf
 from spdbench.models.hf import library
 from spdbench.models.target import Target, load_target
-
-WIDTH, HEADS, KV_HEADS, HEAD_DIM, FFN = 24, 3, 1, 8, 40
-TOKENS = ["<end>", "<turn>", "<message>", *(chr(97 + i) for i in range(26)), "ab"]
+from tests.unit.models.gguf_files import HEAD_DIM, KV_HEADS, TOKENS, WIDTH, write_gguf
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def write_gguf(
-    path: Path,
-    layers: int = 3,
-    rope_base: float = 10000.0,
-    without: Callable[[str], bool] = lambda _: False,
-    extra: dict[str, Any] | None = None,
-    about: Callable[[GGUFWriter], object] = lambda _: None,
-) -> Path:
-    """A llama of random numbers; `without` leaves tensors out, `extra` adds some, `about` adds metadata."""
-    generator = np.random.default_rng(5)
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (len(TOKENS), WIDTH), "output_norm.weight": (WIDTH,)}
-    for layer in range(layers):
-        block = f"blk.{layer}."
-        shapes |= {
-            f"{block}attn_norm.weight": (WIDTH,),
-            f"{block}attn_q.weight": (HEADS * HEAD_DIM, WIDTH),
-            f"{block}attn_k.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"{block}attn_v.weight": (KV_HEADS * HEAD_DIM, WIDTH),
-            f"{block}attn_output.weight": (WIDTH, HEADS * HEAD_DIM),
-            f"{block}ffn_norm.weight": (WIDTH,),
-            f"{block}ffn_gate.weight": (FFN, WIDTH),
-            f"{block}ffn_up.weight": (FFN, WIDTH),
-            f"{block}ffn_down.weight": (WIDTH, FFN),
-        }
-    writer = GGUFWriter(str(path), "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_rope_dimension_count(HEAD_DIM)
-    writer.add_rope_freq_base(rope_base)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * 3 + [1] * 27)
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(0)
-    about(writer)
-    for name, shape in shapes.items():
-        if not without(name):
-            writer.add_tensor(name, generator.standard_normal(shape).astype(np.float32))
-    for name, numbers in (extra or {}).items():
-        writer.add_tensor(name, np.asarray(numbers, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def convert(file: Path) -> Target:
@@ -266,6 +211,17 @@ def test_frequency_factors_become_the_scaling_that_they_are_of(tmp_path: Path) -
 def test_other_frequency_factors_are_refused(tmp_path: Path, last: float) -> None:
     file = write_gguf(tmp_path / "other.gguf", extra={"rope_freqs.weight": [last, 1.0, 2.0, 3.0]})
     with pytest.raises(InputError, match=r"rope_freqs\.weight scales rotary positions"):
+        find_model(str(file))
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "bos", "padding", "unknown"])
+def test_a_special_token_beyond_the_vocabulary_is_named(tmp_path: Path, key: str) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.kv_data[0].pop(f"tokenizer.ggml.{key}_token_id", None)
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", 900)
+
+    file = write_gguf(tmp_path / "far.gguf", about=about)
+    with pytest.raises(InputError, match=rf"tokenizer\.ggml\.{key}_token_id is 900, but its vocabulary has 30 tokens"):
         find_model(str(file))
 
 

@@ -81,6 +81,28 @@ def test_a_folder_without_weights(copy: Path) -> None:
         find_model(str(copy))
 
 
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_is_neither_passed_over_nor_taken_for_a_model(copy: Path, has_model: bool) -> None:
+    (copy / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    save_file(
+        {"base_model.model.model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(2, 32)},
+        copy / "adapter_model.safetensors",
+    )
+    if not has_model:
+        for name in ("config.json", "model.safetensors"):
+            (copy / name).unlink()
+    with pytest.raises(InputError, match=r"holds an adapter \(adapter_config\.json\).*merge_and_unload"):
+        tiny.load(copy)
+
+
+def test_tensors_that_the_config_gives_no_place_are_named(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    for name in ("model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.sinks", "extra"):
+        save_file({**tensors, name: torch.ones(2)}, copy / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=f"1 tensors have no place in this model, e.g. {name}"):
+            tiny.load(copy).own_decoder  # noqa: B018 - weights are read when they are needed
+
+
 def test_a_shard_that_the_index_names_is_missing(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "other.safetensors")
     (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))

@@ -45,6 +45,18 @@ def test_other_or_unknown_hash_gives_nothing(cache: Path) -> None:
     assert find_decoder("not a/hub id", "0" * 64) is None
 
 
+def test_a_converted_file_decodes_what_an_earlier_conversion_of_it_wrote(cache: Path) -> None:
+    """Its tokenizer may cut texts otherwise, and so has another hash."""
+    save(cache / "other", "a", "b")
+    (cache / "other" / "spdbench.json").write_text(f'{{"sha256": "{"1" * 64}"}}')
+    save(cache / "same", "yes", "no")
+    (cache / "same" / "spdbench.json").write_text(f'{{"sha256": "{"2" * 64}"}}')
+    decode = find_decoder("some-model", "0" * 64, "2" * 64)
+    assert decode is not None
+    assert decode([1, 0]) == "no yes"
+    assert find_decoder("some-model", "0" * 64, "3" * 64) is None
+
+
 @pytest.mark.usefixtures("cache")
 def test_hub_cache_is_searched_by_the_models_id(tmp_path: Path) -> None:
     home = tmp_path / "hub" / "models--owner--name"
