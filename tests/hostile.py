@@ -7,8 +7,10 @@ import io
 import json
 import os
 import resource
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,77 @@ from spdbench.errors import SpdbenchError
 
 MAX_MESSAGE_LENGTH = 10_000
 MEMORY_LIMIT = 2 * 2**30
+FEWEST = {"harness files": 2300, "model files": 2000, "training files": 900, "words and servers": 2000}
+"""How many inputs each file of tests has to try at least."""
 TRIED: Counter[str] = Counter()
 """How many inputs each test has really given to its reader."""
+RAN: list[str] = []
+"""What of an input was run as code: it stays empty."""
+PROGRAMS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "subprocess.Popen", "pty.spawn")
+"""Python's audit events of programs that are started."""
+CANARY = "tests.fixtures.canary"
+"""A module that nothing imports, but inputs name."""
+_started = time.perf_counter()
+_reading = False
+
+
+def ran(*_: object) -> str:
+    """What inputs try to have called: objects of a pickle, tags of YAML."""
+    RAN.append("a function that an input names")
+    return ""
+
+
+class Unpickled:
+    """A pickle of it calls `ran` when it is read without care."""
+
+    def __reduce__(self) -> tuple[Callable[..., str], tuple[()]]:
+        return ran, ()
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _reading:
+        return
+    is_canary = event == "exec" and getattr(arguments[0], "co_filename", "").endswith("canary.py")
+    if is_canary or event in PROGRAMS:
+        RAN.append(f"{event} {arguments[0]!r}")
+
+
+sys.addaudithook(_watch)
+
+
+@contextlib.contextmanager
+def _watched() -> Iterator[None]:
+    """Requires that no code of an input is run inside."""
+    global _reading
+    _reading = True
+    try:
+        yield
+    finally:
+        _reading = False
+    assert not RAN
+
+
+@contextlib.contextmanager
+def memory_limit(num_bytes: int = MEMORY_LIMIT) -> Iterator[None]:
+    """Inside, this process can allocate no more than `num_bytes` on top of what it has (Linux)."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:  # another system
+        yield
+        return
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
 
 ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")]
 ODD_TEXTS = [
     *("", " ", "\n", "\0", "\x1b]0;x\x07", "\u202e", "\ud800", "é", "²", "[/]", "{{ x }}", "%", "|", "=1+1", "-", "~x"),
+    *(CANARY, "!!python/object/apply:tests.hostile.ran []", "{{ cycler.__init__.__globals__.os.system('true') }}"),
     *("NaN", "1e999", "null", "true", "../../x", "/dev/full", "/proc/self/mem", "http://.x", "x" * 300, "x" * 20_000),
 ]
 texts = st.one_of(st.sampled_from(ODD_TEXTS), st.text(max_size=12))
@@ -135,7 +202,8 @@ def read(name: str, reader: Callable[[], object], folder: Path | None = None) ->
     TRIED[name] += 1
     before = contents(folder) if folder else {}
     try:
-        reader()
+        with _watched():
+            reader()
     except SpdbenchError as error:
         require_message(str(error))
     assert (contents(folder) if folder else {}) == before
@@ -150,12 +218,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def command(name: str, *words: str) -> int:
-    """Runs a command line in this process; it ends with a documented exit code, and shows nothing that is obeyed."""
+def command(name: str, *words: str, folder: Path) -> int:
+    """Runs a command line in this process. It ends with a documented exit code, shows nothing that is obeyed, runs no
+    code of its inputs, and leaves `folder` as it was."""
     TRIED[name] += 1
+    before = contents(folder)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _watched():
         code = run(list(words))
+    assert contents(folder) == before
     assert code in (0, 1, 2, 3, 4)
     for text in (out.getvalue(), err.getvalue()):
         lines = text.split("\n")
@@ -166,9 +237,12 @@ def command(name: str, *words: str) -> int:
     return code
 
 
-def require_tried(fewest: int, *, within: int) -> None:
-    """Requires that the tests of a file, whose names in `TRIED` are `within`, have tried so many inputs, in memory that
-    any machine has. Passes where only some of the tests were asked for."""
+def require_tried(file: str, *, within: int) -> None:
+    """Requires that the tests of a file, whose names in `TRIED` are `within`, have tried as many inputs as `FEWEST`
+    says, in memory that any machine has, and that all files try 5,000. Passes where only some tests were asked for."""
+    print(f"{file}: {TRIED.total()} inputs in {time.perf_counter() - _started:.0f} s")  # of which nothing is required
+    assert sum(FEWEST.values()) >= 5000
     if len(TRIED) >= within:
-        assert TRIED.total() >= fewest, TRIED
+        assert TRIED.total() >= FEWEST[file], TRIED
+    TRIED.clear()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < MEMORY_LIMIT

@@ -58,7 +58,7 @@ def command(options: AnswersOptions) -> None:
     """
     answers = list(_read(options))
     if options.as_json:
-        write_stdout("".join(json.dumps(vars(answer), ensure_ascii=False) + "\n" for answer in answers))
+        write_stdout("".join(json.dumps(vars(answer)) + "\n" for answer in answers))
         return
     by_key: dict[Key, list[Answer]] = {}
     for answer in answers:
@@ -100,17 +100,22 @@ def _block(answers: list[Answer]) -> str:
     """The answers of all labels to one turn."""
     first = answers[0]
     repeat = f", repeat {first.repeat + 1}" if first.repeat else ""
-    lines = [f"{first.prompt_id} ({first.category}), turn {first.turn + 1}{repeat}"]
+    lines = [_line(f"{first.prompt_id} ({first.category}), turn {first.turn + 1}{repeat}")]
     labels: dict[str, str] = {}  # text -> the label that gave it first
     for answer in answers:
         facts: list[Any] = [f"{answer.num_new_tokens} tokens", answer.finish_reason]
         facts += [] if answer.score is None else [f"score {answer.score:g}"]
-        lines.append(f"  {answer.label}: {', '.join(facts)}")
+        lines.append(_line(f"  {answer.label}: {', '.join(facts)}"))
         if answer.error is not None:
-            lines.append(f"    failed: {answer.error}")
+            lines.append(_line(f"    failed: {answer.error}"))
         elif answer.text in labels:
-            lines.append(f"    as {labels[answer.text]}")
+            lines.append(_line(f"    as {labels[answer.text]}"))
         else:
             labels[answer.text] = answer.label
             lines.append(click.wrap_text(answer.text or "(empty)", WIDTH, "    ", "    ", preserve_paragraphs=True))
     return "".join(printable(line) + "\n" for text in lines for line in text.split("\n"))
+
+
+def _line(text: str) -> str:
+    """`text` as one line, whatever is in the names that others gave."""
+    return printable(text, one_line=True)

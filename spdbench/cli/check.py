@@ -21,6 +21,13 @@ from spdbench.errors import InputError
 if TYPE_CHECKING:
     from spdbench.judge.gate.verdict import Judgement
     from spdbench.judge.loaded import LoadedResult
+MARKS = {
+    "junit": b'<testsuites name="spdbench check"',
+    "summary": b"### spdbench check",
+    "json_file": b'"spdbench.check/',
+    "benchmark_json": b'[\n  {\n    "name": ',
+}
+"""What is near the beginning of each file that is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +128,7 @@ def _refuse_with_calibrate(given: Mapping[str, object]) -> None:
 
 
 def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Path], calibration: Path) -> None:
-    """Every output needs a file of its own, which is none of the results, and not the calibration."""
+    """Every output needs a file of its own: none of the results, not the calibration, and no file of another kind."""
     taken = {file_identity(path): "is one of the results" for path in inputs}
     taken[file_identity(calibration)] = "is the calibration, which --calibrate writes"
     for name, path in outputs.items():
@@ -129,6 +136,21 @@ def _refuse_to_overwrite(outputs: Mapping[str, Path | None], inputs: Sequence[Pa
             if (place := file_identity(path)) in taken:
                 raise InputError(f"{_option(name)} {path}: {taken[place]}; choose another file")
             taken[place] = f"is what {_option(name)} writes, too"
+            if not _is_free(name, path):
+                raise InputError(
+                    f"{_option(name)} {path}: is there, and no earlier check wrote it; choose another file"
+                )
+
+
+def _is_free(name: str, path: Path) -> bool:
+    """True for a file that is not there, is empty, or that an earlier check wrote; a Markdown page may be another's."""
+    if not os.path.isfile(path):  # writing it says what is wrong with anything else; a pipe is fine
+        return True
+    with path.open("rb") as file:
+        start = file.read(80)
+    if start.strip() in (b"", b"[]") or MARKS[name] in start:
+        return True
+    return name == "summary" and path.suffix in ("", ".md", ".txt")
 
 
 def _calibrate(candidates: Sequence[LoadedResult], baseline: Path, folder: Path) -> None:

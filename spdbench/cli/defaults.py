@@ -64,7 +64,9 @@ def _nearest(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The file's content; None if there is no such file."""
+    """The file's content; None if there is no such file. A pipe or a device is none."""
+    if not path.is_file():
+        return None
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -103,6 +105,8 @@ def _checked(command: click.Command, key: str, value: Any, where: str) -> tuple[
         if any(isinstance(part, bool) for part in parts):
             raise InputError(f"{where}: takes a value, not true or false")
         parts = [str(part) for part in parts]
+        if any("\0" in part for part in parts):
+            raise InputError(f"{where}: holds a NUL character, which no option does")
     if param.name == "options" and any(map(ADDRESS.match, parts)):
         raise InputError(f"{where}: the address of a server is taken from the command line only")
     given = parts if param.multiple else parts[0]

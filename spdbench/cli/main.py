@@ -9,6 +9,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -28,6 +29,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 TERMINATED = 143  # 128 + SIGTERM
 IMPOSSIBLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 """Error numbers of paths that no file can have, wherever they came from."""
+LONG_WORD = re.compile(r"(\S{60})\S{540,}")
 COMPLETE = "_SPDBENCH_COMPLETE"
 """The variable by which a shell asks for completions, as click's scripts set it."""
 BROKEN_PIPE = 141  # 128 + SIGPIPE: what any other tool in a pipe would end with
@@ -113,8 +115,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _shown(message: str) -> str:
-    """`message` as a terminal or a log may show it."""
-    return printable(hide_secrets(message))
+    """`message` as a terminal or a log may show it, without the middle of words that are no words."""
+    shown = printable(hide_secrets(message))
+    return LONG_WORD.sub(lambda found: f"{found[1]}... ({len(found[0]):,} characters)", shown)
 
 
 def run(args: Sequence[str]) -> int:

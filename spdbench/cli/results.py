@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,10 @@ def command(options: ResultsOptions) -> None:
 
     from spdbench.judge.loaded import share_out
 
-    listed = share_out(_listing, list(result_paths(options.results or [FOLDER])))
+    paths = list(result_paths(options.results or [FOLDER]))
+    if gone := next((path for path in paths if not os.path.lexists(path)), None):
+        raise InputError(f"{gone}: no such file or folder")
+    listed = share_out(_listing, paths)
     found = sorted((each for each in listed if each.fits(options)), key=lambda each: (_age(each), each.file))
     if options.as_json:
         write_stdout(json.dumps([vars(each) for each in found], indent=2) + "\n")

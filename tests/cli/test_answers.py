@@ -45,6 +45,22 @@ def test_an_answer_that_differs_is_shown_and_commands_nothing(
     assert "as vanilla" not in shown
 
 
+def test_names_with_line_breaks_and_control_characters_are_shown_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\nb\r\x1b[2J\x9bm\u2028c"
+    file = edited(tmp_path, "vanilla", prompt_id=name, category="c\nd", text="It is\x9b\u202e 7.")
+    assert run(["answers", str(file), "--prompt", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("a\\nb\\r\\x1b[2J\\x9bm\\u2028c (c\\nd), turn 1\n  vanilla: ")
+    assert run(["answers", str(file), "--prompt", name, "--json"]) == 0
+    line = capsys.readouterr().out
+    assert line.isascii()
+    assert json.loads(line)["prompt_id"] == name
+    assert run(["answers", str(file), "--prompt", "\x1bx\ny"]) == 2
+    assert "'\\x1bx" in capsys.readouterr().err
+
+
 def test_as_json_each_answer_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["answers", str(BASELINES), "--json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -201,6 +201,23 @@ def test_no_output_takes_the_place_of_a_result_or_of_another_output(base: Path, 
     assert "is what --junit writes, too" in said.err or "is what --json writes, too" in said.err
 
 
+def test_an_output_replaces_only_what_an_earlier_check_wrote(base: Path, tmp_path: Path) -> None:
+    options = ("--junit", "--summary", "--json", "--benchmark-json")
+    new = write_run(tmp_path / "new")
+    for option in options:
+        other = tmp_path / "other.yaml"
+        other.write_text("name: mine\n")
+        said = check(new, base, option, other)
+        assert said.code == 2
+        assert f"{option} {other}: is there, and no earlier check wrote it" in said.err
+        assert other.read_text() == "name: mine\n"
+    page = tmp_path / "page.md"
+    page.write_text("# Of another step\n")
+    files = [word for option in options for word in (option, page if option == "--summary" else tmp_path / option[2:])]
+    for _ in range(2):
+        assert check(new, base, *files).code == 0
+
+
 def test_findings_in_a_folder_of_results_are_no_result(base: Path, tmp_path: Path) -> None:
     new = write_run(tmp_path / "new")
     for _ in range(2):

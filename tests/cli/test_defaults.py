@@ -26,6 +26,16 @@ def error_of(
     return str(shown.err)
 
 
+def test_a_pipe_in_the_place_of_a_file_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "spdbench.toml")
+    monkeypatch.chdir(tmp_path)
+    assert run(["compare", "absent.json"]) == 2
+    assert "absent.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -38,6 +48,8 @@ def error_of(
         ("[compare]\nformat = {a = 1}", "compare.format: {'a': 1} is not a value of this option"),
         ("compare = 3", "'compare' is int, expected a table of options"),
         ("[compare", "is not TOML"),
+        ('compare.baseline = "a\\u0000b"', "compare.baseline: holds a NUL character"),
+        (f"compare.baseline = {'[' * 100_000}", "is not TOML"),
     ],
 )
 def test_a_mistake_in_the_file_is_named_with_file_and_key(

@@ -231,3 +231,18 @@ def test_a_full_stdout_is_one_message(command: str) -> None:
     assert done.returncode == 2
     assert "Error: the output cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, f"{'a' * 200}/" * 30, "é" * 700])
+@pytest.mark.parametrize(
+    "words", [["run"], ["compare"], ["results"], ["answers"], ["sweep"], ["train"], ["show"], ["import"]], ids=" ".join
+)
+def test_a_name_of_thousands_of_letters_is_a_short_message(
+    name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"run": ["-b", "vanilla"], "train": ["--data", "x", "--out", "y"]}.get(words[0], [])
+    assert entry.run([*words, name, *more]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err) < 700
+    assert "characters)" in shown.err

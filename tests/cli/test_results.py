@@ -59,6 +59,13 @@ def test_texts_of_files_command_nothing(folder: Path) -> None:
     assert not {"\x1b", "\u202e"} & set(shown)
 
 
+def test_what_is_not_there_is_an_error_and_no_line_of_the_list(folder: Path) -> None:
+    for name in ("absent.json", "absent", "a" * 5000):
+        said = spdbench("results", folder / name)
+        assert (said.code, said.out) == (2, "")
+        assert said.err.endswith("no such file or folder\n") or "(5," in said.err
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

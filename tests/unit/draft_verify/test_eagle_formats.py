@@ -359,6 +359,13 @@ def test_tensors_that_do_not_fit_are_named(decoder: Decoder, tmp_path: Path, cha
         ({"fc_norm": True}, r"config.fc_norm is true, but tensor fc_norm\.0\.weight is missing"),
         ({"eagle_config": {"norm_before_fc": True}}, r"norm_before_fc is true, but tensor input_norm.weight is miss"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is false"),
+        ({"aux_convention": "layer_output"}, "aux_convention is not known.*-o eagle.aux_convention says"),
+        ({"eagle_config": {"aux_layer_ids": [1, 2, 2]}}, "aux_layer_ids is not known"),
+        ({"eagle_aux_layers": [1, 2, 2]}, "eagle_aux_layers is not known"),
+        ({"target_layer_ids": [1, 2, 2]}, "target_layer_ids is not known"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which is not supported"),
+        ({"logits_scaling": 8}, "logits_scaling is 8"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"eagle_config": [1]}, "eagle_config is not a mapping"),
         (
             {"eagle_config": {"eagle_aux_hidden_state_layer_ids": "1"}},

@@ -1,10 +1,19 @@
-"""A folder for the inputs of one test."""
+"""A folder for the inputs of one test, and a limit of memory for each."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import hostile
+
+
+@pytest.fixture(autouse=True)
+def _limited() -> Iterator[None]:
+    with hostile.memory_limit():
+        yield
 
 
 @pytest.fixture

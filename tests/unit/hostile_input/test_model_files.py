@@ -134,7 +134,8 @@ def test_safetensors(folder: Path, content: bytes, index: bytes, sharded: bool) 
 @settings(200)
 @given(data=st.data())
 def test_torch_files(folder: Path, data: st.DataObject) -> None:
-    torch.save(data.draw(changed(TENSORS)), folder / "pytorch_model.bin")
+    content = data.draw(st.one_of(changed(TENSORS), st.just({**TENSORS, "a.weight": hostile.Unpickled()})))
+    torch.save(content, folder / "pytorch_model.bin")
     if data.draw(st.booleans()):
         (folder / "pytorch_model.bin").write_bytes(data.draw(damaged((folder / "pytorch_model.bin").read_bytes())))
     hostile.read("torch files", lambda: _read_weights(folder), folder)
@@ -181,4 +182,4 @@ def test_trees(folder: Path, content: bytes, ending: str) -> None:
 
 def test_so_many_inputs_were_tried_within_the_memory_limit() -> None:
     """The last test of this file: hypothesis may end a test early, and then has tried less than was asked for."""
-    hostile.require_tried(2000, within=8)
+    hostile.require_tried("model files", within=8)

@@ -93,4 +93,4 @@ def test_training_checkpoints(folder: Path, data: st.DataObject) -> None:
 
 def test_so_many_inputs_were_tried_within_the_memory_limit() -> None:
     """The last test of this file: hypothesis may end a test early, and then has tried less than was asked for."""
-    hostile.require_tried(900, within=4)
+    hostile.require_tried("training files", within=4)
