@@ -60,6 +60,9 @@ class ProcessPipeline(Pipeline):
         self._specs = tuple(specs)
         self._num_layers = specs[-1].layers.stop
         self._reads_embedding = 0 in hidden_indices
+        self._announces_all = any(decoder.snapshot_bytes(spec.layers) for spec in specs)
+        """True if stages wait for roots, as their recurrent states reach back only so far (`worker.snapshots_ahead`).
+        Others hear of an accepted root with the next batch, and at once only of what is dropped."""
         self._greedy = True
         self._prompt = 0  # its number: node i of the request is sent as number i + 1 behind it
         self._num_sent = 0
@@ -111,7 +114,10 @@ class ProcessPipeline(Pipeline):
         self._send_batch(batch)
 
     def begin(self, cycle: Cycle) -> None:
-        self._root = self._number(cycle.root)
+        root = self._number(cycle.root)
+        if self._announces_all and root != self._root:
+            self._workers.announce_root(root)
+        self._root = root
         self._runs = [_StageRun(stage, self._batch_of[batch[0].id], batch) for stage, batch in cycle.work()]
         self._cycle_number += 1
 

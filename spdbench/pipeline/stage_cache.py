@@ -41,14 +41,17 @@ class StageCache:
         self._nodes: list[int] = []  # of the slots behind the committed ones
         self._parents: dict[int, int | None] = {}
 
-    def is_living(self, node: Node, root: int) -> bool:
-        """True if `node` is the root or descends from it. Ids rise from parent to child, so that a walk can end early;
-        it needs the nodes in between to have been computed here, or to be in the batch of `node`."""
+    def distance(self, node: Node, root: int) -> int | None:
+        """How many tokens `node` is ahead of the root; None where it does not descend from it and so is stale. Ids rise
+        from parent to child, so that a walk can end early; it needs the nodes in between to have been computed here, or
+        to be in the batch of `node`."""
         self._parents[node.id] = node.parent
         at: int | None = node.id
+        count = 0
         while at is not None and at > root:
             at = self._parents.get(at)
-        return at == root
+            count += 1
+        return count if at == root else None
 
     def forward(
         self, rows_SM: Tensor, nodes: Sequence[Node], root: int, cancelled: Callable[[], bool] | None = None

@@ -40,8 +40,11 @@ NOTICE_S = 0.5
 STACK_S = 0.3
 """How long stages may take to print their stacks."""
 
-WAITS = re.compile(r'(transport\.py", line \d+ in (receive|rows|send|_write)|worker\.py", line \d+ in _join_group)\n')
-"""A stack in the middle of which a stage waits for a neighbour."""
+WAITS = re.compile(
+    r'(transport\.py", line \d+ in (receive|rows|send|_write)|'
+    r'worker\.py", line \d+ in (_join_group|_living_within_reach))\n'
+)
+"""A stack in the middle of which a stage waits for a neighbour, or for a verdict on what a later stage has to give."""
 
 
 class FailureReport(NamedTuple):

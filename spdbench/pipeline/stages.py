@@ -35,7 +35,8 @@ from spdbench.pipeline.stage_faults import (
     describe_hang,
     join_processes,
 )
-from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StagePipes, StageSpec, run_stage
+from spdbench.pipeline.transport import StagePipes
+from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StageSpec, run_stage
 
 PIPE_BUFFER_BYTES = 16384
 """Bytes that an empty pipe takes at once on any system."""

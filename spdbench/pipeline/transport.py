@@ -8,6 +8,7 @@ Shapes: S rows, M model width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Literal
 
@@ -18,6 +19,18 @@ from torch import Tensor
 from spdbench.pipeline.messages import Header, from_bytes, pack, to_bytes, unpack
 
 RowTransport = Literal["pipe", "gloo", "nccl"]
+
+
+@dataclass(frozen=True)
+class StagePipes:
+    """A stage's ends of its pipes: messages in and out, reports to the controller, `control` numbers from it (roots,
+    and first the port of the process group's store), and where stacks are printed. The last stage has no `outbox`."""
+
+    inbox: Connection
+    outbox: Connection | None
+    reports: Connection
+    control: Connection
+    stacks: Connection
 
 
 class LinkClosedError(Exception):

@@ -41,7 +41,7 @@ from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, pack, pack_node
 from spdbench.pipeline.output_head import best_of
 from spdbench.pipeline.schedule import Node
 from spdbench.pipeline.stage_cache import StageCache
-from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport
+from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport, StagePipes
 from spdbench.processors import die_with
 
 LOAD_TIMEOUT_S = 600.0
@@ -89,22 +89,10 @@ class StageSpec:
         return self.is_last and (self.head_ids is None or len(self.head_ids) > 0)
 
 
-@dataclass(frozen=True)
-class StagePipes:
-    """A stage's ends of its pipes: messages in and out, reports to the controller, `control` numbers from it (roots,
-    and first the port of the process group's store), and where stacks are printed. The last stage has no `outbox`."""
-
-    inbox: Connection
-    outbox: Connection | None
-    reports: Connection
-    control: Connection
-    stacks: Connection
-
-
-def snapshots_ahead(num_stages: int) -> int:
-    """How many tokens a stage may have to go back by. Stages do not move in step: when a verdict comes, any of them may
-    have worked on all tokens in flight behind the verified one, n - 1, and on the draft that was offered meanwhile."""
-    return num_stages
+def snapshots_ahead(stage: int, num_stages: int) -> int:
+    """How many tokens a stage in a process keeps states to go back by: one more than if all stages moved in step. So it
+    may begin with its next token before the verdict; and there it stops, as each verdict lets one token more follow."""
+    return num_stages - stage
 
 
 def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
@@ -143,6 +131,7 @@ class Stage:
         decoder = spec.source.load(spec.layers, spec.device, spec.head_ids)
         self._decoder: TargetDecoder = captured_on_gpu(decoder, (1,), spec.hidden_indices)
         self._on_gpu = self._decoder.device.type == "cuda"
+        self._num_snapshots = snapshots_ahead(spec.index, spec.num_stages) if decoder.snapshot_bytes(spec.layers) else 0
         self._warm_up()
         self._inbox, self._outbox = self._links()
 
@@ -224,7 +213,7 @@ class Stage:
         self._read_roots()  # answers of one token bring roots and no batches, and would fill the pipe up
         self._spans.clear()
         self._root, self._greedy = header.root, bool(header.flag)
-        cache = decoder.new_cache(header.value, spec.layers, snapshots_ahead(spec.num_stages))
+        cache = decoder.new_cache(header.value, spec.layers, self._num_snapshots)
         if spec.is_first:
             rows_SM = decoder.embed(decoder.ids(np.frombuffer(payload, np.int64).tolist()))
         else:
@@ -243,7 +232,7 @@ class Stage:
         assert cache is not None
         nodes, rows_SM = self._nodes_and_rows(header, payload)
         self._root = max(self._root, header.root)
-        if len(rows := self._living(nodes)) < len(nodes):
+        if len(rows := self._living_within_reach(nodes)) < len(nodes):
             nodes, rows_SM = [nodes[row] for row in rows], rows_SM[rows]
         if not nodes:
             return
@@ -293,11 +282,20 @@ class Stage:
             return nodes, self._decoder.embed(self._decoder.ids([node.token_id for node in nodes]))
         return nodes, self._inbox.rows(header, payload[size:])
 
-    def _living(self, nodes: Sequence[Node]) -> list[int]:
-        """The rows of those nodes that no verdict has dropped since they were sent."""
+    def _living_within_reach(self, nodes: Sequence[Node]) -> list[int]:
+        """The living rows, once this stage could go back from them to the newest root, of which every verdict tells."""
+        while (rows := self._living(nodes)) and 0 < self._num_snapshots < max(rows.values()):
+            self._control.poll()
+            self._free_since_ns = self._now()  # until now it waited for the verdict, not for the controller
+        return list(rows)
+
+    def _living(self, nodes: Sequence[Node]) -> dict[int, int]:
+        """The rows of those nodes that no verdict has dropped since they were sent, and by how many tokens each is
+        ahead of the newest root."""
         assert self._cache is not None
         self._read_roots()
-        return [row for row, node in enumerate(nodes) if self._cache.is_living(node, self._root)]
+        distances = [self._cache.distance(node, self._root) for node in nodes]
+        return {row: distance for row, distance in enumerate(distances) if distance is not None}
 
     def _logits(self, rows_SM: Tensor) -> Tensor:
         """Logits `[S, V]`, or the next tokens `[S]` where these are enough, after the device has computed them; of a

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from spdbench.decoding.verify import DraftVerdict
 from spdbench.errors import InputError
 from spdbench.models.target import Target
 from spdbench.types import GenerationRequest, Sampling
+from spdbench_backends.spd.engine import PipelinedDecoding
 from tests import tiny
 from tests.conformance.test_backends import ids, load, plain, run
 
@@ -96,14 +100,31 @@ def test_the_answers_are_the_targets_own(target: Target, name: str, options: dic
     ],
 )
 def test_stage_processes_give_the_verdicts_of_one_process(
-    target: Target, name: str, options: dict[str, str], drafter: str, sampling: Sampling
+    target: Target,
+    name: str,
+    options: dict[str, str],
+    drafter: str,
+    sampling: Sampling,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They run ahead of verdicts, each as far as it gets."""
+    """They run ahead of verdicts, which come late here, each as far as it may."""
+    verify = PipelinedDecoding._verify
+
+    def late(*given: Any) -> DraftVerdict:
+        time.sleep(0.003)
+        return verify(*given)
+
+    monkeypatch.setattr(PipelinedDecoding, "_verify", late)
     far, near = (load(target, name, {**options, "executor": where}, drafter) for where in ("process", "inline"))
     try:
         for seed, prompt in enumerate(PROMPTS):
             request = GenerationRequest(prompt, (), 30, sampling, seed, frozenset())
             assert run(far, request) == run(near, request)
+        info = far.describe()
+        count = len(info.stage_layers)
+        counts = ", ".join(str(count - stage) for stage in range(count))
+        if target.decoder.snapshot_bytes(range(6)):
+            assert info.chosen["snapshots"].startswith(f"{counts} by stage, ")
     finally:
         far.close()
 

@@ -118,14 +118,14 @@ class Placed(Drafting["PipelineDrafter"]):
 
         count = len(self._stages)
         if self._in_processes:
-            return [snapshots_ahead(count)] * count
+            return [snapshots_ahead(stage, count) for stage in range(count)]
         return [snapshots_in_step(stage, count) for stage in range(count)]
 
     @property
     def _stage_devices(self) -> list[str]:
         """Stages take the devices in turn; streams share one, and ranks have their nodes'."""
         if self._executor == "torchrun":
-            return self._ranks.devices(self._context.devices)
+            return self._ranks.devices(self._context.devices, len(self._stages))
         devices = self._context.devices[:1] if self._executor == "streams" else self._context.devices
         return [devices[stage % len(devices)] for stage in range(len(self._stages))]
 
