@@ -2,14 +2,16 @@
 n devices instead of n + 1.
 
 Stage 0 is the same `worker.Stage` as in a process of its own. A message to it is handled at once, what it reports is
-kept in memory, and what it passes on goes through the pipe to stage 1. Source: SPD's version 12 heads, whose first
-stage is shallow to leave the drafter its time (SPD.md, section 10).
+kept in memory, and what it passes on goes to stage 1, through a pipe or a connection to another rank. Source: SPD's
+version 12 heads, whose first stage is shallow to leave the drafter its time (SPD.md, section 10).
 """
 
 from __future__ import annotations
 
 import fcntl
 import multiprocessing
+import os
+import stat
 import threading
 import time
 from array import array
@@ -20,12 +22,13 @@ from typing import cast
 
 from spdbench.pipeline.messages import Header, unpack
 from spdbench.pipeline.stages import PIPE_BUFFER_BYTES, StageWorkers, StartStages
-from spdbench.pipeline.worker import Stage, StagePipes, StageSpec
+from spdbench.pipeline.transport import StagePipes
+from spdbench.pipeline.worker import Stage, StageSpec
 
 LOOK_EVERY_S = 0.05
 """How often reports are read while a long message is on its way to stage 1."""
-FIONREAD = 0x541B
-"""ioctl(2) of Linux: bytes in a pipe that were not read yet."""
+FIONREAD, TIOCOUTQ = 0x541B, 0x5411
+"""ioctl(2) of Linux: bytes in a pipe that were not read yet, and bytes that a socket has not got rid of."""
 
 
 class StageWorkersWithLocal(StageWorkers):
@@ -89,10 +92,10 @@ class StageWorkersWithLocal(StageWorkers):
 
 
 def _pending_bytes(pipe: Connection) -> int:
-    """Bytes in a pipe that were not read yet; more than it takes where the system does not say."""
-    count = array("i", [0])
+    """Bytes in a pipe or connection that were not read yet; more than it takes where the system does not say."""
+    count, asked = array("i", [0]), TIOCOUTQ if stat.S_ISSOCK(os.fstat(pipe.fileno()).st_mode) else FIONREAD
     try:
-        fcntl.ioctl(pipe.fileno(), FIONREAD, count)
+        fcntl.ioctl(pipe.fileno(), asked, count)
     except OSError:
         return PIPE_BUFFER_BYTES + 1
     return count[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -28,14 +30,21 @@ from spdbench.processors import workers
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
-from tests.processes.rank_group import RankGroup, free_port, job_of, variables
+from tests.cli.run_helpers import write_suite
+from tests.processes.rank_group import JOIN_S, RankGroup, free_port, job_of, variables
 
 SOON = 20.0
 """Seconds within which the end of a rank has to be noticed; the limits of the backends are far above or below it."""
+FIRST = {"drafting": "first_stage"}
+"""Rank 0 is the first stage's rank, so that four ranks make four stages."""
 CASES = [
     ("spd", {"stage_layers": "3,1,2"}, "oracle:0.7"),
     ("spd", {"stages": "3", "transport": "gloo"}, "random"),
     ("ppsd", {"stages": "3"}, "random"),
+    ("spd", {"stages": "3", "draft_top_k": "2", "head": "split"}, "random"),
+    ("spd", {"stage_layers": "1,3,2", "draft_top_k": "4", "redraft": "true", "head": "drafter"}, "random"),
+    ("spd", {"stage_layers": "2,1,2,1", **FIRST, "draft_top_k": "4", "head": "split"}, "random"),
+    ("ppsd", {"stage_layers": "1,2,1,2", **FIRST}, "random"),
 ]
 
 
@@ -81,7 +90,35 @@ def own_group() -> Iterator[RankGroup]:
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'-'.join(case[1].values())}")
 def test_steps_are_those_of_one_process(target: Target, case: tuple[str, dict[str, str], str]) -> None:
-    name, options, drafter = case
+    check_steps(target, *case)
+
+
+@pytest.mark.parametrize(
+    ("num_hosts", "options"),
+    [
+        (1, {"stages": "2", **FIRST, "draft_top_k": "4"}),
+        (2, {"stages": "2", "draft_top_k": "4"}),
+        (5, {"stage_layers": "2,1,1,1,1", "draft_top_k": "2"}),
+    ],
+)
+def test_steps_of_few_and_of_many_ranks(target: Target, num_hosts: int, options: dict[str, str]) -> None:
+    before, found = remote._joined, RankGroup(num_hosts)
+    try:
+        check_steps(target, "spd", options, "random")
+    finally:
+        ended = found.end()
+        remote.set_joined(before)
+    assert ended == [(0, "")] * num_hosts
+
+
+@pytest.mark.usefixtures("group")
+def test_recurrent_layers_go_back_on_other_ranks(tmp_path: Path) -> None:
+    hybrid = tiny.load(tiny.make_model(tmp_path, "qwen3_5_text", seed=3))
+    check_steps(hybrid, "spd", {"stage_layers": "1,2,1,2", **FIRST, "head": "split"}, "random")
+
+
+def check_steps(target: Target, name: str, options: dict[str, str], drafter: str) -> None:
+    """They are those of the same pipeline in one process, and their tokens the target's own."""
     far, near = load(target, name, options, drafter), load(target, name, {**options, "executor": "inline"}, drafter)
     try:
         for prompt in (tiny.PROMPT, tiny.PROMPT[:1], tuple(range(60, 160))):
@@ -104,15 +141,34 @@ def test_steps_are_those_of_one_process(target: Target, case: tuple[str, dict[st
 
 
 @pytest.mark.usefixtures("group")
-@pytest.mark.parametrize(("name", "value"), [("drafting", "first_stage"), ("head", "split"), ("head", "drafter")])
-def test_ranks_have_the_usual_layout_only(target: Target, name: str, value: str) -> None:
-    with pytest.raises(InputError, match=rf"spd\.{name}={value}: needs spd\.executor=process, and this is torchrun"):
-        load(target, "spd", {"stages": "3", name: value})
-    backend = load(target, "spd", {"stages": "3", name: "auto"})
+def test_ranks_have_the_usual_layout_where_they_choose(target: Target) -> None:
+    """What parts take is known of rank 0's machine only."""
+    backend = load(target, "spd", {"stages": "3", "drafting": "auto", "head": "auto"})
     try:
         assert "layout" not in backend.describe().chosen
     finally:
         backend.close()
+
+
+@pytest.mark.usefixtures("group")
+def test_rank_0_may_run_the_first_stage(target: Target) -> None:
+    backend = load(target, "spd", {"stage_layers": "2,1,2,1", **FIRST, "head": "drafter"}, "oracle:1")
+    try:
+        info = backend.describe()
+        assert info.chosen["layout"] == "drafter with the first stage, head with the drafter"
+        assert info.chosen["nodes"] == "0, 0, 0, 1 by stage"
+        assert info.chosen["clock_offsets_us"].startswith("0 ± 0, ")
+        assert info.devices == ("cpu", "cpu:node0", "cpu:node1")
+        assert info.stage_layers == (2, 1, 2, 1)
+        list(backend.generate(tiny.greedy(tiny.PROMPT, 9)))
+        lanes = {(span.lane, span.kind) for span in backend.spans()}
+        assert {(0, "target"), (0, "draft"), (0, "head"), (3, "target")} <= lanes
+        assert (3, "head") not in lanes
+    finally:
+        backend.close()
+    message = r"spd\.drafting=first_stage: rows from the first stage .* Allowed with it: transport=pipe, not gloo"
+    with pytest.raises(InputError, match=message):
+        load(target, "spd", {"stage_layers": "2,1,2,1", **FIRST, "transport": "gloo"})
 
 
 @pytest.mark.usefixtures("group")
@@ -144,7 +200,7 @@ def test_spans_of_a_clock_that_is_far_off_carry_rank_0s_time(
 ) -> None:
     """Planted: every rank's clock counts as an hour ahead. The spans come out an hour early, so it is really used."""
     hour = 3600 * 10**9
-    monkeypatch.setattr(group.ranks, "offsets", ((hour, 0),) * 3)
+    monkeypatch.setattr(group.ranks, "offsets", ((hour, 0),) * 4)
     backend = load(target, "spd", {"stages": "3"})
     try:
         list(backend.generate(tiny.greedy(tiny.PROMPT, 9)))
@@ -182,6 +238,42 @@ def test_number_of_ranks_has_to_fit_the_stages(target: Target) -> None:
         said = rf"spd\.executor=torchrun: {count} stages need {count + 1} ranks, .* torchrun started 4"
         with pytest.raises(InputError, match=said):
             load(target, "spd", {"stages": str(count)})
+    said = r"4 stages need 5 ranks, .* started 4.* product is 5, or stages=3, or spd\.drafting=first_stage, "
+    with pytest.raises(InputError, match=said):
+        load(target, "spd", {"stage_layers": "2,1,2,1"})
+    said = r"3 stages need 3 ranks, as rank 0 measures and runs the first one and .* is 3, or stages=4\."
+    with pytest.raises(InputError, match=said):
+        load(target, "spd", {"stages": "3", **FIRST})
+
+
+def test_a_world_size_that_does_not_fit_ends_all_ranks_with_one_message(tiny_model: Path, tmp_path: Path) -> None:
+    """As `torchrun --nproc_per_node=2` starts them, which itself always ends with 1."""
+    port = free_port()
+    words = ["run", str(write_suite(tmp_path)), "-m", str(tiny_model), "--dtype", "float32", "--devices", "cpu"]
+    words += ["--drafter", "oracle:1", "-b", "spd", "-o", "spd.stages=3", "-o", "spd.executor=torchrun"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "spdbench", *words, "--results", str(tmp_path / "results")],
+            env={**os.environ, **variables(job_of(rank, 2, port)), "SPDBENCH_CACHE": str(tmp_path / "cache")},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        (out, err), other = (rank.communicate(timeout=JOIN_S) for rank in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert [line for line in err.splitlines() if line.startswith("Error: ")] == [
+        "Error: -o spd.executor=torchrun: 3 stages need 4 ranks, as rank 0 measures and every other rank runs one, but "
+        "torchrun started 2. Give --nnodes and --nproc_per_node whose product is 4, or stages=1."
+    ]
+    assert (out, other) == ("", ("", ""))
+    assert not list((tmp_path / "results").glob("*spd*"))
 
 
 def test_without_torchrun_it_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

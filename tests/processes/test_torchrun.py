@@ -116,18 +116,33 @@ def same_work(first: Result, second: Result) -> bool:
     return bool(first.runs) and work(first) == work(second)
 
 
+MORE = {
+    "two": ["stages=3", "draft_top_k=2", "head=split"],
+    "four": ["stage_layers=2,1,2,1", "draft_top_k=4", "drafting=first_stage"],
+}
+"""More pipelines for four ranks: with branches, and where rank 0 runs a part of the head or the first stage."""
+
+
+def more(executor: str) -> list[str]:
+    words = ["--limit", "2"]
+    for label, options in MORE.items():
+        words += ["-b", f"{label}=spd", *(f"-o {label}.{option}" for option in (*options, f"executor={executor}"))]
+    return words
+
+
 def test_one_node_gives_the_results_of_processes(run: Torchrun) -> None:
-    code, out, err = finished(run.start(f"{TORCHRUN} --nnodes=1 --nproc_per_node=4 {run.words('--limit', '2')}"))
+    code, out, err = finished(run.start(f"{TORCHRUN} --nnodes=1 --nproc_per_node=4 {run.words(*more('torchrun'))}"))
     assert code == 0, err
     assert out.count("tok/s, the baseline") == 1
-    far = run.result()
-    assert far.backend.chosen["nodes"] == "0, 0, 0 by stage"
-    assert "clock_offsets_us" not in far.backend.chosen
-    command = f"{sys.executable} {run.words('--limit', '2', executor='process')}"
+    far = {label: run.result(label) for label in ("spd", *MORE)}
+    assert [far[label].backend.chosen["nodes"] for label in far] == [*["0, 0, 0 by stage"] * 2, "0, 0, 0, 0 by stage"]
+    assert "clock_offsets_us" not in far["spd"].backend.chosen
+    command = f"{sys.executable} {run.words(*more('inline'), executor='process')}"
     code, _, err = finished(run.start(command))
     assert code == 0, err
     assert run.result().backend.chosen["executor"] == "process"
-    assert same_work(far, run.result())
+    for label, result in far.items():
+        assert same_work(result, run.result(label))
 
 
 def test_wrong_input_is_one_message_of_rank_0(run: Torchrun) -> None:
@@ -195,7 +210,8 @@ def test_a_rank_that_is_killed_ends_both_nodes_and_is_named(run: Torchrun) -> No
     assert len(run.result("vanilla").runs) >= 2
 
 
-def test_a_cable_that_is_cut_ends_both_nodes_in_time(run: Torchrun) -> None:
+def test_a_cable_that_is_cut_ends_both_nodes_by_the_limit(run: Torchrun) -> None:
+    """Rank 0 by `spd.timeout_s`, the ranks on the other node as their connections die of silence."""
     if namespaces() is None:
         pytest.skip("no network namespaces here, so there is no cable to cut")
     cut = run.results.parent / "cut"
@@ -209,6 +225,7 @@ def test_a_cable_that_is_cut_ends_both_nodes_in_time(run: Torchrun) -> None:
     code, _, err = finished(running)
     assert code == 11
     assert "Error: stage 1 of 3 of spd (layers 2 to 3, rank 2 on node 1, process " in err
+    assert "no answer within 5 s (spd.timeout_s)" in err
     assert "finished requests are kept" in err
     for rank in (2, 3):
         assert f"rank {rank} on node 1 lost rank 0" in err

@@ -57,7 +57,8 @@ class Pipelined(Placed):
         self._layout = self._layouts()[0]
         super().load()
         if ranks is not None:
-            ranks.require_stages(len(self._stages), f"-o {self._context.label}.executor=torchrun")
+            first_is_here = self._layout.drafting == "first_stage"
+            ranks.require_stages(len(self._stages), self._context.label, first_is_here=first_is_here)
         self._choose_layout()
         self._pipeline = self._start_pipeline()
 
@@ -74,7 +75,7 @@ class Pipelined(Placed):
         if self._in_processes:
             chosen["transport"] = self._transport
         if self._executor == "torchrun":
-            chosen |= self._ranks.describe()
+            chosen |= self._ranks.describe(len(self._stages))
         chosen |= described_snapshots(decoder, self._stages, self._num_snapshots)
         return BackendInfo(
             devices=tuple(dict.fromkeys(devices)),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spdbench_backends.spd.drafter import PipelineDrafter  # noqa: F401 - named as text, as the class runs without it
 
 LAID_OUT = ("process", "inline")
-"""Executors of which a user chooses where the drafter and the head run."""
+"""Executors whose layout can be chosen by what parts take on this machine."""
 
 
 def counts_of(value: Any) -> Any:
@@ -41,7 +41,7 @@ class PipelineOptions(BackendOptions):
         "auto",
         description="process: a process for each stage; inline: all stages stepped in this process; "
         "streams: all stages in parallel on one GPU, captured in CUDA graphs (on a CPU a rehearsal); "
-        "torchrun: a rank for each stage, also on other nodes, and rank 0 measures; "
+        "torchrun: a rank for each stage, also on other nodes, and rank 0 measures and drafts; "
         "auto: streams where there is one GPU, else process for more than one stage",
     )
     context: int | None = Field(
@@ -225,15 +225,15 @@ class Placed(Drafting["PipelineDrafter"]):
     def _require_possible(self, layouts: Sequence[Layout]) -> None:
         """Raises `InputError` where an option asks for a layout that there is not."""
         drafting, head, transport = layouts[0].drafting, layouts[-1].head, self._options.transport
-        if self._executor not in LAID_OUT:
+        if self._executor == "streams":
             for name, value, usual in (("drafting", drafting, "own"), ("head", head, "last_stage")):
                 if value != usual:
-                    problem = f"needs {self._context.label}.executor=process, and this is {self._executor}"
+                    problem = f"needs {self._context.label}.executor=process, torchrun or inline, and this is streams"
                     raise self._option_error(name, f"{problem}. Allowed here: {usual}.")
         if head != "last_stage" and (why := self._context.target.unsupported_reason):
             problem = f"transformers' layers serve this model ({why}), whose head cannot be taken apart from them"
             raise self._option_error("head", f"{problem}. Allowed: last_stage.")
-        if {layout.drafting for layout in layouts} == {"first_stage"} and self._executor == "process":
+        if {layout.drafting for layout in layouts} == {"first_stage"} and self._in_processes:
             if len(self._stages) == 1:
                 raise self._option_error(
                     "drafting", "there is one stage, and nothing would run in parallel. Allowed: own."

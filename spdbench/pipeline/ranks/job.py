@@ -170,13 +170,19 @@ def listen(job: Job) -> tuple[socket.socket, RankPlace]:
         own, family = str(towards.getsockname()[0]), towards.family
     is_public = not ipaddress.ip_address(own.partition("%")[0]).is_loopback
     listener = socket.create_server((own if is_public or not job.spans_nodes else "", 0), family=family)
-    return listener, RankPlace(
+    host = own if is_public or not job.spans_nodes else job.address
+    return listener, place_of(job, host, listener.getsockname()[1])
+
+
+def place_of(job: Job, host: str = "", port: int = 0) -> RankPlace:
+    """This rank's place, which listens at `host` and `port`; nobody connects to rank 0."""
+    return RankPlace(
         rank=job.rank,
         node=job.node,
         local_rank=job.local_rank,
         machine=machine_id(),
-        host=own if is_public or not job.spans_nodes else job.address,
-        port=listener.getsockname()[1],
+        host=host,
+        port=port,
         cores=tuple(usable_processors()),
         num_gpus=_num_gpus(),
     )

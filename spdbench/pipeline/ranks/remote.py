@@ -1,5 +1,8 @@
 """Rank 0's side of a torchrun job: the other ranks, and the stages on them.
 
+Every stage has a rank of its own, and these are always the last ranks of the job: all but rank 0, or all of them where
+rank 0 runs the first stage itself.
+
 Shapes: none; what is sent are plain objects, and `worker` messages once a stage runs.
 """
 
@@ -26,6 +29,7 @@ from spdbench.pipeline.ranks.job import (
     from_json,
     machine_id,
     new_key,
+    place_of,
 )
 from spdbench.pipeline.stage_faults import StageHandle
 from spdbench.pipeline.worker import StageSpec
@@ -40,8 +44,8 @@ LOST = 256
 
 
 class Ranks:
-    """All other ranks of a job, each reached by a connection of its own, with its clock's offset to ours in ns and by
-    how much that may be wrong."""
+    """All ranks of a job, rank 0 first. The others are reached by a connection each; `offsets` are those of their
+    clocks to ours in ns, with how much they may be wrong."""
 
     def __init__(self, places: Sequence[RankPlace], sessions: Sequence[Connection], key: bytes) -> None:
         self.places = tuple(places)
@@ -49,32 +53,39 @@ class Ranks:
         self._key = key
         self._num_pipelines = 0
         here = machine_id()
-        self.is_here = tuple(place.machine == here for place in self.places)
-        self.offsets = tuple(
+        self.is_here = True, *(place.machine == here for place in self.places[1:])
+        found = [
             (0, 0) if is_here else clock_offset(lambda session=session: _ping(session))  # type: ignore[misc]
-            for session, is_here in zip(self._sessions, self.is_here, strict=True)
+            for session, is_here in zip(self._sessions, self.is_here[1:], strict=True)
+        ]
+        self.offsets = (0, 0), *found
+
+    def require_stages(self, count: int, label: str, *, first_is_here: bool) -> None:
+        """Raises `InputError` unless there is a rank for each of the `count` stages of backend `label`: `first_is_here`
+        says that rank 0 runs the first one, otherwise it runs none."""
+        world, needed = len(self.places), count + (not first_is_here)
+        if world == needed:
+            return
+        rank_0s = "measures and runs the first one" if first_is_here else "measures"
+        fitting = world - (not first_is_here)
+        others = f", or stages={fitting}" if fitting > first_is_here else ""
+        if world == count > 1:
+            others += f", or {label}.drafting=first_stage, with which rank 0 runs the first one"
+        raise InputError(
+            f"-o {label}.executor=torchrun: {count} stages need {needed} ranks, as rank 0 {rank_0s} and every other "
+            f"rank runs one, but torchrun started {world}. Give --nnodes and --nproc_per_node whose product is "
+            f"{needed}{others}."
         )
 
-    def require_stages(self, count: int, asked: str) -> None:
-        """Raises `InputError` unless there is a rank for each of `count` stages, next to rank 0."""
-        if count != len(self.places):
-            world = len(self.places) + 1
-            other = f", or stages={len(self.places)}" if self.places else ""
-            raise InputError(
-                f"{asked}: {count} stages need {count + 1} ranks, as rank 0 measures and every other rank runs one "
-                f"stage, but torchrun started {world}. Give --nnodes and --nproc_per_node whose product is "
-                f"{count + 1}{other}."
-            )
-
     def place(self, specs: Sequence[StageSpec], devices: Sequence[str], threads: int) -> list[StageSpec]:
-        """Stages as those that rank 0 would run by itself, on the ranks from 1 on: each with its rank's device, and
-        with its share of `threads` and cores among the stages on its machine."""
-        by_machine: dict[str, list[int]] = {}
-        for index, place in enumerate(self.places):
+        """Stages as those that rank 0 would run by itself, on their ranks: each with its rank's device, and with its
+        share of `threads` and cores among the stages on its machine."""
+        places, by_machine = self.places[-len(specs) :], dict[str, list[int]]()
+        for index, place in enumerate(places):
             by_machine.setdefault(place.machine, []).append(index)
         each = max(1, threads // max(map(len, by_machine.values())))
         found = []
-        for spec, place, (offset, _) in zip(specs, self.places, self.offsets, strict=True):
+        for spec, place, (offset, _) in zip(specs, places, self.offsets[-len(specs) :], strict=True):
             together = by_machine[place.machine]
             first = together.index(spec.index) * each
             pinned = spec.cores is not None and len(together) * each <= len(place.cores)
@@ -84,51 +95,58 @@ class Ranks:
                     device=_device_of(place, devices),
                     threads=each,
                     cores=frozenset(place.cores[first : first + each]) if pinned else None,
-                    group_host=self.places[0].host,
+                    group_host=places[0].host,
                     clock_offset_ns=offset,
                 )
             )
         return found
 
-    def devices(self, devices: Sequence[str]) -> list[str]:
-        """What each rank's stage runs on, under the names that results have."""
+    def devices(self, devices: Sequence[str], num_stages: int) -> list[str]:
+        """What each stage runs on, under the names that results have."""
         return [
             device if is_here else elsewhere(device, place.node)
-            for place, is_here in zip(self.places, self.is_here, strict=True)
+            for place, is_here in zip(self.places[-num_stages:], self.is_here[-num_stages:], strict=True)
             for device in [_device_of(place, devices)]
         ]
 
-    def describe(self) -> dict[str, str]:
+    def describe(self, num_stages: int) -> dict[str, str]:
         """What a result says of the job."""
-        nodes = ", ".join(str(place.node) for place in self.places)
+        nodes = ", ".join(str(place.node) for place in self.places[-num_stages:])
         found = {"nodes": f"{nodes} by stage"}
         if not all(self.is_here):
-            offsets = ", ".join(f"{offset / 1e3:.0f} ± {error / 1e3:.0f}" for offset, error in self.offsets)
+            offsets = ", ".join(
+                f"{offset / 1e3:.0f} ± {error / 1e3:.0f}" for offset, error in self.offsets[-num_stages:]
+            )
             found["clock_offsets_us"] = f"{offsets} by stage, estimated at the start"
         return found
 
     def start_stages(self, specs: Sequence[StageSpec], label: str, handles: list[StageHandle]) -> Connection:
-        """`stages.StartStages` on the ranks from 1 on, a stage on each.
+        """`stages.StartStages` on other ranks, a stage on each; `specs` may be those of the last stages only.
 
         Raises:
             InputError: a rank cannot be reached, has no model, or cannot reach its neighbour.
         """
         self._num_pipelines += 1
         ids = [f"{label}/{self._num_pipelines}/{spec.index}" for spec in specs]
-        to_first = self._connect(self.places[0], Purpose("inbox", ids[0]))
-        for spec, place, is_here in zip(specs, self.places, self.is_here, strict=True):
-            reports = self._connect(place, Purpose("reports", ids[spec.index]))
-            watch = self._connect(place, Purpose("watch", ids[spec.index]))
-            following = None if spec.is_last else self.places[spec.index + 1]
-            order = StartStage(ids[spec.index], spec, following, "" if spec.is_last else ids[spec.index + 1])
-            process = RemoteProcess(watch, place, is_here)
+        places, is_here = self.places[-len(specs) :], self.is_here[-len(specs) :]
+        to_first = self._connect(places[0], Purpose("inbox", ids[0]))
+        following = zip([*places[1:], None], [*ids[1:], ""], strict=True)
+        for spec, stage_id, place, here, (next_place, next_id) in zip(
+            specs, ids, places, is_here, following, strict=True
+        ):
+            reports = self._connect(place, Purpose("reports", stage_id))
+            watch = self._connect(place, Purpose("watch", stage_id))
+            order = StartStage(stage_id, spec, next_place, next_id)
+            process = RemoteProcess(watch, place, here)
             handles.append(StageHandle(label, spec, process, reports, reports, deque()))
             process.start(order)
         return to_first
 
     def lost(self) -> list[str]:
         """The names of ranks that have ended by themselves."""
-        return [place.name for place, session in zip(self.places, self._sessions, strict=True) if _has_ended(session)]
+        return [
+            place.name for place, session in zip(self.places[1:], self._sessions, strict=True) if _has_ended(session)
+        ]
 
     def close(self, exit_code: int = 0) -> None:
         """Ends the other ranks with the exit code of this one. May be called twice."""
@@ -173,7 +191,7 @@ def _has_ended(session: Connection) -> bool:
 
 
 def join(job: Job, limit_s: float = JOIN_S) -> Ranks:
-    """All other ranks of `job`, whose rank is 0.
+    """All ranks of `job`, whose rank is 0.
 
     Raises:
         InputError: one of them is not there within `limit_s`, or cannot be reached.
@@ -181,7 +199,7 @@ def join(job: Job, limit_s: float = JOIN_S) -> Ranks:
     store = JobStore(job, limit_s)
     key = new_key()
     store.publish("key", key)
-    places, sessions = [], []
+    places, sessions = [place_of(job)], []
     try:
         for rank in range(1, job.world_size):
             try:
