@@ -19,6 +19,8 @@ from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
 from tests.processes.test_stage_processes import ids, load, workers
+from tests.unit.spd.test_published import CASES as PUBLISHED
+from tests.unit.spd.transcription import write_head
 
 FIRST = {"drafting": "first_stage"}
 CASES = [
@@ -158,27 +160,59 @@ def test_hybrid_targets_go_back_in_every_layout(tmp_path: Path, family: str) -> 
             near.close()
 
 
-@pytest.mark.parametrize("executor", ["inline", "process"])
-@pytest.mark.parametrize("layout", [FIRST, {"head": "split"}, {**FIRST, "head": "split"}, {"head": "drafter"}])
-@pytest.mark.parametrize("branches", [{"draft_top_k": "2"}, {"draft_top_k": "2", "redraft": "true"}])
-def test_branches_run_in_every_layout(
-    target: Target, executor: str, layout: dict[str, str], branches: dict[str, str]
-) -> None:
-    given = {"stages": "3", **branches}
-    backend = load(target, "spd", {"executor": executor, **layout, **given}, "random")
-    usual = load(target, "spd", {"executor": "inline", **given}, "random")
+LAYOUTS = ({**FIRST}, {"head": "split"}, {**FIRST, "head": "split"}, {"head": "drafter"})
+CUTS = ({"stages": "2"}, {"stages": "3"}, {"stage_layers": "2,1,1,1,1"}, {"stage_layers": "1,3,2"})
+BRANCHES = (
+    {"draft_top_k": "1"},
+    {"draft_top_k": "2"},
+    {"draft_top_k": "4"},
+    {"draft_top_k": "2", "redraft": "true"},
+)
+
+
+def require_usual_steps(target: Target, options: dict[str, str], drafter: str = "random") -> None:
+    """Those of one process with the usual layout, with the target's own tokens."""
+    usual = {name: value for name, value in options.items() if name not in ("drafting", "head")}
+    backend = load(target, "spd", options, drafter)
+    near = load(target, "spd", {**usual, "executor": "inline"}, drafter)
     try:
         for prompt in PROMPTS:
             request = tiny.greedy(prompt, 30)
             steps = list(backend.generate(request))
-            assert steps == list(usual.generate(request))
+            assert steps == list(near.generate(request))
             assert [token for step in steps for token in step.token_ids] == list(decode(target.decoder, request))
         for seed, sampling in enumerate((Sampling(1.0, 0.9, 40), Sampling(1.3))):
             request = GenerationRequest(tiny.PROMPT, (), 30, sampling, seed, frozenset())
-            assert list(backend.generate(request)) == list(usual.generate(request))
+            assert list(backend.generate(request)) == list(near.generate(request))
     finally:
         backend.close()
-        usual.close()
+        near.close()
+
+
+@pytest.mark.parametrize("layout", range(4), ids=lambda at: "-".join(LAYOUTS[at].values()))
+@pytest.mark.parametrize("branches", range(4), ids=lambda at: "-".join(BRANCHES[at].values()))
+def test_branches_run_in_every_layout(target: Target, layout: int, branches: int) -> None:
+    """A square in which every layout, cut and kind of branches meets every other."""
+    given = LAYOUTS[layout] | CUTS[(layout + branches) % 4] | BRANCHES[branches]
+    require_usual_steps(target, {"executor": "process", **given})
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(cut.values()))
+@pytest.mark.parametrize("head", ["split", "drafter"])
+def test_branches_run_in_every_layout_of_one_process(target: Target, head: str, cut: dict[str, str]) -> None:
+    for branches in BRANCHES:
+        require_usual_steps(target, {"executor": "inline", **FIRST, "head": head, **cut, **branches})
+
+
+@pytest.mark.parametrize(
+    "name", ["v11 qwen3", "v11 hybrid, nominal", "v11 hybrid mixture", "v12 qwen3", "v12 hybrid, deepest", "v10 llama"]
+)
+def test_published_heads_draft_in_the_first_stages_process(tmp_path: Path, name: str) -> None:
+    """As version 12 is meant to run; with branches where the head allows them, which is the default."""
+    case = PUBLISHED[name]
+    folder = tiny.make_model(tmp_path / "model", case.family, seed=3)
+    head = write_head(tmp_path / "head.pt", folder, case.version, **case.config)
+    require_usual_steps(tiny.load(folder), {"executor": "process", **FIRST}, str(head))
 
 
 def test_a_stage_that_dies_behind_the_controllers_is_named(target: Target) -> None:
