@@ -198,6 +198,7 @@ class SPDRecipe(PipelineRecipe):
             "hidden_size": base.hidden_size,
             "vocab_size": base.vocab_size,
             "draft_vocab_size": self._vocabulary.size,
+            "num_layers": base.num_layers,
             "num_stages": len(self._stages),
             "num_spec_layers": len(self._module.spec_layers),
             "num_aggr_types": len(self._plan.anchors),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
+from spdbench.models.partition import split_evenly
 from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
@@ -125,6 +126,14 @@ def test_a_published_file_has_to_hold_its_head(decoder: Decoder, teacher: Teache
     torch.save(content, tmp_path / PUBLISHED)
     with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
         build_head(read_head(tmp_path / PUBLISHED), decoder, STAGES)
+
+
+def test_a_head_says_how_many_layers_it_was_trained_for(teacher: Teacher, tmp_path: Path) -> None:
+    """By its anchors alone it would fit: they are within the layers of a deeper model of the same width."""
+    deeper = tiny.load(tiny.make_model(tmp_path / "deeper", num_hidden_layers=9)).own_decoder
+    spd(teacher, 3).write(tmp_path / "head", ABOUT, "spdbench")
+    with pytest.raises(InputError, match=r"config\.num_layers is 6, but here it is 9: it was made for another model"):
+        build_head(read_head(tmp_path / "head"), deeper, split_evenly(9, 3))
 
 
 def test_uneven_stages_have_no_place_in_a_published_file(teacher: Teacher, tmp_path: Path) -> None:
