@@ -126,12 +126,16 @@ def _as_conversation(value: object) -> Conversation:
         raise ValueError(str(error).removeprefix("messages: ")) from None
 
 
+MAX_TURNS = 1000
+"""Of a conversation: each turn renders all before it, so that their time grows with the square of their number."""
+
+
 class Row(Part):
     """One conversation from any source: the user's turns, or a list of messages. `id` and `reference` may be numbers,
     which become text."""
 
     id: Annotated[Text, BeforeValidator(_number_as_text)]
-    turns: list[Text] = Field(min_length=1)
+    turns: list[Text] = Field(min_length=1, max_length=MAX_TURNS)
     category: Text | None = None
     system: Text | None = Field(None, description="a system prompt of the row's own; beats the suite's")
     messages: Annotated[Any, AfterValidator(_as_conversation)] = Field(

@@ -119,6 +119,19 @@ def test_a_report_of_guidellm_is_a_result_for_each_load(tmp_path: Path) -> None:
     assert [run.error for run in result.runs if run.error] == ["timed out"]
 
 
+def test_a_number_that_no_request_has_is_one_line(tmp_path: Path) -> None:
+    report = guidellm(1)
+    report["benchmarks"][0]["requests"]["successful"][3]["input_metrics"]["text_tokens"] = 10**12
+    record = aiperf_record(0)
+    record["metrics"]["input_sequence_length"]["value"] = 1e300
+    for path in (write(tmp_path / "a.json", report), write_lines(tmp_path / "b.jsonl", [record])):
+        said = spdbench("import", path, "--results", tmp_path / "r")
+        assert said.code == 2
+        assert said.err == (
+            f"Error: {path}: a request's num_prompt_tokens: Input should be less than or equal to 2147483647\n"
+        )
+
+
 def test_arguments_that_cannot_be_read_are_as_if_not_there(tmp_path: Path) -> None:
     report = guidellm(1)
     requests = report["benchmarks"][0]["requests"]["successful"]

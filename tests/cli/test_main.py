@@ -233,6 +233,12 @@ def test_a_full_stdout_is_one_message(command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--repeats", "100000000"], ["--warmup", "1000000000"]], ids=" ".join)
+def test_a_number_that_would_take_for_ever_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry.run(["run", "quick", "-b", "vanilla", *words]) == 2
+    assert "is not in the range" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["a" * 5000, f"{'a' * 200}/" * 30, "é" * 700])
 @pytest.mark.parametrize(
     "words", [["run"], ["compare"], ["results"], ["answers"], ["sweep"], ["train"], ["show"], ["import"]], ids=" ".join

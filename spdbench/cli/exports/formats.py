@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spdbench.errors import InputError
+from pydantic import ValidationError
+
+from spdbench.errors import InputError, first_problem
 from spdbench.input_files import json_rows, parse_json, read_input
 from spdbench.judge.results.schema import Drafts, Run, Steps
 
@@ -66,6 +68,14 @@ def read_exports(path: Path) -> list[Export]:
     Raises:
         InputError: it cannot be read, is neither tool's, is of an unknown version, or is damaged.
     """
+    try:
+        return _read(path)
+    except ValidationError as error:  # a number that a request cannot have
+        loc, reason = first_problem(error)
+        raise InputError(f"{path}: a request's {'.'.join(loc)}: {reason}") from None
+
+
+def _read(path: Path) -> list[Export]:
     raw = read_input(path)
     where = str(path)
     if raw.lstrip()[:1] != b"{":
@@ -79,6 +89,8 @@ def read_exports(path: Path) -> list[Export]:
         if isinstance(line, Mapping) and {"metadata", "metrics"} <= line.keys():
             return [_aiperf(where, [row for _, row in json_rows(raw, where)])]
         report = parse_json(raw)
+    except ValidationError:
+        raise
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     if isinstance(report, Mapping) and "benchmarks" in report:

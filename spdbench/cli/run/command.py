@@ -12,7 +12,6 @@ import click
 from spdbench.cli.options import (
     FOLDER,
     PATH,
-    WHOLE,
     check_name,
     complete_backends,
     flag,
@@ -56,7 +55,7 @@ class RunOptions(SuiteOptions):
         "Measure a request that other programs disturbed up to N more times; the least disturbed counts.",
         0,
     )
-    warmup: int = option("--warmup", WHOLE, "W", "Short untimed requests a backend beforehand.", 1)
+    warmup: int = option("--warmup", click.IntRange(0, 1000), "W", "Short untimed requests a backend beforehand.", 1)
     results: Path = option("--results", FOLDER, "DIR", "Where result files go.", Path("results"))
     name: str | None = option("--name", None, "NAME", "Added to the files' names, to tell runs apart.")
     resume: bool = flag("--resume", "Go on with a run that was interrupted.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,7 +234,7 @@ def read_gguf(path: Path) -> GGUFFile:
             for key, field in reader.fields.items()
             if key.startswith(TOKENIZER) and len(field.types) == 1  # no array
         }
-        num_tokens = len(_content(reader, TOKENIZER + "tokens") or [])
+        tokens = _content(reader, TOKENIZER + "tokens") or []
         tensors = {str(tensor.name): int(tensor.n_elements) for tensor in reader.tensors}
         factors = next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FACTORS), None)
         number, count = _content(reader, "split.no") or 0, _content(reader, "split.count") or 1
@@ -256,8 +257,11 @@ def read_gguf(path: Path) -> GGUFFile:
     factors = None if factors is None else tuple(factors)
     found = GGUFFile(path, architecture, values, tensors, ids, factors, tokenizer)
     for key, value in tokenizer.items():
-        if key.endswith("_token_id") and not (type(value) is int and 0 <= value < num_tokens):
-            raise found.error(f"{TOKENIZER}{key} is {value!r:.40}, but its vocabulary has {num_tokens} tokens")
+        if key.endswith("_token_id") and not (type(value) is int and 0 <= value < len(tokens)):
+            raise found.error(f"{TOKENIZER}{key} is {value!r:.40}, but its vocabulary has {len(tokens)} tokens")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise found.error(f"{TOKENIZER}tokens has {twice!r:.60} more than once, so that ids would be mixed up")
     name = tokenizer.get("pre", "default")
     if tokenizer.get("model") == "gpt2" and name not in PRE_TOKENIZERS:
         known = ", ".join(sorted(PRE_TOKENIZERS))

@@ -56,6 +56,11 @@ class Checkpoint:
                 raise
             except Exception as error:  # the reader libraries raise types of their own for broken files
                 raise InputError(f"{path}: cannot be read as weights ({error})") from None
+            if twice := next((name for name in names if name in where), None):
+                raise InputError(
+                    f"{self.directory}: tensor {twice} is in {where[twice][0].name} and in {path.name}, and libraries "
+                    "differ in which of the two they use; remove one"
+                )
             where.update(dict.fromkeys(names, (path, handle)))
         return where
 

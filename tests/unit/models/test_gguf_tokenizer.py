@@ -153,6 +153,14 @@ def test_text_gets_no_space_in_front_where_the_file_says_so(tmp_path: Path) -> N
         assert tokenizer.decode(tokenizer.encode("ab a", add_special_tokens=False)) == "ab a"
 
 
+def test_a_token_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    def about(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["tokenizer.ggml.tokens"].value = [*TOKENS[:20], "c", *TOKENS[21:]]
+
+    with pytest.raises(InputError, match=r"tokenizer\.ggml\.tokens has 'c' more than once"):
+        find_model(str(write_gguf(tmp_path / "twice.gguf", about=about)))
+
+
 CONVERTED_BY: dict[ModuleType, tuple[str, ...]] = {
     library: ("convert_gguf", "_factors_as_llama3", "_refuse_other_tensors"),
     finding: ("_write_source_note",),
@@ -181,7 +189,7 @@ def _code(module: ModuleType, names: tuple[str, ...]) -> str:
 def test_conversions_have_another_version_when_their_code_changes() -> None:
     """Folders that an earlier version converted stay in the cache, and are used as long as the version is the same."""
     digest = hashlib.sha256("\n".join(_code(*each) for each in CONVERTED_BY.items()).encode()).hexdigest()[:16]
-    assert (finding.CONVERSION, digest) == (5, "9ce76913e22deb17"), (
+    assert (finding.CONVERSION, digest) == (5, "c7db1dcfc15db0e3"), (
         "the code that converts GGUF files has changed: raise CONVERSION if it writes other files than before, and "
         "put both numbers here"
     )

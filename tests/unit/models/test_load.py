@@ -95,6 +95,21 @@ def test_an_adapter_is_neither_passed_over_nor_taken_for_a_model(copy: Path, has
         tiny.load(copy)
 
 
+def test_a_tensor_in_two_files_is_named(copy: Path) -> None:
+    """The index says which of them counts, but not every reader asks it."""
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    save_file(tensors, copy / "a.safetensors", {"format": "pt"})
+    save_file({"model.norm.weight": tensors["model.norm.weight"] * 3}, copy / "b.safetensors", {"format": "pt"})
+    index = dict.fromkeys(tensors, "a.safetensors") | {"some.other": "b.safetensors"}
+    for text in (json.dumps({"weight_map": index}), None):
+        (copy / "model.safetensors.index.json").unlink(missing_ok=True)
+        if text is not None:
+            (copy / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(InputError, match=r"model.norm.weight is in a.safetensors and in b.safetensors"):
+            tiny.load(copy).own_decoder  # noqa: B018 - weights are read when they are needed
+
+
 def test_tensors_that_the_config_gives_no_place_are_named(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     for name in ("model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.sinks", "extra"):

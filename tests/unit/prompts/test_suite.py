@@ -337,6 +337,10 @@ def test_file_that_is_no_yaml_mapping_is_reported_with_its_line(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
+        (
+            {"prompts": {"source": [{"inline": [{"id": "a", "category": "c", "turns": ["x"] * 1001}]}]}},
+            "prompts.source.0.inline.0.turns: List should have at most 1000 items",
+        ),
         ({"nme": "x"}, "nme: unknown key; did you mean 'name'? Known: decoding, description,"),
         ({"version": "1"}, "version: must be a whole number, not '1'"),
         ({"version": 0}, "version: must be greater than or equal to 1, not 0"),
