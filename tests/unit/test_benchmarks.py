@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim, distill, generate, instructions, llamacpp, memory, scaling
+from benchmarks import claim, distill, generate, hybrid, instructions, llamacpp, memory, scaling
 from benchmarks.shared import sides
 from benchmarks.shared.sides import Goal, Report, mean_by_round, milliseconds, ratio, spread, take_turns, times
 from benchmarks.shared.workload import Decoded, common_prefix
@@ -205,6 +205,20 @@ def test_scaling_rows_compare_with_the_first_setting_and_judge_the_targets(monke
     assert report.goals[0].what == "rows 8 over 1, float32"
 
 
+def test_hybrid_measures_every_side_and_part(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "linear_key_head_dim": 8, "head_dim": 16}
+    monkeypatch.setattr(hybrid, "SIZES", {**hybrid.SIZES, **sizes, "linear_value_head_dim": 8})
+    report = Report("hybrid", {}, {}, {})
+    hybrid.measure(argparse.Namespace(dtypes=["float32"], rounds=1, tokens=6, threads=1), report)
+    rows = report.tables["float32"]
+    assert {*hybrid.SIDES, *hybrid.COMPARED_WITH, *hybrid.COMPARED_WITH.values()} < {row["side"] for row in rows}
+    assert all(row["seconds"].median > 0 for row in rows)
+    assert [row["cells"][-1] for row in rows[: len(hybrid.SIDES)]] == ["6"] * len(hybrid.SIDES)
+    assert "a snapshot of all layers has 0.0" in capsys.readouterr().out
+
+
 def test_a_run_of_the_claim_that_was_interrupted_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
     files = [tmp_path / f"quick__{label}__smollm2__t0.json" for label in ("vanilla", "eagle")]
     files[0].touch()
@@ -246,7 +260,7 @@ def test_distill_runs_the_command_as_it_is() -> None:
         assert context.params["dtype"] == "float32"
 
 
-@pytest.mark.parametrize("module", [distill, generate, llamacpp, memory, scaling])
+@pytest.mark.parametrize("module", [distill, generate, hybrid, llamacpp, memory, scaling])
 def test_every_script_opens_with_why_regimes_and_output(module: Any) -> None:
     assert {"Why", "Regimes", "Output"} <= {line.partition(":")[0] for line in (module.__doc__ or "").splitlines()}
 
