@@ -16,6 +16,7 @@ from torch import Tensor
 from spdbench.errors import PromptFailedError
 from spdbench.models.cuda.captured_layers import clear_captured_caches
 from spdbench.models.layer_ops import NOT_NUMBERS, next_tokens
+from spdbench.models.torch_utils import one_thread
 from spdbench.types import Sampling
 
 Logits = Tensor | int
@@ -26,6 +27,7 @@ class DraftVocabulary:
     """The tokens that a drafter can propose: those that `token_ids_U` lists, or all `vocab_size` of the target's."""
 
     def __init__(self, vocab_size: int, token_ids_U: Tensor | None = None) -> None:
+        self.vocab_size = vocab_size
         self.size = vocab_size if token_ids_U is None else len(token_ids_U)
         self.token_ids_U = token_ids_U
 
@@ -81,10 +83,12 @@ class Sampler:
             return require_number(int(next_tokens(logits_V)))
         return self.draw(self.probabilities(logits_V))
 
+    @one_thread()
     def probabilities(self, logits: Tensor) -> Tensor:
         """The warped distribution `[V]`, or one a row of `[N, V]`, in float32; only for a temperature above 0."""
         return warp(logits, self.sampling)
 
+    @one_thread()
     def draw(self, weights_V: Tensor, uniform: float | None = None) -> int:
         """An index drawn in proportion to `weights_V`, which need not sum to 1; never one of weight 0. `uniform` is the
         number that decides, by default the next one.

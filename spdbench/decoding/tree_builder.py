@@ -86,13 +86,19 @@ class StaticTreeBuilder:
                 before = self._levels[depth - 1]
                 inner_ids = ids[-1] if len(before.inner) == len(ids[-1]) else ids[-1][before.inner]
                 candidates = proposer.next(before.inner_parents, inner_ids, before.rows, self.num_ranks)
-            ids.append(candidates.ids_SK[level.parent_rows, level.ranks])
+            chosen = candidates.ids_SK[0, :1] if tree.is_chain else candidates.ids_SK[level.parent_rows, level.ranks]
+            ids.append(chosen)
         return DraftTree(tree, torch.cat(ids))
 
 
 def chain_builder(num_levels: int, device: torch.device) -> StaticTreeBuilder:
     """The best child, `num_levels` times."""
     return StaticTreeBuilder(chain_paths(num_levels), device)
+
+
+def is_chain(builder: TreeBuilder) -> bool:
+    """True if all that it builds are chains."""
+    return isinstance(builder, StaticTreeBuilder) and builder.tree.is_chain
 
 
 def _static_levels(ordered: Sequence[Path], device: torch.device) -> Sequence[_Level]:

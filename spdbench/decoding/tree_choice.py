@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 from time import perf_counter
 
@@ -20,7 +21,7 @@ from spdbench.models.layer_ops import argmax
 from spdbench.profiles.profile import RowCosts
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-ROUNDS = 3
+ROUNDS = 5
 CONTEXT = 128
 MAX_AUTO_NODES = 32
 """Of a tree that a backend chooses for itself, the root included."""
@@ -30,7 +31,9 @@ RANK_DECAY = 0.25
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them."""
+    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them. More rows are
+    taken to cost no less than fewer: a median that says so is noise, which would pay for drafts with time that nobody
+    gains."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
@@ -42,7 +45,8 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
             argmax(decoder.logits(hidden)).tolist()
             times[count].append(perf_counter() - began)
             cache.rollback(CONTEXT)
-    return RowCosts(tuple(counts), tuple(median(times[count][1:]) for count in counts))
+    medians = (median(times[count][1:]) for count in counts)
+    return RowCosts(tuple(counts), tuple(accumulate(medians, max)))
 
 
 def assumed_accuracies(by_level: Sequence[float], num_levels: int, num_ranks: int) -> list[list[float]]:

@@ -31,10 +31,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spdbench.decoding.sampling import Logits, Sampler, draw_rows, require_number
+from spdbench.decoding.sampling import DraftVocabulary, Logits, Sampler, draw_rows, require_number
 from spdbench.decoding.tree import DraftTree
 from spdbench.models.layer_ops import next_tokens
-from spdbench.models.torch_utils import to_device
+from spdbench.models.torch_utils import one_thread, to_device
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,17 @@ class Draft:
             return cls(sampler.choose(logits_V))
         drafted_V = sampler.probabilities(logits_V)
         return cls(sampler.draw(drafted_V), drafted_V)
+
+    @one_thread()
+    def in_target(self, vocabulary: DraftVocabulary) -> Draft:
+        """The draft with the target's token ids, where this one has those of `vocabulary`."""
+        if vocabulary.token_ids_U is None or vocabulary.listed is None:
+            return self
+        token_id, drafted_U = vocabulary.listed[self.token_id], self.probabilities_V
+        if drafted_U is None:
+            return Draft(token_id)
+        drafted_V = torch.zeros(vocabulary.vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
+        return Draft(token_id, drafted_V.index_copy_(0, vocabulary.token_ids_U, drafted_U))
 
 
 @dataclass(frozen=True)
@@ -196,6 +207,7 @@ def first_accepted(
     return None
 
 
+@one_thread()
 def residual(target_V: Tensor, rejected_C: Tensor, drafted_V: Tensor | None) -> Tensor:
     """Lossless sampling: weights `[V]` of the token after rejected siblings `rejected_C`, from the distribution
     `drafted_V` where they were drawn."""
@@ -280,6 +292,7 @@ def _uniforms(sampler: Sampler, num_nodes: int) -> tuple[list[float], ...]:
 def typical(epsilon: float, delta: float) -> AcceptRule:
     """Typical acceptance. `epsilon` is the threshold where the target is certain, `delta` lowers it where it is not."""
 
+    @one_thread()
     def rule(logits_NV: Tensor, draft: DraftTree, sampler: Sampler) -> Rule:
         log_NV = (logits_NV.float() / sampler.sampling.temperature).log_softmax(dim=-1)
         entropy_N = -(log_NV.exp() * log_NV).nan_to_num(0.0).sum(dim=-1)

@@ -87,6 +87,10 @@ class LayerOps:
         """Rows over their root mean square, times the weight: `[S, M]`."""
         return rms_norm(rows_SM, weight.weight_M, self.geometry.norm_eps)
 
+    def norm_pair(self, left_SM: Tensor, left_weight: NormWeight, right_SM: Tensor, right_weight: NormWeight) -> Tensor:
+        """Two tensors' rows, each normalised by its weight, next to each other: `[S, 2M]`."""
+        return torch.cat((self.norm(left_SM, left_weight), self.norm(right_SM, right_weight)), dim=-1)
+
     def attention(
         self,
         qkv: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import median
 from time import perf_counter
 from typing import Any, TypeVar
@@ -70,6 +71,18 @@ def median_seconds(
             work()
             times.append(perf_counter() - began)
         return median(times)
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operators on the calling thread alone: in a decoding step they take microseconds, and threads of torch's
+    that wake for them keep the processors from the worker pool for much longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 

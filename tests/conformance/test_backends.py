@@ -299,17 +299,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return tiny.load(folder)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+SAMPLED: tuple[tuple[str, dict[str, str]], ...] = (
+    *((name, {"stages": "2"} if name == "spd" else {}) for name in BACKENDS),
+    ("eagle", {"tree": "chain", "depth": "2"}),
+    ("eagle", {"tree": "dynamic", "depth": "2", "top_k": "2", "total_tokens": "4"}),
+    ("medusa", {"tree": "chain", "heads": "2"}),
+)
+"""Chains of EAGLE and Medusa are drawn, their trees picked."""
+
+
+@pytest.mark.parametrize(("name", "options"), SAMPLED, ids=["-".join((x, *o.values())) for x, o in SAMPLED])
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_p=0.9, top_k=4)], ids=["plain", "warped"])
-def test_sampled_triples_follow_the_exact_joint_distribution(small: Target, name: str, sampling: Sampling) -> None:
-    backend = load(small, name, {"stages": "2"} if name == "spd" else {}, "random")
+def test_sampled_triples_follow_the_exact_joint_distribution(
+    small: Target, name: str, options: dict[str, str], sampling: Sampling
+) -> None:
+    backend = load(small, name, options, "random")
     prompt = (1, 2, 3)
     expected = _joint(small.decoder, prompt, sampling)
     counts: Counter[object] = Counter()
     for seed in range(DRAWS):
         request = GenerationRequest(prompt, (), 3, sampling, seed, frozenset())
         counts[tuple(ids(run(backend, request))[:3])] += 1
-    tests = 2 * len(BACKENDS)
+    tests = 2 * len(SAMPLED)
     assert chi_square(counts, expected).p_value > 1e-4 / tests
 
 

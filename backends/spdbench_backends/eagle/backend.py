@@ -62,6 +62,8 @@ class Eagle(DraftVerify):
     _options: Options
     _weights: EagleWeights | None = None
     _rounds: CapturedRounds | None = None
+    _chain: TreeBuilder | None = None
+    """What drafts with a temperature, where a chain that is drawn takes the place of the chosen tree."""
 
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.eagle.build import random_eagle
@@ -166,6 +168,9 @@ class Eagle(DraftVerify):
         levels, num_nodes = tree.num_levels, len(tree.paths) + 1
         top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
+        if self._decoder_to_capture() is None:
+            self._chain = chain_builder(levels, device)
+            self._chosen["with a temperature"] = f"chain, depth {self._chain.num_levels}, drawn"
         return DynamicTreeBuilder(levels, top_k, num_nodes)
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder) -> Callable[[int], float]:
@@ -177,6 +182,8 @@ class Eagle(DraftVerify):
 
     def _draft_seconds(self, builder: TreeBuilder) -> float:
         """Seconds of one draft."""
+        from spdbench.decoding.tree_builder import is_chain
+
         if self._weights is None:
             return 0.0
 
@@ -185,11 +192,12 @@ class Eagle(DraftVerify):
             rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
             return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
 
-        kind = "chain" if builder.max_nodes == builder.num_levels + 1 else "dynamic"
+        kind = "chain" if is_chain(builder) else "dynamic"
         return self._draft_cost(kind, builder.num_levels, measure)
 
     def _weights_drafter(self, request: GenerationRequest) -> Drafter:
-        builder, capacity = self._loaded(self._builder), len(request.prompt_ids) + request.max_new_tokens
+        chosen = self._builder if request.sampling.greedy else self._chain or self._builder
+        builder, capacity = self._loaded(chosen), len(request.prompt_ids) + request.max_new_tokens
         fits = self._captured is not None and capacity + builder.max_nodes <= self._captured.capacity
         return self._head_drafter(builder, capacity, self._rounds if fits else None)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.tree import DraftTree, Tree
 from spdbench.decoding.tree_builder import TreeBuilder
 from spdbench.models.attention_context import TreeRows
@@ -42,7 +43,7 @@ class CapturedHead(EagleHead):
         return self._logits(self._forward(states_SM, ids_S, context))
 
     def _forward(self, features_SM: Tensor, ids_S: Tensor, context: CapturedContext) -> Tensor:
-        inputs, residual_SM = self._entering(features_SM, ids_S)
+        inputs, residual_SM = self._entering(features_SM, self._embedded(ids_S))
         hidden_SM = self._layers.body(0, inputs, residual_SM, context)
         return self._layers.forward(hidden_SM, context, range(1, len(self.weights.layers)))
 
@@ -73,7 +74,13 @@ class CapturedRounds(Rounds):
                 buckets(self._module.cache.capacity),
             )
 
-    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:  # noqa: ARG002
+    def draft(
+        self,
+        features_SF: Tensor,
+        next_ids_S: Tensor,
+        max_levels: int,  # noqa: ARG002
+        sampler: Sampler,  # noqa: ARG002 - a replayed round picks
+    ) -> DraftTree:
         """Commits rows, and builds a tree after the last of `next_ids_S`; valid until the next call. More rows than a
         round begins with, as a prompt has, take the eager path."""
         if len(next_ids_S) > self._num_rows:

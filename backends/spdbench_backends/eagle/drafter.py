@@ -6,6 +6,7 @@ Shapes: S rows, k candidates of each, F feature columns, M draft width, U draft 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from spdbench.decoding.sampling import Sampler
 from spdbench.decoding.speculate import Features
 from spdbench.decoding.tree import DraftTree, lone_root
-from spdbench.decoding.tree_builder import Candidates, TreeBuilder
+from spdbench.decoding.tree_builder import Candidates, TreeBuilder, is_chain
+from spdbench.decoding.verify import Draft
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import argmax
+from spdbench.models.torch_utils import one_thread
 from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
 
 
@@ -34,10 +37,12 @@ class Rounds:
         """Forgets everything: another sequence begins."""
         self._module.reset()
 
-    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int) -> DraftTree:
-        """Commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`. Levels deeper
-        than `max_levels`, which is 1 at least, will not count."""
-        return draft_tree(self._module, self.builder, features_SF, next_ids_S, max_levels)
+    def draft(self, features_SF: Tensor, next_ids_S: Tensor, max_levels: int, sampler: Sampler) -> DraftTree:
+        """Commits rows as `EagleModule.extend` does, and builds a tree after the last of `next_ids_S`: with a
+        temperature a chain is drawn, all else is picked. Levels deeper than `max_levels`, which is 1 at least, will
+        not count."""
+        draws = is_chain(self.builder) and not sampler.greedy
+        return draft_tree(self._module, self.builder, features_SF, next_ids_S, max_levels, sampler if draws else None)
 
 
 class EagleDrafter:
@@ -55,12 +60,12 @@ class EagleDrafter:
         self._rounds.reset()
         self.accept((*prompt_ids[1:], root), features)
 
-    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
         assert self._features is not None
         assert self._next_ids is not None
         if max_levels < 1:
             return lone_root(self._next_ids[-1:])
-        return self._rounds.draft(self._inputs(self._features), self._next_ids, max_levels)
+        return self._rounds.draft(self._inputs(self._features), self._next_ids, max_levels, sampler)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
         self._features = features
@@ -73,33 +78,56 @@ class EagleDrafter:
 
 
 def draft_tree(
-    head: EagleHead, builder: TreeBuilder, features_SF: Tensor, next_ids_S: Tensor, max_levels: int
+    head: EagleHead,
+    builder: TreeBuilder,
+    features_SF: Tensor,
+    next_ids_S: Tensor,
+    max_levels: int,
+    sampler: Sampler | None = None,
 ) -> DraftTree:
-    """One round: the head's rows of `next_ids_S`, and a tree after the last of them. Can be captured."""
-    proposer = HeadProposer(head, *head.extend(features_SF, next_ids_S))
-    return builder.build_tree(proposer, next_ids_S[-1:], max_levels)
+    """One round: the head's rows of `next_ids_S`, and a tree after the last of them. Can be captured without a
+    `sampler`, with which a chain is drawn."""
+    logits_1U, state_1M = head.extend(features_SF, next_ids_S)
+    proposer = HeadProposer(head, logits_1U, state_1M, sampler)
+    draft = builder.build_tree(proposer, next_ids_S[-1:], max_levels)
+    return draft if sampler is None else replace(draft, drawn=tuple(proposer.drawn))
 
 
 class HeadProposer:
-    """A head's candidates of one round. `_states_SM` are those of the rows of the previous call."""
+    """A head's candidates of one round. `_states_SM` are those of the rows of the previous call. With a `sampler` the
+    only candidate of a row is a draw, and `drawn` holds the distributions `[V]` that were drawn from."""
 
-    def __init__(self, head: EagleHead, logits_1U: Tensor, state_1M: Tensor) -> None:
+    def __init__(self, head: EagleHead, logits_1U: Tensor, state_1M: Tensor, sampler: Sampler | None = None) -> None:
         self._head = head
         self._logits_1U = logits_1U
         self._states_SM = state_1M
+        self._sampler = sampler
+        self.drawn: list[Tensor] = []
 
     def first(self, count: int) -> Candidates:
         return self._best(self._logits_1U, count)
 
     def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:
-        logits_SU, self._states_SM = self._head.extend_tree(self._states_SM[parents_S], ids_S, rows)
+        if len(self._states_SM) > 1 or len(parents_S) > 1:
+            self._states_SM = self._states_SM[parents_S]
+        logits_SU, self._states_SM = self._head.extend_tree(self._states_SM, ids_S, rows)
         return self._best(logits_SU, count)
 
+    @one_thread()
     def _best(self, logits_SU: Tensor, count: int) -> Candidates:
         to_target = self._head.weights.vocabulary.to_target
+        if self._sampler is not None:
+            return self._draw(logits_SU[0], self._sampler)
         if count == 1:
             best_S1 = argmax(logits_SU)[:, None]
             return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), to_target(best_S1))
         best = logits_SU.topk(count, dim=-1)
         scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
         return Candidates(scores, to_target(best.indices))
+
+    def _draw(self, logits_U: Tensor, sampler: Sampler) -> Candidates:
+        draft = Draft.from_logits(logits_U, sampler).in_target(self._head.weights.vocabulary)
+        assert draft.probabilities_V is not None
+        self.drawn.append(draft.probabilities_V)
+        id_11 = torch.tensor([[draft.token_id]], device=logits_U.device)
+        return Candidates(torch.zeros_like(id_11, dtype=torch.float32), id_11)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from torch.nn.functional import embedding
 
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.attention_context import AttentionContext, TreeRows
-from spdbench.models.cpu.linear import Linear
+from spdbench.models.cpu.linear import Linear, PackedLinear
+from spdbench.models.cpu.recorded_forward import MAX_ROWS, RecordedRows, can_record
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import Geometry, NormWeight, ops_by_rows
 from spdbench.models.layers import LayerWeights, layer_body, layer_forward
@@ -101,20 +103,20 @@ class EagleHead(ABC):
             features_SF = torch.cat([ops.norm(c.contiguous(), n) for c, n in zip(chunks, norms, strict=True)], dim=-1)
         return weights.fc(features_SF)
 
-    def _entering(self, features_SM: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
+    def _embedded(self, ids_S: Tensor) -> Tensor:
+        return embedding(ids_S, self.weights.embeddings).to(self.weights.dtype)
+
+    def _entering(self, features_SM: Tensor, embedded_SM: Tensor) -> tuple[Tensor, Tensor]:
         """What layer 0 reads, and the residual that its output is added to."""
-        weights, ops = self.weights, self._ops_for(len(ids_S))
-        embedded_SM = embedding(ids_S, weights.embeddings).to(weights.dtype)
+        weights, ops = self.weights, self._ops_for(len(embedded_SM))
         first = weights.layers[0]
-        if weights.is_eagle3:
-            assert first.input_norm is not None
-            assert weights.feature_norm is not None
-            normed_SM = ops.norm(features_SM.contiguous(), weights.feature_norm)
-            inputs = torch.cat((ops.norm(embedded_SM, first.input_norm), normed_SM), dim=-1)
-            residual_SM = normed_SM if weights.residual_normed else features_SM
-        else:
-            residual_SM = inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
-        return inputs, residual_SM
+        if not weights.is_eagle3:
+            inputs = weights.fc(torch.cat((embedded_SM, features_SM), dim=-1))
+            return inputs, inputs
+        assert first.input_norm is not None
+        assert weights.feature_norm is not None
+        inputs = ops.norm_pair(embedded_SM, first.input_norm, features_SM.contiguous(), weights.feature_norm)
+        return inputs, inputs[:, embedded_SM.shape[1] :] if weights.residual_normed else features_SM
 
     def _logits(self, hidden_SM: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the states that the rows after these are fed."""
@@ -126,7 +128,7 @@ class EagleHead(ABC):
 
 
 class EagleModule(EagleHead):
-    """A head with the cache of one sequence."""
+    """A head with the cache of one sequence. Steps of a few rows are recorded when they are first needed."""
 
     def __init__(self, weights: EagleWeights, capacity: int) -> None:
         super().__init__(weights)
@@ -140,18 +142,17 @@ class EagleModule(EagleHead):
             weights.device,
         )
         self.num_committed = 0  # draft rows of committed tokens
+        self._recorded: dict[tuple[int, int | None], RecordedRows[_Step]] | None = {} if self._can_record else None
 
     def extend(self, features_SF: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
         """Forgets a tree's rows."""
         self.cache.rollback(self.num_committed)
-        context = AttentionContext(self.weights.rotary, self.num_committed, len(ids_S))
-        hidden_SM = self._forward(self._fused(features_SF), ids_S, context)
+        found = self._run(features_SF, ids_S, None)
         self.num_committed += len(ids_S)
-        return self._logits(hidden_SM[-1:])
+        return found
 
     def extend_tree(self, states_SM: Tensor, ids_S: Tensor, rows: TreeRows) -> tuple[Tensor, Tensor]:
-        context = AttentionContext(self.weights.rotary, self.num_committed, len(ids_S), rows)
-        return self._logits(self._forward(states_SM, ids_S, context))
+        return self._run(states_SM, ids_S, rows)
 
     def commit(self, num_rows: int) -> None:
         """Takes over rows that were written into the cache after the committed ones."""
@@ -164,11 +165,57 @@ class EagleModule(EagleHead):
         self.cache.rollback(0)
         self.num_committed = 0
 
-    def _forward(self, features_SM: Tensor, ids_S: Tensor, context: AttentionContext) -> Tensor:
-        weights, ops = self.weights, self._ops_for(len(ids_S))
-        inputs, residual_SM = self._entering(features_SM, ids_S)
+    def _run(self, given_SF: Tensor, ids_S: Tensor, rows: TreeRows | None) -> tuple[Tensor, Tensor]:
+        """Features of committed rows, or the states that a tree's rows are fed: logits and states, which hold until the
+        next call with as many rows."""
+        num_rows, embedded_SM = len(ids_S), self._embedded(ids_S)
+        if self._recorded is None or num_rows > MAX_ROWS:
+            context = AttentionContext(self.weights.rotary, self.num_committed, num_rows, rows)
+            step = self._step(given_SF, embedded_SM, context)
+        else:
+            tree_width = None if rows is None else rows.visible_SW.shape[1]
+            recorded = self._recorded.get((num_rows, tree_width))
+            if recorded is None:
+                recorded = self._recorded[num_rows, tree_width] = self._record(given_SF, embedded_SM, tree_width)
+            step = recorded.out
+            step.given_SF.copy_(given_SF)
+            step.embedded_SM.copy_(embedded_SM)
+            recorded.place(self.cache.room(0, num_rows)[0], self.num_committed, rows)
+            recorded.run()
+        self.cache.advance(num_rows)
+        return step.logits, step.states
+
+    def _record(self, given_SF: Tensor, embedded_SM: Tensor, tree_width: int | None) -> RecordedRows[_Step]:
+        given_SF, embedded_SM = torch.zeros_like(given_SF), torch.zeros_like(embedded_SM)
+        return RecordedRows(
+            self.weights.rotary,
+            self.cache,
+            len(embedded_SM),
+            tree_width,
+            lambda context, _: self._step(given_SF, embedded_SM, context),
+        )
+
+    def _step(self, given_SF: Tensor, embedded_SM: Tensor, context: AttentionContext) -> _Step:
+        weights, ops, committed = self.weights, self._ops_for(context.num_rows), context.tree is None
+        inputs, residual_SM = self._entering(self._fused(given_SF) if committed else given_SF, embedded_SM)
         hidden_SM = layer_body(weights.layers[0], ops, context, 0, inputs, residual_SM, self.cache)
         for index, layer in enumerate(weights.layers[1:], 1):
             hidden_SM = layer_forward(layer, ops, context, index, hidden_SM, self.cache)
-        self.cache.advance(len(ids_S))
-        return hidden_SM
+        return _Step(given_SF, embedded_SM, *self._logits(hidden_SM[-1:] if committed else hidden_SM))
+
+    @property
+    def _can_record(self) -> bool:
+        """True if all of a step's arithmetic is tasks of the worker pool."""
+        weights = self.weights
+        tasks = weights.is_eagle3 and not (weights.fc_norms or weights.residual_normed or weights.feed_normed)
+        packed = isinstance(weights.fc, PackedLinear) and isinstance(weights.head, PackedLinear)
+        return tasks and packed and can_record(weights.layers, self._ops_for(1))
+
+
+class _Step(NamedTuple):
+    """What goes into a step, and its logits and states."""
+
+    given_SF: Tensor
+    embedded_SM: Tensor
+    logits: Tensor
+    states: Tensor

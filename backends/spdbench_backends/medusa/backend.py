@@ -167,8 +167,11 @@ class Medusa(DraftVerify):
             return typical(options.posterior_threshold, options.posterior_alpha)
         return None
 
-    def _weights_drafter(self, request: GenerationRequest) -> Drafter:  # noqa: ARG002 - one drafter fits all
+    def _weights_drafter(self, request: GenerationRequest) -> Drafter:
+        from spdbench.decoding.tree_builder import is_chain
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
         weights, builder = self._loaded(self._weights), self._loaded(self._builder)
-        return MedusaDrafter(weights, self._context.target.ends, builder, self._captured_draft)
+        exact = self._options.acceptance == "lossless" and not request.sampling.greedy
+        ends, captured = self._context.target.ends, self._captured_draft
+        return MedusaDrafter(weights, ends, builder, captured, draws=exact and is_chain(builder))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain as concatenated
 from pathlib import Path
 
 import torch
@@ -21,13 +21,15 @@ from torch.nn.functional import silu
 
 from spdbench.decoding.sampling import DraftVocabulary, Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.tree import DraftTree, lone_root
+from spdbench.decoding.tree import DraftTree, chain, lone_root
 from spdbench.decoding.tree_builder import Candidates, StaticTreeBuilder
+from spdbench.decoding.verify import Draft
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
 from spdbench.models.cpu.linear import Linear
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
 from spdbench.models.decoder import Decoder
+from spdbench.models.torch_utils import one_thread
 from spdbench_backends.drafter_files.tensors import (
     TargetTensors,
     draft_vocabulary,
@@ -104,7 +106,7 @@ def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:
 
 def _expected(blocks: list[list[str]], layout: str, target: Decoder) -> ExpectedTensors:
     """The tensors of all residual blocks."""
-    width, names = target.config.hidden_size, list(chain.from_iterable(blocks))
+    width, names = target.config.hidden_size, list(concatenated.from_iterable(blocks))
     expected = ExpectedTensors({name + "weight": (width, width) for name in names})
     expected.add({name + "bias": (width,) for name in names}, optional=not NAMES[layout].bias)
     return expected
@@ -132,20 +134,24 @@ class MedusaDrafter:
         target: Decoder,
         builder: StaticTreeBuilder,
         captured: CapturedFunction | None = None,
+        *,
+        draws: bool = False,
     ) -> None:
-        """`captured` is what `capture_draft` gave for the same weights, target and builder."""
+        """`captured` is what `capture_draft` gave for the same weights, target and builder. `draws`: drafts of a chain
+        are drawn; a captured draft picks them all the same."""
         self.max_nodes = builder.max_nodes
         self._weights = weights
         self._target = target
         self._builder = builder
         self._captured = captured
+        self._draws = draws
         self._hidden: Tensor | None = None
         self._root = 0
 
     def start(self, prompt_ids: Sequence[int], features: Features, root: int) -> None:  # noqa: ARG002
         self.accept((root,), features)
 
-    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002 - picks, and never draws
+    def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:
         root_1 = self._target.ids((self._root,))
         if max_levels < 1:
             return lone_root(root_1)
@@ -153,6 +159,9 @@ class MedusaDrafter:
         if self._captured is not None:  # all levels, however few will count
             (ids_N,) = self._captured(self._hidden, root_1)
             return DraftTree(self._builder.tree, ids_N)
+        if self._draws:
+            levels = min(max_levels, self._builder.num_levels)
+            return draw_chain(self._weights, self._target, self._hidden, root_1, levels, sampler)
         return draft_tree(self._weights, self._target, self._builder, self._hidden, root_1, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
@@ -170,8 +179,22 @@ def draft_tree(
 ) -> DraftTree:
     """One round: a tree after the token `root_1`, which the target chose from `hidden_1M`."""
     levels = min(max_levels, builder.num_levels)
-    best_Kk = weights.logits(target.normed(hidden_1M), levels).topk(builder.num_ranks, dim=-1).indices
+    logits_KU = weights.logits(target.normed(hidden_1M), levels)
+    with one_thread():
+        best_Kk = logits_KU.topk(builder.num_ranks, dim=-1).indices
     return builder.build_tree(_ByLevel(weights.vocabulary.to_target(best_Kk)), root_1, levels)
+
+
+def draw_chain(
+    weights: MedusaWeights, target: Decoder, hidden_1M: Tensor, root_1: Tensor, num_levels: int, sampler: Sampler
+) -> DraftTree:
+    """One round: a draw from each of the first heads. No head knows what the others draw, so a draft has the same
+    distribution whichever are before it."""
+    logits_KU = weights.logits(target.normed(hidden_1M), num_levels)
+    drafts = [Draft.from_logits(logits_U, sampler).in_target(weights.vocabulary) for logits_U in logits_KU]
+    ids_K = torch.tensor([draft.token_id for draft in drafts], device=root_1.device)
+    drawn = tuple(draft.probabilities_V for draft in drafts if draft.probabilities_V is not None)
+    return DraftTree(chain(num_levels, root_1.device), torch.cat((root_1, ids_K)), drawn)
 
 
 def capture_draft(weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> CapturedFunction:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from spdbench.backend import BackendInfo, BackendOptions
+from spdbench.processors import usable_cores
 from spdbench.types import GenerationRequest
 from spdbench_backends.spd.pipelined import Pipelined
 from spdbench_backends.spd.placement import PipelineOptions
@@ -36,6 +37,8 @@ USUAL_MAX_ROWS = 8
 USUAL_TOP_K = 4
 """Drafts after a token where nothing is asked for and branches pay: measured on CPUs, greedy, in `benchmarks.branches`.
 At a temperature a picked draft is accepted less often than a drawn one, and branches win nothing."""
+MAX_SHARING_STAGES = 3
+"""As many stages win by branches where they share cores: with 5 on 2 cores, further rows cost more than they win."""
 
 
 class SPDOptions(PipelineOptions):
@@ -49,7 +52,8 @@ class SPDOptions(PipelineOptions):
     draft_top_k: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = Field(
         "auto",
         description="drafts after each of the newest tokens; more than 1: branches, a few rows a stage; auto: 4 for "
-        "greedy requests on CPUs with a trained head and a model that allow it, else 1",
+        "greedy requests on CPUs, in up to 3 stages or one a core, with a trained head and a model that allow it, "
+        "else 1",
     )
     redraft: bool = Field(
         False,
@@ -102,7 +106,8 @@ class SPD(Pipelined):
         """True where several drafts are possible and were measured to win more than their rows cost."""
         on_cpu = all(device == "cpu" for device in self._context.devices)
         possible = not (self._target_without_branches() or self._head_without_branches())
-        return on_cpu and possible and self._executor != "streams" and len(self._stages) > 1
+        few = 1 < len(self._stages) <= max(MAX_SHARING_STAGES, usable_cores())
+        return on_cpu and possible and self._executor != "streams" and few
 
     @property
     def _max_rows(self) -> int:

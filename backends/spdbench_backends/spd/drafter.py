@@ -123,16 +123,7 @@ class HeadDrafter(PipelineDrafter):
             self._module.rollback(length)
 
     def _draft(self, logits_U: Tensor, sampler: Sampler) -> Draft:
-        """The draft in the target's vocabulary."""
-        draft, vocabulary = Draft.from_logits(logits_U, sampler), self._weights.vocabulary
-        if vocabulary.token_ids_U is None or vocabulary.listed is None:
-            return draft
-        token_id, drafted_U = vocabulary.listed[draft.token_id], draft.probabilities_V
-        if drafted_U is None:
-            return Draft(token_id)
-        vocab_size = self._weights.decoder.config.vocab_size
-        drafted_V = torch.zeros(vocab_size, dtype=drafted_U.dtype, device=drafted_U.device)
-        return Draft(token_id, drafted_V.index_copy_(0, vocabulary.token_ids_U, drafted_U))
+        return Draft.from_logits(logits_U, sampler).in_target(self._weights.vocabulary)
 
 
 class CapturedHeadDrafter(HeadDrafter):

@@ -47,6 +47,17 @@ class CpuOps(LayerOps):
 
     def norm(self, rows_SM: Tensor, weight: NormWeight) -> Tensor:
         out, _ = self._buffer(weight, *rows_SM.shape)
+        self._norm(rows_SM, weight, out)
+        return out
+
+    def norm_pair(self, left_SM: Tensor, left_weight: NormWeight, right_SM: Tensor, right_weight: NormWeight) -> Tensor:
+        width = left_SM.shape[1]
+        out, _ = self._buffer((left_weight, right_weight), left_SM.shape[0], width + right_SM.shape[1])
+        self._norm(left_SM, left_weight, out[:, :width])
+        self._norm(right_SM, right_weight, out[:, width:])
+        return out
+
+    def _norm(self, rows_SM: Tensor, weight: NormWeight, out_SM: Tensor) -> None:
         rows_SM = rows_SM.contiguous()
         task = NormTask(
             kind=kind_word(TaskKind.NORM, self.dtype),
@@ -54,11 +65,11 @@ class CpuOps(LayerOps):
             rows=rows_SM.data_ptr(),
             weight=weight.widened.data_ptr(),
             eps_bits=self._eps_bits,
-            out=out.data_ptr(),
+            out=out_SM.data_ptr(),
             width=rows_SM.shape[1],
+            out_width=out_SM.stride(0),
         )
-        self.pool.run(task, rows_SM, out)
-        return out
+        self.pool.run(task, rows_SM, out_SM)
 
     def attention(
         self,

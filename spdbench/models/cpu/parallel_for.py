@@ -113,12 +113,11 @@ def _rotate(task: Any, begin: int, end: int, like: Any) -> None:
 
 @inner
 def _normalise(task: Any, begin: int, end: int, like: Any) -> None:
-    shape = (task.num_rows, task.width)
     norm_rows(
-        carray(pointer_to(task.rows, 0, like), shape),
+        carray(pointer_to(task.rows, 0, like), (task.num_rows, task.width)),
         carray(pointer_to(task.weight, 0, F(0)), task.width),
         float_from_bits(np.int32(task.eps_bits)),
-        carray(pointer_to(task.out, 0, like), shape),
+        carray(pointer_to(task.out, 0, like), (task.num_rows, task.out_width)),
         begin,
         end,
     )

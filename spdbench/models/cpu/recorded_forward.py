@@ -4,25 +4,30 @@ A layer is nine short tasks; for one row, making them in Python takes a sixth of
 are differs from pass to pass only in the rows, their positions and slots, which a replay writes to where the tasks read
 them. The layers themselves are recorded as they run otherwise, so both give the same bits.
 
-Shapes: S rows, M model width.
+`RecordedRows` is what a drafter's layers share with the target's: rows in one attention context.
+
+Shapes: S rows, M model width, W slots of a tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.cpu.linear import PackedLinear
-from spdbench.models.cpu.worker_pool import task_words, worker_pool
+from spdbench.models.cpu.worker_pool import Recording, task_words, worker_pool
 from spdbench.models.interface import CancelledForwardError
 from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import LayerOps
 from spdbench.models.layers import LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
+
+T = TypeVar("T")
 
 MAX_ROWS = 32
 """More rows take so long that their tasks do not matter, and each number of rows has buffers of its own."""
@@ -49,6 +54,47 @@ def _is_recordable(layer: LayerWeights) -> bool:
     return plain and all(isinstance(part, PackedLinear) for part in parts)
 
 
+class RecordedRows(Generic[T]):
+    """What `compute` does with S rows, recorded and replayed wherever in `cache` the rows are. `out` is what it
+    returned: tensors that a replay overwrites."""
+
+    def __init__(
+        self,
+        rotary: Rotary,
+        cache: KVCache,
+        num_rows: int,
+        tree_width: int | None,
+        compute: Callable[[AttentionContext, Recording], T],
+    ) -> None:
+        """`tree_width` is W of a tree's rows, None for a chain's."""
+        rows = None
+        if tree_width is not None:
+            visible_SW = torch.zeros(num_rows, tree_width, dtype=torch.bool)
+            rows = TreeRows(torch.zeros(num_rows, dtype=torch.long), visible_SW)
+        pool = worker_pool()
+        assert pool is not None
+        self._pool = pool
+        # Behind the cache's last slot, so that the tables of angles never have to grow.
+        self._context = AttentionContext(rotary, cache.capacity, num_rows, rows)
+        self._angles = self._context.angle_arrays
+        with pool.recording() as recording:
+            self.out = compute(self._context, recording)
+        self._tensors, self._tasks = recording.tensors, task_words(recording.tasks)
+
+    def place(self, slot: int, start: int, tree: TreeRows | None) -> None:
+        """The rows are in the slots from `slot` on, at positions from `start` on."""
+        context = self._context
+        context.slot[0] = slot
+        if tree is not None:
+            context.depths[:] = tree.depths_S.numpy()
+            context.visible[:] = tree.visible_SW.numpy()
+        context.positions[:] = context.depths + start
+
+    def run(self, begin: int = 0, end: int | None = None) -> None:
+        """Runs the tasks, or some of them."""
+        self._pool.run_all(self._tasks[begin:end])
+
+
 class RecordedForward:
     """The pass of one `shape` over one cache, of rows like `like_SM`."""
 
@@ -61,27 +107,21 @@ class RecordedForward:
         shape: Shape,
         like_SM: Tensor,
     ) -> None:
-        num_rows, rows = shape.num_rows, None
-        if shape.tree_width is not None:
-            visible_SW = torch.zeros(num_rows, shape.tree_width, dtype=torch.bool)
-            rows = TreeRows(torch.zeros(num_rows, dtype=torch.long), visible_SW)
-        pool = worker_pool()
-        assert pool is not None
-        self._cache, self._shape, self._ops, self._pool = cache, shape, ops, pool
-        # Behind the cache's last slot, so that the tables of angles never have to grow.
-        self._context = AttentionContext(rotary, cache.capacity, num_rows, rows)
-        self._angles = self._context.angle_arrays
-        self._given_SM = hidden_SM = torch.zeros(like_SM.shape, dtype=like_SM.dtype)
+        self._cache, self._shape, self._ops = cache, shape, ops
+        self._given_SM = torch.zeros(like_SM.shape, dtype=like_SM.dtype)
         self._states: dict[int, Tensor] = {}
         self._ends: list[int] = []
-        with pool.recording() as recording:
+
+        def compute(context: AttentionContext, recording: Recording) -> Tensor:
+            hidden_SM = self._given_SM
             for layer in shape.layers:
-                hidden_SM = layer_forward(weights[layer], ops, self._context, layer, hidden_SM, cache)
+                hidden_SM = layer_forward(weights[layer], ops, context, layer, hidden_SM, cache)
                 self._ends.append(len(recording.tasks))
                 if layer + 1 in shape.hidden_indices:
                     self._states[layer + 1] = hidden_SM
-        self._out_SM, self._tensors = hidden_SM, recording.tensors
-        self._tasks = task_words(recording.tasks)
+            return hidden_SM
+
+        self._rows = RecordedRows(rotary, cache, shape.num_rows, shape.tree_width, compute)
 
     def run(
         self, hidden_SM: Tensor, start: int, tree: TreeRows | None, cancelled: Callable[[], bool] | None
@@ -91,21 +131,17 @@ class RecordedForward:
         Raises:
             CancelledForwardError: `cancelled`, called before each layer, returned true.
         """
-        context, shape = self._context, self._shape
-        context.slot[0] = self._cache.room(shape.layers.start, shape.num_rows)[0]
-        if tree is not None:
-            context.depths[:] = tree.depths_S.numpy()
-            context.visible[:] = tree.visible_SW.numpy()
-        context.positions[:] = context.depths + start
+        shape, rows = self._shape, self._rows
+        rows.place(self._cache.room(shape.layers.start, shape.num_rows)[0], start, tree)
         self._given_SM.copy_(hidden_SM)
         if cancelled is None:
-            self._pool.run_all(self._tasks)
+            rows.run()
         else:
             for begin, end in zip([0, *self._ends], self._ends, strict=False):
                 if cancelled():
                     raise CancelledForwardError
-                self._pool.run_all(self._tasks[begin:end])
-        return self._out_SM.clone(), {index: state.clone() for index, state in self._states.items()}
+                rows.run(begin, end)
+        return rows.out.clone(), {index: state.clone() for index, state in self._states.items()}
 
 
 class RecordedLayers:

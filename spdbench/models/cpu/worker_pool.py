@@ -85,6 +85,7 @@ class NormTask(NamedTuple):
     eps_bits: int
     out: int
     width: int
+    out_width: int
 
 
 class RotaryTask(NamedTuple):

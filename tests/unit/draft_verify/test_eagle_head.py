@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from spdbench.models.decoder import Decoder
 from spdbench_backends.eagle.build import build_eagle, random_eagle
 from spdbench_backends.eagle.formats import EagleFile
 from spdbench_backends.eagle.head import EagleModule
+from tests import tiny
 from tests.unit.draft_verify.eagle_files import eagle3_shapes
 
 EPS = 1e-6
@@ -187,3 +189,31 @@ def test_committed_rows_and_trees_equal_the_method_written_out(
         logits, _ = module.extend(torch.stack(features[:1]), torch.tensor([30]))
         expected, _ = reference(file, decoder, [*features, features[0]], [*ids, 30])
         assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recorded_steps_have_the_bits_of_steps_that_are_not(tiny_model: Path, dtype: str) -> None:
+    decoder = tiny.load(tiny_model, dtype).own_decoder
+    weights = build_eagle(loud(random_eagle(decoder, 3, 3)), decoder)
+    recorded, plain = EagleModule(weights, 64), EagleModule(weights, 64)
+    assert recorded._recorded is not None
+    plain._recorded = None
+    features = torch.randn(9, weights.fc.plain().shape[1], generator=torch.Generator().manual_seed(2)).to(weights.dtype)
+    wide = TreeRows(torch.tensor([0, 0]), torch.eye(2).bool())
+    deeper = TreeRows(torch.tensor([1]), torch.tensor([[False, True, True]]))
+
+    def run(module: EagleModule) -> list[torch.Tensor]:
+        found = []
+        for begin, end in ((0, 5), (5, 7), (7, 9)):
+            logits, states = module.extend(features[begin:end], torch.arange(begin, end))
+            found += [logits.clone(), states.clone()]
+            logits, states = module.extend_tree(states.expand(2, -1), torch.tensor([20, 21]), wide)
+            found += [logits.clone(), states.clone()]
+            logits, states = module.extend_tree(states[1:], torch.tensor([22]), deeper)
+            found += [logits.clone(), states.clone()]
+        return found
+
+    with torch.inference_mode():
+        for one, other in zip(run(recorded), run(plain), strict=True):
+            assert torch.equal(one, other)
+    assert set(recorded._recorded) == {(5, None), (2, None), (2, 2), (1, 3)}

@@ -195,3 +195,14 @@ def test_without_numba_torch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_cpu_kernels(torch.float32, torch.device("cuda"))
     monkeypatch.setattr(layer_ops, "native_functions", lambda: None)
     assert not has_cpu_kernels(torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_pair_of_norms_is_both_next_to_each_other(dtype: torch.dtype, num_rows: int) -> None:
+    left, right = tensor(num_rows, 24, dtype=dtype), tensor(num_rows, 16, dtype=dtype, seed=1) * 3
+    weights = NormWeight(tensor(24, dtype=dtype, seed=2)), NormWeight(tensor(16, dtype=dtype, seed=3))
+    ops, torchs = CpuOps(geometry(), dtype), LayerOps(geometry())
+    found = ops.norm_pair(left, weights[0], right, weights[1])
+    assert torch.equal(found, torch.cat((ops.norm(left, weights[0]), ops.norm(right, weights[1])), dim=-1))
+    near(found, torchs.norm_pair(left, weights[0], right, weights[1]))
