@@ -75,23 +75,6 @@ def _watched() -> Iterator[None]:
     assert not RAN
 
 
-@contextlib.contextmanager
-def memory_limit(num_bytes: int = MEMORY_LIMIT) -> Iterator[None]:
-    """Inside, this process can allocate no more than `num_bytes` on top of what it has (Linux)."""
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-    except OSError:  # another system
-        yield
-        return
-    used = int(status.partition("VmData:")[2].split()[0]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (used + num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
 ODD_NUMBERS = [0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf")]
 ODD_TEXTS = [
     *("", " ", "\n", "\0", "\x1b]0;x\x07", "\u202e", "\ud800", "é", "²", "[/]", "{{ x }}", "%", "|", "=1+1", "-", "~x"),

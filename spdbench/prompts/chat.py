@@ -5,18 +5,16 @@ Works with any tokenizer that has the interface of transformers, without importi
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import inspect
 import json
 import re
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
 from spdbench.errors import InputError, did_you_mean
+from spdbench.prompts.render_limits import TooSlowError, memory_limit, time_limit
 from spdbench.prompts.templates import BUILT_IN, ChatTemplate
 from spdbench.types import Message, encodable
 
@@ -28,6 +26,9 @@ OPEN_END = "\u2063open end\u2063"
 
 RENDER_LIMIT_S = 10.0
 """The longest that a chat template may take for one conversation; a good one takes milliseconds."""
+RENDER_LIMIT_BYTES = 2**29
+MAX_RENDERED_CHARS = 2**23
+"""Of a conversation; more than the longest contexts of models hold."""
 PYTHON_WORDS = {"true": True, "false": False, "none": None, "null": None}
 _FROZEN_CLOCK = f"{{%- macro strftime_now(format) -%}}{PROMPT_DATE}{{%- endmacro -%}}"
 
@@ -130,7 +131,7 @@ class ChatFormat:
             return True
         messages = [{"role": "system", "content": OPEN_END}, {"role": "user", "content": "a"}]
         try:
-            return OPEN_END in self._render(messages, self._template, tokenize=False, add_generation_prompt=True)
+            return OPEN_END in self._render(messages, self._template, add_generation_prompt=True)
         except InputError:
             return False
 
@@ -140,7 +141,7 @@ class ChatFormat:
         question: Message = {"role": "user", "content": "a"}
         answer: Message = {"role": "assistant", "content": OPEN_END}
         try:
-            shown = self._render([question, answer, question], self._template or "", tokenize=False)
+            shown = self._render([question, answer, question], self._template or "")
         except InputError:
             return None
         _, mark, rest = shown.rpartition(OPEN_END)
@@ -163,7 +164,7 @@ class ChatFormat:
             ids = self.encode_text("\n".join(message["content"] for message in messages))
         else:
             messages = self._as_taken(messages)
-            ids = self._render(messages, self._template, tokenize=True, add_generation_prompt=True, return_dict=False)
+            ids = self.encode_answer(self._render(messages, self._template, add_generation_prompt=True))
         if not ids:
             source = "tokenizer" if self._template is None else "chat template"
             raise ConversationRefusedError(
@@ -180,7 +181,7 @@ class ChatFormat:
         if self._template is None:
             return self.encode([*messages, {"role": "user", "content": begun}])
         turn = {"role": "user", "content": begun + OPEN_END}
-        shown = self._render(self._as_taken([*messages, turn]), self._template, tokenize=False)
+        shown = self._render(self._as_taken([*messages, turn]), self._template)
         text, mark, _ = shown.rpartition(OPEN_END)
         if not mark:
             raise InputError("the model's chat template does not show what the user says, so no turn can be left open")
@@ -204,7 +205,7 @@ class ChatFormat:
         if self._template is None:
             raise InputError("the model has no chat template to apply; leave the option out")
         ending = {"continue_final_message": True} if answered else {"add_generation_prompt": True}
-        return str(self._render(self._as_taken(messages), self._template, tokenize=False, **ending))
+        return self._render(self._as_taken(messages), self._template, **ending)
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Ids of an answer's text as the model would generate them, without special tokens around it."""
@@ -240,21 +241,23 @@ class ChatFormat:
             return [{"role": "user", "content": system["content"]}, *rest]
         return [{"role": "user", "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
-    def _render(self, messages: Sequence[Message], template: str, **options: Any) -> Any:
+    def _render(self, messages: Sequence[Message], template: str, **options: Any) -> str:
+        """The conversation as text, of which nothing is cut."""
         from jinja2 import TemplateError
 
         # Templates read the date from `date_string` or from `strftime_now`, which only a macro can shadow.
         clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
-            with _time_limit(RENDER_LIMIT_S):
-                return self._tokenizer.apply_chat_template(
+            with time_limit(RENDER_LIMIT_S), memory_limit(RENDER_LIMIT_BYTES):
+                shown = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     chat_template=clock + template,
+                    tokenize=False,
                     **{"date_string": PROMPT_DATE, **self.template_args, **options},
                 )
         except TemplateError as error:
             raise ConversationRefusedError(f"the model's chat template refuses this conversation: {error}") from None
-        except _TooSlowError:
+        except TooSlowError:
             raise InputError(
                 f"the model's chat template does not end within {RENDER_LIMIT_S:g} seconds; use another model, or mend "
                 "its template"
@@ -264,32 +267,9 @@ class ChatFormat:
             raise ConversationRefusedError(
                 f"the model's chat template crashes on this conversation ({reason})"
             ) from None
-
-
-class _TooSlowError(BaseException):
-    """Not an `Exception`, so that nothing on the way catches it."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises `_TooSlowError` in this thread, inside the block, once it has run for `seconds`.
-
-    A template's code cannot be interrupted from outside by other means: signals reach the main thread only, and a
-    process for each rendering would cost more than the rendering.
-    """
-    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
-
-    def interrupt() -> None:
-        with lock:
-            if not ended:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(_TooSlowError))
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        with lock:
-            ended = True
-        timer.cancel()
+        if len(shown) > MAX_RENDERED_CHARS:  # a library that is not written in Python would take all memory for it
+            raise ConversationRefusedError(
+                f"the model's chat template makes {len(shown):,} characters of this conversation, more than any model "
+                "reads"
+            )
+        return str(shown)

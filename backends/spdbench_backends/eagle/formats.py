@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from spdbench.errors import InputError
+from spdbench.models.checkpoints.config_checks import require_computed
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench_backends.drafter_files.folder import (
     FOLDER_VERSION,
@@ -60,18 +61,6 @@ ABOUT_AUX = re.compile(
     r"aux_(?:\w+_)?(?:hidden|layers?|states?|convention)|(?:aux|eagle|target|capture|feature)\w*_layer_ids"
 )
 """Names of keys that say which layers a head reads, or how these are counted; only `AUX_KEYS` are understood."""
-NOT_COMPUTED = {
-    "partial_rotary_factor": 1,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-    "attention_multiplier": None,
-    "query_pre_attn_scalar": None,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-}
-"""Keys of layers that compute something else than ours, with the value that changes nothing, if there is one."""
 CHAIN = 3
 """How many tokens a speculators config proposes to draft; a server may choose another number."""
 
@@ -176,14 +165,13 @@ def _flat(raw: Mapping[str, Any], layout: Layout, path: Path) -> dict[str, Any]:
     if outer.get("use_aux_hidden_state") is False:
         raise InputError(f"{path}/config.json: use_aux_hidden_state is false, which is not supported")
     flat = {**mapping(raw, "model"), **mapping(raw, "transformer_layer_config"), **outer}
-    for key, value in flat.items():
+    for key in flat:
         if ABOUT_AUX.search(key) and key not in AUX_KEYS:
             raise InputError(
                 f"{path}/config.json: {key} is not known. Which layers a head reads is read from "
                 "eagle_aux_hidden_state_layer_ids, and -o eagle.aux_convention says how they are counted."
             )
-        if key in NOT_COMPUTED and value not in (None, NOT_COMPUTED[key]):
-            raise InputError(f"{path}/config.json: {key} is {value!r:.40}, which is not supported")
+    require_computed(path, flat)
     flat["bias"] = outer.get("bias", outer.get("fusion_bias"))
     if layout != "spdbench":
         flat["aux_hidden_states"] = outer.get("eagle_aux_hidden_state_layer_ids") or None  # an empty list names none

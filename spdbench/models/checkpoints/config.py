@@ -15,7 +15,7 @@ from typing import Any
 
 from spdbench.errors import InputError
 from spdbench.input_files import read_json
-from spdbench.models.checkpoints.config_checks import require_plausible, require_positive
+from spdbench.models.checkpoints.config_checks import require_computed, require_plausible, require_positive
 
 HYBRIDS = ("qwen3_5", "qwen3_5_moe")
 """Families with recurrent layers next to attention; a text model's `model_type` has `_text` behind these names."""
@@ -154,6 +154,10 @@ def model_config(directory: Path, standard: Any) -> ModelConfig:
     rope = text.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
         raise ForeignModelError(f"rope_type {rope!r}")
+    raw = read_raw_config(directory)
+    for part in (raw, raw.get("text_config")):
+        if isinstance(part, dict):
+            require_computed(directory, part, ("partial_rotary_factor",) if family in HYBRIDS else ())
     experts = _experts(directory, text)
     require_positive(directory, text, ("num_attention_heads",))
     if experts is None or not experts.shared_size:

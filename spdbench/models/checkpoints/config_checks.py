@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ WIDTHS = dict.fromkeys(
 )
 LIMITS = LAYERS | WIDTHS | {"head_dim": 65_536, "vocab_size": 20_000_000}
 EPSILONS = ("_eps", "_epsilon")
+NOT_COMPUTED = {
+    "partial_rotary_factor": 1,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "embedding_multiplier": 1,
+    "residual_multiplier": 1,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+}
+"""Keys of layers that compute something else than ours, with the value that changes nothing, if there is one."""
 
 
 def require_plausible(path: Path, raw: dict[str, Any]) -> None:
@@ -51,3 +63,12 @@ def require_positive(directory: Path, standard: Any, keys: tuple[str, ...], leas
         found = getattr(standard, key, None)
         if type(found) is not int or found < least:
             raise InputError(f"{directory}/config.json: {key} is {reprlib.repr(found)}, expected at least {least}")
+
+
+def require_computed(directory: Path, raw: Mapping[str, Any], known: Collection[str] = ()) -> None:
+    """Raises `InputError` for a key of other layers, unless it changes nothing or is one of those `known`: passed over,
+    the model would compute something else."""
+    for key, neutral in NOT_COMPUTED.items():
+        value = raw.get(key)
+        if key not in known and value is not None and value != neutral:
+            raise InputError(f"{directory}/config.json: {key} is {value!r:.40}, which is not supported here")

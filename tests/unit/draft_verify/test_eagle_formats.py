@@ -363,7 +363,7 @@ def test_tensors_that_do_not_fit_are_named(decoder: Decoder, tmp_path: Path, cha
         ({"eagle_config": {"aux_layer_ids": [1, 2, 2]}}, "aux_layer_ids is not known"),
         ({"eagle_aux_layers": [1, 2, 2]}, "eagle_aux_layers is not known"),
         ({"target_layer_ids": [1, 2, 2]}, "target_layer_ids is not known"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which is not supp"),
         ({"logits_scaling": 8}, "logits_scaling is 8"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"eagle_config": [1]}, "eagle_config is not a mapping"),

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from spdbench.prompts.render_limits import memory_limit
 from tests import hostile
 
 
 @pytest.fixture(autouse=True)
 def _limited() -> Iterator[None]:
-    with hostile.memory_limit():
+    with memory_limit(hostile.MEMORY_LIMIT):
         yield
 
 

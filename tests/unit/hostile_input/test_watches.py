@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from spdbench.prompts.render_limits import memory_limit
 from tests import hostile
 
 
@@ -48,5 +49,5 @@ def test_a_file_that_a_reader_changes_is_noticed(folder: Path) -> None:
 def test_memory_beyond_the_limit_is_refused() -> None:
     with pytest.raises(MemoryError):
         bytearray(hostile.MEMORY_LIMIT + 2**28)
-    with hostile.memory_limit(2**26), pytest.raises(MemoryError):
+    with memory_limit(2**26), pytest.raises(MemoryError):
         bytearray(2**27)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,28 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch
     rounds = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match=r"does not end within 0\.2 seconds"):
         ChatFormat(tokenizer(rounds + TEMPLATE)).encode(HELLO)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit it")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{% set x = 'a' * 10**9 %}",
+        "{{ '%999999999d' % 1 }}",
+        "{{ 'a'.center(10**9) }}",
+        "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ (range(99999) | list | string) * 9999 }}",
+    ],
+)
+def test_a_template_that_takes_gigabytes_is_stopped(words: str) -> None:
+    with pytest.raises(InputError, match=r"crashes on this conversation \(MemoryError"):
+        ChatFormat(tokenizer(words + TEMPLATE)).encode(HELLO)
+    assert len(bytearray(chats.RENDER_LIMIT_BYTES + 2**20)) > 2**20  # the limit is over
+
+
+def test_a_text_that_no_model_reads_is_not_tokenized() -> None:
+    with pytest.raises(InputError, match=r"makes 9,000,\d\d\d characters of this conversation"):
+        ChatFormat(tokenizer("{{ 'a' * 9000000 }}" + TEMPLATE)).encode(HELLO)
 
 
 def chosen(name: str, messages: list[dict[str, str]], **special: Any) -> str:
