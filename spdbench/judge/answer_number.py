@@ -58,15 +58,19 @@ NUMBER = re.compile(
 )
 """A number in the ways in which answers write it; its parts are one value."""
 MAX_POWER = 400
+MAX_DIGITS = 10_000
+"""Of a power's value."""
 MARKED = re.compile(rf"{FINAL}[ \t]*(?:\\boxed\{{|\*\*)?(?={NUMBER.pattern}(?![.)][ \t]+\w))")
 """A mark with its number behind it. `#### 1. Add them up` is a heading."""
 REMARKS = re.compile(
     rf"(?<![\d/])\d{{1,4}}/\d\d?/\d{{1,4}}(?![\d/])|\b\d{{4}}-\d\d-\d\d\b"  # a date
-    rf"|(?<=[\w%$*_}}\])] )\((?! ?=? ?{NUMBER.pattern}[ %$]*\))[^()]*\)|\\(?:text|mathrm|textbf)\{{[^{{}}]*\}}"
+    rf"|(?<=[\w%$*_}}\])] )\((?! ?=? ?(?>{NUMBER.pattern})[ %$]*\))[^()]*\)|\\(?:text|mathrm|textbf)\{{[^{{}}]*\}}"
 )
 """What holds numbers that are not the result where there is another one: dates, and what stands in brackets or as text
 behind it, as in `7 (since 3 + 4)`, but not the result itself, as in `eighteen (18)`."""
-REASON = re.compile(rf"\A(\W*{NUMBER.pattern}[^.;\n=]*?),? (?:since|because|rather than|instead of|not)\b.*", re.DOTALL)
+REASON = re.compile(
+    rf"\A(\W*(?>{NUMBER.pattern})[^.;\n=]*?),? (?:since|because|rather than|instead of|not)\b.*", re.DOTALL
+)
 """A result at the beginning of a sentence, and why it is that."""
 BOXED = re.compile(r"\\f?boxed ?\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 CONCLUSION = re.compile(
@@ -129,14 +133,14 @@ def _value(found: re.Match[str]) -> Fraction | None:
         value = Fraction(int(found["based"], 0))
     elif found["base"]:
         power = int(found["base_power"])
-        if power > MAX_POWER:
+        if not _is_feasible(found["base"], power):
             return None
         value = (-_plain(found["base"])) ** power
     elif found["plain"]:
         value = _plain(found["plain"])
         ten, power = _exponent(found["ten"] or found["raised_ten"], 0), _exponent(found["power"] or found["raised"], 1)
         ten += _SCALES.get(found["scale"] or "", 0) + _SUFFIXES.get((found["suffix"] or "").lower(), 0)
-        if max(abs(ten), abs(power)) > MAX_POWER or (power < 0 and not value):
+        if not _is_feasible(found["plain"], power) or abs(ten) > MAX_POWER or (power < 0 and not value):
             return None
         value = value**power * Fraction(10) ** ten
     elif found["vulgar"]:
@@ -155,6 +159,11 @@ def _value(found: re.Match[str]) -> Fraction | None:
 ABOVE = ("above", "latex_above", "digit_above", "bracketed_above", "raised_above", "over_above")
 BELOW = ("below", "latex_below", "digit_below", "bracketed_below", "lowered_below", "over_below")
 """The groups of `NUMBER` that hold what is above and below a fraction's line."""
+
+
+def _is_feasible(digits: str, power: int) -> bool:
+    """False for a power that takes too long to compute."""
+    return abs(power) <= MAX_POWER and (abs(power) <= 1 or len(digits) * abs(power) <= MAX_DIGITS)
 
 
 def _exponent(text: str | None, otherwise: int) -> int:
