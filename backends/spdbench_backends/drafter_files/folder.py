@@ -101,11 +101,11 @@ def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
     )
 
 
-def read_config(folder: Path, *methods: str) -> dict[str, Any]:
-    """The config of a drafter's folder.
+def read_config(folder: Path, *methods: str, ours_alone: bool = False) -> dict[str, Any]:
+    """The config of a drafter's folder. `ours_alone`: only folders of our own layout are read, which are no models.
 
     Raises:
-        InputError: there is none, it is no mapping, or it names a method that is not one of `methods`.
+        InputError: there is none, it is no mapping, or it is of a method that is not one of `methods`.
     """
     file = folder / "config.json"
     if not os.path.lexists(file):
@@ -113,9 +113,24 @@ def read_config(folder: Path, *methods: str) -> dict[str, Any]:
     raw = read_json(file)
     if not isinstance(raw, dict):
         raise InputError(f"{file}: is not a mapping")
-    if raw.get("method", methods[0]) not in methods:
-        raise InputError(f"{folder}: is a drafter for {raw['method']!r:.60}, not for {methods[0]}")
+    method = raw.get("method") or _published_method(raw) or methods[0]
+    if method not in methods:
+        raise InputError(f"{folder}: is a drafter for {method!r:.60}, not for {methods[0]}")
+    if ours_alone and "method" not in raw and "architectures" in raw:
+        raise InputError(
+            f"{folder}: is not a drafter for {methods[0]}: its config.json is that of a model or of an EAGLE head "
+            f"(architectures {raw['architectures']!r:.60})"
+        )
     return raw
+
+
+def _published_method(raw: Mapping[str, Any]) -> str | None:
+    """The method that a config of others shows to be its own; None where it may be anything. EAGLE's first heads look
+    as their targets do."""
+    named = f"{raw.get('architectures')} {raw.get('speculators_model_type')}".lower()
+    if "eagle" in named:
+        return "eagle"
+    return "medusa" if "medusa" in named or "medusa_num_heads" in raw else None
 
 
 def require_version(path: Path, config: Mapping[str, Any], *allowed: int) -> None:

@@ -51,7 +51,7 @@ def read_exit(path: Path) -> ExitFile:
     Raises:
         InputError: it is no such folder, or damaged.
     """
-    raw = read_config(path, "ppsd")
+    raw = read_config(path, "ppsd", ours_alone=True)
     if "method" not in raw:
         raise InputError(f"{path}: is not a PPSD drafter: its config names no method")
     require_version(path, raw, FOLDER_VERSION)

@@ -87,7 +87,7 @@ def read_head(path: Path) -> HeadFile | GroupedFile:
         InputError: neither of the two, damaged, or of a version that is not read.
     """
     if path.is_dir():
-        layout, config, files = "spdbench", read_config(path, "spd"), Checkpoint(path).files
+        layout, config, files = "spdbench", read_config(path, "spd", ours_alone=True), Checkpoint(path).files
         tensors = read_tensors(files)
     else:
         layout, files, content = "published", [path], load_content(path)

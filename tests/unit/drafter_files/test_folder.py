@@ -65,6 +65,24 @@ def test_configs_that_are_none(tmp_path: Path, text: str | None, why: str) -> No
         read_config(tmp_path / "config.json", "some")
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"architectures": ["LlamaForCausalLMEagle3"], "hidden_size": 8}', "is a drafter for 'eagle', not for spd"),
+        ('{"speculators_model_type": "eagle3"}', "is a drafter for 'eagle', not for spd"),
+        ('{"medusa_num_heads": 5, "medusa_num_layers": 1}', "is a drafter for 'medusa', not for spd"),
+        (
+            '{"architectures": ["LlamaForCausalLM"]}',
+            r"a model or of an EAGLE head \(architectures \['LlamaForCausalLM'\]",
+        ),
+    ],
+)
+def test_published_drafters_of_other_methods_are_named_as_what_they_are(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=why):
+        read_config(tmp_path, "spd", ours_alone=True)
+
+
 @pytest.mark.parametrize("version", [2, "1", None])
 def test_a_version_that_is_not_known_is_refused_and_none_is_the_first(tmp_path: Path, version: object) -> None:
     require_version(tmp_path, {}, 1)
