@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -23,7 +23,7 @@ from spdbench.prompts.rows import Part, Row, SourceUnavailable, Text, problem
 from spdbench.prompts.source import PLACEHOLDER, Place, Source, Template
 from spdbench.prompts.sources import SOURCES, HubSource, InlineSource, LmEvalSource, PackageSource, PathSource
 from spdbench.prompts.text_source import TextSource
-from spdbench.types import Prompt
+from spdbench.types import Message, Prompt
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -101,10 +101,20 @@ _Score = Annotated[
 ]
 
 
+class _Example(Part):
+    """A question with its answer, put before each conversation's first question."""
+
+    prompt: Text
+    answer: Text
+
+
 class _Prompts(Part):
     source: list[_AnySource] = Field(min_length=1)
     template: Template | None = None
     system: Text | None = Field(None, description="a system prompt for every conversation that has none of its own")
+    examples: list[_Example] = Field(
+        [], description="few-shot: questions with answers, which each conversation begins with"
+    )
     omit_too_long: bool = Field(False, description="leave out prompts that the model's context has no room for")
     limit: int | None = Field(None, ge=1)
     category: Text | None = Field(None, description="of prompts whose source names none; default: the suite's name")
@@ -262,6 +272,8 @@ def _model_at(loc: tuple[int | str, ...]) -> type[Part]:
     match loc:
         case ("prompts",):
             return _Prompts
+        case ("prompts", "examples", int()):
+            return _Example
         case ("prompts", "source", int(), "path", "references"):
             return PackageSource
         case ("prompts", "source", int(), str() as kind):
@@ -283,7 +295,10 @@ def _first_present(part: _Prompts, place: Place, path: Path) -> tuple[tuple[Prom
             missing.append(f"  {source.title}: {error.reason}\n    to get it: {error.command}")
             continue
         template = source.template or part.template
-        prompts = tuple(_wrapped(_with_system(prompt, part.system), template) for prompt in loaded.prompts)
+        examples = _as_messages(part.examples, template)
+        prompts = tuple(
+            _wrapped(_with_examples(_with_system(prompt, part.system), examples), template) for prompt in loaded.prompts
+        )
         return prompts, loaded.title, loaded.missing
     raise InputError("\n".join([f"{path}: none of its prompt sources is there:", *missing]))
 
@@ -292,6 +307,21 @@ def _with_system(prompt: Prompt, system: str | None) -> Prompt:
     if system is None or any(message["role"] == "system" for message in prompt.context):
         return prompt
     return replace(prompt, context=({"role": "system", "content": system}, *prompt.context))
+
+
+def _as_messages(examples: Sequence[_Example], template: str | None) -> tuple[Message, ...]:
+    """`examples` as turns, their questions in the suite's template as those of prompts are."""
+    found: list[Message] = []
+    for each in examples:
+        question = each.prompt if template is None else template.replace(PLACEHOLDER, each.prompt)
+        found += [{"role": "user", "content": question}, {"role": "assistant", "content": each.answer}]
+    return tuple(found)
+
+
+def _with_examples(prompt: Prompt, examples: tuple[Message, ...]) -> Prompt:
+    num_system = sum(message["role"] == "system" for message in prompt.context[:1])
+    system, others = prompt.context[:num_system], prompt.context[num_system:]
+    return replace(prompt, context=(*system, *examples, *others))
 
 
 def _wrapped(prompt: Prompt, template: str | None) -> Prompt:

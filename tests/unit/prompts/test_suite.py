@@ -76,6 +76,33 @@ def test_a_rows_own_system_prompt_beats_the_suites(tmp_path: Path) -> None:
     assert all(len(prompt.first_messages) == 2 for prompt in found)
 
 
+def test_examples_come_after_the_system_prompt_in_the_suites_template(tmp_path: Path) -> None:
+    rows = [{"id": "a", "turns": ["2 + 2?", "Sure?"]}, {"id": "b", "turns": ["hi"], "system": "Of the row."}]
+    examples = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": "1 + 2?", "answer": "3"}]
+    prompts = {"source": [{"inline": rows}], "template": "Q: {prompt}", "examples": examples}
+    plain, with_system = load_suite(str(write_suite(tmp_path, prompts=prompts)), None).prompts
+    said = [(message["role"], message["content"]) for message in plain.first_messages]
+    shots = [("user", "Q: 1 + 1?"), ("assistant", "2"), ("user", "Q: 1 + 2?"), ("assistant", "3")]
+    assert said == [*shots, ("user", "Q: 2 + 2?")]
+    assert plain.turns == ("Q: 2 + 2?", "Q: Sure?")
+    first, *others = with_system.first_messages
+    assert (first["role"], first["content"]) == ("system", "Of the row.")
+    assert [(message["role"], message["content"]) for message in others] == [*shots, ("user", "Q: hi")]
+
+
+@pytest.mark.parametrize(
+    ("example", "why"),
+    [
+        ({"prompt": "a", "answr": "b"}, "prompts.examples.0.answr: unknown key; did you mean 'answer'?"),
+        ({"prompt": "a"}, "prompts.examples.0.answer: is missing"),
+        ({"prompt": "a", "answer": " "}, "prompts.examples.0.answer: must not be empty"),
+    ],
+)
+def test_mistakes_in_examples(tmp_path: Path, example: dict[str, str], why: str) -> None:
+    prompts = {"source": [INLINE], "examples": [example]}
+    assert why in message_of(write_suite(tmp_path, prompts=prompts))
+
+
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
