@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from spdbench.cli.files import result_paths, write_stdout
+from spdbench.cli.files import result_paths, show_text, write_stdout
 from spdbench.cli.options import argument, flag, option, takes
 from spdbench.cli.trace import find_text, read_kept
 from spdbench.console import printable
@@ -63,7 +63,7 @@ def command(options: AnswersOptions) -> None:
     by_key: dict[Key, list[Answer]] = {}
     for answer in answers:
         by_key.setdefault(answer.key, []).append(answer)
-    write_stdout("\n".join(map(_block, by_key.values())))
+    show_text("\n".join(map(_block, by_key.values())))
 
 
 def _read(options: AnswersOptions) -> Iterator[Answer]:

@@ -7,9 +7,10 @@ import glob
 import hashlib
 import os
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,6 +120,14 @@ def write_stdout(content: str | bytes) -> None:
         click.echo(content, nl=False)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def show_text(text: str, write: Callable[[str], None] = write_stdout) -> None:
+    """`text` by `write` to stdout; in the pager (`PAGER`) where a terminal has fewer lines than it."""
+    if sys.stdin.isatty() and sys.stdout.isatty() and text.count("\n") >= shutil.get_terminal_size().lines:
+        click.echo_via_pager(text.removesuffix("\n"))  # which ends it with a line break
+    else:
+        write(text)
 
 
 def require_replaceable(option: str, path: Path, schema: str) -> None:

@@ -9,12 +9,14 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
+from spdbench.cli.files import show_text
 from spdbench.cli.options import PATH, complete_suites
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
@@ -31,8 +33,11 @@ AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
     """`facts` as JSON, or `lines` for people, in which no text commands the terminal."""
-    shown = (printable(line) for text in lines for line in text.split("\n"))
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(shown))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        text = "".join(f"{printable(line)}\n" for part in lines for line in part.split("\n"))
+        show_text(text, partial(click.echo, nl=False))
 
 
 @click.command("backends", short_help="List installed backends and their options.")

@@ -19,6 +19,7 @@ from click.shell_completion import shell_complete
 
 from spdbench import __version__
 from spdbench.cli.defaults import file_options
+from spdbench.cli.examples import epilog
 from spdbench.cli.terminal import Terminated
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
@@ -78,6 +79,7 @@ class LazyGroup(click.Group):
             return None
         module, _, name = COMMANDS[cmd_name].place.partition(":")
         command: click.Command = getattr(importlib.import_module(module), name or "command")
+        command.epilog = epilog(cmd_name)
         return command
 
     def resolve_command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
 from importlib.metadata import EntryPoint
@@ -15,6 +16,7 @@ from pydantic import Field
 from spdbench import __version__
 from spdbench.backend import BackendOptions
 from spdbench.cli.env import command as env
+from spdbench.cli.files import show_text
 from spdbench.cli.listings import backends, suites
 from spdbench.measure import environment as measured
 from spdbench.prompts.suite import shipped_suites
@@ -152,6 +154,26 @@ def test_a_suites_prompts_are_shown() -> None:
 def small_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "PROBE_BYTES", {"cpu": 2**20, "cuda": 2**20})
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("lines", "is_paged"), [("5", True), ("500", False)])
+def test_what_is_longer_than_the_terminal_goes_to_the_pager(
+    lines: str, is_paged: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LINES", lines)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("PAGER", f"tee {tmp_path / 'paged'}")
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    text = "".join(f"line {number}\n" for number in range(20))
+    show_text(text)
+    assert (tmp_path / "paged").exists() is is_paged
+    assert ((tmp_path / "paged").read_text() if is_paged else screen.getvalue()) == text
 
 
 @pytest.mark.usefixtures("small_probe")

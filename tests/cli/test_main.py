@@ -15,6 +15,7 @@ import pytest
 
 from spdbench import __version__
 from spdbench.cli import main as entry
+from spdbench.cli.examples import EXAMPLES
 from spdbench.errors import InputError, NotComparableError, SpdbenchError
 
 HEAVY = ("rich", "pydantic", "yaml", "torch", "transformers", "numpy", "tabulate")
@@ -96,6 +97,19 @@ def test_a_commands_help_in_the_overview_is_its_own(name: str) -> None:
     assert command is not None
     assert command.short_help == entry.COMMANDS[name].help
     assert command.name == name
+
+
+@pytest.mark.parametrize("name", [name for name in entry.COMMANDS if name != "lm-eval"])  # which prints lm-eval's own
+def test_help_ends_with_examples_that_the_command_takes(name: str) -> None:
+    shown = spdbench(name, "--help").stdout.partition("Examples:\n")[2].splitlines()
+    assert [line.strip() for line in shown] == list(EXAMPLES[name])
+    group = entry.LazyGroup("spdbench")
+    command = group.get_command(click.Context(group), name)
+    assert command is not None
+    for line in EXAMPLES[name]:
+        program, said, *words = shlex.split(line.partition(" >")[0])
+        assert (program, said) == ("spdbench", name)
+        command.make_context(name, words).close()
 
 
 def test_version() -> None:
