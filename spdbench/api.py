@@ -179,6 +179,7 @@ def compare(
     baseline: str | None = None,
     by: Literal["category", "context"] | None = None,
     dialect: str | None = None,
+    goodput: str | None = None,
 ) -> Comparison:
     """Compares results, given as such or as `load` takes them; the other arguments are options of `spdbench compare`.
 
@@ -192,7 +193,7 @@ def compare(
     found: list[LoadedResult] = []
     for each in given:
         found += [each.loaded] if isinstance(each, Result) else [one.loaded for one in load(each)]
-    return Comparison(compare_results(found, baseline, by, dialect))
+    return Comparison(compare_results(found, baseline, by, dialect, goodput))
 
 
 def _frame(records: Sequence[Mapping[str, Any]]) -> Any:

@@ -30,7 +30,10 @@ class CompareOptions:
 
     results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True)
     baseline: str | None = option(
-        "--baseline", None, "LABEL|FILE", "What speed-ups are relative to. Default: the first vanilla of each table."
+        "--baseline",
+        None,
+        "LABEL|FILE",
+        "What speed-ups are relative to. Default: the run's first -b; of runs with different ones, the first vanilla.",
     )
     by: str | None = option(
         "--by",
@@ -45,6 +48,12 @@ class CompareOptions:
         click.Choice([*DIALECTS, "all"]),
         None,
         "Acceptance length as others print it, or in all dialects side by side.",
+    )
+    goodput: str | None = option(
+        "--goodput",
+        None,
+        "LIMITS",
+        "Share of requests within limits in ms, such as ttft:500,tpot:50 (or e2el, the whole request).",
     )
     details: bool = flag("--details", "All columns, what they mean, and why each flag was raised.")
 
@@ -63,8 +72,8 @@ def command(options: CompareOptions) -> None:
         raise InputError("--format parquet: is binary; send it to a file: spdbench compare ... > FILE.parquet")
     if options.by == "request" and form not in RECORD_WRITERS:
         raise InputError(f"--by request: is for programs; give --format {', '.join(RECORD_WRITERS)}, not {form}")
-    if options.by == "request" and (options.baseline or options.dialect):
-        raise InputError("--by request: compares nothing, so it takes neither --baseline nor --dialect")
+    if options.by == "request" and (options.baseline or options.dialect or options.goodput):
+        raise InputError("--by request: compares nothing, so it takes neither --baseline nor --dialect nor --goodput")
 
     from rich.console import Console
 
@@ -76,7 +85,7 @@ def command(options: CompareOptions) -> None:
     if options.by == "request":
         write_stdout(getattr(export, RECORD_WRITERS[form])(export.request_records(loaded)))
         return
-    tables = compare_results(loaded, options.baseline, options.by, options.dialect)
+    tables = compare_results(loaded, options.baseline, options.by, options.dialect, options.goodput)
     if form == "parquet":
         write_stdout(export.to_parquet(export.comparison_records(tables)))
     else:
@@ -84,17 +93,18 @@ def command(options: CompareOptions) -> None:
 
 
 def compare_results(
-    loaded: list[LoadedResult], baseline: str | None, by: str | None, dialect: str | None
+    loaded: list[LoadedResult], baseline: str | None, by: str | None, dialect: str | None, goodput: str | None = None
 ) -> list[Table]:
     """The tables of `loaded` results; the other arguments are the command's options.
 
     Raises:
-        InputError: `baseline` is neither a label nor a result file.
+        InputError: `baseline` is neither a label nor a result file, or `goodput` no limits.
         NotComparableError: `baseline` did other work than every result.
     """
     from spdbench.judge.comparison.compare import compare, find_baseline
     from spdbench.judge.comparison.context import by_context
     from spdbench.judge.loaded import LoadedResult
+    from spdbench.judge.metrics.goodput import parse_limits
 
     chosen = None if baseline is None else find_baseline(baseline, loaded)
     if by == "context":
@@ -103,4 +113,5 @@ def compare_results(
             chosen = split[loaded.index(chosen)] if chosen in loaded else by_context([chosen])[0]
         loaded = split
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
-    return compare(loaded, chosen, by_category=by is not None, dialects=dialects)
+    limits = None if goodput is None else parse_limits(goodput)
+    return compare(loaded, chosen, by_category=by is not None, dialects=dialects, limits=limits)

@@ -60,7 +60,9 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
     type=click.Choice([*STYLES]),
     help="Of a chart: paper is one column of two (3.35 in), paper-wide is both (7 in). [default: screen]",
 )
-@click.option("--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: the first vanilla.")
+@click.option(
+    "--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: that of `spdbench compare`."
+)
 @click.option(
     "--history",
     "as_history",
@@ -80,9 +82,9 @@ def command(
 ) -> None:
     """Draw a comparison of results: one HTML page that holds everything it needs, or one chart as a file.
 
-    RESULT is a result file, a pattern, a folder of result files, or an earlier report. All must be of one suite, model,
-    dtype, decoding and machine. The page opens from disk without network, and holds the results that it shows:
-    `spdbench compare report.html` reads it.
+    RESULT is a result file, a pattern, a folder of result files, or an earlier report. All must be of one model, dtype,
+    decoding and machine; of several suites the page shows the means and a table each, and has no charts. The page opens
+    from disk without network, and holds the results that it shows: `spdbench compare report.html` reads it.
 
     With --history the results are many runs of one suite, model, dtype and decoding, on any machines; a
     calibration.json next to them, which `check --calibrate` writes, says what is noise.
@@ -110,24 +112,28 @@ def command(
     if as_history:
         content = _history(loaded, paths, out, chart, form, style)
     elif chart is None:
-        content = _page(_only_table(loaded, baseline), paths, out)
+        content = _page(_compared(loaded, baseline), paths, out)
     else:
-        content = _drawn(vega.CHARTS[chart], _only_table(loaded, baseline), form, style)
+        content = _drawn(vega.CHARTS[chart], _only_table(_compared(loaded, baseline)), form, style)
     write_whole_file("-o", out, content)
     say(f"Wrote {out}")
 
 
-def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
-    """The comparison of all results, by category, with what turns their ids into text.
+def _compared(loaded: Sequence[LoadedResult], word: str | None) -> list[Table]:
+    from spdbench.judge.comparison.compare import compare, find_baseline
+
+    return compare(loaded, None if word is None else find_baseline(word, loaded), by_category=True)
+
+
+def _only_table(tables: Sequence[Table]) -> Table:
+    """The comparison of all results, with what turns their ids into text.
 
     Raises:
         InputError: they do not all compare.
     """
-    from spdbench.judge.comparison.compare import compare, find_baseline
     from spdbench.judge.comparison.pairing import differences
     from spdbench.models.checkpoints.tokenizer_files import find_decoder
 
-    tables = compare(loaded, None if word is None else find_baseline(word, loaded), by_category=True)
     if len(tables) == 1:
         model = tables[0].head.model
         return replace(tables[0], decode=find_decoder(model.id, model.tokenizer_sha256, model.sha256))
@@ -138,10 +144,15 @@ def _only_table(loaded: Sequence[LoadedResult], word: str | None) -> Table:
     )
 
 
-def _page(table: Table, paths: Sequence[Path], out: Path) -> bytes:
-    from spdbench.render.report.page import to_html
+def _page(tables: Sequence[Table], paths: Sequence[Path], out: Path) -> bytes:
+    """The page of one comparison, or of several suites that differ in nothing else."""
+    from spdbench.judge.comparison.summary import summaries
+    from spdbench.render.report import page, suites_page
 
-    return to_html(table, _sources(paths), out.name).encode()
+    for summary in summaries(tables):
+        if len(summary.tables) == len(tables):
+            return suites_page.to_html(summary, _sources(paths)).encode()
+    return page.to_html(_only_table(tables), _sources(paths), out.name).encode()
 
 
 def _drawn(chart: Chart[Shown], shown: Shown, form: ImageFormat, style: str | None) -> bytes:

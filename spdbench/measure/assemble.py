@@ -43,6 +43,7 @@ class ResultHead:
     drafter: DrafterRecord | None
     environment: Mapping[str, Any]
     git: str | None
+    baseline: str | None = None
 
 
 def run_key(identity: Mapping[str, Any]) -> str:
@@ -95,6 +96,7 @@ def _without_runs(head: ResultHead, journal: Journal) -> Result:
         model=_public(head.model),
         drafter=None if head.drafter is None else _public(head.drafter),
         environment=dict(head.environment),
+        baseline=head.baseline,
         runs=[],
         divergence=_divergence(journal),
         summary=Summary(overall={}, by_category={}),

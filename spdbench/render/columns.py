@@ -215,7 +215,15 @@ SPEEDUP = Column("speed-up\n[95 %]", _speedup)
 ACCEPTANCE = Column("accept", _metric("acceptance_rate", ".1%"), leave_out=4, meaning="share of drafts accepted")
 TAU = Column("tau", _metric("acceptance_length", ".2f", where=_drafts), leave_out=3, meaning="tokens a round")
 """Vanilla's is 1 by definition, and not shown."""
-WITH_DIALECTS = (LABEL, replace(RATE, leave_out=2), replace(SPEEDUP, leave_out=4), replace(ACCEPTANCE, leave_out=3))
+GOODPUT = Column("goodput", _metric("goodput", ".1%"), leave_out=1)
+"""Of the limits that were given; what it means is a note of the table."""
+WITH_DIALECTS = (
+    LABEL,
+    replace(RATE, leave_out=2),
+    replace(SPEEDUP, leave_out=4),
+    replace(ACCEPTANCE, leave_out=3),
+    GOODPUT,
+)
 """The columns next to acceptance lengths in several dialects; the highest number makes room first."""
 
 COLUMNS = (
@@ -232,6 +240,7 @@ COLUMNS = (
         meaning="speed-up with a device per stage if nothing waited",
     ),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8, meaning="time to first token"),
+    GOODPUT,
     Column("same\noutputs", _outputs, leave_out=6, meaning="answers equal to the baseline's"),
     Column("score", partial(_score, fewest=FEW_PROMPTS), leave_out=7),
     Column("tok/\ncycle", _metric("tokens_per_cycle", ".2f"), leave_out=10, meaning="tokens a cycle of the pipeline"),

@@ -8,7 +8,7 @@ from spdbench.judge.comparison.compare import Row
 from spdbench.judge.comparison.load import Level, Load, LoadConclusion
 from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.stats import Interval
-from spdbench.render.columns import ACCEPTANCE, EMPTY, LABEL, SPEEDUP, TAU, Column, harmless
+from spdbench.render.columns import ACCEPTANCE, EMPTY, GOODPUT, LABEL, SPEEDUP, TAU, Column, harmless
 from spdbench.render.notes import notes
 
 NOTE = (
@@ -99,6 +99,7 @@ COLUMNS: Sequence[Column] = (
     Column("tok/s", _rate("decode_tokens_per_s")),
     Column("TTFT\nms", _milliseconds("ttft_p50_s", "ttft_p95_s"), leave_out=1),
     Column("ITL\nms", _milliseconds("itl_p50_s", "itl_p95_s"), leave_out=3),
+    GOODPUT,
     TAU,
     ACCEPTANCE,
 )

@@ -24,10 +24,10 @@ def heading(summary: Summary) -> str:
 
 def to_rich(summary: Summary) -> RichTable:
     """For a terminal; speed-ups whose interval holds 1.0 are dim."""
-    grid = plain_grid((name, name != "label") for name in _headers(summary))
+    grid = plain_grid((name, name != "label") for name in headers(summary))
     for found in summary.labels:
         styles = ["", *("dim" if _holds_one(each.interval) else "" for each in found.suites), *_mean_styles(found)]
-        grid.add_row(*(Text(text, style=style) for text, style in zip(_cells(found), styles, strict=True)))
+        grid.add_row(*(Text(text, style=style) for text, style in zip(cells(found), styles, strict=True)))
     return grid
 
 
@@ -51,16 +51,18 @@ def notes(summary: Summary) -> list[str]:
 
 
 def _tabulated(summary: Summary, form: str, escape: Callable[[str], str] = str) -> str:
-    rows = [[escape(text) for text in _cells(found)] for found in summary.labels]
-    headers = [escape(name) for name in _headers(summary)]
-    return tabulated(headers, rows, [name != "label" for name in _headers(summary)], form)
+    rows = [[escape(text) for text in cells(found)] for found in summary.labels]
+    names = headers(summary)
+    return tabulated([*map(escape, names)], rows, [name != "label" for name in names], form)
 
 
-def _headers(summary: Summary) -> list[str]:
+def headers(summary: Summary) -> list[str]:
+    """The names of the columns of `cells`."""
     return ["label", *map(harmless, summary.suites), "mean [95 %]", "average"]
 
 
-def _cells(found: LabelSummary) -> list[str]:
+def cells(found: LabelSummary) -> list[str]:
+    """A label's line: its speed-up in each suite, and the means."""
     values = ["baseline" if found.is_baseline else _number(each.speedup) for each in found.suites]
     return [harmless(found.label), *values, _with_interval(found.mean, found.interval), _number(found.arithmetic_mean)]
 

@@ -7,6 +7,7 @@ import csv
 import errno
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,15 @@ def test_what_single_requests_do_not_go_with_is_named(monkeypatch: pytest.Monkey
     assert "neither --baseline" in refusal(VANILLA, "--by", "request", "--format", "csv", "--baseline", "vanilla")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "needs pyarrow, which is not installed; " in refusal(VANILLA, "--format", "parquet")
+
+
+def test_goodput_is_a_column_and_a_note() -> None:
+    rows = list(csv.DictReader(io.StringIO(compare(VANILLA, SPD, "--goodput", "e2el:1e9", "--format", "csv").stdout)))
+    assert all(0 < float(row["goodput"]) <= 1 for row in rows)
+    said = compare(VANILLA, SPD, "--goodput", "ttft:500,tpot:50", "--format", "github").stdout
+    assert "goodput: share of requests with ttft up to 500 ms, tpot up to 50 ms" in said
+    assert re.search(r"\| +goodput +\|", said)
+    assert "unknown time" in refusal(VANILLA, "--goodput", "itl:5")
 
 
 def test_category_rows() -> None:

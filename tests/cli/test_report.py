@@ -146,7 +146,6 @@ def test_results_that_do_not_compare(tmp_path: Path) -> None:
     runs = [make_run(prompt=f"p{n}") for n in range(2)]
     a = write_result(make_result(runs), tmp_path / "a.json")
     for changes, why in (
-        ({"suite": "other"}, "suite (quick v1, not other v1)"),
         ({"dtype": "bfloat16"}, "dtype (float32, not bfloat16)"),
         ({"machine": "b"}, "the machine that measured them"),
     ):
@@ -154,6 +153,26 @@ def test_results_that_do_not_compare(tmp_path: Path) -> None:
         message = refusal(a, b, "-o", tmp_path / "report.html")
         assert message.startswith(f"{a} and {b} do not compare: they differ in {why}.")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_results_of_several_suites_are_one_page_with_a_line_a_suite_and_the_mean(files: Path, tmp_path: Path) -> None:
+    more = tmp_path / "more"
+    more.mkdir()
+    for path in sorted(files.glob("*.json")):
+        (more / path.name).write_text(path.read_text().replace('"name":"quick"', '"name":"other"'))
+    out = tmp_path / "report.html"
+    invoke(files, more, "-o", out)
+    said = json.loads(invoke(files, more, "--format", "json", command=compare.command).stdout)
+    [summary] = said["summaries"]
+    assert [summary] == json.loads(invoke(out, "--format", "json", command=compare.command).stdout)["summaries"]
+    assert summary["suites"] == ["quick", "other"]
+    text = out.read_text()
+    for label in summary["labels"]:
+        if not label["is_baseline"]:
+            assert f"{label['label']}: {label['mean']:.2f}x" in text
+    assert "over 2 suites" in text
+    assert all(f"<li>{suite}: spd: " in text for suite in summary["suites"])
+    assert "suite (quick v1, not other v1)" in refusal(files, more, "--chart", "speedup", "-o", tmp_path / "a.svg")
 
 
 def test_existing_output_stays_without_force(files: Path, tmp_path: Path) -> None:

@@ -254,10 +254,11 @@ class Session:
             drafter=drafter_record(backend),
             environment=machine,
             git=git,
+            baseline=self.levels[0][0].label,
         )
 
     def _compared(self, results: Sequence[LoadedResult]) -> list[Table]:
-        return compare(results, self.levels[0][0].label)
+        return compare(results)
 
     def _show(self, results: Sequence[LoadedResult]) -> None:
         table = render(self._compared(results), "table", Console(file=sys.stdout))

@@ -19,6 +19,8 @@ from spdbench.judge.comparison.pairing import Outputs, Pair, differences, machin
 from spdbench.judge.loaded import LoadedResult, read_results, real_path
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, make_flag, noisy
+from spdbench.judge.metrics.goodput import goodput
+from spdbench.judge.metrics.goodput import note as goodput_note
 from spdbench.judge.results.schema import Flag, Result
 
 
@@ -76,12 +78,14 @@ def compare(
     *,
     by_category: bool = False,
     dialects: Sequence[str] = (),
+    limits: Mapping[str, float] | None = None,
 ) -> list[Table]:
     """One table for each group of `results` that may be compared.
 
-    `baseline` is a label, looked up in each group, or a result; by default the first autoregressive result of a group.
+    `baseline` is a label, looked up in each group, or a result. By default it is the first `-b` of the run that a group
+    comes from, else (several runs with different ones, older files) the group's first autoregressive result.
     A result of another machine is used too, and every row compared with it is flagged `hardware_mismatch`.
-    `dialects` are names of `dialects.DIALECTS`.
+    `dialects` are names of `dialects.DIALECTS`, `limits` those of `goodput.py`, for the metric `goodput`.
 
     Raises:
         NotComparableError: `baseline` is a result that did other work than every other result.
@@ -92,7 +96,8 @@ def compare(
     for result in results:
         groups.setdefault(workload(result.head) + machine(result.head), []).append(result)
     shown = _without_shown_baseline(list(groups.values()), baseline)
-    return [_table(group, _choose(group, baseline), tuple(dialects), by_category=by_category) for group in shown]
+    asked = tuple(dialects), limits or {}
+    return [_table(group, _choose(group, baseline), *asked, by_category=by_category) for group in shown]
 
 
 def _without_shown_baseline(
@@ -146,6 +151,9 @@ def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) 
     if isinstance(baseline, LoadedResult):
         return baseline if _has_same_work(baseline, group) else None
     if baseline is None:
+        recorded = {result.head.baseline for result in group}
+        if len(recorded) == 1 and (of_run := [result for result in group if result.label in recorded]):
+            return of_run[0]
         plain = (result for result in group if result.head.backend.kind == "autoregressive")
         return next(plain, _plain_server(group))
     return next((result for result in group if result.label == baseline), None)
@@ -159,12 +167,17 @@ def _plain_server(group: Sequence[LoadedResult]) -> LoadedResult | None:
 
 
 def _table(
-    group: list[LoadedResult], baseline: LoadedResult | None, dialects: tuple[str, ...], *, by_category: bool
+    group: list[LoadedResult],
+    baseline: LoadedResult | None,
+    dialects: tuple[str, ...],
+    limits: Mapping[str, float],
+    *,
+    by_category: bool,
 ) -> Table:
     members = group if baseline is None else [baseline, *(result for result in group if result is not baseline)]
     names = _names(members)
     rows: list[Row] = []
-    notes = list(_naming_notes(members, names, baseline))
+    notes = [*([goodput_note(limits)] if limits else ()), *_naming_notes(members, names, baseline)]
     pairings: list[Pair | None] = []
     for result, name in zip(members, names, strict=True):
         pairing = None if baseline is None or result is baseline else pair(baseline, result)
@@ -172,7 +185,7 @@ def _table(
         notes += _run_notes(result, name, pairing)
     for category in _categories(members) if by_category else [None]:
         found = [
-            _row(result, name, category, pairing, dialects, is_baseline=result is baseline)
+            _row(result, name, category, pairing, dialects, limits, is_baseline=result is baseline)
             for result, name, pairing in zip(members, names, pairings, strict=True)
             if category is None or category in result.by_category
         ]
@@ -241,6 +254,7 @@ def _row(
     category: str | None,
     pairing: Pair | None,
     dialects: Sequence[str],
+    limits: Mapping[str, float],
     *,
     is_baseline: bool,
 ) -> Row:
@@ -263,6 +277,7 @@ def _row(
         "num_dropped": pairing.num_dropped if pairing and category is None else None,
     }
     compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}
+    compared |= {"goodput": goodput(own.runs, limits)} if limits else {}
     flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
     if value and interval and interval_is_noisy(value, interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", value, interval))

@@ -285,6 +285,7 @@ class Result(Record):
     model: ModelInfo
     drafter: DrafterRecord | None
     environment: dict[str, Any]
+    baseline: str | None = Field(None, description="label of the run's first -b; null in files of older versions")
     runs: Annotated[list[Run], AfterValidator(_one_run_a_key)]
     divergence: Divergence | None
     summary: Summary

@@ -161,6 +161,22 @@ def test_first_autoregressive_result_is_the_baseline() -> None:
     ]
 
 
+def of_run(result: LoadedResult, baseline: str | None) -> LoadedResult:
+    return replace(result, head=result.head.model_copy(update={"baseline": baseline}))
+
+
+def test_the_runs_first_backend_is_the_baseline() -> None:
+    files = [vanilla(), eagle()]
+    assert only(compare([of_run(each, "eagle") for each in files])).baseline == "eagle"
+    assert only(compare([of_run(each, "vanilla") for each in reversed(files)])).baseline == "vanilla"
+
+
+@pytest.mark.parametrize("others", ["vanilla", None, "elsewhere"])
+def test_of_runs_with_different_baselines_the_first_vanilla_is_it(others: str | None) -> None:
+    assert only(compare([of_run(eagle(), "eagle"), of_run(vanilla(), others)])).baseline == "vanilla"
+    assert only(compare([of_run(eagle(), "elsewhere"), of_run(vanilla(), "elsewhere")])).baseline == "vanilla"
+
+
 def test_baseline_may_be_any_label() -> None:
     table = only(compare([vanilla(), eagle()], "eagle"))
     assert table.baseline == table.rows[0].label == "eagle"
