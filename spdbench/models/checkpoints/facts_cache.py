@@ -21,8 +21,8 @@ from spdbench.output_files import cached_file
 
 Facts = TypeVar("Facts")
 
-FORMAT = 1
-"""Changes with what an entry holds, so that no entry of an earlier version is used."""
+FORMAT = 2
+"""Changes with what an entry holds or is checked for, so that no entry of an earlier version is used."""
 LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "mistral-common", "tiktoken", "protobuf")
 """Decide what becomes of the files, some of them by being installed."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
