@@ -11,7 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -25,7 +28,7 @@ from spdbench.measure.energy import energy_meter
 from spdbench.measure.process_times import own_cpu_ns
 from spdbench.models.target import Target
 from spdbench.pipeline.ranks import remote
-from spdbench.pipeline.ranks.job import Purpose, accept, clock_offset, connect, listen, new_key
+from spdbench.pipeline.ranks.job import Purpose, accept, clock_offset, connect, listen, new_key, place_of
 from spdbench.processors import workers
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.pipelined import Pipelined
@@ -212,6 +215,24 @@ def test_spans_of_a_clock_that_is_far_off_carry_rank_0s_time(
         backend.close()
 
 
+def test_threads_of_rank_0s_drafter_are_those_that_the_stages_on_its_machine_leave() -> None:
+    class Session:
+        """To a rank on another machine, with our clock."""
+
+        def send_bytes(self, _: bytes) -> None: ...
+
+        def recv_bytes(self) -> bytes:
+            return b"%d" % time.perf_counter_ns()
+
+    own = place_of(job_of(0, 4, 1))
+    far = [replace(own, rank=rank, node=1, machine="another") for rank in (2, 3)]
+    sessions = cast("list[Connection]", [Session()] * 3)
+    ranks = remote.Ranks([own, replace(own, rank=1), *far], sessions, b"")
+    assert ranks.threads(3, 16) == (8, 1)  # stage 0 here, two there
+    assert ranks.threads(4, 16) == (8, 2)  # rank 0 runs one as well
+    assert ranks.is_here == (True, True, False, False)
+
+
 def test_clock_offset_is_right_within_its_error() -> None:
     """The way there takes 40 us, the way back 10 or more: half the difference is the error that nobody can see."""
     ahead, delays = 5_000_000_000, iter([40, 10, 40, 300] * 20)
@@ -238,6 +259,10 @@ def test_number_of_ranks_has_to_fit_the_stages(target: Target) -> None:
         said = rf"spd\.executor=torchrun: {count} stages need {count + 1} ranks, .* torchrun started 4"
         with pytest.raises(InputError, match=said):
             load(target, "spd", {"stages": str(count)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "decoder", property(lambda _: pytest.fail("weights are loaded for nothing")))
+        with pytest.raises(InputError, match="2 stages need 3 ranks"):
+            load(target, "spd", {"stages": "2"})
     said = r"4 stages need 5 ranks, .* started 4.* product is 5, or stages=3, or spd\.drafting=first_stage, "
     with pytest.raises(InputError, match=said):
         load(target, "spd", {"stage_layers": "2,1,2,1"})

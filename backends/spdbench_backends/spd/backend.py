@@ -125,7 +125,7 @@ class SPD(Pipelined):
             return "this model runs on transformers' layers, which take no trees"
         if not own.takes_trees:
             return "this model has recurrent layers, which take no trees"
-        count = 2 * (options.stages or len(options.stage_layers or ()) or own.config.num_layers)
+        count = 2 * (options.asked_stages or own.config.num_layers)
         if any(window is not None and window < count for window in own.config.windows):
             return f"this model has layers that see fewer than {count} tokens, not all in flight"
         return None

@@ -53,14 +53,20 @@ class Pipelined(Placed):
 
     def load(self) -> None:
         self._check_context()
-        ranks = self._ranks if self._executor == "torchrun" else None  # before weights are loaded
         self._layout = self._layouts()[0]
+        if self._executor == "torchrun":
+            self._require_ranks(self._options.asked_stages)  # before weights are loaded
         super().load()
-        if ranks is not None:
-            first_is_here = self._layout.drafting == "first_stage"
-            ranks.require_stages(len(self._stages), self._context.label, first_is_here=first_is_here)
+        if self._executor == "torchrun":
+            self._require_ranks(len(self._stages))
         self._choose_layout()
         self._pipeline = self._start_pipeline()
+
+    def _require_ranks(self, num_stages: int | None) -> None:
+        """Raises `InputError` without torchrun, or where its ranks do not fit the stages, as far as these are known."""
+        ranks, first_is_here = self._ranks, self._layout.drafting == "first_stage"
+        if num_stages is not None:
+            ranks.require_stages(num_stages, self._context.label, first_is_here=first_is_here)
 
     def describe(self) -> BackendInfo:
         from spdbench.pipeline.output_head import lane_bytes
@@ -151,7 +157,7 @@ class Pipelined(Placed):
     ) -> F | None:
         """The head that the user chose, None for a synthetic drafter; also cuts the model into stages that fit it.
         `draw(target, stages, seed)` is an untrained head."""
-        target, counts = self._context.target, self._options.stage_layers
+        target = self._context.target
         is_read = choice.kind in ("path", "auto")
         if not is_read:
             self._stages = self._cut(None)
@@ -160,7 +166,7 @@ class Pipelined(Placed):
             self.method,
             read,
             lambda: draw(target.ends, self._stages, self._context.seed),
-            len(counts) if isinstance(counts, tuple) else self._options.stages,
+            self._options.asked_stages,
         )
         if is_read:
             assert file is not None

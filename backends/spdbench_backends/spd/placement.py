@@ -66,6 +66,11 @@ class PipelineOptions(BackendOptions):
         60.0, gt=0, le=1e6, description="a stage that does not answer in this time counts as hanging"
     )
 
+    @property
+    def asked_stages(self) -> int | None:
+        """The number of stages, if the options name it."""
+        return len(self.stage_layers) if isinstance(self.stage_layers, tuple) else self.stages
+
 
 class Placed(Drafting["PipelineDrafter"]):
     """Base of `Pipelined`: decides where things run, and runs nothing."""
@@ -157,10 +162,13 @@ class Placed(Drafting["PipelineDrafter"]):
     def _drafters_threads(self) -> int:
         """The threads that the stages leave; more would wait for the stages' threads. A drafter in the first stage's
         process takes turns with that stage."""
-        count = len(self._stages)
+        num_here = len(self._stages)
+        each = self._threads(num_here)
+        if self._executor == "torchrun":
+            each, num_here = self._ranks.threads(num_here, self._context.threads)
         if self._layout.drafting == "first_stage":
-            return self._threads(count)
-        return max(1, self._context.threads - count * self._threads(count))
+            return each
+        return max(1, self._context.threads - num_here * each)
 
     def _check_context(self) -> None:
         context, most = self._options.context, self._context.target.config.max_positions

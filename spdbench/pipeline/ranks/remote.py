@@ -9,7 +9,7 @@ Shapes: none; what is sent are plain objects, and `worker` messages once a stage
 from __future__ import annotations
 
 import contextlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -77,13 +77,18 @@ class Ranks:
             f"{needed}{others}."
         )
 
+    def threads(self, num_stages: int, threads: int) -> tuple[int, int]:
+        """The threads of a stage, where each machine has `threads`; and how many stages run on rank 0's machine."""
+        machines = Counter(place.machine for place in self.places[-num_stages:])
+        return max(1, threads // max(machines.values())), machines[self.places[0].machine]
+
     def place(self, specs: Sequence[StageSpec], devices: Sequence[str], threads: int) -> list[StageSpec]:
         """Stages as those that rank 0 would run by itself, on their ranks: each with its rank's device, and with its
         share of `threads` and cores among the stages on its machine."""
         places, by_machine = self.places[-len(specs) :], dict[str, list[int]]()
         for index, place in enumerate(places):
             by_machine.setdefault(place.machine, []).append(index)
-        each = max(1, threads // max(map(len, by_machine.values())))
+        each, _ = self.threads(len(specs), threads)
         found = []
         for spec, place, (offset, _) in zip(specs, places, self.offsets[-len(specs) :], strict=True):
             together = by_machine[place.machine]
