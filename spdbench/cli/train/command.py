@@ -35,7 +35,9 @@ class TrainOptions(TargetOptions):
     method: str = argument("METHOD")
     data: Path = option("--data", PATH, "FILE", "Conversations, one JSON a line.", required=True)
     out: Path = option("--out", FOLDER, "DIR", "Where it goes.", required=True)
-    stages: int | None = option("--stages", COUNT, "N", "Pipeline stages that it is to draft for.")
+    stages: int | None = option(
+        "--stages", COUNT, "N", "Pipeline stages that it is to draft for; spd and ppsd alone have any."
+    )
     budget: float | None = option("--budget", DURATION, "TIME", "End after so long, all included: 90s, 20m, 1h30m.")
     epochs: float | None = option(
         "--epochs", POSITIVE, "N", "Rounds over the data. [default: 3; as many as --budget allows]"
