@@ -123,7 +123,8 @@ class Backend(Protocol):
 
     Optional members: `check()`, see `check_before_load`. For backends that drive an engine: `account()`, see
     `engine_report`; `text_only = True` in a class that needs no target, see `is_text_only`; `concurrency`, see
-    `concurrency_of`; `next_logits`, see `engine_logits`; `explain_divergence`, see `divergence_explainer`.
+    `concurrency_of`; `learns = True` in a class, see `learns_from_verdicts`; `next_logits`, see `engine_logits`;
+    `explain_divergence`, see `divergence_explainer`.
     """
 
     kind: ClassVar[BackendKind]
@@ -214,6 +215,12 @@ def divergence_explainer(backend: Backend) -> DivergenceExplainer | None:
 def is_text_only(cls: type[Backend]) -> bool:
     """True for a backend that takes text only: it needs neither the target's weights nor its tokenizer."""
     return bool(getattr(cls, "text_only", False))
+
+
+def learns_from_verdicts(backend: Backend) -> bool:
+    """True for a backend whose drafts depend on earlier verdicts or on logits of rejected tokens as well, so that the
+    same tokens may be followed by other drafts."""
+    return bool(getattr(backend, "learns", False))
 
 
 def concurrency_of(backend: Backend) -> int:

@@ -147,7 +147,7 @@ class StubServer:
             listed = {"logprobs": {"top_logprobs": [self.next_logprobs]}} if body.get("logprobs") else {}
             return self.send(handler, 200, json.dumps({"choices": [listed], "usage": usage}))
         handler.send_response(200)
-        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Content-Type", "Text/Event-Stream; charset=utf-8")
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         for number, event in enumerate(self.events(handler, body)):

@@ -37,7 +37,7 @@ MARGIN = 7.0
 class Recycling(Lookup):
     """Token recycling: drafts a tree of the tokens that the target last found likely after each token."""
 
-    method, drafts_are = "recycling", "recycled tokens"
+    method, drafts_are, learns = "recycling", "recycled tokens", True
 
     class Options(WeighedOptions):
         nodes: int = Field(24, ge=1, le=256, description="nodes of the static tree, drafted at most")

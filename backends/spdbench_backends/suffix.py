@@ -35,7 +35,7 @@ MAX_EARLIER = 200_000
 class Suffix(Lookup):
     """Suffix decoding: drafts what most often followed the longest run of last tokens that occurred before."""
 
-    method, drafts_are = "suffix", "suffixes"
+    method, drafts_are, learns = "suffix", "suffixes", True
 
     class Options(WeighedOptions):
         num_tokens: int = Field(16, ge=1, le=64, description="tokens drafted at most")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import click
 
@@ -54,7 +54,7 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
     help="Where to write. [default: report.html, or CHART.FORMAT]",
 )
 @click.option("--chart", type=click.Choice([*CHARTS, *HISTORY_CHARTS]), help="Write this chart alone.")
-@click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: svg]")
+@click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: what FILE ends in, else svg]")
 @click.option(
     "--style",
     type=click.Choice([*STYLES]),
@@ -98,6 +98,8 @@ def command(
     as_history = as_history or chart in HISTORY_CHARTS
     if baseline is not None and as_history:
         raise click.UsageError("--baseline has no effect on a history, whose runs are judged by those before them")
+    if chart is not None and out is not None:
+        form = _form_of(out, form)
     form = form or "svg"
     page = "history.html" if as_history else "report.html"
     out = out or Path(page if chart is None else f"{chart}.{form}")
@@ -117,6 +119,18 @@ def command(
         content = _drawn(vega.CHARTS[chart], _only_table(_compared(loaded, baseline)), form, style)
     write_whole_file("-o", out, content)
     say(f"Wrote {out}")
+
+
+def _form_of(out: Path, form: ImageFormat | None) -> ImageFormat | None:
+    """The format of the chart that goes to `out`: that of its ending, which must not say something else than `form`."""
+    ending = out.suffix[1:].lower()
+    if ending in ("html", "htm"):
+        raise InputError(f"-o {out}: a chart is a picture; allowed: {', '.join(FORMATS)}")
+    if ending not in FORMATS:
+        return form
+    if form not in (None, ending):
+        raise InputError(f"-o {out}: ends in .{ending}, and --format is {form}; give one of them")
+    return cast("ImageFormat", ending)
 
 
 def _compared(loaded: Sequence[LoadedResult], word: str | None) -> list[Table]:

@@ -46,6 +46,16 @@ def test_backends_that_are_lossless(suite: Path, tiny_model: Path, tmp_path: Pat
     assert [each["ends"] for each in content["backends"]] == [{"compared": 8, "wrong": 0, "overrun": 0}] * 3
 
 
+def test_drafters_that_learn_need_not_draft_the_same_again(tiny_model: Path, tmp_path: Path) -> None:
+    """What they draft follows from earlier verdicts too: other drafts from scratch are no stale state."""
+    suite, file = write_suite(tmp_path, num_prompts=6, decoding={"max_new_tokens": 40}), tmp_path / "audit.json"
+    common = ("-m", tiny_model, "--dtype", "float32", "--json", file)
+    said = spdbench("audit", suite, *common, "-b", "suffix", "-b", "recycling", "-b", "ngram")
+    assert said.code == 0, said.out + said.err
+    by_label = {each["label"]: each["restarts"]["compared"] for each in audited(file)}
+    assert by_label["suffix"] == by_label["recycling"] == 0 < by_label["ngram"]
+
+
 def test_sampled_answers_are_tested_and_the_power_is_stated(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
     more = ("--temperature", "0.9", "--top-p", "0.9", "--draws", "60", "--json", file)

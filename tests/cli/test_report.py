@@ -133,6 +133,21 @@ def test_one_chart_as_a_file(form: str, files: Path, tmp_path: Path, monkeypatch
     assert out.read_bytes() == b"drawn"
 
 
+@pytest.mark.parametrize("form", report.FORMATS)
+def test_a_chart_has_the_format_that_its_file_ends_in(
+    form: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vega, "to_file", lambda *how: how[2].encode())
+    invoke(files, "--chart", "speedup", "-o", tmp_path / f"a.{form.upper()}")
+    assert (tmp_path / f"a.{form.upper()}").read_bytes() == form.encode()
+
+
+def test_a_format_that_the_file_does_not_end_in_is_refused(files: Path, tmp_path: Path) -> None:
+    chart = ("--chart", "speedup")
+    assert "ends in .png, and --format is svg" in refusal(files, *chart, "--format", "svg", "-o", tmp_path / "a.png")
+    assert "allowed: svg, png, pdf" in refusal(files, *chart, "-o", tmp_path / "a.html")
+
+
 def test_choices_of_the_command_are_those_of_the_renderer() -> None:
     assert tuple(vega.CHARTS) == report.CHARTS
 

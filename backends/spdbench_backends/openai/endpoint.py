@@ -110,7 +110,7 @@ class Endpoint:
             NotStreamedError: the answer does not come in chunks.
         """
         response = connection.ask("POST", self._path, body)
-        if "text/event-stream" not in (response.getheader("Content-Type") or ""):
+        if "text/event-stream" not in (response.getheader("Content-Type") or "").lower():
             raise NotStreamedError
 
         def chunks() -> Iterator[Chunk]:

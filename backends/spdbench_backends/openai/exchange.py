@@ -20,6 +20,8 @@ FIRST_WAIT_S = 0.5
 MAX_TRAILING_CHUNKS = 64
 INLINE_THOUGHTS = ("<", "[", "\u25c1")
 """How answers begin that hold their thoughts as text, such as `<think>` or `[THINK]`."""
+END_OF_THOUGHTS = "</think>"
+"""Stands alone where the chat template has begun the thoughts."""
 
 
 class Exchange:
@@ -93,11 +95,16 @@ class Exchange:
         self.finish_word = chunk.finish or self.finish_word
         if self.finish_word in BROKEN_OFF:
             raise PromptFailedError(f"the server broke the answer off: {self.finish_word}")
-        if chunk.thought_tokens and not self.has_thoughts and not "".join(self.parts).startswith(INLINE_THOUGHTS):
+        if chunk.thought_tokens and not self.has_thoughts and not self._has_inline_thoughts:
             raise PromptFailedError(
                 f"{chunk.thought_tokens} tokens are thoughts that the server keeps to itself, so its tokens cannot be "
                 "timed; let it send its thoughts, or not think"
             )
+
+    @property
+    def _has_inline_thoughts(self) -> bool:
+        text = "".join(self.parts)
+        return text.lstrip().startswith(INLINE_THOUGHTS) or END_OF_THOUGHTS in text
 
 
 def retry_wait_s(tries: int, requested_s: float | None) -> float:

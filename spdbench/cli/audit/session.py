@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from spdbench import __version__
-from spdbench.backend import concurrency_of
+from spdbench.backend import concurrency_of, learns_from_verdicts
 from spdbench.cli.audit.probes import check_end, check_restarts, first_tokens
 from spdbench.cli.files import write_file, write_stdout
 from spdbench.cli.progress import Progress
@@ -138,7 +138,8 @@ class AuditSession:
         with _crashes_in(audit):
             if engine is None or engine.same_model:
                 check_end(backend, request, found, audit.ends)
-            if engine is None and info.drafter is not None and not info.drafter.synthetic:
+            repeats = info.drafter is not None and not info.drafter.synthetic and not learns_from_verdicts(backend)
+            if engine is None and repeats:
                 check_restarts(backend, request, found, audit.restarts)
 
     def _count_samples(self, candidates: Sequence[Candidate]) -> None:

@@ -115,6 +115,8 @@ def test_usage_is_read_wherever_it_is(server: StubServer, backend: Make, place: 
         ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm"}]}]}, True),
         ({"content": [{"type": "text", "text": "<think>Hm"}]}, False),
         ({"content": "<think>Hm"}, False),
+        ({"content": "\n<think>Hm"}, False),
+        ({"content": "Hm</think>"}, False),
     ],
 )
 def test_thoughts_count_as_tokens_and_only_those_set_apart_are_no_answer(
