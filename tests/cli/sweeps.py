@@ -16,6 +16,7 @@ import yaml
 from spdbench.cli.sweep.points import read_sweep
 from spdbench.judge.results.schema import read_result
 from tests.cli.run_helpers import Said, spdbench, write_suite
+from tests.processes.runs import react_to_ctrl_c
 
 SECONDS = 800.0  # a limit against hanging, not an expectation
 EXAMPLE = Path(__file__).parents[2] / "examples" / "spd-stages.yaml"
@@ -95,6 +96,7 @@ def started(*words: str | Path, **environment: str) -> subprocess.Popen[str]:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=react_to_ctrl_c,
     )
 
 

@@ -14,7 +14,7 @@ from tests.cli.run_helpers import write_suite
 SECONDS = 120.0  # a limit against hanging, not an expectation
 
 
-def _react_to_ctrl_c() -> None:
+def react_to_ctrl_c() -> None:
     """Undoes that a shell starts background jobs with SIGINT ignored, which their children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -40,7 +40,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
-            preexec_fn=_react_to_ctrl_c,
+            preexec_fn=react_to_ctrl_c,
         )
 
     def lines(self) -> int:
