@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
@@ -109,6 +110,13 @@ class StubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=10)
+
+    def stop_listening(self) -> None:
+        """Takes no connections any more, from now on. A socket that is only closed stays open while another thread polls
+        it, and who connects in that time is reset later."""
+        with suppress(OSError):  # some systems do not shut a listening socket down
+            self._server.socket.shutdown(socket.SHUT_RDWR)
+        self._server.socket.close()
 
     def enter(self) -> None:
         """Counts one more request at once."""

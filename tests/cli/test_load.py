@@ -101,7 +101,7 @@ def test_a_server_that_dies_at_one_level_keeps_those_before(
 
     def die(stub: StubServer, handler: object) -> None:
         if stub is servers["drafted"] and stub.most_at_once > 2:
-            handler.server.socket.close()  # type: ignore[attr-defined]
+            stub.stop_listening()
             handler.connection.close()  # type: ignore[attr-defined]
             return
         post(stub, handler)  # type: ignore[arg-type]

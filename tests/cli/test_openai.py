@@ -214,7 +214,7 @@ def test_a_server_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
     def leave(stub: StubServer, handler: object) -> None:
         original(stub, handler)  # type: ignore[arg-type]
         if stub is server and [body["max_tokens"] for body in stub.asked].count(MEASURED) == 2:
-            handler.server.socket.close()  # type: ignore[attr-defined]
+            stub.stop_listening()
 
     monkeypatch.setattr(StubServer, "post", leave)
     said = run("--max-new-tokens", "20", "-o", "openai.retries=0")
