@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.shared import sides
 from benchmarks.shared.sides import Report, Row, ratio, show, spread, take_turns, times
-from benchmarks.shared.workload import common_prefix
+from benchmarks.shared.workload import common_prefix, run_steps
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.models.decoder import Decoder
 from spdbench.models.hf import library
@@ -138,15 +138,9 @@ def decoding_side(
 
     def side() -> tuple[float, tuple[int, ...]]:
         needed = mock.patch.object(inline, "snapshots_in_step", return_value=0) if without else ExitStack()
-        backend.prepare(request)
         with needed:
-            steps = backend.generate(request)
-            ids, count = list(next(steps).token_ids), 0
-            began = time.perf_counter()
-            for step in steps:
-                ids += step.token_ids
-                count += 1
-            return (time.perf_counter() - began) / count, tuple(ids)
+            seconds, ids, count = run_steps(backend, request)
+        return seconds / (count - 1), tuple(ids)
 
     return side
 

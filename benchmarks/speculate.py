@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Mapping
 
 import torch
 
+from benchmarks.shared.workload import run_steps
 from spdbench.backend import Backend, BackendContext, find_backend, parse_options
 from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat
@@ -78,14 +78,8 @@ def loaded(target: Target, name: str, options: Mapping[str, str]) -> Backend:
 
 def run(backend: Backend, request: GenerationRequest) -> tuple[float, list[int], int]:
     """Seconds a token after the first, the ids, and the number of steps."""
-    backend.prepare(request)
-    steps = backend.generate(request)
-    ids, count = list(next(steps).token_ids), 1
-    began = time.perf_counter()
-    for step in steps:
-        ids += step.token_ids
-        count += 1
-    return (time.perf_counter() - began) / (request.max_new_tokens - 1), ids[: request.max_new_tokens], count
+    seconds, ids, count = run_steps(backend, request)
+    return seconds / (request.max_new_tokens - 1), ids[: request.max_new_tokens], count
 
 
 if __name__ == "__main__":

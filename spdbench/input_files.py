@@ -15,12 +15,15 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
     import yaml
+    from pydantic import BaseModel
+
+Record = TypeVar("Record", bound="BaseModel")
 
 MAX_BYTES = 2**30
 """Of a file that is read whole; data to train on may be larger."""
@@ -124,6 +127,16 @@ def parse_json(text: bytes | str) -> Any:
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(found):
         raise ValueError("nested too deeply")
     return found
+
+
+def json_record(model: type[Record], text: bytes | str) -> Record:
+    """`text` as a record of `model`, a pydantic model, which would take the last of several values of one key.
+
+    Raises:
+        ValueError: it is not JSON, has a key twice, or does not fit; pydantic's own error in the last case.
+    """
+    parse_json(text)
+    return model.model_validate_json(text)
 
 
 def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:

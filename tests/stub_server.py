@@ -112,8 +112,8 @@ class StubServer:
         self._thread.join(timeout=10)
 
     def stop_listening(self) -> None:
-        """Takes no connections any more, from now on. A socket that is only closed stays open while another thread polls
-        it, and who connects in that time is reset later."""
+        """Takes no connections any more, from now on. A socket that is only closed stays open while another thread
+        polls it, and who connects in that time is reset later."""
         with suppress(OSError):  # some systems do not shut a listening socket down
             self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.socket.close()

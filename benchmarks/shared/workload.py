@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from spdbench.backend import Backend
 from spdbench.decoding.autoregressive import decode
 from spdbench.models.target import Target
 from spdbench.prompts.chat import ChatFormat
@@ -66,6 +67,18 @@ def vanilla_side(target: Target, prompt: tuple[int, ...], tokens: int) -> Callab
         return Decoded(time.perf_counter() - start, ids, first_seconds)
 
     return side
+
+
+def run_steps(backend: Backend, request: GenerationRequest) -> tuple[float, list[int], int]:
+    """Seconds from the first step to the last, all ids, and the number of steps."""
+    backend.prepare(request)
+    steps = backend.generate(request)
+    ids, count = list(next(steps).token_ids), 1
+    began = time.perf_counter()
+    for step in steps:
+        ids += step.token_ids
+        count += 1
+    return time.perf_counter() - began, ids, count
 
 
 def common_prefix(ours: tuple[int, ...], theirs: tuple[int, ...]) -> int:

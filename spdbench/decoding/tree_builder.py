@@ -86,8 +86,7 @@ class StaticTreeBuilder:
                 before = self._levels[depth - 1]
                 inner_ids = ids[-1] if len(before.inner) == len(ids[-1]) else ids[-1][before.inner]
                 candidates = proposer.next(before.inner_parents, inner_ids, before.rows, self.num_ranks)
-            chosen = candidates.ids_SK[0, :1] if tree.is_chain else candidates.ids_SK[level.parent_rows, level.ranks]
-            ids.append(chosen)
+            ids.append(candidates.ids_SK[level.parent_rows, level.ranks])
         return DraftTree(tree, torch.cat(ids))
 
 

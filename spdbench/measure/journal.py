@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 from spdbench.append_log import AppendLog, require_same_settings
 from spdbench.errors import InputError
-from spdbench.input_files import parse_json
+from spdbench.input_files import json_record, parse_json
 from spdbench.judge.results.kept import RunDivergence
 from spdbench.judge.results.schema import Run, RunKey, require_totals
 from spdbench.output_files import try_lock
@@ -146,8 +146,7 @@ class Journal(AppendLog):
 
     def _checked(self, text: bytes) -> Run:
         """The run in `text`; raises `ValueError` for one that this journal's run cannot have made."""
-        parse_json(text)  # no key twice
-        run = Run.model_validate_json(text)
+        run = json_record(Run, text)
         require_totals(run)
         if run.num_new_tokens > self.identity.get("max_new_tokens", run.num_new_tokens):
             raise ValueError

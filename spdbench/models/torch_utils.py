@@ -60,17 +60,23 @@ def median_seconds(
     `between` runs before each round and is not timed: what work takes depends on what the processor's caches hold.
     Neither may return before it is done.
     """
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        times = []
+    times = []
+    with torch_threads(threads or torch.get_num_threads()):
         for _ in range(rounds):
             between()
             began = perf_counter()
             work()
             times.append(perf_counter() - began)
-        return median(times)
+    return median(times)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch computes with so many threads of this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -79,19 +85,11 @@ def median_seconds(
 def one_thread() -> Iterator[None]:
     """Torch's operators on the calling thread alone: in a decoding step they take microseconds, and threads of torch's
     that wake for them keep the processors from the worker pool for much longer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def with_threads(items: Iterator[T], threads: int) -> Iterator[T]:
     """The items, each computed with so many threads in this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         yield from items
-    finally:
-        torch.set_num_threads(before)

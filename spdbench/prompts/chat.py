@@ -248,7 +248,7 @@ class ChatFormat:
         # Templates read the date from `date_string` or from `strftime_now`, which only a macro can shadow.
         clock = _FROZEN_CLOCK if "strftime_now" in template else ""
         try:
-            with time_limit(RENDER_LIMIT_S), memory_limit(RENDER_LIMIT_BYTES):
+            with memory_limit(RENDER_LIMIT_BYTES), time_limit(RENDER_LIMIT_S):
                 shown = self._tokenizer.apply_chat_template(
                     [dict(message) for message in messages],
                     chat_template=clock + template,

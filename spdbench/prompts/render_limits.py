@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
+_one_at_a_time = threading.Lock()
+"""The limit on memory is the process's: two that overlapped would each give back what the other one has set."""
 
 
 class TooSlowError(BaseException):
@@ -47,19 +49,21 @@ def time_limit(seconds: float) -> Iterator[None]:
 @contextmanager
 def memory_limit(num_bytes: int) -> Iterator[None]:
     """Inside, allocating more than `num_bytes` on top of what the process has raises `MemoryError`, in all of its
-    threads. Without effect on systems other than Linux, which do not say how much that is.
+    threads. Other threads that ask for a limit wait. Without effect on systems other than Linux, which do not say how
+    much that is.
 
     Only for code in Python: libraries in other languages end the process when they get no memory.
     """
-    try:
-        used = int(STATUS.read_bytes().partition(b"VmData:")[2].split()[0]) * 1024
-    except (OSError, IndexError, ValueError):
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = [limit for limit in (used + num_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    with _one_at_a_time:
+        try:
+            used = int(STATUS.read_bytes().partition(b"VmData:")[2].split()[0]) * 1024
+        except (OSError, IndexError, ValueError):
+            yield
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = [limit for limit in (used + num_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(allowed), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

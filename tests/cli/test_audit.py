@@ -47,7 +47,7 @@ def test_backends_that_are_lossless(suite: Path, tiny_model: Path, tmp_path: Pat
 
 
 def test_drafters_that_learn_need_not_draft_the_same_again(tiny_model: Path, tmp_path: Path) -> None:
-    """What they draft follows from earlier verdicts too: other drafts from scratch are no stale state."""
+    """Other drafts from scratch are no stale state where earlier verdicts decide about drafts."""
     suite, file = write_suite(tmp_path, num_prompts=6, decoding={"max_new_tokens": 40}), tmp_path / "audit.json"
     common = ("-m", tiny_model, "--dtype", "float32", "--json", file)
     said = spdbench("audit", suite, *common, "-b", "suffix", "-b", "recycling", "-b", "ngram")

@@ -22,13 +22,8 @@ from spdbench.judge.loaded import load
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import read_result
 from tests.cli.run_helpers import spdbench
-from tests.cli.sweeps import EXAMPLE, results, run, tiny_sweep, write
+from tests.cli.sweeps import EXAMPLE, results, run, write
 from tests.unit.judge.projection.projected import pipeline_result, vanilla_result
-
-
-@pytest.fixture
-def sweep(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    return tiny_sweep(tiny_model, tmp_path)
 
 
 def test_example_is_twelve_points_of_the_grid() -> None:

@@ -21,16 +21,10 @@ from tests.cli.sweeps import (
     require_every_point_once,
     runs_of,
     started,
-    tiny_sweep,
     write,
 )
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
-
-
-@pytest.fixture
-def sweep(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    return tiny_sweep(tiny_model, tmp_path)
 
 
 ON_A_CLUSTER_OF_TWO = """

@@ -23,16 +23,10 @@ from tests.cli.sweeps import (
     run,
     runs_of,
     started,
-    tiny_sweep,
     write,
 )
 
 needs_submitit = pytest.mark.skipif(importlib.util.find_spec("submitit") is None, reason="submitit is not installed")
-
-
-@pytest.fixture
-def sweep(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    return tiny_sweep(tiny_model, tmp_path)
 
 
 @needs_submitit

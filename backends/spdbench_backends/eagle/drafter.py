@@ -108,9 +108,7 @@ class HeadProposer:
         return self._best(self._logits_1U, count)
 
     def next(self, parents_S: Tensor, ids_S: Tensor, rows: TreeRows, count: int) -> Candidates:
-        if len(self._states_SM) > 1 or len(parents_S) > 1:
-            self._states_SM = self._states_SM[parents_S]
-        logits_SU, self._states_SM = self._head.extend_tree(self._states_SM, ids_S, rows)
+        logits_SU, self._states_SM = self._head.extend_tree(self._states_SM[parents_S], ids_S, rows)
         return self._best(logits_SU, count)
 
     @one_thread()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain as concatenated
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 
 from spdbench.decoding.sampling import DraftVocabulary, Sampler
 from spdbench.decoding.speculate import Features
-from spdbench.decoding.tree import DraftTree, chain, lone_root
+from spdbench.decoding.tree import DraftTree, lone_root
 from spdbench.decoding.tree_builder import Candidates, StaticTreeBuilder
 from spdbench.decoding.verify import Draft
 from spdbench.models.attention_context import TreeRows
@@ -106,7 +106,7 @@ def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:
 
 def _expected(blocks: list[list[str]], layout: str, target: Decoder) -> ExpectedTensors:
     """The tensors of all residual blocks."""
-    width, names = target.config.hidden_size, list(concatenated.from_iterable(blocks))
+    width, names = target.config.hidden_size, list(chain.from_iterable(blocks))
     expected = ExpectedTensors({name + "weight": (width, width) for name in names})
     expected.add({name + "bias": (width,) for name in names}, optional=not NAMES[layout].bias)
     return expected
@@ -160,8 +160,7 @@ class MedusaDrafter:
             (ids_N,) = self._captured(self._hidden, root_1)
             return DraftTree(self._builder.tree, ids_N)
         if self._draws:
-            levels = min(max_levels, self._builder.num_levels)
-            return draw_chain(self._weights, self._target, self._hidden, root_1, levels, sampler)
+            return draw_chain(self._weights, self._target, self._builder, self._hidden, root_1, max_levels, sampler)
         return draft_tree(self._weights, self._target, self._builder, self._hidden, root_1, max_levels)
 
     def accept(self, token_ids: Sequence[int], features: Features) -> None:
@@ -186,15 +185,22 @@ def draft_tree(
 
 
 def draw_chain(
-    weights: MedusaWeights, target: Decoder, hidden_1M: Tensor, root_1: Tensor, num_levels: int, sampler: Sampler
+    weights: MedusaWeights,
+    target: Decoder,
+    builder: StaticTreeBuilder,
+    hidden_1M: Tensor,
+    root_1: Tensor,
+    max_levels: int,
+    sampler: Sampler,
 ) -> DraftTree:
-    """One round: a draw from each of the first heads. No head knows what the others draw, so a draft has the same
-    distribution whichever are before it."""
-    logits_KU = weights.logits(target.normed(hidden_1M), num_levels)
+    """As `draft_tree` for a chain, with a draw from each head. No head knows what the others draw, so a draft has the
+    same distribution whichever are before it."""
+    tree = builder.tree.cut(max_levels)
+    logits_KU = weights.logits(target.normed(hidden_1M), tree.num_levels)
     drafts = [Draft.from_logits(logits_U, sampler).in_target(weights.vocabulary) for logits_U in logits_KU]
     ids_K = torch.tensor([draft.token_id for draft in drafts], device=root_1.device)
     drawn = tuple(draft.probabilities_V for draft in drafts if draft.probabilities_V is not None)
-    return DraftTree(chain(num_levels, root_1.device), torch.cat((root_1, ids_K)), drawn)
+    return DraftTree(tree, torch.cat((root_1, ids_K)), drawn)
 
 
 def capture_draft(weights: MedusaWeights, target: Decoder, builder: StaticTreeBuilder) -> CapturedFunction:

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spdbench.errors import InputError, NotComparableError, first_problem
-from spdbench.input_files import parse_json
+from spdbench.input_files import json_record
 from spdbench.judge.comparison.pairing import machine, workload
 from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.timing import SPEED, SPEEDUP
@@ -202,9 +202,8 @@ def distance(logarithms: Sequence[float]) -> float:
 
 def parse_calibration(text: bytes | str) -> Calibration:
     """Raises `ValueError` in one line if `text` is no calibration."""
-    parse_json(text)  # no key twice
     try:
-        return Calibration.model_validate_json(text)
+        return json_record(Calibration, text)
     except ValidationError as error:
         loc, reason = first_problem(error)
         raise ValueError(": ".join(filter(None, [".".join(loc), reason]))) from None

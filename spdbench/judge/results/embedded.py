@@ -87,7 +87,7 @@ def read_report(path: Path) -> list[EmbeddedFile]:
         raise InputError(f"{path}: is no report of spdbench: it holds no results")
     try:
         element = _Element.model_validate_json(found[1])
-        parse_json(found[1])  # no key twice
+        parse_json(found[1])  # no key twice; after what says which part is wrong
         raw = _unpack(base64.b64decode(element.base64, validate=True), sum(file.bytes for file in element.files))
         files, start = [], 0
         for file in element.files:

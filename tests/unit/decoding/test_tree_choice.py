@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 from itertools import combinations, product
 from math import prod
@@ -11,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdbench.decoding.tree import Path
-from spdbench.decoding.tree_choice import best_paths, choose_tree
+from spdbench.decoding.tree_choice import ROUNDS, best_paths, choose_tree, measure_row_costs
 from spdbench.profiles.profile import RowCosts
+from tests import tiny
 
 LEVELS = st.lists(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=4), min_size=1, max_size=4)
 COARSE = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=3), min_size=1, max_size=3)
@@ -77,3 +79,14 @@ def test_dear_rows_make_a_small_tree_and_free_ones_a_large_one() -> None:
     deep = choose_tree(accuracies, free, lambda levels: 5.0 * levels, 6)
     assert deep.num_levels == 1
     assert choose_tree(accuracies, free, lambda _: 0.0, 6).speedup == pytest.approx(1 + 0.8 + 0.8 * 0.7)
+
+
+def test_more_rows_are_taken_to_cost_no_less_than_fewer(
+    tiny_model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which two rows take half of the time of one."""
+    seconds = {1: 4.0, 2: 2.0, 3: 5.0, 4: 1.0}
+    ticks = iter(tick for _ in range(ROUNDS + 1) for rows in seconds for tick in (0.0, seconds[rows]))
+    monkeypatch.setattr("spdbench.decoding.tree_choice.perf_counter", lambda: next(ticks))
+    costs = measure_row_costs(tiny.load(tiny_model).own_decoder, 4)
+    assert [costs(rows) for rows in (1, 2, 3, 4)] == [4.0, 4.0, 5.0, 5.0]

@@ -287,6 +287,16 @@ def started(folder: Path, drafter: Path | str, **options: str) -> SPD:
     return backend
 
 
+@pytest.mark.parametrize(("num_cores", "chosen"), [(2, None), (4, "4, 1 when sampling")])
+def test_more_than_three_stages_have_branches_only_with_a_core_each(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int, chosen: str | None
+) -> None:
+    monkeypatch.setattr("spdbench_backends.spd.backend.usable_cores", lambda: num_cores)
+    own, stages = tiny.load(tiny_model).own_decoder, split_by_counts(6, (2, 2, 1, 1))
+    head = published(own, tmp_path / "head.pt", stages=stages, trained_with_use_deepest=True)
+    assert started(tiny_model, head).describe().chosen.get("draft_top_k") == chosen
+
+
 def test_a_trained_head_has_branches_for_greedy_requests_unless_told_otherwise(
     tiny_model: Path, tmp_path: Path
 ) -> None:
