@@ -168,7 +168,7 @@ class Eagle(DraftVerify):
         levels, num_nodes = tree.num_levels, len(tree.paths) + 1
         top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
         self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
-        if self._weights is not None and self._decoder_to_capture() is None:
+        if self._decoder_to_capture() is None:
             self._chain = chain_builder(levels, device)
             self._chosen["with a temperature"] = f"chain, depth {self._chain.num_levels}, drawn"
         return DynamicTreeBuilder(levels, top_k, num_nodes)

@@ -117,7 +117,3 @@ def test_an_automatic_tree_gives_way_to_a_drawn_chain_as_deep(target: Target, mo
     assert tree.drawn is not None
     assert chosen["with a temperature"] == f"chain, depth {len(tree.drawn)}, drawn"
     assert proposed(target, backend, Sampling(0.0), 9).drawn is None
-    cls = find_backend("eagle")
-    forced = cls(cls.Options(), BackendContext("eagle", target, "forced:0.9", ("cpu",), 1, 0))
-    forced.load()
-    assert "with a temperature" not in forced.describe().chosen  # its drafts are no draws

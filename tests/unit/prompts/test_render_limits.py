@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Event, Thread
 
 import pytest
 
@@ -14,20 +13,24 @@ from spdbench.prompts.render_limits import memory_limit
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has")
 
 
-def test_what_threads_limited_is_as_before_after_all_of_them() -> None:
-    before, together = resource.getrlimit(resource.RLIMIT_DATA), Barrier(8)
+def test_a_limit_that_another_thread_asks_for_meanwhile_waits() -> None:
+    """Otherwise it would take the first one for what the process had before, and set it for good."""
+    before, entered, release = resource.getrlimit(resource.RLIMIT_DATA), Event(), Event()
 
-    def limit(_: int) -> tuple[int, int]:
-        together.wait()
-        for _ in range(50):
-            with memory_limit(2**29):
-                inside = resource.getrlimit(resource.RLIMIT_DATA)
-        return inside
+    def limit() -> None:
+        with memory_limit(2**29):
+            entered.set()
+            release.wait(10)
 
-    with ThreadPoolExecutor(8) as pool:
-        inside = list(pool.map(limit, range(8)))
+    other = Thread(target=limit)
+    with memory_limit(2**29):
+        assert resource.getrlimit(resource.RLIMIT_DATA) != before
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(10)
+    release.set()
+    other.join()
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
-    assert before not in inside
 
 
 def test_an_error_inside_gives_the_limit_back() -> None:
