@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
-_one_at_a_time = threading.Lock()
-"""The limit on memory is the process's: two that overlapped would each give back what the other one has set."""
+_one_at_a_time = threading.RLock()
+"""The limit on memory is the process's: of two threads each would give back what the other one has set."""
 
 
 class TooSlowError(BaseException):
