@@ -159,8 +159,10 @@ def require_flushes(steps: list[Slice], lanes: int) -> None:
 
 
 def require_drawn_flush(path: Path, lanes: int) -> None:
-    """The report's timeline shows the flush after a rejection, the refill, and work that was thrown away."""
-    [table] = compare(read_results([path]), by_category=True)
+    """The report's timeline shows the flush after a rejection, the refill, and all work that was thrown away: a stage
+    that gets no processor before the verdict has none, so its spans say how much."""
+    [loaded] = read_results([path])
+    [table] = compare([loaded], by_category=True)
     [panel] = TIMELINE.make(table, LIGHT)
     lanes_shown = {f"stage {lane}" for lane in range(lanes)} | {"drafter", "host", "cycles"}
     assert {row["lane"] for row in panel.rows} == lanes_shown
@@ -168,7 +170,20 @@ def require_drawn_flush(path: Path, lanes: int) -> None:
     after = verdicts[verdicts.index("rejected") + 1 :]
     assert after[: lanes - 1] == ["filling"] * (lanes - 1)
     assert after[lanes - 1 :][:1] in (["accepted"], ["rejected"])
-    assert any(row["what"] == DISCARDED and row["lane"].startswith("stage") for row in panel.rows)
+    cycles = [row["cycle"] for row in panel.rows if row["lane"] == "cycles"]
+    runs = list(loaded.detailed_runs())
+    shown, ends = runs[0], runs[0].steps.t_ns
+    begin, end = ends[min(cycles)], ends[max(cycles) + 1]
+    thrown_away = Counter(row["lane"] for row in panel.rows if row["what"] == DISCARDED)
+    for lane in range(lanes):
+        found = [s for s in spans_of(shown) if s.lane == lane and not s.kept and s.end_ns > begin and s.start_ns < end]
+        assert thrown_away[f"stage {lane}"] == len(found)
+    assert any(s.lane < lanes and not s.kept for run in runs for s in spans_of(run))
+
+
+def spans_of(run: Run) -> list[Span]:
+    assert run.spans is not None
+    return list(run.spans.spans())
 
 
 def test_stages_in_processes_give_a_trace_without_a_lost_slice(tiny_model: Path, tmp_path: Path) -> None:
