@@ -45,6 +45,10 @@ def compiled(function: Function, fastmath: Collection[str] = RELAXED, *, entry: 
 
 
 inner = partial(compiled, entry=False)
+in_order = partial(inner, fastmath=("contract",))
+"""For all that is no sum over a loop: terms are taken in the order in which they stand. Where arrays might overlap, by
+their addresses, the compiler runs another loop, which would take relaxed terms in another order: the same numbers would
+give other bits in other places of the memory."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -85,7 +89,7 @@ def float_from_bits(_typing: Any, bits: Any) -> Any:  # noqa: ARG001 - numba rea
     return types.float32(types.int32), bitcast
 
 
-@partial(inner, fastmath=("contract",))
+@in_order
 def exponential(x: Any) -> Any:
     """e^x in float32 to about one unit in the last place, without a call, so that a loop over it is vectorised.
 

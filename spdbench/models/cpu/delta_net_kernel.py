@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from spdbench.models.cpu.compile import F, compiled, exponential, inner, narrow, widen
+from spdbench.models.cpu.compile import F, compiled, exponential, in_order, inner, narrow, widen
 
 
-@inner
+@in_order
 def _sigmoid(x: Any) -> Any:
     return F(1) / (F(1) + exponential(-x))
+
+
+@in_order
+def _gated(x: Any, scale: Any, weight: Any, gate: Any) -> Any:
+    """A number that is normalised, weighted, and gated by silu(gate)."""
+    return x * scale * weight * gate * _sigmoid(gate)
 
 
 @inner
@@ -33,7 +39,7 @@ def _normalise(head_D: Any, scale: Any) -> None:
         head_D[d] *= scale
 
 
-@inner
+@in_order
 def _convolve(row: Any, conv_WC: Any, before_WC: Any, after_WC: Any, mixed_C: Any) -> None:
     """silu of each channel's weighted sum over the window and `row`, which enters the window. The two windows may be
     the same."""
@@ -52,7 +58,7 @@ def _convolve(row: Any, conv_WC: Any, before_WC: Any, after_WC: Any, mixed_C: An
         mixed_C[c] *= _sigmoid(mixed_C[c])
 
 
-@inner
+@in_order
 def _update(
     before_DE: Any,
     after_DE: Any,
@@ -137,4 +143,4 @@ def delta_net(
             scale = F(1) / np.sqrt(total / F(value_dim) + F(norm_eps))
             for e in range(value_dim):
                 gate = widen(projected[s, gates_at + at + e])
-                out[s, at + e] = narrow(out_E[e] * scale * norm_E[e] * gate * _sigmoid(gate), out[s, at + e])
+                out[s, at + e] = narrow(_gated(out_E[e], scale, norm_E[e], gate), out[s, at + e])

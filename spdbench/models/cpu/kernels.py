@@ -28,6 +28,7 @@ from spdbench.models.cpu.compile import (
     compiled,
     exponential,
     free,
+    in_order,
     inner,
     narrow,
     pointer_to,
@@ -52,10 +53,15 @@ def norm_rows(rows_SM: Any, weight_M: Any, eps: float, out_SM: Any, begin: int, 
             total += widen(rows_SM[s, m]) * widen(rows_SM[s, m])
         scale = F(1) / np.sqrt(total / F(width) + F(eps))
         for m in range(width):
-            out_SM[s, m] = narrow(widen(rows_SM[s, m]) * scale * widen(weight_M[m]), out_SM[s, m])
+            out_SM[s, m] = narrow(_product(widen(rows_SM[s, m]), scale, widen(weight_M[m])), out_SM[s, m])
 
 
-@inner
+@in_order
+def _product(a: Any, b: Any, c: Any) -> Any:
+    return a * b * c
+
+
+@in_order
 def gate_rows(both_S2F: Any, out_SF: Any, begin: int, end: int) -> None:
     """silu(gate) * up of the rows `begin` to `end`, in which the gate comes before up; nothing is left of a gate below
     -87."""
@@ -66,7 +72,7 @@ def gate_rows(both_S2F: Any, out_SF: Any, begin: int, end: int) -> None:
             out_SF[s, f] = narrow(x / (F(1) + exponential(-x)) * widen(both_S2F[s, width + f]), out_SF[s, f])
 
 
-@inner
+@in_order
 def _rotate_pair(low: Any, high: Any, d: int, half: int, cos_D: Any, sin_D: Any, out_D: Any) -> None:
     """Numbers d and d + `half` of a head, rotated; the sines carry the signs. `half` is the caller's, so that the
     compiler knows that loads and stores lie equally far apart: else the loop takes half as long again."""
@@ -87,8 +93,9 @@ def _rotate_head(head_D: Any, norm_D: Any, eps: float, cos_D: Any, sin_D: Any, o
         total += widen(head_D[d]) * widen(head_D[d])
     scale = F(1) / np.sqrt(total / F(2 * half) + F(eps))
     for d in range(half):
-        low = widen(head_D[d]) * scale * widen(norm_D[d])
-        _rotate_pair(low, widen(head_D[half + d]) * scale * widen(norm_D[half + d]), d, half, cos_D, sin_D, out_D)
+        low = _product(widen(head_D[d]), scale, widen(norm_D[d]))
+        high = _product(widen(head_D[half + d]), scale, widen(norm_D[half + d]))
+        _rotate_pair(low, high, d, half, cos_D, sin_D, out_D)
 
 
 @inner
@@ -137,7 +144,7 @@ def _softmax(scores: Any, count: int) -> None:
         scores[i] /= total
 
 
-@inner
+@in_order
 def _add_weighted_values(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> None:
     """The weighted sum of the values in `slots`, added to `out_D`, four at a time to pass over `out_D` less often.
 

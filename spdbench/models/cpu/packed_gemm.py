@@ -19,7 +19,18 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from spdbench.models.cpu.claims import FEATURES, begin_writing, end_writing
-from spdbench.models.cpu.compile import I32, I64, F, inner, llvm_function, narrow, pointer_to, stack_memory, widen
+from spdbench.models.cpu.compile import (
+    I32,
+    I64,
+    F,
+    in_order,
+    inner,
+    llvm_function,
+    narrow,
+    pointer_to,
+    stack_memory,
+    widen,
+)
 
 WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
@@ -149,7 +160,7 @@ def _half(builder: Any, words: Any, first: bool) -> Any:
     return builder.bitcast(builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * WIDTH)), _FLOATS)
 
 
-@inner
+@in_order
 def _store_outputs(task: Any, first_row: int, count: int, first: int, sums: Any, like: Any) -> None:
     """Adds the bias and the other summand, rounds, and stores a block's outputs from output `first` on, without the
     padding behind the last one."""
