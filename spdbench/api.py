@@ -187,7 +187,7 @@ def compare(
         InputError: a file is no result, or `baseline` is neither a label nor a result file.
         NotComparableError: `baseline` did other work than every result.
     """
-    from spdbench.cli.compare import compare_results
+    from spdbench.cli.reading.compare import compare_results
 
     given = [results] if isinstance(results, Result | str | Path) else list(results)
     found: list[LoadedResult] = []

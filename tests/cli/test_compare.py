@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 
-from spdbench.cli.compare import DIALECTS, FORMATS, command
+from spdbench.cli.reading.compare import DIALECTS, FORMATS, command
 from spdbench.errors import InputError, NotComparableError
 from spdbench.judge.metrics import dialects
 from spdbench.render.table import FORMATS as RENDERED
@@ -48,7 +48,7 @@ def refusal(*args: str) -> str:
 
 
 def script(*args: str) -> list[str]:
-    return [sys.executable, "-c", "from spdbench.cli.compare import command; command()", *args]
+    return [sys.executable, "-c", "from spdbench.cli.reading.compare import command; command()", *args]
 
 
 def test_compares_and_prints_to_stdout_only() -> None:
@@ -275,7 +275,7 @@ def test_baseline_file_that_serves_no_table_is_exit_code_4(tmp_path: Path) -> No
 
 def test_compare_loads_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from spdbench.cli.compare import command;"
+        "import sys; from click.testing import CliRunner; from spdbench.cli.reading.compare import command;"
         f"assert CliRunner().invoke(command, [{VANILLA!r}, {SPD!r}]).exit_code == 0;"
         "print([name for name in ('torch', 'transformers', 'scipy') if name in sys.modules])"
     )

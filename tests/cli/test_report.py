@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from spdbench.cli import compare, report
 from spdbench.cli.main import run
+from spdbench.cli.reading import compare, report
 from spdbench.errors import InputError
 from spdbench.render.report import page, vega
 from tests.builders import make_result, make_run, write_result

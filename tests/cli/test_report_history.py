@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from spdbench.cli import report
 from spdbench.cli.main import run
+from spdbench.cli.reading import report
 from spdbench.judge.gate.calibration import calibrate
 from spdbench.judge.loaded import load, read_results
 from spdbench.render.report import history, vega

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from spdbench.cli.report import command
+from spdbench.cli.reading.report import command
 from spdbench.render.report import history
 from spdbench.render.report.vega import CHARTS
 from tests.builders import write_result

@@ -60,10 +60,10 @@ WIRING = (
     "spdbench.cli.sweep",
     "spdbench.cli.run",
     "spdbench.cli.audit",
-    "spdbench.cli.report",
-    "spdbench.cli.trace",
-    "spdbench.cli.show",
-    "spdbench.cli.answers",
+    "spdbench.cli.reading.report",
+    "spdbench.cli.reading.trace",
+    "spdbench.cli.reading.show",
+    "spdbench.cli.reading.answers",
     "spdbench.cli.distill",
     "spdbench.cli.train",
     "spdbench.cli.evaluate",
@@ -165,7 +165,12 @@ def test_only_one_module_knows_transformers() -> None:
 
 def test_what_judges_reads_and_schedules_really_loads_no_torch() -> None:
     light = [module for module in MODULES if part_of(module) in NO_TORCH]
-    light += ["spdbench.pipeline.schedule", "spdbench.cli.main", "spdbench.cli.compare", "spdbench.cli.listings"]
+    light += [
+        "spdbench.pipeline.schedule",
+        "spdbench.cli.main",
+        "spdbench.cli.reading.compare",
+        "spdbench.cli.listings",
+    ]
     light += ["spdbench_backends.vanilla", "spdbench_backends.spd.backend"]
     script = (
         "import importlib, sys\n"

@@ -138,7 +138,7 @@ def _check_output(name: str, path: Path, inputs: list[Path], *, force: bool) -> 
 
 
 def _report(projection: Projection, recorded: Recorded, options: ProjectOptions, paths: list[Path]) -> None:
-    from spdbench.cli.report import small_sources
+    from spdbench.cli.reading.report import small_sources
     from spdbench.render.report.projection import to_html
 
     assert options.report is not None

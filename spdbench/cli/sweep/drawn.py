@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spdbench.cli.files import require_free_output, write_whole_file
-from spdbench.cli.report import small_sources
+from spdbench.cli.reading.report import small_sources
 from spdbench.cli.sweep.best import point_rows
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import result_files

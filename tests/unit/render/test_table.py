@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from spdbench.cli import compare as commands
-from spdbench.cli import report
+from spdbench.cli.reading import compare as commands
+from spdbench.cli.reading import report
 from spdbench.console import printable
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices

@@ -11,7 +11,7 @@ import click
 
 from spdbench.cli.files import result_paths, show_text, write_stdout
 from spdbench.cli.options import argument, flag, option, takes
-from spdbench.cli.trace import find_text, read_kept
+from spdbench.cli.reading.trace import find_text, read_kept
 from spdbench.console import printable
 from spdbench.errors import InputError, did_you_mean
 

@@ -11,7 +11,7 @@ import click
 
 from spdbench.cli.files import write_stdout
 from spdbench.cli.options import PATH, WHOLE
-from spdbench.cli.trace import read_kept
+from spdbench.cli.reading.trace import read_kept
 from spdbench.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
