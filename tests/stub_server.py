@@ -50,7 +50,8 @@ class StubServer:
     It accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as
     a token; `lists_ids` if its log-probabilities have ids, as llama.cpp's; `last_words` makes further keys of the event
     with usage from the request. `next_logprobs` are those of the next token, in answers that are not streamed.
-    `counters` makes its text for Prometheus. `asked` collects the bodies of all requests, `headers` their headers.
+    `counters` makes its text for Prometheus. Answers have this `status` and `content_type`, each event in a `frame`.
+    `asked` collects the bodies of all requests, `headers` their headers.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -75,6 +76,9 @@ class StubServer:
         self.headers: list[dict[str, str]] = []
         self.most_at_once = self._at_once = 0
         self.pause_s = 0.0
+        self.status = 200
+        self.content_type: str | None = "Text/Event-Stream; charset=utf-8"
+        self.frame: Callable[[bytes], bytes] = lambda data: b"data: " + data + b"\n\n"
         self._lock = threading.Lock()
         self._here = threading.local()
         self._released = threading.Event()
@@ -154,8 +158,9 @@ class StubServer:
             usage = {"completion_tokens": len(self.tokens(body))}
             listed = {"logprobs": {"top_logprobs": [self.next_logprobs]}} if body.get("logprobs") else {}
             return self.send(handler, 200, json.dumps({"choices": [listed], "usage": usage}))
-        handler.send_response(200)
-        handler.send_header("Content-Type", "Text/Event-Stream; charset=utf-8")
+        handler.send_response(self.status)
+        if self.content_type is not None:
+            handler.send_header("Content-Type", self.content_type)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
         for number, event in enumerate(self.events(handler, body)):
@@ -164,7 +169,7 @@ class StubServer:
             if event == LAST:  # once it is sent, the client may ask again before this thread goes on
                 self.leave()
             for one in (*(self.inserted if number == 3 else ()), event):
-                self.write(handler, b"data: " + one + b"\n\n")
+                self.write(handler, self.frame(one))
         self.write(handler, b"")
         return None
 

@@ -113,6 +113,7 @@ class OpenAI:
             retries=options.retries,
             tokenizer=self._context.tokenizer,
             template_args=self._context.template_args,
+            notice=self._say_once,
         )
         ask = (self._endpoint.probe, self._endpoint.unstreamed_usage)
         self._way, self._extras, answer = choose_way(options.count, options.api, *ask, label)
@@ -263,11 +264,11 @@ class OpenAI:
             time.sleep(COUNTERS_PAUSE_S)
         return after
 
-    def _say_once(self, oddity: str) -> None:
+    def _say_once(self, oddity: str, example: str = "") -> None:
         """Says what is odd about a server that is measured all the same."""
         if oddity not in self._said:
             self._said.add(oddity)
-            say(f"NOTE: {self._context.label}: {one_line(oddity)}.")
+            say(f"NOTE: {self._context.label}: {one_line(': '.join(filter(None, [oddity, example])))}.")
 
     def _error_of_refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
         if refusal.status not in BUSY:

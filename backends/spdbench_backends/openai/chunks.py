@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from spdbench.types import UNKNOWN_ID, FinishReason
-from spdbench_backends.openai.client import MALFORMED, BrokenError, error_message
+from spdbench_backends.openai.client import (
+    MALFORMED,
+    BrokenError,
+    RefusedError,
+    SilentError,
+    error_message,
+    one_line,
+)
+from spdbench_backends.openai.events import UNREADABLE, is_done, read_events
 from spdbench_backends.openai.response_drafts import DraftReport, find_report
 
-BOM = b"\xef\xbb\xbf"
-DATA, EVENT, DONE = b"data:", b"event:", b"[DONE]"
+ERROR = b"error"
+WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
+OF_ANSWERS = frozenset({"choices", "usage", "error", "detail"})
+FIRST = (None, 0, "0")
+"""The index of the first answer, if there are several."""
+OK = 200
+Notice = Callable[[str, str], None]
+"""Says something odd of a server once, with an example, which may be empty."""
 ID_PREFIX = "token_id:"
 MAX_COUNT, MAX_SECONDS = 2**31, 1e9
 FINISHES: Mapping[str, FinishReason] = {
@@ -84,58 +99,118 @@ class Chunk:
         return bool(self.has_text or self.ids or self.listed or self.finish) or self.completion_tokens is not None
 
 
-def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str]) -> Iterator[Chunk]:
+class ReportedError(BrokenError):
+    """An error that the server reports inside its stream. `status` is the HTTP status that it names, else that of the
+    stream; `message` its explanation, in one line."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"the server failed in the middle of its answer: {message}")
+        self.status = status
+        self.message = message
+
+
+def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str], notice: Notice) -> Iterator[Chunk]:
     """The events of a stream, to its end, with the server's reasons passed through `without_key`.
 
     An answer ends with `[DONE]` or with a chunk that has a finish reason. Some servers have a word in that place from
-    the first chunk on, so an unknown word is no reason once text has followed it.
+    the first chunk on, so a word is no reason once text has followed it. What goes wrong after a whole answer is
+    ignored, and said.
 
     Raises:
+        RefusedError: an error came in place of the answer.
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
-    is_error, word, not_ends = False, "", set[str]()
-    for number, line in enumerate(lines):
-        line = line.removeprefix(BOM) if number == 0 else line
-        if not line or line.startswith(EVENT):
-            is_error = line.removeprefix(EVENT).strip() == b"error"
-        data = line.removeprefix(DATA).strip()
-        if not line.startswith(DATA) or not data or data.startswith(b":"):  # a comment is not always sent as one
-            continue
-        if data == DONE:
-            return
-        chunk = _chunk(data, is_error, without_key)
-        if chunk.has_text and word:
-            not_ends |= {word} - FINISHES.keys()
-            word = ""
-        if chunk.finish in not_ends:
-            chunk = replace(chunk, finish=None)
-        word = chunk.finish or word
-        yield chunk
-    if not word:
-        raise BrokenError("the server ended in the middle of its answer")
+    word, has_text, not_ends, skipped = "", False, set[str](), ""
 
+    def is_whole() -> bool:
+        return has_text and word in FINISHES and word not in not_ends
 
-def _chunk(data: bytes, is_error: bool, without_key: Callable[[str], str]) -> Chunk:
-    """One event; `is_error` if the server calls it an error."""
-    text = data.decode(errors="replace")
     try:
-        event = {} if is_error else json.loads(text)
-        # Of several answers, the first one's alone is timed.
-        choice: Any = next((choice for choice in event.get("choices") or () if not choice.get("index")), {})
-        bare = "choices" not in event and isinstance(event.get("message") or event.get("detail"), str)
-        is_error = is_error or bare or "error" in (event.get("object"), event.get("type"))
+        for data, event, name in read_events(lines):
+            if is_done(data):
+                return
+            if name != ERROR and (words := _words_of_no_answer(data, event)):
+                skipped = one_line(without_key(words))
+                notice("events that are no part of an answer are skipped", skipped)
+                continue
+            try:
+                chunk = _chunk(data, event, name, without_key)
+            except BrokenError as error:
+                if is_whole():
+                    reason = error.message if isinstance(error, ReportedError) else ""
+                    notice("what follows its whole answers is no part of them, and is ignored", reason)
+                    continue
+                if isinstance(error, ReportedError) and not has_text:
+                    raise RefusedError(error.status, error.message, None) from None
+                raise
+            if chunk.has_text:
+                not_ends |= {word} - {""}
+                word, has_text = "", True
+            word = chunk.finish or word
+            yield replace(chunk, finish=None) if chunk.finish in not_ends else chunk
+    except BrokenError as error:
+        if not is_whole():
+            raise
+        if isinstance(error, SilentError):
+            notice("its streams stay open after the answers, so each request takes longer than its answer", "")
+        else:
+            notice("its connections are lost after whole answers, which is ignored", "")
+    if not word or word in not_ends - FINISHES.keys():
+        reason = f"; it said: {skipped}" if skipped else ""
+        raise BrokenError(f"the server ended in the middle of its answer{reason}")
+
+
+def _words_of_no_answer(data: bytes, event: Any) -> str:
+    """What an event says that only keeps the connection alive: words, a number, or a message; empty for others."""
+    text = data.decode(errors="replace")
+    if isinstance(event, Mapping):
+        message = event.get("message")
+        text = message if isinstance(message, str) and not OF_ANSWERS & event.keys() else ""
+        return "" if _status(event) != OK or ERROR.decode() in (event.get("object"), event.get("type")) else text
+    is_odd = not WORDS.fullmatch(text) if event is UNREADABLE else isinstance(event, list)
+    return "" if is_odd or "error" in text.lower() else text
+
+
+def _chunk(data: bytes, event: Any, name: bytes, without_key: Callable[[str], str]) -> Chunk:
+    """One event of an answer. Raises `ReportedError` if it is an error, `BrokenError` if it cannot be read."""
+    text = data.decode(errors="replace")
+    choice: Any = {}
+    is_error = name == ERROR or (event is UNREADABLE and "error" in text.lower() and bool(WORDS.fullmatch(text)))
+    try:
+        if not is_error:
+            # Of several answers, the first one's alone is timed.
+            choice = next((choice for choice in event.get("choices") or () if choice.get("index") in FIRST), {})
+            bare = not {"choices", "usage"} & event.keys() and isinstance(
+                event.get("message") or event.get("detail"), str
+            )
+            is_error = bare or "error" in (event.get("object"), event.get("type"))
         if not (is_error or event.get("error") or choice.get("error")):
-            chunk = _chunk_of_choice(choice, event.get("usage") or choice.get("usage") or {}, without_key)
+            chunk = _chunk_of_choice(choice, _usage(event, choice), without_key)
             return _with_timings(replace(chunk, drafts=find_report(event, choice)), event.get("timings"))
     except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
     message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
-    raise BrokenError(f"the server failed in the middle of its answer: {message}")
+    raise ReportedError(_status(event, choice), message)
+
+
+def _status(*holders: Any) -> int:
+    """The HTTP status that an error names; 200, which it came with, if it names none."""
+    known = [holder for holder in holders if isinstance(holder, Mapping)]
+    known += [holder["error"] for holder in known if isinstance(holder.get("error"), Mapping)]
+    codes = [str(holder.get(key)) for holder in known for key in ("code", "status", "status_code")]
+    return next((int(code) for code in codes if re.fullmatch(r"[45][0-9]{2}", code, re.ASCII)), OK)
+
+
+def _usage(event: Mapping[str, Any], choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The usage wherever a server puts it; `x_groq` is Groq's."""
+    holders = (event, choice, choice.get("delta") or {}, event.get("x_groq") or {})
+    return next((usage for holder in holders if (usage := holder.get("usage"))), {})
 
 
 def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], without_key: Callable[[str], str]) -> Chunk:
     delta = choice.get("delta", choice.get("message")) or {}
     ids, listed, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
+    finish = finish.get("type") if isinstance(finish, Mapping) else finish  # SGLang's own form
     word = without_key(str(finish or "")).lower()
     content = choice.get("text") or delta.get("content") or delta.get("refusal")
     thoughts = (next(filter(None, map(delta.get, THOUGHT_KEYS)), None), _text(content, "thinking"))

@@ -1,4 +1,4 @@
-"""HTTP to one server: connections, a key, JSON in, a stream of lines out.
+"""HTTP to one server: connections, a key, JSON in, bytes out.
 
 The key goes into one header and nowhere else: text from the server passes through `Server.without_key` before it is
 kept or shown. This module does not know the content of requests and answers.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import re
 import socket
 import ssl
@@ -23,7 +24,9 @@ from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 CONNECT_TIMEOUT_S = 10.0
-MAX_LINE_BYTES = 2**20
+MAX_REASON_BYTES = 2**20
+RECEIVED_BYTES = 2**16
+MAX_CHUNK_BYTES = 2**40
 MAX_BODY_BYTES = 2**24
 MAX_MESSAGE_CHARS = 300
 HIDDEN = "***"
@@ -56,7 +59,8 @@ class SilentError(BrokenError):
 
 
 class RefusedError(Exception):
-    """The server answered with another status than 200; `message` is its explanation, in one line."""
+    """The server refused the request with this status, which is 200 if the refusal came in a stream and named none;
+    `message` is its explanation, in one line."""
 
     def __init__(self, status: int, message: str, retry_after_s: float | None) -> None:
         super().__init__(f"{status}: {message}" if message else str(status))
@@ -200,8 +204,8 @@ class Incoming(io.RawIOBase):
         self.sendall = used.sendall
         self.renew()
 
-    def renew(self) -> None:
-        self._deadline = time.monotonic() + self._timeout_s
+    def renew(self, limit_s: float = math.inf) -> None:
+        self._deadline = time.monotonic() + min(self._timeout_s, limit_s)
         self.is_alive = False
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -239,7 +243,7 @@ class Connection:
         Raises:
             UnreachableError: the server closed the connection before it answered.
             BrokenError: it was silent for too long, or does not speak HTTP.
-            RefusedError: its status is not 200.
+            RefusedError: its status is not 2xx.
         """
         self.renew()
         try:
@@ -252,14 +256,14 @@ class Connection:
             raise UnreachableError(error) from None
         except (HTTPException, *MALFORMED) as error:
             raise BrokenError(f"the server does not speak HTTP ({type(error).__name__})") from None
-        if response.status != 200:
+        if not 200 <= response.status < 300:
             raise self._refusal(response)
         self.renew()
         return response
 
-    def renew(self) -> None:
-        """Restarts the server's time limit, after it has sent something useful."""
-        self._incoming.renew()
+    def renew(self, limit_s: float = math.inf) -> None:
+        """Restarts the server's time limit, or a shorter one, after it has sent something useful."""
+        self._incoming.renew(limit_s)
 
     def _silence(self, where: str = "") -> SilentError:
         """The error for a server whose time is over; `where` it was, with a space in front."""
@@ -276,26 +280,28 @@ class Connection:
         except (OSError, HTTPException, *MALFORMED) as error:
             raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
 
-    def lines(self, response: HTTPResponse) -> Iterator[bytes]:
-        """The answer's lines as they come, without line ends. The caller has to `renew` after a line with content.
+    def pieces(self, response: HTTPResponse) -> Iterator[bytes]:
+        """The answer's bytes as they come. The caller has to `renew` after useful ones.
 
         Raises:
-            BrokenError: the server's time is over, the connection was lost, or a line does not end.
+            BrokenError: the server's time is over, or the connection was lost.
         """
-        while True:
+        left = math.inf if response.length is None else response.length  # Python 3.11.6 does not count it down
+        while left > 0:
             try:
-                line = response.readline(MAX_LINE_BYTES)
+                piece = response.read1(RECEIVED_BYTES)
+                if isinstance(response.chunk_left, int) and not 0 <= response.chunk_left < MAX_CHUNK_BYTES:
+                    raise ValueError("the size of a chunk that cannot be")
             except TimeoutError:
                 raise self._silence(MIDDLE) from None
             except (OSError, HTTPException, *MALFORMED) as error:
                 raise BrokenError(
                     f"the connection was lost in the middle of the answer ({_error_name(error)})"
                 ) from None
-            if not line:
+            if not piece:
                 return
-            if len(line) >= MAX_LINE_BYTES:
-                raise BrokenError("the server sends a line without end")
-            yield line.rstrip(b"\r\n")
+            left -= len(piece)
+            yield piece
 
     def close(self) -> None:
         self._server.forget(self._socket)
@@ -306,10 +312,10 @@ class Connection:
 
     def _refusal(self, response: HTTPResponse) -> RefusedError:
         try:
-            data = response.read(MAX_LINE_BYTES)
+            data = response.read(MAX_REASON_BYTES)
         except (OSError, HTTPException, *MALFORMED):
             data = b""
-        text = data.decode(errors="replace") if len(data) < MAX_LINE_BYTES else ""
+        text = data.decode(errors="replace") if len(data) < MAX_REASON_BYTES else ""
         message = error_message(text, self._server.without_key)
         return RefusedError(response.status, message, _retry_after_s(response.getheader("Retry-After")))
 

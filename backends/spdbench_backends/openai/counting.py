@@ -1,4 +1,4 @@
-"""Counts the tokens of an answer that comes as text, by what the server reports of them, in one of six ways.
+"""Counts the tokens of an answer that comes as text, by what the server reports of them, in one of seven ways.
 
 Chunks are not tokens: a server that drafts sends several tokens at once, and holds back an incomplete character. So the
 count is the server's own, and the result says which way it was. A report for each token is preferred to one at the end;
@@ -8,6 +8,7 @@ of two such, usage comes before log-probabilities, whose computation takes time 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal
 
 from spdbench.errors import InputError, PromptFailedError
@@ -15,13 +16,14 @@ from spdbench.types import UNKNOWN_ID, MeasurementKind
 from spdbench_backends.openai.chunks import Chunk
 
 Api = Literal["chat", "completions"]
-Way = Literal["ids", "running_usage", "timings", "usage", "logprobs", "chunks"]
+Way = Literal["ids", "running_usage", "chunk_usage", "timings", "usage", "logprobs", "chunks"]
 CountOption = Literal["auto", "ids", "usage", "logprobs", "chunks"]
 Extras = Mapping[str, Any]
 
 WAY_TITLES: Mapping[Way, str] = {
     "ids": "the server's token ids",
     "running_usage": "the server's usage, reported with each chunk",
+    "chunk_usage": "the server's usage, reported of each chunk alone",
     "timings": "llama.cpp's timings, reported with each chunk, and its usage",
     "usage": "the server's usage, reported at the end",
     "logprobs": "the server's log-probabilities, one a token",
@@ -31,6 +33,7 @@ TRIES: Mapping[CountOption, tuple[tuple[Way, ...], ...]] = {
     "auto": (
         ("ids", "usage"),
         ("running_usage",),
+        ("chunk_usage",),
         ("timings", "usage"),
         ("logprobs", "usage"),
         ("logprobs",),
@@ -38,7 +41,7 @@ TRIES: Mapping[CountOption, tuple[tuple[Way, ...], ...]] = {
         ("chunks",),
     ),
     "ids": (("ids", "usage"), ("ids",)),
-    "usage": (("running_usage",), ("timings", "usage"), ("usage",)),
+    "usage": (("running_usage",), ("chunk_usage",), ("timings", "usage"), ("usage",)),
     "logprobs": (("logprobs", "usage"), ("logprobs",)),
     "chunks": (("chunks",),),
 }
@@ -89,8 +92,11 @@ class Counter:
             raise PromptFailedError(f"the server reports {count} tokens, and was asked for {self._limit} at most")
 
     def _new_ids(self, chunk: Chunk) -> tuple[int, ...]:
-        if self._way in ("ids", "logprobs"):
+        if self._way in ("ids", "logprobs", "chunk_usage"):
             found = chunk.ids if self._way == "ids" else chunk.listed
+            if self._way == "chunk_usage":  # a chunk without text may report the whole answer
+                count = chunk.completion_tokens if chunk.has_text else None
+                found = None if count is None else (UNKNOWN_ID,) * count
             if found is None and chunk.has_text:
                 raise PromptFailedError(
                     f"a chunk came without {WAY_TITLES[self._way]}, so its tokens cannot be counted"
@@ -102,6 +108,12 @@ class Counter:
             return (UNKNOWN_ID,) * max(0, min(self._limit, chunk.predicted_tokens or 0) - self.total)
         first_only = self._way == "usage" and self.total > 0
         return (UNKNOWN_ID,) if chunk.has_text and not first_only else ()
+
+    @property
+    def has_plausible_usage(self) -> bool:
+        """True if the server has stated no fewer tokens than the answer has so far."""
+        fewest = self._num_text_chunks - SPARE_CHUNKS if self._whole else 1
+        return self._stated is not None and self._stated >= max(1, fewest)
 
     def rest(self) -> tuple[int, ...]:
         """Ids of tokens that only the end of the answer reports.
@@ -115,15 +127,18 @@ class Counter:
                 return ()
             self.total += 1
             return (self._end,)
-        if self._way == "chunks":
+        if self._way in ("chunks", "chunk_usage"):
             return ()
         if self._stated is None:
             raise PromptFailedError("the server reported no usage, so its tokens cannot be counted")
-        fewest = self._num_text_chunks - SPARE_CHUNKS if self._whole else 1
-        if self._num_text_chunks and self._stated < max(1, fewest):
+        if self._num_text_chunks and not self.has_plausible_usage:
             raise PromptFailedError(
                 f"the server's usage is {self._stated} tokens, and its answer came in {self._num_text_chunks} chunks, "
                 "so its tokens cannot be counted"
+            )
+        if self._stated and not self._num_text_chunks:
+            raise PromptFailedError(
+                f"the server's usage is {self._stated} tokens, and its answer has no text, so they cannot be timed"
             )
         found = (UNKNOWN_ID,) * max(0, self._stated - self.total)
         self.total += len(found)
@@ -150,6 +165,7 @@ def extras(ways: Iterable[Way], api: Api) -> Extras:
     parts: Mapping[Way, Extras] = {
         "ids": {"return_token_ids": True},
         "running_usage": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+        "chunk_usage": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
         "timings": {"timings_per_token": True},
         "usage": {"stream_options": {"include_usage": True}},
         "logprobs": {"logprobs": True if api == "chat" else 1},
@@ -173,12 +189,12 @@ def choose_way(
     Raises:
         InputError: the server reports nothing by which tokens can be counted, or not what the option asks for.
     """
+    answer, asked, usage = None, None, cache(usage)
     for ways in TRIES[option]:
         way, more = ways[0], extras(ways, api)
-        answer = probe(more)
-        if answer is None or (way == "chunks" and usage() != sum(chunk.has_text for chunk in answer)):
-            continue
-        if _can_count(answer, way):
+        if more != asked:
+            answer, asked = probe(more), more
+        if answer is not None and _can_count(answer, way) and _is_confirmed(answer, way, usage):
             return way, more, answer
     allowed = ", ".join(name for name in TRIES if name not in ("auto", option))
     if option == "auto":
@@ -195,19 +211,32 @@ def _can_count(answer: Sequence[Chunk], way: Way) -> bool:
     with_text = [chunk for chunk in answer if chunk.has_text]
     if way == "usage":
         return _stated_tokens(answer) > 0
-    if way in ("running_usage", "timings"):
-        counts = [
-            (chunk.completion_tokens if way == "running_usage" else chunk.predicted_tokens) or 0 for chunk in with_text
-        ]
-        if way == "timings" and not _stated_tokens(answer):
+    if way in ("running_usage", "chunk_usage", "timings"):
+        counts = [(chunk.predicted_tokens if way == "timings" else chunk.completion_tokens) or 0 for chunk in with_text]
+        if len(counts) < 2 or not all(counts) or (way == "timings" and not _stated_tokens(answer)):
             return False
-        return len(counts) > 1 and 0 < counts[0] < counts[-1] and all(counts)
+        rises = counts == sorted(counts) and counts[0] < counts[-1]
+        return way == "chunk_usage" or (rises and (way == "timings" or counts[-1] >= len(counts) - SPARE_CHUNKS))
     if way == "ids":
         # A server that sends all ids so far with each chunk has more ids than tokens.
         num_ids = sum(len(chunk.ids or ()) for chunk in answer)
         complete = all(chunk.ids is not None for chunk in with_text)
         return bool(with_text) and complete and _stated_tokens(answer) in (0, num_ids)
     return bool(with_text) and (way == "chunks" or all(chunk.listed for chunk in with_text))
+
+
+def _is_confirmed(answer: Sequence[Chunk], way: Way, usage: Callable[[], int | None]) -> bool:
+    """False if this way is doubtful for the answer, and what it counts is not the usage of the whole answer. Usage of
+    fewer tokens than there are chunks that report it may be that of each chunk."""
+    with_text = [chunk for chunk in answer if chunk.has_text]
+    counts = [chunk.completion_tokens or 0 for chunk in with_text]
+    if way == "chunks":
+        return usage() == len(with_text)
+    if way == "chunk_usage":
+        whole = _stated_tokens([chunk for chunk in answer if not chunk.has_text])
+        return sum(counts) == whole or sum(counts) == usage()
+    stated = _stated_tokens(answer)
+    return way != "usage" or stated >= sum(map(bool, counts)) or stated == usage()
 
 
 def _stated_tokens(answer: Sequence[Chunk]) -> int:

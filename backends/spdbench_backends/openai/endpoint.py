@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import cached_property
 from typing import Any, TypeVar
 
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import Chunk, read_chunks
+from spdbench_backends.openai.chunks import FINISHES, OK, Chunk, Notice, read_chunks
 from spdbench_backends.openai.client import (
     MALFORMED,
     Address,
@@ -25,6 +28,7 @@ from spdbench_backends.openai.client import (
     unused_proxy,
 )
 from spdbench_backends.openai.counting import Api, Extras
+from spdbench_backends.openai.events import BOM, FIELD, split_lines
 from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
 
 Answer = TypeVar("Answer")
@@ -32,10 +36,14 @@ Answer = TypeVar("Answer")
 QUESTION = "Count from one to twenty in words."
 QUESTION_TOKENS = 16
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
-NOT_UNDERSTOOD = frozenset({400, 415, 422, 500, 501})
+NOT_UNDERSTOOD = frozenset({OK, 400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
 MAX_SEED = 2**31
+USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
+"""How long a server is waited for once its answer is whole, before and after its usage: not all close their streams."""
+STREAM = "text/event-stream"
+VERSION = re.compile(r"/v[0-9]+$")
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
 
@@ -53,7 +61,8 @@ class Endpoint:
     """Where and how one model of a server completes conversations.
 
     Without a `model` the server's only one is taken. `prompt_form` is how a request holds its prompt: `messages`, `ids`
-    or `text`. `template` are the arguments of the chat template as a request has them.
+    or `text`. `template` are the arguments of the chat template as a request has them. What is odd of its streams goes
+    to `notice`.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class Endpoint:
         retries: int,
         tokenizer: Any,
         template_args: Mapping[str, Any],
+        notice: Notice,
     ) -> None:
         """Asks the server for what is not given.
 
@@ -74,11 +84,12 @@ class Endpoint:
         """
         self._server = server
         self._label = label
-        self._path = server.address.path + ("/chat/completions" if api == "chat" else "/completions")
+        self._notice = notice
         self._retries = retries
         self._tokenizer = tokenizer
         self.template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
         self.model = model or self._only_model()
+        self._path = "/chat/completions" if api == "chat" else self.completions_path
         self.prompt_form = "messages"
         if api != "chat":
             self.prompt_form = "text" if tokenizer is None else "ids"
@@ -109,21 +120,34 @@ class Endpoint:
         Raises:
             NotStreamedError: the answer does not come in chunks.
         """
-        response = connection.ask("POST", self._path, body)
-        if "text/event-stream" not in (response.getheader("Content-Type") or "").lower():
-            raise NotStreamedError
+        response = connection.ask("POST", self._server.address.path + self._path, body)
+        lines = split_lines(connection.pieces(response))
+        if STREAM not in (kind := (response.getheader("Content-Type") or "none").lower()):
+            lines = self._stream_lines(lines, kind)
+        left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
+        has_text = is_whole = has_usage = False
+        for chunk in read_chunks(lines, self._server.without_key, self._notice):
+            has_text = has_text or chunk.has_text
+            if chunk.has_text or chunk.finish:
+                is_whole = has_text and chunk.finish in FINISHES
+            has_usage = has_usage or bool(chunk.completion_tokens)
+            if chunk.has_content:
+                left -= 1
+                connection.renew((CLOSE_WAIT_S if has_usage else USAGE_WAIT_S) if is_whole else math.inf)
+            if left < 0:
+                raise BrokenError(f"the server does not stop: it was asked for {body['max_tokens']} tokens at most")
+            yield chunk
 
-        def chunks() -> Iterator[Chunk]:
-            left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
-            for chunk in read_chunks(connection.lines(response), self._server.without_key):
-                if chunk.has_content:
-                    left -= 1
-                    connection.renew()
-                if left < 0:
-                    raise BrokenError(f"the server does not stop: it was asked for {body['max_tokens']} tokens at most")
-                yield chunk
-
-        return chunks()
+    def _stream_lines(self, lines: Iterator[bytes], kind: str) -> Iterator[bytes]:
+        """The lines of an answer that is not called a stream. Raises `NotStreamedError` if it is none."""
+        has_begun = False
+        for line in lines:
+            if line and not has_begun:
+                if not FIELD.match(line.removeprefix(BOM)):
+                    raise NotStreamedError
+                self._notice(f"its streams have another content type than {STREAM}", kind)
+                has_begun = True
+            yield line
 
     def probe(self, extras: Extras) -> list[Chunk] | None:
         """The answer to a short question; None if the server does not understand the extras.
@@ -145,11 +169,22 @@ class Endpoint:
         base = "" if from_root else self._server.address.path
         return self._ask_until_ready(lambda line: json.loads(line.body(line.ask("POST", base + path, body))))
 
+    @cached_property
+    def completions_path(self) -> str:
+        """Where plain completions are, below the address. llama.cpp also answers where the address lacks `/v1`, and has
+        a protocol of its own at `/completions` there."""
+        if VERSION.search(self._server.address.path) is None:
+            body = {"model": self.model, "prompt": QUESTION, "max_tokens": 1, "temperature": 0.0}
+            with suppress(RefusedError, *MALFORMED):
+                if "choices" in self.ask_json("/v1/completions", body):
+                    return "/v1/completions"
+        return "/completions"
+
     def unstreamed_usage(self) -> int | None:
         """How many tokens the answer to the same question has when it is not streamed; None if unknown."""
         body = self.body(self._question(), {}) | {"stream": False}
         try:
-            answer = self.ask_json(self._path.removeprefix(self._server.address.path), body)
+            answer = self.ask_json(self._path, body)
             found = (answer.get("usage") or {}).get("completion_tokens")
             return None if found is None else int(found)
         except (RefusedError, *MALFORMED):
@@ -222,6 +257,8 @@ def describe_unreachable(label: str, address: Address, error: UnreachableError) 
 def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputError:
     """The error for a user whose server refuses a request, and would refuse it again."""
     status, quote = refusal.status, f" It says: {refusal.message}" if refusal.message else ""
+    if status == OK:
+        return InputError(f"-b {label}: the server fails instead of answering.{quote}")
     if status in (401, 403):
         return InputError(
             f"-b {label}: the server refuses the key ({status}); put the right one into the environment variable "

@@ -36,6 +36,7 @@ class Exchange:
         self.connection: Connection | None = None
         self.before: Counters | None = None
         self.parts: list[str] = []
+        self.has_text = False
         self.has_thoughts = False
         self.finish_word = ""
         self.num_prompt_tokens: int | None = None
@@ -53,7 +54,10 @@ class Exchange:
         """A step for each chunk with tokens. If it is closed after the last token, it still reads the stream's end."""
         for chunk in chunks:
             self._record(chunk)
-            if ids := counter.take(chunk):
+            ids = counter.take(chunk)
+            if self.finish_word and self.has_text and counter.has_plausible_usage:
+                ids += counter.rest()  # now, since the server may take its time to close the stream
+            if ids:
                 yield from self._step(ids, chunks, counter)
         if ids := counter.rest():
             yield from self._step(ids, chunks, counter)
@@ -90,7 +94,8 @@ class Exchange:
         self.num_cached_tokens = self.num_cached_tokens if chunk.cached_tokens is None else chunk.cached_tokens
         self.decode_s = chunk.decode_s or self.decode_s
         self.drafts = chunk.drafts or self.drafts
-        if chunk.has_text and self.finish_word not in FINISHES:
+        if chunk.has_text:
+            self.has_text = True
             self.finish_word = ""
         self.finish_word = chunk.finish or self.finish_word
         if self.finish_word in BROKEN_OFF:

@@ -66,7 +66,9 @@ class TokenScores:
             asked = {**body, "stream": False, "logprobs": count, "return_tokens_as_token_ids": True}
             with suppress(RefusedError):
                 try:
-                    return _listed(self.endpoint.ask_json("/completions", asked)["choices"][0]["logprobs"])
+                    return _listed(
+                        self.endpoint.ask_json(self.endpoint.completions_path, asked)["choices"][0]["logprobs"]
+                    )
                 except MALFORMED:
                     return None
         return None

@@ -218,7 +218,7 @@ def test_a_proxy_that_is_not_used_is_named_where_the_server_is_not_reached(
 
 def text_of(*events: dict[str, Any], first: bytes = b"") -> tuple[str, str]:
     lines = [b"data: " + json.dumps(each).encode() for each in events]
-    chunks = list(read_chunks([first + lines[0], *lines[1:], b"data: [DONE]"], str))
+    chunks = list(read_chunks([first + lines[0], *lines[1:], b"data: [DONE]"], str, lambda *_: None))
     return "".join(chunk.text for chunk in chunks), "".join(chunk.thought for chunk in chunks)
 
 
@@ -229,6 +229,7 @@ def test_text_is_read_wherever_servers_put_it() -> None:
     assert text_of(plain, {"choices": [{"delta": {}, "message": {"content": "One"}}]}) == ("One", "")
     assert text_of({"choices": [{"delta": {"refusal": "No"}}]}) == ("No", "")
     assert text_of({"choices": [{"index": 1, "delta": {"content": "Two"}}]}, plain) == ("One", "")
+    assert text_of({"choices": [{"index": "0", "delta": {"content": "One"}}]}) == ("One", "")
     assert text_of({"choices": [{"delta": {"content": "", "thinking": "Hm"}}]}, plain) == ("One", "Hm")
 
 

@@ -53,14 +53,15 @@ IDS = {number: word for word, number in WORDS.items()}
 
 class Speaking(StubServer):
     """Has a vocabulary of four words, and gives log-probabilities as `dialect` does. `scores` are those after `One
-    two`, where it says ` three`; `by_itself` moves ` four` where it writes the answer itself."""
+    two`, where it says ` three`; `by_itself` moves ` four` where it writes the answer itself. Plain completions are at
+    `path`."""
 
     def __init__(self, dialect: str, four: float, by_itself: float = 0.0) -> None:
         super().__init__()
-        self.dialect, self.four, self.by_itself = dialect, four, by_itself
+        self.dialect, self.four, self.by_itself, self.path = dialect, four, by_itself, "/v1/completions"
 
     def post(self, handler: BaseHTTPRequestHandler) -> None:
-        if not handler.path.endswith(("/tokenize", "/apply-template", "/v1/completions")):
+        if handler.path.endswith("/chat/completions"):
             return super().post(handler)
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         return self.send(handler, *self.answered(handler.path, body))
@@ -73,7 +74,11 @@ class Speaking(StubServer):
             if text is None or text == "<user>":
                 return 200, json.dumps({"tokens": [1, 2]})
             return 200, json.dumps({"tokens": [WORDS[word] for word in text.replace(" ", "| ").split("|")]})
+        if path != self.path:  # llama.cpp's own protocol
+            return (200, json.dumps({"content": " three", "stop": True})) if path == "/completions" else (404, "")
         given, length = body["prompt"], body["max_tokens"]
+        if isinstance(given, str):
+            return 200, json.dumps({"choices": [{"text": " three"}]})
         path_ids = [1, 2, 10, 11, 12]
         assert given == path_ids[: len(given)]
         entries = []
@@ -112,6 +117,22 @@ def test_a_difference_of_two_servers_is_explained(
         assert found is not None
         assert (found.outcome, found.position, found.expected, found.found) == (outcome, 2, 12, 13)
         assert explain(ask(), Answer((), "One two"), Answer((), "One two"), made) is None
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    ("base", "path"), [("", "/v1/completions"), ("/v1", "/v1/completions"), ("/api", "/api/completions")]
+)
+def test_plain_completions_are_found_wherever_the_address_ends(backend: Make, base: str, path: str) -> None:
+    """llama.cpp answers a chat without `/v1`, too, and has a protocol of its own at `/completions`."""
+    server = Speaking("llama.cpp", -0.5)
+    server.path = path
+    try:
+        made = cast(Any, loaded(backend(base_url=server.url.removesuffix("/v1") + base)))
+        found = made.explain_divergence(ask(), Answer((), "One two three"), Answer((), "One two four"), made)
+        assert found is not None
+        assert found.outcome == "tie"
     finally:
         server.close()
 

@@ -1,0 +1,88 @@
+"""Server-sent events: bytes as lines, and lines as events.
+
+Servers differ from the standard in where events end, and in the word that ends a stream, so both are read widely.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from spdbench_backends.openai.client import MALFORMED, BrokenError
+
+BOM = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 2**20
+LINE_END = re.compile(rb"\r\n|\r|\n")
+FIELD = re.compile(rb"(?:data|event|id|retry)?:")
+"""How lines of a stream begin; `:` alone begins a comment."""
+DONE = b"[DONE]"
+UNREADABLE = object()
+"""Stands for data that is no JSON."""
+
+
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a stream as they come, without their ends, which are CR LF, LF or CR.
+
+    Raises:
+        BrokenError: a line does not end.
+    """
+    parts, size, is_cr_last = list[bytes](), 0, False
+    for piece in pieces:
+        data = piece.removeprefix(b"\n") if is_cr_last else piece  # the line was yielded at its CR
+        is_cr_last = data.endswith(b"\r")
+        first, *others = LINE_END.split(data)
+        parts.append(first)
+        size += len(first)
+        if size >= MAX_LINE_BYTES:
+            raise BrokenError("the server sends a line without end")
+        for other in others:
+            yield b"".join(parts)
+            parts, size = [other], len(other)
+    if size:
+        yield b"".join(parts)
+
+
+def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
+    """The data of each event, the same as JSON or `UNREADABLE`, and the event's name.
+
+    A line of data is an event at once if it is whole; otherwise it is joined with those up to the next empty line, as
+    the standard has it for all. Not all servers send an empty line after each event.
+    """
+    name, held, size = b"", list[bytes](), 0
+    for number, line in enumerate(lines):
+        field, _, value = (line.removeprefix(BOM) if number == 0 else line).partition(b":")
+        value = value.strip()
+        if not line:
+            if held:
+                data = b"\n".join(held)
+                yield data, _json(data), name
+            if name == b"done":
+                yield DONE, UNREADABLE, name
+            name, held, size = b"", [], 0
+        elif field == b"event":
+            name = value.lower()
+        elif field == b"data" and value and not value.startswith(b":"):  # a comment is not always sent as one
+            event = UNREADABLE if held or is_done(value) else _json(value)
+            if held or (event is UNREADABLE and value.startswith((b"{", b"[")) and not is_done(value)):
+                held.append(value)
+                size += len(value)
+                if size > MAX_LINE_BYTES:
+                    raise BrokenError("the server sends an event without end")
+            else:
+                yield value, event, name
+    if held:
+        data = b"\n".join(held)
+        yield data, _json(data), name
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode(errors="replace"))
+    except MALFORMED:
+        return UNREADABLE
+
+
+def is_done(data: bytes) -> bool:
+    return len(data) <= 2 * len(DONE) and data.strip(b"\"'[] ").upper() == b"DONE"

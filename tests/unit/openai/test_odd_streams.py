@@ -1,0 +1,300 @@
+"""Streams that are framed, ended or counted in another way than usual: what came whole is measured, and said once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from spdbench.errors import BackendLostError, InputError, PromptFailedError, TryAgainError
+from spdbench_backends.openai import endpoint
+from spdbench_backends.openai.chunks import Chunk
+from spdbench_backends.openai.counting import Counter
+from spdbench_backends.openai.events import split_lines
+from spdbench_backends.openai.exchange import Exchange
+from tests.stub_server import LAST, StubServer, event
+from tests.unit.openai.conftest import Make
+from tests.unit.openai.test_backend import ask, loaded, run
+from tests.unit.openai.test_odd_servers import WHOLE
+
+Events = Iterator[bytes]
+ALONE = {1: 1, 3: 2, 4: 1, 7: 3, 8: 1}
+"""The tokens of the stub's chunks, by those up to their end."""
+
+
+def change(server: StubServer, how: Callable[[Any, Mapping[str, Any], Events], Events]) -> None:
+    """Has the server send what `how` makes of the events of an answer."""
+    original = server.events
+    server.events = lambda handler, body: how(handler, body, original(handler, body))  # type: ignore[method-assign]
+
+
+# Usage of each chunk alone.
+
+
+def test_usage_of_each_chunk_alone_is_summed_where_the_whole_answer_confirms_it(
+    server: StubServer, backend: Make
+) -> None:
+    server.offers = {"running_usage"}
+    server.usage = lambda num_tokens: {"completion_tokens": ALONE[num_tokens]}  # type: ignore[method-assign]
+    made = loaded(backend())
+    measured = run(made)
+    assert (measured.steps.emitted, len(measured.output_ids)) == ([1, 2, 1, 3, 1], 8)
+    assert "of each chunk alone" in made.describe().chosen["tokens"]
+    assert "times" not in made.describe().missing_measurements
+    server.tokens = lambda body: []  # type: ignore[method-assign]  # noqa: ARG005
+    for count in ("auto", "usage"):
+        with pytest.raises(InputError, match=r"cannot be counted|does not report that"):
+            backend(count=count).load()
+
+
+def test_usage_of_one_token_in_each_chunk_is_not_that_of_the_answer(server: StubServer, backend: Make) -> None:
+    server.offers, server.stated, server.answer = {"running_usage", "usage"}, 1, [(word,) for word in WHOLE.split()]
+    measured = run(loaded(backend()))
+    assert measured.steps.emitted == [1] * 6
+    server.offers = {"running_usage"}
+    assert run(loaded(backend(count="usage"))).steps.emitted == [1] * 6
+
+
+# Events that are none of an answer's, and other words for its end.
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"ping", b'"a string"', b"null", b"12", b"[ping]", b"2026-01-01 00:00:00", b'{"message": "queued", "code": 200}'],
+)
+def test_words_between_the_events_are_skipped_and_said_once(
+    server: StubServer, backend: Make, data: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.inserted = [data]
+    made = loaded(backend())
+    assert run(made).report.text == run(made).report.text == WHOLE
+    said = capsys.readouterr().err
+    assert said.count("no part of an answer are skipped") == 1
+    assert ("queued" if b"queued" in data else data.decode()) in said
+
+
+@pytest.mark.parametrize("data", [b"[ERROR] no room", b'{"message": "no room", "code": 503}', b"error: no room"])
+def test_words_of_an_error_are_an_error(server: StubServer, backend: Make, data: bytes) -> None:
+    made = loaded(backend())
+    server.inserted = [data]
+    with pytest.raises(PromptFailedError, match=r"failed in the middle of its answer: .*no room"):
+        run(made)
+
+
+def test_words_that_are_skipped_are_the_reason_if_nothing_else_comes(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.events = lambda *_: iter([b'{"message": "model is unloading"}'])  # type: ignore[method-assign]
+    with pytest.raises(PromptFailedError, match="ended in the middle of its answer; it said: model is unloading"):
+        run(made)
+
+
+@pytest.mark.parametrize("last", [b"[done]", b"DONE", b"[DONE", b'"[DONE]"', b"\n\nevent: done\ndata:\n\n"])
+def test_the_last_word_may_be_written_otherwise(server: StubServer, backend: Make, last: bytes) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        return (last if each == LAST else each.replace(b'"finish_reason"', b'"was"') for each in events)
+
+    change(server, how)
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+def test_a_finish_reason_may_be_an_object(server: StubServer, backend: Make) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        return (each.replace(b'"stop"', b'{"type": "abort", "message": "x"}') for each in events)
+
+    made = loaded(backend())
+    change(server, how)
+    with pytest.raises(PromptFailedError, match="broke the answer off: abort"):
+        run(made)
+
+
+# What follows a whole answer.
+
+
+@pytest.mark.parametrize("after", ["error", "nonsense", "lost", "open"])
+@pytest.mark.parametrize("finish", [b'"stop"', b'"length"'])
+def test_what_goes_wrong_after_a_whole_answer_changes_nothing_and_is_said_once(
+    server: StubServer,
+    backend: Make,
+    after: str,
+    finish: bytes,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endpoint, "CLOSE_WAIT_S", 0.1)
+    monkeypatch.setattr(endpoint, "USAGE_WAIT_S", 0.2)
+
+    def how(handler: Any, _body: Any, events: Events) -> Events:
+        for each in events:
+            if each != LAST:
+                yield each.replace(b'"stop"', finish)
+        if after in ("error", "nonsense"):
+            yield event({"error": {"message": "client gone"}}) if after == "error" else b"{"
+        elif after == "open":
+            server._released.wait(30)
+        else:
+            handler.connection.shutdown(2)
+
+    if finish == b'"length"':
+        server.answer = [*server.answer, *[(" more",)] * 12]
+    change(server, how)
+    made = loaded(backend(timeout_s="30"))
+    for _ in range(2):
+        measured = run(made)
+        assert measured.finish_reason == ("eos" if finish == b'"stop"' else "length")
+        assert str(measured.report.text).startswith(WHOLE)
+    said = capsys.readouterr().err
+    words = {"lost": "connections are lost", "open": "streams stay open"}.get(after, "follows its whole answers")
+    assert said.count(words) == said.count("NOTE") == 1
+
+
+def test_the_last_tokens_do_not_wait_for_the_end_of_the_stream() -> None:
+    def chunks() -> Iterator[Chunk]:
+        yield Chunk("a")
+        yield Chunk("b", finish="stop")
+        yield Chunk(completion_tokens=3)
+        raise AssertionError("waited for")
+
+    steps = Exchange(ask(20), timeout_s=1).steps(chunks(), Counter("usage", 20, whole=True))
+    assert [len(next(steps).token_ids) for _ in range(2)] == [1, 2]
+
+
+def test_a_finish_reason_in_each_chunk_is_no_end_to_rely_on(server: StubServer, backend: Make) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        first = b'[{"finish_reason": "length", "delta"'
+        return (each.replace(b'"stop"', b'"length"').replace(b'[{"delta"', first) for each in events)
+
+    made = loaded(backend())
+    change(server, how)
+    assert run(made).finish_reason == "eos"
+    server.inserted = [b'{"error": "no room"}']
+    with pytest.raises(PromptFailedError, match="no room"):
+        run(made)
+
+
+# Refusals inside a stream.
+
+
+@pytest.mark.parametrize("code", [{}, {"code": 400}, {"code": "invalid_parameter"}])
+def test_a_refusal_inside_a_stream_has_another_way_of_counting_tried(
+    server: StubServer, backend: Make, code: dict[str, Any]
+) -> None:
+    def how(_handler: Any, body: Mapping[str, Any], events: Events) -> Events:
+        refused = {"return_token_ids", "logprobs", "timings_per_token"} & body.keys()
+        if refused or "continuous_usage_stats" in body.get("stream_options", {}):
+            yield event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
+            yield event({"error": {"message": f"{refused} not supported", **code}})
+            yield LAST
+        else:
+            yield from events
+
+    change(server, how)
+    made = loaded(backend())
+    assert "reported at the end" in made.describe().chosen["tokens"]
+    assert run(made).report.text == WHOLE
+
+
+def first_error(server: StubServer, **error: Any) -> None:
+    server.events = lambda *_: iter([event({"error": {"message": "no", **error}})])  # type: ignore[method-assign]
+
+
+def test_an_error_in_place_of_an_answer_is_what_its_status_says(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    for error, kind, words in (
+        ({"code": 429}, TryAgainError, "429: no"),
+        ({"code": "401"}, BackendLostError, "refuses the key"),
+        ({"code": 400}, PromptFailedError, r"refuses the request \(400\)"),
+        ({}, PromptFailedError, "fails instead of answering. It says: no"),
+    ):
+        first_error(server, **error)
+        with pytest.raises(kind, match=words):
+            run(made)
+    with pytest.raises(InputError, match=r"the server fails instead of answering\. It says: no"):
+        backend().load()
+
+
+# Streams by other names and in other frames.
+
+
+@pytest.mark.parametrize("content_type", ["text/plain; charset=utf-8", None, "application/json"])
+def test_a_stream_is_one_whatever_it_is_called(
+    server: StubServer, backend: Make, content_type: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content_type = content_type
+    made = loaded(backend())
+    assert run(made).report.text == WHOLE
+    assert capsys.readouterr().err.count("another content type") == 1
+    server.frame = lambda data: data + b"\n"
+    with pytest.raises(PromptFailedError, match="at once instead of streaming"):
+        run(made)
+
+
+def pretty(data: bytes) -> bytes:
+    lines = [data] if data == LAST else json.dumps(json.loads(data), indent=1).encode().split(b"\n")
+    return b"".join(b"data: " + line + b"\n" for line in lines) + b"\n"
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        pretty,
+        lambda data: b"data: " + data + b"\r\r",
+        lambda data: b"data:" + data + b"\r\n\r\n",
+        lambda data: b"data: " + data + b"\n",
+        lambda data: b"id: 7\nevent: message\ndata: " + data + b"\nretry: 5\n\n",
+    ],
+    ids=["several lines of data", "CR", "CR LF", "no empty line", "other fields"],
+)
+def test_events_are_read_in_any_frame(server: StubServer, backend: Make, frame: Callable[[bytes], bytes]) -> None:
+    server.frame, server.offers = frame, {"ids", "usage"}
+    measured = run(loaded(backend()))
+    assert measured.steps.emitted == [1, 2, 1, 3, 1]
+    assert measured.report.text == WHOLE
+
+
+def test_a_line_ends_once_wherever_its_pieces_are_cut() -> None:
+    text = b"one\r\n\r\ntwo\rthree\n\nfour"
+    for size in range(1, len(text) + 1):
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        assert list(split_lines(pieces)) == [b"one", b"", b"two", b"three", b"", b"four"]
+
+
+def test_an_event_of_many_lines_has_an_end(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.inserted = [b"{" + b"\ndata: " + b"\ndata: ".join([b"x" * 2**19] * 3)]
+    with pytest.raises(PromptFailedError, match="an event without end"):
+        run(made)
+
+
+@pytest.mark.parametrize("status", [201, 203])
+def test_any_status_of_success_is_one(server: StubServer, backend: Make, status: int) -> None:
+    server.status = status
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+@pytest.mark.parametrize("place", ["x_groq", "delta", "0 before all"])
+def test_usage_is_read_in_places_of_its_own(server: StubServer, backend: Make, place: str) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        if place == "0 before all":
+            yield b'{"choices": [], "usage": {"completion_tokens": 0}}'
+        for each in events:
+            if b'"usage"' not in each or place == "0 before all":
+                yield each
+            elif place == "x_groq":
+                yield b'{"choices": [], "x_groq": %b}' % each
+            else:
+                yield b'{"choices": [{"delta": %b}]}' % each
+
+    change(server, how)
+    assert len(run(loaded(backend(count="usage"))).output_ids) == 8
+
+
+# Answers without text.
+
+
+def test_tokens_without_any_text_cannot_be_timed(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.answer, server.stated = [("", "")], 12
+    with pytest.raises(PromptFailedError, match="usage is 12 tokens, and its answer has no text"):
+        run(made)
