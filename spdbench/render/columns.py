@@ -290,6 +290,8 @@ def decoding(info: DecodingInfo) -> str:
     if info.temperature == 0:
         return f"greedy, {length}"
     filters = [f"top-p {info.top_p:g}"] * (info.top_p < 1) + [f"top-k {info.top_k}"] * (info.top_k > 0)
+    if info.temperature is None:
+        return f"temperature unknown, {length}"
     return ", ".join([f"temperature {info.temperature:g}", *filters, f"seed {info.seed}", length])
 
 

@@ -172,6 +172,45 @@ def test_overlapping_requests_of_aiperf_say_how_many_were_under_way(tmp_path: Pa
     assert "3 at once" in said.err
 
 
+def aiperf_summary(**extra: Any) -> dict[str, Any]:
+    phases = [{"kind": "warmup", "concurrency": 1}, {"kind": "profiling", "concurrency": 8}]
+    config = {"models": {"items": [{"name": "org/m"}]}, "phases": phases, "endpoint": {"extra": extra}}
+    return {"aiperf_version": "0.4", "input_config": config}
+
+
+def test_what_was_asked_for_comes_from_aiperfs_summary_or_stays_unknown(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "profile_export.jsonl", [aiperf_record(i) for i in range(4)])
+    summary, results = tmp_path / "profile_export_aiperf.json", tmp_path / "r"
+    assert spdbench("import", source, "--results", results).code == 0
+    plain = results / "profile_export__aiperf__served.json"
+    result = read_result(plain)
+    assert (result.decoding.temperature, result.decoding.max_new_tokens) == (None, 11)
+    jsonschema.validate(json.loads(plain.read_text()), json_schema())
+    said = spdbench("compare", results)
+    assert said.code == 0, said.err
+    assert "temperature unknown" in said.out
+    write(summary, aiperf_summary(temperature=0, max_tokens=64))
+    assert spdbench("import", source, "--results", results).code == 0
+    result = read_result(results / "profile_export__aiperf__m__c8.json")
+    assert (result.decoding.temperature, result.decoding.max_new_tokens) == (0.0, 64)
+    assert result.backend.options["concurrency"] == 8
+    damaged: Any
+    for damaged in ({}, aiperf_summary(temperature=[1], max_tokens="x"), {"input_config": {"models": 1}}, []):
+        write(summary, damaged)
+        assert spdbench("import", source, "--results", results, "--force").code == 0
+
+
+def test_two_loads_of_one_export_have_two_files(tmp_path: Path) -> None:
+    for level in (1, 4, 8):
+        source = write(tmp_path / "g.json", guidellm(level))
+        assert spdbench("import", source, "--results", tmp_path / "r").code == 0
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
+        "g__guidellm__m.json",
+        "g__guidellm__m__c4.json",
+        "g__guidellm__m__c8.json",
+    ]
+
+
 def test_imports_compare_and_are_gated(tmp_path: Path) -> None:
     for label, token_s in (("before", 0.01), ("after", 0.02)):
         source = write(tmp_path / f"{label}.json", guidellm(1, token_s=token_s))

@@ -56,7 +56,7 @@ def command(options: ImportOptions) -> None:
     found = []
     for export in exports:
         result = _result(export, options, source)
-        level = f"c{export.at_once}" if len(exports) > 1 else None
+        level = f"c{export.at_once}" if len(exports) > 1 or export.at_once > 1 else None
         name = "__".join(filter(None, [options.name, level])) or None
         path = result_path(options.results, result.suite.name, result.backend.label, result.model.id, name)
         require_free_output(path, [source], force=options.force, option="--results")
@@ -91,7 +91,7 @@ def _result(export: Export, options: ImportOptions, source: Path) -> Result:
         ),
         decoding=DecodingInfo(
             max_new_tokens=export.max_new_tokens or max(1, longest),
-            temperature=1.0 if export.temperature is None else export.temperature,
+            temperature=export.temperature,
             top_p=1.0,
             top_k=0,
             seed=0,

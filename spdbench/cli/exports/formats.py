@@ -2,7 +2,8 @@
 
 Both hold a line for each request: when it was sent, when its first and last token came, and how many tokens it had. So
 decode speed, times to the first token and throughput are known, times between tokens are not. A request is known by the
-hash of what it asked, in aiperf's records by its number, so that two exports of the same prompts pair.
+hash of what it asked, in aiperf's records by its number, so that two exports of the same prompts pair. What was asked
+for (model, load, limit, temperature) is in aiperf's summary, which it writes into the same folder.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ GUIDELLM_VERSIONS = (2,)
 """Versions of guidellm's report that are read: what guidellm 0.8 writes."""
 EXPECTED = "expected the report of `guidellm run --output kind=json`, or aiperf's profile_export.jsonl"
 SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
+MAX_TEMPERATURE = 1e3
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
@@ -87,7 +89,7 @@ def _read(path: Path) -> list[Export]:
         line = None
     try:
         if isinstance(line, Mapping) and {"metadata", "metrics"} <= line.keys():
-            return [_aiperf(where, [row for _, row in json_rows(raw, where)])]
+            return [_aiperf(path, [row for _, row in json_rows(raw, where)])]
         report = parse_json(raw)
     except ValidationError:
         raise
@@ -127,8 +129,8 @@ def _guidellm(where: str, report: Mapping[str, Any]) -> list[Export]:
                 str(backend.get("model") or "served"),
                 _at_once(strategy.get("streams") or strategy.get("max_concurrency")),
                 float(benchmark.get("start_time") or 0.0),
-                _most(body.get("max_completion_tokens") or body.get("max_tokens") for body in bodies),
-                _only(body.get("temperature") for body in bodies),
+                _limit(bodies),
+                _temperature(bodies),
                 _runs(requests),
             )
         )
@@ -162,13 +164,37 @@ def _guidellm_request(row: Mapping[str, Any]) -> _Request:
     )
 
 
-def _aiperf(where: str, rows: Sequence[Mapping[str, Any]]) -> Export:
+def _aiperf_settings(records: Path) -> tuple[str, str, int | None, Mapping[str, Any]]:
+    """Version, model, load and further keys of requests, from the summary that aiperf writes next to its records; the
+    load is None and others are empty where that is missing or cannot be read."""
+    try:
+        summary = parse_json(read_input(records.with_name(f"{records.stem}_aiperf.json")))
+        config = summary["input_config"]
+        [model] = [one["name"] for one in config["models"]["items"]]
+        [load] = [phase.get("concurrency") for phase in config["phases"] if phase["kind"] == "profiling"]
+        body = dict(config["endpoint"].get("extra") or {})
+        return str(summary.get("aiperf_version") or ""), str(model), load and _at_once(load), body
+    except (InputError, *DAMAGED):
+        return "", "", None, {}
+
+
+def _aiperf(path: Path, rows: Sequence[Mapping[str, Any]]) -> Export:
     rows = [row for row in rows if (row.get("metadata") or {}).get("benchmark_phase", "profiling") == "profiling"]
     if not rows:
-        raise InputError(f"{where}: holds no request of a profiling phase")
-    requests = [_checked(_aiperf_request, row, f"{where} line {number}") for number, row in enumerate(rows, start=1)]
+        raise InputError(f"{path}: holds no request of a profiling phase")
+    requests = [_checked(_aiperf_request, row, f"{path} line {number}") for number, row in enumerate(rows, start=1)]
     times = [(row["metadata"]["request_start_ns"], row["metadata"]["request_end_ns"]) for row in rows]
-    return Export("aiperf", "", "served", _most_at_once(times), min(times)[0] / 1e9, None, None, _runs(requests))
+    version, model, load, body = _aiperf_settings(path)
+    return Export(
+        "aiperf",
+        version,
+        model or "served",
+        load or _most_at_once(times),
+        min(times)[0] / 1e9,
+        _limit([body]),
+        _temperature([body]),
+        _runs(requests),
+    )
 
 
 def _aiperf_request(row: Mapping[str, Any]) -> _Request:
@@ -280,15 +306,17 @@ def _most_at_once(times: Sequence[tuple[int, int]]) -> int:
     return max(1, most)
 
 
-def _most(values: Iterator[Any]) -> int | None:
+def _limit(bodies: Iterable[Mapping[str, Any]]) -> int | None:
+    """The most new tokens that any request asked for."""
+    values = [body.get("max_completion_tokens") or body.get("max_tokens") for body in bodies]
     return max((value for value in values if isinstance(value, int) and value > 0), default=None)
 
 
-def _only(values: Iterator[Any]) -> float | None:
-    """The one number that all `values` are."""
-    found = set(values)
-    value = found.pop() if len(found) == 1 else None
-    return float(value) if isinstance(value, int | float) and value >= 0 else None
+def _temperature(bodies: Iterable[Mapping[str, Any]]) -> float | None:
+    """The one temperature that all requests asked for."""
+    values = [body.get("temperature") for body in bodies]
+    first = values[0] if values and values.count(values[0]) == len(values) else None
+    return float(first) if isinstance(first, int | float) and 0 <= first < MAX_TEMPERATURE else None
 
 
 def _sha256(text: str) -> str:

@@ -60,7 +60,9 @@ class SuiteInfo(Record):
 
 class DecodingInfo(Record):
     max_new_tokens: int = Field(ge=1)
-    temperature: float = Field(ge=0, allow_inf_nan=False)
+    temperature: float | None = Field(
+        ge=0, allow_inf_nan=False, description="null where an export of another load generator does not say it"
+    )
     top_p: float = Field(gt=0, le=1)
     top_k: int = Field(ge=0)
     seed: int
