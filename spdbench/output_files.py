@@ -48,14 +48,8 @@ def replaced_file(path: Path) -> Iterator[IO[bytes]]:
     """
     part = path.with_name(path.name + ".part")
     part.unlink(missing_ok=True)  # a link there would lead the content into another file
-    try:
-        with part.open("xb") as file:
-            yield file
-        part.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
+    with _moved_when_whole(part, path) as file:
+        yield file
 
 
 @contextmanager
@@ -66,14 +60,21 @@ def cached_file(path: Path) -> Iterator[IO[bytes]]:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".part")
+    # Not a file of `tempfile`, which its owner alone can read: a cache may be shared.
+    with _moved_when_whole(path.with_name(f"{path.name}.{os.urandom(8).hex()}.part"), path) as file:
+        yield file
+
+
+@contextmanager
+def _moved_when_whole(part: Path, path: Path) -> Iterator[IO[bytes]]:
+    """The new file `part`, which becomes `path` at the end, or is removed after an error."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with part.open("xb") as file:
             yield file
-        os.replace(part, path)
+        part.replace(path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(part)
+            part.unlink()
         raise
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from spdbench.output_files import replaced_file, write_failure, write_obstacle
+from spdbench.output_files import cached_file, replaced_file, write_failure, write_obstacle
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError(), KeyboardInterrupt()])
@@ -35,6 +38,17 @@ def test_what_a_killed_run_left_is_replaced_and_a_link_in_its_place_is_not_follo
         file.write(b"new")
     assert (path.read_bytes(), mine.read_bytes()) == (b"new", b"mine")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.json", "mine"]
+
+
+@pytest.mark.parametrize("writer", [replaced_file, cached_file])
+def test_the_umask_decides_who_may_read_a_file(
+    writer: Callable[[Path], AbstractContextManager[IO[bytes]]], tmp_path: Path
+) -> None:
+    (tmp_path / "usual").write_bytes(b"")
+    with writer(tmp_path / "a.bin") as file:
+        file.write(b"new")
+    modes = {each.name: each.stat().st_mode for each in tmp_path.iterdir()}
+    assert modes == dict.fromkeys(("usual", "a.bin"), modes["usual"])
 
 
 def test_a_folder_is_made_where_files_can_be_and_nothing_stays_in_it(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import reprlib
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,11 +86,13 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
         say(f"Converting {file.name} once, {file.stat().st_size / 1e6:.0f} MB (about 20 s for each 100 MB) ...")
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".converting-"))
+            scratch = directory.with_name(f".converting-{os.urandom(8).hex()}")
+            scratch.mkdir()
         except OSError as error:
             raise embedded.cache_error(directory.parent, error) from None
         try:
             _write_source_note(scratch, file.name, sha256, library.convert_gguf(file, scratch))
+            _give_usual_mode(scratch)
             _rename_unless_there(scratch, directory)
         except Exception as error:  # safetensors has an error of its own for a full disk
             if (reason := write_failure(error)) is None:
@@ -104,6 +105,14 @@ def _from_gguf(identity: str, file: Path) -> ModelFiles:
             shutil.rmtree(scratch, ignore_errors=True)
     _read_source_note(directory)
     return ModelFiles(identity, directory, sha256, file)
+
+
+def _give_usual_mode(scratch: Path) -> None:
+    """Gives all files the mode that the umask gives to new ones, as the note has it. safetensors' own are for their
+    owner alone, and a cache may be shared."""
+    mode = (scratch / SOURCE_NOTE).stat().st_mode
+    for file in scratch.iterdir():
+        file.chmod(mode)
 
 
 def _rename_unless_there(scratch: Path, directory: Path) -> None:

@@ -36,6 +36,14 @@ def test_a_whole_file_is_converted_and_its_end_of_text_ends_answers(tmp_path: Pa
     assert raw_config(target.files)["tie_word_embeddings"] is True
 
 
+def test_the_umask_decides_who_may_read_a_converted_model(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    folder = convert(write_gguf(tmp_path / "whole.gguf")).files.directory
+    assert folder.stat().st_mode == (tmp_path / "folder").stat().st_mode
+    assert {file.stat().st_mode for file in folder.iterdir()} == {(tmp_path / "file").stat().st_mode}
+
+
 def test_every_token_that_ends_a_turn_ends_answers(tmp_path: Path) -> None:
     def about(writer: GGUFWriter) -> None:
         writer.add_eot_token_id(1)
