@@ -110,8 +110,13 @@ class DataProgress(Progress):
 
     def _speeds(self, kept: float, written: int) -> str:
         """Nothing is kept before the first conversation ends, which says nothing of the speed."""
-        generated = f"{written / self.seconds:.0f} tok/s generated"
-        return f"{kept / self.seconds:.0f} tok/s kept, {generated}" if kept else generated
+        generated = f"{_rate(written / self.seconds)} tok/s generated"
+        return f"{_rate(kept / self.seconds)} tok/s kept, {generated}" if kept else generated
+
+
+def _rate(tokens_per_s: float) -> str:
+    """A number that is never rounded to 0."""
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 10 else f"{tokens_per_s:.2g}"
 
 
 class TrainingProgress(Progress):

@@ -55,6 +55,7 @@ def test_time_left_follows_the_speed_so_far(monkeypatch: pytest.MonkeyPatch) -> 
     assert data.words(400, 500, 3, 1) == (
         "400/1,000 tokens kept in 3 conversations, 1 dropped; 20 tok/s kept, 50 tok/s generated; about 30 s left"
     )
+    assert "; 0.2 tok/s kept, 0.4 tok/s generated;" in data.words(202, 4, 1, 0)
     data._done = 1000
     assert data.left == ""
 

@@ -326,9 +326,14 @@ def _pair_flags(pairing: Pair) -> Iterator[Flag]:
             yield diverged(outputs.num_compared - outputs.num_identical, outputs.num_compared, classified=False)
 
 
+def _has_few_prompts(row: Row) -> bool:
+    return any(flag.name == "few_prompts" for flag in row.flags)
+
+
 def _mark_best(rows: Sequence[Row]) -> list[Row]:
-    """Marks the largest speed-up whose interval lies above 1, unless disqualified. Often there is none."""
-    fit = [row for row in rows if row.difference_shown and not row.disqualified]
+    """Marks the largest speed-up whose interval lies above 1, unless it is disqualified or of few prompts. Often there
+    is none."""
+    fit = [row for row in rows if row.difference_shown and not (row.disqualified or _has_few_prompts(row))]
     best = max(fit, key=lambda row: row.metrics["speedup"], default=None)
     if best is None or best.metrics["speedup"] <= 1:
         return list(rows)

@@ -87,6 +87,13 @@ def test_a_row_without_flags_is_best() -> None:
     assert row.best
 
 
+def test_a_row_of_few_prompts_is_never_best() -> None:
+    row = row_of(MAKERS["few_prompts"]())
+    assert row.difference_shown
+    assert not row.disqualified
+    assert not row.best
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_flag_is_on_its_row_with_reason_and_remedy(name: str) -> None:
     [flag] = [flag for flag in row_of(MAKERS[name]()).flags if flag.name == name]
