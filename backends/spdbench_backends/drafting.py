@@ -82,17 +82,20 @@ class Drafting(LocalBackend, ABC, Generic[D]):
         sets what results say of it.
 
         Raises:
-            InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read.
+            InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read, or the target
+                shares nothing with one.
         """
         from spdbench_backends.drafter_files.folder import find_drafter
 
         if choice.is_synthetic:
             return None
+        target = self._context.target
+        if target.unsupported_reason is not None:
+            _ = target.ends  # fails before a message advises to train what cannot be used
         if choice.kind == "random":
             file = draw()
         else:
-            files = self._context.target.files
-            file = read(find_drafter(files, method, num_stages) if choice.kind == "auto" else choice.path)
+            file = read(find_drafter(target.files, method, num_stages) if choice.kind == "auto" else choice.path)
         self._info = file.info(choice.kind, method)
         return file
 

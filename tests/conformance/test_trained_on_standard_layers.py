@@ -106,5 +106,6 @@ def test_ends_of_another_kind_are_refused_with_what_works(
     tmp_path: Path, family: str, changes: dict[str, Any], reason: str
 ) -> None:
     target = tiny.load(tiny.make_model(tmp_path, family, seed=1, **changes))
-    with pytest.raises(InputError, match=rf"{reason}.* Use `-b ngram`, .*oracle:P"):
-        load(target, "eagle", {}, "random")
+    for drafter in ("random", "auto"):
+        with pytest.raises(InputError, match=rf"{reason}.* Use `-b ngram`, .*oracle:P"):
+            load(target, "eagle", {}, drafter)
