@@ -1,4 +1,4 @@
-"""Writes `docs/options.md`: every option of every command and of every backend, from the code.
+"""Writes `docs/options.md`: every option of every command, backend and training method, from the code.
 
 python -m docs.option_reference          rewrites the page
 python -m docs.option_reference --check  exits 1 if the page differs from the code
@@ -8,26 +8,38 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from spdbench.backend import installed_backends
-from spdbench.cli.listings import default_text, listing
+from spdbench.cli.listings import default_text, listing, option_facts
 from spdbench.cli.main import COMMANDS, spdbench
+from spdbench.plugins import installed
+from spdbench.training.recipe import ENTRY_POINT_GROUP, find_recipe
 
 PAGE = Path(__file__).resolve().parent / "options.md"
 INTRODUCTION = """# Options
 
 Made from the code by `python -m docs.option_reference`. `spdbench COMMAND --help` and `spdbench backends NAME` print
-the same.
+the same, but for the options of training methods, at the end of the page.
 """
 
 
 def page() -> str:
     """The page's Markdown."""
-    return "\n".join([INTRODUCTION, *_commands(), "## Options of backends", "", *_backends()]).rstrip() + "\n"
+    parts = [
+        *_commands(),
+        "## Options of backends",
+        "",
+        *_backends(),
+        "## Options of training methods",
+        "",
+        *_recipes(),
+    ]
+    return "\n".join([INTRODUCTION, *parts]).rstrip() + "\n"
 
 
 def _commands() -> Iterator[str]:
@@ -47,11 +59,22 @@ def _backends() -> Iterator[str]:
         if not backend["package"].startswith("spdbench "):
             continue
         yield from (f"### {backend['name']}", "", backend["description"], "")
-        rows = [
-            (f"{backend['name']}.{each['key']}={each['type']}", f"{each['help']} [{default_text(each)}]")
-            for each in backend["options"]
-        ]
-        yield from _table(("`-o`", "meaning"), rows)
+        yield from _options(f"{backend['name']}.", backend["options"])
+
+
+def _recipes() -> Iterator[str]:
+    yield from ("`spdbench train METHOD -o KEY=VALUE`", "")
+    for name, point in installed(ENTRY_POINT_GROUP).items():
+        if point.dist is not None and point.dist.name == "spdbench":
+            yield from (f"### train {name}", "")
+            yield from _options("", [option_facts(*each) for each in find_recipe(name).Options.model_fields.items()])
+
+
+def _options(prefix: str, facts: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    rows = [
+        (f"{prefix}{each['key']}={each['type']}", f"{each['help']} {default_text(each)}".rstrip()) for each in facts
+    ]
+    yield from _table(("`-o`", "meaning"), rows)
 
 
 def _paragraphs(text: str) -> str:

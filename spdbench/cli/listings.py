@@ -105,7 +105,7 @@ def listing(point: EntryPoint) -> dict[str, Any]:
     }
     try:
         found = find_backend(point.name)
-        options = [_option(key, field) for key, field in found.Options.model_fields.items()]
+        options = [option_facts(key, field) for key, field in found.Options.model_fields.items()]
         about = (inspect.getdoc(found) or "").partition("\n")[0]
         return {**facts, "kind": found.kind, "description": about, "options": options}
     except SpdbenchError as error:
@@ -114,7 +114,7 @@ def listing(point: EntryPoint) -> dict[str, Any]:
         return {**facts, "error": f"{point.value} cannot be imported: {type(error).__name__}: {error}"}
 
 
-def _option(key: str, field: FieldInfo) -> dict[str, Any]:
+def option_facts(key: str, field: FieldInfo) -> dict[str, Any]:
     """The facts of one `-o` key; `type` and `help` are for people."""
     from pydantic_core import to_jsonable_python
 
@@ -149,14 +149,16 @@ def _text(facts: Mapping[str, Any]) -> str:
     if about := facts["error"] or facts["description"]:
         lines.append(click.wrap_text(about, 80, "    ", "    "))
     for option in facts["options"]:
-        lines.append(f"    -o {facts['name']}.{option['key']}={option['type']}  [{default_text(option)}]")
+        lines.append(f"    -o {facts['name']}.{option['key']}={option['type']}  {default_text(option)}".rstrip())
         lines.append(click.wrap_text(option["help"], 80, "        ", "        "))
     return "\n".join(filter(None, lines))
 
 
 def default_text(option: Mapping[str, Any]) -> str:
-    """`required`, or what holds where the option is not given."""
-    return "required" if option["required"] else f"default {_word(option['default'])}"
+    """`[required]`, or what holds where the option is not given; empty where its help says that."""
+    if option["required"]:
+        return "[required]"
+    return "" if option["default"] is None and "default:" in option["help"] else f"[default {_word(option['default'])}]"
 
 
 def _word(value: Any) -> str:

@@ -115,6 +115,18 @@ def find_devices(chosen: TargetOptions) -> tuple[str, ...]:
     return devices
 
 
+def find_one_device(chosen: TargetOptions, use: str) -> str:
+    """The chosen device, as `find_devices`, of a command that takes one.
+
+    Raises:
+        InputError: several are given; `use` says what one is for.
+    """
+    devices = find_devices(chosen)
+    if len(devices) > 1:
+        raise InputError(f"--devices {','.join(devices)}: one device {use}; give one")
+    return devices[0]
+
+
 def load_model(chosen: TargetOptions, device: str, default: str | None = None) -> Target:
     """The chosen model, else `default`, else `smollm2`; its weights are still on disk."""
     return load_target(chosen.model or default or DEFAULT_MODEL, chosen.dtype, device)

@@ -123,6 +123,8 @@ class Recipe(ABC):
     Options: ClassVar[type[RecipeOptions]]
     formats: ClassVar[tuple[str, ...]]
     """The layouts that `write` knows, `spdbench` first."""
+    has_stages: ClassVar[bool] = False
+    """True if the drafter is for a pipeline of a given number of stages."""
     module: nn.Module
     """All that is trained, in float32, on the teacher's device."""
     hidden_indices: tuple[int, ...]
@@ -132,7 +134,7 @@ class Recipe(ABC):
         self, options: RecipeOptions, teacher: Teacher, draft_ids_U: Tensor | None, num_stages: int | None
     ) -> None:
         """`draft_ids_U`: the draft vocabulary, ascending; None for all tokens. `num_stages`: of the pipeline that is
-        drafted for, where that matters.
+        drafted for, if the recipe `has_stages`; None for the usual number.
 
         Raises:
             InputError: the options do not fit the model.
@@ -196,7 +198,12 @@ def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> 
     return parse_keys("", options, given)
 
 
-def check_layout(recipe: type[Recipe], layout: str) -> None:
-    """Raises `InputError` for a --format that the recipe does not write."""
+def check_recipe(recipe: type[Recipe], layout: str, num_stages: int | None) -> None:
+    """Raises `InputError` for a --format that the recipe does not write, or --stages of one that has none."""
     if layout not in recipe.formats:
         raise InputError(f"--format {layout}: {recipe.method} is written as {' or '.join(recipe.formats)}")
+    if num_stages is not None and not recipe.has_stages:
+        raise InputError(
+            f"--stages {num_stages}: {recipe.method} drafts for a model in one piece; leave it out (spd and ppsd have "
+            "stages)"
+        )

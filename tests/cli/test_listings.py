@@ -67,7 +67,8 @@ def test_backends_lists_what_ships_with_every_option() -> None:
     text = stdout(backends)
     assert "vanilla  autoregressive" in text
     assert "spd  pipeline" in text
-    assert "-o spd.stages=int  [default none]" in text
+    assert "-o spd.stages=int\n        pipeline stages n; default: the drafter's" in text
+    assert "-o eagle.top_k=int  [default 8]" in text
     assert "-o spd.executor=auto|process|inline|streams|torchrun  [default auto]" in text
 
 

@@ -203,6 +203,7 @@ def test_a_folder_with_a_model_is_no_finished_run(data: Path, out: Path, tiny_mo
     ("words", "expected"),
     [
         (("--stages", "4"), "cannot be split into 4"),
+        (("--devices", "cpu,cpu"), "one device trains the drafter"),
         (("-o", "layer=2"), "did you mean 'layers'?"),
         (("-o", "layers=none"), "-o layers=none"),
         (("-o", "layers"), "expected KEY=VALUE"),
@@ -222,6 +223,14 @@ def test_wrong_words_are_one_message(
     assert said.code == 2
     assert expected in " ".join(said.err.split())
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("method", ["eagle3", "medusa"])
+def test_stages_of_a_method_without_them_are_refused_before_anything_is_read(method: str, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    said = train(method, nowhere, nowhere, nowhere, "--stages", "3")
+    assert said.code == 2
+    assert f"--stages 3: {method} drafts for a model in one piece; leave it out" in " ".join(said.err.split())
 
 
 def test_an_unknown_method_names_those_that_are_known(data: Path, out: Path, tiny_model: Path) -> None:

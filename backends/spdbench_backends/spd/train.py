@@ -62,6 +62,7 @@ class SPDTrainOptions(PipelineTrainOptions):
 class PipelineRecipe(Recipe):
     """What SPD and PPSD share: a pipeline's stages, layers that begin as the target's, the KL divergence as loss."""
 
+    has_stages: ClassVar[bool] = True
     _options: PipelineTrainOptions
 
     @cached_property
@@ -85,13 +86,18 @@ class PipelineRecipe(Recipe):
         Raises:
             InputError: another number of them is named, or one is none of the target's.
         """
-        num_layers, count = self._teacher.config.num_layers, len(layers)
+        num_layers, count, named = self._teacher.config.num_layers, len(layers), self._options.init_layers
         if count > num_layers:
             raise InputError(f"-o layers={count}: the model has {num_layers} layers")
-        indices = self._options.init_layers or tuple(range(num_layers - count, num_layers))
+        indices = named or tuple(range(num_layers - count, num_layers))
         if len(indices) != count or max(indices) >= num_layers or min(indices) < 0:
             raise InputError(
                 f"-o init_layers={','.join(map(str, indices))}: expected {count} of the layers 0 to {num_layers - 1}"
+            )
+        if named and not self._teacher.decoder.weights:
+            raise InputError(
+                f"-o init_layers={','.join(map(str, named))}: this model runs on transformers' layers, as which a "
+                "drafter's cannot begin; leave it out"
             )
         for index, layer in zip(indices, cast("list[DecoderLayer]", list(layers)), strict=True):
             if weights := self._teacher.decoder.weights.get(index):

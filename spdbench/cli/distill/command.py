@@ -175,13 +175,10 @@ def _header_settings(
 
 
 def _target(options: DistillOptions) -> Target:
-    from spdbench.cli.setup import find_devices, load_model
+    from spdbench.cli.setup import find_one_device, load_model
     from spdbench.training.space import require_memory
 
-    devices = find_devices(options)
-    if len(devices) > 1:
-        raise InputError(f"--devices {','.join(devices)}: one device makes the data; give one")
-    target = load_model(options, devices[0])
+    target = load_model(options, find_one_device(options, "makes the data"))
     require_memory(target.num_bytes, target.device, f"the model {target.files.id}", "Give a smaller model.")
     return target
 

@@ -35,9 +35,7 @@ class TrainOptions(TargetOptions):
     method: str = argument("METHOD")
     data: Path = option("--data", PATH, "FILE", "Conversations, one JSON a line.", required=True)
     out: Path = option("--out", FOLDER, "DIR", "Where it goes.", required=True)
-    stages: int | None = option(
-        "--stages", COUNT, "N", "Pipeline stages that it is to draft for; spd and ppsd alone have any."
-    )
+    stages: int | None = option("--stages", COUNT, "N", "Of spd and ppsd: pipeline stages that it is to draft for.")
     budget: float | None = option("--budget", DURATION, "TIME", "End after so long, all included: 90s, 20m, 1h30m.")
     epochs: float | None = option(
         "--epochs", POSITIVE, "N", "Rounds over the data. [default: 3; as many as --budget allows]"
@@ -45,7 +43,7 @@ class TrainOptions(TargetOptions):
     layout: str = option("--format", None, "NAME", "Layout of the files.", "spdbench")
     lr: float = option("--lr", POSITIVE, None, "Learning rate.", 1e-3)
     options: tuple[str, ...] = option("-o", None, "KEY=VALUE", "An option of the method.", multiple=True)
-    seed: int = option("--seed", WHOLE, None, None, 0)
+    seed: int = option("--seed", WHOLE, None, "Of first weights, the order of the data, and what is held out.", 0)
     batch_tokens: int = option("--batch-tokens", COUNT, None, "Tokens a forward, padded.", 512)
     accumulate: int = option("--accumulate", COUNT, None, "Forwards a step.", 1)
     held_out: float | None = option(

@@ -13,7 +13,7 @@ import torch
 
 from spdbench.cli.files import file_identity
 from spdbench.cli.progress import TrainingProgress
-from spdbench.cli.setup import chat_format, find_devices, load_model, report_joined
+from spdbench.cli.setup import chat_format, find_one_device, load_model, report_joined
 from spdbench.cli.train.command import TrainOptions
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -33,7 +33,7 @@ from spdbench.training.recipe import (
     Recipe,
     RecipeOptions,
     Teacher,
-    check_layout,
+    check_recipe,
     find_recipe,
     parse_recipe_options,
 )
@@ -60,7 +60,7 @@ def train(options: TrainOptions, started: float) -> None:
     """A whole run, from options to files; its budget counts from `started`."""
     recipe_class = find_recipe(options.method)
     recipe_options = parse_recipe_options(options.options, recipe_class.Options)
-    check_layout(recipe_class, options.layout)
+    check_recipe(recipe_class, options.layout, options.stages)
     conversations = read_conversations(options.data)
     if write_obstacle(options.out) is not None:
         raise InputError(f"--out {options.out}: cannot be written")
@@ -133,7 +133,7 @@ def _nothing_is_left(options: TrainOptions, identity: Mapping[str, Any]) -> bool
 
 def _target(options: TrainOptions) -> Target:
     """The model, its weights still on disk."""
-    target = load_model(options, find_devices(options)[0])
+    target = load_model(options, find_one_device(options, "trains the drafter"))
     require_memory(teacher_bytes(target.num_bytes, target.config), target.device, f"the model {target.files.id}")
     return target
 

@@ -216,6 +216,12 @@ def test_what_does_not_fit_the_model_is_refused(
         SPDRecipe(SPDTrainOptions(**options), teacher, None, stages)
 
 
+def test_layers_to_begin_as_are_refused_where_the_target_has_none_of_ours(tmp_path: Path) -> None:
+    teacher = Teacher(tiny.load(tiny.make_model(tmp_path, "gemma3_text", seed=1)).ends)
+    with pytest.raises(InputError, match="init_layers=5: this model runs on transformers' layers"):
+        SPDRecipe(SPDTrainOptions(init_layers="5"), teacher, None, 3)
+
+
 @pytest.mark.parametrize(("storage", "bytes_each", "tolerance"), [("bfloat16", 2, 1e-5), ("int8", 1, 0.02)])
 def test_an_exit_head_drafts_as_it_was_trained(
     decoder: Decoder, teacher: Teacher, tmp_path: Path, storage: str, bytes_each: int, tolerance: float
