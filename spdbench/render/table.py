@@ -120,11 +120,12 @@ def _table_and_notes(table: Table, console: Console, *, details: bool) -> Iterat
     if meanings := [f"{column.name}: {column.meaning}" for column in fit.columns if column.meaning]:
         yield bullet(f"{'; '.join(meanings)}.")
     yield from map(bullet, notes(table))
+    more = [column for column in columns_for(table, details=True) if column not in fit.columns]
     if not details:
-        names = [column.name for column in columns if column not in fit.columns]
+        shown = {column.name for column in fit.columns}
+        names = [column.name for column in more if column.name not in shown]
         yield bullet(MORE.format(", ".join([*names, "explanations of columns and flags"])))
         return
-    more = [column for column in columns_for(table, details=True) if column not in fit.columns]
     while more:
         ranked = [replace(column, leave_out=place) for place, column in enumerate(more)]
         fit = _fit(table, [LABEL, *ranked], console.width)
