@@ -39,8 +39,31 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install("broken_outsider", tmp_path_factory.mktemp("broken"))
 
 
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the package of docs/backend.md is installed, as that page has it."""
+    work = tmp_path_factory.mktemp("documented")
+    [project] = blocks("backend.md", "toml")
+    (work / "source").mkdir()
+    (work / "source" / "pyproject.toml").write_text(project, encoding="utf-8")
+    (work / "source" / "mine.py").write_text("\n\n".join(blocks("backend.md", "python")), encoding="utf-8")
+    return built(work)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a page of docs/ in one language."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return [block.partition("```")[0] for block in text.split(f"```{language}\n")[1:]]
+
+
 def install(package: str, work: Path) -> Path:
-    source = shutil.copytree(FIXTURES / package, work / "source")  # building writes into the source folder
+    shutil.copytree(FIXTURES / package, work / "source")  # building writes into the source folder
+    return built(work)
+
+
+def built(work: Path) -> Path:
+    """Installs the package in `work`/source, in a folder of its own."""
+    source = work / "source"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
     subprocess.run([*pip, "--target", str(work / "site"), str(source)], check=True, capture_output=True)
     return work / "site"
@@ -103,36 +126,37 @@ def test_outsiders_wrong_option_is_the_users_mistake(site: Path, tmp_path: Path,
     assert "Traceback" not in done.stderr
 
 
-def test_outsiders_backend_is_held_to_the_same_tests_as_those_that_ship(site: Path) -> None:
+def test_backends_from_elsewhere_are_held_to_the_same_tests_as_those_that_ship(site: Path, documented: Path) -> None:
     pytest_ = [sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/conformance"]
     env = {
         **os.environ,
-        "PYTHONPATH": str(site),
+        "PYTHONPATH": os.pathsep.join(map(str, (site, documented))),
         "OMP_NUM_THREADS": "1",
     }  # a tiny model gains nothing from a second thread
-    done = subprocess.run([*pytest_, "-k", "outsider"], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*pytest_, "-k", "outsider or guessing"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
 
 
-def test_the_documented_backend_works_as_it_stands(tmp_path: Path, tiny_model: Path) -> None:
-    text, suites_page = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("backend.md", "suites.md"))
-    code = "\n\n".join(block.partition("```")[0] for block in text.split("```python\n")[1:])
-    lines = ['mine = "mine:Mine"', 'guessing = "mine:Guessing"']
-    assert all(line in text for line in lines)
-    suites = [block.partition("```")[0] for block in suites_page.split("```yaml\n")[1:]]
-    [suite] = [each for each in suites if each.startswith("name: mine\n")]
-    site = tmp_path / "site"
-    (site / "mine-1.0.dist-info").mkdir(parents=True)
-    (site / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n", "utf-8")
-    (site / "mine-1.0.dist-info" / "entry_points.txt").write_text(
-        "[spdbench.backends]\n" + "\n".join(lines).replace('"', ""), "utf-8"
-    )
-    (site / "mine.py").write_text(code, "utf-8")
+def test_the_documented_backends_work_as_they_stand(documented: Path, tmp_path: Path, tiny_model: Path) -> None:
+    [suite] = [each for each in blocks("suites.md", "yaml") if each.startswith("name: mine\n")]
     (tmp_path / "mine.yaml").write_text(suite, "utf-8")
     words = ["mine.yaml", "-m", str(tiny_model), "--dtype", "float32", "--threads", "1", "--max-new-tokens", "12"]
     done = spdbench(
-        [site], tmp_path, "run", *words, "-b", "vanilla", "-b", "mine", "-b", "guessing", "-o", "mine.top=1"
+        [documented],
+        tmp_path,
+        "run",
+        *words,
+        "-b",
+        "vanilla",
+        "-b",
+        "mine",
+        "-b",
+        "guessing",
+        "-o",
+        "guessing.num_drafts=4",
     )
     assert done.returncode == 0, done.stderr
     judged = {}
