@@ -76,7 +76,8 @@ docs: $(VENV)/.installed
 	@$(RUN) docs.module_map
 	@$(RUN) docs.option_reference
 	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --quiet --strict
-	@echo "Open build/site/index.html in a browser."
+	@echo "Open build/site/index.html in a browser. The search works only where the pages are served:"
+	@echo "$(RUN) http.server --directory build/site, then http://127.0.0.1:8000"
 
 format:
 	@$(RUN) ruff format .

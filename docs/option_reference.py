@@ -7,6 +7,7 @@ python -m docs.option_reference --check  exits 1 if the page differs from the co
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -82,12 +83,18 @@ def _paragraphs(text: str) -> str:
 
 
 def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    found = [(left.replace("|", "\\|"), right.replace("|", "\\|").replace("<", "&lt;")) for left, right in rows]
+    found = [(_cell(f"`{left}`"), _cell(right.replace("<", "&lt;"))) for left, right in rows]
     if found:
         yield f"| {head[0]} | {head[1]} |"
         yield "|---|---|"
-        yield from (f"| `{left}` | {right} |" for left, right in found)
+        yield from (f"| {left} | {right} |" for left, right in found)
         yield ""
+
+
+def _cell(text: str) -> str:
+    """A cell's Markdown. A bar in code is written as HTML: MkDocs shows the backslash that GitHub wants before it."""
+    code = re.sub(r"`([^`]*\|[^`]*)`", lambda found: f"<code>{found[1].replace('|', '&#124;')}</code>", text)
+    return code.replace("|", "\\|")
 
 
 def main() -> int:

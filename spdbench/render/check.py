@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from spdbench.judge.comparison.pairing import workload
-from spdbench.judge.gate.calibration import Calibration
+from spdbench.judge.gate.calibration import WIDE, Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, GateVerdict, Judgement, verdict_of
 from spdbench.render.columns import (
     EMPTY,
@@ -88,12 +88,14 @@ def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
     for each in calibration.thresholds:
         numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
         grid.add_row(Text(harmless(each.label)), NAMES[each.metric], *numbers)
+    wide = calibration.max_slowdown > WIDE
     return capture(
         console,
         grid,
         "apart: how far two runs of the same code lie from each other (root mean square). max slowdown: what one of "
         "two such runs exceeds once in 1,000 times.",
         f"For all labels: --max-slowdown {percent(calibration.max_slowdown)}",
+        *["So much noise hides most slowdowns: measure again on an idle machine, with more prompts."] * wide,
     )
 
 

@@ -36,6 +36,8 @@ MIN_RUNS = 5
 ONE_SIDED = 0.999
 MIN_LIMIT = 0.01
 """A slowdown of less than this is not worth a red build, however quiet the machine is."""
+WIDE = 0.25
+"""A gate that allows a slowdown of more than this finds hardly any; so much noise comes from a busy machine."""
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 

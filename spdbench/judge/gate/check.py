@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from spdbench.judge.comparison.pairing import Pair, machine, pair, same_machine, workload
-from spdbench.judge.gate.calibration import Calibration, Threshold
+from spdbench.judge.gate.calibration import WIDE, Calibration, Threshold
 from spdbench.judge.gate.counterpart import complete, counterparts, missing, reference
 from spdbench.judge.gate.exact import exact
 from spdbench.judge.gate.timing import SPEED, SPEEDUP, Allowance, Comparison, timing
@@ -215,10 +215,18 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
 
 
 def _threshold_notes(case: _Case, limits: Limits) -> Iterator[str]:
-    """Where the slowdown that is allowed was neither chosen nor calibrated."""
+    """Where the slowdown that is allowed was neither chosen nor calibrated, or calibrated to be so wide that it hides
+    most slowdowns."""
     metric = SPEED if all(each.plain is None for each in case.comparisons) else SPEEDUP
     decides = metric == SPEEDUP or case.decides_alone
-    if not decides or limits.max_slowdown is not None or limits.calibrated(case.pair.candidate, metric) is not None:
+    if not decides or limits.max_slowdown is not None:
+        return
+    if (found := limits.calibrated(case.pair.candidate, metric)) is not None:
+        if found.max_slowdown > WIDE:
+            yield (
+                f"calibration.json takes a slowdown of one run by up to {found.max_slowdown:.0%} for noise, which "
+                "hides most; calibrate again on an idle machine"
+            )
         return
     calibration, fingerprint = limits.calibration, case.pair.candidate.head.environment.get("fingerprint")
     if calibration is None:

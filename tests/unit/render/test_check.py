@@ -161,6 +161,9 @@ def test_calibration_ends_with_the_option_to_use() -> None:
     text = calibration_to_terminal(found, Console(width=80, force_terminal=False))
     assert text.rstrip().splitlines()[-1] == "For all labels: --max-slowdown 7.2%"
     assert "1.20%" in text
+    noisy = found.model_copy(update={"thresholds": [thresholds[0].model_copy(update={"max_slowdown": 0.863})]})
+    text = calibration_to_terminal(noisy, Console(width=80, force_terminal=False))
+    assert "--max-slowdown 86.3%\nSo much noise hides most slowdowns: measure again on an idle machine" in text
 
 
 def test_shares_are_rounded_up() -> None:

@@ -206,9 +206,9 @@ def test_what_a_result_has_lost_beside_its_numbers_is_noted() -> None:
 # What may be lost
 
 
-def calibration(fingerprint: str = "machine-a") -> Calibration:
+def calibration(fingerprint: str = "machine-a", *, max_slowdown: float = 0.08) -> Calibration:
     words = {"suite": "quick", "label": "eagle", "model": "smollm2", "dtype": "float32", "work": work_of(eagle().head)}
-    found = Threshold(metric="speedup", num_runs=5, spread=0.01, max_slowdown=0.08, **words)
+    found = Threshold(metric="speedup", num_runs=5, spread=0.01, max_slowdown=max_slowdown, **words)
     return Calibration(schema="spdbench.calibration/1", created="now", fingerprint=fingerprint, thresholds=[found])
 
 
@@ -224,6 +224,12 @@ def test_given_slowdown_wins_over_the_calibration_and_that_over_the_default() ->
     assert "5% is allowed by default, as there is no calibration.json" in notes[0]
     assert allowed(calibration=calibration()) == (slowdown(0.01, 5, 1, 1), ())
     assert allowed(calibration=calibration(), max_slowdown=0.02) == (0.02, ())
+
+
+def test_a_calibration_that_allows_almost_everything_is_noted() -> None:
+    [note] = allowed(calibration=calibration(max_slowdown=0.86))[1]
+    assert note.startswith("calibration.json takes a slowdown of one run by up to 86% for noise")
+    assert allowed(calibration=calibration(max_slowdown=0.86), max_slowdown=0.02) == (0.02, ())
 
 
 def test_calibration_of_other_decoding_is_not_used() -> None:
