@@ -17,7 +17,7 @@ from spdbench_backends.openai.client import (
     error_message,
     one_line,
 )
-from spdbench_backends.openai.events import UNREADABLE, is_done, read_events
+from spdbench_backends.openai.events import UNREADABLE, is_done, parse, read_events
 from spdbench_backends.openai.response_drafts import DraftReport, find_report
 
 ERROR = b"error"
@@ -158,6 +158,17 @@ def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str], notic
     if not word or word in not_ends - FINISHES.keys():
         reason = f"; it said: {skipped}" if skipped else ""
         raise BrokenError(f"the server ended in the middle of its answer{reason}")
+
+
+def read_refusal(body: bytes, without_key: Callable[[str], str]) -> RefusedError | None:
+    """The refusal in the body of an answer that is not streamed; None if it is none."""
+    try:
+        _chunk(body, parse(body), b"", without_key)
+    except ReportedError as error:
+        return RefusedError(error.status, error.message, None)
+    except BrokenError:
+        pass
+    return None
 
 
 def _words_of_no_answer(data: bytes, event: Any) -> str:

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import cached_property
+from itertools import islice
 from typing import Any, TypeVar
 
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import FINISHES, OK, Chunk, Notice, read_chunks
+from spdbench_backends.openai.chunks import FINISHES, OK, Chunk, Notice, read_chunks, read_refusal
 from spdbench_backends.openai.client import (
     MALFORMED,
     Address,
@@ -40,6 +41,7 @@ NOT_UNDERSTOOD = frozenset({OK, 400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
 MAX_SEED = 2**31
+MAX_BODY_LINES = 100
 USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
 """How long a server is waited for once its answer is whole, before and after its usage: not all close their streams."""
 STREAM = "text/event-stream"
@@ -112,7 +114,7 @@ class Endpoint:
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.prompt_form == "messages":
             return body | self.template | {"messages": [dict(message) for message in request.messages]}
-        return body | {"prompt": self._prompt(request)}
+        return body | {"prompt": self.prompt(request)}
 
     def stream(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
         """The chunks of the answer. A chunk with content restarts the server's time limit.
@@ -139,12 +141,21 @@ class Endpoint:
             yield chunk
 
     def _stream_lines(self, lines: Iterator[bytes], kind: str) -> Iterator[bytes]:
-        """The lines of an answer that is not called a stream. Raises `NotStreamedError` if it is none."""
+        """The lines of an answer that is not called a stream.
+
+        Raises:
+            RefusedError: it is an error, although its status is one of success.
+            NotStreamedError: it is a whole answer.
+            BrokenError: it is none of these.
+        """
         has_begun = False
         for line in lines:
             if line and not has_begun:
                 if not FIELD.match(line.removeprefix(BOM)):
-                    raise NotStreamedError
+                    body = b"\n".join([line, *islice(lines, MAX_BODY_LINES)])
+                    if not body.lstrip().startswith(b"{"):
+                        raise BrokenError("the server's answer is neither a stream nor JSON")
+                    raise read_refusal(body, self._server.without_key) or NotStreamedError
                 self._notice(f"its streams have another content type than {STREAM}", kind)
                 has_begun = True
             yield line
@@ -190,8 +201,9 @@ class Endpoint:
         except (RefusedError, *MALFORMED):
             return None
 
-    def _prompt(self, request: GenerationRequest) -> str | list[int]:
-        """Ids if the server takes them, else their text without the BOS, which the server adds."""
+    def prompt(self, request: GenerationRequest) -> str | list[int]:
+        """What a request holds that has no messages: ids if the server takes them, else their text without the BOS,
+        which the server adds."""
         tokenizer, ids = self._tokenizer, request.prompt_ids
         if tokenizer is None:
             return "\n".join(message["content"] for message in request.messages)
@@ -268,6 +280,11 @@ def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputErro
         return InputError(
             f"-o {label}.model={model}: the server has no such model, or nothing at this address (404); its list is at "
             f"/models below -o {label}.base_url, which ends in /v1 with most servers.{quote}"
+        )
+    if status == 407:
+        return InputError(
+            f"-b {label}: a proxy before the server asks for a key of its own (407); forward a local port to the "
+            f"server (ssh -L), and give that as -o {label}.base_url.{quote}"
         )
     if 300 <= status < 400:
         return InputError(f"-o {label}.base_url: the server redirects ({status}); give the address it redirects to")

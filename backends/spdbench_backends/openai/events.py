@@ -57,14 +57,14 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
         if not line:
             if held:
                 data = b"\n".join(held)
-                yield data, _json(data), name
+                yield data, parse(data), name
             if name == b"done":
                 yield DONE, UNREADABLE, name
             name, held, size = b"", [], 0
         elif field == b"event":
             name = value.lower()
         elif field == b"data" and value and not value.startswith(b":"):  # a comment is not always sent as one
-            event = UNREADABLE if held or is_done(value) else _json(value)
+            event = UNREADABLE if held or is_done(value) else parse(value)
             if held or (event is UNREADABLE and value.startswith((b"{", b"[")) and not is_done(value)):
                 held.append(value)
                 size += len(value)
@@ -74,10 +74,11 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
                 yield value, event, name
     if held:
         data = b"\n".join(held)
-        yield data, _json(data), name
+        yield data, parse(data), name
 
 
-def _json(data: bytes) -> Any:
+def parse(data: bytes) -> Any:
+    """The data as JSON; `UNREADABLE` if it is none."""
     try:
         return json.loads(data.decode(errors="replace"))
     except MALFORMED:

@@ -45,19 +45,26 @@ class TokenScores:
         return found[len(answer_ids)][1] if written == list(answer_ids) else None
 
     def prompt_ids(self, request: GenerationRequest) -> list[int] | None:
-        """The ids of a conversation, by the server's own template; None where it does not report them."""
+        """The ids of what a request holds, conversations by the server's own template; None where it does not report
+        them."""
+        if self.endpoint.prompt_form != "messages":
+            sent = self.endpoint.prompt(request)
+            return self._tokenized(sent, is_start=True) if isinstance(sent, str) else sent
         messages = {"messages": [dict(message) for message in request.messages], **self.endpoint.template}
         rendered = self._ask("/apply-template", messages)  # llama.cpp's
         if isinstance(rendered.get("prompt"), str):
-            return _ids(
-                self._ask("/tokenize", {"content": rendered["prompt"], "add_special": True, "parse_special": True})
-            )
+            return self._tokenized(rendered["prompt"], is_start=True)
         return _ids(self._ask("/tokenize", {"model": self.endpoint.model, **messages}))  # vLLM's
 
     def ids_of(self, text: str) -> list[int] | None:
         """The ids of a text that follows on others; None where the server does not report them."""
-        body = {"content": text, "prompt": text, "add_special": False, "add_special_tokens": False}
-        return _ids(self._ask("/tokenize", {"model": self.endpoint.model, **body}))
+        return self._tokenized(text, is_start=False)
+
+    def _tokenized(self, text: str, *, is_start: bool) -> list[int] | None:
+        """The ids of a text, with the marks of special tokens in it and the BOS before it if it `is_start`."""
+        llamacpp = {"content": text, "add_special": is_start, "parse_special": is_start}
+        vllm = {"model": self.endpoint.model, "prompt": text, "add_special_tokens": is_start}
+        return _ids(self._ask("/tokenize", {**llamacpp, **vllm}))
 
     def _continued(self, ids: Sequence[int], length: int) -> list[tuple[int, dict[int, float]]] | None:
         """The next `length` greedy tokens, each with the likeliest ones at its place."""

@@ -281,6 +281,7 @@ def test_neither_key_nor_address_is_among_the_options_of_a_result(
         ),
         (lambda stub: setattr(stub, "refusals", [Refusal(501)] * 9), r"the server failed \(501\); its log says why\.$"),
         (lambda stub: setattr(stub, "refusals", [Refusal(405)]), r"refuses the request \(405\); it gives no reason"),
+        (lambda stub: setattr(stub, "refusals", [Refusal(407)]), r"a proxy before the server .*\(407\).*base_url\.$"),
         (lambda stub: setattr(stub, "fault", "malformed"), "not a part of an answer"),
         (lambda stub: setattr(stub, "answer", []), "cannot be counted"),
     ],

@@ -298,3 +298,25 @@ def test_tokens_without_any_text_cannot_be_timed(server: StubServer, backend: Ma
     server.answer, server.stated = [("", "")], 12
     with pytest.raises(PromptFailedError, match="usage is 12 tokens, and its answer has no text"):
         run(made)
+
+
+# Errors that are neither streamed nor a status.
+
+
+def test_an_error_with_a_status_of_success_gives_its_reason(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.content_type = "application/json"
+    server.frame = lambda data: json.dumps(json.loads(data), indent=1).encode()
+    for error, kind, words in (
+        ({"code": 429}, TryAgainError, "429: no"),
+        ({}, PromptFailedError, r"fails instead of answering\. It says: no"),
+    ):
+        first_error(server, **error)
+        with pytest.raises(kind, match=words):
+            run(made)
+    server.events = lambda *_: iter([b'{"choices": [{"message": {"content": "One"}}]}'])  # type: ignore[method-assign]
+    with pytest.raises(PromptFailedError, match="at once instead of streaming"):
+        run(made)
+    server.content_type, server.frame = "text/html", lambda _: b"<!doctype html>"
+    with pytest.raises(InputError, match=r"neither a stream nor JSON; is it a server of OpenAI's protocol\?"):
+        backend().load()

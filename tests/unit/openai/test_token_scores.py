@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from spdbench.backend import Answer, divergence_explainer
 from spdbench.types import DivergenceClass, FirstDivergence
-from spdbench_backends.openai.token_scores import classify
+from spdbench_backends.openai.token_scores import TokenScores, classify
 from tests.stub_server import StubServer
 from tests.unit.openai.conftest import Make
 from tests.unit.openai.test_backend import ask, loaded
@@ -135,6 +136,20 @@ def test_plain_completions_are_found_wherever_the_address_ends(backend: Make, ba
         assert found.outcome == "tie"
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(("sent", "path"), [([5, 6], None), ("raw", "/tokenize")])
+def test_a_prompt_without_messages_gets_no_template(sent: list[int] | str, path: str | None) -> None:
+    asked = []
+
+    def ask_json(path: str, body: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        asked.append((path, body["prompt"], body["add_special"]))
+        return {"tokens": [5, 6]}
+
+    form = "text" if path else "ids"
+    endpoint: Any = SimpleNamespace(prompt_form=form, prompt=lambda _: sent, model="m", ask_json=ask_json)
+    assert TokenScores(endpoint).prompt_ids(ask()) == [5, 6]
+    assert asked == ([] if path is None else [(path, "raw", True)])
 
 
 def test_a_server_that_says_nothing_of_tokens_leaves_a_difference_unclassified(backend: Make) -> None:
