@@ -222,6 +222,7 @@ def _record(table: Table, row: Row, found: Conclusion | None) -> dict[str, Any]:
         "outcome": found.outcome if found else None,
         "num_prompts_to_show": found.num_prompts_to_show if found else None,
         "own_devices_speedup": found.own_devices.speedup if found and found.own_devices else None,
+        **_fields("own_devices_speedup_ci", found.own_devices.interval if found and found.own_devices else None),
         "outputs_compared": row.outputs.num_compared if row.outputs else None,
         "outputs_identical": row.outputs.num_identical if row.outputs else None,
     }

@@ -17,7 +17,7 @@ NOTE = (
     "tau from which it would pay."
 )
 
-WORDS: Mapping[str, str] = {"slower": "does not pay", "no difference shown": "undecided"}
+WORDS: Mapping[str, str] = {"slower": "does not pay"}
 
 
 def sentences(found: LoadConclusion) -> list[str]:

@@ -13,6 +13,8 @@ from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.render.columns import device_name, harmless, share
 
+SHOWS_NONE = "no difference shown"
+"""Of an interval that holds 1."""
 MAX_LABELS = 6
 """The labels that a flag's line names."""
 METHODS = {
@@ -34,7 +36,7 @@ other programs than plain decoding."""
 COUNT_NOTE = "prompts are conversations; answers are their turns and repeats; 'same outputs' counts answers."
 INTERVAL_NOTE = (
     "speed-up: decode tokens/s over {baseline}'s on the same prompts and repeats, with its 95 % interval "
-    "(paired bootstrap over prompts); one that holds 1.0 is undecided."
+    "(paired bootstrap over prompts); one that holds 1.0 shows no difference."
 )
 POWER_NOTE = (
     "prompts needed to detect a 5 % speed-up: with the spread measured here, as many prompts show a speed-up of 1.05 "
@@ -43,7 +45,7 @@ POWER_NOTE = (
 OWN_DEVICES_NOTE = (
     "with one device per stage: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of "
     "that time and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or "
-    "where stages ran ahead of the verdict."
+    "where stages ran ahead of the verdict. Its interval is over prompts alone."
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
 ENERGY_NOTE = (
@@ -69,7 +71,7 @@ def sentence(found: Conclusion) -> str:
     """`eagle: 1.24x [1.13, 1.37], pays`."""
     parts = [_answer(found) + _provisional(found)]
     if found.own_devices is not None and found.outcome == "slower":
-        parts[0] += f": {found.own_devices.num_stages} stages share {_devices(found.num_devices)}"
+        parts[0] += f": {found.own_devices.num_stages} stages share {num_devices(found.num_devices)}"
     if found.own_devices is not None and found.outcome != "pays":
         parts.append(_with_own_devices(found.own_devices))
     if found.speedup_per_device is not None:
@@ -83,7 +85,7 @@ def _answer(found: Conclusion) -> str:
     rate = "no tokens" if found.tokens_per_s is None else f"{found.tokens_per_s:.1f} tok/s"
     if found.outcome == "baseline":
         of_all = found.devices_of_all
-        return f"{rate}, the baseline" + ("" if of_all is None else f"; every method ran on {_devices(of_all)}")
+        return f"{rate}, the baseline" + ("" if of_all is None else f"; every method ran on {num_devices(of_all)}")
     if found.outcome == "no baseline":
         return f"{rate}, and no baseline to compare with"
     if found.outcome == "no pair":
@@ -91,7 +93,7 @@ def _answer(found: Conclusion) -> str:
     if found.interval is None:
         return f"{found.speedup:.2f}x over one prompt, which shows no interval"
     measured = f"{found.speedup:.2f}x [{found.interval[0]:.2f}, {found.interval[1]:.2f}]"
-    if found.outcome == "no difference shown":
+    if found.outcome == SHOWS_NONE:
         return _no_difference(found, measured)
     if found.own_devices is not None and found.outcome == "slower":
         return f"{measured}, does not pay here"
@@ -107,26 +109,30 @@ def _provisional(found: Conclusion) -> str:
 
 
 def _with_own_devices(own: OwnDevices) -> str:
-    """`with one device per stage: about 1.05x (estimate), would pay`."""
-    gains = round(own.speedup, 2) > 1
-    verdict = "still no gain" if not gains else "could pay" if own.is_bound else "would pay"
+    """`with one device per stage: about 1.05x [1.02, 1.08] (estimate), would pay`."""
     at = "at most" if own.is_bound else "about"
-    return f"with one device per stage: {at} {own.speedup:.2f}x (estimate), {verdict}"
+    estimate = f"with one device per stage: {at} {own.speedup:.2f}x"
+    if own.interval is None:
+        return f"{estimate} (estimate over one prompt)"
+    low, high = own.interval
+    verdict = ("could pay" if own.is_bound else "would pay") if low > 1 else "still no gain" if high < 1 else SHOWS_NONE
+    return f"{estimate} [{low:.2f}, {high:.2f}] (estimate), {verdict}"
 
 
-def _devices(number: int) -> str:
+def num_devices(number: int) -> str:
+    """`one device`, `2 devices`."""
     return "one device" if number == 1 else f"{number} devices"
 
 
 def _no_difference(found: Conclusion, measured: str) -> str:
-    """Undecided, unless there were prompts enough to show a difference of `EFFECT`."""
+    """With how many prompts a difference of `EFFECT` would show, or that there were enough."""
     needed = found.num_prompts_to_show
     effect = f"detect a {100 * EFFECT:.0f} % speed-up"
     if needed is None:
-        return f"{measured}, undecided at {found.num_prompts} prompts"
+        return f"{measured}, {SHOWS_NONE} at {found.num_prompts} prompts"
     if needed <= found.num_prompts:
-        return f"{measured}, no difference shown; {found.num_prompts} prompts are enough to {effect}"
-    return f"{measured}, undecided; about {_rounded(needed)} prompts needed to {effect}"
+        return f"{measured}, {SHOWS_NONE}; {found.num_prompts} prompts are enough to {effect}"
+    return f"{measured}, {SHOWS_NONE}; about {_rounded(needed)} prompts needed to {effect}"
 
 
 def _rounded(number: int) -> int:

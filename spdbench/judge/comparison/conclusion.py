@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spdbench.judge.comparison.compare import Row, Table
+from spdbench.judge.metrics.definitions import by_bytes, shares_devices
 from spdbench.judge.metrics.flags import DISQUALIFYING
-from spdbench.judge.metrics.stats import Interval, prompts_to_show
+from spdbench.judge.metrics.stats import Interval, divide, interval_of, prompts_to_show
 
 SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
 """`pays` and `slower`: the interval of the speed-up lies above 1, or below. `no interval`: a speed-up over one prompt.
@@ -26,12 +30,14 @@ DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "no
 
 @dataclass(frozen=True)
 class OwnDevices:
-    """What a pipeline's speed-up would be if each of its `num_stages` stages had a device like the baseline's.
+    """What a pipeline's speed-up would be if each of its `num_stages` stages had a device like the baseline's, with the
+    95 % `interval` over prompts; that is None where there is one prompt.
 
     `is_bound` if what a cycle costs besides its slowest stage was not measured, so that it is at most `speedup`.
     """
 
     speedup: float
+    interval: Interval | None
     num_stages: int
     is_bound: bool
 
@@ -119,14 +125,29 @@ def _own_devices(row: Row, baseline: Row) -> OwnDevices | None:
 
     A cycle then takes the baseline's time for a token x the heaviest stage's share of the target's bytes, and besides
     what full cycles took here beyond their slowest stage (messages, a drafter that is late), by their recorded spans.
-    With c = tokens a cycle and `ideal_speedup` = c / share, the speed-up is 1 / (1 / ideal + besides / (c x time)).
-    Where stages ran ahead of the verdict, nothing is left besides, and the ideal is a bound.
+    The speed-up is tokens a cycle x the baseline's time for a token over that, of the runs that pair. Where stages ran
+    ahead of the verdict, nothing is left besides, and it is a bound.
     """
-    backend, metrics = row.head.backend, row.metrics
-    ideal, token_s = metrics["ideal_speedup"], baseline.metrics["tpot_s"]
-    shares_devices = backend.kind == "pipeline" and backend.num_devices < backend.lanes
-    if not shares_devices or baseline.head.backend.kind != "autoregressive" or not (ideal and token_s):
+    backend, pairing = row.head.backend, row.pairing
+    num_shares = by_bytes(backend) if shares_devices(backend) else None
+    if pairing is None or num_shares is None or baseline.head.backend.kind != "autoregressive":
         return None
-    besides_s = max(0.0, metrics["control_s_per_cycle"] or 0.0)
-    speedup = 1 / (1 / ideal + besides_s / (metrics["tokens_per_cycle"] * token_s))
-    return OwnDevices(speedup, backend.lanes, is_bound=not besides_s)
+    columns = [
+        pairing.candidate.runs.columns(pairing.keys, "decode_tokens", "steps", "control_s", "cycles"),
+        pairing.baseline.runs.columns(pairing.keys, "decode_s", "decode_tokens"),
+    ]
+
+    def besides_s(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.fmax(0.0, divide(sums[2], sums[3]))  # 0 where there was no full cycle
+
+    def speedup(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        token_s = divide(sums[4], sums[5])
+        return divide(divide(sums[0], sums[1]) * token_s, token_s / num_shares + besides_s(sums))
+
+    runs = np.hstack(columns)
+    totals = runs.sum(axis=0)
+    estimate = float(speedup(totals))
+    if not estimate > 0:
+        return None
+    interval = interval_of(pairing.keys, runs, speedup)
+    return OwnDevices(estimate, interval, backend.lanes, is_bound=not besides_s(totals) > 0)

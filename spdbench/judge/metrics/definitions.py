@@ -32,7 +32,8 @@ def by_layers(backend: BackendRecord, _read_bandwidth: float | None = None) -> f
     return sum(layers) / max(layers) if any(layers) else None
 
 
-def _by_bytes(backend: BackendRecord, _read_bandwidth: float | None) -> float | None:
+def by_bytes(backend: BackendRecord, _read_bandwidth: float | None = None) -> float | None:
+    """What a cycle costs in vanilla's time, by the bytes that each lane reads."""
     return sum(backend.lane_bytes) / max(backend.lane_bytes) if any(backend.lane_bytes) else None
 
 
@@ -104,7 +105,7 @@ RATIOS = (
     Ratio("ideal_speedup", "accepted", "runs", VANILLA, plus=1.0),
     Ratio("ideal_speedup", "accepted", "steps", VERIFY, plus=1.0),
     Ratio("ideal_speedup", "reported_accepted", "reported_rounds", REPORTED, plus=1.0),
-    Ratio("ideal_speedup", "decode_tokens", "steps", PIPELINE, scale=_by_bytes),
+    Ratio("ideal_speedup", "decode_tokens", "steps", PIPELINE, scale=by_bytes),
     Ratio("token_efficiency", "decode_tokens", "forwards", needs="forwards"),
     Ratio("device_s_per_token", "decode_s", "decode_tokens", scale=_by_devices, needs="devices"),
     Ratio("energy_j_per_token", "energy_j", "metered_tokens"),
@@ -146,6 +147,11 @@ COUNTS = (
 
 def steps_of(backend: BackendRecord) -> Steps:
     return "reported" if backend.kind == "draft_verify" and "drafts" in backend.unknown else backend.kind
+
+
+def shares_devices(backend: BackendRecord) -> bool:
+    """True for a pipeline with several lanes on a device."""
+    return backend.kind == "pipeline" and backend.num_devices < backend.lanes
 
 
 def ratios_for(backend: BackendRecord, read_bandwidth: float | None) -> dict[str, Ratio]:

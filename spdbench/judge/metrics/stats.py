@@ -153,6 +153,27 @@ def divide(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> 
     return quotient
 
 
+def interval_of(
+    keys: Sequence[RunKey],
+    columns: NDArray[np.float64],
+    value: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval | None:
+    """95 % interval of what `value` computes of the sums of `columns` [runs, K] over the runs `keys`: it is given the
+    sums of all redrawn data sets as [K, resamples].
+
+    All columns of a cell are redrawn together, so that what a conversation does to all of them cancels. None with fewer
+    than two conversations, for one shows no spread.
+    """
+    conversations = [prompt for prompt, _, _ in keys]
+    num_conversations = len(set(conversations))
+    if num_conversations < 2:
+        return None
+    cells, sums = sum_cells(conversations, [repeat for _, _, repeat in keys], columns)
+    return percentile_interval(value(resample_sums(cells, sums, resamples, seed).T), num_conversations)
+
+
 def ratio_interval(
     keys: Sequence[RunKey], *sides: NDArray[np.float64], resamples: int = RESAMPLES, seed: int = SEED
 ) -> Interval | None:
@@ -160,23 +181,20 @@ def ratio_interval(
 
     Of one side it is that of its ratio of sums. Of two sides it is that of (the second's ratio of sums) / (the
     first's); of four, that of the same ratio of the last two over that of the first two, such as (speed-up now) /
-    (speed-up before). All columns of a cell are redrawn together, so that what a conversation does to all of them
-    cancels. It does not include what differs from one start of a run to the next. None with fewer than two
-    conversations, for one shows no spread.
+    (speed-up before). It does not include what differs from one start of a run to the next. None with fewer than two
+    conversations.
 
     Source: T. Kalibera and R. Jones, "Quantifying Performance Changes with Effect Size Confidence Intervals" (2012,
     arXiv 2007.10899): the interval of a ratio, by resampling every level at which the experiment was repeated.
     """
-    conversations = [prompt for prompt, _, _ in keys]
-    num_conversations = len(set(conversations))
-    if num_conversations < 2:
-        return None
-    cells, sums = sum_cells(conversations, [repeat for _, _, repeat in keys], np.hstack(sides))
-    totals = resample_sums(cells, sums, resamples, seed).T
-    rates = [divide(totals[at], totals[at + 1]) for at in range(0, len(totals), 2)]
-    while len(rates) > 1:
-        rates = [divide(second, first) for first, second in zip(rates[::2], rates[1::2], strict=True)]
-    return percentile_interval(rates[0], num_conversations)
+
+    def compared(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        rates = [divide(totals[at], totals[at + 1]) for at in range(0, len(totals), 2)]
+        while len(rates) > 1:
+            rates = [divide(second, first) for first, second in zip(rates[::2], rates[1::2], strict=True)]
+        return rates[0]
+
+    return interval_of(keys, np.hstack(sides), compared, resamples, seed)
 
 
 def spread_of_log_ratio(

@@ -19,6 +19,7 @@ from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.comparison.conclusion import Conclusion, OwnDevices
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.dialects import DIALECTS
+from spdbench.judge.metrics.stats import Interval
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
 from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from spdbench.render.notes import sentence
@@ -112,7 +113,7 @@ def test_what_is_concluded_comes_first_a_sentence_a_label() -> None:
     assert lines[:4] == [
         "vanilla: 50.0 tok/s, the baseline; every method ran on one device",
         "spd: 0.80x [0.80, 0.80], does not pay here: 3 stages share one device; "
-        "with one device per stage: at most 2.00x (estimate), could pay; "
+        "with one device per stage: at most 2.00x [2.00, 2.00] (estimate), could pay; "
         "disqualified by synthetic_drafter",
         "eagle: 3.20x [3.20, 3.20], pays",
         "medusa: 3.20x [3.20, 3.20]; disqualified by lossy, untrained_drafter",
@@ -198,7 +199,7 @@ def test_synthetic_untrained_and_lossy_are_said_in_the_table_itself() -> None:
 def test_interval_that_holds_one_is_called_no_difference_and_still_shown() -> None:
     runs = [make_run(vanilla_steps(9, step_ns=(18 + 4 * (i % 2)) * MS), prompt=f"p{i}") for i in range(10)]
     text = show(compare([entry("autoregressive"), entry("autoregressive", label="again", runs=runs)]), width=120)
-    assert "], undecided; about " in text
+    assert "], no difference shown; about " in text
     assert "prompts needed to detect a 5 % speed-up" in text
     assert "1.00 [0.9" in "\n".join(grid(text)) or "1.01 [0.9" in "\n".join(grid(text))
 
@@ -537,18 +538,19 @@ def test_sentences() -> None:
 
 
 @pytest.mark.parametrize(
-    ("speedup", "is_bound", "words"),
+    ("speedup", "interval", "is_bound", "words"),
     [
-        (1.05, False, "about 1.05x (estimate), would pay"),
-        (1.05, True, "at most 1.05x (estimate), could pay"),
-        (1.004, False, "about 1.00x (estimate), still no gain"),
-        (0.9, True, "at most 0.90x (estimate), still no gain"),
+        (1.05, (1.02, 1.09), False, "about 1.05x [1.02, 1.09] (estimate), would pay"),
+        (1.05, (1.02, 1.09), True, "at most 1.05x [1.02, 1.09] (estimate), could pay"),
+        (1.02, (0.99, 1.05), False, "about 1.02x [0.99, 1.05] (estimate), no difference shown"),
+        (0.9, (0.85, 0.96), True, "at most 0.90x [0.85, 0.96] (estimate), still no gain"),
+        (1.3, None, False, "about 1.30x (estimate over one prompt)"),
     ],
 )
 def test_a_pipeline_on_shared_devices_says_why_and_what_more_devices_would_give(
-    speedup: float, is_bound: bool, words: str
+    speedup: float, interval: Interval | None, is_bound: bool, words: str
 ) -> None:
-    own = OwnDevices(speedup, 2, is_bound=is_bound)
+    own = OwnDevices(speedup, interval, 2, is_bound=is_bound)
     assert sentence_of(outcome="slower", speedup=0.58, interval=(0.5, 0.6), own_devices=own) == (
         "eagle: 0.58x [0.50, 0.60], does not pay here: 2 stages share one device; with one device per stage: " + words
     )
@@ -559,7 +561,7 @@ def test_a_doubtful_verdict_is_provisional_and_says_why() -> None:
     slower = {"outcome": "slower", "speedup": 0.58, "interval": (0.5, 0.6)}
     assert sentence_of(doubts=("busy_machine", "noisy"), **slower).endswith("does not pay (provisional: busy machine)")
     assert sentence_of(doubts=("few_prompts",), **slower).endswith("does not pay")
-    own = sentence_of(doubts=("busy_machine",), own_devices=OwnDevices(1.05, 2, is_bound=False), **slower)
+    own = sentence_of(doubts=("busy_machine",), own_devices=OwnDevices(1.05, (1.02, 1.09), 2, is_bound=False), **slower)
     assert "does not pay here (provisional: busy machine): 2 stages share one device; with" in own
     assert "provisional" not in sentence_of(doubts=("noisy",), disqualified_by=("lossy",))
 
@@ -567,11 +569,11 @@ def test_a_doubtful_verdict_is_provisional_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("needed", "words"),
     [
-        (27, "1.02x [0.90, 1.13], undecided; about 30 prompts needed to detect a 5 % speed-up"),
-        (9, "1.02x [0.90, 1.13], undecided; about 9 prompts needed to detect a 5 % speed-up"),
-        (143, "1.02x [0.90, 1.13], undecided; about 150 prompts needed to detect a 5 % speed-up"),
+        (27, "1.02x [0.90, 1.13], no difference shown; about 30 prompts needed to detect a 5 % speed-up"),
+        (9, "1.02x [0.90, 1.13], no difference shown; about 9 prompts needed to detect a 5 % speed-up"),
+        (143, "1.02x [0.90, 1.13], no difference shown; about 150 prompts needed to detect a 5 % speed-up"),
         (8, "1.02x [0.90, 1.13], no difference shown; 8 prompts are enough to detect a 5 % speed-up"),
-        (None, "1.02x [0.90, 1.13], undecided at 8 prompts"),
+        (None, "1.02x [0.90, 1.13], no difference shown at 8 prompts"),
     ],
 )
 def test_the_number_of_prompts_that_would_show_a_difference(needed: int | None, words: str) -> None:
@@ -583,11 +585,13 @@ def test_conclusions_are_in_the_exports() -> None:
     tables = compare(demo())
     vanilla, spd = json.loads(show(tables, "json"))["tables"][0]["conclusions"]
     assert (vanilla["outcome"], spd["outcome"], spd["num_prompts"]) == ("baseline", "slower", 10)
-    assert spd["own_devices"] == {"speedup": pytest.approx(2.0), "num_stages": 3, "is_bound": True}
+    ends = [pytest.approx(2.0)] * 2  # all prompts are alike
+    assert spd["own_devices"] == {"speedup": ends[0], "interval": ends, "num_stages": 3, "is_bound": True}
     assert spd["sentence"].startswith("spd: 0.80x")
     rows = list(csv.DictReader(io.StringIO(show(tables, "csv"))))
     assert [row["outcome"] for row in rows] == ["baseline", "slower"]
-    assert float(rows[1]["own_devices_speedup"]) == pytest.approx(2.0)
+    columns = ("own_devices_speedup", "own_devices_speedup_ci_low", "own_devices_speedup_ci_high")
+    assert [float(rows[1][column]) for column in columns] == pytest.approx([2.0] * 3)
 
 
 def test_cycles_are_never_told_as_negative_times_or_shares_over_one() -> None:

@@ -13,7 +13,7 @@ from spdbench.judge.comparison.compare import compare
 from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics import stats
-from spdbench.judge.results.lanes import FullCycles
+from spdbench.judge.results.lanes import BubbleParts, FullCycles
 from spdbench.judge.results.schema import Run, RunKey
 from spdbench.types import BackendKind
 from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
@@ -144,13 +144,18 @@ def test_the_number_of_prompts_is_given_only_where_no_difference_is_shown() -> N
 # If each stage had a device
 
 
-def pipeline(*, control_s: float | None = None, **backend: Any) -> LoadedResult:
-    """Three stages of which the last reads 80 of 200 MB; 0.8 tokens a cycle of 20 ms, as vanilla takes for a token."""
-    full = None if control_s is None else FullCycles(num=5, stage_s=5 * 0.02, wall_s=5 * (0.02 + control_s))
-    bubble = None if full is None else {"useful": 0.5, "fill": 0.5}
-    shares = bubble and dict.fromkeys(("wasted", "verify", "draft", "imbalance", "host", "unattributed"), 0.0) | bubble
-    steps = pipeline_steps([True] * 8, 3, step_ns=20 * MS)
-    runs = [make_run(steps, prompt=f"p{i}", bubble=shares, full_cycles=full) for i in range(10)]
+def pipeline(*control_s: float, num: int = 10, lengths: Sequence[int] = (8,), **backend: Any) -> LoadedResult:
+    """Three stages of which the last reads 80 of 200 MB; with `lengths` of 8 tokens, 0.8 of them a cycle of 20 ms, as
+    vanilla takes for a token. Prompts take turns at the lengths, and at what full cycles took beyond a stage's time."""
+    runs = []
+    for i in range(num):
+        steps = pipeline_steps([True] * lengths[i % len(lengths)], 3, step_ns=20 * MS)
+        more: dict[str, Any] = {}
+        if control_s:
+            wall_s = 0.02 + control_s[i % len(control_s)]
+            shares = dict.fromkeys(BubbleParts.model_fields, 0.0) | {"useful": 0.5, "fill": 0.5}
+            more = {"bubble": shares, "full_cycles": FullCycles(num=5, stage_s=5 * 0.02, wall_s=5 * wall_s)}
+        runs.append(make_run(steps, prompt=f"p{i}", **more))
     return result("pipeline", runs, ORACLE, **backend)
 
 
@@ -162,17 +167,43 @@ def test_with_a_device_a_stage_a_cycle_takes_the_heaviest_stages_share_of_a_toke
 
 
 def test_what_full_cycles_took_beyond_their_slowest_stage_stays() -> None:
-    found = conclude(vanilla(), pipeline(control_s=0.002)).own_devices
+    found = conclude(vanilla(), pipeline(0.002)).own_devices
     assert found is not None
     assert found.speedup == pytest.approx(0.8 * 20 / (0.4 * 20 + 2))
     assert not found.is_bound
 
 
 def test_stages_that_ran_ahead_of_the_verdict_leave_a_bound() -> None:
-    found = conclude(vanilla(), pipeline(control_s=-0.002)).own_devices
+    found = conclude(vanilla(), pipeline(-0.002)).own_devices
     assert found is not None
     assert found.speedup == pytest.approx(2.0)
     assert found.is_bound
+
+
+def test_the_estimate_has_the_interval_that_resampled_prompts_give() -> None:
+    """Against a bootstrap of its own, prompt by prompt."""
+    lengths, control_s, vanilla_ms = (4, 9, 14), (0.001, 0.004), (18, 20, 23, 25)
+    num = 12
+    found = conclude(vanilla(num, *vanilla_ms), pipeline(*control_s, num=num, lengths=lengths)).own_devices
+    assert found is not None
+    rng = np.random.default_rng(11)
+    estimates = []
+    for _ in range(4000):
+        picked = rng.integers(0, num, num)
+        tokens = sum(lengths[i % 3] for i in picked)
+        token_s = np.mean([vanilla_ms[i % 4] for i in picked]) / 1e3  # as many tokens of each
+        besides_s = np.mean([control_s[i % 2] for i in picked])
+        estimates.append(tokens / (tokens + 2 * num) * token_s / (0.4 * token_s + besides_s))
+    assert found.interval is not None
+    tail = stats.expanded_tail_percent(num, stats.TAIL_PERCENT)
+    assert found.interval == pytest.approx(np.percentile(estimates, [tail, 100 - tail]), rel=0.01)
+    assert found.interval[0] < found.speedup < found.interval[1]
+
+
+def test_one_prompt_gives_an_estimate_without_interval() -> None:
+    found = conclude(vanilla(1), pipeline(0.002, num=1)).own_devices
+    assert found is not None
+    assert found.interval is None
 
 
 def test_there_is_no_what_if_where_stages_have_devices_or_where_there_are_none() -> None:

@@ -77,7 +77,7 @@ def test_the_level_at_which_drafts_stop_paying_is_named_with_what_acceptance_wou
     [
         ((20.0, 25.0), "drafted: does not pay at any level measured"),
         ((20.0, 5.0), "drafted: does not pay at 1 request at once"),
-        ((10.0, 25.0), "drafted: undecided at 1 request at once"),
+        ((10.0, 25.0), "drafted: no difference shown at 1 request at once"),
     ],
 )
 def test_the_first_line_says_the_same_as_the_levels_below_it(drafted_ms: tuple[float, ...], words: str) -> None:
