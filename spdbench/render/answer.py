@@ -41,8 +41,11 @@ MAX_UNUSED = 3
 """Rejected or dropped drafts of a step that are shown; a tree may have 60."""
 CYCLES_BEFORE = 2
 LABEL_WIDTH = 9
-WORK = {"target": "=", "head": "=", "draft": "d", "verify": "v", "host": "h"}
-DISCARDED, IDLE = "x", "."
+WORK = {"target": "T", "head": "T", "draft": "D", "verify": "V", "host": "H"}
+DISCARDED, IDLE = "X", "."
+IDLE_WIDTH = 5
+LEAST_IDLE = 0.1
+"""Of a cell's time: from here on its sign is small."""
 
 
 def show_answer(run: Run, backend: BackendRecord, decode: Decode | None, console: Console) -> str:
@@ -178,20 +181,25 @@ def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[Render
     ends = run.steps.t_ns
     first, last = max(at - CYCLES_BEFORE, 1), min(at + backend.num_stages, len(ends) - 1)
     begin, end = ends[first - 1], ends[last]
-    columns = max(width - LABEL_WIDTH, 10)
+    columns = max(width - LABEL_WIDTH - IDLE_WIDTH, 10)
     cell_ns = max((end - begin) / columns, 1)
     rows: dict[str, list[LaneSpan]] = {}
     for each in lane_spans(run):
         if each.span.end_ns > begin and each.span.start_ns < end:
             rows.setdefault(lane_name(each, backend), []).append(each)
     names = [name for name in lane_order(backend) if name in rows]
-    lines = [Text(f"What the lanes did in {(end - begin) / 1e6:.1f} ms", "bold")]
-    lines.append(Text("= target  x discarded  d draft  v verify  h host  . idle  | a step ends", "dim"))
+    window, cell = (f"{each / 1e6:.{digits}f} ms" for each, digits in ((end - begin, 1), (cell_ns, 2)))
+    lines = [Text(f"What the lanes did in {window}, {cell} a sign, and how much of it they were idle", "bold")]
+    lines.append(Text("T target  X discarded  D draft  V verify  H host  . idle  | a step ends", "dim"))
+    lines.append(Text(f"a small letter: the lane is idle for {LEAST_IDLE:.0%} of the sign's time or more", "dim"))
     marks = {min(int((at_ns - begin) / cell_ns), columns - 1) for at_ns in ends[first : last + 1]}
-    lines.append(_row("steps", [Text("".join("|" if c in marks else " " for c in range(columns)), "dim")], columns))
+    ends_of_steps = "".join("|" if c in marks else " " for c in range(columns))
+    lines.append(_row("steps", [Text(f"{ends_of_steps} idle", "dim")], 0))
     for name in names:
-        signs = "".join(_sign(rows[name], begin + c * cell_ns, begin + (c + 1) * cell_ns) for c in range(columns))
-        lines.append(_row(name, [_coloured(signs)], columns - 1))
+        found = rows[name]
+        signs = "".join(_sign(found, begin + c * cell_ns, begin + (c + 1) * cell_ns) for c in range(columns))
+        idle = f"{_idle(found, begin, end):.0%}"
+        lines.append(_row(name, [_coloured(signs).append(f"{idle:>{IDLE_WIDTH}}", "dim")], 0))
     return list(lines)
 
 
@@ -209,19 +217,31 @@ def lane_order(backend: BackendRecord) -> list[str]:
 
 
 def _sign(spans: Sequence[LaneSpan], begin: float, end: float) -> str:
-    """What takes most of the time from `begin` to `end`; idle only where nothing takes some."""
+    """What takes most of the time from `begin` to `end`, small where much of that is idle; `IDLE` where all is."""
     taken: Counter[str] = Counter()
     for each in spans:
         span = each.span
         overlap = min(span.end_ns, end) - max(span.start_ns, begin)
         if overlap > 0:
             taken[WORK[span.kind] if span.kept else DISCARDED] += round(overlap)
-    return max(taken, key=taken.__getitem__) if taken else IDLE
+    if not taken:
+        return IDLE
+    sign = max(taken, key=taken.__getitem__)
+    return sign.lower() if _idle(spans, begin, end) >= LEAST_IDLE else sign
+
+
+def _idle(spans: Sequence[LaneSpan], begin: float, end: float) -> float:
+    """The share of the time from `begin` to `end` in which there is none of `spans`."""
+    idle, reached = 0.0, begin
+    for start, stop in sorted((each.span.start_ns, each.span.end_ns) for each in spans):
+        idle += max(min(start, end) - reached, 0)
+        reached = max(reached, min(stop, end))
+    return (idle + end - reached) / (end - begin)
 
 
 def _coloured(signs: str) -> Text:
-    styles = {"=": "green", DISCARDED: "red", "d": "yellow", "v": "cyan", "h": "magenta", IDLE: "dim"}
+    styles = {"T": "green", DISCARDED: "red", "D": "yellow", "V": "cyan", "H": "magenta", IDLE: "dim"}
     line = Text(no_wrap=True)
     for sign in signs:
-        line.append(sign, styles[sign])
+        line.append(sign, styles[sign.upper()])
     return line

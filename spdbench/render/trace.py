@@ -1,8 +1,9 @@
 """A result's runs as a trace for ui.perfetto.dev and chrome://tracing, in Chrome's JSON format.
 
 Each request follows the one before it on the time axis. Tracks: the requests with their steps, then one for each lane.
-A slice lies within another one of its track or next to it; spans of a lane that overlap otherwise go to a further track
-of that lane, since a viewer would drop or cut them.
+A slice lies within another one of its track or next to it, since a viewer would drop or misplace others. A span that
+begins in another one of its lane and ends after it (the host may send a token until after the next verdict) is cut
+where the other one ends: its slices have the same `span`, and `piece` numbers them.
 
 Format: "Trace Event Format" (Google), complete events (`X`), counters (`C`) and metadata (`M`); times in microseconds.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from heapq import heapify, heappop, heappush
+from typing import Any, NamedTuple
 
 from spdbench.console import printable
 from spdbench.judge.results.schema import BackendRecord, Result, Run
@@ -24,7 +26,6 @@ PROCESS = 1
 REQUESTS = 0
 GAP_NS = 1_000_000
 """Between two requests, so that they can be told apart."""
-TRACKS_A_LANE = 16
 
 
 def trace_events(head: Result, runs: Iterable[Run], text: Text) -> Iterator[Event]:
@@ -37,7 +38,7 @@ def trace_events(head: Result, runs: Iterable[Run], text: Text) -> Iterator[Even
     process = printable(f"{backend.label} ({head.model.id})", one_line=True)
     yield _metadata("process_name", REQUESTS, {"name": process})
     yield from _named_track(REQUESTS, "requests")
-    tracks: set[int] = set()
+    named: set[int] = set()
     origin = 0
     for run in runs:
         if not run.steps.t_ns:
@@ -45,11 +46,13 @@ def trace_events(head: Result, runs: Iterable[Run], text: Text) -> Iterator[Even
         found = lane_spans(run)
         origin -= min([0, *(each.span.start_ns for each in found)])
         yield from _request_events(run, backend, text, origin)
-        for each, track in zip(*_placed(found), strict=True):
-            if track not in tracks:
-                tracks.add(track)
-                yield from _named_track(track, _track_name(track, backend))
-            yield _slice(_span_name(each), track, origin, each.span.start_ns, each.span.end_ns, _span_facts(each, text))
+        for lane in sorted({each.span.lane for each in found}):
+            if lane not in named:
+                named.add(lane)
+                yield from _named_track(1 + lane, _track_name(lane, backend))
+            for piece in _nested([each for each in found if each.span.lane == lane]):
+                facts = _span_facts(piece, text)
+                yield _slice(_span_name(piece.of), 1 + lane, origin, piece.start_ns, piece.end_ns, facts)
         origin += max([run.steps.t_ns[-1], *(each.span.end_ns for each in found)]) + GAP_NS
 
 
@@ -81,45 +84,55 @@ def _request_events(run: Run, backend: BackendRecord, text: Text, origin: int) -
         yield _counter("pipe fill", origin + steps.t_ns[-1], 0)
 
 
-def _placed(spans: Sequence[LaneSpan]) -> tuple[list[LaneSpan], list[int]]:
-    """The spans by lane, outer ones before those within them, and the track of each: slices are nested on it."""
-    ordered = sorted(spans, key=lambda each: (each.span.lane, each.span.start_ns, -each.span.end_ns))
-    stacks: dict[int, list[int]] = {}  # by track: the ends of the slices that are open
-    tracks = []
-    for each in ordered:
-        track = 1 + each.span.lane * TRACKS_A_LANE
-        while not _fits(stacks.setdefault(track, []), each.span.start_ns, each.span.end_ns):
-            track += 1
-        stacks[track].append(each.span.end_ns)
-        tracks.append(track)
-    return ordered, tracks
+class _Piece(NamedTuple):
+    """A slice of a track: the span number `span` of its lane, or a piece of it, from 1 on."""
+
+    start_ns: int
+    end_ns: int
+    of: LaneSpan
+    span: int
+    number: int
 
 
-def _fits(open_ends: list[int], start: int, end: int) -> bool:
-    while open_ends and open_ends[-1] <= start:
-        open_ends.pop()
-    return not open_ends or end <= open_ends[-1]
+def _nested(spans: Sequence[LaneSpan]) -> list[_Piece]:
+    """The spans of one lane as slices of one track: outer ones before those within them, cut where they would overlap
+    otherwise."""
+    waiting = [(each.span.start_ns, -each.span.end_ns, place, 1, each) for place, each in enumerate(spans)]
+    heapify(waiting)
+    open_ends: list[int] = []
+    found = []
+    while waiting:
+        start, minus_end, place, number, each = heappop(waiting)
+        end = -minus_end
+        while open_ends and open_ends[-1] <= start:
+            open_ends.pop()
+        if open_ends and open_ends[-1] < end:
+            heappush(waiting, (open_ends[-1], -end, place, number + 1, each))
+            end = open_ends[-1]
+        open_ends.append(end)
+        found.append(_Piece(start, end, each, place, number))
+    return found
 
 
-def _track_name(track: int, backend: BackendRecord) -> str:
-    lane, further = divmod(track - 1, TRACKS_A_LANE)
+def _track_name(lane: int, backend: BackendRecord) -> str:
     if backend.kind != "pipeline":
-        name = "target and drafter" if lane == 0 else f"lane {lane}"
-    elif lane < backend.num_stages:
-        name = f"stage {lane}"
-    else:
-        name = {backend.num_stages: "drafter", backend.num_stages + 1: "host"}.get(lane, f"lane {lane}")
-    return f"{name}, overlapping {further}" if further else name
+        return "target and drafter" if lane == 0 else f"lane {lane}"
+    if lane < backend.num_stages:
+        return f"stage {lane}"
+    return {backend.num_stages: "drafter", backend.num_stages + 1: "host"}.get(lane, f"lane {lane}")
 
 
 def _span_name(each: LaneSpan) -> str:
     return each.span.kind if each.span.kept else f"{each.span.kind} (discarded)"
 
 
-def _span_facts(each: LaneSpan, text: Text) -> dict[str, Any]:
-    span = each.span
-    facts = {"cycle": each.cycle, "position": span.position, "kept": span.kept}
-    return facts if each.token_id is None else {**facts, "token": text([each.token_id]), "token_id": each.token_id}
+def _span_facts(piece: _Piece, text: Text) -> dict[str, Any]:
+    each, span = piece.of, piece.of.span
+    facts: dict[str, Any] = {"cycle": each.cycle, "position": span.position, "kept": span.kept}
+    if each.token_id is not None:
+        facts |= {"token": text([each.token_id]), "token_id": each.token_id}
+    is_whole = (piece.start_ns, piece.end_ns) == (span.start_ns, span.end_ns)
+    return facts if is_whole else facts | {"span": piece.span, "piece": piece.number}
 
 
 def _slice(name: str, track: int, origin: int, start_ns: int, end_ns: int, facts: dict[str, Any]) -> Event:

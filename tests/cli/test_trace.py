@@ -108,19 +108,32 @@ def requests_of(trace: Trace, result: Result) -> list[tuple[Run, int, list[Slice
             if name == "requests":
                 continue
             lane = lane_of(name, result.backend.lanes)
-            for each in slices:
-                if start <= each["start"] < until:
-                    facts, kind = each["args"], each["name"].removesuffix(" (discarded)")
-                    assert each["name"].endswith("(discarded)") is not facts["kept"]
-                    spans.append(
-                        Span(lane, kind, each["start"], each["end"], facts["position"], facts["kept"], facts["cycle"])
-                    )
+            for each in whole([each for each in slices if start <= each["start"] < until]):
+                facts, kind = each["args"], each["name"].removesuffix(" (discarded)")
+                assert each["name"].endswith("(discarded)") is not facts["kept"]
+                spans.append(
+                    Span(lane, kind, each["start"], each["end"], facts["position"], facts["kept"], facts["cycle"])
+                )
         found.append((run, start, steps, spans))
     return found
 
 
+def whole(slices: list[Slice]) -> list[Slice]:
+    """The slices of a track with the pieces of each cut span put together."""
+    found: dict[object, Slice] = {}
+    for place, each in enumerate(slices):
+        facts = each["args"]
+        number, piece = facts.get("span", f"uncut {place}"), facts.get("piece", 1)
+        before = found.get(number)
+        if before is not None:
+            assert (each["start"], piece) == (before["end"], before["args"]["piece"] + 1)
+        else:
+            assert piece == 1
+        found[number] = each if before is None else {**each, "start": before["start"]}
+    return [*found.values()]
+
+
 def lane_of(name: str, lanes: int) -> int:
-    name = name.partition(",")[0]
     return (
         {"target and drafter": 0, "drafter": lanes, "host": lanes + 1}.get(name, -1)
         if "stage" not in name
@@ -195,7 +208,7 @@ def test_stages_in_processes_give_a_trace_without_a_lost_slice(tiny_model: Path,
     assert said.code == 0, said.err
     assert "ui.perfetto.dev" in said.err
     trace = Trace(out)
-    assert {"requests", "stage 0", "stage 1", "stage 2", "drafter", "host"} <= trace.tracks.keys()
+    assert trace.tracks.keys() == {"requests", "stage 0", "stage 1", "stage 2", "drafter", "host"}
     for run, start, steps, spans in requests_of(trace, result):
         require_every_span(run, start, spans)
         require_same_bubble(run, start, spans, 3)

@@ -33,7 +33,8 @@ def command(result: Path, out: Path, force: bool) -> None:
     """Write what every lane did as a trace, to be opened in ui.perfetto.dev or chrome://tracing.
 
     RESULT is a result of `spdbench run --trace`. The trace has a track for each stage, the drafter and the host, one
-    for requests and their steps, and counters for the fill of a pipeline and for acceptance.
+    for requests and their steps, and counters for the fill of a pipeline and for acceptance. A span that ends after
+    another one of its track in which it begins is cut there: its slices have the same `span` and a `piece` each.
     """
     require_free_output(out, [result], force=force)
     from spdbench.render.trace import to_json, trace_events

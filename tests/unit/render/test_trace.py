@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -33,17 +35,43 @@ def events(run: Run) -> list[dict[str, Any]]:
     return list(trace_events(result, [run], hostile))
 
 
-def test_spans_that_overlap_go_to_another_track_of_their_lane() -> None:
-    """Two of them end within each other; a third one lies within the first."""
-    spans = [Span(4, "host", 0, 50, 7, True), Span(4, "host", 30, 80, 8, True), Span(4, "verify", 10, 20, 7, True)]
+def test_a_lane_has_one_track_and_what_overlaps_on_it_is_cut() -> None:
+    """The second span begins within the first and ends after it, and the third lies within the first; the fourth ends
+    after two others in which it begins."""
+    spans = [
+        *(Span(4, "host", 0, 50, 7, True), Span(4, "host", 30, 80, 8, True), Span(4, "verify", 10, 20, 7, True)),
+        *(Span(4, "host", 60, 90, 9, True), Span(0, "target", 0, 90, 7, True)),
+    ]
     found = events(pipeline_run(spans=SpanColumns.of(spans, 0)))
     names = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
-    placed = [(names[e["tid"]], e["name"], e["ts"], e["dur"]) for e in found if e["ph"] == "X" and e["tid"] != 0]
-    assert placed == [
-        ("host", "host", 0.0, 0.05),
-        ("host", "verify", 0.01, 0.01),
-        ("host, overlapping 1", "host", 0.03, 0.05),
+    assert sorted(names.values()) == ["host", "requests", "stage 0"]
+    slices = [event for event in found if event["ph"] == "X" and event["tid"] == 5]
+    placed = [(e["name"], e["ts"], e["dur"], e["args"].get("span"), e["args"].get("piece")) for e in slices]
+    times = [(name, round(ts * 1000), round((ts + dur) * 1000), *which) for name, ts, dur, *which in placed]
+    assert times == [
+        ("host", 0, 50, None, None),
+        ("verify", 10, 20, None, None),
+        ("host", 30, 50, 1, 1),
+        ("host", 50, 80, 1, 2),
+        ("host", 60, 80, 3, 1),
+        ("host", 80, 90, 3, 2),
     ]
+
+
+def test_idle_time_shorter_than_a_sign_is_seen() -> None:
+    """A stage that is idle for the last quarter of every ms, in signs of about 1.8 ms; another one never is."""
+    ms = 1_000_000
+    gaps = [Span(0, "target", start, start + 750_000, 7, True, 1) for start in range(0, 130 * ms, ms)]
+    run = pipeline_run(spans=SpanColumns.of([*gaps, Span(1, "target", 0, 130 * ms, 7, True, 1)], 0))
+    shown = show_answer(run, make_backend("pipeline"), None, Console(width=48, no_color=True)).splitlines()
+    [idle, busy] = [line.split() for line in shown if line.startswith("stage") and line.endswith("%")]
+    assert set(idle[2]) == {"t"}
+    assert idle[3] == "25%"
+    assert set(busy[2]) == {"T"}
+    assert busy[3] == "0%"
+    [heading] = [line for line in shown if line.startswith("What the lanes did")]
+    window, sign = re.findall("([0-9.]+) ms", " ".join(shown[shown.index(heading) :]))[:2]
+    assert float(window) / float(sign) == pytest.approx(len(idle[2]), rel=0.01)
 
 
 def test_work_before_the_request_moves_its_start() -> None:
