@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -44,6 +44,7 @@ class ResultHead:
     environment: Mapping[str, Any]
     git: str | None
     baseline: str | None = None
+    labels: Sequence[str] = ()
 
 
 def run_key(identity: Mapping[str, Any]) -> str:
@@ -97,6 +98,7 @@ def _without_runs(head: ResultHead, journal: Journal) -> Result:
         drafter=None if head.drafter is None else _public(head.drafter),
         environment=dict(head.environment),
         baseline=head.baseline,
+        labels=list(head.labels),
         runs=[],
         divergence=_divergence(journal),
         summary=Summary(overall={}, by_category={}),

@@ -255,6 +255,7 @@ class Session:
             environment=machine,
             git=git,
             baseline=self.levels[0][0].label,
+            labels=[other.label for other in self.levels[0]],
         )
 
     def _compared(self, results: Sequence[LoadedResult]) -> list[Table]:

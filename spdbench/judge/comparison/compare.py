@@ -174,7 +174,8 @@ def _table(
     *,
     by_category: bool,
 ) -> Table:
-    members = group if baseline is None else [baseline, *(result for result in group if result is not baseline)]
+    ordered = _in_order_of_run(group)
+    members = ordered if baseline is None else [baseline, *(result for result in ordered if result is not baseline)]
     names = _names(members)
     rows: list[Row] = []
     notes = [*([goodput_note(limits)] if limits else ()), *_naming_notes(members, names, baseline)]
@@ -192,6 +193,14 @@ def _table(
         rows += _mark_best(_without_other_model(found) if _share_another_model(members) else found)
     label = None if baseline is None else names[members.index(baseline)]
     return Table(group[0].head, label, tuple(rows), tuple(notes), dialects)
+
+
+def _in_order_of_run(group: Sequence[LoadedResult]) -> list[LoadedResult]:
+    """Results of one run in the order of its `-b`, so that its own table and all later ones have one order; those of
+    several runs as they are."""
+    orders = {tuple(result.head.labels) for result in group}
+    labels = orders.pop() if len(orders) == 1 else ()
+    return sorted(group, key=lambda result: labels.index(result.label) if result.label in labels else len(labels))
 
 
 def _share_another_model(members: Sequence[LoadedResult]) -> bool:

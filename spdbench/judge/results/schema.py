@@ -288,6 +288,9 @@ class Result(Record):
     drafter: DrafterRecord | None
     environment: dict[str, Any]
     baseline: str | None = Field(None, description="label of the run's first -b; null in files of older versions")
+    labels: list[str] = Field(
+        default_factory=list, description="of the run, in the order of its -b; none in files of older versions"
+    )
     runs: Annotated[list[Run], AfterValidator(_one_run_a_key)]
     divergence: Divergence | None
     summary: Summary

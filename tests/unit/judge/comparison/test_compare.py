@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,24 @@ def test_first_autoregressive_result_is_the_baseline() -> None:
     ]
 
 
-def of_run(result: LoadedResult, baseline: str | None) -> LoadedResult:
-    return replace(result, head=result.head.model_copy(update={"baseline": baseline}))
+def of_run(result: LoadedResult, baseline: str | None, labels: Sequence[str] = ()) -> LoadedResult:
+    return replace(result, head=result.head.model_copy(update={"baseline": baseline, "labels": [*labels]}))
 
 
 def test_the_runs_first_backend_is_the_baseline() -> None:
     files = [vanilla(), eagle()]
     assert only(compare([of_run(each, "eagle") for each in files])).baseline == "eagle"
     assert only(compare([of_run(each, "vanilla") for each in reversed(files)])).baseline == "vanilla"
+
+
+def test_labels_have_the_order_of_the_run_whatever_the_order_of_files() -> None:
+    order = ["vanilla", "slow", "eagle"]
+    files = [eagle(), vanilla("b.json", label="slow"), vanilla()]
+    for given in (files, files[::-1]):
+        table = only(compare([of_run(each, "vanilla", order) for each in given]))
+        assert [row.label for row in table.rows] == order
+    mixed = [of_run(files[0], "vanilla", order), of_run(files[1], "vanilla", ["slow"]), of_run(files[2], "vanilla")]
+    assert [row.label for row in only(compare(mixed)).rows] == ["vanilla", "eagle", "slow"]
 
 
 @pytest.mark.parametrize("others", ["vanilla", None, "elsewhere"])
