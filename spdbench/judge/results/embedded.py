@@ -82,9 +82,10 @@ def read_report(path: Path) -> list[EmbeddedFile]:
     Raises:
         InputError: the file cannot be read, is no report of ours, is of another version, or is damaged.
     """
-    found = _ELEMENT.search(read_input(path))
+    page = read_input(path)
+    found = _ELEMENT.search(page)
     if found is None:
-        raise InputError(f"{path}: is no report of spdbench: it holds no results")
+        raise InputError(f"{path}: {_why_none(page)}")
     try:
         element = _Element.model_validate_json(found[1])
         parse_json(found[1])  # no key twice; after what says which part is wrong
@@ -132,6 +133,13 @@ def _unpack(packed: bytes, num_bytes: int) -> bytes:
     if len(raw) != num_bytes:
         raise ValueError("not as long as it says")
     return raw
+
+
+def _why_none(page: bytes) -> str:
+    """Why there are no results in `page`."""
+    if BEGIN.encode() in page or not page.rstrip().endswith(b"</html>"):
+        return "is no report, or is cut off: its end is missing; copy it again, or make it again from the result files"
+    return "is no report of spdbench: it holds no results"
 
 
 def _why(raw: bytes, error: ValidationError) -> str:

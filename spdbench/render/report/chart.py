@@ -73,7 +73,7 @@ def quantity(field: str, title: str, **more: Any) -> Spec:
 
 def names(field: str, records: Sequence[Record], **axis: Any) -> Spec:
     """An axis of names, in the order of `records`."""
-    plain = {"domain": False, "ticks": False, "labelLimit": 170, "labelPadding": 6}
+    plain = {"domain": False, "ticks": False, "labelPadding": 6}
     scale = {"domain": list(dict.fromkeys(record[field] for record in records))}
     return {"field": field, "type": "nominal", "scale": scale, "title": None, "axis": plain | axis}
 

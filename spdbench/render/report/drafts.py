@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from spdbench.render.report.style import Palette
 
 ENOUGH_VERDICTS = 20
 """Positions with fewer are omitted from the picture, but for the first: their acceptance is chance."""
+MAX_TICKS = 10
 MAX_IDS = 7
 """From here on lengths share a colour."""
 
@@ -48,7 +50,10 @@ def _acceptance(table: Table, palette: Palette) -> list[Panel]:
     look = series(table, palette, records)
     tip = [{"field": "label"}, {"field": "position"}, {"field": "judged"}, {"field": "acceptance", "format": ".1%"}]
     enough = {"filter": f"datum.judged >= {ENOUGH_VERDICTS} || datum.position === 1"}
-    depth = quantity("position", "position of the draft", axis={"tickMinStep": 1, "format": "d"})
+    shown = [record["position"] for record in records if record["judged"] >= ENOUGH_VERDICTS]
+    deepest = max(shown, default=1)
+    whole = [*range(1, deepest + 1, ceil(deepest / MAX_TICKS))]  # a scale of few positions would have ticks at halves
+    depth = quantity("position", "position of the draft", axis={"values": whole, "format": "d"})
     encoding = {"x": depth, "y": quantity("acceptance", "accepted", axis={"format": "%"}, scale={"domain": [0, 1]})}
     return [
         Panel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,9 @@ from spdbench.render.report.chart import (
 from spdbench.render.report.style import Palette
 
 OUTCOMES = ("faster", "slower", "no difference shown", "baseline", "no interval")
+EMPTY = {"field": "outcome", "oneOf": ["no difference shown", "no interval"]}
+"""Which dots are drawn empty."""
+MAX_LETTERS = 44
 
 
 def _outcome(row: Row) -> str:
@@ -50,14 +54,26 @@ def _words(record: Record) -> str:
 
 
 def _cost(row: Row) -> str:
-    """`, 3 stages on 1 device`; empty where the devices are unknown."""
+    """`3 stages on 1 device`; empty where the devices are unknown."""
     if row.result.known_devices is None:
         return ""
     backend, num = row.head.backend, row.head.backend.num_devices
     stages = f"{backend.num_stages} stages on " if backend.kind == "pipeline" else ""
     if num == 1:
-        return f", {stages}1 device"
-    return f", {stages}{num} devices, {row.metrics['speedup_per_device']:.2f}x a device"
+        return f"{stages}1 device"
+    return f"{stages}{num} devices, {row.metrics['speedup_per_device']:.2f}x a device"
+
+
+def _marks(flags: Sequence[str]) -> str:
+    """`flags: drift, noisy and 2 more`, in at most `MAX_LETTERS`: a narrow page has no room for longer lines."""
+    shown = list(flags)
+    while shown:
+        more = f" and {len(flags) - len(shown)} more" if len(shown) < len(flags) else ""
+        line = f"flags: {', '.join(shown)}{more}"
+        if len(line) <= MAX_LETTERS:
+            return line
+        shown.pop()
+    return f"{len(flags)} flags" if flags else ""
 
 
 def _domain(records: Sequence[Record]) -> list[float]:
@@ -73,9 +89,9 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
     records = [_record(row) for row in rows]
     domain = _domain(records)
     for row, record in zip(rows, records, strict=True):
-        record["words"] = f"{_words(record)}{_cost(row)}"
-        record["flags"] = ", ".join(dict.fromkeys(flag.name for flag in row.flags))
-        record["marks"] = record["flags"] and f"flags: {record['flags']}"
+        flags = list(dict.fromkeys(flag.name for flag in row.flags))
+        record["words"], record["cost"] = _words(record), _cost(row)
+        record["flags"], record["marks"] = ", ".join(flags), _marks(flags)
         record["devices"] = row.head.backend.num_devices
     y = names("label", records, labelFontWeight="bold")
     x = quantity(
@@ -88,7 +104,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
         "scale": {"domain": list(OUTCOMES), "range": colours},
         "legend": None,
     }
-    tip = [{"field": name} for name in ("label", "words", "flags", "devices")]
+    tip = [{"field": name} for name in ("label", "words", "cost", "flags")]
     return [
         Panel(
             spec(
@@ -99,9 +115,10 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
                     "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y, "color": colour},
                 },
                 *_points({"x": x, "y": y, "color": colour, "tooltip": tip}, 120),
-                _text("words", -0.27 / len(records), y, {"fontWeight": "bold"}),
-                _text("marks", 0.28 / len(records), y, {"color": palette.flag}),
-                height=height(records, "label", 60),
+                _text("words", -0.25 / len(records), y, {"fontWeight": "bold"}),
+                _text("cost", 0.22 / len(records), y, {}),
+                _text("marks", 0.42 / len(records), y, {"color": palette.flag}),
+                height=height(records, "label", 70),
             ),
             records,
         )
@@ -109,10 +126,10 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
 
 
 def _points(encoding: Spec, size: int) -> list[Spec]:
-    """Points; empty ones where no difference is shown."""
+    """Points; empty ones where no difference is shown, and where one prompt has no interval."""
     return [
         {
-            "transform": [{"filter": f"datum.outcome {'!==' if filled else '==='} 'no difference shown'"}],
+            "transform": [{"filter": {"not": EMPTY} if filled else EMPTY}],
             "mark": {"type": "point", "filled": filled, "size": size, "opacity": 1, "strokeWidth": 2},
             "encoding": encoding,
         }
@@ -129,14 +146,20 @@ def _text(field: str, below: float, y: Spec, style: dict[str, Any]) -> Spec:
 
 def _categories(table: Table, palette: Palette) -> list[Panel]:
     rows = [row for row in table.rows if row.category is not None and not row.is_baseline]
+    prompts: Counter[str] = Counter()
+    for row in rows:
+        name = harmless(row.category or "")
+        prompts[name] = max(prompts[name], row.metrics["num_paired_prompts"] or 0)
     records = [{"category": harmless(row.category or ""), **_record(row)} for row in rows]
     records = [record for record in records if record["speedup"] is not None]
+    for record in records:
+        record["name"] = f"{record['category']} ({prompts[record['category']]})"
     if not records:
         return []
     x = quantity("speedup", "speed-up", scale={"domain": _domain(records), "nice": False, "zero": False})
     look = series(table, palette, records)
     labels = look["color"]["scale"]["domain"]
-    place = {"y": names("category", records), "yOffset": {"field": "label", "scale": {"domain": labels}}}
+    place = {"y": names("name", records), "yOffset": {"field": "label", "scale": {"domain": labels}}}
     tip = [{"field": name} for name in ("category", "label", "outcome")]
     tip += [{"field": name, "format": ".3f"} for name in ("speedup", "low", "high")]
     return [
@@ -228,7 +251,8 @@ CHARTS = (
         "speedup",
         "Speed-up over the baseline",
         "A dot right of the dashed line is faster than the baseline on the same prompts; the bar is its 95 % interval. "
-        "An empty dot, whose bar crosses the line, shows no difference. Flags stand below the bar that they concern.",
+        "An empty dot shows no difference: its bar crosses the line, or there is none, as of one prompt. Below a bar "
+        "stand the devices, and the flags that concern it.",
         NO_BASELINE,
         _speedups,
         _describe_speedups,
@@ -236,7 +260,8 @@ CHARTS = (
     Chart(
         "categories",
         "Speed-up by category",
-        "As above, each category of prompts by itself.",
+        "As above, each category of prompts by itself, with their number. A single prompt has no interval: its dot is "
+        "empty and has no bar. Two or three have one that is hardly wider than what they span.",
         NO_BASELINE,
         _categories,
         _describe_categories,

@@ -117,6 +117,7 @@ def config(palette: Palette, font_size: float = 12) -> dict[str, Any]:
         "padding": 4,
         "view": {"stroke": None},
         "axis": {**words, **colours, "gridColor": palette.grid, "domainColor": palette.grid, "tickColor": palette.grid},
+        "axisY": {"labelLimit": 170},
         "legend": {
             **words,
             **colours,

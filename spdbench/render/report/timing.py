@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from spdbench.judge.comparison.compare import Table
+from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.waterfall import Waterfall, waterfall
+from spdbench.judge.metrics.definitions import shares_devices
 from spdbench.judge.results.table import PARTS
 from spdbench.render.columns import harmless
+from spdbench.render.notes import num_devices
 from spdbench.render.report.chart import Chart, Panel, Record, height, listing, names, overall, quantity, spec
 from spdbench.render.report.style import Palette
 from spdbench.render.report.timeline import TIMELINE
@@ -19,7 +21,7 @@ PART_NAMES = {
     "fill": "no token in the lane",
     "verify": "waits for a verdict",
     "draft": "waits for a draft",
-    "imbalance": "waits for the slowest lane",
+    "imbalance": "waits for other lanes",
     "host": "host",
     "unattributed": "unexplained",
 }
@@ -97,8 +99,18 @@ def _waterfalls(table: Table, palette: Palette) -> list[Panel]:
             "tooltip": [{"field": "step"}, *({"field": name, "format": ".3f"} for name in ("start", "end"))],
         }
         drawn = spec(records, {"mark": {"type": "bar"}, "encoding": encoding}, height=height(records, "step", 22))
-        panels.append(Panel(drawn, records, harmless(row.label)))
+        panels.append(Panel(drawn, records, _heading(row, fall)))
     return panels
+
+
+def _heading(row: Row, fall: Waterfall) -> str:
+    """The label, with the cause of a pipeline's slower passes where its stages share a device."""
+    backend = row.head.backend
+    inflation_s = dict(fall.parts)["verify"]
+    if not (shares_devices(backend) and inflation_s > 0):
+        return harmless(row.label)
+    cause = f"its {backend.num_stages} stages share the cores of {num_devices(backend.num_devices)}"
+    return harmless(f"{row.label}: {cause}, so that each pass takes longer (verify inflation)")
 
 
 def _longest_s(fall: Waterfall) -> float:
@@ -136,7 +148,9 @@ CHARTS = (
         "waterfall",
         "From ideal to measured",
         "Ideal is the target's passes at the baseline's time a token, shared by the lanes. Each step adds what it "
-        "costs, and together they are the measured time a token; the residual is what spans do not explain.",
+        "costs, and together they are the measured time a token; the residual is what spans do not explain. Verify "
+        "inflation is by how much passes over several tokens, or on cores that stages share, take longer than the "
+        "baseline's.",
         NO_SPANS,
         _waterfalls,
         _describe_waterfalls,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, cast, get_args
 
 from spdbench.errors import InputError, install_command
@@ -20,6 +21,8 @@ CHARTS: dict[str, Chart[Table]] = {chart.name: chart for chart in (*speed.CHARTS
 VEGA_LITE = "6.1"
 NAMES_SHARE, NUMBERS_SHARE = 0.3, 0.1
 """Of a file's width, for what stands at the left of charts of several panels."""
+LETTER_WIDTH = 0.6
+"""Of a heading in bold, as a share of the font's size: enough for what does not fit to go to the next line."""
 NARROW = 300
 """Points: a file below this has room for two columns of a legend, not four."""
 PIXELS_A_POINT = 4
@@ -83,12 +86,14 @@ def _whole(chart: Chart[Any], panels: Sequence[Panel], name: str) -> Spec:
         return {**sized[0], **common, "width": style.width, "autosize": {"type": "fit-x", "contains": "padding"}}
     has_names = any(map(_has_names, panels))
     labels = round(style.width * (NAMES_SHARE if has_names else NUMBERS_SHARE))
-    settings["axisY"] = {"minExtent": labels, "maxExtent": labels}
+    settings["axisY"] |= {"minExtent": labels, "maxExtent": labels}
     if style.width < NARROW:
         settings["legend"] |= {"columns": 2}
     axis_title = 0 if has_names else 2 * style.font_size
     width = style.width - labels - axis_title - 3 * settings["padding"]
-    parts = [{**spec, "width": width, "title": panel.heading} for spec, panel in zip(sized, panels, strict=True)]
+    letters = round(width / (LETTER_WIDTH * style.font_size))
+    titles = [wrap(panel.heading or "", letters) for panel in panels]
+    parts = [{**spec, "width": width, "title": title} for spec, title in zip(sized, titles, strict=True)]
     # Each panel has colours of its own: in shared scales those of several panels' values would get mixed up.
     return {"vconcat": parts, "resolve": {"scale": {"color": "independent"}}, **common}
 

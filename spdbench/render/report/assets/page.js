@@ -57,12 +57,17 @@
 
   const draw = async (place) => {
     const spec = specs[place.dataset.chart][Number(place.dataset.panel)];
-    const columns = place.clientWidth < 520 ? 2 : 4;
+    const narrow = place.clientWidth < 520;
+    const labelLimit = narrow && place.dataset.chart === "speedup" ? 76 : config.axisY.labelLimit; // words stand there
     const result = await vegaEmbed(place, { ...spec, width: "container", description: place.ariaLabel }, {
       actions: false,
       ast: true, // expressions are interpreted: the page's policy allows no code made at run time
       renderer: "svg",
-      config: { ...config, legend: { ...config.legend, columns } },
+      config: {
+        ...config,
+        legend: { ...config.legend, columns: narrow ? 2 : 4 },
+        axisY: { ...config.axisY, labelLimit },
+      },
       tooltip: { theme: "custom" },
     });
     result.view.addEventListener("click", (_, item) => {

@@ -126,6 +126,16 @@ def test_what_is_no_report_is_refused_with_one_message(tmp_path: Path, content: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_page_that_is_cut_off_says_so_unless_its_results_are_whole(tmp_path: Path) -> None:
+    text = page(tmp_path, element()).read_text()
+    for size in range(0, text.index(END) + len(END), 40):
+        (tmp_path / "cut.html").write_text(text[:size])
+        with pytest.raises(InputError, match="cut off: its end is missing"):
+            read_report(tmp_path / "cut.html")
+    (tmp_path / "cut.html").write_text(text.removesuffix("</html>"))
+    assert read_report(tmp_path / "cut.html") == read_report(tmp_path / "report.html")
+
+
 def test_little_that_unpacks_to_much_stays_little(tmp_path: Path) -> None:
     bomb = b64encode(lzma.compress(bytes(2**24))).decode()
     with pytest.raises(InputError, match="damaged"):

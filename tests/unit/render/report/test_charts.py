@@ -18,7 +18,7 @@ from spdbench.judge.results.lanes import BubbleParts
 from spdbench.render.report.chart import Panel, to_csv
 from spdbench.render.report.style import DARK, LIGHT, STYLES, Palette, page_palette
 from spdbench.render.report.vega import CHARTS, to_file
-from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, vanilla_steps
+from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
 from tests.unit.render.report.reports import HOSTILE, results, table
 
 EVERYTHING = table(results())
@@ -88,9 +88,30 @@ def test_no_difference_is_drawn_as_such() -> None:
     assert again["outcome"] == "no difference shown"
     assert again["words"].startswith("1.0")
     assert "], no difference shown" in again["words"]
-    marks = [layer for layer in panels("speedup", compared)[0].spec["layer"] if layer["mark"]["type"] == "point"]
-    hollow = [layer["transform"][0]["filter"] for layer in marks if not layer["mark"]["filled"]]
-    assert hollow == ["datum.outcome === 'no difference shown'"]
+    assert hollow(panels("speedup", compared)[0]) == {"no difference shown", "no interval"}
+
+
+def hollow(panel: Panel) -> set[str]:
+    """The outcomes whose dots are empty; all others have filled ones."""
+    dots = [layer for layer in panel.spec["layer"] if layer["mark"]["type"] == "point"]
+    chosen = {layer["mark"]["filled"]: layer["transform"][0]["filter"] for layer in dots}
+    assert chosen == {False: chosen[False], True: {"not": chosen[False]}}
+    assert chosen[False]["field"] == "outcome"
+    return set(chosen[False]["oneOf"])
+
+
+def test_a_category_of_one_prompt_is_an_empty_dot_without_interval() -> None:
+    prompts = [("p0", "alone"), *((f"p{n}", "many") for n in range(1, 9))]
+    base = [make_run(vanilla_steps(9, step_ns=10 * MS), prompt=prompt, category=name) for prompt, name in prompts]
+    fast = [make_run(vanilla_steps(9, step_ns=5 * MS), prompt=prompt, category=name) for prompt, name in prompts]
+    both = [make_result(base), make_result(fast, make_backend(label="fast"))]
+    [compared] = compare([load(result, f"{at}.json") for at, result in enumerate(both)], by_category=True)
+    found = {row["category"]: row for row in rows("categories", compared)}
+    assert (found["alone"]["outcome"], found["alone"]["low"]) == ("no interval", None)
+    assert found["many"]["outcome"] == "faster"
+    assert hollow(panels("categories", compared)[0]) == {"no difference shown", "no interval"}
+    assert "alone, fast: 2.00x (no interval)" in CHARTS["categories"].describe(rows("categories", compared))
+    assert "no interval" in CHARTS["categories"].read
 
 
 def test_waterfall_ends_at_what_was_measured() -> None:
@@ -98,6 +119,19 @@ def test_waterfall_ends_at_what_was_measured() -> None:
         *steps, measured, _ = panel.rows
         assert [step["start"] for step in steps[1:]] == [step["end"] for step in steps[:-1]]
         assert steps[-1]["end"] == pytest.approx(measured["end"])
+
+
+@pytest.mark.parametrize("num_devices", [1, 3])
+def test_a_waterfall_names_shared_cores_as_the_cause(num_devices: int) -> None:
+    spans = dict.fromkeys(BubbleParts.model_fields, 0.0) | {"useful": 0.9, "host": 0.1}
+    steps = pipeline_steps([True] * 8, 3, step_ns=20 * MS)
+    spd = [make_run(steps, prompt=f"p{n}", bubble=spans) for n in range(8)]
+    base = [make_run(vanilla_steps(9), prompt=f"p{n}") for n in range(8)]
+    both = [make_result(base), make_result(spd, make_backend("pipeline", num_devices=num_devices))]
+    [compared] = compare([load(result, f"{at}.json") for at, result in enumerate(both)], by_category=True)
+    [panel] = panels("waterfall", compared)
+    cause = "spd: its 3 stages share the cores of one device, so that each pass takes longer (verify inflation)"
+    assert panel.heading == ("spd" if num_devices == 3 else cause)
 
 
 def test_waterfalls_share_an_axis_that_holds_every_bar() -> None:
