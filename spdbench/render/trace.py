@@ -23,7 +23,8 @@ Text = Callable[[Sequence[int]], str]
 Event = dict[str, Any]
 
 PROCESS = 1
-REQUESTS = 0
+REQUESTS = PROCESS
+"""The track of requests. Tracks are numbered from 1 on: Perfetto takes a thread 0 for the process' own one."""
 GAP_NS = 1_000_000
 """Between two requests, so that they can be told apart."""
 
@@ -49,10 +50,10 @@ def trace_events(head: Result, runs: Iterable[Run], text: Text) -> Iterator[Even
         for lane in sorted({each.span.lane for each in found}):
             if lane not in named:
                 named.add(lane)
-                yield from _named_track(1 + lane, _track_name(lane, backend))
+                yield from _named_track(_track(lane), _track_name(lane, backend))
             for piece in _nested([each for each in found if each.span.lane == lane]):
                 facts = _span_facts(piece, text)
-                yield _slice(_span_name(piece.of), 1 + lane, origin, piece.start_ns, piece.end_ns, facts)
+                yield _slice(_span_name(piece.of), _track(lane), origin, piece.start_ns, piece.end_ns, facts)
         origin += max([run.steps.t_ns[-1], *(each.span.end_ns for each in found)]) + GAP_NS
 
 
@@ -77,11 +78,11 @@ def _request_events(run: Run, backend: BackendRecord, text: Text, origin: int) -
         facts = {"step": number, "cycle": number - 1, "position": run.num_prompt_tokens + tokens.position, **parts}
         yield _slice(verdict(steps, number, backend), REQUESTS, origin, begin, end, facts)
         if fill and number:
-            yield _counter("pipe fill", origin + begin, fill[number - 1])
+            yield _counter("pipe fill", "stages", origin + begin, fill[number - 1])
         if (share := accepted_so_far[number]) is not None:
-            yield _counter("acceptance", origin + end, round(share, 4))
+            yield _counter("acceptance", "share", origin + end, round(share, 4))
     if fill:
-        yield _counter("pipe fill", origin + steps.t_ns[-1], 0)
+        yield _counter("pipe fill", "stages", origin + steps.t_ns[-1], 0)
 
 
 class _Piece(NamedTuple):
@@ -114,6 +115,10 @@ def _nested(spans: Sequence[LaneSpan]) -> list[_Piece]:
     return found
 
 
+def _track(lane: int) -> int:
+    return REQUESTS + 1 + lane
+
+
 def _track_name(lane: int, backend: BackendRecord) -> str:
     if backend.kind != "pipeline":
         return "target and drafter" if lane == 0 else f"lane {lane}"
@@ -141,8 +146,8 @@ def _slice(name: str, track: int, origin: int, start_ns: int, end_ns: int, facts
     return {"ph": "X", "name": printable(name, one_line=True), "pid": PROCESS, "tid": track, **times, "args": shown}
 
 
-def _counter(name: str, at_ns: int, value: float) -> Event:
-    return {"ph": "C", "name": name, "pid": PROCESS, "tid": REQUESTS, "ts": at_ns / 1000, "args": {name: value}}
+def _counter(name: str, unit: str, at_ns: int, value: float) -> Event:
+    return {"ph": "C", "name": name, "pid": PROCESS, "tid": REQUESTS, "ts": at_ns / 1000, "args": {unit: value}}
 
 
 def _named_track(track: int, name: str) -> Iterator[Event]:

@@ -45,7 +45,7 @@ def test_a_lane_has_one_track_and_what_overlaps_on_it_is_cut() -> None:
     found = events(pipeline_run(spans=SpanColumns.of(spans, 0)))
     names = {event["tid"]: event["args"]["name"] for event in found if event["name"] == "thread_name"}
     assert sorted(names.values()) == ["host", "requests", "stage 0"]
-    slices = [event for event in found if event["ph"] == "X" and event["tid"] == 5]
+    slices = [event for event in found if event["ph"] == "X" and names[event["tid"]] == "host"]
     placed = [(e["name"], e["ts"], e["dur"], e["args"].get("span"), e["args"].get("piece")) for e in slices]
     times = [(name, round(ts * 1000), round((ts + dur) * 1000), *which) for name, ts, dur, *which in placed]
     assert times == [
