@@ -280,6 +280,7 @@ def test_conversations_share_the_baselines_answers(run: Runs) -> None:
     suite = write_suite(run.folder, turns=3)
     run("-b", "vanilla", "-b", "spd", "--drafter", "random", "--repeats", "2", *INLINE, suite=suite)
     vanilla, spd = run.result("vanilla"), run.result("spd")
+    assert vanilla.labels == spd.labels == ["vanilla", "spd"]
     assert len(vanilla.runs) == 4 * 3 * 2
     assert {r.key: r.prompt_sha256 for r in vanilla.runs} == {r.key: r.prompt_sha256 for r in spd.runs}
     assert {r.key: r.output_ids for r in vanilla.runs} == {r.key: r.output_ids for r in spd.runs}
