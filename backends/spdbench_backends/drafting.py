@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from spdbench.backend import BackendInfo, DrafterInfo
+from spdbench.errors import InputError
 from spdbench.types import BackendKind, GenerationRequest, Sampling, Step
 from spdbench_backends.local import GraphOptions, LocalBackend, captured_as, decoder_to_capture, described_snapshots
 
@@ -85,19 +86,36 @@ class Drafting(LocalBackend, ABC, Generic[D]):
             InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read, or the target
                 shares nothing with one.
         """
-        from spdbench_backends.drafter_files.folder import find_drafter
-
         if choice.is_synthetic:
             return None
-        target = self._context.target
-        if target.unsupported_reason is not None:
-            _ = target.ends  # fails before a message advises to train what cannot be used
         if choice.kind == "random":
             file = draw()
         else:
-            file = read(find_drafter(target.files, method, num_stages) if choice.kind == "auto" else choice.path)
+            file = read(self._find_trained(method, num_stages) if choice.kind == "auto" else choice.path)
         self._info = file.info(choice.kind, method)
         return file
+
+    def _require_trained(self, method: str, num_stages: int | None = None) -> None:
+        """For `check`: where `auto` asks for a trained drafter, a missing one is found before anything is loaded.
+
+        Raises:
+            InputError: none is installed, or the words of `--drafter` have no meaning.
+        """
+        from spdbench.decoding.drafter_choice import parse_drafter
+
+        if parse_drafter(self._context.drafter).kind == "auto":
+            self._find_trained(method, num_stages)
+
+    def _find_trained(self, method: str, num_stages: int | None) -> Path:
+        from spdbench_backends.drafter_files.folder import find_drafter
+
+        target = self._context.target
+        try:
+            return find_drafter(target.files, method, num_stages)
+        except InputError:
+            if target.unsupported_reason is not None:
+                _ = target.ends  # fails where the advice to train one would be refused
+            raise
 
     def _drafts(self, request: GenerationRequest) -> SyntheticDrafts:
         from spdbench.decoding.synthetic import synthetic_drafts

@@ -14,8 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.backend import Backend, BackendContext, find_backend, installed_backends, parse_options
+from spdbench.backend import (
+    Backend,
+    BackendContext,
+    check_before_load,
+    find_backend,
+    installed_backends,
+    parse_options,
+)
 from spdbench.decoding.autoregressive import decode
+from spdbench.errors import InputError
 from spdbench.judge.metrics.chi_square import chi_square
 from spdbench.models.interface import TargetDecoder
 from spdbench.models.target import Target
@@ -271,6 +279,16 @@ def test_what_it_is_made_of_adds_up(target: Target, name: str, options: dict[str
     assert sum(info.lane_bytes) == target.decoder.bytes_per_token(range(6), head=True)
     assert info.devices == ("cpu",)
     assert info.kernels in (None, target.decoder.kernels)
+
+
+@pytest.mark.parametrize("name", ["eagle", "medusa", "ppsd", "spd"])
+def test_a_missing_drafter_is_found_before_the_model_is_loaded(tiny_model: Path, name: str) -> None:
+    target, cls = tiny.load(tiny_model), find_backend(name)
+    backend = cls(parse_options(name, cls.Options, {}), BackendContext(name, target, "auto", ("cpu",), 1, seed=0))
+    with pytest.raises(InputError, match="--drafter auto: no trained"):
+        check_before_load(backend)
+    assert "decoder" not in vars(target)
+    assert target.decoder is vars(target)["decoder"]
 
 
 def test_idle_backends_use_no_cpu(target: Target) -> None:

@@ -65,6 +65,9 @@ class Eagle(DraftVerify):
     _chain: TreeBuilder | None = None
     """What drafts with a temperature, where a chain that is drawn takes the place of the chosen tree."""
 
+    def check(self) -> None:
+        self._require_trained("eagle3")
+
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench_backends.eagle.build import random_eagle
         from spdbench_backends.eagle.formats import read_eagle

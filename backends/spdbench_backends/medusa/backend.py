@@ -56,6 +56,12 @@ class Medusa(DraftVerify):
     def lossless(self) -> bool:
         return super().lossless and self._options.acceptance == "lossless"
 
+    def check(self) -> None:
+        from spdbench_backends.medusa.formats import holds_medusa_heads
+
+        if not holds_medusa_heads(self._context.target.files.directory):
+            self._require_trained("medusa")
+
     def _load_drafter(self, choice: DrafterChoice) -> None:
         from spdbench.decoding.tree_builder import StaticTreeBuilder
 

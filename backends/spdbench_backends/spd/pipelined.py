@@ -51,6 +51,9 @@ class Pipelined(Placed):
     def _time_draft(self, threads: int) -> float:
         """Seconds of a draft by the head in a full pipeline, timed now."""
 
+    def check(self) -> None:
+        self._require_trained(self.method, self._options.asked_stages)
+
     def load(self) -> None:
         self._check_context()
         self._layout = self._layouts()[0]

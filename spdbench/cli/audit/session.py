@@ -211,7 +211,7 @@ class AuditSession:
         }
         title = (
             f"{facts['suite']} | {facts['model']} | {facts['dtype']} | {decoding(workload.decoding)} | "
-            f"{len(workload.prompts)} prompts | against {self.specs[0].label}"
+            f"{len(workload.prompts)} prompt{'' if len(workload.prompts) == 1 else 's'} | against {self.specs[0].label}"
         )
         write_stdout(to_terminal(title, audits, Console(file=sys.stdout)))
         if self.options.json_file is not None:

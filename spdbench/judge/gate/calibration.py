@@ -128,8 +128,9 @@ def _check(results: Sequence[LoadedResult], groups: Sequence[Sequence[LoadedResu
         )
     for group in groups:
         if len(group) < MIN_RUNS:
+            counted = f"{len(group)} result{'' if len(group) == 1 else 's'}"
             raise InputError(
-                f"--calibrate: {len(group)} results of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
+                f"--calibrate: {counted} of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
                 "Run the same code that often, with a --name or --results of its own each time."
             )
         prompts = {frozenset(zip(each.runs.keys, each.runs.prompt_sha256, strict=True)) for each in group}
