@@ -115,6 +115,16 @@ def test_page_does_not_scroll_sideways(browser: Any, pages: dict[str, Path], wid
     assert beyond == 0
 
 
+def test_no_word_of_the_speedups_is_cut_on_a_narrow_page(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"], NARROW)
+    words = browser.execute_script(
+        "return [...document.querySelectorAll('[data-chart=speedup] svg text')].map((each) => each.textContent)"
+    )
+    assert {"eagle", "3 stages on 1 device"} <= set(words)
+    assert any(word.startswith("flags: ") for word in words)
+    assert [word for word in words if "\N{HORIZONTAL ELLIPSIS}" in word] == []
+
+
 @pytest.mark.parametrize("name", ["plain", "history"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str, name: str) -> None:

@@ -16,6 +16,7 @@ from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import load
 from spdbench.judge.results.lanes import BubbleParts
 from spdbench.render.report.chart import Panel, to_csv
+from spdbench.render.report.speed import _marks
 from spdbench.render.report.style import DARK, LIGHT, STYLES, Palette, page_palette
 from spdbench.render.report.vega import CHARTS, to_file
 from tests.builders import MS, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
@@ -98,6 +99,20 @@ def hollow(panel: Panel) -> set[str]:
     assert chosen == {False: chosen[False], True: {"not": chosen[False]}}
     assert chosen[False]["field"] == "outcome"
     return set(chosen[False]["oneOf"])
+
+
+def test_positions_of_drafts_have_whole_ticks() -> None:
+    [panel] = panels("acceptance")
+    ticks = panel.spec["layer"][0]["encoding"]["x"]["axis"]["values"]
+    assert ticks == [*range(1, 1 + len(ticks))]
+    assert {row["position"] for row in panel.rows if row["judged"] >= 20} <= set(ticks)
+
+
+def test_flags_that_have_no_room_are_counted() -> None:
+    flags = ["few_prompts", "busy_machine", "noisy", "drift", "truncated"]
+    assert _marks(flags[:2]) == "flags: few_prompts, busy_machine"
+    assert _marks(flags) == "flags: few_prompts, busy_machine and 3 more"
+    assert _marks([]) == ""
 
 
 def test_a_category_of_one_prompt_is_an_empty_dot_without_interval() -> None:
