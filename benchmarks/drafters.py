@@ -9,6 +9,7 @@ Several processes of one thread each (`--processes`) share the work: two threads
 each other.
 
     python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 2] [--only eagle3 spd-3 | --all]
+                                  [--start FOLDER] [--budget SECONDS]  # goes on from the drafters there
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from spdbench.training.loop import Training
 from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
 from spdbench.training.schedule import Data, Plan, split_held_out
 from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
+from spdbench_backends.drafter_files.folder import read_config, read_tensors
 
 MODEL, DTYPE = "smollm2", "bfloat16"
 DRAFT_VOCABULARY = 8192
@@ -70,12 +72,14 @@ def main() -> None:
     arguments.add_argument("--data", type=Path, required=True)
     arguments.add_argument("--out", type=Path, default=Path("spdbench/drafters"))
     arguments.add_argument("--epochs", type=float, default=2.0)
+    arguments.add_argument("--budget", type=float, help="seconds for each drafter, in place of --epochs")
     arguments.add_argument("--lr", type=float, default=2e-3)
     arguments.add_argument("--batch-tokens", type=int, default=512)
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--processes", type=int, default=torch.get_num_threads())
     arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPPED, *MEASURED)])
     arguments.add_argument("--all", action="store_true", help="also those that do not ship")
+    arguments.add_argument("--start", type=Path, help="a folder of drafters to go on from")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     known = (*SHIPPED, *MEASURED)
@@ -186,7 +190,9 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     lengths = [len(sequence.ids) for sequence in sequences]
     data = Data(lengths, *split_held_out(lengths, HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS))
-    plan = Plan(chosen.epochs, None, chosen.lr, chosen.seed, chosen.batch_tokens)
+    epochs = None if chosen.budget else chosen.epochs
+    plan = Plan(epochs, chosen.budget, chosen.lr, chosen.seed, chosen.batch_tokens)
+    learned_before = start_from(recipe, chosen.start / each.name, each.method) if chosen.start else 0
     identity = {
         "schema": "spdbench.train/1",
         **each._asdict(),
@@ -194,7 +200,10 @@ def train(
         "model_sha256": target.files.sha256,
         "dtype": target.dtype_name,
         "data_sha256": data_sha256,
-        **{key: getattr(chosen, key) for key in ("epochs", "lr", "batch_tokens", "seed")},
+        **{key: getattr(chosen, key) for key in ("lr", "batch_tokens", "seed")},
+        "epochs": epochs,
+        "budget_s": chosen.budget,
+        "learned_before": learned_before,
     }
     torch.manual_seed(chosen.seed)
     training = Training(recipe, features.only(recipe.hidden_indices), data, plan, folder, identity, TrainingProgress())
@@ -203,7 +212,7 @@ def train(
         target.files.id,
         target.files.sha256,
         data_sha256,
-        state.best_tokens,
+        learned_before + state.best_tokens,
         chosen.seed,
         state.best_rates,
     )
@@ -212,6 +221,13 @@ def train(
     size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     rates = json.dumps([round(rate, 3) for rate in state.best_rates])
     say(f"{each.name}: {rates}, {state.trained_tokens:,} tokens in {time.monotonic() - began:.0f} s, {size:.1f} MB")
+
+
+def start_from(recipe: Recipe, folder: Path, method: str) -> int:
+    """Gives the recipe the weights of a drafter of the same shapes; returns how many tokens that one learned from."""
+    weights, module = read_tensors([folder / "model.safetensors"]), recipe.module
+    module.load_state_dict(dict(module.named_buffers()) | weights)
+    return int(read_config(folder, method)["trained_tokens"])
 
 
 def say(line: str) -> None:

@@ -12,7 +12,7 @@ Shapes: S rows, M model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import get_context
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from statistics import median
 from time import perf_counter
@@ -26,6 +26,7 @@ from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
 from spdbench.models.target import find_device
 from spdbench.models.torch_utils import median_seconds
+from spdbench.pipeline.children import child_process
 from spdbench.pipeline.messages import Header, Kind
 from spdbench.pipeline.schedule import PipelineSchedule
 from spdbench.pipeline.transport import Link, LinkClosedError
@@ -157,10 +158,10 @@ def control_seconds(decoder: TargetDecoder) -> dict[str, float]:
 
 def message_seconds(decoder: TargetDecoder, devices: tuple[str, ...]) -> dict[str, float]:
     """Hidden states from this process to another one on the next device, by bytes: half a way there and back."""
-    context, width, dtype = get_context("spawn"), decoder.config.hidden_size, decoder.dtype
-    here, there = context.Pipe()
+    width, dtype = decoder.config.hidden_size, decoder.dtype
+    here, there = Pipe()
     other = devices[1 % len(devices)]
-    process = context.Process(target=_echo, args=(there, width, dtype, other), daemon=True)
+    process = child_process(_echo, there, width, dtype, other, name="spdbench-echo")
     process.start()
     there.close()
     try:

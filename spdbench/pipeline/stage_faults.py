@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -101,7 +101,7 @@ class LocalProcess:
     place = ""
     is_lost = False
 
-    def __init__(self, process: SpawnProcess, stacks: Connection) -> None:
+    def __init__(self, process: BaseProcess, stacks: Connection) -> None:
         self._process = process
         self._stacks = stacks
 

@@ -10,20 +10,19 @@ Such reports are kept in order until they are asked for.
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import NoReturn, Protocol
 
-from torch.multiprocessing import get_context
-
 from spdbench.errors import BackendLostError
+from spdbench.pipeline.children import child_process
 from spdbench.pipeline.messages import Header, Kind, pack, unpack
 from spdbench.pipeline.stage_faults import (
     LAST_REPORT_S,
@@ -218,12 +217,11 @@ class StageWorkers:
 def start_processes(specs: Sequence[StageSpec], label: str, handles: list[StageHandle]) -> Connection:
     """`StartStages` on this machine: children of this process, and pipes between them. `specs` may be those of the last
     stages only."""
-    context = get_context("spawn")
-    inboxes = [context.Pipe(duplex=False) for _ in specs]  # (read, write)
+    inboxes = [Pipe(duplex=False) for _ in specs]  # (read, write)
     given: list[Connection] = []
     try:
         for place, spec in enumerate(specs):
-            reports, control = (context.Pipe(duplex=False) for _ in range(2))
+            reports, control = (Pipe(duplex=False) for _ in range(2))
             inbox, outbox = inboxes[place][0], None if spec.is_last else inboxes[place + 1][1]
             given += [inbox, reports[1], control[0], *([outbox] if outbox else [])]
             process = spawn_stage(spec, inbox, outbox, reports[1], control[0])
@@ -238,12 +236,9 @@ def spawn_stage(
     spec: StageSpec, inbox: Connection, outbox: Connection | None, reports: Connection, control: Connection
 ) -> LocalProcess:
     """A stage's process, with its ends of these connections; the caller closes its own copies of them."""
-    context = get_context("spawn")
-    stacks, printed = context.Pipe(duplex=False)
+    stacks, printed = Pipe(duplex=False)
     pipes = StagePipes(inbox, outbox, reports, control, printed)
-    process = context.Process(
-        target=run_stage, args=(spec, pipes, os.getpid()), name=f"spdbench-stage-{spec.index}", daemon=True
-    )
+    process = child_process(run_stage, spec, pipes, name=f"spdbench-stage-{spec.index}")
     with printed, _signals_wait():
         process.start()
     return LocalProcess(process, stacks)

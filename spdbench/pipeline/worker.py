@@ -42,7 +42,6 @@ from spdbench.pipeline.output_head import best_of
 from spdbench.pipeline.schedule import Node
 from spdbench.pipeline.stage_cache import StageCache
 from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport, StagePipes
-from spdbench.processors import die_with
 
 LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 72
@@ -95,10 +94,9 @@ def snapshots_ahead(stage: int, num_stages: int) -> int:
     return num_stages - stage
 
 
-def run_stage(spec: StageSpec, pipes: StagePipes, parent: int) -> None:
+def run_stage(spec: StageSpec, pipes: StagePipes) -> None:
     """What a stage's process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the controller ends its stages
-    die_with(parent)
     faulthandler.register(signal.SIGUSR1, file=pipes.stacks.fileno(), all_threads=False)
     try:
         if spec.cores is not None:

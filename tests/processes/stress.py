@@ -66,7 +66,7 @@ def one_kill(run: Marked, draw: random.Random, number: int) -> str:
         while len(finished(run)) < wanted and running.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.05))
-    stages = run.workers(running)
+    stages = run.workers()
     victim = draw.choice([("run", running.pid), *((f"stage {index}", pid) for index, pid in enumerate(stages))])
     began = time.monotonic()
     try:

@@ -3,9 +3,9 @@ was finished, and leaves nothing running."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
-import subprocess
 import threading
 import time
 import uuid
@@ -128,15 +128,13 @@ def test_a_long_prompt_to_a_stage_that_hangs_ends_in_time(tiny_model: Path) -> N
 
 def test_a_worker_killed_while_it_loads(tiny_model: Path) -> None:
     backend = load(tiny_model)
-    mine = f"PPid:\t{os.getpid()}\n"
 
     def kill_a_child() -> None:
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            for pid, command in processes():
-                if "spawn_main" in command and mine in _text(f"/proc/{pid}/status"):
-                    os.kill(pid, signal.SIGKILL)
-                    return
+            for child in multiprocessing.active_children():
+                child.kill()
+                return
             time.sleep(0.01)
 
     killer = threading.Thread(target=kill_a_child)
@@ -221,9 +219,9 @@ class Marked(Process):
         self.mark = uuid.uuid4().hex
         self.environment[MARK] = self.mark
 
-    def workers(self, running: subprocess.Popen[str]) -> list[int]:
+    def workers(self) -> list[int]:
         """The stages' processes, in order."""
-        return sorted(pid for pid, command in processes(self.mark) if "spawn_main" in command and pid != running.pid)
+        return sorted(pid for pid, _ in processes(self.mark) if _text(f"/proc/{pid}/comm").startswith("spdbench-stage"))
 
     def is_gone(self) -> bool:
         deadline = time.monotonic() + SOON
@@ -259,7 +257,7 @@ def run(tiny_model: Path, tmp_path: Path) -> Iterator[Marked]:
 def test_a_lost_stage_ends_the_run_with_what_is_finished(run: Marked) -> None:
     running = run.start("--limit", "8")
     run.wait_for(6, running)
-    os.kill(run.workers(running)[1], signal.SIGKILL)
+    os.kill(run.workers()[1], signal.SIGKILL)
     began = time.monotonic()
     out, err = running.communicate(timeout=SECONDS)
     assert time.monotonic() - began < SOON
@@ -287,7 +285,7 @@ def test_a_lost_stage_ends_the_run_with_what_is_finished(run: Marked) -> None:
 def test_a_signal_that_ends_the_run_ends_its_stages(run: Marked, how: signal.Signals, code: int) -> None:
     running = run.start()
     run.wait_for(6, running)
-    assert len(run.workers(running)) >= 2
+    assert len(run.workers()) >= 2
     running.send_signal(how)
     began = time.monotonic()
     _, err = running.communicate(timeout=SECONDS)
@@ -301,7 +299,7 @@ def test_ctrl_c_for_the_whole_process_group(run: Marked) -> None:
     """As a terminal sends it: to the stages too."""
     running = run.start()
     run.wait_for(6, running)
-    for pid in [*run.workers(running), running.pid]:
+    for pid in [*run.workers(), running.pid]:
         os.kill(pid, signal.SIGINT)
     _, err = running.communicate(timeout=SECONDS)
     assert running.returncode == 130
@@ -313,7 +311,7 @@ def test_ctrl_c_for_the_whole_process_group(run: Marked) -> None:
 def test_ended_while_its_stages_load(run: Marked, num_started: int) -> None:
     running = run.start()
     deadline = time.monotonic() + SECONDS
-    while len(run.workers(running)) < num_started and time.monotonic() < deadline:
+    while len(run.workers()) < num_started and time.monotonic() < deadline:
         time.sleep(0.001)
     running.send_signal(signal.SIGTERM)
     _, err = running.communicate(timeout=SECONDS)
