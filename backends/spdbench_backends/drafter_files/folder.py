@@ -1,8 +1,8 @@
 """Drafters on disk as folders and files: a config, tensors, and where they come from.
 
 A method adds what its configs say and how its layouts name tensors. In our own layout matrices may be in 8 bits: a
-row's numbers are whole multiples of its own scale, the largest of them 127. That halves the bytes, and no worse drafts
-could be measured.
+row's numbers are whole multiples of its own scale, the largest of them 127. That halves the bytes, of the file and of
+what a draft reads on a CPU, and no worse drafts could be measured.
 
     NAME          int8 [O, I]
     NAME.scale    float32 [O]
@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,17 +27,22 @@ from spdbench.errors import InputError, validated
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
+from spdbench.models.checkpoints.layer_tensors import SCALE
 from spdbench.models.checkpoints.weights import FLOATS, load_torch_file, tensors_of
+from spdbench.models.cpu.linear import from_8_bits, in_8_bits, row_scales
 
 if TYPE_CHECKING:
     from spdbench.training.recipe import Provenance
 
+TENSORS = "model.safetensors"
 FOLDER_VERSION = 1
 """Of our own folders, for methods without a published version to name. A folder that names none is of the first."""
 
 Storage = Literal["bfloat16", "int8"]
-SCALE = ".scale"
-MAX_INT8 = 127
+StorageOption = Annotated[
+    Storage,
+    Field(description="a matrix's numbers in the file; int8: half the bytes, in the file and read by a draft on a CPU"),
+]
 
 
 class DrafterConfig(BaseModel):
@@ -173,6 +178,7 @@ def load_content(file: Path) -> object:
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = str) -> dict[str, Tensor]:
     """The tensors of all files under the names that `rename` gives them; those for which it returns None are omitted.
+    What a file has in 8 bits is in bfloat16, next to its scale.
 
     Raises:
         InputError: a file is damaged, two tensors get the same name, or `rename` raised a `ValueError` that says why a
@@ -180,7 +186,8 @@ def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = st
     """
     found: dict[str, Tensor] = {}
     for file in files:
-        for original, tensor in unpacked(tensors_of(load_content(file), file)).items():
+        content = tensors_of(load_content(file), file)
+        for original, tensor in {**unpacked(content), **_scales(content)}.items():
             try:
                 name = rename(original)
             except ValueError as error:
@@ -195,9 +202,16 @@ def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = st
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a file with what was in 8 bits in bfloat16, as other files have it; all else, and what does not fit,
     as it is."""
-    scales = {name: scale for name in tensors if (scale := _scale_of(name, tensors)) is not None}
-    found = {name: tensor for name, tensor in tensors.items() if name.removesuffix(SCALE) not in scales}
-    return found | {name: (tensors[name] * scale[:, None]).to(torch.bfloat16) for name, scale in scales.items()}
+    scales = _scales(tensors)
+    found = {name: tensor for name, tensor in tensors.items() if name not in scales}
+    return found | {
+        name: from_8_bits(tensors[name], scale) for key, scale in scales.items() if (name := key.removesuffix(SCALE))
+    }
+
+
+def _scales(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scales of what is in 8 bits, in float32, by their own names."""
+    return {name + SCALE: scale for name in tensors if (scale := _scale_of(name, tensors)) is not None}
 
 
 def _scale_of(name: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
@@ -215,21 +229,41 @@ def stored(tensors: Mapping[str, Tensor], storage: Storage = "bfloat16") -> dict
     for name, tensor in tensors.items():
         plain = tensor.detach().to("cpu", torch.float32)
         if storage == "int8" and plain.ndim == 2:
-            scales_O = plain.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / MAX_INT8
-            found[name] = (plain / scales_O[:, None]).round_().to(torch.int8)
-            found[name + SCALE] = scales_O
+            found[name + SCALE] = row_scales(plain)
+            found[name] = in_8_bits(plain, found[name + SCALE])
         else:
             found[name] = plain.to(torch.bfloat16)
     return found
 
 
-def write_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = "model.safetensors"
-) -> Path:
+def require_storage(layout: str, storage: Storage) -> None:
+    """Raises `InputError` for a published layout with matrices in 8 bits, which other programs cannot read."""
+    if layout != "spdbench" and storage == "int8":
+        raise InputError(f"--format {layout}: knows no matrices in 8 bits; leave out -o storage=int8")
+
+
+def store_again(folder: Path, storage: Storage) -> None:
+    """Rewrites a folder of our own layout with its matrices in `storage`.
+
+    Raises:
+        InputError: it is no such folder, or damaged.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or "method" not in config:
+        raise InputError(f"{folder}: is not of spdbench's own layout: its config names no method")
+    content = tensors_of(load_content(folder / TENSORS), folder / TENSORS)
+    if bool(_scales(content)) != (storage == "int8"):
+        config.pop("storage", None)
+        write_folder(folder, config, stored(unpacked(content), storage))
+
+
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str = TENSORS) -> Path:
     """Writes a drafter's folder, which it returns, with its tensors in the file `name`.
 
-    The config, by which a drafter is found, comes last.
+    The config, by which a drafter is found, comes last. It says if matrices are in 8 bits.
     """
+    if any(key.endswith(SCALE) for key in tensors):
+        config = {**config, "storage": "int8"}
     folder.mkdir(parents=True, exist_ok=True)
     own = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     if name.endswith(".safetensors"):

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from spdbench.decoding.sampling import DraftVocabulary
-from spdbench.models.checkpoints.layer_tensors import ExpectedTensors, Shape
+from spdbench.models.checkpoints.layer_tensors import SCALE, ExpectedTensors, Shape
 from spdbench.models.checkpoints.weights import FLOATS
-from spdbench.models.cpu.linear import Linear, linear
+from spdbench.models.cpu.linear import Linear, can_pack, linear, row_scales
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import NormWeight
 from spdbench.models.torch_utils import require_finite
@@ -31,15 +31,21 @@ class TargetTensors(Mapping[str, Tensor]):
     """The tensors of a file as `target` computes with them: each a copy on its device and in its dtype.
 
     A copy, since what was read may be a mapped file, whose pages could be dropped in the middle of a measurement; made
-    when it is asked for, so that no drafter is held twice.
+    when it is asked for, so that no drafter is held twice. Where the file has matrices in 8 bits, their scales are
+    tensors as well, in float32, and the rows of the target's head that it drafts from are copied in 8 bits.
 
     Raises:
         InputError: a tensor is missing, unknown, misshapen, quantised or not finite.
     """
 
     def __init__(self, file: DrafterFile[Any], expected: ExpectedTensors, target: Decoder) -> None:
-        self._target, self._tensors = target, file.tensors
         shapes = expected.present(file.tensors)
+        scales = {name + SCALE: shape[:1] for name, shape in shapes.items() if name + SCALE in file.tensors}
+        self._target, self._tensors = target, {name: file.tensors[name] for name in shapes if name in file.tensors}
+        # A matrix that was cut after it was read no longer fits its scales.
+        fitting = {name: file.tensors[name] for name, shape in scales.items() if file.tensors[name].shape == shape}
+        self._tensors |= fitting
+        self._in_8_bits = bool(fitting)
         for name, shape in shapes.items():
             tensor = file.tensors.get(name)
             if tensor is None:
@@ -49,11 +55,12 @@ class TargetTensors(Mapping[str, Tensor]):
             if tuple(tensor.shape) != shape:
                 raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {list(shape)}")
             require_finite(str(file.path), name, tensor)
-        if left := file.tensors.keys() - shapes.keys():
+        if left := file.tensors.keys() - shapes.keys() - scales.keys():
             raise file.error(f"unknown tensor {min(left)} ({len(left)} in all)")
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].to(self._target.device, self._target.dtype, copy=True)
+        dtype = torch.float32 if name.endswith(SCALE) else self._target.dtype
+        return self._tensors[name].to(self._target.device, dtype, copy=True)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -70,11 +77,22 @@ class TargetTensors(Mapping[str, Tensor]):
 
     def linear(self, prefix: str) -> Linear:
         """`PREFIXweight`, with `PREFIXbias` where there is one."""
-        return linear(self[prefix + "weight"], self.get(prefix + "bias"))
+        weight = prefix + "weight"
+        return linear(self[weight], self.get(prefix + "bias"), self.get(weight + SCALE))
 
     def head(self, name: str, vocabulary: DraftVocabulary) -> Linear:
         """The drafter's own rows of the output head, or the target's rows of the draft vocabulary."""
-        return linear(self[name]) if name in self else target_head(self._target, vocabulary)
+        return self.linear(name.removesuffix("weight")) if name in self else self.target_head(vocabulary)
+
+    def target_head(self, vocabulary: DraftVocabulary) -> Linear:
+        """The target's head, cut to the draft vocabulary."""
+        target, ids_U = self._target, vocabulary.token_ids_U
+        assert target.head is not None
+        in_8_bits = self._in_8_bits and can_pack(target.dtype, target.device) and target.dtype == torch.bfloat16
+        if ids_U is None and not in_8_bits:
+            return target.head
+        rows_UM = target.head.plain() if ids_U is None else target.head.plain()[ids_U]
+        return linear(rows_UM, None, row_scales(rows_UM) if in_8_bits else None)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -84,13 +102,6 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype) if tensor.layout == torch.strided and not tensor.is_meta else "not dense"
-
-
-def target_head(target: Decoder, vocabulary: DraftVocabulary) -> Linear:
-    """The target's head, cut to the draft vocabulary."""
-    assert target.head is not None
-    ids_U = vocabulary.token_ids_U
-    return target.head if ids_U is None else linear(target.head.plain()[ids_U])
 
 
 def require_target(

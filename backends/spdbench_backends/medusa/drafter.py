@@ -35,7 +35,6 @@ from spdbench_backends.drafter_files.tensors import (
     draft_vocabulary,
     random_tensors,
     require_target,
-    target_head,
 )
 from spdbench_backends.medusa.formats import NAMES, SHARED, TOKEN_MAP, MedusaConfig, MedusaFile
 
@@ -99,7 +98,7 @@ def build_medusa(file: MedusaFile, target: Decoder) -> MedusaWeights:
     own = tuple(tensors.linear(name.removesuffix("weight")) for name in linears if name in tensors)
     return MedusaWeights(
         blocks=tuple(tuple(tensors.linear(name) for name in head) for head in blocks),
-        heads=own or (target_head(target, vocabulary),),
+        heads=own or (tensors.target_head(vocabulary),),
         vocabulary=vocabulary,
     )
 

@@ -170,7 +170,7 @@ def _build_anchored(file: HeadFile, target: Decoder, stages: tuple[range, ...], 
     expected.add(rows, optional=file.layout == "spdbench")
     tensors = TargetTensors(file, expected, target)
     decoder = _module_decoder(tensors, target, config.num_spec_layers, vocabulary)
-    projections = tuple(tensors[f"aggr_projs.{index}.weight"] for index in range(len(plan.anchors)))
+    projections = tuple(tensors.linear(f"aggr_projs.{index}.") for index in range(len(plan.anchors)))
     return HeadWeights(plan, decoder, vocabulary, projections, config.trained_with_use_deepest, last_anchor)
 
 

@@ -29,6 +29,7 @@ from torch.nn.functional import linear
 
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.models.attention_context import TreeRows
+from spdbench.models.cpu.linear import Linear
 from spdbench.models.cuda.captured_layers import CapturedLayers
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import TargetDecoder
@@ -64,7 +65,7 @@ class HeadWeights(ModuleWeights):
     """Of versions 11 and 12: `projections[i]` is `[M, (i + 1) M]`."""
 
     plan: FeaturePlan
-    projections: tuple[Tensor, ...]
+    projections: tuple[Linear, ...]
     use_deepest: bool
     last_anchor: LastAnchor = "plain"
 
@@ -172,7 +173,7 @@ class AnchoredModule(DraftModule):
     def _read_prompt(self, states: Mapping[int, Tensor]) -> None:
         kind = self._plan.row_type(self._full_depth)
         features = torch.cat([states[anchor] for anchor in self._plan.anchors[: kind + 1]], dim=-1)
-        self._decoder.forward(linear(features, self.weights.projections[kind]), 0, self._cache)
+        self._decoder.forward(self.weights.projections[kind](features), 0, self._cache)
 
     def _newest(self, ring_rows_S: Tensor, depths: Sequence[int]) -> Tensor:
         hidden_SM, _ = self._decoder.forward(self._project(ring_rows_S, depths), self._cache.length, self._cache)
@@ -184,7 +185,7 @@ class AnchoredModule(DraftModule):
         for kind, group in groupby(map(self._plan.row_type, depths)):
             end = start + len(list(group))
             features = self._ring_PF[:, : (kind + 1) * self._width].index_select(0, ring_rows_S[start:end])
-            parts.append(linear(features, self.weights.projections[kind]))
+            parts.append(self.weights.projections[kind](features))
             start = end
         return torch.cat(parts)
 

@@ -17,6 +17,8 @@ from spdbench.models.layer_ops import Geometry, HeadNorms, NormWeight
 from spdbench.models.layers import LayerWeights
 
 Shape = tuple[int, ...]
+SCALE = ".scale"
+"""Ends the name of the scales of a weight that a drafter's file has in 8 bits."""
 
 
 def geometry_of(config: ModelConfig) -> Geometry:
@@ -79,16 +81,21 @@ class ExpectedTensors:
 
 
 def dense_layer(tensor: Callable[[str], Tensor | None], prefix: str, window: int | None = None) -> LayerWeights:
-    """The layer of the tensors named `prefix`..., which `tensor` returns, or None for those that the layer lacks."""
+    """The layer of the tensors named `prefix`..., which `tensor` returns, or None for those that the layer lacks.
+
+    Scales of weights are 1-D as biases are, and count where all parts of a matrix have them.
+    """
 
     def joined(names: tuple[str, ...], part: str) -> Tensor | None:
         parts = [tensor(f"{prefix}{name}_proj.{part}") for name in names]
         found = [each for each in parts if each is not None]
-        return torch.cat(found) if len(found) > 1 else found[0] if found else None
+        if len(found) < len(parts):
+            return None
+        return torch.cat(found) if len(found) > 1 else found[0]
 
     def fused(*names: str) -> Linear | None:
         weight = joined(names, "weight")
-        return None if weight is None else linear(weight, joined(names, "bias"))
+        return None if weight is None else linear(weight, joined(names, "bias"), joined(names, "weight" + SCALE))
 
     def norm(name: str) -> NormWeight | None:
         weight_M = tensor(f"{prefix}{name}.weight")

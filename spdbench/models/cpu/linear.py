@@ -5,6 +5,9 @@ Weights are therefore packed once, when they are loaded, into the layout that `p
 multiplication (a bias, a residual) is added while its result is still in registers. Where weights cannot be packed,
 torch's serves.
 
+Weights that are whole multiples of a scale for each output, from -127 to 127, are packed in 8 bits for rows in
+bfloat16: half as much to read. Drafters may have such weights, a target never.
+
 Shapes: S rows, K inputs, N outputs.
 """
 
@@ -28,6 +31,9 @@ BLOCK = 16
 PAGES_BYTES = 32 << 20
 """Packed weights share areas of at least so many bytes, which the system may map in large pages."""
 LINE_BYTES = 64
+MAX_INT8 = 127
+ROWS_AT_ONCE = 4096
+"""Of a weight whose numbers are computed in float32 while it is packed."""
 
 
 class Linear(Protocol):
@@ -69,34 +75,36 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 and `[N / 16, K, 16]` in float32."""
+    """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 or 8 bits and `[N / 16, K, 16, 1]` in
+    float32. In 8 bits `scale` is a float32 for each output, with as many zeros behind them as fill the last block."""
 
-    def __init__(self, packed: Tensor, num_outputs: int, bias_N: Tensor | None) -> None:
-        self.packed, self.bias = packed, bias_N
+    def __init__(self, packed: Tensor, num_outputs: int, bias_N: Tensor | None, scale: Tensor | None = None) -> None:
+        self.packed, self.bias, self.scale = packed, bias_N, scale
+        self.dtype = packed.dtype if scale is None else torch.bfloat16
         num_inputs = packed.shape[1] * packed.shape[3]
         self.shape = num_outputs, num_inputs
-        self.nbytes = num_outputs * num_inputs * packed.itemsize + (0 if bias_N is None else bias_N.nbytes)
+        beside = sum(each.nbytes for each in (bias_N, scale) if each is not None)
+        self.nbytes = num_outputs * num_inputs * packed.itemsize + beside
         pool = worker_pool()
         assert pool is not None
         self._pool = pool
-        bias_at = 0 if bias_N is None else bias_N.data_ptr()
-        sizes = num_outputs, packed.shape[1], num_inputs * packed.itemsize
-        self._kind, self._fixed = kind_word(TaskKind.GEMM, packed.dtype), (packed.data_ptr(), bias_at, *sizes)
+        scale_at, bias_at = (0 if each is None else each.data_ptr() for each in (scale, bias_N))
+        num_steps = num_inputs * packed.itemsize * BLOCK // LINE_BYTES
+        sizes = num_outputs, num_steps, num_inputs * self.dtype.itemsize
+        self._kind, self._fixed = kind_word(TaskKind.GEMM, self.dtype), (packed.data_ptr(), scale_at, bias_at, *sizes)
 
     @classmethod
-    def pack(cls, weight_NK: Tensor, bias_N: Tensor | None) -> PackedLinear:
-        """The weight `[N, K]` and its bias, in memory of their own."""
+    def pack(cls, weight_NK: Tensor, bias_N: Tensor | None, scale_N: Tensor | None = None) -> PackedLinear:
+        """The weight `[N, K]` and its bias, in memory of their own; in 8 bits if there is a scale."""
         num_outputs, num_inputs = weight_NK.shape
         together = 2 if weight_NK.dtype == torch.bfloat16 else 1
-        packed = new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), weight_NK.dtype)
+        numbers_NK = weight_NK if scale_N is None else in_8_bits(weight_NK, scale_N)
+        packed = new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), numbers_NK.dtype)
         missing = -num_outputs % BLOCK
-        padded_NK = functional.pad(weight_NK, (0, 0, 0, missing)) if missing else weight_NK.contiguous()
+        padded_NK = functional.pad(numbers_NK, (0, 0, 0, missing)) if missing else numbers_NK.contiguous()
         packed.copy_(padded_NK.view(-1, BLOCK, packed.shape[1], together).transpose(1, 2))
-        return cls(packed, num_outputs, None if bias_N is None else bias_N.contiguous())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.packed.dtype
+        scale = None if scale_N is None else functional.pad(scale_N, (0, missing))
+        return cls(packed, num_outputs, None if bias_N is None else bias_N.contiguous(), scale)
 
     def __call__(self, rows_SK: Tensor) -> Tensor:
         return self._multiply(rows_SK)
@@ -105,7 +113,8 @@ class PackedLinear:
         return self._multiply(rows_SK, other_SN.contiguous())
 
     def plain(self) -> Tensor:
-        return self.packed.transpose(1, 2).reshape(-1, self.shape[1])[: self.shape[0]]
+        numbers = self.packed.transpose(1, 2).reshape(-1, self.shape[1])
+        return (numbers if self.scale is None else from_8_bits(numbers, self.scale))[: self.shape[0]]
 
     def _multiply(self, rows_SK: Tensor, *others: Tensor) -> Tensor:
         rows_SK = rows_SK.contiguous()
@@ -119,12 +128,33 @@ class PackedLinear:
         return out
 
 
-def linear(weight_NK: Tensor, bias_N: Tensor | None = None) -> Linear:
-    """The weight in the best layout that this machine has for it."""
-    even = weight_NK.shape[1] % 2 == 0 or weight_NK.dtype != torch.bfloat16
-    if even and can_pack(weight_NK.dtype, weight_NK.device):
-        return PackedLinear.pack(weight_NK, bias_N)
-    return PlainLinear(weight_NK, bias_N)
+def linear(weight_NK: Tensor, bias_N: Tensor | None = None, scale_N: Tensor | None = None) -> Linear:
+    """The weight in the best layout that this machine has for it.
+
+    `scale_N` is in float32: the weight's rows are whole multiples of it. Where nothing multiplies in 8 bits, they stay
+    as they are.
+    """
+    num_inputs, in_pairs = weight_NK.shape[1], weight_NK.dtype == torch.bfloat16
+    if not can_pack(weight_NK.dtype, weight_NK.device) or (in_pairs and num_inputs % 2):
+        return PlainLinear(weight_NK, bias_N)
+    return PackedLinear.pack(weight_NK, bias_N, scale_N if in_pairs and num_inputs % 4 == 0 else None)
+
+
+def row_scales(weight_NK: Tensor) -> Tensor:
+    """For each row the scale `[N]`, in float32, of which its largest number is 127 times as much."""
+    return weight_NK.abs().amax(dim=1).float().clamp_min(torch.finfo(torch.float32).tiny) / MAX_INT8
+
+
+def in_8_bits(weight_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """The nearest multiples of each row's scale, in int8; exactly those that `from_8_bits` was given."""
+    rows = zip(torch.split(weight_NK, ROWS_AT_ONCE), torch.split(scale_N, ROWS_AT_ONCE), strict=True)
+    parts = [(some.float() / scale[:, None]).nan_to_num_().round_().to(torch.int8) for some, scale in rows]
+    return torch.cat(parts)
+
+
+def from_8_bits(numbers_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """Multiples of a scale in bfloat16, which errs by less than half a scale."""
+    return (numbers_NK * scale_N[:, None]).to(torch.bfloat16)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -137,8 +167,9 @@ def _packing_works(dtype: torch.dtype) -> bool:
     if worker_pool() is None:
         return False
     weight, rows = torch.eye(BLOCK, dtype=dtype), torch.arange(2.0 * BLOCK).view(2, BLOCK).to(dtype)
-    packed = PackedLinear.pack(weight, None)
-    return bool((packed(rows) == rows).all() and (packed.plus(rows, rows) == 2 * rows).all())
+    scales = (None, torch.ones(BLOCK)) if dtype == torch.bfloat16 else (None,)
+    packed = [PackedLinear.pack(weight, None, scale_N) for scale_N in scales]
+    return all(bool((each(rows) == rows).all() and (each.plus(rows, rows) == 2 * rows).all()) for each in packed)
 
 
 @dataclass

@@ -7,12 +7,17 @@ from front to back and prefetched. The 16 sums of up to 16 rows, a tile, stay in
 register, so a row's result has the same bits whatever rows are next to it. As long as the processor waits for memory,
 one row or eight cost the same; how long that holds depends on the processor (benchmarks/README.md).
 
+Rows of bfloat16 can be multiplied with weights in 8 bits, which lie in pairs as those in bfloat16 do and have a scale
+for each output. In the loop they are widened once for all rows of a tile; the scale is applied to the sums. Each
+addition to a sum waits for the one before it, which with half as many bytes takes longer than reading them. Even and
+odd pairs therefore have sums of their own, whatever the number of rows, and a tile has half as many rows.
+
 Shapes: S rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from llvmlite import ir
 from numba import carray, types
@@ -35,7 +40,7 @@ from spdbench.models.cpu.compile import (
 WIDTH = 16
 """Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
 BLOCK_STEP_BYTES = 64
-"""What a block holds of one step: 16 float32, or 16 pairs of bfloat16."""
+"""What a block holds of one step: 16 float32, 16 pairs of bfloat16, or twice 16 pairs in 8 bits."""
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is prefetched."""
 MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
@@ -46,6 +51,8 @@ MAX_TILE_ROWS = TILE_ROWS[-1]
 _sums_memory = stack_memory(4 * WIDTH * MAX_TILE_ROWS)
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
+Numbers = Literal["float32", "bfloat16", "int8"]
+"""What a weight consists of."""
 
 
 class _BFloat(ir.types.Type):  # type: ignore[misc]
@@ -62,60 +69,89 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _sum_block(_typing: Any, weight: Any, rows: Any, row_bytes: Any, count: Any, steps: Any, sums: Any, like: Any):  # type: ignore[no-untyped-def]
+def _sum_block(  # type: ignore[no-untyped-def]
+    _typing: Any, weight: Any, scale: Any, rows: Any, row_bytes: Any, count: Any, steps: Any, sums: Any, like: Any
+):
     """The sums `[count, 16]` in float32 of one block for `count` rows of numbers of the type of `like`.
 
-    `weight`, `rows` and `sums` are addresses. One loop is generated for each number of rows in `TILE_ROWS`, and the
-    smallest that holds `count` rows is taken; what it has too many repeats the last row, at no cost in memory.
+    `weight`, `scale`, `rows` and `sums` are addresses; a scale makes it a weight in 8 bits, and 0 one of the rows'
+    type.
     """
-    is_pairs = like == types.uint16
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        num_rows = arguments[3]
         summed = builder.append_basic_block("summed")
-        for tile_rows in TILE_ROWS:
-            tile, larger = builder.append_basic_block("tile"), builder.append_basic_block("larger")
-            builder.cbranch(builder.icmp_signed("<=", num_rows, ir.Constant(I64, tile_rows)), tile, larger)
-            builder.position_at_end(tile)
-            _build_tile(builder, arguments, tile_rows, is_pairs)
-            builder.branch(summed)
-            builder.position_at_end(larger)
-        builder.unreachable()
+        if like == types.uint16:
+            scaled, unscaled = builder.append_basic_block("scaled"), builder.append_basic_block("unscaled")
+            builder.cbranch(builder.icmp_signed("!=", arguments[1], ir.Constant(I64, 0)), scaled, unscaled)
+            builder.position_at_end(scaled)
+            _build_tiles(builder, arguments, "int8", summed)
+            builder.position_at_end(unscaled)
+        _build_tiles(builder, arguments, "bfloat16" if like == types.uint16 else "float32", summed)
         builder.position_at_end(summed)
         return ir.Constant(I64, 0)
 
-    return types.int64(weight, rows, row_bytes, count, steps, sums, like), build
+    return types.int64(weight, scale, rows, row_bytes, count, steps, sums, like), build
 
 
-def _build_tile(builder: Any, arguments: Any, tile_rows: int, is_pairs: bool) -> None:
+def _build_tiles(builder: Any, arguments: Any, numbers: Numbers, summed: Any) -> None:
+    """One loop for each number of rows in `TILE_ROWS`, and a choice of the smallest that holds all rows; what it has
+    too many repeats the last row, at no cost in memory. Goes on in the block `summed`."""
+    most = MAX_TILE_ROWS // _num_chains(numbers)
+    for tile_rows in (count for count in TILE_ROWS if count <= most):
+        tile, larger = builder.append_basic_block("tile"), builder.append_basic_block("larger")
+        builder.cbranch(builder.icmp_signed("<=", arguments[4], ir.Constant(I64, tile_rows)), tile, larger)
+        builder.position_at_end(tile)
+        _build_tile(builder, arguments, tile_rows, numbers)
+        builder.branch(summed)
+        builder.position_at_end(larger)
+    builder.unreachable()
+
+
+def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) -> None:
     """The loop over all steps for `tile_rows` rows, whose sums are stored at its end."""
-    weight, rows, row_bytes, num_rows, num_steps, sums, _ = arguments
+    weight, scale, rows, row_bytes, num_rows, num_steps, sums, _ = arguments
+    chains = range(_num_chains(numbers))
     last = builder.sub(num_rows, ir.Constant(I64, 1))
     row_at = [
         builder.add(rows, builder.mul(row_bytes, _smaller(builder, ir.Constant(I64, r), last)))
         for r in range(tile_rows)
     ]
+    if numbers == "int8":
+        _prefetch(builder, scale)
     before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("store")
     builder.branch(loop)
     builder.position_at_end(loop)
     step = builder.phi(I64)
     step.add_incoming(ir.Constant(I64, 0), before)
-    totals = [builder.phi(_FLOATS) for _ in range(tile_rows)]
+    totals = [[builder.phi(_FLOATS) for _ in chains] for _ in range(tile_rows)]
     weight_at = builder.add(weight, builder.mul(step, ir.Constant(I64, BLOCK_STEP_BYTES)))
-    weights = builder.load(builder.inttoptr(weight_at, _WORDS.as_pointer()), align=BLOCK_STEP_BYTES, typ=_WORDS)
+    factors = _load_factors(builder, weight_at, numbers)
     _prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
-    offset = builder.mul(step, ir.Constant(I64, 4))
-    for at, total in zip(row_at, totals, strict=True):
-        total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
-        word = builder.load(builder.inttoptr(builder.add(at, offset), I32.as_pointer()), typ=I32)
-        total.add_incoming(_add_products(builder, total, weights, word, is_pairs), loop)
+    offset = builder.mul(step, ir.Constant(I64, 4 * len(chains)))
+    for at, sums_of_row in zip(row_at, totals, strict=True):
+        for chain, total in enumerate(sums_of_row):
+            total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
+            word_at = builder.add(builder.add(at, offset), ir.Constant(I64, 4 * chain))
+            word = builder.load(builder.inttoptr(word_at, I32.as_pointer()), typ=I32)
+            total.add_incoming(_add_products(builder, total, factors[chain], word, numbers), loop)
     following = builder.add(step, ir.Constant(I64, 1))
     step.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
     builder.position_at_end(after)
-    for r, total in enumerate(totals):
+    scales = _load(builder, scale, _FLOATS, 4) if numbers == "int8" else None
+    for r, sums_of_row in enumerate(totals):
         sums_at = builder.add(sums, ir.Constant(I64, 4 * WIDTH * r))
-        builder.store(total.incomings[1][0], builder.inttoptr(sums_at, _FLOATS.as_pointer()), align=4)
+        found, *others = (total.incomings[1][0] for total in sums_of_row)
+        for other in others:
+            found = builder.fadd(found, other)
+        # A product of its own, which is never contracted with the summand that follows it.
+        found = found if scales is None else builder.fmul(found, scales)
+        builder.store(found, builder.inttoptr(sums_at, _FLOATS.as_pointer()), align=4)
+
+
+def _num_chains(numbers: Numbers) -> int:
+    """How many sums an output of a row has, which are added in the end."""
+    return 2 if numbers == "int8" else 1
 
 
 def _smaller(builder: Any, a: Any, b: Any) -> Any:
@@ -129,22 +165,52 @@ def _prefetch(builder: Any, address: Any) -> None:
     builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, value) for value in (0, 3, 1))])
 
 
-def _add_products(builder: Any, total: Any, weights: Any, word: Any, is_pairs: bool) -> Any:
+def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
+
+
+def _load_factors(builder: Any, address: Any, numbers: Numbers) -> list[tuple[Any, ...]]:
+    """A step's weights for each sum, as `_add_products` takes them: 16 float32; or 16 pairs of bfloat16, in two vectors
+    of float32 where no instruction multiplies pairs."""
+    if numbers == "float32":
+        return [(_load(builder, address, _FLOATS, BLOCK_STEP_BYTES),)]
+    if numbers == "bfloat16":
+        weights = _load(builder, address, _WORDS, BLOCK_STEP_BYTES)
+        return [(weights,) if MULTIPLIES_PAIRS else (_half(builder, weights, True), _half(builder, weights, False))]
+    return [_widen_pairs(builder, builder.add(address, ir.Constant(I64, at))) for at in (0, 2 * WIDTH)]
+
+
+def _widen_pairs(builder: Any, address: Any) -> tuple[Any, ...]:
+    """16 pairs in 8 bits as factors: such whole numbers are bfloat16 without rounding."""
+    if MULTIPLIES_PAIRS:
+        twice = 2 * WIDTH
+        whole = _load(builder, address, ir.VectorType(ir.IntType(8), twice), twice)
+        floats = builder.sitofp(builder.sext(whole, ir.VectorType(I32, twice)), ir.VectorType(ir.FloatType(), twice))
+        halves = builder.bitcast(floats, ir.VectorType(ir.IntType(16), 2 * twice))
+        upper = ir.Constant(ir.VectorType(I32, twice), [2 * number + 1 for number in range(twice)])
+        return (builder.bitcast(builder.shuffle_vector(halves, halves, upper), _WORDS),)
+    pairs = builder.sext(_load(builder, address, ir.VectorType(ir.IntType(16), WIDTH), 2 * WIDTH), _WORDS)
+    byte, rest = (ir.Constant(_WORDS, [bits] * WIDTH) for bits in (8, 24))
+    first, second = builder.ashr(builder.shl(pairs, rest), rest), builder.ashr(pairs, byte)
+    return builder.sitofp(first, _FLOATS), builder.sitofp(second, _FLOATS)
+
+
+def _add_products(builder: Any, total: Any, factors: tuple[Any, ...], word: Any, numbers: Numbers) -> Any:
     """16 sums `total`, and to each the product of a row's number, or pair of numbers, `word` with its own weight."""
     words = builder.shuffle_vector(
         builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(I32, 0)),
         ir.Constant(_WORDS, ir.Undefined),
         ir.Constant(_WORDS, [0] * WIDTH),
     )
-    if not is_pairs:
-        return _multiply_add(builder, builder.bitcast(words, _FLOATS), builder.bitcast(weights, _FLOATS), total)
+    if numbers == "float32":
+        return _multiply_add(builder, builder.bitcast(words, _FLOATS), factors[0], total)
     if MULTIPLIES_PAIRS:
         pairs = ir.VectorType(_BFloat(), 2 * WIDTH)
         kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
         function = llvm_function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind)
-        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(weights, pairs)])
-    for first in (True, False):
-        total = _multiply_add(builder, _half(builder, words, first), _half(builder, weights, first), total)
+        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(factors[0], pairs)])
+    for first, factor in zip((True, False), factors, strict=True):
+        total = _multiply_add(builder, _half(builder, words, first), factor, total)
     return total
 
 
@@ -199,12 +265,14 @@ def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, tok
     `claims.begin_writing`."""
     sums_at = _sums_memory()
     sums = carray(pointer_to(sums_at, 0, F(0)), (MAX_TILE_ROWS, WIDTH))
+    tile_rows = MAX_TILE_ROWS if task.scale == 0 else MAX_TILE_ROWS // 2
     for block in range(begin, end):
         weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
-        for first_row in range(0, task.num_rows, MAX_TILE_ROWS):
-            count = min(MAX_TILE_ROWS, task.num_rows - first_row)
+        scale = task.scale if task.scale == 0 else task.scale + 4 * WIDTH * block
+        for first_row in range(0, task.num_rows, tile_rows):
+            count = min(tile_rows, task.num_rows - first_row)
             rows = task.rows + first_row * task.row_bytes
-            _sum_block(weight, rows, task.row_bytes, count, task.num_steps, sums_at, like)
+            _sum_block(weight, scale, rows, task.row_bytes, count, task.num_steps, sums_at, like)
             if not begin_writing(status, token):
                 return
             _store_outputs(task, first_row, count, block * WIDTH, sums, like)

@@ -40,11 +40,13 @@ class TaskKind(IntEnum):
 
 
 class GemmTask(NamedTuple):
-    """Rows times a packed weight, plus `bias` and `other` where these are not 0. Addresses first, then sizes."""
+    """Rows times a packed weight, plus `bias` and `other` where these are not 0. Addresses first, then sizes. A weight
+    with a `scale` is in 8 bits; else `scale` is 0."""
 
     kind: int
     num_rows: int
     weight: int
+    scale: int
     bias: int
     num_outputs: int
     num_steps: int

@@ -22,6 +22,7 @@ from spdbench_backends.drafter_files.folder import (
     read_config,
     read_tensors,
     require_version,
+    store_again,
     stored,
     unpacked,
     write_folder,
@@ -174,7 +175,26 @@ def test_only_matrices_are_in_8_bits(tmp_path: Path) -> None:
         "up.weight.scale": torch.float32,
     }
     folder = write_folder(tmp_path, {}, packed)
-    assert read_tensors([folder / "model.safetensors"]).keys() == {"norm.weight", "up.weight"}
+    assert read_config(folder, "some")["storage"] == "int8"
+    found = read_tensors([folder / "model.safetensors"])
+    assert found.keys() == {"norm.weight", "up.weight", "up.weight.scale"}
+    assert found["up.weight"].dtype == torch.bfloat16
+    assert torch.equal(found["up.weight.scale"], packed["up.weight.scale"])
+
+
+def test_a_folder_is_stored_again(tmp_path: Path) -> None:
+    matrix = torch.rand(30, 40, generator=torch.Generator().manual_seed(0))
+    folder = write_folder(tmp_path, {"method": "some", "size": 3}, stored({"up.weight": matrix}))
+    sizes = []
+    for storage in ("int8", "int8", "bfloat16"):
+        store_again(folder, storage)
+        assert read_config(folder, "some")["size"] == 3
+        sizes.append((folder / "model.safetensors").read_bytes())
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert read_config(folder, "some") == {"method": "some", "size": 3}
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="is not of spdbench's own layout: its config names no method"):
+        store_again(folder, "int8")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch import Tensor
 from spdbench.decoding.sampling import DraftVocabulary
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
+from spdbench.models.cpu.linear import PackedLinear, row_scales
 from spdbench.models.decoder import Decoder
 from spdbench_backends.drafter_files.folder import DrafterConfig, DrafterFile
 from spdbench_backends.drafter_files.tensors import (
@@ -26,8 +27,8 @@ from tests import tiny
 
 VOCAB = 262
 IDS = list(range(1, VOCAB, 3))
-EXPECTED = ExpectedTensors({"fc.weight": (4, 6)}, [{"fc.bias": (4,)}, {"q.norm": (3,), "k.norm": (3,)}])
-FULL = {"fc.weight": torch.rand(4, 6), "fc.bias": torch.rand(4), "q.norm": torch.rand(3), "k.norm": torch.rand(3)}
+EXPECTED = ExpectedTensors({"fc.weight": (4, 8)}, [{"fc.bias": (4,)}, {"q.norm": (3,), "k.norm": (3,)}])
+FULL = {"fc.weight": torch.rand(4, 8), "fc.bias": torch.rand(4), "q.norm": torch.rand(3), "k.norm": torch.rand(3)}
 
 
 def file_of(tensors: dict[str, Tensor]) -> DrafterFile[DrafterConfig]:
@@ -50,19 +51,42 @@ def test_tensors_that_fit_are_copies_where_the_target_computes(tiny_model: Path)
     assert torch.equal(rows, target.head.plain()[[5, 3]])
 
 
+def test_matrices_that_a_file_has_in_8_bits_stay_so(tiny_model: Path) -> None:
+    target = tiny.load(tiny_model, "bfloat16").own_decoder
+    assert target.head is not None
+    scale_O = row_scales(FULL["fc.weight"])
+    in_8_bits = {**FULL, "fc.weight.scale": scale_O}
+    for tensors, bytes_each in ((FULL, 2), (in_8_bits, 1)):
+        found = TargetTensors(file_of(tensors), EXPECTED, target)
+        some = DraftVocabulary(VOCAB, torch.arange(0, VOCAB, 2))
+        for weight in (found.linear("fc."), found.head("lm_head.weight", some), found.target_head(some)):
+            assert isinstance(weight, PackedLinear)
+            assert weight.packed.itemsize == bytes_each
+        assert (found.target_head(DraftVocabulary(VOCAB)) is target.head) == (bytes_each == 2)
+    assert isinstance(target.head, PackedLinear)
+    assert target.head.scale is None
+    assert torch.equal(found["fc.weight.scale"], scale_O)
+    cut = {**in_8_bits, "fc.weight.scale": scale_O[:3]}
+    with_less = TargetTensors(file_of(cut), EXPECTED, target)
+    assert "fc.weight.scale" not in with_less
+    assert with_less.head("lm_head.weight", DraftVocabulary(VOCAB)) is target.head
+    exact = TargetTensors(file_of(in_8_bits), EXPECTED, tiny.load(tiny_model).own_decoder)
+    assert torch.equal(exact.linear("fc.").plain(), FULL["fc.weight"])
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"fc.weight": None}, r"tensor fc\.weight is missing"),
         ({"k.norm": None}, r"tensor k\.norm is missing"),
         ({"extra": torch.ones(2), "more": torch.ones(2)}, r"unknown tensor extra \(2 in all\)"),
-        ({"fc.weight": torch.ones(4, 5)}, r"tensor fc\.weight has shape \[4, 5\], expected \[4, 6\]"),
+        ({"fc.weight": torch.ones(4, 5)}, r"tensor fc\.weight has shape \[4, 5\], expected \[4, 8\]"),
         ({"q.norm": torch.full((3,), torch.nan)}, r"tensor q\.norm holds numbers that are not finite"),
         ({"q.norm": torch.ones(3).to(torch.float8_e4m3fn)}, r"tensor q\.norm is torch\.float8_e4m3fn; only unqu"),
         ({"fc.weight": torch.ones(2, 2, dtype=torch.int8)}, r"fc\.weight is torch\.int8; only unquantised weights"),
-        ({"fc.weight": torch.ones(4, 6).to_sparse()}, r"fc\.weight is not dense"),
-        ({"fc.weight": torch.ones(4, 6, device="meta")}, r"fc\.weight is not dense"),
-        ({"fc.weight": torch.ones(4, 6, dtype=torch.complex64)}, r"fc\.weight is torch\.complex64"),
+        ({"fc.weight": torch.ones(4, 8).to_sparse()}, r"fc\.weight is not dense"),
+        ({"fc.weight": torch.ones(4, 8, device="meta")}, r"fc\.weight is not dense"),
+        ({"fc.weight": torch.ones(4, 8, dtype=torch.complex64)}, r"fc\.weight is torch\.complex64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(decoder: Decoder, change: dict[str, Tensor | None], why: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spdbench.models.cpu.linear import PackedLinear
+from spdbench.models.cpu.linear import PackedLinear, row_scales
 from spdbench.models.cpu.worker_pool import (
     AttentionTask,
     GateTask,
@@ -99,12 +99,13 @@ def test_gate(dtype: torch.dtype, width: int) -> None:
     require_same_bits(arrays, ("out",), task)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("outputs", [16, 48, 41])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_gemm(dtype: torch.dtype, outputs: int, has_bias: bool) -> None:
-    width = 64
-    weight = PackedLinear.pack(tensor(outputs, width, dtype=dtype, seed=3), None)
+def test_gemm(weights: torch.dtype, outputs: int, has_bias: bool) -> None:
+    width, dtype = 64, torch.bfloat16 if weights == torch.int8 else weights
+    plain = tensor(outputs, width, dtype=dtype, seed=3)
+    weight = PackedLinear.pack(plain, None, row_scales(plain) if weights == torch.int8 else None)
     arrays = {
         "rows": tensor(ROWS, width, dtype=dtype),
         "bias": tensor(outputs, dtype=dtype, seed=1),
@@ -114,9 +115,10 @@ def test_gemm(dtype: torch.dtype, outputs: int, has_bias: bool) -> None:
 
     def task(at: Mapping[str, Tensor]) -> GemmTask:
         places = {name: at[name].data_ptr() for name in arrays}
-        sizes = outputs, weight.packed.shape[1], width * weight.packed.itemsize
+        sizes = outputs, width * weights.itemsize // 4, width * dtype.itemsize
         given = (
             weight.packed.data_ptr(),
+            0 if weight.scale is None else weight.scale.data_ptr(),
             places["bias"] * has_bias,
             *sizes,
             places["rows"],

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from spdbench.models.cpu import linear as linear_module
-from spdbench.models.cpu.linear import PackedLinear, PlainLinear, linear
+from spdbench.models.cpu.linear import Linear, PackedLinear, PlainLinear, linear, row_scales
 from tests.tiny import tensor
 
 ROOT = Path(__file__).parents[3]
@@ -32,6 +32,11 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(
         found.float(), expected.float(), rtol=2e-2 if loose else 1e-5, atol=8e-2 if loose else 1e-5
     )
+
+
+def in_8_bits(*shape: int, bias: torch.Tensor | None = None, seed: int = 0) -> Linear:
+    weight = tensor(*shape, dtype=torch.bfloat16, seed=seed)
+    return linear(weight, bias, row_scales(weight))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,6 +58,51 @@ def test_a_packed_weight_unpacks_to_itself(dtype: torch.dtype) -> None:
     assert linear(weight).nbytes == weight.nbytes
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_weights_in_8_bits(rows: int, with_bias: bool) -> None:
+    bias = tensor(41, dtype=torch.bfloat16, seed=2) if with_bias else None
+    multiply = in_8_bits(41, 40, bias=bias)
+    assert isinstance(multiply, PackedLinear)
+    assert multiply.packed.dtype == torch.int8
+    assert multiply.scale is not None
+    numbers = multiply.packed.transpose(1, 2).reshape(-1, 40)
+    assert numbers[:41].abs().amax(dim=1).eq(127).all()
+    exact = numbers * multiply.scale[:, None]
+    x, other = (tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (40, 41))
+    sums = functional.linear(x.float(), exact[:41], None if bias is None else bias.float())
+    torch.testing.assert_close(multiply(x).float(), sums, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(multiply.plus(x, other).float(), other.float() + sums, rtol=2**-8, atol=1e-5)
+
+
+def test_numbers_of_8_bits_come_through_bfloat16_unchanged() -> None:
+    """A drafter's file is read as bfloat16, next to its scales; from these the file's own numbers are packed."""
+    numbers = torch.arange(-128, 128, dtype=torch.int8).expand(50, 256)
+    scale_N = torch.rand(50, generator=torch.Generator().manual_seed(0)) ** 9
+    found = PackedLinear.pack(linear_module.from_8_bits(numbers, scale_N), None, scale_N)
+    assert torch.equal(found.packed.transpose(1, 2).reshape(-1, 256)[:50], numbers)
+    assert torch.equal(found.plain(), linear_module.from_8_bits(numbers, scale_N))
+    assert found.nbytes == 50 * 256 + 64 * 4
+    odd = linear(numbers[:, :6].bfloat16(), None, torch.ones(50))
+    assert isinstance(odd, PackedLinear)
+    assert odd.scale is None  # in 8 bits inputs go in fours
+    assert not PackedLinear.pack(torch.zeros(2, 4).bfloat16(), None, torch.zeros(2)).packed.any()
+
+
+@pytest.mark.usefixtures("unpacked")
+def test_weights_in_8_bits_are_what_they_were_where_nothing_is_packed() -> None:
+    weight = tensor(48, 40, dtype=torch.bfloat16)
+    assert in_8_bits(48, 40).plain() is not weight
+    assert torch.equal(in_8_bits(48, 40).plain(), weight)
+
+
+def test_rows_in_float32_have_weights_in_float32() -> None:
+    weight = tensor(48, 40)
+    found = linear(weight, None, row_scales(weight))
+    assert isinstance(found, PackedLinear)
+    assert torch.equal(found.plain(), weight)
+
+
 @pytest.mark.usefixtures("unpacked")
 def test_without_packing_plain_multiplications_serve() -> None:
     weight, x = tensor(48, 40), tensor(3, 40, seed=2)
@@ -69,15 +119,12 @@ def test_this_machine_packs_what_it_should() -> None:
     assert isinstance(linear(tensor(8, 8, dtype=torch.float16)), PlainLinear)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (33, 2050)])
-def test_a_row_gets_the_same_bits_alone_and_in_company(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    weight, rows, other = (
-        tensor(*shape, dtype=dtype),
-        tensor(20, shape[1], dtype=dtype),
-        tensor(20, shape[0], dtype=dtype),
-    )
-    multiply = linear(weight)
+@pytest.mark.parametrize("weights", [*DTYPES, torch.int8])
+@pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (33, 2052)])
+def test_a_row_gets_the_same_bits_alone_and_in_company(weights: torch.dtype, shape: tuple[int, int]) -> None:
+    dtype = torch.bfloat16 if weights == torch.int8 else weights
+    rows, other = tensor(20, shape[1], dtype=dtype), tensor(20, shape[0], dtype=dtype)
+    multiply = in_8_bits(*shape) if weights == torch.int8 else linear(tensor(*shape, dtype=dtype))
     for count in (2, 5, 8, 20):
         together, added = multiply(rows[:count]), multiply.plus(rows[:count], other[:count])
         for i in range(count):

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.sampling import Sampler
@@ -70,7 +69,7 @@ class Checked(HeadDrafter):
         for position in range(newest + 1):
             kind = head.plan.row_type(depth.get(position, head.plan.full_depth))
             parts = [self.features[position][anchor] for anchor in head.plan.anchors[: kind + 1]]
-            rows.append(linear(torch.cat(parts, dim=-1), head.projections[kind]))
+            rows.append(head.projections[kind](torch.cat(parts, dim=-1)))
         hidden, _ = head.decoder.forward(torch.cat(rows), 0, head.decoder.new_cache(newest + 1))
         return head.decoder.logits(hidden[-1:])[0]
 
