@@ -27,7 +27,7 @@ from spdbench.training.soft_targets import (
     scored_drafts,
     soft_loss,
 )
-from spdbench_backends.drafter_files.folder import origin, stored
+from spdbench_backends.drafter_files.folder import StorageOption, origin, require_storage, stored
 from spdbench_backends.drafter_files.tensors import vocabulary_maps
 from spdbench_backends.eagle.build import default_aux
 from spdbench_backends.eagle.formats import EagleConfig, EagleFile, Layout, write_eagle
@@ -50,6 +50,7 @@ class Eagle3Options(RecipeOptions):
     init: Literal["target", "random"] = Field(
         "target", description="the layer: the target's last one where it fits, or drawn at random"
     )
+    storage: StorageOption = "bfloat16"
 
 
 class Eagle3Recipe(Recipe):
@@ -109,12 +110,16 @@ class Eagle3Recipe(Recipe):
         """The head rows `[U, M]` that drafts come from."""
         return self._head.lm_head.weight if self._options.head == "trained" else self._vocabulary.head_UM
 
+    def require_layout(self, layout: str) -> None:
+        require_storage(layout, self._options.storage)
+
     def write(self, directory: Path, about: Provenance, layout: str) -> None:
         """`eagle3` is the layout of the method's authors."""
+        self.require_layout(layout)
         tensors, ids_U = dict(self.module.state_dict()), self._vocabulary.token_ids_U
         if layout != "spdbench":  # published layouts store the head and have the vocabulary as tensors
             tensors["lm_head.weight"] = self._output_head
-        tensors = stored(tensors)
+        tensors = stored(tensors, self._options.storage)
         if layout != "spdbench" and ids_U is not None:
             tensors |= vocabulary_maps(ids_U.cpu(), self._teacher.config.vocab_size)
         config = self._config(about, self._vocabulary.listed if layout == "spdbench" else None)

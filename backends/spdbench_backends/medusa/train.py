@@ -29,7 +29,7 @@ from spdbench.training.soft_targets import (
     scored_drafts,
     soft_loss,
 )
-from spdbench_backends.drafter_files.folder import origin, stored
+from spdbench_backends.drafter_files.folder import StorageOption, origin, require_storage, stored
 from spdbench_backends.medusa.formats import SHARED, Layout, MedusaConfig, MedusaFile, write_medusa
 
 NUM_RANKS = 10
@@ -56,6 +56,7 @@ class MedusaOptions(RecipeOptions):
         0.5, gt=0, le=1, description="share of an answer's tokens that heads behind the first learn from, drawn anew"
     )
     decay: float = Field(0.8, gt=0, le=1, description="weight of each head's loss against the one before it")
+    storage: StorageOption = "bfloat16"
 
 
 class MedusaRecipe(Recipe):
@@ -122,6 +123,7 @@ class MedusaRecipe(Recipe):
 
     def require_layout(self, layout: str) -> None:
         """The layouts of the method's authors draft from the whole vocabulary."""
+        require_storage(layout, self._options.storage)
         if layout in ("v0.1", "v2") and self._vocabulary.token_ids_U is not None:
             raise InputError(
                 f"--format {layout}: knows no draft vocabulary; give --draft-vocab {self._teacher.config.vocab_size}, "
@@ -145,7 +147,7 @@ class MedusaRecipe(Recipe):
             trained_tokens=about.trained_tokens,
         )
         blocks = {name: tensor for name, tensor in self._heads.state_dict().items() if ".linear." in name}
-        tensors = stored(blocks | self._linear_layers(layout))
+        tensors = stored(blocks | self._linear_layers(layout), self._options.storage)
         write_medusa(
             MedusaFile(directory, "spdbench", config, tensors, "", origin(about)), directory, cast(Layout, layout)
         )

@@ -22,7 +22,7 @@ from spdbench.models.partition import split_by_counts, split_evenly, usual_stage
 from spdbench.training.layers import DecoderLayer, angles
 from spdbench.training.recipe import Batch, Counts, Provenance, Recipe, RecipeOptions
 from spdbench.training.soft_targets import greedy_drafts, mean_kl
-from spdbench_backends.drafter_files.folder import Storage, origin, stored, unpacked, write_folder
+from spdbench_backends.drafter_files.folder import StorageOption, origin, stored, unpacked, write_folder
 from spdbench_backends.spd.formats import VERSION, write_published
 from spdbench_backends.spd.placement import counts_of
 from spdbench_backends.spd.plan import FeaturePlan, default_anchors
@@ -42,9 +42,7 @@ class PipelineTrainOptions(RecipeOptions):
     init_layers: Counted = Field(
         None, description="the target's layers that the drafter's begin as, e.g. 29; default: the last ones"
     )
-    storage: Storage = Field(
-        "bfloat16", description="a matrix's numbers in the file; int8: half the bytes, a row a scale"
-    )
+    storage: StorageOption = "bfloat16"
 
 
 class SPDTrainOptions(PipelineTrainOptions):

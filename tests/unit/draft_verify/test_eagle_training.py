@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
+from spdbench.errors import InputError
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
 from spdbench.models.target import Target
@@ -187,6 +188,25 @@ def test_every_layout_drafts_alike(target: Target, trained: Eagle3Recipe, tmp_pa
     assert [token for *_, ids in runs["spdbench"] for token in ids] == vanilla
     assert all(run == runs["spdbench"] for run in runs.values())
     assert sum(accepted for _, _, accepted, _ in runs["spdbench"]) > 5
+
+
+def test_a_head_in_8_bits_is_lossless_and_drafts_nearly_as_well(
+    tiny_model: Path, trained: Eagle3Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, runs, sizes = tiny.load(tiny_model, "bfloat16"), [], []
+    vanilla = list(decode(target.decoder, tiny.greedy(tiny.PROMPT, 24)))
+    for storage in ("bfloat16", "int8"):
+        monkeypatch.setattr(trained, "_options", Eagle3Recipe.Options(storage=storage))  # type: ignore[call-arg]
+        trained.write(tmp_path / storage, ABOUT, "spdbench")
+        runs.append(emitted(target, tmp_path / storage, tree="chain", depth="4"))
+        assert [token for *_, ids in runs[-1] for token in ids] == vanilla
+        sizes.append(build_eagle(read_eagle(tmp_path / storage), target.own_decoder).nbytes)
+    assert sizes[1] < 0.6 * sizes[0]
+    accepted = [sum(step[2] for step in run) for run in runs]
+    assert accepted[1] >= accepted[0] - 2 > 3
+    for layout in Eagle3Recipe.formats[1:]:
+        with pytest.raises(InputError, match=f"--format {layout}: knows no matrices in 8 bits; leave out -o storage="):
+            trained.require_layout(layout)
 
 
 @pytest.mark.parametrize("layout", Eagle3Recipe.formats)

@@ -125,6 +125,27 @@ def test_every_layout_drafts_alike(
     assert sum(accepted for _, _, accepted, _ in runs[0]) > 5
 
 
+def test_heads_in_8_bits_are_lossless_and_draft_nearly_as_well(
+    tiny_model: Path, trained: MedusaRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, request, accepted, sizes = tiny.load(tiny_model, "bfloat16"), tiny.greedy(tiny.PROMPT, 24), [], []
+    for storage in ("bfloat16", "int8"):
+        options = MedusaRecipe.Options(heads=3, layers=2, storage=storage)  # type: ignore[call-arg]
+        monkeypatch.setattr(trained, "_options", options)
+        trained.write(tmp_path / storage, ABOUT, "spdbench")
+        backend = started(target, tmp_path / storage, tree="chain")
+        backend.prepare(request)
+        steps = list(backend.generate(request))
+        assert [token for step in steps for token in step.token_ids] == list(decode(target.decoder, request))
+        accepted.append(sum(step.accepted for step in steps))
+        sizes.append(build_medusa(read_medusa(tmp_path / storage), target.own_decoder).nbytes)
+    assert sizes[1] < 0.6 * sizes[0]
+    assert accepted[1] >= accepted[0] - 2 > 1
+    for layout in MedusaRecipe.formats[1:]:
+        with pytest.raises(InputError, match=f"--format {layout}: knows no matrices in 8 bits; leave out -o storage="):
+            trained.require_layout(layout)
+
+
 def test_a_draft_vocabulary_is_written_where_a_layout_has_a_place_for_it(decoder: Decoder, tmp_path: Path) -> None:
     recipe = fresh(decoder)
     for layout in ("spdbench", "vllm"):
