@@ -3,13 +3,15 @@
 Why: a comparison of methods is fair only if their drafters saw the same data. The target's features of the data, which
 take longer than any drafter's own training, are computed once for all of them here.
 Regimes: the embedded model, conversations of its own (`spdbench distill`), a draft vocabulary of 8,192, the target's
-own head rows; one decoder layer for EAGLE-3, two for pipeline drafters, whose matrices are stored in 8 bits.
+own head rows; one decoder layer for EAGLE-3, two for pipeline drafters; all matrices are stored in 8 bits.
 Output: one folder per drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
 Several processes of one thread each (`--processes`) share the work: two threads on one matrix multiplication wait for
 each other.
 
     python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 2] [--only eagle3 spd-3 | --all]
                                   [--start FOLDER] [--budget SECONDS]  # goes on from the drafters there
+
+With `--store-again int8` (or `bfloat16`) it trains nothing: the folders in `--out` are rewritten so.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 
 from spdbench.cli.progress import TrainingProgress
 from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.checkpoints.layer_tensors import SCALE
 from spdbench.models.target import Target, load_target
 from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
@@ -38,7 +41,7 @@ from spdbench.training.loop import Training
 from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
 from spdbench.training.schedule import Data, Plan, split_held_out
 from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
-from spdbench_backends.drafter_files.folder import read_config, read_tensors
+from spdbench_backends.drafter_files.folder import read_config, read_tensors, store_again
 
 MODEL, DTYPE = "smollm2", "bfloat16"
 DRAFT_VOCABULARY = 8192
@@ -55,13 +58,14 @@ class Drafter(NamedTuple):
     options: Mapping[str, str]
 
 
-TWO_LAYERS = {"layers": "2", "init_layers": "27,29", "storage": "int8"}
+IN_8_BITS = {"storage": "int8"}
+TWO_LAYERS = {"layers": "2", "init_layers": "27,29", **IN_8_BITS}
 SHIPPED = (  # the longest training first
     Drafter("spd-3", "spd", 3, TWO_LAYERS),
     Drafter("spd-2", "spd", 2, TWO_LAYERS),
-    Drafter("eagle3", "eagle3", None, {}),
+    Drafter("eagle3", "eagle3", None, IN_8_BITS),
     Drafter("ppsd-3", "ppsd", 3, TWO_LAYERS),
-    Drafter("medusa", "medusa", None, {}),
+    Drafter("medusa", "medusa", None, IN_8_BITS),
 )
 MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (5, 6, 10))
 """For pipelines of more stages than two cores can run well."""
@@ -69,7 +73,9 @@ MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--data", type=Path, required=True)
+    what = arguments.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path)
+    what.add_argument("--store-again", choices=["int8", "bfloat16"])
     arguments.add_argument("--out", type=Path, default=Path("spdbench/drafters"))
     arguments.add_argument("--epochs", type=float, default=2.0)
     arguments.add_argument("--budget", type=float, help="seconds for each drafter, in place of --epochs")
@@ -84,6 +90,10 @@ def main() -> None:
     torch.set_num_threads(1)
     known = (*SHIPPED, *MEASURED)
     drafters = [each for each in known if each.name in chosen.only] if chosen.only else known if chosen.all else SHIPPED
+    if chosen.store_again:
+        for each in drafters:
+            store_again(chosen.out / each.name, chosen.store_again)
+        return
     target = load_target(MODEL, DTYPE, "cpu")
     conversations = read_conversations(chosen.data)
     sequences = sequences_of(conversations.messages, target)
@@ -225,7 +235,8 @@ def train(
 
 def start_from(recipe: Recipe, folder: Path, method: str) -> int:
     """Gives the recipe the weights of a drafter of the same shapes; returns how many tokens that one learned from."""
-    weights, module = read_tensors([folder / "model.safetensors"]), recipe.module
+    module, tensors = recipe.module, read_tensors([folder / "model.safetensors"])
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
     module.load_state_dict(dict(module.named_buffers()) | weights)
     return int(read_config(folder, method)["trained_tokens"])
 
