@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from spdbench.backend import BackendInfo, DrafterInfo
@@ -217,32 +219,43 @@ class DraftVerify(Drafting["Drafter"]):
         """How forwards run, in keys of stored costs."""
         return "off" if self._decoder_to_capture() is None else self._options.graphs.replace("auto", "on")
 
-    def _seconds_to_draft(self, drafter: Drafter, num_levels: int) -> float:
+    def _seconds_to_draft(self, drafter: Drafter, num_levels: int, forward_s: float) -> float:
         """Seconds of one draft of `num_levels` levels, timed as it will run: in turn with forwards of the target, so
-        that what the drafter reads is not in the processor's caches."""
+        that what the drafter reads is not in the processor's caches.
+
+        `forward_s` is the stored cost of a forward of one row. It may be of a moment when the machine was busier, or
+        less so, and what counts is how a draft compares with it: the draft's seconds are those of that moment. The same
+        forward, timed in turn, says by how much the speed differs. Captured ones, on GPUs, are not timed here.
+        """
         import torch
 
         from spdbench.decoding.sampling import Sampler
         from spdbench.decoding.speculate import Features
+        from spdbench.decoding.tree_choice import CONTEXT
         from spdbench.models.layer_ops import argmax
         from spdbench.models.torch_utils import median_seconds
 
         decoder, sampler = self._decoder, Sampler(Sampling(), 0)
-        cache = decoder.new_cache(1)
+        cache = decoder.new_cache(CONTEXT + 1, num_snapshots=1)
+        decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
         hidden_1M = torch.zeros(1, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
         features = Features(hidden_1M, dict.fromkeys(drafter.hidden_indices, hidden_1M))
         drafter.start((0,), features, 0)
+        times: list[float] = []
 
         def draft() -> None:
             drafter.propose(num_levels, sampler).ids_N.tolist()
             drafter.accept((0,), features)
 
         def forward() -> None:
-            hidden_1M, _ = decoder.forward(decoder.embed(decoder.ids((0,))), 0, cache)
+            began = perf_counter()
+            hidden_1M, _ = decoder.forward(decoder.embed(decoder.ids((0,))), CONTEXT, cache)
             argmax(decoder.logits(hidden_1M)).tolist()
-            cache.rollback(0)
+            times.append(perf_counter() - began)
+            cache.rollback(CONTEXT)
 
-        return median_seconds(draft, between=forward)
+        draft_s = median_seconds(draft, between=forward)
+        return draft_s if self._decoder_to_capture() else draft_s * forward_s / median(times)
 
     def _require_trees(self) -> None:
         """Raises `InputError` where the layers of this model take no trees."""

@@ -14,7 +14,11 @@ import pytest
 from spdbench.decoding.tree_choice import MAX_AUTO_NODES, ROW_COUNTS
 from tests.cli.run_helpers import spdbench, write_suite
 
-CLOCKS = ("spdbench.models.torch_utils.perf_counter", "spdbench.decoding.tree_choice.perf_counter")
+CLOCKS = (
+    "spdbench.models.torch_utils.perf_counter",
+    "spdbench.decoding.tree_choice.perf_counter",
+    "spdbench_backends.drafting.perf_counter",
+)
 LABELS = ("eagle", "medusa")
 
 

@@ -157,11 +157,13 @@ class Eagle(DraftVerify):
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
         accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
         costs = self._row_costs(largest)
-        chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device))
+        chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device), costs(1))
         chain = tree = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
         if self._decoder.takes_trees:
             tree_s = self._draft_costs(
-                DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)
+                DynamicTreeBuilder(1, 2, total_tokens=3),
+                DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8),
+                costs(1),
             )
             tree = choose_tree(accuracies, costs, tree_s, largest - 1)
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
@@ -176,15 +178,15 @@ class Eagle(DraftVerify):
             self._chosen["with a temperature"] = f"chain, depth {self._chain.num_levels}, drawn"
         return DynamicTreeBuilder(levels, top_k, num_nodes)
 
-    def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder) -> Callable[[int], float]:
-        """Seconds of drafting by number of levels, from two builders of one kind: the first level, which reads the
-        target's features, costs more than each further one."""
-        first_s, all_s = self._draft_seconds(shallow), self._draft_seconds(deep)
+    def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder, forward_s: float) -> Callable[[int], float]:
+        """Seconds of drafting by number of levels where a forward of one row takes `forward_s`, by two builders of one
+        kind: the first level, which reads the target's features, costs more than each further one."""
+        first_s, all_s = self._draft_seconds(shallow, forward_s), self._draft_seconds(deep, forward_s)
         further_s = max(0.0, all_s - first_s) / (deep.num_levels - shallow.num_levels)
         return lambda levels: first_s + further_s * (levels - shallow.num_levels)
 
-    def _draft_seconds(self, builder: TreeBuilder) -> float:
-        """Seconds of one draft."""
+    def _draft_seconds(self, builder: TreeBuilder, forward_s: float) -> float:
+        """Seconds of one draft where a forward of one row takes `forward_s`."""
         from spdbench.decoding.tree_builder import is_chain
 
         if self._weights is None:
@@ -193,7 +195,8 @@ class Eagle(DraftVerify):
         def measure() -> float:
             captured = self._decoder_to_capture() is not None
             rounds = self._capture_rounds(builder, TIMED_TOKENS) if captured else None
-            return self._seconds_to_draft(self._head_drafter(builder, TIMED_TOKENS, rounds), builder.num_levels)
+            drafter = self._head_drafter(builder, TIMED_TOKENS, rounds)
+            return self._seconds_to_draft(drafter, builder.num_levels, forward_s)
 
         kind = "chain" if is_chain(builder) else "dynamic"
         return self._draft_cost(kind, builder.num_levels, measure)

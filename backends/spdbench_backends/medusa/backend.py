@@ -136,14 +136,15 @@ class Medusa(DraftVerify):
         largest = MAX_AUTO_NODES
         if not self._decoder.takes_trees:
             accuracies, largest = [ranks[:1] for ranks in accuracies], heads + 1
-        draft_s, costs = self._draft_seconds(heads), self._row_costs(largest)
+        costs = self._row_costs(largest)
+        draft_s = self._draft_seconds(heads, costs(1))
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
         paths = best.paths or ((0,),)
         self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 
-    def _draft_seconds(self, num_heads: int) -> float:
-        """Seconds of one head in a draft of `num_heads` levels."""
+    def _draft_seconds(self, num_heads: int, forward_s: float) -> float:
+        """Seconds of one head in a draft of `num_heads` levels, where a forward takes `forward_s`."""
         from spdbench.decoding.tree_builder import chain_builder
         from spdbench_backends.medusa.drafter import MedusaDrafter
 
@@ -154,7 +155,7 @@ class Medusa(DraftVerify):
         def measure() -> float:
             builder = chain_builder(num_heads, self._decoder.device)
             drafter = MedusaDrafter(weights, target, builder, self._capture_draft(builder))
-            return self._seconds_to_draft(drafter, num_heads)
+            return self._seconds_to_draft(drafter, num_heads, forward_s)
 
         return self._draft_cost("chain", num_heads, measure) / num_heads
 

@@ -56,7 +56,9 @@ def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
     target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {DynamicTreeBuilder: tree_s, StaticTreeBuilder: 1.0}
-    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, builder: seconds[type(builder)] * builder.num_levels)
+    monkeypatch.setattr(
+        Eagle, "_draft_seconds", lambda _, builder, _forward_s: seconds[type(builder)] * builder.num_levels
+    )
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
     builder = load(target, {}, "random")._builder
     assert isinstance(builder, kind)
@@ -90,6 +92,7 @@ def test_a_second_start_chooses_the_same_tree_whatever_the_machine_does(
 
         monkeypatch.setattr("spdbench.decoding.tree_choice.measure_row_costs", measured)
         monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", lambda *_, **__: 0.01)
+        monkeypatch.setattr("spdbench_backends.drafting.median", lambda _: 1.0)
         return load(target, {}, "random").describe().chosen["tree"]
 
     cheap = start(0.0)
@@ -98,14 +101,25 @@ def test_a_second_start_chooses_the_same_tree_whatever_the_machine_does(
     assert start(0.5) != cheap
 
 
+def test_drafts_take_the_seconds_of_the_moment_of_the_stored_forwards(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine is twice as slow now, so a draft of 0.01 s took 0.005 s then."""
+    monkeypatch.setenv("SPDBENCH_PROFILES", os.environ["SPDBENCH_PROFILES"] + "-slow")
+    eagle = load(target, {"tree": "chain"}, "random")
+    monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr("spdbench_backends.drafting.median", lambda _: 2.0)
+    assert eagle._draft_seconds(chain_builder(2, target.device), 1.0) == 0.005
+
+
 def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {1: 5.0, 4: 8.0}
-    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, builder: seconds[builder.num_levels])
+    monkeypatch.setattr(Eagle, "_draft_seconds", lambda _, builder, _forward_s: seconds[builder.num_levels])
     eagle = load(target, {"tree": "chain"})
-    costs = eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device))
+    costs = eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device), 1.0)
     assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
     seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
-    assert eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device))(6) == 5.0
+    assert eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device), 1.0)(6) == 5.0
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:
