@@ -3,7 +3,7 @@
     make demo
     python docs/screenshots.py results/quick__*.json --out docs/images
 
-Needs chromium and chromedriver, and `pip install 'spdbench[report]' selenium`.
+Needs chromium and chromedriver, and `pip install -e '.[report]' selenium`.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def test_the_question_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert answered("n", monkeypatch).err.endswith("Nothing is deleted.\n")
     assert files(folder) == before
     said = answered("y", monkeypatch)
-    assert (said.code, said.err.splitlines()[-1]) == (0, "Deleted 1 files.")
+    assert (said.code, said.err.splitlines()[-1]) == (0, "Deleted 1 file.")
     assert before - files(folder) == {"new.json"}
 
 

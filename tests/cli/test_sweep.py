@@ -214,8 +214,10 @@ def test_charts_and_page_of_a_sweep(sweep: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_which_metrics_are_better_when_lower() -> None:
-    lower = ["ttft_s", "tpot_s", "energy_j_per_token", "device_s_per_token", "bubble_ratio"]
+    lower = ["ttft_s", "tpot_s", "energy_j_per_token", "device_s_per_token", "bubble_ratio", "imbalance"]
+    lower += ["itl_p99_s_macro", "control_s_per_cycle", "peak_memory_bytes", "num_failed", "break_even_length"]
     higher = ["speedup", "tokens_per_s", "decode_tokens_per_s", "acceptance_rate", "tokens_per_cycle", "score"]
+    higher += ["tokens_per_s_macro", "useful", "draft_slack_s", "cycle_efficiency"]
     assert [lower_is_better(name) for name in lower + higher] == [True] * len(lower) + [False] * len(higher)
 
 

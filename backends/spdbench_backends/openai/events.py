@@ -15,7 +15,7 @@ from spdbench_backends.openai.client import MALFORMED, BrokenError
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 2**20
 LINE_END = re.compile(rb"\r\n|\r|\n")
-FIELD = re.compile(rb"(?:data|event|id|retry)?:")
+FIELD = re.compile(rb"(?:data|event|id|retry|error)?:")
 """How lines of a stream begin; `:` alone begins a comment."""
 DONE = b"[DONE]"
 UNREADABLE = object()
@@ -63,6 +63,8 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
             name, held, size = b"", [], 0
         elif field == b"event":
             name = value.lower()
+        elif field == b"error" and value:  # llama.cpp's servers of 2025
+            yield b'{"error":' + value + b"}", {"error": parse(value)}, name
         elif field == b"data" and value and not value.startswith(b":"):  # a comment is not always sent as one
             event = UNREADABLE if held or is_done(value) else parse(value)
             if held or (event is UNREADABLE and value.startswith((b"{", b"[")) and not is_done(value)):

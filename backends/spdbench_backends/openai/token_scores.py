@@ -163,7 +163,7 @@ def classify(first: FirstDivergence, readings: Sequence[Scores]) -> FirstDiverge
         return replace(first, outcome="real" if _is_clear(first, readings) else "unclassified", reason=reason)
     gaps = [scores[expected] - scores[found] for scores in known]
     floor = max((_largest_change(known[0], scores) for scores in known[1:]), default=0.0)
-    if len(known) < 2 and gaps[0] != 0.0:
+    if gaps[0] != 0.0 and all(scores == known[0] for scores in known[1:]):  # one request twice, as at the first token
         reason = "its log-probabilities could be read in one way only, which shows no noise floor"
         return replace(
             first, expected_logit=known[0][expected], found_logit=known[0][found], gap=gaps[0], reason=reason

@@ -194,4 +194,4 @@ def _delete(found: Sequence[Listing], *, sure: bool) -> None:
             Path(each.file).unlink()
         except OSError as error:
             raise InputError(f"{each.file}: cannot be deleted ({error.strerror})") from None
-    say(f"Deleted {len(found)} files.")
+    say(f"Deleted {len(found)} file{'s' * (len(found) != 1)}.")

@@ -21,9 +21,16 @@ NO_NUMBER = re.compile(r"_ci$|_by_|^outliers$|^is_")
 """Metrics that are intervals, lists or facts, of which none is the best."""
 
 
+LOWER = re.compile(
+    r"(?<!_per)(?<!slack)_s$|_s_per_|_per_token$|_bytes$|^bubble_|^(wasted|fill|verify|draft|imbalance|host|unattributed)$|"
+    r"^num_(failed|truncated|degenerate|disturbed|set_aside)$|^break_even_length$|^busy_|^slow_clock$"
+)
+"""Metrics that are times, costs, losses, or shares of idle time."""
+
+
 def lower_is_better(metric: str) -> bool:
-    """True for times, costs and shares of idle time."""
-    return (metric.endswith("_s") and not metric.endswith("_per_s")) or "_per_token" in metric or "bubble" in metric
+    """True if less of the metric, or of its mean over prompts, is better."""
+    return LOWER.search(metric.removesuffix("_macro")) is not None
 
 
 def require_metric(metric: str) -> None:

@@ -51,7 +51,11 @@ class Costs(Protocol):
 
     def verify_s(self) -> float: ...
 
-    def host_s(self) -> float: ...
+    def host_s(self) -> float:
+        """Of a pipeline's cycle."""
+
+    def own_host_s(self) -> float:
+        """Of a token or a round on one device, beyond its forward."""
 
     def message_s(self, rows: float) -> float | None: ...
 
@@ -160,6 +164,9 @@ class RecordedCosts:
     def host_s(self) -> float:
         return max((host_seconds(each) for each in self.recorded.pipelines), default=0.0)
 
+    def own_host_s(self) -> float:
+        return 0.0  # a forward is a whole token of plain decoding as it was measured
+
     def message_s(self, rows: float) -> float | None:  # noqa: ARG002 - a pipeline's are in `host_s`
         return None
 
@@ -248,6 +255,9 @@ class ProfileCosts:
 
     def host_s(self) -> float:
         return self.profile.seconds.get(make_key("host"), 0.0)
+
+    def own_host_s(self) -> float:
+        return self.host_s()
 
     def message_s(self, rows: float) -> float | None:
         itemsize = 4 if self.profile.model.dtype == "float32" else 2

@@ -60,7 +60,7 @@ def forward_s(costs: Costs, num_layers: int, rows: float) -> float | None:
 def token_s(costs: Costs, num_layers: int, rows: float = 1) -> float | None:
     """Seconds of a token of plain decoding on one device, for each of `rows` requests at once."""
     found = forward_s(costs, num_layers, rows)
-    return None if found is None else found + costs.host_s()
+    return None if found is None else found + costs.own_host_s()
 
 
 def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, rows: float = 1) -> float | None:
@@ -71,7 +71,7 @@ def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, rows: float =
     if alone is None or message_s is None:
         return None
     all_reduce_s = ceil(log2(devices)) * message_s
-    return alone / devices + ALL_REDUCES * num_layers * all_reduce_s + costs.host_s()
+    return alone / devices + ALL_REDUCES * num_layers * all_reduce_s + costs.own_host_s()
 
 
 def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) -> list[Opponent]:
@@ -136,7 +136,7 @@ def _round_s(
     draft = costs.round_draft_s(result, levels)
     if forward is None or draft is None:
         return None
-    return forward + draft * costs.growth(requests) + costs.verify_s() + costs.host_s()
+    return forward + draft * costs.growth(requests) + costs.verify_s() + costs.own_host_s()
 
 
 def under_load(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -151,7 +152,7 @@ def _warnings(table: Table) -> list[Warned]:
 
 def command(name: str, chart: str) -> str:
     """What draws `chart` of the results in `name` as a file."""
-    return f"spdbench report {name} --chart {chart} --format svg -o {chart}.svg"
+    return f"spdbench report {shlex.quote(name)} --chart {chart} --format svg -o {chart}.svg"
 
 
 def figure(chart: Chart[Shown], shown: Shown, command: str) -> Figure:

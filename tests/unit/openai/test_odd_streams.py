@@ -75,7 +75,15 @@ def test_words_between_the_events_are_skipped_and_said_once(
     assert ("queued" if b"queued" in data else data.decode()) in said
 
 
-@pytest.mark.parametrize("data", [b"[ERROR] no room", b'{"message": "no room", "code": 503}', b"error: no room"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[ERROR] no room",
+        b'{"message": "no room", "code": 503}',
+        b"error: no room",
+        b'\n\nerror: {"message": "no room", "code": 503}',  # a field of llama.cpp's own
+    ],
+)
 def test_words_of_an_error_are_an_error(server: StubServer, backend: Make, data: bytes) -> None:
     made = loaded(backend())
     server.inserted = [data]

@@ -27,10 +27,19 @@ FIRST = FirstDivergence("unclassified", 2, 7, 9)
         ([{7: -0.5, 9: -0.6}, {7: -0.55, 9: -0.53}], "near_tie"),
         ([{7: -0.5, 9: -2.5}, {7: -0.5, 9: -2.4}], "real"),
         ([{7: -0.5, 9: -0.6}], "unclassified"),
+        ([{7: -0.5, 9: -0.6}, {7: -0.5, 9: -0.6}, {7: -0.5, 9: -0.6}], "unclassified"),
         ([{7: -0.1, 1: -3.0}, {7: -0.1, 1: -3.0}], "real"),
         ([{7: -0.1, 1: -3.0}, {9: -0.1, 1: -3.0}], "unclassified"),
     ],
-    ids=["equal", "within the noise", "beyond it", "no noise known", "not even listed", "listed by the other alone"],
+    ids=[
+        "equal",
+        "within the noise",
+        "beyond it",
+        "no noise known",
+        "one request three times",
+        "not even listed",
+        "listed by the other alone",
+    ],
 )
 def test_a_difference_is_classified_by_its_gap_and_the_noise(
     readings: Sequence[Mapping[int, float]], outcome: DivergenceClass

@@ -123,6 +123,16 @@ def test_without_a_profile_vanillas_token_is_split_by_bytes(recorded: Recorded) 
     assert parts.abort_s == pytest.approx(0.0015)
 
 
+def test_without_a_profile_plain_decoding_is_as_fast_as_it_was_measured(recorded: Recorded) -> None:
+    class Waiting(RecordedCosts):
+        """Whose pipelines waited for messages and the host."""
+
+        def host_s(self) -> float:
+            return 5.0
+
+    assert token_s(Waiting(recorded), recorded.num_layers) == pytest.approx(0.1)
+
+
 def test_the_drafter_shares_the_first_stages_device_where_asked(recorded: Recorded) -> None:
     shared = replace(setting(), own_drafter=False)
     parts = make_parts(recorded, RecordedCosts(recorded), pipeline(), (15, 15), shared)
