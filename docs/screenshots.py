@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def main() -> None:
         page = Path(folder) / "report.html"
         command = [sys.executable, "-m", "spdbench", "report", *chosen.results, "-o", str(page)]
         subprocess.run(command, check=True)
-        browser = _browser()
+        if (found := find_browser()) is None:
+            sys.exit("screenshots need chromium and chromedriver; on Debian: apt-get install chromium chromium-driver")
+        browser = open_browser(*found)
         try:
             for name, (width, scheme) in SHOTS.items():
                 _write(chosen.out / f"{name}.png", _shot(browser, page, width, scheme, whole=chosen.whole))
@@ -62,14 +65,27 @@ def _write(path: Path, picture: bytes) -> None:
     print(f"Wrote {path}")
 
 
-def _browser() -> Any:
-    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if binary is None or driver is None:
-        sys.exit("screenshots need chromium and chromedriver; on Debian: apt-get install chromium chromium-driver")
+def find_browser() -> tuple[str, str] | None:
+    """Chromium and its driver, if both are there."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    binary, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
+    return None if binary is None or driver is None else (binary, driver)
+
+
+def open_browser(binary: str, driver: str, *more: str, logs: Mapping[str, str] | None = None) -> Any:
+    """Chromium without a window, with `more` words of its command line; it keeps the `logs`."""
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+    for word in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *more,
+    ):
         options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", dict(logs or {}))
     return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 

@@ -31,6 +31,11 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return "".join(char if char in kept or not _is_obeyed(char) else _escape(char) for char in text)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _is_obeyed(char: str) -> bool:
     category = unicodedata.category(char)
     return category[0] == "C" or category in ("Zl", "Zp")  # controls, and separators of lines and paragraphs

@@ -19,7 +19,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from tabulate import tabulate
 
-from spdbench.console import printable
+from spdbench.console import counted, printable
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.dialects import metric_name
@@ -303,11 +303,9 @@ def _prompts(table: Table) -> str:
     asked = max((row.head.suite.num_prompts for row in rows), default=0)
     short = any(row.metrics["num_prompts"] < row.head.suite.num_prompts for row in rows)
     answers = max((row.metrics["num_runs"] - row.metrics["num_failed"] for row in rows), default=0)
-    words = f"{most}" if fewest == most else f"{fewest} to {most}"
-    total = asked if short else most
-    counted = f"{words} of {asked}" if short else words
+    words = f"{most} of {counted(asked, 'prompt')}" if short else counted(most, "prompt")
     more = f", {answers} answers" if answers > most else ""
-    return f"{counted} prompt{'' if total == 1 else 's'}{more}"
+    return f"{'' if fewest == most else f'{fewest} to '}{words}{more}"
 
 
 def _load(table: Table) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import ceil
 
+from spdbench.console import counted
 from spdbench.judge.comparison.compare import Table
 from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, OwnDevices, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
@@ -242,7 +243,7 @@ def _fill_notes(table: Table) -> Iterator[str]:
         if row.category is not None or not cycles or not sum(cycles):
             continue
         parts = [
-            f"{stages} stage{'s' * (stages != 1)} {share(num / sum(cycles))} ({wall_s / num * 1e3:.2f} ms each)"
+            f"{counted(stages, 'stage')} {share(num / sum(cycles))} ({wall_s / num * 1e3:.2f} ms each)"
             for stages, (num, wall_s) in enumerate(zip(cycles, seconds, strict=True))
             if num
         ]

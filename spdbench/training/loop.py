@@ -39,7 +39,9 @@ MARGIN_S, MARGIN_SHARE = 2.0, 0.02
 class Report(Protocol):
     """Shows a run's progress."""
 
-    def step(self, step: int, loss: float, acceptance: float, progress: float, left_s: float) -> None: ...
+    def step(self, step: int, loss: float, acceptance: float, progress: float, left_s: float) -> None:
+        """`acceptance` is that of the first position, of the best weights so far."""
+
     def evaluated(self, step: int, rates: Sequence[float], best: bool) -> None: ...
 
 
@@ -207,7 +209,8 @@ class Training:
         self._settle()
         if self._report is not None:
             left_s = state.elapsed_s * (1 / progress - 1) if progress else math.nan
-            self._report.step(state.step, losses, state.best_score, progress, left_s)
+            first = state.best_rates[0] if state.best_rates else 0.0
+            self._report.step(state.step, losses, first, progress, left_s)
 
     def _evaluate(self, progress: float = 0.0) -> None:
         """Measures held-out acceptance; keeps the best weights so far."""

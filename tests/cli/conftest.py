@@ -3,7 +3,6 @@ the number."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,12 @@ def sweep(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Chromium without a window."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives it: it is in the dev extra")
-    binary = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if binary is None or driver is None:
+    pytest.importorskip("selenium.webdriver", reason="selenium drives it: it is in the dev extra")
+    from docs.screenshots import find_browser, open_browser
+
+    if (there := find_browser()) is None:
         pytest.skip("needs chromium and chromedriver (Debian: chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = binary
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(word)
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    profile = f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    found = open_browser(*there, profile, logs={"browser": "ALL", "performance": "ALL"})
     yield found
     found.quit()

@@ -198,6 +198,13 @@ def test_branches_run_in_every_layout(target: Target, layout: int, branches: int
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(cut.values()))
+def test_branches_run_in_every_cut(target: Target, cut: dict[str, str]) -> None:
+    """Every cut with every kind of branches, in the usual layout."""
+    for branches in BRANCHES:
+        require_usual_steps(target, {"executor": "process", **cut, **branches})
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(cut.values()))
 @pytest.mark.parametrize("head", ["split", "drafter"])
 def test_branches_run_in_every_layout_of_one_process(target: Target, head: str, cut: dict[str, str]) -> None:
     for branches in BRANCHES:

@@ -44,7 +44,6 @@ CASES = [
     ("spd", {"stage_layers": "3,1,2"}, "oracle:0.7"),
     ("spd", {"stages": "3", "transport": "gloo"}, "random"),
     ("ppsd", {"stages": "3"}, "random"),
-    ("spd", {"stages": "3", "draft_top_k": "2", "head": "split"}, "random"),
     ("spd", {"stage_layers": "1,3,2", "draft_top_k": "4", "redraft": "true", "head": "drafter"}, "random"),
     ("spd", {"stage_layers": "2,1,2,1", **FIRST, "draft_top_k": "4", "head": "split"}, "random"),
     ("ppsd", {"stage_layers": "1,2,1,2", **FIRST}, "random"),
@@ -99,15 +98,20 @@ def test_steps_are_those_of_one_process(target: Target, case: tuple[str, dict[st
 @pytest.mark.parametrize(
     ("num_hosts", "options"),
     [
-        (1, {"stages": "2", **FIRST, "draft_top_k": "4"}),
-        (2, {"stages": "2", "draft_top_k": "4"}),
-        (5, {"stage_layers": "2,1,1,1,1", "draft_top_k": "2"}),
+        (1, {"stages": "2", **FIRST}),
+        (2, {"stages": "2"}),
+        (2, {"stage_layers": "1,3,2", **FIRST, "head": "split"}),
+        (3, {"stages": "3"}),
+        (3, {"stage_layers": "3,1,2", "head": "split"}),
+        (5, {"stage_layers": "2,1,1,1,1"}),
     ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else str(value),
 )
-def test_steps_of_few_and_of_many_ranks(target: Target, num_hosts: int, options: dict[str, str]) -> None:
+def test_branches_run_in_every_cut(target: Target, num_hosts: int, options: dict[str, str]) -> None:
     before, found = remote._joined, RankGroup(num_hosts)
     try:
-        check_steps(target, "spd", options, "random")
+        for top_k in ("1", "2", "4"):
+            check_steps(target, "spd", {**options, "draft_top_k": top_k}, "random")
     finally:
         ended = found.end()
         remote.set_joined(before)

@@ -73,7 +73,8 @@ class Chunk:
     of tokens count from the start of the request, `thought_tokens` those of thoughts; `cached_tokens` are those of the
     prompt that a cache answered; `predicted_tokens` are llama.cpp's count while the answer comes, which may go beyond
     its end. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of
-    its drafts. `finish` is the server's word for why the answer ended, in lower case.
+    its drafts. `finish` is the server's word for why the answer ended, in lower case; `ends_answer` is true from the
+    chunk on with which the answer is whole.
     """
 
     text: str = ""
@@ -88,6 +89,7 @@ class Chunk:
     decode_s: float | None = None
     drafts: DraftReport | None = None
     finish: str | None = None
+    ends_answer: bool = False
 
     @property
     def has_text(self) -> bool:
@@ -147,7 +149,7 @@ def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str], notic
                 not_ends |= {word} - {""}
                 word, has_text = "", True
             word = chunk.finish or word
-            yield replace(chunk, finish=None) if chunk.finish in not_ends else chunk
+            yield replace(chunk, finish=None if chunk.finish in not_ends else chunk.finish, ends_answer=is_whole())
     except BrokenError as error:
         if not is_whole():
             raise

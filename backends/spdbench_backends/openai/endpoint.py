@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import FINISHES, OK, Chunk, Notice, read_chunks, read_refusal
+from spdbench_backends.openai.chunks import OK, Chunk, Notice, read_chunks, read_refusal
 from spdbench_backends.openai.client import (
     MALFORMED,
     Address,
@@ -127,15 +127,12 @@ class Endpoint:
         if STREAM not in (kind := (response.getheader("Content-Type") or "none").lower()):
             lines = self._stream_lines(lines, kind)
         left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
-        has_text = is_whole = has_usage = False
+        has_usage = False
         for chunk in read_chunks(lines, self._server.without_key, self._notice):
-            has_text = has_text or chunk.has_text
-            if chunk.has_text or chunk.finish:
-                is_whole = has_text and chunk.finish in FINISHES
             has_usage = has_usage or bool(chunk.completion_tokens)
             if chunk.has_content:
                 left -= 1
-                connection.renew((CLOSE_WAIT_S if has_usage else USAGE_WAIT_S) if is_whole else math.inf)
+                connection.renew((CLOSE_WAIT_S if has_usage else USAGE_WAIT_S) if chunk.ends_answer else math.inf)
             if left < 0:
                 raise BrokenError(f"the server does not stop: it was asked for {body['max_tokens']} tokens at most")
             yield chunk

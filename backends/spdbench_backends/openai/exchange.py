@@ -36,7 +36,6 @@ class Exchange:
         self.connection: Connection | None = None
         self.before: Counters | None = None
         self.parts: list[str] = []
-        self.has_text = False
         self.has_thoughts = False
         self.finish_word = ""
         self.num_prompt_tokens: int | None = None
@@ -55,7 +54,7 @@ class Exchange:
         for chunk in chunks:
             self._record(chunk)
             ids = counter.take(chunk)
-            if self.finish_word and self.has_text and counter.has_plausible_usage:
+            if chunk.ends_answer and counter.has_plausible_usage:
                 ids += counter.rest()  # now, since the server may take its time to close the stream
             if ids:
                 yield from self._step(ids, chunks, counter)
@@ -95,7 +94,6 @@ class Exchange:
         self.decode_s = chunk.decode_s or self.decode_s
         self.drafts = chunk.drafts or self.drafts
         if chunk.has_text:
-            self.has_text = True
             self.finish_word = ""
         self.finish_word = chunk.finish or self.finish_word
         if self.finish_word in BROKEN_OFF:

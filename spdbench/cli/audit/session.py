@@ -29,6 +29,7 @@ from spdbench.cli.run.live_view import LiveView, Tally
 from spdbench.cli.run.outputs import OutputComparer, other_engine
 from spdbench.cli.setup import BackendSpec
 from spdbench.cli.terminal import sigterm_interrupts
+from spdbench.console import counted
 from spdbench.decoding.distribution import PlainDistribution
 from spdbench.errors import InputError, PromptFailedError, SpdbenchError
 from spdbench.judge.audit import SIGNIFICANCE, BackendAudit, PromptDivergence
@@ -211,7 +212,7 @@ class AuditSession:
         }
         title = (
             f"{facts['suite']} | {facts['model']} | {facts['dtype']} | {decoding(workload.decoding)} | "
-            f"{len(workload.prompts)} prompt{'' if len(workload.prompts) == 1 else 's'} | against {self.specs[0].label}"
+            f"{counted(len(workload.prompts), 'prompt')} | against {self.specs[0].label}"
         )
         write_stdout(to_terminal(title, audits, Console(file=sys.stdout)))
         if self.options.json_file is not None:

@@ -17,7 +17,7 @@ import click
 from spdbench.cli.files import result_paths, write_stdout
 from spdbench.cli.options import argument, flag, option, takes
 from spdbench.cli.terminal import start_quickly
-from spdbench.console import say
+from spdbench.console import counted, say
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -194,4 +194,4 @@ def _delete(found: Sequence[Listing], *, sure: bool) -> None:
             Path(each.file).unlink()
         except OSError as error:
             raise InputError(f"{each.file}: cannot be deleted ({error.strerror})") from None
-    say(f"Deleted {len(found)} file{'s' * (len(found) != 1)}.")
+    say(f"Deleted {counted(len(found), 'file')}.")

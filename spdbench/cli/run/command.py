@@ -21,7 +21,7 @@ from spdbench.cli.options import (
     takes,
 )
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
-from spdbench.console import hide_notes, say
+from spdbench.console import counted, hide_notes, say
 from spdbench.errors import InputError, NotRunError
 from spdbench.judge.score import RUNS_CODE, Scorer, check_references, judge_of
 from spdbench.measure.sandbox import passes, require_sandbox
@@ -148,8 +148,7 @@ def _report_unscored(suite: Suite, prompts: Sequence[Prompt]) -> None:
     """Reports how many of the run's prompts ask for code, which is not run."""
     count = sum(judge_of(suite.score, prompt.category) in RUNS_CODE for prompt in prompts)
     if count:
-        asked = f"{count} prompt{'' if count == 1 else 's'}"
-        kind = "answers" if count == len(prompts) else f"answers to {asked} for code"
+        kind = "answers" if count == len(prompts) else f"answers to {counted(count, 'prompt')} for code"
         say(f"NOTE: {kind} are not scored, as that means to run what a model wrote: --allow-code-execution")
 
 

@@ -13,6 +13,7 @@ from spdbench.cli.sweep.progress import point_results
 from spdbench.errors import InputError, did_you_mean
 from spdbench.judge.comparison.compare import Row, compare
 from spdbench.judge.metrics.metrics import DIALECT_METRICS, METRICS
+from spdbench.judge.results.table import PARTS
 
 Found = tuple[float, Row, Point]
 OF_COMPARISONS = ("speedup", "speedup_per_device", "speedup_spread", "break_even_length")
@@ -20,17 +21,17 @@ OF_COMPARISONS = ("speedup", "speedup_per_device", "speedup_spread", "break_even
 NO_NUMBER = re.compile(r"_ci$|_by_|^outliers$|^is_")
 """Metrics that are intervals, lists or facts, of which none is the best."""
 
-
+LOSSES = {*PARTS} - {"useful"} | {"break_even_length", "slow_clock", "bubble_ratio"}
 LOWER = re.compile(
-    r"(?<!_per)(?<!slack)_s$|_s_per_|_per_token$|_bytes$|^bubble_|^(wasted|fill|verify|draft|imbalance|host|unattributed)$|"
-    r"^num_(failed|truncated|degenerate|disturbed|set_aside)$|^break_even_length$|^busy_|^slow_clock$"
+    r"(?<!_per)(?<!slack)_s$|_s_per_|_per_token$|_bytes$|^busy_|^num_(failed|truncated|degenerate|disturbed|set_aside)$"
 )
-"""Metrics that are times, costs, losses, or shares of idle time."""
+"""Metrics that are times, costs, or counts of what went wrong."""
 
 
 def lower_is_better(metric: str) -> bool:
     """True if less of the metric, or of its mean over prompts, is better."""
-    return LOWER.search(metric.removesuffix("_macro")) is not None
+    name = metric.removesuffix("_macro")
+    return name in LOSSES or LOWER.search(name) is not None
 
 
 def require_metric(metric: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from spdbench.cli.sweep.local import Runner, run_here
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome, Try, try_again
-from spdbench.console import say
+from spdbench.console import counted, say
 from spdbench.errors import InputError, brief, first_line, install_command
 
 LOOK_EVERY_S = 0.5
@@ -101,6 +101,6 @@ def _cancel(jobs: Sequence[Any]) -> None:
         except (OSError, subprocess.CalledProcessError):  # of scancel
             left.append(job.job_id)
     if num := len(jobs) - len(left):
-        say(f"Cancelled {num} job{'s' * (num > 1)}; the same command goes on where they stopped.")
+        say(f"Cancelled {counted(num, 'job')}; the same command goes on where they stopped.")
     if left:
         say(f"NOTE: these could not be cancelled and may still run: scancel {' '.join(left)}")

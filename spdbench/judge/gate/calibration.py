@@ -22,6 +22,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from spdbench.console import counted
 from spdbench.errors import InputError, NotComparableError, first_problem
 from spdbench.input_files import json_record
 from spdbench.judge.comparison.pairing import machine, workload
@@ -128,10 +129,9 @@ def _check(results: Sequence[LoadedResult], groups: Sequence[Sequence[LoadedResu
         )
     for group in groups:
         if len(group) < MIN_RUNS:
-            counted = f"{len(group)} result{'' if len(group) == 1 else 's'}"
             raise InputError(
-                f"--calibrate: {counted} of the label '{group[0].label}', and {MIN_RUNS} are the fewest. "
-                "Run the same code that often, with a --name or --results of its own each time."
+                f"--calibrate: {counted(len(group), 'result')} of the label '{group[0].label}', and {MIN_RUNS} are the "
+                "fewest. Run the same code that often, with a --name or --results of its own each time."
             )
         prompts = {frozenset(zip(each.runs.keys, each.runs.prompt_sha256, strict=True)) for each in group}
         if len(prompts) > 1 or any(each.runs.failed.any() for each in group):

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
+from spdbench.console import counted
 from spdbench.judge.comparison.pairing import Pair, differences, workload
-from spdbench.judge.gate.verdict import Finding, Gate, GateVerdict, count_runs, name_of
+from spdbench.judge.gate.verdict import Finding, Gate, GateVerdict, name_of
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import RunKey
 
@@ -95,7 +96,7 @@ def complete(pair: Pair, gate: Gate, *, of_all: bool = True) -> Iterator[Finding
     reason = "no run failed"
     if failed:
         error = runs.errors[runs.row_of[failed[0]]] or "no tokens"
-        reason = f"{len(failed)} of {count_runs(len(runs.keys))} failed; {name_of(failed[0])}: {error}"
+        reason = f"{len(failed)} of {counted(len(runs.keys), 'run')} failed; {name_of(failed[0])}: {error}"
     yield Finding(gate, "failed_runs", verdict, reason, len(before), len(failed))
     faults = [*(_unfinished(pair) if of_all else ()), *_faults(pair)]
     verdict = "not comparable" if faults or not pair.keys else "pass"
@@ -127,7 +128,7 @@ def _faults(pair: Pair) -> Iterator[str]:
         ("with another prompt than in the baseline", [key for key in _other_prompts(pair) if key not in excused]),
     ):
         if keys:
-            yield f"{count_runs(len(keys))} {what}, such as {name_of(keys[0])}"
+            yield f"{counted(len(keys), 'run')} {what}, such as {name_of(keys[0])}"
 
 
 def _other_prompts(pair: Pair) -> list[RunKey]:

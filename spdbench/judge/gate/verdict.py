@@ -69,10 +69,6 @@ def verdict_of(judgements: Iterable[Judgement]) -> GateVerdict:
     return worst(judgement.verdict for judgement in judgements)
 
 
-def count_runs(number: int) -> str:
-    return f"{number} run{'' if number == 1 else 's'}"
-
-
 def name_of(key: RunKey) -> str:
     """`maths-1`, with turn and repeat where they are not the first."""
     prompt, turn, repeat = key

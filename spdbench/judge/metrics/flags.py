@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from spdbench.console import counted
 from spdbench.judge.results.machine_load import BUSY_SHARE, PARTS
 from spdbench.judge.results.schema import BackendRecord, Divergence, DrafterRecord, Flag, ModelInfo
 
@@ -171,7 +172,7 @@ def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
     if 2 * overall["num_truncated"] > num_runs:
         yield make_flag("truncated", f"{overall['num_truncated']} of {num_runs} outputs were cut by the token limit")
     if num_prompts < FEW_PROMPTS:
-        yield make_flag("few_prompts", f"only {num_prompts} prompt{'' if num_prompts == 1 else 's'} with an answer")
+        yield make_flag("few_prompts", f"only {counted(num_prompts, 'prompt')} with an answer")
 
 
 def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator[Flag]:

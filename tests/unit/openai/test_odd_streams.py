@@ -160,8 +160,8 @@ def test_what_goes_wrong_after_a_whole_answer_changes_nothing_and_is_said_once(
 def test_the_last_tokens_do_not_wait_for_the_end_of_the_stream() -> None:
     def chunks() -> Iterator[Chunk]:
         yield Chunk("a")
-        yield Chunk("b", finish="stop")
-        yield Chunk(completion_tokens=3)
+        yield Chunk("b", finish="stop", ends_answer=True)
+        yield Chunk(completion_tokens=3, ends_answer=True)
         raise AssertionError("waited for")
 
     steps = Exchange(ask(20), timeout_s=1).steps(chunks(), Counter("usage", 20, whole=True))
