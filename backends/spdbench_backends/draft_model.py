@@ -6,7 +6,7 @@ Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318; METH
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spdbench.models.target import Target
 
 
+MAX_DRAFTED = 64
 MAX_ADDED_TOKENS = 128
 """How many tokens may be added to a vocabulary: special ones of a fine-tuned model."""
 
@@ -37,11 +38,13 @@ MAX_ADDED_TOKENS = 128
 class DraftModel(DraftVerify):
     """Speculative sampling with a smaller model as the drafter."""
 
+    largest_depth = MAX_DRAFTED
+
     class Options(GraphOptions):
         model: str | None = Field(
             None, description="the smaller model: folder, GGUF file or hub id; `--drafter PATH` says the same"
         )
-        num_tokens: int = Field(4, ge=1, le=64, description="tokens drafted a round")
+        num_tokens: int = Field(4, ge=1, le=MAX_DRAFTED, description="tokens drafted a round")
 
     _options: Options
     _weights: TargetDecoder | None = None
@@ -57,7 +60,9 @@ class DraftModel(DraftVerify):
         from spdbench.decoding.tree_builder import chain_builder
         from spdbench.models.cuda.captured_decoder import CapturedDecoder, is_capturable, usual_capacity
 
-        self._builder = chain_builder(self._options.num_tokens, self._decoder.device)
+        given, num_tokens = "num_tokens" in self._options.model_fields_set, self._options.num_tokens
+        depth = num_tokens if given else choice.depth(num_tokens, MAX_DRAFTED)
+        self._builder = chain_builder(depth, self._decoder.device)
         if choice.kind == "random":
             self._weights = random_decoder(self._context.target.own_decoder, self._context.seed)
             self._info = DrafterInfo("random", method="draft_model", synthetic=False, trained_tokens=0)
@@ -66,6 +71,9 @@ class DraftModel(DraftVerify):
         captured, small = self._capture_target(self._builder.max_nodes, ()), self._weights
         if captured is not None and small is not None and is_capturable(small):
             self._weights = CapturedDecoder(small, (1, 2), usual_capacity(small), ())
+
+    def _options_for_depth(self, num_levels: int) -> Mapping[str, object]:
+        return {"num_tokens": num_levels}
 
     def _require_name(self, name: str | None) -> str:
         if name is None:

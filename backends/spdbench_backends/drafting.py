@@ -4,7 +4,7 @@ draft_verify also rounds, captured forwards, and the costs that choose a tree. A
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -129,12 +129,30 @@ class DraftVerify(Drafting["Drafter"]):
     """Base of the backends of kind draft_verify."""
 
     kind: ClassVar[BackendKind] = "draft_verify"
+    largest_depth: ClassVar[int]
+    """How many tokens deep drafts can be made with options."""
 
     _options: GraphOptions
     _weights: Any = None
     """What a trained or random drafter computes with; None for a synthetic one."""
     _builder: TreeBuilder | None = None
     _captured: CapturedDecoder | None = None
+
+    def load(self) -> None:
+        from spdbench.decoding.synthetic import require_depth
+
+        super().load()
+        if self._loaded(self._info).synthetic:
+            choice = self._loaded(self._choice)
+            options = self._options_for_depth(choice.num_levels)
+            names = " ".join(f"-o {self._context.label}.{name}={value}" for name, value in options.items())
+            impossible = choice.num_levels > self.largest_depth
+            deeper = f"it drafts {self.largest_depth} at most" if impossible else f"give {names}"
+            require_depth(choice, self._loaded(self._builder).num_levels, deeper)
+
+    def _options_for_depth(self, num_levels: int) -> Mapping[str, object]:
+        """The options that make drafts `num_levels` tokens deep."""
+        raise NotImplementedError
 
     def describe(self) -> BackendInfo:
         info, decoder = super().describe(), self._decoder

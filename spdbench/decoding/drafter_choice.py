@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from spdbench.console import counted
 from spdbench.errors import InputError, did_you_mean
 from spdbench.input_files import parse_yaml, read_input, read_json
 from spdbench.models.checkpoints.folders import typed_path
@@ -24,8 +25,9 @@ class DrafterChoice:
     """The user's choice of a drafter: `--drafter`.
 
     `rates` are those of a synthetic drafter: the probability that the draft at position 1, 2, ... is accepted if it
-    gets a verdict. The last one also holds at later positions. `num_levels` is how deep drafts must be at least.
-    `title` is what results say: `text`, but without the name of a file.
+    gets a verdict. The last one also holds at later positions, of drafts that may be deeper than `max_levels`.
+    `num_levels` is how deep drafts must be at least, `max_levels` how deep they may be, None for any depth. `title` is
+    what results say: `text`, but without the name of a file. `note` says what was taken from a result.
     """
 
     kind: DrafterKind
@@ -33,10 +35,17 @@ class DrafterChoice:
     rates: tuple[float, ...] = ()
     num_levels: int = 0
     title: str = ""
+    max_levels: int | None = None
+    note: str = ""
 
     @property
     def is_synthetic(self) -> bool:
         return self.kind in ("oracle", "forced")
+
+    def depth(self, usual: int, largest: int) -> int:
+        """How deep to draft where `usual` is the default: as deep as a mean length takes, if `largest` allows it, and
+        no deeper than rates are known."""
+        return min(max(usual, min(self.num_levels, largest)), self.max_levels or largest)
 
     @property
     def path(self) -> Path:
@@ -67,8 +76,9 @@ def parse_drafter(text: str) -> DrafterChoice:
 def _synthetic(kind: Literal["oracle", "forced"], text: str, acceptance: str) -> DrafterChoice:
     name = acceptance.partition("#")[0]
     value: Any
+    max_levels, note, title = None, "", ""
     if Path(name).suffix in (".json", ".yaml", ".yml"):
-        value, title = _value_in_file(acceptance), ""
+        value, max_levels, note = _value_in_file(acceptance)
     elif acceptance.startswith(LENGTH):
         value, title = _number(acceptance.removeprefix(LENGTH)), text
     else:
@@ -79,7 +89,7 @@ def _synthetic(kind: Literal["oracle", "forced"], text: str, acceptance: str) ->
     else:
         rates, num_levels = _rates_of_length(value)
         title = title or f"{kind}:{LENGTH}{value:g}"
-    return DrafterChoice(kind, text, rates, num_levels, title)
+    return DrafterChoice(kind, text, rates, num_levels, title, max_levels, note)
 
 
 def _rates_of_length(length: float) -> tuple[tuple[float, ...], int]:
@@ -94,24 +104,38 @@ def _rates_of_length(length: float) -> tuple[tuple[float, ...], int]:
     return (*([1.0] * always), *([share] if share else []), 0.0), always + (share > 0)
 
 
-def _value_in_file(words: str) -> list[Any] | float:
-    """Rates by position in a list, or an acceptance length, from a result file or a file of golden values."""
+def _value_in_file(words: str) -> tuple[list[Any] | float, int | None, str]:
+    """From a result file or a file of golden values: rates by position in a list, or an acceptance length; how many
+    positions they are known at, None where that is no limit; and a note on what was taken."""
     name, _, keys = words.partition("#")
     path = typed_path(name)
     value = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     if isinstance(value, Mapping) and isinstance(summary := value.get("summary"), Mapping):
         overall = summary.get("overall")
-        measured = overall if isinstance(overall, Mapping) else {}
-        rates = measured.get("acceptance_by_position") or [measured.get("acceptance_rate")]
-        if rates == [None]:
-            raise ValueError("that result has no acceptance by position, and no acceptance rate")
-        return list(rates)
+        return _value_in_result(overall if isinstance(overall, Mapping) else {})
     places = dict(_places(value))
     chosen = places.get(keys) if keys or len(places) != 1 else next(iter(places.values()))
     if chosen is None:
         listed = ", ".join(list(places)[:MAX_NAMED]) or "none"
         raise ValueError(f"which value of the file? After # may come: {listed}")
-    return chosen if isinstance(chosen, list) else _number(chosen)
+    return (chosen if isinstance(chosen, list) else _number(chosen)), None, ""
+
+
+def _value_in_result(overall: Mapping[str, Any]) -> tuple[list[Any] | float, int | None, str]:
+    """As `_value_in_file`, from a result's metrics: the most exact acceptance that it has. A server may report means
+    alone."""
+    rates, length, rate = (
+        overall.get(name) for name in ("acceptance_by_position", "acceptance_length", "acceptance_rate")
+    )
+    if isinstance(rates, list) and rates:
+        known = f"the result has the acceptance of {counted(len(rates), 'position')}"
+        return rates, len(rates), f"{known}: rounds draft no deeper, a pipeline goes on with the last"
+    unknown = "the result has no acceptance by position"
+    if length is not None:
+        return _number(length), None, f"{unknown}: its mean length is taken, tau={_number(length):.4g}"
+    if rate is not None:
+        return [rate], None, f"{unknown}, and no mean length: its acceptance rate is taken at every position"
+    raise ValueError("that result has no acceptance by position, no mean acceptance length and no acceptance rate")
 
 
 def _read_yaml(path: Path) -> Any:

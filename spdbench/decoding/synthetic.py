@@ -109,11 +109,7 @@ class SyntheticDrafter:
     hidden_indices: tuple[int, ...] = ()
 
     def __init__(self, drafts: SyntheticDrafts, builder: TreeBuilder, device: torch.device) -> None:
-        if drafts.choice.num_levels > builder.num_levels:
-            raise InputError(
-                f"--drafter {drafts.choice.text}: needs drafts of {drafts.choice.num_levels} tokens at least, and this "
-                f"backend drafts {builder.num_levels}; give it more with -o, or ask for a smaller acceptance length"
-            )
+        require_depth(drafts.choice, builder.num_levels)
         self.max_nodes = builder.max_nodes
         self._drafts = drafts
         self._builder = builder
@@ -127,6 +123,8 @@ class SyntheticDrafter:
 
     def propose(self, max_levels: int, sampler: Sampler) -> DraftTree:  # noqa: ARG002
         root_1 = torch.tensor([self._root], device=self._device)
+        if (known := self._drafts.choice.max_levels) is not None:
+            max_levels = min(max_levels, known)
         draft = self._builder.build_tree(self, root_1, max_levels) if max_levels >= 1 else lone_root(root_1)
         return replace(draft, forced_verdicts=self._drafts.forced_verdicts(self._index + 1, draft.tree.num_levels))
 
@@ -151,6 +149,19 @@ class SyntheticDrafter:
 RANK_LOG_PROBABILITY = -0.7
 """Each rank is about half as likely as the one before, and the first is certain: no other branch scores more than the
 right one, so the right one is as deep as the tree may be."""
+
+
+def require_depth(choice: DrafterChoice, num_levels: int, deeper: str = "give it more with -o") -> None:
+    """`deeper` says how to get deeper drafts than those of `num_levels` tokens.
+
+    Raises:
+        InputError: they are too short for the mean length that is asked for.
+    """
+    if choice.num_levels > num_levels:
+        raise InputError(
+            f"--drafter {choice.text}: needs drafts of {choice.num_levels} tokens at least, and this backend drafts "
+            f"{num_levels}; {deeper}, or ask for a smaller acceptance length"
+        )
 
 
 def require_known_answer(choice: DrafterChoice, sampling: Sampling) -> None:

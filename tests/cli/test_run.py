@@ -296,8 +296,11 @@ def test_sampling_is_reproducible_by_seed(run: Runs) -> None:
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_forced_verdicts_are_lossy_and_never_compared(run: Runs) -> None:
-    assert run("--drafter", "forced:0.7", *INLINE).code == 0
+def test_forced_verdicts_are_lossy_and_never_compared(run: Runs, tmp_path: Path) -> None:
+    (known := tmp_path / "known.json").write_text('{"summary": {"overall": {"acceptance_by_position": [0.7]}}}')
+    said = run("--drafter", f"forced:{known}", *INLINE)
+    assert said.code == 0
+    assert said.err.count(f"NOTE: --drafter forced:{known}: the result has the acceptance of 1 position: rounds") == 1
     result = run.result("spd")
     assert result.backend.lossy
     assert result.divergence is None

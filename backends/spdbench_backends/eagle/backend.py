@@ -5,7 +5,7 @@ EAGLE-1, 2 and 3 differ by their heads' tensors; every head can draft every kind
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -28,6 +28,8 @@ ASSUMED_ACCURACY = 0.6
 """First-choice accuracy of a head whose file does not give it; heads trained on little data reach about as much."""
 
 CHAIN_DEPTH = 4
+AUTO_DEPTH = 8
+MAX_DEPTH = 32
 TIMED_TOKENS = 64
 """Capacity for the drafts that are timed, each of which commits one token."""
 
@@ -38,13 +40,17 @@ STATIC_DEPTH = 5
 class Eagle(DraftVerify):
     """EAGLE: a head drafts a tree from the target's features."""
 
+    largest_depth = MAX_DEPTH
+
     class Options(GraphOptions):
         tree: Literal["chain", "static", "dynamic", "auto"] = Field(
             "auto",
             description="chain: one draft a level; static: EAGLE-1's 25 nodes; dynamic: EAGLE-2's most probable paths; "
             "auto: what pays here, by measured costs and the drafter's acceptance",
         )
-        depth: int | None = Field(None, ge=1, le=32, description="levels drafted; default: 4 in a chain, 5 in a tree")
+        depth: int | None = Field(
+            None, ge=1, le=MAX_DEPTH, description="levels drafted; default: 4 in a chain, 5 in a tree"
+        )
         top_k: int = Field(8, ge=1, le=64, description="dynamic: nodes of a level that go on")
         total_tokens: int = Field(
             24, ge=2, le=256, description="dynamic: nodes verified, the newest token included; auto: at most, then 32"
@@ -102,6 +108,13 @@ class Eagle(DraftVerify):
                 f"{depth + 1}",
             )
 
+    def _options_for_depth(self, num_levels: int) -> Mapping[str, object]:
+        options = self._options
+        found: dict[str, object] = {"tree": "chain"} if options.tree == "static" else {}
+        counts = options.tree == "dynamic" or "total_tokens" in options.model_fields_set
+        more = {"total_tokens": num_levels + 1} if counts and options.total_tokens <= num_levels else {}
+        return {**found, "depth": num_levels, **more}
+
     def _build(self, file: EagleFile) -> EagleWeights:
         from spdbench_backends.eagle.build import build_eagle
 
@@ -133,7 +146,7 @@ class Eagle(DraftVerify):
         if options.tree == "auto" and self._context.target.unsupported_reason is None:
             return self._choose_by_cost(choice, file)
         if options.tree in ("auto", "chain"):
-            depth = options.depth or CHAIN_DEPTH
+            depth = options.depth or choice.depth(CHAIN_DEPTH, MAX_DEPTH)
             if options.tree == "auto":
                 self._chosen = {"tree": f"chain, depth {depth}: transformers' layers take no trees"}
             return chain_builder(depth, device)
@@ -141,7 +154,7 @@ class Eagle(DraftVerify):
         if options.tree == "static":
             depth = options.depth or STATIC_DEPTH
             return StaticTreeBuilder([path for path in named_tree("eagle_1") if len(path) <= depth], device)
-        depth = options.depth or min(5, options.total_tokens - 1)
+        depth = options.depth or min(choice.depth(STATIC_DEPTH, MAX_DEPTH), options.total_tokens - 1)
         return DynamicTreeBuilder(depth, options.top_k, options.total_tokens)
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
@@ -151,7 +164,7 @@ class Eagle(DraftVerify):
 
         device = self._decoder.device
         largest = self._options.total_tokens if "total_tokens" in self._options.model_fields_set else MAX_AUTO_NODES
-        depth = self._options.depth or min(8, largest - 1)
+        depth = self._options.depth or min(choice.depth(AUTO_DEPTH, MAX_DEPTH), largest - 1)
         if not self._decoder.takes_trees:
             largest = depth + 1
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
@@ -167,7 +180,7 @@ class Eagle(DraftVerify):
             )
             tree = choose_tree(accuracies, costs, tree_s, largest - 1)
         if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
-            levels = max(1, chain.num_levels)
+            levels = min(max(1, chain.num_levels, choice.num_levels), depth)
             self._chosen = {"tree": f"chain, depth {levels}"}
             return chain_builder(levels, device)
         levels, num_nodes = tree.num_levels, len(tree.paths) + 1

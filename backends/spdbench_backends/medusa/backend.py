@@ -5,6 +5,7 @@ Source: arXiv 2401.10774; METHODS.md, section B.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -29,10 +30,13 @@ ASSUMED_ACCURACIES = (0.55, 0.35, 0.25, 0.18, 0.14)
 """First-choice accuracy by head where the drafter's file does not give it: each head predicts one token further."""
 
 SYNTHETIC_HEADS = 5
+MAX_HEADS = 16
 
 
 class Medusa(DraftVerify):
     """Medusa: several heads draft a tree from the target's last hidden state."""
+
+    largest_depth = MAX_HEADS
 
     class Options(GraphOptions):
         tree: str = Field(
@@ -40,7 +44,7 @@ class Medusa(DraftVerify):
             description="auto: what pays here, by measured costs and the heads' accuracies; chain; a name such as "
             "mc_sim_7b_63; or a file that lists paths of ranks",
         )
-        heads: int | None = Field(None, ge=1, le=16, description="heads used; default: all that the drafter has")
+        heads: int | None = Field(None, ge=1, le=MAX_HEADS, description="heads used; default: all that the drafter has")
         acceptance: Literal["lossless", "typical"] = Field(
             "lossless", description="lossless: exact; typical: what the target finds likely enough, which is lossy"
         )
@@ -78,7 +82,7 @@ class Medusa(DraftVerify):
         from spdbench_backends.medusa.drafter import random_medusa
         from spdbench_backends.medusa.formats import holds_medusa_heads, read_medusa
 
-        target, heads, seed = self._context.target, self._options.heads or SYNTHETIC_HEADS, self._context.seed
+        target, heads, seed = self._context.target, self._num_synthetic_heads(choice), self._context.seed
         folder = target.files.directory
         if choice.kind == "auto" and holds_medusa_heads(folder):
             choice = replace(choice, kind="path", text=str(folder))
@@ -89,9 +93,15 @@ class Medusa(DraftVerify):
             lambda: random_medusa(target.ends, heads, seed),
         )
 
-    def _num_heads(self) -> int:
+    def _num_synthetic_heads(self, choice: DrafterChoice) -> int:
+        return self._options.heads or choice.depth(SYNTHETIC_HEADS, MAX_HEADS)
+
+    def _options_for_depth(self, num_levels: int) -> Mapping[str, object]:
+        return {**({} if self._options.tree in ("auto", "chain") else {"tree": "chain"}), "heads": num_levels}
+
+    def _num_heads(self, choice: DrafterChoice) -> int:
         if self._weights is None:
-            return self._options.heads or SYNTHETIC_HEADS
+            return self._num_synthetic_heads(choice)
         available = self._weights.num_heads
         asked = self._options.heads or available
         if asked > available:
@@ -101,7 +111,7 @@ class Medusa(DraftVerify):
     def _choose_paths(self, choice: DrafterChoice, file: MedusaFile | None) -> tuple[Path, ...]:
         from spdbench.decoding.tree import chain_paths
 
-        heads, asked = self._num_heads(), self._options.tree
+        heads, asked = self._num_heads(choice), self._options.tree
         if asked == "auto" and self._context.target.unsupported_reason is not None:
             self._chosen = {"tree": "chain: transformers' layers take no trees"}
             return chain_paths(heads)
@@ -125,6 +135,7 @@ class Medusa(DraftVerify):
         return self._decoder.config.vocab_size if self._weights is None else self._weights.vocabulary.size
 
     def _choose_by_cost(self, choice: DrafterChoice, file: MedusaFile | None, heads: int) -> tuple[Path, ...]:
+        from spdbench.decoding.tree import chain_paths
         from spdbench.decoding.tree_choice import MAX_AUTO_NODES, assumed_accuracies, choose_tree
 
         if file is None:
@@ -139,7 +150,8 @@ class Medusa(DraftVerify):
         costs = self._row_costs(largest)
         draft_s = self._draft_seconds(heads, costs(1))
         best = choose_tree(accuracies, costs, lambda levels: draft_s * levels, largest - 1)
-        paths = best.paths or ((0,),)
+        needed = min(max(1, choice.num_levels), heads)
+        paths = best.paths if best.num_levels >= needed else chain_paths(needed)
         self._chosen = {"tree": f"{len(paths) + 1} nodes, {max(map(len, paths))} levels"}
         return paths
 

@@ -123,9 +123,12 @@ def _check(
     from spdbench.decoding.drafter_choice import parse_drafter
     from spdbench.decoding.synthetic import require_known_answer
 
-    for spec in specs:
-        if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls):
-            require_known_answer(parse_drafter(spec.drafter), workload.sampling)
+    drafted = [spec for spec in specs if spec.cls.kind != "autoregressive" and not is_text_only(spec.cls)]
+    for text in dict.fromkeys(spec.drafter for spec in drafted):
+        choice = parse_drafter(text)
+        require_known_answer(choice, workload.sampling)
+        if choice.note:
+            say(f"NOTE: --drafter {text}: {choice.note}")
     obstacles: list[str] = []
     omitted: list[str] = []
     prompts: dict[str, tuple[int, ...]] = {}

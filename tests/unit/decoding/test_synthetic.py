@@ -118,12 +118,15 @@ def test_an_acceptance_may_be_by_position_a_length_or_in_a_file(tmp_path: Path) 
     assert choice.title == "forced:tau=2.99"
     assert parse_drafter(f"oracle:{golden}#rates").rates == (0.9, 0.7)
     assert parse_drafter(f"forced:{single}").rates == (1.0, 0.5, 0.0)
-    for overall, title in (
-        ({"acceptance_by_position": [0.75, 0.5], "acceptance_rate": 0.6}, "forced:0.75,0.5"),
-        ({"acceptance_by_position": None, "acceptance_rate": 0.6}, "forced:0.6"),
+    for overall, title, note in (
+        ({"acceptance_by_position": [0.75, 0.5], "acceptance_rate": 0.6}, "forced:0.75,0.5", "acceptance of 2 pos"),
+        ({"acceptance_by_position": None, "acceptance_rate": 0.6}, "forced:0.6", "rate is taken at every position"),
+        ({"acceptance_length": 2.25, "acceptance_rate": 0.6}, "forced:tau=2.25", "length is taken, tau=2.25"),
     ):
         result.write_text(json.dumps({"summary": {"overall": overall}}))
-        assert parse_drafter(f"forced:{result}").title == title
+        taken = parse_drafter(f"forced:{result}")
+        assert taken.title == title
+        assert note in taken.note
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_an_acceptance_may_be_by_position_a_length_or_in_a_file(tmp_path: Path) 
         ("forced:{}/golden.yaml", "After # may come: model-8b.1/thinking_on/1, model-8b.1/thinking_on/3"),
         ("forced:{}/golden.yaml#model-8b.1/thinking_on/2", "which value of the file"),
         ("forced:{}/words.yaml#rates", "'high' is not a number"),
-        ("forced:{}/empty.json", "no acceptance by position"),
+        ("forced:{}/empty.json", "no acceptance by position, no mean acceptance length and no acceptance rate"),
         ("forced:{}/missing.json", "missing.json"),
         ("forced:{}/golden.json", "golden.json"),
     ],
