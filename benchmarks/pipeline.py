@@ -30,7 +30,7 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.judge.metrics.bubble import full_cycles, lane_time, read_spans
 from spdbench.measure.clock import measure
 from spdbench.models.target import Target, load_target
-from spdbench.pipeline.process import ProcessPipeline
+from spdbench.pipeline.processes.process import ProcessPipeline
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.pipelined import Pipelined
 

@@ -18,7 +18,7 @@ from torch.multiprocessing import get_context
 
 from benchmarks.memory import mapped_bytes, status_bytes
 from spdbench.models.layer_ops import argmax
-from spdbench.pipeline.worker import StageSpec
+from spdbench.pipeline.processes.worker import StageSpec
 from spdbench.processors import die_with
 
 

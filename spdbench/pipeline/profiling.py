@@ -26,10 +26,10 @@ from spdbench.models.interface import TargetDecoder
 from spdbench.models.layer_ops import argmax
 from spdbench.models.target import find_device
 from spdbench.models.torch_utils import median_seconds
-from spdbench.pipeline.children import child_process
-from spdbench.pipeline.messages import Header, Kind
+from spdbench.pipeline.processes.children import child_process
+from spdbench.pipeline.processes.messages import Header, Kind
+from spdbench.pipeline.processes.transport import Link, LinkClosedError
 from spdbench.pipeline.schedule import PipelineSchedule
-from spdbench.pipeline.transport import Link, LinkClosedError
 from spdbench.profiles.profile import make_key
 from spdbench.types import Sampling
 

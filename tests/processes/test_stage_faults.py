@@ -17,8 +17,8 @@ import pytest
 from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.errors import BackendLostError
 from spdbench.judge.results.schema import read_result
-from spdbench.pipeline.stages import StageWorkers, _signals_wait
-from spdbench.pipeline.worker import StageSpec
+from spdbench.pipeline.processes.stages import StageWorkers, _signals_wait
+from spdbench.pipeline.processes.worker import StageSpec
 from spdbench.types import GenerationRequest, Step
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny

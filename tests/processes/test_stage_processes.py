@@ -22,7 +22,7 @@ from spdbench.measure.clock import measure, peak_memory_bytes
 from spdbench.models import target as models_target
 from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
-from spdbench.pipeline.process import ProcessPipeline
+from spdbench.pipeline.processes.process import ProcessPipeline
 from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.spd.formats import build_head, random_head
 from spdbench_backends.spd.pipelined import Pipelined

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from spdbench.models.decoder import Decoder
     from spdbench.pipeline.interface import Pipeline
     from spdbench.pipeline.output_head import HeadPart, HeadParts
-    from spdbench.pipeline.stages import StageWorkers
+    from spdbench.pipeline.processes.stages import StageWorkers
+    from spdbench.pipeline.processes.worker import StageSpec
     from spdbench.pipeline.streams import CoDrafter, StreamsPipeline
-    from spdbench.pipeline.worker import StageSpec
     from spdbench_backends.spd.drafter import PipelineDrafter
     from spdbench_backends.spd.engine import PipelinedDecoding
 
@@ -218,8 +218,8 @@ class Pipelined(Placed):
             return InlinePipeline(self._decoder, self._stages, anchors, [self._head_part(ids) for ids in parts if ids])
         if self._executor == "streams":
             return self._start_streams()
-        from spdbench.pipeline.process import ProcessPipeline
-        from spdbench.pipeline.worker import StageSpec
+        from spdbench.pipeline.processes.process import ProcessPipeline
+        from spdbench.pipeline.processes.worker import StageSpec
 
         if self._transport == "nccl" and not self._have_own_gpus:
             raise self._option_error(
@@ -253,8 +253,8 @@ class Pipelined(Placed):
         return ProcessPipeline(self._start_workers(specs), specs, self._ends or self._decoder, anchors, head)
 
     def _start_workers(self, specs: Sequence[StageSpec]) -> StageWorkers:
-        from spdbench.pipeline.local_stage import StageWorkersWithLocal
-        from spdbench.pipeline.stages import StageWorkers
+        from spdbench.pipeline.processes.local_stage import StageWorkersWithLocal
+        from spdbench.pipeline.processes.stages import StageWorkers
 
         start = self._ranks.start_stages if self._executor == "torchrun" else None
         workers = StageWorkersWithLocal if self._layout.drafting == "first_stage" else StageWorkers

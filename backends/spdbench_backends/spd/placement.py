@@ -13,8 +13,8 @@ from spdbench.models.partition import DraftingPlace, HeadPlace, Layout, PieceTim
 from spdbench_backends.drafting import Drafting
 
 if TYPE_CHECKING:
+    from spdbench.pipeline.processes.transport import RowTransport
     from spdbench.pipeline.ranks.remote import Ranks
-    from spdbench.pipeline.transport import RowTransport
     from spdbench_backends.spd.drafter import PipelineDrafter  # noqa: F401 - named as text, as the class runs without it
 
 LAID_OUT = ("process", "inline")
@@ -119,7 +119,7 @@ class Placed(Drafting["PipelineDrafter"]):
     def _num_snapshots(self) -> list[int]:
         """States of recurrent layers that each stage keeps to go back to."""
         from spdbench.pipeline.inline import snapshots_in_step
-        from spdbench.pipeline.worker import snapshots_ahead
+        from spdbench.pipeline.processes.worker import snapshots_ahead
 
         count = len(self._stages)
         if self._in_processes:

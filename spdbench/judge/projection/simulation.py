@@ -1,6 +1,6 @@
 """A pipeline simulated event by event: stages, output head, drafter, verdicts, messages and host, each with its time.
 
-It follows the engine (`pipeline/process.py`): a stage runs as soon as its input is there; the drafter reads the states
+It follows the engine (`processes/process.py`): a stage runs as soon as its input is there; the drafter reads the states
 of the cycle before, and its token goes to stage 0 without waiting for the verdict; the controller waits for the oldest
 token alone. A rejection drops all tokens in flight, and the next one enters an empty pipeline. So the time from one
 flush to the next depends on nothing but how many cycles lie in between: one simulated stretch without a rejection gives
@@ -9,7 +9,7 @@ the time of every request.
 Times scatter, and a cycle waits for the slowest of its parts. So where `Parts.scatter` says how much, a stretch is
 simulated `REPLICAS` times at once with times drawn independently, and a verdict's time is the mean over these.
 
-A drafter on the first stage's device shares its process (`pipeline/local_stage.py`): there the drafted token passes
+A drafter on the first stage's device shares its process (`processes/local_stage.py`): there the drafted token passes
 stage 0 at once, and the verdict is read after that.
 
 `Parts.in_step` is the reference code's runtime instead (SPD.md, section 9): every cycle begins with a message to all

@@ -17,6 +17,9 @@ from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
 from spdbench.errors import BackendLostError, InputError
+from spdbench.pipeline.processes.stage_faults import STACK_S, LocalProcess, join_processes
+from spdbench.pipeline.processes.stages import spawn_stage
+from spdbench.pipeline.processes.worker import StageSpec
 from spdbench.pipeline.ranks.job import (
     JOIN_S,
     Job,
@@ -29,9 +32,6 @@ from spdbench.pipeline.ranks.job import (
     listen,
     to_json,
 )
-from spdbench.pipeline.stage_faults import STACK_S, LocalProcess, join_processes
-from spdbench.pipeline.stages import spawn_stage
-from spdbench.pipeline.worker import StageSpec
 
 TERMINATED = 143
 PING = b"?"

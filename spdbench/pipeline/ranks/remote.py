@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from spdbench.errors import InputError
+from spdbench.pipeline.processes.stage_faults import StageHandle
+from spdbench.pipeline.processes.worker import StageSpec
 from spdbench.pipeline.ranks.host import GOODBYE, PING, Ended, Question, Started, StartStage
 from spdbench.pipeline.ranks.job import (
     JOIN_S,
@@ -31,8 +33,6 @@ from spdbench.pipeline.ranks.job import (
     new_key,
     place_of,
 )
-from spdbench.pipeline.stage_faults import StageHandle
-from spdbench.pipeline.worker import StageSpec
 from spdbench.processors import add_worker, elsewhere, remove_worker
 
 ANSWER_S = 3.0

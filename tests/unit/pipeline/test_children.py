@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.pipeline.children import child_process
+from spdbench.pipeline.processes.children import child_process
 
 PARENT = """
 import os, signal, sys, time
 from tests.unit.pipeline.test_children import write_own_number
-from spdbench.pipeline.children import child_process
+from spdbench.pipeline.processes.children import child_process
 
 if __name__ == "__main__":
     child_process(write_own_number, sys.argv[1], name="stopped").start()

@@ -20,11 +20,11 @@ from spdbench.models.decoder import Decoder
 from spdbench.models.kv_cache import HybridCache
 from spdbench.models.partition import split_by_counts
 from spdbench.models.target import Target
-from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, to_bytes, unpack
+from spdbench.pipeline.processes.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, to_bytes, unpack
+from spdbench.pipeline.processes.stage_faults import WAITS
+from spdbench.pipeline.processes.transport import LinkClosedError, StagePipes
+from spdbench.pipeline.processes.worker import Stage, StageSpec
 from spdbench.pipeline.schedule import Node
-from spdbench.pipeline.stage_faults import WAITS
-from spdbench.pipeline.transport import LinkClosedError, StagePipes
-from spdbench.pipeline.worker import Stage, StageSpec
 from tests import tiny
 
 CUT = (1, 2, 1, 2)

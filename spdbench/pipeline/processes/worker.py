@@ -37,11 +37,11 @@ from spdbench.models.interface import CancelledForwardError, TargetDecoder
 from spdbench.models.layer_ops import next_tokens
 from spdbench.models.target import LayerSource
 from spdbench.models.torch_utils import return_freed_memory
-from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, pack, pack_nodes, to_bytes, unpack_nodes
 from spdbench.pipeline.output_head import best_of
+from spdbench.pipeline.processes.messages import NODE_BYTES, Header, Kind, pack, pack_nodes, to_bytes, unpack_nodes
+from spdbench.pipeline.processes.transport import DistributedLink, Link, LinkClosedError, RowTransport, StagePipes
 from spdbench.pipeline.schedule import Node
 from spdbench.pipeline.stage_cache import StageCache
-from spdbench.pipeline.transport import DistributedLink, Link, LinkClosedError, RowTransport, StagePipes
 
 LOAD_TIMEOUT_S = 600.0
 WARM_UP_ROWS = 72

@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import cast
 
-from spdbench.pipeline.messages import Header, unpack
-from spdbench.pipeline.stages import PIPE_BUFFER_BYTES, StageWorkers, StartStages
-from spdbench.pipeline.transport import StagePipes
-from spdbench.pipeline.worker import Stage, StageSpec
+from spdbench.pipeline.processes.messages import Header, unpack
+from spdbench.pipeline.processes.stages import PIPE_BUFFER_BYTES, StageWorkers, StartStages
+from spdbench.pipeline.processes.transport import StagePipes
+from spdbench.pipeline.processes.worker import Stage, StageSpec
 
 LOOK_EVERY_S = 0.05
 """How often reports are read while a long message is on its way to stage 1."""

@@ -30,8 +30,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from spdbench.pipeline.messages import Header, Kind, unpack
-from spdbench.pipeline.worker import StageSpec
+from spdbench.pipeline.processes.messages import Header, Kind, unpack
+from spdbench.pipeline.processes.worker import StageSpec
 
 LAST_REPORT_S = 2.0
 """How long a failing stage may take to report why, and its neighbours to notice."""

@@ -22,9 +22,9 @@ from types import MappingProxyType
 from typing import NoReturn, Protocol
 
 from spdbench.errors import BackendLostError
-from spdbench.pipeline.children import child_process
-from spdbench.pipeline.messages import Header, Kind, pack, unpack
-from spdbench.pipeline.stage_faults import (
+from spdbench.pipeline.processes.children import child_process
+from spdbench.pipeline.processes.messages import Header, Kind, pack, unpack
+from spdbench.pipeline.processes.stage_faults import (
     LAST_REPORT_S,
     FailureReport,
     LocalProcess,
@@ -34,8 +34,8 @@ from spdbench.pipeline.stage_faults import (
     describe_hang,
     join_processes,
 )
-from spdbench.pipeline.transport import StagePipes
-from spdbench.pipeline.worker import LOAD_TIMEOUT_S, StageSpec, run_stage
+from spdbench.pipeline.processes.transport import StagePipes
+from spdbench.pipeline.processes.worker import LOAD_TIMEOUT_S, StageSpec, run_stage
 
 PIPE_BUFFER_BYTES = 16384
 """Bytes that an empty pipe takes at once on any system."""

@@ -22,11 +22,11 @@ from torch import Tensor
 from spdbench.decoding.sampling import Logits
 from spdbench.models.interface import TargetDecoder
 from spdbench.pipeline.interface import Pipeline, States
-from spdbench.pipeline.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, unpack_nodes
 from spdbench.pipeline.output_head import HeadPart, join_best
+from spdbench.pipeline.processes.messages import NODE_BYTES, Header, Kind, from_bytes, pack_nodes, unpack_nodes
+from spdbench.pipeline.processes.stages import StageWorkers
+from spdbench.pipeline.processes.worker import SPAN_COLUMNS, SPAN_KINDS, StageSpec
 from spdbench.pipeline.schedule import Batch, Change, Cycle, Node
-from spdbench.pipeline.stages import StageWorkers
-from spdbench.pipeline.worker import SPAN_COLUMNS, SPAN_KINDS, StageSpec
 from spdbench.types import Span
 
 

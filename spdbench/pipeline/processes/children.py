@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.multiprocessing  # teaches `multiprocessing` to send tensors  # noqa: F401
 
-IMPORTED_ONCE = ("spdbench.pipeline.worker", "spdbench.models.target")
+IMPORTED_ONCE = ("spdbench.pipeline.processes.worker", "spdbench.models.target")
 
 
 def child_process(work: Callable[..., None], *arguments: Any, name: str) -> BaseProcess:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from spdbench.pipeline.messages import Header, from_bytes, pack, to_bytes, unpack
+from spdbench.pipeline.processes.messages import Header, from_bytes, pack, to_bytes, unpack
 
 RowTransport = Literal["pipe", "gloo", "nccl"]
 
