@@ -130,6 +130,28 @@ class DraftCounts:
     judged_at: tuple[int, ...] | None = None
     source: str = ""
 
+    def is_possible(self, num_new_tokens: int) -> bool:
+        """False if the counts contradict each other, or an answer of `num_new_tokens`."""
+        rounds, accepted, accepting = self.rounds, self.accepted, self.rounds_accepting
+        if accepting is not None and (sum(accepting), sum(k * n for k, n in enumerate(accepting))) != (
+            rounds,
+            accepted,
+        ):
+            return False
+        if not 0 <= rounds < num_new_tokens + UNCOUNTED_ENDS or accepted < 0 or (accepted and not rounds):
+            return False
+        if self.drafted is not None and accepted > self.drafted:
+            return False
+        # The last round may accept drafts past the end of the answer, as many as it is deep.
+        deepest = MAX_DRAFT_DEPTH if self.drafted is None else min(self.drafted, MAX_DRAFT_DEPTH)
+        return rounds + accepted <= num_new_tokens + (len(accepting) if accepting else deepest)
+
+
+UNCOUNTED_ENDS = 1
+"""Tokens at the end of a sequence that an engine gives and does not count."""
+MAX_DRAFT_DEPTH = 256
+"""Of drafts whose depth an engine does not report."""
+
 
 @dataclass(frozen=True)
 class EngineReport:

@@ -163,6 +163,26 @@ def test_records_of_aiperf_are_a_result_with_what_drafts_they_hold(tmp_path: Pat
     assert result.backend.options["concurrency"] == 1
 
 
+@pytest.mark.parametrize(
+    ("steps", "accepted", "drafted"),
+    [(4, 13, 12), (-1, 6, 12), (4, -6, 12), (0, 6, 12), (12, 0, 12), (4, 600, 1200), (4, 6, 1e308), (4, 6.5, 12)],
+)
+def test_counts_of_drafts_that_cannot_be_are_dropped_and_said(
+    tmp_path: Path, steps: float, accepted: float, drafted: float
+) -> None:
+    def counts(*values: float) -> dict[str, Any]:
+        names = ("spec_decode_steps", "spec_decode_accepted_draft_tokens", "spec_decode_draft_tokens")
+        return {name: {"value": value} for name, value in zip(names, values, strict=True)}
+
+    rows = [aiperf_record(0, **counts(4, 6, 12)), aiperf_record(1, **counts(steps, accepted, drafted))]
+    said = spdbench("import", write_lines(tmp_path / "x.jsonl", rows), "--results", tmp_path)
+    assert said.code == 0, said.err
+    assert "counts of drafts contradict themselves or the answer in 1 request, whose acceptance" in said.err
+    result = read_result(tmp_path / "x__aiperf__served.json")
+    assert [run.drafts is None for run in result.runs] == [False, True]
+    assert result.summary.overall["acceptance_length"] == pytest.approx(1 + 6 / 4)
+
+
 def test_overlapping_requests_of_aiperf_say_how_many_were_under_way(tmp_path: Path) -> None:
     rows = [aiperf_record(i) for i in range(4)]
     for row in rows[:3]:
@@ -198,6 +218,10 @@ def test_what_was_asked_for_comes_from_aiperfs_summary_or_stays_unknown(tmp_path
     for damaged in ({}, aiperf_summary(temperature=[1], max_tokens="x"), {"input_config": {"models": 1}}, []):
         write(summary, damaged)
         assert spdbench("import", source, "--results", results, "--force").code == 0
+    write(summary, {**aiperf_summary(), "schema_version": "2.0"})
+    said = spdbench("import", source, "--results", results, "--force")
+    assert said.code == 2
+    assert 'profile_export_aiperf.json: schema_version: "2.0" is not known' in said.err
 
 
 def test_two_loads_of_one_export_have_two_files(tmp_path: Path) -> None:
@@ -208,6 +232,26 @@ def test_two_loads_of_one_export_have_two_files(tmp_path: Path) -> None:
         "g__guidellm__m.json",
         "g__guidellm__m__c4.json",
         "g__guidellm__m__c8.json",
+    ]
+
+
+def test_loads_at_a_rate_have_files_of_their_own(tmp_path: Path) -> None:
+    """guidellm's sweep ends with such; their requests say how many were under way."""
+    report = guidellm(1, 1, 4)
+    for strategy in (report["benchmarks"][1]["config"], report["benchmarks"][2]["config"]):
+        strategy["strategy"] = {"type_": "constant", "rate": 2.0, "max_concurrency": 512}
+    for request in report["benchmarks"][2]["requests"]["successful"]:
+        request["info"]["timings"].update(
+            request_start=1000.0, first_token_iteration=1001.0, last_token_iteration=1020.0
+        )
+    report["benchmarks"][1]["start_time"] = "yesterday"
+    said = spdbench("import", write(tmp_path / "g.json", report), "--results", tmp_path / "r")
+    assert said.code == 0, said.err
+    assert "NOTE" in said.err
+    assert "several loads had as many requests at once (c1)" in said.err
+    names = ("c1-2", "c1", "c9")
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == [
+        f"g__guidellm__m__{name}.json" for name in names
     ]
 
 
@@ -245,6 +289,11 @@ def _without(*path: str | int) -> Change:
     [
         (lambda report: report["metadata"].update(version=7), "metadata.version: 7 is not known; guidellm's reports"),
         (_without("metadata"), "metadata.version: null is not known"),
+        (lambda report: report.update(benchmarks=[]), "holds no benchmark; let `guidellm run` finish"),
+        (
+            lambda report: report["benchmarks"][0]["requests"].update(successful=[]),
+            "holds benchmarks, but no request that came to an end",
+        ),
         (_without("benchmarks", 0, "requests"), "benchmarks.0.requests: is missing"),
         (_without("benchmarks", 0, "config", "strategy"), "benchmarks.0.strategy: is missing"),
         (
@@ -279,6 +328,8 @@ def test_a_report_that_cannot_be_read_is_one_line(tmp_path: Path, change: Change
         ('{"input_config": {}}', "aiperf's summary, which holds no single requests; import profile_export.jsonl"),
         ('{"metadata": {}, "metrics": {}}', "line 1: cannot be read: lacks "),
         ('{"metadata": {"benchmark_phase": "warmup"}, "metrics": {}}', "no request of a profiling phase"),
+        ('{"metadata": {"benchmark_phase": "warmup"}, "metrics": {}}\n{"metadata": 1}', "line 2: cannot be read"),
+        (json.dumps(aiperf_record(0, request_latency={"value": 1, "unit": "h"})), "unit 'h' is not known. Known: ns"),
     ],
 )
 def test_what_is_no_export_is_one_line(tmp_path: Path, text: str, message: str) -> None:

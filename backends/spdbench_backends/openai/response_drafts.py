@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from spdbench.types import DraftCounts
-from spdbench_backends.openai.counters import UNCOUNTED
 
 REQUEST: Mapping[str, Any] = {"return_spec_tokens_details": True}
 """What makes SGLang report its drafts."""
@@ -56,7 +55,7 @@ def count_drafts(report: DraftReport, num_new_tokens: int) -> DraftCounts | None
         found = READERS[report.engine](report.values, num_new_tokens)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    return found if _is_possible(found, num_new_tokens) else None
+    return found if found.is_possible(num_new_tokens) else None
 
 
 def _count_vllm(values: Mapping[str, Any], num_new_tokens: int) -> DraftCounts:  # noqa: ARG001
@@ -118,17 +117,6 @@ def _counts(
         judged_at=None if judged_at is None or accepting is None else tuple(judged_at),
         source=DraftReport(engine, {}).source,
     )
-
-
-def _is_possible(counts: DraftCounts, num_new_tokens: int) -> bool:
-    """False if the counts contradict each other, or the answer's length."""
-    rounds, accepted, accepting = counts.rounds, counts.accepted, counts.rounds_accepting
-    if accepting is not None and (sum(accepting), sum(k * n for k, n in enumerate(accepting))) != (rounds, accepted):
-        return False
-    if not 0 <= rounds < num_new_tokens + UNCOUNTED or (counts.drafted is not None and accepted > counts.drafted):
-        return False
-    # The last round may accept drafts past the end of the answer, as many as it is deep.
-    return rounds + accepted <= num_new_tokens + (len(accepting) if accepting else MAX_DEPTH)
 
 
 def _verified_in_chains(accepting: Sequence[int], depth: int) -> tuple[int, ...]:

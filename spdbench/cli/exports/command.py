@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,11 +14,11 @@ import click
 
 from spdbench.cli.files import require_free_output, require_writable, result_path, write_whole_file
 from spdbench.cli.options import FOLDER, LABEL, argument, check_name, flag, option, takes
-from spdbench.console import say
+from spdbench.console import counted, say
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
-    from spdbench.cli.exports.formats import Export
+    from spdbench.cli.exports.requests import Export
     from spdbench.judge.results.schema import BackendRecord, Result
 
 
@@ -54,13 +55,24 @@ def command(options: ImportOptions) -> None:
     exports = read_exports(source)
     require_writable(options.results)
     found = []
+    seen = Counter[int]()
     for export in exports:
         result = _result(export, options, source)
         level = f"c{export.at_once}" if len(exports) > 1 or export.at_once > 1 else None
+        seen[export.at_once] += 1
+        if (again := seen[export.at_once]) > 1:
+            level = f"{level}-{again}"
         name = "__".join(filter(None, [options.name, level])) or None
         path = result_path(options.results, result.suite.name, result.backend.label, result.model.id, name)
         require_free_output(path, [source], force=options.force, option="--results")
         found.append((path, result))
+    if odd := sum(export.num_odd_drafts for export in exports):
+        say(
+            f"NOTE: {source}: counts of drafts contradict themselves or the answer in {counted(odd, 'request')}, whose "
+            "acceptance is therefore unknown"
+        )
+    if twice := [f"c{load}" for load, times in seen.items() if times > 1]:
+        say(f"NOTE: {source}: several loads had as many requests at once ({', '.join(twice)}); compare them one by one")
     for path, result in found:
         write_whole_file("--results", path, result.model_dump_json(by_alias=True).encode() + b"\n")
         say(f"Wrote {path}: {len(result.runs)} requests, {result.backend.options['concurrency']} at once")
