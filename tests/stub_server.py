@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +52,8 @@ class StubServer:
     It accepts only `key` and `model`. Chunks come `pause_s` apart. `counts_end` if it counts the end of sequence as
     a token; `lists_ids` if its log-probabilities have ids, as llama.cpp's; `last_words` makes further keys of the event
     with usage from the request. `next_logprobs` are those of the next token, in answers that are not streamed.
-    `counters` makes its text for Prometheus. Answers have this `status` and `content_type`, each event in a `frame`.
+    `counters` makes its text for Prometheus. Answers have this `status` and `content_type`, each event in a `frame`,
+    and all of them in this `encoding`, of which it can do gzip.
     `asked` collects the bodies of all requests, `headers` their headers.
     """
 
@@ -78,6 +81,7 @@ class StubServer:
         self.pause_s = 0.0
         self.status = 200
         self.content_type: str | None = "Text/Event-Stream; charset=utf-8"
+        self.encoding: str | None = None
         self.frame: Callable[[bytes], bytes] = lambda data: b"data: " + data + b"\n\n"
         self._lock = threading.Lock()
         self._here = threading.local()
@@ -162,6 +166,10 @@ class StubServer:
         if self.content_type is not None:
             handler.send_header("Content-Type", self.content_type)
         handler.send_header("Transfer-Encoding", "chunked")
+        frame = self.frame
+        if self.encoding is not None:
+            handler.send_header("Content-Encoding", self.encoding)
+            frame = partial(compressed, zlib.compressobj(wbits=16 + zlib.MAX_WBITS), self.frame)
         handler.end_headers()
         for number, event in enumerate(self.events(handler, body)):
             if number >= 3 and self.fault is not None:
@@ -169,7 +177,7 @@ class StubServer:
             if event == LAST:  # once it is sent, the client may ask again before this thread goes on
                 self.leave()
             for one in (*(self.inserted if number == 3 else ()), event):
-                self.write(handler, self.frame(one))
+                self.write(handler, frame(one))
         self.write(handler, b"")
         return None
 
@@ -272,6 +280,10 @@ class StubServer:
             handler.send_header(name, str(value))
         handler.end_headers()
         handler.wfile.write(data)
+
+
+def compressed(packer: Any, frame: Callable[[bytes], bytes], data: bytes) -> bytes:
+    return bytes(packer.compress(frame(data)) + packer.flush(zlib.Z_SYNC_FLUSH))
 
 
 def event(content: Mapping[str, Any]) -> bytes:

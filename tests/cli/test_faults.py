@@ -34,7 +34,7 @@ NAMING = {
     "judge/gate/calibration.py": "created",
     "models/checkpoints/facts_cache.py": "files that were not used for so long are removed",
     "models/checkpoints/fast_tokenizer.py": "a chat template may ask for the date",
-    "openai/client.py": "a server's Retry-After may be a date",
+    "openai/transport/client.py": "a server's Retry-After may be a date",
 }
 """Where the wall clock may be read: for what is called by it, and for dates from outside."""
 

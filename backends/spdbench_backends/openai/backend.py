@@ -21,7 +21,6 @@ from spdbench.console import say
 from spdbench.errors import BackendLostError, InputError, PromptFailedError
 from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, FirstDivergence, GenerationRequest, Span, Step
 from spdbench_backends.openai.chunks import FINISHES, Chunk
-from spdbench_backends.openai.client import BrokenError, RefusedError, Server, UnreachableError, one_line, parse_address
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import (
     WAY_TITLES,
@@ -36,6 +35,9 @@ from spdbench_backends.openai.endpoint import BUSY, Endpoint, NotStreamedError, 
 from spdbench_backends.openai.exchange import MAX_WAIT_S, Exchange
 from spdbench_backends.openai.response_drafts import REQUEST, DraftReport, count_drafts
 from spdbench_backends.openai.token_scores import TokenScores, explain_divergence
+from spdbench_backends.openai.transport.address import parse_address
+from spdbench_backends.openai.transport.client import Server
+from spdbench_backends.openai.transport.errors import BrokenError, RefusedError, UnreachableError, one_line
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PERMANENT = frozenset({401, 403, 404})

@@ -1,33 +1,22 @@
-"""A streamed answer as chunks, with their text and what they report of tokens; chat and plain completions."""
+"""One event of a streamed answer as a chunk: its text and what it reports of tokens; chat and plain completions.
+
+A field that cannot be read is as good as absent, and said once: only the text of an answer cannot be done without.
+"""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from spdbench.types import UNKNOWN_ID, FinishReason
-from spdbench_backends.openai.client import (
-    MALFORMED,
-    BrokenError,
-    RefusedError,
-    SilentError,
-    error_message,
-    one_line,
-)
-from spdbench_backends.openai.events import UNREADABLE, is_done, parse, read_events
 from spdbench_backends.openai.response_drafts import DraftReport, find_report
+from spdbench_backends.openai.transport.errors import MALFORMED
 
-ERROR = b"error"
-WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
-OF_ANSWERS = frozenset({"choices", "usage", "error", "detail"})
 FIRST = (None, 0, "0")
 """The index of the first answer, if there are several."""
-OK = 200
-Notice = Callable[[str, str], None]
-"""Says something odd of a server once, with an example, which may be empty."""
+Odd = Callable[[str], None]
+"""Hears the name of a field that cannot be read."""
 ID_PREFIX = "token_id:"
 MAX_COUNT, MAX_SECONDS = 2**31, 1e9
 FINISHES: Mapping[str, FinishReason] = {
@@ -72,9 +61,10 @@ class Chunk:
     them, `listed` those that it lists with log-probabilities, `UNKNOWN_ID` where they have no id there. The two numbers
     of tokens count from the start of the request, `thought_tokens` those of thoughts; `cached_tokens` are those of the
     prompt that a cache answered; `predicted_tokens` are llama.cpp's count while the answer comes, which may go beyond
-    its end. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of
-    its drafts. `finish` is the server's word for why the answer ended, in lower case; `ends_answer` is true from the
-    chunk on with which the answer is whole.
+    its end. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of its drafts. `finish`
+    is the server's word for why the answer ended, in lower case; `ends_answer` is true from the chunk on with which the
+    answer is whole. `is_message` if its text came as a message, which most servers send only where they do not stream.
+    With `replaces`, `text` is all of the answer so far, in place of what came before.
     """
 
     text: str = ""
@@ -90,6 +80,8 @@ class Chunk:
     drafts: DraftReport | None = None
     finish: str | None = None
     ends_answer: bool = False
+    is_message: bool = False
+    replaces: bool = False
 
     @property
     def has_text(self) -> bool:
@@ -101,183 +93,113 @@ class Chunk:
         return bool(self.has_text or self.ids or self.listed or self.finish) or self.completion_tokens is not None
 
 
-class ReportedError(BrokenError):
-    """An error that the server reports inside its stream. `status` is the HTTP status that it names, else that of the
-    stream; `message` its explanation, in one line."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"the server failed in the middle of its answer: {message}")
-        self.status = status
-        self.message = message
-
-
-def read_chunks(lines: Iterable[bytes], without_key: Callable[[str], str], notice: Notice) -> Iterator[Chunk]:
-    """The events of a stream, to its end, with the server's reasons passed through `without_key`.
-
-    An answer ends with `[DONE]` or with a chunk that has a finish reason. Some servers have a word in that place from
-    the first chunk on, so a word is no reason once text has followed it. What goes wrong after a whole answer is
-    ignored, and said.
-
-    Raises:
-        RefusedError: an error came in place of the answer.
-        BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
-    """
-    word, has_text, not_ends, skipped = "", False, set[str](), ""
-
-    def is_whole() -> bool:
-        return has_text and word in FINISHES and word not in not_ends
-
-    try:
-        for data, event, name in read_events(lines):
-            if is_done(data):
-                return
-            if name != ERROR and (words := _words_of_no_answer(data, event)):
-                skipped = one_line(without_key(words))
-                notice("events that are no part of an answer are skipped", skipped)
-                continue
-            try:
-                chunk = _chunk(data, event, name, without_key)
-            except BrokenError as error:
-                if is_whole():
-                    reason = error.message if isinstance(error, ReportedError) else ""
-                    notice("what follows its whole answers is no part of them, and is ignored", reason)
-                    continue
-                if isinstance(error, ReportedError) and not has_text:
-                    raise RefusedError(error.status, error.message, None) from None
-                raise
-            if chunk.has_text:
-                not_ends |= {word} - {""}
-                word, has_text = "", True
-            word = chunk.finish or word
-            yield replace(chunk, finish=None if chunk.finish in not_ends else chunk.finish, ends_answer=is_whole())
-    except BrokenError as error:
-        if not is_whole():
-            raise
-        if isinstance(error, SilentError):
-            notice("its streams stay open after the answers, so each request takes longer than its answer", "")
-        else:
-            notice("its connections are lost after whole answers, which is ignored", "")
-    if not word or word in not_ends - FINISHES.keys():
-        reason = f"; it said: {skipped}" if skipped else ""
-        raise BrokenError(f"the server ended in the middle of its answer{reason}")
+def choice_of(event: Mapping[str, Any], odd: Odd) -> Mapping[str, Any]:
+    """The first answer's choice in an event, of which alone the times count; empty where it has none."""
+    choices = event.get("choices") or []
+    found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else None
+    if found is None or len(found) < len(choices):
+        odd("choices")
+    return next((choice for choice in found or () if choice.get("index") in FIRST), {})
 
 
-def read_refusal(body: bytes, without_key: Callable[[str], str]) -> RefusedError | None:
-    """The refusal in the body of an answer that is not streamed; None if it is none."""
-    try:
-        _chunk(body, parse(body), b"", without_key)
-    except ReportedError as error:
-        return RefusedError(error.status, error.message, None)
-    except BrokenError:
-        pass
-    return None
-
-
-def _words_of_no_answer(data: bytes, event: Any) -> str:
-    """What an event says that only keeps the connection alive: words, a number, or a message; empty for others."""
-    text = data.decode(errors="replace")
-    if isinstance(event, Mapping):
-        message = event.get("message")
-        text = message if isinstance(message, str) and not OF_ANSWERS & event.keys() else ""
-        return "" if _status(event) != OK or ERROR.decode() in (event.get("object"), event.get("type")) else text
-    is_odd = not WORDS.fullmatch(text) if event is UNREADABLE else isinstance(event, list)
-    return "" if is_odd or "error" in text.lower() else text
-
-
-def _chunk(data: bytes, event: Any, name: bytes, without_key: Callable[[str], str]) -> Chunk:
-    """One event of an answer. Raises `ReportedError` if it is an error, `BrokenError` if it cannot be read."""
-    text = data.decode(errors="replace")
-    choice: Any = {}
-    is_error = name == ERROR or (event is UNREADABLE and "error" in text.lower() and bool(WORDS.fullmatch(text)))
-    try:
-        if not is_error:
-            # Of several answers, the first one's alone is timed.
-            choice = next((choice for choice in event.get("choices") or () if choice.get("index") in FIRST), {})
-            bare = not {"choices", "usage"} & event.keys() and isinstance(
-                event.get("message") or event.get("detail"), str
-            )
-            is_error = bare or "error" in (event.get("object"), event.get("type"))
-        if not (is_error or event.get("error") or choice.get("error")):
-            chunk = _chunk_of_choice(choice, _usage(event, choice), without_key)
-            return _with_timings(replace(chunk, drafts=find_report(event, choice)), event.get("timings"))
-    except MALFORMED:
-        raise BrokenError("the server sent an event that is not a part of an answer") from None
-    message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
-    raise ReportedError(_status(event, choice), message)
-
-
-def _status(*holders: Any) -> int:
-    """The HTTP status that an error names; 200, which it came with, if it names none."""
-    known = [holder for holder in holders if isinstance(holder, Mapping)]
-    known += [holder["error"] for holder in known if isinstance(holder.get("error"), Mapping)]
-    codes = [str(holder.get(key)) for holder in known for key in ("code", "status", "status_code")]
-    return next((int(code) for code in codes if re.fullmatch(r"[45][0-9]{2}", code, re.ASCII)), OK)
-
-
-def _usage(event: Mapping[str, Any], choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The usage wherever a server puts it; `x_groq` is Groq's."""
-    holders = (event, choice, choice.get("delta") or {}, event.get("x_groq") or {})
-    return next((usage for holder in holders if (usage := holder.get("usage"))), {})
-
-
-def _chunk_of_choice(choice: Mapping[str, Any], usage: Mapping[str, Any], without_key: Callable[[str], str]) -> Chunk:
-    delta = choice.get("delta", choice.get("message")) or {}
-    ids, listed, finish = choice.get("token_ids"), choice.get("logprobs"), choice.get("finish_reason")
+def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: Callable[[str], str], odd: Odd) -> Chunk:
+    """The chunk in an event and its `choice`, with the server's words passed through `without_key`."""
+    delta = choice.get("delta") or {}
+    is_message = not delta and bool(choice.get("message"))
+    delta = _mapping(choice.get("message") if is_message else delta, "delta", odd)
+    finish = choice.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, Mapping) else finish  # SGLang's own form
     word = without_key(str(finish or "")).lower()
     content = choice.get("text") or delta.get("content") or delta.get("refusal")
     thoughts = (next(filter(None, map(delta.get, THOUGHT_KEYS)), None), _text(content, "thinking"))
-    details, of_prompt = usage.get("completion_tokens_details") or {}, usage.get("prompt_tokens_details")
+    usage, timings = _usage(event, choice, odd), _mapping(event.get("timings"), "timings", odd)
+    details = _mapping(usage.get("completion_tokens_details"), "completion_tokens_details", odd)
+    of_prompt = _mapping(usage.get("prompt_tokens_details"), "prompt_tokens_details", odd)
+    cached = _read(of_prompt.get("cached_tokens"), _whole, "cached_tokens", odd)
     return Chunk(
         text=_text(content, "text"),
         thought="".join(str(thought) for thought in thoughts if thought),
-        ids=None if ids is None else tuple(map(_number, ids)),
-        listed=None if listed is None else _listed_tokens(listed),
-        completion_tokens=_number_or_none(usage.get("completion_tokens")),
-        prompt_tokens=_number_or_none(usage.get("prompt_tokens")),
-        thought_tokens=_number_or_none(details.get("reasoning_tokens")) or 0,
-        cached_tokens=_count_or_none(of_prompt.get("cached_tokens")) if isinstance(of_prompt, Mapping) else None,
+        ids=_read(choice.get("token_ids"), _ids, "token_ids", odd),
+        listed=_read(choice.get("logprobs"), _listed_tokens, "logprobs", odd),
+        completion_tokens=_count(usage, "completion_tokens", odd),
+        prompt_tokens=_count(usage, "prompt_tokens", odd),
+        thought_tokens=_count(details, "reasoning_tokens", odd) or 0,
+        cached_tokens=_read(timings.get("cache_n"), _whole, "cache_n", odd) if cached is None else cached,
+        predicted_tokens=_read(timings.get("predicted_n"), _whole, "predicted_n", odd),
+        decode_s=_read(timings.get("predicted_ms"), _seconds, "predicted_ms", odd),
+        drafts=find_report(event, choice),
         finish=None if word in NOT_FINISHED else word,
+        is_message=is_message,
     )
 
 
-def _with_timings(chunk: Chunk, timings: Any) -> Chunk:
-    """`chunk` with what llama.cpp's `timings` add to its usage."""
-    if not isinstance(timings, Mapping):
-        return chunk
-    milliseconds, cached = timings.get("predicted_ms"), timings.get("cache_n")
-    seconds = milliseconds / 1000 if isinstance(milliseconds, int | float) else -1.0
-    return replace(
-        chunk,
-        predicted_tokens=_count_or_none(timings.get("predicted_n")),
-        decode_s=seconds if 0 <= seconds < MAX_SECONDS else None,
-        cached_tokens=_count_or_none(cached) if chunk.cached_tokens is None else chunk.cached_tokens,
+def _usage(event: Mapping[str, Any], choice: Mapping[str, Any], odd: Odd) -> Mapping[str, Any]:
+    """The usage wherever a server puts it; `x_groq` is Groq's."""
+    holders = (event, choice, choice.get("delta"), event.get("x_groq"))
+    return next(
+        (
+            _mapping(usage, "usage", odd)
+            for holder in holders
+            if isinstance(holder, Mapping) and (usage := holder.get("usage"))
+        ),
+        {},
     )
 
 
-def _count_or_none(value: Any) -> int | None:
-    """A count that nothing depends on: another shape is as good as none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_COUNT else None
+def _mapping(value: Any, name: str, odd: Odd) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    if value is not None:
+        odd(name)
+    return {}
 
 
-def _text(content: Any, kind: str) -> str:
-    """The parts of this kind, `text` or `thinking`, of a content that is text, or a list of parts."""
-    if isinstance(content, list):
-        return "".join(_text(part.get(kind), "text") for part in content)
-    return str(content or "") if kind == "text" else ""
+def _read(value: Any, read: Callable[[Any], Any], name: str, odd: Odd) -> Any:
+    """What `read` makes of a value; None where there is none, or where it has another form."""
+    try:
+        return None if value is None else read(value)
+    except MALFORMED:
+        odd(name)
+        return None
+
+
+def _count(holder: Mapping[str, Any], name: str, odd: Odd) -> int | None:
+    count: int | None = _read(holder.get(name), _number, name, odd)
+    return count
 
 
 def _number(value: Any) -> int:
     number = int(value)
-    if isinstance(value, bool):
-        raise ValueError("true and false are no counts")
-    if number < 0:
-        raise ValueError("ids and counts must not be negative")
+    if isinstance(value, bool) or number != float(value) or not 0 <= number < MAX_COUNT:
+        raise ValueError("no id and no count")
     return number
 
 
-def _number_or_none(value: Any) -> int | None:
-    return None if value is None else _number(value)
+def _whole(value: Any) -> int:
+    """A count that nothing depends on."""
+    if not isinstance(value, int):
+        raise TypeError("not a whole number")
+    return _number(value)
+
+
+def _seconds(milliseconds: Any) -> float:
+    seconds = float(milliseconds) / 1000
+    if isinstance(milliseconds, bool) or not 0 <= seconds < MAX_SECONDS:
+        raise ValueError("no time")
+    return seconds
+
+
+def _text(content: Any, kind: str) -> str:
+    """The parts of this kind, `text` or `thinking`, of a content that is text, or a list of parts."""
+    if isinstance(content, Mapping):
+        return _text(content.get(kind), "text")
+    if isinstance(content, list):
+        return "".join(_text(part, kind) for part in content)
+    return str(content or "") if kind == "text" else ""
+
+
+def _ids(values: Any) -> tuple[int, ...]:
+    return tuple(map(_number, values))
 
 
 def _listed_tokens(logprobs: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -285,12 +207,13 @@ def _listed_tokens(logprobs: Mapping[str, Any]) -> tuple[int, ...] | None:
     adds the id."""
     content, tokens = logprobs.get("content"), logprobs.get("tokens")
     if content is not None:
-        tokens = [
-            entry["token"] if _count_or_none(entry.get("id")) is None else f"{ID_PREFIX}{entry['id']}"
-            for entry in content
-        ]
+        tokens = [f"{ID_PREFIX}{entry['id']}" if _has_id(entry) else entry["token"] for entry in content]
     if tokens is None:
         return None
     return tuple(
         int(token.removeprefix(ID_PREFIX)) if str(token).startswith(ID_PREFIX) else UNKNOWN_ID for token in tokens
     )
+
+
+def _has_id(entry: Mapping[str, Any]) -> bool:
+    return type(entry.get("id")) is int and 0 <= entry["id"] < MAX_COUNT

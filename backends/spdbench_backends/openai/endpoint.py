@@ -9,34 +9,34 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.types import GenerationRequest, Sampling
-from spdbench_backends.openai.chunks import OK, Chunk, Notice, read_chunks, read_refusal
-from spdbench_backends.openai.client import (
+from spdbench_backends.openai.chunks import Chunk
+from spdbench_backends.openai.counting import Api, Extras
+from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
+from spdbench_backends.openai.streams import OK, Notice, read_chunks, read_refusal
+from spdbench_backends.openai.transport.address import Address, unused_proxy
+from spdbench_backends.openai.transport.client import Connection, Server, encoding_of
+from spdbench_backends.openai.transport.errors import (
     MALFORMED,
-    Address,
     BrokenError,
-    Connection,
     RefusedError,
-    Server,
     SilentError,
     UnreachableError,
     one_line,
-    unused_proxy,
 )
-from spdbench_backends.openai.counting import Api, Extras
-from spdbench_backends.openai.events import BOM, FIELD, split_lines
-from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
+from spdbench_backends.openai.transport.events import BOM, FIELD, is_event, split_lines
 
 Answer = TypeVar("Answer")
 
 QUESTION = "Count from one to twenty in words."
 QUESTION_TOKENS = 16
-BUSY = frozenset({408, 429, 500, 502, 503, 504})
+BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529})
+"""Statuses that may pass: 52x are Cloudflare's for a server behind it that does not answer, 529 says overloaded."""
 NOT_UNDERSTOOD = frozenset({OK, 400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
@@ -45,6 +45,8 @@ MAX_BODY_LINES = 100
 USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
 """How long a server is waited for once its answer is whole, before and after its usage: not all close their streams."""
 STREAM = "text/event-stream"
+JSON_LINES = ("ndjson", "jsonl", "jsonlines", "json-seq", "stream+json")
+"""Parts of the content types of streams of JSON, one object a line."""
 VERSION = re.compile(r"/v[0-9]+$")
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
@@ -87,6 +89,7 @@ class Endpoint:
         self._server = server
         self._label = label
         self._notice = notice
+        self._habits: set[str] = set()
         self._retries = retries
         self._tokenizer = tokenizer
         self.template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
@@ -124,11 +127,12 @@ class Endpoint:
         """
         response = connection.ask("POST", self._server.address.path + self._path, body)
         lines = split_lines(connection.pieces(response))
-        if STREAM not in (kind := (response.getheader("Content-Type") or "none").lower()):
-            lines = self._stream_lines(lines, kind)
+        if encoding := encoding_of(response):
+            self._notice("its streams are compressed, which can hold chunks back; switch that off for them", encoding)
+        lines = self._stream_lines(lines, (response.getheader("Content-Type") or "none").lower())
         left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
         has_usage = False
-        for chunk in read_chunks(lines, self._server.without_key, self._notice):
+        for chunk in read_chunks(lines, self._server.without_key, self._notice, self._habits):
             has_usage = has_usage or bool(chunk.completion_tokens)
             if chunk.has_content:
                 left -= 1
@@ -138,24 +142,24 @@ class Endpoint:
             yield chunk
 
     def _stream_lines(self, lines: Iterator[bytes], kind: str) -> Iterator[bytes]:
-        """The lines of an answer that is not called a stream.
+        """The lines of an answer of this content type, once its first line shows that it is a stream.
 
         Raises:
             RefusedError: it is an error, although its status is one of success.
             NotStreamedError: it is a whole answer.
             BrokenError: it is none of these.
         """
-        has_begun = False
-        for line in lines:
-            if line and not has_begun:
-                if not FIELD.match(line.removeprefix(BOM)):
-                    body = b"\n".join([line, *islice(lines, MAX_BODY_LINES)])
-                    if not body.lstrip().startswith(b"{"):
-                        raise BrokenError("the server's answer is neither a stream nor JSON")
-                    raise read_refusal(body, self._server.without_key) or NotStreamedError
-                self._notice(f"its streams have another content type than {STREAM}", kind)
-                has_begun = True
-            yield line
+        first = next(filter(None, lines), b"")
+        if first.removeprefix(BOM).lstrip().startswith(b"{"):
+            if not is_event(first, in_lines=any(name in kind for name in JSON_LINES)):
+                body = b"\n".join([first, *islice(lines, MAX_BODY_LINES)])
+                raise read_refusal(body, self._server.without_key) or NotStreamedError
+            self._notice("its streams are lines of JSON without `data:`", kind)
+        elif STREAM not in kind and first:
+            if not FIELD.match(first.removeprefix(BOM)):
+                raise BrokenError(f"the server's answer is neither a stream nor JSON, but {one_line(kind)}")
+            self._notice(f"its streams have another content type than {STREAM}", kind)
+        return chain([first], lines)
 
     def probe(self, extras: Extras) -> list[Chunk] | None:
         """The answer to a short question; None if the server does not understand the extras.

@@ -9,10 +9,11 @@ from contextlib import suppress
 from spdbench.errors import PromptFailedError, TryAgainError
 from spdbench.types import FinishReason, GenerationRequest, Step
 from spdbench_backends.openai.chunks import BROKEN_OFF, FINISHES, Chunk
-from spdbench_backends.openai.client import BrokenError, Connection
 from spdbench_backends.openai.counters import Counters
 from spdbench_backends.openai.counting import Counter
 from spdbench_backends.openai.response_drafts import DraftReport
+from spdbench_backends.openai.transport.client import Connection
+from spdbench_backends.openai.transport.errors import BrokenError
 
 MAX_WAIT_S = 30.0
 MAX_REQUESTED_WAIT_S = 300.0
@@ -86,6 +87,8 @@ class Exchange:
         return FINISHES.get(self.finish_word, "eos")
 
     def _record(self, chunk: Chunk) -> None:
+        if chunk.replaces:
+            self.parts.clear()
         self.parts.append(chunk.text)
         self.has_thoughts = self.has_thoughts or bool(chunk.thought)
         if chunk.prompt_tokens is not None:

@@ -16,8 +16,8 @@ from spdbench.backend import Answer
 from spdbench.errors import InputError
 from spdbench.types import DivergenceClass, FirstDivergence, GenerationRequest
 from spdbench_backends.openai.chunks import ID_PREFIX
-from spdbench_backends.openai.client import MALFORMED, RefusedError
 from spdbench_backends.openai.endpoint import Endpoint
+from spdbench_backends.openai.transport.errors import MALFORMED, RefusedError
 
 LISTED_LOGPROBS = (20, 5)
 """Log-probabilities asked for a token: the most that vLLM and OpenAI's own completions list by default."""

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from spdbench.backend import find_backend, installed_backends, parse_options
 from spdbench.cli.options import parse_backend_options, parse_drafters, parse_labels
-from spdbench_backends.openai.chunks import read_chunks
-from spdbench_backends.openai.client import BrokenError, RefusedError, error_message, parse_address
 from spdbench_backends.openai.counters import parse_counters
+from spdbench_backends.openai.streams import read_chunks
+from spdbench_backends.openai.transport.address import parse_address
+from spdbench_backends.openai.transport.errors import BrokenError, RefusedError, error_message
 from tests import hostile
 from tests.hostile import broken_json, damaged, settings
 
@@ -71,7 +72,7 @@ def test_server_streams(events: list[bytes], other: bytes) -> None:
 
     def read() -> None:
         with contextlib.suppress(BrokenError, RefusedError):
-            list(read_chunks([*lines, other, b"", b"data: [DONE]"], str, lambda *_: None))
+            list(read_chunks([*lines, other, b"", b"data: [DONE]"], str, lambda *_: None, set()))
 
     hostile.read("server streams", read)
     hostile.require_message(error_message(other.decode(errors="replace"), str) + ".")

@@ -360,10 +360,6 @@ def test_usage_is_believed_of_a_server_whose_chunks_are_parts_of_tokens(server: 
 @pytest.mark.parametrize(
     ("event", "message"),
     [
-        (b'{"choices": [], "usage": {"completion_tokens": 1e999}}', "not a part of an answer"),
-        (b'{"choices": [], "usage": {"completion_tokens": -5}}', "not a part of an answer"),
-        (b'{"choices": [], "usage": "many"}', "not a part of an answer"),
-        (b'{"choices": [{"delta": {}, "token_ids": [1e999]}]}', "not a part of an answer"),
         (b"[" * 100_000, "not a part of an answer"),
         (b"[]", "not a part of an answer"),
         (b'{"choices": [{"delta": {}, "finish_reason": "Content_Filter"}]}', "broke the answer off: content_filter"),
@@ -396,6 +392,39 @@ def test_what_is_empty_is_as_good_as_absent(server: StubServer, backend: Make, e
     made = loaded(backend())
     server.inserted = [event]
     assert run(made).report.text == "One two, three four five six."
+
+
+@pytest.mark.parametrize(
+    ("event", "field"),
+    [
+        (b'{"choices": [], "usage": {"completion_tokens": 1e999}}', "completion_tokens"),
+        (b'{"choices": [], "usage": {"completion_tokens": -5}}', "completion_tokens"),
+        (b'{"choices": [], "usage": {"completion_tokens": true, "prompt_tokens": 11}}', "completion_tokens"),
+        (b'{"choices": [], "usage": {"prompt_tokens": -1}}', "prompt_tokens"),
+        (b'{"choices": [], "usage": {"prompt_tokens": [7]}}', "prompt_tokens"),
+        (b'{"choices": [], "usage": {"completion_tokens_details": 7}}', "completion_tokens_details"),
+        (b'{"choices": [], "usage": "many"}', "usage"),
+        (b'{"choices": [null]}', "choices"),
+        (b'{"choices": {"delta": {}}}', "choices"),
+        (b'{"choices": 7}', "choices"),
+        (b'{"choices": [{"delta": "x"}]}', "delta"),
+        (b'{"choices": [{"delta": {}, "token_ids": [1e999]}]}', "token_ids"),
+        (b'{"choices": [{"delta": {}, "logprobs": "x"}]}', "logprobs"),
+        (b'{"choices": [], "timings": [1]}', "timings"),
+        (b'{"choices": [], "timings": {"predicted_n": "x"}}', "predicted_n"),
+        (b'{"choices": [], "timings": {"predicted_ms": "x"}}', "predicted_ms"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_done_without_and_said_once(
+    server: StubServer, backend: Make, event: bytes, field: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.inserted = [event]
+    made = loaded(backend())
+    measured = run(made)
+    assert (measured.report.text, len(measured.output_ids)) == ("One two, three four five six.", 8)
+    assert measured.report.num_prompt_tokens == 11
+    said = capsys.readouterr().err
+    assert said.count("NOTE") == said.count(f" a {field} that cannot be read") == 1
 
 
 def test_half_a_character_does_not_get_into_a_result(server: StubServer, backend: Make) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError, PromptFailedError, TryAgainError
-from spdbench_backends.openai.chunks import read_chunks
-from spdbench_backends.openai.client import UnreachableError, parse_address
+from spdbench_backends.openai.streams import read_chunks
+from spdbench_backends.openai.transport.address import parse_address
+from spdbench_backends.openai.transport.errors import UnreachableError
 from tests.stub_server import Refusal, StubServer, event
 from tests.unit.openai.conftest import Make
 from tests.unit.openai.test_backend import ask, clocked, loaded, run
@@ -218,7 +219,7 @@ def test_a_proxy_that_is_not_used_is_named_where_the_server_is_not_reached(
 
 def text_of(*events: dict[str, Any], first: bytes = b"") -> tuple[str, str]:
     lines = [b"data: " + json.dumps(each).encode() for each in events]
-    chunks = list(read_chunks([first + lines[0], *lines[1:], b"data: [DONE]"], str, lambda *_: None))
+    chunks = list(read_chunks([first + lines[0], *lines[1:], b"data: [DONE]"], str, lambda *_: None, set()))
     return "".join(chunk.text for chunk in chunks), "".join(chunk.thought for chunk in chunks)
 
 

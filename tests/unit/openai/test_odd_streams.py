@@ -12,8 +12,8 @@ from spdbench.errors import BackendLostError, InputError, PromptFailedError, Try
 from spdbench_backends.openai import endpoint
 from spdbench_backends.openai.chunks import Chunk
 from spdbench_backends.openai.counting import Counter
-from spdbench_backends.openai.events import split_lines
 from spdbench_backends.openai.exchange import Exchange
+from spdbench_backends.openai.transport.events import split_lines
 from tests.stub_server import LAST, StubServer, event
 from tests.unit.openai.conftest import Make
 from tests.unit.openai.test_backend import ask, loaded, run
@@ -181,6 +181,53 @@ def test_a_finish_reason_in_each_chunk_is_no_end_to_rely_on(server: StubServer, 
         run(made)
 
 
+# Text that comes twice.
+
+
+@pytest.mark.parametrize("offers", [{"usage"}, {"ids", "usage"}, {"logprobs", "usage"}, {"timings", "usage"}])
+@pytest.mark.parametrize("how", ["message", "delta and message", "delta", "behind the end", "so far", "message so far"])
+def test_text_that_comes_twice_counts_once_and_is_said_once(
+    server: StubServer, backend: Make, how: str, offers: set[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def again(_handler: Any, _body: Any, events: Events) -> Events:
+        so_far = ""
+        for each in events:
+            content = {} if each == LAST else json.loads(each)
+            for choice in content.get("choices", []):
+                text, is_end = choice["delta"].get("content") or "", "finish_reason" in choice
+                so_far += text
+                if text and how.endswith("so far"):
+                    choice["delta"]["content"] = so_far
+                if how == "message so far":
+                    choice["message"] = choice.pop("delta")
+                elif is_end and how in ("message", "delta"):
+                    choice.pop("delta")
+                    choice[how] = {"role": "assistant", "content": so_far}
+                elif is_end and how == "delta and message":
+                    choice["message"] = {"content": so_far, "reasoning_content": "Hm"}
+            yield event(content) if content else each
+            if how == "behind the end" and b"finish_reason" in each:
+                yield event({"choices": [{"message": {"content": so_far}}]})
+
+    server.offers = offers
+    change(server, again)
+    made = loaded(backend())
+    for _ in range(2):
+        measured = run(made)
+        assert (measured.report.text, len(measured.output_ids), measured.finish_reason) == (WHOLE, 8, "eos")
+    said = capsys.readouterr().err
+    assert said.count("NOTE") == said.count("so far" if how.endswith("so far") else "as a whole at their end") == 1
+    server.answer = [("No",), (", no",)]
+    assert run(made).report.text == "No, no"
+
+
+def test_text_that_only_looks_repeated_is_kept(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    for answer in (["no", "no", "nonono"], ["ha", "ha", "ha"], ["a", "ab", "c"]):
+        server.answer = [(word,) for word in answer]
+        assert run(made).report.text == "".join(answer)
+
+
 # Refusals inside a stream.
 
 
@@ -233,9 +280,40 @@ def test_a_stream_is_one_whatever_it_is_called(
     made = loaded(backend())
     assert run(made).report.text == WHOLE
     assert capsys.readouterr().err.count("another content type") == 1
-    server.frame = lambda data: data + b"\n"
-    with pytest.raises(PromptFailedError, match="at once instead of streaming"):
+
+
+@pytest.mark.parametrize("content_type", ["application/x-ndjson", "text/event-stream", None])
+@pytest.mark.parametrize("api", ["chat", "completions"])
+def test_lines_of_json_are_a_stream_where_they_are_parts_of_an_answer(
+    server: StubServer, backend: Make, content_type: str | None, api: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content_type, server.frame = content_type, lambda data: data + b"\n"
+    if api == "chat" or content_type == "application/x-ndjson":
+        measured = run(loaded(backend(api=api)))
+        assert (measured.report.text, len(measured.output_ids)) == (WHOLE, 8)
+        assert capsys.readouterr().err.count("lines of JSON without `data:`") == 1
+    else:
+        with pytest.raises(InputError, match="at once instead of streaming"):
+            backend(api=api).load()
+
+
+def test_a_line_of_json_between_events_may_be_an_error(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    server.inserted = [b'\n\n{"error": {"message": "no room"}}']
+    with pytest.raises(PromptFailedError, match="failed in the middle of its answer: no room"):
         run(made)
+
+
+def test_streams_that_are_compressed_unasked_are_read_or_say_what_to_set(
+    server: StubServer, backend: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.encoding = "gzip"
+    measured = run(loaded(backend()))
+    assert (measured.report.text, len(measured.output_ids)) == (WHOLE, 8)
+    assert capsys.readouterr().err.count("its streams are compressed") == 1
+    server.encoding = "br"
+    with pytest.raises(InputError, match=r"compresses its answers \(br\).*switch that off in the server"):
+        backend().load()
 
 
 def pretty(data: bytes) -> bytes:
@@ -326,5 +404,5 @@ def test_an_error_with_a_status_of_success_gives_its_reason(server: StubServer, 
     with pytest.raises(PromptFailedError, match="at once instead of streaming"):
         run(made)
     server.content_type, server.frame = "text/html", lambda _: b"<!doctype html>"
-    with pytest.raises(InputError, match=r"neither a stream nor JSON; is it a server of OpenAI's protocol\?"):
+    with pytest.raises(InputError, match="neither a stream nor JSON, but text/html; is it a server of"):
         backend().load()

@@ -198,4 +198,4 @@ def test_no_cache_is_noted_where_none_is_told(
 ) -> None:
     server.last_words = lambda _: {"usage": {**server.usage(8), "prompt_tokens_details": details}}
     assert run(loaded(backend())).report.num_cached_tokens is None
-    assert "cache" not in capsys.readouterr().err
+    assert "prompt cache" not in capsys.readouterr().err

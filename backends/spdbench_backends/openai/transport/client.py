@@ -12,116 +12,36 @@ import json
 import math
 import re
 import socket
-import ssl
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from threading import Lock
 from typing import Any
-from urllib.parse import quote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+
+from spdbench_backends.openai.transport.address import Address
+from spdbench_backends.openai.transport.errors import (
+    MALFORMED,
+    BrokenError,
+    RefusedError,
+    SilentError,
+    UnreachableError,
+    error_message,
+    one_line,
+)
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_REASON_BYTES = 2**20
 RECEIVED_BYTES = 2**16
 MAX_CHUNK_BYTES = 2**40
 MAX_BODY_BYTES = 2**24
-MAX_MESSAGE_CHARS = 300
 HIDDEN = "***"
+ZIPPED = frozenset({"gzip", "x-gzip", "deflate"})
+"""Encodings of bodies that are read although they are not asked for."""
+ANY_ZIPPED = 32 + zlib.MAX_WBITS
+"""Has zlib read the headers of gzip and of deflate."""
 MIDDLE = " in the middle of its answer"
-MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-"""What may be raised when a server's JSON does not have the expected form."""
-
-
-class UnreachableError(Exception):
-    """The server did not take the request: unknown host, closed port, connection dropped before any answer. `remedy` is
-    what to do about it."""
-
-    remedy = "start it, or correct the address"
-
-    def __init__(self, error: OSError) -> None:
-        super().__init__(error.strerror or str(error) or type(error).__name__)
-        if isinstance(error, ssl.SSLCertVerificationError):
-            self.args = (f"its certificate is not trusted: {error.verify_message}",)
-            self.remedy = CERTIFICATE_REMEDIES.get(error.verify_code, OWN_CERTIFICATE)
-        elif isinstance(error, ssl.SSLError):
-            self.remedy = "if it does not use TLS, the address begins with http://"
-
-
-class BrokenError(Exception):
-    """An answer ended in the wrong way: silence, a lost connection, something that is not HTTP."""
-
-
-class SilentError(BrokenError):
-    """The server sent nothing useful within its time limit."""
-
-
-class RefusedError(Exception):
-    """The server refused the request with this status, which is 200 if the refusal came in a stream and named none;
-    `message` is its explanation, in one line."""
-
-    def __init__(self, status: int, message: str, retry_after_s: float | None) -> None:
-        super().__init__(f"{status}: {message}" if message else str(status))
-        self.status = status
-        self.message = message
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True)
-class Address:
-    """The parts of a base URL; `path` is the part before `/chat/completions`."""
-
-    secure: bool
-    host: str
-    port: int
-    path: str
-
-
-NO_ADDRESS = "is not an address; expected http://HOST:PORT/v1"
-OWN_CERTIFICATE = (
-    "if it is the server's own, set the environment variable SSL_CERT_FILE to the file (PEM) with that certificate or "
-    "with the one that signed it"
-)
-OTHER_NAME = "give the address by a name that the certificate holds"
-CERTIFICATE_REMEDIES = {
-    9: "check this machine's clock",  # not valid yet
-    10: "renew the certificate, or check this machine's clock",  # expired
-    62: OTHER_NAME,
-    64: OTHER_NAME,  # of an IP address
-}
-"""What to do about a certificate by OpenSSL's code, X509_V_ERR_*; `OWN_CERTIFICATE` for all others."""
-
-
-def parse_address(url: str) -> Address:
-    """The parts of `url`.
-
-    Raises:
-        ValueError: it cannot be used. The message does not repeat it, since it may hold a password.
-    """
-    try:
-        parts = urlsplit(url.strip())
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")  # as the resolver does; a UnicodeError is a ValueError
-    except ValueError:
-        raise ValueError(NO_ADDRESS) from None
-    if parts.scheme not in ("http", "https") or not re.fullmatch(r"[^\s\x00-\x20\x7f]+", host):
-        raise ValueError(NO_ADDRESS)
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("holds more than an address; a key goes into the environment variable OPENAI_API_KEY")
-    secure = parts.scheme == "https"
-    path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~", errors="replace")
-    return Address(secure, host, port or (443 if secure else 80), path)
-
-
-def unused_proxy(address: Address) -> str:
-    """A sentence on the proxy that the environment has for `address`; empty if there is none."""
-    names = getproxies()
-    found = names.get("https" if address.secure else "http") or names.get("all")
-    if not found or proxy_bypass(f"{address.host}:{address.port}"):
-        return ""
-    return " The proxy of the environment is not used, as it would be timed too: forward a local port to the server."
 
 
 class Server:
@@ -273,8 +193,9 @@ class Connection:
 
     def body(self, response: HTTPResponse) -> bytes:
         """The whole body of an answer."""
+        unzip = _unzipper(response)
         try:
-            return response.read(MAX_BODY_BYTES)
+            return unzip(response.read(MAX_BODY_BYTES))
         except TimeoutError:
             raise self._silence(MIDDLE) from None
         except (OSError, HTTPException, *MALFORMED) as error:
@@ -284,8 +205,9 @@ class Connection:
         """The answer's bytes as they come. The caller has to `renew` after useful ones.
 
         Raises:
-            BrokenError: the server's time is over, or the connection was lost.
+            BrokenError: the server's time is over, the connection was lost, or it sends what cannot be read.
         """
+        unzip = _unzipper(response)
         left = math.inf if response.length is None else response.length  # Python 3.11.6 does not count it down
         while left > 0:
             try:
@@ -301,7 +223,8 @@ class Connection:
             if not piece:
                 return
             left -= len(piece)
-            yield piece
+            if text := unzip(piece):
+                yield text
 
     def close(self) -> None:
         self._server.forget(self._socket)
@@ -312,30 +235,46 @@ class Connection:
 
     def _refusal(self, response: HTTPResponse) -> RefusedError:
         try:
-            data = response.read(MAX_REASON_BYTES)
-        except (OSError, HTTPException, *MALFORMED):
+            data = _unzipper(response)(response.read(MAX_REASON_BYTES))
+        except (OSError, HTTPException, BrokenError, *MALFORMED):
             data = b""
         text = data.decode(errors="replace") if len(data) < MAX_REASON_BYTES else ""
         message = error_message(text, self._server.without_key)
         return RefusedError(response.status, message, _retry_after_s(response.getheader("Retry-After")))
 
 
-def error_message(text: str, without_key: Callable[[str], str]) -> str:
-    """The message of an error's body in one line: that in its JSON if it has the usual form, else all of it."""
-    try:
-        found: Any = json.loads(text)
-        for key in ("error", "message", "detail"):
-            if isinstance(found, Mapping) and key in found:
-                found = found[key]
-        shown = found if isinstance(found, str) else json.dumps(found)
-    except MALFORMED:
-        shown = text
-    return one_line(without_key(shown))  # shortened last, so that no part of a key is left
+def encoding_of(response: HTTPResponse) -> str:
+    """How the body is compressed, in lower case; empty where it is not."""
+    encoding = (response.getheader("Content-Encoding") or "").strip().lower()
+    return "" if encoding == "identity" else encoding
 
 
-def one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= MAX_MESSAGE_CHARS else line[: MAX_MESSAGE_CHARS - 3] + "..."
+def _unzipper(response: HTTPResponse) -> Callable[[bytes], bytes]:
+    """Makes pieces of a body what they were before the server compressed them.
+
+    Raises:
+        BrokenError: they are compressed in a way that cannot be read, here or by the function that it returns.
+    """
+    encoding = encoding_of(response)
+    if not encoding:
+        return bytes
+    if encoding not in ZIPPED:
+        raise BrokenError(
+            f"the server compresses its answers ({one_line(encoding)}), which was not asked for; switch that off in "
+            "the server, or in the proxy before it"
+        )
+    inflater = zlib.decompressobj(ANY_ZIPPED)
+
+    def unzip(piece: bytes) -> bytes:
+        try:
+            text = inflater.decompress(piece, MAX_BODY_BYTES)
+        except zlib.error:
+            raise BrokenError(f"the server's answer is not {encoding}, as it says") from None
+        if inflater.unconsumed_tail:
+            raise BrokenError("the server's answer is far larger than it comes over the line")
+        return text
+
+    return unzip
 
 
 def _retry_after_s(retry_after: str | None) -> float | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from spdbench_backends.openai.client import MALFORMED, BrokenError
+from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 2**20
@@ -48,7 +48,8 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
     """The data of each event, the same as JSON or `UNREADABLE`, and the event's name.
 
     A line of data is an event at once if it is whole; otherwise it is joined with those up to the next empty line, as
-    the standard has it for all. Not all servers send an empty line after each event.
+    the standard has it for all. Not all servers send an empty line after each event, and some send lines of JSON
+    without the name of a field in front, be it all of them or errors alone.
     """
     name, held, size = b"", list[bytes](), 0
     for number, line in enumerate(lines):
@@ -63,6 +64,10 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
             name, held, size = b"", [], 0
         elif field == b"event":
             name = value.lower()
+        elif line.startswith(b"{") and isinstance(event := parse(line), dict):
+            yield line, event, name
+        elif field == line and is_done(line):
+            yield DONE, UNREADABLE, name
         elif field == b"error" and value:  # llama.cpp's servers of 2025
             yield b'{"error":' + value + b"}", {"error": parse(value)}, name
         elif field == b"data" and value and not value.startswith(b":"):  # a comment is not always sent as one
@@ -85,6 +90,16 @@ def parse(data: bytes) -> Any:
         return json.loads(data.decode(errors="replace"))
     except MALFORMED:
         return UNREADABLE
+
+
+def is_event(line: bytes, *, in_lines: bool) -> bool:
+    """True if the line is a JSON object which is a part of an answer, and not all of it; `in_lines` if the stream says
+    that it comes in lines of JSON."""
+    event = parse(line)
+    choices = event.get("choices") if isinstance(event, dict) else None
+    if not isinstance(choices, list):
+        return in_lines and isinstance(event, dict)
+    return in_lines or any(isinstance(choice, dict) and "delta" in choice for choice in choices)
 
 
 def is_done(data: bytes) -> bool:

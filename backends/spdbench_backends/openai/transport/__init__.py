@@ -1,0 +1,1 @@
+"""HTTP to a server, its errors, and the events of its streams."""
