@@ -153,4 +153,5 @@ def validated(model: type[Model], data: object, prefix: str) -> Model:
         return model.model_validate_json(data) if isinstance(data, str | bytes) else model.model_validate(data)
     except ValidationError as error:
         loc, reason = first_problem(error)
-        raise InputError(f"{prefix}{'.'.join(loc)}: {reason}") from None
+        key = f"{'.'.join(loc)}: " if loc else ""  # a check of several keys at once names them itself
+        raise InputError(f"{prefix}{key}{reason}") from None

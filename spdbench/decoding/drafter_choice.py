@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +71,16 @@ def parse_drafter(text: str) -> DrafterChoice:
             raise InputError(f"--drafter {text}: {kind} needs {SYNTAX}{example}; {error}") from None
     if os.path.exists(typed_path(text)):  # Path.exists raises for names too long to be one
         return DrafterChoice("path", text)
-    hint = did_you_mean(kind, ("auto", "oracle:P", "forced:P", "random"))
-    raise InputError(f"--drafter {text}: no such file or folder{hint}")
+    raise InputError(f"--drafter {text}: no such file or folder{_nearest(text)}")
+
+
+def _nearest(text: str) -> str:
+    """A file or folder next to that path with a name like it, else the word that was meant."""
+    folder, name = os.path.split(typed_path(text))
+    with suppress(OSError, ValueError):
+        if close := difflib.get_close_matches(name, os.listdir(folder or "."), n=1):
+            return f"; did you mean '{os.path.join(os.path.dirname(text), close[0])}'?"
+    return did_you_mean(text.partition(":")[0], ("auto", "oracle:P", "forced:P", "random"))
 
 
 def _synthetic(kind: Literal["oracle", "forced"], text: str, acceptance: str) -> DrafterChoice:

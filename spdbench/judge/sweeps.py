@@ -39,21 +39,27 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class BreakEven:
-    """Where a method's speed-up crosses 1 on an axis: `at`, from where on it pays upwards or downwards. None where it
-    pays at every value, or at none. `series` is the method with its other settings."""
+    """Where a method's speed-up crosses 1 on an axis. `crossings` are all of them by rising value, on the lines between
+    measured points; from each on the method pays or ceases to. `pays_first` says what it does at the lowest value,
+    `measured` are the lowest and the highest one. `series` is the method with its other settings."""
 
     series: str
     axis: str
-    at: float | None
-    pays_above: bool
-    always: bool
+    crossings: tuple[float, ...]
+    pays_first: bool
+    measured: tuple[float, float]
 
     @property
     def words(self) -> str:
-        axis = name_of(self.axis)
-        if self.at is None:
-            return f"{self.series}: {'pays' if self.always else 'does not pay'} at any {axis} measured"
-        return f"{self.series}: pays {'from' if self.pays_above else 'up to'} {axis} {self.at:.3g}"
+        axis, low_high = name_of(self.axis), " to ".join(f"{each:.3g}" for each in dict.fromkeys(self.measured))
+        if not self.crossings:
+            return f"{self.series}: {'always' if self.pays_first else 'never'} pays at {axis} {low_high}"
+        bounds = [f"{each:.3g}" for each in self.crossings]
+        spans = [f"up to {axis} {bounds.pop(0)}"] if self.pays_first else []
+        while bounds:
+            begin, end = bounds.pop(0), bounds.pop(0) if bounds else None
+            spans.append(f"from {axis} {begin}" + (f" to {end}" if end else ""))
+        return f"{self.series}: pays {' and '.join(spans)} (measured: {low_high})"
 
 
 def name_of(axis: str) -> str:
@@ -76,12 +82,16 @@ def numeric_axis(rows: Sequence[SweepRow]) -> str | None:
 def series_of(row: SweepRow, rows: Sequence[SweepRow], axis: str) -> str:
     """What a row is apart from its value on `axis`."""
     others = [f"{name_of(name)}={row.text(name)}" for name in axes_of(rows) if name != axis]
-    return ", ".join([row.row.label, *others])
+    kinds = {each.text(axis).rpartition(":")[0] for each in rows}  # `oracle` of `oracle:0.6`
+    kind = [row.text(axis).rpartition(":")[0]] if len(kinds) > 1 else []
+    return ", ".join([row.row.label, *kind, *others])
 
 
 def best_of(rows: Sequence[SweepRow]) -> SweepRow | None:
-    """The row with the highest speed-up."""
-    return max((row for row in rows if row.speedup is not None), key=lambda row: row.speedup or 0.0, default=None)
+    """The row with the highest speed-up; a disqualified one only if all are."""
+    known = [row for row in rows if row.speedup is not None]
+    fair = [row for row in known if not row.row.disqualified]
+    return max(fair or known, key=lambda row: row.speedup or 0.0, default=None)
 
 
 def frontier_of(rows: Sequence[SweepRow]) -> list[SweepRow]:
@@ -98,7 +108,8 @@ def costs_of(row: SweepRow) -> tuple[float | None, float | None]:
 
 
 def break_evens(rows: Sequence[SweepRow], axis: str) -> list[BreakEven]:
-    """For each method with its other settings where its speed-up first crosses 1, on the line between two points."""
+    """For each method with its other settings where its speed-up crosses 1, on the lines between points. A speed-up of
+    exactly 1 does not pay."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         at = row.number(axis)
@@ -108,7 +119,9 @@ def break_evens(rows: Sequence[SweepRow], axis: str) -> list[BreakEven]:
 
 
 def _break_even(series: str, axis: str, curve: Sequence[tuple[float, float]]) -> BreakEven:
-    for (left, low), (right, high) in pairwise(curve):
-        if (low < 1) != (high < 1):
-            return BreakEven(series, axis, left + (right - left) * (1 - low) / (high - low), high >= 1, always=False)
-    return BreakEven(series, axis, None, pays_above=False, always=curve[0][1] >= 1)
+    crossings = tuple(
+        left + (right - left) * (1 - low) / (high - low)
+        for (left, low), (right, high) in pairwise(curve)
+        if (low > 1) != (high > 1)
+    )
+    return BreakEven(series, axis, crossings, curve[0][1] > 1, (curve[0][0], curve[-1][0]))

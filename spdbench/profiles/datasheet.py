@@ -2,8 +2,10 @@
 
     seconds = max(bytes / (0.8 x bandwidth), 2 x parameters x rows / (0.6 x flops)) + launches x 2 us
 
-`bytes` are the weights that the part reads, and for a layer its keys and values of `context` tokens. A layer takes one
-launch (its kernels are replayed from a graph), as do the head and a draft's level. A message takes the link's latency
+`bytes` are the weights that the part reads, for a layer with its keys and values of `context` tokens, for a draft with
+the rows of the target's head that the drafter borrows. Weights count in the target's dtype, also those that lie in 8
+bits in a drafter's file. A layer takes one launch (its kernels are replayed from a graph), as do the head and a draft's
+level. A message takes the link's latency
 and bytes / (0.8 x its bandwidth). Source of the form: S. Williams, A. Waterman, D. Patterson, "Roofline" (CACM 2009).
 The efficiencies are what well-made kernels reach at batch 1; the launch is what a node of a CUDA graph takes.
 
@@ -20,7 +22,7 @@ from spdbench.profiles.profile import make_key
 BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_S = 0.8, 0.6, 2e-6
 CONTEXTS = (128, 1024, 4096)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-MESSAGE_BYTES = (64, 2**20)
+MESSAGE_ROWS = (1, 64)
 VERIFY_S, HOST_S = 20e-6, 20e-6
 """A verdict is an id's way to the host and its comparison there; the host's share is Python between two launches."""
 
@@ -52,22 +54,26 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model, in bytes: one layer's weights, the head's, and a layer's keys and values of one token."""
+    """Of a model, in bytes: one layer's weights, the head's, a layer's keys and values of one token, and a row of
+    hidden states."""
 
     layer: float
     head: float
     kv: float
+    row: int
     itemsize: int
 
 
 @dataclass(frozen=True)
 class DrafterSize:
-    """A drafter's weights in bytes that one draft (of one level, in trees) reads, with the fields of its key."""
+    """The weights in bytes that one draft (of one level, in trees) reads, a borrowed output head among them, with the
+    fields of its key; `once_bytes` are those that a draft reads once for all levels."""
 
     method: str
     sha256: str
     num_bytes: float
     fields: tuple[tuple[str, object], ...] = ()
+    once_bytes: float = 0.0
 
 
 def computed_seconds(device: Datasheet, sizes: Sizes, drafters: tuple[DrafterSize, ...]) -> dict[str, float]:
@@ -88,8 +94,9 @@ def computed_seconds(device: Datasheet, sizes: Sizes, drafters: tuple[DrafterSiz
         for levels in (1, 4) if "tree" in fields else (None,):
             more = {} if levels is None else {"levels": levels}
             key = make_key("draft", method=drafter.method, drafter=drafter.sha256[:12], **fields, **more)
-            found[key] = (levels or 1) * seconds(drafter.num_bytes, 1)
-    for num_bytes in MESSAGE_BYTES:
+            once_s = drafter.once_bytes / (BANDWIDTH_SHARE * device.bandwidth)
+            found[key] = (levels or 1) * seconds(drafter.num_bytes, 1) + once_s
+    for num_bytes in (rows * sizes.row for rows in MESSAGE_ROWS):
         key = make_key("message", bytes=num_bytes)
         found[key] = device.latency_s + num_bytes / (BANDWIDTH_SHARE * device.link)
     return found

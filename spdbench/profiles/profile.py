@@ -7,7 +7,8 @@
     verify, host                  a verdict; a cycle's bookkeeping
     message bytes=64              a message from one process to another
 
-A key is a name and its sorted `field=value` words; a part that a machine cannot measure is absent. Imports no torch.
+A key is a name and its sorted `field=value` words; a part that a machine cannot measure is absent. A backend may keep
+costs under names of its own. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,18 +20,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from spdbench.errors import InputError, validated
+from spdbench.errors import InputError, did_you_mean, short_repr, validated
 from spdbench.input_files import parse_json, read_input
 
-Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False, strict=True)]
 Key = Annotated[str, Field(pattern=r"^[a-z]+( [a-z]+=[^ =]+)*$", max_length=300)]
+FIELDS = {
+    "layer": {"context", "rows"},
+    "head": {"rows"},
+    "message": {"bytes"},
+    "verify": set(),
+    "host": set(),
+}
+"""Parts that a projection reads by all of their fields."""
+NUMBERS = {"context", "rows", "bytes", "levels", "stages"}
+NUMBER = re.compile(r"[1-9][0-9]{0,14}")
+WORK = {"layer", "head", "forward", "draft"}
+"""Parts that take time on any device. A message, a verdict or a host may take none in a what-if."""
+ITEMSIZE = {"float32": 4}
+"""Of dtypes that do not take 2 bytes."""
 
 
 @dataclass(frozen=True)
 class RowCosts:
-    """Seconds of a target forward by number of rows: linear between and beyond those measured."""
+    """Seconds of a target forward by number of rows: linear between and beyond those measured. Beyond them noise must
+    not make a cost negative: more rows never take less than the last ones, and fewer than the first take at least their
+    share of them."""
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
@@ -41,7 +58,9 @@ class RowCosts:
         right = min(max(bisect_left(self.rows, num_rows), 1), len(self.rows) - 1)
         left = right - 1
         slope = (self.seconds[right] - self.seconds[left]) / (self.rows[right] - self.rows[left])
-        return self.seconds[left] + slope * (num_rows - self.rows[left])
+        found = self.seconds[left] + slope * (num_rows - self.rows[left])
+        least = self.seconds[-1] if num_rows > self.rows[-1] else self.seconds[0] * min(1.0, num_rows / self.rows[0])
+        return max(found, least) if not self.rows[0] <= num_rows <= self.rows[-1] else found
 
 
 class ModelShape(BaseModel):
@@ -70,6 +89,25 @@ class Profile(BaseModel):
     model: ModelShape
     seconds: dict[Key, Seconds] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _check_costs(self) -> Profile:
+        for key, seconds in self.seconds.items():
+            _require_fields(key)
+            if not seconds and parse_key(key)[0] in WORK:
+                raise ValueError(f"seconds.{key}: has to be above 0")
+        sizes = [int(parse_key(key)[1]["bytes"]) for key in self.seconds if key.startswith("message ")]
+        if sizes and self.row_bytes not in sizes:
+            raise ValueError(
+                f"model.hidden_size: a row of {self.model.hidden_size} numbers in {self.model.dtype} takes "
+                f"{self.row_bytes} bytes, but messages are of {', '.join(map(str, sorted(sizes)))} bytes"
+            )
+        return self
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one hidden state."""
+        return self.model.hidden_size * ITEMSIZE.get(self.model.dtype, 2)
+
     def costs(self, name: str, by: str = "rows", **same: object) -> RowCosts | None:
         """Seconds of `name` by the numbers of its field `by`, the other fields being `same`; None without any."""
         found = {}
@@ -87,6 +125,15 @@ class Profile(BaseModel):
         if not at:
             return None
         return RowCosts(tuple(each for each, _ in at), tuple(seconds for _, seconds in at))(context)
+
+    def attention_s(self, rows: float, context: float) -> float:
+        """The part of `layer_s` that grows with the context: keys and values of `context` tokens; 0 where one context
+        was measured."""
+        contexts = sorted({int(parse_key(key)[1]["context"]) for key in self.seconds if key.startswith("layer ")})
+        if len(contexts) < 2:
+            return 0.0
+        ends = [self.layer_s(rows, each) or 0.0 for each in (contexts[0], contexts[-1])]
+        return max(0.0, context * (ends[1] - ends[0]) / (contexts[-1] - contexts[0]))
 
     def head_s(self, rows: float) -> float | None:
         costs = self.costs("head")
@@ -109,6 +156,23 @@ def parse_key(key: str) -> tuple[str, dict[str, str]]:
     """The name in a key, and its fields."""
     name, *words = key.split(" ")
     return name, dict(word.split("=", 1) for word in words)
+
+
+def _require_fields(key: str) -> None:
+    """Raises `ValueError` for a key without the fields of its part, with others, or with no whole number in one."""
+    name, fields = parse_key(key)
+    known = FIELDS.get(name)
+    if known is not None and (wrong := sorted(fields.keys() - known)):
+        raise ValueError(f"seconds.{key}: unknown field {wrong[0]}{did_you_mean(wrong[0], known)}")
+    if missing := sorted((known or set()) - fields.keys()):
+        raise ValueError(f"seconds.{key}: field {missing[0]} is missing")
+    if name == "draft" and not fields.keys() & {"stages", "levels"}:
+        raise ValueError(f"seconds.{key}: field stages (of a pipeline) or levels (of a tree) is missing")
+    for field in sorted(NUMBERS & fields.keys()):
+        if not NUMBER.fullmatch(fields[field]):
+            raise ValueError(f"seconds.{key}: {field} is {short_repr(fields[field])}, no whole number above 0")
+    if not re.fullmatch("[0-9]{1,9}", fields.get("threads", "0")):
+        raise ValueError(f"seconds.{key}: threads is {short_repr(fields['threads'])}, no whole number")
 
 
 def _words(fields: dict[str, object]) -> dict[str, str]:

@@ -11,8 +11,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from spdbench.console import counted
 from spdbench.judge.metrics.bubble import LaneTime
-from spdbench.judge.projection.opponents import Load, Opponent, frontier
+from spdbench.judge.projection.opponents import BreakEven, Load, Opponent, frontier
 from spdbench.judge.projection.project import PipelineRow, Projection
 from spdbench.render.columns import EMPTY, bullet, capture, harmless, plain_grid
 
@@ -46,9 +47,23 @@ def sentences(projection: Projection) -> list[str]:
     return [*map(_breakeven, projection.breakevens), *projection.notes]
 
 
-def _breakeven(pair: tuple[str, str, int]) -> str:
-    label, rival, most = pair
-    return f"{label}: faster than {rival} " + (f"up to {most} requests at once" if most else "at no number of requests")
+def _breakeven(found: BreakEven) -> str:
+    """Always, never, up to a number of requests, or at those that are named."""
+    at, others = found.faster_at, [num for num in found.requests if num not in found.faster_at]
+    span = f"{found.requests[0]} to {counted(found.requests[-1], 'request')} at once"
+    if not at or not others:
+        return f"{found.label}: {'always' if at else 'never'} faster than {found.rival} ({span})"
+    if at[-1] == found.up_to:
+        where = f"up to {counted(at[-1], 'request')} at once (of {span})"
+    else:
+        where = f"at {_listed(at)} requests at once, not at {_listed(others)}"
+    return f"{found.label}: faster than {found.rival} {where}"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """`1`, or `1, 2 and 4`."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def verdict(projection: Projection) -> str:
@@ -182,7 +197,8 @@ def to_json(projection: Projection) -> str:
         "pipelines": [_pipeline_record(row) for row in projection.pipelines],
         "opponents": [_opponent_record(row, projection) for row in projection.opponents],
         "faster_up_to": [
-            {"label": label, "than": rival, "requests": most} for label, rival, most in projection.breakevens
+            {"label": each.label, "than": each.rival, "requests": each.up_to, "faster_at": each.faster_at}
+            for each in projection.breakevens
         ],
         "loads": _load_records(projection.loads),
         "notes": list(projection.notes),

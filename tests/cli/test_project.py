@@ -17,11 +17,14 @@ from spdbench.cli.project import project as project_command
 from spdbench.errors import InputError
 from spdbench.judge.loaded import load
 from spdbench.judge.projection.costs import ProfileCosts
+from spdbench.judge.projection.opponents import BreakEven
 from spdbench.judge.projection.recorded import sort_results
 from spdbench.models.partition import split_evenly
 from spdbench.models.target import Target
+from spdbench.profiles.datasheet import BANDWIDTH_SHARE, DEVICES, LAUNCH_S
 from spdbench.profiles.profile import Profile, parse_key, read_profile
-from spdbench_backends.drafter_files.folder import write_folder
+from spdbench.render.projection import _breakeven
+from spdbench_backends.drafter_files.folder import store_again, write_folder
 from spdbench_backends.eagle.build import random_eagle
 from spdbench_backends.eagle.formats import write_eagle
 from spdbench_backends.medusa.drafter import random_medusa
@@ -119,7 +122,19 @@ def test_loads_are_shown_with_what_nothing_beats_and_where_speculation_stops_pay
     text = invoke(files, "--stages", "3", "--profile", profile, "--concurrency", "8").stdout
     assert "several requests at once" in text
     assert "eagle *" in text
-    assert "- eagle: faster than vanilla " in text
+    assert "- eagle: always faster than vanilla (1 to 8 requests at once)" in " ".join(text.split())
+
+
+def test_where_speculation_pays_is_said_whole() -> None:
+    said = {
+        (True, True, True): "always faster than b (1 to 4 requests at once)",
+        (False, False, False): "never faster than b (1 to 4 requests at once)",
+        (True, True, False): "faster than b up to 2 requests at once (of 1 to 4 requests at once)",
+        (True, False, True): "faster than b at 1 and 4 requests at once, not at 2",
+        (False, True, True): "faster than b at 2 and 4 requests at once, not at 1",
+    }
+    for faster, words in said.items():
+        assert _breakeven(BreakEven("a", "b", (1, 2, 4), faster)) == f"a: {words}"
 
 
 def test_balanced_stages_leave_room_for_the_head(files: Path) -> None:
@@ -200,7 +215,12 @@ def test_bad_input_has_one_message(files: Path, words: tuple[str, ...], why: str
 
 @pytest.mark.parametrize(
     ("change", "why"),
-    [({"num_layers": 12}, "layers 12"), ({"dtype": "bfloat16"}, "dtype bfloat16"), ({"sha256": "x" * 64}, "weights")],
+    [
+        ({"num_layers": 12}, "layers 12"),
+        ({"dtype": "bfloat16", "hidden_size": 1152}, "dtype bfloat16"),
+        ({"sha256": "x" * 64}, "weights"),
+        ({"hidden_size": 64}, "model.hidden_size: a row of 64 numbers in float32 takes 256 bytes"),
+    ],
 )
 def test_a_profile_of_another_model_is_refused(files: Path, tmp_path: Path, change: dict[str, Any], why: str) -> None:
     shape = make_profile().model
@@ -284,6 +304,35 @@ def test_a_datasheet_gives_a_computed_profile(tiny_model: Path) -> None:
     assert layers[0] is not None
     assert layers[1] is not None
     assert layers[0] < layers[1]
+
+
+def test_a_computed_draft_reads_the_borrowed_head_and_matrices_as_they_are_computed_with(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, folder = tiny.load(tiny_model), tmp_path / "drafters"
+    install_drafters(target, folder)
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(folder))
+    words = ("-m", tiny_model, "--dtype", "bfloat16", "--from", "l4")
+
+    def drafts() -> dict[tuple[str, str], float]:
+        """By method and levels."""
+        found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
+        by_key = {key: parse_key(key) for key in found.seconds}
+        assert not any(fields.get("drafter") == "assumed" for _, fields in by_key.values())
+        return {
+            (fields["method"], fields.get("levels", "")): found.seconds[key]
+            for key, (name, fields) in by_key.items()
+            if name == "draft"
+        }
+
+    plain = drafts()
+    for name in ("eagle", "medusa", "spd", "ppsd"):
+        before = (folder / name / "model.safetensors").stat().st_size
+        store_again(folder / name, "int8")
+        assert (folder / name / "model.safetensors").stat().st_size < before
+    assert drafts() == pytest.approx(plain)
+    head = 2 * target.config.vocab_size * target.config.hidden_size
+    assert plain["ppsd", ""] > head / (BANDWIDTH_SHARE * DEVICES["l4"].bandwidth) + LAUNCH_S
 
 
 def test_an_unknown_datasheet_names_those_that_are_known(tiny_model: Path) -> None:

@@ -85,7 +85,9 @@ def test_best_prints_options_with_which_run_does_the_same(
     assert said.code == 0, said.err
     table = tomllib.loads(said.out)["run"]
     assert (table["o"], table["drafter"]) == (["spd.executor=inline", "spd.stages=2"], ["oracle:0.9"])
-    assert "disqualified, as all are: " in said.out  # synthetic drafters
+    assert "# disqualified, as all are: synthetic_drafter\n" in said.out
+    assert "# warnings: " in said.out
+    assert "few_prompts" in said.out.partition("# warnings: ")[2].partition("\n")[0]
     (line,) = [line for line in said.out.splitlines() if "sets the options of: " in line]
     program, *words = shlex.split(line.partition("sets the options of: ")[2])
     assert program == "spdbench"
@@ -157,6 +159,13 @@ def test_one_point_fails_and_the_others_go_on(sweep: dict[str, Any], tmp_path: P
         ({"points": [{"options": 3}]}, "points.0: options: has to be a mapping"),
         ({"grid": {"seed": [1, 1]}}, "a point is there twice: {'seed': 1}"),
         ({"name": "a/b"}, "name: 'a/b' has to be"),
+        ({"name": ".."}, "name: '..' has to be"),
+        ({"grid": {"drafters": ["oracle:2"]}}, "grid: drafters: --drafter oracle:2: "),
+        (
+            {"grid": {"drafters": ["oracel:0.5"]}},
+            "--drafter oracel:0.5: no such file or folder; did you mean 'oracle:P'?",
+        ),
+        ({"grid": {"drafters": [["spd=no/head"]]}}, "grid: drafters: --drafter no/head: no such file or folder"),
         ({"grid": {"seed": list(range(200)), "limit": list(range(1, 100))}}, "19,800 points; 10,000 are possible"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +18,8 @@ from spdbench.profiles.datasheet import DEVICES
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
-    from spdbench.profiles.datasheet import DrafterSize
     from spdbench.profiles.profile import Profile
 
-TREE_METHODS = {"eagle": "eagle3", "medusa": "medusa"}
-"""Backends that choose trees by cost -> the method of their drafters."""
-PIPELINE_METHODS = {"spd": "spd", "ppsd": "ppsd"}
 MS = 1e3
 
 
@@ -80,6 +75,8 @@ def _measured(target: Target, devices: tuple[str, ...], threads: int) -> Profile
 
 def _drafting_backends(target: Target) -> Iterator[tuple[str, dict[str, str]]]:
     """Backends whose drafters have costs, with their options: each pipelined one with every number of stages."""
+    from spdbench.cli.project.drafter_sizes import PIPELINE_METHODS, TREE_METHODS
+
     for name in TREE_METHODS:
         yield name, {}
     for name in PIPELINE_METHODS:
@@ -109,6 +106,7 @@ def _measure_drafter(
 def _computed(target: Target, name: str) -> Profile:
     from datetime import UTC, datetime
 
+    from spdbench.cli.project.drafter_sizes import drafter_sizes
     from spdbench.profiles.datasheet import DEVICES, Sizes, computed_seconds
     from spdbench.profiles.profile import ModelShape, Profile
 
@@ -117,7 +115,11 @@ def _computed(target: Target, name: str) -> Profile:
     ends = head if getattr(config, "tied", True) else 2 * head
     kv_width = 2 * getattr(config, "num_kv_heads", 0) * getattr(config, "head_dim", 0)
     sizes = Sizes(
-        layer=(target.num_bytes - ends) / config.num_layers, head=head, kv=kv_width * itemsize, itemsize=itemsize
+        layer=(target.num_bytes - ends) / config.num_layers,
+        head=head,
+        kv=kv_width * itemsize,
+        row=config.hidden_size * itemsize,
+        itemsize=itemsize,
     )
     device = DEVICES[name]
     return Profile(
@@ -133,31 +135,8 @@ def _computed(target: Target, name: str) -> Profile:
             num_layers=config.num_layers,
             hidden_size=config.hidden_size,
         ),
-        seconds=computed_seconds(device, sizes, tuple(_drafter_sizes(target, sizes.layer + sizes.head))),
+        seconds=computed_seconds(device, sizes, tuple(drafter_sizes(target, sizes))),
     )
-
-
-def _drafter_sizes(target: Target, default: float) -> Iterator[DrafterSize]:
-    """The installed drafters' bytes; `default`, a layer and a head, for a method of which none is installed."""
-    from spdbench.input_files import read_json
-    from spdbench.models.checkpoints.folders import drafter_folders
-    from spdbench.profiles.datasheet import DrafterSize
-
-    found = set()
-    for folder in drafter_folders():
-        for file in sorted(folder.glob("*/config.json")):
-            with suppress(InputError):
-                config = read_json(file)
-                if isinstance(config, dict) and config.get("model_sha256") == target.files.sha256:
-                    method, stages = str(config.get("method")), config.get("num_stages")
-                    num_bytes = sum(os.path.getsize(each) for each in file.parent.glob("*.safetensors"))
-                    fields = (("stages", stages),) if stages else (("tree", "chain"),)
-                    found.add(method)
-                    yield DrafterSize(method, file.parent.name, float(num_bytes), fields)
-    for method in {*TREE_METHODS.values()} - found:
-        yield DrafterSize(method, "assumed", default, (("tree", "chain"),))
-    for method in {*PIPELINE_METHODS.values()} - found:
-        yield DrafterSize(method, "assumed", default, (("stages", 2),))
 
 
 def _summary(profile: Profile) -> str:

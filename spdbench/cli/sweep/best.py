@@ -12,6 +12,7 @@ from spdbench.cli.sweep.points import KEYS, Point, SweepFile
 from spdbench.cli.sweep.progress import point_results
 from spdbench.errors import InputError, did_you_mean
 from spdbench.judge.comparison.compare import Row, compare
+from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.metrics.metrics import DIALECT_METRICS, METRICS
 from spdbench.judge.results.table import PARTS
 
@@ -43,7 +44,7 @@ def require_metric(metric: str) -> None:
 
 def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: Path) -> str:
     """The options of the point with the best value, as an `spdbench.toml`. A label that is disqualified, such as one
-    with a synthetic drafter, counts only if all are.
+    with a synthetic drafter, counts only if all are. Flags that only warn are named, and do not count.
 
     Raises:
         InputError: no point has this metric.
@@ -53,13 +54,20 @@ def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: 
         raise InputError(f"--best {metric}: no finished point has this metric")
     fair = [each for each in found if not each[1].disqualified]
     value, row, point = (min if lower_is_better(metric) else max)(fair or found, key=lambda each: each[0])
-    note = "" if fair else f"# disqualified, as all are: {', '.join(flag.name for flag in row.flags)}\n"
+    note = "" if fair else _comment("disqualified, as all are", row, disqualifying=True)
+    note += _comment("warnings", row, disqualifying=False)
     table, words = run_table(point.name, merged(point.name, file.fixed, point.settings, KEYS))
     command = shlex.join(["spdbench", "run", *words])
     return (
         f"# best {metric} of {len(points)} points: {value:.4g}, {row.label} of {point.name}\n"
         f"{note}# as spdbench.toml it sets the options of: {command}\n{table}"
     )
+
+
+def _comment(what: str, row: Row, *, disqualifying: bool) -> str:
+    """A line that names the flags of `row` which disqualify it, or the others; nothing where it has none."""
+    names = [flag.name for flag in row.flags if (flag.name in DISQUALIFYING) == disqualifying]
+    return f"# {what}: {', '.join(names)}\n" if names else ""
 
 
 def point_rows(point: Point, folder: Path) -> Iterator[Row]:

@@ -10,7 +10,7 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from spdbench.cli.main import COMMANDS
 from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels
 from spdbench.cli.run.command import DEFAULT_BACKENDS, RunOptions, command
 from spdbench.cli.run.settings import SETTINGS, Settings, merged, parse_words, run_words
+from spdbench.decoding.drafter_choice import parse_drafter
 from spdbench.errors import InputError, did_you_mean, first_problem
 from spdbench.input_files import parse_yaml, read_input
 from spdbench.prompts.suite import load_suite
@@ -89,8 +90,11 @@ def read_sweep(path: Path) -> tuple[SweepFile, list[Point]]:
         loc, reason = first_problem(error)
         hint = did_you_mean(loc[0], SweepFile.model_fields) if error.errors()[0]["type"] == "extra_forbidden" else ""
         raise InputError(f"{path}: {'.'.join(loc)}: {'unknown key' + hint if hint else reason}") from None
-    if not LABEL.fullmatch(file.name):
-        raise InputError(f"{path}: name: {file.name!r} has to be letters, digits and .+- with single _ between")
+    if not LABEL.fullmatch(file.name) or file.name.startswith("."):
+        raise InputError(
+            f"{path}: name: {file.name!r} has to be letters, digits and .+- with single _ between, and no dot first: "
+            "it names the folder of the results"
+        )
     reader = _Reader(file.fixed, file_options(command, "run", COMMANDS))
     points = [reader.point(f"{path}: {where}", own) for where, own in _combinations(path, file)]
     repeated = [point for index, point in enumerate(points) if point.name in {p.name for p in points[:index]}]
@@ -132,7 +136,7 @@ class _Reader:
             options = parse_words(words, self._defaults)
             labels = parse_labels(options.backends or DEFAULT_BACKENDS)
             given = parse_backend_options(options.options, list(labels))
-            parse_drafters(options.drafters, list(labels))
+            _check_drafters(options.drafters, labels)
             for label, name in labels.items():
                 cls = find_backend(name)
                 parse_options(label, cls.Options, given[label])
@@ -155,6 +159,15 @@ class _Reader:
             suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
             self._suites[key] = suite.name, suite.sha256
         return self._suites[key]
+
+
+def _check_drafters(words: Sequence[str], labels: Mapping[str, str]) -> None:
+    """Raises `InputError` for a drafter that no run could use: no acceptance, no such folder."""
+    for what in dict.fromkeys(parse_drafters(words, list(labels)).values()):
+        try:
+            parse_drafter(what)
+        except InputError as error:
+            raise InputError(f"drafters: {error}") from None
 
 
 def _last(key: str) -> str:

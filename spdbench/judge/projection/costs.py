@@ -38,12 +38,13 @@ class Costs(Protocol):
     def notes(self) -> Sequence[str]:
         """What limits these numbers."""
 
-    def layer_s(self, rows: float) -> float | None: ...
+    def layer_s(self, rows: float, requests: int = 1) -> float | None:
+        """Of `rows` rows in all, which belong to so many requests: each reads its own keys and values."""
 
     def head_s(self, rows: float) -> float | None: ...
 
-    def growth(self, rows: float) -> float:
-        """How much longer a forward of `rows` rows takes than one of a single row."""
+    def growth(self, rows: float, requests: int = 1) -> float:
+        """How much longer a forward of `rows` rows of so many requests takes than one of a single row."""
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None: ...
 
@@ -124,7 +125,7 @@ class RecordedCosts:
                 return max(0.0, 1 - layer * sum(layers) / sum(lane_bytes))
         refuse("how much of a token's time is the output head's", self.recorded.remeasure())
 
-    def layer_s(self, rows: float) -> float | None:
+    def layer_s(self, rows: float, requests: int = 1) -> float | None:  # noqa: ARG002 - of one row there is one
         if rows != 1:
             return None
         return self._token_s() * (1 - self._head_share()) / self.recorded.num_layers
@@ -132,7 +133,7 @@ class RecordedCosts:
     def head_s(self, rows: float) -> float | None:
         return self._token_s() * self._head_share() if rows == 1 else None
 
-    def growth(self, rows: float) -> float:
+    def growth(self, rows: float, requests: int = 1) -> float:  # noqa: ARG002 - no result has several
         """On the line from vanilla's token to the rounds of a method that verifies several rows; 1 without one."""
         known = self._rounds_s
         if rows <= 1 or not known:
@@ -192,20 +193,34 @@ class ProfileCosts:
 
     @property
     def notes(self) -> Sequence[str]:
+        found = []
         if self.profile.origin == "computed":
-            return ["the profile is computed from a datasheet: a bound with two efficiencies, no measurement"]
-        return []
+            found.append("the profile is computed from a datasheet: a bound with two efficiencies, no measurement")
+        if len({parse_key(key)[1]["context"] for key in self.profile.seconds if key.startswith("layer ")}) == 1:
+            found.append(
+                "the profile has layers behind one length of context alone, so that the keys and values of a longer "
+                "one, and of further requests at once, are taken as free"
+            )
+        return found
 
-    def layer_s(self, rows: float) -> float | None:
-        return self.profile.layer_s(rows, self.recorded.context)
+    def layer_s(self, rows: float, requests: int = 1) -> float | None:
+        """The profile's rows are behind one context, whose keys and values they share. Of several requests each reads
+        those of its own rows: so often the part that grows with the context is added, less what the profile's rows
+        together already take for it."""
+        context, profile = self.recorded.context, self.profile
+        shared = profile.layer_s(rows, context)
+        if shared is None or requests == 1:
+            return shared
+        own_s = requests * profile.attention_s(rows / requests, context)
+        return shared + max(0.0, own_s - profile.attention_s(rows, context))
 
     def head_s(self, rows: float) -> float | None:
         return self.profile.head_s(rows)
 
-    def growth(self, rows: float) -> float:
+    def growth(self, rows: float, requests: int = 1) -> float:
         layers, times = self.recorded.num_layers, []
-        for each in (1.0, rows):
-            layer, head = self.layer_s(each), self.head_s(each)
+        for each, num in ((1.0, 1), (rows, requests)):
+            layer, head = self.layer_s(each, num), self.head_s(each)
             if layer is None or head is None:
                 return 1.0
             times.append(layers * layer + head)
@@ -260,8 +275,7 @@ class ProfileCosts:
         return self.host_s()
 
     def message_s(self, rows: float) -> float | None:
-        itemsize = 4 if self.profile.model.dtype == "float32" else 2
-        return self.profile.message_s(rows * self.profile.model.hidden_size * itemsize)
+        return self.profile.message_s(rows * self.profile.row_bytes)
 
     def start_s(self, result: LoadedResult) -> float:
         """What the results recorded, on a device like this one; a measured profile is of the machine of the results

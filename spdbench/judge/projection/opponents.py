@@ -2,14 +2,17 @@
 n, drafting and verifying on one; for one request, and for 1 to N at once.
 
 With c requests at once a forward has c times the rows, and so does a drafter, whose time grows as a forward's does.
-Every request advances in each step (continuous batching); attention reads each request's own keys and values.
+Every request advances in each step (continuous batching). Weights are read once for all; keys and values are each
+request's own, as long as the mean context of the recorded runs, and take their time once for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import ceil, log2
+from operator import itemgetter
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.stats import Interval, ratio_interval
 from spdbench.judge.projection.costs import Costs
 from spdbench.judge.projection.recorded import Recorded, rounds_of
+from spdbench.judge.projection.sources import labels
 from spdbench.judge.results.table import COLUMN
 
 ALL_REDUCES = 2
@@ -51,23 +55,23 @@ class Load:
         return self.requests / self.token_s
 
 
-def forward_s(costs: Costs, num_layers: int, rows: float) -> float | None:
-    """Seconds of a forward of `rows` rows on one device, head included."""
-    layer, head = costs.layer_s(rows), costs.head_s(rows)
+def forward_s(costs: Costs, num_layers: int, rows: float, requests: int = 1) -> float | None:
+    """Seconds of a forward of `rows` rows in all, of so many requests, on one device, head included."""
+    layer, head = costs.layer_s(rows, requests), costs.head_s(rows)
     return None if layer is None or head is None else num_layers * layer + head
 
 
-def token_s(costs: Costs, num_layers: int, rows: float = 1) -> float | None:
-    """Seconds of a token of plain decoding on one device, for each of `rows` requests at once."""
-    found = forward_s(costs, num_layers, rows)
+def token_s(costs: Costs, num_layers: int, requests: int = 1) -> float | None:
+    """Seconds of a token of plain decoding on one device, for each of so many requests at once."""
+    found = forward_s(costs, num_layers, requests, requests)
     return None if found is None else found + costs.own_host_s()
 
 
-def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, rows: float = 1) -> float | None:
-    """Seconds of a token on `devices` devices that share every product. An all-reduce takes ceil(log2 n) messages
-    (recursive doubling: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective Communication Operations in
-    MPICH", 2005)."""
-    alone, message_s = forward_s(costs, num_layers, rows), costs.message_s(rows)
+def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, requests: int = 1) -> float | None:
+    """Seconds of a token on `devices` devices that share every product, and keys and values by heads. An all-reduce
+    takes ceil(log2 n) messages (recursive doubling: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of Collective
+    Communication Operations in MPICH", 2005)."""
+    alone, message_s = forward_s(costs, num_layers, requests, requests), costs.message_s(requests)
     if alone is None or message_s is None:
         return None
     all_reduce_s = ceil(log2(devices)) * message_s
@@ -76,7 +80,7 @@ def tensor_parallel_s(costs: Costs, num_layers: int, devices: int, rows: float =
 
 def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) -> list[Opponent]:
     """All opponents with one request under way."""
-    layers, found = recorded.num_layers, []
+    layers, found, names = recorded.num_layers, [], labels(recorded.all)
     alone = token_s(costs, layers)
     if alone is not None:
         found.append(Opponent("vanilla", "autoregressive", 1, 1 / alone))
@@ -85,13 +89,14 @@ def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) 
         if shared is not None and count > 1:
             found.append(Opponent(f"tensor parallel x{count}", "tensor_parallel", count, 1 / shared))
     for result in recorded.rounds:
-        found += [each for each in (_rounds(result, recorded, costs), _best_chain(result, recorded, costs)) if each]
+        as_recorded = _rounds(names[result], result, recorded, costs)
+        found += [each for each in (as_recorded, _best_chain(names[result], result, recorded, costs)) if each]
     return found
 
 
-def _rounds(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
+def _rounds(label: str, result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
     """Draft-verify on one device: its recorded rounds, each as long as a forward of its tree, a draft, a verdict."""
-    backend, runs = result.head.backend, result.runs
+    runs = result.runs
     rounds, keys = rounds_of(result), list(runs.answered)
     sums = runs.sums[[runs.row_of[key] for key in keys]]
     if costs.layer_s(2) is None:  # no cost of several rows: the rounds as they were timed, on the device that ran them
@@ -103,10 +108,10 @@ def _rounds(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent 
         seconds = np.array([rounds[key].num * (time or 0.0) for key, time in zip(keys, times, strict=True)])
     tokens = sums[:, COLUMN["decode_tokens"]]
     rates = np.stack([tokens, seconds], axis=1)
-    return Opponent(backend.label, "draft_verify", 1, float(tokens.sum() / seconds.sum()), ratio_interval(keys, rates))
+    return Opponent(label, "draft_verify", 1, float(tokens.sum() / seconds.sum()), ratio_interval(keys, rates))
 
 
-def _best_chain(result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
+def _best_chain(name: str, result: LoadedResult, recorded: Recorded, costs: Costs) -> Opponent | None:
     """The fastest shorter chain of a method that drafted chains, where one is faster than those it drafted. A round
     with a chain of d drafts accepts as many as the recorded one did, at most d: so rounds are taken to begin where the
     recorded ones did."""
@@ -122,7 +127,7 @@ def _best_chain(result: LoadedResult, recorded: Recorded, costs: Costs) -> Oppon
         tokens = [float(1 + np.minimum(rounds[key].accepted, depth).mean()) * rounds[key].num for key in keys]
         rates = np.array([[each, rounds[key].num * round_s] for each, key in zip(tokens, keys, strict=True)])
         rate = float(rates[:, 0].sum() / rates[:, 1].sum())
-        label = f"{result.label}, chain of {depth}"
+        label = f"{name}, chain of {depth}"
         found.append((rate, depth, Opponent(label, "draft_verify", 1, rate, ratio_interval(keys, rates))))
     best = max(found, key=lambda each: each[0], default=None)
     return None if best is None or best[1] == longest else best[2]
@@ -132,11 +137,11 @@ def _round_s(
     result: LoadedResult, recorded: Recorded, costs: Costs, rows: float, levels: float, requests: int = 1
 ) -> float | None:
     """Seconds of one round of `requests` requests with trees of `rows` nodes each."""
-    forward = forward_s(costs, recorded.num_layers, rows * requests)
+    forward = forward_s(costs, recorded.num_layers, rows * requests, requests)
     draft = costs.round_draft_s(result, levels)
     if forward is None or draft is None:
         return None
-    return forward + draft * costs.growth(requests) + costs.verify_s() + costs.own_host_s()
+    return forward + draft * costs.growth(requests, requests) + costs.verify_s() + costs.own_host_s()
 
 
 def under_load(
@@ -148,7 +153,7 @@ def under_load(
 ) -> list[Load]:
     """All ways to decode with 1, 2, 4, ... `most` requests at once. `pipelines` are labels with their devices and the
     seconds between two tokens of one request by the number of requests whose tokens share each stage."""
-    layers, found = recorded.num_layers, []
+    layers, found, names = recorded.num_layers, [], labels(recorded.all)
     requests, count = [], 1
     while count < most:
         requests.append(count)
@@ -160,7 +165,7 @@ def under_load(
             if devices <= num:  # a replica without a request is none
                 ways.append((f"replicas x{devices}", devices, token_s(costs, layers, ceil(num / devices))))
         for result in recorded.rounds:
-            ways.append((result.label, 1, _token_s_of_rounds(result, recorded, costs, num)))
+            ways.append((names[result], 1, _token_s_of_rounds(result, recorded, costs, num)))
         ways += [(label, devices, seconds(num)) for label, devices, seconds in pipelines]
         found += [Load(label, num, n, each, n * each / num) for label, n, each in ways if each is not None]
     return found
@@ -178,17 +183,33 @@ def _token_s_of_rounds(result: LoadedResult, recorded: Recorded, costs: Costs, r
     return None if round_s is None else float(round_s * total / tokens)
 
 
-def faster_up_to(loads: Sequence[Load], label: str, rival: str) -> int | None:
-    """The most requests at once up to which a token by `label` takes less time than one by `rival`: 0 if it never does;
-    None where both were not computed."""
+@dataclass(frozen=True)
+class BreakEven:
+    """At which numbers of requests at once, of those computed, a token by `label` takes less time than by `rival`."""
+
+    label: str
+    rival: str
+    requests: tuple[int, ...]
+    faster: tuple[bool, ...]
+
+    @property
+    def up_to(self) -> int:
+        """The most requests up to which it is faster without a gap; 0 if it is not with the fewest."""
+        return max(
+            (num for num, _ in takewhile(itemgetter(1), zip(self.requests, self.faster, strict=True))), default=0
+        )
+
+    @property
+    def faster_at(self) -> list[int]:
+        return [num for num, faster in zip(self.requests, self.faster, strict=True) if faster]
+
+
+def break_even(loads: Sequence[Load], label: str, rival: str) -> BreakEven | None:
+    """None where not both were computed."""
     times = {(each.label, each.requests): each.token_s for each in loads}
     shared = sorted(num for name, num in times if name == label and (rival, num) in times)
-    found = None
-    for num in shared:
-        if times[label, num] >= times[rival, num]:
-            return found or 0
-        found = num
-    return found
+    faster = tuple(times[label, num] < times[rival, num] for num in shared)
+    return BreakEven(label, rival, tuple(shared), faster) if shared else None
 
 
 def frontier(loads: Sequence[Load]) -> list[Load]:

@@ -14,10 +14,12 @@ from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.bubble import LaneTime
 from spdbench.judge.metrics.stats import SEED, Interval, ratio_interval
 from spdbench.judge.projection.costs import Costs, refuse
+from spdbench.judge.projection.notes import notes
 from spdbench.judge.projection.opponents import (
+    BreakEven,
     Load,
     Opponent,
-    faster_up_to,
+    break_even,
     one_request,
     token_s,
     under_load,
@@ -32,15 +34,11 @@ from spdbench.judge.projection.simulation import (
     request_seconds,
     stretches,
 )
+from spdbench.judge.projection.sources import replayed
 from spdbench.judge.results.schema import RunKey
-from spdbench.profiles.profile import nearest
 
 LINKS_S = (1e-5, 1e-4, 1e-3)
 """Seconds of a message at which the sensitivity to links is computed."""
-REPLICAS = (
-    "n replicas of what runs on one device take n requests at once, each as fast as there, so its speed-up `a device` "
-    "is theirs too. One request alone leaves all but one idle, so replicas are not listed for it"
-)
 ACCEPTANCE_CHANGES = (-0.1, -0.05, 0.05, 0.1)
 
 
@@ -117,14 +115,13 @@ class Projection:
         return max(self.pipelines, key=lambda row: row.speedup_per_device)
 
     @property
-    def breakevens(self) -> list[tuple[str, str, int]]:
-        """Under load: a speculative way to decode, a plain one, and up to how many requests at once the first is the
-        faster one; 0 if it never is."""
+    def breakevens(self) -> list[BreakEven]:
+        """Under load: speculative ways to decode against plain ones."""
         pairs = [(each.label, "vanilla") for each in self.opponents if each.method == "draft_verify"]
         for row in self.pipelines:
             pairs += [(row.label, "vanilla"), (row.label, f"tensor parallel x{row.devices}")]
-        found = [(label, rival, faster_up_to(self.loads, label, rival)) for label, rival in pairs]
-        return [(label, rival, most) for label, rival, most in found if most is not None]
+        found = [break_even(self.loads, label, rival) for label, rival in dict.fromkeys(pairs)]
+        return [each for each in found if each is not None]
 
     def speedup(self, tokens_per_s: float) -> float:
         return tokens_per_s * self.token_s
@@ -181,9 +178,9 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
         refuse("what a forward of several requests takes", recorded.profile_command())
     rows, by_load = [], []
     for layers in setting.stages:
-        for source in _sources(recorded, len(layers)):
+        for name, source in replayed(recorded, len(layers)):
             parts = make_parts(recorded, costs, source, layers, setting)
-            rows.append(_row(source, layers, parts, alone))
+            rows.append(_row(name, source, layers, parts, alone))
             by_load.append((rows[-1].label, rows[-1].devices, _seconds_a_token(costs, source, parts)))
     counts = sorted({row.devices for row in rows} | {row.num_stages for row in rows})
     loads = under_load(recorded, costs, counts, setting.concurrency, by_load) if setting.concurrency > 1 else []
@@ -193,20 +190,8 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
         pipelines=tuple(rows),
         opponents=tuple(one_request(recorded, costs, counts)),
         loads=tuple(loads),
-        notes=tuple(_notes(rows, costs, setting)),
+        notes=tuple(notes(recorded, rows, costs, setting)),
     )
-
-
-def _sources(recorded: Recorded, wanted: int) -> list[LoadedResult]:
-    """For each pipelined backend the result with the nearest number of stages."""
-    by_name: dict[str, list[LoadedResult]] = {}
-    for result in recorded.pipelines:
-        by_name.setdefault(result.head.backend.name, []).append(result)
-    found = []
-    for results in by_name.values():
-        recorded_stages = [each.head.backend.num_stages for each in results]
-        found.append(results[recorded_stages.index(nearest(recorded_stages, wanted))])
-    return found
 
 
 def make_parts(
@@ -246,14 +231,14 @@ def make_parts(
     )
 
 
-def _row(source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: float) -> PipelineRow:
+def _row(name: str, source: LoadedResult, layers: tuple[int, ...], parts: Parts, alone: float) -> PipelineRow:
     sequences, stretch = verdicts(source, len(layers)), Stretch(parts)
     rate, interval, seconds = replay(stretch, sequences)
     tokens = sum(map(len, sequences.values()))
     cycles = sum(_num_cycles(each, len(layers)) for each in sequences.values())
     layer = parts.stages[0] / layers[0]
     return PipelineRow(
-        label=f"{source.head.backend.name} x{len(layers)}" + ("" if _is_even(layers) else f" ({_shown(layers)})"),
+        label=f"{name} x{len(layers)}" + ("" if _is_even(layers) else f" ({_shown(layers)})"),
         source=source.file,
         recorded_stages=source.head.backend.num_stages,
         layers=layers,
@@ -301,16 +286,22 @@ def _sensitivities(parts: Parts, sequences: dict[RunKey, list[int]], alone: floa
 
 def _seconds_a_token(costs: Costs, source: LoadedResult, parts: Parts) -> Callable[[int], float]:
     """Seconds between two tokens of one request by the number of requests whose tokens share each stage: all parts grow
-    as a forward's rows do. No engine of ours batches requests in a pipeline; this is what one would give."""
+    as a forward's do, a stage as its layers with each request's keys and values, the head by its rows alone. No engine
+    of ours batches requests in a pipeline; this is what one would give."""
     sequences, rows = verdicts(source, parts.num_stages), rows_a_stage(source)
 
+    def ratio(grown: float | None, single: float | None) -> float:
+        return grown / single if grown and single else 1.0
+
     def seconds(requests: int) -> float:
-        growth = costs.growth(rows * requests) / costs.growth(rows)
+        layers = ratio(costs.layer_s(rows * requests, requests), costs.layer_s(rows))
+        growth = costs.growth(rows * requests, requests) / costs.growth(rows)
         grown = replace(
             parts,
-            stages=tuple(each * growth for each in parts.stages),
-            head_s=parts.head_s * growth,
+            stages=tuple(each * layers for each in parts.stages),
+            head_s=parts.head_s * ratio(costs.head_s(rows * requests), costs.head_s(rows)),
             draft_s=parts.draft_s * growth,
+            abort_s=parts.abort_s * layers,
             message_s=costs.message_s(rows * requests) or 0.0,
         )
         return 1 / replay(Stretch(grown), sequences)[0]
@@ -324,19 +315,3 @@ def _is_even(layers: Sequence[int]) -> bool:
 
 def _shown(layers: Sequence[int]) -> str:
     return "/".join(map(str, layers))
-
-
-def _notes(rows: Sequence[PipelineRow], costs: Costs, setting: Setting) -> list[str]:
-    found = [REPLICAS, *costs.notes]
-    if setting.concurrency == 1 and costs.layer_s(2) is not None:
-        found.append(
-            "--concurrency N also shows all ways to decode, replicas among them, under 1 to N requests at once"
-        )
-    if far := [row for row in rows if row.recorded_stages != row.num_stages]:
-        shown = ", ".join(dict.fromkeys(str(row.recorded_stages) for row in far))
-        found.append(
-            f"verdicts of a drafter for {shown} stages stand for "
-            f"{', '.join(dict.fromkeys(row.label for row in far))}: a drafter for these drafts differently. Add a "
-            "result of that many stages to replace them"
-        )
-    return found

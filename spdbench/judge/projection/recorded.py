@@ -26,11 +26,13 @@ REMEASURE = "spdbench run {suite} -b vanilla -b spd -m {model} --dtype {dtype}"
 
 @dataclass(frozen=True)
 class Recorded:
-    """Results of one workload, by kind. `vanilla` is None where there is none; the others may be empty."""
+    """Results of one workload, by kind. `vanilla` is None where there is none; the others may be empty. `unused` are
+    further results of plain decoding."""
 
     vanilla: LoadedResult | None
     pipelines: tuple[LoadedResult, ...]
     rounds: tuple[LoadedResult, ...]
+    unused: tuple[LoadedResult, ...] = ()
 
     @property
     def all(self) -> tuple[LoadedResult, ...]:
@@ -90,7 +92,8 @@ def sort_results(loaded: Sequence[LoadedResult]) -> Recorded:
     }
     plain = [each for each in by_kind["autoregressive"] if each.head.backend.name == "vanilla"]
     vanilla = next(iter([*plain, *by_kind["autoregressive"]]), None)
-    found = Recorded(vanilla, by_kind["pipeline"], by_kind["draft_verify"])
+    others = tuple(each for each in by_kind["autoregressive"] if each is not vanilla)
+    found = Recorded(vanilla, by_kind["pipeline"], by_kind["draft_verify"], others)
     if not found.pipelines:
         raise InputError(
             f"{first.file}: there is no result of a pipeline among these, whose verdicts a projection replays. Measure "

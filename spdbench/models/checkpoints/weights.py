@@ -104,13 +104,14 @@ class Checkpoint:
     def num_parameters(self, without: tuple[str, ...] = ()) -> int:
         """How many numbers all tensors hold, except those whose names begin with one of `without`; read from headers
         alone where the format has them."""
-        total = 0
-        for name, (_, handle) in self._where.items():
-            if name.startswith(without):
-                continue
-            shape = handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape()
-            total += prod(shape)
-        return total
+        return sum(prod(shape) for name, shape in self.shapes().items() if not name.startswith(without))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by its name, read from headers alone where the format has them."""
+        return {
+            name: tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+            for name, (_, handle) in self._where.items()
+        }
 
     def close(self) -> None:
         """Closes the files and frees the memory of their pages. Reading a tensor opens them again."""

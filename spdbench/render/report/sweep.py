@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle, pairwise
 
+from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.judge.sweeps import (
     SweepRow,
@@ -38,7 +39,7 @@ Rows = Sequence[SweepRow]
 def to_html(rows: Rows, name: str, folder: str, sources: Sequence[EmbeddedFile] | None, command: str) -> str:
     """The page of the sweep `name`, whose results lie in `folder`; `command` makes it again."""
     best, axis = best_of(rows), numeric_axis(rows)
-    verdicts = [f"Fastest: {_words(best)}, {best.speedup:.2f}x its baseline." if best else "No point has a speed-up."]
+    verdicts = [_verdict(best) if best else "No point has a speed-up."]
     verdicts += [f"{each.words}." for each in (break_evens(rows, axis) if axis else [])]
     return fill(
         "plain.html",
@@ -51,6 +52,11 @@ def to_html(rows: Rows, name: str, folder: str, sources: Sequence[EmbeddedFile] 
         notes=_notes(rows),
         environment=[("results", folder), ("settings that differ", ", ".join(map(name_of, axes_of(rows))) or EMPTY)],
     )
+
+
+def _verdict(best: SweepRow) -> str:
+    doubt = ", though disqualified, as all are" if best.row.disqualified else ""
+    return f"Fastest: {_words(best)}, {best.speedup:.2f}x its baseline{doubt}."
 
 
 def _numbers(rows: Rows) -> Numbers:
@@ -68,8 +74,11 @@ def _numbers(rows: Rows) -> Numbers:
 
 
 def _notes(rows: Rows) -> list[str]:
-    flags = {flag.name: flag for row in rows for flag in row.row.flags if row.row.disqualified}
-    return [f"{flag.name}: {flag.reason}. {flag.remedy}." for flag in flags.values()]
+    """Every flag once, those that disqualify first."""
+    flags = {flag.name: flag for row in rows for flag in row.row.flags}
+    found = sorted(flags.values(), key=lambda flag: flag.name not in DISQUALIFYING)
+    kind = {True: "disqualifies", False: "warning"}
+    return [f"{flag.name} ({kind[flag.name in DISQUALIFYING]}): {flag.reason}. {flag.remedy}." for flag in found]
 
 
 def _words(row: SweepRow) -> str:
@@ -200,10 +209,16 @@ def _break_even(rows: Rows, palette: Palette) -> list[Panel]:
     ]
     if not records:
         return []
+    found = break_evens(rows, axis)
     crossings: list[Record] = [
-        {"series": harmless(each.series), "at": each.at, "speedup": 1.0, "words": harmless(each.words)}
-        for each in break_evens(rows, axis)
-        if each.at is not None
+        {"series": harmless(each.series), "at": at, "speedup": 1.0, "words": harmless(each.words)}
+        for each in found
+        for at in each.crossings
+    ]
+    without: list[Record] = [
+        {"series": harmless(each.series), "at": None, "speedup": None, "words": harmless(each.words)}
+        for each in found
+        if not each.crossings
     ]
     domain = list(dict.fromkeys(record["series"] for record in records))
     ranges = {"color": palette.series, "shape": SERIES_SHAPES}
@@ -234,12 +249,11 @@ def _break_even(rows: Rows, palette: Palette) -> list[Panel]:
                 "encoding": {"x": x, "y": y, "color": look["color"], "tooltip": [{"field": "words"}]},
             }
         )
-    return [Panel(spec(records, *layers, height=320), records + crossings)]
+    return [Panel(spec(records, *layers, height=320), records + crossings + without)]
 
 
 def _describe_break_even(records: Sequence[Record]) -> str:
-    words = [each["words"] for each in records if "words" in each]
-    return listing(words) if words else "No speed-up crosses 1."
+    return listing(list(dict.fromkeys(each["words"] for each in records if "words" in each)))
 
 
 CHARTS: dict[str, Chart[Rows]] = {
@@ -267,7 +281,7 @@ CHARTS: dict[str, Chart[Rows]] = {
             "break-even",
             "Where it pays",
             "A line is a method with its other settings. Above the dashed line it is faster than its baseline; a ring "
-            "is where it crosses, on the line between two points.",
+            "is where it crosses, on the line between two points. It may cross more than once.",
             "No setting is a number in all points, or no point has a speed-up.",
             _break_even,
             _describe_break_even,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
+from dataclasses import replace
 
 from spdbench.judge.comparison.compare import Row, compare
 from spdbench.judge.loaded import load
@@ -30,3 +32,12 @@ def row(stages: int, drafter: str) -> Row:
 
 def swept(stages: Sequence[int] = (2, 3), drafters: Sequence[str] = tuple(ACCEPTED)) -> list[SweepRow]:
     return [SweepRow({STAGES: each, DRAFTERS: drafter}, row(each, drafter)) for each in stages for drafter in drafters]
+
+
+def with_speedups(speedups: Sequence[float]) -> list[SweepRow]:
+    """One method at n = 1, 2, ..."""
+    like = row(2, "oracle:0.9")
+    return [
+        SweepRow({"n": at}, replace(like, metrics=ChainMap({"speedup": speedup}, dict(like.metrics))))
+        for at, speedup in enumerate(speedups, 1)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.projection.costs import ProfileCosts, RecordedCosts
-from spdbench.judge.projection.opponents import Load, faster_up_to, frontier, tensor_parallel_s, token_s, under_load
+from spdbench.judge.projection.opponents import Load, break_even, frontier, tensor_parallel_s, token_s, under_load
 from spdbench.judge.projection.project import Setting, even_layers, make_parts, parse_stages, project
 from spdbench.judge.projection.recorded import (
     Recorded,
@@ -25,9 +26,12 @@ from spdbench.judge.projection.recorded import (
     with_acceptance,
 )
 from spdbench.judge.results.lanes import FullCycles, PartTime, PartTimes
+from spdbench.judge.results.schema import Result
+from spdbench.profiles.profile import Profile
 from tests.builders import (
     MS,
     ORACLE,
+    RANDOM,
     chunk_steps,
     make_backend,
     make_result,
@@ -66,6 +70,17 @@ def medusa() -> LoadedResult:
 
 def setting(*stages: int, **more: Any) -> Setting:
     return Setting(tuple(tuple(even_layers(30, count)) for count in stages), own_drafter=True, **more)
+
+
+def with_failed(result: Result) -> Result:
+    """With one request more, which failed."""
+    failed = result.runs[0].model_copy(update={"prompt_id": "p9", "finish_reason": "error", "error": "it broke"})
+    return result.model_copy(update={"runs": [*result.runs, failed]})
+
+
+def of_other_prompts(result: Result) -> Result:
+    runs = [run.model_copy(update={"prompt_sha256": "f" * 64}) for run in result.runs]
+    return result.model_copy(update={"runs": runs})
 
 
 RESULTS: Sequence[LoadedResult] = (vanilla(), pipeline(), eagle(), medusa())
@@ -254,6 +269,31 @@ def test_under_load_requests_share_a_forward(recorded: Recorded) -> None:
     assert by_name["spd x1", 4].device_s_per_token == pytest.approx(2 * 0.02 / 4)
 
 
+def test_further_requests_read_their_own_keys_and_values(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer takes 1 us more for each token of context, and 10 us for each further row."""
+    seconds = make_profile().seconds
+    longer = {key.replace("128", "1128"): each + 1e-3 for key, each in seconds.items() if key.startswith("layer")}
+    costs = ProfileCosts(make_profile().model_copy(update={"seconds": seconds | longer}), recorded)
+    attention_s = recorded.context * 1e-6
+    one, five = costs.layer_s(1), costs.layer_s(5, 5)
+    assert one is not None
+    assert five is not None
+    assert five == pytest.approx(one + 4e-5 + 4 * attention_s)
+    assert costs.layer_s(5) == pytest.approx(one + 4e-5)  # the rows of one request share them
+    tokens = [token_s(costs, 30, requests) for requests in (1, 5)]
+    assert tokens == pytest.approx([30 * one + 5e-3, 30 * five + 5e-3])
+    shared = tensor_parallel_s(costs, 30, 2, 5)
+    assert shared == pytest.approx((30 * five + 5e-3) / 2 + 2 * 30 * (costs.message_s(5) or 0.0))
+    load = project(recorded, costs, setting(3, concurrency=5)).loads[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Profile, "attention_s", lambda *_: 0.0)
+        free = project(recorded, costs, setting(3, concurrency=5)).loads[-1]
+    assert (load.label, load.requests) == (free.label, free.requests) == ("spd x3", 5)
+    assert load.token_s > free.token_s + 10 * 4 * attention_s  # at least a stage's ten layers
+    flat = ProfileCosts(make_profile(), recorded)
+    assert any("one length of context alone" in note for note in project(recorded, flat, setting(3)).notes)
+
+
 def test_the_frontier_has_what_nothing_beats() -> None:
     fast, cheap, both = Load("a", 1, 2, 1.0, 2.0), Load("b", 1, 1, 2.0, 1.0), Load("c", 1, 2, 2.0, 2.0)
     assert frontier([fast, cheap, both, replace(both, requests=2)]) == [fast, cheap, replace(both, requests=2)]
@@ -265,15 +305,15 @@ def test_where_speculation_stops_paying() -> None:
         for label, times in {"eagle": (1.0, 2.0, 9.0), "vanilla": (2.0, 3.0, 4.0), "slow": (5.0, 5.0, 1.0)}.items()
         for num, seconds in zip((1, 2, 4), times, strict=True)
     ]
-    assert faster_up_to(loads, "eagle", "vanilla") == 2
-    assert faster_up_to(loads, "slow", "vanilla") == 0
-    assert faster_up_to(loads, "eagle", "nothing") is None
+    found = {label: break_even(loads, label, "vanilla") for label in ("eagle", "slow")}
+    assert [(each.up_to, each.faster_at) for each in found.values() if each] == [(2, [1, 2]), (0, [4])]
+    assert break_even(loads, "eagle", "nothing") is None
 
 
 def test_a_profile_of_requests_at_once_gives_loads_and_a_breakeven(recorded: Recorded) -> None:
     found = project(recorded, ProfileCosts(make_profile(), recorded), setting(3, concurrency=8))
     assert {each.requests for each in found.loads} == {1, 2, 4, 8}
-    assert {(label, rival) for label, rival, _ in found.breakevens} == {
+    assert {(each.label, each.rival) for each in found.breakevens} == {
         ("eagle", "vanilla"),
         ("medusa", "vanilla"),
         ("spd x3", "vanilla"),
@@ -294,6 +334,73 @@ def test_a_shorter_chain_is_an_opponent_where_it_is_faster(recorded: Recorded) -
     assert best.interval is not None
     known = {each.label for each in project(recorded, ProfileCosts(profile, recorded), setting(2)).opponents}
     assert "eagle, chain of 1" not in known  # two drafts are better there
+
+
+# Labels and doubts
+
+
+def relabelled(result: LoadedResult, label: str, file: str, **options: object) -> LoadedResult:
+    backend = result.head.backend.model_copy(update={"label": label, "options": options})
+    return replace(result, file=file, head=result.head.model_copy(update={"backend": backend}))
+
+
+def test_every_label_of_a_backend_is_projected() -> None:
+    deep = relabelled(pipeline(), "deep", "deep.json", draft_top_k=4)
+    wide, again = relabelled(eagle(), "wide", "wide.json", top_k=9), relabelled(eagle(), "eagle", "again.json")
+    recorded = sort_results([vanilla(), pipeline(), pipeline(5), deep, eagle(), wide, again])
+    found = project(recorded, ProfileCosts(make_profile(), recorded), setting(3, 5, concurrency=2))
+    assert [row.label for row in found.pipelines] == ["spd x3", "deep x3", "spd x5", "deep x5"]
+    assert [row.recorded_stages for row in found.pipelines] == [3, 3, 5, 3]
+    assert {each.label for each in found.opponents} >= {"eagle", "wide", "eagle#2"}
+    assert {each.label for each in found.loads} >= {"eagle", "wide", "eagle#2", "deep x5"}
+    assert "eagle#2: is again.json, the label being that of another result too" in found.notes
+
+
+def test_a_result_that_stands_for_nothing_is_named() -> None:
+    recorded = sort_results([vanilla(), pipeline(3), relabelled(pipeline(5), "five", "five.json"), plain_again()])
+    notes = project(recorded, RecordedCosts(recorded), setting(3)).notes
+    (unused,) = [note for note in notes if note.startswith("five: is not shown: it has 5 stages")]
+    assert "nearer" in unused
+    assert "vanilla: is not shown (again.json): plain decoding is that of vanilla.json" in notes
+
+
+def plain_again() -> LoadedResult:
+    return replace(vanilla(), file="again.json")
+
+
+def test_synthetic_drafters_of_two_rates_are_two_ways_to_decode() -> None:
+    drafters = [ORACLE.model_copy(update={"id": f"oracle:{rate}"}) for rate in (0.5, 0.9)]
+    results = [relabelled(pipeline(drafter=each), each.id[-1], f"{each.id}.json") for each in drafters]
+    recorded = sort_results([vanilla(), *results])
+    found = project(recorded, RecordedCosts(recorded), setting(2, 3))
+    assert [row.label for row in found.pipelines] == ["5 x2", "9 x2", "5 x3", "9 x3"]
+
+
+@pytest.mark.parametrize(
+    ("doubtful", "note"),
+    [
+        (pipeline(drafter=ORACLE), r"spd: the drafts come from oracle:0.\d.* \(synthetic_drafter\)"),
+        (
+            pipeline(drafter=RANDOM),
+            r"spd: the drafter has random weights.* \(untrained_drafter\)",
+        ),
+        (
+            load(with_failed(pipeline_result()), "failed.json"),
+            "spd: 1 of 4 requests failed and are omitted",
+        ),
+        (
+            load(of_other_prompts(pipeline_result()), "other.json"),
+            "spd: not paired with vanilla: 3 of 3 requests have no partner .*, and 3 of vanilla's none here",
+        ),
+    ],
+    ids=["synthetic", "untrained", "failed", "unpaired"],
+)
+def test_what_casts_doubt_on_a_result_is_one_note(doubtful: LoadedResult, note: str) -> None:
+    recorded = sort_results([vanilla(), doubtful])
+    found = project(recorded, ProfileCosts(make_profile(), recorded), setting(2)).notes
+    assert [len(re.findall(note, each)) for each in found].count(1) == 1
+    sound = sort_results([vanilla(), pipeline()])
+    assert not any(re.search(note, each) for each in project(sound, RecordedCosts(sound), setting(2)).notes)
 
 
 # Branches

@@ -18,7 +18,7 @@ from spdbench.render.report.style import LIGHT, STYLES
 from spdbench.render.report.sweep import CHARTS, to_html
 from spdbench.render.report.vega import to_file
 from tests.unit.judge.projection.projected import eagle_result, make_profile, pipeline_result, vanilla_result
-from tests.unit.judge.swept import DRAFTERS, STAGES, swept
+from tests.unit.judge.swept import DRAFTERS, STAGES, swept, with_speedups
 from tests.unit.render.report.reports import HOSTILE
 from tests.unit.render.report.test_charts import fields
 
@@ -73,6 +73,16 @@ def test_rings_are_where_a_line_crosses_one() -> None:
     assert all(row["speedup"] == 1 for row in rings)
 
 
+def test_a_line_has_a_ring_where_it_crosses_and_words_where_it_never_does() -> None:
+    [panel] = panels("break-even", with_speedups((0.5, 1.5, 0.5)))
+    assert [row["at"] for row in panel.rows if "words" in row] == pytest.approx([1.5, 2.5])
+    words = CHARTS["break-even"].describe(panel.rows)
+    assert words == "spd: pays from n 1.5 to 2.5 (measured: 1 to 3)"
+    for speedups, word in (((0.5, 0.7), "never"), ((1.5, 1.7), "always")):
+        [panel] = panels("break-even", with_speedups(speedups))
+        assert CHARTS["break-even"].describe(panel.rows) == f"spd: {word} pays at n 1 to 2"
+
+
 @pytest.mark.parametrize("name", CHARTS)
 def test_without_points_a_chart_says_why_it_is_missing(name: str) -> None:
     assert panels(name, []) == []
@@ -87,6 +97,7 @@ def test_a_sweeps_page_has_every_point_and_the_commands_that_draw_its_charts() -
         assert f'data-chart="{name}"' in page
     assert page.count('<th scope="row">spd</th>') == len(ROWS)
     assert "pays from drafters" in page
+    assert "few_prompts (warning): " in page
 
 
 def test_a_projections_page_has_its_chart_its_tables_and_its_command() -> None:
