@@ -184,28 +184,25 @@ def rows_to_prompts(
     optional: frozenset[str] = frozenset(),
     unjudged: Callable[[str], bool] = lambda _: False,
     reading: Reading = Reading(),
+    skipped: list[str] | None = None,
 ) -> tuple[Prompt, ...]:
     """Prompts from pairs of place and row. A column of turns may hold a text, a list of texts or a list of messages.
 
     `columns` maps a field of `Row` to its column; those in `optional` may be absent. Without a column for ids, rows are
     numbered from 0. `name` is that of the whole source, for a message if it is empty. In categories that are `unjudged`
-    a reference that is no list of texts is dropped: nothing asks for it.
+    a reference that is no list of texts is dropped: nothing asks for it. `skipped` has the reasons of rows that are
+    left out while `rows` are read.
 
     Raises:
         InputError: no rows, a missing column, a value of the wrong type, or an id that occurs twice.
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
-    skipped: list[str] = []
+    skipped = [] if skipped is None else skipped
     for number, (where, row) in enumerate(rows):
-        fields: dict[str, Any] = {"id": number} if "id" not in columns else {}
-        for field, column in columns.items():
-            if column in row:
-                fields[field] = row[column]
-            elif field not in optional:
-                raise InputError(f"{where}: has no '{column}'{did_you_mean(column, row)}")
-        asked = not unjudged(str(fields.get("category") or category))
         try:
+            fields = _fields(row, where, columns, optional) | ({"id": number} if "id" not in columns else {})
+            asked = not unjudged(str(fields.get("category") or category))
             row_read = _checked_row(fields, where, columns, reading, asked=asked)
         except OddRowError as error:
             if not reading.skip_odd:
@@ -223,6 +220,18 @@ def rows_to_prompts(
         total = len(prompts) + len(skipped)
         say(f"NOTE: {name}: {len(skipped):,} of {total:,} rows are no conversation. The first: {skipped[0]}")
     return tuple(prompts)
+
+
+def _fields(row: Mapping[str, Any], where: str, columns: Mapping[str, str], optional: frozenset[str]) -> dict[str, Any]:
+    """The values of `columns` by field.
+
+    Raises:
+        OddRowError: the row lacks one that is not `optional`.
+    """
+    missing = next((name for field, name in columns.items() if name not in row and field not in optional), None)
+    if missing is not None:
+        raise OddRowError(f"{where}: has no '{missing}'{did_you_mean(missing, row)}")
+    return {field: row[column] for field, column in columns.items() if column in row}
 
 
 def columns_in(template: str) -> tuple[str, ...]:
@@ -261,10 +270,15 @@ def _checked_row(
     fields: Mapping[str, Any], where: str, columns: Mapping[str, str], reading: Reading, *, asked: bool
 ) -> Row:
     """`fields` as a `Row`; a single text is one turn. Errors name `where` and the column, unless it is that of a
-    reference that is not `asked` for."""
-    turns, column = _messages_in_text(fields["turns"]), f"{where}: {columns['turns']}"
+    reference that is not `asked` for.
+
+    Raises:
+        OddRowError: it is none.
+        InputError: its turns are not filled in yet.
+    """
+    turns, column = _messages_in_text(fields["turns"], only=reading.skip_odd), f"{where}: {columns['turns']}"
     if not isinstance(turns, str | list):
-        raise InputError(f"{column}: must be text or a list of texts, not {short_repr(turns)}")
+        raise OddRowError(f"{column}: must be text or a list of texts, not {short_repr(turns)}")
     if isinstance(turns, list) and (any(isinstance(turn, dict) for turn in turns) or (not turns and reading.skip_odd)):
         conversation = split_messages(turns, column, own_answers=reading.own_answers)
         # The answers that are not given have been taken out, so that `Row` reads it in its only way.
@@ -279,18 +293,22 @@ def _checked_row(
         field, *rest = (str(part) for part in first["loc"])
         if field == "reference" and not asked:  # the last field, so all else is as it should be
             return _checked_row({**fields, "reference": None}, where, columns, reading, asked=asked)
-        raise InputError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None
+        raise OddRowError(f"{where}: {'.'.join([columns.get(field, field), *rest])}: {problem(first)}") from None
     if reading.placeholder is not None and any(turn.startswith(reading.placeholder) for turn in row.turns):
         how = "" if reading.origin is None else f"; {reading.origin}"
         raise InputError(f"{column}: has not been filled in yet ({short_repr(reading.placeholder)}){how}")
     return row
 
 
-def _messages_in_text(value: Any) -> Any:
-    """The list of messages that `value` is the JSON of, as tables without nested types keep them; else `value`."""
+def _messages_in_text(value: Any, *, only: bool) -> Any:
+    """The list of messages that `value` is the JSON of, as tables without nested types keep them; else `value`. With
+    `only`, where nothing but conversations is meant, also a list that holds none, or nulls."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         with suppress(ValueError):
             found = parse_json(value)
             named = [isinstance(each, dict) and {*each} & {*NAMES} and {*each} & {*CONTENTS} for each in found]
-            return found if named and all(named) else value
+            if (named or only) and all(
+                is_one or (only and not each) for is_one, each in zip(named, found, strict=True)
+            ):
+                return found
     return value

@@ -80,11 +80,14 @@ class ColumnSource(Source):
         name: str,
         place: Place,
         optional: frozenset[str] = frozenset(),
+        skipped: list[str] | None = None,
     ) -> tuple[Prompt, ...]:
         """Prompts from this source's rows; see `rows_to_prompts`."""
         referenced = with_reference(rows, self.reference)
         reading = Reading(self.answers == "own", self.max_turns, self.skip_odd, self.placeholder, self.origin)
-        return rows_to_prompts(referenced, self.columns, name, place.category, optional, place.unjudged, reading)
+        return rows_to_prompts(
+            referenced, self.columns, name, place.category, optional, place.unjudged, reading, skipped
+        )
 
 
 class PathSource(ColumnSource):
@@ -118,8 +121,9 @@ class PathSource(ColumnSource):
         optional = frozenset({"reference", "category"} - self.model_fields_set)
         named = {field: columns_in(column) for field, column in self.columns.items()}
         needed = [name for field, names in named.items() if field not in optional for name in names]
-        rows = file_rows(file, needed, [name for field in optional for name in named.get(field, ())])
-        prompts = self.prompts_of(rows, str(file), place, optional)
+        odd: list[str] | None = [] if self.skip_odd else None
+        rows = file_rows(file, needed, [name for field in optional for name in named.get(field, ())], odd)
+        prompts = self.prompts_of(rows, str(file), place, optional, odd)
         if self.references is None:
             return Loaded(prompts, self.title)
         try:

@@ -17,8 +17,11 @@ LONGEST_CELL = 2**28
 """In characters. The csv module's own limit is 128 KiB, which one long document exceeds."""
 
 
-def file_rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Pairs of place and row. Of a Parquet file, only the columns that are named are read.
+def file_rows(
+    path: Path, required: Sequence[str], optional: Sequence[str], odd: list[str] | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Pairs of place and row. Of a Parquet file, only the columns that are named are read. With `odd`, entries of JSON
+    that are no rows are skipped, and the reason is appended there.
 
     Raises:
         SourceUnavailable: a Parquet file, and no pyarrow.
@@ -31,7 +34,7 @@ def file_rows(path: Path, required: Sequence[str], optional: Sequence[str]) -> I
         rows = parquet_rows(path, str(path), required, optional)
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
     else:
-        yield from json_rows(read_input(path), str(path))
+        yield from json_rows(read_input(path), str(path), odd)
 
 
 def parquet_rows(path: Path, name: str, required: Sequence[str], optional: Sequence[str] = ()) -> list[dict[str, Any]]:

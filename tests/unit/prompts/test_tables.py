@@ -144,6 +144,20 @@ def test_skipped_rows_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "has no message of a user to answer" in broken(source, tmp_path)
 
 
+def test_empty_cells_are_skipped_where_that_is_asked_for(tmp_path: Path) -> None:
+    talk = json.dumps(TALK).replace('"', '""')
+    (tmp_path / "q.csv").write_text(f'messages\n"{talk}"\n""\n[]\n"[null]"\n')
+    names = ["q.csv", "q.parquet"]
+    given = [{"role": turn["role"], "content": turn["content"]} for turn in TALK]
+    empty = [None, [], [None], [{"role": None, "content": None}]]
+    write_parquet(tmp_path / "q.parquet", [{"messages": messages} for messages in [given, *empty]])
+    for name in names:
+        source = PathSource(path=name, id=None, prompt="messages", answers="own", skip_odd=True)
+        assert [prompt.id for prompt in load(source, tmp_path).prompts] == ["0"]
+        said = broken(source.model_copy(update={"skip_odd": False}), tmp_path)
+        assert "messages: must be text or a list of texts, not " in said
+
+
 def test_rows_with_system_prompts(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("turns,role\nhi,Be a pirate.\nbye,\n")
     prompts = load(PathSource(path="q.csv", id=None, system="role"), tmp_path).prompts

@@ -78,15 +78,20 @@ def test_a_suite_without_its_file_says_where_it_is_from(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", ["sharegpt.json", "sharegpt.jsonl"])
-def test_sharegpt_asks_first_turns_and_skips_what_is_no_conversation(tmp_path: Path, name: str) -> None:
+def test_sharegpt_asks_first_turns_and_skips_what_is_no_conversation(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
     talks = [[human, gpt, {**human, "value": "r"}, gpt], [], [gpt], [{"from": "system", "value": "s"}, human, gpt]]
-    rows = [{"id": "same", "conversations": talk} for talk in talks]
+    odd: list[Any] = [None, 7, {}, [None], [human, None], ["", gpt], [{"from": "human", "value": None}], [{"from": 1}]]
+    rows: list[Any] = [{"id": "same", "conversations": talk} for talk in [*talks, *odd]]
+    rows += [{"id": "same"}, None, 5, "x", [human]]
     put(tmp_path, f"sharegpt/{name}", *([rows] if name.endswith(".json") else rows))
     assert load_suite("sharegpt", tmp_path).prompts == (
         Prompt("0", "sharegpt", ("q",)),
         Prompt("3", "sharegpt", ("q",), None, ({"role": "system", "content": "s"},)),
     )
+    assert capsys.readouterr().err.count("15 of 17 rows are no conversation. The first: ") == 1
 
 
 def long_context(tmp_path: Path, text: str) -> Suite:
