@@ -30,6 +30,7 @@ MAX_BYTES = 2**30
 PIECE_BYTES = 2**24
 MAX_UNPACKED_BYTES = 2**28
 """Of a gzipped file, which may be a thousandth of that."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_DEPTH = 100
 """Levels of lists and objects. Python's own code fails at about 1,000, some libraries at 200."""
@@ -158,6 +159,8 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
     else:
         lines = ((f"{name} line {number}", line) for number, line in enumerate(raw.split(b"\n"), start=1))
         places = ((where, _parsed(line, where)) for where, line in lines if line.strip())
+        if other := _other_content(raw.strip()):
+            raise InputError(f"{name}: is {other}; expected one JSON object a line, or one array of them")
     for where, row in places:
         if isinstance(row, dict):
             yield where, row
@@ -166,6 +169,16 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
         if odd is None:
             raise InputError(problem)
         odd.append(problem)
+
+
+def _other_content(raw: bytes) -> str | None:
+    """What a file holds that was saved in place of JSON lines, as far as its beginning says."""
+    if raw.startswith(LFS_POINTER):
+        return "a pointer of Git LFS and not the file, which `git lfs pull` fetches"
+    if raw.startswith(b"<"):
+        return "a web page"
+    is_object = raw.partition(b"\n")[0].strip() == b"{" and raw.endswith(b"}")
+    return "one JSON object over many lines" if is_object else None
 
 
 def _parsed(text: bytes, where: str) -> Any:

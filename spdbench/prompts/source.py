@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar
@@ -14,6 +15,8 @@ from spdbench.prompts.rows import Part, Text
 from spdbench.types import Prompt
 
 PLACEHOLDER = "{prompt}"
+MAX_MEANT = 3
+"""Files that a message names."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,16 @@ class Source(Part, ABC):
             SourceUnavailable: it is not present; try the next one.
             InputError: it is present but cannot be used; the message names file, line and key.
         """
+
+
+def no_such_file(base: Path, path: str) -> str:
+    """Why there is no file `path` below `base`, with files that may be the one that is meant."""
+    file = base / path
+    reason = f"no such file below {base}"
+    with suppress(OSError, ValueError):
+        beside = [] if file.parent == base or not file.parent.is_dir() else [*file.parent.iterdir()]
+        elsewhere = (base / file.name, base / "data" / path, *beside)
+        meant = sorted({str(found.relative_to(base)) for found in elsewhere if found.is_file()})[:MAX_MEANT]
+        if meant:
+            return f"{reason}, which has {', '.join(meant)}"
+    return reason

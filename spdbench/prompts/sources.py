@@ -28,7 +28,7 @@ from spdbench.prompts.rows import (
     rows_to_prompts,
     with_reference,
 )
-from spdbench.prompts.source import Loaded, Place, RelativePath, Source
+from spdbench.prompts.source import Loaded, Place, RelativePath, Source, no_such_file
 from spdbench.prompts.tables import file_rows
 from spdbench.prompts.text_source import TextSource
 from spdbench.types import Prompt
@@ -115,7 +115,7 @@ class PathSource(ColumnSource):
         except (FileNotFoundError, NotADirectoryError):
             command = f"spdbench run {place.suite} --data DIR, where DIR/{self.path} is the file"
             command += "" if self.origin is None else f"; {self.origin}"
-            raise SourceUnavailable(f"no such file below {place.base}", command) from None
+            raise SourceUnavailable(no_such_file(place.base, self.path), command) from None
         except OSError:  # which the reader reports
             pass
         optional = frozenset({"reference", "category"} - self.model_fields_set)

@@ -11,7 +11,7 @@ from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import read_input
 from spdbench.prompts.rows import SourceUnavailable, Text
-from spdbench.prompts.source import Loaded, Place, RelativePath, Source
+from spdbench.prompts.source import Loaded, Place, RelativePath, Source, no_such_file
 from spdbench.types import Prompt
 
 
@@ -35,9 +35,9 @@ class TextSource(Source):
         if not os.path.exists(file):
             hint = "" if self.origin is None else f"; {self.origin}"
             command = f"spdbench run {place.suite} --data DIR, where DIR/{self.text} is the file{hint}"
-            raise SourceUnavailable(f"no such file below {place.base}", command)
+            raise SourceUnavailable(no_such_file(place.base, self.text), command)
         try:
-            text = read_input(file).decode("utf-8-sig")
+            text = read_input(file).decode("utf-8-sig").strip()
         except UnicodeDecodeError:
             raise InputError(f"{file}: not UTF-8") from None
         sizes = {count: int(count * self.chars_per_token) for count in self.tokens}

@@ -77,6 +77,33 @@ def test_a_suite_without_its_file_says_where_it_is_from(tmp_path: Path, name: st
     assert {"spec_bench": "hemingkx/Spec-Bench", "speed_bench": "licence"}.get(name, "will do") in said
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("spec_bench", "question.jsonl"),
+        ("spec_bench", "data/spec_bench/question.jsonl"),
+        ("sharegpt", "sharegpt/ShareGPT_V3.json"),
+        ("long_context", "long_context/book.txt"),
+    ],
+)
+def test_a_file_in_another_place_is_named(tmp_path: Path, name: str, found: str) -> None:
+    assert f"no such file below {tmp_path}, which has {found}\n" in broken(name, put(tmp_path, found))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<!doctype html>\n<title>404</title>", "is a web page; expected one JSON object a line"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a pointer of Git LFS"),
+        (json.dumps({"data": []}, indent=1), "is one JSON object over many lines; expected one JSON object a line"),
+        ("\n", "holds no prompts"),
+    ],
+)
+def test_a_file_of_another_kind_says_what_it_is(tmp_path: Path, text: str, expected: str) -> None:
+    put(tmp_path, "spec_bench/question.jsonl").joinpath("spec_bench/question.jsonl").write_text(text)
+    assert f"question.jsonl: {expected}" in broken("spec_bench", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["sharegpt.json", "sharegpt.jsonl"])
 def test_sharegpt_asks_first_turns_and_skips_what_is_no_conversation(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
@@ -118,4 +145,4 @@ def test_long_contexts_are_cut_from_a_text_at_words(tmp_path: Path, capsys: pyte
 
 def test_a_text_that_is_too_short_for_any_length(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds 5 characters, and 1,000 tokens take about 4,000; give a longer text"):
-        long_context(tmp_path, "a b c")
+        long_context(tmp_path, "a b c" + " " * 5000)
