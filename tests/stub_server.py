@@ -53,7 +53,7 @@ class StubServer:
     a token; `lists_ids` if its log-probabilities have ids, as llama.cpp's; `last_words` makes further keys of the event
     with usage from the request. `next_logprobs` are those of the next token, in answers that are not streamed.
     `counters` makes its text for Prometheus. Answers have this `status` and `content_type`, each event in a `frame`,
-    and all of them in this `encoding`, of which it can do gzip.
+    all of them in this `encoding`, of which it can do gzip. Counters are below `root`.
     `asked` collects the bodies of all requests, `headers` their headers.
     """
 
@@ -74,6 +74,7 @@ class StubServer:
         self.counts_end = False
         self.lists_ids = False
         self.counters: Callable[[], str] | None = None
+        self.root = ""
         self.last_words: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -143,7 +144,7 @@ class StubServer:
     def get(self, handler: BaseHTTPRequestHandler) -> None:
         if handler.path == "/v1/models":
             return self.send(handler, 200, json.dumps({"data": [{"id": name} for name in self.models]}))
-        if handler.path == "/metrics" and self.counters is not None:
+        if handler.path == f"{self.root}/metrics" and self.counters is not None:
             return self.send(handler, 200, self.counters(), {"Content-Type": "text/plain"})
         return self.send(handler, 404, "")
 

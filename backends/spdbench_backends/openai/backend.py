@@ -118,7 +118,7 @@ class OpenAI:
             notice=self._say_once,
         )
         ask = (self._endpoint.probe, self._endpoint.unstreamed_usage)
-        self._way, self._extras, answer = choose_way(options.count, options.api, *ask, label)
+        self._way, self._extras, answer = choose_way(options.count, options.api, *ask, label, self._say_once)
         self._whole = has_whole_tokens(answer)
         self._ids = self._way == "ids" or (
             self._way == "logprobs"
@@ -177,7 +177,13 @@ class OpenAI:
         if word not in FINISHES:
             how = f"with finish_reason {word!r}" if word else "without a finish_reason"
             self._say_once(f"answers end {how}, which is taken for an end by themselves")
-        if exchange.finish == "length" and exchange.num_tokens < request.max_new_tokens and self._way != "chunks":
+        is_short = exchange.num_tokens < request.max_new_tokens and self._way != "chunks"
+        if exchange.finish == "length" and is_short and exchange.contradiction:
+            raise PromptFailedError(
+                f"the server lists {exchange.num_tokens} tokens of an answer that ended at the limit of "
+                f"{request.max_new_tokens} ({exchange.contradiction}), so its tokens cannot be counted"
+            )
+        if exchange.finish == "length" and is_short:
             raise PromptFailedError(
                 f"the server cut the answer after {exchange.num_tokens} of {request.max_new_tokens} tokens: its "
                 "context is too small; start it with a larger one, or lower --max-new-tokens"
@@ -196,6 +202,10 @@ class OpenAI:
         if num_prompt_tokens is None and self._context.tokenizer is None:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         text = self._loaded_server().without_key("".join(exchange.parts))
+        if exchange.contradiction:
+            self._say_once(
+                "its usage contradicts the tokens that it lists, and those listed count", exchange.contradiction
+            )
         self._note_cache(exchange)
         cached = exchange.num_cached_tokens
         return EngineReport(text, exchange.finish, num_prompt_tokens, drafts, cached, exchange.decode_s)
@@ -251,11 +261,13 @@ class OpenAI:
             )
 
     def _counters(self) -> Counters | None:
-        try:
-            text = self._loaded_server().get("/metrics", from_root=True)
-        except (UnreachableError, BrokenError, RefusedError):
-            return None
-        return parse_counters(text.decode(errors="replace"))
+        server = self._loaded_server()
+        for root in server.address.roots:
+            with suppress(UnreachableError, BrokenError, RefusedError):
+                counters = parse_counters(server.get(f"{root}/metrics").decode(errors="replace"))
+                if counters.engine is not None:
+                    return counters
+        return None
 
     def _counters_after(self, before: Counters) -> Counters | None:
         """The counters once they include this request, or after a timeout without it."""

@@ -47,6 +47,8 @@ TRIES: Mapping[CountOption, tuple[tuple[Way, ...], ...]] = {
 }
 """Option -> tries, in order. A try counts in its first way, and requests the extras of all its ways. There are several
 since a server may refuse a request with an extra that it does not know."""
+LISTING: frozenset[Way] = frozenset({"ids", "logprobs"})
+"""The ways in which a server lists tokens one by one, so that its usage can contradict them."""
 MAX_UNCOUNTED = 1
 """Tokens that a server may report above the limit: it may count the end of sequence, too."""
 SPARE_CHUNKS = 2
@@ -65,6 +67,7 @@ class Counter:
         self._whole = whole
         self._stated: int | None = None
         self._num_text_chunks = 0
+        self._num_listed = 0
         self.total = 0
 
     def take(self, chunk: Chunk) -> tuple[int, ...]:
@@ -82,7 +85,8 @@ class Counter:
         return found
 
     def check(self, chunk: Chunk) -> None:
-        """Raises `PromptFailedError` if the server reports more tokens than it was asked for."""
+        """Takes note of what a chunk reports. Raises `PromptFailedError` if that is more tokens than were asked for."""
+        self._num_listed += len((chunk.ids if self._way == "ids" else chunk.listed) or ())
         if chunk.completion_tokens is not None:
             self._stated = max(self._stated or 0, chunk.completion_tokens)  # it may be 0 before and after the answer
             self._refuse_above_limit(self._stated)
@@ -108,6 +112,15 @@ class Counter:
             return (UNKNOWN_ID,) * max(0, min(self._limit, chunk.predicted_tokens or 0) - self.total)
         first_only = self._way == "usage" and self.total > 0
         return (UNKNOWN_ID,) if chunk.has_text and not first_only else ()
+
+    @property
+    def contradiction(self) -> str:
+        """How the tokens that the server listed, once it has listed all, differ from its usage, which may also count
+        the end of sequence; empty where they do not. Both are the server's, and those that it listed count."""
+        stated, listed = self._stated or 0, self._num_listed
+        if self._way not in LISTING or not listed or is_consistent(listed, stated):
+            return ""
+        return f"{listed} listed, a usage of {stated}"
 
     @property
     def has_plausible_usage(self) -> bool:
@@ -145,6 +158,11 @@ class Counter:
         return found
 
 
+def is_consistent(listed: int, stated: int) -> bool:
+    """True if a server may list so many tokens and state that usage, which is 0 where it states none."""
+    return stated == 0 or 0 <= stated - listed <= MAX_UNCOUNTED
+
+
 def missing_measurements(way: Way, ids: bool) -> tuple[MeasurementKind, ...]:
     """What is unknown of steps that are counted in this way; `ids` if the tokens came with theirs."""
     found: list[MeasurementKind] = ["drafts", "forwards", "devices"]
@@ -180,20 +198,28 @@ def choose_way(
     probe: Callable[[Extras], Sequence[Chunk] | None],
     usage: Callable[[], int | None],
     label: str,
+    notice: Callable[[str], None],
 ) -> tuple[Way, Extras, Sequence[Chunk]]:
     """The way to count, the extras that it needs in requests, and the answer that showed it.
 
     `probe` returns the answer to a short question with extras in the request, None if the server refuses these; `usage`
-    returns how many tokens the same answer has when it is not streamed.
+    returns how many tokens the same answer has when it is not streamed. A way that is contradicted goes to `notice`.
 
     Raises:
         InputError: the server reports nothing by which tokens can be counted, or not what the option asks for.
     """
     answer, asked, usage = None, None, cache(usage)
+    contradicted = dict[Way, str]()
     for ways in TRIES[option]:
         way, more = ways[0], extras(ways, api)
+        if way in contradicted:
+            continue
         if more != asked:
             answer, asked = probe(more), more
+        if answer is not None and (contradiction := _contradiction(answer, way)):
+            contradicted[way] = f"{WAY_TITLES[way]} contradict its usage ({contradiction})"
+            notice(f"{contradicted[way]}, so tokens are not counted by them")
+            continue
         if answer is not None and _can_count(answer, way) and _is_confirmed(answer, way, usage):
             return way, more, answer
     allowed = ", ".join(name for name in TRIES if name not in ("auto", option))
@@ -203,7 +229,8 @@ def choose_way(
             "are not one token each, so its tokens cannot be counted; switch one of these on (llama.cpp, vLLM and "
             "SGLang have usage)"
         )
-    raise InputError(f"-o {label}.count={option}: the server does not report that. Others: auto, {allowed}.")
+    reason = next((f"{words}." for words in contradicted.values()), "the server does not report that.")
+    raise InputError(f"-o {label}.count={option}: {reason} Others: auto, {allowed}.")
 
 
 def _can_count(answer: Sequence[Chunk], way: Way) -> bool:
@@ -218,11 +245,17 @@ def _can_count(answer: Sequence[Chunk], way: Way) -> bool:
         rises = counts == sorted(counts) and counts[0] < counts[-1]
         return way == "chunk_usage" or (rises and (way == "timings" or counts[-1] >= len(counts) - SPARE_CHUNKS))
     if way == "ids":
-        # A server that sends all ids so far with each chunk has more ids than tokens.
-        num_ids = sum(len(chunk.ids or ()) for chunk in answer)
-        complete = all(chunk.ids is not None for chunk in with_text)
-        return bool(with_text) and complete and _stated_tokens(answer) in (0, num_ids)
+        return bool(with_text) and all(chunk.ids is not None for chunk in with_text)
     return bool(with_text) and (way == "chunks" or all(chunk.listed for chunk in with_text))
+
+
+def _contradiction(answer: Sequence[Chunk], way: Way) -> str:
+    """How an answer's usage contradicts the tokens that it lists, as of a server that lists all tokens so far with each
+    chunk; empty where it does not."""
+    counter = Counter(way, limit=_stated_tokens(answer), whole=True)
+    for chunk in answer:
+        counter.check(chunk)
+    return counter.contradiction
 
 
 def _is_confirmed(answer: Sequence[Chunk], way: Way, usage: Callable[[], int | None]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
@@ -47,7 +46,6 @@ USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
 STREAM = "text/event-stream"
 JSON_LINES = ("ndjson", "jsonl", "jsonlines", "json-seq", "stream+json")
 """Parts of the content types of streams of JSON, one object a line."""
-VERSION = re.compile(r"/v[0-9]+$")
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
 
@@ -175,17 +173,22 @@ class Endpoint:
                 return None
             raise describe_refusal(self._label, self.model, refusal) from None
 
-    def ask_json(self, path: str, body: Mapping[str, Any], *, from_root: bool = False) -> Any:
-        """The JSON that answers a request which is not streamed. Raises `RefusedError`, or `InputError` if the server
-        cannot be used at all."""
-        base = "" if from_root else self._server.address.path
-        return self._ask_until_ready(lambda line: json.loads(line.body(line.ask("POST", base + path, body))))
+    def ask_json(self, path: str, body: Mapping[str, Any], *, base: str | None = None) -> Any:
+        """The JSON that answers a request which is not streamed, at a path below `base`, or else below the address.
+        Raises `RefusedError`, or `InputError` if the server cannot be used at all."""
+        whole = (self._server.address.path if base is None else base) + path
+        return self._ask_until_ready(lambda line: json.loads(line.body(line.ask("POST", whole, body))))
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Paths below which the server may have what is not OpenAI's."""
+        return self._server.address.roots
 
     @cached_property
     def completions_path(self) -> str:
         """Where plain completions are, below the address. llama.cpp also answers where the address lacks `/v1`, and has
         a protocol of its own at `/completions` there."""
-        if VERSION.search(self._server.address.path) is None:
+        if not self._server.address.has_version:
             body = {"model": self.model, "prompt": QUESTION, "max_tokens": 1, "temperature": 0.0}
             with suppress(RefusedError, *MALFORMED):
                 if "choices" in self.ask_json("/v1/completions", body):
@@ -245,7 +248,7 @@ class Endpoint:
     def _only_model(self) -> str:
         """The name of the server's only model."""
         try:
-            listed = json.loads(self._server.get("/models"))["data"]
+            listed = json.loads(self._server.get(f"{self._server.address.path}/models"))["data"]
             names = [self._server.without_key(str(entry["id"])) for entry in listed]
         except UnreachableError as error:
             raise describe_unreachable(self._label, self._server.address, error) from None

@@ -81,11 +81,12 @@ class TokenScores:
         return None
 
     def _ask(self, path: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        try:
-            found = self.endpoint.ask_json(path, body, from_root=True)
-        except (RefusedError, InputError, *MALFORMED):
-            return {}
-        return found if isinstance(found, Mapping) else {}
+        for root in self.endpoint.roots:
+            with suppress(RefusedError, InputError, *MALFORMED):
+                found = self.endpoint.ask_json(path, body, base=root)
+                if isinstance(found, Mapping) and "error" not in found:
+                    return found
+        return {}
 
 
 def _ids(answer: Mapping[str, Any]) -> list[int] | None:

@@ -627,9 +627,12 @@ class Vllm:
         return "# HELP nothing\n" + "".join(f"{name} {value}.0\n" for name, value in rows.items())
 
 
-def test_acceptance_comes_from_the_difference_of_vllms_counters(server: StubServer, backend: Make) -> None:
-    server.counters = Vllm(server)
-    made = loaded(backend())
+@pytest.mark.parametrize(("base", "root"), [("/v1", ""), ("/a/v1", "/a"), ("/a/v1", "")])
+def test_acceptance_comes_from_the_difference_of_vllms_counters(
+    server: StubServer, backend: Make, base: str, root: str
+) -> None:
+    server.counters, server.root = Vllm(server), root
+    made = loaded(backend(base_url=server.url.removesuffix("/v1") + base))
     assert made.describe().chosen["acceptance"].startswith("vLLM's counters")
     drafts = run(made).report.drafts
     assert drafts is not None

@@ -57,6 +57,41 @@ def test_usage_of_one_token_in_each_chunk_is_not_that_of_the_answer(server: Stub
     assert run(loaded(backend(count="usage"))).steps.emitted == [1] * 6
 
 
+# Usage that contradicts the tokens that are listed.
+
+
+@pytest.mark.parametrize("offers", [{"ids", "usage"}, {"logprobs", "usage"}])
+@pytest.mark.parametrize("stated", [5, 7, 10, 20])
+def test_tokens_that_are_listed_count_where_usage_contradicts_them_and_it_is_said_once(
+    server: StubServer, backend: Make, offers: set[Any], stated: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.offers = offers
+    made, cut = loaded(backend()), loaded(backend())
+    server.stated = stated
+    for _ in range(2):
+        assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+    said = capsys.readouterr().err
+    assert said.count("NOTE") == said.count(f"those listed count: 8 listed, a usage of {stated}") == 1
+    change(server, lambda _handler, _body, events: (each.replace(b'"stop"', b'"length"') for each in events))
+    with pytest.raises(PromptFailedError, match=rf"lists 8 tokens .* limit of 20 \(8 listed, a usage of {stated}\)"):
+        run(made)
+    server.stated = 2  # which comes behind the last token, where an answer is cut at the limit
+    assert len(run(cut, ask(4)).output_ids) == 4
+    assert "4 listed, a usage of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["ids", "logprobs"])
+def test_what_usage_contradicts_before_the_run_is_not_counted_by(
+    server: StubServer, backend: Make, count: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.offers, server.stated = {count, "usage"}, 5
+    words = "token ids" if count == "ids" else "log-probabilities, one a token,"
+    assert "usage, reported at the end" in loaded(backend()).describe().chosen["tokens"]
+    assert capsys.readouterr().err.count(r"contradict its usage (8 listed, a usage of 5)") == 1
+    with pytest.raises(InputError, match=rf"the server's {words.rstrip(',')} contradict its usage"):
+        backend(count=count).load()
+
+
 # Events that are none of an answer's, and other words for its end.
 
 

@@ -64,7 +64,7 @@ IDS = {number: word for word, number in WORDS.items()}
 class Speaking(StubServer):
     """Has a vocabulary of four words, and gives log-probabilities as `dialect` does. `scores` are those after `One
     two`, where it says ` three`; `by_itself` moves ` four` where it writes the answer itself. Plain completions are at
-    `path`."""
+    `path`, and what is not OpenAI's below `root`."""
 
     def __init__(self, dialect: str, four: float, by_itself: float = 0.0) -> None:
         super().__init__()
@@ -77,9 +77,9 @@ class Speaking(StubServer):
         return self.send(handler, *self.answered(handler.path, body))
 
     def answered(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
-        if path == "/apply-template":
+        if path == f"{self.root}/apply-template":
             return (200, json.dumps({"prompt": "<user>"})) if self.dialect == "llama.cpp" else (404, "")
-        if path == "/tokenize":
+        if path == f"{self.root}/tokenize":
             text = body.get("content") or body.get("prompt")
             if text is None or text == "<user>":
                 return 200, json.dumps({"tokens": [1, 2]})
@@ -132,12 +132,21 @@ def test_a_difference_of_two_servers_is_explained(
 
 
 @pytest.mark.parametrize(
-    ("base", "path"), [("", "/v1/completions"), ("/v1", "/v1/completions"), ("/api", "/api/completions")]
+    ("base", "path", "root"),
+    [
+        ("", "/v1/completions", ""),
+        ("/v1", "/v1/completions", ""),
+        ("/api", "/api/completions", ""),
+        ("/api/v1", "/api/v1/completions", "/api"),
+        ("/api/v1", "/api/v1/completions", ""),
+    ],
 )
-def test_plain_completions_are_found_wherever_the_address_ends(backend: Make, base: str, path: str) -> None:
+def test_plain_completions_and_tokens_are_found_wherever_the_address_ends(
+    backend: Make, base: str, path: str, root: str
+) -> None:
     """llama.cpp answers a chat without `/v1`, too, and has a protocol of its own at `/completions`."""
     server = Speaking("llama.cpp", -0.5)
-    server.path = path
+    server.path, server.root = path, root
     try:
         made = cast(Any, loaded(backend(base_url=server.url.removesuffix("/v1") + base)))
         found = made.explain_divergence(ask(), Answer((), "One two three"), Answer((), "One two four"), made)
@@ -156,7 +165,7 @@ def test_a_prompt_without_messages_gets_no_template(sent: list[int] | str, path:
         return {"tokens": [5, 6]}
 
     form = "text" if path else "ids"
-    endpoint: Any = SimpleNamespace(prompt_form=form, prompt=lambda _: sent, model="m", ask_json=ask_json)
+    endpoint: Any = SimpleNamespace(prompt_form=form, prompt=lambda _: sent, model="m", ask_json=ask_json, roots=("",))
     assert TokenScores(endpoint).prompt_ids(ask()) == [5, 6]
     assert asked == ([] if path is None else [(path, "raw", True)])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+VERSION = re.compile(r"/v[0-9]+$")
 NO_ADDRESS = "is not an address; expected http://HOST:PORT/v1"
 
 
@@ -18,6 +19,15 @@ class Address:
     host: str
     port: int
     path: str
+
+    @property
+    def has_version(self) -> bool:
+        return VERSION.search(self.path) is not None
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """Where a server may have what is not below `/v1`: next to that, or, behind a proxy, at the root."""
+        return tuple(dict.fromkeys((VERSION.sub("", self.path), "")))
 
 
 def parse_address(url: str) -> Address:

@@ -75,15 +75,14 @@ class Server:
             self._sockets.add(connection.sock)
         return Connection(self, connection)
 
-    def get(self, path: str, *, from_root: bool = False) -> bytes:
-        """The body at `path`, which is below the address's own path unless `from_root`.
+    def get(self, path: str) -> bytes:
+        """The body at `path`, all of it.
 
         Raises:
             UnreachableError, BrokenError, RefusedError: the request failed.
         """
         with contextlib.closing(self.connect()) as connection:
-            response = connection.ask("GET", path if from_root else self.address.path + path, None)
-            return connection.body(response)
+            return connection.body(connection.ask("GET", path, None))
 
     def headers(self) -> dict[str, str]:
         key = {"Authorization": f"Bearer {self._key}"} if self._key else {}
