@@ -31,11 +31,17 @@ class SpdbenchError(Exception):
     """Base of every error that spdbench raises on purpose.
 
     `names_page`: the command line adds where the page says more, for kinds whose messages cannot hold all remedies.
+    `is_transient`: the reason may pass, as a lost connection may, so that `--resume` asks a request again that failed
+    for it; it keeps other failures.
     """
 
     exit_code = 1
     anchor: ClassVar[str] = "something-failed"
     names_page: ClassVar[bool] = True
+
+    def __init__(self, *args: object, is_transient: bool = False) -> None:
+        super().__init__(*args)
+        self.is_transient = is_transient
 
     @property
     def see(self) -> str:

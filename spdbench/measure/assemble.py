@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from spdbench import __version__
+from spdbench.append_log import first_difference
+from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult
-from spdbench.judge.results.reader import in_batches, read_lines
+from spdbench.judge.results.reader import in_batches, read_lines, reread
 from spdbench.judge.results.schema import (
     SCHEMA,
     BackendRecord,
@@ -25,10 +28,12 @@ from spdbench.judge.results.schema import (
     Summary,
 )
 from spdbench.judge.results.table import RunTable, join_tables
-from spdbench.measure.journal import Journal
+from spdbench.measure.journal import Journal, create_journal
 from spdbench.measure.privacy import names_only
 from spdbench.output_files import replaced_file
 
+IS_TRANSIENT = re.compile(rb'"transient": *true')
+"""In the JSON of a run that failed for a reason that may pass; no string can hold it, as in `reader.MARKS`."""
 Recorded = TypeVar("Recorded", SuiteInfo, BackendRecord, ModelInfo, DrafterRecord)
 
 
@@ -139,3 +144,34 @@ def _divergence(journal: Journal) -> Divergence | None:
         unclassified=count["unclassified"],
         first=list(journal.divergences.values()),
     )
+
+
+def reopened_journal(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
+    """A journal at `path` made from a `result` that is there already, so that a finished run resumes to itself; without
+    what failed for a reason that may pass.
+
+    Raises:
+        InputError: the result was measured with other settings.
+    """
+    done, runs = reread(result)
+    if done.run_key != run_key(identity):
+        facts = {
+            **done.decoding.model_dump(exclude={"eos_ids"}),
+            "suite_sha256": done.suite.sha256,
+            "num_prompts": done.suite.num_prompts,
+            "model_sha256": done.model.sha256,
+            "dtype": done.model.dtype,
+            "options": done.backend.options,
+        }
+        difference = first_difference(facts, {key: identity[key] for key in facts})
+        raise InputError(
+            f"--resume: {result} is a finished run with other settings{difference and ': ' + difference}. "
+            "Run without --resume to replace it, or with a --name of its own."
+        )
+    journal = create_journal(path, done.created, identity)
+    for key, run in runs:
+        if IS_TRANSIENT.search(run):
+            journal.asked_again.add(key)
+        else:
+            journal.append_json(key, run)
+    return journal

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ from spdbench.output_files import try_lock
 from spdbench.types import DivergenceClass, FirstDivergence
 
 MAGIC = "spdbench.journal/1"
+MAX_TRANSIENT = 3
+"""How often a request may fail for a reason that may pass. It may be the reason itself, by crashing a server each time,
+and a run that asked it again each time would have no end."""
 RUN_START, ASIDE_START = b'{"run":', b'{"set_aside":'
 
 
@@ -48,6 +52,9 @@ class Journal(AppendLog):
         self.offsets: dict[RunKey, int] = {}
         self.resumed_prompts: dict[RunKey, str] = {}
         """The hash of the prompt of each run that an earlier process wrote."""
+        self.asked_again: set[RunKey] = set()
+        """Requests that failed in an earlier process for a reason that may pass, and count as not asked."""
+        self._num_transient: Counter[RunKey] = Counter()
         self._end = b"}\n"
         self._aside: dict[RunKey, list[Run]] = {}
         self._reader = path.open("rb")
@@ -128,9 +135,14 @@ class Journal(AppendLog):
             raise ValueError
         elif line.startswith(RUN_START):
             run = self._checked(self._content(line, RUN_START))
+            self._num_transient[run.key] += run.transient
+            self._aside.pop(run.key, None)
+            if run.transient and self._num_transient[run.key] < MAX_TRANSIENT:
+                self.asked_again.add(run.key)
+                return
+            self.asked_again.discard(run.key)
             self.offsets[run.key] = offset
             self.resumed_prompts[run.key] = run.prompt_sha256
-            self._aside.pop(run.key, None)
         elif line.startswith(ASIDE_START):
             run = self._checked(self._content(line, ASIDE_START))
             self._aside.setdefault(run.key, []).append(run)

@@ -105,8 +105,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class RequestTurn:
-    """One turn of a conversation as a request that every backend gets; `obstacle` says why it cannot be made at all.
-    `keep_spans` keeps the spans in the run and not only what is computed from them."""
+    """One turn of a conversation as a request that every backend gets; `obstacle` says why it cannot be made at all,
+    which may pass if it `is_transient`. `keep_spans` keeps the spans in the run and not only what is computed from
+    them."""
 
     prompt: Prompt
     turn: int
@@ -114,6 +115,7 @@ class RequestTurn:
     request: GenerationRequest
     obstacle: str | None
     keep_spans: bool = False
+    is_transient: bool = False
 
     @property
     def key(self) -> RunKey:
@@ -148,12 +150,12 @@ def attempt(backend: Backend, gauges: Gauges, turn: RequestTurn, stopped: thread
         StoppedError: `stopped` was set while the backend had to wait.
     """
     if turn.obstacle is not None:
-        return failed_run(turn, turn.obstacle), ""
+        return failed_run(turn, turn.obstacle, is_transient=turn.is_transient), ""
     try:
         measured, energy_j, load = measure_when_ready(backend, gauges, turn.request, stopped)
         figures = lane_figures(backend, measured, keep_spans=turn.keep_spans)
     except PromptFailedError as error:
-        return failed_run(turn, str(error)), without_secrets(str(error))
+        return failed_run(turn, str(error), is_transient=error.is_transient), without_secrets(str(error))
     except SpdbenchError:
         raise
     except Exception as error:
@@ -233,8 +235,9 @@ def _reported_fields(report: EngineReport) -> dict[str, object]:
     return fields
 
 
-def failed_run(turn: RequestTurn, reason: str) -> Run:
-    return _run_without_output(turn).model_copy(update={"error": without_secrets(reason)})
+def failed_run(turn: RequestTurn, reason: str, *, is_transient: bool = False) -> Run:
+    failure = {"error": without_secrets(reason), "transient": is_transient}
+    return _run_without_output(turn).model_copy(update=failure)
 
 
 def prompt_sha256(ids: Sequence[int]) -> str:

@@ -232,6 +232,7 @@ class Runner:
         """A conversation's requests; a turn's first answer has to be in the first journal before the next turn."""
         messages = list(prompt.context)
         obstacle: str | None = None
+        is_transient = False
         workload = self.workload
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
@@ -239,11 +240,12 @@ class Runner:
                 with self._lock:
                     request, new_obstacle = workload.request(self._chat, prompt, turn, repeat, messages)
                 obstacle = obstacle or new_obstacle
-                yield RequestTurn(prompt, turn, repeat, request, obstacle, workload.keep_spans)
+                yield RequestTurn(prompt, turn, repeat, request, obstacle, workload.keep_spans, is_transient)
             if turn + 1 < len(prompt.turns):
                 with self._lock:
                     answered = self.candidates[0].journal.run((prompt.id, turn, 0))
                 if answered.finish_reason == "error":
+                    is_transient = answered.transient and (obstacle is None or is_transient)
                     obstacle = obstacle or f"{self.candidates[0].label} failed in turn {turn}: nothing to go on from"
                 messages.append({"role": "assistant", "content": self._answer(answered)})
 
@@ -278,7 +280,8 @@ class Runner:
         try:
             run, trace = self._least_disturbed(candidate, turn)
         except BackendLostError as error:
-            lost, run, trace = error, failed_run(turn, str(error).partition("\n")[0]), ""
+            reason, _, _ = str(error).partition("\n")
+            lost, run, trace = error, failed_run(turn, reason, is_transient=error.is_transient), ""
         if self._stopped.is_set():  # it failed because the run ends, so it has not been measured
             raise StoppedError
         # Backends that share this process have no memory of their own, and that of a server is unknown.

@@ -19,6 +19,7 @@ from spdbench.render.columns import (
     capture,
     decoding,
     harmless,
+    loads,
     markdown,
     markdown_cell,
     markdown_line,
@@ -84,10 +85,13 @@ def to_markdown(judgements: Sequence[Judgement]) -> str:
 
 def calibration_to_terminal(calibration: Calibration, console: Console) -> str:
     """A row for each metric of each label, and one number for all of them."""
-    grid = plain_grid([("label", False), ("metric", False), ("runs", True), ("apart", True), ("max slowdown", True)])
+    loaded = any(each.requests_at_once > 1 for each in calibration.thresholds)
+    columns = [("at once", True)] * loaded + [("runs", True), ("apart", True), ("max slowdown", True)]
+    grid = plain_grid([("label", False), ("metric", False), *columns])
     for each in calibration.thresholds:
         numbers = str(each.num_runs), f"{each.spread:.2%}", percent(each.max_slowdown)
-        grid.add_row(Text(harmless(each.label)), NAMES[each.metric], *numbers)
+        load = [str(each.requests_at_once)] * loaded
+        grid.add_row(Text(harmless(each.label)), NAMES[each.metric], *load, *numbers)
     wide = calibration.max_slowdown > WIDE
     return capture(
         console,
@@ -126,7 +130,7 @@ def _sections(judgements: Sequence[Judgement]) -> Iterator[_Section]:
         by_category = any(finding.category is not None for each in group for finding in each.findings)
         category = ["category"] * by_category
         yield _Section(
-            harmless(f"{where} | {decoding(head.decoding)}"),
+            harmless(" | ".join([where, decoding(head.decoding), *loads([head])])),
             [harmless(_answer(each, name)) for each, name, _ in shown],
             ["label", *category, "metric", "before", "now", "change", "verdict"],
             [list(_rows(name, findings, by_category=by_category)) for _, name, findings in shown],

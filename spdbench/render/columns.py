@@ -275,7 +275,8 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     chosen = head.model.chat_template
     model = " ".join([model, *([] if chosen is None else [f"chat template {chosen}"]), *args])
-    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), *_load(table), _where(table)]
+    load = loads(row.head for row in table.rows)
+    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), *load, _where(table)]
     return harmless(" | ".join(parts))
 
 
@@ -308,9 +309,9 @@ def _prompts(table: Table) -> str:
     return f"{'' if fewest == most else f'{fewest} to '}{words}{more}"
 
 
-def _load(table: Table) -> list[str]:
+def loads(heads: Iterable[Result]) -> list[str]:
     """How many requests were under way at once, where that was more than one."""
-    levels = list(dict.fromkeys(concurrency(row.head) for row in table.rows)) or [1]
+    levels = list(dict.fromkeys(map(concurrency, heads))) or [1]
     return [f"{', '.join(map(str, levels))} at once"] if levels != [1] else []
 
 

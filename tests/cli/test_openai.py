@@ -230,9 +230,33 @@ def test_a_server_that_goes_away_ends_the_run_which_goes_on_when_it_is_back(
         again = run("--max-new-tokens", "20", "-o", "openai.retries=0", "--resume")
     finally:
         back.close()
-    assert again.code == 1, again.err
+    assert again.code == 0, again.err
+    assert "1 request that failed for reasons that may have passed: asked again" in again.err
     assert len(run.result().runs) == 4
-    assert run.result().summary.overall["num_failed"] == 1
+    assert run.result().summary.overall["num_failed"] == 0
+
+
+def test_what_failed_for_the_servers_state_is_asked_again_and_what_is_too_long_is_not(run: Runs) -> None:
+    too_long = Refusal(400, json.dumps({"error": {"message": "This model's maximum context length is 10 tokens."}}))
+
+    def how(number: int) -> Refusal | None:
+        run.server.fault = "die" if number == 1 else None
+        return {2: too_long, 3: Refusal(503, "busy")}.get(number)
+
+    answer_otherwise(run.server, how)
+    words = ("--max-new-tokens", "20", "-o", "openai.retries=0")
+    assert run(*words, turns=2).code == 1
+    assert [one.finish_reason for one in run.result().runs] == ["error"] * 6 + ["eos"] * 2
+    for num_asked, num_again in ((4, 1), (0, 0)):
+        before = len(run.server.asked)
+        again = run(*words, "--resume", turns=2)
+        assert again.code == 1, again.err
+        assert again.err.count("4 requests that failed for reasons that may have passed: asked again") == num_again
+        assert [body["max_tokens"] for body in run.server.asked[before:]].count(MEASURED) == num_asked
+        failed = [one for one in run.result().runs if one.finish_reason == "error"]
+        assert len(run.result().runs) == 8
+        assert ["too small" in str(one.error) for one in failed] == [True, False]
+        assert len({one.prompt_id for one in failed}) == 1
 
 
 def test_concurrency_asks_for_several_answers_at_once(run: Runs) -> None:

@@ -37,11 +37,13 @@ from spdbench_backends.openai.response_drafts import REQUEST, DraftReport, count
 from spdbench_backends.openai.token_scores import TokenScores, explain_divergence
 from spdbench_backends.openai.transport.address import parse_address
 from spdbench_backends.openai.transport.client import Server
-from spdbench_backends.openai.transport.errors import BrokenError, RefusedError, UnreachableError, one_line
+from spdbench_backends.openai.transport.errors import BrokenError, LostError, RefusedError, UnreachableError, one_line
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 PERMANENT = frozenset({401, 403, 404})
 """Statuses of refusals that every other prompt would get as well."""
+FAILED = 500
+"""A server's bug, or the wrong status of a refusal."""
 COUNTERS_TIMEOUT_S = 1.0
 COUNTERS_PAUSE_S = 0.05
 WITHOUT_CACHE = (
@@ -170,7 +172,7 @@ class OpenAI:
         except UnreachableError as error:
             raise self._error_of_unreachable(error, exchange) from None
         except (BrokenError, NotStreamedError) as error:
-            raise PromptFailedError(str(error)) from None
+            raise PromptFailedError(str(error), is_transient=isinstance(error, LostError)) from None
         word = exchange.finish_word
         if exchange.num_tokens == 0:
             raise PromptFailedError(f"the server's answer is empty; its finish_reason is {word or 'missing'}")
@@ -287,9 +289,14 @@ class OpenAI:
     def _error_of_refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
         if refusal.status not in BUSY:
             error = str(describe_refusal(self._context.label, self._endpoint.model, refusal))
-            return BackendLostError(error) if refusal.status in PERMANENT else PromptFailedError(error)
+            is_permanent = refusal.status in PERMANENT
+            return BackendLostError(error, is_transient=True) if is_permanent else PromptFailedError(error)
         if exchange.tries > self._options.retries or self._closed:
-            return PromptFailedError(f"the server refused it {exchange.tries} times, the last time with {refusal}")
+            # A server that fails on each try fails on this prompt; one that is busy does so on any.
+            return PromptFailedError(
+                f"the server refused it {exchange.tries} times, the last time with {refusal}",
+                is_transient=refusal.status != FAILED,
+            )
         later = exchange.repeat_later(str(refusal), refusal.retry_after_s)
         if later.wait_s > MAX_WAIT_S:
             self._say_once(f"the server asks to wait, for {later.wait_s:.0f} s at first; no wait is timed")
@@ -299,7 +306,8 @@ class OpenAI:
         if exchange.tries > self._options.retries or self._closed:
             return BackendLostError(
                 f"{self._context.label}: the server cannot be reached any more ({error}); start it again, and go on "
-                "with --resume"
+                "with --resume",
+                is_transient=True,
             )
         return exchange.repeat_later(str(error), None)
 

@@ -13,6 +13,7 @@ from spdbench_backends.openai.repeats import Repeats
 from spdbench_backends.openai.transport.errors import (
     MALFORMED,
     BrokenError,
+    LostError,
     RefusedError,
     SilentError,
     error_message,
@@ -90,7 +91,7 @@ def read_chunks(
             notice("its connections are lost after whole answers, which is ignored", "")
     if not word or word in not_ends - FINISHES.keys():
         reason = f"; it said: {skipped}" if skipped else ""
-        raise BrokenError(f"the server ended in the middle of its answer{reason}")
+        raise LostError(f"the server ended in the middle of its answer{reason}")
 
 
 def read_refusal(body: bytes, without_key: Callable[[str], str]) -> RefusedError | None:

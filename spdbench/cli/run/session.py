@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import click
 from rich.console import Console
 
-from spdbench.append_log import first_difference
 from spdbench.backend import Backend, check_before_load, concurrency_of
 from spdbench.cli.files import keep_former, require_writable, result_path
 from spdbench.cli.progress import waiting
@@ -30,14 +29,13 @@ from spdbench.cli.run.loggers import RunLogger, log_results
 from spdbench.cli.run.outputs import OutputComparer, compare_servers
 from spdbench.cli.setup import BackendSpec, drafter_record, model_record
 from spdbench.cli.terminal import ignore_from_now_on, sigterm_interrupts
-from spdbench.console import say
+from spdbench.console import counted, say
 from spdbench.errors import BackendLostError, InputError, SpdbenchError
 from spdbench.judge.comparison.compare import Table, compare
 from spdbench.judge.loaded import LoadedResult, read_results
-from spdbench.judge.results.reader import reread
 from spdbench.judge.results.schema import ModelInfo, Result, SuiteInfo, served_model
 from spdbench.judge.score import Scorer
-from spdbench.measure.assemble import ResultHead, run_key, write_result
+from spdbench.measure.assemble import ResultHead, reopened_journal, write_result
 from spdbench.measure.energy import EnergyMeter, energy_meter, gpu_uuid
 from spdbench.measure.environment import environment, git_state
 from spdbench.measure.journal import Journal, create_journal, resume_journal
@@ -193,13 +191,15 @@ class Session:
         if resume and path.exists():
             journal = resume_journal(path, identity)
         elif resume and result.exists():
-            journal = _reopened(result, path, identity)
+            journal = reopened_journal(result, path, identity)
         else:
             if path.exists():
                 say(f"An unfinished run is set aside as {path.name}.old; --resume would have gone on with it.")
             journal = create_journal(path, datetime.now(UTC).isoformat(timespec="seconds"), identity)
             if resume:
                 say(f"{spec.label}: nothing to resume, so this is a new run.")
+        if again := len(journal.asked_again):
+            say(f"{spec.label}: {counted(again, 'request')} that failed for reasons that may have passed: asked again.")
         if foreign := journal.offsets.keys() - self.workload.keys():
             journal.close()
             raise InputError(f"{path}: holds a request that is not in this run: {min(foreign)}")
@@ -288,33 +288,6 @@ def _write_partial(outputs: Sequence[Output]) -> None:
         if len(journal) and (not path.exists() or _created(path) == journal.created):
             write_result(path, head, journal)
     say(f"{sum(len(output.journal) for output in outputs)} finished requests are kept; --resume goes on from there.")
-
-
-def _reopened(result: Path, path: Path, identity: Mapping[str, Any]) -> Journal:
-    """A journal at `path` made from a `result` that is there already, so that a finished run resumes to itself.
-
-    Raises:
-        InputError: the result was measured with other settings.
-    """
-    done, runs = reread(result)
-    if done.run_key != run_key(identity):
-        facts = {
-            **done.decoding.model_dump(exclude={"eos_ids"}),
-            "suite_sha256": done.suite.sha256,
-            "num_prompts": done.suite.num_prompts,
-            "model_sha256": done.model.sha256,
-            "dtype": done.model.dtype,
-            "options": done.backend.options,
-        }
-        difference = first_difference(facts, {key: identity[key] for key in facts})
-        raise InputError(
-            f"--resume: {result} is a finished run with other settings{difference and ': ' + difference}. "
-            "Run without --resume to replace it, or with a --name of its own."
-        )
-    journal = create_journal(path, done.created, identity)
-    for key, run in runs:
-        journal.append_json(key, run)
-    return journal
 
 
 def _watch(backends: Sequence[Backend]) -> MachineWatch:

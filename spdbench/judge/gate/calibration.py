@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spdbench.console import counted
 from spdbench.errors import InputError, NotComparableError, first_problem
 from spdbench.input_files import json_record
-from spdbench.judge.comparison.pairing import machine, workload
+from spdbench.judge.comparison.pairing import concurrency, machine, workload
 from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.timing import SPEED, SPEEDUP
 from spdbench.judge.loaded import LoadedResult
@@ -45,7 +45,8 @@ Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 class Threshold(BaseModel):
     """For one metric of one label: `spread` is d, over `num_runs` runs; `max_slowdown` is s against one run. `work`
-    hashes all that the runs were asked to do, and `num_answers` is how many answers each of them measured."""
+    hashes all that the runs were asked to do, and `num_answers` is how many answers each of them measured, with so many
+    `requests_at_once`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,6 +60,7 @@ class Threshold(BaseModel):
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     max_slowdown: Share
     num_answers: Annotated[int, Field(ge=1)] | None = None
+    requests_at_once: Annotated[int, Field(ge=1)] = 1
 
     def slowdown(self, num_new: int, num_baselines: int) -> float:
         """s of the mean of so many runs against that of so many others."""
@@ -183,6 +185,7 @@ def _threshold(
         spread=spread,
         max_slowdown=slowdown(spread, len(values), num_new=1, num_baselines=1),
         num_answers=len(one.runs.keys),
+        requests_at_once=concurrency(head),
     )
 
 

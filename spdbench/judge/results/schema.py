@@ -197,6 +197,7 @@ class Run(Record):
     num_new_tokens: Count
     finish_reason: FinishReason
     error: str | None = None
+    transient: bool = Field(False, description="failed for a reason that may pass; `run --resume` asks again")
     output_ids: list[TokenId]
     ttft_s: Seconds | None
     decode_s: Seconds | None

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from spdbench.errors import InputError
-from spdbench.measure.journal import Journal, create_journal, resume_journal
+from spdbench.measure.journal import MAX_TRANSIENT, Journal, create_journal, resume_journal
 from spdbench.types import FirstDivergence
 from tests.builders import make_run, vanilla_steps
 
@@ -55,6 +55,26 @@ def test_resuming_finds_everything_that_was_finished(path: Path) -> None:
     assert again.created == "2026-01-01"
     again.append(make_run(prompt="p3"))
     assert [run.prompt_id for run in again.runs()] == ["p0", "p1", "p2", "p3"]
+
+
+def test_what_failed_for_a_reason_that_may_pass_is_asked_again_a_few_times(path: Path) -> None:
+    lost = make_run(prompt="p1").model_copy(update={"finish_reason": "error", "transient": True})
+    journal, again = written(path, 1), True
+    for number in range(1, MAX_TRANSIENT + 1):
+        journal.append(lost)
+        assert (lost.key in journal, len(journal)) == (True, 2)
+        journal.close()
+        journal, again = resume_journal(path, IDENTITY), number < MAX_TRANSIENT
+        assert (lost.key in journal.asked_again, lost.key in journal) == (again, not again)
+        assert (lost.key in journal.resumed_prompts) == (not again)
+    journal.close()
+    other = path.with_name("other.jsonl")
+    with create_journal(other, "2026-01-01", IDENTITY) as journal:
+        journal.append(lost)
+    with resume_journal(other, IDENTITY) as journal:
+        journal.append(make_run(prompt="p1"))
+    with resume_journal(other, IDENTITY) as journal:
+        assert (list(journal.runs()), journal.asked_again) == ([make_run(prompt="p1")], set())
 
 
 def test_every_cut_of_the_file_loses_at_most_the_line_that_was_cut(path: Path) -> None:

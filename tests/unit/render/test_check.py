@@ -84,6 +84,12 @@ def test_results_that_share_a_label_are_told_apart_by_file() -> None:
     assert "eagle (2)" in text
 
 
+def test_results_of_a_load_are_titled_by_it() -> None:
+    text = show(judged([eagle(options={"concurrency": 4})], eagle(options={"concurrency": 4}), "exact"), 120)
+    assert "new tokens | 4 at once\n" in text
+    assert "at once" not in show(fine(), 120)
+
+
 def test_files_of_one_label_are_named_by_the_end_in_which_they_differ() -> None:
     new = [eagle(file=f"/home/me/new/quick__eagle__smollm2__{name}.json") for name in ("10", "11")]
     text = show(judged(new, eagle(), "timing"), 80)
@@ -161,6 +167,12 @@ def test_calibration_ends_with_the_option_to_use() -> None:
     text = calibration_to_terminal(found, Console(width=80, force_terminal=False))
     assert text.rstrip().splitlines()[-1] == "For all labels: --max-slowdown 7.2%"
     assert "1.20%" in text
+    assert "at once" not in text
+    loaded = thresholds[0].model_copy(update={"requests_at_once": 8})
+    found = found.model_copy(update={"thresholds": [*thresholds, loaded]})
+    header, *rows = calibration_to_terminal(found, Console(width=80, force_terminal=False)).splitlines()
+    assert "at once" in header
+    assert [row.split()[-4] for row in rows if row.startswith("spd")] == ["1", "1", "8"]
     noisy = found.model_copy(update={"thresholds": [thresholds[0].model_copy(update={"max_slowdown": 0.863})]})
     text = calibration_to_terminal(noisy, Console(width=80, force_terminal=False))
     assert "--max-slowdown 86.3%\nSo much noise hides most slowdowns: measure again on an idle machine" in text

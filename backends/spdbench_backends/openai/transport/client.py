@@ -24,6 +24,7 @@ from spdbench_backends.openai.transport.address import Address
 from spdbench_backends.openai.transport.errors import (
     MALFORMED,
     BrokenError,
+    LostError,
     RefusedError,
     SilentError,
     UnreachableError,
@@ -198,7 +199,7 @@ class Connection:
         except TimeoutError:
             raise self._silence(MIDDLE) from None
         except (OSError, HTTPException, *MALFORMED) as error:
-            raise BrokenError(f"the answer broke off ({type(error).__name__})") from None
+            raise LostError(f"the answer broke off ({type(error).__name__})") from None
 
     def pieces(self, response: HTTPResponse) -> Iterator[bytes]:
         """The answer's bytes as they come. The caller has to `renew` after useful ones.
@@ -216,9 +217,7 @@ class Connection:
             except TimeoutError:
                 raise self._silence(MIDDLE) from None
             except (OSError, HTTPException, *MALFORMED) as error:
-                raise BrokenError(
-                    f"the connection was lost in the middle of the answer ({_error_name(error)})"
-                ) from None
+                raise LostError(f"the connection was lost in the middle of the answer ({_error_name(error)})") from None
             if not piece:
                 return
             left -= len(piece)

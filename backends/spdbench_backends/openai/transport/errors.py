@@ -43,7 +43,11 @@ class BrokenError(Exception):
     """An answer ended in the wrong way: silence, a lost connection, something that is not HTTP."""
 
 
-class SilentError(BrokenError):
+class LostError(BrokenError):
+    """The connection ended before the answer did, which another try may not meet."""
+
+
+class SilentError(LostError):
     """The server sent nothing useful within its time limit."""
 
 

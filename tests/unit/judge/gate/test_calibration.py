@@ -56,6 +56,7 @@ def test_threshold_is_of_the_speedup_so_that_drift_of_the_machine_cancels() -> N
     assert threshold.max_slowdown == pytest.approx(1 - math.exp(-scipy_stats.t.ppf(0.999, 5) * spread), rel=1e-4)
     assert found.max_slowdown == threshold.max_slowdown
     assert found.fingerprint == "machine-a"
+    assert {each.requests_at_once for each in found.thresholds} == {1}
 
 
 def test_tokens_per_s_are_calibrated_as_well_and_decide_where_there_is_no_plain_decoding() -> None:
