@@ -121,6 +121,22 @@ def _of_extras(package: str) -> list[str]:
     return list(dict.fromkeys(need for need, _, marker in lines if marker in markers)) or [package]
 
 
+class FileWord(str):
+    """A text of a file that sets options (`spdbench.toml`). `where` names the file and the key, for messages."""
+
+    where: str
+
+    def __new__(cls, text: str, where: str) -> FileWord:
+        word = super().__new__(cls, text)
+        word.where = where
+        return word
+
+
+def given_by(word: str, option: str) -> str:
+    """How a message says where `word` comes from: `option`, as typed, or the file and the key that set it."""
+    return f"{word.where}:" if isinstance(word, FileWord) else option
+
+
 def brief(error: BaseException) -> str:
     """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spdbench.errors import InputError, did_you_mean, first_problem
+from spdbench.errors import InputError, did_you_mean, first_problem, given_by
 
 
 class PluginOptions(BaseModel):
@@ -56,10 +56,11 @@ def parse_keys(prefix: str, options: type[Chosen], given: Mapping[str, str]) -> 
     known = options.model_fields
     for key in given:
         if key not in known:
-            raise InputError(f"-o {prefix}{key}: unknown option{did_you_mean(key, known)}")
+            raise InputError(f"{given_by(given[key], '-o')} {prefix}{key}: unknown option{did_you_mean(key, known)}")
     try:
         return options.model_validate(dict(given))
     except ValidationError as error:
         loc, reason = first_problem(error)
         key = loc[0] if loc else "?"
-        raise InputError(f"-o {prefix}{key}={given.get(key, '')}: {reason}") from None
+        value = given.get(key, "")
+        raise InputError(f"{given_by(value, '-o')} {prefix}{key}={value}: {reason}") from None

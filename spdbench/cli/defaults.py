@@ -6,6 +6,7 @@
     max-new-tokens = 128
 
 The nearest file counts, from the current folder upwards. The command line beats the file, and the file beats the suite.
+An option that is given once a key (`-o`, `--drafter`, `--template-arg`) is beaten key by key.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 import click
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.cli.options import KeyedOption
+from spdbench.errors import FileWord, InputError, did_you_mean
 
 OWN_FILE, PROJECT_FILE = "spdbench.toml", "pyproject.toml"
 MAX_BYTES = 1 << 20
@@ -109,6 +111,8 @@ def _checked(command: click.Command, key: str, value: Any, where: str) -> tuple[
             raise InputError(f"{where}: holds a NUL character, which no option does")
     if param.name == "options" and any(map(ADDRESS.match, parts)):
         raise InputError(f"{where}: the address of a server is taken from the command line only")
+    if isinstance(param, KeyedOption):
+        parts = [FileWord(part, where) for part in parts]
     given = parts if param.multiple else parts[0]
     try:
         param.type_cast_value(click.Context(command), given)

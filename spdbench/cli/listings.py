@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 import click
 
+from spdbench.cli.completion import complete_backends, complete_suites
 from spdbench.cli.files import show_text
-from spdbench.cli.options import PATH, complete_suites
+from spdbench.cli.options import PATH
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
@@ -41,7 +42,7 @@ def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
 
 
 @click.command("backends", short_help="List installed backends and their options.")
-@click.argument("name", metavar="[NAME]", required=False)
+@click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_backends)
 @AS_JSON
 def backends(name: str | None, as_json: bool) -> None:
     """List the installed backends, or only NAME, with what each takes as -o LABEL.KEY=VALUE."""

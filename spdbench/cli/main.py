@@ -68,6 +68,21 @@ COMMANDS = {
 }
 
 
+WITHOUT_FILE = ("completion", "lm-eval")
+"""Commands without options that a file can set: they work whatever is wrong with the file. Shells call `completion`."""
+
+
+def _asks_for_help(group: click.Context, command: click.Command, words: Sequence[str]) -> bool:
+    """True if `words` hold --help as an option, not as the value of another."""
+    context = click.Context(command, parent=group, resilient_parsing=True)
+    option = command.get_help_option(context)
+    try:
+        given, _, _ = command.make_parser(context).parse_args(list(words))
+    except click.UsageError:
+        return False
+    return option is not None and option.name in given
+
+
 class LazyGroup(click.Group):
     """A group whose commands are named in `COMMANDS` and imported one at a time."""
 
@@ -89,7 +104,11 @@ class LazyGroup(click.Group):
             raise click.UsageError(f"unknown command '{args[0]}'{did_you_mean(args[0], COMMANDS)}", ctx)
         name, command, rest = super().resolve_command(ctx, args)
         if name is not None and command is not None and not ctx.resilient_parsing:
-            ctx.default_map = {name: file_options(command, name, COMMANDS)}
+            try:
+                ctx.default_map = {} if name in WITHOUT_FILE else {name: file_options(command, name, COMMANDS)}
+            except InputError:
+                if not _asks_for_help(ctx, command, rest):
+                    raise
         return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
@@ -158,6 +177,7 @@ def run(args: Sequence[str]) -> int:
 def _invoke(args: list[str]) -> int:
     # Not spdbench.main(): click would handle interrupts and broken pipes in its own way.
     if instruction := os.environ.get(COMPLETE):
+        importlib.import_module("spdbench.cli.completion")  # defines our shells
         return shell_complete(spdbench, {}, "spdbench", COMPLETE, instruction)
     try:
         with spdbench.make_context("spdbench", args) as context:

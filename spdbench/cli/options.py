@@ -13,6 +13,7 @@ Only parses and checks words; loads no model.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.console import say
+from spdbench.errors import FileWord, InputError, did_you_mean, given_by
 from spdbench.processors import usable_cores
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -40,6 +43,31 @@ def option(names: str, kind: Any, metavar: str | None, text: str | None, default
     if default is not None:  # click 8.3 and later take None for a value, which a required option then has
         more = {"default": default, "show_default": True, **more}
     return field(metadata={"option": (names.split(), {"type": kind, **more}, metavar, text)})
+
+
+class KeyedOption(click.Option):
+    """An option that is given once a key, such as `-o LABEL.KEY=VALUE`. What is typed is added behind what a file sets,
+    so that it beats the file key by key: of two words for one key the last one counts."""
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        if source is ParameterSource.COMMANDLINE and self.name is not None:
+            value = [*(ctx.lookup_default(self.name) or ()), *value]
+        return value, source
+
+
+class _Word(click.ParamType[str]):
+    """A text, unchanged: one of a file stays a `FileWord`."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
+        return value if isinstance(value, str) else str(value)
+
+
+def keyed(names: str, metavar: str, text: str, **more: Any) -> Any:
+    """An option that is given once a key: words in the order in which they count, those of a file first."""
+    return option(names, _Word(), metavar, text, multiple=True, cls=KeyedOption, **more)
 
 
 def flag(name: str, text: str) -> Any:
@@ -141,20 +169,9 @@ PATH, FOLDER = click.Path(path_type=Path), click.Path(path_type=Path, file_okay=
 OUTPUT = click.Path(path_type=Path, dir_okay=False)
 
 
-def complete_suites(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """What a shell offers for SUITE: shipped suites, and files where none begins so."""
-    from spdbench.prompts.suite import shipped_suites
-
-    found = [CompletionItem(name) for name in shipped_suites() if name.startswith(begun)]
-    return found or [CompletionItem(begun, type="file")]
-
-
-def complete_backends(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
-    """What a shell offers for `-b [LABEL=]BACKEND`."""
-    from spdbench.backend import installed_backends
-
-    label, equals, name = begun.rpartition("=")
-    return [CompletionItem(label + equals + each) for each in installed_backends() if each.startswith(name)]
+def complete_files(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem[str]]:
+    """What a shell offers for a file or folder that is no `click.Path`, as patterns and names are taken as well."""
+    return [CompletionItem(begun, type="file")]
 
 
 MOST_AT_ONCE = 1024
@@ -185,7 +202,13 @@ def _names(_context: click.Context, _parameter: click.Parameter, words: str | No
 class TargetOptions:
     """Those of MODEL-OPTIONS that are about the target alone; `model` and `devices` None mean the default."""
 
-    model: str | None = option("-m --model", None, "MODEL", "Hub id, local folder or GGUF file. [default: smollm2]")
+    model: str | None = option(
+        "-m --model",
+        None,
+        "MODEL",
+        "Hub id, local folder or GGUF file. [default: smollm2]",
+        shell_complete=complete_files,
+    )
     dtype: str = option("--dtype", click.Choice(DTYPES), None, "Precision of weights and arithmetic.", "bfloat16")
     devices: tuple[str, ...] | None = option(
         "--devices",
@@ -199,13 +222,10 @@ class TargetOptions:
         None,
         "FILE|NAME",
         "In place of the model's chat template: a file, or vicuna, llama-2, chatml, zephyr.",
+        shell_complete=complete_files,
     )
-    template_args: tuple[str, ...] = option(
-        "--template-arg",
-        None,
-        "KEY=VALUE",
-        "An argument of the model's chat template, such as enable_thinking=false.",
-        multiple=True,
+    template_args: tuple[str, ...] = keyed(
+        "--template-arg", "KEY=VALUE", "An argument of the model's chat template, such as enable_thinking=false."
     )
     threads: int = option(
         "--threads",
@@ -221,17 +241,14 @@ class TargetOptions:
 class ModelOptions(TargetOptions):
     """MODEL-OPTIONS as given."""
 
-    drafters: tuple[str, ...] = option(
+    drafters: tuple[str, ...] = keyed(
         "--drafter",
-        None,
         "[LABEL=]WHAT",
         "auto, a path, random, oracle:P or forced:P; P is a rate, 0.8,0.6 by position, tau=2.5, or a file of these. "
         "[default: auto]",
-        multiple=True,
+        shell_complete=complete_files,
     )
-    options: tuple[str, ...] = option(
-        "-o", None, "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.", multiple=True
-    )
+    options: tuple[str, ...] = keyed("-o", "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.")
 
 
 def check_name(name: str | None) -> None:
@@ -261,32 +278,61 @@ def parse_labels(words: Sequence[str]) -> dict[str, str]:
 
 
 def parse_drafters(words: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
-    """`--drafter [LABEL=]WHAT` words as label -> what, for every label; the last word for a label wins."""
+    """`--drafter [LABEL=]WHAT` words as label -> what, for every label; the last word for a label wins. A typed word
+    for all labels beats what a file says of one.
+
+    Raises:
+        InputError: a typed word has a label that no backend here has.
+    """
     common, own = "auto", {}
     for word in words:
         label, equals, what = word.partition("=")
         if equals and label in labels:
-            own[label] = what
+            own[label] = (what, isinstance(word, FileWord))
         elif equals and LABEL.fullmatch(label) and not os.path.exists(word):
-            raise InputError(f"--drafter {word}: no backend here has the label '{label}'{did_you_mean(label, labels)}")
+            _unknown_label(word, "--drafter", label, labels)
         else:
             common = word
-    return {label: own.get(label, common) for label in labels}
+            if not isinstance(word, FileWord):
+                own = {label: (what, of_file) for label, (what, of_file) in own.items() if not of_file}
+    return {label: own[label][0] if label in own else str(common) for label in labels}
 
 
 def parse_backend_options(words: Sequence[str], labels: Sequence[str]) -> dict[str, Mapping[str, str]]:
-    """`-o LABEL.KEY=VALUE` words as label -> {key: value}, for every label.
+    """`-o LABEL.KEY=VALUE` words as label -> {key: value}, for every label; the last word for a key wins.
 
     Raises:
-        InputError: a word of another form, or a label that no backend here has.
+        InputError: a word of another form, or a typed word with a label that no backend here has.
     """
     options: dict[str, dict[str, str]] = {label: {} for label in labels}
     for word in words:
         left, equals, value = word.partition("=")
         label, dot, key = left.rpartition(".")
         if not equals or not dot or not key:
-            raise InputError(f"-o {word}: expected LABEL.KEY=VALUE, LABEL being one of: {', '.join(labels)}")
-        if label not in options:
-            raise InputError(f"-o {word}: no backend here has the label '{label}'{did_you_mean(label, labels)}")
-        options[label][key] = value
+            raise InputError(
+                f"{given_by(word, '-o')} {word}: expected LABEL.KEY=VALUE, LABEL being one of: {', '.join(labels)}"
+            )
+        if label in options:
+            options[label][key] = FileWord(value, word.where) if isinstance(word, FileWord) else value
+        else:
+            _unknown_label(word, "-o", label, labels)
     return dict(options)
+
+
+def _unknown_label(word: str, option: str, label: str, labels: Sequence[str]) -> None:
+    """A typed word for a label that no backend of the run has is an error. A file is written for several runs: a word
+    of it is skipped, and reported only if the label looks like a mistyped one.
+
+    Raises:
+        InputError: the word is typed.
+    """
+    reason = f"{given_by(word, option)} {word}: no backend here has the label '{label}'"
+    if not isinstance(word, FileWord):
+        raise InputError(f"{reason}{did_you_mean(label, labels)}")
+    from spdbench.backend import installed_backends
+
+    known = {*labels, *installed_backends()}
+    if any(re.fullmatch(rf"{re.escape(name)}([-_.+\d].*)?", label) for name in known):
+        return  # another run's: a backend, or one more of a kind, such as spd2
+    if close := difflib.get_close_matches(label, sorted(known), n=1, cutoff=0.6):
+        say(f"NOTE: {reason}, so it is skipped; did you mean '{close[0]}'?")

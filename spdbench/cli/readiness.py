@@ -36,6 +36,8 @@ State = Literal["ok", "warn", "fail"]
 GB = 1e9
 FEW_BYTES = {"results": 1 * GB, "cache": 2 * GB}
 """Free disk below which the folder gets a warning: results of long runs, a converted model."""
+CACHED = ("gguf", "models", "facts", "packed")
+"""Folders in the cache that a run adds to."""
 LEAST_BYTES = 50e6
 """Free disk below which a run would soon be interrupted."""
 WORKING_SHARE = 1.5
@@ -71,7 +73,7 @@ def findings(model: str | None, results: Path) -> Iterator[Finding]:
     """
     checks: dict[str, Callable[[], Finding]] = {
         "results": lambda: _folder("results", results, "choose another folder with --results"),
-        "cache": lambda: _folder("cache", cache_folder(), "set SPDBENCH_CACHE to another folder"),
+        "cache": lambda: _cache(cache_folder(), model or DEFAULT_MODEL),
         "locks": lambda: _locks(_existing(results)),
         "model": lambda: _model(model or DEFAULT_MODEL),
         "kernels": _kernels,
@@ -92,8 +94,9 @@ def findings(model: str | None, results: Path) -> Iterator[Finding]:
 
 
 def _existing(folder: Path) -> Path:
-    """`folder`, or the nearest folder around it that is there: a check makes none."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    """`folder`, or the nearest folder around it that is there: a check makes none. A link that leads nowhere is there,
+    and in the way."""
+    return next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
 
 
 def _folder(name: str, folder: Path, remedy: str) -> Finding:
@@ -108,7 +111,25 @@ def _folder(name: str, folder: Path, remedy: str) -> Finding:
     return Finding(name, "ok", text)
 
 
+def _cache(folder: Path, model: str) -> Finding:
+    """A run does without writing to the cache where the model is in it."""
+    remedy = "set SPDBENCH_CACHE to another folder"
+    inner = [path for path in (folder / name for name in CACHED) if os.path.exists(path)]
+    places = [_existing(folder), *inner]
+    found = next(((place, error) for place in places if (error := write_obstacle(place)) is not None), None)
+    if found is None:
+        return _folder("cache", folder, remedy)
+    text = f"{found[0]} cannot be written ({found[1].strerror})"
+    if _is_absent(model):
+        return Finding("cache", "fail", f"{text}, so {model} cannot be fetched or converted", remedy)
+    lost = "other models cannot be fetched or converted, and what is compiled and packed is lost after each run"
+    return Finding("cache", "warn", f"{text}: {lost}", remedy)
+
+
 def _locks(folder: Path) -> Finding:
+    if (error := write_obstacle(folder)) is not None:
+        reason = f"not known, as {folder} cannot be written ({error.strerror})"
+        return Finding("locks", "warn", reason, "choose another folder with --results")
     with tempfile.TemporaryFile(dir=folder) as file:
         if try_lock(file) is None:
             remedy = "take care that no two runs write the same results, or choose another folder with --results"
@@ -131,6 +152,18 @@ def _offline() -> Iterator[None]:
         os.environ.pop("HF_HUB_OFFLINE")
         if before is not None:
             os.environ["HF_HUB_OFFLINE"] = before
+
+
+def _is_absent(name: str) -> bool:
+    """True if a run would have to fetch or convert the model first."""
+    if name == embedded.NAME and not embedded.is_at_hand():
+        return True
+    try:
+        with _offline():
+            load_target(name, "bfloat16", "cpu")
+    except InputError:
+        return True
+    return False
 
 
 def _model(name: str) -> Finding:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, given_by
 from spdbench.prompts.render_limits import TooSlowError, memory_limit, time_limit
 from spdbench.prompts.templates import BUILT_IN, ChatTemplate
 from spdbench.types import Message, encodable
@@ -48,12 +48,14 @@ def parse_template_args(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not (key.isascii() and key.isidentifier()):
-            raise InputError(f"--template-arg {word}: expected KEY=VALUE, such as enable_thinking=false")
+            raise InputError(
+                f"{given_by(word, '--template-arg')} {word}: expected KEY=VALUE, such as enable_thinking=false"
+            )
         try:
             lower = text.lower()  # as people write it in Python, too: any text is true in a template
             found[key] = PYTHON_WORDS[lower] if lower in PYTHON_WORDS else _json_or_text(encodable(text))
         except ValueError as error:
-            raise InputError(f"--template-arg {key}: {error}") from None
+            raise InputError(f"{given_by(word, '--template-arg')} {key}: {error}") from None
     return found
 
 

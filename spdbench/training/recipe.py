@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from spdbench.decoding.sampling import DraftVocabulary
-from spdbench.errors import InputError
+from spdbench.errors import FileWord, InputError, given_by
 from spdbench.models.decoder import Decoder
 from spdbench.plugins import PluginOptions, find_class, installed, parse_keys
 
@@ -184,7 +184,8 @@ def find_recipe(name: str) -> type[Recipe]:
 
 
 def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> RecipeOptions:
-    """`-o KEY=VALUE` words as the recipe's typed options; the last word for a key wins.
+    """`-o KEY=VALUE` words as the recipe's typed options; the last word for a key wins. Of a file's words, those that
+    are for another method are skipped.
 
     Raises:
         InputError: a word of another form, a key that is not known, or a value of the wrong type.
@@ -193,9 +194,19 @@ def parse_recipe_options(words: Sequence[str], options: type[RecipeOptions]) -> 
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise InputError(f"-o {word}: expected KEY=VALUE. Known: {', '.join(sorted(options.model_fields))}.")
-        given[key] = value.strip()
+            raise InputError(
+                f"{given_by(word, '-o')} {word}: expected KEY=VALUE. Known: {', '.join(sorted(options.model_fields))}."
+            )
+        if not isinstance(word, FileWord):
+            given[key] = value.strip()
+        elif key in options.model_fields or not _is_known(key):
+            given[key] = FileWord(value.strip(), word.where)
     return parse_keys("", options, given)
+
+
+def _is_known(key: str) -> bool:
+    """True if some installed method has an option of this name."""
+    return any(key in find_recipe(name).Options.model_fields for name in installed(ENTRY_POINT_GROUP))
 
 
 def check_recipe(recipe: type[Recipe], layout: str, num_stages: int | None) -> None:

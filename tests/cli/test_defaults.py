@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spdbench.cli.main import run
+from spdbench.cli.setup import find_levels
+from spdbench.errors import FileWord, InputError
+from spdbench.training.recipe import find_recipe, parse_recipe_options
 
 TYPO = "not an option that a file can set"
 
@@ -117,23 +121,149 @@ def test_a_file_beats_the_suite(
     assert "./of-the-file" in capsys.readouterr().err
 
 
-def completions(*words: str) -> list[str]:
-    env = {
-        **os.environ,
-        "_SPDBENCH_COMPLETE": "bash_complete",
-        "COMP_WORDS": " ".join(["spdbench", *words]),
-        "COMP_CWORD": str(len(words)),
-    }
-    done = subprocess.run([sys.executable, "-m", "spdbench"], env=env, capture_output=True, text=True, check=True)
-    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+@pytest.mark.parametrize(
+    ("given", "words", "expected"),
+    [
+        ("o = ['a.max_ngram=2', 'a.num_tokens=3']", ["-o", "a.num_tokens=5"], {"max_ngram": 2, "num_tokens": 5}),
+        ("o = ['a.max_ngram=2', 'spd.stages=3', 'spd2.stages=3']", [], {"max_ngram": 2}),
+    ],
+)
+def test_options_of_backends_are_merged_by_key_and_those_of_other_runs_are_skipped(
+    given: str, words: list[str], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    chosen = specs_of(given, ["-b", "a=ngram", *words], tmp_path, monkeypatch)
+    assert {key: getattr(chosen["a"].options, key) for key in expected} == expected
+    assert "NOTE" not in capsys.readouterr().err
 
 
-def test_a_shell_completes_commands_options_suites_and_backends() -> None:
-    assert completions("co") == ["compare", "completion"]
-    assert completions("run", "--keep") == ["--keep-drafts"]
-    assert completions("run", "gs") == ["gsm8k"]
-    assert completions("run", "quick", "-b", "me") == ["medusa"]
-    assert completions("run", "quick", "--dtype", "float3") == ["float32"]
+@pytest.mark.parametrize(
+    ("given", "words", "expected"),
+    [
+        ("drafter = ['eagle=random', 'oracle:0.8', 'medusa=random']", [], ["random", "oracle:0.8"]),
+        ("drafter = ['eagle=random', 'oracle:0.8']", ["spd=oracle:0.5"], ["random", "oracle:0.5"]),
+        ("drafter = ['eagle=random', 'spd=random']", ["oracle:0.5"], ["oracle:0.5", "oracle:0.5"]),
+        ("drafter = ['eagle=random']", ["oracle:0.5", "eagle=oracle:0.1"], ["oracle:0.1", "oracle:0.5"]),
+    ],
+)
+def test_drafters_are_merged_by_label(
+    given: str, words: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    typed = [part for word in words for part in ("--drafter", word)]
+    chosen = specs_of(given, ["-b", "eagle", "-b", "spd", *typed], tmp_path, monkeypatch)
+    assert [chosen[label].drafter for label in ("eagle", "spd")] == expected
+
+
+def specs_of(given: str, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The backends that `spdbench run quick WORDS` would load, where the file's table [run] holds `given`."""
+    found: list[Any] = []
+
+    def stop(*chosen: Any) -> None:
+        found.extend(find_levels(*chosen)[0])
+        raise InputError("enough is known")
+
+    (folder / "spdbench.toml").write_text(f"[run]\n{given}", "utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("spdbench.cli.setup.find_levels", stop)
+    assert run(["run", "quick", *words]) == 2
+    return {spec.label: spec for spec in found}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("eagel.tree=chain", "skipped; did you mean 'eagle'?"),
+        ("ngram.max_ngrm=2", "spdbench.toml: run.o: ngram.max_ngrm: unknown option; did you mean 'max_ngram'?"),
+        ("ngram.max_ngram=x", "spdbench.toml: run.o: ngram.max_ngram=x: Input should be"),
+        ("ngram", "spdbench.toml: run.o: ngram: expected LABEL.KEY=VALUE"),
+    ],
+)
+def test_a_mistake_in_a_files_option_of_a_backend_is_reported_with_the_file(
+    given: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specs_of(f"o = '{given}'", ["-b", "ngram", "-b", "eagle"], tmp_path, monkeypatch)
+    assert expected in capsys.readouterr().err
+
+
+def test_options_of_another_method_are_skipped_in_training() -> None:
+    options = find_recipe("medusa").Options
+    words = [FileWord(word, "spdbench.toml: train.o") for word in ("ttt=3", "heads=2")]
+    assert parse_recipe_options([*words, "heads=5"], options).model_dump()["heads"] == 5
+    with pytest.raises(InputError, match=r"spdbench.toml: train.o: haeds: unknown option; did you mean 'heads'"):
+        parse_recipe_options([FileWord("haeds=2", "spdbench.toml: train.o")], options)
+    with pytest.raises(InputError, match="-o ttt: unknown option"):
+        parse_recipe_options(["ttt=3"], options)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["completion", "bash"]])
+def test_help_and_completion_work_whatever_the_file_holds(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spdbench.toml").write_text("[run", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert run(words) == 0
+    assert capsys.readouterr().out
+    assert run(["run", "quick", "-m", "--help"]) == run(["suites", "--json"]) == 2
+    assert "spdbench.toml: is not TOML" in capsys.readouterr().err
+
+
+def completions(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What bash is told of `spdbench LINE`, kind and all."""
+    for name, value in {"_SPDBENCH_COMPLETE": "bash_complete", "COMP_WORDS": f"spdbench {line}"}.items():
+        monkeypatch.setenv(name, value)
+    assert run([]) == 0
+    monkeypatch.delenv("_SPDBENCH_COMPLETE")
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("co", ["plain,compare", "plain,completion"]),
+        ("run --keep", ["plain,--keep-drafts"]),
+        ("run gs", ["plain,gsm8k", "file,gs"]),
+        ("run quick -b me", ["plain,medusa"]),
+        ("run quick -b big=me", ["plain,medusa"]),  # bash replaces what comes behind the `=`
+        ("run quick --dtype float3", ["plain,float32"]),
+        ("run quick --dtype=float3", ["plain,float32"]),
+        ("backends rec", ["plain,recycling"]),
+        ("train me", ["plain,medusa"]),
+        *(
+            (f"{command} re", ["file,re"])
+            for command in ("compare", "check", "answers", "results", "report", "project")
+        ),
+        *((f"{command} 'a b/re", ["file,a b/re"]) for command in ("show", "trace", "import", "sweep")),
+        ("compare one two ", ["file,"]),
+        ("run quick --drafter my", ["file,my"]),
+        ("run quick -m my", ["file,my"]),
+    ],
+)
+def test_a_shell_completes_commands_options_names_and_files(
+    line: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert completions(line, monkeypatch, capsys) == expected
+
+
+def test_a_real_bash_completes_with_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One shell for all lines; it calls a stub, which says what `spdbench` would."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    assert run(["completion", "bash"]) == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out, "utf-8")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results here, too.json").touch()
+    (tmp_path / "stub").write_text('#!/bin/sh\nprintf "plain,resume\\nfile,res\\n"; echo "$COMP_WORDS" >>seen', "utf-8")
+    (tmp_path / "stub").chmod(0o755)
+    lines = (
+        'source ./script; COMP_LINE="spdbench compare res"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(spdbench compare res)'
+    )
+    call = "COMP_CWORD=2; _spdbench_completion ./stub; printf '%s\\n' \"${COMPREPLY[@]}\"; complete -p spdbench"
+    done = subprocess.run([bash, "-c", f"{lines}; {call}"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    *offered, registered = done.stdout.splitlines()
+    assert sorted(offered) == ["results", "results here, too.json", "resume"]
+    assert "-F _spdbench_completion spdbench" in registered
+    assert (tmp_path / "seen").read_text("utf-8") == "spdbench compare res\n"
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -127,7 +127,8 @@ def broken_check(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "take_away", "state", "words"),
     [
         ("results", no_obstacle_but("work"), "fail", "cannot be written (Permission denied)"),
-        ("cache", no_obstacle_but("cache"), "fail", "SPDBENCH_CACHE"),
+        ("cache", no_obstacle_but("cache"), "warn", "other models cannot be fetched or converted"),
+        ("cache", no_obstacle_but("models"), "warn", "models cannot be written (Permission denied)"),
         ("results", no_disk(5e8), "warn", "0.5 GB are free"),
         ("cache", no_disk(1e6), "fail", "make room"),
         ("locks", no_locks, "warn", "has no locks"),
@@ -148,11 +149,13 @@ def test_what_is_taken_away_is_found(
     state: str,
     words: str,
     check: Check,
+    own_cache: Path,
     tmp_path: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "work").mkdir()
+    (own_cache / "models").mkdir()
     take_away(monkeypatch)
     code, found = check("-m", tiny_model, "--results", tmp_path / "work" / "results")
     assert (found[name]["state"], code) == (state, int(state == "fail"))
@@ -195,3 +198,26 @@ def test_missing_extras_come_with_their_command(check: Check, monkeypatch: pytes
 
 def test_without_check_there_is_nothing_to_check_for(tmp_path: Path) -> None:
     assert spdbench("env", "--results", tmp_path).code == 2
+
+
+def test_a_cache_that_cannot_be_written_fails_a_run_whose_model_is_not_in_it(
+    check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_obstacle_but("cache")(monkeypatch)
+    monkeypatch.setattr(embedded, "is_at_hand", lambda: False)
+    code, found = check("-m", "smollm2")
+    assert (found["cache"]["state"], code) == ("fail", 1)
+    assert "so smollm2 cannot be fetched" in found["cache"]["text"]
+    assert "SPDBENCH_CACHE" in found["cache"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/results", "/dev/null/results", "{}/gone/results", "{}/gone", "{}/new/results"]
+)
+def test_folders_that_cannot_be_made_are_told_from_those_that_can(place: str, check: Check, tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    code, found = check("--results", place.format(tmp_path))
+    can_be_made = "new" in place
+    assert (found["results"]["state"], found["locks"]["state"]) == (("ok", "ok") if can_be_made else ("fail", "warn"))
+    assert "bug" not in found["locks"]["remedy"]
+    assert code == int(not can_be_made)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from spdbench.cli.completion import complete_backends
 from spdbench.cli.files import require_replaceable
-from spdbench.cli.options import COUNT, complete_backends, option, parse_labels, takes
+from spdbench.cli.options import COUNT, option, parse_labels, takes
 from spdbench.cli.run.workload import SuiteOptions, choose_target, make_workload
 from spdbench.errors import InputError
 from spdbench.prompts.suite import load_suite

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from spdbench.cli.completion import complete_backends
 from spdbench.cli.evaluate.lm_tasks import find_tasks, require_lm_eval, run_code_in_sandbox
 from spdbench.cli.options import (
     COUNT,
@@ -15,7 +16,6 @@ from spdbench.cli.options import (
     WHOLE,
     ModelOptions,
     check_name,
-    complete_backends,
     flag,
     option,
     parse_labels,

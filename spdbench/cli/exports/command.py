@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import require_free_output, require_writable, result_path, write_whole_file
-from spdbench.cli.options import FOLDER, LABEL, argument, check_name, flag, option, takes
+from spdbench.cli.options import FOLDER, LABEL, argument, check_name, complete_files, flag, option, takes
 from spdbench.console import counted, say
 from spdbench.errors import InputError
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class ImportOptions:
     """Which export is read, and what its results are called."""
 
-    file: str = argument("FILE")
+    file: str = argument("FILE", shell_complete=complete_files)
     label: str | None = option("--label", None, "LABEL", "What its rows are called. [default: the tool's name]")
     suite: str | None = option("--suite", None, "NAME", "What its prompts are called. [default: the file's name]")
     model: str | None = option("-m --model", None, "MODEL", "What its model is called. [default: as in the export]")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from spdbench.cli.files import require_free_output, result_paths, write_stdout, write_whole_file
-from spdbench.cli.options import COUNT, OUTPUT, PATH, argument, flag, option, takes
+from spdbench.cli.options import COUNT, OUTPUT, PATH, argument, complete_files, flag, option, takes
 from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class ProjectOptions:
     """What is projected, onto what, and where it goes."""
 
-    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True)
+    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True, shell_complete=complete_files)
     stages: str = option(
         "--stages", None, "N,...", "Pipelines: numbers of stages, or the layers of each stage, 11/10/9.", required=True
     )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from spdbench.cli.files import result_paths, show_text, write_stdout
-from spdbench.cli.options import argument, flag, option, takes
+from spdbench.cli.options import argument, complete_files, flag, option, takes
 from spdbench.cli.reading.trace import find_text, read_kept
 from spdbench.console import printable
 from spdbench.errors import InputError, did_you_mean
@@ -23,7 +23,7 @@ WIDTH = 80
 class AnswersOptions:
     """Which answers are shown, and how."""
 
-    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True)
+    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True, shell_complete=complete_files)
     prompt: str | None = option("--prompt", None, "ID", "Only the answers to this prompt.")
     as_json: bool = flag("--json", "Print one line of JSON for each answer.")
 

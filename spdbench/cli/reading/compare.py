@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from spdbench.cli.files import result_paths, write_stdout
-from spdbench.cli.options import argument, flag, option, takes
+from spdbench.cli.options import argument, complete_files, flag, option, takes
 from spdbench.cli.terminal import start_quickly
 from spdbench.errors import InputError
 
@@ -28,7 +28,7 @@ DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "specforge", "
 class CompareOptions:
     """What is compared, with what, and how it is printed."""
 
-    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True)
+    results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True, shell_complete=complete_files)
     baseline: str | None = option(
         "--baseline",
         None,

@@ -20,7 +20,7 @@ from spdbench.cli.files import (
     result_paths,
     write_whole_file,
 )
-from spdbench.cli.options import OUTPUT
+from spdbench.cli.options import OUTPUT, complete_files
 from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -45,7 +45,7 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
 
 
 @click.command("report", short_help="Draw a comparison: one HTML page, or one chart as a file.")
-@click.argument("results", metavar="RESULT...", nargs=-1, required=True)
+@click.argument("results", metavar="RESULT...", nargs=-1, required=True, shell_complete=complete_files)
 @click.option(
     "-o",
     "--out",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from spdbench.cli.files import result_paths, write_stdout
-from spdbench.cli.options import argument, flag, option, takes
+from spdbench.cli.options import argument, complete_files, flag, option, takes
 from spdbench.cli.terminal import start_quickly
 from spdbench.console import counted, say
 from spdbench.errors import InputError
@@ -31,7 +31,7 @@ DATE = click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M"])
 class ResultsOptions:
     """Which results, and what becomes of them."""
 
-    results: tuple[str, ...] = argument("[RESULT]...", nargs=-1)
+    results: tuple[str, ...] = argument("[RESULT]...", nargs=-1, shell_complete=complete_files)
     suite: str | None = option("--suite", None, "NAME", "Only of suites of this name or pattern, such as 'mt*'.")
     model: str | None = option("--model", None, "NAME", "Only of models of this name or pattern.")
     backend: str | None = option("--backend", None, "NAME", "Only of backends or labels of this name or pattern.")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from spdbench.cli.completion import complete_backends
 from spdbench.cli.options import (
     FOLDER,
     PATH,
     check_name,
-    complete_backends,
     flag,
     levels,
     option,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spdbench.backend import is_text_only
+from spdbench.cli.completion import complete_suites
 from spdbench.cli.options import (
     COUNT,
     PATH,
@@ -15,7 +16,7 @@ from spdbench.cli.options import (
     FiniteRange,
     ModelOptions,
     argument,
-    complete_suites,
+    complete_files,
     option,
 )
 from spdbench.console import say
@@ -49,7 +50,11 @@ class SuiteOptions(ModelOptions):
     seed: int | None = option("--seed", WHOLE, "S", "[default: the suite's, else 0]")
     data: Path | None = option("--data", PATH, "DIR", "Where the suite's files lie.")
     model: str | None = option(
-        "-m --model", None, "MODEL", "Hub id, local folder or GGUF file. [default: the suite's, else smollm2]"
+        "-m --model",
+        None,
+        "MODEL",
+        "Hub id, local folder or GGUF file. [default: the suite's, else smollm2]",
+        shell_complete=complete_files,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from spdbench.cli.completion import complete_methods
 from spdbench.cli.options import (
     COUNT,
     DURATION,
@@ -20,6 +21,7 @@ from spdbench.cli.options import (
     TargetOptions,
     argument,
     flag,
+    keyed,
     option,
     takes,
 )
@@ -32,7 +34,7 @@ SHARE = FiniteRange(min=0, max=1, min_open=True, max_open=True)
 class TrainOptions(TargetOptions):
     """What `train` makes, from what, and how."""
 
-    method: str = argument("METHOD")
+    method: str = argument("METHOD", shell_complete=complete_methods)
     data: Path = option("--data", PATH, "FILE", "Conversations, one JSON a line.", required=True)
     out: Path = option("--out", FOLDER, "DIR", "Where it goes.", required=True)
     stages: int | None = option("--stages", COUNT, "N", "Of spd and ppsd: pipeline stages that it is to draft for.")
@@ -42,7 +44,7 @@ class TrainOptions(TargetOptions):
     )
     layout: str = option("--format", None, "NAME", "Layout of the files.", "spdbench")
     lr: float = option("--lr", POSITIVE, None, "Learning rate.", 1e-3)
-    options: tuple[str, ...] = option("-o", None, "KEY=VALUE", "An option of the method.", multiple=True)
+    options: tuple[str, ...] = keyed("-o", "KEY=VALUE", "An option of the method.")
     seed: int = option("--seed", WHOLE, None, "Of first weights, the order of the data, and what is held out.", 0)
     batch_tokens: int = option("--batch-tokens", COUNT, None, "Tokens a forward, padded.", 512)
     accumulate: int = option("--accumulate", COUNT, None, "Forwards a step.", 1)
