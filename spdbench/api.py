@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from spdbench.console import hide_notes
-from spdbench.errors import SpdbenchError, install_command
+from spdbench.errors import InputError, SpdbenchError, did_you_mean, install_command, short_repr
 
 if TYPE_CHECKING:
     from spdbench.judge.comparison.compare import Table
@@ -120,11 +120,12 @@ class Comparison:
         return self.render()
 
     def render(self, form: Format = "table", *, details: bool = False) -> str:
-        """What `spdbench compare --format FORM` prints."""
+        """What `spdbench compare --format FORM` prints. Raises `InputError` for a form that there is not."""
         from rich.console import Console
 
-        from spdbench.render.table import render
+        from spdbench.render.table import FORMATS, render
 
+        _require_one_of("form", form, FORMATS)
         return render(self.tables, form, Console(file=io.StringIO(), width=WIDTH), details=details)
 
     def records(self) -> list[dict[str, Any]]:
@@ -164,19 +165,19 @@ def load(paths: str | Path | Iterable[str | Path]) -> list[Result]:
     """The results in files, patterns, folders and reports, as `spdbench compare` reads them.
 
     Raises:
-        InputError: a file is not there, or is no result.
+        InputError: a file is not there, or is no result; or `paths` are no paths.
     """
     from spdbench.cli.files import result_paths
     from spdbench.judge.loaded import read_results
 
-    words = [paths] if isinstance(paths, str | Path) else paths
-    return [Result(each) for each in read_results(list(result_paths([str(word) for word in words])))]
+    words = [str(path) for path in _each("load: paths", paths, str | Path, "a path or a list of paths")]
+    return [Result(each) for each in read_results(list(result_paths(words)))]
 
 
 def compare(
     results: Result | str | Path | Iterable[Result | str | Path],
     *,
-    baseline: str | None = None,
+    baseline: str | Path | None = None,
     by: Literal["category", "context"] | None = None,
     dialect: str | None = None,
     goodput: str | None = None,
@@ -184,16 +185,38 @@ def compare(
     """Compares results, given as such or as `load` takes them; the other arguments are options of `spdbench compare`.
 
     Raises:
-        InputError: a file is no result, or `baseline` is neither a label nor a result file.
+        InputError: a file is no result, `baseline` is neither a label nor a result file, or another argument is none
+            that the option takes; names what is allowed.
         NotComparableError: `baseline` did other work than every result.
     """
-    from spdbench.cli.reading.compare import compare_results
+    from spdbench.cli.reading.compare import BY, DIALECT_NAMES, compare_results
 
-    given = [results] if isinstance(results, Result | str | Path) else list(results)
+    _require_one_of("compare: by", by, BY, or_none=True)
+    _require_one_of("compare: dialect", dialect, DIALECT_NAMES, or_none=True)
+    if not isinstance(goodput, str | None):
+        raise InputError(f"compare: goodput: {short_repr(goodput)} is no text; write e.g. 'ttft:500,tpot:50' (ms)")
+    if not isinstance(baseline, str | Path | None):
+        raise InputError(f"compare: baseline: {short_repr(baseline)} is neither a label nor the path of a result file")
     found: list[LoadedResult] = []
-    for each in given:
+    for each in _each("compare: results", results, Result | str | Path, "a Result, a path, or a list of these"):
         found += [each.loaded] if isinstance(each, Result) else [one.loaded for one in load(each)]
-    return Comparison(compare_results(found, baseline, by, dialect, goodput))
+    return Comparison(compare_results(found, None if baseline is None else str(baseline), by, dialect, goodput))
+
+
+def _require_one_of(where: str, value: Any, allowed: Sequence[str], *, or_none: bool = False) -> None:
+    if not (or_none and value is None) and value not in (*allowed,):
+        hint = did_you_mean(value, allowed) if isinstance(value, str) else f". Known: {', '.join(allowed)}."
+        raise InputError(f"{where}: {short_repr(value)} is not known{hint}")
+
+
+def _each(where: str, given: Any, kind: Any, expected: str) -> list[Any]:
+    """`given` as a list of what is of the `kind`; `InputError` if it is neither one nor several."""
+    found = [given] if isinstance(given, kind) else list(given) if isinstance(given, Iterable) else None
+    if found is None or isinstance(given, bytes | Mapping):
+        raise InputError(f"{where}: {short_repr(given)} is not {expected}")
+    if wrong := next(([each] for each in found if not isinstance(each, kind)), None):
+        raise InputError(f"{where}: {short_repr(wrong[0])} is in it; expected {expected}")
+    return found
 
 
 def _frame(records: Sequence[Mapping[str, Any]]) -> Any:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,6 +91,8 @@ def test_a_comparison_is_that_of_the_command() -> None:
         ({"limit": 0}, "Invalid value for '--limit'"),
         ({"options": ["spd.stages=3"]}, "options: has to be a mapping"),
         ({"options": {"ngram.max_ngrm": 3}}, "unknown option; did you mean 'max_ngram'?"),
+        ({"backends": []}, "backends: [] has to be a text or a list of texts"),
+        ({"drafters": {"spd": "random"}}, "drafters: {'spd': 'random'} has to be a text or a list of texts"),
         ({"backends": "ngrm"}, "did you mean 'ngram'?"),
         ({"resume": "yes"}, "resume: 'yes' has to be true or false"),
         ({"suite": "--help"}, "suite: '--help' is the name of no suite"),
@@ -103,6 +106,32 @@ def test_a_mistake_is_spdbenchs_own_exception(mistake: dict[str, object], words:
     assert isinstance(caught.value, spdbench.SpdbenchError)
     with pytest.raises(spdbench.InputError, match="absent"):
         spdbench.load("absent.json")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda found: found.render("word"), "form: 'word' is not known. Known: csv, github, json, latex, table."),
+        (lambda found: found.render("tabel"), "did you mean 'table'?"),
+        (lambda found: found.render(["csv"]), "form: ['csv'] is not known. Known: table, "),
+        (lambda _: spdbench.compare(BASELINES, by="foo"), "compare: by: 'foo' is not known. Known: category, context."),  # type: ignore[arg-type]
+        (lambda _: spdbench.compare(BASELINES, by=3), "compare: by: 3 is not known. Known: category, context."),  # type: ignore[arg-type]
+        (
+            lambda _: spdbench.compare(BASELINES, dialect="vlm"),
+            "compare: dialect: 'vlm' is not known; did you mean 'vllm'?",
+        ),
+        (lambda _: spdbench.compare(BASELINES, goodput={"ttft": 1}), "compare: goodput: {'ttft': 1} is no text; write"),  # type: ignore[arg-type]
+        (lambda _: spdbench.compare(BASELINES, baseline=3), "compare: baseline: 3 is neither a label nor the path"),  # type: ignore[arg-type]
+        (lambda _: spdbench.compare(None), "compare: results: None is not a Result, a path"),  # type: ignore[arg-type]
+        (lambda found: spdbench.compare([found]), "is in it; expected a Result, a path"),
+        (lambda _: spdbench.load(3), "load: paths: 3 is not a path or a list of paths"),  # type: ignore[arg-type]
+        (lambda _: spdbench.load(b"results"), "load: paths: b'results' is not a path"),  # type: ignore[arg-type]
+        (lambda _: spdbench.load([None]), "load: paths: None is in it; expected a path"),  # type: ignore[list-item]
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_is_allowed(call: Callable[[Any], object], words: str) -> None:
+    with pytest.raises(spdbench.InputError, match=re.escape(words)):
+        call(spdbench.compare(BASELINES))
 
 
 def test_settings_are_the_options_of_the_command() -> None:

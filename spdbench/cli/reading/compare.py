@@ -22,6 +22,9 @@ FORMATS = ("table", "github", "latex", "csv", "json", "parquet")
 RECORD_WRITERS = {"csv": "csv_text", "json": "json_text", "parquet": "to_parquet"}
 """Formats of single records, and which function of `render/export.py` writes them."""
 DIALECTS = ("spdbench", "vllm", "spec-bench", "sglang", "nvidia", "specforge", "aiperf", "eagle", "spd")
+BY = ("category", "context")
+"""What a comparison can have more rows for."""
+DIALECT_NAMES = (*DIALECTS, "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class CompareOptions:
     )
     by: str | None = option(
         "--by",
-        click.Choice(["category", "context", "request"]),
+        click.Choice([*BY, "request"]),
         None,
         "One row for each category, or length of context, as well; or only one for each request, as csv, json or "
         "parquet.",
@@ -45,7 +48,7 @@ class CompareOptions:
     form: Format | Literal["parquet"] = option("--format", click.Choice(FORMATS), None, "How to print.", "table")
     dialect: str | None = option(
         "--dialect",
-        click.Choice([*DIALECTS, "all"]),
+        click.Choice(DIALECT_NAMES),
         None,
         "Acceptance length as others print it, or in all dialects side by side.",
     )

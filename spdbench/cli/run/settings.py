@@ -14,7 +14,7 @@ import click
 
 from spdbench.cli.defaults import ADDRESS, ONLY_TYPED
 from spdbench.cli.run.command import RunOptions, command
-from spdbench.errors import InputError, did_you_mean
+from spdbench.errors import InputError, did_you_mean, short_repr
 
 Settings = Mapping[str, Any]
 Given = bool | str | list[str]
@@ -89,7 +89,12 @@ def _given(where: str, settings: Settings) -> Iterator[tuple[str, str, Given]]:
             if value:
                 yield key, names[-1], True
         elif more.get("multiple"):
-            yield key, names[-1], [_text(each) for each in (value if isinstance(value, list | tuple) else [value])]
+            several = value if isinstance(value, list | tuple) else [value]
+            if any(isinstance(each, Mapping) or each is None for each in several) or (
+                key == "backends" and not several
+            ):
+                raise InputError(f"{where}: {key}: {short_repr(value)} has to be a text or a list of texts")
+            yield key, names[-1], [_text(each) for each in several]
         else:
             yield key, names[-1], _text(value)
 
