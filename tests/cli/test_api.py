@@ -118,7 +118,7 @@ def test_a_mistake_is_spdbenchs_own_exception(mistake: dict[str, object], words:
         (lambda _: spdbench.compare(BASELINES, by=3), "compare: by: 3 is not known. Known: category, context."),  # type: ignore[arg-type]
         (
             lambda _: spdbench.compare(BASELINES, dialect="vlm"),
-            "compare: dialect: 'vlm' is not known; did you mean 'vllm'?",
+            "dialect: 'vlm' is not known; did you mean 'vllm'?",
         ),
         (lambda _: spdbench.compare(BASELINES, goodput={"ttft": 1}), "compare: goodput: {'ttft': 1} is no text; write"),  # type: ignore[arg-type]
         (lambda _: spdbench.compare(BASELINES, baseline=3), "compare: baseline: 3 is neither a label nor the path"),  # type: ignore[arg-type]

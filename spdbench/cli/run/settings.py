@@ -90,9 +90,8 @@ def _given(where: str, settings: Settings) -> Iterator[tuple[str, str, Given]]:
                 yield key, names[-1], True
         elif more.get("multiple"):
             several = value if isinstance(value, list | tuple) else [value]
-            if any(isinstance(each, Mapping) or each is None for each in several) or (
-                key == "backends" and not several
-            ):
+            wrong = any(each is None or isinstance(each, Mapping) for each in several)
+            if wrong or (key == "backends" and not several):
                 raise InputError(f"{where}: {key}: {short_repr(value)} has to be a text or a list of texts")
             yield key, names[-1], [_text(each) for each in several]
         else:
