@@ -64,6 +64,7 @@ def test_ray_loses_a_node_and_every_point_is_there_once(sweep: dict[str, Any], t
     assert said.code == 0, said.err
     assert "a node is gone" in said.err
     assert "lost with node" in said.err
+    assert "raylet" not in (said.out + said.err).lower()  # Ray's own messages, a lost node's last log lines among them
     require_every_point_once(tmp_path, file)
 
 
@@ -77,6 +78,9 @@ class FakeCluster:
         self._listed = [
             {"NodeID": f"{number:056x}", "Alive": True, "Resources": {"CPU": 1.0}} for number in range(num_nodes)
         ]
+
+    def lose(self, number: int) -> None:
+        self._listed[number] = {**self._listed[number], "Alive": False}
 
     def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import ray
@@ -160,6 +164,28 @@ def test_the_only_node_is_used_again_and_a_point_given_up_after_three_tries(
     assert outcomes[other.name].exit_code == 0
     assert outcomes[point.name].exit_code == 1
     assert outcomes[point.name].note.endswith("try 3 of 3")
+
+
+@needs_ray
+def test_without_its_own_node_a_sweep_ends_and_names_its_points(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    points = read_sweep(write(tmp_path, sweep))[1][:2]
+    cluster = FakeCluster([FINE], num_nodes=1)
+    cluster.use(monkeypatch)
+
+    def nothing_ends(tasks: list[object], timeout: float) -> tuple[list[object], list[object]]:  # noqa: ARG001
+        cluster.lose(0)
+        return [], tasks
+
+    monkeypatch.setattr(ray, "wait", nothing_ends)
+    outcomes = list(on_ray.run_points(points, tmp_path, home="0" * 56))
+    assert [each.point.name for each in outcomes] == [point.name for point in points]
+    assert {(each.exit_code, each.note) for each in outcomes} == {
+        (1, "lost with node 00000000, to which this command belongs")
+    }
 
 
 A_CLUSTER = """

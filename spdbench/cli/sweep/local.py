@@ -1,15 +1,21 @@
-"""The points of a sweep on this machine, one after the other: timings want an idle machine."""
+"""The points of a sweep here, one after the other: timings want an idle machine. And one point, as a cluster's task."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import tempfile
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome
+from spdbench.processors import die_with
+
+LONGEST_NOTE = 300
 
 
 class Runner(Protocol):
@@ -37,3 +43,18 @@ def run_here(point: Point, folder: Path) -> int:
         running.send_signal(signal.SIGTERM)
         running.wait()
         raise
+
+
+def run_there(point: Point, here: str) -> tuple[int, str, dict[str, bytes]]:
+    """One run on a node: exit code, the last thing that it said, result files by name. It ends with the worker.
+    Relative paths are those of `here`, where the node has that folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            point.command(folder),
+            capture_output=True,
+            text=True,
+            cwd=here if os.path.isdir(here) else None,
+            preexec_fn=partial(die_with, os.getpid()),
+        )
+        files = {path.name: path.read_bytes() for path in Path(folder).glob("*.json")}
+    return done.returncode, done.stderr.strip().rpartition("\n")[2][-LONGEST_NOTE:], files

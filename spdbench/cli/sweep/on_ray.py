@@ -7,22 +7,19 @@ another one, and is given up after `TRIES`; a task's own error would follow it a
 from __future__ import annotations
 
 import os
-import subprocess
-import tempfile
 from collections.abc import Collection, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from socket import create_connection
 from typing import Any
 
-from spdbench.cli.sweep.local import Runner
+from spdbench.cli.sweep.local import Runner, run_there
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome, Try, try_again
 from spdbench.errors import InputError, brief, install_command
 from spdbench.output_files import replaced_file
-from spdbench.processors import die_with
 
-LOOK_EVERY_S, CONNECT_S, LONGEST_NOTE = 1.0, 10, 300
+LOOK_EVERY_S, CONNECT_S = 1.0, 10
 DIED = ("NodeDiedError", "LocalRayletDiedError", "WorkerCrashedError", "RayActorError")
 LOSSES = {*DIED, "ObjectLostError", "TaskUnschedulableError"}
 """Ray's errors, by their base classes, of what ended with a worker or a node, or could not start there any more."""
@@ -49,10 +46,20 @@ def connect(_settings: Mapping[str, Any]) -> Runner:
     except Exception as error:  # ConnectionError, ValueError, RuntimeError, errors of gRPC
         advice = "Start one with `ray start --head`, or set RAY_ADDRESS."
         raise InputError(f"--on ray: no cluster at {address} ({brief(error)}). {advice}") from None
-    return run_points
+    _quiet()
+    return partial(run_points, home=ray.get_runtime_context().get_node_id())
 
 
-def run_points(points: Sequence[Point], folder: Path) -> Generator[Outcome]:
+def _quiet() -> None:
+    """Keeps the cluster's messages off the terminal, such as a lost node's last log lines: no argument of `ray.init`
+    does. What was lost is named with its point."""
+    from ray._private import worker
+
+    worker.print_to_stdstream = lambda *_, **__: None
+
+
+def run_points(points: Sequence[Point], folder: Path, home: str = "") -> Generator[Outcome]:
+    """`home` is the node that this process belongs to: without it no task can be started or waited for."""
     import ray
 
     waiting: list[Try] = [(point, 1, "") for point in points]
@@ -67,6 +74,10 @@ def run_points(points: Sequence[Point], folder: Path) -> Generator[Outcome]:
             yield from (Outcome(each[0], 1, f"{each[2]}; no node has room for it".lstrip("; ")) for each in waiting)
             return
         done, _ = ray.wait(list(running), timeout=LOOK_EVERY_S)
+        if not done and any(node["NodeID"] == home and not node["Alive"] for node in ray.nodes()):
+            note = f"lost with node {home[:8]}, to which this command belongs"
+            yield from (Outcome(each[0], 1, note) for each in (*running.values(), *waiting))
+            return
         for task in done:
             point, number, note, node = running.pop(task)
             try:
@@ -103,18 +114,3 @@ def _started(each: Try, running: Running, lost: Collection[str]) -> bool:
         running[task.remote(point, os.getcwd())] = (point, number, note, name)
         return True
     return False
-
-
-def run_there(point: Point, here: str) -> tuple[int, str, dict[str, bytes]]:
-    """One run on a node: exit code, the last thing that it said, result files by name. It ends with the worker.
-    Relative paths are those of `here`, where the node has that folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            point.command(folder),
-            capture_output=True,
-            text=True,
-            cwd=here if os.path.isdir(here) else None,
-            preexec_fn=partial(die_with, os.getpid()),
-        )
-        files = {path.name: path.read_bytes() for path in Path(folder).glob("*.json")}
-    return done.returncode, done.stderr.strip().rpartition("\n")[2][-LONGEST_NOTE:], files
