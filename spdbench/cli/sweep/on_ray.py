@@ -76,7 +76,8 @@ def run_points(points: Sequence[Point], folder: Path, home: str = "") -> Generat
         done, _ = ray.wait(list(running), timeout=LOOK_EVERY_S)
         if not done and any(node["NodeID"] == home and not node["Alive"] for node in ray.nodes()):
             note = f"lost with node {home[:8]}, to which this command belongs"
-            yield from (Outcome(each[0], 1, note) for each in (*running.values(), *waiting))
+            left = [point for point, *_ in running.values()] + [point for point, *_ in waiting]
+            yield from (Outcome(point, 1, note) for point in left)
             return
         for task in done:
             point, number, note, node = running.pop(task)
