@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import json
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,10 @@ def test_what_models_and_users_write_is_text(where: str, tmp_path: Path) -> None
     invoke(folder, "-o", tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     body = re.sub(r'<script type="application/json" id="spdbench-results">.*?</script>', "", text, flags=re.DOTALL)
-    assert "window.pwned" in body  # it is there to read
+    [packed] = re.findall(r'id="answers">"([^<"]*)"</script>', body)
+    answers = zlib.decompress(base64.b64decode(packed)).decode()
+    assert "window.pwned" in body + answers  # it is there to read
+    assert not {"\u202e", "\x1b"} & set(answers)
     assert "<script>window.pwned" not in body
     assert "<img" not in body
     assert "\u202e" not in body

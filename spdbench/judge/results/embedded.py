@@ -2,8 +2,9 @@
 
 A report holds the files that it was made from, byte for byte, so that whatever reads results reads reports too. The
 element is JSON, which browsers do not run: the schema, the files' names and sizes, and the files end to end,
-compressed by LZMA (several labels of one run hold much the same ids) and written in base64. Before that, times in
-`t_ns` become the differences between them, which takes an eighth off the size of a page.
+compressed by LZMA (several labels of one run hold much the same ids) and written in base64. Before that, times become
+shorter: those of steps the differences between them; starts of spans (`run --trace`) the time since the end of the span
+before, and their ends how long they took. Times are most of what does not compress: this takes a twelfth off it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ SCHEMA = "spdbench.report/1"
 SUFFIXES = (".html", ".htm")
 BEGIN, END = '<script type="application/json" id="spdbench-results">', "</script>"
 _TIMES = re.compile(rb'("t_ns":\[)([-0-9,]+)\]')
+_SPANS = re.compile(rb'("start_ns":\[)([-0-9,]+)\],"end_ns":\[([-0-9,]+)\]')
 _ELEMENT = re.compile(re.escape(BEGIN.encode()) + b"(.*?)" + re.escape(END.encode()), re.DOTALL)
 
 
@@ -40,11 +42,13 @@ class EmbeddedFile(NamedTuple):
 
 
 class _Entry(Record):
-    """`bytes` is the size before compression, of a file whose times are `differences` where that is true."""
+    """`bytes` is the size before compression, of a file whose times are `differences` where that is true, and whose
+    spans are `gaps` and durations where that is true."""
 
     name: str
     bytes: Annotated[int, Field(ge=0, le=MAX_UNPACKED_BYTES)]
     differences: bool
+    gaps: bool = False
 
 
 class _Element(Record):
@@ -61,12 +65,13 @@ def is_report(path: Path) -> bool:
 
 def embed(files: Sequence[EmbeddedFile]) -> str:
     """The script element that holds `files`."""
-    coded = [_with_differences(file.raw) for file in files]
-    packed = lzma.compress(b"".join(raw for raw, _ in coded), preset=6)
-    entries = [
-        {"name": file.name, "bytes": len(raw), "differences": differences}
-        for file, (raw, differences) in zip(files, coded, strict=True)
-    ]
+    raws, entries = [], []
+    for file in files:
+        raw, differences = _recoded(file.raw, _with_differences, _with_times)
+        raw, gaps = _recoded(raw, _with_gaps, _with_spans)
+        raws.append(raw)
+        entries.append({"name": file.name, "bytes": len(raw), "differences": differences, "gaps": gaps})
+    packed = lzma.compress(b"".join(raws), preset=6)
     element = {
         "schema": SCHEMA,
         "files": entries,
@@ -92,8 +97,10 @@ def read_report(path: Path) -> list[EmbeddedFile]:
         raw = _unpack(base64.b64decode(element.base64, validate=True), sum(file.bytes for file in element.files))
         files, start = [], 0
         for file in element.files:
-            coded = raw[start : start + file.bytes]
-            files.append(EmbeddedFile(Path(file.name).name, _with_times(coded) if file.differences else coded))
+            content = raw[start : start + file.bytes]
+            content = _with_spans(content) if file.gaps else content
+            content = _with_times(content) if file.differences else content
+            files.append(EmbeddedFile(Path(file.name).name, content))
             start += file.bytes
     except ValidationError as error:
         raise InputError(f"{path}: {_why(found[1], error)}") from None
@@ -102,26 +109,62 @@ def read_report(path: Path) -> list[EmbeddedFile]:
     return files
 
 
-def _with_differences(raw: bytes) -> tuple[bytes, bool]:
-    """`raw` with differences in place of times, and true; as it is, and false, where that could not be undone."""
+def _recoded(raw: bytes, encode: Callable[[bytes], bytes], decode: Callable[[bytes], bytes]) -> tuple[bytes, bool]:
+    """`raw` as `encode` writes it, and true; as it is, and false, where `decode` could not undo that."""
     try:
-        coded = _TIMES.sub(partial(_recoded, change=_differences), raw)
-        same = _with_times(coded) == raw
-    except ValueError:  # no numbers, or of thousands of digits
+        coded = encode(raw)
+        same = decode(coded) == raw
+    except ValueError:  # no numbers, of thousands of digits, or more starts than ends
         same = False
     return (coded, True) if same else (raw, False)
 
 
+def _with_differences(raw: bytes) -> bytes:
+    return _TIMES.sub(partial(_changed, change=_differences), raw)
+
+
 def _with_times(coded: bytes) -> bytes:
-    return _TIMES.sub(partial(_recoded, change=accumulate), coded)
+    return _TIMES.sub(partial(_changed, change=accumulate), coded)
 
 
-def _recoded(found: re.Match[bytes], change: Callable[[list[int]], Iterable[int]]) -> bytes:
-    return found[1] + b",".join(b"%d" % number for number in change([*map(int, found[2].split(b","))])) + b"]"
+def _changed(found: re.Match[bytes], change: Callable[[list[int]], Iterable[int]]) -> bytes:
+    return found[1] + _listed(change(_numbers(found[2]))) + b"]"
 
 
 def _differences(times: list[int]) -> Iterator[int]:
     return (later - earlier for earlier, later in pairwise([0, *times]))
+
+
+def _with_gaps(raw: bytes) -> bytes:
+    """Starts as the time since the end of the span before, ends as durations."""
+
+    def change(found: re.Match[bytes]) -> bytes:
+        starts, ends = _numbers(found[2]), _numbers(found[3])
+        gaps = (start - before for start, before in zip(starts, [0, *ends[:-1]], strict=True))
+        durations = (end - start for start, end in zip(starts, ends, strict=True))
+        return found[1] + _listed(gaps) + b'],"end_ns":[' + _listed(durations) + b"]"
+
+    return _SPANS.sub(change, raw)
+
+
+def _with_spans(coded: bytes) -> bytes:
+    def change(found: re.Match[bytes]) -> bytes:
+        starts, ends, end = [], [], 0
+        for gap, duration in zip(_numbers(found[2]), _numbers(found[3]), strict=True):
+            starts.append(end + gap)
+            end = starts[-1] + duration
+            ends.append(end)
+        return found[1] + _listed(starts) + b'],"end_ns":[' + _listed(ends) + b"]"
+
+    return _SPANS.sub(change, coded)
+
+
+def _numbers(listed: bytes) -> list[int]:
+    return [*map(int, listed.split(b","))]
+
+
+def _listed(numbers: Iterable[int]) -> bytes:
+    return b",".join(b"%d" % number for number in numbers)
 
 
 def _unpack(packed: bytes, num_bytes: int) -> bytes:

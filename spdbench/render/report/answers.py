@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from spdbench.console import printable
@@ -40,6 +41,22 @@ def answers(table: Table) -> Mapping[str, Any]:
             found.setdefault(harmless(prompt), {}).setdefault((turn, repeat, place), []).append(harmless(row.label))
     prompts = {prompt: [[*key, labels] for key, labels in sorted(each.items())] for prompt, each in found.items()}
     return {"texts": texts, "prompts": prompts}
+
+
+def by_column(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`answers` with columns in place of each list of steps: numbers, ms since the step before, codes of the tokens,
+    their texts. Compressed they take three quarters of the size."""
+    return {**found, "texts": [each if isinstance(each, str) else _columns(each) for each in found["texts"]]}
+
+
+def _columns(steps: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    ends_ms = [0, *(step[1] for step in steps)]
+    return [
+        [step[0] for step in steps],
+        [end - start for start, end in pairwise(ends_ms)],
+        ["".join(token[0] for token in step[2:]) for step in steps],
+        [[token[1:] for token in step[2:]] for step in steps],
+    ]
 
 
 def _has_drafts(run: Run) -> bool:

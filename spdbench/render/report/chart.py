@@ -14,6 +14,8 @@ from spdbench.render.report.style import SERIES_SHAPES, Palette
 
 Record = dict[str, Any]
 Spec = dict[str, Any]
+NUM_TICKS = 6
+"""Of an axis of numbers, about."""
 Shown = TypeVar("Shown")
 """What a chart shows: a comparison, or a history."""
 
@@ -67,7 +69,7 @@ def series(table: Table, palette: Palette, records: Sequence[Record]) -> dict[st
 
 def quantity(field: str, title: str, **more: Any) -> Spec:
     """An axis of numbers."""
-    axis = {"tickCount": 6, **more.pop("axis", {})}
+    axis = {"tickCount": NUM_TICKS, **more.pop("axis", {})}
     return {"field": field, "type": "quantitative", "title": title, "axis": axis, **more}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from math import floor, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from spdbench.judge.gate.history import Band, History, HistoryRun, Point
 from spdbench.judge.results.schema import Result
 from spdbench.render.check import because
 from spdbench.render.columns import harmless
-from spdbench.render.report.chart import Chart, Panel, Record, Spec, listing, quantity, spec
+from spdbench.render.report.chart import NUM_TICKS, Chart, Panel, Record, Spec, listing, quantity, spec
 from spdbench.render.report.style import Palette
 
 SHORT_HASH = 8
@@ -188,8 +189,9 @@ def _picture(
     axis = {"labelAngle": 0, "labelOverlap": "greedy", "labelSeparation": 10, "labelExpr": "split(datum.label, ' ')"}
     axis |= {"labelPadding": 10, "ticks": False}
     x = {"field": "run", "type": "ordinal", "scale": runs, "title": None, "axis": axis}
-    form = {"axis": {"format": ".0%"}} if metric in SHARES else {}
-    y = quantity(metric, title, scale={"domain": _domain(records, metric), "nice": False, "zero": False}, **form)
+    domain = _domain(records, metric)
+    form = {"axis": {"format": f".{_decimals(domain)}%"}} if metric in SHARES else {}
+    y = quantity(metric, title, scale={"domain": domain, "nice": False, "zero": False}, **form)
     layers: list[Spec] = []
     if any(record.get(f"{metric}_floor") is not None for record in records):
         layers += _bands(metric, x, y, colour)
@@ -215,6 +217,13 @@ def _domain(records: Sequence[Record], metric: str) -> list[float]:
     values = [record[name] for record in records for name in names if record.get(name) is not None]
     room = 0.12 * (max(values) - min(values)) or 0.1 * max(values) or 0.1
     return [max(0.0, min(values) - room), max(values) + room]
+
+
+def _decimals(domain: Sequence[float]) -> int:
+    """Of the percents at an axis: as many as tell its ticks apart. Vega's are 1, 2 or 5 times a power of ten apart, and
+    about `NUM_TICKS`."""
+    apart = 100 * (domain[1] - domain[0]) / NUM_TICKS
+    return max(0, -floor(log10(apart / 0.5**0.5)))
 
 
 def _bands(metric: str, x: Spec, y: Spec, colour: Spec) -> list[Spec]:

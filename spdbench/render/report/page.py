@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.columns import columns_for, harmless, title
 from spdbench.render.notes import details, methods, sentence
 from spdbench.render.report import vega
-from spdbench.render.report.answers import answers
+from spdbench.render.report.answers import answers, by_column
 from spdbench.render.report.chart import Chart, Panel, Shown, overall, to_csv
 from spdbench.render.report.style import DARK, LIGHT, config, css_properties, page_palette
 
@@ -85,7 +86,7 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         prompts=_prompts(table),
         labels=[row.label for row in overall(table)],
         environment=_environment(table),
-        answers=_json(answers(table)),
+        answers=_packed(by_column(answers(table))),
     )
 
 
@@ -106,7 +107,7 @@ def fill(template: str, figures: Sequence[Figure], results: str, **content: Any)
         page_script=_script(page_script),
         figures=figures,
         results=Markup(results),
-        **{"answers": _json({"texts": [], "prompts": {}}), **content},
+        **{"answers": _packed({"texts": [], "prompts": {}}), **content},
     )
 
 
@@ -139,6 +140,13 @@ def _json(data: Any) -> Markup:
     return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
 
 
+def _packed(data: Any) -> Markup:
+    """`data` as JSON in zlib's format, in base64: answers with kept drafts take a fifth of their size. Browsers can
+    unpack it."""
+    packed = zlib.compress(json.dumps(data, separators=(",", ":")).encode(), level=9)
+    return Markup(json.dumps(base64.b64encode(packed).decode()))
+
+
 def _warnings(table: Table) -> list[Warned]:
     """Every flag once, those that disqualify first."""
     found: dict[str, Warned] = {}
@@ -159,7 +167,7 @@ def figure(chart: Chart[Shown], shown: Shown, command: str) -> Figure:
     """`chart` of `shown`; `command` reproduces it."""
     panels = chart.make(shown, page_palette())
     alt = chart.describe([row for panel in panels for row in panel.rows]) if panels else chart.missing
-    link = "data:text/csv;charset=utf-8," + quote(to_csv(panels)) if panels else ""
+    link = "data:text/csv;charset=utf-8," + quote(to_csv(panels), safe=",") if panels else ""
     return Figure(chart, panels, alt, link, command)
 
 

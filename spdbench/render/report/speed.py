@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from math import ceil, floor, log10
 from typing import Any
 
+import numpy as np
+
+from spdbench.console import counted
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.conclusion import outcome_of
 from spdbench.judge.comparison.pairing import prompt_speeds
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import (
+    NUM_TICKS,
     Chart,
     Panel,
     Record,
@@ -29,6 +34,15 @@ OUTCOMES = ("faster", "slower", "no difference shown", "baseline", "no interval"
 EMPTY = {"field": "outcome", "oneOf": ["no difference shown", "no interval"]}
 """Which dots are drawn empty."""
 MAX_LETTERS = 44
+FAR_LOG, FAR_SPREADS = 1.0, 6.0
+"""How far from the median of its label a prompt is before it may be outside: a factor of e, and six times the median
+distance (in logarithms)."""
+FEW = 0.03
+"""The share of a label's prompts that may be outside at either end; one may always."""
+MAX_EVEN = 5
+"""Times the lower end of a logarithmic axis: up to here its ticks may be equally far apart in value."""
+DIGITS = 4
+"""Behind the point, of numbers of which a page has hundreds."""
 
 
 def _outcome(row: Row) -> str:
@@ -109,7 +123,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
         Panel(
             spec(
                 records,
-                {"mark": {"type": "rule", "strokeDash": [4, 3]}, "encoding": {"x": {"datum": 1}}},
+                _no_change(y, len(records), palette),
                 {
                     "mark": {"type": "rule", "strokeWidth": 5, "opacity": 0.45},
                     "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y, "color": colour},
@@ -123,6 +137,13 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
             records,
         )
     ]
+
+
+def _no_change(y: Spec, num_rows: int, palette: Palette) -> Spec:
+    """A line at 1.0 as high as a row's bar: one through all rows would run through their words on a narrow page."""
+    mark = {"type": "tick", "orient": "vertical", "thickness": 1.5, "color": palette.ink}
+    size = {"expr": f"{0.24 / num_rows} * height"}
+    return {"mark": mark | {"size": size}, "encoding": {"x": {"datum": 1}, "y": y}}
 
 
 def _points(encoding: Spec, size: int) -> list[Spec]:
@@ -185,9 +206,9 @@ def _prompts(table: Table, palette: Palette) -> list[Panel]:
             "prompt": harmless(each.prompt_id),
             "category": harmless(each.category),
             "label": harmless(row.label),
-            "baseline": each.baseline,
-            "tokens_per_s": each.candidate,
-            "speedup": each.speedup,
+            "baseline": round(each.baseline, DIGITS),
+            "tokens_per_s": round(each.candidate, DIGITS),
+            "speedup": round(each.speedup, DIGITS),
         }
         for row in overall(table)
         if row.pairing is not None
@@ -195,38 +216,81 @@ def _prompts(table: Table, palette: Palette) -> list[Panel]:
     ]
     if not records:
         return []
-    values = [record[name] for record in records for name in ("baseline", "tokens_per_s")]
-    low, high = min(values) * 0.95, max(values) * 1.05
-    scale = {"domain": [low, high], "nice": False, "zero": False}
+    x, y = _limits(records, "baseline"), _limits(records, "tokens_per_s")
+    y = min(x[0], y[0]), max(x[1], y[1])  # so that the dashed line crosses the picture
+    num_beyond = _place_at_edges(records, x, y)
+    beyond = f"{counted(num_beyond, 'dot')} beyond the axes: empty, at the edge" if num_beyond else None
     tip = [{"field": name} for name in ("prompt", "category", "label")]
     tip += [{"field": name, "format": ".2f"} for name in ("baseline", "tokens_per_s", "speedup")]
     look = series(table, palette, records)
+    place: Spec = {
+        "x": quantity("x", f"{harmless(table.baseline or '')}: tokens/s", **_logarithmic(x)),
+        "y": quantity("y", "tokens/s", **_logarithmic(y)),
+    }
+    encoding: Spec = {**place, **look, "tooltip": tip}
+    mark: Spec = {"type": "point", "size": 70, "opacity": 0.75, "cursor": "pointer"}
+    same = [{"x": limit, "y": limit} for limit in x]
     return [
         Panel(
             spec(
                 records,
                 {
-                    "data": {"values": [{"v": low}, {"v": high}]},
+                    "data": {"values": same},
                     "mark": {"type": "line", "strokeDash": [4, 3], "strokeWidth": 1, "color": palette.muted},
-                    "encoding": {
-                        "x": {"field": "v", "type": "quantitative"},
-                        "y": {"field": "v", "type": "quantitative"},
-                    },
+                    "encoding": {name: {"field": name, "type": "quantitative"} for name in ("x", "y")},
                 },
-                {
-                    "mark": {"type": "point", "filled": True, "size": 70, "opacity": 0.75, "cursor": "pointer"},
-                    "encoding": {
-                        "x": quantity("baseline", f"{harmless(table.baseline or '')}: tokens/s", scale=scale),
-                        "y": quantity("tokens_per_s", "tokens/s", scale=scale),
-                        **look,
-                        "tooltip": tip,
-                    },
-                },
+                *(
+                    {
+                        "transform": [{"filter": f"{'' if filled else '!'}datum.inside"}],
+                        "mark": mark | {"filled": filled},
+                        "encoding": encoding,
+                    }
+                    for filled in (True, False)
+                ),
                 height=360,
             ),
             records,
+            beyond,
         )
     ]
+
+
+def _limits(records: Sequence[Record], field: str) -> tuple[float, float]:
+    """Ends of a logarithmic axis: they hold all but a few values that are far from the others of their label, and would
+    squeeze these into a strip."""
+    lows, highs = [], []
+    for label in {record["label"] for record in records}:
+        logs = np.sort(np.log([record[field] for record in records if record["label"] == label]))
+        middle, few = np.median(logs), max(1, round(FEW * len(logs)))
+        far = max(FAR_LOG, FAR_SPREADS * float(np.median(abs(logs - middle))))
+        # What is far is outside only where few are: a second group of prompts stays in the picture.
+        inner_low, inner_high = logs[min(few, len(logs) - 1)], logs[max(-1 - few, -len(logs))]
+        lows.append(logs[0] if logs[0] > middle - far else min(inner_low, middle - far))
+        highs.append(logs[-1] if logs[-1] < middle + far else max(inner_high, middle + far))
+    return float(np.exp(min(lows))) * 0.95, float(np.exp(max(highs))) * 1.05
+
+
+def _logarithmic(limits: tuple[float, float]) -> Spec:
+    """Scale and axis. Vega's own ticks are 10, 20, 30 ... of which a short axis holds one or none."""
+    low, high = limits
+    unit = 10 ** floor(log10((high - low) / NUM_TICKS))
+    step = next(size * unit for size in (1, 2, 5, 10) if size * unit >= (high - low) / NUM_TICKS)
+    values = [round(count * step, DIGITS) for count in range(ceil(low / step), floor(high / step) + 1)]
+    if high > MAX_EVEN * low:
+        decades = range(floor(log10(low)), ceil(log10(high)))
+        values = [size * 10.0**decade for decade in decades for size in (1, 2, 5)]
+    values = [value for value in values if low <= value <= high]
+    return {"scale": {"type": "log", "domain": limits, "nice": False}, "axis": {"values": values, "format": ",~f"}}
+
+
+def _place_at_edges(records: Sequence[Record], *limits: tuple[float, float]) -> int:
+    """Adds to each record its place in the picture, and whether it is `inside`; returns how many are not."""
+    for record in records:
+        values = record["baseline"], record["tokens_per_s"]
+        placed = [min(max(value, low), high) for value, (low, high) in zip(values, limits, strict=True)]
+        record["x"], record["y"] = placed
+        record["inside"] = tuple(placed) == values
+    return sum(not record["inside"] for record in records)
 
 
 def _describe_speedups(records: Sequence[Record]) -> str:
@@ -242,7 +306,8 @@ def _describe_prompts(records: Sequence[Record]) -> str:
     for label in dict.fromkeys(record["label"] for record in records):
         own = [record for record in records if record["label"] == label]
         parts.append(f"{label} is faster on {sum(record['speedup'] > 1 for record in own)} of {len(own)} prompts")
-    return listing(parts)
+    num_beyond = sum(not record["inside"] for record in records)
+    return listing(parts) + (f"; {counted(num_beyond, 'dot')} beyond the axes" if num_beyond else "")
 
 
 NO_BASELINE = "There is no baseline among these results, so there are no speed-ups."
@@ -250,7 +315,7 @@ CHARTS = (
     Chart(
         "speedup",
         "Speed-up over the baseline",
-        "A dot right of the dashed line is faster than the baseline on the same prompts; the bar is its 95 % interval. "
+        "A dot right of the line at 1.0 is faster than the baseline on the same prompts; the bar is its 95 % interval. "
         "An empty dot shows no difference: its bar crosses the line, or there is none, as of one prompt. Below a bar "
         "stand the devices, and the flags that concern it.",
         NO_BASELINE,
@@ -269,7 +334,8 @@ CHARTS = (
     Chart(
         "prompts",
         "Each prompt against the baseline",
-        "A dot is one prompt: above the dashed line the method was faster than the baseline.",
+        "A dot is one prompt: above the dashed line the method was faster than the baseline. Both axes are "
+        "logarithmic: equal speed-ups are equally far from the line. A click on a dot opens the prompt's answers.",
         NO_BASELINE,
         _prompts,
         _describe_prompts,

@@ -92,17 +92,19 @@ def page_palette() -> Palette:
 
 
 class Style(NamedTuple):
-    """The size of a chart in a file: `width` in points, all of it; font size in points; a factor for heights."""
+    """The size of a chart in a file, in points: `width`, all of it; of the font; a factor for heights. Charts of
+    several panels are made flatter down to `height` for all plots together, as far as their rows stay legible."""
 
     width: int
     font_size: float
     height_factor: float
+    height: int
 
 
 STYLES = {
-    "screen": Style(720, 12, 1.0),
-    "paper": Style(241, 7.5, 0.7),
-    "paper-wide": Style(504, 8.5, 0.75),
+    "screen": Style(720, 12, 1.0, 480),
+    "paper": Style(241, 7.5, 0.7, 240),
+    "paper-wide": Style(504, 8.5, 0.75, 280),
 }
 """`paper` fits a column of a two-column paper (3.35 in), `paper-wide` both of them (7 in)."""
 

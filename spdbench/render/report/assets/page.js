@@ -2,8 +2,14 @@
 (() => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const { specs, config } = read("charts");
-  const answers = read("answers");
+  let answers = null; // until they are unpacked, and in browsers that cannot do that
   const dialog = document.getElementById("answer");
+
+  const unpack = async (packed) => {
+    const bytes = Uint8Array.from(atob(packed), (each) => each.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return JSON.parse(await new Response(unpacked).text());
+  };
 
   const element = (name, text) => {
     const made = document.createElement(name);
@@ -34,22 +40,29 @@
     return step;
   };
 
+  // The columns of an answer with kept drafts as steps: number, ms since the request's start, tokens behind their codes.
+  const stepsOf = ([numbers, waits, codes, texts]) => {
+    let ms = 0;
+    return numbers.map((number, at) => [number, ms += waits[at], ...texts[at].map((text, of) => codes[at][of] + text)]);
+  };
+
   const answerElement = (content) => {
     const made = element("pre", typeof content === "string" ? content : "");
     made.dir = "auto";
-    if (typeof content !== "string") made.append(...content.map(stepElement));
+    if (typeof content !== "string") made.append(...stepsOf(content).map(stepElement));
     return made;
   };
 
   // Text is only ever set as textContent or title: what models write stays text.
   const openAnswer = (prompt) => {
-    const found = answers.prompts[prompt];
+    const found = answers ? answers.prompts[prompt] : [];
     if (!found) return;
     document.getElementById("answer-prompt").textContent = prompt;
     const blocks = found.flatMap(([turn, repeat, place, labels]) => {
       const title = `turn ${turn}${repeat ? `, repeat ${repeat}` : ""}: ${labels.join(", ")}`;
       return [element("h3", title), answerElement(answers.texts[place])];
     });
+    if (!answers) blocks.push(element("p", "This browser cannot unpack the answers: a newer one can, and `spdbench answers`."));
     document.getElementById("answer-texts").replaceChildren(...blocks);
     document.getElementById("answer-legend").hidden = !found.some(([, , place]) => typeof answers.texts[place] !== "string");
     dialog.showModal();
@@ -98,7 +111,11 @@
   for (const button of document.querySelectorAll("button.answer")) {
     button.addEventListener("click", () => openAnswer(button.dataset.prompt));
   }
-  Promise.all([...document.querySelectorAll(".chart")].map(draw)).then(
+  const unpacked = unpack(read("answers")).then(
+    (found) => { answers = found; },
+    (error) => console.warn(`answers: ${error}`),
+  );
+  Promise.all([unpacked, ...[...document.querySelectorAll(".chart")].map(draw)]).then(
     () => document.body.setAttribute("data-drawn", "yes"),
     (error) => console.error(error),
   );

@@ -59,9 +59,14 @@ def test_every_byte_comes_back(files: list[tuple[str, bytes]]) -> None:
 
 
 TIMES = st.lists(st.text("0123456789,-", max_size=30), max_size=3)
+SPANS = TIMES.map(lambda each: "".join(f'"start_ns":[{times}],"end_ns":[{times[::-1]}]' for times in each).encode())
 
 
-@given(raw=st.binary(max_size=300) | TIMES.map(lambda each: "".join(f'"t_ns":[{times}]' for times in each).encode()))
+@given(
+    raw=st.binary(max_size=300)
+    | TIMES.map(lambda each: "".join(f'"t_ns":[{times}]' for times in each).encode())
+    | SPANS
+)
 def test_files_come_back_in_their_order(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     files = [EmbeddedFile("a.json", raw), EmbeddedFile("b.json", b"</script><!--"), EmbeddedFile("c.json", b"")]
     assert read_report(page(tmp_path_factory.mktemp("page"), embed(files))) == files
@@ -77,6 +82,23 @@ def test_times_are_kept_as_differences(tmp_path: Path) -> None:
     for odd in (b'{"t_ns":[05]}', b'{"t_ns":[1,,2]}', b'"t_ns":[' + b"9" * 5000 + b"]"):
         text = embed([EmbeddedFile("a.json", odd)])
         assert '"differences": false' in text
+        assert read_report(page(tmp_path, text)) == [EmbeddedFile("a.json", odd)]
+
+
+def test_spans_are_kept_as_gaps_and_durations(tmp_path: Path) -> None:
+    raw = b'{"start_ns":[10,17,12],"end_ns":[15,20,30]}'
+    text = embed([EmbeddedFile("a.json", raw)])
+    assert '"gaps": true' in text
+    packed = json.loads(text.removeprefix(BEGIN).removesuffix(END))["base64"]
+    assert lzma.decompress(b64decode(packed)) == b'{"start_ns":[10,2,-8],"end_ns":[5,3,18]}'
+    assert read_report(page(tmp_path, text)) == [EmbeddedFile("a.json", raw)]
+    for odd in (
+        b'{"start_ns":[05],"end_ns":[6]}',
+        b'{"start_ns":[1,2],"end_ns":[3]}',
+        b'{"start_ns":[1],"end_ns":[,]}',
+    ):
+        text = embed([EmbeddedFile("a.json", odd)])
+        assert '"gaps": false' in text
         assert read_report(page(tmp_path, text)) == [EmbeddedFile("a.json", odd)]
 
 

@@ -13,7 +13,7 @@ from spdbench.judge.loaded import load
 from spdbench.judge.results.kept import DraftColumns
 from spdbench.judge.results.schema import Result
 from spdbench.judge.timeline import step_tokens
-from spdbench.render.report.answers import LINE_END, answers
+from spdbench.render.report.answers import LINE_END, answers, by_column
 from spdbench.types import Drafted
 from tests.builders import make_backend, make_result, make_run, make_steps
 from tests.unit.render.report.reports import HOSTILE, WRONG, results, table
@@ -43,6 +43,12 @@ def test_kept_drafts_give_every_token_of_every_step() -> None:
         committed = [token[1:] for step in found[label] for token in step[2:] if token[0] in "ao"]
         assert committed == [f"<{token}>" for token in run.output_ids]
     assert f"r<{WRONG}>" in str(found["spd"])
+
+
+def test_columns_hold_the_steps() -> None:
+    texts = ["plain", [[0, 5, "o<1>"], [2, 9, "a<2>", "r<3>", "o"]]]
+    columns = [[0, 2], [5, 4], ["o", "aro"], [["<1>"], ["<2>", "<3>", ""]]]
+    assert by_column({"texts": texts, "prompts": {}}) == {"texts": ["plain", columns], "prompts": {}}
 
 
 def test_what_a_model_writes_is_on_one_line_and_turns_nothing_around() -> None:

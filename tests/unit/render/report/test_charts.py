@@ -23,6 +23,7 @@ from tests.builders import MS, chunk_steps, make_backend, make_result, make_run,
 from tests.unit.render.report.reports import HOSTILE, results, table
 
 EVERYTHING = table(results())
+POINTS_AN_INCH = 72
 
 
 def panels(name: str, of: Table = EVERYTHING) -> list[Panel]:
@@ -106,6 +107,60 @@ def test_positions_of_drafts_have_whole_ticks() -> None:
     ticks = panel.spec["layer"][0]["encoding"]["x"]["axis"]["values"]
     assert ticks == [*range(1, 1 + len(ticks))]
     assert {row["position"] for row in panel.rows if row["judged"] >= 20} <= set(ticks)
+
+
+def scatter(speedups: list[float], *, apart: int = 2) -> Panel:
+    """Of prompts whose baseline takes 10 ms a token, `apart` % more from prompt to prompt."""
+    steps_ns = [round((10 + number * apart / 10) * MS) for number in range(len(speedups))]
+    runs = [
+        [make_run(vanilla_steps(9, step_ns=round(at / by)), prompt=f"p{n}") for n, (at, by) in enumerate(each)]
+        for each in (zip(steps_ns, [1.0] * len(speedups), strict=True), zip(steps_ns, speedups, strict=True))
+    ]
+    both = [make_result(runs[0]), make_result(runs[1], make_backend(label="fast"))]
+    [compared] = compare([load(result, f"{at}.json") for at, result in enumerate(both)], by_category=True)
+    [panel] = panels("prompts", compared)
+    return panel
+
+
+def axes(panel: Panel) -> dict[str, dict[str, Any]]:
+    return {name: panel.spec["layer"][1]["encoding"][name] for name in ("x", "y")}
+
+
+def test_one_very_fast_prompt_is_at_the_edge_and_leaves_the_others_room() -> None:
+    panel = scatter([1.2, 1.3, 1.4, 1.25, 1.35, 40.0, 1.3, 1.3])
+    assert panel.heading == "1 dot beyond the axes: empty, at the edge"
+    assert [row["prompt"] for row in panel.rows if not row["inside"]] == ["p5"]
+    for name, axis in axes(panel).items():
+        low, high = axis["scale"]["domain"]
+        assert axis["scale"]["type"] == "log"
+        assert all(low <= row[name] <= high for row in panel.rows)
+        assert high < 5 * low
+        assert len(axis["axis"]["values"]) >= 3
+    assert panel.rows[5]["y"] == axes(panel)["y"]["scale"]["domain"][1] < panel.rows[5]["tokens_per_s"]
+    assert "fast is faster on 8 of 8 prompts; 1 dot beyond the axes" in CHARTS["prompts"].describe(panel.rows)
+
+
+@pytest.mark.parametrize("speedups", [[1.1] * 6 + [9.0] * 3, [1.0] * 8, [3.0], [1.0, 50.0]], ids=len)
+def test_groups_of_prompts_are_all_in_the_picture(speedups: list[float]) -> None:
+    panel = scatter(speedups, apart=0)
+    assert panel.heading is None
+    for name, axis in axes(panel).items():
+        low, high = axis["scale"]["domain"]
+        assert all(low < row[name] < high for row in panel.rows)
+        ticks = axis["axis"]["values"]
+        assert len(ticks) >= 2
+        assert all(low <= tick <= high for tick in ticks)
+
+
+def test_no_line_runs_through_the_words_of_speedups() -> None:
+    """The only line without a row of its own was the one at 1.0."""
+    [panel] = panels("speedup")
+    assert all("y" in layer["encoding"] for layer in panel.spec["layer"])
+    [line] = [layer for layer in panel.spec["layer"] if layer["encoding"]["x"] == {"datum": 1}]
+    words = [layer["mark"] for layer in panel.spec["layer"] if layer["mark"]["type"] == "text"]
+    nearest = min(abs(float(mark["dy"]["expr"].split()[0])) for mark in words)
+    half = float(line["mark"]["size"]["expr"].split()[0]) / 2
+    assert (nearest - half) * panel.spec["height"] >= 6  # half a line of text
 
 
 def test_flags_that_have_no_room_are_counted() -> None:
@@ -269,6 +324,22 @@ def test_files_are_as_wide_as_their_style(style: str) -> None:
     for name, content in drawn.items():
         [width] = re.findall(rb'^<svg [^>]*?width="([0-9.]+)"', content)
         assert float(width) == pytest.approx(STYLES[style].width, rel=0.06), name
+
+
+@pytest.mark.parametrize(("style", "most"), [("paper", 6.0), ("paper-wide", 6.5), ("screen", 9.0)])
+def test_files_are_not_much_higher_than_a_page_has_room_for(style: str, most: float) -> None:
+    pytest.importorskip("vl_convert")
+    detailed = table(results(detailed=True))
+    for name in ("waterfall", "timeline", "step-lengths-by-context"):
+        drawn = to_file(CHARTS[name], panels(name, detailed), "svg", style)
+        [height] = re.findall(rb'^<svg [^>]*?height="([0-9.]+)"', drawn)
+        assert float(height) / POINTS_AN_INCH < most, name
+
+
+def test_numbers_of_an_axis_that_all_panels_share_stand_once() -> None:
+    pytest.importorskip("vl_convert")
+    drawn = to_file(CHARTS["waterfall"], panels("waterfall"), "svg", "paper").decode()
+    assert drawn.count(">ms a token<") == 1
 
 
 def test_colours_mean_the_same_in_every_panel_of_a_file() -> None:

@@ -13,7 +13,7 @@ from spdbench.judge.gate.calibration import calibrate
 from spdbench.judge.gate.history import History, history
 from spdbench.judge.loaded import load
 from spdbench.render.report.chart import Panel
-from spdbench.render.report.history import CHARTS, SIGNS, run_names
+from spdbench.render.report.history import CHARTS, SIGNS, _decimals, run_names
 from spdbench.render.report.history_page import answer
 from spdbench.render.report.style import LIGHT, STYLES
 from spdbench.render.report.vega import to_file
@@ -99,6 +99,20 @@ def test_tokens_per_s_have_a_band_only_where_it_is_calibrated() -> None:
     assert any(row["tokens_per_s_floor"] for row in panels("history-speed")[0].rows)
     assert not any(row["tokens_per_s_floor"] for row in panels("history-speed", elsewhere)[0].rows)
     assert any(row["speedup_floor"] for row in panels("history-speedup", elsewhere)[0].rows)
+
+
+@pytest.mark.parametrize(
+    ("domain", "decimals"), [((0, 1), 0), ((0.7, 0.75), 0), ((0.7, 0.73), 1), ((0.7, 0.742), 1), ((0.7, 0.7005), 2)]
+)
+def test_labels_of_shares_differ_from_tick_to_tick(domain: tuple[float, float], decimals: int) -> None:
+    assert _decimals(domain) == decimals
+
+
+def test_acceptance_has_no_label_twice() -> None:
+    pytest.importorskip("vl_convert")
+    drawn = to_file(CHARTS["history-acceptance"], panels("history-acceptance"), "svg", "screen").decode()
+    labels = re.findall(r">([0-9.]+%)<", drawn)
+    assert len(labels) == len(set(labels)) > 2
 
 
 def test_a_change_of_machine_breaks_the_line_and_is_named() -> None:
