@@ -119,19 +119,25 @@ class Metrics(Mapping[str, Any]):
         return found[name]
 
     def _intervals(self, names: Sequence[str]) -> dict[str, list[float] | None]:
-        """Intervals by name; None with fewer than two conversations, which show no spread."""
+        """Intervals by name; None with fewer than two conversations that a ratio is made of, which show no spread."""
         found: dict[str, list[float] | None] = dict.fromkeys(names)
-        defined = {name: self._ratios[name] for name in names if self[name] is not None}
-        if not defined or self["num_prompts"] < 2:
+        counts = {name: self._num_conversations(self._ratios[name]) for name in names if self[name] is not None}
+        defined = {name: self._ratios[name] for name, count in counts.items() if count > 1}
+        if not defined:
             return found
         columns = sorted({COLUMN[column] for ratio in defined.values() for column in ratio.columns})
         totals = stats.resample_sums(*stats.sum_cells(self._conversations, self._repeats, self._table[:, columns]))
         samples = np.zeros((len(COLUMNS), len(totals)))
         samples[columns] = totals.T
         for name, ratio in defined.items():
-            interval = stats.percentile_interval(ratio.of(samples.T), self["num_prompts"])
+            interval = stats.percentile_interval(ratio.of(samples.T), counts[name])
             found[name] = None if interval is None else list(interval)
         return found
+
+    def _num_conversations(self, ratio: Ratio) -> int:
+        """Those that add to the denominator: of a score, the conversations that were scored."""
+        adds = self._table[:, COLUMN[ratio.denominator]] != 0
+        return len({name for name, chosen in zip(self._conversations, adds, strict=True) if chosen})
 
     def in_dialect(self, dialect: str) -> float | None:
         """The acceptance length as `dialect` prints it."""

@@ -120,6 +120,9 @@ def test_score_is_the_mean_of_judged_runs_with_its_interval() -> None:
     assert found["score"] == 0.5
     assert found["score_ci"][0] < 0.5 < found["score_ci"][1]
     assert overall([make_run()], VANILLA)["score"] is None
+    one_judged = overall([make_run(score=0.0), make_run(prompt="unjudged")], VANILLA)
+    assert (one_judged["score"], one_judged["score_ci"]) == (0.0, None)
+    assert one_judged["ttft_s_ci"] is not None
 
 
 def test_failed_runs_count_only_as_failed() -> None:
