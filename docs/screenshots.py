@@ -95,14 +95,17 @@ def _set_screen(browser: Any, width: int, height: int) -> None:
 
 
 def _shot(browser: Any, page: Path, width: int, scheme: str, *, whole: bool) -> bytes:
-    """The page as PNG, once its charts are drawn."""
+    """The page as PNG, without its outer margins, once its charts are drawn."""
     _set_screen(browser, width, FIRST_SCREEN)
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     browser.get(page.resolve().as_uri())
     WebDriverWait(browser, 60).until(lambda one: one.execute_script("return document.body.dataset.drawn === 'yes'"))
     height = browser.execute_script("return document.documentElement.scrollHeight") if whole else FIRST_SCREEN
-    clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+    left, used = browser.execute_script(
+        "const body = document.body.getBoundingClientRect(); return [body.x, body.width]"
+    )
+    clip = {"x": left, "y": 0, "width": used, "height": height, "scale": 1}
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
     return base64.b64decode(shot["data"])
 

@@ -27,7 +27,8 @@ def test_the_option_reference_is_what_the_code_says() -> None:
 
 
 def local_links(page: Path) -> list[str]:
-    found = re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"\]\(([^)#\s]*(?:#[^)\s]*)?)\)", text) + re.findall(r'<img src="([^"]*)"', text)
     return [target for target in found if not target.startswith(("http:", "https:"))]
 
 
