@@ -69,8 +69,8 @@ def _listed(numbers: Sequence[int]) -> str:
 def verdict(projection: Projection) -> str:
     """What the projection says, in one or two sentences."""
     best, efficient = projection.best, projection.most_efficient
-    rival = max(projection.opponents, key=lambda each: each.tokens_per_s)
-    text = f"Fastest pipeline: {best.label}, {best.speedup:.2f}x plain decoding on {best.devices} devices"
+    rival, doubt = projection.best_opponent, " (disqualified, as all are)" if best.disqualified else ""
+    text = f"Fastest pipeline: {best.label}{doubt}, {best.speedup:.2f}x plain decoding on {best.devices} devices"
     other = projection.speedup(rival.tokens_per_s)
     text += f"; best opponent: {rival.label}, {other:.2f}x on {rival.devices}."
     if efficient is not best:
@@ -213,6 +213,7 @@ def _pipeline_record(row: PipelineRow) -> dict[str, Any]:
         "devices": row.devices,
         "source": row.source,
         "recorded_stages": row.recorded_stages,
+        "disqualified": row.disqualified,
         "acceptance_rate": row.acceptance,
         "tokens_per_s": row.tokens_per_s,
         "tokens_per_s_ci": row.interval,
@@ -235,6 +236,7 @@ def _opponent_record(row: Opponent, projection: Projection) -> dict[str, Any]:
     return {
         "label": row.label,
         "method": row.method,
+        "disqualified": row.disqualified,
         "devices": row.devices,
         "tokens_per_s": row.tokens_per_s,
         "tokens_per_s_ci": row.interval,

@@ -52,7 +52,9 @@ def _incomplete(recorded: Recorded) -> Iterator[str]:
         if vanilla is None or result is vanilla:
             continue
         pairing, answered = pair(vanilla, result), len(result.runs.answered)
-        alone, missing = answered - len(pairing.keys), len(vanilla.runs.answered) - len(pairing.keys)
+        failed_here = {*result.runs.keys} - {*result.runs.answered}
+        alone = answered - len(pairing.keys)
+        missing = len({*vanilla.runs.answered} - {*pairing.keys} - failed_here)
         if alone or missing:
             yield (
                 f"{label}: not paired with {names[vanilla]}: {alone} of {counted(answered, 'request')} have no partner "

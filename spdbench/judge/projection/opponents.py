@@ -9,7 +9,7 @@ request's own, as long as the mean context of the recorded runs, and take their 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import ceil, log2
 from operator import itemgetter
@@ -17,6 +17,7 @@ from operator import itemgetter
 import numpy as np
 
 from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.flags import disqualifies
 from spdbench.judge.metrics.stats import Interval, ratio_interval
 from spdbench.judge.projection.costs import Costs
 from spdbench.judge.projection.recorded import Recorded, rounds_of
@@ -37,6 +38,7 @@ class Opponent:
     devices: int
     tokens_per_s: float
     interval: Interval | None = None
+    disqualified: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def one_request(recorded: Recorded, costs: Costs, device_counts: Sequence[int]) 
             found.append(Opponent(f"tensor parallel x{count}", "tensor_parallel", count, 1 / shared))
     for result in recorded.rounds:
         as_recorded = _rounds(names[result], result, recorded, costs)
-        found += [each for each in (as_recorded, _best_chain(names[result], result, recorded, costs)) if each]
+        ways = (as_recorded, _best_chain(names[result], result, recorded, costs))
+        found += [replace(each, disqualified=disqualifies(result.flags)) for each in ways if each]
     return found
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.bubble import LaneTime
+from spdbench.judge.metrics.flags import disqualifies
 from spdbench.judge.metrics.stats import SEED, Interval, ratio_interval
 from spdbench.judge.projection.costs import Costs, refuse
 from spdbench.judge.projection.notes import notes
@@ -64,7 +65,8 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class PipelineRow:
-    """One pipeline. `source` is the result whose verdicts it replays, measured with `recorded_stages` stages."""
+    """One pipeline. `source` is the result whose verdicts it replays, measured with `recorded_stages` stages;
+    `disqualified` if that has a flag which keeps it from being the best, such as that of a synthetic drafter."""
 
     label: str
     source: str
@@ -83,6 +85,7 @@ class PipelineRow:
     lanes: LaneTime
     hidden_layers: float
     sensitivities: tuple[Sensitivity, ...]
+    disqualified: bool = False
 
     @property
     def num_stages(self) -> int:
@@ -106,13 +109,22 @@ class Projection:
 
     @cached_property
     def best(self) -> PipelineRow:
-        """The fastest pipeline."""
-        return max(self.pipelines, key=lambda row: row.tokens_per_s)
+        """The fastest pipeline; a disqualified one only if all are."""
+        return max(self._fair, key=lambda row: row.tokens_per_s)
 
     @cached_property
     def most_efficient(self) -> PipelineRow:
         """The pipeline with the highest speed-up a device."""
-        return max(self.pipelines, key=lambda row: row.speedup_per_device)
+        return max(self._fair, key=lambda row: row.speedup_per_device)
+
+    @property
+    def best_opponent(self) -> Opponent:
+        """Plain decoding cannot be disqualified, so one always counts."""
+        return max((each for each in self.opponents if not each.disqualified), key=lambda each: each.tokens_per_s)
+
+    @property
+    def _fair(self) -> Sequence[PipelineRow]:
+        return [row for row in self.pipelines if not row.disqualified] or self.pipelines
 
     @property
     def breakevens(self) -> list[BreakEven]:
@@ -255,6 +267,7 @@ def _row(name: str, source: LoadedResult, layers: tuple[int, ...], parts: Parts,
         lanes=lane_shares(stretch, list(sequences.values())),
         hidden_layers=max(0.0, parts.slowest_s - parts.draft_s) / layer,
         sensitivities=_sensitivities(parts, sequences, alone),
+        disqualified=disqualifies(source.flags),
     )
 
 

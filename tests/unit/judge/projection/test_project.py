@@ -28,6 +28,7 @@ from spdbench.judge.projection.recorded import (
 from spdbench.judge.results.lanes import FullCycles, PartTime, PartTimes
 from spdbench.judge.results.schema import Result
 from spdbench.profiles.profile import Profile
+from spdbench.render.projection import verdict
 from tests.builders import (
     MS,
     ORACLE,
@@ -376,6 +377,22 @@ def test_synthetic_drafters_of_two_rates_are_two_ways_to_decode() -> None:
     assert [row.label for row in found.pipelines] == ["5 x2", "9 x2", "5 x3", "9 x3"]
 
 
+def test_a_disqualified_pipeline_is_the_best_only_if_all_are() -> None:
+    made_up = relabelled(pipeline(drafter=ORACLE, parts=None), "made_up", "oracle.json")
+    for results, best in ((made_up, pipeline()), "spd x3"), ((made_up,), "spd x3"):
+        recorded = sort_results([vanilla(), *results])
+        found = project(recorded, ProfileCosts(make_profile(), recorded), setting(3))
+        assert found.best.label == found.most_efficient.label == best
+        assert found.best.disqualified == (len(results) == 1)
+        assert (" (disqualified, as all are)" in verdict(found)) == (len(results) == 1)
+        assert max(found.pipelines, key=lambda row: row.tokens_per_s).disqualified
+    random = load(eagle_result().model_copy(update={"drafter": RANDOM}), "random.json")
+    recorded = sort_results([vanilla(), pipeline(), random])
+    found = project(recorded, RecordedCosts(recorded), setting(3))
+    assert found.best_opponent.label == "vanilla"
+    assert max(found.opponents, key=lambda each: each.tokens_per_s).label == "eagle"
+
+
 @pytest.mark.parametrize(
     ("doubtful", "note"),
     [
@@ -399,6 +416,7 @@ def test_what_casts_doubt_on_a_result_is_one_note(doubtful: LoadedResult, note: 
     recorded = sort_results([vanilla(), doubtful])
     found = project(recorded, ProfileCosts(make_profile(), recorded), setting(2)).notes
     assert [len(re.findall(note, each)) for each in found].count(1) == 1
+    assert any("not paired" in each for each in found) == ("not paired" in note)
     sound = sort_results([vanilla(), pipeline()])
     assert not any(re.search(note, each) for each in project(sound, RecordedCosts(sound), setting(2)).notes)
 
