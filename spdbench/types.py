@@ -14,7 +14,7 @@ MeasurementKind = Literal["ids", "times", "drafts", "forwards", "devices"]
 """What a backend may be unable to measure: the ids of tokens, the times of single tokens, drafts and verdicts, the
 target's work, the devices that it runs on."""
 DivergenceClass = Literal["identical", "tie", "near_tie", "real", "unclassified"]
-"""How a greedy output compares with plain decoding's (METRICS.md, "Losslessness"); unclassified: it differs, and the
+"""How a greedy output compares with plain decoding's (metrics.md, "Losslessness"); unclassified: it differs, and the
 engine does not report the logits that could say why."""
 EngineLogits = Callable[[Sequence[int], Sequence[int]], Mapping[int, float] | None]
 """(prompt ids, new ids) -> an engine's logits or log-probabilities of the next token by id: all, or the likeliest; None

@@ -1,4 +1,4 @@
-"""Why two greedy outputs diverge: a tie of logits, rounding, or a real difference (METRICS.md, "Losslessness").
+"""Why two greedy outputs diverge: a tie of logits, rounding, or a real difference (docs/metrics.md, "Losslessness").
 
 The target reads plain decoding's own ids up to the divergence, one token a forward. The gap between its logits of both
 ids is compared with a noise floor:

@@ -1,4 +1,4 @@
-"""Drafters with a given acceptance: `oracle:P` and `forced:P` (METRICS.md, "Synthetic drafters").
+"""Drafters with a given acceptance: `oracle:P` and `forced:P` (docs/metrics.md, "Synthetic drafters").
 
 Decisions depend on the seed, the prompt and the position alone, so that every backend meets the same ones. Where the
 acceptance differs by position, they depend on the draft's depth as well.

@@ -170,7 +170,7 @@ def lane_spans(run: Run) -> list[LaneSpan]:
 
 
 def pipe_fill(run: Run, backend: BackendRecord) -> list[int]:
-    """How many lanes of a pipeline hold a token in each cycle: by the work in their spans (METRICS.md, `fill`), else by
+    """How many lanes of a pipeline hold a token in each cycle: by the work in their spans (metrics.md, `fill`), else by
     the drafts; empty without both."""
     if run.spans is not None and run.spans.lane:
         work = [each for each in lane_spans(run) if each.span.kind == "target"]

@@ -178,7 +178,7 @@ def test_dialects_of_the_command_are_those_of_the_judge() -> None:
 
 @pytest.fixture
 def worked_example(tmp_path: Path) -> str:
-    """METRICS.md's: chunks of 1, 4, 3, 4 and 2 ids, the first from prefill."""
+    """docs/metrics.md's: chunks of 1, 4, 3, 4 and 2 ids, the first from prefill."""
     result = make_result([make_run(chunk_steps([1, 4, 3, 4, 2]))], make_backend("draft_verify"), drafter=TRAINED)
     return str(write_result(result, tmp_path / "eagle.json"))
 

@@ -160,7 +160,7 @@ def require_same_bubble(run: Run, start: int, spans: list[Span], lanes: int) -> 
 
 
 def require_flushes(steps: list[Slice], lanes: int) -> None:
-    """METRICS.md: cycles = verdicts + (n - 1)(1 + rejections before the last verdict)."""
+    """docs/metrics.md: cycles = verdicts + (n - 1)(1 + rejections before the last verdict)."""
     names = [each["name"] for each in steps][1:]
     verdicts = [name for name in names if name != "filling"]
     assert "rejected" in verdicts[:-1]

@@ -110,3 +110,16 @@ def test_a_bubble_that_is_drawn_otherwise_than_counted_is_refused(monkeypatch: p
     monkeypatch.setattr("docs.pipeline_bubble.FIELDS", {"known": "wasted", "drop": "useful", "late": "draft"})
     with pytest.raises(ValueError, match="drawn"):
         bubble_picture(pipeline_pictures.simulate(3, 7, pipeline_pictures.chain([3])))
+
+
+def test_sections_that_docstrings_name_are_on_the_page() -> None:
+    root = Path(__file__).resolve().parents[2]
+    files = [file for folder in ("spdbench", "backends", "tests") for file in (root / folder).rglob("*.py")]
+    named = {
+        section
+        for file in files
+        for group in re.findall(r'metrics\.md, ("[\w ]+"(?: and "[\w ]+")*)', file.read_text("utf-8"))
+        for section in re.findall(r'"([\w ]+)"', group)
+    }
+    assert len(named) >= 8
+    assert named <= set(re.findall(r"^## (.*)$", PAGE, re.MULTILINE))

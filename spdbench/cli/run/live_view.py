@@ -79,7 +79,7 @@ class Tally:
         self._is_stale = True
 
     def metric(self, name: str) -> float | None:
-        """A ratio of METRICS.md over all requests so far; None where it is null."""
+        """A ratio of docs/metrics.md over all requests so far; None where it is null."""
         value = float(self._ratios[name].of(self._sums)) if name in self._ratios else float("nan")
         return value if np.isfinite(value) else None
 

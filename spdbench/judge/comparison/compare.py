@@ -28,7 +28,7 @@ from spdbench.judge.results.schema import Flag, Result
 class Row:
     """One label of a table, over all its prompts or one `category` of them.
 
-    `label` is unique in the table. `metrics` has METRICS.md's names, `speedup` among them. `outputs` is None where
+    `label` is unique in the table. `metrics` has docs/metrics.md's names, `speedup` among them. `outputs` is None where
     ids are not compared: no baseline, sampling, forced verdicts. `result` and `pairing`, its runs paired with the
     baseline's, are what the row was made from, for callers that show single runs.
     """

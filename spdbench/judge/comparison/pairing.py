@@ -1,5 +1,5 @@
 """Which results did the same work on the same machine, which of their runs belong together, and how their speeds and
-outputs compare, over all of them and conversation by conversation. METRICS.md, "Pairing" and "Intervals"."""
+outputs compare, over all of them and conversation by conversation. docs/metrics.md, "Pairing" and "Intervals"."""
 
 from __future__ import annotations
 

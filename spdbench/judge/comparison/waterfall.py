@@ -1,6 +1,6 @@
 """Where a method's decode time goes, from an ideal in which the target's passes are all there is, to what was measured.
 
-One form for draft-and-verify methods and pipelines. From METRICS.md, "Bubble ratio", by which a lane's decode time is
+One form for draft-and-verify methods and pipelines. From metrics.md, "Bubble ratio", by which a lane's decode time is
 useful work, wasted work, or idle for one cause; averaged over the lanes these add up to wall time. Useful work is split
 once more, by what vanilla took for the same requests:
 

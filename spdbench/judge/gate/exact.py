@@ -12,7 +12,7 @@ decoding is a regression anywhere.
 | ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
 |                             | one is better, else regression; it holds once the baseline is renewed    |
 
-Of an engine that gives text alone neither is known; `served.py` judges what is. METRICS.md, "Losslessness".
+Of an engine that gives text alone neither is known; `served.py` judges what is. docs/metrics.md, "Losslessness".
 """
 
 from __future__ import annotations

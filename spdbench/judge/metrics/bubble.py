@@ -1,6 +1,6 @@
 """What a request's lanes did with the decode time: work that counted, work thrown away, and waiting, by its cause.
 
-METRICS.md, "Bubble ratio", from spans and the ends of steps, in whole nanoseconds, so that the parts add up exactly.
+metrics.md, "Bubble ratio", from spans and the ends of steps, in whole nanoseconds, so that the parts add up exactly.
 
 Busy are spans of kind `target` and `head`; they lie on the lanes 0 to n - 1 and never overlap on one. `verify` and
 `draft` spans explain the idle time of every lane, wherever they lie, since all wait for a verdict or a draft. A `host`
@@ -129,7 +129,7 @@ def lane_time(table: SpanTable, step_ends: Sequence[int]) -> LaneTime:
     last that of the one with the last. What spans hold outside of these is not looked at.
 
     The window is cut at every instant at which a span begins or ends, or a step ends. Between two cuts nothing changes,
-    so that each piece of a lane's time is work or has one cause: the first in METRICS.md's order that holds.
+    so that each piece of a lane's time is work or has one cause: the first in docs/metrics.md's order that holds.
     """
     ends = _cycle_ends(step_ends)
     busy = _in_cycles(table.busy, step_ends, ends)

@@ -1,4 +1,4 @@
-"""The metrics that are sums of a run table's columns, or ratios of such sums: METRICS.md, "Steps" and "Bubble ratio".
+"""The metrics that are sums of a run table's columns, or ratios of such sums: metrics.md, "Steps" and "Bubble ratio".
 
 A ratio's overall value (micro), its mean over runs (macro) and its 95 % interval all come from its row here; what
 computes them is `metrics.py`.

@@ -1,6 +1,6 @@
 """Acceptance length as others print it: a rule for each dialect, on the same columns of the same runs.
 
-METRICS.md, "Dialects". One decoding gives a different number under each rule, so a figure from elsewhere may only
+docs/metrics.md, "Dialects". One decoding gives a different number under each rule, so a figure from elsewhere may only
 be compared with ours under its own.
 
 N are all new tokens, the first from prefill among them; decode tokens are N - 1. Lengths of verify steps are taken

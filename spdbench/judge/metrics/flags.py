@@ -1,6 +1,6 @@
 """Flags: what a reader must know before believing a number, each with one line of why and one of what to do.
 
-METRICS.md, "Flags", is the list. Those that need two results are raised in `compare.py`, the others here.
+docs/metrics.md, "Flags", is the list. Those that need two results are raised in `compare.py`, the others here.
 """
 
 from __future__ import annotations

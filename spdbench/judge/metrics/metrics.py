@@ -1,4 +1,4 @@
-"""From a table of runs to the numbers of METRICS.md: `METRICS` lists all of them.
+"""From a table of runs to the numbers of docs/metrics.md: `METRICS` lists all of them.
 
 A table shows few metrics, and intervals take time, so each metric is computed when it is first asked for.
 """
@@ -33,7 +33,7 @@ WITHOUT_DEGENERATE = ("acceptance_rate", "acceptance_length", "tokens_per_cycle"
 
 
 class Metrics(Mapping[str, Any]):
-    """All metrics of a table's runs that did not fail; by METRICS.md's names.
+    """All metrics of a table's runs that did not fail; by docs/metrics.md's names.
 
     `read_bandwidth` is the machine's measured read bandwidth in bytes/s, for `roofline_share`. Acceptance lengths in
     dialects can be asked for by name, and are not listed among the others.
@@ -99,7 +99,7 @@ class Metrics(Mapping[str, Any]):
         return int(self._table[:, COLUMN["peak_memory_bytes"]].max(initial=0)) or None
 
     def micro(self, name: str) -> float | None:
-        """Totals over totals; None where METRICS.md says null."""
+        """Totals over totals; None where docs/metrics.md says null."""
         return _ratio_of(self._ratios.get(name), self._sums)
 
     def macro(self, name: str) -> float | None:

@@ -280,7 +280,7 @@ def replay(stretch: Stretch, sequences: dict[RunKey, list[int]]) -> tuple[float,
 
 
 def _num_cycles(sequence: Sequence[int], num_stages: int) -> int:
-    """METRICS.md: a verdict takes n cycles after a flush; after an accepted one as many as that one says, usually 1."""
+    """metrics.md: a verdict takes n cycles after a flush; after an accepted one as many as that one says, usually 1."""
     return sum(num_stages + cycles for _, cycles, _ in stretches(sequence))
 
 

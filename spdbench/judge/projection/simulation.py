@@ -290,7 +290,7 @@ def request_seconds(stretch: Stretch, verdicts: Sequence[int]) -> float:
 
 
 def lane_shares(stretch: Stretch, requests: Sequence[Sequence[int]]) -> LaneTime:
-    """What the stages do in the decode time of the `requests`, by METRICS.md's definition of the bubble, from the spans
+    """What the stages do in the decode time of the `requests`, by metrics.md's definition of the bubble, from the spans
     of the simulated cycles; of the first `MAX_SHOWN_CYCLES` of them."""
     parts = stretch.parts
     spans: list[Span] = []

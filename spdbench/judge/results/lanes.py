@@ -19,7 +19,7 @@ class _Record(BaseModel):
 
 
 class BubbleParts(_Record):
-    """Shares of lanes x decode time; see METRICS: useful + wasted + the rest = 1."""
+    """Shares of lanes x decode time; see docs/metrics.md: useful + wasted + the rest = 1."""
 
     useful: Share
     wasted: Share

@@ -1,6 +1,6 @@
 """What else the machine did while a request was timed: the record, and when it counts as a disturbance.
 
-METRICS.md, "Flags": `busy_machine`.
+docs/metrics.md, "Flags": `busy_machine`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def run(num_stages: int, verdicts: list[bool]) -> int:
 
 @given(st.integers(1, 8), st.lists(st.booleans(), min_size=1, max_size=40))
 def test_cycles_are_verdicts_plus_fills(num_stages: int, verdicts: list[bool]) -> None:
-    """METRICS.md: cycles = verdicts + (n - 1)(1 + rejections before the last verdict)."""
+    """docs/metrics.md: cycles = verdicts + (n - 1)(1 + rejections before the last verdict)."""
     rejections = verdicts[:-1].count(False)
     assert run(num_stages, verdicts) == len(verdicts) + (num_stages - 1) * (1 + rejections)
 
@@ -50,7 +50,7 @@ def test_cycles_are_verdicts_plus_fills(num_stages: int, verdicts: list[bool]) -
 @pytest.mark.parametrize("num_stages", [2, 3, 5])
 @pytest.mark.parametrize("acceptance", [0.5, 0.8, 0.9])
 def test_steady_state_tokens_per_cycle(num_stages: int, acceptance: float) -> None:
-    """METRICS.md: 1 / (a + (1 - a) n)."""
+    """docs/metrics.md: 1 / (a + (1 - a) n)."""
     period = 10
     verdicts = [i % period < acceptance * period for i in range(4000)]
     found = len(verdicts) / run(num_stages, verdicts)

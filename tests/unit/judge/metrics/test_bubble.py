@@ -1,4 +1,4 @@
-"""Lanes' time by what it was spent on: worked examples, and every nanosecond against METRICS.md's definition."""
+"""Lanes' time by what it was spent on: worked examples, and every nanosecond against docs/metrics.md's definition."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def timelines(draw: st.DrawFn) -> tuple[list[Span], list[int], int]:
 
 
 def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTime:
-    """METRICS.md's definition, instant by instant."""
+    """docs/metrics.md's definition, instant by instant."""
     first, last = ends[0], ends[-1]
     counts = dict.fromkeys(LaneTime.__annotations__, 0)
 

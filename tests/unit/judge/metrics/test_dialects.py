@@ -1,4 +1,4 @@
-"""Acceptance length as others print it: the worked example of METRICS.md, and what sets the dialects apart."""
+"""Acceptance length as others print it: the worked example of docs/metrics.md, and what sets the dialects apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METRICS.md's list of flags, each made to appear in a comparison: with a reason, a remedy, and its weight."""
+"""docs/metrics.md's list of flags, each made to appear in a comparison: with a reason, a remedy, and its weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of METRICS.md, on hand-made runs."""
+"""The arithmetic of docs/metrics.md, on hand-made runs."""
 
 from __future__ import annotations
 

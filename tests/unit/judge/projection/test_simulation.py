@@ -1,4 +1,4 @@
-"""The simulated pipeline against times that follow by hand, and against METRICS.md's count of cycles."""
+"""The simulated pipeline against times that follow by hand, and against docs/metrics.md's count of cycles."""
 
 from __future__ import annotations
 
