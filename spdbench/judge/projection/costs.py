@@ -249,19 +249,23 @@ class ProfileCosts:
             return part_seconds(result, "draft")
         tree = "chain" if "chain" in result.head.backend.chosen.get("tree", "") else "dynamic"
         for kind in (tree, "chain", "dynamic"):
-            found = self._by_levels(drafter.method, kind)
+            found = self._by_levels(drafter.method, kind, (drafter.sha256 or drafter.id)[:12])
             if found is not None and len(found.rows) == 1:  # the heads of Medusa, each for a level
                 return found.seconds[0] * levels / found.rows[0]
             if found is not None:
                 return max(0.0, found(levels))
         return None
 
-    def _by_levels(self, method: str, tree: str) -> RowCosts | None:
-        found = {}
-        for key, seconds in self.profile.seconds.items():
-            name, fields = parse_key(key)
-            if name == "draft" and fields.get("method") == method and fields.get("tree") == tree and "levels" in fields:
-                found[int(fields["levels"])] = seconds
+    def _by_levels(self, method: str, tree: str, own: str) -> RowCosts | None:
+        """Seconds of a draft by its levels: of the drafter `own` where it was profiled, else of those of its method."""
+        drafts = [(parse_key(key), seconds) for key, seconds in self.profile.seconds.items()]
+        of_method = [
+            (fields, seconds)
+            for (name, fields), seconds in drafts
+            if name == "draft" and fields.get("method") == method and fields.get("tree") == tree and "levels" in fields
+        ]
+        of_own = [(fields, seconds) for fields, seconds in of_method if fields.get("drafter") == own]
+        found = {int(fields["levels"]): seconds for fields, seconds in of_own or of_method}
         levels = sorted(found)
         return RowCosts(tuple(levels), tuple(found[each] for each in levels)) if levels else None
 

@@ -214,6 +214,14 @@ def test_a_draft_takes_what_the_results_own_drafter_took_with_all_threads(record
     assert [costs.pipeline_draft_s(pipeline(), stages) for stages in (2, 3)] == [3e-3, 2e-3]
 
 
+def test_a_round_drafts_at_the_cost_of_its_own_drafter(recorded: Recorded) -> None:
+    own = {f"draft drafter={'d' * 12} method=eagle3 tree=chain levels={levels}": levels * 1e-3 for levels in (1, 2)}
+    other = {f"draft drafter=z method=eagle3 tree=chain levels={levels}": 1.0 for levels in (1, 2)}
+    seconds = own | make_profile().seconds | other
+    costs = ProfileCosts(make_profile().model_copy(update={"seconds": seconds}), recorded)
+    assert [costs.round_draft_s(eagle(), levels) for levels in (1, 2)] == [1e-3, 2e-3]
+
+
 def test_eagle_takes_its_rounds_at_the_profiles_costs(recorded: Recorded) -> None:
     found = project(recorded, ProfileCosts(make_profile(), recorded), setting(2))
     rival = next(each for each in found.opponents if each.label == "eagle")
