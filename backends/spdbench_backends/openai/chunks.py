@@ -15,8 +15,9 @@ from spdbench_backends.openai.transport.errors import MALFORMED
 
 FIRST = (None, 0, "0")
 """The index of the first answer, if there are several."""
+OTHER_ANSWERS = "choice with an index of 1 or more"
 Odd = Callable[[str], None]
-"""Hears the name of a field that cannot be read."""
+"""Hears the name of what cannot be read, or does not count."""
 ID_PREFIX = "token_id:"
 MAX_COUNT, MAX_SECONDS = 2**31, 1e9
 FINISHES: Mapping[str, FinishReason] = {
@@ -99,7 +100,10 @@ def choice_of(event: Mapping[str, Any], odd: Odd) -> Mapping[str, Any]:
     found = [choice for choice in choices if isinstance(choice, Mapping)] if isinstance(choices, list) else None
     if found is None or len(found) < len(choices):
         odd("choices")
-    return next((choice for choice in found or () if choice.get("index") in FIRST), {})
+    first = next((choice for choice in found or () if choice.get("index") in FIRST), None)
+    if found and first is None:
+        odd(OTHER_ANSWERS)
+    return first or {}
 
 
 def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: Callable[[str], str], odd: Odd) -> Chunk:
@@ -121,8 +125,8 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
         thought="".join(str(thought) for thought in thoughts if thought),
         ids=_read(choice.get("token_ids"), _ids, "token_ids", odd),
         listed=_read(choice.get("logprobs"), _listed_tokens, "logprobs", odd),
-        completion_tokens=_count(usage, "completion_tokens", odd),
-        prompt_tokens=_count(usage, "prompt_tokens", odd),
+        completion_tokens=_count(usage, _known(usage, "completion_tokens", "output_tokens"), odd),
+        prompt_tokens=_count(usage, _known(usage, "prompt_tokens", "input_tokens"), odd),
         thought_tokens=_count(details, "reasoning_tokens", odd) or 0,
         cached_tokens=_read(timings.get("cache_n"), _whole, "cache_n", odd) if cached is None else cached,
         predicted_tokens=_read(timings.get("predicted_n"), _whole, "predicted_n", odd),
@@ -144,6 +148,11 @@ def _usage(event: Mapping[str, Any], choice: Mapping[str, Any], odd: Odd) -> Map
         ),
         {},
     )
+
+
+def _known(usage: Mapping[str, Any], name: str, other: str) -> str:
+    """The name under which usage has a count: OpenAI's, or else Anthropic's."""
+    return name if usage.get(name) is not None else other
 
 
 def _mapping(value: Any, name: str, odd: Odd) -> Mapping[str, Any]:

@@ -223,6 +223,11 @@ def choose_way(
         if answer is not None and _can_count(answer, way) and _is_confirmed(answer, way, usage):
             return way, more, answer
     allowed = ", ".join(name for name in TRIES if name not in ("auto", option))
+    if option == "auto" and answer is not None and not any(chunk.has_text for chunk in answer):
+        raise InputError(
+            f"-b {label}: the server's answer to a short question has no text, so its tokens cannot be counted; ask it "
+            "by hand, or see its log"
+        )
     if option == "auto":
         raise InputError(
             f"-b {label}: the server reports no token ids, usage or log-probabilities in its stream, and its chunks "

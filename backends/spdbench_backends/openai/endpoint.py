@@ -23,9 +23,11 @@ from spdbench_backends.openai.transport.client import Connection, Server, encodi
 from spdbench_backends.openai.transport.errors import (
     MALFORMED,
     BrokenError,
+    LostError,
     RefusedError,
     SilentError,
     UnreachableError,
+    error_message,
     one_line,
 )
 from spdbench_backends.openai.transport.events import BOM, FIELD, is_event, split_lines
@@ -36,6 +38,7 @@ QUESTION = "Count from one to twenty in words."
 QUESTION_TOKENS = 16
 BUSY = frozenset({408, 425, 429, 500, 502, 503, 504, *range(520, 525), 529})
 """Statuses that may pass: 52x are Cloudflare's for a server behind it that does not answer, 529 says overloaded."""
+OVERLOADED, NO_ANSWER = frozenset({503, 529}), frozenset({502, 504, *range(520, 525)})
 NOT_UNDERSTOOD = frozenset({OK, 400, 415, 422, 500, 501})
 CHUNKS_PER_TOKEN, SPARE_CHUNKS = 16, 64
 """Limit on the chunks of one answer: far more than a correct server sends, so that an endless stream ends."""
@@ -44,7 +47,7 @@ MAX_BODY_LINES = 100
 USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
 """How long a server is waited for once its answer is whole, before and after its usage: not all close their streams."""
 STREAM = "text/event-stream"
-JSON_LINES = ("ndjson", "jsonl", "jsonlines", "json-seq", "stream+json")
+JSON_LINES = ("ndjson", "jsonl", "stream+json")
 """Parts of the content types of streams of JSON, one object a line."""
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
@@ -132,7 +135,7 @@ class Endpoint:
         has_usage = False
         for chunk in read_chunks(lines, self._server.without_key, self._notice, self._habits):
             has_usage = has_usage or bool(chunk.completion_tokens)
-            if chunk.has_content:
+            if chunk.has_content or chunk.ends_answer:
                 left -= 1
                 connection.renew((CLOSE_WAIT_S if has_usage else USAGE_WAIT_S) if chunk.ends_answer else math.inf)
             if left < 0:
@@ -148,14 +151,18 @@ class Endpoint:
             BrokenError: it is none of these.
         """
         first = next(filter(None, lines), b"")
-        if first.removeprefix(BOM).lstrip().startswith(b"{"):
+        if not first:
+            raise LostError("the server's answer has no content")
+        if first.removeprefix(BOM).lstrip().startswith((b"{", b"[")):
             if not is_event(first, in_lines=any(name in kind for name in JSON_LINES)):
                 body = b"\n".join([first, *islice(lines, MAX_BODY_LINES)])
                 raise read_refusal(body, self._server.without_key) or NotStreamedError
             self._notice("its streams are lines of JSON without `data:`", kind)
-        elif STREAM not in kind and first:
+        elif STREAM not in kind:
             if not FIELD.match(first.removeprefix(BOM)):
-                raise BrokenError(f"the server's answer is neither a stream nor JSON, but {one_line(kind)}")
+                text = b"\n".join([first, *islice(lines, MAX_BODY_LINES)]).decode(errors="replace")
+                words = error_message(text, self._server.without_key)
+                raise BrokenError(f"the server's answer is neither a stream nor JSON, but {one_line(kind)}: {words}")
             self._notice(f"its streams have another content type than {STREAM}", kind)
         return chain([first], lines)
 
@@ -301,6 +308,16 @@ def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputErro
         return InputError(
             f"-b {label}: the server's context is too small ({status}); start it with a larger one, or lower "
             f"--max-new-tokens.{quote}"
+        )
+    if status in OVERLOADED:
+        return InputError(
+            f"-b {label}: the server is overloaded, or not ready yet ({status}); wait, or ask it for fewer answers at "
+            f"once.{quote}"
+        )
+    if status in NO_ANSWER:
+        return InputError(
+            f"-b {label}: what is in front of the server gets no answer from it in time ({status}); see whether it "
+            f"runs, and give its own address.{quote}"
         )
     if status >= 500:
         return InputError(f"-b {label}: the server failed ({status}); its log says why.{quote}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from spdbench_backends.openai.chunks import FINISHES, Chunk, choice_of, chunk_of
+from spdbench_backends.openai.chunks import FINISHES, OTHER_ANSWERS, Chunk, choice_of, chunk_of
 from spdbench_backends.openai.repeats import Repeats
 from spdbench_backends.openai.transport.errors import (
     MALFORMED,
@@ -18,6 +19,7 @@ from spdbench_backends.openai.transport.errors import (
     SilentError,
     error_message,
     one_line,
+    only,
 )
 from spdbench_backends.openai.transport.events import UNREADABLE, is_done, parse, read_events
 
@@ -25,6 +27,7 @@ ERROR = b"error"
 WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
 OF_ANSWERS = frozenset({"choices", "usage", "error", "detail"})
 OK = 200
+STAY_OPEN = "its streams stay open after the answers, so each request takes longer than its answer"
 Notice = Callable[[str, str], None]
 """Says something odd of a server once, with an example, which may be empty."""
 
@@ -45,22 +48,25 @@ def read_chunks(
     """The events of a stream, to its end, with the server's reasons passed through `without_key`; `habits` are those of
     `Repeats`.
 
-    An answer ends with `[DONE]` or with a chunk that has a finish reason. Some servers have a word in that place from
-    the first chunk on, so a word is no reason once text has followed it. What goes wrong after a whole answer is
-    ignored, and said.
+    An answer ends with `[DONE]`, behind which only usage counts, or with a chunk that has a finish reason. Some servers
+    have a word in that place from the first chunk on, so a word is no reason once text has followed it. What goes wrong
+    after a whole answer is ignored, and said.
 
     Raises:
         RefusedError: an error came in place of the answer.
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
     word, has_text, not_ends, skipped, repeats = "", False, set[str](), "", Repeats(habits, notice)
+    has_usage, events = False, read_events(lines)
 
     def is_whole() -> bool:
         return has_text and word in FINISHES and word not in not_ends
 
     try:
-        for data, event, name in read_events(lines):
+        for data, event, name in events:
             if is_done(data):
+                if has_text and not has_usage:
+                    yield from _behind_the_end(events, without_key, notice)
                 return
             if name != ERROR and (words := _words_of_no_answer(data, event)):
                 skipped = one_line(without_key(words))
@@ -77,6 +83,7 @@ def read_chunks(
                     raise RefusedError(error.status, error.message, None) from None
                 raise
             chunk = repeats.without(chunk, is_end=bool(chunk.finish or word) and word not in not_ends)
+            has_usage = has_usage or bool(chunk.completion_tokens)
             if chunk.has_text:
                 not_ends |= {word} - {""}
                 word, has_text = "", True
@@ -86,12 +93,30 @@ def read_chunks(
         if not is_whole():
             raise
         if isinstance(error, SilentError):
-            notice("its streams stay open after the answers, so each request takes longer than its answer", "")
+            notice(STAY_OPEN, "")
         else:
             notice("its connections are lost after whole answers, which is ignored", "")
     if not word or word in not_ends - FINISHES.keys():
         reason = f"; it said: {skipped}" if skipped else ""
         raise LostError(f"the server ended in the middle of its answer{reason}")
+
+
+def _behind_the_end(
+    events: Iterable[tuple[bytes, Any, bytes]], without_key: Callable[[str], str], notice: Notice
+) -> Iterator[Chunk]:
+    """The usage that some servers send behind `[DONE]`; what else comes there does not count."""
+    yield Chunk(ends_answer=True)
+    try:
+        for data, event, name in events:
+            with suppress(BrokenError):
+                chunk = _chunk(data, event, name, without_key, notice)
+                if chunk.completion_tokens:
+                    yield replace(chunk, text="", thought="", finish=None, ends_answer=True)
+                    return
+    except SilentError:
+        notice(STAY_OPEN, "")
+    except BrokenError:
+        pass
 
 
 def read_refusal(body: bytes, without_key: Callable[[str], str]) -> RefusedError | None:
@@ -118,11 +143,12 @@ def _words_of_no_answer(data: bytes, event: Any) -> str:
 
 def _chunk(data: bytes, event: Any, name: bytes, without_key: Callable[[str], str], notice: Notice) -> Chunk:
     """One event of an answer. Raises `ReportedError` if it is an error, `BrokenError` if it cannot be read."""
-    text = data.decode(errors="replace")
+    text, event = data.decode(errors="replace"), only(event)
     choice: Mapping[str, Any] = {}
 
     def odd(field: str) -> None:
-        notice(f"some of its events have a {field} that cannot be read, and are measured without it", "")
+        why = "is another answer" if field == OTHER_ANSWERS else "cannot be read"
+        notice(f"some of its events have a {field} that {why}, and are measured without it", "")
 
     is_error = name == ERROR or (event is UNREADABLE and "error" in text.lower() and bool(WORDS.fullmatch(text)))
     try:

@@ -116,6 +116,7 @@ def test_words_between_the_events_are_skipped_and_said_once(
         b"[ERROR] no room",
         b'{"message": "no room", "code": 503}',
         b"error: no room",
+        b'[{"error": {"message": "no room", "code": 503}}]',
         b'\n\nerror: {"message": "no room", "code": 503}',  # a field of llama.cpp's own
     ],
 )
@@ -363,9 +364,10 @@ def pretty(data: bytes) -> bytes:
         lambda data: b"data: " + data + b"\r\r",
         lambda data: b"data:" + data + b"\r\n\r\n",
         lambda data: b"data: " + data + b"\n",
+        lambda data: b"data: data: " + data + b"\n\n",
         lambda data: b"id: 7\nevent: message\ndata: " + data + b"\nretry: 5\n\n",
     ],
-    ids=["several lines of data", "CR", "CR LF", "no empty line", "other fields"],
+    ids=["several lines of data", "CR", "CR LF", "no empty line", "data twice", "other fields"],
 )
 def test_events_are_read_in_any_frame(server: StubServer, backend: Make, frame: Callable[[bytes], bytes]) -> None:
     server.frame, server.offers = frame, {"ids", "usage"}
@@ -394,21 +396,30 @@ def test_any_status_of_success_is_one(server: StubServer, backend: Make, status:
     assert run(loaded(backend())).report.text == WHOLE
 
 
-@pytest.mark.parametrize("place", ["x_groq", "delta", "0 before all"])
+@pytest.mark.parametrize("place", ["x_groq", "delta", "0 before all", "behind the last word", "other names"])
 def test_usage_is_read_in_places_of_its_own(server: StubServer, backend: Make, place: str) -> None:
     def how(_handler: Any, _body: Any, events: Events) -> Events:
         if place == "0 before all":
             yield b'{"choices": [], "usage": {"completion_tokens": 0}}'
+        held = b""
         for each in events:
             if b'"usage"' not in each or place == "0 before all":
                 yield each
+            elif place == "behind the last word":
+                held = each
+            elif place == "other names":
+                yield each.replace(b"completion_tokens", b"output_tokens").replace(b"prompt_tokens", b"input_tokens")
             elif place == "x_groq":
                 yield b'{"choices": [], "x_groq": %b}' % each
             else:
                 yield b'{"choices": [{"delta": %b}]}' % each
+        if held:
+            yield held
+            yield b'{"error": "client gone"}'
 
     change(server, how)
-    assert len(run(loaded(backend(count="usage"))).output_ids) == 8
+    measured = run(loaded(backend(count="usage")))
+    assert (len(measured.output_ids), measured.report.num_prompt_tokens) == (8, 11)
 
 
 # Answers without text.
@@ -424,6 +435,10 @@ def test_tokens_without_any_text_cannot_be_timed(server: StubServer, backend: Ma
 # Errors that are neither streamed nor a status.
 
 
+def always(text: bytes) -> Callable[[bytes], bytes]:
+    return lambda _: text
+
+
 def test_an_error_with_a_status_of_success_gives_its_reason(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
     server.content_type = "application/json"
@@ -435,9 +450,18 @@ def test_an_error_with_a_status_of_success_gives_its_reason(server: StubServer, 
         first_error(server, **error)
         with pytest.raises(kind, match=words):
             run(made)
+    server.events = lambda *_: iter([b'[{"error": {"message": "no", "code": 429}}]'])  # type: ignore[method-assign]
+    with pytest.raises(TryAgainError, match="429: no"):
+        run(made)
     server.events = lambda *_: iter([b'{"choices": [{"message": {"content": "One"}}]}'])  # type: ignore[method-assign]
     with pytest.raises(PromptFailedError, match="at once instead of streaming"):
         run(made)
-    server.content_type, server.frame = "text/html", lambda _: b"<!doctype html>"
-    with pytest.raises(InputError, match="neither a stream nor JSON, but text/html; is it a server of"):
-        backend().load()
+    for content_type, text, words in (
+        ("text/html", b"<!doctype html><title>Log in</title>", "neither a stream nor JSON, but text/html: Log in"),
+        ("text/plain", b"Loading.", r"neither a stream nor JSON, but text/plain: Loading\."),
+        ("text/event-stream", b"", "the server's answer has no content"),
+    ):
+        server.content_type, server.frame = content_type, always(text)
+        server.events = lambda *_: iter([b""])  # type: ignore[method-assign]
+        with pytest.raises(InputError, match=f"{words}; is it a server of OpenAI's protocol"):
+            backend().load()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 MAX_MESSAGE_CHARS = 300
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 """What may be raised when a server's JSON does not have the expected form."""
+TITLE = re.compile(r"<title>\s*([^<]*\S)\s*</title>", re.IGNORECASE)
+"""What a page in HTML says in short."""
 OWN_CERTIFICATE = (
     "if it is the server's own, set the environment variable SSL_CERT_FILE to the file (PEM) with that certificate or "
     "with the one that signed it"
@@ -65,14 +68,21 @@ class RefusedError(Exception):
 def error_message(text: str, without_key: Callable[[str], str]) -> str:
     """The message of an error's body in one line: that in its JSON if it has the usual form, else all of it."""
     try:
-        found: Any = json.loads(text)
+        found: Any = only(json.loads(text))
         for key in ("error", "message", "detail"):
             if isinstance(found, Mapping) and key in found:
                 found = found[key]
-        shown = found if isinstance(found, str) else json.dumps(found)
+        shown = found if isinstance(found, str) else "" if found is None else json.dumps(found)
     except MALFORMED:
-        shown = text
+        title = TITLE.search(text)
+        shown = text if title is None else title[1]
     return one_line(without_key(shown))  # shortened last, so that no part of a key is left
+
+
+def only(event: Any) -> Any:
+    """The object in a list of one, as which Google's servers send their errors; anything else as it is."""
+    is_list_of_one = isinstance(event, list) and len(event) == 1 and isinstance(event[0], Mapping)
+    return event[0] if is_list_of_one else event
 
 
 def one_line(text: str) -> str:

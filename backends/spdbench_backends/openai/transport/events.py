@@ -70,7 +70,7 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
             yield DONE, UNREADABLE, name
         elif field == b"error" and value:  # llama.cpp's servers of 2025
             yield b'{"error":' + value + b"}", {"error": parse(value)}, name
-        elif field == b"data" and value and not value.startswith(b":"):  # a comment is not always sent as one
+        elif field == b"data" and (value := _unwrapped(value)) and not value.startswith(b":"):
             event = UNREADABLE if held or is_done(value) else parse(value)
             if held or (event is UNREADABLE and value.startswith((b"{", b"[")) and not is_done(value)):
                 held.append(value)
@@ -82,6 +82,13 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
     if held:
         data = b"\n".join(held)
         yield data, parse(data), name
+
+
+def _unwrapped(value: bytes) -> bytes:
+    """Data without the name of the field, which a proxy may have written once more."""
+    while value.startswith(b"data:"):
+        value = value.removeprefix(b"data:").strip()
+    return value
 
 
 def parse(data: bytes) -> Any:
