@@ -10,14 +10,13 @@ from pathlib import Path
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from spdbench.judge.comparison.pairing import workload
+from spdbench.judge.comparison.pairing import concurrency, workload
 from spdbench.judge.gate.calibration import WIDE, Calibration
 from spdbench.judge.gate.verdict import EXIT_CODES, Finding, GateVerdict, Judgement, verdict_of
 from spdbench.render.columns import (
     EMPTY,
     bullet,
     capture,
-    decoding,
     harmless,
     loads,
     markdown,
@@ -25,6 +24,7 @@ from spdbench.render.columns import (
     markdown_line,
     plain_grid,
     tabulated,
+    work,
 )
 
 NAMES = {
@@ -37,6 +37,7 @@ NAMES = {
     "acceptance_rate": "accept",
     "acceptance_length": "tau",
     "tokens_per_cycle": "tok/cycle",
+    "score": "score",
     "speedup": "speed-up",
     "decode_tokens_per_s": "tok/s",
 }
@@ -123,14 +124,15 @@ def _sections(judgements: Sequence[Judgement]) -> Iterator[_Section]:
     groups: dict[str, list[Judgement]] = {}
     for each in judgements:
         groups.setdefault(workload(each.head), []).append(each)
+    several_loads = len({concurrency(each.head) for each in judgements}) > 1
     for group in groups.values():
         head = group[0].head
-        where = f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype}"
-        shown = [(each, name, list(_shown(each))) for each, name in zip(group, names(group), strict=True)]
+        labels = [f"{name} at {concurrency(head)}" if several_loads else name for name in names(group)]
+        shown = [(each, name, list(_shown(each))) for each, name in zip(group, labels, strict=True)]
         by_category = any(finding.category is not None for each in group for finding in each.findings)
         category = ["category"] * by_category
         yield _Section(
-            harmless(" | ".join([where, decoding(head.decoding), *loads([head])])),
+            harmless(" | ".join([work(head), *loads([head])])),
             [harmless(_answer(each, name)) for each, name, _ in shown],
             ["label", *category, "metric", "before", "now", "change", "verdict"],
             [list(_rows(name, findings, by_category=by_category)) for _, name, findings in shown],

@@ -267,7 +267,12 @@ def by_category(table: Table) -> bool:
 def title(table: Table, *, with_hashes: bool = False) -> str:
     """One line: suite, model, its chosen chat template and arguments, dtype, decoding, prompts, requests at once,
     machine."""
-    head = table.head
+    parts = [work(table.head, with_hashes=with_hashes), _prompts(table), *loads(row.head for row in table.rows)]
+    return harmless(" | ".join([*parts, _where(table)]))
+
+
+def work(head: Result, *, with_hashes: bool = False) -> str:
+    """What was asked of which model: the parts of a title that do not depend on who answered."""
     suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
     if with_hashes:
         suite = f"{suite} (sha256 {head.suite.sha256[:8]})"
@@ -275,9 +280,7 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     chosen = head.model.chat_template
     model = " ".join([model, *([] if chosen is None else [f"chat template {chosen}"]), *args])
-    load = loads(row.head for row in table.rows)
-    parts = [suite, model, head.model.dtype, decoding(head.decoding), _prompts(table), *load, _where(table)]
-    return harmless(" | ".join(parts))
+    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding)])
 
 
 def titles(tables: Sequence[Table]) -> list[str]:

@@ -16,6 +16,7 @@ from spdbench.render.check import NAMES, calibration_to_terminal, percent, to_ma
 from spdbench.render.check_files import UNITS, to_benchmark_json, to_json, to_junit
 from tests.builders import MS, failed_run
 from tests.unit.judge.gate.gates import drafted_runs, eagle, judged, plain
+from tests.unit.judge.gate.test_served import server
 
 
 def fine(**more: Any) -> list[Judgement]:
@@ -37,6 +38,17 @@ def test_every_metric_has_a_name_and_what_is_better_when_bigger_a_unit() -> None
     found = {each.metric for judgement in [*fine(), *wrong()] for each in judgement.findings}
     assert found <= set(NAMES)
     assert set(UNITS) <= set(NAMES)
+
+
+def test_scores_and_loads_of_servers_have_names() -> None:
+    results = [server(2, score=0.5, options={"concurrency": at_once}) for at_once in (1, 4)]
+    judgements = judged(results, results)
+    text = show(judgements, 120)
+    assert "- eagle at 1: pass" in text
+    assert "- eagle at 4: pass" in text
+    assert text.count(" | 4 at once\n") == 1
+    assert "score" in text
+    assert "score" in to_junit(judgements)
 
 
 @pytest.mark.parametrize("width", [80, 120])
