@@ -19,6 +19,7 @@ Fault = Literal[
     "malformed",
     "error",
     "no_end",
+    "cut",
     "no_stream",
     "endless_line",
     "silent",
@@ -258,7 +259,9 @@ class StubServer:
             self.write(handler, b"data: {not json\n\n")
         elif self.fault == "error":
             self.write(handler, b'data: {"error": {"message": "out of memory"}}\n\n')
-        elif self.fault == "no_end":
+        elif self.fault in ("no_end", "cut"):
+            if self.fault == "cut":
+                self.write(handler, b'data: {"choices": [{"del')
             self.write(handler, b"")
         elif self.fault == "endless_line":
             self.write(handler, b"data: " + b"x" * (3 * 2**20))

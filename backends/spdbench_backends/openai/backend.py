@@ -34,6 +34,7 @@ from spdbench_backends.openai.counting import (
 from spdbench_backends.openai.endpoint import BUSY, Endpoint, NotStreamedError, describe_refusal
 from spdbench_backends.openai.exchange import MAX_WAIT_S, Exchange
 from spdbench_backends.openai.response_drafts import REQUEST, DraftReport, count_drafts
+from spdbench_backends.openai.streams import ReportedError
 from spdbench_backends.openai.token_scores import TokenScores, explain_divergence
 from spdbench_backends.openai.transport.address import parse_address
 from spdbench_backends.openai.transport.client import Server
@@ -172,7 +173,8 @@ class OpenAI:
         except UnreachableError as error:
             raise self._error_of_unreachable(error, exchange) from None
         except (BrokenError, NotStreamedError) as error:
-            raise PromptFailedError(str(error), is_transient=isinstance(error, LostError)) from None
+            is_busy = isinstance(error, ReportedError) and error.status in BUSY - {FAILED}
+            raise PromptFailedError(str(error), is_transient=is_busy or isinstance(error, LostError)) from None
         word = exchange.finish_word
         if exchange.num_tokens == 0:
             raise PromptFailedError(f"the server's answer is empty; its finish_reason is {word or 'missing'}")

@@ -108,9 +108,9 @@ def choice_of(event: Mapping[str, Any], odd: Odd) -> Mapping[str, Any]:
 
 def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: Callable[[str], str], odd: Odd) -> Chunk:
     """The chunk in an event and its `choice`, with the server's words passed through `without_key`."""
-    delta = choice.get("delta") or {}
-    is_message = not delta and bool(choice.get("message"))
-    delta = _mapping(choice.get("message") if is_message else delta, "delta", odd)
+    delta = _mapping(choice.get("delta"), "delta", odd)
+    is_message = bool(choice.get("message")) and not any(map(delta.get, ("content", "refusal", *THOUGHT_KEYS)))
+    delta = _mapping(choice.get("message"), "message", odd) if is_message else delta
     finish = choice.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, Mapping) else finish  # SGLang's own form
     word = without_key(str(finish or "")).lower()

@@ -19,7 +19,7 @@ from spdbench_backends.openai.counting import Api, Extras
 from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
 from spdbench_backends.openai.streams import OK, Notice, read_chunks, read_refusal
 from spdbench_backends.openai.transport.address import Address, unused_proxy
-from spdbench_backends.openai.transport.client import Connection, Server, encoding_of
+from spdbench_backends.openai.transport.client import ZIPPED, Connection, Server, encoding_of
 from spdbench_backends.openai.transport.errors import (
     MALFORMED,
     BrokenError,
@@ -128,7 +128,7 @@ class Endpoint:
         """
         response = connection.ask("POST", self._server.address.path + self._path, body)
         lines = split_lines(connection.pieces(response))
-        if encoding := encoding_of(response):
+        if (encoding := encoding_of(response)) in ZIPPED:
             self._notice("its streams are compressed, which can hold chunks back; switch that off for them", encoding)
         lines = self._stream_lines(lines, (response.getheader("Content-Type") or "none").lower())
         left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]

@@ -82,10 +82,10 @@ class _Written:
         return self._append(text)
 
     def is_repeated_by(self, text: str) -> bool:
-        """True if `text` is all that was written in several chunks, or if both are nothing."""
+        """True if `text` is all that was written in several chunks, up to spaces around it, or both are nothing."""
         if not text or not self._length:
             return not text
-        return len(self._parts) >= CHUNKS_BEFORE and len(text) == self._length and text == "".join(self._parts)
+        return len(self._parts) >= CHUNKS_BEFORE and text.strip() == "".join(self._parts).strip()
 
     def end_of(self, text: str) -> str:
         """What a whole answer has beyond what was written; nothing if it is another text."""

@@ -219,9 +219,11 @@ def test_a_finish_reason_in_each_chunk_is_no_end_to_rely_on(server: StubServer, 
 
 # Text that comes twice.
 
+REPEATS = ["message", "delta and message", "delta", "delta, stripped", "behind the end", "so far", "message so far"]
+
 
 @pytest.mark.parametrize("offers", [{"usage"}, {"ids", "usage"}, {"logprobs", "usage"}, {"timings", "usage"}])
-@pytest.mark.parametrize("how", ["message", "delta and message", "delta", "behind the end", "so far", "message so far"])
+@pytest.mark.parametrize("how", REPEATS)
 def test_text_that_comes_twice_counts_once_and_is_said_once(
     server: StubServer, backend: Make, how: str, offers: set[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,7 +237,9 @@ def test_text_that_comes_twice_counts_once_and_is_said_once(
                 if text and how.endswith("so far"):
                     choice["delta"]["content"] = so_far
                 if how == "message so far":
-                    choice["message"] = choice.pop("delta")
+                    choice["message"], choice["delta"] = choice["delta"], {"role": "assistant"}
+                elif is_end and how == "delta, stripped":
+                    choice["delta"] = {"content": f" {so_far}\n"}
                 elif is_end and how in ("message", "delta"):
                     choice.pop("delta")
                     choice[how] = {"role": "assistant", "content": so_far}

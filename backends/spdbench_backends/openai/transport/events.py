@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError
+from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError, LostError
 
 BOM = b"\xef\xbb\xbf"
 MAX_LINE_BYTES = 2**20
@@ -50,6 +50,9 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
     A line of data is an event at once if it is whole; otherwise it is joined with those up to the next empty line, as
     the standard has it for all. Not all servers send an empty line after each event, and some send lines of JSON
     without the name of a field in front, be it all of them or errors alone.
+
+    Raises:
+        BrokenError: an event does not end, or is cut off by the end of the stream.
     """
     name, held, size = b"", list[bytes](), 0
     for number, line in enumerate(lines):
@@ -81,7 +84,9 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
                 yield value, event, name
     if held:
         data = b"\n".join(held)
-        yield data, parse(data), name
+        if (event := parse(data)) is UNREADABLE:
+            raise LostError("the server ended in the middle of its answer")
+        yield data, event, name
 
 
 def _unwrapped(value: bytes) -> bytes:
