@@ -273,14 +273,17 @@ def title(table: Table, *, with_hashes: bool = False) -> str:
 
 def work(head: Result, *, with_hashes: bool = False) -> str:
     """What was asked of which model: the parts of a title that do not depend on who answered."""
-    suite, model = f"{head.suite.name} v{head.suite.version}", head.model.id
-    if with_hashes:
-        suite = f"{suite} (sha256 {head.suite.sha256[:8]})"
-        model = f"{model} (sha256 {head.model.sha256[:8]})"
+    suite = f"{head.suite.name} v{head.suite.version}"
+    suite = f"{suite} (sha256 {head.suite.sha256[:8]})" if with_hashes else suite
+    return " | ".join([suite, model_as_asked(head, with_hash=with_hashes), decoding(head.decoding)])
+
+
+def model_as_asked(head: Result, *, with_hash: bool = False) -> str:
+    """The model, its chosen chat template and arguments, and its dtype."""
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
-    chosen = head.model.chat_template
-    model = " ".join([model, *([] if chosen is None else [f"chat template {chosen}"]), *args])
-    return " | ".join([suite, model, head.model.dtype, decoding(head.decoding)])
+    chosen = [] if head.model.chat_template is None else [f"chat template {head.model.chat_template}"]
+    sha256 = [f"(sha256 {head.model.sha256[:8]})"] if with_hash else []
+    return f"{' '.join([head.model.id, *sha256, *chosen, *args])} | {head.model.dtype}"
 
 
 def titles(tables: Sequence[Table]) -> list[str]:

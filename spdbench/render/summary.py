@@ -9,7 +9,16 @@ from rich.text import Text
 
 from spdbench.judge.comparison.summary import LabelSummary, Summary
 from spdbench.judge.metrics.stats import Interval
-from spdbench.render.columns import EMPTY, harmless, machine, markdown, markdown_cell, plain_grid, tabulated
+from spdbench.render.columns import (
+    EMPTY,
+    harmless,
+    machine,
+    markdown,
+    markdown_cell,
+    model_as_asked,
+    plain_grid,
+    tabulated,
+)
 
 MEAN_NOTE = (
     "mean: geometric, every suite counts alike, with its 95 % interval; average: arithmetic, what papers give as the "
@@ -19,7 +28,7 @@ MEAN_NOTE = (
 
 def heading(summary: Summary) -> str:
     head = summary.tables[0].head
-    return harmless(f"over {len(summary.suites)} suites | {head.model.id} | {head.model.dtype} | {machine(head)}")
+    return harmless(f"over {len(summary.suites)} suites | {model_as_asked(head)} | {machine(head)}")
 
 
 def to_rich(summary: Summary) -> RichTable:

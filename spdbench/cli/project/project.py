@@ -139,11 +139,12 @@ def _check_output(name: str, path: Path, inputs: list[Path], *, force: bool) -> 
 
 def _report(projection: Projection, recorded: Recorded, options: ProjectOptions, paths: list[Path]) -> None:
     from spdbench.cli.reading.report import small_sources
+    from spdbench.render.columns import model_as_asked
     from spdbench.render.report.projection import to_html
 
     assert options.report is not None
     head = recorded.first.head
-    title = f"{head.suite.name} v{head.suite.version} | {head.model.id} | {head.model.dtype} | projected"
+    title = f"{head.suite.name} v{head.suite.version} | {model_as_asked(head)} | projected"
     page = to_html(projection, title, small_sources(paths), shlex.join(options.words))
     write_whole_file("--report", options.report, page.encode())
     say(f"Wrote {options.report}")

@@ -11,7 +11,7 @@ from spdbench.judge.gate.check import MAX_SLOWDOWN
 from spdbench.judge.gate.history import MAX_BASELINES, History, HistoryRun, Point
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.check import because
-from spdbench.render.columns import EMPTY, decoding, harmless
+from spdbench.render.columns import EMPTY, harmless, loads, work
 from spdbench.render.report.history import CHARTS, SIGNS, change_of, machine_name, run_names
 from spdbench.render.report.page import command, figure, fill, words
 
@@ -48,7 +48,7 @@ def to_html(
     """The page of `history`. `sources` are the result files; None leaves them out. `name` is what `spdbench report`
     reads to draw the same charts: the page, or the results' folder."""
     head = history.head
-    parts = [f"{head.suite.name} v{head.suite.version}", head.model.id, head.model.dtype, decoding(head.decoding)]
+    parts = [work(head), *loads([head])]
     count = f"{len(history.runs)} runs" if len(history.runs) > 1 else "one run"
     return fill(
         "history.html",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from spdbench.judge.gate.calibration import Calibration, Threshold
+from spdbench.judge.gate.history import history
 from spdbench.judge.gate.verdict import Judgement
 from spdbench.render.check import NAMES, calibration_to_terminal, percent, to_markdown, to_terminal
 from spdbench.render.check_files import UNITS, to_benchmark_json, to_json, to_junit
+from spdbench.render.report import history_page
 from tests.builders import MS, failed_run
 from tests.unit.judge.gate.gates import drafted_runs, eagle, judged, plain
 from tests.unit.judge.gate.test_served import server
@@ -49,6 +52,16 @@ def test_scores_and_loads_of_servers_have_names() -> None:
     assert text.count(" | 4 at once\n") == 1
     assert "score" in text
     assert "score" in to_junit(judgements)
+
+
+def test_titles_name_the_chosen_chat_template() -> None:
+    result = server(2)
+    chosen = {"chat_template": "vicuna", "template_args": {"enable_thinking": False}}
+    head = result.head.model_copy(update={"model": result.head.model.model_copy(update=chosen)})
+    templated = replace(result, head=head)
+    expected = "chat template vicuna enable_thinking=false | "
+    assert expected in show(judged([templated], [templated]), 160)
+    assert expected in history_page.to_html(history([templated], None), None, None, "results")
 
 
 @pytest.mark.parametrize("width", [80, 120])
