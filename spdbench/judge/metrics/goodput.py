@@ -1,4 +1,4 @@
-"""Goodput: the share of requests that were as fast as somebody needs them to be."""
+"""Goodput: the share of requests that kept the given limits of time."""
 
 from __future__ import annotations
 
