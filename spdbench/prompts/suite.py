@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SHIPPED_IN = "spdbench_suites"
+DATA_SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".gz")
 Judge = Literal["gsm8k", "gsm8k_strict", "humaneval"]
 """Ways to score answers; see judge/score.py."""
 
@@ -229,6 +230,11 @@ def _find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if os.path.isdir(path):  # `Path.is_dir` raises for some names
         raise InputError(f"{path}: is a folder; a suite is a YAML file")
+    if path.suffix.lower() in DATA_SUFFIXES:
+        raise InputError(
+            f"{path}: is a file of data; a suite is a YAML file that names it, as `prompts: {{source: [{{path: "
+            f"{path.name}, prompt: COLUMN}}]}}` does"
+        )
     if os.path.exists(path):
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:

@@ -314,6 +314,10 @@ def test_unknown_suite_names_the_closest_and_offers_a_path() -> None:
 def test_suite_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert message_of(tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such suite file"
     assert "is a folder" in message_of(tmp_path)
+    assert (
+        "is a file of data; a suite is a YAML file that names it, as `prompts: {source: [{path: q.jsonl"
+        in message_of(tmp_path / "q.jsonl")
+    )
 
 
 def test_name_that_no_file_can_have_is_an_unknown_suite() -> None:
