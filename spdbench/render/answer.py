@@ -41,6 +41,8 @@ MAX_UNUSED = 3
 """Rejected or dropped drafts of a step that are shown; a tree may have 60."""
 CYCLES_BEFORE = 2
 LABEL_WIDTH = 9
+CYCLE_WIDTH = len("accepted ")
+"""The least of a cycle's column: the longest verdict, and a space behind it."""
 WORK = {"target": "T", "head": "T", "draft": "D", "verify": "V", "host": "H"}
 DISCARDED, IDLE = "X", "."
 IDLE_WIDTH = 5
@@ -145,7 +147,8 @@ def _stages(run: Run, backend: BackendRecord, at: int, words: Words, width: int)
     cycles = stage_tokens(run, backend)
     rejection = at - 1
     first = max(rejection - CYCLES_BEFORE, 0)
-    num = min(rejection - first + backend.num_stages + 2, len(cycles) - first, max((width - LABEL_WIDTH) // 6, 1))
+    room = max((width - LABEL_WIDTH) // CYCLE_WIDTH, 1)
+    num = min(rejection - first + backend.num_stages + 2, len(cycles) - first, room)
     cell = min((width - LABEL_WIDTH) // num - 1, 14)
     lines = [Text("Tokens in the stages, a column a cycle ('.': no token)", "bold")]
     shown = range(first, first + num)

@@ -17,7 +17,7 @@ from spdbench.cli.main import run
 from spdbench.cli.reading import compare, report
 from spdbench.errors import InputError
 from spdbench.render.report import page, vega
-from tests.builders import make_result, make_run, write_result
+from tests.builders import failed_run, make_backend, make_result, make_run, write_result
 from tests.unit.render.report.reports import HOSTILE, results
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "results"
@@ -67,6 +67,24 @@ def test_each_chart_says_what_its_numbers_and_its_command_are(files: Path, tmp_p
     invoke(files, "-o", tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert text.count("The chart's numbers: <a ") == text.count("The command that draws it as a file: <code>") > 3
+
+
+def test_a_verdict_keeps_its_label_apart(files: Path, tmp_path: Path) -> None:
+    """Right-to-left letters would turn the figures behind them around."""
+    invoke(files, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert re.search(r"<bdi>eagle</bdi>: [0-9.]+x \[", text)
+    assert text.count("<bdi>") == 4
+
+
+def test_a_chart_with_nothing_to_show_says_that_alone(tmp_path: Path) -> None:
+    runs = [failed_run(f"p{number}") for number in range(2)]
+    for name, backend in (("a", make_backend()), ("b", make_backend("draft_verify"))):
+        write_result(make_result(runs, backend), tmp_path / f"{name}.json")
+    invoke(tmp_path, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("No label has an answer to a prompt that a baseline answered, so there are no speed-ups.") == 3
+    assert "A dot is one prompt" not in text
 
 
 def test_page_is_written_and_named(files: Path, tmp_path: Path) -> None:

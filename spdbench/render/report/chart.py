@@ -14,6 +14,8 @@ from spdbench.render.report.style import SERIES_SHAPES, Palette
 
 Record = dict[str, Any]
 Spec = dict[str, Any]
+AXIS_LETTERS, LEGEND_LETTERS = "26", "22"
+"""Of a name. The widest take a little more than the room for it, and lose their end."""
 NUM_TICKS = 6
 """Of an axis of numbers, about."""
 Shown = TypeVar("Shown")
@@ -62,9 +64,18 @@ def series(table: Table, palette: Palette, records: Sequence[Record]) -> dict[st
             "field": "label",
             "type": "nominal",
             "scale": {"domain": labels, "range": [found[label] for label in labels]},
+            "legend": {"labelExpr": shortened(LEGEND_LETTERS)},
         }
         for name, found in (("color", colours), ("shape", shapes))
     }
+
+
+def shortened(letters: str) -> str:
+    """Vega's expression for a name of an axis or a legend: what is longer than `letters` loses its middle, as names
+    that begin alike often end differently. `letters` is a number or an expression."""
+    kept = f"floor(({letters} - 1) / 2)"
+    middle = f"slice(datum.label, 0, {kept}) + '\N{HORIZONTAL ELLIPSIS}' + slice(datum.label, -{kept})"
+    return f"length(datum.label) > {letters} ? {middle} : datum.label"
 
 
 def quantity(field: str, title: str, **more: Any) -> Spec:
@@ -75,7 +86,7 @@ def quantity(field: str, title: str, **more: Any) -> Spec:
 
 def names(field: str, records: Sequence[Record], **axis: Any) -> Spec:
     """An axis of names, in the order of `records`."""
-    plain = {"domain": False, "ticks": False, "labelPadding": 6}
+    plain = {"domain": False, "ticks": False, "labelPadding": 6, "labelExpr": shortened(AXIS_LETTERS)}
     scale = {"domain": list(dict.fromkeys(record[field] for record in records))}
     return {"field": field, "type": "nominal", "scale": scale, "title": None, "axis": plain | axis}
 

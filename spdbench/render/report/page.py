@@ -21,7 +21,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.conclusion import conclusions
+from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
@@ -74,7 +74,7 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         question="Does it pay?",
         title=title(table),
         created=table.head.created,
-        verdicts=[(each.outcome, sentence(each)) for each in conclusions(table)],
+        verdicts=[_verdict(each) for each in conclusions(table)],
         columns=[column.name for column in columns],
         meanings=[f"{column.name}: {column.meaning}" for column in columns if column.meaning],
         rows=[[column.cell(row) for column in columns] for row in overall(table)],
@@ -88,6 +88,12 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         environment=_environment(table),
         answers=_packed(by_column(answers(table))),
     )
+
+
+def _verdict(found: Conclusion) -> tuple[str, str, str]:
+    """The outcome, the label, and what is said of it: apart, as right-to-left letters would turn the rest around."""
+    label = harmless(found.label)
+    return found.outcome, label, sentence(found).removeprefix(label)
 
 
 def fill(template: str, figures: Sequence[Figure], results: str, **content: Any) -> str:

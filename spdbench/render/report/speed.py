@@ -26,6 +26,7 @@ from spdbench.render.report.chart import (
     overall,
     quantity,
     series,
+    shortened,
     spec,
 )
 from spdbench.render.report.style import Palette
@@ -107,7 +108,7 @@ def _speedups(table: Table, palette: Palette) -> list[Panel]:
         record["words"], record["cost"] = _words(record), _cost(row)
         record["flags"], record["marks"] = ", ".join(flags), _marks(flags)
         record["devices"] = row.head.backend.num_devices
-    y = names("label", records, labelFontWeight="bold")
+    y = names("label", records, labelFontWeight="bold", labelExpr=shortened("(width < 340 ? 9 : 20)"))
     x = quantity(
         "speedup", f"speed-up over {harmless(table.baseline)}", scale={"domain": domain, "nice": False, "zero": False}
     )
@@ -218,17 +219,18 @@ def _prompts(table: Table, palette: Palette) -> list[Panel]:
         return []
     x, y = _limits(records, "baseline"), _limits(records, "tokens_per_s")
     y = min(x[0], y[0]), max(x[1], y[1])  # so that the dashed line crosses the picture
-    num_beyond = _place_at_edges(records, x, y)
+    num_beyond = sum(_beyond(record, x, y) for record in records)
     beyond = f"{counted(num_beyond, 'dot')} beyond the axes: empty, at the edge" if num_beyond else None
     tip = [{"field": name} for name in ("prompt", "category", "label")]
     tip += [{"field": name, "format": ".2f"} for name in ("baseline", "tokens_per_s", "speedup")]
     look = series(table, palette, records)
     place: Spec = {
-        "x": quantity("x", f"{harmless(table.baseline or '')}: tokens/s", **_logarithmic(x)),
-        "y": quantity("y", "tokens/s", **_logarithmic(y)),
+        "x": quantity("baseline", f"{harmless(table.baseline or '')}: tokens/s", **_logarithmic(x)),
+        "y": quantity("tokens_per_s", "tokens/s", **_logarithmic(y)),
     }
     encoding: Spec = {**place, **look, "tooltip": tip}
     mark: Spec = {"type": "point", "size": 70, "opacity": 0.75, "cursor": "pointer"}
+    inside = f"inrange(datum.baseline, {[*x]}) && inrange(datum.tokens_per_s, {[*y]})"
     same = [{"x": limit, "y": limit} for limit in x]
     return [
         Panel(
@@ -241,7 +243,7 @@ def _prompts(table: Table, palette: Palette) -> list[Panel]:
                 },
                 *(
                     {
-                        "transform": [{"filter": f"{'' if filled else '!'}datum.inside"}],
+                        "transform": [{"filter": f"{'' if filled else '!'}({inside})"}],
                         "mark": mark | {"filled": filled},
                         "encoding": encoding,
                     }
@@ -280,17 +282,14 @@ def _logarithmic(limits: tuple[float, float]) -> Spec:
         decades = range(floor(log10(low)), ceil(log10(high)))
         values = [size * 10.0**decade for decade in decades for size in (1, 2, 5)]
     values = [value for value in values if low <= value <= high]
-    return {"scale": {"type": "log", "domain": limits, "nice": False}, "axis": {"values": values, "format": ",~f"}}
+    return {
+        "scale": {"type": "log", "domain": limits, "nice": False, "clamp": True},
+        "axis": {"values": values, "format": ",~f"},
+    }
 
 
-def _place_at_edges(records: Sequence[Record], *limits: tuple[float, float]) -> int:
-    """Adds to each record its place in the picture, and whether it is `inside`; returns how many are not."""
-    for record in records:
-        values = record["baseline"], record["tokens_per_s"]
-        placed = [min(max(value, low), high) for value, (low, high) in zip(values, limits, strict=True)]
-        record["x"], record["y"] = placed
-        record["inside"] = tuple(placed) == values
-    return sum(not record["inside"] for record in records)
+def _beyond(record: Record, x: tuple[float, float], y: tuple[float, float]) -> bool:
+    return not (x[0] <= record["baseline"] <= x[1] and y[0] <= record["tokens_per_s"] <= y[1])
 
 
 def _describe_speedups(records: Sequence[Record]) -> str:
@@ -306,11 +305,10 @@ def _describe_prompts(records: Sequence[Record]) -> str:
     for label in dict.fromkeys(record["label"] for record in records):
         own = [record for record in records if record["label"] == label]
         parts.append(f"{label} is faster on {sum(record['speedup'] > 1 for record in own)} of {len(own)} prompts")
-    num_beyond = sum(not record["inside"] for record in records)
-    return listing(parts) + (f"; {counted(num_beyond, 'dot')} beyond the axes" if num_beyond else "")
+    return listing(parts)
 
 
-NO_BASELINE = "There is no baseline among these results, so there are no speed-ups."
+NO_BASELINE = "No label has an answer to a prompt that a baseline answered, so there are no speed-ups."
 CHARTS = (
     Chart(
         "speedup",

@@ -71,6 +71,7 @@
   const draw = async (place) => {
     const spec = specs[place.dataset.chart][Number(place.dataset.panel)];
     const narrow = place.clientWidth < 520;
+    const hasLongLabels = spec.data.values.some((row) => row.label.length > 14);
     const labelLimit = narrow && place.dataset.chart === "speedup" ? 76 : config.axisY.labelLimit; // words stand there
     const result = await vegaEmbed(place, { ...spec, width: "container", description: place.ariaLabel }, {
       actions: false,
@@ -78,7 +79,7 @@
       renderer: "svg",
       config: {
         ...config,
-        legend: { ...config.legend, columns: narrow ? 2 : 4 },
+        legend: { ...config.legend, columns: narrow ? (hasLongLabels ? 1 : 2) : 4 },
         axisY: { ...config.axisY, labelLimit },
       },
       tooltip: { theme: "custom" },
