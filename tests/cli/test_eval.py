@@ -51,12 +51,16 @@ def evaluate(tiny_model: Path, tasks: Path, tmp_path: Path) -> Evals:
     return Evals(tiny_model, tasks, tmp_path)
 
 
-def test_lossless_backends_answer_and_score_like_vanilla_sample_by_sample(evaluate: Evals) -> None:
+def test_lossless_backends_answer_and_score_like_vanilla_sample_by_sample(
+    evaluate: Evals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository, of which lm-eval asks git
     backends = ("-b", "vanilla", "-b", "spd", "-b", "ngram", "-b", "eagle", "-o", "spd.executor=inline")
     more = ("--drafter", "oracle:0.6", "--tasks", "gsm8k,humaneval", "--allow-code-execution")
     said = evaluate(*backends, *more)
     assert said.code == 0, said.err
     assert "NOTE: answers that are code are run, each by itself;" in said.err
+    assert "not a git repository" not in capfd.readouterr().err
     assert "exact_match" in said.out
     assert "pass_at_1" in said.out
     vanilla = evaluate.file("gsm8k+humaneval", "vanilla")

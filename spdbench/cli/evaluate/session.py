@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 import click
+import lm_eval.evaluator
 from lm_eval.evaluator import simple_evaluate
 from tabulate import tabulate
 
@@ -72,6 +73,8 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
 
 def _scored(model: SpdbenchLM, settings: EvalSettings, manager: Any) -> Mapping[str, Any]:
     """What lm-eval makes of the model's answers."""
+    # It asks git for the commit of the current folder, which prints an error where that is no repository.
+    lm_eval.evaluator.get_git_commit_hash = lambda: None
     try:
         scored: Mapping[str, Any] = simple_evaluate(
             model=model,
