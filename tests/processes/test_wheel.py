@@ -16,18 +16,40 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("spdbench", "backends", "suites", "pyproject.toml", "README.md", "LICENSE", "NOTICE", "THIRD_PARTY.md")
+SOURCES = (
+    "spdbench",
+    "backends",
+    "suites",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "NOTICE",
+    "THIRD_PARTY.md",
+    "MANIFEST.in",
+)
+
+
+def tracked() -> set[str]:
+    """Files of the repository; none where the tests run from an sdist."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return set()
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy of the sources, since building writes into their folder."""
+    """The wheel, built from a copy of the repository, since building writes into its folder."""
     work = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, work / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, work / "source" / name)
+    for place in (work / "source" / name for name in tracked()):
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / place.relative_to(work / "source"), place)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(work)]
     subprocess.run([*build, str(work / "source")], check=True, capture_output=True)
     [built] = work.glob("*.whl")
@@ -78,6 +100,14 @@ def test_wheel_holds_every_module_of_the_checkout(wheel: Path) -> None:
     modules = [path.relative_to(ROOT) for path in (ROOT / "spdbench").rglob("*.py")]
     modules += [path.relative_to(ROOT / "backends") for path in (ROOT / "backends").rglob("*.py")]
     assert {path.as_posix() for path in modules} <= names
+
+
+def test_sdist_holds_every_file_of_the_repository(wheel: Path) -> None:
+    """So that `make test` and `make docs` work in it. Building a wheel lists what an sdist would hold."""
+    if not (files := tracked()):
+        pytest.skip("this is no repository")
+    listed = (wheel.parent / "source" / "spdbench.egg-info" / "SOURCES.txt").read_text("utf-8").splitlines()
+    assert files - set(listed) == set()
 
 
 def test_wheel_brings_no_tests_and_no_generic_names_into_site_packages(wheel: Path) -> None:
