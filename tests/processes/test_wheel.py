@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import email
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from spdbench.cli.reading.results import FOLDER
+from tests.packages import closure, link_packages
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (
@@ -58,17 +61,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(wheel: Path) -> Path:
-    """An empty folder; next to it an environment with the wheel, which sees this environment's dependencies."""
+    """An empty folder; next to it an environment with the wheel, which sees the wheel's own dependencies, no extras."""
     where = wheel.parent / "venv"
     venv.create(where, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--python", str(where / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
     [site] = where.glob("lib/python*/site-packages")
-    # Python adds paths in a .pth file, but reads no .pth file in an added folder, so the checkout is not on the path.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    # The checkout is not on the path, and of the developers' packages only those that the wheel asks for.
+    link_packages(closure(_dependencies(wheel)), wheel.parent / "dependencies")
+    (site / "dependencies.pth").write_text(f"{wheel.parent / 'dependencies'}\n", encoding="utf-8")
     empty = wheel.parent / "empty"
     empty.mkdir()
     return empty
+
+
+def _dependencies(wheel: Path) -> list[str]:
+    """The requirements in the wheel's metadata, those of extras with their markers, which keep them out."""
+    with zipfile.ZipFile(wheel) as file:
+        [name] = [name for name in file.namelist() if name.endswith(".dist-info/METADATA")]
+        return email.message_from_bytes(file.read(name)).get_all("Requires-Dist") or []
 
 
 def environment() -> dict[str, str]:
@@ -127,6 +138,12 @@ def test_installed_wheel_answers_from_an_empty_folder(folder: Path) -> None:
     assert "-o spd.stages=" in backends
 
 
+def test_installed_wheel_sees_no_package_that_it_does_not_ask_for(folder: Path) -> None:
+    hidden = ("pytest", "hypothesis", "vl_convert", "pandas", "pyarrow", "lm_eval", "ray")
+    script = f"import importlib.util; print([name for name in {hidden} if importlib.util.find_spec(name)])"
+    assert run(folder, "python", "-c", script) == "[]\n"
+
+
 def test_installed_wheel_is_what_is_imported_and_has_no_git_state(folder: Path) -> None:
     script = (
         "import spdbench, spdbench_backends, spdbench_suites\n"
@@ -181,3 +198,14 @@ def test_the_tutorials_commands_work_in_order(folder: Path) -> None:
         assert done.stdout or done.stderr, line
     assert (place / "report.html").stat().st_size > 100_000
     assert (place / "my-drafter" / "model.safetensors").exists()
+
+
+def test_an_image_is_built_from_what_a_wheel_needs_and_keeps_results_and_cache_in_volumes() -> None:
+    ignored = [line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines()]
+    assert not {*SOURCES, "constraints.txt"} & {*ignored}
+    assert {".git", ".venv", "results", "build", "dist"} <= {*ignored}
+    text = (ROOT / "Containerfile").read_text("utf-8")
+    [workdir], [made] = re.findall("^WORKDIR (.*)$", text, re.MULTILINE), re.findall(r"mkdir -p (/[\w /]*?) &&", text)
+    assert f"{workdir}/{FOLDER}" in made.split()
+    assert {path for _, path in re.findall(r"-v (\S+):(/\w[\w/]*)", text)} == {*made.split()}
+    assert re.search("^ENV SPDBENCH_CACHE=(/cache)", text, re.MULTILINE)
