@@ -42,7 +42,11 @@ def file_options(command: click.Command, name: str, known: Collection[str]) -> d
         InputError: the file cannot be read, or has an unknown table or key, or a value that the option does not take;
             names file and key.
     """
-    path, tables = _nearest(Path.cwd())
+    try:
+        here = Path.cwd()
+    except OSError:  # the folder was deleted, or may not be read: what needs none still works
+        return {}
+    path, tables = _nearest(here)
     if path is None:
         return {}
     for table in tables:

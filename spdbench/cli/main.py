@@ -167,6 +167,9 @@ def run(args: Sequence[str]) -> int:
         if isinstance(error, OSError) and error.errno in IMPOSSIBLE_PATH:
             click.echo(f"Error: {_shown(f'{error.filename}: {error.strerror}')}", err=True)
             return InputError.exit_code
+        if isinstance(error, FileNotFoundError) and _folder_is_gone():
+            click.echo("Error: the current folder was deleted; change to one that is there", err=True)
+            return InputError.exit_code
         if (reason := write_failure(error)) is None:
             raise
         _silence_stdout()
@@ -185,6 +188,15 @@ def _invoke(args: list[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     return 0
+
+
+def _folder_is_gone() -> bool:
+    """True if the current folder was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _silence_stdout() -> None:

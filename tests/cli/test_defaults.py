@@ -194,6 +194,19 @@ def test_options_of_another_method_are_skipped_in_training() -> None:
         parse_recipe_options(["ttt=3"], options)
 
 
+def test_a_folder_that_was_deleted_has_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir("gone")
+    Path("../gone").rmdir()
+    assert run(["backends", "ngram"]) == run(["run", "--help"]) == 0
+    assert "ngram  " in capsys.readouterr().out
+    assert run(["compare", "x.json"]) == 2
+    assert "the current folder was deleted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["completion", "bash"]])
 def test_help_and_completion_work_whatever_the_file_holds(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
