@@ -1,7 +1,7 @@
 """`draft_model`: speculative sampling. A smaller model of the same vocabulary drafts a chain, the target verifies it.
 
 Greedy drafts are picked; with a temperature they are drawn, so that verification compares both models' distributions.
-Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318; METHODS.md D.
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`ngram`: prompt lookup. The draft is what followed the last n tokens when they last occurred.
 
-Needs no head, because text repeats itself. Source: Saxena, prompt lookup decoding, 2023; METHODS.md D.
+Needs no head, because text repeats itself. Source: Saxena, prompt lookup decoding, 2023.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A static tree has a fixed shape: which ranks are taken after which node; a chain is the static tree of width one. A
 dynamic tree (EAGLE-2, arXiv 2406.16858) lets the k most probable nodes of a level go on, and of all candidates that it
-has seen keeps the N - 1 with the greatest probability along their path; METHODS.md A.3.
+has seen keeps the N - 1 with the greatest probability along their path; EAGLE-2, arXiv 2406.16858.
 
 All is tensor arithmetic on the device of the root: no step waits for the host and none loops over nodes, so that a
 builder can be captured in a CUDA graph.

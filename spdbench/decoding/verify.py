@@ -12,9 +12,9 @@ Lossless sampling. The emitted tokens follow p exactly. Two cases:
     rejection draw the token from norm(max(0, p - q)) (Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318).
     Picked: children x_1, x_2, ... were chosen without a draw, so each has a one-hot q. Accept x_i with its probability
     under p without the rejected siblings, p(x_i) / (1 - p(x_1) - ... - p(x_i-1)); after all are rejected draw the token
-    from norm(p without all of them) (SpecInfer, arXiv 2305.09781; as EAGLE-2 and 3 verify, METHODS.md A.4).
+    from norm(p without all of them) (SpecInfer, arXiv 2305.09781; as EAGLE-2 and 3 verify).
 
-Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1; METHODS.md B). Not lossless. A node passes iff
+Typical acceptance (Medusa, arXiv 2401.10774, section 2.3.1). Not lossless. A node passes iff
 p(x) > min(epsilon, delta e^(-H(p))), with p at the request's temperature and H its entropy; accept the longest path
 whose nodes all pass, the most likely one of several.
 

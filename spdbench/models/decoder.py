@@ -3,7 +3,7 @@
 This is the reference: what captured graphs and pipelines compute has to agree with it.
 
 Shapes: S rows, M model width, V vocabulary. Hidden state k is the output of layer k - 1, before the final norm; k = 0
-is the embedding (SPD.md, section 1).
+is the embedding.
 """
 
 from __future__ import annotations

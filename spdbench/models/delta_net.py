@@ -7,7 +7,8 @@ of itself, and what it returns for the token's key is moved towards the token's 
     state = state + key (beta (value - key state))
     output = query state
 
-Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464; SPD.md, section 12, for Qwen3.5's variant.
+Source: Yang, Kautz and Hatamizadeh, Gated Delta Networks, arXiv 2412.06464; Qwen3.5's variant
+as its model in transformers.
 
 `delta_net` is the reference, for every device and any number of rows; `layer_ops.CpuOps` computes a few rows with a
 compiled kernel. Norms, gate and projections around it are those of other layers.

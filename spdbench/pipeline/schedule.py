@@ -11,8 +11,8 @@ A cycle: read `cycle()`; `draft` the nodes that enter next, if any; run every st
 one of `fill` (the root did not complete), `accept` (a child of the completed root was right) or `restart` (all were
 wrong, or there was none: everything in flight is dropped and the target's own token enters).
 
-Source of the rules: SPD, arXiv 2605.30852, section on pipelined decoding; SPD.md section 4. Of a chain they are the
-same; branches are ours.
+Source of the rules: SPD, arXiv 2605.30852, section on pipelined decoding. Of a chain they are the same;
+branches are ours.
 """
 
 from __future__ import annotations

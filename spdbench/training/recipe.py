@@ -34,7 +34,7 @@ class RecipeOptions(PluginOptions):
 class Batch:
     """A few conversations, padded on the right, and what the frozen target computed for them.
 
-    `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (SPD.md, section 1: 0 is the embedding, the
+    `states[k]` is hidden state k of every token, `[B, S, M]` in float32 (0 is the embedding, the
     number of layers is the last layer's output before the final norm). `answers_BS` is true where the *next* token
     exists and is part of an answer: only these positions count in losses and acceptance. `valid_BS` is false on
     padding. `argmax_BS` is the target's own greedy next token at each position.

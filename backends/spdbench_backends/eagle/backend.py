@@ -1,6 +1,6 @@
 """`eagle`: a head drafts a chain or a tree from the target's features, and the target verifies it in one forward.
 
-EAGLE-1, 2 and 3 differ by their heads' tensors; every head can draft every kind of tree. Source: METHODS.md, section A.
+EAGLE-1, 2 and 3 differ by their heads' tensors; every head can draft every kind of tree. Source: as in `head`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What published heads leave open (which features, which rotary positions, what is fed back) is the user's answer where
 one is given, else the file's, else what the method's authors do.
 Tensors' shapes say how large a head is, its config only where shapes leave a choice; a config that says otherwise than
-the tensors is an error, as one of the two is not this head's. Source: METHODS.md A.1 and A.7.
+the tensors is an error, as one of the two is not this head's. Source: published heads.
 
 Shapes: T target width, M draft width, A aux features, U draft vocabulary, V vocabulary.
 """
@@ -238,7 +238,7 @@ def default_aux(num_layers: int) -> tuple[int, ...]:
 
 
 def aux_states(file: EagleFile, num_aux: int, num_layers: int, convention: AuxConvention) -> tuple[int, ...]:
-    """The target's hidden states that the head reads; METHODS.md A.7 on why their ids are counted in two ways.
+    """The target's hidden states that the head reads. Published configs count them in two ways.
 
     Raises:
         InputError: the config does not say which, or its ids could mean either.

@@ -1,7 +1,7 @@
 """EAGLE heads on disk: SafeAILab's, SpecForge's, speculators' and our own layout.
 
 Reading ends in one set of names, SafeAILab's with `layers.0.` for `midlayer.`, and one config; what a tensor means for
-a target is the business of `build`. Source: METHODS.md A.7.
+a target is the business of `build`. Source: published heads.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ The pair (feature of position t, token of position t + 1) is draft row t. Rows o
 and come from true target features; a tree's rows, which feed on the head's own output, are scratch and are forgotten
 when the next committed rows arrive.
 
-Sources: arXiv 2401.15077, 2406.16858, 2503.01840; METHODS.md A.1 and A.2.
+Sources: arXiv 2401.15077, 2406.16858, 2503.01840, and the code published with them.
 Shapes: S rows, A aux features, T target width, M draft width, U draft vocabulary, V vocabulary, W slots of a tree.
 """
 

@@ -1,6 +1,6 @@
 """How an EAGLE-3 head is trained: training-time test over its own outputs, against the target's distribution.
 
-Source: arXiv 2503.01840; METHODS.md A.6.
+Source: arXiv 2503.01840.
 
 Shapes: B conversations, S tokens, R rows that draft, P columns of them, X drafts, N positions that score them, K
 levels, F features, M model width, U draft vocabulary.

@@ -1,6 +1,6 @@
 """EAGLE-3's module with gradients: the head that `head.py` runs, for whole conversations at once.
 
-Training-time test (arXiv 2503.01840, section 3.1; METHODS.md A.6): level 0 reads the target's features, every further
+Training-time test (arXiv 2503.01840, section 3.1): level 0 reads the target's features, every further
 level the previous level's output of the same row, one token and one position further on. A row of level i therefore
 sees the keys of level 0 up to itself, as rows that decoding has committed, and of levels 1 to i only its own, as the
 path of a tree that leads to it.

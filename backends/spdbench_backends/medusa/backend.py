@@ -1,6 +1,6 @@
 """`medusa`: several heads draft a tree from the target's last hidden state, and the target verifies it in one forward.
 
-Source: arXiv 2401.10774; METHODS.md, section B.
+Source: arXiv 2401.10774.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Head k (from 0) predicts the token k + 2 positions after the target's last hidde
 the one before. A head is one or more residual blocks x + SiLU(W x + b) and a linear layer of its own, or the target's.
 One hidden state so gives candidates for all levels, which do not depend on the tokens between.
 
-Source: arXiv 2401.10774; METHODS.md B.
+Source: arXiv 2401.10774.
 Shapes: M model width, K heads, k candidates of each, S rows, U draft vocabulary.
 """
 

@@ -8,7 +8,7 @@
               the target's rows of that vocabulary
 
 Layouts are recognised by the names of tensors, and heads and blocks are counted from them: published configs are wrong
-about both. Source: METHODS.md B.
+about both. Source: published heads.
 
 Shapes: M model width, U draft vocabulary.
 """

@@ -1,7 +1,7 @@
 """How Medusa's heads are trained: each against the target's distribution over the token that it looks ahead to.
 
 Heads of residual blocks only ("version 2"): the target's own output head serves them all, so that a drafter is a few
-matrices. Source: arXiv 2401.10774, section 2.2; METHODS.md B.
+matrices. Source: arXiv 2401.10774, section 2.2.
 
 Shapes: B conversations, R rows that draft, K heads, X drafts, N positions that score them, C ranks, M model width,
 U draft vocabulary.

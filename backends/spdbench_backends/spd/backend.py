@@ -8,7 +8,7 @@
             rejected: all tokens in flight are dropped, the target's own token enters stage 0, and the next n - 1
                       cycles give no verdict
 
-Source: arXiv 2605.30852; SPD.md section 4, without the faults of its section 11.
+Source: arXiv 2605.30852 and the code published with it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PPSD's exit head on disk. The published code is not available (METHODS.md, section C), so the format is our own:
+"""PPSD's exit head on disk. The published code is not available (arXiv 2509.19368), so the format is our own:
 decoder layers over stage 0's output, then a final norm and a head, by default the target's own.
 
     config.json         method, version, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,

@@ -1,4 +1,4 @@
-"""SPD's heads on disk: the published files, and our own folder. Source: SPD.md, section 3.
+"""SPD's heads on disk: the published files, and our own folder. Source: the heads published with arXiv 2605.30852.
 
 published   one file, torch.save({"state_dict": ..., "config": ...}); version 11 for equal stages, 12 for the
             stages that its config lists, 10 for groups of hidden states instead of anchors

@@ -11,7 +11,7 @@ Version 10 (`GroupedModule`) reads a group of hidden states for each depth, and 
     other rows -> the projection of their depth's group -> before each layer, that layer's matrix for their depth
 
 So only the newest row is carried from layer to layer; of the others a layer sees keys and values of their own features.
-Source: SPD.md, sections 2 and 3.
+Source: arXiv 2605.30852 and the code published with it.
 Shapes: S rows, M model width, P rows of the ring, F = m M columns for m anchors, U draft vocabulary.
 """
 

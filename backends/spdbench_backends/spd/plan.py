@@ -1,7 +1,7 @@
 """Which features of which positions the draft module reads: anchors, row types, and the rows of a cycle.
 
 Numbers only, no tensors. Depth d of a token is the number of stages it has finished. Anchors are hidden-state indices
-b_0 = 0 < b_1 < ...; a row of type i reads anchors b_0 to b_i. Source: SPD.md, sections 1 and 4.
+b_0 = 0 < b_1 < ...; a row of type i reads anchors b_0 to b_i. Source: as in `head`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class DeepestRows:
     """Each row is read at the depth that its token has reached, and a completed row is computed once.
 
     The result equals that of rewriting the newest n + 1 rows every cycle, with fewer rows: those in flight and those
-    that completed since the last cycle (SPD.md, section 4, "Distributed rows differ").
+    that completed since the last cycle.
     """
 
     def __init__(self, plan: FeaturePlan) -> None:

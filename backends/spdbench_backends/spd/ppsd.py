@@ -5,7 +5,7 @@
         the exit head reads stage 0's output and drafts that token's successor, while all stages wait
         verdict, rollback and refill are those of `spd`
 
-A re-implementation from the paper's abstract and its reviews (arXiv 2509.19368; METHODS.md, section C).
+A re-implementation from the paper's abstract and its reviews (arXiv 2509.19368).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How drafters for a pipeline are trained: what SPD and PPSD share, and SPD's own module.
 
-SPD trains rows of the newest depth against the target, as if every position were the newest. Source: SPD.md, sections 2
-and 8.
+SPD trains rows of the newest depth against the target, as if every position were the newest. Source: arXiv
+2605.30852 and the code published with it.
 
 Shapes: B texts, S positions, N rows that count, M model width, U draft vocabulary.
 """

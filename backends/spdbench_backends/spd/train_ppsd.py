@@ -1,6 +1,6 @@
 """How a PPSD exit head is trained: decoder layers over the first stage's output against the target.
 
-Source: METHODS.md, section C.
+Source: arXiv 2509.19368.
 Shapes: B texts, S positions, N rows that count, M model width.
 """
 

@@ -3,8 +3,8 @@
 A stream is the rows of all positions at one depth. In a pipeline with F tokens in flight, a row of depth d < n sees the
 row `lag` positions back at depth d + lag while that is below F, and completed, of depth n, from there on; a completed
 row sees completed rows. So each stream attends to one other stream in full and to a few single lags, and no mask over
-all rows of all streams is needed. Source: SPD.md, section 8, with depths where that has row types, which is what
-decoding does.
+all rows of all streams is needed. Source: the training code published with arXiv 2605.30852, with depths
+where that has row types, which is what decoding does.
 
 Shapes: B texts, S positions, M model width, H query heads, K kv heads, D head size, J lags, N tokens that count.
 """

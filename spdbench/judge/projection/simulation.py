@@ -12,8 +12,8 @@ simulated `REPLICAS` times at once with times drawn independently, and a verdict
 A drafter on the first stage's device shares its process (`processes/local_stage.py`): there the drafted token passes
 stage 0 at once, and the verdict is read after that.
 
-`Parts.in_step` is the reference code's runtime instead (SPD.md, section 9): every cycle begins with a message to all
-stages after the verdict, and the draft waits for it too.
+`Parts.in_step` is the reference code's runtime instead (published with arXiv 2605.30852): every cycle begins
+with a message to all stages after the verdict, and the draft waits for it too.
 
 Shapes: R replicas.
 """

@@ -6,7 +6,7 @@ rotate pairs that lie half a head apart. So the numbers of a head are put in ano
 read: the pairs that are rotated come first in either half, and the frequencies of the others are 0. Attention
 multiplies queries with keys number by number, so the order changes nothing else.
 
-Source: SPD.md, section 12. Shapes: M model width, H heads, D head size.
+Source: Qwen3.5's published checkpoints. Shapes: M model width, H heads, D head size.
 """
 
 from __future__ import annotations

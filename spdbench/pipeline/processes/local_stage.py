@@ -3,7 +3,7 @@ n devices instead of n + 1.
 
 Stage 0 is the same `worker.Stage` as in a process of its own. A message to it is handled at once, what it reports is
 kept in memory, and what it passes on goes to stage 1, through a pipe or a connection to another rank. Source: SPD's
-version 12 heads, whose first stage is shallow to leave the drafter its time (SPD.md, section 10).
+version 12 heads, whose first stage is shallow to leave the drafter its time.
 """
 
 from __future__ import annotations

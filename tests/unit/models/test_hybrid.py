@@ -235,7 +235,7 @@ def new_net(seed: int = 0) -> DeltaNet:
 
 
 def by_definition(net: DeltaNet, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """SPD.md, section 12, one number at a time where that can be: outputs `[S, H E]` and the last state `[H, D, E]`."""
+    """The gated delta rule, number by number where that can be: outputs `[S, H E]` and the last state `[H, D, E]`."""
     mixed, gates, strengths, steps = torch.split(projected.double(), [SIZES.channels, 24, 4, 4], dim=-1)
     state, outputs = torch.zeros(4, 8, 6, dtype=torch.float64), []
     for s in range(len(projected)):

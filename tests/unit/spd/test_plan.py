@@ -1,4 +1,4 @@
-"""Anchors, row types and the rows of each cycle, against SPD.md."""
+"""Anchors, row types and the rows of each cycle, against the paper's rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from spdbench.models.partition import split_evenly
 from spdbench_backends.spd.plan import DeepestRows, FeaturePlan, NominalRows, default_anchors
 
 STAGES = split_evenly(30, 3)
-# in_flight[s] is the position in stage s; the example of SPD.md section 4: n = 3, prompt of 5, the draft at 7 wrong.
+# in_flight[s] is the position in stage s; an example: n = 3, prompt of 5, the draft at 7 wrong.
 CYCLES = [[5, -1, -1], [6, 5, -1], [7, 6, 5], [8, 7, 6], [7, -1, -1], [8, 7, -1], [9, 8, 7]]
 REJECTED_IN = 4
 

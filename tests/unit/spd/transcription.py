@@ -1,4 +1,4 @@
-"""SPD.md, sections 2 to 4, written down plainly: a draft computed from a published file's tensors, in float64.
+"""The paper's drafter (arXiv 2605.30852), written down plainly: a draft from a published file's tensors, in float64.
 
 It shares no code with the drafter that it checks: names, shapes, norms, rotary positions, rows and their cache are all
 here once more, one row after the other and with the whole cache as lists.
