@@ -91,6 +91,13 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
     ]
 
 
+def test_pages_that_docstrings_name_exist() -> None:
+    files = [file for folder in ("spdbench", "backends") for file in (ROOT / folder).rglob("*.py")]
+    named = {page for file in files for page in re.findall(r"(?:docs/[\w-]+|\b[A-Z_]+)\.md\b", file.read_text("utf-8"))}
+    assert "docs/metrics.md" in named
+    assert [page for page in sorted(named) if not (ROOT / page).is_file()] == []
+
+
 def test_third_party_notices_name_every_package_that_is_depended_on() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     asked = {None: project["dependencies"], **project["optional-dependencies"]}
