@@ -184,6 +184,7 @@ def test_installed_wheel_measures_vanilla_and_spd_with_a_suite_of_ones_own(folde
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.timeout(900)
 def test_the_tutorials_commands_work_in_order(folder: Path) -> None:
     """In an empty folder, from the wheel, on the embedded model that `make test` fetched."""
     page = TUTORIAL.read_text("utf-8")
