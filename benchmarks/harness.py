@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -184,20 +185,32 @@ def overhead() -> Iterator[str]:
 
 
 def reporting() -> Iterator[tuple[str, float]]:
-    """CPU time of what follows a request: a drawing on a terminal that takes no time itself, and an event."""
+    """CPU time of what follows a request: the live view on a terminal that takes no time itself, and an event.
+
+    The view counts each request and is drawn once its pause is over, so a drawing is shared by the requests of a pause.
+    """
     num = 2 * MAX_GROUPS
     runs = [made_up_run(index, np.random.default_rng(index), drafts=1) for index in range(num)]
     tallies = [Tally(result_head("drafts", f"label{n}", num).backend, num) for n in range(NUM_SHOWN)]
     for tally, run in product(tallies, runs[:MAX_GROUPS]):
         tally.add(run, 0.5)
 
+    def count() -> None:
+        for run in runs:
+            tallies[0].add(run, 0.5)
+
     def draw() -> None:
         for run in runs:
             tallies[0].add(run, 0.5)
             view.draw()
+            pauses.append(view.pause_s(tallies[0]))
 
+    pauses: list[float] = []
     with LiveView(tallies, "live", Console(file=io.StringIO(), force_terminal=True, width=80)) as view:
-        yield "live view drawn", cpu_s(draw) / num
+        drawn_s = cpu_s(draw) / num
+        between = math.ceil(np.mean(pauses) / (NUM_TOKENS * TOKEN_S))
+    counted_s = cpu_s(count) / num
+    yield f"live view, drawn every {between} requests", counted_s + (drawn_s - counted_s) / between
     with tempfile.TemporaryDirectory() as folder, open_events(Path(folder) / "events.jsonl") as write:
         finished = partial(Events(write, tallies).finished, "label0")
         yield "line for --events written", cpu_s(lambda: [*map(finished, runs)]) / num

@@ -1,9 +1,9 @@
 """The live view of `run` and `audit`: a bar a backend with its speed so far; plain lines where nothing can be redrawn.
 
 Drawn by the thread that reports a finished request, so between requests: nothing is computed or drawn while one is
-timed. A drawing waits until 100 times as long has passed as the last one took, so that the view takes less than 1 % of
-a run's time on any terminal. A backend that takes several requests at once leaves no time between them; while it works,
-the view is drawn every 10 seconds.
+timed. A drawing waits until 200 times as long has passed as the last one took, so that drawings take less than 0.5 % of
+a run's time on any terminal and processor. A backend that takes several requests at once leaves no time between them;
+while it works, the view is drawn every 10 seconds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spdbench.judge.metrics.stats import Interval, ratio_interval
 from spdbench.judge.results.schema import BackendRecord, Run
 from spdbench.judge.results.table import COLUMN, COLUMNS, table_from
 
-MAX_SHARE = 0.01
+MAX_SHARE = 0.005
 """Of the time between two drawings, what the first of them may have taken."""
 MAX_GROUPS = 100
 """Conversations are added up in this many groups, so that an interval takes constant time and memory."""
@@ -133,7 +133,7 @@ class LiveView:
         tally.add(run, now - self._seen)
         self._seen = now
         is_last = all(other.done == other.total for other in self._tallies.values())
-        if now - self._drawn >= self._pause_s(tally) or (is_last and self._screen == "lines"):
+        if now - self._drawn >= self.pause_s(tally) or (is_last and self._screen == "lines"):
             self.draw()
 
     def crashed(self, label: str, run: Run, trace: str) -> None:
@@ -149,7 +149,8 @@ class LiveView:
         self._drawn = time.monotonic()
         self._drawing_s = self._drawn - began
 
-    def _pause_s(self, tally: Tally) -> float:
+    def pause_s(self, tally: Tally) -> float:
+        """Seconds from one drawing to the next after requests of `tally`, as long as the last drawing took now."""
         if self._screen == "lines" or tally.width > 1:
             return SECONDS_BETWEEN_LINES
         return max(SECONDS_BETWEEN_DRAWINGS, self._drawing_s / MAX_SHARE)
