@@ -7,6 +7,7 @@ The scripts are our own where click's lose words: theirs drop names next to file
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -122,10 +123,22 @@ class Zsh(_WholeWords, ZshComplete):
 
 @add_completion_class
 class Fish(_WholeWords, FishComplete):
-    """Names with commas stay whole."""
+    """Names with commas stay whole. Files and folders are completed behind a `=` as well, which stays before them."""
 
     name: ClassVar[str] = "fish"
-    source_template: ClassVar[str] = FishComplete.source_template.replace('string split ","', 'string split -m1 ","')
+    source_template: ClassVar[str] = """\
+function %(complete_func)s_paths;
+    $argv[1] $argv[2];
+    set -l head (string match -r '^.*=' -- $argv[2]); or return;
+    for found in ($argv[1] (string replace -- $head '' $argv[2]));
+        echo $head$found;
+    end;
+end;
+""" + re.sub(
+        r"(__fish_complete_\w+ \$metadata)",
+        r"%(complete_func)s_paths \1",
+        FishComplete.source_template.replace('string split ","', 'string split -m1 ","'),
+    )
 
 
 SHELLS: dict[str, type[ShellComplete]] = {"bash": Bash, "zsh": Zsh, "fish": Fish}

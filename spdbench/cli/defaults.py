@@ -6,7 +6,8 @@
     max-new-tokens = 128
 
 The nearest file counts, from the current folder upwards. The command line beats the file, and the file beats the suite.
-An option that is given once a key (`-o`, `--drafter`, `--template-arg`) is beaten key by key.
+An option that is given once a key (`-o`, `--drafter`, `--template-arg`) is beaten key by key. Relative paths count from
+the folder of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import click
 
-from spdbench.cli.options import KeyedOption
+from spdbench.cli.options import OUTPUT
+from spdbench.cli.parameters import KeyedOption, prefix_of, seen_from
 from spdbench.errors import FileWord, InputError, did_you_mean
 
 OWN_FILE, PROJECT_FILE = "spdbench.toml", "pyproject.toml"
@@ -55,7 +57,8 @@ def file_options(command: click.Command, name: str, known: Collection[str]) -> d
     words = tables.get(name, {})
     if not isinstance(words, dict):
         raise InputError(f"{path}: '{name}' is {type(words).__name__}, expected a table of options")
-    return dict(_checked(command, key, value, f"{path}: {name}.{key}") for key, value in words.items())
+    prefix = prefix_of(path.parent, here)
+    return dict(_checked(command, key, value, f"{path}: {name}.{key}", prefix) for key, value in words.items())
 
 
 def _nearest(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
@@ -90,12 +93,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise InputError(f"{path}: is not TOML ({error})") from None
 
 
-def _checked(command: click.Command, key: str, value: Any, where: str) -> tuple[str, Any]:
-    """The parameter that `key` names, and `value` as its option takes it."""
+def _checked(command: click.Command, key: str, value: Any, where: str, prefix: str) -> tuple[str, Any]:
+    """The parameter that `key` names, and `value` as its option takes it, with paths that begin at `prefix`."""
     options = {
         word.lstrip("-"): param
         for param in command.params
-        if isinstance(param, click.Option) and param.name not in ONLY_TYPED
+        if isinstance(param, click.Option) and param.name not in ONLY_TYPED and param.type is not OUTPUT
         for word in param.opts
     }
     param = options.get(key)
@@ -113,6 +116,9 @@ def _checked(command: click.Command, key: str, value: Any, where: str) -> tuple[
         parts = [str(part) for part in parts]
         if any("\0" in part for part in parts):
             raise InputError(f"{where}: holds a NUL character, which no option does")
+        if "" in parts:
+            raise InputError(f"{where}: is empty; give a value, or leave it out")
+        parts = [seen_from(prefix, param.type, part) for part in parts]
     if param.name == "options" and any(map(ADDRESS.match, parts)):
         raise InputError(f"{where}: the address of a server is taken from the command line only")
     if isinstance(param, KeyedOption):

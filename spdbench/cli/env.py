@@ -11,7 +11,8 @@ import click
 
 from spdbench import __version__
 from spdbench.cli.listings import print_facts
-from spdbench.cli.options import FOLDER, complete_files, flag, option, takes
+from spdbench.cli.options import FOLDER, flag, option, takes
+from spdbench.cli.parameters import MODEL
 from spdbench.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,13 +26,7 @@ class EnvOptions:
     """What is said of this machine."""
 
     check: bool = flag("--check", "Say what would fail or disturb a long run, and what to do; exit code 1 if it fails.")
-    model: str | None = option(
-        "-m --model",
-        None,
-        "MODEL",
-        "With --check: the model of the run. [default: smollm2]",
-        shell_complete=complete_files,
-    )
+    model: str | None = option("-m --model", MODEL, "MODEL", "With --check: the model of the run. [default: smollm2]")
     results: Path | None = option("--results", FOLDER, "DIR", "With --check: where it writes. [default: results]")
     as_json: bool = flag("--json", "Print JSON.")
 

@@ -19,6 +19,7 @@ import click
 from spdbench.cli.completion import complete_backends, complete_suites
 from spdbench.cli.files import show_text
 from spdbench.cli.options import PATH
+from spdbench.cli.parameters import Argument, Option
 from spdbench.console import printable
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
@@ -42,7 +43,7 @@ def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
 
 
 @click.command("backends", short_help="List installed backends and their options.")
-@click.argument("name", metavar="[NAME]", required=False, shell_complete=complete_backends)
+@click.argument("name", cls=Argument, metavar="[NAME]", required=False, shell_complete=complete_backends)
 @AS_JSON
 def backends(name: str | None, as_json: bool) -> None:
     """List the installed backends, or only NAME, with what each takes as -o LABEL.KEY=VALUE."""
@@ -56,8 +57,8 @@ def backends(name: str | None, as_json: bool) -> None:
 
 
 @click.command("suites", short_help="List the suites, or show the prompts of one.")
-@click.argument("name", metavar="[SUITE]", required=False, shell_complete=complete_suites)
-@click.option("--data", type=PATH, metavar="DIR", help="Where the suite's files lie.")
+@click.argument("name", cls=Argument, metavar="[SUITE]", required=False, shell_complete=complete_suites)
+@click.option("--data", cls=Option, type=PATH, metavar="DIR", help="Where the suite's files lie.")
 @AS_JSON
 def suites(name: str | None, data: Path | None, as_json: bool) -> None:
     """List the suites that come with spdbench, and where each takes its prompts from; or show the prompts of SUITE.

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from spdbench.cli.parameters import CHAT_TEMPLATE, DRAFTER, KEY_VALUE, MODEL, Argument, KeyedOption, Option, Word
 from spdbench.console import say
 from spdbench.errors import FileWord, InputError, did_you_mean, given_by
 from spdbench.processors import usable_cores
@@ -42,32 +42,12 @@ def option(names: str, kind: Any, metavar: str | None, text: str | None, default
     """A field of a command's options: `names` as typed (`-b --backend`), and what click shows and checks."""
     if default is not None:  # click 8.3 and later take None for a value, which a required option then has
         more = {"default": default, "show_default": True, **more}
-    return field(metadata={"option": (names.split(), {"type": kind, **more}, metavar, text)})
+    return field(metadata={"option": (names.split(), {"type": kind, "cls": Option, **more}, metavar, text)})
 
 
-class KeyedOption(click.Option):
-    """An option that is given once a key, such as `-o LABEL.KEY=VALUE`. What is typed is added behind what a file sets,
-    so that it beats the file key by key: of two words for one key the last one counts."""
-
-    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
-        value, source = super().consume_value(ctx, opts)
-        if source is ParameterSource.COMMANDLINE and self.name is not None:
-            value = [*(ctx.lookup_default(self.name) or ()), *value]
-        return value, source
-
-
-class _Word(click.ParamType[str]):
-    """A text, unchanged: one of a file stays a `FileWord`."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002
-        return value if isinstance(value, str) else str(value)
-
-
-def keyed(names: str, metavar: str, text: str, **more: Any) -> Any:
+def keyed(names: str, metavar: str, text: str, kind: Word) -> Any:
     """An option that is given once a key: words in the order in which they count, those of a file first."""
-    return option(names, _Word(), metavar, text, multiple=True, cls=KeyedOption, **more)
+    return option(names, kind, metavar, text, multiple=True, cls=KeyedOption)
 
 
 def flag(name: str, text: str) -> Any:
@@ -77,7 +57,7 @@ def flag(name: str, text: str) -> Any:
 
 def argument(metavar: str, **more: Any) -> Any:
     """A word without an option's name; `more` is what click knows of arguments, such as how many there are."""
-    return field(metadata={"argument": {"metavar": metavar, **more}})
+    return field(metadata={"argument": {"metavar": metavar, "cls": Argument, **more}})
 
 
 def takes(options: type[Any]) -> Callable[[Callable[[Any], Any]], Callable[..., Any]]:
@@ -202,13 +182,7 @@ def _names(_context: click.Context, _parameter: click.Parameter, words: str | No
 class TargetOptions:
     """Those of MODEL-OPTIONS that are about the target alone; `model` and `devices` None mean the default."""
 
-    model: str | None = option(
-        "-m --model",
-        None,
-        "MODEL",
-        "Hub id, local folder or GGUF file. [default: smollm2]",
-        shell_complete=complete_files,
-    )
+    model: str | None = option("-m --model", MODEL, "MODEL", "Hub id, local folder or GGUF file. [default: smollm2]")
     dtype: str = option("--dtype", click.Choice(DTYPES), None, "Precision of weights and arithmetic.", "bfloat16")
     devices: tuple[str, ...] | None = option(
         "--devices",
@@ -219,13 +193,15 @@ class TargetOptions:
     )
     chat_template: str | None = option(
         "--chat-template",
-        None,
+        CHAT_TEMPLATE,
         "FILE|NAME",
         "In place of the model's chat template: a file, or vicuna, llama-2, chatml, zephyr.",
-        shell_complete=complete_files,
     )
     template_args: tuple[str, ...] = keyed(
-        "--template-arg", "KEY=VALUE", "An argument of the model's chat template, such as enable_thinking=false."
+        "--template-arg",
+        "KEY=VALUE",
+        "An argument of the model's chat template, such as enable_thinking=false.",
+        Word(),
     )
     threads: int = option(
         "--threads",
@@ -246,9 +222,11 @@ class ModelOptions(TargetOptions):
         "[LABEL=]WHAT",
         "auto, a path, random, oracle:P or forced:P; P is a rate, 0.8,0.6 by position, tau=2.5, or a file of these. "
         "[default: auto]",
-        shell_complete=complete_files,
+        DRAFTER,
     )
-    options: tuple[str, ...] = keyed("-o", "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.")
+    options: tuple[str, ...] = keyed(
+        "-o", "LABEL.KEY=VALUE", "An option of a backend; `spdbench backends` lists them.", KEY_VALUE
+    )
 
 
 def check_name(name: str | None) -> None:
@@ -265,7 +243,9 @@ def parse_labels(words: Sequence[str]) -> dict[str, str]:
     """
     labels: dict[str, str] = {}
     for word in words:
-        label, _, name = word.rpartition("=")
+        label, equals, name = word.rpartition("=")
+        if equals and not (label and name):
+            raise InputError(f"-b {word}: the {'backend' if label else 'label'} is empty; write LABEL=BACKEND")
         label = label or name
         if not LABEL.fullmatch(label):
             raise InputError(
@@ -287,6 +267,9 @@ def parse_drafters(words: Sequence[str], labels: Sequence[str]) -> dict[str, str
     common, own = "auto", {}
     for word in words:
         label, equals, what = word.partition("=")
+        if equals and not (label and what):
+            empty = "what drafts" if label else "the label"
+            raise InputError(f"{given_by(word, '--drafter')} {word}: {empty} is empty; write LABEL=WHAT")
         if equals and label in labels:
             own[label] = (what, isinstance(word, FileWord))
         elif equals and LABEL.fullmatch(label) and not os.path.exists(word):

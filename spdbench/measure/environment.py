@@ -133,14 +133,14 @@ def git_state(root: Path = ROOT) -> str | None:
     """
     if not ((root / ".git").exists() and (root / "pyproject.toml").exists() and (root / "spdbench").is_dir()):
         return None
-    commit = _git(root, "rev-parse", "--short=12", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--", *(name for name in SOURCES if (root / name).exists()))
+    commit = git_output(root, "rev-parse", "--short=12", "HEAD")
+    changes = git_output(root, "status", "--porcelain", "--", *(name for name in SOURCES if (root / name).exists()))
     if not commit or changes is None:
         return None
     return commit + ("+dirty" if changes else "")
 
 
-def _git(root: Path, *args: str) -> str | None:
+def git_output(root: Path, *args: str) -> str | None:
     """What git prints, or None if there is no git or it fails. `GIT_DIR` and the like are ignored."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "--no-optional-locks", "-C", str(root), *args]

@@ -1,18 +1,22 @@
-"""Options that a file sets, and completion: as a user would see them."""
+"""Options that a file sets, and words that are empty: as a user would see them."""
 
 from __future__ import annotations
 
+import ast
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
-from spdbench.cli.main import run
+from spdbench.cli.defaults import file_options
+from spdbench.cli.main import COMMANDS, run, spdbench
+from spdbench.cli.parameters import CHAT_TEMPLATE, DRAFTER, MODEL
 from spdbench.cli.setup import find_levels
 from spdbench.errors import FileWord, InputError
+from spdbench.models.checkpoints import embedded
+from spdbench.prompts.templates import BUILT_IN
 from spdbench.training.recipe import find_recipe, parse_recipe_options
 
 TYPO = "not an option that a file can set"
@@ -53,6 +57,7 @@ def test_a_pipe_in_the_place_of_a_file_is_passed_over(
         ("compare = 3", "'compare' is int, expected a table of options"),
         ("[compare", "is not TOML"),
         ('compare.baseline = "a\\u0000b"', "compare.baseline: holds a NUL character"),
+        ("[compare]\nbaseline = ''", "compare.baseline: is empty"),
         (f"compare.baseline = {'[' * 100_000}", "is not TOML"),
     ],
 )
@@ -70,6 +75,7 @@ def test_a_mistake_in_the_file_is_named_with_file_and_key(
         ("run", "allow-code-execution = true", TYPO),
         ("run", "events = 'log'", TYPO),
         ("report", "force = true", TYPO),
+        ("project", "chart = 'drawn.svg'", TYPO),
         ("run", "o = ['openai.base_url=http://elsewhere/v1']", "taken from the command line only"),
     ],
 )
@@ -85,6 +91,93 @@ def test_a_folder_that_others_made_gives_no_permission(
     monkeypatch.chdir(tmp_path)
     assert run([command, "quick"]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "expected"),
+    [
+        ("run", "data = 'there'", {"data": "UP/there"}),
+        ("run", "data = 'absent'", {"data": "UP/absent"}),
+        ("run", "results = '/elsewhere'", {"results": "/elsewhere"}),
+        ("run", "results = '~/there'", {"results": "HOME/there"}),
+        ("run", "model = 'there'", {"model": "UP/there"}),
+        ("run", "model = 'of/there'", {"model": "UP/of/there"}),
+        ("run", "model = './absent'", {"model": "UP/./absent"}),
+        ("run", "model = 'absent/hub-id'", {"model": "absent/hub-id"}),
+        ("run", "model = 'smollm2'", {"model": "smollm2"}),
+        ("run", "chat-template = 'there.jinja'", {"chat_template": "UP/there.jinja"}),
+        ("run", "chat-template = 'chatml'", {"chat_template": "chatml"}),
+        (
+            "run",
+            "drafter = ['eagle=./head', 'there', 'spd=auto', 'b=oracle:there.json#a.b', 'oracle:0.8']",
+            {"drafters": ("eagle=UP/./head", "UP/there", "spd=auto", "b=oracle:UP/there.json#a.b", "oracle:0.8")},
+        ),
+        (
+            "run",
+            "o = ['medusa.tree=chain', 'llamacpp.model=there.json', 'x.draft=../a=b']",
+            {"options": ("medusa.tree=chain", "llamacpp.model=UP/there.json", "x.draft=UP/../a=b")},
+        ),
+        ("run", "template-arg = ['a=there.json']", {"template_args": ("a=there.json",)}),
+        ("distill", "exclude = ['there', '/b']", {"exclude": ("UP/there", "/b")}),
+        ("compare", "baseline = 'there.json'", {"baseline": "UP/there.json"}),
+        ("compare", "baseline = 'there'", {"baseline": "there"}),
+        ("check", "baseline = 'there'", {"baseline": "UP/there"}),
+    ],
+)
+def test_relative_paths_go_by_the_folder_of_the_file(
+    command: str, given: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """UP is the file's folder as seen from the current one."""
+    for name in ("there", "of/there", "smollm2", "chatml", "auto", "chain", "below/deeper"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("there.json", "there.jinja"):
+        (tmp_path / name).touch()
+    (tmp_path / "spdbench.toml").write_text(f"[{command}]\n{given}", "utf-8")
+    monkeypatch.setenv("HOME", "/home/of-hers")
+    group = click.Context(spdbench)
+    for place, up in ((tmp_path / "below/deeper", "../.."), (tmp_path, "")):
+        monkeypatch.chdir(place)
+        params = spdbench.get_command(group, command)
+        assert params is not None
+        found = file_options(params, command, COMMANDS)
+        shown = {name: tuple(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
+        wanted = str(expected).replace("UP/", f"{up}/" if up else "").replace("HOME", "/home/of-hers")
+        assert shown == ast.literal_eval(wanted)
+
+
+def test_names_that_are_no_paths_are_those_that_are_known() -> None:
+    known = {CHAT_TEMPLATE: set(BUILT_IN), MODEL: {embedded.NAME}, DRAFTER: {"auto", "random"}}
+    assert all(not kind.may_be_path(name) for kind, names in known.items() for name in names)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "quick", "-m", ""], "-m: is empty"),
+        (["run", ""], "SUITE: is empty"),
+        (["run", "quick", "--results="], "--results: is empty"),
+        (["run", "quick", "--devices", ""], "--devices: is empty"),
+        (["run", "quick", "-b", "=vanilla"], "-b =vanilla: the label is empty"),
+        (["run", "quick", "-b", "x="], "-b x=: the backend is empty"),
+        (["run", "quick", "-b", "eagle", "--drafter", "eagle="], "--drafter eagle=: what drafts is empty"),
+        (["compare", ""], "RESULT: is empty"),
+        (["check", "x", "--baseline", ""], "--baseline: is empty"),
+        (["report", "x", "-o", ""], "-o: is empty"),
+        (["trace", ""], "RESULT: is empty"),
+        (["show", "x", ""], "PROMPT: is empty"),
+        (["suites", "--data", ""], "--data: is empty"),
+        (["train", "spd", "--data", "", "--out", "x"], "--data: is empty"),
+    ],
+)
+def test_an_empty_word_is_refused_in_one_line(
+    words: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shell makes one of a variable that is not set; taken as it is, it would mean the default, or this folder."""
+    monkeypatch.chdir(tmp_path)
+    assert run(words) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"Error: {expected}")
+    assert shown.count("\n") == 1
 
 
 def test_the_nearest_file_counts_and_the_command_line_beats_it(
@@ -217,69 +310,3 @@ def test_help_and_completion_work_whatever_the_file_holds(
     assert capsys.readouterr().out
     assert run(["run", "quick", "-m", "--help"]) == run(["suites", "--json"]) == 2
     assert "spdbench.toml: is not TOML" in capsys.readouterr().err
-
-
-def completions(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """What bash is told of `spdbench LINE`, kind and all."""
-    for name, value in {"_SPDBENCH_COMPLETE": "bash_complete", "COMP_WORDS": f"spdbench {line}"}.items():
-        monkeypatch.setenv(name, value)
-    assert run([]) == 0
-    monkeypatch.delenv("_SPDBENCH_COMPLETE")
-    return capsys.readouterr().out.splitlines()
-
-
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("co", ["plain,compare", "plain,completion"]),
-        ("run --keep", ["plain,--keep-drafts"]),
-        ("run gs", ["plain,gsm8k", "file,gs"]),
-        ("run quick -b me", ["plain,medusa"]),
-        ("run quick -b big=me", ["plain,medusa"]),  # bash replaces what comes behind the `=`
-        ("run quick --dtype float3", ["plain,float32"]),
-        ("run quick --dtype=float3", ["plain,float32"]),
-        ("backends rec", ["plain,recycling"]),
-        ("train me", ["plain,medusa"]),
-        *(
-            (f"{command} re", ["file,re"])
-            for command in ("compare", "check", "answers", "results", "report", "project")
-        ),
-        *((f"{command} 'a b/re", ["file,a b/re"]) for command in ("show", "trace", "import", "sweep")),
-        ("compare one two ", ["file,"]),
-        ("run quick --drafter my", ["file,my"]),
-        ("run quick -m my", ["file,my"]),
-    ],
-)
-def test_a_shell_completes_commands_options_names_and_files(
-    line: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert completions(line, monkeypatch, capsys) == expected
-
-
-def test_a_real_bash_completes_with_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One shell for all lines; it calls a stub, which says what `spdbench` would."""
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("no bash")
-    assert run(["completion", "bash"]) == 0
-    (tmp_path / "script").write_text(capsys.readouterr().out, "utf-8")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results here, too.json").touch()
-    (tmp_path / "stub").write_text('#!/bin/sh\nprintf "plain,resume\\nfile,res\\n"; echo "$COMP_WORDS" >>seen', "utf-8")
-    (tmp_path / "stub").chmod(0o755)
-    lines = (
-        'source ./script; COMP_LINE="spdbench compare res"; COMP_POINT=${#COMP_LINE}; COMP_WORDS=(spdbench compare res)'
-    )
-    call = "COMP_CWORD=2; _spdbench_completion ./stub; printf '%s\\n' \"${COMPREPLY[@]}\"; complete -p spdbench"
-    done = subprocess.run([bash, "-c", f"{lines}; {call}"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    *offered, registered = done.stdout.splitlines()
-    assert sorted(offered) == ["results", "results here, too.json", "resume"]
-    assert "-F _spdbench_completion spdbench" in registered
-    assert (tmp_path / "seen").read_text("utf-8") == "spdbench compare res\n"
-    assert not done.stderr
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_shells_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["completion", shell]) == 0
-    assert "_SPDBENCH_COMPLETE=" + shell in capsys.readouterr().out

@@ -74,7 +74,10 @@ def test_lossless_backends_answer_and_score_like_vanilla_sample_by_sample(
         assert other.tasks == vanilla.tasks
 
 
-def test_lm_evals_own_command_line_gives_what_eval_gives(evaluate: Evals) -> None:
+def test_lm_evals_own_command_line_gives_what_eval_gives(
+    evaluate: Evals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # no repository, of which lm-eval asks git
     evaluate("-b", "spd", "-o", "spd.executor=inline", "--drafter", "oracle:0.6", "--tasks", "gsm8k", "--limit", "2")
     ours = evaluate.file("gsm8k", "spd")
     arguments = f"backend=spd,model={evaluate.model},drafter=oracle:0.6,dtype=float32,threads=1,spd.executor=inline"
@@ -84,6 +87,7 @@ def test_lm_evals_own_command_line_gives_what_eval_gives(evaluate: Evals) -> Non
         *("--tasks", "gsm8k", "--limit", "2", *where),
     )
     assert said.code == 0, said.err
+    assert "not a git repository" not in capfd.readouterr().err
     [results] = (evaluate.folder / "theirs").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]["gsm8k"]
     assert {key: score.value for key, score in ours.tasks["gsm8k"].scores.items()} == {

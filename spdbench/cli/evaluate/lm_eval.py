@@ -7,7 +7,7 @@ import traceback
 
 import click
 
-from spdbench.cli.evaluate.lm_tasks import input_error_in, require_lm_eval, run_code_in_sandbox
+from spdbench.cli.evaluate.lm_tasks import input_error_in, quiet_git, require_lm_eval, run_code_in_sandbox
 from spdbench.cli.terminal import sigterm_interrupts
 from spdbench.errors import InputError, brief
 
@@ -38,6 +38,7 @@ def command(arguments: tuple[str, ...]) -> None:
     _register()
     if arguments[:1] != ("ls",) and not {"-h", "--help"}.intersection(arguments):
         run_code_in_sandbox(allowed=CONFIRMED in arguments)
+        quiet_git()
     before, sys.argv = sys.argv, ["spdbench lm-eval", *arguments]
     try:
         with sigterm_interrupts():

@@ -15,6 +15,7 @@ from typing import Any
 
 from spdbench.errors import InputError, brief, install_command
 from spdbench.judge.results.evaluation import EvalScore
+from spdbench.measure.environment import git_output
 from spdbench.measure.sandbox import passes, require_sandbox
 
 LOCAL = "--include-path DIR names a folder of task files over local JSONL; README, lm-eval, shows one"
@@ -141,6 +142,14 @@ def run_code_in_sandbox(*, allowed: bool) -> str:
     load.original = original  # type: ignore[attr-defined]
     evaluate.load = load
     return require_sandbox() if allowed else ""
+
+
+def quiet_git() -> None:
+    """lm-eval asks git for the commit of the current folder, which its results name; git prints nothing where that is
+    no repository."""
+    import lm_eval.evaluator
+
+    lm_eval.evaluator.get_git_commit_hash = lambda: git_output(Path(), "describe", "--always")
 
 
 def scores_of(metrics: Mapping[str, Any]) -> dict[str, EvalScore]:

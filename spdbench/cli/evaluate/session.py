@@ -14,14 +14,13 @@ from importlib.metadata import version
 from typing import Any
 
 import click
-import lm_eval.evaluator
 from lm_eval.evaluator import simple_evaluate
 from tabulate import tabulate
 
 from spdbench import __version__
 from spdbench.cli.evaluate.eval import EvalOptions
 from spdbench.cli.evaluate.lm_model import SpdbenchLM, with_ids
-from spdbench.cli.evaluate.lm_tasks import finite, input_error_in, scores_of
+from spdbench.cli.evaluate.lm_tasks import finite, input_error_in, quiet_git, scores_of
 from spdbench.cli.files import require_writable, result_path
 from spdbench.cli.setup import (
     drafter_record,
@@ -73,8 +72,7 @@ def evaluate(labels: Mapping[str, str], options: EvalOptions, manager: Any) -> N
 
 def _scored(model: SpdbenchLM, settings: EvalSettings, manager: Any) -> Mapping[str, Any]:
     """What lm-eval makes of the model's answers."""
-    # It asks git for the commit of the current folder, which prints an error where that is no repository.
-    lm_eval.evaluator.get_git_commit_hash = lambda: None
+    quiet_git()
     try:
         scored: Mapping[str, Any] = simple_evaluate(
             model=model,

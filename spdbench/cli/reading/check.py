@@ -14,6 +14,7 @@ import click
 
 from spdbench.cli.files import CALIBRATION, file_identity, read_calibration, result_paths, write_file, write_stdout
 from spdbench.cli.options import OUTPUT, PERCENT, argument, complete_files, flag, option, takes
+from spdbench.cli.parameters import FILES
 from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -35,14 +36,7 @@ class CheckOptions:
     """What is judged, by what limits, and what is written."""
 
     results: tuple[str, ...] = argument("NEW...", nargs=-1, required=True, shell_complete=complete_files)
-    baseline: str = option(
-        "--baseline",
-        None,
-        "FILE|DIR",
-        "The results that NEW must not fall behind.",
-        required=True,
-        shell_complete=complete_files,
-    )
+    baseline: str = option("--baseline", FILES, "FILE|DIR", "The results that NEW must not fall behind.", required=True)
     gate: str = option(
         "--gate",
         click.Choice(["exact", "timing", "all"]),

@@ -10,6 +10,7 @@ import click
 
 from spdbench.cli.files import result_paths, write_stdout
 from spdbench.cli.options import argument, complete_files, flag, option, takes
+from spdbench.cli.parameters import LABEL_OR_FILE
 from spdbench.cli.terminal import start_quickly
 from spdbench.errors import InputError
 
@@ -34,7 +35,7 @@ class CompareOptions:
     results: tuple[str, ...] = argument("RESULT...", nargs=-1, required=True, shell_complete=complete_files)
     baseline: str | None = option(
         "--baseline",
-        None,
+        LABEL_OR_FILE,
         "LABEL|FILE",
         "What speed-ups are relative to. Default: the run's first -b; of runs with different ones, the first vanilla.",
     )

@@ -21,6 +21,7 @@ from spdbench.cli.files import (
     write_whole_file,
 )
 from spdbench.cli.options import OUTPUT, complete_files
+from spdbench.cli.parameters import LABEL_OR_FILE, Argument, Option
 from spdbench.cli.terminal import start_quickly
 from spdbench.console import say
 from spdbench.errors import InputError
@@ -45,10 +46,11 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
 
 
 @click.command("report", short_help="Draw a comparison: one HTML page, or one chart as a file.")
-@click.argument("results", metavar="RESULT...", nargs=-1, required=True, shell_complete=complete_files)
+@click.argument("results", cls=Argument, metavar="RESULT...", nargs=-1, required=True, shell_complete=complete_files)
 @click.option(
     "-o",
     "--out",
+    cls=Option,
     type=OUTPUT,
     metavar="FILE",
     help="Where to write. [default: report.html, or CHART.FORMAT]",
@@ -61,7 +63,11 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
     help="Of a chart: paper is one column of two (3.35 in), paper-wide is both (7 in). [default: screen]",
 )
 @click.option(
-    "--baseline", metavar="LABEL|FILE", help="What speed-ups are relative to. Default: that of `spdbench compare`."
+    "--baseline",
+    cls=Option,
+    type=LABEL_OR_FILE,
+    metavar="LABEL|FILE",
+    help="What speed-ups are relative to. Default: that of `spdbench compare`.",
 )
 @click.option(
     "--history",

@@ -11,6 +11,7 @@ import click
 
 from spdbench.cli.files import write_stdout
 from spdbench.cli.options import PATH, WHOLE
+from spdbench.cli.parameters import Argument
 from spdbench.cli.reading.trace import read_kept
 from spdbench.errors import InputError, did_you_mean
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @click.command("show", short_help="Show an answer token by token, with its drafts.")
-@click.argument("result", metavar="RESULT", type=PATH)
-@click.argument("prompt", metavar="[PROMPT]", required=False)
+@click.argument("result", cls=Argument, metavar="RESULT", type=PATH)
+@click.argument("prompt", cls=Argument, metavar="[PROMPT]", required=False)
 @click.option("--turn", type=WHOLE, default=0, show_default=True, help="Which turn of the conversation.")
 @click.option("--repeat", type=WHOLE, default=0, show_default=True, help="Which repeat.")
 def command(result: Path, prompt: str | None, turn: int, repeat: int) -> None:

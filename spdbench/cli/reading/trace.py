@@ -10,6 +10,7 @@ import click
 
 from spdbench.cli.files import require_free_output, write_whole_file
 from spdbench.cli.options import OUTPUT, PATH
+from spdbench.cli.parameters import Argument, Option
 from spdbench.console import say
 from spdbench.errors import InputError
 
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 
 @click.command("trace", short_help="Write what every lane did as a trace for Perfetto.")
-@click.argument("result", metavar="RESULT", type=PATH)
+@click.argument("result", cls=Argument, metavar="RESULT", type=PATH)
 @click.option(
     "-o",
     "--out",
+    cls=Option,
     type=OUTPUT,
     metavar="FILE",
     default=Path("trace.json"),

@@ -16,9 +16,9 @@ from spdbench.cli.options import (
     FiniteRange,
     ModelOptions,
     argument,
-    complete_files,
     option,
 )
+from spdbench.cli.parameters import MODEL
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.prompts.chat import ChatFormat, ConversationRefusedError, PlainText
@@ -50,11 +50,7 @@ class SuiteOptions(ModelOptions):
     seed: int | None = option("--seed", WHOLE, "S", "[default: the suite's, else 0]")
     data: Path | None = option("--data", PATH, "DIR", "Where the suite's files lie.")
     model: str | None = option(
-        "-m --model",
-        None,
-        "MODEL",
-        "Hub id, local folder or GGUF file. [default: the suite's, else smollm2]",
-        shell_complete=complete_files,
+        "-m --model", MODEL, "MODEL", "Hub id, local folder or GGUF file. [default: the suite's, else smollm2]"
     )
 
 

@@ -25,6 +25,7 @@ from spdbench.cli.options import (
     option,
     takes,
 )
+from spdbench.cli.parameters import KEY_VALUE
 from spdbench.cli.terminal import sigterm_interrupts
 
 SHARE = FiniteRange(min=0, max=1, min_open=True, max_open=True)
@@ -44,7 +45,7 @@ class TrainOptions(TargetOptions):
     )
     layout: str = option("--format", None, "NAME", "Layout of the files.", "spdbench")
     lr: float = option("--lr", POSITIVE, None, "Learning rate.", 1e-3)
-    options: tuple[str, ...] = keyed("-o", "KEY=VALUE", "An option of the method.")
+    options: tuple[str, ...] = keyed("-o", "KEY=VALUE", "An option of the method.", KEY_VALUE)
     seed: int = option("--seed", WHOLE, None, "Of first weights, the order of the data, and what is held out.", 0)
     batch_tokens: int = option("--batch-tokens", COUNT, None, "Tokens a forward, padded.", 512)
     accumulate: int = option("--accumulate", COUNT, None, "Forwards a step.", 1)
