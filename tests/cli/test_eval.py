@@ -130,6 +130,7 @@ def test_suite_draws_scored_prompts_from_a_task(evaluate: Evals) -> None:
             ("--tasks", "gsm9k"),
             "--tasks gsm9k: lm-eval knows no task, group or tag of that name; did you mean 'gsm8k'?",
         ),
+        (("--tasks", "nothing"), "of task files over local JSONL; docs/lm-eval.md shows one"),
         (("--tasks", ","), "--tasks: names no task"),
         (
             ("--tasks", "humaneval"),

@@ -99,6 +99,10 @@ def test_nothing_is_deleted_unasked(folder: Path) -> None:
     assert files(folder) == before
 
 
+def test_where_no_result_fits_it_says_of_how_many(folder: Path) -> None:
+    assert spdbench("results", folder / "new.json", "--suite", "other").err == "No result fits, of 1 file.\n"
+
+
 def answered(word: str, monkeypatch: pytest.MonkeyPatch) -> Said:
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("click.termui.visible_prompt_func", lambda _: word)

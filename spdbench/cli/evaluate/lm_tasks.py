@@ -18,7 +18,7 @@ from spdbench.judge.results.evaluation import EvalScore
 from spdbench.measure.environment import git_output
 from spdbench.measure.sandbox import passes, require_sandbox
 
-LOCAL = "--include-path DIR names a folder of task files over local JSONL; README, lm-eval, shows one"
+LOCAL = "--include-path DIR names a folder of task files over local JSONL; docs/lm-eval.md shows one"
 
 
 def require_lm_eval() -> None:

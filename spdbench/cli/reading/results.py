@@ -102,7 +102,7 @@ def command(options: ResultsOptions) -> None:
         write_stdout(json.dumps([vars(each) for each in found], indent=2) + "\n")
         return
     if not found:
-        say(f"No result fits; {len(listed)} files were looked at.")
+        say(f"No result fits, of {counted(len(listed), 'file')}.")
         return
     write_stdout(_table(found, Console(file=sys.stdout)))
     if options.delete:
