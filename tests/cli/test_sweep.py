@@ -21,7 +21,7 @@ from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import read_result
-from tests.cli.run_helpers import spdbench
+from tests.cli.run_helpers import spdbench, write_suite
 from tests.cli.sweeps import EXAMPLE, results, run, write
 from tests.unit.judge.projection.projected import pipeline_result, vanilla_result
 
@@ -180,6 +180,34 @@ def test_mistake_is_one_message_before_any_work(
     assert message in said.err
     assert said.err.startswith(f"Error: {tmp_path / 'sweep.yaml'}: ")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"model": "./absent"}, "-m ./absent: no such folder or file"),
+        ({"model": "absent"}, "-m absent: no such folder or file"),
+        ({"model": "{folder}"}, "{folder}: not a model folder, it has no config.json"),
+        ({"model": "{folder}/mini.yaml"}, "mini.yaml: is a file but not a .gguf"),
+        ({"model": None, "suite": "{folder}/own.yaml"}, "-m ./absent: no such folder or file"),
+        ({"devices": "cpu,cuda:999"}, "--devices cuda:999: this machine has "),
+        ({"devices": "gpu"}, "--devices gpu: not a device. Allowed: cpu, cuda:0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_models_and_devices_that_are_not_here_are_refused_before_any_work(
+    sweep: dict[str, Any], tmp_path: Path, fixed: dict[str, str | None], message: str
+) -> None:
+    write_suite(tmp_path, name="own", model="./absent")
+    sweep["fixed"] |= {key: value and value.format(folder=tmp_path) for key, value in fixed.items()}
+    for words in (("--dry-run",), ()):
+        said = run(tmp_path, sweep, *words)
+        assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+        assert said.err.startswith(f"Error: {tmp_path / 'sweep.yaml'}: stages-2-drafters-oracle-0.5_")
+        assert message.format(folder=tmp_path) in said.err
+        assert not results(tmp_path)
+    there = run(tmp_path, sweep, "--dry-run", "--on", "slurm")  # models and devices are those of its nodes
+    assert (there.code, len(there.out.splitlines()), there.err) == (0, 4, "")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "name: x\nname: y"])

@@ -53,6 +53,7 @@ def _sweep(options: SweepOptions) -> int:
     """The exit code: 1 if a point failed."""
     from spdbench.cli.sweep.best import best_snippet, require_metric
     from spdbench.cli.sweep.drawn import check_output, draw, write_report
+    from spdbench.cli.sweep.local import require_models_and_devices
     from spdbench.cli.sweep.points import read_sweep
     from spdbench.cli.sweep.progress import failures, open_log
     from spdbench.cli.terminal import sigterm_interrupts
@@ -65,13 +66,18 @@ def _sweep(options: SweepOptions) -> int:
         check_output("--report", options.report, force=options.force)
     file, points = read_sweep(options.file)
     folder = options.results or Path("results") / file.name
+    here = options.on == "local"
     if options.dry_run:
+        if here:
+            require_models_and_devices(options.file, points)
         write_stdout("".join(f"{point.shown(folder)}\n" for point in points))
         return 0
     place = importlib.import_module(f"spdbench.cli.sweep.{PLACES[options.on]}")
     run = place.connect(getattr(file, options.on, {}))
     with sigterm_interrupts(), open_log(folder) as log:
         todo = [point for point in points if not log.is_done(point)]
+        if here:
+            require_models_and_devices(options.file, todo)
         say(f"{file.name}: {len(points)} points, of which {len(points) - len(todo)} are done.")
         outcomes = []
         with closing(run(todo, folder)) as ended:  # an interruption here also ends what still runs

@@ -13,6 +13,10 @@ from typing import Any, Protocol
 
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome
+from spdbench.errors import InputError
+from spdbench.models.checkpoints import embedded
+from spdbench.models.checkpoints.config import read_raw_config
+from spdbench.models.checkpoints.folders import typed_model
 from spdbench.processors import die_with
 
 LONGEST_NOTE = 300
@@ -23,6 +27,40 @@ class Runner(Protocol):
     its end, it ends what still runs."""
 
     def __call__(self, points: Sequence[Point], folder: Path) -> Generator[Outcome]: ...
+
+
+def require_models_and_devices(file: Path, points: Sequence[Point]) -> None:
+    """Refuses points that cannot run on this machine, as far as that is known without weights, network and, for the
+    CPU, torch.
+
+    Raises:
+        InputError: a device is not there, or no model at the path that is named; names `file`, the sweep's, and
+            the first such point.
+    """
+    models, devices = dict[str, str](), dict[str, str]()
+    for point in points:
+        if point.model is not None:
+            models.setdefault(point.model, point.name)
+        for device in point.devices:
+            devices.setdefault(device, point.name)
+    for checks, check in ((models, _require_model), (devices, _require_device)):
+        for what, name in checks.items():
+            try:
+                check(what)
+            except InputError as error:
+                raise InputError(f"{file}: {name}: {error}") from None
+
+
+def _require_model(model: str) -> None:
+    if model != embedded.NAME and (path := typed_model(model)) is not None and path.is_dir():
+        read_raw_config(path)
+
+
+def _require_device(device: str) -> None:
+    if device != "cpu":
+        from spdbench.models.target import find_device
+
+        find_device(device)
 
 
 def connect(_settings: Mapping[str, Any]) -> Runner:

@@ -51,14 +51,20 @@ class SweepFile(BaseModel):
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep: its `words` after `spdbench run`, without where its results go. `name` follows from the words
-    and the suite's content, so it stays the same whatever else changes in the file."""
+    and the suite's content, so it stays the same whatever else changes in the file. `model` is the one that words or
+    suite name, and `devices` are those that the words name."""
 
     name: str
     settings: Settings
     words: tuple[str, ...]
     suite: str
     labels: tuple[str, ...]
-    num_gpus: int
+    model: str | None
+    devices: tuple[str, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(device.startswith("cuda") for device in self.devices)
 
     def command(self, results: Path | str) -> list[str]:
         """The whole command."""
@@ -128,7 +134,7 @@ class _Reader:
     def __init__(self, fixed: Settings, defaults: Settings) -> None:
         self._fixed = fixed
         self._defaults = defaults
-        self._suites: dict[tuple[str, Any], tuple[str, str]] = {}
+        self._suites: dict[tuple[str, Any], tuple[str, str, str | None]] = {}
 
     def point(self, where: str, own: Settings) -> Point:
         words = tuple(run_words(where, merged(where, self._fixed, own, KEYS)))
@@ -143,21 +149,20 @@ class _Reader:
             if len(levels := options.concurrency or ()) > 1:
                 found = ",".join(map(str, levels))
                 raise InputError(f"concurrency: {found}: a point has one number of requests at once; list them in grid")
-            suite_name, sha256 = self._suite(options)
+            suite_name, sha256, model = self._suite(options)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
         name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
-        num_gpus = sum(device.startswith("cuda") for device in options.devices or ())
-        return Point(name, own, words, suite_name, tuple(labels), num_gpus)
+        return Point(name, own, words, suite_name, tuple(labels), options.model or model, options.devices or ())
 
-    def _suite(self, options: RunOptions) -> tuple[str, str]:
-        """Name and hash of the point's suite."""
+    def _suite(self, options: RunOptions) -> tuple[str, str, str | None]:
+        """Name and hash of the point's suite, and the model that it names."""
         key = (options.suite, options.data)
         if key not in self._suites:
             suite = load_suite(options.suite, options.data, may_run_code=options.allow_code_execution)
-            self._suites[key] = suite.name, suite.sha256
+            self._suites[key] = suite.name, suite.sha256, suite.model
         return self._suites[key]
 
 

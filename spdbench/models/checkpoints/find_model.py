@@ -14,7 +14,7 @@ from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints import embedded
-from spdbench.models.checkpoints.folders import SOURCE_NOTE, cache_folder, typed_path
+from spdbench.models.checkpoints.folders import SOURCE_NOTE, cache_folder, typed_model
 from spdbench.models.checkpoints.tokenizer_files import tokenizer_sha256
 from spdbench.models.checkpoints.weights import Checkpoint, sha256_of_files
 from spdbench.models.hf import library
@@ -52,18 +52,10 @@ def find_model(name: str) -> ModelFiles:
     """
     if name == embedded.NAME:
         return _from_gguf(name, embedded.embedded_gguf())
-    path = typed_path(name)
-    if os.path.isfile(path):  # Path.is_file raises for names too long to be one
-        if path.suffix != ".gguf":
-            raise InputError(f"-m {name}: is a file but not a .gguf; give a model folder, a GGUF file, or a hub id")
-        return _from_gguf(path.stem, path)
-    if os.path.isdir(path):
-        return _from_folder(path.resolve().name, path)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(
-            f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`."
-        )
-    return _from_folder(name, download(name))
+    path = typed_model(name)
+    if path is None:
+        return _from_folder(name, download(name))
+    return _from_folder(path.resolve().name, path) if os.path.isdir(path) else _from_gguf(path.stem, path)
 
 
 def _from_folder(identity: str, directory: Path) -> ModelFiles:

@@ -52,6 +52,26 @@ def typed_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def typed_model(name: str) -> Path | None:
+    """The model folder or GGUF file that a user typed, other than the embedded model; None for a name on the hub.
+
+    Raises:
+        InputError: there is none at this path, and a hub id (OWNER/NAME) looks otherwise.
+    """
+    path = typed_path(name)
+    if os.path.isfile(path):  # Path.is_file raises for names too long to be one
+        if path.suffix != ".gguf":
+            raise InputError(f"-m {name}: is a file but not a .gguf; give a model folder, a GGUF file, or a hub id")
+        return path
+    if os.path.isdir(path):
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(
+            f"-m {name}: no such folder or file, and not a hub id (OWNER/NAME). The embedded model is `smollm2`."
+        )
+    return None
+
+
 def drafter_folders() -> list[Path]:
     """The folders that are searched for drafters, first to last; they need not exist."""
     own = os.environ.get("SPDBENCH_DRAFTERS")
