@@ -3,11 +3,13 @@
     seconds = max(bytes / (0.8 x bandwidth), 2 x parameters x rows / (0.6 x flops)) + launches x 2 us
 
 `bytes` are the weights that the part reads, for a layer with its keys and values of `context` tokens, for a draft with
-the rows of the target's head that the drafter borrows. Weights count in the target's dtype, also those that lie in 8
-bits in a drafter's file. A layer takes one launch (its kernels are replayed from a graph), as do the head and a draft's
-level. A message takes the link's latency
-and bytes / (0.8 x its bandwidth). Source of the form: S. Williams, A. Waterman, D. Patterson, "Roofline" (CACM 2009).
-The efficiencies are what well-made kernels reach at batch 1; the launch is what a node of a CUDA graph takes.
+the rows of the target's head that the drafter borrows. A recurrent layer has no keys and values: each row reads its
+state and writes the next one, since a rejected token needs the one before. Of a mixture's experts `rows` rows read as
+many as they are routed to, where all are equally likely: 1 - (1 - share)^rows of them. Weights count in the target's
+dtype, also those that lie in 8 bits in a drafter's file. A layer takes one launch (its kernels are replayed from a
+graph), as do the head and a draft's level. A message takes the link's latency and bytes / (0.8 x its bandwidth). Source
+of the form: S. Williams, A. Waterman, D. Patterson, "Roofline" (CACM 2009). The efficiencies are what well-made kernels
+reach at batch 1; the launch is what a node of a CUDA graph takes.
 
 Bandwidths and dense 16-bit tensor flops are the vendors' (NVIDIA's datasheets of each card). Datasheets state no
 latency: 5 us for a message over NVLink and 15 us over PCIe are what NCCL's small sends take.
@@ -23,6 +25,8 @@ BANDWIDTH_SHARE, FLOPS_SHARE, LAUNCH_S = 0.8, 0.6, 2e-6
 CONTEXTS = (128, 1024, 4096)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MESSAGE_ROWS = (1, 64)
+STATE_PASSES = 2
+"""A row of a recurrent layer reads the state before it and writes the one behind it."""
 VERIFY_S, HOST_S = 20e-6, 20e-6
 """A verdict is an id's way to the host and its comparison there; the host's share is Python between two launches."""
 
@@ -54,14 +58,22 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model, in bytes: one layer's weights, the head's, a layer's keys and values of one token, and a row of
-    hidden states."""
+    """Of a model, in bytes: one layer's weights, the head's, a layer's keys and values of one token, a row of hidden
+    states, and a layer's recurrent state. Of layers these are means over all: those of one kind have no share in the
+    other's. `experts` are those of `layer` among which a router chooses, and `routed` the share that a token passes."""
 
     layer: float
     head: float
     kv: float
     row: int
     itemsize: int
+    state: float = 0.0
+    experts: float = 0.0
+    routed: float = 1.0
+
+    def layer_read(self, rows: int) -> float:
+        """Bytes of a layer's weights that a forward of so many rows reads."""
+        return self.layer - self.experts * (1 - self.routed) ** rows
 
 
 @dataclass(frozen=True)
@@ -80,15 +92,17 @@ def computed_seconds(device: Datasheet, sizes: Sizes, drafters: tuple[DrafterSiz
     """All entries of the profile of a model on `device`."""
 
     def seconds(weights: float, rows: int, others: float = 0.0) -> float:
+        """Of `weights` that each row is multiplied with, and `others` that are only read."""
         memory_s = (weights + others) / (BANDWIDTH_SHARE * device.bandwidth)
         return max(memory_s, 2 * weights / sizes.itemsize * rows / (FLOPS_SHARE * device.flops)) + LAUNCH_S
 
-    found = {make_key("verify"): VERIFY_S, make_key("host"): HOST_S}
+    found, each_row = {make_key("verify"): VERIFY_S, make_key("host"): HOST_S}, sizes.layer_read(1)
     for rows in ROWS:
         found[make_key("head", rows=rows)] = seconds(sizes.head, rows)
         for context in CONTEXTS:
             key = make_key("layer", context=context, rows=rows)
-            found[key] = seconds(sizes.layer, rows, context * sizes.kv)
+            others = sizes.layer_read(rows) - each_row + context * sizes.kv + STATE_PASSES * rows * sizes.state
+            found[key] = seconds(each_row, rows, others)
     for drafter in drafters:
         fields = dict(drafter.fields)
         for levels in (1, 4) if "tree" in fields else (None,):

@@ -6,6 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import closing
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from spdbench.judge.loaded import load
 from spdbench.judge.projection.costs import ProfileCosts
 from spdbench.judge.projection.opponents import BreakEven
 from spdbench.judge.projection.recorded import sort_results
+from spdbench.models.checkpoints.config import ModelConfig
+from spdbench.models.checkpoints.weights import Checkpoint
 from spdbench.models.partition import split_evenly
 from spdbench.models.target import Target
 from spdbench.profiles.datasheet import BANDWIDTH_SHARE, DEVICES, LAUNCH_S
@@ -304,6 +308,37 @@ def test_a_datasheet_gives_a_computed_profile(tiny_model: Path) -> None:
     assert layers[0] is not None
     assert layers[1] is not None
     assert layers[0] < layers[1]
+
+
+def test_a_computed_recurrent_layer_has_a_state_in_place_of_keys_and_values(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model", "qwen3_5_text")
+    words = ("-m", model, "--dtype", "bfloat16", "--from", "l4")
+    found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
+    config = tiny.load(model).config
+    assert isinstance(config, ModelConfig)
+    assert config.recurrent is not None
+    recurrent, speed = len(config.recurrent.layers), BANDWIDTH_SHARE * DEVICES["l4"].bandwidth
+    kv = 2 * 2 * config.num_kv_heads * config.head_dim * (config.num_layers - recurrent) / config.num_layers
+    state = config.recurrent.state_bytes(2) * recurrent / config.num_layers
+    layer_s = {(rows, context): found.layer_s(rows, context) or 0.0 for rows in (1, 8) for context in (128, 4096)}
+    assert layer_s[1, 4096] - layer_s[1, 128] == pytest.approx((4096 - 128) * kv / speed)
+    assert layer_s[8, 128] - layer_s[1, 128] == pytest.approx(2 * (8 - 1) * state / speed)
+
+
+def test_a_computed_mixture_reads_the_experts_that_a_token_passes(tmp_path: Path) -> None:
+    model = tiny.make_model(tmp_path / "model", "qwen3_moe")
+    words = ("-m", model, "--dtype", "bfloat16", "--from", "l4")
+    found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
+    config = tiny.load(model).config
+    assert isinstance(config, ModelConfig)
+    experts = config.experts
+    assert experts is not None
+    with closing(Checkpoint(model)) as checkpoint:
+        shapes = [shape for name, shape in checkpoint.shapes().items() if ".experts." in name]
+    routed = 2 * sum(map(prod, shapes)) / config.num_layers
+    more_s = (found.layer_s(256, 128) or 0.0) - (found.layer_s(1, 128) or 0.0)
+    unread = 1 - experts.per_token / experts.count
+    assert more_s == pytest.approx(routed * unread / (BANDWIDTH_SHARE * DEVICES["l4"].bandwidth), rel=1e-3)
 
 
 def test_a_computed_draft_reads_the_borrowed_head_and_matrices_as_they_are_computed_with(

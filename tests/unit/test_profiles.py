@@ -141,6 +141,27 @@ def test_one_row_is_bound_by_memory_and_many_by_arithmetic() -> None:
     assert found[make_key("layer", context=128, rows=256)] > alone
 
 
+def test_each_row_of_a_recurrent_layer_reads_a_state_and_writes_one_whatever_the_context() -> None:
+    device, sizes = DEVICES["a100-80"], Sizes(layer=100e6, head=200e6, kv=0, row=2304, itemsize=2, state=1e6)
+    found = computed_seconds(device, sizes, ())
+    speed = BANDWIDTH_SHARE * device.bandwidth
+    for rows in (1, 8):
+        for context in (128, 4096):
+            expected = (100e6 + 2 * rows * 1e6) / speed + LAUNCH_S
+            assert found[make_key("layer", context=context, rows=rows)] == pytest.approx(expected)
+
+
+def test_rows_read_the_experts_that_they_are_routed_to_and_each_is_multiplied_with_its_own() -> None:
+    device = DEVICES["a100-80"]
+    sizes = Sizes(layer=1000e6, head=200e6, kv=0, row=2304, itemsize=2, experts=800e6, routed=1 / 8)
+    found = computed_seconds(device, sizes, ())
+    speed = BANDWIDTH_SHARE * device.bandwidth
+    read = {1: 300e6, 2: 200e6 + 800e6 * (1 - (7 / 8) ** 2), 64: 1000e6}
+    for rows, num_bytes in read.items():
+        seconds = found[make_key("layer", context=128, rows=rows)]
+        assert seconds == pytest.approx(num_bytes / speed + LAUNCH_S, rel=1e-3)
+
+
 def test_a_tree_takes_a_drafter_level_by_level_and_a_pipeline_once() -> None:
     sizes = Sizes(layer=100e6, head=200e6, kv=1e3, row=2304, itemsize=2)
     drafters = (

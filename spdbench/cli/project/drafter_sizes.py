@@ -53,7 +53,7 @@ def drafter_sizes(target: Target, sizes: Sizes) -> Iterator[DrafterSize]:
         if method == "medusa":
             yield DrafterSize(method, "assumed", block, fields, sizes.head)
         else:
-            yield DrafterSize(method, "assumed", sizes.layer + sizes.head, fields)
+            yield DrafterSize(method, "assumed", sizes.layer_read(1) + sizes.head, fields)
 
 
 def _size_of(folder: Path, config: Mapping[str, Any], target: Target) -> DrafterSize:

@@ -14,7 +14,7 @@ from spdbench.cli.files import require_free_output, write_stdout, write_whole_fi
 from spdbench.cli.options import OUTPUT, TargetOptions, flag, option, takes
 from spdbench.console import say
 from spdbench.errors import InputError
-from spdbench.profiles.datasheet import DEVICES
+from spdbench.profiles.datasheet import DEVICES, Sizes, computed_seconds
 
 if TYPE_CHECKING:
     from spdbench.models.target import Target
@@ -107,21 +107,9 @@ def _computed(target: Target, name: str) -> Profile:
     from datetime import UTC, datetime
 
     from spdbench.cli.project.drafter_sizes import drafter_sizes
-    from spdbench.profiles.datasheet import DEVICES, Sizes, computed_seconds
     from spdbench.profiles.profile import ModelShape, Profile
 
-    config, itemsize = target.config, target.dtype.itemsize
-    head = config.vocab_size * config.hidden_size * itemsize
-    ends = head if getattr(config, "tied", True) else 2 * head
-    kv_width = 2 * getattr(config, "num_kv_heads", 0) * getattr(config, "head_dim", 0)
-    sizes = Sizes(
-        layer=(target.num_bytes - ends) / config.num_layers,
-        head=head,
-        kv=kv_width * itemsize,
-        row=config.hidden_size * itemsize,
-        itemsize=itemsize,
-    )
-    device = DEVICES[name]
+    config, sizes, device = target.config, _sizes(target), DEVICES[name]
     return Profile(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         origin="computed",
@@ -136,6 +124,27 @@ def _computed(target: Target, name: str) -> Profile:
             hidden_size=config.hidden_size,
         ),
         seconds=computed_seconds(device, sizes, tuple(drafter_sizes(target, sizes))),
+    )
+
+
+def _sizes(target: Target) -> Sizes:
+    """What a forward of `target` reads. Of a model on transformers' layers keys, values and states are unknown, and
+    count as none."""
+    config, itemsize = target.config, target.dtype.itemsize
+    head = config.vocab_size * config.hidden_size * itemsize
+    ends = head if getattr(config, "tied", True) else 2 * head
+    kv_width = 2 * getattr(config, "num_kv_heads", 0) * getattr(config, "head_dim", 0)
+    recurrent, experts = getattr(config, "recurrent", None), getattr(config, "experts", None)
+    share = len(recurrent.layers) / config.num_layers if recurrent else 0.0
+    return Sizes(
+        layer=(target.num_bytes - ends) / config.num_layers,
+        head=head,
+        kv=(1 - share) * kv_width * itemsize,
+        row=config.hidden_size * itemsize,
+        itemsize=itemsize,
+        state=share * recurrent.state_bytes(itemsize) if recurrent else 0.0,
+        experts=experts.parameters(config.hidden_size) * itemsize / config.num_layers if experts else 0.0,
+        routed=experts.per_token / experts.count if experts and experts.count else 1.0,
     )
 
 

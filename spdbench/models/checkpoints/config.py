@@ -44,6 +44,10 @@ class Experts:
     layers: frozenset[int]
     shared_size: int = 0
 
+    def parameters(self, hidden_size: int) -> int:
+        """Of all experts in all layers that a router chooses from: three matrices each."""
+        return len(self.layers) * self.count * 3 * hidden_size * self.intermediate_size
+
 
 @dataclass(frozen=True)
 class RecurrentSizes:
