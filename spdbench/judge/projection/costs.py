@@ -23,9 +23,6 @@ from spdbench.judge.projection.recorded import (
 from spdbench.judge.results.table import COLUMN
 from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
 
-DEFAULT_WIDTH_BYTES = 8192
-"""Of a hidden state in a message, where no profile says how wide the model is."""
-
 
 class Costs(Protocol):
     """Seconds on one device. A method returns None for what the source cannot say."""

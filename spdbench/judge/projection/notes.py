@@ -23,7 +23,7 @@ REPLICAS = (
 
 def notes(recorded: Recorded, rows: Sequence[PipelineRow], costs: Costs, setting: Setting) -> list[str]:
     """Doubts first, each in one sentence."""
-    found = [*_flagged(recorded), *_incomplete(recorded), REPLICAS, *costs.notes]
+    found = [*_flagged(recorded), *_warned(recorded), *_incomplete(recorded), REPLICAS, *costs.notes]
     if setting.concurrency == 1 and costs.layer_s(2) is not None:
         found.append(
             "--concurrency N also shows all ways to decode, replicas among them, under 1 to N requests at once"
@@ -40,6 +40,18 @@ def _flagged(recorded: Recorded) -> Iterator[str]:
             if flag.name in DISQUALIFYING:
                 found.setdefault(f"{flag.reason} ({flag.name})", []).append(label)
     yield from (f"{', '.join(names)}: {reason}" for reason, names in found.items())
+
+
+def _warned(recorded: Recorded) -> Iterator[str]:
+    """All flags that disqualify nothing, such as that of a busy machine, in one note: they say how far to trust the
+    results from which everything here follows."""
+    found: dict[str, list[str]] = {}
+    for result, label in labels(recorded.all).items():
+        for name in {flag.name: None for flag in result.flags if flag.name not in DISQUALIFYING}:
+            found.setdefault(name, []).append(label)
+    if found:
+        shown = "; ".join(f"{name} ({', '.join(names)})" for name, names in found.items())
+        yield f"the results carry warnings, which `spdbench compare` explains: {shown}"
 
 
 def _incomplete(recorded: Recorded) -> Iterator[str]:

@@ -429,6 +429,14 @@ def test_what_casts_doubt_on_a_result_is_one_note(doubtful: LoadedResult, note: 
     assert not any(re.search(note, each) for each in project(sound, RecordedCosts(sound), setting(2)).notes)
 
 
+def test_flags_that_only_warn_are_named_together_and_those_that_disqualify_are_not_among_them() -> None:
+    recorded = sort_results([vanilla(), pipeline(drafter=ORACLE)])
+    found = project(recorded, RecordedCosts(recorded), setting(2)).notes
+    (warned,) = [note for note in found if note.startswith("the results carry warnings")]
+    assert "few_prompts (vanilla, spd); slow_baseline (vanilla)" in warned
+    assert "synthetic_drafter" not in warned
+
+
 # Branches
 
 
