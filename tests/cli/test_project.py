@@ -217,6 +217,15 @@ def test_bad_input_has_one_message(files: Path, words: tuple[str, ...], why: str
     assert why in refusal(files, *words)
 
 
+@pytest.mark.parametrize("lane_bytes", [[0, 60, 80], [0, 0, 0]])
+def test_lanes_without_bytes_do_not_tell_the_heads_share(tmp_path: Path, lane_bytes: list[int]) -> None:
+    result = pipeline_result()
+    backend = result.backend.model_copy(update={"lane_bytes": lane_bytes})
+    write_result(result.model_copy(update={"backend": backend}), tmp_path / "spd.json")
+    write_result(vanilla_result(), tmp_path / "vanilla.json")
+    assert "how much of a token's time is the output head's" in refusal(tmp_path, "--stages", "2")
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [

@@ -119,7 +119,8 @@ class RecordedCosts:
             lane_bytes, layers = result.head.backend.lane_bytes, result.head.backend.stage_layers
             if len(lane_bytes) > 1 and by_layers(result.head.backend) is not None:
                 layer = min(num_bytes / count for num_bytes, count in zip(lane_bytes, layers, strict=True) if count)
-                return max(0.0, 1 - layer * sum(layers) / sum(lane_bytes))
+                if layer:  # else a lane has layers and no bytes: the engine did not say what it reads
+                    return max(0.0, 1 - layer * sum(layers) / sum(lane_bytes))
         refuse("how much of a token's time is the output head's", self.recorded.remeasure())
 
     def layer_s(self, rows: float, requests: int = 1) -> float | None:  # noqa: ARG002 - of one row there is one
