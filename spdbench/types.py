@@ -158,7 +158,8 @@ class EngineReport:
     """What an engine reports of a finished request in addition to its steps; None for what it does not report.
 
     `finish` is why it stopped, for engines whose end of sequence is no token of the answer. `num_cached_tokens` are
-    those of the prompt that a cache answered; `decode_s` is the decode time by the engine's own clock.
+    those of the prompt that a cache answered; `decode_s` is the decode time by the engine's own clock. `contradiction`
+    says which of its counts contradict each other.
     """
 
     text: str | None = None
@@ -167,6 +168,7 @@ class EngineReport:
     drafts: DraftCounts | None = None
     num_cached_tokens: int | None = None
     decode_s: float | None = None
+    contradiction: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from spdbench.judge.metrics.metrics import Metrics
 from spdbench.judge.results.embedded import is_report, read_report
 from spdbench.judge.results.reader import read_detailed_runs, read_runs
 from spdbench.judge.results.schema import Flag, Result, Run
-from spdbench.judge.results.table import RunTable, table_from
+from spdbench.judge.results.table import STEP_COLUMNS, RunTable, table_from
 from spdbench.judge.timeline import step_tokens
 from spdbench.processors import usable_cores
 
@@ -26,6 +26,8 @@ MAX_BYTES_PER_S = 1e18
 """A read bandwidth above this comes from a damaged file."""
 WORTHWHILE_BYTES = 24 * 2**20
 """Files of less than this together are read before a second process would have started."""
+DRAFTING = ("each response of vLLM", "each response of SGLang", "vLLM's counters")
+"""Sources of acceptance that only servers with drafts have, whether or not any request has counts to believe."""
 MAX_PROCESSES = 8
 FILES_AT_ONCE = 8
 
@@ -79,9 +81,15 @@ class LoadedResult:
         return self.head.backend.other_model is not None and self.known_devices is None
 
     @cached_property
-    def drafts(self) -> bool:
-        """True if any draft is known to have been accepted."""
-        return bool((self.metrics["acceptance_length"] or 1.0) > 1.0)
+    def drafts(self) -> bool | None:
+        """Whether it drafts, by what was drafted and not by what was accepted of that; None where nothing says it."""
+        backend = self.head.backend
+        if "drafts" not in backend.unknown:
+            return bool(self.runs.steps[[STEP_COLUMNS.index(name) for name in ("drafted", "accepted")]].any())
+        counted = [each for each in self.runs.drafts if each is not None and each.rounds]
+        if any(each.drafted is None or each.drafted for each in counted):
+            return True
+        return False if counted else backend.chosen.get("acceptance", "").startswith(DRAFTING) or None
 
     @cached_property
     def num_begun(self) -> int:

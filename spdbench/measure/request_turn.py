@@ -232,6 +232,7 @@ def _reported_fields(report: EngineReport) -> dict[str, object]:
     if report.num_prompt_tokens is not None:
         fields["num_prompt_tokens"] = report.num_prompt_tokens
     fields |= {"num_cached_tokens": report.num_cached_tokens, "engine_decode_s": report.decode_s}
+    fields["contradiction"] = report.contradiction
     return fields
 
 

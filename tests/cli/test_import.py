@@ -180,7 +180,39 @@ def test_counts_of_drafts_that_cannot_be_are_dropped_and_said(
     assert "counts of drafts contradict themselves or the answer in 1 request, whose acceptance" in said.err
     result = read_result(tmp_path / "x__aiperf__served.json")
     assert [run.drafts is None for run in result.runs] == [False, True]
+    assert "contradicted" in {flag.name for flag in result.flags}
     assert result.summary.overall["acceptance_length"] == pytest.approx(1 + 6 / 4)
+
+
+def test_one_request_that_cannot_be_counted_is_one_failed_request(tmp_path: Path) -> None:
+    rows = [aiperf_record(i) for i in range(9)]
+    rows[0] = {"metadata": rows[0]["metadata"], "error": {"code": 499, "message": "gone"}}
+    rows[2]["metadata"]["was_cancelled"] = True
+    del rows[4]["metrics"]["output_sequence_length"]
+    rows[6]["metrics"]["time_to_first_token"] = None
+    report = guidellm(1)
+    requests = report["benchmarks"][0]["requests"]["successful"]
+    requests[0]["info"]["turn_index"] = requests[1]["input_metrics"] = None
+    requests[2]["info"]["timings"]["last_token_iteration"] = requests[4]["info"]["timings"]["request_start"] = None
+    for source in (write_lines(tmp_path / "a.jsonl", rows), write(tmp_path / "g.json", report)):
+        source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+        said = spdbench("import", source, "--results", tmp_path)
+        assert said.code == 0, said.err
+    assert [run.error for run in read_result(tmp_path / "a__aiperf__served.json").runs if run.error] == [
+        "gone",
+        "cancelled",
+        "cannot be counted: aiperf reports no output_sequence_length",
+        "cannot be counted: aiperf reports no time_to_first_token",
+    ]
+    runs = read_result(tmp_path / "g__guidellm__m.json").runs
+    assert [run.error for run in runs if run.error] == [
+        "cannot be timed: guidellm reports no last_token_iteration",
+        "cannot be timed: guidellm reports no request_start",
+    ]
+    for row in rows:
+        row.get("metrics", {}).pop("time_to_first_token", None)
+    said = spdbench("import", write_lines(tmp_path / "b.jsonl", rows), "--results", tmp_path)
+    assert (said.code, "run aiperf with --streaming" in said.err) == (2, True)
 
 
 def test_overlapping_requests_of_aiperf_say_how_many_were_under_way(tmp_path: Path) -> None:

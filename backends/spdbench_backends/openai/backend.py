@@ -23,6 +23,7 @@ from spdbench.types import UNKNOWN_ID, BackendKind, EngineReport, FirstDivergenc
 from spdbench_backends.openai.chunks import FINISHES, Chunk
 from spdbench_backends.openai.counters import Counters, drafts_between, parse_counters
 from spdbench_backends.openai.counting import (
+    LISTING,
     WAY_TITLES,
     Api,
     Counter,
@@ -195,11 +196,12 @@ class OpenAI:
 
     def account(self) -> EngineReport:
         exchange: Exchange = self._local.exchange
-        drafts = None
+        drafts, in_doubt = None, [exchange.contradiction] if exchange.contradiction else []
         if exchange.drafts is not None and self._options.metrics:
             drafts = count_drafts(exchange.drafts, exchange.num_tokens)
             if drafts is None:
                 self._say_once(f"what {exchange.drafts.engine} reports of drafts contradicts itself, and is ignored")
+                in_doubt.append(f"{exchange.drafts.engine}'s counts of drafts")
         elif exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
             drafts = drafts_between(exchange.before, after, exchange.num_tokens)
         num_prompt_tokens = exchange.num_prompt_tokens
@@ -207,12 +209,19 @@ class OpenAI:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         text = self._loaded_server().without_key("".join(exchange.parts))
         if exchange.contradiction:
-            self._say_once(
-                "its usage contradicts the tokens that it lists, and those listed count", exchange.contradiction
-            )
+            is_listed = self._way in LISTING
+            what = "the tokens that it lists, and those listed count" if is_listed else "itself, and may be wrong"
+            self._say_once(f"its usage contradicts {what}", exchange.contradiction)
         self._note_cache(exchange)
-        cached = exchange.num_cached_tokens
-        return EngineReport(text, exchange.finish, num_prompt_tokens, drafts, cached, exchange.decode_s)
+        return EngineReport(
+            text,
+            exchange.finish,
+            num_prompt_tokens,
+            drafts,
+            exchange.num_cached_tokens,
+            exchange.decode_s,
+            "; ".join(in_doubt) or None,
+        )
 
     def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float] | None:
         """The server's log-probabilities of the likeliest tokens, see `spdbench.backend.engine_logits`."""

@@ -5,6 +5,7 @@ A field that cannot be read is as good as absent, and said once: only the text o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ FINISHES: Mapping[str, FinishReason] = {
     "end_turn": "eos",
     "max_tokens": "length",
     "model_length": "length",
+    "max_length": "length",
+    "max_new_tokens": "length",
 }
 """What servers call the end of an answer, in lower case."""
 BROKEN_OFF = frozenset(
@@ -50,6 +53,8 @@ BROKEN_OFF = frozenset(
 )
 """Ends that are none of the answer that was asked for: breaks, filters, and calls of tools, of which no text comes."""
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
+OF_ENUM = re.compile(r"^finish_?reason[._]")
+"""How finish reasons begin where a server writes the name of an enumeration's member, in lower case."""
 NOT_FINISHED = frozenset({"", "null", "none", "not_finished"})
 """Finish reasons that say that there is none yet."""
 
@@ -60,7 +65,8 @@ class Chunk:
 
     `text` is part of the answer, `thought` of the reasoning before it. `ids` are the chunk's tokens as the server lists
     them, `listed` those that it lists with log-probabilities, `UNKNOWN_ID` where they have no id there. The two numbers
-    of tokens count from the start of the request, `thought_tokens` those of thoughts; `cached_tokens` are those of the
+    of tokens count from the start of the request, `total_tokens` are a usage's of prompt and answer, which may be more
+    than both, `thought_tokens` those of thoughts; `cached_tokens` are those of the
     prompt that a cache answered; `predicted_tokens` are llama.cpp's count while the answer comes, which may go beyond
     its end. `decode_s` is the server's own time for the tokens so far, `drafts` what it reports of its drafts. `finish`
     is the server's word for why the answer ended, in lower case; `ends_answer` is true from the chunk on with which the
@@ -74,6 +80,7 @@ class Chunk:
     listed: tuple[int, ...] | None = None
     completion_tokens: int | None = None
     prompt_tokens: int | None = None
+    total_tokens: int | None = None
     thought_tokens: int = 0
     cached_tokens: int | None = None
     predicted_tokens: int | None = None
@@ -113,7 +120,7 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
     delta = _mapping(choice.get("message"), "message", odd) if is_message else delta
     finish = choice.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, Mapping) else finish  # SGLang's own form
-    word = without_key(str(finish or "")).lower()
+    word = OF_ENUM.sub("", without_key(str(finish or "")).lower())
     content = choice.get("text") or delta.get("content") or delta.get("refusal")
     thoughts = (next(filter(None, map(delta.get, THOUGHT_KEYS)), None), _text(content, "thinking"))
     usage, timings = _usage(event, choice, odd), _mapping(event.get("timings"), "timings", odd)
@@ -127,6 +134,7 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
         listed=_read(choice.get("logprobs"), _listed_tokens, "logprobs", odd),
         completion_tokens=_count(usage, _known(usage, "completion_tokens", "output_tokens"), odd),
         prompt_tokens=_count(usage, _known(usage, "prompt_tokens", "input_tokens"), odd),
+        total_tokens=_count(usage, "total_tokens", odd),
         thought_tokens=_count(details, "reasoning_tokens", odd) or 0,
         cached_tokens=_read(timings.get("cache_n"), _whole, "cache_n", odd) if cached is None else cached,
         predicted_tokens=_read(timings.get("predicted_n"), _whole, "predicted_n", odd),

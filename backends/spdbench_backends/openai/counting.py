@@ -60,7 +60,8 @@ class Counter:
 
     def __init__(self, way: Way, limit: int, *, whole: bool, end: int | None = UNKNOWN_ID) -> None:
         """`limit` is the requested maximum of tokens; `whole` if the server's chunks hold whole tokens. `end` is the id
-        to count for an end of sequence that only the usage includes; None to leave it out."""
+        to count for an end of sequence that only the usage includes; None to leave it out. `excess` says how the parts
+        of the usage are more than its total; it is empty where they are not."""
         self._end = end
         self._way = way
         self._limit = limit
@@ -68,6 +69,7 @@ class Counter:
         self._stated: int | None = None
         self._num_text_chunks = 0
         self._num_listed = 0
+        self.excess = ""
         self.total = 0
 
     def take(self, chunk: Chunk) -> tuple[int, ...]:
@@ -90,6 +92,7 @@ class Counter:
         if chunk.completion_tokens is not None:
             self._stated = max(self._stated or 0, chunk.completion_tokens)  # it may be 0 before and after the answer
             self._refuse_above_limit(self._stated)
+            self.excess = _excess(chunk)
 
     def _refuse_above_limit(self, count: int) -> None:
         if count > self._limit + MAX_UNCOUNTED:
@@ -116,9 +119,10 @@ class Counter:
     @property
     def contradiction(self) -> str:
         """How the tokens that the server listed, once it has listed all, differ from its usage, which may also count
-        the end of sequence; empty where they do not. Both are the server's, and those that it listed count."""
+        the end of sequence; empty where they do not, or where that usage contradicts itself (`excess`), so that it says
+        nothing. Both are the server's, and those that it listed count."""
         stated, listed = self._stated or 0, self._num_listed
-        if self._way not in LISTING or not listed or is_consistent(listed, stated):
+        if self._way not in LISTING or not listed or self.excess or is_consistent(listed, stated):
             return ""
         return f"{listed} listed, a usage of {stated}"
 
@@ -156,6 +160,15 @@ class Counter:
         found = (UNKNOWN_ID,) * max(0, self._stated - self.total)
         self.total += len(found)
         return found
+
+
+def _excess(chunk: Chunk) -> str:
+    """How the parts of a usage are more than the whole, as of a server that counts the prompt as a part of the answer;
+    empty where they are not."""
+    prompt, answer, total = chunk.prompt_tokens, chunk.completion_tokens, chunk.total_tokens
+    if not prompt or not answer or not total or prompt + answer <= total + MAX_UNCOUNTED:
+        return ""
+    return f"{prompt} tokens of the prompt and {answer} of the answer, {total} in all"
 
 
 def is_consistent(listed: int, stated: int) -> bool:
@@ -244,6 +257,8 @@ def _can_count(answer: Sequence[Chunk], way: Way) -> bool:
     if way == "usage":
         return _stated_tokens(answer) > 0
     if way in ("running_usage", "chunk_usage", "timings"):
+        if any(map(_excess, answer)):
+            return False
         counts = [(chunk.predicted_tokens if way == "timings" else chunk.completion_tokens) or 0 for chunk in with_text]
         if len(counts) < 2 or not all(counts) or (way == "timings" and not _stated_tokens(answer)):
             return False

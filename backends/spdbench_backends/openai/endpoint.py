@@ -17,7 +17,7 @@ from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.openai.chunks import Chunk
 from spdbench_backends.openai.counting import Api, Extras
 from spdbench_backends.openai.exchange import MAX_WAIT_S, retry_wait_s
-from spdbench_backends.openai.streams import OK, Notice, read_chunks, read_refusal
+from spdbench_backends.openai.streams import ENDS_WITH_USAGE, OK, Notice, read_chunks, read_refusal
 from spdbench_backends.openai.transport.address import Address, unused_proxy
 from spdbench_backends.openai.transport.client import ZIPPED, Connection, Server, encoding_of
 from spdbench_backends.openai.transport.errors import (
@@ -30,7 +30,7 @@ from spdbench_backends.openai.transport.errors import (
     error_message,
     one_line,
 )
-from spdbench_backends.openai.transport.events import BOM, FIELD, is_event, split_lines
+from spdbench_backends.openai.transport.events import FIELD, is_event, split_lines, without_padding
 
 Answer = TypeVar("Answer")
 
@@ -127,7 +127,7 @@ class Endpoint:
             NotStreamedError: the answer does not come in chunks.
         """
         response = connection.ask("POST", self._server.address.path + self._path, body)
-        lines = split_lines(connection.pieces(response))
+        lines = without_padding(split_lines(connection.pieces(response)), self._notice)
         if (encoding := encoding_of(response)) in ZIPPED:
             self._notice("its streams are compressed, which can hold chunks back; switch that off for them", encoding)
         lines = self._stream_lines(lines, (response.getheader("Content-Type") or "none").lower())
@@ -153,13 +153,13 @@ class Endpoint:
         first = next(filter(None, lines), b"")
         if not first:
             raise LostError("the server's answer has no content")
-        if first.removeprefix(BOM).lstrip().startswith((b"{", b"[")):
+        if first.lstrip().startswith((b"{", b"[")):
             if not is_event(first, in_lines=any(name in kind for name in JSON_LINES)):
                 body = b"\n".join([first, *islice(lines, MAX_BODY_LINES)])
                 raise read_refusal(body, self._server.without_key) or NotStreamedError
             self._notice("its streams are lines of JSON without `data:`", kind)
         elif STREAM not in kind:
-            if not FIELD.match(first.removeprefix(BOM)):
+            if not FIELD.match(first):
                 text = b"\n".join([first, *islice(lines, MAX_BODY_LINES)]).decode(errors="replace")
                 words = error_message(text, self._server.without_key)
                 raise BrokenError(f"the server's answer is neither a stream nor JSON, but {one_line(kind)}: {words}")
@@ -172,6 +172,8 @@ class Endpoint:
         Raises:
             InputError: the server cannot be used at all.
         """
+        if ENDS_WITH_USAGE in self._habits and "stream_options" not in extras:
+            return None
         body = self.body(self._question(), extras)
         try:
             return self._ask_until_ready(lambda connection: list(self.stream(connection, body)))

@@ -27,7 +27,8 @@ END_OF_THOUGHTS = "</think>"
 
 class Exchange:
     """One try of a request, and its outcome; `tries` counts this one and those before it. `finish_word` is the server's
-    own word for why it ended; empty if it gave none. `contradiction` is `Counter`'s."""
+    own word for why it ended; empty if it gave none. `contradiction` is `Counter`'s, or its
+    `excess`."""
 
     def __init__(self, request: GenerationRequest, timeout_s: float) -> None:
         self.request = request
@@ -60,7 +61,7 @@ class Exchange:
                 ids += counter.rest()  # now, since the server may take its time to close the stream
             if ids:
                 yield from self._step(ids, chunks, counter)
-        self.contradiction = counter.contradiction
+        self.contradiction = counter.contradiction or counter.excess
         if ids := counter.rest():
             yield from self._step(ids, chunks, counter)
 
@@ -82,7 +83,7 @@ class Exchange:
                 counter.check(chunk)
                 if number > MAX_TRAILING_CHUNKS or time.monotonic() > until:
                     raise PromptFailedError("the server does not stop after the last token that it was asked for")
-        self.contradiction = counter.contradiction
+        self.contradiction = counter.contradiction or counter.excess
 
     @property
     def finish(self) -> FinishReason:

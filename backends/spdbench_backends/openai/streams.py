@@ -24,6 +24,8 @@ from spdbench_backends.openai.transport.errors import (
 from spdbench_backends.openai.transport.events import UNREADABLE, is_done, parse, read_events
 
 ERROR = b"error"
+ENDS_WITH_USAGE = "its answers end with their usage alone"
+"""A habit of servers whose answers have no other end, so that without usage they seem to be cut off."""
 WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
 OF_ANSWERS = frozenset({"choices", "usage", "error", "detail"})
 OK = 200
@@ -46,18 +48,18 @@ def read_chunks(
     lines: Iterable[bytes], without_key: Callable[[str], str], notice: Notice, habits: set[str]
 ) -> Iterator[Chunk]:
     """The events of a stream, to its end, with the server's reasons passed through `without_key`; `habits` are those of
-    `Repeats`.
+    `Repeats`, and `ENDS_WITH_USAGE`.
 
-    An answer ends with `[DONE]`, behind which only usage counts, or with a chunk that has a finish reason. Some servers
-    have a word in that place from the first chunk on, so a word is no reason once text has followed it. What goes wrong
-    after a whole answer is ignored, and said.
+    An answer ends with `[DONE]`, behind which only usage counts, with a chunk that has a finish reason, or with the only
+    usage, if nothing follows. Some servers have a word in that place from the first chunk on, so a word is no reason
+    once text has followed it. What goes wrong after a whole answer is ignored, and said.
 
     Raises:
         RefusedError: an error came in place of the answer.
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
     word, has_text, not_ends, skipped, repeats = "", False, set[str](), "", Repeats(habits, notice)
-    has_usage, events = False, read_events(lines)
+    has_usage, is_counted, events = False, False, read_events(lines)
 
     def is_whole() -> bool:
         return has_text and word in FINISHES and word not in not_ends
@@ -83,6 +85,8 @@ def read_chunks(
                     raise RefusedError(error.status, error.message, None) from None
                 raise
             chunk = repeats.without(chunk, is_end=bool(chunk.finish or word) and word not in not_ends)
+            at_the_end = bool(chunk.completion_tokens) and has_text and not has_usage
+            is_counted = (is_counted or at_the_end) and not chunk.has_text
             has_usage = has_usage or bool(chunk.completion_tokens)
             if chunk.has_text:
                 not_ends |= {word} - {""}
@@ -96,7 +100,9 @@ def read_chunks(
             notice(STAY_OPEN, "")
         else:
             notice("its connections are lost after whole answers, which is ignored", "")
-    if not word or word in not_ends - FINISHES.keys():
+    if is_counted and not word:
+        habits.add(ENDS_WITH_USAGE)
+    elif not word or word in not_ends - FINISHES.keys():
         reason = f"; it said: {skipped}" if skipped else ""
         raise LostError(f"the server ended in the middle of its answer{reason}")
 
@@ -158,12 +164,17 @@ def _chunk(data: bytes, event: Any, name: bytes, without_key: Callable[[str], st
                 event.get("message") or event.get("detail"), str
             )
             is_error = bare or "error" in (event.get("object"), event.get("type"))
-        if not (is_error or event.get("error") or choice.get("error")):
+        if not (is_error or _says(event.get("error")) or _says(choice.get("error"))):
             return chunk_of(event, choice, without_key, odd)
     except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
     message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
     raise ReportedError(_status(event, choice), message)
+
+
+def _says(error: Any) -> bool:
+    """False for an error that is none, such as one with the code 0 and no message."""
+    return any(error.values()) if isinstance(error, Mapping) else bool(error)
 
 
 def _status(*holders: Any) -> int:

@@ -35,6 +35,8 @@ SCHEMA = "1"
 SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0}
 MAX_COUNT = 2**31
 DRAFT_ROUNDS, ACCEPTED, DRAFTED = (f"spec_decode_{name}" for name in ("steps", "accepted_draft_tokens", "draft_tokens"))
+NEEDED = {"output_sequence_length", "request_latency", "time_to_first_token"}
+"""Metrics without which a request has no speed; aiperf leaves out what it could not measure."""
 DRAFT_METRICS = {DRAFT_ROUNDS, ACCEPTED, DRAFTED}
 
 
@@ -48,6 +50,8 @@ def read_aiperf(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Ex
     if not rows:
         raise InputError(f"{path}: holds no request of a profiling phase")
     requests = [checked(_request, row, where) for where, row in rows]
+    if all((row.get("metrics") or {}).get("time_to_first_token") is None for _, row in rows):
+        raise InputError(f"{path}: no request has a time to its first token; run aiperf with --streaming")
     times = [_times(row["metadata"]) for _, row in rows]
     version, model, load, body = _settings(path)
     return Export(
@@ -101,13 +105,16 @@ def _times(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _request(row: Mapping[str, Any]) -> Request:
-    metadata, metrics, error = row["metadata"], row["metrics"], row.get("error")
+    metadata, error = row["metadata"], row.get("error")
     asked = str(metadata["session_num"])  # conversations have other ids in every run
     turn = int(metadata.get("turn_index") or 0)
     _times(metadata)
-    if error:
+    if error or metadata.get("was_cancelled"):
         message = error.get("message") if isinstance(error, Mapping) else None
-        return Request(asked, turn, 0, 0, 0.0, 0.0, error=str(message or error))
+        return Request(asked, turn, 0, 0, 0.0, 0.0, error=str(message or error or "cancelled"))
+    metrics = row["metrics"]
+    if lacking := sorted(name for name in NEEDED if metrics.get(name) is None):
+        return Request(asked, turn, 0, 0, 0.0, 0.0, error=f"cannot be counted: aiperf reports no {', '.join(lacking)}")
     tokens = int(metrics["output_sequence_length"]["value"])
     last_s = _seconds(metrics["request_latency"])
     prompt_tokens = metrics.get("input_sequence_length") or {"value": 0}

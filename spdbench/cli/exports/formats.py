@@ -18,6 +18,7 @@ from spdbench.cli.exports.requests import Export
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import json_rows, parse_json, read_input
 
+BOM = b"\xef\xbb\xbf"
 EXPECTED = "expected the report of `guidellm run --output kind=json`, or aiperf's profile_export.jsonl"
 
 
@@ -35,7 +36,7 @@ def read_exports(path: Path) -> list[Export]:
 
 
 def _read(path: Path) -> list[Export]:
-    raw = read_input(path)
+    raw = read_input(path).removeprefix(BOM)
     where = str(path)
     if raw.lstrip()[:1] != b"{":
         raise InputError(f"{path}: is no export; {EXPECTED}")
@@ -45,7 +46,7 @@ def _read(path: Path) -> list[Export]:
     except ValueError:
         line = None
     try:
-        if isinstance(line, Mapping) and {"metadata", "metrics"} <= line.keys():
+        if isinstance(line, Mapping) and "metadata" in line and {"metrics", "error"} & line.keys():
             return [read_aiperf(path, list(json_rows(raw, where)))]
         report = parse_json(raw)
     except ValidationError:

@@ -90,14 +90,16 @@ def _request(row: Mapping[str, Any]) -> Request:
     info, body = row["info"], _body_of(row)
     asked = json.dumps(body.get("messages") or body.get("prompt") or info["request_id"])
     tokens = int(row["output_metrics"]["text_tokens"] or 0)
-    timings = info["timings"]
+    timings, turn = info["timings"], int(info.get("turn_index") or 0)
     if info.get("error") or not timings.get("first_token_iteration"):
-        return Request(asked, int(info["turn_index"]), 0, 0, 0.0, 0.0, error=str(info.get("error") or "no token came"))
+        return Request(asked, turn, 0, 0, 0.0, 0.0, error=str(info.get("error") or "no token came"))
+    if lacking := [name for name in ("request_start", "last_token_iteration") if timings.get(name) is None]:
+        return Request(asked, turn, 0, 0, 0.0, 0.0, error=f"cannot be timed: guidellm reports no {', '.join(lacking)}")
     start = timings["request_start"]
     return Request(
         asked,
-        int(info["turn_index"]),
-        int(row["input_metrics"]["text_tokens"] or 0),
+        turn,
+        int((row.get("input_metrics") or {}).get("text_tokens") or 0),
         tokens,
         timings["first_token_iteration"] - start,
         timings["last_token_iteration"] - start,

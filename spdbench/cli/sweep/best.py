@@ -24,7 +24,8 @@ NO_NUMBER = re.compile(r"_ci$|_by_|^outliers$|^is_")
 
 LOSSES = {*PARTS} - {"useful"} | {"break_even_length", "slow_clock", "bubble_ratio"}
 LOWER = re.compile(
-    r"(?<!_per)(?<!slack)_s$|_s_per_|_per_token$|_bytes$|^busy_|^num_(failed|truncated|degenerate|disturbed|set_aside)$"
+    r"(?<!_per)(?<!slack)_s$|_s_per_|_per_token$|_bytes$|^busy_|"
+    r"^num_(failed|truncated|degenerate|contradicted|disturbed|set_aside)$"
 )
 """Metrics that are times, costs, or counts of what went wrong."""
 

@@ -160,10 +160,11 @@ def _choose(group: Sequence[LoadedResult], baseline: str | LoadedResult | None) 
 
 
 def _plain_server(group: Sequence[LoadedResult]) -> LoadedResult | None:
-    """Of servers, some of which are known to draft, the first that does not."""
-    if not any(result.is_served and result.drafts for result in group):
+    """Of servers, some of which draft, the first that does not, or else the first of which that is unknown."""
+    servers = [result for result in group if result.is_served]
+    if not any(result.drafts for result in servers):
         return None
-    return next((result for result in group if result.is_served and not result.drafts), None)
+    return min((each for each in servers if not each.drafts), key=lambda each: each.drafts is None, default=None)
 
 
 def _table(

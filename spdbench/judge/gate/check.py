@@ -20,6 +20,7 @@ from spdbench.judge.loaded import LoadedResult
 
 MAX_SLOWDOWN = 0.05
 MAX_ACCEPTANCE_DROP = 0.005
+NOT_COUNTED = frozenset({"identical_outputs", "real_divergences", "score"})
 SAME_FOR_ANY_TREE = frozenset({"identical_outputs", "real_divergences", "num_new_tokens"})
 GATES: Mapping[str, tuple[Gate, ...]] = {"exact": ("exact",), "timing": ("timing",), "all": ("exact", "timing")}
 
@@ -136,7 +137,9 @@ def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: boo
     if "timing" in gates and case.peers is not None:
         allowed = partial(limits.slowdown, case.pair.candidate)
         found += timing([case.comparisons, *case.peers], allowed, decides_alone=case.decides_alone)
-    yield from (_unless_another_tree(each, case.pair) for each in found if of_all or each.metric != "real_divergences")
+    for each in found:
+        if of_all or each.metric != "real_divergences":
+            yield _unless_contradicted(_unless_another_tree(each, case.pair), case.pair)
 
 
 def _unless_another_tree(found: Finding, pair: Pair) -> Finding:
@@ -147,6 +150,16 @@ def _unless_another_tree(found: Finding, pair: Pair) -> Finding:
     if alike or found.verdict not in ("regression", "improved"):
         return found
     reason = f"it chose the tree {trees[1]} by its measured costs, and {trees[0]} before; set what it is to use with -o"
+    return replace(found, verdict="inconclusive", reason=reason)
+
+
+def _unless_contradicted(found: Finding, pair: Pair) -> Finding:
+    """`found`, but no word of a difference in what is counted if a server's counts contradict each other."""
+    sides = (pair.baseline, pair.candidate)
+    is_sure = found.metric in NOT_COUNTED or not any(each.metrics["num_contradicted"] for each in sides)
+    if is_sure or found.verdict not in ("regression", "improved"):
+        return found
+    reason = f"{found.reason}; but the server's counts contradict each other, so that it may count otherwise now"
     return replace(found, verdict="inconclusive", reason=reason)
 
 
@@ -194,11 +207,12 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
         yield "it is lossy now, its output not meant to be the model's own, and was not"
     if old.divergence is not None and new.divergence is None:
         yield "its run did not compare its outputs with plain decoding's, as the baseline's did"
+    told = {"contradicted", "busy_machine"} if "timing" in gates else {"contradicted"}
+    for side, words in ((case.pair.candidate, ""), (case.pair.baseline, "the baseline's run: ")):
+        for flag in (each for each in side.flags if each.name in told):
+            yield f"{flag.name}: {words}{flag.reason}. {flag.remedy}"
     if "timing" not in gates:
         return
-    for side, words in ((case.pair.candidate, ""), (case.pair.baseline, "the baseline's run: ")):
-        for flag in (each for each in side.flags if each.name == "busy_machine"):
-            yield f"busy_machine: {words}{flag.reason}. {flag.remedy}"
     if case.peers is None:
         yield "speed is judged of the new results of this label together, with the newest"
     elif case.peers:
@@ -210,6 +224,9 @@ def _notes(case: _Case, gates: Sequence[Gate], limits: Limits) -> Iterator[str]:
             "plain decoding of the same run is missing on one side or both, so tokens/s decide, where they are "
             "calibrated; measure vanilla in the same run, and name folders that hold both"
         )
+    plain = case.comparisons[0].plain
+    if plain is not None and plain.candidate.is_served and plain.candidate.drafts is None:
+        yield f"{plain.candidate.label} reports nothing of drafts, and is taken for plain decoding"
     if case.peers is not None and same_machine(old, new):
         yield from _threshold_notes(case, limits)
 

@@ -53,9 +53,10 @@ def reference(result: LoadedResult, others: Sequence[LoadedResult]) -> LoadedRes
 
     A run measures its machine once, so that the environments of its results are equal to the last byte of read
     bandwidth. Where that still leaves several of a label, the one counts that was begun at the same time. For a server
-    that drafts it is one without drafts.
+    that drafts it is one without drafts; one of which nothing is known counts as such if it is the run's baseline, or
+    where no other is left.
     """
-    if result.is_served and not result.drafts:
+    if result.is_served and result.drafts is False:
         return result
     made_together = [
         each
@@ -70,13 +71,17 @@ def reference(result: LoadedResult, others: Sequence[LoadedResult]) -> LoadedRes
 def is_plain(each: LoadedResult, result: LoadedResult) -> bool:
     """True if `each` is the plain decoding with which `result` is compared: of the same model, that of servers."""
     if each.is_served and result.is_served:
-        return not each.drafts
+        may_be = each is result or result.drafts or each.label == each.head.baseline
+        return each.drafts is False or (each.drafts is None and bool(may_be))
     return each.head.backend.kind == "autoregressive"
 
 
-def _distance(result: LoadedResult, other: LoadedResult) -> tuple[bool, str, float]:
-    """Small for the reference: `vanilla` comes before other plain decoding, then one label before the next."""
-    return other.head.backend.name != "vanilla", other.label, _seconds_apart(result, other)
+def _distance(result: LoadedResult, other: LoadedResult) -> tuple[bool, bool, bool, str, float]:
+    """Small for the reference: `vanilla` comes before other plain decoding, a server that is known to draft nothing
+    before one of which nothing is known, the run's baseline before others, then one label before the next."""
+    is_unknown, is_other = other.is_served and other.drafts is None, other.label != other.head.baseline
+    rank = other.head.backend.name != "vanilla", is_unknown, is_unknown and is_other
+    return *rank, other.label, _seconds_apart(result, other)
 
 
 def _seconds_apart(result: LoadedResult, other: LoadedResult) -> float:

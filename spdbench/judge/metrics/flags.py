@@ -46,6 +46,7 @@ KINDS = {
     "untrained_drafter": FlagKind("Name a trained one with --drafter", disqualifies=True),
     "degenerate": FlagKind("Use prompts that suit the model, or a model for chat"),
     "no_template": FlagKind("Name its format (--chat-template), or read answers first"),
+    "contradicted": FlagKind("Count its tokens another way (-o LABEL.count), or update it"),
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
@@ -169,6 +170,9 @@ def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
         without = "" if rest is None else f" (without them {rest:.1%} of the drafts are accepted)"
         reason = f"{overall['num_degenerate']} of {num_runs} outputs end in a loop, which is easy to draft{without}"
         yield make_flag("degenerate", reason)
+    if overall["num_contradicted"]:
+        reason = f"{overall['num_contradicted']} of {num_runs} answers have counts of the server's that contradict each"
+        yield make_flag("contradicted", f"{reason} other: the tokens that it lists count, and drafts in doubt do not")
     if 2 * overall["num_truncated"] > num_runs:
         yield make_flag("truncated", f"{overall['num_truncated']} of {num_runs} outputs were cut by the token limit")
     if num_prompts < FEW_PROMPTS:

@@ -265,7 +265,7 @@ def _list_metrics() -> dict[str, Metric]:
     found = {count.name: Metric(partial(Metrics.count, count=count), count.needs) for count in COUNTS}
     found["num_failed"] = Metric(Metrics.num_failed)
     found["num_prompts"] = Metric(Metrics.num_prompts)
-    for column in ("truncated", "degenerate"):
+    for column in ("truncated", "degenerate", "contradicted"):
         found[f"num_{column}"] = Metric(partial(Metrics.sum_of, column=column))
     for name in RATIO_NAMES:
         found[name] = Metric(partial(Metrics.micro, name=name))

@@ -53,9 +53,7 @@ class SuiteInfo(Record):
     sha256: str
     source: str
     num_prompts: int = Field(description="conversations asked for, after --limit")
-    score: str | dict[str, str] | None = Field(
-        None, description="the judge of answers, or judges by category; null where nothing is scored"
-    )
+    score: str | dict[str, str] | None = Field(None, description="the judge of answers, or judges by category; or null")
 
 
 class DecodingInfo(Record):
@@ -213,6 +211,7 @@ class Run(Record):
     drafts: Drafts | None = Field(None, description="null unless the engine counts them and the steps cannot tell")
     num_cached_tokens: Count | None = Field(None, description="of the prompt, from a server's cache")
     engine_decode_s: Seconds | None = Field(None, description="decode time by a server's own clock")
+    contradiction: str | None = Field(None, description="which counts of a server contradict each other")
     machine: MachineLoad | None = Field(None, description="what else the machine did; null where it was not watched")
     set_aside: list[SetAside] = Field(default_factory=list, description="disturbed measurements that do not count")
     spans: SpanColumns | None = Field(None, description="what the lanes did; null without `run --trace`")

@@ -27,7 +27,7 @@ COLUMNS = (
     *("runs", "prompt_tokens", "new_tokens", "decode_tokens", "ttft_s", "decode_s", "total_s"),
     *("steps", "judged", "accepted", "forwards", "score", "scored", "energy_j", "metered_tokens"),
     *("reported_rounds", "reported_judged", "reported_accepted"),
-    *("truncated", "degenerate", "peak_memory_bytes"),
+    *("truncated", "degenerate", "contradicted", "peak_memory_bytes"),
     *("measured_s", "bubble_s", *PARTS, "cycles", "stage_s", "control_s", "wall_s"),
     *("full_drafts", "slack_s"),
     *(f"{part}_{what}" for part in PartTimes.model_fields for what in ("num", "part_s")),
@@ -35,7 +35,8 @@ COLUMNS = (
 )
 """One run's numbers; all 0 for a run that failed.
 
-`steps` to `forwards` are sums over decode steps, so without prefill. `scored`, `truncated` and `degenerate` are 1 or 0.
+`steps` to `forwards` are sums over decode steps, so without prefill. `scored`, `truncated`, `degenerate` and
+`contradicted` are 1 or 0.
 `metered_tokens` are the new tokens of runs whose energy was measured. `reported_*` is what an engine counted itself,
 NaN for what it does not report. From `measured_s` on come the columns made of spans, 0 for a run without: decode time
 with spans and its parts, then the number of full cycles, their slowest stages' time, the rest of them, and all of them;
@@ -237,7 +238,7 @@ def _numbers(run: Run) -> tuple[float, ...]:
         *(1, run.num_prompt_tokens, tokens, tokens - 1, ttft_s, decode_s, ttft_s + decode_s),
         *(0, 0, 0, 0, run.score or 0.0, run.score is not None, run.energy_j or 0.0, tokens if run.energy_j else 0),
         *_reported(run),
-        *(run.finish_reason == "length", 0, run.peak_memory_bytes or 0),
+        *(run.finish_reason == "length", 0, run.contradiction is not None, run.peak_memory_bytes or 0),
         *_lane_numbers(run),
         *_load_numbers(run),
     )

@@ -57,6 +57,26 @@ def test_usage_of_one_token_in_each_chunk_is_not_that_of_the_answer(server: Stub
     assert run(loaded(backend(count="usage"))).steps.emitted == [1] * 6
 
 
+# Bytes before the lines.
+
+
+@pytest.mark.parametrize("content_type", ["text/event-stream", "text/plain"])
+@pytest.mark.parametrize(
+    "junk", [b"\0\0\0", b"\xef\xbb\xbf", b"\0\xef\xbb\xbf\0", b"\xef\xbb\xbf\xef\xbb\xbf\n\n", b"\0\n"]
+)
+def test_nul_bytes_and_byte_order_marks_before_lines_are_said_once(
+    server: StubServer, backend: Make, junk: bytes, content_type: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.content_type, server.frame = content_type, lambda data: junk + b"data: " + data + b"\n\n"
+    made = loaded(backend())
+    for _ in range(2):
+        measured = run(made)
+        assert (measured.report.text, len(measured.output_ids)) == (WHOLE, 8)
+    assert capsys.readouterr().err.count("NUL bytes or byte order marks") == 1
+    server.frame = lambda data: b"data: " + data + b"\n\n\0"
+    assert run(made).report.text == WHOLE
+
+
 # Usage that contradicts the tokens that are listed.
 
 
@@ -69,7 +89,9 @@ def test_tokens_that_are_listed_count_where_usage_contradicts_them_and_it_is_sai
     made, cut = loaded(backend()), loaded(backend())
     server.stated = stated
     for _ in range(2):
-        assert run(made).steps.emitted == [1, 2, 1, 3, 1]
+        measured = run(made)
+        assert measured.steps.emitted == [1, 2, 1, 3, 1]
+        assert measured.report.contradiction == f"8 listed, a usage of {stated}"
     said = capsys.readouterr().err
     assert said.count("NOTE") == said.count(f"those listed count: 8 listed, a usage of {stated}") == 1
     change(server, lambda _handler, _body, events: (each.replace(b'"stop"', b'"length"') for each in events))
@@ -90,6 +112,26 @@ def test_what_usage_contradicts_before_the_run_is_not_counted_by(
     assert capsys.readouterr().err.count(r"contradict its usage (8 listed, a usage of 5)") == 1
     with pytest.raises(InputError, match=rf"the server's {words.rstrip(',')} contradict its usage"):
         backend(count=count).load()
+
+
+@pytest.mark.parametrize(
+    ("offers", "count"), [({"ids", "usage"}, 8), ({"logprobs", "running_usage", "usage"}, 8), ({"usage"}, 19)]
+)
+def test_a_usage_that_counts_the_prompt_as_answer_is_not_believed_against_what_is_listed(
+    server: StubServer, backend: Make, offers: set[Any], count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def usage(num_tokens: int) -> dict[str, int]:
+        return {"prompt_tokens": 11, "completion_tokens": 11 + num_tokens, "total_tokens": 11 + num_tokens}
+
+    server.offers, server.usage = offers, usage  # type: ignore[method-assign]
+    made = loaded(backend())
+    for _ in range(2):
+        measured = run(made)
+        assert len(measured.output_ids) == count
+        assert measured.report.contradiction == "11 tokens of the prompt and 19 of the answer, 19 in all"
+    words = "those listed count" if count == 8 else "contradicts itself, and may be wrong"
+    said = capsys.readouterr().err
+    assert said.count("NOTE") == said.count(words) == 1
 
 
 # Events that are none of an answer's, and other words for its end.
@@ -140,6 +182,64 @@ def test_the_last_word_may_be_written_otherwise(server: StubServer, backend: Mak
         return (last if each == LAST else each.replace(b'"finish_reason"', b'"was"') for each in events)
 
     change(server, how)
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("word", "finish"),
+    [("FINISH_REASON_STOP", "eos"), ("FinishReason.STOP", "eos"), ("FINISH_REASON_MAX_TOKENS", "length")],
+)
+def test_a_finish_reason_may_be_a_member_of_an_enumeration(
+    server: StubServer, backend: Make, word: str, finish: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.answer = [*server.answer, *[(" more",)] * 12]
+    named = b'"%b"' % word.encode()
+    change(server, lambda _handler, _body, events: (each.replace(b'"length"', named) for each in events))
+    assert run(loaded(backend())).finish_reason == finish
+    assert "finish_reason" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offers", [{"usage"}, {"ids", "usage"}, {"logprobs", "usage"}])
+def test_the_only_usage_is_an_end_where_nothing_follows(
+    server: StubServer, backend: Make, offers: set[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        return (each for each in events if each != LAST and b'"finish_reason"' not in each)
+
+    server.offers = offers
+    change(server, how)
+    made = loaded(backend())
+    assert (run(made).report.text, len(run(made).output_ids)) == (WHOLE, 8)
+    assert capsys.readouterr().err.count("end without a finish_reason") == 1
+    change(server, lambda _handler, _body, events: (each for each in events if b'"usage"' not in each))
+    with pytest.raises(PromptFailedError, match="ended in the middle of its answer"):
+        run(made)
+
+
+@pytest.mark.parametrize("error", [{"code": 0, "message": ""}, {}, "", None, False])
+def test_an_error_that_says_nothing_is_none(server: StubServer, backend: Make, error: Any) -> None:
+    def how(_handler: Any, _body: Any, events: Events) -> Events:
+        return (each if each == LAST else event({**json.loads(each), "error": error}) for each in events)
+
+    change(server, how)
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+def test_control_characters_in_a_text_are_a_part_of_it(server: StubServer, backend: Make) -> None:
+    change(server, lambda _handler, _body, events: (each.replace(b" three", b" \x01\tthree") for each in events))
+    assert run(loaded(backend())).report.text == WHOLE.replace(" three", " \x01\tthree")
+
+
+@pytest.mark.parametrize("status", [100, 102, 103])
+def test_interim_answers_are_none(server: StubServer, backend: Make, status: int) -> None:
+    original = server.post
+
+    def post(handler: Any) -> None:
+        for _ in range(2):
+            handler.wfile.write(b"HTTP/1.1 %d Wait\r\nLink: </x>\r\n\r\n" % status)
+        original(handler)
+
+    server.post = post  # type: ignore[method-assign]
     assert run(loaded(backend())).report.text == WHOLE
 
 

@@ -37,6 +37,8 @@ MAX_REASON_BYTES = 2**20
 RECEIVED_BYTES = 2**16
 MAX_CHUNK_BYTES = 2**40
 MAX_BODY_BYTES = 2**24
+SWITCHING, OK = 101, 200
+"""Statuses between these are interim: another answer follows."""
 HIDDEN = "***"
 ZIPPED = frozenset({"gzip", "x-gzip", "deflate"})
 """Encodings of bodies that are read although they are not asked for."""
@@ -170,6 +172,9 @@ class Connection:
             text = None if body is None else json.dumps(body).encode()
             self._connection.request(method, path, text, self._server.headers())
             response = self._connection.getresponse()
+            while SWITCHING < response.status < OK:  # http.client itself skips 100 alone
+                response.headers = None  # type: ignore[assignment]
+                response.begin()
         except TimeoutError:
             raise self._silence() from None
         except OSError as error:  # includes a dropped connection

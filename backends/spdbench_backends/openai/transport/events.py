@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError, LostError
 
-BOM = b"\xef\xbb\xbf"
+PADDING = re.compile(rb"\A(?:\xef\xbb\xbf|\0)+|\0+\Z")
+"""Byte order marks and NUL bytes around a line, which belong to no event."""
 MAX_LINE_BYTES = 2**20
 LINE_END = re.compile(rb"\r\n|\r|\n")
 FIELD = re.compile(rb"(?:data|event|id|retry|error)?:")
@@ -44,6 +45,15 @@ def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
+def without_padding(lines: Iterable[bytes], notice: Callable[[str, str], None]) -> Iterator[bytes]:
+    """`lines` without the byte order marks and NUL bytes around them, which are said."""
+    for line in lines:
+        bare = PADDING.sub(b"", line)
+        if len(bare) < len(line):
+            notice("NUL bytes or byte order marks stand around lines of its streams, and are ignored", "")
+        yield bare
+
+
 def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
     """The data of each event, the same as JSON or `UNREADABLE`, and the event's name.
 
@@ -55,8 +65,8 @@ def read_events(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Any, bytes]]:
         BrokenError: an event does not end, or is cut off by the end of the stream.
     """
     name, held, size = b"", list[bytes](), 0
-    for number, line in enumerate(lines):
-        field, _, value = (line.removeprefix(BOM) if number == 0 else line).partition(b":")
+    for line in lines:
+        field, _, value = line.partition(b":")
         value = value.strip()
         if not line:
             if held:
@@ -99,7 +109,7 @@ def _unwrapped(value: bytes) -> bytes:
 def parse(data: bytes) -> Any:
     """The data as JSON; `UNREADABLE` if it is none."""
     try:
-        return json.loads(data.decode(errors="replace"))
+        return json.loads(data.decode(errors="replace"), strict=False)  # some leave tabs as they are
     except MALFORMED:
         return UNREADABLE
 

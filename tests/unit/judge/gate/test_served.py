@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.verdict import GateVerdict, Judgement
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.results.schema import Divergence, Drafts
-from tests.builders import make_run, vanilla_steps
+from tests.builders import MS, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import eagle, finding, judged, only
 
 SERVED = {"unknown": ["drafts", "forwards", "devices", "ids"], "other_model": "m in its server"}
@@ -30,6 +31,47 @@ def server(
         steps = vanilla_steps(30)
         runs.append(make_run(steps, prompt=f"p{i}", output_ids=[], text=f"{text} {i}", drafts=drafts, score=score))
     return eagle(runs, **{**SERVED, **more})
+
+
+def counted(drafted: int | None, accepted: int = 0) -> Drafts:
+    return Drafts(rounds=ROUNDS, judged=None, accepted=accepted, drafted=drafted)
+
+
+@pytest.mark.parametrize(
+    ("drafts", "acceptance", "expected"),
+    [
+        (counted(40), "each response of vLLM", True),
+        (counted(40, 20), "each response of vLLM", True),
+        (counted(None), "each response of SGLang", True),
+        (counted(0), "each response of llama.cpp", False),
+        (None, "vLLM's counters, before and after each request", True),
+        (None, "not reported", None),
+    ],
+)
+def test_a_server_drafts_if_anything_was_drafted_whether_or_not_it_was_accepted(
+    drafts: Drafts | None, acceptance: str, expected: bool | None
+) -> None:
+    def one(label: str, own: Drafts | None, acceptance: str, step_ns: int = 20 * MS, **more: Any) -> LoadedResult:
+        runs = [
+            make_run(vanilla_steps(30, step_ns=step_ns), prompt=f"p{i}", output_ids=[], text="An answer", drafts=own)
+            for i in range(12)
+        ]
+        return eagle(runs, label=label, baseline="a", chosen={"acceptance": acceptance}, **SERVED, **more)
+
+    made = one("b", drafts, acceptance)
+    assert made.drafts is expected
+    old, new = [one("a", None, "not reported"), made], [one("a", None, "not reported", 60 * MS), made]
+    plain, drafted = judged(new, old, "timing", max_slowdown=0.05)
+    if expected is False:
+        assert "speedup" not in {each.metric for each in drafted.findings}
+    else:
+        assert finding(drafted, "speedup").decides
+        assert not finding(plain, "decode_tokens_per_s").decides
+        assert any("a reports nothing of drafts, and is taken for plain decoding" in each for each in drafted.notes)
+    chosen = reference(one("c", counted(40), ""), [*new, one("0", counted(0), "")])
+    assert chosen is not None and chosen.label == ("0" if expected is not False else chosen.label)
+    chosen = reference(one("c", None, ""), new)
+    assert chosen is not None and chosen.label == ("b" if expected is False else "a")
 
 
 def exact(new: LoadedResult, old: LoadedResult) -> Judgement:
@@ -61,6 +103,29 @@ def test_a_server_that_reports_no_drafts_passes_with_a_word_and_one_that_stopped
     assert "the server reports no drafts" in finding(judgement, "acceptance_length").reason
     assert judgement.verdict == "pass"
     assert exact(server(), server(20)).verdict == "not comparable"
+
+
+@pytest.mark.parametrize("gate", ["exact", "timing"])
+def test_counts_that_contradict_each_other_are_named_and_decide_nothing(gate: str) -> None:
+    def one(rounds: int, step_ns: int, contradiction: str | None = None) -> LoadedResult:
+        drafts = Drafts(rounds=rounds, judged=None, accepted=20, drafted=40)
+        steps = vanilla_steps(30, step_ns=step_ns)
+        runs = [
+            make_run(steps, prompt=f"p{i}", output_ids=[], text="A", drafts=drafts, contradiction=contradiction)
+            for i in range(12)
+        ]
+        return eagle(runs, **SERVED)
+
+    old, new = one(10, 20 * MS), (20, 40 * MS)
+    slowdown = {"max_slowdown": 0.05}
+    sure = only(judged(one(*new), old, gate, **slowdown))
+    judgement = only(judged(one(*new, "8 listed, a usage of 20"), old, gate, **slowdown))
+    metric = "acceptance_length" if gate == "exact" else "decode_tokens_per_s"
+    assert "contradict" in finding(judgement, metric).reason or gate == "timing"
+    assert finding(judgement, metric).verdict == judgement.verdict == "inconclusive"
+    assert any(note.startswith("contradicted: 12 of 12 answers") for note in judgement.notes)
+    assert not any("contradict" in note for note in sure.notes)
+    assert gate == "timing" or sure.verdict == "regression"
 
 
 def test_quality_is_judged_where_answers_have_scores() -> None:

@@ -65,6 +65,7 @@ MAKERS: dict[str, Callable[[], LoadedResult]] = {
     "no_template": lambda: mine(template=None),
     "unattributed": lambda: mine(runs(bubble=bubble(useful=0.8, unattributed=0.2))),
     "degenerate": lambda: mine(runs(output_ids=[5] * 37)),
+    "contradicted": lambda: mine(runs(contradiction="8 listed, a usage of 20")),
     "truncated": lambda: mine(runs(finish="length")),
     "other_model": lambda: mine(other_model="llama in its server"),
     "few_prompts": lambda: mine(runs(7)),
