@@ -150,7 +150,7 @@ def _stages(run: Run, backend: BackendRecord, at: int, words: Words, width: int)
     room = max((width - LABEL_WIDTH) // CYCLE_WIDTH, 1)
     num = min(rejection - first + backend.num_stages + 2, len(cycles) - first, room)
     cell = min((width - LABEL_WIDTH) // num - 1, 14)
-    lines = [Text("Tokens in the stages, a column a cycle ('.': no token)", "bold")]
+    lines = [Text("Tokens in the stages around a rejection, a column a cycle ('.': none)", "bold")]
     shown = range(first, first + num)
     lines.append(_row("cycle", [Text(str(cycle + 1), "dim") for cycle in shown], cell))
     for stage in range(backend.num_stages):
@@ -192,18 +192,25 @@ def _lanes(run: Run, backend: BackendRecord, at: int, width: int) -> list[Render
             rows.setdefault(lane_name(each, backend), []).append(each)
     names = [name for name in lane_order(backend) if name in rows]
     window, cell = (f"{each / 1e6:.{digits}f} ms" for each, digits in ((end - begin, 1), (cell_ns, 2)))
-    lines = [Text(f"What the lanes did in {window}, {cell} a sign, and how much of it they were idle", "bold")]
+    steps = "cycles" if backend.kind == "pipeline" else "steps"
+    lines = [Text(f"What the lanes did around a rejection: {steps} {first} to {last}, {window}", "bold")]
     lines.append(Text("T target  X discarded  D draft  V verify  H host  . idle  | a step ends", "dim"))
-    lines.append(Text(f"a small letter: the lane is idle for {LEAST_IDLE:.0%} of the sign's time or more", "dim"))
+    lines.append(Text(f"a sign is {cell}; a small letter: the lane is idle for {LEAST_IDLE:.0%} of it or more", "dim"))
     marks = {min(int((at_ns - begin) / cell_ns), columns - 1) for at_ns in ends[first : last + 1]}
     ends_of_steps = "".join("|" if c in marks else " " for c in range(columns))
     lines.append(_row("steps", [Text(f"{ends_of_steps} idle", "dim")], 0))
     for name in names:
         found = rows[name]
         signs = "".join(_sign(found, begin + c * cell_ns, begin + (c + 1) * cell_ns) for c in range(columns))
-        idle = f"{_idle(found, begin, end):.0%}"
+        idle = _percent(_idle(found, begin, end))
         lines.append(_row(name, [_coloured(signs).append(f"{idle:>{IDLE_WIDTH}}", "dim")], 0))
     return list(lines)
+
+
+def _percent(share: float) -> str:
+    """A share of idle time: one that rounds to all of it, while something was done, is told from all."""
+    text = f"{share:.0%}"
+    return ">99%" if share < 1 and text == "100%" else text
 
 
 def lane_name(each: LaneSpan, backend: BackendRecord) -> str:

@@ -24,7 +24,7 @@ from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.dialects import metric_name
 from spdbench.judge.metrics.flags import FEW_PROMPTS, is_untrained
-from spdbench.judge.results.schema import DecodingInfo, Result
+from spdbench.judge.results.schema import UNKNOWN, DecodingInfo, Result
 
 EMPTY = "-"
 
@@ -283,7 +283,8 @@ def model_as_asked(head: Result, *, with_hash: bool = False) -> str:
     args = [f"{key}={json.dumps(value)}" for key, value in head.model.template_args.items()]
     chosen = [] if head.model.chat_template is None else [f"chat template {head.model.chat_template}"]
     sha256 = [f"(sha256 {head.model.sha256[:8]})"] if with_hash else []
-    return f"{' '.join([head.model.id, *sha256, *chosen, *args])} | {head.model.dtype}"
+    dtype = "dtype unknown" if head.model.dtype == UNKNOWN else head.model.dtype
+    return f"{' '.join([head.model.id, *sha256, *chosen, *args])} | {dtype}"
 
 
 def titles(tables: Sequence[Table]) -> list[str]:

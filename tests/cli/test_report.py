@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import hashlib
 import json
 import re
 import zlib
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from spdbench.cli.main import run
 from spdbench.cli.reading import compare, report
 from spdbench.errors import InputError
+from spdbench.judge.results.schema import served_model
 from spdbench.render.report import page, vega
 from tests.builders import failed_run, make_backend, make_result, make_run, write_result
 from tests.unit.render.report.reports import HOSTILE, results
@@ -83,8 +85,11 @@ def test_a_chart_with_nothing_to_show_says_that_alone(tmp_path: Path) -> None:
         write_result(make_result(runs, backend), tmp_path / f"{name}.json")
     invoke(tmp_path, "-o", tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert text.count("No label has an answer to a prompt that a baseline answered, so there are no speed-ups.") == 3
+    reason = "No label has an answer to a prompt that a baseline answered, so there are no speed-ups."
+    assert text.count(reason) == 2  # below the first heading, and once for the two others
+    assert f"Speed-up by category, Each prompt against the baseline: {reason}" in text
     assert "A dot is one prompt" not in text
+    assert text.count("<figure") == 1
 
 
 def test_page_is_written_and_named(files: Path, tmp_path: Path) -> None:
@@ -122,6 +127,35 @@ def test_page_asks_for_nothing_from_elsewhere(files: Path, tmp_path: Path) -> No
     assert "default-src &#39;none&#39;" in policy
     assert "unsafe-eval" not in policy
     assert policy.count("sha256-") == 2
+
+
+def test_the_library_is_packed_and_runs_by_the_hash_of_what_is_unpacked(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = "/* </script> <!-- */" * 1000
+    monkeypatch.setattr(vega, "script", lambda: library)
+    invoke(files, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    [packed] = re.findall(r'id="library">"([^<"]*)"</script>', text)
+    assert zlib.decompress(base64.b64decode(packed)).decode() == library
+    assert len(packed) < len(library) / 10
+    assert library[:20] not in text
+    assert f"sha256-{base64.b64encode(hashlib.sha256(library.encode()).digest()).decode()}" in text
+
+
+def test_words_of_a_page_about_a_server_and_its_client(tmp_path: Path) -> None:
+    runs = [make_run(prompt=f"p{number}") for number in range(2)]
+    served = make_result(runs, make_backend(label="served"))
+    environment = {"memory_bytes": 24 * 2**30, "read_bandwidth_bytes_per_s": 1.2e10, "fingerprint": "0a1b"}
+    served = served.model_copy(update={"model": served_model("stub"), "environment": environment})
+    write_result(served, tmp_path / "a.json")
+    invoke(tmp_path, "-o", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert " | stub | dtype unknown | greedy" in text
+    facts = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', text))
+    assert facts["model"] == "stub (weights and dtype unknown: only its server has them)"
+    assert [facts[name] for name in ("memory", "read bandwidth", "machine id")] == ["24.0 GiB", "12.0 GB/s", "0a1b"]
+    assert '<span class="option">--format</span>' in text  # in no name of an option does a line end
 
 
 @pytest.mark.parametrize("where", ["text", "label", "prompt"])

@@ -125,6 +125,18 @@ def test_no_word_of_the_speedups_is_cut_on_a_narrow_page(browser: Any, pages: di
     assert [word for word in words if "\N{HORIZONTAL ELLIPSIS}" in word] == []
 
 
+def test_all_columns_are_seen_without_scrolling_on_a_narrow_page(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["plain"], NARROW)
+    box = browser.find_element("css selector", "[aria-label=Comparison]")
+    assert browser.execute_script("return arguments[0].scrollWidth <= arguments[0].clientWidth", box)
+    rows = {row.text.splitlines()[0]: row.text for row in box.find_elements("css selector", "tbody tr")}
+    assert set(rows) == {"vanilla", "eagle", "medusa (lossy)", "spd"}
+    named = "return getComputedStyle(document.querySelector('.numbers td:nth-child(2)'), '::before').content"
+    assert browser.execute_script(named) == '"speed-up [95 %]"'
+    assert "[" in rows["eagle"]
+    assert "-" not in rows["eagle"].splitlines()  # what does not apply takes no room
+
+
 @pytest.mark.parametrize("name", ["plain", "history"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_has_contrast(browser: Any, pages: dict[str, Path], scheme: str, name: str) -> None:
@@ -232,8 +244,8 @@ def test_keyboard_reaches_everything(browser: Any, pages: dict[str, Path], name:
     browser.execute_script("for (const each of document.querySelectorAll('details')) each.open = true")
     wanted = set(
         browser.execute_script(
-            "return [...document.querySelectorAll('main a, main button, main summary, main [tabindex]')].map("
-            "(element, at) => (element.dataset.at = `at${at}`))"
+            "return [...document.querySelectorAll('main a, main button, main summary, main [tabindex]')]"
+            ".filter((element) => element.offsetParent).map((element, at) => (element.dataset.at = `at${at}`))"
         )
     )
     reached = set()
@@ -242,7 +254,8 @@ def test_keyboard_reaches_everything(browser: Any, pages: dict[str, Path], name:
         reached.add(browser.execute_script("return document.activeElement.dataset.at || ''"))
     assert wanted <= reached
     outline = browser.execute_script(
-        "const button = document.querySelector('th button'); button.focus({focusVisible: true});"
+        "const button = [...document.querySelectorAll('th button')].find((each) => each.offsetParent);"
+        "button.focus({focusVisible: true});"
         "return getComputedStyle(button).outlineStyle"
     )
     assert outline == "solid"
@@ -283,6 +296,8 @@ def test_page_prints(browser: Any, pages: dict[str, Path], name: str) -> None:
     colour = browser.execute_script("return getComputedStyle(document.body).color")
     assert contrast(hexadecimal(colour), "#ffffff") > 10
     assert len(browser.print_page()) > 10_000
+    speedups = "return getComputedStyle(document.querySelector('td:nth-child(2)')).whiteSpace"
+    assert browser.execute_script(speedups) == "nowrap"
 
 
 def test_history_marks_the_planted_regression_alone(browser: Any, pages: dict[str, Path]) -> None:

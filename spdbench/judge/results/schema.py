@@ -25,6 +25,8 @@ from spdbench.types import BackendKind, FinishReason, MeasurementKind
 
 SCHEMA = "spdbench.result/1"
 SCHEMA_FILE = Path(__file__).parents[1] / "result.schema.json"
+UNKNOWN = "unknown"
+"""What a result says of a model's weights and dtype where only a server has them."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 MAX_CHUNK = 2**20
 MAX_FORWARDS = 1e10
@@ -114,8 +116,8 @@ def served_model(name: str, template_args: Mapping[str, Any] | None = None) -> M
     """The record of a model that only a server has: nothing but its name there is known."""
     return ModelInfo(
         id=name,
-        sha256=f"unknown, served as {name}",
-        dtype="unknown",
+        sha256=f"{UNKNOWN}, served as {name}",
+        dtype=UNKNOWN,
         num_layers=None,
         num_parameters=None,
         bytes=None,

@@ -13,7 +13,7 @@ from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.check import because
 from spdbench.render.columns import EMPTY, harmless, loads, work
 from spdbench.render.report.history import CHARTS, SIGNS, change_of, machine_name, run_names
-from spdbench.render.report.page import command, figure, fill, words
+from spdbench.render.report.page import command, fact, figure, fill, model_words
 
 COLUMNS = ("run", "label", "speed-up [95 %]", "change", "tok/s", "accept", "verdict", "machine", "file")
 LOOKS = {"regression": "bad", "improved": "good"}
@@ -130,14 +130,14 @@ def _environment(history: History, calibration: Calibration | None) -> list[tupl
     first, last = history.runs[0].started, history.runs[-1].started
     found = {
         "suite": f"{head.suite.name} v{head.suite.version} ({head.suite.source})",
-        "model": f"{head.model.id} ({head.model.sha256[:12]}), {head.model.dtype}",
+        "model": model_words(head.model),
         "measured": f"{first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} UTC",
         "noise": _noise(calibration),
     }
     for run in history.runs:
         own = {name: value for name, value in run.head.environment.items() if value and name != "fingerprint"}
         own.pop("read_bandwidth_bytes_per_s", None)  # another in each run
-        about = ", ".join(f"{name} {words(value)}" for name, value in own.items())
+        about = ", ".join(" ".join(fact(name, value)) for name, value in own.items())
         found[f"machine {machine_name(run.head)}"] = about
     return [(name, harmless(value)) for name, value in found.items()]
 

@@ -2,7 +2,8 @@
 
 Names, answers and values come from files that others wrote. In the page they are text: the template escapes what it
 inserts, data for scripts are JSON in which no `<` is left, and the page's security policy runs the two scripts below by
-their hashes and no other.
+their hashes and no other. The library that draws the charts is packed: the page unpacks it, and its hash is that of the
+unpacked script.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import shlex
 import zlib
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -25,7 +28,8 @@ from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.pairing import conversation_rates
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
-from spdbench.render.columns import columns_for, harmless, title
+from spdbench.judge.results.schema import UNKNOWN, ModelInfo
+from spdbench.render.columns import Column, columns_for, harmless, title
 from spdbench.render.notes import details, methods, sentence
 from spdbench.render.report import vega
 from spdbench.render.report.answers import answers, by_column
@@ -33,6 +37,14 @@ from spdbench.render.report.chart import Chart, Panel, Shown, overall, to_csv
 from spdbench.render.report.style import DARK, LIGHT, config, css_properties, page_palette
 
 SCRIPT_END = "</script"
+_OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z-]*")
+
+
+class Heading(NamedTuple):
+    """A column's name, and whether its cells are words, which may wrap, unlike numbers."""
+
+    name: str
+    is_words: bool
 
 
 class Figure(NamedTuple):
@@ -65,17 +77,19 @@ class Warned(NamedTuple):
 
 def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
     """The page of `table`, which was compared by category. `sources` are the result files; `name` is the page's own."""
-    columns = columns_for(table, details=True)
+    label, *others = columns_for(table, details=True)
+    columns = [label, *sorted(others, key=_is_words)]
     figures = [figure(chart, table, command(name, chart.name)) for chart in vega.CHARTS.values()]
     return fill(
         "page.html",
         figures,
         embed(sources),
+        missing=_missing(figures[1:]),
         question="Does it pay?",
         title=title(table),
         created=table.head.created,
         verdicts=[_verdict(each) for each in conclusions(table)],
-        columns=[column.name for column in columns],
+        columns=[Heading(column.name, _is_words(column)) for column in columns],
         meanings=[f"{column.name}: {column.meaning}" for column in columns if column.meaning],
         rows=[[column.cell(row) for column in columns] for row in overall(table)],
         best=[row.best for row in overall(table)],
@@ -103,18 +117,37 @@ def fill(template: str, figures: Sequence[Figure], results: str, **content: Any)
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(_asset)
     )
     environment.filters["harmless"] = lambda value: harmless(str(value))
-    library, page_script = vega.script(), _asset("page.js")
+    environment.filters["prose"] = _prose
+    library, page_script = vega.script(), _script(_asset("page.js"))
     specs = {each.chart.name: [panel.spec for panel in each.panels] for each in figures}
     return environment.get_template(template).render(
         style=Markup(_style()),
         policy=_policy(library, page_script),
         charts=_json({"specs": specs, "config": config(page_palette())}),
-        library=_script(library),
-        page_script=_script(page_script),
+        library=_packed_text(library),
+        page_script=page_script,
         figures=figures,
         results=Markup(results),
         **{"answers": _packed({"texts": [], "prompts": {}}), **content},
     )
+
+
+def _prose(text: object) -> Markup:
+    """`text` for the page, in which no line ends within the name of an option."""
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', escape(harmless(str(text)), quote=False)))
+
+
+def _is_words(column: Column) -> bool:
+    return not column.numeric
+
+
+def _missing(figures: Sequence[Figure]) -> list[tuple[str, str]]:
+    """Why there is nothing to show, with the titles of the charts that it concerns."""
+    found: dict[str, list[str]] = {}
+    for each in figures:
+        if not each.panels:
+            found.setdefault(each.chart.missing, []).append(each.chart.title)
+    return [(", ".join(titles), why) for why, titles in found.items()]
 
 
 def _asset(name: str) -> str:
@@ -132,7 +165,7 @@ def _style() -> str:
 
 def _policy(*scripts: str) -> str:
     """Nothing is loaded from anywhere, and only `scripts` run."""
-    hashes = [base64.b64encode(hashlib.sha256(_script(script).encode()).digest()).decode() for script in scripts]
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{found}'" for found in hashes)
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
 
@@ -147,9 +180,13 @@ def _json(data: Any) -> Markup:
 
 
 def _packed(data: Any) -> Markup:
-    """`data` as JSON in zlib's format, in base64: answers with kept drafts take a fifth of their size. Browsers can
-    unpack it."""
-    packed = zlib.compress(json.dumps(data, separators=(",", ":")).encode(), level=9)
+    """`data` as JSON, packed: answers with kept drafts take a fifth of their size."""
+    return _packed_text(json.dumps(data, separators=(",", ":")))
+
+
+def _packed_text(text: str) -> Markup:
+    """`text` in zlib's format, in base64: browsers can unpack it."""
+    packed = zlib.compress(text.encode(), level=9)
     return Markup(json.dumps(base64.b64encode(packed).decode()))
 
 
@@ -203,7 +240,7 @@ def _environment(table: Table) -> list[tuple[str, str]]:
     head = table.head
     found = {
         "suite": f"{head.suite.name} v{head.suite.version} ({head.suite.source})",
-        "model": f"{head.model.id} (sha256 {head.model.sha256[:12]}), {head.model.dtype}",
+        "model": model_words(head.model),
         "spdbench": " ".join(str(value) for value in head.spdbench.values() if value),
         "measured": head.created,
     }
@@ -212,7 +249,23 @@ def _environment(table: Table) -> list[tuple[str, str]]:
         options = ", ".join(f"{name}={value}" for name, value in backend.options.items() if value is not None)
         drafts = f"; drafter {drafter.id}" if drafter else ""
         found[row.label] = f"{backend.name} on {', '.join(backend.devices)}; {options}{drafts}"
-    return [*found.items(), *((name, words(value)) for name, value in head.environment.items() if value)]
+    return [*found.items(), *(fact(name, value) for name, value in head.environment.items() if value)]
+
+
+def model_words(model: ModelInfo) -> str:
+    """Its id, hash and dtype; of one that only a server has, what is unknown."""
+    if model.sha256.startswith(UNKNOWN):
+        return f"{model.id} (weights and dtype unknown: only its server has them)"
+    return f"{model.id} (sha256 {model.sha256[:12]}), {model.dtype}"
+
+
+def fact(name: str, value: Any) -> tuple[str, str]:
+    """A value of an environment, and its name, in words."""
+    if name == "memory_bytes" and isinstance(value, int):
+        return "memory", f"{value / 2**30:.1f} GiB"
+    if name == "read_bandwidth_bytes_per_s" and isinstance(value, int | float):
+        return "read bandwidth", f"{value / 1e9:.1f} GB/s"
+    return {"fingerprint": "machine id"}.get(name, name.replace("_", " ")), words(value)
 
 
 def words(value: Any) -> str:

@@ -12,7 +12,7 @@ from spdbench.render.columns import columns_for, title
 from spdbench.render.notes import notes as notes_of
 from spdbench.render.notes import sentence
 from spdbench.render.report.chart import overall
-from spdbench.render.report.page import Numbers, fill
+from spdbench.render.report.page import Numbers, fill, model_words
 from spdbench.render.summary import cells, headers, heading, notes
 
 
@@ -45,7 +45,7 @@ def to_html(summary: Summary, sources: Sequence[EmbeddedFile]) -> str:
         notes=[*notes(summary), *_notes(summary.tables)],
         environment=[
             ("suites", ", ".join(summary.suites)),
-            ("model", f"{head.model.id} (sha256 {head.model.sha256[:12]}), {head.model.dtype}"),
+            ("model", model_words(head.model)),
         ],
     )
 
