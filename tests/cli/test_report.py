@@ -247,6 +247,24 @@ def test_results_of_several_suites_are_one_page_with_a_line_a_suite_and_the_mean
     assert "suite (quick v1, not other v1)" in refusal(files, more, "--chart", "speedup", "-o", tmp_path / "a.svg")
 
 
+def test_results_of_several_loads_are_one_page_that_says_up_to_which_it_pays(tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for at_once in (1, 4):
+        for name, result in results().items():
+            backend = result.backend.model_copy(update={"options": {"concurrency": at_once}})
+            write_result(result.model_copy(update={"backend": backend}), folder / f"{at_once}-{name}")
+    out = tmp_path / "report.html"
+    invoke(folder, "-o", out)
+    text = out.read_text()
+    assert "<li>eagle: pays at every load measured, up to 4 requests at once</li>" in text
+    assert all(f"<li>eagle, at {at_once}: " in text for at_once in (1, 4))
+    assert "1, 4 at once" in text
+    [said, direct] = [invoke(source, "--format", "json", command=compare.command).stdout for source in (out, folder)]
+    assert json.loads(said)["loads"] == json.loads(direct)["loads"]
+    assert "--concurrency (1, not 4)" in refusal(folder, "--chart", "speedup", "-o", tmp_path / "a.svg")
+
+
 def test_existing_output_stays_without_force(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     out.write_text("mine")

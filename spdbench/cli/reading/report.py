@@ -89,8 +89,9 @@ def command(
     """Draw a comparison of results: one HTML page that holds everything it needs, or one chart as a file.
 
     RESULT is a result file, a pattern, a folder of result files, or an earlier report. All must be of one model, dtype,
-    decoding and machine; of several suites the page shows the means and a table each, and has no charts. The page opens
-    from disk without network, and holds the results that it shows: `spdbench compare report.html` reads it.
+    decoding and machine; of several suites the page shows the means and a table each, of several loads (--concurrency)
+    up to which each label pays, and has no charts. The page opens from disk without network, and holds the results that
+    it shows: `spdbench compare report.html` reads it.
 
     With --history the results are many runs of one suite, model, dtype and decoding, on any machines; a
     calibration.json next to them, which `check --calibrate` writes, says what is noise.
@@ -165,13 +166,16 @@ def _only_table(tables: Sequence[Table]) -> Table:
 
 
 def _page(tables: Sequence[Table], paths: Sequence[Path], out: Path) -> bytes:
-    """The page of one comparison, or of several suites that differ in nothing else."""
+    """The page of one comparison, or of several suites or loads that differ in nothing else."""
+    from spdbench.judge.comparison.load import loads
     from spdbench.judge.comparison.summary import summaries
-    from spdbench.render.report import page, suites_page
+    from spdbench.render.report import load_page, page, suites_page
 
     for summary in summaries(tables):
         if len(summary.tables) == len(tables):
             return suites_page.to_html(summary, _sources(paths)).encode()
+    if len(tables) > 1 and len(found := loads(tables)) == 1:
+        return load_page.to_html(found[0], _sources(paths)).encode()
     return page.to_html(_only_table(tables), _sources(paths), out.name).encode()
 
 

@@ -99,7 +99,7 @@ def to_html(table: Table, sources: Sequence[EmbeddedFile], name: str) -> str:
         details=details(table),
         prompts=_prompts(table),
         labels=[row.label for row in overall(table)],
-        environment=_environment(table),
+        environment=environment(table),
         answers=_packed(by_column(answers(table))),
     )
 
@@ -235,7 +235,7 @@ def _rate(found: tuple[str, float | None] | None) -> str:
     return "" if found is None or found[1] is None else f"{found[1]:.1f}"
 
 
-def _environment(table: Table) -> list[tuple[str, str]]:
+def environment(table: Table) -> list[tuple[str, str]]:
     """What was measured, and on what, as pairs of name and value."""
     head = table.head
     found = {
