@@ -81,7 +81,8 @@ class PathWord(Word):
         """
         if os.path.exists(os.path.join(prefix, word)) and self.may_be_path(word):
             return os.path.join(prefix, word)
-        head = HEAD.match(word)[0]  # type: ignore[index] - it matches nothing at least
+        found = HEAD.match(word)
+        head = found[0] if found else ""
         path = word[len(head) :]
         is_there = self.may_be_path(path) and os.path.exists(os.path.join(prefix, path.partition("#")[0]))
         if is_there or path in (".", "..") or path.startswith(("./", "../")):

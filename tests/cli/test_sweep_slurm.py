@@ -80,12 +80,18 @@ def test_a_point_whose_job_is_lost_is_submitted_again_three_times_at_most(
 ) -> None:
     points = read_sweep(write(tmp_path, sweep))[1][:3]
     gone = RuntimeError("job 7 has no output\nand a long log")
-    executor = FakeExecutor([0, gone, gone, 0, gone, gone])
+    ended = RuntimeError(
+        'failed with trace:\n  File "a.py"\nsubmitit.core.utils.UncompletedJobError: timed-out\nSee logs'
+    )
+    executor = FakeExecutor([0, gone, gone, 0, gone, ended])
     outcomes = {each.point.name: each for each in on_slurm._run_points(lambda _: executor, None, points, tmp_path)}
     assert [outcomes[point.name].exit_code for point in points] == [0, 0, 1]
     assert outcomes[points[0].name].note == ""
     assert outcomes[points[1].name].note == "lost with job 7_1 (RuntimeError: job 7 has no output), try 1 of 3"
-    assert outcomes[points[2].name].note.endswith("try 3 of 3")
+    assert (
+        outcomes[points[2].name].note
+        == "lost with job 7_5 (submitit.core.utils.UncompletedJobError: timed-out), try 3 of 3"
+    )
     assert len(executor.jobs) == 6
     assert not any(job.cancelled for job in executor.jobs)
 

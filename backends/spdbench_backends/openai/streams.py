@@ -50,9 +50,9 @@ def read_chunks(
     """The events of a stream, to its end, with the server's reasons passed through `without_key`; `habits` are those of
     `Repeats`, and `ENDS_WITH_USAGE`.
 
-    An answer ends with `[DONE]`, behind which only usage counts, with a chunk that has a finish reason, or with the only
-    usage, if nothing follows. Some servers have a word in that place from the first chunk on, so a word is no reason
-    once text has followed it. What goes wrong after a whole answer is ignored, and said.
+    An answer ends with `[DONE]`, behind which only usage counts, with a chunk that has a finish reason, or with the
+    only usage, if nothing follows. Some servers have a word in that place from the first chunk on, so a word is no
+    reason once text has followed it. What goes wrong after a whole answer is ignored, and said.
 
     Raises:
         RefusedError: an error came in place of the answer.

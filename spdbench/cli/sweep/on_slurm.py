@@ -6,6 +6,7 @@ continues its journal, it loses at most the request that was being measured. An 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
@@ -22,7 +23,11 @@ from spdbench.errors import InputError, brief, first_line, install_command
 
 LOOK_EVERY_S = 0.5
 LOGS = "slurm"
+RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
+"""The line of a trace that names the error."""
 ONE_NODE = {"nodes": 1, "tasks_per_node": 1}
+DEFAULT_TIMEOUT_MIN = 24 * 60
+"""submitit's own is 5 minutes, in which few points end."""
 
 
 def connect(settings: Mapping[str, Any]) -> Runner:
@@ -41,7 +46,7 @@ def connect(settings: Mapping[str, Any]) -> Runner:
             f"--on slurm: slurm.{other[0]}: {settings[other[0]]!r}: each point is one task on one node. One model over "
             "several nodes is spd.executor=torchrun"
         )
-    parameters = {**ONE_NODE, **settings}
+    parameters = {**ONE_NODE, "timeout_min": DEFAULT_TIMEOUT_MIN, **settings}
     cluster = parameters.pop("cluster", "slurm")
     if cluster not in ("slurm", "local"):
         raise InputError(f"--on slurm: slurm.cluster: {cluster!r} is neither slurm nor local")
@@ -84,12 +89,18 @@ def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], fol
                 job, point, number, note = each
                 try:
                     yield Outcome(point, job.result(), note)
-                except Exception as error:  # the job has no result: its node was lost, or it was killed
-                    yield from try_again(waiting, point, number, f"lost with job {job.job_id} ({brief(error)})")
+                except Exception as error:  # the job has no result: its node was lost, it was killed or out of time
+                    yield from try_again(waiting, point, number, f"lost with job {job.job_id} ({_reason(error)})")
             if not ended:
                 time.sleep(LOOK_EVERY_S)
     finally:
         _cancel([job for job, *_ in running])
+
+
+def _reason(error: Exception) -> str:
+    """What ended a job, in a line. submitit gives the trace of an error in the job, whose end says what it was."""
+    raised = [line for line in str(error).splitlines() if RAISED.match(line)]
+    return raised[-1] if raised else brief(error)
 
 
 def _cancel(jobs: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from spdbench.judge.results.schema import Divergence, Drafts
 from tests.builders import MS, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import eagle, finding, judged, only
 
-SERVED = {"unknown": ["drafts", "forwards", "devices", "ids"], "other_model": "m in its server"}
+SERVED: dict[str, Any] = {"unknown": ["drafts", "forwards", "devices", "ids"], "other_model": "m in its server"}
 ROUNDS = 10
 
 
@@ -69,9 +69,11 @@ def test_a_server_drafts_if_anything_was_drafted_whether_or_not_it_was_accepted(
         assert not finding(plain, "decode_tokens_per_s").decides
         assert any("a reports nothing of drafts, and is taken for plain decoding" in each for each in drafted.notes)
     chosen = reference(one("c", counted(40), ""), [*new, one("0", counted(0), "")])
-    assert chosen is not None and chosen.label == ("0" if expected is not False else chosen.label)
+    assert chosen is not None
+    assert chosen.label == ("0" if expected is not False else chosen.label)
     chosen = reference(one("c", None, ""), new)
-    assert chosen is not None and chosen.label == ("b" if expected is False else "a")
+    assert chosen is not None
+    assert chosen.label == ("b" if expected is False else "a")
 
 
 def exact(new: LoadedResult, old: LoadedResult) -> Judgement:
