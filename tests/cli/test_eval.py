@@ -80,6 +80,11 @@ def test_lm_evals_own_command_line_gives_what_eval_gives(
     monkeypatch.chdir(tmp_path)  # no repository, of which lm-eval asks git
     evaluate("-b", "spd", "-o", "spd.executor=inline", "--drafter", "oracle:0.6", "--tasks", "gsm8k", "--limit", "2")
     ours = evaluate.file("gsm8k", "spd")
+    from lm_eval.loggers.utils import get_git_commit_hash
+
+    # As lm-eval's own command line finds it; `eval` has replaced it in this process.
+    monkeypatch.setattr("lm_eval.evaluator.get_git_commit_hash", get_git_commit_hash)
+    capfd.readouterr()
     arguments = f"backend=spd,model={evaluate.model},drafter=oracle:0.6,dtype=float32,threads=1,spd.executor=inline"
     where = ("--include_path", evaluate.tasks, "--output_path", evaluate.folder / "theirs", "--log_samples")
     said = spdbench(

@@ -155,7 +155,7 @@ def test_words_of_a_page_about_a_server_and_its_client(tmp_path: Path) -> None:
     facts = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', text))
     assert facts["model"] == "stub (weights and dtype unknown: only its server has them)"
     assert [facts[name] for name in ("memory", "read bandwidth", "machine id")] == ["24.0 GiB", "12.0 GB/s", "0a1b"]
-    assert '<span class="option">--format</span>' in text  # in no name of an option does a line end
+    assert '<span class="option">--limit</span>' in text  # in no name of an option does a line end
 
 
 @pytest.mark.parametrize("where", ["text", "label", "prompt"])
@@ -260,6 +260,7 @@ def test_results_of_several_loads_are_one_page_that_says_up_to_which_it_pays(tmp
     assert "<li>eagle: pays at every load measured, up to 4 requests at once</li>" in text
     assert all(f"<li>eagle, at {at_once}: " in text for at_once in (1, 4))
     assert "1, 4 at once" in text
+    assert "concurrency=" not in text
     [said, direct] = [invoke(source, "--format", "json", command=compare.command).stdout for source in (out, folder)]
     assert json.loads(said)["loads"] == json.loads(direct)["loads"]
     assert "--concurrency (1, not 4)" in refusal(folder, "--chart", "speedup", "-o", tmp_path / "a.svg")

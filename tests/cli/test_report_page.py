@@ -10,16 +10,20 @@ from click.testing import CliRunner
 
 from spdbench.cli.reading.report import command
 from spdbench.render.report import history
+from spdbench.render.report import projection as projection_page
+from spdbench.render.report import sweep as sweep_page
 from spdbench.render.report.vega import CHARTS
 from tests.builders import write_result
 from tests.unit.judge.gate.histories import history_results
+from tests.unit.judge.swept import swept
 from tests.unit.render.report.reports import HOSTILE, WRONG, results
 from tests.unit.render.report.test_charts import contrast
+from tests.unit.render.report.test_sweep import projected
 
 pytest.importorskip("vl_convert", reason="vl-convert-python draws the charts: pip install 'spdbench[report]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser: it is in the dev extra")
 WIDE, NARROW = 1280, 380
-PAGES = ("plain", "hostile", "history", "hostile history", "detailed")
+PAGES = ("plain", "hostile", "history", "hostile history", "detailed", "sweep", "projection")
 TEXT_OF = """
 const seen = [];
 for (const element of document.querySelectorAll('body *')) {
@@ -35,8 +39,8 @@ return seen;
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pages of plain results, of results with spans and drafts, and of a history; and of the first and the last one in
-    which all that others write is hostile."""
+    """Pages of plain results, of results with spans and drafts, of a history, a sweep and a projection; and plain and
+    history pages in which all that others write is hostile."""
     found: dict[str, Path] = {}
     more: dict[str, Any]
     for name, more in (
@@ -60,6 +64,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         arguments = ["--history", str(folder), "-o", str(folder / "history.html")]
         assert CliRunner().invoke(command, arguments, catch_exceptions=False).exit_code == 0
         found[name] = folder / "history.html"
+    for name, text in (
+        ("sweep", sweep_page.to_html(swept(), "tiny", "results/tiny", [], "spdbench sweep tiny.yaml")),
+        ("projection", projection_page.to_html(projected(), "quick | projected", None, "spdbench project results")),
+    ):
+        found[name] = tmp_path_factory.mktemp(name) / f"{name}.html"
+        found[name].write_text(text)
     return found
 
 
@@ -91,7 +101,10 @@ def test_no_errors_and_no_network(browser: Any, pages: dict[str, Path], name: st
     ] == []
 
 
-@pytest.mark.parametrize(("name", "charts"), [("plain", CHARTS), ("detailed", CHARTS), ("history", history.CHARTS)])
+@pytest.mark.parametrize(
+    ("name", "charts"),
+    [("plain", CHARTS), ("detailed", CHARTS), ("history", history.CHARTS), ("sweep", sweep_page.CHARTS)],
+)
 def test_every_chart_has_marks(browser: Any, pages: dict[str, Path], name: str, charts: dict[str, Any]) -> None:
     opened(browser, pages[name])
     counts = browser.execute_script(
@@ -296,8 +309,9 @@ def test_page_prints(browser: Any, pages: dict[str, Path], name: str) -> None:
     colour = browser.execute_script("return getComputedStyle(document.body).color")
     assert contrast(hexadecimal(colour), "#ffffff") > 10
     assert len(browser.print_page()) > 10_000
-    speedups = "return getComputedStyle(document.querySelector('td:nth-child(2)')).whiteSpace"
-    assert browser.execute_script(speedups) == "nowrap"
+    cell = "return getComputedStyle(document.querySelector('td:nth-child(2)')).whiteSpace"
+    is_comparison = browser.execute_script("return document.querySelector('table.numbers') !== null")
+    assert browser.execute_script(cell) == ("nowrap" if is_comparison else "normal")
 
 
 def test_history_marks_the_planted_regression_alone(browser: Any, pages: dict[str, Path]) -> None:

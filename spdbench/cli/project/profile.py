@@ -129,7 +129,7 @@ def _computed(target: Target, name: str) -> Profile:
 
 def _sizes(target: Target) -> Sizes:
     """What a forward of `target` reads. Of a model on transformers' layers keys, values and states are unknown, and
-    count as none."""
+    count as none, and all experts count as read."""
     config, itemsize = target.config, target.dtype.itemsize
     head = config.vocab_size * config.hidden_size * itemsize
     ends = head if getattr(config, "tied", True) else 2 * head

@@ -30,5 +30,5 @@ def to_html(load: Load, sources: Sequence[EmbeddedFile]) -> str:
         verdicts=found or ["Nothing was compared: each load has results of one label alone."],
         tables=[numbers],
         notes=[*load_notes(load), "Charts and answers are on a page of the results of one load alone."],
-        environment=environment(load.tables[0]),
+        environment=environment(*load.tables, leaving_out="concurrency"),
     )

@@ -235,18 +235,21 @@ def _rate(found: tuple[str, float | None] | None) -> str:
     return "" if found is None or found[1] is None else f"{found[1]:.1f}"
 
 
-def environment(table: Table) -> list[tuple[str, str]]:
-    """What was measured, and on what, as pairs of name and value."""
-    head = table.head
+def environment(*tables: Table, leaving_out: str = "") -> list[tuple[str, str]]:
+    """What was measured, and on what, as pairs of name and value: a line a label of all `tables`, in which the option
+    `leaving_out`, by which these differ, is not named."""
+    head = tables[0].head
     found = {
         "suite": f"{head.suite.name} v{head.suite.version} ({head.suite.source})",
         "model": model_words(head.model),
         "spdbench": " ".join(str(value) for value in head.spdbench.values() if value),
         "measured": head.created,
     }
-    for row in overall(table):
+    for row in (row for table in tables for row in overall(table)):
         backend, drafter = row.head.backend, row.head.drafter
-        options = ", ".join(f"{name}={value}" for name, value in backend.options.items() if value is not None)
+        options = ", ".join(
+            f"{name}={value}" for name, value in backend.options.items() if value is not None and name != leaving_out
+        )
         drafts = f"; drafter {drafter.id}" if drafter else ""
         found[row.label] = f"{backend.name} on {', '.join(backend.devices)}; {options}{drafts}"
     return [*found.items(), *(fact(name, value) for name, value in head.environment.items() if value)]

@@ -71,7 +71,7 @@
   const draw = async (place) => {
     const spec = specs[place.dataset.chart][Number(place.dataset.panel)];
     const narrow = place.clientWidth < 520;
-    const hasLongLabels = spec.data.values.some((row) => row.label.length > 14);
+    const hasLongLabels = spec.data.values.some((row) => (row.label ?? row.series ?? "").length > 14);
     const labelLimit = narrow && place.dataset.chart === "speedup" ? 76 : config.axisY.labelLimit; // words stand there
     const result = await vegaEmbed(place, { ...spec, width: "container", description: place.ariaLabel }, {
       actions: false,
@@ -116,13 +116,13 @@
   const drawAll = async () => {
     const library = element("script", await textOf(read("library")));
     document.head.append(library);
-    await Promise.all([...places].map(draw));
+    await Promise.all([...places].map((place) => draw(place).catch((error) => sayWhyNot(error, [place]))));
   };
 
-  const sayWhyNot = (error) => {
+  const sayWhyNot = (error, missing) => {
     console.error(error);
-    for (const place of places) {
-      place.replaceChildren(element("p", "This browser cannot draw the chart: a newer one can. Its numbers are behind the CSV link."));
+    for (const place of missing) {
+      place.replaceChildren(element("p", "The chart could not be drawn; a newer browser may. Its numbers are behind the CSV link."));
     }
   };
 
@@ -131,5 +131,5 @@
     (found) => { answers = JSON.parse(found); },
     (error) => console.warn(`answers: ${error}`),
   );
-  Promise.all([unpacked, drawAll()]).then(() => document.body.setAttribute("data-drawn", "yes"), sayWhyNot);
+  Promise.all([unpacked, drawAll()]).then(() => document.body.setAttribute("data-drawn", "yes"), (error) => sayWhyNot(error, places));
 })();
