@@ -129,7 +129,7 @@ class Fish(_WholeWords, FishComplete):
     source_template: ClassVar[str] = """\
 function %(complete_func)s_paths;
     $argv[1] $argv[2];
-    set -l head (string match -r '^.*=' -- $argv[2]); or return;
+    set -l head (string match -r '^.*=' -- $argv[2]); or return 0;
     for found in ($argv[1] (string replace -- $head '' $argv[2]));
         echo $head$found;
     end;

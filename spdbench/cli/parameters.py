@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,11 @@ class PathWord(Word):
     """A text that names a file, a folder, or something else.
 
     `names` are what the option knows words without `/` and `.` by, in place of paths; None: none of these is a path.
+    `is_there` says of a path that counts from here whether it is one.
     """
 
-    def __init__(self, names: Collection[str] | None = ()) -> None:
-        self._names = names
+    def __init__(self, names: Collection[str] | None = (), is_there: Callable[[str], bool] = os.path.exists) -> None:
+        self._names, self._is_there = names, is_there
 
     def shell_complete(
         self,
@@ -79,12 +80,12 @@ class PathWord(Word):
 
         A path begins with `./` or `../`, or is there; a name, such as a hub id, is left as it is.
         """
-        if os.path.exists(os.path.join(prefix, word)) and self.may_be_path(word):
+        if self._is_there(os.path.join(prefix, word)) and self.may_be_path(word):
             return os.path.join(prefix, word)
         found = HEAD.match(word)
         head = found[0] if found else ""
         path = word[len(head) :]
-        is_there = self.may_be_path(path) and os.path.exists(os.path.join(prefix, path.partition("#")[0]))
+        is_there = self.may_be_path(path) and self._is_there(os.path.join(prefix, path.partition("#")[0]))
         if is_there or path in (".", "..") or path.startswith(("./", "../")):
             return head + os.path.join(prefix, path)
         return word
@@ -94,11 +95,20 @@ class PathWord(Word):
         return bool(word) and ("/" in word or "." in word or (self._names is not None and word not in self._names))
 
 
+class FilesWord(PathWord):
+    """A text that names files or folders, by a pattern it may be."""
+
+    def seen_from(self, prefix: str, word: str) -> str:
+        return os.path.join(prefix, os.path.expanduser(word))
+
+
 MODEL = PathWord(["smollm2"])
 CHAT_TEMPLATE = PathWord(["vicuna", "llama-2", "chatml", "zephyr"])
 DRAFTER = PathWord(["auto", "random"])
-FILES = PathWord()
-LABEL_OR_FILE = KEY_VALUE = PathWord(None)
+LABEL_OR_FILE = PathWord(None, os.path.isfile)
+KEY_VALUE = PathWord(None, lambda _: False)
+"""A value may be a name that a server knows, such as `Qwen/Qwen3-8B`, whatever lies in a folder of that name."""
+FILES = FilesWord()
 
 
 def seen_from(prefix: str, kind: click.ParamType[Any], word: str) -> str:

@@ -114,14 +114,23 @@ def test_a_folder_that_others_made_gives_no_permission(
         ),
         (
             "run",
-            "o = ['medusa.tree=chain', 'llamacpp.model=there.json', 'x.draft=../a=b']",
-            {"options": ("medusa.tree=chain", "llamacpp.model=UP/there.json", "x.draft=UP/../a=b")},
+            "o = ['medusa.tree=chain', 'served.model=of/there', 'llamacpp.model=./there.json', 'x.draft=../a=b']",
+            {
+                "options": (
+                    "medusa.tree=chain",
+                    "served.model=of/there",
+                    "llamacpp.model=UP/./there.json",
+                    "x.draft=UP/../a=b",
+                )
+            },
         ),
         ("run", "template-arg = ['a=there.json']", {"template_args": ("a=there.json",)}),
         ("distill", "exclude = ['there', '/b']", {"exclude": ("UP/there", "/b")}),
         ("compare", "baseline = 'there.json'", {"baseline": "UP/there.json"}),
         ("compare", "baseline = 'there'", {"baseline": "there"}),
+        ("compare", "baseline = 'of'", {"baseline": "of"}),
         ("check", "baseline = 'there'", {"baseline": "UP/there"}),
+        ("check", "baseline = 'there/main__*.json'", {"baseline": "UP/there/main__*.json"}),
     ],
 )
 def test_relative_paths_go_by_the_folder_of_the_file(

@@ -183,10 +183,10 @@ class OpenAI:
             how = f"with finish_reason {word!r}" if word else "without a finish_reason"
             self._say_once(f"answers end {how}, which is taken for an end by themselves")
         is_short = exchange.num_tokens < request.max_new_tokens and self._way != "chunks"
-        if exchange.finish == "length" and is_short and exchange.contradiction:
+        if exchange.finish == "length" and is_short and exchange.doubt:
             raise PromptFailedError(
                 f"the server lists {exchange.num_tokens} tokens of an answer that ended at the limit of "
-                f"{request.max_new_tokens} ({exchange.contradiction}), so its tokens cannot be counted"
+                f"{request.max_new_tokens} ({exchange.doubt}), so its tokens cannot be counted"
             )
         if exchange.finish == "length" and is_short:
             raise PromptFailedError(
@@ -196,22 +196,21 @@ class OpenAI:
 
     def account(self) -> EngineReport:
         exchange: Exchange = self._local.exchange
-        drafts, in_doubt = None, [exchange.contradiction] if exchange.contradiction else []
+        drafts = None
         if exchange.drafts is not None and self._options.metrics:
             drafts = count_drafts(exchange.drafts, exchange.num_tokens)
             if drafts is None:
                 self._say_once(f"what {exchange.drafts.engine} reports of drafts contradicts itself, and is ignored")
-                in_doubt.append(f"{exchange.drafts.engine}'s counts of drafts")
         elif exchange.before is not None and (after := self._counters_after(exchange.before)) is not None:
             drafts = drafts_between(exchange.before, after, exchange.num_tokens)
         num_prompt_tokens = exchange.num_prompt_tokens
         if num_prompt_tokens is None and self._context.tokenizer is None:
             num_prompt_tokens = 0  # unknown: only the server has tokenized the prompt, and it does not report the count
         text = self._loaded_server().without_key("".join(exchange.parts))
-        if exchange.contradiction:
-            is_listed = self._way in LISTING
-            what = "the tokens that it lists, and those listed count" if is_listed else "itself, and may be wrong"
-            self._say_once(f"its usage contradicts {what}", exchange.contradiction)
+        if exchange.doubt:
+            what = "the tokens that it lists" if exchange.contradiction else "itself"
+            then = "the tokens that it lists count" if self._way in LISTING else "it may be wrong"
+            self._say_once(f"its usage contradicts {what}, and {then}", exchange.doubt)
         self._note_cache(exchange)
         return EngineReport(
             text,
@@ -220,7 +219,7 @@ class OpenAI:
             drafts,
             exchange.num_cached_tokens,
             exchange.decode_s,
-            "; ".join(in_doubt) or None,
+            exchange.doubt or None,
         )
 
     def next_logits(self, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Mapping[int, float] | None:

@@ -91,8 +91,9 @@ class Counter:
         self._num_listed += len((chunk.ids if self._way == "ids" else chunk.listed) or ())
         if chunk.completion_tokens is not None:
             self._stated = max(self._stated or 0, chunk.completion_tokens)  # it may be 0 before and after the answer
-            self._refuse_above_limit(self._stated)
             self.excess = _excess(chunk)
+            if not (self.excess and self._way in LISTING):  # then this usage is not believed
+                self._refuse_above_limit(self._stated)
 
     def _refuse_above_limit(self, count: int) -> None:
         if count > self._limit + MAX_UNCOUNTED:

@@ -27,8 +27,8 @@ END_OF_THOUGHTS = "</think>"
 
 class Exchange:
     """One try of a request, and its outcome; `tries` counts this one and those before it. `finish_word` is the server's
-    own word for why it ended; empty if it gave none. `contradiction` is `Counter`'s, or its
-    `excess`."""
+    own word for why it ended; empty if it gave none. `contradiction` and
+    `excess` are `Counter`'s."""
 
     def __init__(self, request: GenerationRequest, timeout_s: float) -> None:
         self.request = request
@@ -45,7 +45,7 @@ class Exchange:
         self.decode_s: float | None = None
         self.drafts: DraftReport | None = None
         self.num_tokens = 0
-        self.contradiction = ""
+        self.contradiction = self.excess = ""
 
     def repeat_later(self, reason: str, wait_s: float | None) -> TryAgainError:
         """The error that has the request repeated, after `wait_s` if the server named a time."""
@@ -61,7 +61,7 @@ class Exchange:
                 ids += counter.rest()  # now, since the server may take its time to close the stream
             if ids:
                 yield from self._step(ids, chunks, counter)
-        self.contradiction = counter.contradiction or counter.excess
+        self.contradiction, self.excess = counter.contradiction, counter.excess
         if ids := counter.rest():
             yield from self._step(ids, chunks, counter)
 
@@ -83,7 +83,12 @@ class Exchange:
                 counter.check(chunk)
                 if number > MAX_TRAILING_CHUNKS or time.monotonic() > until:
                     raise PromptFailedError("the server does not stop after the last token that it was asked for")
-        self.contradiction = counter.contradiction or counter.excess
+        self.contradiction, self.excess = counter.contradiction, counter.excess
+
+    @property
+    def doubt(self) -> str:
+        """Which of the server's counts contradict each other; empty where none do."""
+        return self.contradiction or self.excess
 
     @property
     def finish(self) -> FinishReason:

@@ -50,7 +50,8 @@ def read_aiperf(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Ex
     if not rows:
         raise InputError(f"{path}: holds no request of a profiling phase")
     requests = [checked(_request, row, where) for where, row in rows]
-    if all((row.get("metrics") or {}).get("time_to_first_token") is None for _, row in rows):
+    answered = [row["metrics"] for _, row in rows if not _failed(row)]
+    if answered and all(metrics.get("time_to_first_token") is None for metrics in answered):
         raise InputError(f"{path}: no request has a time to its first token; run aiperf with --streaming")
     times = [_times(row["metadata"]) for _, row in rows]
     version, model, load, body = _settings(path)
@@ -96,6 +97,10 @@ def _is_measured(row: Mapping[str, Any]) -> bool:
     return not isinstance(metadata, Mapping) or metadata.get("benchmark_phase", "profiling") == "profiling"
 
 
+def _failed(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("error") or row["metadata"].get("was_cancelled"))
+
+
 def _times(metadata: Mapping[str, Any]) -> tuple[int, int]:
     """When a request began and ended, in ns since 1970."""
     start_ns, end_ns = int(metadata["request_start_ns"]), int(metadata["request_end_ns"])
@@ -109,7 +114,7 @@ def _request(row: Mapping[str, Any]) -> Request:
     asked = str(metadata["session_num"])  # conversations have other ids in every run
     turn = int(metadata.get("turn_index") or 0)
     _times(metadata)
-    if error or metadata.get("was_cancelled"):
+    if _failed(row):
         message = error.get("message") if isinstance(error, Mapping) else None
         return Request(asked, turn, 0, 0, 0.0, 0.0, error=str(message or error or "cancelled"))
     metrics = row["metrics"]

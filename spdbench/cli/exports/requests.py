@@ -99,7 +99,6 @@ def _run(request: Request, sha256: str, repeat: int) -> Run:
         ),
         text=None if request.text is None else text_of(request.text),
         drafts=request.drafts,
-        contradiction="counts of drafts" if request.odd_drafts else None,
     )
 
 

@@ -172,7 +172,7 @@ def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
         yield make_flag("degenerate", reason)
     if overall["num_contradicted"]:
         reason = f"{overall['num_contradicted']} of {num_runs} answers have counts of the server's that contradict each"
-        yield make_flag("contradicted", f"{reason} other: the tokens that it lists count, and drafts in doubt do not")
+        yield make_flag("contradicted", f"{reason} other: the tokens that it lists count, where it lists them")
     if 2 * overall["num_truncated"] > num_runs:
         yield make_flag("truncated", f"{overall['num_truncated']} of {num_runs} outputs were cut by the token limit")
     if num_prompts < FEW_PROMPTS:

@@ -12,8 +12,8 @@ from typing import Any
 
 from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError, LostError
 
-PADDING = re.compile(rb"\A(?:\xef\xbb\xbf|\0)+|\0+\Z")
-"""Byte order marks and NUL bytes around a line, which belong to no event."""
+PADDING = re.compile(rb"\A(?:\xef\xbb\xbf|\0)+")
+"""Byte order marks and NUL bytes before a line, which belong to no event."""
 MAX_LINE_BYTES = 2**20
 LINE_END = re.compile(rb"\r\n|\r|\n")
 FIELD = re.compile(rb"(?:data|event|id|retry|error)?:")
@@ -48,7 +48,7 @@ def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def without_padding(lines: Iterable[bytes], notice: Callable[[str, str], None]) -> Iterator[bytes]:
     """`lines` without the byte order marks and NUL bytes around them, which are said."""
     for line in lines:
-        bare = PADDING.sub(b"", line)
+        bare = PADDING.sub(b"", line.rstrip(b"\0"))
         if len(bare) < len(line):
             notice("NUL bytes or byte order marks stand around lines of its streams, and are ignored", "")
         yield bare
