@@ -87,9 +87,11 @@ class LoadedResult:
         if "drafts" not in backend.unknown:
             return bool(self.runs.steps[[STEP_COLUMNS.index(name) for name in ("drafted", "accepted")]].any())
         counted = [each for each in self.runs.drafts if each is not None and each.rounds]
-        if any(each.drafted is None or each.drafted for each in counted):
+        if any(each.drafted or each.accepted for each in counted):
             return True
-        return False if counted else backend.chosen.get("acceptance", "").startswith(DRAFTING) or None
+        if counted and all(each.drafted == 0 for each in counted):
+            return False
+        return backend.chosen.get("acceptance", "").startswith(DRAFTING) or None
 
     @cached_property
     def num_begun(self) -> int:

@@ -46,7 +46,7 @@ KINDS = {
     "untrained_drafter": FlagKind("Name a trained one with --drafter", disqualifies=True),
     "degenerate": FlagKind("Use prompts that suit the model, or a model for chat"),
     "no_template": FlagKind("Name its format (--chat-template), or read answers first"),
-    "contradicted": FlagKind("Count its tokens another way (-o LABEL.count), or update it"),
+    "contradicted": FlagKind("Count its tokens another way (-o LABEL.count)"),
     "truncated": FlagKind("Raise --max-new-tokens if answers of full length matter"),
     "few_prompts": FlagKind(f"Measure at least {FEW_PROMPTS} (--limit)"),
     "noisy": FlagKind("Add prompts (--limit) or --repeats on an idle machine"),
