@@ -27,7 +27,7 @@ RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 """The line of a trace that names the error."""
 ONE_NODE = {"nodes": 1, "tasks_per_node": 1}
 DEFAULT_TIMEOUT_MIN = 24 * 60
-"""submitit's own is 5 minutes, in which few points end."""
+"""submitit's own is two minutes for local jobs and five on SLURM, in which few points end."""
 
 
 def connect(settings: Mapping[str, Any]) -> Runner:
