@@ -319,12 +319,17 @@ def test_a_datasheet_gives_a_computed_profile(tiny_model: Path) -> None:
     assert layers[0] < layers[1]
 
 
-def test_a_computed_recurrent_layer_has_a_state_in_place_of_keys_and_values(tmp_path: Path) -> None:
-    model = tiny.make_model(tmp_path / "model", "qwen3_5_text")
+def computed(folder: Path, kind: str) -> tuple[Profile, ModelConfig]:
+    """The profile of a tiny model of this kind, made in `folder`, on an L4; and the model's configuration."""
+    model = tiny.make_model(folder, kind)
     words = ("-m", model, "--dtype", "bfloat16", "--from", "l4")
-    found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
     config = tiny.load(model).config
     assert isinstance(config, ModelConfig)
+    return Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout), config
+
+
+def test_a_computed_recurrent_layer_has_a_state_in_place_of_keys_and_values(tmp_path: Path) -> None:
+    found, config = computed(tmp_path / "model", "qwen3_5_text")
     assert config.recurrent is not None
     recurrent, speed = len(config.recurrent.layers), BANDWIDTH_SHARE * DEVICES["l4"].bandwidth
     kv = 2 * 2 * config.num_kv_heads * config.head_dim * (config.num_layers - recurrent) / config.num_layers
@@ -335,14 +340,10 @@ def test_a_computed_recurrent_layer_has_a_state_in_place_of_keys_and_values(tmp_
 
 
 def test_a_computed_mixture_reads_the_experts_that_a_token_passes(tmp_path: Path) -> None:
-    model = tiny.make_model(tmp_path / "model", "qwen3_moe")
-    words = ("-m", model, "--dtype", "bfloat16", "--from", "l4")
-    found = Profile.model_validate_json(invoke(*words, command=profile_command.command).stdout)
-    config = tiny.load(model).config
-    assert isinstance(config, ModelConfig)
+    found, config = computed(tmp_path / "model", "qwen3_moe")
     experts = config.experts
     assert experts is not None
-    with closing(Checkpoint(model)) as checkpoint:
+    with closing(Checkpoint(tmp_path / "model")) as checkpoint:
         shapes = [shape for name, shape in checkpoint.shapes().items() if ".experts." in name]
     routed = 2 * sum(map(prod, shapes)) / config.num_layers
     more_s = (found.layer_s(256, 128) or 0.0) - (found.layer_s(1, 128) or 0.0)

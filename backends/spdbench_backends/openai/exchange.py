@@ -27,8 +27,7 @@ END_OF_THOUGHTS = "</think>"
 
 class Exchange:
     """One try of a request, and its outcome; `tries` counts this one and those before it. `finish_word` is the server's
-    own word for why it ended; empty if it gave none. `contradiction` and
-    `excess` are `Counter`'s."""
+    own word for why it ended; empty if it gave none. `contradiction` and `excess` are `Counter`'s."""
 
     def __init__(self, request: GenerationRequest, timeout_s: float) -> None:
         self.request = request

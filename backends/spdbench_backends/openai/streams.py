@@ -96,10 +96,8 @@ def read_chunks(
     except BrokenError as error:
         if not is_whole():
             raise
-        if isinstance(error, SilentError):
-            notice(STAY_OPEN, "")
-        else:
-            notice("its connections are lost after whole answers, which is ignored", "")
+        is_silent = isinstance(error, SilentError)
+        notice(STAY_OPEN if is_silent else "its connections are lost after whole answers, which is ignored", "")
     if is_counted and not word:
         habits.add(ENDS_WITH_USAGE)
     elif not word or word in not_ends - FINISHES.keys():
