@@ -11,10 +11,10 @@ from typing import Any
 
 from spdbench.errors import InputError, install_command
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.load import conclude, loads
 from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.comparison.summary import Summary, summaries
+from spdbench.judge.conclusion import Conclusion, conclusions
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import Drafts

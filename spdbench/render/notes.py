@@ -8,7 +8,7 @@ from math import ceil
 
 from spdbench.console import counted
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.conclusion import EFFECT, Conclusion, OwnDevices, conclusions
+from spdbench.judge.conclusion import EFFECT, Conclusion, OwnDevices, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
@@ -44,9 +44,9 @@ POWER_NOTE = (
     "four times in five."
 )
 OWN_DEVICES_NOTE = (
-    "with one device per stage: tokens a cycle x {baseline}'s time for a token, over the heaviest stage's share of "
-    "that time and what full cycles took here besides their slowest stage; 'at most' where that was not recorded, or "
-    "where stages ran ahead of the verdict. Its interval is over prompts alone."
+    "with a device for each stage and the drafter: what `spdbench project` simulates from these results, each "
+    "device as fast as {baseline}'s; 'at most' where no time of drafts or messages was recorded. Its interval is over "
+    "prompts alone."
 )
 IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
 ENERGY_NOTE = (
@@ -110,9 +110,9 @@ def _provisional(found: Conclusion) -> str:
 
 
 def _with_own_devices(own: OwnDevices) -> str:
-    """`with one device per stage: about 1.05x [1.02, 1.08] (estimate), would pay`."""
+    """`with a device for each stage and the drafter: about 1.05x [1.02, 1.08] (estimate), would pay`."""
     at = "at most" if own.is_bound else "about"
-    estimate = f"with one device per stage: {at} {own.speedup:.2f}x"
+    estimate = f"with a device for each stage and the drafter: {at} {own.speedup:.2f}x"
     if own.interval is None:
         return f"{estimate} (estimate over one prompt)"
     low, high = own.interval

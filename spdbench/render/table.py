@@ -18,9 +18,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import SpeedupOutcome, conclusions
 from spdbench.judge.comparison.load import Load, conclude, loads
 from spdbench.judge.comparison.summary import summaries
+from spdbench.judge.conclusion import SpeedupOutcome, conclusions
 from spdbench.render import summary as over_suites
 from spdbench.render.columns import (
     LABEL,

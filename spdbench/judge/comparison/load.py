@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import exp, log
 
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import SpeedupOutcome, outcome_of
 from spdbench.judge.comparison.pairing import concurrency, machine, work_at_any_load
+from spdbench.judge.conclusion import SpeedupOutcome, outcome_of
 from spdbench.judge.metrics.stats import Interval
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from spdbench.errors import InputError
 from spdbench.judge.loaded import LoadedResult
-from spdbench.judge.metrics.definitions import by_layers
+from spdbench.judge.metrics.definitions import by_layers, shares_devices
 from spdbench.judge.projection.recorded import (
     Recorded,
     host_seconds,
@@ -19,6 +19,7 @@ from spdbench.judge.projection.recorded import (
     rows_a_stage,
     stage_sigma,
     start_seconds,
+    steady_rows,
 )
 from spdbench.judge.results.table import COLUMN
 from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
@@ -84,7 +85,6 @@ class RecordedCosts:
     @property
     def notes(self) -> Sequence[str]:
         head = self._vanilla.head
-        cores, most = head.environment.get("cores"), self.recorded.most_stages
         found = [
             "tensor parallelism and several requests at once are omitted: these results do not hold what a message "
             "between devices and a forward of several requests take. This measures both: "
@@ -96,10 +96,11 @@ class RecordedCosts:
                 "the pipelines have branches, and what a stage's further rows cost is not in these results: they are "
                 "taken as free. Add a result of eagle or medusa, or `--profile`"
             )
-        if set(head.backend.devices) == {"cpu"} and isinstance(cores, int) and cores <= most:
+        slowed = {each.label: self._slowdown(each) for each in self.recorded.pipelines}
+        if shown := ", ".join(f"{label} {factor:.1f}x" for label, factor in slowed.items() if factor > 1):
             found.append(
-                f"the drafter was timed with {most} stages next to it on {cores} cores, so its time includes waiting; "
-                "`spdbench profile` times each part alone"
+                f"stages shared devices: their layers took longer than {head.backend.label}'s ({shown}), and drafts, "
+                "messages and starts are taken to have been slowed as much; `spdbench profile` times each part alone"
             )
         return found
 
@@ -141,27 +142,38 @@ class RecordedCosts:
 
     @cached_property
     def _rounds_s(self) -> dict[float, float]:
-        """Seconds of a forward by its rows, of methods that verify several."""
+        """Seconds of a forward by its rows, of methods that verify several and nearly always as many: where rounds of
+        few and of many rows mix, their mean time is not that of their mean number."""
         found = {}
         for result in self.recorded.rounds:
-            total, layer = result.runs.total(result.runs.answered), part_seconds(result, "layer")
-            if layer is not None and total[COLUMN["steps"]] and total[COLUMN["forwards"]] > total[COLUMN["steps"]]:
-                rows = float(total[COLUMN["forwards"]] / total[COLUMN["steps"]])
+            rows, layer = steady_rows(result), part_seconds(result, "layer")
+            if layer is not None and rows is not None and rows > 1:
                 found[rows] = self.recorded.num_layers * layer + (part_seconds(result, "head") or 0.0)
         return found
 
+    def _slowdown(self, result: LoadedResult) -> float:
+        """How many times as long the layers of a pipeline whose stages shared devices took as on a device alone: what
+        its drafter, messages and host took there was slowed like them. 1 where each stage had a device."""
+        layer, alone = part_seconds(result, "layer"), self.layer_s(1)
+        if layer is None or not alone or not shares_devices(result.head.backend):
+            return 1.0
+        return max(1.0, layer / (alone * self.growth(rows_a_stage(result))))
+
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float | None:  # noqa: ARG002 - one was timed
-        drafter = result.head.drafter
-        return 0.0 if drafter is not None and drafter.synthetic else part_seconds(result, "draft")
+        drafter, draft_s = result.head.drafter, part_seconds(result, "draft")
+        if drafter is not None and drafter.synthetic:
+            return 0.0
+        return None if draft_s is None else draft_s / self._slowdown(result)
 
     def round_draft_s(self, result: LoadedResult, levels: float) -> float | None:  # noqa: ARG002
         return part_seconds(result, "draft")
 
     def verify_s(self) -> float:
-        return max((part_seconds(each, "verify") or 0.0 for each in self.recorded.pipelines), default=0.0)
+        verified = ((part_seconds(each, "verify") or 0.0) / self._slowdown(each) for each in self.recorded.pipelines)
+        return max(verified, default=0.0)
 
     def host_s(self) -> float:
-        return max((host_seconds(each) for each in self.recorded.pipelines), default=0.0)
+        return max((host_seconds(each) / self._slowdown(each) for each in self.recorded.pipelines), default=0.0)
 
     def own_host_s(self) -> float:
         return 0.0  # a forward is a whole token of plain decoding as it was measured
@@ -170,10 +182,17 @@ class RecordedCosts:
         return None
 
     def start_s(self, result: LoadedResult) -> float:
-        return start_seconds(result)
+        return start_seconds(result) / self._slowdown(result)
 
     def sigma(self, result: LoadedResult) -> float:
         return stage_sigma(result)
+
+
+class LowestCosts(RecordedCosts):
+    """Where the time of a draft was not recorded, it takes none."""
+
+    def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float:
+        return super().pipeline_draft_s(result, num_stages) or 0.0
 
 
 @dataclass(frozen=True)

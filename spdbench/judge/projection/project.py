@@ -14,7 +14,7 @@ from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.bubble import LaneTime
 from spdbench.judge.metrics.flags import disqualifies
 from spdbench.judge.metrics.stats import SEED, Interval, ratio_interval
-from spdbench.judge.projection.costs import Costs, refuse
+from spdbench.judge.projection.costs import Costs, LowestCosts, refuse
 from spdbench.judge.projection.notes import notes
 from spdbench.judge.projection.opponents import (
     BreakEven,
@@ -25,7 +25,7 @@ from spdbench.judge.projection.opponents import (
     token_s,
     under_load,
 )
-from spdbench.judge.projection.recorded import Recorded, rows_a_stage, verdicts, with_acceptance
+from spdbench.judge.projection.recorded import Recorded, rows_a_stage, sort_results, verdicts, with_acceptance
 from spdbench.judge.projection.simulation import (
     Parts,
     Scatter,
@@ -94,6 +94,16 @@ class PipelineRow:
     @property
     def speedup_per_device(self) -> float:
         return self.speedup / self.devices
+
+
+@dataclass(frozen=True)
+class AsMeasured:
+    """A speed-up over plain decoding and its 95 % `interval` over prompts, which is None where there is one prompt. It
+    is at most `speedup` if `is_bound`: no time of a draft, or none of messages and the host, was recorded."""
+
+    speedup: float
+    interval: Interval | None
+    is_bound: bool
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,22 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
         loads=tuple(loads),
         notes=tuple(notes(recorded, rows, costs, setting)),
     )
+
+
+def as_measured(vanilla: LoadedResult, pipeline: LoadedResult, rounds: Sequence[LoadedResult]) -> AsMeasured:
+    """What a pipeline would give with the stages that it was measured with, each on a device like that of `vanilla`,
+    and one more for the drafter. `rounds` are results of the same workload that tell what further rows cost.
+
+    Raises:
+        InputError: the results do not hold the steps, or the sizes of the stages, that a projection needs.
+    """
+    recorded = sort_results([vanilla, pipeline, *rounds])
+    costs, layers = LowestCosts(recorded), tuple(filter(None, pipeline.head.backend.stage_layers))
+    parts = make_parts(recorded, costs, pipeline, layers, Setting((layers,), own_drafter=True))
+    rate, interval, _ = replay(Stretch(parts), verdicts(pipeline))
+    alone = token_s(costs, recorded.num_layers) or 0.0
+    bounds = interval and (interval[0] * alone, interval[1] * alone)
+    return AsMeasured(rate * alone, bounds, is_bound=not (parts.draft_s and parts.host_s))
 
 
 def make_parts(

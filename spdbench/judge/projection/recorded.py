@@ -21,6 +21,9 @@ EMITTED, DRAFTED, _, ACCEPTED = range(len(STEP_COLUMNS))
 MIN_STAGES = 2
 """Of one stage there is no slowest."""
 DRAWS, HALVINGS, LEAST_SIGMA, MAX_SIGMA = 4_096, 20, 1e-3, 1.5
+STEADY = 0.1
+"""How far the mean number of rows may be from the usual one, as a share of it, for the mean time of rounds to be that
+of a round of so many."""
 REMEASURE = "spdbench run {suite} -b vanilla -b spd -m {model} --dtype {dtype}"
 
 
@@ -54,11 +57,6 @@ class Recorded:
         runs = self.first.runs
         sums = runs.total(runs.answered)
         return float((sums[COLUMN["prompt_tokens"]] + sums[COLUMN["new_tokens"]] / 2) / max(1.0, sums[COLUMN["runs"]]))
-
-    @property
-    def most_stages(self) -> int:
-        """Of the pipelines."""
-        return max(each.head.backend.num_stages for each in self.pipelines)
 
     def remeasure(self) -> str:
         """The command that records what these results lack."""
@@ -204,6 +202,16 @@ def rounds_of(result: LoadedResult) -> dict[RunKey, Rounds]:
             num, float(forwards) / max(1, num), float(steps[DRAFTED].mean()) if num else 0.0, steps[ACCEPTED]
         )
     return found
+
+
+def steady_rows(result: LoadedResult) -> float | None:
+    """Rows of a round's forward, on average, where that is close to what most rounds draft; else None."""
+    drafted = [result.runs.steps_of(key)[DRAFTED, 1:] for key in result.runs.answered]
+    rounds = np.concatenate([*drafted, np.zeros(0, np.int64)])
+    if not len(rounds) or abs(rounds.mean() - np.bincount(rounds).argmax()) > STEADY * (1 + rounds.mean()):
+        return None
+    total = result.runs.total(result.runs.answered)
+    return float(total[COLUMN["forwards"]] / total[COLUMN["steps"]])
 
 
 def part_seconds(result: LoadedResult, part: str) -> float | None:

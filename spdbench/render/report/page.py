@@ -24,8 +24,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.conclusion import Conclusion, conclusions
 from spdbench.judge.comparison.pairing import conversation_rates
+from spdbench.judge.conclusion import Conclusion, conclusions
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.judge.results.schema import UNKNOWN, ModelInfo

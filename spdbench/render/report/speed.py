@@ -11,8 +11,8 @@ import numpy as np
 
 from spdbench.console import counted
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.comparison.conclusion import outcome_of
 from spdbench.judge.comparison.pairing import prompt_speeds
+from spdbench.judge.conclusion import outcome_of
 from spdbench.render.columns import harmless
 from spdbench.render.report.chart import (
     NUM_TICKS,

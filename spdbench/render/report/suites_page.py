@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.comparison.conclusion import conclusions
 from spdbench.judge.comparison.summary import Summary
+from spdbench.judge.conclusion import conclusions
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.columns import columns_for, title
 from spdbench.render.notes import notes as notes_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from spdbench.judge.comparison.compare import Row, compare
-from spdbench.judge.comparison.conclusion import conclusions
+from spdbench.judge.conclusion import conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.steps import step_lengths
 from spdbench.judge.results.schema import Drafts, Run

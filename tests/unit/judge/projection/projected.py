@@ -35,19 +35,20 @@ def vanilla_result(**more: Any) -> Result:
     return make_result(runs, **more)
 
 
-def pipeline_result(num_stages: int = 3, parts: PartTimes | None = PARTS, **more: Any) -> Result:
+def pipeline_result(
+    num_stages: int = 3, parts: PartTimes | None = PARTS, *, backend: dict[str, Any] | None = None, **more: Any
+) -> Result:
     runs = [
         make_run(pipeline_steps(each, num_stages), prompt=f"p{number}", bubble=BUSY, parts=parts)
         for number, each in enumerate(VERDICTS)
     ]
     layers = 30 // num_stages
-    backend = make_backend(
-        "pipeline",
-        lanes=num_stages,
-        stage_layers=[layers] * num_stages,
-        lane_bytes=[*[6 * layers] * (num_stages - 1), 6 * layers + 20],
-    )
-    return make_result(runs, backend, **({"drafter": TRAINED} | more))
+    fields: dict[str, Any] = {
+        "lanes": num_stages,
+        "stage_layers": [layers] * num_stages,
+        "lane_bytes": [*[6 * layers] * (num_stages - 1), 6 * layers + 20],
+    }
+    return make_result(runs, make_backend("pipeline", **(fields | (backend or {}))), **({"drafter": TRAINED} | more))
 
 
 def eagle_result() -> Result:

@@ -5,16 +5,17 @@ Data only; `render/notes.py` puts it into a sentence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from spdbench.errors import InputError
 from spdbench.judge.comparison.compare import Row, Table
-from spdbench.judge.metrics.definitions import by_bytes, shares_devices
+from spdbench.judge.loaded import LoadedResult
+from spdbench.judge.metrics.definitions import shares_devices
 from spdbench.judge.metrics.flags import DISQUALIFYING
-from spdbench.judge.metrics.stats import Interval, divide, interval_of, prompts_to_show
+from spdbench.judge.metrics.stats import Interval, prompts_to_show
+from spdbench.judge.projection.project import as_measured
 
 SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
 """`pays` and `slower`: the interval of the speed-up lies above 1, or below. `no interval`: a speed-up over one prompt.
@@ -30,11 +31,8 @@ DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "no
 
 @dataclass(frozen=True)
 class OwnDevices:
-    """What a pipeline's speed-up would be if each of its `num_stages` stages had a device like the baseline's, with the
-    95 % `interval` over prompts; that is None where there is one prompt.
-
-    `is_bound` if what a cycle costs besides its slowest stage was not measured, so that it is at most `speedup`.
-    """
+    """What a pipeline's speed-up would be if each of its `num_stages` stages, and the drafter, had a device like the
+    baseline's: the fields of `AsMeasured`."""
 
     speedup: float
     interval: Interval | None
@@ -75,10 +73,11 @@ def conclusions(table: Table) -> tuple[Conclusion, ...]:
     baseline = next((row for row in rows if row.is_baseline), None)
     used = {None if row.result.known_devices is None else row.head.backend.num_devices for row in rows}
     of_all = used.pop() if len(used) == 1 and len(rows) > 1 else None
-    return tuple(_conclude(row, baseline, of_all) for row in rows)
+    rounds = [row.result for row in rows if row.head.backend.kind == "draft_verify"]
+    return tuple(_conclude(row, baseline, of_all, rounds) for row in rows)
 
 
-def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Conclusion:
+def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None, rounds: Sequence[LoadedResult]) -> Conclusion:
     metrics, names = row.metrics, dict.fromkeys(flag.name for flag in row.flags)
     of_baseline = [flag.name for flag in baseline.flags if flag.name in OF_BASELINE] if baseline is not None else []
     outcome, interval, num_prompts = (
@@ -101,7 +100,7 @@ def _conclude(row: Row, baseline: Row | None, devices_of_all: int | None) -> Con
         num_devices=devices,
         speedup_per_device=metrics["speedup_per_device"] if devices > 1 else None,
         devices_of_all=devices_of_all if row.is_baseline else None,
-        own_devices=None if baseline is None or metrics["speedup"] is None else _own_devices(row, baseline),
+        own_devices=None if baseline is None or metrics["speedup"] is None else _own_devices(row, baseline, rounds),
         disqualified_by=tuple(name for name in names if name in DISQUALIFYING),
         doubts=tuple(name for name in dict.fromkeys([*names, *of_baseline]) if name in DOUBTS),
     )
@@ -120,34 +119,14 @@ def outcome_of(row: Row, *, has_baseline: bool = True) -> SpeedupOutcome:
     return "pays" if row.metrics["speedup"] > 1 else "slower"
 
 
-def _own_devices(row: Row, baseline: Row) -> OwnDevices | None:
-    """None unless the row is a pipeline whose stages shared devices, and the baseline plain decoding.
-
-    A cycle then takes the baseline's time for a token x the heaviest stage's share of the target's bytes, and besides
-    what full cycles took here beyond their slowest stage (messages, a drafter that is late), by their recorded spans.
-    The speed-up is tokens a cycle x the baseline's time for a token over that, of the runs that pair. Where stages ran
-    ahead of the verdict, nothing is left besides, and it is a bound.
-    """
-    backend, pairing = row.head.backend, row.pairing
-    num_shares = by_bytes(backend) if shares_devices(backend) else None
-    if pairing is None or num_shares is None or baseline.head.backend.kind != "autoregressive":
+def _own_devices(row: Row, baseline: Row, rounds: Sequence[LoadedResult]) -> OwnDevices | None:
+    """None unless the row is a pipeline whose stages shared devices, the baseline plain decoding, and both recorded
+    what a projection needs."""
+    backend = row.head.backend
+    if not shares_devices(backend) or row.is_baseline or baseline.head.backend.kind != "autoregressive":
         return None
-    columns = [
-        pairing.candidate.runs.columns(pairing.keys, "decode_tokens", "steps", "control_s", "cycles"),
-        pairing.baseline.runs.columns(pairing.keys, "decode_s", "decode_tokens"),
-    ]
-
-    def besides_s(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.fmax(0.0, divide(sums[2], sums[3]))  # 0 where there was no full cycle
-
-    def speedup(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        token_s = divide(sums[4], sums[5])
-        return divide(divide(sums[0], sums[1]) * token_s, token_s / num_shares + besides_s(sums))
-
-    runs = np.hstack(columns)
-    totals = runs.sum(axis=0)
-    estimate = float(speedup(totals))
-    if not estimate > 0:
+    try:
+        found = as_measured(baseline.result, row.result, rounds)
+    except InputError:
         return None
-    interval = interval_of(pairing.keys, runs, speedup)
-    return OwnDevices(estimate, interval, backend.lanes, is_bound=not besides_s(totals) > 0)
+    return OwnDevices(found.speedup, found.interval, backend.num_stages, is_bound=found.is_bound)

@@ -10,13 +10,17 @@ import pytest
 from numpy.typing import NDArray
 
 from spdbench.judge.comparison.compare import compare
-from spdbench.judge.comparison.conclusion import Conclusion, conclusions
+from spdbench.judge.conclusion import Conclusion, conclusions
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics import stats
-from spdbench.judge.results.lanes import BubbleParts, FullCycles
-from spdbench.judge.results.schema import Run, RunKey
+from spdbench.judge.projection.costs import RecordedCosts
+from spdbench.judge.projection.project import Setting, project
+from spdbench.judge.projection.recorded import sort_results
+from spdbench.judge.results.lanes import PartTime, PartTimes
+from spdbench.judge.results.schema import Result, Run, RunKey
 from spdbench.types import BackendKind
-from tests.builders import MS, ORACLE, chunk_steps, make_backend, make_result, make_run, pipeline_steps, vanilla_steps
+from tests.builders import MS, ORACLE, make_backend, make_result, make_run, vanilla_steps
+from tests.unit.judge.projection.projected import BUSY, PARTS, eagle_result, pipeline_result, vanilla_result
 
 Sides = tuple[list[RunKey], NDArray[np.float64], NDArray[np.float64]]
 
@@ -60,7 +64,7 @@ def test_the_baseline_and_a_label_that_pairs_with_nothing_have_no_speedup_to_spe
     assert base.tokens_per_s == pytest.approx(50)
     stranger = result("autoregressive", [decode("elsewhere", 10)], label="other")
     assert conclude(vanilla(), stranger).outcome == "no pair"
-    [table] = compare([pipeline()])
+    [table] = compare([spd()])
     assert conclusions(table)[0].outcome == "no baseline"
 
 
@@ -141,74 +145,81 @@ def test_the_number_of_prompts_is_given_only_where_no_difference_is_shown() -> N
     assert 10 < found < 100
 
 
-# If each stage had a device
+# If each stage and the drafter had a device
 
 
-def pipeline(*control_s: float, num: int = 10, lengths: Sequence[int] = (8,), **backend: Any) -> LoadedResult:
-    """Three stages of which the last reads 80 of 200 MB; with `lengths` of 8 tokens, 0.8 of them a cycle of 20 ms, as
-    vanilla takes for a token. Prompts take turns at the lengths, and at what full cycles took beyond a stage's time."""
-    runs = []
-    for i in range(num):
-        steps = pipeline_steps([True] * lengths[i % len(lengths)], 3, step_ns=20 * MS)
-        more: dict[str, Any] = {}
-        if control_s:
-            wall_s = 0.02 + control_s[i % len(control_s)]
-            shares = dict.fromkeys(BubbleParts.model_fields, 0.0) | {"useful": 0.5, "fill": 0.5}
-            more = {"bubble": shares, "full_cycles": FullCycles(num=5, stage_s=5 * 0.02, wall_s=5 * wall_s)}
-        runs.append(make_run(steps, prompt=f"p{i}", **more))
-    return result("pipeline", runs, ORACLE, **backend)
+def spd(parts: PartTimes | None = PARTS, **more: Any) -> LoadedResult:
+    """Three stages on one device, with recorded times of their parts."""
+    return load(pipeline_result(parts=parts, **more), "spd.json")
 
 
-def test_with_a_device_a_stage_a_cycle_takes_the_heaviest_stages_share_of_a_token() -> None:
-    found = conclude(vanilla(), pipeline()).own_devices
+def with_runs(result: Result, **more: Any) -> LoadedResult:
+    """`result` with these fields in each of its runs."""
+    runs = [run.model_copy(update=more) for run in result.runs]
+    return load(result.model_copy(update={"runs": runs}), f"{result.backend.label}.json")
+
+
+def starved(layer_s: float, **backend: Any) -> LoadedResult:
+    """Whose 300 layers took `layer_s` each, and whose drafts took 20 ms."""
+    slow = {"layer": PartTime(num=300, s=300 * layer_s), "draft": PartTime(num=10, s=0.2)}
+    return with_runs(pipeline_result(backend=backend), parts=PARTS.model_copy(update=slow))
+
+
+def test_with_devices_a_pipeline_is_as_fast_as_its_projection_says() -> None:
+    plain, rounds = load(vanilla_result(), "vanilla.json"), load(eagle_result(), "eagle.json")
+    [table] = compare([plain, spd(), rounds], plain)
+    found = conclusions(table)[1].own_devices
+    recorded = sort_results([plain, spd(), rounds])
+    [row] = project(recorded, RecordedCosts(recorded), Setting(((10, 10, 10),), own_drafter=True)).pipelines
     assert found is not None
-    assert found.speedup == pytest.approx(0.8 / 0.4)
-    assert (found.num_stages, found.is_bound) == (3, True), "what a cycle takes besides was not recorded"
-
-
-def test_what_full_cycles_took_beyond_their_slowest_stage_stays() -> None:
-    found = conclude(vanilla(), pipeline(0.002)).own_devices
-    assert found is not None
-    assert found.speedup == pytest.approx(0.8 * 20 / (0.4 * 20 + 2))
-    assert not found.is_bound
-
-
-def test_stages_that_ran_ahead_of_the_verdict_leave_a_bound() -> None:
-    found = conclude(vanilla(), pipeline(-0.002)).own_devices
-    assert found is not None
-    assert found.speedup == pytest.approx(2.0)
-    assert found.is_bound
-
-
-def test_the_estimate_has_the_interval_that_resampled_prompts_give() -> None:
-    """Against a bootstrap of its own, prompt by prompt."""
-    lengths, control_s, vanilla_ms = (4, 9, 14), (0.001, 0.004), (18, 20, 23, 25)
-    num = 12
-    found = conclude(vanilla(num, *vanilla_ms), pipeline(*control_s, num=num, lengths=lengths)).own_devices
-    assert found is not None
-    rng = np.random.default_rng(11)
-    estimates = []
-    for _ in range(4000):
-        picked = rng.integers(0, num, num)
-        tokens = sum(lengths[i % 3] for i in picked)
-        token_s = np.mean([vanilla_ms[i % 4] for i in picked]) / 1e3  # as many tokens of each
-        besides_s = np.mean([control_s[i % 2] for i in picked])
-        estimates.append(tokens / (tokens + 2 * num) * token_s / (0.4 * token_s + besides_s))
     assert found.interval is not None
-    tail = stats.expanded_tail_percent(num, stats.TAIL_PERCENT)
-    assert found.interval == pytest.approx(np.percentile(estimates, [tail, 100 - tail]), rel=0.01)
+    assert (found.speedup, *found.interval) == pytest.approx((row.speedup, *(row.speedup_interval or ())))
     assert found.interval[0] < found.speedup < found.interval[1]
+    assert found.num_stages == 3
+
+
+def test_a_draft_is_taken_to_have_waited_as_long_as_the_layers_next_to_it() -> None:
+    """Vanilla's layers take 3 ms, the pipeline's 30: a draft of 20 ms took 2."""
+    plain = load(vanilla_result(), "vanilla.json")
+    costs = [RecordedCosts(sort_results([plain, each])) for each in (starved(0.003), starved(0.03))]
+    drafts = [each.pipeline_draft_s(each.recorded.pipelines[0], 3) for each in costs]
+    assert drafts == pytest.approx([0.02, 0.002])
+    assert [each.verify_s() for each in costs] == pytest.approx([1e-4, 1e-5])
+    told = ["\n".join(each.notes) for each in costs]
+    assert ["stages shared devices" in each for each in told] == [False, True]
+    assert "(spd 10.0x)" in told[1]
+    apart = starved(0.03, num_devices=3)
+    assert RecordedCosts(sort_results([plain, apart])).pipeline_draft_s(apart, 3) == pytest.approx(0.02)
+
+
+def test_without_times_of_drafts_or_messages_it_is_a_bound() -> None:
+    found = conclude(load(vanilla_result(), "vanilla.json"), spd(parts=None)).own_devices
+    assert found is not None
+    assert found.is_bound
+    synthetic = conclude(load(vanilla_result(), "vanilla.json"), spd(drafter=ORACLE)).own_devices
+    assert synthetic is not None
+    assert synthetic.is_bound
+    timed = with_runs(pipeline_result(), bubble=BUSY.model_copy(update={"useful": 0.5, "host": 0.5}))
+    measured = conclude(load(vanilla_result(), "vanilla.json"), timed).own_devices
+    assert measured is not None
+    assert not measured.is_bound
+    assert measured.speedup < found.speedup
 
 
 def test_one_prompt_gives_an_estimate_without_interval() -> None:
-    found = conclude(vanilla(1), pipeline(0.002, num=1)).own_devices
+    alone = [each.model_copy(update={"runs": each.runs[:1]}) for each in (vanilla_result(), pipeline_result())]
+    found = conclude(*(load(each, f"{each.backend.label}.json") for each in alone)).own_devices
     assert found is not None
     assert found.interval is None
 
 
 def test_there_is_no_what_if_where_stages_have_devices_or_where_there_are_none() -> None:
-    assert conclude(vanilla(), pipeline(num_devices=3)).own_devices is None
-    tree = result("draft_verify", [make_run(chunk_steps([1, 4, 4]), prompt=f"p{i}") for i in range(10)])
-    assert conclude(vanilla(), tree).own_devices is None
-    both = [pipeline(), pipeline(label="ppsd")]
-    assert conclude(*both).own_devices is None, "the baseline is no plain decoding"
+    plain = load(vanilla_result(), "vanilla.json")
+    assert conclude(plain, spd(backend={"num_devices": 3})).own_devices is None
+    assert conclude(plain, load(eagle_result(), "eagle.json")).own_devices is None
+    assert conclude(spd(), spd(backend={"label": "ppsd"})).own_devices is None, "the baseline is no plain decoding"
+
+
+def test_there_is_no_what_if_without_the_sizes_of_the_stages() -> None:
+    plain = load(vanilla_result(), "vanilla.json")
+    assert conclude(plain, spd(backend={"lane_bytes": [0, 0, 0]})).own_devices is None
