@@ -36,6 +36,12 @@ def _own_profiles(_profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPDBENCH_PROFILES", str(_profiles / str(next(NUMBERS))))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """A command that runs in this process without `--threads` leaves torch with a thread for each core."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random llama of six layers with a byte tokenizer."""

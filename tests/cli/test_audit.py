@@ -22,6 +22,11 @@ def words(said: Said) -> str:
     return " ".join(said.out.split())
 
 
+def audit(suite: Path, model: Path, *more: str | Path) -> Said:
+    """`spdbench audit` with one thread, as tiny matrices are multiplied fastest."""
+    return spdbench("audit", suite, "-m", model, "--threads", "1", *more)
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     return write_suite(tmp_path, turns=2)
@@ -34,8 +39,8 @@ def audited(path: Path) -> list[dict[str, Any]]:
 
 def test_backends_that_are_lossless(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
-    common = ("-m", tiny_model, "--dtype", "float32", "--drafter", "spd=random", "-o", "spd.executor=inline")
-    said = spdbench("audit", suite, *common, "-b", "ngram", "-b", "spd", "-b", "hf", "--json", file)
+    common = ("--dtype", "float32", "--drafter", "spd=random", "-o", "spd.executor=inline")
+    said = audit(suite, tiny_model, *common, "-b", "ngram", "-b", "spd", "-b", "hf", "--json", file)
     assert said.code == 0, said.out + said.err
     for label in ("ngram", "spd", "hf"):
         assert f"{label}: lossless. 8 of 8 outputs are plain decoding's" in words(said)
@@ -49,8 +54,8 @@ def test_backends_that_are_lossless(suite: Path, tiny_model: Path, tmp_path: Pat
 def test_drafters_that_learn_need_not_draft_the_same_again(tiny_model: Path, tmp_path: Path) -> None:
     """Other drafts from scratch are no stale state where earlier verdicts decide about drafts."""
     suite, file = write_suite(tmp_path, num_prompts=6, decoding={"max_new_tokens": 40}), tmp_path / "audit.json"
-    common = ("-m", tiny_model, "--dtype", "float32", "--json", file)
-    said = spdbench("audit", suite, *common, "-b", "suffix", "-b", "recycling", "-b", "ngram")
+    common = ("--dtype", "float32", "--json", file)
+    said = audit(suite, tiny_model, *common, "-b", "suffix", "-b", "recycling", "-b", "ngram")
     assert said.code == 0, said.out + said.err
     by_label = {each["label"]: each["restarts"]["compared"] for each in audited(file)}
     assert by_label["suffix"] == by_label["recycling"] == 0 < by_label["ngram"]
@@ -59,7 +64,7 @@ def test_drafters_that_learn_need_not_draft_the_same_again(tiny_model: Path, tmp
 def test_sampled_answers_are_tested_and_the_power_is_stated(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
     more = ("--temperature", "0.9", "--top-p", "0.9", "--draws", "60", "--json", file)
-    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram", "-b", "hf", *more)
+    said = audit(suite, tiny_model, "--dtype", "float32", "-b", "ngram", "-b", "hf", *more)
     assert said.code == 0, said.out + said.err
     assert "ngram: lossless. 240 sampled answers follow the target's exact distribution" in words(said)
     ngram, hf = audited(file)
@@ -70,7 +75,7 @@ def test_sampled_answers_are_tested_and_the_power_is_stated(suite: Path, tiny_mo
 
 
 def test_too_few_answers_prove_nothing(suite: Path, tiny_model: Path) -> None:
-    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "2")
+    said = audit(suite, tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "2")
     assert said.code == 3
     assert "ngram: unknown. 8 sampled answers are too few for a test: raise --draws." in words(said)
 
@@ -90,7 +95,7 @@ def test_a_real_difference_is_shown_with_tokens_logits_and_floor(
             yield step._replace(token_ids=tuple(ids))
 
     monkeypatch.setattr(Ngram, "generate", wrong_at_four)
-    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram", "--json", file)
+    said = audit(suite, tiny_model, "--dtype", "float32", "-b", "ngram", "--json", file)
     assert said.code == 1
     assert "ngram: NOT lossless. 0 of 8 outputs are plain decoding's; 8 differ by more than" in words(said)
     (found,) = audited(file)
@@ -107,7 +112,7 @@ def test_a_real_difference_is_shown_with_tokens_logits_and_floor(
 def test_bfloat16_of_another_engine_is_explained(tmp_path: Path, tiny_model: Path) -> None:
     """Here transformers rounds other logits than ours, so that ties fall the other way: in `run` as well."""
     suite = write_suite(tmp_path, num_prompts=8, decoding={"max_new_tokens": 60, "temperature": 0})
-    said = spdbench("audit", suite, "-m", tiny_model, "-b", "hf", "--json", tmp_path / "audit.json")
+    said = audit(suite, tiny_model, "-b", "hf", "--json", tmp_path / "audit.json")
     assert said.code == 0, said.out + said.err
     (found,) = audited(tmp_path / "audit.json")
     assert found["outcomes"].get("tie", 0) + found["outcomes"].get("near_tie", 0) > 0
@@ -115,7 +120,9 @@ def test_bfloat16_of_another_engine_is_explained(tmp_path: Path, tiny_model: Pat
     for each in found["divergences"]:
         assert each["divergence"]["gap"] <= each["divergence"]["floor"]
         assert 0.0 < each["divergence"]["apart"] < 0.1
-    ran = spdbench("run", suite, "-m", tiny_model, "-b", "vanilla", "-b", "hf", "--results", tmp_path / "results")
+    ran = spdbench(
+        "run", suite, "-m", tiny_model, "--threads", "1", "-b", "vanilla", "-b", "hf", "--results", tmp_path / "results"
+    )
     assert ran.code == 0, ran.out + ran.err
     assert "diverged" not in ran.out
 
@@ -136,7 +143,7 @@ def test_another_engine_that_computes_something_else_is_real(
         original(self, model)
 
     monkeypatch.setattr(Generation, "__init__", noisy)
-    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "hf")
+    said = audit(suite, tiny_model, "--dtype", "float32", "-b", "hf")
     assert said.code == 1, said.out
     assert "hf: NOT lossless" in words(said)
     assert "of their spread from plain decoding's; rounding explains 0.0001" in words(said)
@@ -148,7 +155,7 @@ def test_a_crash_is_a_fault(suite: Path, tiny_model: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Generation, "rounds", crash)
     for more in ((), ("--temperature", "1", "--draws", "20")):
-        said = spdbench("audit", suite, "-m", tiny_model, "-b", "hf", "-b", "ngram", *more)
+        said = audit(suite, tiny_model, "-b", "hf", "-b", "ngram", *more)
         assert said.code == 1
         assert "hf: faulty." in words(said)
         assert "RuntimeError: it broke" in words(said)
@@ -156,7 +163,7 @@ def test_a_crash_is_a_fault(suite: Path, tiny_model: Path, monkeypatch: pytest.M
 
 
 def test_what_is_lossy_by_design_is_not_audited(suite: Path, tiny_model: Path) -> None:
-    said = spdbench("audit", suite, "-m", tiny_model, "-b", "eagle", "--drafter", "forced:0.5")
+    said = audit(suite, tiny_model, "-b", "eagle", "--drafter", "forced:0.5")
     assert said.code == 3
     assert "eagle: not audited: by design its outputs are not the target's." in words(said)
 
@@ -164,7 +171,7 @@ def test_what_is_lossy_by_design_is_not_audited(suite: Path, tiny_model: Path) -
 def test_a_server_without_ids_cannot_be_audited(suite: Path, tiny_model: Path) -> None:
     server = StubServer()
     try:
-        said = spdbench("audit", suite, "-m", tiny_model, "-b", "openai", "-o", f"openai.base_url={server.url}")
+        said = audit(suite, tiny_model, "-b", "openai", "-o", f"openai.base_url={server.url}")
     finally:
         server.close()
     assert said.code == 3, said.err
@@ -177,7 +184,7 @@ def test_a_server_with_ids_and_without_log_probabilities_is_unknown(suite: Path,
     try:
         options = (f"openai.base_url={server.url}", "openai.api=completions")
         more = [word for option in options for word in ("-o", option)]
-        said = spdbench("audit", suite, "-m", tiny_model, "-b", "openai", *more, "--max-new-tokens", "4")
+        said = audit(suite, tiny_model, "-b", "openai", *more, "--max-new-tokens", "4")
     finally:
         server.close()
     assert said.code == 3, said.out + said.err
@@ -195,14 +202,14 @@ def test_a_server_with_ids_and_without_log_probabilities_is_unknown(suite: Path,
 )
 def test_wrong_input_is_exit_code_2(suite: Path, tiny_model: Path, backends: Sequence[str], message: str) -> None:
     chosen = [word for backend in backends for word in ("-b", backend)]
-    said = spdbench("audit", suite, "-m", tiny_model, *chosen)
+    said = audit(suite, tiny_model, *chosen)
     assert said.code == 2
     assert message in said.err
 
 
 def test_another_vanilla_may_be_audited_against_the_first(suite: Path, tiny_model: Path) -> None:
-    common = ("-m", tiny_model, "--dtype", "float32", "-o", "captured.graphs=on")
-    said = spdbench("audit", suite, *common, "-b", "captured=vanilla", "-b", "vanilla", "-b", "vanilla2=vanilla")
+    common = ("--dtype", "float32", "-o", "captured.graphs=on")
+    said = audit(suite, tiny_model, *common, "-b", "captured=vanilla", "-b", "vanilla", "-b", "vanilla2=vanilla")
     assert said.code == 0, said.out + said.err
     assert "against captured" in words(said)
     assert "vanilla2: lossless." in words(said)
@@ -223,7 +230,7 @@ def test_a_file_that_cannot_be_written_or_would_be_lost_is_found_before_the_work
     if content is not None:
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(content)
-    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--json", file)
+    said = audit(suite, tiny_model, "-b", "ngram", "--json", file)
     assert (said.code, said.out) == (2, "")
     assert message in said.err
     assert not file.exists() or file.read_bytes() == content
@@ -232,7 +239,7 @@ def test_a_file_that_cannot_be_written_or_would_be_lost_is_found_before_the_work
 def test_an_audit_may_replace_an_older_one(suite: Path, tiny_model: Path, tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
     for number in (1, 2):
-        said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--limit", str(number), "--json", file)
+        said = audit(suite, tiny_model, "-b", "ngram", "--limit", str(number), "--json", file)
         assert said.code == 0, said.err
         assert json.loads(file.read_bytes())["num_prompts"] == number
 
@@ -247,7 +254,7 @@ def test_sampled_answers_that_end_too_early_are_a_fault(
             yield step._replace(token_ids=step.token_ids[:1])
 
     monkeypatch.setattr(Ngram, "generate", short)
-    said = spdbench("audit", suite, "-m", tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "20")
+    said = audit(suite, tiny_model, "-b", "ngram", "--temperature", "1", "--draws", "20")
     assert said.code == 1, said.err
     assert "ngram: faulty." in words(said)
     assert "the answer ends after 2 of 4 tokens" in words(said)
@@ -268,7 +275,7 @@ def test_neither_secrets_nor_home_nor_control_codes_get_out(
     for more in ((), ("--temperature", "1", "--draws", "20")):
         with monkeypatch.context() as patch:
             patch.setattr(Generation, "rounds", crash)
-            said = spdbench("audit", suite, "-m", odd, "-b", "hf", *more, "--json", file)
+            said = audit(suite, odd, "-b", "hf", *more, "--json", file)
         assert said.code == 1
         for text in (said.out, said.err, file.read_text(encoding="utf-8")):
             assert not {"\x1b", "\x07", "\u202e"} & set(text)
@@ -289,7 +296,7 @@ def test_tokens_of_control_characters_and_wide_tables_are_shown_in_80_columns(
             yield step._replace(token_ids=tuple((token + 1) % 256 for token in step.token_ids))
 
     monkeypatch.setattr(Ngram, "generate", wrong)
-    said = spdbench("audit", suite, "-m", tiny_model, "--dtype", "float32", "-b", "ngram")
+    said = audit(suite, tiny_model, "--dtype", "float32", "-b", "ngram")
     assert said.code == 1
     assert not {"\x1b", "\u202e", "\t"} & set(said.out)
     assert max(map(len, said.out.splitlines())) <= 80

@@ -57,9 +57,9 @@ def audit(models: tuple[Path, Path], tmp_path: Path) -> Audit:
 
     def run(*words: str) -> tuple[Said, dict[str, Any]]:
         suite = write_suite(tmp_path, decoding={"max_new_tokens": 32, "temperature": 0})
-        common = ("-m", str(target), "--dtype", "float32", "--devices", "cpu", "--json", str(tmp_path / "audit.json"))
-        more = ("-o", f"draft_model.model={drafter}") if "draft_model" in words else ()
-        said = spdbench("audit", suite, *common, *words, *more)
+        common = ("-m", str(target), "--dtype", "float32", "--devices", "cpu", "--threads", "1")
+        drafts = ("-o", f"draft_model.model={drafter}") if "draft_model" in words else ()
+        said = spdbench("audit", suite, *common, *words, *drafts, "--json", str(tmp_path / "audit.json"))
         (backend,) = json.loads((tmp_path / "audit.json").read_text(encoding="utf-8"))["backends"]
         return said, backend
 
