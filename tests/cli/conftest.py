@@ -1,20 +1,26 @@
-"""What tests of the command line share. Runs in this process measure the machine's bandwidth in a moment: no test needs
-the number."""
+"""What tests of the command line share. Runs in this process measure the machine's bandwidth in a moment and ask git
+once: no test needs the number, and none changes this checkout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spdbench.measure.environment import git_output
 from tests.cli.sweeps import tiny_sweep
+
+git_output_once = cache(git_output)
 
 
 @pytest.fixture(autouse=True)
-def _short_bandwidth_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spdbench.measure.environment.PROBE_NS", 10_000_000)
+def _short_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spdbench.measure.environment.PROBE_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr("spdbench.measure.environment.PROBE_NS", 1_000_000)
+    monkeypatch.setattr("spdbench.measure.environment.git_output", git_output_once)
 
 
 @pytest.fixture
