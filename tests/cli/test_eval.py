@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +28,29 @@ def _offline(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_files_once() -> Iterator[None]:
+    """Lm-eval's own task files, ten thousand and more, are parsed once and not for each test that looks for a name
+    among all of them."""
+    import lm_eval.tasks
+    from lm_eval.tasks import _index
+
+    load_yaml, home = _index.load_yaml, Path(lm_eval.tasks.__file__).parent
+
+    @cache
+    def parsed(path: Path, resolve_func: bool, recursive: bool) -> Any:
+        return load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+
+    def load(path: Path, *, resolve_func: bool = True, recursive: bool = True) -> Any:
+        if home in Path(path).parents:
+            return deepcopy(parsed(path, resolve_func, recursive))
+        return load_yaml(path, resolve_func=resolve_func, recursive=recursive)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load)
+        yield
 
 
 @pytest.fixture
