@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ def _no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vega, "script", lambda: "/* library */")
 
 
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(tmp_path_factory.mktemp("written") / "history", history_results())
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "history", history_results())
+def folder(written_once: Path, tmp_path: Path) -> Path:
+    """A copy for one test, which may change it."""
+    return Path(shutil.copytree(written_once, tmp_path / "history"))
 
 
 def written(folder: Path, results: Any) -> Path:
