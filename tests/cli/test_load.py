@@ -119,6 +119,7 @@ def test_a_server_that_dies_at_one_level_keeps_those_before(
 
 
 def test_a_finished_run_of_several_levels_resumes_to_itself(run: Run, servers: dict[str, StubServer]) -> None:
+    servers["plain"].pause_s = servers["drafted"].pause_s = 0.0  # no time is looked at
     assert run("--concurrency", "1,2").code == 0
     asked = {label: len(stub.asked) for label, stub in servers.items()}
     said = run("--concurrency", "1,2", "--resume")
