@@ -245,13 +245,14 @@ def _covered(cuts: Times, table: SpanTable) -> NDArray[np.bool_]:
 
 def _waits_until(own: SpanTable, busy: SpanTable, ends: Times, starts: Times) -> Times:
     """Until when a lane that is idle at each of `starts`, done with its cycle's work, waits for the cycle's slowest
-    lane; where it was ahead of its cycle, for that of the cycle that it lies in."""
+    lane; where it is ahead of the cycle that it lies in, for that cycle's."""
     slowest = np.zeros(len(ends) - 1, dtype=np.int64)
     np.maximum.at(slowest, busy.cycle, busy.end)
     done = np.append(own.cycle[1:] != own.cycle[:-1], True)[: len(own.cycle)]
-    cycle = np.minimum(own.cycle, _cycle_of(own.end, ends))
-    waits_for = np.append(np.where(done, slowest[cycle], starts[0]), starts[0])  # the last is for before any work
-    return waits_for[np.searchsorted(own.start, starts, side="right") - 1]
+    before = np.searchsorted(own.start, starts, side="right") - 1  # -1 before any work: the entry that is appended
+    cycle = np.minimum(np.append(own.cycle, 0)[before], _cycle_of(starts, ends))
+    found: Times = np.where(np.append(done, False)[before], slowest[cycle], starts[0])
+    return found
 
 
 def _cycle_ends(step_ends: Sequence[int]) -> Times:

@@ -299,15 +299,20 @@ def lane_shares(stretch: Stretch, requests: Sequence[Sequence[int]]) -> LaneTime
         for count, cycles, rejects in stretches(verdicts):
             last = parts.num_stages - 1 + cycles
             cut, number = stretch.end_in(replica, last), len(ends) - 1
+            abort_s, flush_s = (parts.abort_s, parts.host_s + parts.abort_s) if rejects else (0.0, 0.0)
             for piece in stretch.pieces(last):
-                start, end = _ns(offset + piece.start[replica]), _ns(offset + min(piece.end[replica], cut))
+                begin, works = piece.start[replica], piece.kind in ("target", "head")
+                limit = cut + abort_s if works and begin < cut else cut  # a stage still works on a dropped token
+                start, end = _ns(offset + begin), _ns(offset + min(piece.end[replica], limit))
                 if end > start:
                     kept = piece.node < count or piece.lane >= parts.num_stages
                     spans.append(
                         Span(piece.lane, piece.kind, start, end, position + piece.node, kept, number + piece.cycle)
                     )
             ends += [_ns(offset + stretch.end_in(replica, cycle)) for cycle in range(last + 1)]
-            offset += cut + (parts.host_s + parts.abort_s if rejects else 0.0)
+            controller, flushed = parts.num_stages + 1, offset + cut + flush_s
+            spans.append(Span(controller, "host", ends[-1], _ns(flushed), position + count, True, number + last))
+            offset = flushed
             position += count
             replica = (replica + 1) % stretch.num_replicas
         if len(ends) > MAX_SHOWN_CYCLES:

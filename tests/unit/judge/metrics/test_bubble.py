@@ -144,6 +144,16 @@ def test_a_stage_ahead_of_its_cycle_is_of_the_cycle_that_it_names() -> None:
     assert spent(unnamed, [0, 100, 200], lanes=2)["fill"] == 70
 
 
+def test_a_stage_two_cycles_ahead_waits_for_the_slowest_one_of_the_cycle_that_it_lies_in() -> None:
+    spans = [
+        *(span(0, "target", 20 * number, 20 * number + 20, cycle=number) for number in range(3)),
+        *(span(1, "target", 100 * number, 100 * number + 90, cycle=number) for number in range(3)),
+        *(span(2, "verify", 100 * number + 90, 100 * number + 95) for number in range(3)),
+    ]
+    expected = {"useful": 60 + 270, "verify": 6 * 5, "imbalance": 30 + 90 + 90, "unattributed": 6 * 5}
+    assert spent(spans, [0, 100, 200, 300], lanes=2) == expected
+
+
 # Cycles with a full pipe
 
 
@@ -329,7 +339,7 @@ def by_the_nanosecond(spans: list[Span], ends: list[int], lanes: int) -> LaneTim
             newest = max(begun, key=lambda s: s.start_ns)
             cycle = cycle_with(newest)
             done = all(cycle_with(s) != cycle for s in mine if s.start_ns > t)
-            waited_for = min(cycle, cycle_of(newest.end_ns))  # it may have been ahead of its cycle
+            waited_for = min(cycle, cycle_of(t))  # it may be ahead of the cycle that it lies in
             if done and t < slowest.get(waited_for, 0):
                 return "imbalance"
         return "host" if "host" in here else "unattributed"
