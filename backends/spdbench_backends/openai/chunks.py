@@ -34,6 +34,8 @@ FINISHES: Mapping[str, FinishReason] = {
     "max_new_tokens": "length",
 }
 """What servers call the end of an answer, in lower case."""
+CALLS = ("tool_calls", "function_call")
+"""Keys of a delta that holds a call, and the finish reasons of answers that end with one."""
 BROKEN_OFF = frozenset(
     [
         "error",
@@ -47,8 +49,7 @@ BROKEN_OFF = frozenset(
         "prohibited_content",
         "blocklist",
         "spii",
-        "tool_calls",
-        "function_call",
+        *CALLS,
     ]
 )
 """Ends that are none of the answer that was asked for: breaks, filters, and calls of tools, of which no text comes."""
@@ -121,6 +122,7 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
     finish = choice.get("finish_reason")
     finish = finish.get("type") if isinstance(finish, Mapping) else finish  # SGLang's own form
     word = OF_ENUM.sub("", without_key(str(finish or "")).lower())
+    word = next((key for key in CALLS if _is_call(delta.get(key))), word)  # some end such answers as any other
     content = choice.get("text") or delta.get("content") or delta.get("refusal")
     thoughts = (next(filter(None, map(delta.get, THOUGHT_KEYS)), None), _text(content, "thinking"))
     usage, timings = _usage(event, choice, odd), _mapping(event.get("timings"), "timings", odd)
@@ -143,6 +145,11 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
         finish=None if word in NOT_FINISHED else word,
         is_message=is_message,
     )
+
+
+def _is_call(value: Any) -> bool:
+    """False for a call of which nothing is filled in."""
+    return any(value.values()) if isinstance(value, Mapping) else bool(value)
 
 
 def _usage(event: Mapping[str, Any], choice: Mapping[str, Any], odd: Odd) -> Mapping[str, Any]:

@@ -49,6 +49,8 @@ USAGE_WAIT_S, CLOSE_WAIT_S = 5.0, 1.0
 STREAM = "text/event-stream"
 JSON_LINES = ("ndjson", "jsonl", "stream+json")
 """Parts of the content types of streams of JSON, one object a line."""
+LIMIT, NEW_LIMIT = "max_tokens", "max_completion_tokens"
+"""The key of a request for its limit of tokens, and the one that OpenAI's models since 2024 want in its place."""
 TOO_LONG = ("context", "max_model_len", "too long", "maximum length", "exceed")
 
 
@@ -91,6 +93,7 @@ class Endpoint:
         self._label = label
         self._notice = notice
         self._habits: set[str] = set()
+        self._limit = LIMIT
         self._retries = retries
         self._tokenizer = tokenizer
         self.template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
@@ -107,7 +110,7 @@ class Endpoint:
         sampling = request.sampling
         body: dict[str, Any] = {
             "model": self.model,
-            "max_tokens": request.max_new_tokens,
+            self._limit: request.max_new_tokens,
             "temperature": sampling.temperature,
             "stream": True,
             **({"stop": list(request.stop)} if request.stop else {}),
@@ -131,7 +134,8 @@ class Endpoint:
         if (encoding := encoding_of(response)) in ZIPPED:
             self._notice("its streams are compressed, which can hold chunks back; switch that off for them", encoding)
         lines = self._stream_lines(lines, (response.getheader("Content-Type") or "none").lower())
-        left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * body["max_tokens"]
+        limit = body[self._limit]
+        left = SPARE_CHUNKS + CHUNKS_PER_TOKEN * limit
         has_usage = False
         for chunk in read_chunks(lines, self._server.without_key, self._notice, self._habits):
             has_usage = has_usage or bool(chunk.completion_tokens)
@@ -139,7 +143,7 @@ class Endpoint:
                 left -= 1
                 connection.renew((CLOSE_WAIT_S if has_usage else USAGE_WAIT_S) if chunk.ends_answer else math.inf)
             if left < 0:
-                raise BrokenError(f"the server does not stop: it was asked for {body['max_tokens']} tokens at most")
+                raise BrokenError(f"the server does not stop: it was asked for {limit} tokens at most")
             yield chunk
 
     def _stream_lines(self, lines: Iterator[bytes], kind: str) -> Iterator[bytes]:
@@ -178,6 +182,9 @@ class Endpoint:
         try:
             return self._ask_until_ready(lambda connection: list(self.stream(connection, body)))
         except RefusedError as refusal:
+            if self._limit == LIMIT and NEW_LIMIT in refusal.message:
+                self._limit = NEW_LIMIT
+                return self.probe(extras)
             if refusal.status in NOT_UNDERSTOOD and (extras or self.prompt_form == "ids"):
                 return None
             raise describe_refusal(self._label, self.model, refusal) from None
@@ -289,10 +296,10 @@ def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputErro
             f"-b {label}: the server refuses the key ({status}); put the right one into the environment variable "
             f"OPENAI_API_KEY.{quote}"
         )
-    if status == 404:
+    if status in (404, 405):
         return InputError(
-            f"-o {label}.model={model}: the server has no such model, or nothing at this address (404); its list is at "
-            f"/models below -o {label}.base_url, which ends in /v1 with most servers.{quote}"
+            f"-o {label}.model={model}: the server has no such model, or nothing at this address ({status}); its "
+            f"list is at /models below -o {label}.base_url, which ends in /v1 with most servers.{quote}"
         )
     if status == 407:
         return InputError(
@@ -300,7 +307,10 @@ def describe_refusal(label: str, model: str, refusal: RefusedError) -> InputErro
             f"server (ssh -L), and give that as -o {label}.base_url.{quote}"
         )
     if 300 <= status < 400:
-        return InputError(f"-o {label}.base_url: the server redirects ({status}); give the address it redirects to")
+        where = f" to {refusal.message}" if refusal.message else ""
+        return InputError(
+            f"-o {label}.base_url: the server redirects ({status}){where}; give the address it redirects to"
+        )
     if status == 429:  # asked before the words: quotas are exceeded as well
         return InputError(
             f"-b {label}: the server takes no more requests for now (429); wait, or raise the limit of its account or "

@@ -27,7 +27,7 @@ ERROR = b"error"
 ENDS_WITH_USAGE = "its answers end with their usage alone"
 """A habit of servers whose answers have no other end, so that without usage they seem to be cut off."""
 WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
-OF_ANSWERS = frozenset({"choices", "usage", "error", "detail"})
+OF_ANSWERS = frozenset({"choices", "usage", "error", "errors", "detail"})
 OK = 200
 STAY_OPEN = "its streams stay open after the answers, so each request takes longer than its answer"
 Notice = Callable[[str, str], None]
@@ -158,16 +158,17 @@ def _chunk(data: bytes, event: Any, name: bytes, without_key: Callable[[str], st
     try:
         if not is_error:
             choice = choice_of(event, odd)
-            bare = not {"choices", "usage"} & event.keys() and isinstance(
-                event.get("message") or event.get("detail"), str
-            )
+            stated = event.get("message") or event.get("detail")
+            bare = not {"choices", "usage"} & event.keys() and isinstance(stated, str | list) and bool(stated)
             is_error = bare or "error" in (event.get("object"), event.get("type"))
-        if not (is_error or _says(event.get("error")) or _says(choice.get("error"))):
+        end = choice.get("finish_reason")
+        aborted = end if isinstance(end, Mapping) and _says(end.get("message")) else {}  # SGLang's own form
+        if not (is_error or aborted or any(map(_says, (event.get("error"), event.get("errors"), choice.get("error"))))):
             return chunk_of(event, choice, without_key, odd)
     except MALFORMED:
         raise BrokenError("the server sent an event that is not a part of an answer") from None
-    message = error_message(json.dumps(choice) if choice.get("error") else text, without_key)
-    raise ReportedError(_status(event, choice), message)
+    message = error_message(json.dumps(aborted or choice) if aborted or choice.get("error") else text, without_key)
+    raise ReportedError(_status(event, choice, aborted), message)
 
 
 def _says(error: Any) -> bool:

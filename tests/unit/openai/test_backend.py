@@ -289,7 +289,7 @@ def test_neither_key_nor_address_is_among_the_options_of_a_result(
             lambda stub: setattr(stub, "refusals", [Refusal(524, PAGE, {"Retry-After": "0"})] * 9),
             r"in front of the server gets no answer from it in time \(524\).* It says: 524: A timeout occurred$",
         ),
-        (lambda stub: setattr(stub, "refusals", [Refusal(405)]), r"refuses the request \(405\); it gives no reason"),
+        (lambda stub: setattr(stub, "refusals", [Refusal(418)]), r"refuses the request \(418\); it gives no reason"),
         (lambda stub: setattr(stub, "refusals", [Refusal(407)]), r"a proxy before the server .*\(407\).*base_url\.$"),
         (lambda stub: setattr(stub, "fault", "malformed"), "not a part of an answer"),
         (lambda stub: setattr(stub, "answer", []), "answer to a short question has no text, .* cannot be counted"),

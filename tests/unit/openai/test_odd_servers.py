@@ -239,3 +239,85 @@ def test_an_end_that_is_none_of_the_answer_fails_it(server: StubServer, backend:
     made = backend()
     with pytest.raises((PromptFailedError, InputError), match=word.lower()):
         run(loaded(made))
+
+
+@pytest.mark.parametrize("call", [{"tool_calls": [{"index": 0}]}, {"function_call": {"name": "f"}}])
+@pytest.mark.parametrize("word", [b"stop", b"tool_calls"])
+def test_a_call_of_a_tool_is_no_answer_whatever_it_ends_with(
+    server: StubServer, backend: Make, call: dict[str, Any], word: bytes
+) -> None:
+    """Of its tokens no text comes, so they would have been counted as if they came with the answer's last text."""
+    made = loaded(backend())
+    rewrite(server, b'"stop"', b'"%b"' % word)
+    server.inserted = [event({"choices": [{"delta": call}]})]
+    with pytest.raises(PromptFailedError, match=next(iter(call))):
+        run(made)
+
+
+def test_calls_with_nothing_in_them_are_none(server: StubServer, backend: Make) -> None:
+    nothing = b'"tool_calls": [], "function_call": {"name": "", "arguments": ""}, "content"'
+    rewrite(server, b'"content"', nothing)
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"choices": [{"delta": {}, "finish_reason": {"type": "abort", "message": "no room"}}]},
+        {"errors": [{"message": "no room"}]},
+        {"choices": [], "errors": [{"message": "no room"}]},
+        {"detail": [{"loc": ["body"], "msg": "no room"}]},
+    ],
+)
+def test_the_reason_of_a_break_is_reported_in_whatever_form_it_comes(
+    server: StubServer, backend: Make, fault: dict[str, Any]
+) -> None:
+    """An error that went unnoticed would leave a part of an answer that `[DONE]` ends."""
+    made = loaded(backend())
+    rewrite(server, b'"finish_reason"', b'"was"')
+    server.inserted = [event(fault)]
+    with pytest.raises(PromptFailedError, match=r"in the middle of its answer: .*no room"):
+        run(made)
+
+
+def test_an_abort_that_names_the_status_of_a_busy_server_may_pass(server: StubServer, backend: Make) -> None:
+    made = loaded(backend())
+    end = {"type": "abort", "message": "overloaded", "status_code": 503}
+    server.inserted = [event({"choices": [{"delta": {}, "finish_reason": end}]})]
+    with pytest.raises(PromptFailedError) as failed:
+        run(made)
+    assert failed.value.is_transient
+
+
+@pytest.mark.parametrize("data", [b"{}", b'""', b"null", b"true"])
+def test_events_that_say_nothing_are_no_part_of_an_answer(server: StubServer, backend: Make, data: bytes) -> None:
+    server.inserted = [data]
+    assert run(loaded(backend())).report.text == WHOLE
+
+
+def test_a_redirect_says_where_to(server: StubServer, backend: Make) -> None:
+    server.refusals = [Refusal(308, "", {"Location": "https://example.test/v1/chat/completions"})]
+    with pytest.raises(InputError, match=r"redirects \(308\) to https://example\.test/v1/chat/completions; give"):
+        backend(retries="0").load()
+
+
+def test_an_address_that_takes_no_requests_is_named_as_such(server: StubServer, backend: Make) -> None:
+    server.refusals = [Refusal(405, '{"detail": "Method Not Allowed"}')] * 9
+    with pytest.raises(InputError, match=r"nothing at this address \(405\)"):
+        backend().load()
+
+
+def test_a_limit_is_asked_for_by_the_name_that_the_server_takes(server: StubServer, backend: Make) -> None:
+    """As OpenAI's models since 2024."""
+    objection = server.objection
+
+    def refuse(handler: Any, body: Any) -> Refusal | None:
+        if "max_tokens" in body:
+            return Refusal(400, '{"error": {"message": "Use \'max_completion_tokens\' instead."}}')
+        body["max_tokens"] = body["max_completion_tokens"]
+        return objection(handler, body)
+
+    server.objection = refuse  # type: ignore[method-assign]
+    made = loaded(backend())
+    measured = run(made, ask(4))
+    assert (len(measured.output_ids), measured.finish_reason) == (4, "length")

@@ -243,6 +243,8 @@ class Connection:
             data = b""
         text = data.decode(errors="replace") if len(data) < MAX_REASON_BYTES else ""
         message = error_message(text, self._server.without_key)
+        if 300 <= response.status < 400:
+            message = one_line(self._server.without_key(response.getheader("Location") or ""))
         return RefusedError(response.status, message, _retry_after_s(response.getheader("Retry-After")))
 
 

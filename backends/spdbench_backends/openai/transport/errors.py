@@ -56,7 +56,7 @@ class SilentError(LostError):
 
 class RefusedError(Exception):
     """The server refused the request with this status, which is 200 if the refusal came in a stream and named none;
-    `message` is its explanation, in one line."""
+    `message` is its explanation, in one line, or where it redirects to."""
 
     def __init__(self, status: int, message: str, retry_after_s: float | None) -> None:
         super().__init__(f"{status}: {message}" if message else str(status))
@@ -69,9 +69,9 @@ def error_message(text: str, without_key: Callable[[str], str]) -> str:
     """The message of an error's body in one line: that in its JSON if it has the usual form, else all of it."""
     try:
         found: Any = only(json.loads(text))
-        for key in ("error", "message", "detail"):
+        for key in ("errors", "error", "message", "detail"):
             if isinstance(found, Mapping) and key in found:
-                found = found[key]
+                found = only(found[key])
         shown = found if isinstance(found, str) else "" if found is None else json.dumps(found)
     except MALFORMED:
         title = TITLE.search(text)
