@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import select
 import stat
 import zlib
@@ -30,10 +31,28 @@ MAX_BYTES = 2**30
 PIECE_BYTES = 2**24
 MAX_UNPACKED_BYTES = 2**28
 """Of a gzipped file, which may be a thousandth of that."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 GZIP_MAGIC = b"\x1f\x8b"
+NOT_DOWNLOADED = {
+    b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS and not the file, which `git lfs pull` fetches",
+    b"<": "a web page",
+}
+"""How files begin that stand for the one that is meant, and what they are."""
+OTHER_CONTENTS = {
+    **NOT_DOWNLOADED,
+    GZIP_MAGIC: "gzipped twice",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; unpack it first",
+    b"BZh": "packed by bzip2; unpack it first",
+    b"\xfd7zXZ": "packed by xz; unpack it first",
+    b"PK\x03\x04": "a ZIP archive; unpack it first",
+    b"PAR1": "Parquet, whose name has to end in .parquet",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
+"""How files begin that were saved in place of rows of text, and what they are."""
 MAX_DEPTH = 100
 """Levels of lists and objects. Python's own code fails at about 1,000, some libraries at 200."""
+OTHER_NUMBER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+"""What YAML 1.1 takes for a number of base 8 or 60, such as 010 or 1:30, and people for text or a decimal number."""
 MAX_YAML_VALUES = 1_000_000
 """With every alias counted as what it stands for."""
 PIPE_WAIT_S = 15.0
@@ -149,9 +168,7 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
         InputError: the file cannot be unpacked, or a line or the array is not UTF-8 or not JSON, or holds anything
             but objects.
     """
-    if raw.startswith(GZIP_MAGIC):
-        raw = _unpacked(raw, name)
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    raw = unpacked(raw, name).removeprefix(b"\xef\xbb\xbf")
     places: Iterable[tuple[str, Any]]
     if raw.lstrip()[:1] == b"[":
         entries = _parsed(raw, f"{name}: as one JSON array")
@@ -159,7 +176,7 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
     else:
         lines = ((f"{name} line {number}", line) for number, line in enumerate(raw.split(b"\n"), start=1))
         places = ((where, _parsed(line, where)) for where, line in lines if line.strip())
-        if other := _other_content(raw.strip()):
+        if other := other_content(raw.strip()):
             raise InputError(f"{name}: is {other}; expected one JSON object a line, or one array of them")
     for where, row in places:
         if isinstance(row, dict):
@@ -171,14 +188,22 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
         odd.append(problem)
 
 
-def _other_content(raw: bytes) -> str | None:
-    """What a file holds that was saved in place of JSON lines, as far as its beginning says."""
-    if raw.startswith(LFS_POINTER):
-        return "a pointer of Git LFS and not the file, which `git lfs pull` fetches"
-    if raw.startswith(b"<"):
-        return "a web page"
+def other_content(raw: bytes) -> str | None:
+    """What a file holds that was saved in place of rows of text, as far as its beginning says."""
+    if found := next((title for magic, title in OTHER_CONTENTS.items() if raw.startswith(magic)), None):
+        return found
     is_object = raw.partition(b"\n")[0].strip() == b"{" and raw.endswith(b"}")
     return "one JSON object over many lines" if is_object else None
+
+
+def not_downloaded(path: Path) -> str | None:
+    """What a file of numbers holds where it is only a text that stands for it; None for anything else."""
+    try:
+        with open_input(path) as file:
+            start = file.read(64)
+    except (InputError, OSError):
+        return None
+    return next((title for magic, title in NOT_DOWNLOADED.items() if start.startswith(magic)), None)
 
 
 def _parsed(text: bytes, where: str) -> Any:
@@ -188,15 +213,22 @@ def _parsed(text: bytes, where: str) -> Any:
         raise InputError(f"{where}: {error}") from None
 
 
-def _unpacked(raw: bytes, name: str) -> bytes:
+def unpacked(raw: bytes, name: str) -> bytes:
+    """`raw` as it was before it was gzipped, if it is; `name` is the file's.
+
+    Raises:
+        InputError: it cannot be unpacked, or becomes too large.
+    """
+    if not raw.startswith(GZIP_MAGIC):
+        return raw
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(raw)) as file:
-            unpacked = file.read(MAX_UNPACKED_BYTES + 1)
+            content = file.read(MAX_UNPACKED_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name}: broken gzip ({error})") from None
-    if len(unpacked) > MAX_UNPACKED_BYTES:
+    if len(content) > MAX_UNPACKED_BYTES:
         raise InputError(f"{name}: unpacks to more than {MAX_UNPACKED_BYTES:,} bytes; unpack it first")
-    return unpacked
+    return content
 
 
 class _RepeatedKeyError(ValueError):
@@ -261,11 +293,15 @@ def parse_yaml(raw: bytes | str) -> Any:
     raise ValueError(f"{line}: not YAML that can be read: {reason}") from None
 
 
+def _is_misread(node: yaml.ScalarNode) -> bool:
+    return node.tag.endswith((":int", ":float")) and node.style is None and bool(OTHER_NUMBER.fullmatch(node.value))
+
+
 def _check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
     """How many values `node` unfolds to. `sizes` has those of the nodes before it, by identity.
 
     Raises:
-        yaml.MarkedYAMLError: a key occurs twice, or there are too many values.
+        yaml.MarkedYAMLError: a key occurs twice, a number is not what it looks like, or there are too many values.
     """
     import yaml
 
@@ -283,6 +319,9 @@ def _check_node(node: yaml.Node, sizes: dict[int, int]) -> int:
             children += (key, value)
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
+    elif isinstance(node, yaml.ScalarNode) and _is_misread(node):
+        problem = f"{node.value[:40]!r} is another number in YAML, of base 8 or 60; put it into quotes"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
     sizes[id(node)] = 1 + sum(_check_node(child, sizes) for child in children)
     if sizes[id(node)] > MAX_YAML_VALUES:
         raise yaml.MarkedYAMLError(problem="aliases unfold to too many values", problem_mark=node.start_mark)

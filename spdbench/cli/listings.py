@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
@@ -71,9 +72,8 @@ def suites(name: str | None, data: Path | None, as_json: bool) -> None:
     if name is not None:
         suite = load_suite(name, data)
         prompts = [asdict(prompt) for prompt in suite.prompts]
-        print_facts(
-            prompts, (f"{suite.name} v{suite.version}, from {suite.source}", *map(_prompt_text, prompts)), as_json
-        )
+        title = f"{suite.name} v{suite.version}, from {suite.source}"
+        print_facts(prompts, chain([title], map(_prompt_text, prompts)), as_json)
         return
     found = list_suites()
     print_facts([asdict(suite) for suite in found], map(_suite_text, found), as_json)

@@ -5,6 +5,7 @@ sources.py has the places that rows come from.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 COLUMN_IN_TEMPLATE = re.compile(r"\{([A-Za-z_]\w*)\}")
+PYTHON_LIST = re.compile(rf"\s*\[\s*\{{\s*'({'|'.join((*NAMES, *CONTENTS))})'\s*:")
+"""How a cell begins that pandas wrote of a list of messages: as a prompt, it would be asked with all its brackets."""
 TYPE_WORDS = {
     "string_type": "must be text",
     "int_type": "must be a whole number",
@@ -58,6 +61,8 @@ def _not_blank(text: str) -> str:
 def _number_as_text(value: object) -> object:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return value
+    if isinstance(value, float) and not math.isfinite(value):  # what pandas writes for what is missing
+        raise ValueError("must be text or a finite number")
     try:
         return str(value)
     except ValueError:
@@ -277,6 +282,8 @@ def _checked_row(
         InputError: its turns are not filled in yet.
     """
     turns, column = _messages_in_text(fields["turns"], only=reading.skip_odd), f"{where}: {columns['turns']}"
+    if isinstance(turns, str) and PYTHON_LIST.match(turns):
+        raise OddRowError(f"{column}: is a list of messages as Python prints it; write it as JSON (json.dumps)")
     if not isinstance(turns, str | list):
         raise OddRowError(f"{column}: must be text or a list of texts, not {short_repr(turns)}")
     if isinstance(turns, list) and (any(isinstance(turn, dict) for turn in turns) or (not turns and reading.skip_odd)):

@@ -91,8 +91,8 @@ class ColumnSource(Source):
 
 
 class PathSource(ColumnSource):
-    """A JSON, JSONL, CSV, TSV or Parquet file; the columns default to those of EAGLE and Spec-Bench. JSON may be
-    gzipped. With `id: null` rows are numbered."""
+    """A JSON, JSONL, CSV, TSV or Parquet file; the columns default to those of EAGLE and Spec-Bench. All but
+    Parquet may be gzipped. With `id: null` rows are numbered."""
 
     kind = "path"
     path: RelativePath

@@ -1,4 +1,7 @@
-"""Rows of prompts from local files: JSONL or a JSON array, CSV or TSV, Parquet. The file's name says which."""
+"""Rows of prompts from local files: JSONL or a JSON array, CSV or TSV, Parquet. The file's name says which.
+
+All but Parquet may be gzipped.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError, brief, did_you_mean, install_command
-from spdbench.input_files import json_rows, read_input
+from spdbench.input_files import json_rows, other_content, read_input, unpacked
 from spdbench.prompts.rows import SourceUnavailable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -27,9 +30,9 @@ def file_rows(
         SourceUnavailable: a Parquet file, and no pyarrow.
         InputError: the file cannot be read, or is not what its name says.
     """
-    suffix = path.suffix.lower()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix in DELIMITERS:
-        yield from _csv_rows(read_input(path), str(path), DELIMITERS[suffix])
+        yield from _csv_rows(unpacked(read_input(path), str(path)), str(path), DELIMITERS[suffix])
     elif suffix == ".parquet":
         rows = parquet_rows(path, str(path), required, optional)
         yield from ((f"{path} row {number}", row) for number, row in enumerate(rows))
@@ -66,7 +69,7 @@ def _csv_rows(raw: bytes, name: str, delimiter: str) -> Iterator[tuple[str, Mapp
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{name}: not UTF-8") from None
+        raise InputError(f"{name}: is {other_content(raw) or 'not UTF-8'}") from None
     usual = csv.field_size_limit(LONGEST_CELL)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)

@@ -98,6 +98,9 @@ def test_json_with_many_brackets_is_not_deep() -> None:
         ("? !!map [1]\n: 1", "found unhashable key"),
         ("b: 1\na: 2\na: 3", " line 3: not YAML that can be read: key 'a' occurs twice"),
         ("x: " + "9" * 5000, "Exceeds the limit"),
+        ("a:\n- 012", " line 2: not YAML that can be read: '012' is another number in YAML"),
+        ("a: [x, 1:30]", "'1:30' is another number in YAML"),
+        ("012: x", "put it into quotes"),
         ("a: " + "[" * 2000, "nested too deeply"),
         (
             "\n".join(
@@ -120,3 +123,10 @@ def test_yaml_with_aliases_and_merges_is_read() -> None:
         "c": [{"x": 1}, {"x": 1}],
     }
     assert parse_yaml("") is None
+
+
+def test_numbers_of_yaml_that_are_what_they_look_like_are_read() -> None:
+    assert parse_yaml("[0, -0, 10, 0.5, 00.5, 1_000, 0x1F, '012', \"1:30\", 1:99, 08:a]") == [
+        *(0, 0, 10, 0.5, 0.5, 1000, 31),
+        *("012", "1:30", "1:99", "08:a"),
+    ]

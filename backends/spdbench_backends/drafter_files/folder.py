@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spdbench.backend import DrafterInfo
 from spdbench.errors import InputError, validated
-from spdbench.input_files import read_json
+from spdbench.input_files import not_downloaded, read_json
 from spdbench.models.checkpoints.find_model import ModelFiles
 from spdbench.models.checkpoints.folders import drafter_folders
 from spdbench.models.checkpoints.layer_tensors import SCALE
@@ -171,9 +171,8 @@ def load_content(file: Path) -> object:
         content: object = load_torch_file(file)
         return content
     except Exception:  # both libraries raise types of their own, and torch's message advises what must not be done
-        raise InputError(
-            f"{file}: cannot be read as weights: it is damaged, or holds more than plain tensors"
-        ) from None
+        why = not_downloaded(file) or "damaged, or holds more than plain tensors"
+        raise InputError(f"{file}: cannot be read as weights: it is {why}") from None
 
 
 def read_tensors(files: Iterable[Path], rename: Callable[[str], str | None] = str) -> dict[str, Tensor]:

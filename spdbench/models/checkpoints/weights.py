@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from spdbench.errors import InputError
-from spdbench.input_files import read_json
+from spdbench.input_files import not_downloaded, read_json
 from spdbench.models.checkpoints.folders import optional_cache_folder
 from spdbench.output_files import cached_file
 
@@ -55,7 +55,10 @@ class Checkpoint:
             except InputError:
                 raise
             except Exception as error:  # the reader libraries raise types of their own for broken files
-                raise InputError(f"{path}: cannot be read as weights ({error})") from None
+                why = not_downloaded(path)
+                raise InputError(
+                    f"{path}: cannot be read as weights" + (f": it is {why}" if why else f" ({error})")
+                ) from None
             if twice := next((name for name in names if name in where), None):
                 raise InputError(
                     f"{self.directory}: tensor {twice} is in {where[twice][0].name} and in {path.name}, and libraries "

@@ -144,6 +144,9 @@ def test_files_that_hold_no_tensors(tmp_path: Path) -> None:
         (tmp_path / name).write_text("hello")
         with pytest.raises(InputError, match=f"{name}: cannot be read as weights"):
             load_content(tmp_path / name)
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(InputError, match=f"{name}: cannot be read as weights: it is a pointer of Git LFS"):
+            load_content(tmp_path / name)
     torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert read_tensors([tmp_path / "old.pt"]).keys() == TENSORS.keys()
 

@@ -63,6 +63,14 @@ def test_sharded_and_bin_weights_load_like_one_file(copy: Path, tmp_path: Path) 
         assert torch.equal(found.weights[5].qkv.plain(), tiny.load(copy).own_decoder.weights[5].qkv.plain())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_were_not_downloaded_say_so(copy: Path, name: str) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(InputError, match=r"cannot be read as weights: it is a pointer of Git LFS .*git lfs pull"):
+        tiny.load(copy).decoder  # noqa: B018
+
+
 def test_a_pickle_that_would_run_code_is_refused(copy: Path, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +165,45 @@ def test_rows_with_system_prompts(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("turns,role\nhi,Be a pirate.\nbye,\n")
     prompts = load(PathSource(path="q.csv", id=None, system="role"), tmp_path).prompts
     assert [prompt.context for prompt in prompts] == [({"role": "system", "content": "Be a pirate."},), ()]
+
+
+def test_csv_may_be_gzipped(tmp_path: Path) -> None:
+    (tmp_path / "q.CSV.gz").write_bytes(gzip.compress(b"turns\nhi\n"))
+    assert load(PathSource(path="q.CSV.gz", id=None), tmp_path).prompts[0].turns == ("hi",)
+    (tmp_path / "q.tsv.gz").write_bytes(gzip.compress(b"turns\nhi\n")[:-4])
+    assert "q.tsv.gz: broken gzip" in broken(PathSource(path="q.tsv.gz", id=None), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.csv"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"turns": "hi"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        (bz2.compress(b"x"), "is packed by bzip2; unpack it first"),
+        (lzma.compress(b"x"), "is packed by xz; unpack it first"),
+        (gzip.compress(gzip.compress(b"x")), "is gzipped twice"),
+    ],
+)
+def test_a_file_of_another_encoding_says_which(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}: {expected}" in broken(PathSource(path=name, id=None), tmp_path)
+
+
+def test_messages_as_python_prints_them_are_no_prompt(tmp_path: Path) -> None:
+    """As pandas writes a column of lists into CSV; the whole text was the prompt."""
+    (tmp_path / "q.csv").write_text("turns\n\"[{'role': 'user', 'content': 'Hi'}]\"\n")
+    assert "line 2: turns: is a list of messages as Python prints it; write it as JSON" in broken(
+        PathSource(path="q.csv", id=None), tmp_path
+    )
+    (tmp_path / "q.csv").write_text("turns\n\"['a', 'b'] sorts how?\"\n")
+    assert load(PathSource(path="q.csv", id=None), tmp_path).prompts[0].turns == ("['a', 'b'] sorts how?",)
+
+
+@pytest.mark.parametrize("field", ["id", "reference"])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity"])
+def test_a_number_that_is_none_is_no_text(tmp_path: Path, field: str, value: str) -> None:
+    """As pandas writes what is missing; `nan` was the answer that a judge looked for."""
+    row = {"id": "1", "reference": "1"} | {field: value}
+    text = ", ".join(f'"{key}": {each}' for key, each in row.items())
+    (tmp_path / "q.jsonl").write_text(f'{{"turns": "hi", {text}}}')
+    assert f"{field}: must be text or a finite number, not" in broken(PathSource(path="q.jsonl", id="id"), tmp_path)
