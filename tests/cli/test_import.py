@@ -337,6 +337,21 @@ def _without(*path: str | int) -> Change:
             ),
             "benchmarks.0.requests.0: cannot be read: times or tokens that cannot be",
         ),
+        (
+            lambda report: report["benchmarks"][0]["requests"]["successful"][0]["output_metrics"].update(
+                text_tokens=11.5
+            ),
+            "benchmarks.0.requests.0: cannot be read: 11.5 is no count",
+        ),
+        (
+            lambda report: [
+                request["info"]["timings"].update(
+                    last_token_iteration=1000.2 + number, first_token_iteration=1000.2 + number
+                )
+                for number, request in enumerate(report["benchmarks"][0]["requests"]["successful"])
+            ],
+            "benchmarks.0: every answer came at once; let guidellm stream",
+        ),
     ],
 )
 def test_a_report_that_cannot_be_read_is_one_line(tmp_path: Path, change: Change, message: str) -> None:
@@ -360,6 +375,11 @@ def test_a_report_that_cannot_be_read_is_one_line(tmp_path: Path, change: Change
         ('{"metadata": {}, "metrics": {}}', "line 1: cannot be read: lacks "),
         ('{"metadata": {"benchmark_phase": "warmup"}, "metrics": {}}', "no request of a profiling phase"),
         ('{"metadata": {"benchmark_phase": "warmup"}, "metrics": {}}\n{"metadata": 1}', "line 2: cannot be read"),
+        (
+            json.dumps(aiperf_record(0, output_sequence_length={"value": 11.7})),
+            "line 1: cannot be read: 11.7 is no count",
+        ),
+        (json.dumps(aiperf_record(0)).replace('"session_num": 0', '"session_num": null'), "line 1: cannot be read"),
         (json.dumps(aiperf_record(0, request_latency={"value": 1, "unit": "h"})), "unit 'h' is not known. Known: ns"),
     ],
 )

@@ -24,6 +24,7 @@ from spdbench.cli.exports.requests import (
     temperature_of,
     text_of,
     time_of,
+    whole,
 )
 from spdbench.errors import InputError
 from spdbench.input_files import parse_json, read_input
@@ -111,7 +112,7 @@ def _times(metadata: Mapping[str, Any]) -> tuple[int, int]:
 
 def _request(row: Mapping[str, Any]) -> Request:
     metadata, error = row["metadata"], row.get("error")
-    asked = str(metadata["session_num"])  # conversations have other ids in every run
+    asked = str(whole(metadata["session_num"]))  # conversations have other ids in every run
     turn = int(metadata.get("turn_index") or 0)
     _times(metadata)
     if _failed(row):
@@ -120,14 +121,14 @@ def _request(row: Mapping[str, Any]) -> Request:
     metrics = row["metrics"]
     if lacking := sorted(name for name in NEEDED if metrics.get(name) is None):
         return Request(asked, turn, 0, 0, 0.0, 0.0, error=f"cannot be counted: aiperf reports no {', '.join(lacking)}")
-    tokens = int(metrics["output_sequence_length"]["value"])
+    tokens = whole(metrics["output_sequence_length"]["value"])
     last_s = _seconds(metrics["request_latency"])
     prompt_tokens = metrics.get("input_sequence_length") or {"value": 0}
     first_s = _seconds(metrics["time_to_first_token"])
     reported = bool(DRAFT_METRICS & metrics.keys())
     drafts = _drafts(metrics, tokens) if reported else None
     odd = reported and drafts is None
-    return Request(asked, turn, int(prompt_tokens["value"]), tokens, first_s, last_s, drafts=drafts, odd_drafts=odd)
+    return Request(asked, turn, whole(prompt_tokens["value"]), tokens, first_s, last_s, drafts=drafts, odd_drafts=odd)
 
 
 def _drafts(metrics: Mapping[str, Any], num_new_tokens: int) -> Drafts | None:

@@ -20,6 +20,7 @@ from spdbench.cli.exports.requests import (
     temperature_of,
     text_of,
     time_of,
+    whole,
 )
 from spdbench.errors import InputError
 from spdbench.input_files import parse_json
@@ -53,6 +54,9 @@ def read_guidellm(where: str, report: Mapping[str, Any]) -> list[Export]:
         listed = field_of(benchmark, "requests", place)
         rows = [*list_of(listed, "successful", place), *list_of(listed, "errored", place)]
         requests = [checked(_request, row, f"{place}.requests.{row_at}") for row_at, row in enumerate(rows)]
+        long = [request for request in requests if request.error is None and request.num_new_tokens > 1]
+        if long and all(request.first_s == request.last_s for request in long):
+            raise InputError(f"{place}: every answer came at once; let guidellm stream (its `stream` option)")
         bodies = [_body_of(row) for row in rows]
         found.append(
             Export(
@@ -89,7 +93,7 @@ def _body_of(row: Any) -> Mapping[str, Any]:
 def _request(row: Mapping[str, Any]) -> Request:
     info, body = row["info"], _body_of(row)
     asked = json.dumps(body.get("messages") or body.get("prompt") or info["request_id"])
-    tokens = int(row["output_metrics"]["text_tokens"] or 0)
+    tokens = whole(row["output_metrics"]["text_tokens"] or 0)
     timings, turn = info["timings"], int(info.get("turn_index") or 0)
     if info.get("error") or not timings.get("first_token_iteration"):
         return Request(asked, turn, 0, 0, 0.0, 0.0, error=str(info.get("error") or "no token came"))
@@ -99,7 +103,7 @@ def _request(row: Mapping[str, Any]) -> Request:
     return Request(
         asked,
         turn,
-        int((row.get("input_metrics") or {}).get("text_tokens") or 0),
+        whole((row.get("input_metrics") or {}).get("text_tokens") or 0),
         tokens,
         timings["first_token_iteration"] - start,
         timings["last_token_iteration"] - start,

@@ -134,6 +134,14 @@ def list_of(holder: Mapping[str, Any], name: str, where: str) -> list[Any]:
     return found
 
 
+def whole(value: Any) -> int:
+    """A count, which may be written as text. Raises one of `DAMAGED` where `value` is none."""
+    number = int(value)
+    if isinstance(value, bool) or number != float(value):
+        raise ValueError(f"{value!r:.40} is no count")
+    return number
+
+
 def load_of(value: Any) -> int:
     """How many requests at once `value` is; 1 where it is no such number."""
     return value if isinstance(value, int) and 1 <= value <= 2**20 else 1
