@@ -20,6 +20,7 @@ import torch
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.models.checkpoints.folders import cache_folder
+from spdbench.models.cpu.native import source_digest
 from spdbench.models.target import Target
 from spdbench.output_files import replaced_file, try_lock
 from spdbench.processors import cpu_model, usable_cores
@@ -54,8 +55,8 @@ class StoredCosts:
     @property
     def _machine(self) -> str:
         """12 hex digits over what makes costs comparable."""
-        device = self._target.device
-        same = [device_name(device), usable_cores(), self._threads, torch.__version__, self._target.decoder.kernels]
+        device, kernels = self._target.device, self._target.decoder.kernels
+        same = [device_name(device), usable_cores(), self._threads, torch.__version__, kernels, source_digest()]
         return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
 
     def empty(self) -> Profile:

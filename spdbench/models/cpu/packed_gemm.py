@@ -17,6 +17,7 @@ Shapes: S rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+from itertools import chain as joined
 from typing import Any, Literal
 
 from llvmlite import ir
@@ -45,9 +46,11 @@ PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is prefetched."""
 MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 """The processor has an instruction for pairs of bfloat16."""
-TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4)
+TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4, 6)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
+MAX_SCALED_ROWS = max(count for count in TILE_ROWS if 2 * count <= MAX_TILE_ROWS)
+"""The most rows of a tile where weights are in 8 bits: each output has two sums."""
 _sums_memory = stack_memory(4 * WIDTH * MAX_TILE_ROWS)
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
@@ -96,7 +99,7 @@ def _sum_block(  # type: ignore[no-untyped-def]
 def _build_tiles(builder: Any, arguments: Any, numbers: Numbers, summed: Any) -> None:
     """One loop for each number of rows in `TILE_ROWS`, and a choice of the smallest that holds all rows; what it has
     too many repeats the last row, at no cost in memory. Goes on in the block `summed`."""
-    most = MAX_TILE_ROWS // _num_chains(numbers)
+    most = MAX_SCALED_ROWS if numbers == "int8" else MAX_TILE_ROWS
     for tile_rows in (count for count in TILE_ROWS if count <= most):
         tile, larger = builder.append_basic_block("tile"), builder.append_basic_block("larger")
         builder.cbranch(builder.icmp_signed("<=", arguments[4], ir.Constant(I64, tile_rows)), tile, larger)
@@ -128,12 +131,17 @@ def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) 
     factors = _load_factors(builder, weight_at, numbers)
     _prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
     offset = builder.mul(step, ir.Constant(I64, 4 * len(chains)))
-    for at, sums_of_row in zip(row_at, totals, strict=True):
-        for chain, total in enumerate(sums_of_row):
-            total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
-            word_at = builder.add(builder.add(at, offset), ir.Constant(I64, 4 * chain))
-            word = builder.load(builder.inttoptr(word_at, I32.as_pointer()), typ=I32)
-            total.add_incoming(_add_products(builder, total, factors[chain], word, numbers), loop)
+    found = [list(sums_of_row) for sums_of_row in totals]
+    for chain in chains:
+        # All rows with one factor, then all with the next, so that no more than one needs a register.
+        for part, factor in enumerate(factors[chain]):
+            for at, sums_of_row in zip(row_at, found, strict=True):
+                word_at = builder.add(builder.add(at, offset), ir.Constant(I64, 4 * chain))
+                word = builder.load(builder.inttoptr(word_at, I32.as_pointer()), typ=I32)
+                sums_of_row[chain] = _add_product(builder, sums_of_row[chain], factor, word, numbers, first=part == 0)
+    for total, end in zip(joined(*totals), joined(*found), strict=True):
+        total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
+        total.add_incoming(end, loop)
     following = builder.add(step, ir.Constant(I64, 1))
     step.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
@@ -170,7 +178,7 @@ def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
 
 
 def _load_factors(builder: Any, address: Any, numbers: Numbers) -> list[tuple[Any, ...]]:
-    """A step's weights for each sum, as `_add_products` takes them: 16 float32; or 16 pairs of bfloat16, in two vectors
+    """A step's weights for each sum, as `_add_product` takes them: 16 float32; or 16 pairs of bfloat16, in two vectors
     of float32 where no instruction multiplies pairs."""
     if numbers == "float32":
         return [(_load(builder, address, _FLOATS, BLOCK_STEP_BYTES),)]
@@ -195,23 +203,22 @@ def _widen_pairs(builder: Any, address: Any) -> tuple[Any, ...]:
     return builder.sitofp(first, _FLOATS), builder.sitofp(second, _FLOATS)
 
 
-def _add_products(builder: Any, total: Any, factors: tuple[Any, ...], word: Any, numbers: Numbers) -> Any:
-    """16 sums `total`, and to each the product of a row's number, or pair of numbers, `word` with its own weight."""
+def _add_product(builder: Any, total: Any, factor: Any, word: Any, numbers: Numbers, *, first: bool) -> Any:
+    """16 sums `total`, and to each the product of a row's number, or pair of numbers, `word` with its own weight. Where
+    no instruction multiplies pairs, `factor` has their `first` or second weights, and the sums need both."""
     words = builder.shuffle_vector(
         builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(I32, 0)),
         ir.Constant(_WORDS, ir.Undefined),
         ir.Constant(_WORDS, [0] * WIDTH),
     )
     if numbers == "float32":
-        return _multiply_add(builder, builder.bitcast(words, _FLOATS), factors[0], total)
+        return _multiply_add(builder, builder.bitcast(words, _FLOATS), factor, total)
     if MULTIPLIES_PAIRS:
         pairs = ir.VectorType(_BFloat(), 2 * WIDTH)
         kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
         function = llvm_function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind)
-        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(factors[0], pairs)])
-    for first, factor in zip((True, False), factors, strict=True):
-        total = _multiply_add(builder, _half(builder, words, first), factor, total)
-    return total
+        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(factor, pairs)])
+    return _multiply_add(builder, _half(builder, words, first), factor, total)
 
 
 def _multiply_add(builder: Any, some: Any, others: Any, total: Any) -> Any:
@@ -265,7 +272,7 @@ def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, tok
     `claims.begin_writing`."""
     sums_at = _sums_memory()
     sums = carray(pointer_to(sums_at, 0, F(0)), (MAX_TILE_ROWS, WIDTH))
-    tile_rows = MAX_TILE_ROWS if task.scale == 0 else MAX_TILE_ROWS // 2
+    tile_rows = MAX_TILE_ROWS if task.scale == 0 else MAX_SCALED_ROWS
     for block in range(begin, end):
         weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
         scale = task.scale if task.scale == 0 else task.scale + 4 * WIDTH * block
