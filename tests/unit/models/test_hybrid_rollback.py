@@ -1,13 +1,15 @@
 """Going back while decoding: every verdict and every draft as if each forward began from nothing.
 
 Equal outputs prove little: a state that is wrong after a rejection often leaves greedy ids as they are. So all that a
-step says is compared, against a decoder that keeps no state at all, and planted mistakes have to show.
+step says is compared, against a decoder that never goes back, and planted mistakes have to show.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from spdbench.decoding.speculate import Speculation
 from spdbench.decoding.synthetic import SyntheticDrafter, synthetic_drafts
 from spdbench.decoding.tree_builder import chain_builder
 from spdbench.models.decoder import Decoder
-from spdbench.models.kv_cache import HybridCache
+from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.layer_ops import has_cpu_kernels
 from spdbench.models.partition import split_by_counts
 from spdbench.pipeline import inline
@@ -34,26 +36,39 @@ PROMPTS = [tuple((start + 37 * i) % 262 for i in range(9)) for start in range(8)
 CUTS = ([3, 3], [2, 2, 2], [1, 2, 1, 2], [1] * 6)
 
 
-@dataclass
-class Rows:
-    """The cache of `Stateless`: the rows so far."""
+class Copies:
+    """The cache of `WithoutRollback`: a whole copy of a cache after each row so far, of which the first is empty."""
 
-    rows_SM: Tensor
-    capacity: int = 1000
+    def __init__(self, empty: KVCache) -> None:
+        self.after = [empty]
+        self.capacity = empty.capacity
 
     @property
     def length(self) -> int:
-        return len(self.rows_SM)
+        return len(self.after) - 1
 
     def rollback(self, mark: int) -> None:
-        self.rows_SM = self.rows_SM[:mark]
+        del self.after[mark + 1 :]
 
     def keep(self, mark: int, chosen: Sequence[int]) -> None:
         self.rollback(mark + len(chosen))
 
 
-class Stateless:
-    """Computes every row again from the first one, in a new cache and one row at a time."""
+def copy_of(cache: KVCache) -> KVCache:
+    """Another cache of the same content, in memory of its own: nothing is recorded in it, and no array is shared."""
+    found = copy(cache)
+    for name, value in vars(cache).items():
+        if isinstance(value, Tensor):
+            setattr(found, name, value.clone())
+        elif isinstance(getattr(type(cache), name, None), cached_property):
+            delattr(found, name)
+    found.recorded = {}
+    return found
+
+
+class WithoutRollback:
+    """Never goes back: every row is computed behind a copy of what its forerunners, one at a time from the first one,
+    left in a new cache."""
 
     takes_trees = False
 
@@ -68,26 +83,24 @@ class Stateless:
         self.embed, self.ids, self.logits, self.kernels = decoder.embed, decoder.ids, decoder.logits, decoder.kernels
         self.bytes_per_token, self.snapshot_bytes = decoder.bytes_per_token, decoder.snapshot_bytes
 
-    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> Rows:  # noqa: ARG002
-        return Rows(torch.zeros(0, self.config.hidden_size), capacity)
+    def new_cache(self, capacity: int, layers: range | None = None, num_snapshots: int = 0) -> Copies:  # noqa: ARG002
+        return Copies(self._decoder.new_cache(capacity, layers))
 
     def forward(
         self,
         hidden_SM: Tensor,
         start: int,
-        cache: Rows,
+        cache: Copies,
         layers: range | None = None,
         hidden_indices: Collection[int] = (),
         tree: object = None,
         cancelled: Callable[[], bool] | None = None,  # noqa: ARG002
     ) -> tuple[Tensor, dict[int, Tensor]]:
         assert (tree, start) == (None, cache.length)
-        cache.rows_SM = torch.cat((cache.rows_SM, hidden_SM))
-        fresh = self._decoder.new_cache(cache.length, layers)
-        found = [
-            self._decoder.forward(cache.rows_SM[row : row + 1].clone(), row, fresh, layers, hidden_indices)
-            for row in range(cache.length)
-        ][start:]
+        found = []
+        for row, hidden_M in enumerate(hidden_SM, start):
+            cache.after.append(copy_of(cache.after[row]))
+            found.append(self._decoder.forward(hidden_M[None].clone(), row, cache.after[-1], layers, hidden_indices))
         hidden = torch.cat([row_1M.clone() for row_1M, _ in found])
         return hidden, {index: torch.cat([states[index] for _, states in found]) for index in found[0][1]}
 
@@ -123,42 +136,54 @@ def pipeline_steps(
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("depth", [1, 3, 6])
-def test_chains_get_the_verdicts_of_a_decoder_without_state(decoder: Decoder, depth: int, sampling: Sampling) -> None:
+def test_chains_get_the_verdicts_of_a_decoder_without_rollback(
+    decoder: Decoder, depth: int, sampling: Sampling
+) -> None:
     for request in requests(sampling)[:4]:
         found = chain_steps(decoder, decoder, request, depth, "oracle:0.7")
-        assert found == chain_steps(Stateless(decoder), decoder, request, depth, "oracle:0.7")
+        assert found == chain_steps(WithoutRollback(decoder), decoder, request, depth, "oracle:0.7")
         rejected = [step for step in found if step.judged > step.accepted]
         assert rejected, "nothing was rolled back"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("counts", CUTS, ids=str)
-def test_pipelines_get_the_verdicts_of_a_decoder_without_state(
+def test_pipelines_get_the_verdicts_of_a_decoder_without_rollback(
     decoder: Decoder, counts: list[int], sampling: Sampling
 ) -> None:
     for request in requests(sampling)[:3]:
         found = pipeline_steps(decoder, decoder, request, counts, "oracle:0.7")
-        assert found == pipeline_steps(Stateless(decoder), decoder, request, counts, "oracle:0.7")
+        assert found == pipeline_steps(WithoutRollback(decoder), decoder, request, counts, "oracle:0.7")
         assert any(step.judged > step.accepted for step in found), "nothing was rolled back"
+
+
+def both_steps(decoder: Decoder, request: GenerationRequest) -> tuple[list[Step], list[Step]]:
+    """Of a chain and of a pipeline."""
+    return (
+        chain_steps(decoder, decoder, request, 4, "oracle:0.5"),
+        pipeline_steps(decoder, decoder, request, [2] * 3, "oracle:0.5"),
+    )
+
+
+@pytest.fixture(scope="module")
+def right(decoder: Decoder) -> list[tuple[list[Step], list[Step]]]:
+    return [both_steps(decoder, request) for request in requests()]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_planted_mistakes_show_in_the_verdicts(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[HybridCache, int], None]
+    decoder: Decoder,
+    right: list[tuple[list[Step], list[Step]]],
+    monkeypatch: pytest.MonkeyPatch,
+    mistake: Callable[[HybridCache, int], None],
 ) -> None:
     """Of chains and of pipelines, on most prompts."""
-    right = [
-        (
-            chain_steps(decoder, decoder, request, 4, "oracle:0.5"),
-            pipeline_steps(decoder, decoder, request, [2] * 3, "oracle:0.5"),
-        )
-        for request in requests()
-    ]
     monkeypatch.setattr(HybridCache, "rollback", mistake)
     differ = [0, 0]
     for request, (chain, pipeline) in zip(requests(), right, strict=True):
-        differ[0] += chain_steps(decoder, decoder, request, 4, "oracle:0.5") != chain
-        differ[1] += pipeline_steps(decoder, decoder, request, [2] * 3, "oracle:0.5") != pipeline
+        found = both_steps(decoder, request)
+        differ[0] += found[0] != chain
+        differ[1] += found[1] != pipeline
     assert min(differ) >= 3
 
 
