@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from spdbench.errors import BackendLostError, InputError
 from spdbench.judge.metrics.bubble import cycles_by_fill, lane_time, read_spans
 from spdbench.measure.clock import measure
 from spdbench.models.target import Target
-from spdbench.types import GenerationRequest, Sampling
+from spdbench.types import GenerationRequest, Sampling, Step
 from spdbench_backends.spd.pipelined import Pipelined
 from tests import tiny
 from tests.processes.test_stage_processes import ids, load, workers
@@ -170,23 +171,35 @@ BRANCHES = (
 )
 
 
+GREEDY = [tiny.greedy(prompt, 30) for prompt in PROMPTS]
+SAMPLED = [
+    GenerationRequest(tiny.PROMPT, (), 30, sampling, seed, frozenset())
+    for seed, sampling in enumerate((Sampling(1.0, 0.9, 40), Sampling(1.3)))
+]
+
+
+@cache
+def usual_steps(target: Target, options: frozenset[tuple[str, str]], drafter: str) -> list[list[Step]]:
+    """Those of one process with the usual layout. They are known once for all layouts and executors."""
+    near = load(target, "spd", {**dict(options), "executor": "inline"}, drafter)
+    try:
+        steps = [list(near.generate(request)) for request in (*GREEDY, *SAMPLED)]
+    finally:
+        near.close()
+    for request, found in zip(GREEDY, steps, strict=False):
+        assert [token for step in found for token in step.token_ids] == list(decode(target.decoder, request))
+    return steps
+
+
 def require_usual_steps(target: Target, options: dict[str, str], drafter: str = "random") -> None:
     """Those of one process with the usual layout, with the target's own tokens."""
-    usual = {name: value for name, value in options.items() if name not in ("drafting", "head")}
+    usual = frozenset((name, value) for name, value in options.items() if name not in ("drafting", "head", "executor"))
     backend = load(target, "spd", options, drafter)
-    near = load(target, "spd", {**usual, "executor": "inline"}, drafter)
     try:
-        for prompt in PROMPTS:
-            request = tiny.greedy(prompt, 30)
-            steps = list(backend.generate(request))
-            assert steps == list(near.generate(request))
-            assert [token for step in steps for token in step.token_ids] == list(decode(target.decoder, request))
-        for seed, sampling in enumerate((Sampling(1.0, 0.9, 40), Sampling(1.3))):
-            request = GenerationRequest(tiny.PROMPT, (), 30, sampling, seed, frozenset())
-            assert list(backend.generate(request)) == list(near.generate(request))
+        for request, steps in zip((*GREEDY, *SAMPLED), usual_steps(target, usual, drafter), strict=True):
+            assert list(backend.generate(request)) == steps
     finally:
         backend.close()
-        near.close()
 
 
 @pytest.mark.parametrize("layout", range(4), ids=lambda at: "-".join(LAYOUTS[at].values()))
