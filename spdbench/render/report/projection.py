@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spdbench.judge.projection.opponents import Load, frontier
+from spdbench.judge.metrics.stats import Interval
+from spdbench.judge.projection.opponents import Load, Opponent, frontier
 from spdbench.judge.projection.project import Projection
 from spdbench.judge.results.embedded import EmbeddedFile, embed
 from spdbench.render.columns import harmless
@@ -69,33 +70,13 @@ def _panels(projection: Projection, palette: Palette) -> list[Panel]:
 
 
 def _speedups(projection: Projection, palette: Palette) -> Panel:
-    records: list[Record] = [
-        {
-            "label": harmless(row.label),
-            "kind": harmless(_kind(row.label)),
-            "short": harmless(_short(row.label)),
-            "devices": row.devices,
-            "speedup": row.speedup,
-            "low": row.speedup_interval[0] if row.speedup_interval else row.speedup,
-            "high": row.speedup_interval[1] if row.speedup_interval else row.speedup,
-        }
-        for row in projection.pipelines
+    records = [
+        *(
+            _bar(row.label, _kind(row.label), row.devices, row.speedup, row.speedup_interval)
+            for row in projection.pipelines
+        ),
+        *(_rivals_bar(projection, rival) for rival in projection.opponents),
     ]
-    for rival in projection.opponents:
-        speedup = projection.speedup(rival.tokens_per_s)
-        low, high = (projection.speedup(each) for each in rival.interval or (rival.tokens_per_s,) * 2)
-        kind = TENSOR if rival.method == "tensor_parallel" else ONE
-        records.append(
-            {
-                "label": harmless(rival.label),
-                "kind": kind,
-                "short": harmless(_short(rival.label)),
-                "devices": rival.devices,
-                "speedup": speedup,
-                "low": low,
-                "high": high,
-            }
-        )
     kinds = list(dict.fromkeys(record["kind"] for record in records))
     look = {"field": "kind", "type": "nominal", "scale": {"domain": kinds, "range": list(palette.series[: len(kinds)])}}
     x = quantity("devices", "devices", scale={"zero": True})
@@ -133,6 +114,25 @@ def _speedups(projection: Projection, palette: Palette) -> Panel:
         records,
         "One request" if projection.loads else None,
     )
+
+
+def _rivals_bar(projection: Projection, rival: Opponent) -> Record:
+    kind, interval = TENSOR if rival.method == "tensor_parallel" else ONE, rival.interval
+    ends = interval and (projection.speedup(interval[0]), projection.speedup(interval[1]))
+    return _bar(rival.label, kind, rival.devices, projection.speedup(rival.tokens_per_s), ends)
+
+
+def _bar(label: str, kind: str, devices: int, speedup: float, interval: Interval | None) -> Record:
+    low, high = interval or (speedup, speedup)
+    return {
+        "label": harmless(label),
+        "kind": harmless(kind),
+        "short": harmless(_short(label)),
+        "devices": devices,
+        "speedup": speedup,
+        "low": low,
+        "high": high,
+    }
 
 
 def _frontier(projection: Projection, palette: Palette) -> Panel:
