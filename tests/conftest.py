@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +20,15 @@ torch.set_num_threads(1)  # tiny matrices gain nothing from a second thread, and
 hypothesis.settings.register_profile("no deadline", deadline=None)  # slow on a busy machine is not wrong
 hypothesis.settings.load_profile("no deadline")
 NUMBERS = count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _packages_once() -> Iterator[None]:
+    """Nothing is installed while tests run, so that the installed packages are asked for their plugins once and not
+    for each backend."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spdbench.plugins.entry_points", cache(entry_points))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
