@@ -9,6 +9,7 @@ import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -144,7 +145,9 @@ def target(tiny_model: Path) -> Target:
     return tiny.load(tiny_model)
 
 
+@cache
 def plain(target: Target, request: GenerationRequest) -> list[int]:
+    """The target's own answer, which hundreds of tests compare with and do not change."""
     return list(decode(target.decoder, request))
 
 
@@ -212,8 +215,9 @@ def test_generation_ends_at_the_first_end_of_sequence_wherever_it_falls(
     for index in (0, 1, 2, 3, 7, 20):
         request = tiny.greedy(PROMPT, 30, frozenset({answer[index], 9999}))
         expected = answer[: answer.index(answer[index]) + 1]
-        assert ids(run(backend, request))[: len(expected)] == expected
-        assert len(ids(run(backend, request))) - len(expected) <= _overrun(backend)
+        found = ids(run(backend, request))
+        assert found[: len(expected)] == expected
+        assert len(found) - len(expected) <= _overrun(backend)
 
 
 @pytest.mark.parametrize(("name", "options", "drafter"), CASES)
@@ -320,8 +324,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Target:
     return tiny.load(folder)
 
 
+INLINE: Mapping[str, dict[str, str]] = {
+    "ppsd": {"executor": "inline"},
+    "spd": {"executor": "inline", "stages": "2"},
+}
+"""That stage processes draw what one process draws, number by number, is tested in tests/processes."""
+
 SAMPLED: tuple[tuple[str, dict[str, str]], ...] = (
-    *((name, {"stages": "2"} if name == "spd" else {}) for name in BACKENDS),
+    *((name, INLINE.get(name, {})) for name in BACKENDS),
     ("eagle", {"tree": "chain", "depth": "2"}),
     ("eagle", {"tree": "dynamic", "depth": "2", "top_k": "2", "total_tokens": "4"}),
     ("medusa", {"tree": "chain", "heads": "2"}),
@@ -329,18 +339,25 @@ SAMPLED: tuple[tuple[str, dict[str, str]], ...] = (
 """Chains of EAGLE and Medusa are drawn, their trees picked."""
 
 
-@pytest.mark.parametrize(("name", "options"), SAMPLED, ids=["-".join((x, *o.values())) for x, o in SAMPLED])
+@pytest.fixture(scope="module", params=SAMPLED, ids=["-".join((x, *o.values())) for x, o in SAMPLED])
+def drafting_at_random(small: Target, request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Loaded once for all samplings."""
+    name, options = request.param
+    backend = load(small, name, options, "random")
+    yield backend
+    backend.close()
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.8, top_p=0.9, top_k=4)], ids=["plain", "warped"])
 def test_sampled_triples_follow_the_exact_joint_distribution(
-    small: Target, name: str, options: dict[str, str], sampling: Sampling
+    small: Target, drafting_at_random: Backend, sampling: Sampling
 ) -> None:
-    backend = load(small, name, options, "random")
     prompt = (1, 2, 3)
     expected = _joint(small.decoder, prompt, sampling)
     counts: Counter[object] = Counter()
     for seed in range(DRAWS):
         request = GenerationRequest(prompt, (), 3, sampling, seed, frozenset())
-        counts[tuple(ids(run(backend, request))[:3])] += 1
+        counts[tuple(ids(run(drafting_at_random, request))[:3])] += 1
     tests = 2 * len(SAMPLED)
     assert chi_square(counts, expected).p_value > 1e-4 / tests
 
