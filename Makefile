@@ -6,8 +6,9 @@ LIMIT ?= 20
 MAX_NEW_TOKENS ?= 32
 
 # One test process a core, each with one thread. The tests marked `whole_machine` measure processor time or need all
-# threads, so they run afterwards and alone. Files stay whole (`loadfile`), so that their models are built once, and in
-# order, in which the long ones (cli, conformance, processes) come before the many short ones of tests/unit.
+# threads, so they run afterwards and alone, from the files that name the mark: it takes longer to collect all tests
+# than to run these. Files stay whole (`loadfile`), so that their models are built once, and in order, in which the long
+# ones (cli, conformance, processes) come before the many short ones of tests/unit.
 TEST_WORKERS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 IN_PARALLEL := --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not whole_machine"
 
@@ -59,7 +60,7 @@ check:
 	@echo "Testing on $(TEST_WORKERS) cores ..."
 	@OMP_NUM_THREADS=1 $(RUN) pytest $(IN_PARALLEL)
 	@echo "Testing what needs the whole machine ..."
-	@$(RUN) pytest -m whole_machine
+	@$(RUN) pytest -m whole_machine `grep -rl --include='test_*.py' whole_machine tests`
 	@$(MAKE) --no-print-directory gate
 
 gate:
