@@ -54,6 +54,8 @@ BROKEN_OFF = frozenset(
 )
 """Ends that are none of the answer that was asked for: breaks, filters, and calls of tools, of which no text comes."""
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
+CACHED = ("cached_tokens", "prompt_cache_hit_tokens")
+"""Keys of a usage for the prompt's tokens that a cache knew: OpenAI's, and DeepSeek's."""
 OF_ENUM = re.compile(r"^finish_?reason[._]")
 """How finish reasons begin where a server writes the name of an enumeration's member, in lower case."""
 NOT_FINISHED = frozenset({"", "null", "none", "not_finished"})
@@ -128,16 +130,23 @@ def chunk_of(event: Mapping[str, Any], choice: Mapping[str, Any], without_key: C
     usage, timings = _usage(event, choice, odd), _mapping(event.get("timings"), "timings", odd)
     details = _mapping(usage.get("completion_tokens_details"), "completion_tokens_details", odd)
     of_prompt = _mapping(usage.get("prompt_tokens_details"), "prompt_tokens_details", odd)
-    cached = _read(of_prompt.get("cached_tokens"), _whole, "cached_tokens", odd)
+    known = (holder.get(key) for holder, key in ((of_prompt, CACHED[0]), *((usage, key) for key in CACHED)))
+    cached = _read(next((number for number in known if number is not None), None), _whole, CACHED[0], odd)
+    prompt_tokens = _count(usage, _known(usage, "prompt_tokens", "input_tokens"), odd)
+    completion_tokens = _count(usage, _known(usage, "completion_tokens", "output_tokens"), odd)
+    total_tokens = _count(usage, "total_tokens", odd)
+    thought_tokens = _count(details, "reasoning_tokens", odd) or 0
+    if thought_tokens and total_tokens == (prompt_tokens or 0) + (completion_tokens or 0) + thought_tokens:
+        completion_tokens = (completion_tokens or 0) + thought_tokens  # xAI's do not include those of thoughts
     return Chunk(
         text=_text(content, "text"),
         thought="".join(str(thought) for thought in thoughts if thought),
         ids=_read(choice.get("token_ids"), _ids, "token_ids", odd),
         listed=_read(choice.get("logprobs"), _listed_tokens, "logprobs", odd),
-        completion_tokens=_count(usage, _known(usage, "completion_tokens", "output_tokens"), odd),
-        prompt_tokens=_count(usage, _known(usage, "prompt_tokens", "input_tokens"), odd),
-        total_tokens=_count(usage, "total_tokens", odd),
-        thought_tokens=_count(details, "reasoning_tokens", odd) or 0,
+        completion_tokens=completion_tokens,
+        prompt_tokens=prompt_tokens,
+        total_tokens=total_tokens,
+        thought_tokens=thought_tokens,
         cached_tokens=_read(timings.get("cache_n"), _whole, "cache_n", odd) if cached is None else cached,
         predicted_tokens=_read(timings.get("predicted_n"), _whole, "predicted_n", odd),
         decode_s=_read(timings.get("predicted_ms"), _seconds, "predicted_ms", odd),

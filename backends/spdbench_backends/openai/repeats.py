@@ -74,7 +74,7 @@ class _Written:
             return self._append(text)
         if self.is_cumulative:
             return self._append(text[len(last) :])
-        self._growths += bool(last) and len(text) > len(last)
+        self._growths += bool(last.strip()) and len(text) > len(last)  # ever more spaces are how code begins
         if self._growths < GROWTHS:
             return self._append(text)
         self.is_cumulative = True

@@ -59,6 +59,7 @@ def read_chunks(
         BrokenError: an event cannot be read or is an error, or the stream ends before the answer does.
     """
     word, has_text, not_ends, skipped, repeats = "", False, set[str](), "", Repeats(habits, notice)
+    foreign, is_known = b"", False
     has_usage, is_counted, events = False, False, read_events(lines)
 
     def is_whole() -> bool:
@@ -84,6 +85,8 @@ def read_chunks(
                 if isinstance(error, ReportedError) and not has_text:
                     raise RefusedError(error.status, error.message, None) from None
                 raise
+            is_known = is_known or chunk.has_content or "choices" in only(event)
+            foreign = foreign or data
             chunk = repeats.without(chunk, is_end=bool(chunk.finish or word) and word not in not_ends)
             at_the_end = bool(chunk.completion_tokens) and has_text and not has_usage
             is_counted = (is_counted or at_the_end) and not chunk.has_text
@@ -101,6 +104,9 @@ def read_chunks(
     if is_counted and not word:
         habits.add(ENDS_WITH_USAGE)
     elif not word or word in not_ends - FINISHES.keys():
+        if foreign and not is_known:
+            shown = one_line(without_key(foreign.decode(errors="replace")))
+            raise LostError(f"the server's stream has no event of OpenAI's protocol; it begins with {shown}")
         reason = f"; it said: {skipped}" if skipped else ""
         raise LostError(f"the server ended in the middle of its answer{reason}")
 

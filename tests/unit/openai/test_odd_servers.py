@@ -137,6 +137,22 @@ def test_thoughts_count_as_tokens_and_only_those_set_apart_are_no_answer(
     assert ("Hm" in measured.report.text) != thought
 
 
+def test_a_usage_that_counts_thoughts_apart_is_of_both(server: StubServer, backend: Make) -> None:
+    """As xAI's. Without them, the rate would have been that of the answer's few tokens in the time of all."""
+
+    def events(*_: Any) -> Iterator[bytes]:
+        for word in ("Hm", ",", " so", " be", " it"):
+            yield event({"choices": [{"delta": {"reasoning_content": word}}]})
+        yield event({"choices": [{"delta": {"content": "Yes."}, "finish_reason": "stop"}]})
+        usage = {"prompt_tokens": 11, "completion_tokens": 2, "total_tokens": 18}
+        yield event({"usage": {**usage, "completion_tokens_details": {"reasoning_tokens": 5}}, "choices": []})
+        yield b"[DONE]"
+
+    server.events = events  # type: ignore[method-assign,assignment]
+    measured = run(loaded(backend()))
+    assert (len(measured.output_ids), measured.report.contradiction) == (7, None)
+
+
 def test_thoughts_that_are_kept_back_cannot_be_timed(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
     rewrite(
@@ -321,3 +337,24 @@ def test_a_limit_is_asked_for_by_the_name_that_the_server_takes(server: StubServ
     made = loaded(backend())
     measured = run(made, ask(4))
     assert (len(measured.output_ids), measured.finish_reason) == (4, "length")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "One"}},
+        {"type": "response.output_text.delta", "delta": "One"},
+        {"content": "One", "stop": False},
+        {"token": {"id": 1, "text": "One"}, "generated_text": None},
+    ],
+)
+def test_a_stream_of_another_protocol_is_shown(server: StubServer, backend: Make, own: dict[str, Any]) -> None:
+    server.events = lambda *_: iter([event(own), event(own)])  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"no event of OpenAI's protocol; it begins with \{.*One.*; is it a server of"):
+        backend().load()
+
+
+@pytest.mark.parametrize("place", ["prompt_cache_hit_tokens", "cached_tokens"])
+def test_a_prompt_cache_is_read_where_other_servers_report_it(server: StubServer, backend: Make, place: str) -> None:
+    rewrite(server, b'"prompt_tokens": 11', b'"prompt_tokens": 11, "%b": 7' % place.encode())
+    assert run(loaded(backend())).report.num_cached_tokens == 7

@@ -364,7 +364,7 @@ def test_text_that_comes_twice_counts_once_and_is_said_once(
 
 def test_text_that_only_looks_repeated_is_kept(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
-    for answer in (["no", "no", "nonono"], ["ha", "ha", "ha"], ["a", "ab", "c"]):
+    for answer in (["no", "no", "nonono"], ["ha", "ha", "ha"], ["a", "ab", "c"], [" ", "  ", "   ", "return"]):
         server.answer = [(word,) for word in answer]
         assert run(made).report.text == "".join(answer)
 
