@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spdbench.errors import InputError, brief, did_you_mean, install_command
-from spdbench.input_files import json_rows, other_content, read_input, unpacked
+from spdbench.input_files import json_rows, not_downloaded, other_content, read_input, unpacked
 from spdbench.prompts.rows import SourceUnavailable
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -58,9 +58,14 @@ def parquet_rows(path: Path, name: str, required: Sequence[str], optional: Seque
             if column not in known:
                 raise InputError(f"{name}: has no column '{column}'{did_you_mean(column, known)}")
         columns = [*required, *(column for column in optional if column in known)]
-        rows: list[dict[str, Any]] = parquet.read_table(path, columns=columns).to_pylist()
+        table = parquet.read_table(path, columns=columns)
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({brief(error)})") from None
+        why = not_downloaded(path)
+        raise InputError(f"{path}: {f'is {why}' if why else f'not a readable parquet file ({brief(error)})'}") from None
+    try:
+        rows: list[dict[str, Any]] = table.to_pylist()
+    except Exception as error:  # of text that is not UTF-8, and of times that Python has not
+        raise InputError(f"{path}: holds values that cannot be read ({brief(error)})") from None
     return rows
 
 

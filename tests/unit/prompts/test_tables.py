@@ -81,6 +81,22 @@ def test_parquet_columns(tmp_path: Path) -> None:
     assert "has no column 'turn'; did you mean 'turns'?" in broken(source, tmp_path)
     (tmp_path / "q.parquet").write_bytes(b"PAR1 but no more")
     assert "not a readable parquet file" in broken(PathSource(path="q.parquet"), tmp_path)
+    (tmp_path / "q.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "q.parquet: is a pointer of Git LFS" in broken(PathSource(path="q.parquet"), tmp_path)
+
+
+def test_values_of_parquet_that_python_has_not(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for odd in (
+        pyarrow.array([1], pyarrow.timestamp("us", tz="Mars/Phobos")),
+        pyarrow.array([2**62], pyarrow.timestamp("us")),
+        pyarrow.array([b"\xff"]).view(pyarrow.string()),
+    ):
+        table = pyarrow.table({"question_id": odd, "turns": pyarrow.array(["hi"])})
+        parquet.write_table(table, tmp_path / "q.parquet")
+        assert "q.parquet: holds values that cannot be read" in broken(PathSource(path="q.parquet"), tmp_path)
 
 
 def test_answers_in_a_list_of_messages_are_given(tmp_path: Path) -> None:
