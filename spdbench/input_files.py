@@ -31,6 +31,8 @@ MAX_BYTES = 2**30
 PIECE_BYTES = 2**24
 MAX_UNPACKED_BYTES = 2**28
 """Of a gzipped file, which may be a thousandth of that."""
+BOM = b"\xef\xbb\xbf"
+"""What Windows' editors write before UTF-8."""
 GZIP_MAGIC = b"\x1f\x8b"
 NOT_DOWNLOADED = {
     b"version https://git-lfs.github.com/spec/": "a pointer of Git LFS and not the file, which `git lfs pull` fetches",
@@ -168,7 +170,7 @@ def json_rows(raw: bytes, name: str, odd: list[str] | None = None) -> Iterator[t
         InputError: the file cannot be unpacked, or a line or the array is not UTF-8 or not JSON, or holds anything
             but objects.
     """
-    raw = unpacked(raw, name).removeprefix(b"\xef\xbb\xbf")
+    raw = unpacked(raw, name).removeprefix(BOM)
     places: Iterable[tuple[str, Any]]
     if raw.lstrip()[:1] == b"[":
         entries = _parsed(raw, f"{name}: as one JSON array")

@@ -65,7 +65,9 @@ def _pattern(path: Path) -> str:
 
 
 def _results(paths: Iterator[Path]) -> list[Path]:
-    return sorted(path for path in paths if path.name != CALIBRATION and not _is_findings(path))
+    """The files in `paths` that are meant to be results. Hidden ones are not, such as macOS's `._NAME.json`."""
+    shown = (path for path in paths if path.name != CALIBRATION and not path.name.startswith("."))
+    return sorted(path for path in shown if not _is_findings(path))
 
 
 def _is_findings(path: Path) -> bool:

@@ -16,9 +16,8 @@ from spdbench.cli.exports.aiperf import read_aiperf
 from spdbench.cli.exports.guidellm import read_guidellm
 from spdbench.cli.exports.requests import Export
 from spdbench.errors import InputError, first_problem
-from spdbench.input_files import json_rows, parse_json, read_input
+from spdbench.input_files import BOM, json_rows, parse_json, read_input
 
-BOM = b"\xef\xbb\xbf"
 EXPECTED = "expected the report of `guidellm run --output kind=json`, or aiperf's profile_export.jsonl"
 
 

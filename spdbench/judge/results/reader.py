@@ -31,6 +31,7 @@ from spdbench.judge.results.schema import (
     Run,
     RunKey,
     read_result,
+    times_agree,
 )
 from spdbench.judge.results.table import RunTable, StepArrays, build_table, join_tables, table_from
 
@@ -201,6 +202,13 @@ def _require_totals(runs: Sequence[Run], outputs: Sequence[bytes], num_steps: An
     num_ids = np.array([text.count(b",") + 1 if text else 0 for text in outputs], dtype=np.int64)
     if (new_tokens != emitted).any() or ((num_ids > 0) & (num_ids != emitted)).any():
         raise NotPlain
+    rows = np.flatnonzero((emitted > 0) & np.array([run.finish_reason != "error" for run in runs], dtype=np.bool_))
+    places = np.flatnonzero(steps.emitted)  # of steps with tokens; each of these runs has one
+    first = places[np.searchsorted(places, (ends - num_steps)[rows])]
+    last = places[np.searchsorted(places, ends[rows]) - 1]
+    for row, begin, end in zip(rows.tolist(), steps.t_ns[first].tolist(), steps.t_ns[last].tolist(), strict=True):
+        if not (times_agree(runs[row].ttft_s, begin) and times_agree(runs[row].decode_s, end - begin)):
+            raise NotPlain
 
 
 def _cut(text: bytes) -> tuple[bytes, list[list[bytes]]]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spdbench.errors import InputError, first_problem, short_repr
-from spdbench.input_files import parse_json, read_input
+from spdbench.input_files import BOM, parse_json, read_input
 from spdbench.judge.results.kept import DraftColumns, RunDivergence, SpanColumns
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles, PartTimes
 from spdbench.judge.results.machine_load import MachineLoad, Seconds, SetAside
@@ -29,6 +29,8 @@ UNKNOWN = "unknown"
 """What a result says of a model's weights and dtype where only a server has them."""
 INT32, INT64 = 2**31 - 1, 2**63 - 1
 MAX_CHUNK = 2**20
+TIME_TOLERANCE = 1e-6
+"""Of totals against their columns: in seconds, and as a share."""
 MAX_FORWARDS = 1e10
 MAX_DEPTH = 2**16
 """Far above any real draft, and low enough that counting by position stays cheap whatever a damaged file says."""
@@ -253,13 +255,27 @@ class Summary(Record):
     by_category: dict[str, dict[str, Any]]
 
 
+def times_agree(stated_s: float | None, counted_ns: int) -> bool:
+    """True unless a total of seconds is another than its columns say, up to what rounding makes of it."""
+    return stated_s is None or abs(stated_s - counted_ns / 1e9) <= TIME_TOLERANCE * (1 + counted_ns / 1e9)
+
+
 def require_totals(run: Run) -> None:
-    """Raises `ValueError` where a run's tokens are not as many as its columns count."""
+    """Raises `ValueError` where a run's tokens are not as many as its columns count, or its times not theirs."""
     emitted = sum(run.steps.emitted)
     if run.num_new_tokens != emitted:
         raise ValueError(f"num_new_tokens: {run.num_new_tokens}, and its steps emit {emitted}")
     if run.output_ids and len(run.output_ids) != emitted:
         raise ValueError(f"output_ids: {len(run.output_ids)} ids, and its steps emit {emitted} tokens")
+    if run.finish_reason == "error" or not emitted:
+        return
+    counted = [at for at, count in zip(run.steps.t_ns, run.steps.emitted, strict=True) if count]
+    for name, stated_s, counted_ns in (
+        ("ttft_s", run.ttft_s, counted[0]),
+        ("decode_s", run.decode_s, counted[-1] - counted[0]),
+    ):
+        if not times_agree(stated_s, counted_ns):
+            raise ValueError(f"{name}: {stated_s:g}, and its steps say {counted_ns / 1e9:g}")
 
 
 def _one_run_a_key(runs: list[Run]) -> list[Run]:
@@ -305,7 +321,7 @@ def read_result(path: Path, raw: bytes | None = None) -> Result:
     Raises:
         InputError: the file is not there, is not JSON, or is not a result that this version reads.
     """
-    raw = read_input(path) if raw is None else raw
+    raw = (read_input(path) if raw is None else raw).removeprefix(BOM)
     try:
         found = Result.model_validate_json(raw)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spdbench.cli.files import write_file
+from spdbench.cli.files import result_paths, write_file
 from spdbench.errors import InputError
 
 
@@ -25,3 +25,11 @@ def test_a_file_itself_may_have_such_a_name(tmp_path: Path) -> None:
 def test_what_cannot_be_written_names_option_and_path(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--json .*: cannot be written \(Is a directory\)"):
         write_file("--json", tmp_path, "{}")
+
+
+def test_hidden_files_of_a_folder_are_no_results(tmp_path: Path) -> None:
+    """macOS leaves `._NAME.json` next to `NAME.json` on file systems of others."""
+    for name in ("a.json", "._a.json", ".hidden.json"):
+        (tmp_path / name).touch()
+    assert list(result_paths([str(tmp_path)])) == [tmp_path / "a.json"]
+    assert list(result_paths([str(tmp_path / ".hidden.json")])) == [tmp_path / ".hidden.json"]

@@ -194,14 +194,14 @@ def test_a_new_run_sets_an_unfinished_one_aside(path: Path) -> None:
 
 def test_what_was_set_aside_is_kept_until_its_request_is_finished(path: Path) -> None:
     journal = written(path)
-    for decode_s in (0.5, 0.4):
-        journal.set_aside(make_run(prompt="p3").model_copy(update={"decode_s": decode_s}))
+    for num_tokens in (6, 5):
+        journal.set_aside(make_run(vanilla_steps(num_tokens), prompt="p3"))
     journal.set_aside(make_run(prompt="p1"))
     journal.append(make_run(prompt="p1", repeat=1))
     journal.close()
     again = resume_journal(path, IDENTITY)
     assert len(again) == 4
-    assert [run.decode_s for run in again.taken_aside(("p3", 0, 0))] == [0.5, 0.4]
+    assert [run.decode_s for run in again.taken_aside(("p3", 0, 0))] == [0.05, 0.04]
     assert again.taken_aside(("p3", 0, 0)) == []
     again.append(make_run(prompt="p3"))
     again.close()

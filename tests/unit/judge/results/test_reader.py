@@ -98,6 +98,8 @@ def test_a_result_without_runs_is_read(tmp_path: Path) -> None:
     [
         ("num_new_tokens", 2_000_000, r"num_new_tokens: 2000000, and its steps emit 5"),
         ("output_ids", [1, 2, 3], r"output_ids: 3 ids, and its steps emit 5 tokens"),
+        ("ttft_s", 0.001, r"ttft_s: 0\.001, and its steps say 0\.05"),
+        ("decode_s", 0.0004, r"decode_s: 0\.0004, and its steps say 0\.04"),
     ],
 )
 @pytest.mark.parametrize("write", LAYOUTS.values())

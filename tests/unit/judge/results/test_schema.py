@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 
 from spdbench.errors import InputError
+from spdbench.input_files import BOM
 from spdbench.judge.loaded import load
 from spdbench.judge.results.reader import read_runs
 from spdbench.judge.results.schema import SCHEMA_FILE, Steps, json_schema, read_result
@@ -55,6 +56,13 @@ def test_json_schema_that_ships_is_up_to_date() -> None:
 def test_result_comes_back_from_its_file_unchanged(tmp_path: Path) -> None:
     result = make_result([make_run(), make_run(prompt="p1")])
     assert read_result(write_result(result, tmp_path / "a.json")) == result
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    """An editor of Windows writes one."""
+    path = tmp_path / "a.json"
+    path.write_bytes(BOM + make_result([make_run()]).model_dump_json(by_alias=True).encode())
+    assert read_result(path).runs == [make_run()]
 
 
 def test_missing_file_names_the_file(tmp_path: Path) -> None:
@@ -110,7 +118,7 @@ GOOD = {
 
 
 def test_steps_of_one_instant_and_deep_drafts_are_read(tmp_path: Path) -> None:
-    totals = {"num_new_tokens": 3, "output_ids": [1, 2, 3]}
+    totals = {"num_new_tokens": 3, "output_ids": [1, 2, 3], "ttft_s": 1e-9, "decode_s": 1e-9}
     assert read_result(edited(tmp_path / "a.json", steps=GOOD, **totals)).runs[0].steps.judged == [0, 2, 300]
 
 
