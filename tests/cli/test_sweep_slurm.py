@@ -54,6 +54,9 @@ class FakeJob:
             raise self._answer
         return self._answer
 
+    def stderr(self) -> str:
+        return "NOTE: a busy machine\nError: it has six layers\n"
+
     def cancel(self) -> None:
         if self.job_id == "7_1":
             raise subprocess.CalledProcessError(1, ["scancel", self.job_id])
@@ -96,6 +99,13 @@ def test_a_point_whose_job_is_lost_is_submitted_again_three_times_at_most(
     assert not any(job.cancelled for job in executor.jobs)
 
 
+def test_a_point_that_fails_says_why(sweep: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = read_sweep(write(tmp_path, sweep))[1][:2]
+    outcomes = list(on_slurm._run_points(lambda _: FakeExecutor([2, 0]), None, points, tmp_path))
+    assert [(each.exit_code, each.note) for each in outcomes] == [(2, "Error: it has six layers"), (0, "")]
+    assert "Submitted 2 jobs; `squeue -j 7` shows what they wait for." in capsys.readouterr().err
+
+
 def test_an_interrupted_sweep_cancels_its_jobs_and_names_those_that_it_could_not(
     sweep: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +143,7 @@ def _slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     `scancel` writes down what it was given."""
     scripts = {
         "sbatch": 'if grep -q partition=none "$1"; then echo "sbatch: error: invalid partition" >&2; exit 1; fi\n'
+        'if grep -q time=1440 "$1"; then echo "sbatch: error: Requested time limit is invalid" >&2; exit 1; fi\n'
         f'cp "$1" {tmp_path}/submitted; echo "Submitted batch job 4711"',
         "srun": "exit 1",
         "sacct": f"touch {tmp_path}/asked; "
@@ -171,6 +182,9 @@ def test_what_sbatch_refuses_is_one_message(sweep: dict[str, Any], tmp_path: Pat
     said = run(tmp_path, {**sweep, "slurm": {"slurm_partition": "none"}}, "--on", "slurm")
     assert said.code == 2
     assert "Error: --on slurm: no job was accepted: sbatch: error: invalid partition" in said.err
+    said = run(tmp_path, {**sweep, "slurm": {"slurm_partition": "short"}}, "--on", "slurm")
+    assert said.code == 2
+    assert "Requested time limit is invalid; slurm.timeout_min sets the limit" in said.err
 
 
 @needs_submitit

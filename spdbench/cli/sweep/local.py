@@ -74,7 +74,12 @@ def run_points(points: Sequence[Point], folder: Path) -> Generator[Outcome]:
 
 def run_here(point: Point, folder: Path) -> int:
     """The exit code of one run. Its notes and its progress are shown; its table is left to `spdbench compare`."""
-    running = subprocess.Popen(point.command(folder), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        point.command(folder),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=partial(die_with, os.getpid(), signal.SIGTERM),  # where this process is killed
+    )
     try:
         return running.wait()
     except BaseException:  # Ctrl-C, which it gets as well, or SIGTERM, which it does not: it keeps what is finished
@@ -95,4 +100,9 @@ def run_there(point: Point, here: str) -> tuple[int, str, dict[str, bytes]]:
             preexec_fn=partial(die_with, os.getpid()),
         )
         files = {path.name: path.read_bytes() for path in Path(folder).glob("*.json")}
-    return done.returncode, done.stderr.strip().rpartition("\n")[2][-LONGEST_NOTE:], files
+    return done.returncode, last_line(done.stderr), files
+
+
+def last_line(said: str) -> str:
+    """What a run said last: its error, if it failed."""
+    return said.strip().rpartition("\n")[2][-LONGEST_NOTE:]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spdbench.cli.sweep.local import Runner, run_here
+from spdbench.cli.sweep.local import Runner, last_line, run_here
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome, Try, try_again
 from spdbench.console import counted, say
@@ -26,8 +26,7 @@ LOGS = "slurm"
 RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt): ")
 """The line of a trace that names the error."""
 ONE_NODE = {"nodes": 1, "tasks_per_node": 1}
-DEFAULT_TIMEOUT_MIN = 24 * 60
-"""submitit's own is two minutes for local jobs and five on SLURM, in which few points end."""
+DEFAULT_TIMEOUT_MIN = 24 * 60  # submitit's own: two minutes for local jobs and five on SLURM, in which few points end
 
 
 def connect(settings: Mapping[str, Any]) -> Runner:
@@ -81,14 +80,18 @@ def _run_points(executor: Any, at_once: int | None, points: Sequence[Point], fol
                     with executing.batch():
                         jobs = [executing.submit(run_here, point, folder.resolve()) for point, _, _ in now]
                 except RuntimeError as error:  # what sbatch says, such as of a partition that there is not
-                    raise InputError(f"--on slurm: no job was accepted: {first_line(error)}") from None
+                    advice = "; slurm.timeout_min sets the limit" if "time limit" in str(error).lower() else ""
+                    raise InputError(f"--on slurm: no job was accepted: {first_line(error)}{advice}") from None
+                if at_once is None:
+                    array = jobs[0].job_id.partition("_")[0]
+                    say(f"Submitted {counted(len(jobs), 'job')}; `squeue -j {array}` shows what they wait for.")
                 running += [(job, *each) for job, each in zip(jobs, now, strict=True)]
-            ended = [each for each in running if each[0].done()]
-            for each in ended:
+            for each in (ended := [each for each in running if each[0].done()]):
                 running.remove(each)
                 job, point, number, note = each
                 try:
-                    yield Outcome(point, job.result(), note)
+                    exit_code = job.result()
+                    yield Outcome(point, exit_code, note or (last_line(job.stderr() or "") if exit_code else ""))
                 except Exception as error:  # the job has no result: its node was lost, it was killed or out of time
                     yield from try_again(waiting, point, number, f"lost with job {job.job_id} ({_reason(error)})")
             if not ended:
