@@ -302,6 +302,21 @@ def parse_backend_options(words: Sequence[str], labels: Sequence[str]) -> dict[s
     return dict(options)
 
 
+def require_concurrent(concurrency: int, classes: Mapping[str, Any]) -> list[str]:
+    """The labels of the backends `classes` that have an option `concurrency`.
+
+    Raises:
+        InputError: there is none.
+    """
+    wide = [label for label, cls in classes.items() if "concurrency" in cls.Options.model_fields]
+    if not wide:
+        raise InputError(
+            f"--concurrency {concurrency}: {', '.join(classes)} take one request at a time; of the built-in backends "
+            "only openai takes several"
+        )
+    return wide
+
+
 def _unknown_label(word: str, option: str, label: str, labels: Sequence[str]) -> None:
     """A typed word for a label that no backend of the run has is an error. A file is written for several runs: a word
     of it is skipped, and reported only if the label looks like a mistyped one.

@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass
 import torch
 
 from spdbench.backend import Backend, BackendContext, BackendOptions, find_backend, parse_options
-from spdbench.cli.options import ModelOptions, TargetOptions, parse_backend_options, parse_drafters
+from spdbench.cli.options import (
+    ModelOptions,
+    TargetOptions,
+    parse_backend_options,
+    parse_drafters,
+    require_concurrent,
+)
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.judge.results.schema import BackendRecord, DrafterRecord, ModelInfo
@@ -67,12 +73,7 @@ def find_backends(labels: Mapping[str, str], chosen: ModelOptions, concurrency: 
     drafters = parse_drafters(chosen.drafters, list(labels))
     classes = {label: find_backend(name) for label, name in labels.items()}
     if concurrency is not None:
-        wide = [label for label, cls in classes.items() if "concurrency" in cls.Options.model_fields]
-        if not wide:
-            raise InputError(
-                f"--concurrency {concurrency}: {', '.join(labels)} take one request at a time; of the built-in "
-                "backends only openai takes several"
-            )
+        wide = require_concurrent(concurrency, classes)
         options |= {label: {"concurrency": str(concurrency), **options[label]} for label in wide}
     return [
         BackendSpec(label, name, cls, parse_options(label, cls.Options, options[label]), drafters[label])

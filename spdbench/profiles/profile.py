@@ -39,6 +39,8 @@ NUMBERS = {"context", "rows", "bytes", "levels", "stages"}
 NUMBER = re.compile(r"[1-9][0-9]{0,14}")
 WORK = {"layer", "head", "forward", "draft"}
 """Parts that take time on any device. A message, a verdict or a host may take none in a what-if."""
+LEAST_S = 1e-9
+"""Of such a part: simulated times are whole nanoseconds."""
 ITEMSIZE = {"float32": 4}
 """Of dtypes that do not take 2 bytes."""
 
@@ -93,8 +95,8 @@ class Profile(BaseModel):
     def _check_costs(self) -> Profile:
         for key, seconds in self.seconds.items():
             _require_fields(key)
-            if not seconds and parse_key(key)[0] in WORK:
-                raise ValueError(f"seconds.{key}: has to be above 0")
+            if seconds < LEAST_S and parse_key(key)[0] in WORK:
+                raise ValueError(f"seconds.{key}: has to be above 0, at least {LEAST_S}")
         sizes = [int(parse_key(key)[1]["bytes"]) for key in self.seconds if key.startswith("message ")]
         if sizes and self.row_bytes not in sizes:
             raise ValueError(

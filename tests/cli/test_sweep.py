@@ -6,12 +6,14 @@ import fcntl
 import json
 import shlex
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from spdbench.backend import find_backend
 from spdbench.cli.run.settings import run_table
 from spdbench.cli.sweep.best import lower_is_better, require_metric
 from spdbench.cli.sweep.points import read_sweep
@@ -22,14 +24,14 @@ from spdbench.judge.loaded import load
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.results.schema import read_result
 from tests.cli.run_helpers import spdbench, write_suite
-from tests.cli.sweeps import EXAMPLE, results, run, write
+from tests.cli.sweeps import EXAMPLE, results, run, runs_of, started, write
 from tests.unit.judge.projection.projected import pipeline_result, vanilla_result
 
 
 def test_example_is_twelve_points_of_the_grid() -> None:
-    _, points = read_sweep(EXAMPLE)
-    assert len(points) == 12
-    assert {tuple(point.settings.values()) for point in points} == {
+    _, found = read_sweep(EXAMPLE)
+    assert len(found) == 12
+    assert {tuple(point.settings.values()) for point in found} == {
         (stages, f"oracle:{rate}") for stages in (2, 3, 5, 6) for rate in (0.6, 0.8, 0.95)
     }
 
@@ -74,6 +76,56 @@ def test_labels_are_those_of_a_file_of_defaults_where_the_sweep_names_none(
     assert {point.labels for point in read_sweep(write(tmp_path, sweep))[1]} == {("vanilla", "spd")}
     del sweep["fixed"]["backends"], sweep["fixed"]["options"], sweep["grid"]["options.spd.stages"]
     assert {point.labels for point in read_sweep(write(tmp_path, sweep))[1]} == {("vanilla", "deep")}
+
+
+def test_what_a_file_of_defaults_adds_is_part_of_the_points(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a change of it makes new points, and a machine without the file runs the same."""
+    monkeypatch.chdir(tmp_path)
+    sweep["grid"] = {"drafters": ["oracle:0.5"], "seed": [None, 3]}
+    file = write(tmp_path, sweep)
+    alone = read_sweep(file)[1]
+    lines = ["[run]", 'o = ["spd.stages=3", "eagle.tree=chain"]', "seed = 7", "limit = 1", 'drafter = ["eagle=random"]']
+    (tmp_path / "spdbench.toml").write_text("\n".join(lines))
+    first, second = read_sweep(file)[1]
+    words = " ".join(first.words)
+    assert "--seed 7 " in words
+    assert "--limit 1" in words
+    assert "-o spd.stages=3 -o spd.executor=inline" in words
+    assert "eagle" not in words  # it is of other runs
+    assert "--seed 3 " in " ".join(second.words)
+    assert not {first.name, second.name} & {point.name for point in alone}
+    (tmp_path / "spdbench.toml").write_text("\n".join(lines).replace("limit = 1", "limit = 2"))
+    assert first.name not in {point.name for point in read_sweep(file)[1]}
+
+    (tmp_path / "spdbench.toml").write_text("[run]\nmax-new-tokens = 5\n")
+    said = run(tmp_path, sweep, "--best", "tokens_per_cycle")
+    assert said.code == 0, said.err
+    assert tomllib.loads(said.out)["run"]["max-new-tokens"] == "5"
+    again = run(tmp_path, sweep)
+    assert "2 points, of which 2 are done" in again.err
+    (tmp_path / "spdbench.toml").unlink()
+    assert "2 points, of which 0 are done" in run(tmp_path, sweep).err
+
+
+def test_an_option_that_is_null_is_the_default(sweep: dict[str, Any], tmp_path: Path) -> None:
+    sweep["grid"]["options.spd.stages"] = [None]
+    assert all("stages" not in " ".join(point.words) for point in read_sweep(write(tmp_path, sweep))[1])
+
+
+def test_many_points_look_for_each_backend_once(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_for = list[str]()
+
+    def find(name: str) -> Any:
+        looked_for.append(name)
+        return find_backend(name)
+
+    monkeypatch.setattr("spdbench.cli.sweep.points.find_backend", find)
+    assert len(read_sweep(write(tmp_path, {**sweep, "grid": {"seed": list(range(50))}}))[1]) == 50
+    assert looked_for == ["vanilla", "spd"]
 
 
 def test_best_prints_options_with_which_run_does_the_same(
@@ -140,6 +192,32 @@ def test_one_point_fails_and_the_others_go_on(sweep: dict[str, Any], tmp_path: P
     assert len(results(tmp_path)) == 2
 
 
+def test_what_failed_points_lack_keeps_no_other_output_from_being_written(
+    sweep: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("vl_convert")
+    sweep["grid"] = {"options.spd.stages": [4]}  # six layers
+    page = tmp_path / "page.html"
+    said = run(tmp_path, sweep, "--chart", "pareto", tmp_path / "p.svg", "--report", page, "--best", "speedup")
+    assert (said.code, said.out) == (1, "")
+    assert page.exists()
+    assert said.err.endswith(
+        "Error: --chart pareto: No point has both times.\nError: --best speedup: no finished point has this metric\n"
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+def test_a_sweep_that_is_killed_leaves_no_run_behind(sweep: dict[str, Any], tmp_path: Path) -> None:
+    running = started("sweep", write(tmp_path, sweep), "--results", tmp_path / "out")
+    while not runs_of(sweep["fixed"]["suite"]):
+        assert running.poll() is None
+        time.sleep(0.02)
+    running.kill()
+    running.communicate()
+    while runs_of(sweep["fixed"]["suite"]):
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -155,7 +233,10 @@ def test_one_point_fails_and_the_others_go_on(sweep: dict[str, Any], tmp_path: P
         ({"grid": {"backends": [["vanila"]]}}, "unknown backend 'vanila'"),
         ({"grid": {"trace": ["yes please"]}}, "trace: 'yes please' has to be true or false"),
         ({"grid": {"concurrency": [[1, 2]]}}, "concurrency: 1,2: a point has one number of requests at once"),
+        ({"grid": {"concurrency": [1, 4]}}, "grid: --concurrency 1: vanilla, spd take one request at a time"),
         ({"grid": {"results": ["here"]}}, "results: unknown key"),
+        ({"grid": {"suite": [None]}}, "grid: suite: is missing"),
+        ({"fixed": {"suite": "quick", "limits": 3}}, "fixed: limits: unknown key; did you mean 'limit'?"),
         ({"points": [{"options": 3}]}, "points.0: options: has to be a mapping"),
         ({"grid": {"seed": [1, 1]}}, "a point is there twice: {'seed': 1}"),
         ({"name": "a/b"}, "name: 'a/b' has to be"),
@@ -208,6 +289,18 @@ def test_models_and_devices_that_are_not_here_are_refused_before_any_work(
         assert not results(tmp_path)
     there = run(tmp_path, sweep, "--dry-run", "--on", "slurm")  # models and devices are those of its nodes
     assert (there.code, len(there.out.splitlines()), there.err) == (0, 4, "")
+
+
+def test_a_name_that_may_be_on_the_hub_is_noted(
+    sweep: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--one--there").mkdir(parents=True)
+    sweep["grid"] = {"model": ["no/such", "one/there"], "seed": [1, 2]}
+    said = run(tmp_path, sweep, "--dry-run")
+    assert (said.code, len(said.out.splitlines())) == (0, 4)
+    assert said.err.startswith("NOTE: no folder no/such is here, so it is taken for a model of the hub")
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "name: x\nname: y"])

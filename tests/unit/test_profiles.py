@@ -87,6 +87,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
             (make_profile().to_json().replace(old, new), why)
             for old, new, why in (
                 ('"head rows=1": 0.5', '"head rows=1": 0.0', "seconds.head rows=1: has to be above 0"),
+                ('"head rows=1": 0.5', '"head rows=1": 1e-300', "seconds.head rows=1: has to be above 0"),
                 ('"head rows=1": 0.5', '"head rows=1": NaN', "head rows=1"),
                 ('"head rows=1": 0.5', '"head rows=1": "0.5"', "head rows=1"),
                 ("head rows=1", "head rows=one", "rows is 'one', no whole number above 0"),

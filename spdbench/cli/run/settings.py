@@ -42,7 +42,7 @@ def merged(where: str, fixed: Settings, own: Settings, known: Collection[str]) -
             found[key] = value
         else:
             raise InputError(f"{where}: {key}: unknown key{did_you_mean(key, [*known, OPTION + 'LABEL.KEY'])}")
-    if "suite" not in found:
+    if found.get("suite") is None:
         raise InputError(f"{where}: suite: is missing; `spdbench suites` lists those that ship")
     return {**found, "options": options}
 
@@ -81,8 +81,8 @@ def _given(where: str, settings: Settings) -> Iterator[tuple[str, str, Given]]:
             continue
         names, more, *_ = SETTINGS[key]["option"]
         if key == "options":
-            if value:
-                yield key, "-o", [f"{name}={_text(each)}" for name, each in value.items()]
+            if words := [f"{name}={_text(each)}" for name, each in value.items() if each is not None]:
+                yield key, "-o", words
         elif more.get("is_flag"):
             if not isinstance(value, bool):
                 raise InputError(f"{where}: {key}: {value!r} has to be true or false")

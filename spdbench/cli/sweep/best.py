@@ -7,8 +7,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from spdbench.cli.run.settings import merged, run_table
-from spdbench.cli.sweep.points import KEYS, Point, SweepFile
+from spdbench.cli.run.settings import run_table
+from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import point_results
 from spdbench.errors import InputError, did_you_mean
 from spdbench.judge.comparison.compare import Row, compare
@@ -43,7 +43,7 @@ def require_metric(metric: str) -> None:
         raise InputError(f"--best {metric}: unknown metric{did_you_mean(metric, known)}")
 
 
-def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: Path) -> str:
+def best_snippet(metric: str, points: Sequence[Point], folder: Path) -> str:
     """The options of the point with the best value, as an `spdbench.toml`. A label that is disqualified, such as one
     with a synthetic drafter, counts only if all are. Flags that only warn are named, and do not count.
 
@@ -57,7 +57,7 @@ def best_snippet(metric: str, file: SweepFile, points: Sequence[Point], folder: 
     value, row, point = (min if lower_is_better(metric) else max)(fair or found, key=lambda each: each[0])
     note = "" if fair else _comment("disqualified, as all are", row, disqualifying=True)
     note += _comment("warnings", row, disqualifying=False)
-    table, words = run_table(point.name, merged(point.name, file.fixed, point.settings, KEYS))
+    table, words = run_table(point.name, point.all_settings)
     command = shlex.join(["spdbench", "run", *words])
     return (
         f"# best {metric} of {len(points)} points: {value:.4g}, {row.label} of {point.name}\n"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
 from spdbench.cli.files import write_stdout
 from spdbench.cli.options import FOLDER, OUTPUT, PATH, argument, flag, option, takes
-from spdbench.console import say
+from spdbench.console import counted, say
+from spdbench.errors import InputError
 
 CHARTS = ("heat-map", "pareto", "break-even")
 PLACES = {"local": "local", "ray": "on_ray", "slurm": "on_slurm"}
@@ -78,7 +81,7 @@ def _sweep(options: SweepOptions) -> int:
         todo = [point for point in points if not log.is_done(point)]
         if here:
             require_models_and_devices(options.file, todo)
-        say(f"{file.name}: {len(points)} points, of which {len(points) - len(todo)} are done.")
+        say(f"{file.name}: {counted(len(points), 'point')}, of which {len(points) - len(todo)} are done.")
         outcomes = []
         with closing(run(todo, folder)) as ended:  # an interruption here also ends what still runs
             for outcome in ended:
@@ -88,13 +91,28 @@ def _sweep(options: SweepOptions) -> int:
                 note = f"; {outcome.note}" if outcome.note else ""
                 say(f"[{len(outcomes)}/{len(todo)}] {outcome.point.name}: {how}{note}")
     failed = failures(outcomes)
-    say(f"{len(points) - len(failed)} of {len(points)} points are in {folder}; `spdbench compare {folder}` shows them.")
+    done = len(points) - len(failed)
+    shown = f"; `spdbench compare {folder}` shows them" if done else ""
+    say(f"{done} of {len(points)} points are in {folder}{shown}.")
     if failed:
         say("Failed points, which the same command tries again:\n  " + "\n  ".join(failed))
+    outputs: list[Callable[[], None]] = []
     if options.chart is not None:
-        draw(*options.chart, points, folder)
+        outputs.append(partial(draw, *options.chart, points, folder))
     if options.report is not None:
-        write_report(options.report, options.file, file.name, points, folder)
-    if options.best is not None:
-        write_stdout(best_snippet(options.best, file, points, folder))
-    return 1 if failed else 0
+        outputs.append(partial(write_report, options.report, options.file, file.name, points, folder))
+    if (metric := options.best) is not None:
+        outputs.append(lambda: write_stdout(best_snippet(metric, points, folder)))
+    missing = [error for error in map(_problem, outputs) if error is not None]
+    for error in missing:
+        say(f"Error: {error}")
+    return 1 if failed else InputError.exit_code if missing else 0
+
+
+def _problem(write: Callable[[], None]) -> InputError | None:
+    """Why an output cannot be written, such as a chart of points that failed. The others are written all the same."""
+    try:
+        write()
+    except InputError as error:
+        return error
+    return None

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 
 from spdbench.cli.sweep.points import Point
 from spdbench.cli.sweep.progress import Outcome
+from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.models.checkpoints import embedded
 from spdbench.models.checkpoints.config import read_raw_config
 from spdbench.models.checkpoints.folders import typed_model
+from spdbench.models.hf.download import is_cached
 from spdbench.processors import die_with
 
 LONGEST_NOTE = 300
@@ -31,7 +33,7 @@ class Runner(Protocol):
 
 def require_models_and_devices(file: Path, points: Sequence[Point]) -> None:
     """Refuses points that cannot run on this machine, as far as that is known without weights, network and, for the
-    CPU, torch.
+    CPU, torch. Says which models the hub has to have.
 
     Raises:
         InputError: a device is not there, or no model at the path that is named; names `file`, the sweep's, and
@@ -52,7 +54,12 @@ def require_models_and_devices(file: Path, points: Sequence[Point]) -> None:
 
 
 def _require_model(model: str) -> None:
-    if model != embedded.NAME and (path := typed_model(model)) is not None and path.is_dir():
+    if model == embedded.NAME:
+        return
+    path = typed_model(model)
+    if path is None and not is_cached(model):
+        say(f"NOTE: no folder {model} is here, so it is taken for a model of the hub, which is asked by the first run.")
+    elif path is not None and path.is_dir():
         read_raw_config(path)
 
 

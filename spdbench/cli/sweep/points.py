@@ -10,8 +10,10 @@ import itertools
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from spdbench.backend import find_backend, parse_options
 from spdbench.cli.defaults import file_options
 from spdbench.cli.main import COMMANDS
-from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels
+from spdbench.cli.options import LABEL, parse_backend_options, parse_drafters, parse_labels, require_concurrent
 from spdbench.cli.run.command import DEFAULT_BACKENDS, RunOptions, command
 from spdbench.cli.run.settings import SETTINGS, Settings, merged, parse_words, run_words
 from spdbench.decoding.drafter_choice import parse_drafter
@@ -51,11 +53,13 @@ class SweepFile(BaseModel):
 @dataclass(frozen=True)
 class Point:
     """One run of a sweep: its `words` after `spdbench run`, without where its results go. `name` follows from the words
-    and the suite's content, so it stays the same whatever else changes in the file. `model` is the one that words or
-    suite name, and `devices` are those that the words name."""
+    and the suite's content, so it stays the same whatever else changes in the file. `settings` are the point's own,
+    `all_settings` those of the whole file and of `spdbench.toml` as well, of which the words are made. `model` is the
+    one that words or suite name, and `devices` are those that the words name."""
 
     name: str
     settings: Settings
+    all_settings: Settings
     words: tuple[str, ...]
     suite: str
     labels: tuple[str, ...]
@@ -101,11 +105,12 @@ def read_sweep(path: Path) -> tuple[SweepFile, list[Point]]:
             f"{path}: name: {file.name!r} has to be letters, digits and .+- with single _ between, and no dot first: "
             "it names the folder of the results"
         )
+    merged(f"{path}: fixed", {"suite": ""}, file.fixed | {"suite": ""}, KEYS)  # finds unknown keys where they are
     reader = _Reader(file.fixed, file_options(command, "run", COMMANDS))
     points = [reader.point(f"{path}: {where}", own) for where, own in _combinations(path, file)]
-    repeated = [point for index, point in enumerate(points) if point.name in {p.name for p in points[:index]}]
-    if repeated:
-        raise InputError(f"{path}: a point is there twice: {dict(repeated[0].settings)}")
+    counts = Counter(point.name for point in points)
+    if repeated := [point for point in points if counts[point.name] > 1]:
+        raise InputError(f"{path}: a point is there twice: {dict(repeated[-1].settings)}")
     return file, points
 
 
@@ -135,27 +140,50 @@ class _Reader:
         self._fixed = fixed
         self._defaults = defaults
         self._suites: dict[tuple[str, Any], tuple[str, str, str | None]] = {}
+        self._backend = cache(find_backend)  # which looks through all installed packages
 
     def point(self, where: str, own: Settings) -> Point:
-        words = tuple(run_words(where, merged(where, self._fixed, own, KEYS)))
+        settings: Settings = merged(where, self._fixed, own, KEYS)
         try:
-            options = parse_words(words, self._defaults)
+            options = parse_words([*run_words(where, settings)], self._defaults)
             labels = parse_labels(options.backends or DEFAULT_BACKENDS)
             given = parse_backend_options(options.options, list(labels))
-            _check_drafters(options.drafters, labels)
-            for label, name in labels.items():
-                cls = find_backend(name)
+            drafters = parse_drafters(options.drafters, list(labels))
+            _check_drafters(drafters)
+            classes = {label: self._backend(name) for label, name in labels.items()}
+            for label, cls in classes.items():
                 parse_options(label, cls.Options, given[label])
             if len(levels := options.concurrency or ()) > 1:
                 found = ",".join(map(str, levels))
                 raise InputError(f"concurrency: {found}: a point has one number of requests at once; list them in grid")
+            if levels:
+                require_concurrent(levels[0], classes)
             suite_name, sha256, model = self._suite(options)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        if self._defaults:
+            settings = self._with_defaults(settings, options, given, drafters)
+        words = tuple(run_words(where, settings))
         digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
         name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
-        return Point(name, own, words, suite_name, tuple(labels), options.model or model, options.devices or ())
+        model, devices = options.model or model, options.devices or ()
+        return Point(name, own, settings, words, suite_name, tuple(labels), model, devices)
+
+    def _with_defaults(
+        self,
+        settings: Settings,
+        options: RunOptions,
+        given: Mapping[str, Mapping[str, str]],
+        drafters: Mapping[str, str],
+    ) -> Settings:
+        """`settings` and what `spdbench.toml` adds to them, so that words and name of a point say all that it is. Of
+        the file's drafters and options of backends those of the point's labels."""
+        found = {**settings, **{key: getattr(options, key) for key in self._defaults if key in KEYS}}
+        if "drafters" in self._defaults:
+            found["drafters"] = [f"{label}={what}" for label, what in drafters.items()]
+        options_of = {f"{label}.{key}": value for label, each in given.items() for key, value in each.items()}
+        return {**found, "options": options_of}
 
     def _suite(self, options: RunOptions) -> tuple[str, str, str | None]:
         """Name and hash of the point's suite, and the model that it names."""
@@ -166,9 +194,9 @@ class _Reader:
         return self._suites[key]
 
 
-def _check_drafters(words: Sequence[str], labels: Mapping[str, str]) -> None:
+def _check_drafters(drafters: Mapping[str, str]) -> None:
     """Raises `InputError` for a drafter that no run could use: no acceptance, no such folder."""
-    for what in dict.fromkeys(parse_drafters(words, list(labels)).values()):
+    for what in dict.fromkeys(drafters.values()):
         try:
             parse_drafter(what)
         except InputError as error:

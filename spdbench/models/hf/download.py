@@ -56,6 +56,14 @@ def download(repo: str) -> Path:
         ) from None
 
 
+def is_cached(repo: str) -> bool:
+    """True if the local cache has something of the model `repo`."""
+    from huggingface_hub import constants
+
+    folder = Path(hub.cache_folder() or constants.HF_HUB_CACHE)
+    return (folder / ("models--" + repo.replace("/", "--"))).is_dir()
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the client's progress bars and warnings."""
