@@ -165,13 +165,15 @@ PATIENCE_S = 2
 
 
 class Watched(MockDraftVerify):
-    """Takes three requests at once; `least` are, for each request that was measured, the fewest at any of its steps."""
+    """Takes three requests at once; `least` are, for each request that was measured, the fewest at any of its steps.
+    A request that is alone waits for `patience_s`, once at the end of each block, when no other comes."""
 
     concurrency = 3
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, fails: bool = False, patience_s: float = 0.0) -> None:
         super().__init__()
         self.fails = fails
+        self.patience_s = patience_s
         self.failures = 0
         self.at_once = 0
         self.least: list[int] = []
@@ -197,7 +199,7 @@ class Watched(MockDraftVerify):
 
     def _wait_for_company(self) -> None:
         """Gives a user whom the system delays the time to ask; a load that is not kept up never comes."""
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + self.patience_s
         while self.at_once < 2 and time.monotonic() < end:
             time.sleep(0.005)
 
@@ -211,7 +213,8 @@ SINGLE = tuple(Prompt(f"p{i}", "maths", ("one",)) for i in range(12))
 
 @pytest.mark.parametrize("num_prompts", [2, 7])
 def test_every_measured_request_meets_the_whole_load(tmp_path: Path, num_prompts: int) -> None:
-    bench = Bench(tmp_path, wide := Watched(), prompts=SINGLE[:num_prompts], warmup=2, max_new_tokens=5)
+    wide = Watched(patience_s=PATIENCE_S)
+    bench = Bench(tmp_path, wide, prompts=SINGLE[:num_prompts], warmup=2, max_new_tokens=5)
     assert len(bench.run()) == num_prompts
     # Users have to ask the next time; until they do, one less is under way.
     assert len(wide.least) == num_prompts
