@@ -172,6 +172,8 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
             raise file.error(f"tensor {name} has shape {list(tensor.shape)}, expected {[shape or tensor.numel()]}")
         if not tensor.numel():
             raise file.error(f"tensor {name} names no draft token")
+    if offsets is not None and member is None and _holds_ids(offsets.long().cpu(), vocab_size):
+        raise file.error("tensor d2t seems to hold token ids, and not how far each is from its draft id; add t2d")
     found = None if offsets is None else _without_padding(offsets.long().cpu(), vocab_size, member)
     known = found if member is None else member[:vocab_size].bool().nonzero()[:, 0]
     assert known is not None
@@ -182,6 +184,12 @@ def mapped_ids(file: DrafterFile[Any], vocab_size: int) -> list[int] | None:
         )
     ids: list[int] = known.tolist()
     return ids
+
+
+def _holds_ids(offsets_U: Tensor, vocab_size: int) -> bool:
+    """True for numbers that are ascending ids of the vocabulary, and as offsets would lead beyond it."""
+    is_ascending = bool((offsets_U.diff() > 0).all())
+    return is_ascending and int(offsets_U[-1]) < vocab_size <= int(offsets_U[-1]) + len(offsets_U) - 1
 
 
 def _without_padding(offsets_U: Tensor, vocab_size: int, member_V: Tensor | None) -> Tensor:

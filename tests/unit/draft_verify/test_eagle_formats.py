@@ -328,6 +328,7 @@ Q, K = "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight"
             lambda t: (t.pop("t2d"), t.update(d2t=t["d2t"] + VOCAB)),
             "the pair of d2t and t2d must hold ascending ids from 0 to 261",
         ),
+        (lambda t: (t.pop("t2d"), t.update(d2t=torch.tensor(IDS))), "tensor d2t seems to hold token ids"),
         (lambda t: (t.pop("d2t"), t.pop("t2d")), "draft_vocab_size is 87, but the pair of d2t and t2d is missing"),
         (put("fc.weight", torch.ones(32, 95)), "fc.weight has 95 columns, expected a multiple of 32"),
         (put("fc.weight", torch.ones(32, 64)), "names 3 auxiliary layers, but fc.weight reads 2"),
