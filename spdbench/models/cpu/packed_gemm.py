@@ -49,6 +49,8 @@ MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4, 6)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
+TOO_FEW_ROWS = 0 if "avx512f" in FEATURES else 3
+"""A last tile of fewer rows takes as long as one of four, since each sum waits for itself: two tiles share them."""
 MAX_SCALED_ROWS = max(count for count in TILE_ROWS if 2 * count <= MAX_TILE_ROWS)
 """The most rows of a tile where weights are in 8 bits: each output has two sums."""
 _sums_memory = stack_memory(4 * WIDTH * MAX_TILE_ROWS)
@@ -276,8 +278,13 @@ def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, tok
     for block in range(begin, end):
         weight = task.weight + block * task.num_steps * BLOCK_STEP_BYTES
         scale = task.scale if task.scale == 0 else task.scale + 4 * WIDTH * block
-        for first_row in range(0, task.num_rows, tile_rows):
-            count = min(tile_rows, task.num_rows - first_row)
+        first_row, count = 0, 0
+        while first_row + count < task.num_rows:
+            first_row += count
+            rest = task.num_rows - first_row
+            count = min(tile_rows, rest)
+            if 0 < rest - count < TOO_FEW_ROWS:
+                count = (rest + 1) // 2
             rows = task.rows + first_row * task.row_bytes
             _sum_block(weight, scale, rows, task.row_bytes, count, task.num_steps, sums_at, like)
             if not begin_writing(status, token):
