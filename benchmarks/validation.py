@@ -280,7 +280,7 @@ def inline(
         stages=tuple(count * layer * growth for count in counts),
         head_s=head * growth,
         draft_s=(profiled.pipeline_draft_s(result, len(counts)) or 0.0) * slower,
-        verify_s=profiled.verify_s(),
+        verify_s=profiled.verify_s(result),
         host_s=host_s,
         message_s=0.0,
         devices=(0,) * (len(counts) + 1),

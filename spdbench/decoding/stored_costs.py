@@ -56,7 +56,8 @@ class StoredCosts:
     def _machine(self) -> str:
         """12 hex digits over what makes costs comparable."""
         device, kernels = self._target.device, self._target.decoder.kernels
-        same = [device_name(device), usable_cores(), self._threads, torch.__version__, kernels, source_digest()]
+        sources = source_digest() if device.type == "cpu" else ""
+        same = [device_name(device), usable_cores(), self._threads, torch.__version__, kernels, sources]
         return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
 
     def empty(self) -> Profile:

@@ -16,6 +16,7 @@ from spdbench.judge.metrics.definitions import shares_devices
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.metrics.stats import Interval, prompts_to_show
 from spdbench.judge.projection.project import as_measured
+from spdbench.judge.projection.recorded import has_steps
 
 SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
 """`pays` and `slower`: the interval of the speed-up lies above 1, or below. `no interval`: a speed-up over one prompt.
@@ -32,7 +33,7 @@ DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "no
 @dataclass(frozen=True)
 class OwnDevices:
     """What a pipeline's speed-up would be if each of its `num_stages` stages, and the drafter, had a device like the
-    baseline's: the fields of `AsMeasured`."""
+    baseline's. The other fields are those of `AsMeasured`."""
 
     speedup: float
     interval: Interval | None
@@ -73,7 +74,7 @@ def conclusions(table: Table) -> tuple[Conclusion, ...]:
     baseline = next((row for row in rows if row.is_baseline), None)
     used = {None if row.result.known_devices is None else row.head.backend.num_devices for row in rows}
     of_all = used.pop() if len(used) == 1 and len(rows) > 1 else None
-    rounds = [row.result for row in rows if row.head.backend.kind == "draft_verify"]
+    rounds = [row.result for row in rows if row.head.backend.kind == "draft_verify" and _fits(row)]
     return tuple(_conclude(row, baseline, of_all, rounds) for row in rows)
 
 
@@ -120,13 +121,19 @@ def outcome_of(row: Row, *, has_baseline: bool = True) -> SpeedupOutcome:
 
 
 def _own_devices(row: Row, baseline: Row, rounds: Sequence[LoadedResult]) -> OwnDevices | None:
-    """None unless the row is a pipeline whose stages shared devices, the baseline plain decoding, and both recorded
-    what a projection needs."""
+    """None unless the row is a pipeline whose stages shared devices, the baseline plain decoding by the same engine on
+    the same machine, and both recorded what a projection needs."""
     backend = row.head.backend
-    if not shares_devices(backend) or row.is_baseline or baseline.head.backend.kind != "autoregressive":
+    if not shares_devices(backend) or not _fits(row) or baseline.head.backend.name != "vanilla":
         return None
+    assert row.pairing is not None  # `_fits`
     try:
-        found = as_measured(baseline.result, row.result, rounds)
+        found = as_measured(baseline.result, row.result, rounds, {*row.pairing.keys})
     except InputError:
         return None
     return OwnDevices(found.speedup, found.interval, backend.num_stages, is_bound=found.is_bound)
+
+
+def _fits(row: Row) -> bool:
+    """True if a row's steps and times can stand next to the baseline's in a projection."""
+    return row.pairing is not None and row.pairing.same_machine and bool(row.pairing.keys) and has_steps(row.result)

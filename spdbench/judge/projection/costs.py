@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import NoReturn, Protocol
 
 import numpy as np
@@ -21,8 +22,12 @@ from spdbench.judge.projection.recorded import (
     start_seconds,
     steady_rows,
 )
+from spdbench.judge.projection.sources import labels
 from spdbench.judge.results.table import COLUMN
 from spdbench.profiles.profile import Profile, RowCosts, make_key, nearest, parse_key
+
+SHOWN_SLOWDOWN = 1.05
+"""Below it, layers that shared a device were about as fast as alone."""
 
 
 class Costs(Protocol):
@@ -48,9 +53,9 @@ class Costs(Protocol):
 
     def round_draft_s(self, result: LoadedResult, levels: float) -> float | None: ...
 
-    def verify_s(self) -> float: ...
+    def verify_s(self, result: LoadedResult) -> float: ...
 
-    def host_s(self) -> float:
+    def host_s(self, result: LoadedResult) -> float:
         """Of a pipeline's cycle."""
 
     def own_host_s(self) -> float:
@@ -96,8 +101,9 @@ class RecordedCosts:
                 "the pipelines have branches, and what a stage's further rows cost is not in these results: they are "
                 "taken as free. Add a result of eagle or medusa, or `--profile`"
             )
-        slowed = {each.label: self._slowdown(each) for each in self.recorded.pipelines}
-        if shown := ", ".join(f"{label} {factor:.1f}x" for label, factor in slowed.items() if factor > 1):
+        names = labels(self.recorded.all)
+        slowed = [(names[each], self._slowdown(each)) for each in self.recorded.pipelines]
+        if shown := ", ".join(f"{name} {factor:.1f}x" for name, factor in slowed if factor >= SHOWN_SLOWDOWN):
             found.append(
                 f"stages shared devices: their layers took longer than {head.backend.label}'s ({shown}), and drafts, "
                 "messages and starts are taken to have been slowed as much; `spdbench profile` times each part alone"
@@ -118,7 +124,7 @@ class RecordedCosts:
         """Of the bytes that a token reads, the head's: what lanes read beyond their layers. One has layers alone."""
         for result in self.recorded.pipelines:
             lane_bytes, layers = result.head.backend.lane_bytes, result.head.backend.stage_layers
-            if len(lane_bytes) > 1 and by_layers(result.head.backend) is not None:
+            if 1 < len(lane_bytes) == len(layers) and by_layers(result.head.backend) is not None:
                 layer = min(num_bytes / count for num_bytes, count in zip(lane_bytes, layers, strict=True) if count)
                 if layer:  # else a lane has layers and no bytes: the engine did not say what it reads
                     return max(0.0, 1 - layer * sum(layers) / sum(lane_bytes))
@@ -168,12 +174,11 @@ class RecordedCosts:
     def round_draft_s(self, result: LoadedResult, levels: float) -> float | None:  # noqa: ARG002
         return part_seconds(result, "draft")
 
-    def verify_s(self) -> float:
-        verified = ((part_seconds(each, "verify") or 0.0) / self._slowdown(each) for each in self.recorded.pipelines)
-        return max(verified, default=0.0)
+    def verify_s(self, result: LoadedResult) -> float:
+        return (part_seconds(result, "verify") or 0.0) / self._slowdown(result)
 
-    def host_s(self) -> float:
-        return max((host_seconds(each) / self._slowdown(each) for each in self.recorded.pipelines), default=0.0)
+    def host_s(self, result: LoadedResult) -> float:
+        return host_seconds(result) / self._slowdown(result)
 
     def own_host_s(self) -> float:
         return 0.0  # a forward is a whole token of plain decoding as it was measured
@@ -189,7 +194,11 @@ class RecordedCosts:
 
 
 class LowestCosts(RecordedCosts):
-    """Where the time of a draft was not recorded, it takes none."""
+    """What was not recorded takes no time, and neither does what waited nobody knows how long."""
+
+    def _slowdown(self, result: LoadedResult) -> float:
+        unknown = part_seconds(result, "layer") is None and shares_devices(result.head.backend)
+        return inf if unknown else super()._slowdown(result)
 
     def pipeline_draft_s(self, result: LoadedResult, num_stages: int) -> float:
         return super().pipeline_draft_s(result, num_stages) or 0.0
@@ -286,14 +295,14 @@ class ProfileCosts:
         levels = sorted(found)
         return RowCosts(tuple(levels), tuple(found[each] for each in levels)) if levels else None
 
-    def verify_s(self) -> float:
+    def verify_s(self, result: LoadedResult) -> float:  # noqa: ARG002 - a verdict takes as long for all
         return self.profile.seconds.get(make_key("verify"), 0.0)
 
-    def host_s(self) -> float:
-        return self.profile.seconds.get(make_key("host"), 0.0)
+    def host_s(self, result: LoadedResult) -> float:  # noqa: ARG002
+        return self.own_host_s()
 
     def own_host_s(self) -> float:
-        return self.host_s()
+        return self.profile.seconds.get(make_key("host"), 0.0)
 
     def message_s(self, rows: float) -> float | None:
         return self.profile.message_s(rows * self.profile.row_bytes)

@@ -144,7 +144,7 @@ def _round_s(
     draft = costs.round_draft_s(result, levels)
     if forward is None or draft is None:
         return None
-    return forward + draft * costs.growth(requests, requests) + costs.verify_s() + costs.own_host_s()
+    return forward + draft * costs.growth(requests, requests) + costs.verify_s(result) + costs.own_host_s()
 
 
 def under_load(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -216,9 +216,12 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
     )
 
 
-def as_measured(vanilla: LoadedResult, pipeline: LoadedResult, rounds: Sequence[LoadedResult]) -> AsMeasured:
+def as_measured(
+    vanilla: LoadedResult, pipeline: LoadedResult, rounds: Sequence[LoadedResult], keys: Collection[RunKey]
+) -> AsMeasured:
     """What a pipeline would give with the stages that it was measured with, each on a device like that of `vanilla`,
-    and one more for the drafter. `rounds` are results of the same workload that tell what further rows cost.
+    and one more for the drafter, over the runs with these `keys`. `rounds` are results of the same workload that tell
+    what further rows cost.
 
     Raises:
         InputError: the results do not hold the steps, or the sizes of the stages, that a projection needs.
@@ -226,7 +229,8 @@ def as_measured(vanilla: LoadedResult, pipeline: LoadedResult, rounds: Sequence[
     recorded = sort_results([vanilla, pipeline, *rounds])
     costs, layers = LowestCosts(recorded), tuple(filter(None, pipeline.head.backend.stage_layers))
     parts = make_parts(recorded, costs, pipeline, layers, Setting((layers,), own_drafter=True))
-    rate, interval, _ = replay(Stretch(parts), verdicts(pipeline))
+    kept = {key: sequence for key, sequence in verdicts(pipeline).items() if key in keys}
+    rate, interval, _ = replay(Stretch(parts), kept)
     alone = token_s(costs, recorded.num_layers) or 0.0
     bounds = interval and (interval[0] * alone, interval[1] * alone)
     return AsMeasured(rate * alone, bounds, is_bound=not (parts.draft_s and parts.host_s))
@@ -257,8 +261,8 @@ def make_parts(
         stages=tuple(count * layer for count in layers),
         head_s=head,
         draft_s=draft,
-        verify_s=costs.verify_s(),
-        host_s=costs.host_s(),
+        verify_s=costs.verify_s(source),
+        host_s=costs.host_s(source),
         message_s=costs.message_s(rows) or 0.0,
         devices=(*range(len(layers)), len(layers) if setting.own_drafter else 0),
         start_s=costs.start_s(source),

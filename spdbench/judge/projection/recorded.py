@@ -22,7 +22,7 @@ MIN_STAGES = 2
 """Of one stage there is no slowest."""
 DRAWS, HALVINGS, LEAST_SIGMA, MAX_SIGMA = 4_096, 20, 1e-3, 1.5
 STEADY = 0.1
-"""How far the mean number of rows may be from the usual one, as a share of it, for the mean time of rounds to be that
+"""How far rounds may be from the usual number of rows, on average and as a share of it, for their mean time to be that
 of a round of so many."""
 REMEASURE = "spdbench run {suite} -b vanilla -b spd -m {model} --dtype {dtype}"
 
@@ -100,6 +100,15 @@ def sort_results(loaded: Sequence[LoadedResult]) -> Recorded:
     return found
 
 
+def has_steps(result: LoadedResult) -> bool:
+    """True if a projection can read the result."""
+    try:
+        _require_steps(result)
+    except InputError:
+        return False
+    return True
+
+
 def _require_steps(result: LoadedResult) -> None:
     head, runs = result.head, result.runs
     lacking = {"drafts", "times"}.intersection(head.backend.unknown) if head.backend.kind != "autoregressive" else ()
@@ -140,9 +149,9 @@ def with_acceptance(sequence: Sequence[int], change: float, rng: np.random.Gener
 def rows_a_stage(result: LoadedResult) -> float:
     """Rows that a busy stage of a pipeline works on in a cycle, on average: 1 without branches, of which `max_rows`
     tells."""
-    if "max_rows" not in result.head.backend.chosen:
-        return 1.0
     runs, layers = result.runs, [count for count in result.head.backend.stage_layers if count]
+    if not layers or "max_rows" not in result.head.backend.chosen:
+        return 1.0
     shares = np.cumsum(layers) / sum(layers)  # of the layers, those at work in each cycle after a flush
     rows = one = 0.0
     for key in runs.answered:
@@ -205,10 +214,11 @@ def rounds_of(result: LoadedResult) -> dict[RunKey, Rounds]:
 
 
 def steady_rows(result: LoadedResult) -> float | None:
-    """Rows of a round's forward, on average, where that is close to what most rounds draft; else None."""
+    """Rows of a round's forward, on average, where nearly all rounds have as many; else None."""
     drafted = [result.runs.steps_of(key)[DRAFTED, 1:] for key in result.runs.answered]
     rounds = np.concatenate([*drafted, np.zeros(0, np.int64)])
-    if not len(rounds) or abs(rounds.mean() - np.bincount(rounds).argmax()) > STEADY * (1 + rounds.mean()):
+    usual = np.bincount(rounds).argmax() if len(rounds) else 0
+    if not usual or abs(rounds - usual).mean() > STEADY * (1 + usual):
         return None
     total = result.runs.total(result.runs.answered)
     return float(total[COLUMN["forwards"]] / total[COLUMN["steps"]])

@@ -184,7 +184,7 @@ def test_a_draft_is_taken_to_have_waited_as_long_as_the_layers_next_to_it() -> N
     costs = [RecordedCosts(sort_results([plain, each])) for each in (starved(0.003), starved(0.03))]
     drafts = [each.pipeline_draft_s(each.recorded.pipelines[0], 3) for each in costs]
     assert drafts == pytest.approx([0.02, 0.002])
-    assert [each.verify_s() for each in costs] == pytest.approx([1e-4, 1e-5])
+    assert [each.verify_s(each.recorded.pipelines[0]) for each in costs] == pytest.approx([1e-4, 1e-5])
     told = ["\n".join(each.notes) for each in costs]
     assert ["stages shared devices" in each for each in told] == [False, True]
     assert "(spd 10.0x)" in told[1]
@@ -220,6 +220,31 @@ def test_there_is_no_what_if_where_stages_have_devices_or_where_there_are_none()
     assert conclude(spd(), spd(backend={"label": "ppsd"})).own_devices is None, "the baseline is no plain decoding"
 
 
-def test_there_is_no_what_if_without_the_sizes_of_the_stages() -> None:
+@pytest.mark.parametrize("lane_bytes", [[0, 0, 0], [60, 60]])
+def test_stages_whose_bytes_are_not_those_of_their_layers_give_no_estimate(lane_bytes: list[int]) -> None:
     plain = load(vanilla_result(), "vanilla.json")
-    assert conclude(plain, spd(backend={"lane_bytes": [0, 0, 0]})).own_devices is None
+    assert conclude(plain, spd(backend={"lane_bytes": lane_bytes})).own_devices is None
+
+
+def test_branches_of_stages_without_known_layers_give_no_estimate() -> None:
+    plain = load(vanilla_result(), "vanilla.json")
+    unknown = spd(backend={"stage_layers": [0, 0, 0], "chosen": {"max_rows": "7"}})
+    assert conclude(plain, unknown).own_devices is None
+
+
+def test_a_method_without_steps_next_to_it_leaves_the_estimate() -> None:
+    plain, failed = load(vanilla_result(), "vanilla.json"), eagle_result()
+    runs = [run.model_copy(update={"finish_reason": "error", "error": "it broke"}) for run in failed.runs]
+    [table] = compare([plain, spd(), load(failed.model_copy(update={"runs": runs}), "eagle.json")], plain)
+    assert conclusions(table)[1].own_devices is not None
+
+
+def test_the_estimate_is_over_the_prompts_that_pair() -> None:
+    fewer = vanilla_result()
+    plain = load(fewer.model_copy(update={"runs": fewer.runs[:2]}), "vanilla.json")
+    both = pipeline_result()
+    only = load(both.model_copy(update={"runs": both.runs[:2]}), "spd.json")
+    found, alone = conclude(plain, spd()).own_devices, conclude(plain, only).own_devices
+    assert found is not None
+    assert alone is not None
+    assert found.speedup == pytest.approx(alone.speedup, rel=0.02)  # the third prompt's parts still count

@@ -199,6 +199,7 @@ def test_csv_may_be_gzipped(tmp_path: Path) -> None:
         (lzma.compress(b"x"), "is packed by xz; unpack it first"),
         (gzip.compress(gzip.compress(b"x")), "is gzipped twice"),
     ],
+    ids=["utf-16", "bzip2", "xz", "gzip"],
 )
 def test_a_file_of_another_encoding_says_which(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)

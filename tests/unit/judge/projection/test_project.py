@@ -143,7 +143,7 @@ def test_without_a_profile_plain_decoding_is_as_fast_as_it_was_measured(recorded
     class Waiting(RecordedCosts):
         """Whose pipelines waited for messages and the host."""
 
-        def host_s(self) -> float:
+        def host_s(self, result: LoadedResult) -> float:  # noqa: ARG002
             return 5.0
 
     assert token_s(Waiting(recorded), recorded.num_layers) == pytest.approx(0.1)
@@ -478,10 +478,11 @@ def test_without_a_profile_rows_cost_what_rounds_of_several_rows_took() -> None:
     costs = RecordedCosts(recorded)
     assert [costs.growth(rows) for rows in (1, 2, 3, 9)] == pytest.approx([1.0, 1.1, 1.2, 1.2])
     assert not any("taken as free" in note for note in costs.notes)
-    mixed = rounds.runs[0].steps.model_copy(update={"drafted": [0, 9, 0, 0]})
-    mixing = [run.model_copy(update={"steps": mixed}) for run in runs]
-    uneven = load(rounds.model_copy(update={"runs": mixing}), "ngram.json")
-    assert RecordedCosts(sort_results([vanilla(), branched(), uneven])).growth(2) == 1.0, "rounds of 1 and of 10 rows"
+    for drafted in ([0, 9, 0, 0], [0, 0, 1, 9], [0, 0, 0, 0]):
+        mixed = rounds.runs[0].steps.model_copy(update={"drafted": drafted, "judged": [0] * 4, "accepted": [0] * 4})
+        mixing = [run.model_copy(update={"steps": mixed}) for run in runs]
+        uneven = load(rounds.model_copy(update={"runs": mixing}), "ngram.json")
+        assert RecordedCosts(sort_results([vanilla(), branched(), uneven])).growth(2) == 1.0, "few rows and many"
     free = RecordedCosts(sort_results([vanilla(), branched()]))
     assert free.growth(2) == 1.0
     assert any("taken as free" in note for note in free.notes)
