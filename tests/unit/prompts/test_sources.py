@@ -350,9 +350,14 @@ def test_hub_row_that_cannot_be_used_is_reported_with_its_number(hub: StubHub) -
     assert broken(gsm8k()) == "hub openai/gsm8k main/test row 2: question.0: must not be empty, not ''"
 
 
-def test_file_that_is_no_parquet_is_an_error(hub: StubHub) -> None:
-    hub.datasets = {"openai/gsm8k": {"main": {"main/test-00000-of-00001.parquet": b"<html>"}}}
-    assert "not a readable parquet file" in broken(gsm8k())
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"<html>", "is a web page"), (b"PAR1", "not a readable parquet file")],
+    ids=["html", "cut"],
+)
+def test_file_that_is_no_parquet_is_an_error(hub: StubHub, content: bytes, expected: str) -> None:
+    hub.datasets = {"openai/gsm8k": {"main": {"main/test-00000-of-00001.parquet": content}}}
+    assert expected in broken(gsm8k())
 
 
 @pytest.mark.parametrize("module", ["huggingface_hub", "pyarrow"])
