@@ -15,7 +15,7 @@ from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.definitions import shares_devices
 from spdbench.judge.metrics.flags import DISQUALIFYING
 from spdbench.judge.metrics.stats import Interval, prompts_to_show
-from spdbench.judge.projection.project import as_measured
+from spdbench.judge.projection.project import OwnDevices, with_own_devices
 from spdbench.judge.projection.recorded import has_steps
 
 SpeedupOutcome = Literal["baseline", "pays", "slower", "no difference shown", "no interval", "no pair", "no baseline"]
@@ -28,17 +28,6 @@ OF_BASELINE = frozenset({"busy_machine", "outliers", "slow_baseline"})
 so that they drift together, and their ratio stays."""
 DOUBTS = OF_BASELINE | {"few_prompts", "degenerate", "no_template", "apart", "noisy"}
 """Warnings that make a speed-up provisional: few prompts, answers that are not typical, a doubtful timing."""
-
-
-@dataclass(frozen=True)
-class OwnDevices:
-    """What a pipeline's speed-up would be if each of its `num_stages` stages, and the drafter, had a device like the
-    baseline's. The other fields are those of `AsMeasured`."""
-
-    speedup: float
-    interval: Interval | None
-    num_stages: int
-    is_bound: bool
 
 
 @dataclass(frozen=True)
@@ -123,15 +112,13 @@ def outcome_of(row: Row, *, has_baseline: bool = True) -> SpeedupOutcome:
 def _own_devices(row: Row, baseline: Row, rounds: Sequence[LoadedResult]) -> OwnDevices | None:
     """None unless the row is a pipeline whose stages shared devices, the baseline plain decoding by the same engine on
     the same machine, and both recorded what a projection needs."""
-    backend = row.head.backend
-    if not shares_devices(backend) or not _fits(row) or baseline.head.backend.name != "vanilla":
+    if not shares_devices(row.head.backend) or not _fits(row) or baseline.head.backend.name != "vanilla":
         return None
     assert row.pairing is not None  # `_fits`
     try:
-        found = as_measured(baseline.result, row.result, rounds, {*row.pairing.keys})
+        return with_own_devices(baseline.result, row.result, rounds, {*row.pairing.keys})
     except InputError:
         return None
-    return OwnDevices(found.speedup, found.interval, backend.num_stages, is_bound=found.is_bound)
 
 
 def _fits(row: Row) -> bool:

@@ -8,10 +8,11 @@ from math import ceil
 
 from spdbench.console import counted
 from spdbench.judge.comparison.compare import Table
-from spdbench.judge.conclusion import EFFECT, Conclusion, OwnDevices, conclusions
+from spdbench.judge.conclusion import EFFECT, Conclusion, conclusions
 from spdbench.judge.metrics.definitions import CAUSES
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.flags import DISQUALIFYING
+from spdbench.judge.projection.project import OwnDevices
 from spdbench.render.columns import device_name, harmless, share
 
 SHOWS_NONE = "no difference shown"

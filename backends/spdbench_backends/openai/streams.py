@@ -104,11 +104,17 @@ def read_chunks(
     if is_counted and not word:
         habits.add(ENDS_WITH_USAGE)
     elif not word or word in not_ends - FINISHES.keys():
-        if foreign and not is_known:
-            shown = one_line(without_key(foreign.decode(errors="replace")))
-            raise LostError(f"the server's stream has no event of OpenAI's protocol; it begins with {shown}")
-        reason = f"; it said: {skipped}" if skipped else ""
-        raise LostError(f"the server ended in the middle of its answer{reason}")
+        raise _lost(b"" if is_known else foreign, skipped, without_key)
+
+
+def _lost(foreign: bytes, skipped: str, without_key: Callable[[str], str]) -> LostError:
+    """Of a stream that ended before its answer: names the first event of one that has none of OpenAI's protocol, else
+    what was said in events that are no part of an answer."""
+    if foreign:
+        shown = one_line(without_key(foreign.decode(errors="replace")))
+        return LostError(f"the server's stream has no event of OpenAI's protocol; it begins with {shown}")
+    reason = f"; it said: {skipped}" if skipped else ""
+    return LostError(f"the server ended in the middle of its answer{reason}")
 
 
 def _behind_the_end(

@@ -97,12 +97,14 @@ class PipelineRow:
 
 
 @dataclass(frozen=True)
-class AsMeasured:
-    """A speed-up over plain decoding and its 95 % `interval` over prompts, which is None where there is one prompt. It
-    is at most `speedup` if `is_bound`: no time of a draft, or none of messages and the host, was recorded."""
+class OwnDevices:
+    """What a measured pipeline's speed-up over plain decoding would be if each of its `num_stages` stages, and the
+    drafter, had a device like plain decoding's; with its 95 % `interval` over prompts, which is None where there is one
+    prompt. It is at most `speedup` if `is_bound`: no time of a draft, or none of messages and the host, is known."""
 
     speedup: float
     interval: Interval | None
+    num_stages: int
     is_bound: bool
 
 
@@ -216,12 +218,11 @@ def project(recorded: Recorded, costs: Costs, setting: Setting) -> Projection:
     )
 
 
-def as_measured(
+def with_own_devices(
     vanilla: LoadedResult, pipeline: LoadedResult, rounds: Sequence[LoadedResult], keys: Collection[RunKey]
-) -> AsMeasured:
-    """What a pipeline would give with the stages that it was measured with, each on a device like that of `vanilla`,
-    and one more for the drafter, over the runs with these `keys`. `rounds` are results of the same workload that tell
-    what further rows cost.
+) -> OwnDevices:
+    """What `pipeline` would give with devices like that of `vanilla`, over the runs with these `keys`. `rounds` are
+    results of the same workload that tell what further rows cost.
 
     Raises:
         InputError: the results do not hold the steps, or the sizes of the stages, that a projection needs.
@@ -233,7 +234,7 @@ def as_measured(
     rate, interval, _ = replay(Stretch(parts), kept)
     alone = token_s(costs, recorded.num_layers) or 0.0
     bounds = interval and (interval[0] * alone, interval[1] * alone)
-    return AsMeasured(rate * alone, bounds, is_bound=not (parts.draft_s and parts.host_s))
+    return OwnDevices(rate * alone, bounds, len(layers), is_bound=not (parts.draft_s and parts.host_s))
 
 
 def make_parts(

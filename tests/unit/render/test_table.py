@@ -16,10 +16,11 @@ from spdbench.cli.reading import compare as commands
 from spdbench.cli.reading import report
 from spdbench.console import printable
 from spdbench.judge.comparison.compare import Table, compare
-from spdbench.judge.conclusion import Conclusion, OwnDevices
+from spdbench.judge.conclusion import Conclusion
 from spdbench.judge.loaded import LoadedResult, load
 from spdbench.judge.metrics.dialects import DIALECTS
 from spdbench.judge.metrics.stats import Interval
+from spdbench.judge.projection.project import OwnDevices
 from spdbench.judge.results.lanes import BubbleParts, CyclesByFill, FullCycles
 from spdbench.judge.results.schema import Divergence, DrafterRecord, Run
 from spdbench.render.notes import sentence
