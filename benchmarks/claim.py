@@ -10,7 +10,7 @@ Output: `table.md`, one row per suite, temperature and label, with 95 % interval
 against tokens seen for every drafter; `rows.csv`, all metrics. Results stay in `--results`; a run that is complete
 there is not repeated, and one that was interrupted is resumed.
 
-    python -m benchmarks.claim --data DIR --drafters DIR [--out results/claim] [--suites ...] [--stages ...]
+    python -m benchmarks.claim --data DIR [--drafters DIR] [--out results/claim] [--suites ...] [--stages ...]
                               [--temperatures 0 1] [--limit 20] [--sampled-limit 8]
 """
 
@@ -34,9 +34,10 @@ from spdbench.render.export import to_csv
 from spdbench.training.loop import expected_length
 
 SUITES = ("quick", "mtbench", "gsm8k", "humaneval")
-STAGES = (2, 3, 5, 6, 10)
+STAGES = (2, 3, 5, 10)
 PPSD_STAGES = 3
-DRAFTERS = ("eagle3", "medusa", "ppsd-3", *(f"spd-{stages}" for stages in STAGES))
+DRAFTERS = ("eagle3", "medusa", "ppsd-3", "spd")
+SHIPPED = Path("spdbench/drafters")
 ABSENT = "-"
 HEADER = (
     "suite",
@@ -58,7 +59,7 @@ HEADER = (
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", type=Path, required=True, help="where MT-Bench and GSM8K are")
-    arguments.add_argument("--drafters", type=Path, required=True, help=f"a folder of {', '.join(DRAFTERS)}")
+    arguments.add_argument("--drafters", type=Path, default=SHIPPED, help=f"a folder of {', '.join(DRAFTERS)}")
     arguments.add_argument("--logs", type=Path, default=Path("results/training"))
     arguments.add_argument("--results", type=Path, default=Path("results/claim-runs"))
     arguments.add_argument("--out", type=Path, default=Path("results/claim"))
@@ -119,7 +120,7 @@ def words_of_backends(drafters: Path, every_stages: Sequence[int]) -> Iterator[s
     for stages in every_stages:
         label = f"spd-{stages}"
         yield from ("-b", f"{label}=spd", "-o", f"{label}.stages={stages}")
-        yield from ("--drafter", f"{label}={drafters / label}")
+        yield from ("--drafter", f"{label}={drafters / 'spd'}")
 
 
 def shown(tables: Sequence[Table]) -> str:
@@ -162,7 +163,7 @@ def learning(logs: Path) -> str:
         tokens = 0
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
-            tokens += entry.get("tokens", 0)
+            tokens += entry.get("tokens", entry.get("learned_before", 0))
             if rates := entry.get("acceptance"):
                 rows.append([file.stem, f"{tokens:,}", f"{rates[0]:.1%}", f"{1 + expected_length(rates):.2f}"])
     header = ["drafter", "tokens seen", "first draft accepted", "tokens a round, as a chain"]

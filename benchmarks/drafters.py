@@ -3,13 +3,18 @@
 Why: a comparison of methods is fair only if their drafters saw the same data. The target's features of the data, which
 take longer than any drafter's own training, are computed once for all of them here.
 Regimes: the embedded model, conversations of its own (`spdbench distill`), a draft vocabulary of 8,192, the target's
-own head rows; one decoder layer for EAGLE-3, two for pipeline drafters; all matrices are stored in 8 bits.
+own head rows; one decoder layer for EAGLE-3, two for pipeline drafters; all matrices are stored in 8 bits. One head of
+SPD learns in pipelines of 2, 3, 5 and 10 stages in turn, and drafts for any number of them.
 Output: one folder per drafter in `--out`, each with its log `train.jsonl`; on stderr what `spdbench train` prints.
 Several processes of one thread each (`--processes`) share the work: two threads on one matrix multiplication wait for
 each other.
 
-    python -m benchmarks.drafters --data data.jsonl [--out spdbench/drafters] [--epochs 2] [--only eagle3 spd-3 | --all]
-                                  [--start FOLDER] [--budget SECONDS]  # goes on from the drafters there
+    python -m benchmarks.drafters --data data.jsonl.gz [--out spdbench/drafters] [--epochs 2] [--only spd ... | --all]
+        --start FOLDER --more new.jsonl.gz   # goes on from the drafters there, which have learned from --data
+        --budget SECONDS                     # for each drafter, in place of --epochs
+        --features FOLDER                    # keeps there what the target computes, 8 KB a token, for later runs
+        --features-budget SECONDS            # drafters learn from what there is by then
+        --judge                              # trains nothing: acceptance of the drafters in --out on what is held out
 
 With `--store-again int8` (or `bfloat16`) it trains nothing: the folders in `--out` are rewritten so.
 """
@@ -18,16 +23,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import multiprocessing
 import os
+import random
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from spdbench.cli.progress import TrainingProgress
 from spdbench.models.checkpoints.folders import cache_folder
@@ -37,11 +46,12 @@ from spdbench.prompts.chat import ChatFormat
 from spdbench.training import checkpoint
 from spdbench.training.conversations import read_conversations
 from spdbench.training.features import Features
-from spdbench.training.loop import Training
+from spdbench.training.loop import Training, measure_acceptance
 from spdbench.training.recipe import Provenance, Recipe, Teacher, find_recipe, parse_recipe_options
-from spdbench.training.schedule import Data, Plan, split_held_out
+from spdbench.training.schedule import Data, Plan, batches_of, split_held_out
 from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_tokens, tokenised
 from spdbench_backends.drafter_files.folder import read_config, read_tensors, store_again
+from spdbench_backends.spd.trainable import TrainableModule
 
 MODEL, DTYPE = "smollm2", "bfloat16"
 DRAFT_VOCABULARY = 8192
@@ -61,14 +71,15 @@ class Drafter(NamedTuple):
 IN_8_BITS = {"storage": "int8"}
 TWO_LAYERS = {"layers": "2", "init_layers": "27,29", **IN_8_BITS}
 SHIPPED = (  # the longest training first
-    Drafter("spd-3", "spd", 3, TWO_LAYERS),
-    Drafter("spd-2", "spd", 2, TWO_LAYERS),
+    Drafter("spd", "spd", None, {"stage_counts": "2,3,5,10", **TWO_LAYERS}),
     Drafter("eagle3", "eagle3", None, IN_8_BITS),
     Drafter("ppsd-3", "ppsd", 3, TWO_LAYERS),
     Drafter("medusa", "medusa", None, IN_8_BITS),
 )
-MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (5, 6, 10))
-"""For pipelines of more stages than two cores can run well."""
+MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (2, 3, 5, 6, 10))
+"""For pipelines of one number of stages each."""
+STARTS = {"spd": "spd-3"}
+"""What a drafter can begin as where the folder of `--start` lacks its own."""
 
 
 def main() -> None:
@@ -76,6 +87,7 @@ def main() -> None:
     what = arguments.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path)
     what.add_argument("--store-again", choices=["int8", "bfloat16"])
+    arguments.add_argument("--judge", action="store_true")
     arguments.add_argument("--out", type=Path, default=Path("spdbench/drafters"))
     arguments.add_argument("--epochs", type=float, default=2.0)
     arguments.add_argument("--budget", type=float, help="seconds for each drafter, in place of --epochs")
@@ -86,6 +98,11 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPPED, *MEASURED)])
     arguments.add_argument("--all", action="store_true", help="also those that do not ship")
     arguments.add_argument("--start", type=Path, help="a folder of drafters to go on from")
+    arguments.add_argument("--more", type=Path, help="conversations new to the drafters of --start; these are held out")
+    arguments.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS)
+    arguments.add_argument("--features", type=Path, help="a folder that keeps what the target computes")
+    arguments.add_argument("--features-budget", type=float, default=float("inf"), help="seconds")
+    arguments.add_argument("--features-dtype", default=DTYPE, help="float32 where a processor lacks bfloat16")
     chosen = arguments.parse_args()
     torch.set_num_threads(1)
     known = (*SHIPPED, *MEASURED)
@@ -94,18 +111,34 @@ def main() -> None:
         for each in drafters:
             store_again(chosen.out / each.name, chosen.store_again)
         return
+    with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".features-") as folder:
+        train_all(drafters, chosen.features or Path(folder), chosen)
+
+
+def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namespace) -> None:
     target = load_target(MODEL, DTYPE, "cpu")
-    conversations = read_conversations(chosen.data)
-    sequences = sequences_of(conversations.messages, target)
+    texts = [read_conversations(path) for path in (chosen.data, chosen.more) if path]
+    by_file = [sequences_of(each.messages, target) for each in texts]
+    sequences = [sequence for each in by_file for sequence in each]
     recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in drafters}
-    features = SharedFeatures(
-        target.own_decoder, sequences, {k for recipe in recipes.values() for k in recipe.hidden_indices}
-    )
-    features.keep_on_disk(cache_folder())
-    features.share()
-    tokens = [len(sequence.ids) for sequence in sequences]
-    together(chosen.processes, lambda process: prepare(features, tokens, process, chosen.processes))
-    features.know_all()
+    lengths = [len(sequence.ids) for sequence in sequences]
+    data = Data(lengths, *split(lengths, len(by_file[0]), chosen))
+    sha256 = texts[0].sha256
+    if chosen.more:
+        sha256 = hashlib.sha256("".join(each.sha256 for each in texts).encode()).hexdigest()
+    reader = load_target(MODEL, chosen.features_dtype, "cpu").own_decoder
+    kinds = {k for recipe in recipes.values() for k in recipe.hidden_indices}
+    features = SharedFeatures(reader, sequences, kinds)
+    features.keep_in(folder, sha256, chosen.features_dtype)
+    learned = [] if chosen.judge else list(data.learned)
+    random.Random(chosen.seed).shuffle(learned)
+    order = [*data.held_out, *learned]
+    together(chosen.processes, lambda process: prepare(features, order[process :: chosen.processes], data, chosen))
+    known = features.know_all()
+    data = Data(lengths, *([index for index in each if index in known] for each in (data.learned, data.held_out)))
+    if chosen.judge:
+        judge(drafters, target, sequences, features, data, chosen)
+        return
     next_drafter = multiprocessing.get_context("fork").Value("i", 0)
 
     def train_in_turn(_process: int) -> None:
@@ -116,9 +149,19 @@ def main() -> None:
             if index >= len(drafters):
                 return
             each = drafters[index]
-            train(each, recipes[each.name], features, sequences, target, conversations.sha256, chosen)
+            train(each, recipes[each.name], features, data, target, sha256, chosen)
 
     together(chosen.processes, train_in_turn)
+
+
+def split(lengths: Sequence[int], num_first: int, chosen: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """Indices to learn from and held out. Drafters to go on from have learned the first `num_first`, those of --data, of
+    which what was held out stays unseen; with --more, others are held out now."""
+    learned, held = split_held_out(lengths[:num_first], HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS)
+    if chosen.judge or not chosen.more:
+        return learned, held
+    more, held = split_held_out(lengths[num_first:], HELD_OUT_SHARE, chosen.seed, chosen.held_out_tokens)
+    return [*learned, *(num_first + index for index in more)], [num_first + index for index in held]
 
 
 def together(count: int, work: Callable[[int], None]) -> None:
@@ -141,21 +184,52 @@ def together(count: int, work: Callable[[int], None]) -> None:
 
 
 class SharedFeatures(Features):
-    """Features that several processes compute together, for several drafters."""
+    """Features that several processes compute together, for several drafters, in files that stay."""
 
-    def share(self) -> None:
-        """Makes features visible between processes that are forked from now on; `know_all` says that they are there."""
-        self._argmax_T.share_memory_()  # type: ignore[no-untyped-call]
+    _known_N: Tensor
 
-    def know_all(self) -> None:
-        """Marks all sequences as computed, by this process or another."""
-        self._known.update(range(len(self._sequences)))
+    def keep_in(self, folder: Path, data_sha256: str, dtype: str) -> None:
+        """Keeps features in files in `folder`, whose number of states may be larger than what is read.
+
+        Exits if the folder holds those of other data.
+        """
+        about, num_tokens = folder / "about.json", len(self._argmax_T)
+        if not about.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            about.write_text(json.dumps({"data": data_sha256, "dtype": dtype, "states": self._kinds}) + "\n")
+        kept = json.loads(about.read_text())
+        if (kept["data"], kept["dtype"]) != (data_sha256, dtype) or not set(self._kinds) <= set(kept["states"]):
+            sys.exit(f"--features {folder}: holds other features: {kept}")
+        self._kinds = kept["states"]
+        width = self._decoder.config.hidden_size
+        shape = num_tokens, len(self._kinds), width
+        self._states_TKM = in_file(folder / "states.bin", num_tokens * len(self._kinds) * width, torch.bfloat16)
+        self._states_TKM = self._states_TKM.view(shape)
+        self._argmax_T = in_file(folder / "argmax.bin", num_tokens, torch.int32)
+        self._known_N = in_file(folder / "known.bin", len(self._sequences), torch.uint8)
+        self.know_all()
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        super().prepare(indices)
+        self._known_N[list(indices)] = 1
+
+    def know_all(self) -> set[int]:
+        """The sequences that were computed, by this process or another."""
+        self._known.update(self._known_N.nonzero().flatten().tolist())
+        return self._known
 
     def only(self, hidden_indices: Collection[int]) -> Features:
         """A view whose batches hold only these states and the last layer's, for one of several drafters."""
         view = copy.copy(self)
         view._given = sorted({*hidden_indices, self._decoder.config.num_layers})
         return view
+
+
+def in_file(file: Path, size: int, dtype: torch.dtype) -> Tensor:
+    """A tensor in a file that processes share, of zeros where it is new."""
+    with file.open("ab") as handle:
+        os.posix_fallocate(handle.fileno(), 0, size * dtype.itemsize)
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype)
 
 
 def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) -> list[TokenSequence]:
@@ -174,35 +248,34 @@ def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], see
     return kind(options, Teacher(decoder), draft_ids_U, each.stages)
 
 
-def prepare(features: Features, tokens: Sequence[int], process: int, num_processes: int) -> None:
-    """Runs the frozen target over this process's share of the conversations."""
-    mine = range(process, len(tokens), num_processes)
-    done, began = 0, time.monotonic()
+def prepare(features: SharedFeatures, mine: Sequence[int], data: Data, chosen: argparse.Namespace) -> None:
+    """Runs the frozen target over this process's share of the conversations, until the budget is spent."""
+    done, began, known = 0, time.monotonic(), features.know_all()
     for count, index in enumerate(mine, 1):
-        features.prepare([index])
-        done += tokens[index]
-        if count % 50 == 0 or count == len(mine):
-            total = sum(tokens[i] for i in mine)
-            took = time.monotonic() - began
-            say(f"process {process}: the target has read {done:,} of {total:,} tokens in {took:.0f} s")
+        took = time.monotonic() - began
+        if took > chosen.features_budget:
+            return
+        if index not in known:
+            features.prepare([index])
+            done += data.lengths[index]
+        if count % 100 == 0 or count == len(mine):
+            say(f"the target has read {count:,} of {len(mine):,} conversations, {done:,} tokens in {took:.0f} s")
 
 
 def train(
     each: Drafter,
     recipe: Recipe,
     features: SharedFeatures,
-    sequences: list[TokenSequence],
+    data: Data,
     target: Target,
     data_sha256: str,
     chosen: argparse.Namespace,
 ) -> None:
     began, folder = time.monotonic(), chosen.out / each.name
     folder.mkdir(parents=True, exist_ok=True)
-    lengths = [len(sequence.ids) for sequence in sequences]
-    data = Data(lengths, *split_held_out(lengths, HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS))
     epochs = None if chosen.budget else chosen.epochs
     plan = Plan(epochs, chosen.budget, chosen.lr, chosen.seed, chosen.batch_tokens)
-    learned_before = start_from(recipe, chosen.start / each.name, each.method) if chosen.start else 0
+    learned_before = start_from(recipe, chosen.start, each) if chosen.start else 0
     identity = {
         "schema": "spdbench.train/1",
         **each._asdict(),
@@ -216,7 +289,8 @@ def train(
         "learned_before": learned_before,
     }
     torch.manual_seed(chosen.seed)
-    training = Training(recipe, features.only(recipe.hidden_indices), data, plan, folder, identity, TrainingProgress())
+    own, progress = features.only(recipe.hidden_indices), TrainingProgress()
+    training = Training(recipe, own, data, plan, folder, identity, progress, from_scratch=not chosen.start)
     state = training.run(resume=(folder / checkpoint.NAME).exists())
     about = Provenance(
         target.files.id,
@@ -233,12 +307,40 @@ def train(
     say(f"{each.name}: {rates}, {state.trained_tokens:,} tokens in {time.monotonic() - began:.0f} s, {size:.1f} MB")
 
 
-def start_from(recipe: Recipe, folder: Path, method: str) -> int:
-    """Gives the recipe the weights of a drafter of the same shapes; returns how many tokens that one learned from."""
-    module, tensors = recipe.module, read_tensors([folder / "model.safetensors"])
+def start_from(recipe: Recipe, folder: Path, each: Drafter) -> int:
+    """Gives the recipe the weights of a drafter; returns how many tokens that one learned from."""
+    path = folder / each.name
+    if not path.exists():
+        path = folder / STARTS[each.name]
+    tensors, config = read_tensors([path / "model.safetensors"]), read_config(path, each.method)
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
+    module = recipe.module
+    if isinstance(module, TrainableModule):
+        weights = module.widened(weights, config["aggr_feature_bound"])
     module.load_state_dict(dict(module.named_buffers()) | weights)
-    return int(read_config(folder, method)["trained_tokens"])
+    return int(config["trained_tokens"])
+
+
+def judge(
+    drafters: Sequence[Drafter],
+    target: Target,
+    sequences: list[TokenSequence],
+    features: SharedFeatures,
+    data: Data,
+    chosen: argparse.Namespace,
+) -> None:
+    """Says how many first drafts are accepted on the conversations held out of --data; of a head for several numbers of
+    stages, for each of them."""
+    batches = batches_of(data.held_out, data.lengths, chosen.batch_tokens)
+    for each in drafters:
+        for count in each.options.get("stage_counts", "").split(","):
+            one = each._replace(options={**each.options, "stage_counts": count} if count else each.options)
+            recipe = recipe_of(one, target, sequences, chosen.seed)
+            start_from(recipe, chosen.out, each)
+            view = features.only(recipe.hidden_indices)
+            counts = measure_acceptance(recipe, view, batches, target.own_decoder.device)
+            words = f"{each.name}{f' in {count} stages' if count else ''}"
+            say(f"{words}: {', '.join(f'{rate:.1%}' for rate in counts.rates)} of {counts.judged[0]:,} drafts")
 
 
 def say(line: str) -> None:

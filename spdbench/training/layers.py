@@ -76,14 +76,25 @@ class DecoderLayer(nn.Module):
 
     def project(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[B, H, S, D]`, rotated keys and plain values `[B, K, S, D]`."""
-        attention, size = self.self_attn, self.config.head_dim
-        queries, keys, values = (
-            projection(inputs_BSI).unflatten(-1, (-1, size)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        if attention.head_norms:
-            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
-        return rotated(queries, cos_SD, sin_SD), rotated(keys, cos_SD, sin_SD), values
+        return self.queries(inputs_BSI, cos_SD, sin_SD), *self.keys_and_values(inputs_BSI, cos_SD, sin_SD)
+
+    def queries(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        """Of `project`, for rows that attend."""
+        queries = self._heads(self.self_attn.q_proj, inputs_BSI)
+        if self.self_attn.head_norms:
+            queries = self.self_attn.q_norm(queries)
+        return rotated(queries, cos_SD, sin_SD)
+
+    def keys_and_values(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `project`, for rows that others attend to."""
+        keys, values = self._heads(self.self_attn.k_proj, inputs_BSI), self._heads(self.self_attn.v_proj, inputs_BSI)
+        if self.self_attn.head_norms:
+            keys = self.self_attn.k_norm(keys)
+        return rotated(keys, cos_SD, sin_SD), values
+
+    def _heads(self, projection: nn.Linear, inputs_BSI: Tensor) -> Tensor:
+        heads: Tensor = projection(inputs_BSI).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+        return heads
 
     def finish(self, mixed_BHSD: Tensor, residual_BSM: Tensor) -> Tensor:
         """Output projection, residual and feed-forward: `[B, S, M]`."""

@@ -59,10 +59,11 @@ class Training:
         report: Report | None = None,
         clock: Callable[[], float] = time.monotonic,
         started: float | None = None,
+        from_scratch: bool = True,
     ) -> None:
         self._recipe, self._features, self._data, self._plan = recipe, features, data, plan
         self._folder, self._identity = folder, identity
-        self._report = report
+        self._report, self._from_scratch = report, from_scratch
         self._clock = clock
         self._began = self._origin = clock() if started is None else started
         self._last_save = self._began
@@ -90,7 +91,8 @@ class Training:
             if restored is None:
                 log.write(dict(self._identity))
                 self._hold_out()
-                self._recipe.fit(self._first_batches())
+                if self._from_scratch:
+                    self._recipe.fit(self._first_batches())
                 self._evaluate()
             else:
                 self._features.prepare(state.held_out)

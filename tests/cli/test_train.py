@@ -37,6 +37,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "drafters" / "new"
 
 
+def config_of(out: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((out / "config.json").read_text())
+    return config
+
+
 def train(method: str, data: Path, out: Path, model: Path, *words: str | Path) -> Said:
     return spdbench("train", method, "--data", data, "--out", out, "-m", model, *QUICK, *words)
 
@@ -64,16 +69,33 @@ def test_a_trained_drafter_is_found_by_auto_and_measured(
     assert said.out == ""
     assert "held-out acceptance" in said.err
     assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors", "train.jsonl"]
-    config = json.loads((out / "config.json").read_text())
+    config = config_of(out)
     assert (config["method"], config["num_stages"]) == (method, 3)
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(out.parent))
-    words = ("-b", "vanilla", "-b", method, "-o", f"{method}.executor=inline", "--limit", "1", "--max-new-tokens", "8")
-    common = ("-m", tiny_model, "--dtype", "float32", "--results", tmp_path / "results", "--threads", "1")
-    said = spdbench("run", write_suite(tmp_path), *common, *words)
+    assert drafter_of_a_run(method, tiny_model, tmp_path) == ("new", config["trained_tokens"])
+
+
+def drafter_of_a_run(method: str, model: Path, folder: Path, *words: str) -> tuple[str, int | None]:
+    """Which drafter a short run found, and how many tokens it has learned."""
+    words = ("-b", "vanilla", "-b", method, "-o", f"{method}.executor=inline", "--max-new-tokens", "8", *words)
+    common = ("-m", model, "--dtype", "float32", "--results", folder / "results", "--threads", "1", "--limit", "1")
+    said = spdbench("run", write_suite(folder), *common, *words)
     assert said.code == 0, said.err
-    drafter = read_result(tmp_path / "results" / f"mini__{method}__tiny-llama.json").drafter
+    drafter = read_result(folder / "results" / f"mini__{method}__tiny-llama.json").drafter
     assert drafter is not None
-    assert (drafter.id, drafter.trained_tokens) == ("new", config["trained_tokens"])
+    return drafter.id, drafter.trained_tokens
+
+
+def test_one_head_serves_every_number_of_stages_unless_there_is_one_for_it(
+    data: Path, out: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, words in ((out, ("-o", "stage_counts=3,2")), (out.with_name("two"), ("--stages", "2"))):
+        assert train("spd", data, folder, tiny_model, *words).code == 0
+    assert config_of(out)["stage_counts"] == [3, 2]
+    monkeypatch.setenv("SPDBENCH_DRAFTERS", str(out.parent))
+    for stages, expected in (("6", "new"), ("2", "two"), ("3", "new")):
+        assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", f"spd.stages={stages}")[0] == expected
+    assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", "spd.stage_layers=1,4,1")[0] == "new"
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(
@@ -208,6 +230,8 @@ def test_a_folder_with_a_model_is_no_finished_run(data: Path, out: Path, tiny_mo
         (("-o", "layers=none"), "-o layers=none"),
         (("-o", "layers"), "expected KEY=VALUE"),
         (("--format", "eagle3"), "spdbench or spd-v11"),
+        (("--format", "spd-v11", "-o", "stage_counts=2,3"), "is for one number of stages"),
+        (("--stages", "3", "-o", "stage_counts=2,3"), "in place of --stages"),
         (("--format", "spd-v11", "-o", "stage_layers=1,2,3"), "knows equal stages only, not 1,2,3 layers"),
         (("--drafter", "random"), "No such option"),
         (("--budget", "soon"), "is not a duration"),

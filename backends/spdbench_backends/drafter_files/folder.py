@@ -84,20 +84,28 @@ class DrafterFile(Generic[C]):
 
 
 def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
-    """The first drafter trained for these weights and this method; any number of stages if `stages` is None.
+    """The first drafter trained for these weights and this method, for any number of stages if `stages` is None. In a
+    folder of drafters one for this number of stages comes before one for all.
 
     Raises:
         InputError: there is none; names what was looked for and where.
     """
     for folder in drafter_folders():
+        for_any: Path | None = None
         for path in sorted(folder.glob("*/config.json")):
             try:
                 config = read_config(path.parent, method)
             except InputError:
                 continue
             found = config.get("method"), config.get("model_sha256")
-            if found == (method, model.sha256) and stages in (None, config.get("num_stages")):
+            if found != (method, model.sha256):
+                continue
+            if stages in (None, config.get("num_stages")):
                 return path.parent
+            if config.get("stage_counts") is not None:
+                for_any = for_any or path.parent
+        if for_any is not None:
+            return for_any
     cut = f" with {stages} stages" if stages else ""
     raise InputError(
         f"--drafter auto: no trained {method} drafter{cut} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "

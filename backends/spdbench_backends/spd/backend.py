@@ -164,11 +164,10 @@ class SPD(Pipelined):
     def _fits(self, stages: tuple[range, ...]) -> bool:
         """A head fits stages that give the same row types."""
         from spdbench_backends.spd.head import HeadWeights
-        from spdbench_backends.spd.plan import FeaturePlan
 
         if not isinstance(self._head, HeadWeights):
             return self._head is None or stages == self._stages
-        return FeaturePlan(self._head.plan.anchors, stages).row_types == self._head.plan.row_types
+        return self._head.plan.fits(stages)
 
     def _use_cut(self, stages: tuple[range, ...]) -> None:
         from spdbench_backends.spd.head import HeadWeights

@@ -2,9 +2,9 @@
 
 published   one file, torch.save({"state_dict": ..., "config": ...}); version 11 for equal stages, 12 for the
             stages that its config lists, 10 for groups of hidden states instead of anchors
-ours        config.json (the same keys, plus method, model_sha256, trained_tokens, and stage_layers where stages are
-            uneven) and model.safetensors; no lm_head.weight where it is the target's own rows; matrices may be
-            in 8 bits
+ours        config.json (the same keys, plus method, model_sha256, trained_tokens, stage_layers where stages are
+            uneven, and stage_counts where it is for any number of them) and model.safetensors; no lm_head.weight where
+            it is the target's own rows; matrices may be in 8 bits
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class HeadConfig(ModuleConfig):
 
     aggr_feature_bound: list[int]
     trained_with_use_deepest: bool = False
+    stage_counts: list[int] | None = None
+    """Of a head for pipelines of any number of stages: those that it learned in, `num_stages` first."""
 
 
 class GroupedConfig(ModuleConfig):
@@ -148,6 +150,8 @@ def _require_same_model(file: HeadFile | GroupedFile, target: Decoder, stages: t
         ("config.vocab_size", config.vocab_size, base.vocab_size),
         ("config.num_layers", config.num_layers, base.num_layers),
     )
+    if isinstance(config, HeadConfig) and config.stage_counts is not None:
+        return
     fitting = f"; use -o spd.stages={config.num_stages}"
     require_target(file, ("config.num_stages", config.num_stages, len(stages)), remedy=fitting)
 
@@ -157,9 +161,8 @@ def _build_anchored(file: HeadFile, target: Decoder, stages: tuple[range, ...], 
     plan = _plan(file, stages)
     if last_anchor != "plain" and base.num_layers not in plan.anchors:
         raise file.error(f"does not read the last layer's output: its anchors are {list(plan.anchors)}")
-    trained = _plan(file, _trained_stages(file, base.num_layers))
-    if plan.row_types != trained.row_types:
-        cut, asked = (",".join(str(len(layers)) for layers in p.stages) for p in (trained, plan))
+    if not plan.any_stages and not plan.fits(trained := _trained_stages(file, base.num_layers)):
+        cut, asked = (",".join(str(len(layers)) for layers in each) for each in (trained, stages))
         raise file.error(
             f"was trained for stages of {cut} layers; cut into {asked}, tokens in flight have not reached the same of "
             f"its anchors {list(plan.anchors)}"
@@ -230,7 +233,8 @@ def drafter_decoder(
 
 def _plan(file: HeadFile, stages: tuple[range, ...]) -> FeaturePlan:
     try:
-        return FeaturePlan(tuple(file.config.aggr_feature_bound), stages)
+        shared = file.config.stage_counts is not None
+        return FeaturePlan(tuple(file.config.aggr_feature_bound), stages, any_stages=shared)
     except ValueError as error:
         raise file.error(f"config.aggr_feature_bound: {error}") from None
 

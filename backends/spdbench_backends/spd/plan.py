@@ -7,15 +7,17 @@ b_0 = 0 < b_1 < ...; a row of type i reads anchors b_0 to b_i. Source: as in `he
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """The anchors of a head and the stages it drafts for."""
+    """The anchors of a head and the stages it drafts for. A head for `any_stages` has row types by layers passed,
+    whatever the cut, so that a pipeline of few stages may never reach some of them."""
 
     anchors: tuple[int, ...]
     stages: tuple[range, ...]
+    any_stages: bool = False
 
     def __post_init__(self) -> None:
         num_layers, most = self.stages[-1].stop, len(self.stages) + 1
@@ -23,7 +25,7 @@ class FeaturePlan:
             raise ValueError(f"anchors {list(self.anchors)} must begin with 0 and increase")
         if self.anchors[-1] > num_layers:
             raise ValueError(f"anchor {self.anchors[-1]} lies beyond the model's {num_layers} layers")
-        if len(self.anchors) > most:
+        if len(self.anchors) > most and not self.any_stages:
             raise ValueError(f"{len(self.anchors)} anchors are too many for {len(self.stages)} stages: at most {most}")
 
     @property
@@ -37,8 +39,12 @@ class FeaturePlan:
 
     @property
     def row_types(self) -> tuple[int, ...]:
-        """f(d) for every depth. A head fits every cut that gives the same."""
+        """f(d) for every depth."""
         return tuple(self.row_type(depth) for depth in range(self.full_depth + 1))
+
+    def fits(self, stages: tuple[range, ...]) -> bool:
+        """True if the head can draft for another cut: one that gives the same row types, or any."""
+        return self.any_stages or replace(self, stages=stages).row_types == self.row_types
 
 
 @dataclass(frozen=True)

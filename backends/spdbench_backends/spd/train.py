@@ -55,6 +55,11 @@ class SPDTrainOptions(PipelineTrainOptions):
         "frozen", description="frozen: the target's own rows, which the file need not hold; trained: rows of its own"
     )
     all_depths: float = Field(0.0, ge=0, description="weight of the same loss on rows of all other depths")
+    stage_counts: Counted = Field(
+        None,
+        description="one head for pipelines of any number of equal stages, that learns in pipelines of these, e.g. "
+        "2,3,5; in place of --stages",
+    )
 
 
 class PipelineRecipe(Recipe):
@@ -137,16 +142,32 @@ class SPDRecipe(PipelineRecipe):
                 f"spd: the draft layers of a head for {config.family} have gates, which are not trained here. "
                 "Train ppsd, eagle3 or medusa, or give a published head to `spdbench run --drafter`."
             )
-        anchors = chosen.anchors or _usual_anchors(self._stages)
+        cuts = self._cuts
+        shared = chosen.stage_counts is not None
+        anchors = chosen.anchors or (_shared_anchors(config.num_layers) if shared else _usual_anchors(cuts[0]))
         try:
-            self._plan = FeaturePlan(anchors, self._stages)
+            self._plans = tuple(FeaturePlan(anchors, stages, any_stages=shared) for stages in cuts)
         except ValueError as error:
             raise InputError(f"-o anchors={','.join(map(str, anchors))}: {error}") from None
         own_head_UM = self._vocabulary.head_UM if chosen.head == "trained" else None
-        self._module = TrainableModule(config, self._plan, chosen.layers, own_head_UM)
+        self._module = TrainableModule(config, anchors, chosen.layers, own_head_UM)
         self._first_copied, *_ = self._start_layers(self._module.spec_layers)
         self.hidden_indices = tuple(sorted({*anchors, self._first_copied}))
         return self._module
+
+    @property
+    def _cuts(self) -> tuple[tuple[range, ...], ...]:
+        """The stages of each pipeline that is drafted for.
+
+        Raises:
+            InputError: they do not fit the model, or `-o stage_counts` is given with other stages.
+        """
+        counts = self._options.stage_counts
+        if counts is None:
+            return (self._stages,)
+        if self._num_stages is not None or self._options.stage_layers is not None:
+            raise InputError("-o stage_counts: is given in place of --stages and of -o stage_layers")
+        return tuple(split_evenly(self._teacher.config.num_layers, count) for count in dict.fromkeys(counts))
 
     @property
     def _head(self) -> Tensor:
@@ -158,12 +179,13 @@ class SPDRecipe(PipelineRecipe):
         self._module.fit_projections(batches, self._first_copied)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
-        full = self._plan.full_depth
+        plan = self._plans[int(torch.randint(len(self._plans), ())) if len(self._plans) > 1 else 0]
+        full = plan.full_depth
         fill = full if full == 1 or torch.rand(()) < 0.5 else int(torch.randint(1, full, ()))
         others = (*range(1, fill), full) if self._options.all_depths else ()
-        rows = self._normed_rows(batch, fill, (0, *others))
+        rows = self._normed_rows(plan, batch, fill, (0, *others))
         total = self._mean_kl(rows[0], self._head, batch)
-        figures: dict[str, float] = {"fill": fill}
+        figures: dict[str, float] = {"fill": fill, **({"stages": full} if len(self._plans) > 1 else {})}
         for depth in others:
             total = total + self._options.all_depths / len(others) * self._mean_kl(rows[depth], self._head, batch)
             agreed_N = self._agreed(rows[depth], batch)
@@ -172,12 +194,17 @@ class SPDRecipe(PipelineRecipe):
 
     @torch.no_grad()
     def acceptance(self, batch: Batch) -> Counts:
-        agreed_N = self._agreed(self._normed_rows(batch, self._plan.full_depth, (0,))[0], batch)
-        return Counts((len(agreed_N),), (int(agreed_N.sum()),))
+        """In full pipelines; of several, all verdicts together."""
+        agreed = [self._agreed(self._normed_rows(plan, batch, plan.full_depth, (0,))[0], batch) for plan in self._plans]
+        return Counts((sum(map(len, agreed)),), (sum(int(agreed_N.sum()) for agreed_N in agreed),))
 
     def require_layout(self, layout: str) -> None:
-        """A version 11 file cannot describe uneven stages."""
-        if layout == "spd-v11" and self._uneven_stages():
+        """A version 11 file cannot describe uneven stages, nor a head for several numbers of them."""
+        if layout != "spd-v11":
+            return
+        if self._options.stage_counts is not None:
+            raise InputError("--format spd-v11: is for one number of stages; give --stages in place of -o stage_counts")
+        if self._uneven_stages():
             sizes = self._stage_sizes
             raise InputError(
                 f"--format spd-v11: knows equal stages only, not {','.join(map(str, sizes))} layers; give --stages N "
@@ -203,19 +230,25 @@ class SPDRecipe(PipelineRecipe):
             "vocab_size": base.vocab_size,
             "draft_vocab_size": self._vocabulary.size,
             "num_layers": base.num_layers,
-            "num_stages": len(self._stages),
+            **self._trained_for(),
             "num_spec_layers": len(self._module.spec_layers),
-            "num_aggr_types": len(self._plan.anchors),
-            "aggr_feature_bound": list(self._plan.anchors),
+            "num_aggr_types": len(self._module.anchors),
+            "aggr_feature_bound": list(self._module.anchors),
             "trained_with_use_deepest": True,
             **origin(about),
-            **self._uneven_stages(),
             **({} if listed is None else {"draft_token_ids": list(listed)}),
         }
 
-    def _normed_rows(self, batch: Batch, fill: int, read: tuple[int, ...]) -> dict[int, Tensor]:
+    def _trained_for(self) -> dict[str, Any]:
+        """What a config says of the stages."""
+        if self._options.stage_counts is not None:
+            counts = [plan.full_depth for plan in self._plans]
+            return {"num_stages": counts[0], "stage_counts": counts}
+        return {"num_stages": len(self._stages), **self._uneven_stages()}
+
+    def _normed_rows(self, plan: FeaturePlan, batch: Batch, fill: int, read: tuple[int, ...]) -> dict[int, Tensor]:
         """Rows `[B, S, M]` of some depths after the target's final norm."""
-        rows = self.module(batch.states, *self._angles(batch), fill, read)
+        rows = self.module(plan, batch.states, *self._angles(batch), fill, read)
         return {depth: self._teacher.normed(row_BSM) for depth, row_BSM in rows.items()}
 
     @torch.no_grad()
@@ -223,6 +256,12 @@ class SPDRecipe(PipelineRecipe):
         """Whether the greedy draft is the target's own next token, for each position of an answer: `[N]`."""
         drafts_N = self._vocabulary.to_target(greedy_drafts(normed_BSM[batch.answers_BS], self._head))
         return drafts_N == batch.argmax_BS[batch.answers_BS]
+
+
+def _shared_anchors(num_layers: int) -> tuple[int, ...]:
+    """Sixths of the model without the last: where pipelines of 2, 3 and 6 equal stages, and nearly those of others, are
+    cut."""
+    return tuple(sorted({round(sixths * num_layers / 6) for sixths in (0, 1, 2, 3, 4, 6)}))
 
 
 def _usual_anchors(stages: tuple[range, ...]) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ Shapes: B texts, S positions, M model width, H query heads, K kv heads, D head s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple, cast
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,9 @@ WIDEST_FIT = 16_384
 """Features of a row up to which a regression is worth its memory: a gigabyte."""
 
 
-class Heads(NamedTuple):
-    """A stream's rotated queries `[B, H, S, D]`, rotated keys and values `[B, K, S, D]`."""
+class Stream(NamedTuple):
+    """What attention reads of the rows of one depth: rotated keys and values, `[B, K, S, D]`."""
 
-    queries: Tensor
     keys: Tensor
     values: Tensor
 
@@ -40,11 +39,13 @@ class Heads(NamedTuple):
 class TrainableModule(nn.Module):
     """Projections, layers and, where it is trained, the head (it begins as `own_head_UM`), by their published names."""
 
-    def __init__(self, config: ModelConfig, plan: FeaturePlan, num_layers: int, own_head_UM: Tensor | None) -> None:
+    def __init__(
+        self, config: ModelConfig, anchors: Sequence[int], num_layers: int, own_head_UM: Tensor | None
+    ) -> None:
         super().__init__()
         width = config.hidden_size
-        self.plan = plan
-        self.aggr_projs = nn.ModuleList(nn.Linear((i + 1) * width, width, bias=False) for i in range(len(plan.anchors)))
+        self.anchors = tuple(anchors)
+        self.aggr_projs = nn.ModuleList(nn.Linear((i + 1) * width, width, bias=False) for i in range(len(anchors)))
         for projection in self.projections:
             nn.init.normal_(projection.weight, std=0.02)
         self.spec_layers = nn.ModuleList(DecoderLayer(config, head_norms=True) for _ in range(num_layers))
@@ -59,48 +60,56 @@ class TrainableModule(nn.Module):
         return cast("list[nn.Linear]", list(self.aggr_projs))
 
     def forward(
-        self, states: Mapping[int, Tensor], cos_SD: Tensor, sin_SD: Tensor, fill: int, read: Collection[int] = (0,)
+        self,
+        plan: FeaturePlan,
+        states: Mapping[int, Tensor],
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        fill: int,
+        read: Collection[int] = (0,),
     ) -> dict[int, Tensor]:
         """Rows `[B, S, M]` of the depths in `read`, before the final norm, with `fill` tokens in flight.
 
-        `states` are hidden states by index, `[B, S, M]`. Depths are those below `fill`, and n.
+        `plan` is for the pipeline that is drafted for, with this module's anchors. `states` are hidden states by index,
+        `[B, S, M]`. Depths are those below `fill`, and n.
         """
-        depths = (*range(fill), self.plan.full_depth)
-        rows = self._first_rows(states, depths)
+        full = plan.full_depth
+        kinds = {depth: plan.row_type(depth) for depth in (*range(fill), full)}
+        by_kind = self._first_rows(states, kinds.values())
+        rows = {depth: by_kind[kind] for depth, kind in kinds.items()}
         for layer in self.spec_layers:
             assert isinstance(layer, DecoderLayer)
-            needed = read if layer is self.spec_layers[-1] else depths
-            by_row = {  # depths of one row type share their row in the first layer
-                id(row): Heads(*layer.project(layer.input_layernorm(row), cos_SD, sin_SD))
-                for row in {id(row): row for row in rows.values()}.values()
+            needed = read if layer is self.spec_layers[-1] else kinds
+            normed = _by_row(rows, layer.input_layernorm)
+            queries = _by_row({depth: normed[depth] for depth in needed}, layer.queries, cos_SD, sin_SD)
+            streams = {
+                depth: Stream(*found) for depth, found in _by_row(normed, layer.keys_and_values, cos_SD, sin_SD).items()
             }
-            heads = {depth: by_row[id(row)] for depth, row in rows.items()}
-            rows = {depth: layer.finish(self._attend(depth, heads, fill), rows[depth]) for depth in needed}
+            rows = {
+                depth: layer.finish(_attend(queries[depth], depth, streams, fill, full), rows[depth])
+                for depth in needed
+            }
         return rows
 
-    def _first_rows(self, states: Mapping[int, Tensor], depths: Collection[int]) -> dict[int, Tensor]:
-        """Depths that read the same anchors share one tensor."""
-        features = torch.cat([states[anchor] for anchor in self.plan.anchors], dim=-1)
-        width = features.shape[-1] // len(self.plan.anchors)
-        kinds = {self.plan.row_type(depth) for depth in depths}
-        by_kind = {kind: self.aggr_projs[kind](features[..., : (kind + 1) * width]).float() for kind in kinds}
-        return {depth: by_kind[self.plan.row_type(depth)] for depth in depths}
+    def _first_rows(self, states: Mapping[int, Tensor], kinds: Collection[int]) -> dict[int, Tensor]:
+        """The layers' inputs `[B, S, M]` by row type."""
+        features = torch.cat([states[anchor] for anchor in self.anchors[: max(kinds) + 1]], dim=-1)
+        width = features.shape[-1] // (max(kinds) + 1)
+        return {kind: self.aggr_projs[kind](features[..., : (kind + 1) * width]).float() for kind in {*kinds}}
 
-    def _attend(self, depth: int, heads: Mapping[int, Heads], fill: int) -> Tensor:
-        """Attention of the queries of a stream: `[B, H, S, D]`.
+    def widened(self, weights: Mapping[str, Tensor], anchors: Sequence[int]) -> dict[str, Tensor]:
+        """The weights of a module with fewer anchors as weights of this one, which computes the same with them.
 
-        At position t, to the stream of depth + j at t - j for each of the J lags, and to completed rows further back.
+        Rows that read an anchor which the other lacks begin as its rows of the last anchor before, by zeros.
         """
-        stream, full = heads[depth], heads[self.plan.full_depth]
-        if depth == self.plan.full_depth:
-            return scaled_dot_product_attention(*stream, is_causal=True, enable_gqa=True)
-        size = stream.queries.shape[2]
-        lags = range(min(fill - depth, size))
-        index_S1 = torch.arange(size, device=stream.queries.device)[:, None]
-        near_SS = index_S1 - index_S1.T < len(lags)
-        missing_SJ = index_S1 < index_S1.T[:, : len(lags)]  # the text begins less than j positions back
-        own = [(_shifted(heads[depth + lag].keys, lag), _shifted(heads[depth + lag].values, lag)) for lag in lags]
-        return attend_with_own(stream.queries, full.keys, full.values, near_SS, own, missing_SJ)
+        found, width = dict(weights), self.projections[0].out_features
+        for kind, anchor in enumerate(self.anchors):
+            former = max(at for at, other in enumerate(anchors) if other <= anchor)
+            narrow = dict(zip(anchors, torch.split(weights[f"aggr_projs.{former}.weight"], width, dim=1), strict=False))
+            nothing = torch.zeros(width, width)
+            wide = [narrow.get(each, nothing).float() for each in self.anchors[: kind + 1]]
+            found[f"aggr_projs.{kind}.weight"] = torch.cat(wide, dim=1)
+        return found
 
     @torch.no_grad()
     def fit_projections(self, batches: Iterable[Batch], state: int) -> None:
@@ -119,7 +128,7 @@ class TrainableModule(nn.Module):
             counted_BS[:, 0] = False  # the first token's states are of another order of magnitude
             aims_NM = batch.states[state][counted_BS]
             scale_N1 = aims_NM.pow(2).mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
-            features = torch.cat([batch.states[anchor][counted_BS] for anchor in self.plan.anchors], dim=-1) * scale_N1
+            features = torch.cat([batch.states[anchor][counted_BS] for anchor in self.anchors], dim=-1) * scale_N1
             gram += features.T @ features
             cross += features.T @ (aims_NM * scale_N1)
             num_tokens += len(aims_NM)
@@ -132,6 +141,29 @@ class TrainableModule(nn.Module):
             read = projection.in_features  # a row type reads the first of all anchors
             solved = torch.linalg.solve(gram[:read, :read].double(), cross[:read].double())
             projection.weight.copy_((solved / sizes[:read, None]).T)
+
+
+def _by_row(rows: Mapping[int, Tensor], work: Callable[..., Any], *more: Tensor) -> dict[int, Any]:
+    """`work` on each depth's row, once where depths share one: those of one row type do in the first layer."""
+    found = {id(row): work(row, *more) for row in {id(row): row for row in rows.values()}.values()}
+    return {depth: found[id(row)] for depth, row in rows.items()}
+
+
+def _attend(queries_BHSD: Tensor, depth: int, streams: Mapping[int, Stream], fill: int, full_depth: int) -> Tensor:
+    """Attention of the rows of one depth: `[B, H, S, D]`.
+
+    At position t, to the stream of depth + j at t - j for each of the J lags, and to completed rows further back.
+    """
+    full = streams[full_depth]
+    if depth == full_depth:
+        return scaled_dot_product_attention(queries_BHSD, *full, is_causal=True, enable_gqa=True)
+    size = queries_BHSD.shape[2]
+    lags = range(min(fill - depth, size))
+    index_S1 = torch.arange(size, device=queries_BHSD.device)[:, None]
+    near_SS = index_S1 - index_S1.T < len(lags)
+    missing_SJ = index_S1 < index_S1.T[:, : len(lags)]  # the text begins less than j positions back
+    own = [(_shifted(streams[depth + lag].keys, lag), _shifted(streams[depth + lag].values, lag)) for lag in lags]
+    return attend_with_own(queries_BHSD, full.keys, full.values, near_SS, own, missing_SJ)
 
 
 def _shifted(rows_BKSD: Tensor, lag: int) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from spdbench.errors import InputError
 from spdbench.models.decoder import Decoder
-from spdbench.models.partition import split_evenly
+from spdbench.models.partition import split_by_counts, split_evenly
 from spdbench.training.layers import angles
 from spdbench.training.recipe import Batch, Provenance, Teacher
 from spdbench.types import Step
 from spdbench_backends.spd.drafter import ExitDrafter, HeadDrafter
 from spdbench_backends.spd.exit_formats import build_exit, read_exit
 from spdbench_backends.spd.formats import build_head, read_head
-from spdbench_backends.spd.plan import DeepestRows
+from spdbench_backends.spd.plan import DeepestRows, FeaturePlan
 from spdbench_backends.spd.train import PUBLISHED, SPDRecipe, SPDTrainOptions
 from spdbench_backends.spd.train_ppsd import PPSDRecipe
 from tests import tiny
@@ -53,9 +53,11 @@ def hidden_states(decoder: Decoder, ids: list[int]) -> dict[int, Tensor]:
     return states
 
 
-def decoders_logits(recipe: SPDRecipe, decoder: Decoder, folder: Path, newest: int, fill: int) -> Tensor:
+def decoders_logits(
+    recipe: SPDRecipe, plan: FeaturePlan, decoder: Decoder, folder: Path, newest: int, fill: int
+) -> Tensor:
     """What decoding computes with `fill` tokens in flight, the newest at `newest`, from the recipe's own files."""
-    states, plan = hidden_states(decoder, IDS), recipe._plan
+    states = hidden_states(decoder, IDS)
     recipe.write(folder, ABOUT, "spdbench")
     module = build_head(read_head(folder), decoder, plan.stages).new_module(len(IDS))
     rows = DeepestRows(plan)
@@ -80,6 +82,8 @@ def decoders_logits(recipe: SPDRecipe, decoder: Decoder, folder: Path, newest: i
         (None, {"stage_layers": "3,1,2", "layers": 2}),
         (3, {"anchors": "0,2,5,6", "layers": 2}),  # two depths share a row type, one type has no depth
         (6, {"layers": 3, "head": "trained"}),
+        (None, {"stage_counts": "2,3,6,1"}),
+        (None, {"stage_counts": "6,2", "layers": 2, "anchors": "0,2,3,5,6"}),
     ],
 )
 def test_training_sees_what_decoding_sees_full_and_while_filling(
@@ -87,13 +91,14 @@ def test_training_sees_what_decoding_sees_full_and_while_filling(
 ) -> None:
     recipe = spd(teacher, stages, **options)
     states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
-    for fill in range(1, recipe._plan.full_depth + 1):
-        tables = angles(decoder.rotary, torch.arange(len(IDS)))
+    tables = angles(decoder.rotary, torch.arange(len(IDS)))
+    fills = [(plan, fill) for plan in recipe._plans for fill in range(1, plan.full_depth + 1)]
+    for plan, fill in fills:
         with torch.no_grad():
-            rows = recipe.module(states, *tables, fill)[0][0]
+            rows = recipe.module(plan, states, *tables, fill)[0][0]
             logits = torch.nn.functional.linear(teacher.normed(rows), recipe._head)
         for newest in (8, 15):
-            expected = decoders_logits(recipe, decoder, tmp_path, newest, fill)
+            expected = decoders_logits(recipe, plan, decoder, tmp_path, newest, fill)
             torch.testing.assert_close(logits[newest], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -157,6 +162,34 @@ def test_the_config_says_where_a_head_comes_from(teacher: Teacher, tmp_path: Pat
     assert config["acceptance_by_position"] == [0.5]
 
 
+def test_a_head_for_any_number_of_stages_fits_every_cut(decoder: Decoder, teacher: Teacher, tmp_path: Path) -> None:
+    recipe = spd(teacher, None, stage_counts="3,2")
+    recipe.write(tmp_path, ABOUT, "spdbench")
+    file = read_head(tmp_path)
+    assert file.config.num_stages == 3
+    answers = []
+    for counts in ((6,), (3, 3), (2, 2, 2), (1, 1, 1, 1, 1, 1), (4, 2), (1, 2, 1, 2)):
+        stages = split_by_counts(6, counts)
+        drafter = HeadDrafter(build_head(file, decoder, stages))
+        steps = generate(decoder, stages, drafter, tiny.greedy(tiny.PROMPT, 24))
+        answers.append([token for step in steps for token in step.token_ids])
+    assert answers == answers[:1] * len(answers)
+    with pytest.raises(InputError, match="is for one number of stages; give --stages in place of"):
+        recipe.require_layout("spd-v11")
+
+
+def test_a_head_goes_on_with_more_anchors_as_it_was(decoder: Decoder, teacher: Teacher) -> None:
+    former, wider = spd(teacher, 3, layers=2), spd(teacher, None, stage_counts="3,2", layers=2)
+    weights = former.module.state_dict()
+    wider._module.load_state_dict(wider._module.widened(weights, former._plans[0].anchors))
+    states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
+    tables = angles(decoder.rotary, torch.arange(len(IDS)))
+    with torch.no_grad():
+        for fill in (1, 2, 3):
+            found = [each.module(each._plans[0], states, *tables, fill)[0] for each in (former, wider)]
+            torch.testing.assert_close(*found)
+
+
 def batch(decoder: Decoder, ids: list[int], *, answers_from: int = 4, padding: int = 3) -> Batch:
     """One text, padded, with the decoder's own greedy tokens."""
     states = hidden_states(decoder, ids + [0] * padding)
@@ -207,6 +240,9 @@ def test_rows_of_all_depths_can_be_trained_and_are_reported(decoder: Decoder, te
         ({"anchors": "1,2"}, 3, "must begin with 0"),
         ({"init_layers": "6"}, 3, "expected 1 of the layers 0 to 5"),
         ({"layers": 7}, 3, "the model has 6 layers"),
+        ({"stage_counts": "2,3"}, 3, "stage_counts: is given in place of --stages"),
+        ({"stage_counts": "2,3", "stage_layers": "3,3"}, None, "and of -o stage_layers"),
+        ({"stage_counts": "2,4"}, None, "cannot be split into 4"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(
