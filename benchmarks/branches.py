@@ -116,7 +116,7 @@ class Measured:
 def main() -> None:
     arguments = sides.parser(__doc__, rounds=1, tokens=64)
     arguments.add_argument("--stages", nargs="+", type=int, default=[2, 3])
-    arguments.add_argument("--drafters", type=Path, help="a folder of spd-N; default: the drafters that ship")
+    arguments.add_argument("--drafters", type=Path, help="a folder of spd-N; default: the drafter that ships")
     arguments.add_argument("--prompts", type=Path, help="a JSONL file of questions; default: four prompts")
     arguments.add_argument("--limit", type=int, default=8, help="questions of --prompts (default 8)")
     arguments.add_argument("--executor", choices=("inline", "process"), default="inline")

@@ -155,8 +155,11 @@ def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namesp
 
 
 def split(lengths: Sequence[int], num_first: int, chosen: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """Indices to learn from and held out. Drafters to go on from have learned the first `num_first`, those of --data, of
-    which what was held out stays unseen; with --more, others are held out now."""
+    """Indices to learn from and held out.
+
+    Drafters to go on from have learned the first `num_first`, those of --data; what was held out of these stays unseen.
+    With --more, others are held out now.
+    """
     learned, held = split_held_out(lengths[:num_first], HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS)
     if chosen.judge or not chosen.more:
         return learned, held

@@ -161,7 +161,7 @@ def ppsd(folder: Path, target: Decoder, _threads: int) -> Callable[[], float]:
 DRAFTS: Mapping[str, Callable[[Path, Decoder, int], Callable[[], float]]] = {
     "eagle3": eagle,
     "medusa": medusa,
-    "spd-3": spd,
+    "spd": spd,
     "ppsd-3": ppsd,
 }
 

@@ -4,7 +4,8 @@ A matrix counts as it is computed with there: in the target's dtype, however the
 on CPUs alone). Most files hold no output head: they borrow the target's rows of their draft vocabulary, which a draft
 reads like the drafter's own. Of an embedding it reads one row, and of scales and token maps nothing.
 
-    spd, ppsd   all matrices and the head in each draft
+    spd, ppsd   all matrices and the head in each draft; of a head for any number of stages, the projections of the row
+                types that tokens reach in so many
     eagle3      layers and head for each level of a tree; `fc` once a draft, where it reads the target's features alone
     medusa      one head's blocks for each level; the rows of the output head once, where all heads share them
 
@@ -45,7 +46,7 @@ def drafter_sizes(target: Target, sizes: Sizes) -> Iterator[DrafterSize]:
             with suppress(InputError, TypeError, ValueError):  # `run` names what is wrong with a config
                 config = read_json(file)
                 if isinstance(config, dict) and config.get("model_sha256") == target.files.sha256:
-                    yield _size_of(file.parent, config, target)
+                    yield from _sizes_of(file.parent, config, target)
                     found.add(config.get("method"))
     block = float(target.config.hidden_size**2 * sizes.itemsize)
     for method in {*TREE_METHODS.values(), *PIPELINE_METHODS.values()} - found:
@@ -56,15 +57,29 @@ def drafter_sizes(target: Target, sizes: Sizes) -> Iterator[DrafterSize]:
             yield DrafterSize(method, "assumed", sizes.layer_read(1) + sizes.head, fields)
 
 
-def _size_of(folder: Path, config: Mapping[str, Any], target: Target) -> DrafterSize:
-    """Raises `InputError` for weights that cannot be read."""
+def _sizes_of(folder: Path, config: Mapping[str, Any], target: Target) -> Iterator[DrafterSize]:
+    """One for each number of stages that it learned in. Raises `InputError` for weights that cannot be read."""
     with closing(Checkpoint(folder)) as checkpoint:
         shapes = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith(SCALE)}
         sha256 = sha256_of_files(checkpoint.files)
-    each, once = draft_parameters(config, shapes, target.config.vocab_size, target.config.hidden_size)
-    itemsize, stages = target.dtype.itemsize, config.get("num_stages")
-    fields = (("stages", stages),) if stages else (("tree", "chain"),)
-    return DrafterSize(str(config.get("method")), sha256, each * itemsize, fields, once * itemsize)
+    itemsize, method = target.dtype.itemsize, str(config.get("method"))
+    for stages in config.get("stage_counts") or [config.get("num_stages")]:
+        read = reached(config, shapes, stages)
+        each, once = draft_parameters(config, read, target.config.vocab_size, target.config.hidden_size)
+        fields = (("stages", stages),) if stages else (("tree", "chain"),)
+        yield DrafterSize(method, sha256, each * itemsize, fields, once * itemsize)
+
+
+def reached(config: Mapping[str, Any], shapes: Shapes, stages: int | None) -> Shapes:
+    """`shapes` without the projections of a head for any number of stages that no row of so many equal ones is read
+    through."""
+    if not config.get("stage_counts") or not stages:
+        return shapes
+    anchors, num_layers = config["aggr_feature_bound"], config["num_layers"]
+    ends = [depth * num_layers // stages for depth in range(stages + 1)]
+    kinds = {max(kind for kind, anchor in enumerate(anchors) if anchor <= end) for end in ends}
+    unread = {f"aggr_projs.{kind}.weight" for kind in range(len(anchors)) if kind not in kinds}
+    return {name: shape for name, shape in shapes.items() if name not in unread}
 
 
 def draft_parameters(config: Mapping[str, Any], shapes: Shapes, vocab_size: int, width: int) -> tuple[float, float]:

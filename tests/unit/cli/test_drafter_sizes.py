@@ -6,7 +6,7 @@ from contextlib import closing
 
 import pytest
 
-from spdbench.cli.project.drafter_sizes import draft_parameters
+from spdbench.cli.project.drafter_sizes import draft_parameters, reached
 from spdbench.input_files import read_json
 from spdbench.models.checkpoints.folders import drafter_folders
 from spdbench.models.checkpoints.weights import Checkpoint
@@ -22,7 +22,7 @@ OF_EAGLE = LAYER + WIDTH * WIDTH + 2 * KEYS * WIDTH + 2 * WIDTH
 @pytest.mark.parametrize(
     ("name", "each", "once"),
     [
-        ("spd-3", 2 * (LAYER + 128) + (1 + 2 + 3 + 4) * WIDTH**2 + HEAD, 0),
+        ("spd", 2 * (LAYER + 128) + (1 + 2 + 3 + 4 + 5 + 6) * WIDTH**2 + HEAD, 0),
         ("ppsd-3", 2 * LAYER + WIDTH + VOCAB * WIDTH, 0),
         ("eagle3", OF_EAGLE + HEAD, 3 * WIDTH**2),
         ("medusa", WIDTH**2 + WIDTH, HEAD),
@@ -42,3 +42,14 @@ def test_a_draft_reads_the_drafters_matrices_and_the_head_that_it_borrows(name: 
     assert draft_parameters(config, own, VOCAB, WIDTH) == (each, once)
     unread = {"embed_tokens.weight": (VOCAB, WIDTH), "d2t": (DRAFTED,), "t2d": (VOCAB,)}
     assert draft_parameters(config, {**shapes, **unread}, VOCAB, WIDTH) == (each, once)
+
+
+def test_a_head_for_any_number_of_stages_reads_the_row_types_that_are_reached() -> None:
+    """With anchors at sixths of 30 layers: in two stages tokens have passed 0, 15 and 30 layers."""
+    config = {"stage_counts": [2, 3], "num_stages": 2, "num_layers": 30, "aggr_feature_bound": [0, 5, 10, 15, 20, 30]}
+    shapes = {f"aggr_projs.{kind}.weight": (WIDTH, (kind + 1) * WIDTH) for kind in range(6)} | {"other": (4, 4)}
+    kinds = {
+        stages: {int(name[11]) for name in reached(config, shapes, stages) if name != "other"} for stages in (2, 3, 5)
+    }
+    assert kinds == {2: {0, 3, 5}, 3: {0, 2, 4, 5}, 5: {0, 1, 2, 3, 4, 5}}
+    assert reached({**config, "stage_counts": None}, shapes, 2) == shapes
