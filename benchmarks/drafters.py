@@ -72,8 +72,8 @@ IN_8_BITS = {"storage": "int8"}
 TWO_LAYERS = {"layers": "2", "init_layers": "27,29", **IN_8_BITS}
 SHIPPED = (  # the longest training first
     Drafter("spd", "spd", None, {"stage_counts": "2,3,5,10", **TWO_LAYERS}),
-    Drafter("eagle3", "eagle3", None, IN_8_BITS),
     Drafter("ppsd-3", "ppsd", 3, TWO_LAYERS),
+    Drafter("eagle3", "eagle3", None, IN_8_BITS),
     Drafter("medusa", "medusa", None, IN_8_BITS),
 )
 MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (2, 3, 5, 6, 10))
