@@ -56,12 +56,14 @@ class TreeBuilder(Protocol):
 class _Level(NamedTuple):
     """One level of a static tree.
 
-    Every node takes the candidate of rank `ranks` of row `parent_rows` of the level before. The nodes `inner` have
-    children: they are the next call's rows, with parent rows `inner_parents`, and see `rows` of the inner nodes so far.
+    Every node takes the candidate of rank `ranks`, below `num_ranks`, of row `parent_rows` of the level before. The
+    nodes `inner` have children: they are the next call's rows, with parent rows `inner_parents`, and see `rows` of the
+    inner nodes so far.
     """
 
     parent_rows: Tensor
     ranks: Tensor
+    num_ranks: int
     inner: Tensor
     inner_parents: Tensor
     rows: TreeRows
@@ -81,11 +83,11 @@ class StaticTreeBuilder:
         ids = [root_1]
         for depth, level in enumerate(self._levels[: tree.num_levels]):
             if depth == 0:
-                candidates = proposer.first(self.num_ranks)
+                candidates = proposer.first(level.num_ranks)
             else:
                 before = self._levels[depth - 1]
                 inner_ids = ids[-1] if len(before.inner) == len(ids[-1]) else ids[-1][before.inner]
-                candidates = proposer.next(before.inner_parents, inner_ids, before.rows, self.num_ranks)
+                candidates = proposer.next(before.inner_parents, inner_ids, before.rows, level.num_ranks)
             ids.append(candidates.ids_SK[level.parent_rows, level.ranks])
         return DraftTree(tree, torch.cat(ids))
 
@@ -117,6 +119,7 @@ def _static_levels(ordered: Sequence[Path], device: torch.device) -> Sequence[_L
             _Level(
                 indices([rows_before.index(path[:-1]) for path in nodes]),
                 indices([path[-1] for path in nodes]),
+                1 + max(path[-1] for path in nodes),
                 indices([nodes.index(path) for path in inner]),
                 indices([rows_before.index(path[:-1]) for path in inner]),
                 TreeRows(indices([depth - 1] * len(inner)), torch.tensor(sees, dtype=torch.bool, device=device)),

@@ -72,6 +72,16 @@ def best_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> list[tu
     return found[1:]  # without the root
 
 
+def paths_beside_a_chain(accuracies: Sequence[Sequence[float]]) -> list[tuple[Path, float]]:
+    """All paths that turn from the first choices at their last token at most, with their probabilities, most probable
+    first; parents come before children."""
+    found, reached = [], 1.0
+    for level, by_rank in enumerate(accuracies):
+        found += [((*[0] * level, rank), reached * accuracy) for rank, accuracy in enumerate(by_rank)]
+        reached *= by_rank[0]
+    return sorted(found, key=lambda each: -each[1])  # stable: a child may be as probable as its parent
+
+
 @dataclass(frozen=True)
 class Choice:
     """A tree's paths, empty where drafting does not pay, and its expected speed-up over no drafting."""
@@ -85,19 +95,27 @@ class Choice:
 
 
 def choose_tree(
-    accuracies: Sequence[Sequence[float]], costs: RowCosts, draft_seconds: Callable[[int], float], largest: int
+    accuracies: Sequence[Sequence[float]],
+    costs: RowCosts,
+    draft_seconds: Callable[[int], float],
+    largest: int,
+    *,
+    one_row_a_level: bool = False,
 ) -> Choice:
-    """Of the best trees of 1 to `largest` drafts the one with the most tokens a second.
+    """Of the best trees of each depth and of 1 to `largest` drafts the one with the most tokens a second.
 
-    `draft_seconds(levels)` is the time of drafting so many levels, one at least.
+    `draft_seconds(levels)` is the time of drafting so many levels, one at least. With `one_row_a_level` only first
+    choices go on: a chain with further choices beside it, for which a drafter computes no more rows than for the chain.
     """
-    best, expected = Choice((), 0.0), 1.0
-    ranked = best_paths(accuracies, largest)
-    for count, (_, probability) in enumerate(ranked, 1):
-        expected += probability
-        paths = tuple(path for path, _ in ranked[:count])
-        seconds = costs(count + 1) + draft_seconds(max(map(len, paths)))
-        speedup = expected * costs(1) / seconds
-        if speedup > best.speedup:
-            best = Choice(paths, speedup)
+    best = Choice((), 0.0)
+    for depth in range(1, len(accuracies) + 1):
+        some, expected = accuracies[:depth], 1.0
+        ranked = paths_beside_a_chain(some)[:largest] if one_row_a_level else best_paths(some, largest)
+        for count, (_, probability) in enumerate(ranked, 1):
+            expected += probability
+            paths = tuple(path for path, _ in ranked[:count])
+            seconds = costs(count + 1) + draft_seconds(max(map(len, paths)))
+            speedup = expected * costs(1) / seconds
+            if speedup > best.speedup:
+                best = Choice(paths, speedup)
     return best

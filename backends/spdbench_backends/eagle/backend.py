@@ -159,7 +159,7 @@ class Eagle(DraftVerify):
 
     def _choose_by_cost(self, choice: DrafterChoice, file: EagleFile | None) -> TreeBuilder:
         """The builder that promises the most tokens a second; of a chain where the target takes no trees."""
-        from spdbench.decoding.tree_builder import DynamicTreeBuilder, chain_builder
+        from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
         from spdbench.decoding.tree_choice import MAX_AUTO_NODES, assumed_accuracies, choose_tree
 
         device = self._decoder.device
@@ -170,26 +170,43 @@ class Eagle(DraftVerify):
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
         accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
         costs = self._row_costs(largest)
-        chain_s = self._draft_costs(chain_builder(1, device), chain_builder(CHAIN_DEPTH, device), costs(1))
-        chain = tree = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
+        chain_s, beside_s, grown_s = self._drafts_seconds(costs(1))
+        best = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
+        chain_levels, grows = best.num_levels, False
         if self._decoder.takes_trees:
-            tree_s = self._draft_costs(
-                DynamicTreeBuilder(1, 2, total_tokens=3),
-                DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8),
-                costs(1),
-            )
-            tree = choose_tree(accuracies, costs, tree_s, largest - 1)
-        if tree.speedup <= chain.speedup or len(tree.paths) == tree.num_levels:
-            levels = min(max(1, chain.num_levels, choice.num_levels), depth)
+            beside = choose_tree(accuracies, costs, beside_s, largest - 1, one_row_a_level=True)
+            grown = choose_tree(accuracies, costs, grown_s, largest - 1)
+            best = max((best, beside, grown), key=lambda tree: tree.speedup)  # the first of equal ones
+            grows = best is grown
+        levels, num_nodes = best.num_levels, len(best.paths) + 1
+        if num_nodes == levels + 1:
+            levels = min(max(1, chain_levels, choice.num_levels), depth)
             self._chosen = {"tree": f"chain, depth {levels}"}
             return chain_builder(levels, device)
-        levels, num_nodes = tree.num_levels, len(tree.paths) + 1
-        top_k = max(sum(len(path) == level for path in tree.paths) for level in range(1, levels + 1))
-        self._chosen = {"tree": f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"}
         if self._decoder_to_capture() is None:
             self._chain = chain_builder(levels, device)
-            self._chosen["with a temperature"] = f"chain, depth {self._chain.num_levels}, drawn"
+            self._chosen = {"with a temperature": f"chain, depth {levels}, drawn"}
+        if not grows:
+            self._chosen = {"tree": f"chain and {num_nodes - 1 - levels} beside it, depth {levels}", **self._chosen}
+            return StaticTreeBuilder(best.paths, device)
+        top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
+        words = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
+        self._chosen = {"tree": words, **self._chosen}
         return DynamicTreeBuilder(levels, top_k, num_nodes)
+
+    def _drafts_seconds(self, forward_s: float) -> list[Callable[[int], float]]:
+        """Seconds of drafting by number of levels, of chains, of chains with a second choice beside them, and of trees
+        that grow, where a forward of one row takes `forward_s`."""
+        from spdbench.decoding.tree import chain_paths
+        from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
+
+        device = self._decoder.device
+        pairs: list[tuple[TreeBuilder, TreeBuilder]] = [
+            (chain_builder(1, device), chain_builder(CHAIN_DEPTH, device)),
+            (StaticTreeBuilder([(0,), (1,)], device), StaticTreeBuilder([*chain_paths(CHAIN_DEPTH), (1,)], device)),
+            (DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)),
+        ]
+        return [self._draft_costs(shallow, deep, forward_s) for shallow, deep in pairs]
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder, forward_s: float) -> Callable[[int], float]:
         """Seconds of drafting by number of levels where a forward of one row takes `forward_s`, by two builders of one
@@ -200,7 +217,7 @@ class Eagle(DraftVerify):
 
     def _draft_seconds(self, builder: TreeBuilder, forward_s: float) -> float:
         """Seconds of one draft where a forward of one row takes `forward_s`."""
-        from spdbench.decoding.tree_builder import is_chain
+        from spdbench.decoding.tree_builder import StaticTreeBuilder, is_chain
 
         if self._weights is None:
             return 0.0
@@ -211,7 +228,8 @@ class Eagle(DraftVerify):
             drafter = self._head_drafter(builder, TIMED_TOKENS, rounds)
             return self._seconds_to_draft(drafter, builder.num_levels, forward_s)
 
-        kind = "chain" if is_chain(builder) else "dynamic"
+        static = "chain" if is_chain(builder) else "beside"
+        kind = static if isinstance(builder, StaticTreeBuilder) else "dynamic"
         return self._draft_cost(kind, builder.num_levels, measure)
 
     def _weights_drafter(self, request: GenerationRequest) -> Drafter:

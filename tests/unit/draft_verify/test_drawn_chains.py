@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from spdbench.backend import BackendContext, find_backend, parse_options
 from spdbench.decoding.sampling import Sampler, warp
 from spdbench.decoding.speculate import Drafter, Features
 from spdbench.decoding.tree import DraftTree
+from spdbench.decoding.tree_builder import StaticTreeBuilder, TreeBuilder
 from spdbench.models.target import Target
 from spdbench.types import Sampling
 from spdbench_backends.drafting import DraftVerify
@@ -104,15 +106,22 @@ def test_all_else_is_picked(target: Target, name: str, options: dict[str, str], 
     assert proposed(target, started(target, name, options), sampling, 9).drawn is None
 
 
-def test_an_automatic_tree_gives_way_to_a_drawn_chain_as_deep(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", ["dynamic", "chain and"])
+def test_an_automatic_tree_gives_way_to_a_drawn_chain_as_deep(
+    target: Target, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
     from spdbench.profiles.profile import RowCosts
     from spdbench_backends.eagle.backend import Eagle
 
-    monkeypatch.setattr(Eagle, "_draft_costs", lambda *_: lambda _levels: 0.0)
+    def costs(_self: Eagle, shallow: TreeBuilder, _deep: TreeBuilder, _forward_s: float) -> Callable[[int], float]:
+        grows = not isinstance(shallow, StaticTreeBuilder)
+        return lambda _levels: 0.0 if grows == (words == "dynamic") else 1.0
+
+    monkeypatch.setattr(Eagle, "_draft_costs", costs)
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
     backend = started(target, "eagle", {"tree": "auto", "total_tokens": "6"})
     chosen = backend.describe().chosen
-    assert chosen["tree"].startswith("dynamic")
+    assert chosen["tree"].startswith(words)
     tree = proposed(target, backend, HOT, 9)
     assert tree.drawn is not None
     assert chosen["with a temperature"] == f"chain, depth {len(tree.drawn)}, drawn"

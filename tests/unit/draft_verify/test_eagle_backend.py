@@ -11,7 +11,7 @@ import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
+from spdbench.decoding.tree_builder import StaticTreeBuilder, TreeBuilder, chain_builder, is_chain
 from spdbench.decoding.tree_choice import ROW_COUNTS
 from spdbench.errors import InputError
 from spdbench.models.target import Target
@@ -51,18 +51,43 @@ def test_auto_keeps_to_the_tokens_that_it_may_verify(target: Target) -> None:
     assert backend._builder.max_nodes <= 3
 
 
-@pytest.mark.parametrize(("tree_s", "kind"), [(0.0, DynamicTreeBuilder), (1e3, StaticTreeBuilder)])
+@pytest.mark.parametrize(
+    ("grown_s", "beside_s", "expected"),
+    [(0.0, 1e3, "dynamic, depth"), (1e3, 1e3, "chain, depth"), (1e3, 1.0, "chain and"), (0.5, 1.0, "dynamic, depth")],
+)
 def test_auto_weighs_what_levels_of_trees_and_of_chains_take(
-    target: Target, tree_s: float, kind: type, monkeypatch: pytest.MonkeyPatch
+    target: Target, grown_s: float, beside_s: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {DynamicTreeBuilder: tree_s, StaticTreeBuilder: 1.0}
+    def seconds(_: Eagle, builder: TreeBuilder, _forward_s: float) -> float:
+        each = 1.0 if is_chain(builder) else beside_s if isinstance(builder, StaticTreeBuilder) else grown_s
+        return each * builder.num_levels
+
+    monkeypatch.setattr(Eagle, "_draft_seconds", seconds)
+    monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
+    backend = load(target, {}, "random")
+    chosen = backend.describe().chosen
+    assert chosen["tree"].startswith(expected)
+    if expected != "chain, depth":
+        assert backend._builder is not None
+        assert chosen["with a temperature"] == f"chain, depth {backend._builder.num_levels}, drawn"
+
+
+def test_further_choices_stand_beside_a_chain_of_first_ones(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only first choices go on, so that a level is one row for the head, as in a chain."""
+    costs = {True: 1.0, False: 1.001}  # of a chain, of one with others beside it
     monkeypatch.setattr(
-        Eagle, "_draft_seconds", lambda _, builder, _forward_s: seconds[type(builder)] * builder.num_levels
+        Eagle,
+        "_draft_seconds",
+        lambda _, builder, __: (
+            costs[is_chain(builder)] if isinstance(builder, StaticTreeBuilder) else 1e3 * builder.num_levels
+        ),
     )
     monkeypatch.setattr(Eagle, "_row_costs", lambda *_: RowCosts((1, 64), (1.0, 1.0)))
-    builder = load(target, {}, "random")._builder
-    assert isinstance(builder, kind)
-    assert not isinstance(builder, StaticTreeBuilder) or builder.tree.is_chain
+    builder = load(target, {"total_tokens": "9"}, "random")._builder
+    assert isinstance(builder, StaticTreeBuilder)
+    assert not builder.tree.is_chain
+    assert len(builder.tree) == 9
+    assert all(len(level.inner) <= 1 for level in builder._levels)
 
 
 def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +102,7 @@ def test_the_drafts_that_are_timed_come_after_forwards(target: Target, monkeypat
 
     monkeypatch.setattr("spdbench.models.torch_utils.median_seconds", timed)
     load(target, {}, "random")
-    assert done == ["forward", "draft"] * 4
+    assert done == ["forward", "draft"] * 6
 
 
 def test_a_second_start_chooses_the_same_tree_whatever_the_machine_does(
