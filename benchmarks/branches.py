@@ -2,7 +2,7 @@
 
 Why: a rejection empties the pipe. A row that has become deeper may know better than the first draft behind it
 (`redraft`), and the second choice may be right where the first was wrong (`draft_top_k`); rows cost time as well.
-Regimes: batch 1, greedy, the embedded model, trained heads: the shipped one, or `DIR/spd-N` of `--drafters`; the
+Regimes: batch 1, greedy, the embedded model, trained heads: the shipped one, or `DIR/spd-N` or `DIR/spd` of `--drafters`; the
 benchmarks' four prompts, or the first `--limit` questions of a JSONL file (`--prompts`, the first of their `turns`).
 Settings take turns prompt by prompt. `inline` shows tokens a cycle; `process` times as well, where there is a
 processor a stage.
@@ -113,10 +113,15 @@ class Measured:
         )  # fmt: skip
 
 
+def drafter_in(folder: Path, num_stages: int) -> Path:
+    own = folder / f"spd-{num_stages}"
+    return own if own.exists() else folder / "spd"
+
+
 def main() -> None:
     arguments = sides.parser(__doc__, rounds=1, tokens=64)
     arguments.add_argument("--stages", nargs="+", type=int, default=[2, 3])
-    arguments.add_argument("--drafters", type=Path, help="a folder of spd-N; default: the drafter that ships")
+    arguments.add_argument("--drafters", type=Path, help="a folder of spd-N or spd; default: the drafter that ships")
     arguments.add_argument("--prompts", type=Path, help="a JSONL file of questions; default: four prompts")
     arguments.add_argument("--limit", type=int, default=8, help="questions of --prompts (default 8)")
     arguments.add_argument("--executor", choices=("inline", "process"), default="inline")
@@ -159,7 +164,7 @@ def prompts(target: Target, file: Path | None, limit: int) -> list[tuple[int, ..
 
 
 def started(target: Target, num_stages: int, chosen: argparse.Namespace, options: Mapping[str, str]) -> SPD:
-    drafter = str(chosen.drafters / f"spd-{num_stages}") if chosen.drafters else "auto"
+    drafter = str(drafter_in(chosen.drafters, num_stages)) if chosen.drafters else "auto"
     words = {"stages": str(num_stages), "executor": chosen.executor, **options}
     context = BackendContext("spd", target, drafter, ("cpu",), chosen.threads, seed=0)
     backend = SPD(parse_options("spd", SPD.Options, words), context)

@@ -87,7 +87,7 @@ def main() -> None:
     what = arguments.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path)
     what.add_argument("--store-again", choices=["int8", "bfloat16"])
-    arguments.add_argument("--judge", action="store_true")
+    arguments.add_argument("--judge", action="store_true", help="only say how good the drafters in --out are")
     arguments.add_argument("--out", type=Path, default=Path("spdbench/drafters"))
     arguments.add_argument("--epochs", type=float, default=2.0)
     arguments.add_argument("--budget", type=float, help="seconds for each drafter, in place of --epochs")
@@ -98,8 +98,10 @@ def main() -> None:
     arguments.add_argument("--only", nargs="+", choices=[each.name for each in (*SHIPPED, *MEASURED)])
     arguments.add_argument("--all", action="store_true", help="also those that do not ship")
     arguments.add_argument("--start", type=Path, help="a folder of drafters to go on from")
-    arguments.add_argument("--more", type=Path, help="conversations new to the drafters of --start; these are held out")
-    arguments.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS)
+    arguments.add_argument(
+        "--more", type=Path, help="conversations that drafters of --start have not learned; some are held out"
+    )
+    arguments.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="of --more, at most")
     arguments.add_argument("--features", type=Path, help="a folder that keeps what the target computes")
     arguments.add_argument("--features-budget", type=float, default=float("inf"), help="seconds")
     arguments.add_argument("--features-dtype", default=DTYPE, help="float32 where a processor lacks bfloat16")
@@ -111,8 +113,12 @@ def main() -> None:
         for each in drafters:
             store_again(chosen.out / each.name, chosen.store_again)
         return
+    if chosen.features:
+        train_all(drafters, chosen.features, chosen)
+        return
+    cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder(), prefix=".features-") as folder:
-        train_all(drafters, chosen.features or Path(folder), chosen)
+        train_all(drafters, Path(folder), chosen)
 
 
 def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namespace) -> None:
@@ -120,7 +126,8 @@ def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namesp
     texts = [read_conversations(path) for path in (chosen.data, chosen.more) if path]
     by_file = [sequences_of(each.messages, target) for each in texts]
     sequences = [sequence for each in by_file for sequence in each]
-    recipes = {each.name: recipe_of(each, target, sequences, chosen.seed) for each in drafters}
+    vocabulary = most_frequent_tokens(sequences, DRAFT_VOCABULARY, target.own_decoder.config.vocab_size, target.eos_ids)
+    recipes = {each.name: recipe_of(each, target, vocabulary, chosen.seed) for each in drafters}
     lengths = [len(sequence.ids) for sequence in sequences]
     data = Data(lengths, *split(lengths, len(by_file[0]), chosen))
     sha256 = texts[0].sha256
@@ -137,7 +144,7 @@ def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namesp
     known = features.know_all()
     data = Data(lengths, *([index for index in each if index in known] for each in (data.learned, data.held_out)))
     if chosen.judge:
-        judge(drafters, target, sequences, features, data, chosen)
+        judge(drafters, target, features, data, chosen)
         return
     next_drafter = multiprocessing.get_context("fork").Value("i", 0)
 
@@ -241,14 +248,11 @@ def sequences_of(messages: list[tuple[Mapping[str, str], ...]], target: Target) 
     return [each for conversation in messages for each in tokenised(conversation, chat, end_id, LENGTH)]
 
 
-def recipe_of(each: Drafter, target: Target, sequences: list[TokenSequence], seed: int) -> Recipe:
-    decoder = target.own_decoder
-    config = decoder.config
+def recipe_of(each: Drafter, target: Target, draft_ids_U: Tensor | None, seed: int) -> Recipe:
     torch.manual_seed(seed)
     kind = find_recipe(each.method)
-    draft_ids_U = most_frequent_tokens(sequences, DRAFT_VOCABULARY, config.vocab_size, target.eos_ids)
     options = parse_recipe_options([f"{key}={value}" for key, value in each.options.items()], kind.Options)
-    return kind(options, Teacher(decoder), draft_ids_U, each.stages)
+    return kind(options, Teacher(target.own_decoder), draft_ids_U, each.stages)
 
 
 def prepare(features: SharedFeatures, mine: Sequence[int], data: Data, chosen: argparse.Namespace) -> None:
@@ -278,7 +282,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     epochs = None if chosen.budget else chosen.epochs
     plan = Plan(epochs, chosen.budget, chosen.lr, chosen.seed, chosen.batch_tokens)
-    learned_before = start_from(recipe, chosen.start, each) if chosen.start else 0
+    learned_before = start_from(recipe, start_of(chosen.start, each), each) if chosen.start else 0
     identity = {
         "schema": "spdbench.train/1",
         **each._asdict(),
@@ -290,6 +294,9 @@ def train(
         "epochs": epochs,
         "budget_s": chosen.budget,
         "learned_before": learned_before,
+        "features_dtype": chosen.features_dtype,
+        "conversations": len(data.learned),
+        "held_out": len(data.held_out),
     }
     torch.manual_seed(chosen.seed)
     own, progress = features.only(recipe.hidden_indices), TrainingProgress()
@@ -310,11 +317,14 @@ def train(
     say(f"{each.name}: {rates}, {state.trained_tokens:,} tokens in {time.monotonic() - began:.0f} s, {size:.1f} MB")
 
 
-def start_from(recipe: Recipe, folder: Path, each: Drafter) -> int:
+def start_of(folder: Path, each: Drafter) -> Path:
+    """The drafter to go on from: its own, or one that it can begin as."""
+    found = [folder / name for name in (each.name, STARTS.get(each.name)) if name and (folder / name).exists()]
+    return found[0] if found else sys.exit(f"--start {folder}: holds no {each.name}")
+
+
+def start_from(recipe: Recipe, path: Path, each: Drafter) -> int:
     """Gives the recipe the weights of a drafter; returns how many tokens that one learned from."""
-    path = folder / each.name
-    if not path.exists():
-        path = folder / STARTS[each.name]
     tensors, config = read_tensors([path / "model.safetensors"]), read_config(path, each.method)
     weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
     module = recipe.module
@@ -325,21 +335,18 @@ def start_from(recipe: Recipe, folder: Path, each: Drafter) -> int:
 
 
 def judge(
-    drafters: Sequence[Drafter],
-    target: Target,
-    sequences: list[TokenSequence],
-    features: SharedFeatures,
-    data: Data,
-    chosen: argparse.Namespace,
+    drafters: Sequence[Drafter], target: Target, features: SharedFeatures, data: Data, chosen: argparse.Namespace
 ) -> None:
     """Says how many first drafts are accepted on the conversations held out of --data; of a head for several numbers of
     stages, for each of them."""
     batches = batches_of(data.held_out, data.lengths, chosen.batch_tokens)
     for each in drafters:
+        path = chosen.out / each.name
+        ids = read_config(path, each.method).get("draft_token_ids")
         for count in each.options.get("stage_counts", "").split(","):
             one = each._replace(options={**each.options, "stage_counts": count} if count else each.options)
-            recipe = recipe_of(one, target, sequences, chosen.seed)
-            start_from(recipe, chosen.out, each)
+            recipe = recipe_of(one, target, ids and torch.tensor(ids), chosen.seed)
+            start_from(recipe, path, each)
             view = features.only(recipe.hidden_indices)
             counts = measure_acceptance(recipe, view, batches, target.own_decoder.device)
             words = f"{each.name}{f' in {count} stages' if count else ''}"

@@ -79,25 +79,24 @@ class Drafting(LocalBackend, ABC, Generic[D]):
         method: str,
         read: Callable[[Path], F],
         draw: Callable[[], F],
-        num_stages: int | None = None,
     ) -> F | None:
         """The drafter that the user chose: read from its folder, or drawn at random; None for a synthetic one. Also
         sets what results say of it.
 
         Raises:
-            InputError: no drafter of `method` (for `num_stages`) is installed, or it cannot be read, or the target
-                shares nothing with one.
+            InputError: no drafter of `method` is installed, or it cannot be read, or the target shares nothing with
+                one.
         """
         if choice.is_synthetic:
             return None
         if choice.kind == "random":
             file = draw()
         else:
-            file = read(self._find_trained(method, num_stages) if choice.kind == "auto" else choice.path)
+            file = read(self._find_trained(method) if choice.kind == "auto" else choice.path)
         self._info = file.info(choice.kind, method)
         return file
 
-    def _require_trained(self, method: str, num_stages: int | None = None) -> None:
+    def _require_trained(self, method: str) -> None:
         """For `check`: where `auto` asks for a trained drafter, a missing one is found before anything is loaded.
 
         Raises:
@@ -106,14 +105,19 @@ class Drafting(LocalBackend, ABC, Generic[D]):
         from spdbench.decoding.drafter_choice import parse_drafter
 
         if parse_drafter(self._context.drafter).kind == "auto":
-            self._find_trained(method, num_stages)
+            self._find_trained(method)
 
-    def _find_trained(self, method: str, num_stages: int | None) -> Path:
+    @property
+    def _asked_cut(self) -> tuple[int | None, Sequence[int] | None]:
+        """The stages that a drafter has to be for, as `find_drafter` takes them; none where the target is not cut."""
+        return None, None
+
+    def _find_trained(self, method: str) -> Path:
         from spdbench_backends.drafter_files.folder import find_drafter
 
         target = self._context.target
         try:
-            return find_drafter(target.files, method, num_stages)
+            return find_drafter(target.files, method, *self._asked_cut)
         except InputError:
             if target.unsupported_reason is not None:
                 _ = target.ends  # fails where the advice to train one would be refused

@@ -79,14 +79,14 @@ class DecoderLayer(nn.Module):
         return self.queries(inputs_BSI, cos_SD, sin_SD), *self.keys_and_values(inputs_BSI, cos_SD, sin_SD)
 
     def queries(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        """Of `project`, for rows that attend."""
+        """Rotated queries `[B, H, S, D]`."""
         queries = self._heads(self.self_attn.q_proj, inputs_BSI)
         if self.self_attn.head_norms:
             queries = self.self_attn.q_norm(queries)
         return rotated(queries, cos_SD, sin_SD)
 
     def keys_and_values(self, inputs_BSI: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `project`, for rows that others attend to."""
+        """Rotated keys and plain values `[B, K, S, D]`."""
         keys, values = self._heads(self.self_attn.k_proj, inputs_BSI), self._heads(self.self_attn.v_proj, inputs_BSI)
         if self.self_attn.head_norms:
             keys = self.self_attn.k_norm(keys)

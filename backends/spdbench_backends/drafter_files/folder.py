@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -83,35 +83,43 @@ class DrafterFile(Generic[C]):
         )
 
 
-def find_drafter(model: ModelFiles, method: str, stages: int | None) -> Path:
-    """The first drafter trained for these weights and this method, for any number of stages if `stages` is None. In a
-    folder of drafters one for this number of stages comes before one for all.
+def find_drafter(model: ModelFiles, method: str, stages: int | None, cut: Sequence[int] | None = None) -> Path:
+    """The first drafter trained for these weights and this method.
+
+    With `stages` it drafts for a pipeline of so many, cut into `cut` layers each where these are not equal (none where
+    the cut is not known yet). Of the drafters in a folder those for this cut come first, then those for any number of
+    stages, then those for another cut into as many.
 
     Raises:
         InputError: there is none; names what was looked for and where.
     """
     for folder in drafter_folders():
-        for_any: Path | None = None
+        found: dict[Path, int] = {}
         for path in sorted(folder.glob("*/config.json")):
             try:
                 config = read_config(path.parent, method)
             except InputError:
                 continue
-            found = config.get("method"), config.get("model_sha256")
-            if found != (method, model.sha256):
+            if (config.get("method"), config.get("model_sha256")) != (method, model.sha256):
                 continue
-            if stages in (None, config.get("num_stages")):
-                return path.parent
-            if config.get("stage_counts") is not None:
-                for_any = for_any or path.parent
-        if for_any is not None:
-            return for_any
-    cut = f" with {stages} stages" if stages else ""
+            if stages is None or is_for_any_stages(config):
+                found[path.parent] = 0 if stages is None else 1
+            elif config.get("num_stages") == stages:
+                found[path.parent] = 0 if config.get("stage_layers") == (cut and list(cut)) else 2
+        if found:
+            return min(found, key=lambda each: found[each])  # the first of equal ones
+    many = f" with {stages} stages" if stages else ""
     raise InputError(
-        f"--drafter auto: no trained {method} drafter{cut} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "
+        f"--drafter auto: no trained {method} drafter{many} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "
         f"the user's data folder and spdbench itself). Train one (`spdbench train {method} --help`), give one with "
         "--drafter PATH, or an artificial one: --drafter oracle:0.8, or --drafter random."
     )
+
+
+def is_for_any_stages(config: Mapping[str, Any]) -> bool:
+    """True if a config says that its drafter is for pipelines of any number of stages."""
+    counts = config.get("stage_counts")
+    return isinstance(counts, list) and bool(counts) and all(type(each) is int and each > 0 for each in counts)
 
 
 def read_config(folder: Path, *methods: str, ours_alone: bool = False) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import torch
 from pydantic import Field
@@ -67,8 +67,9 @@ class HeadConfig(ModuleConfig):
 
     aggr_feature_bound: list[int]
     trained_with_use_deepest: bool = False
-    stage_counts: list[int] | None = None
-    """Of a head for pipelines of any number of stages: those that it learned in, `num_stages` first."""
+    stage_counts: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
+    """Of a head for pipelines of any number of stages: those that it learned in, `num_stages` first. Its rows follow
+    the layers that tokens have passed, so it may have more anchors than stages, which other readers refuse."""
 
 
 class GroupedConfig(ModuleConfig):

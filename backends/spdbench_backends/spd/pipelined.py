@@ -52,7 +52,7 @@ class Pipelined(Placed):
         """Seconds of a draft by the head in a full pipeline, timed now."""
 
     def check(self) -> None:
-        self._require_trained(self.method, self._options.asked_stages)
+        self._require_trained(self.method)
 
     def load(self) -> None:
         self._check_context()
@@ -169,12 +169,18 @@ class Pipelined(Placed):
             self.method,
             read,
             lambda: draw(target.ends, self._stages, self._context.seed),
-            self._options.asked_stages,
         )
         if is_read:
             assert file is not None
             self._stages = self._cut(file.config.num_stages, self._trained_cut(file))
         return file
+
+    @property
+    def _asked_cut(self) -> tuple[int | None, Sequence[int] | None]:
+        layers = self._options.stage_layers
+        if layers == "auto":
+            return self._options.asked_stages, ()
+        return self._options.asked_stages, layers if layers is not None and len(set(layers)) > 1 else None
 
     def _trained_cut(self, file: F) -> tuple[range, ...] | None:
         """The stages that a drafter's config lists, if it does."""

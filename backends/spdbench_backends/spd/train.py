@@ -49,7 +49,9 @@ class SPDTrainOptions(PipelineTrainOptions):
     """Options of `train spd`."""
 
     anchors: Counted = Field(
-        None, description="hidden states that rows read, e.g. 0,10,20,30; default: the stages' ends where they are few"
+        None,
+        description="hidden states that rows read, e.g. 0,10,20,30; default: the stages' ends where they are few, with "
+        "stage_counts sixths of the model",
     )
     head: Literal["frozen", "trained"] = Field(
         "frozen", description="frozen: the target's own rows, which the file need not hold; trained: rows of its own"
@@ -160,14 +162,17 @@ class SPDRecipe(PipelineRecipe):
         """The stages of each pipeline that is drafted for.
 
         Raises:
-            InputError: they do not fit the model, or `-o stage_counts` is given with other stages.
+            InputError: they do not fit the model, or `-o stage_counts` is given next to other stages.
         """
-        counts = self._options.stage_counts
+        counts, num_layers = self._options.stage_counts, self._teacher.config.num_layers
         if counts is None:
             return (self._stages,)
+        named = f"-o stage_counts={','.join(map(str, counts))}"
         if self._num_stages is not None or self._options.stage_layers is not None:
-            raise InputError("-o stage_counts: is given in place of --stages and of -o stage_layers")
-        return tuple(split_evenly(self._teacher.config.num_layers, count) for count in dict.fromkeys(counts))
+            raise InputError(f"{named}: is given in place of --stages and of -o stage_layers")
+        if not counts or any(count < 1 or num_layers % count for count in counts):
+            raise InputError(f"{named}: expected numbers of equal stages, which divide the model's {num_layers} layers")
+        return tuple(split_evenly(num_layers, count) for count in dict.fromkeys(counts))
 
     @property
     def _head(self) -> Tensor:
@@ -259,8 +264,7 @@ class SPDRecipe(PipelineRecipe):
 
 
 def _shared_anchors(num_layers: int) -> tuple[int, ...]:
-    """Sixths of the model without the last: where pipelines of 2, 3 and 6 equal stages, and nearly those of others, are
-    cut."""
+    """All sixths of the model but the fifth: where 2 and 3 equal stages end, and most of 6."""
     return tuple(sorted({round(sixths * num_layers / 6) for sixths in (0, 1, 2, 3, 4, 6)}))
 
 

@@ -98,10 +98,16 @@ class TrainableModule(nn.Module):
         return {kind: self.aggr_projs[kind](features[..., : (kind + 1) * width]).float() for kind in {*kinds}}
 
     def widened(self, weights: Mapping[str, Tensor], anchors: Sequence[int]) -> dict[str, Tensor]:
-        """The weights of a module with fewer anchors as weights of this one, which computes the same with them.
+        """The weights of a module with fewer anchors, from which this one computes the same rows.
 
-        Rows that read an anchor which the other lacks begin as its rows of the last anchor before, by zeros.
+        A row that reads an anchor which the other module lacks begins as the other's row up to the anchor before it:
+        the new columns are zeros.
+
+        Raises:
+            ValueError: the other module reads an anchor that this one lacks.
         """
+        if not set(anchors) <= set(self.anchors):
+            raise ValueError(f"anchors {list(anchors)} are not all among {list(self.anchors)}")
         found, width = dict(weights), self.projections[0].out_features
         for kind, anchor in enumerate(self.anchors):
             former = max(at for at, other in enumerate(anchors) if other <= anchor)

@@ -58,7 +58,8 @@ def drafter_sizes(target: Target, sizes: Sizes) -> Iterator[DrafterSize]:
 
 
 def _sizes_of(folder: Path, config: Mapping[str, Any], target: Target) -> Iterator[DrafterSize]:
-    """One for each number of stages that it learned in. Raises `InputError` for weights that cannot be read."""
+    """One for each number of stages that it learned in. Raises `InputError` for weights that cannot be read, and
+    `ValueError` or `TypeError` for a config that makes no sense."""
     with closing(Checkpoint(folder)) as checkpoint:
         shapes = {name: shape for name, shape in checkpoint.shapes().items() if not name.endswith(SCALE)}
         sha256 = sha256_of_files(checkpoint.files)
@@ -71,11 +72,17 @@ def _sizes_of(folder: Path, config: Mapping[str, Any], target: Target) -> Iterat
 
 
 def reached(config: Mapping[str, Any], shapes: Shapes, stages: int | None) -> Shapes:
-    """`shapes` without the projections of a head for any number of stages that no row of so many equal ones is read
-    through."""
+    """`shapes` but for projections that a draft in so many equal stages does not read: those of row types that no token
+    has at a stage's end. Only a head for any number of stages has such.
+
+    Raises:
+        ValueError: the config does not say what its rows read, or has more stages than layers.
+    """
     if not config.get("stage_counts") or not stages:
         return shapes
-    anchors, num_layers = config["aggr_feature_bound"], config["num_layers"]
+    anchors, num_layers = config.get("aggr_feature_bound"), config.get("num_layers")
+    if not isinstance(anchors, list) or not isinstance(num_layers, int) or not 1 <= stages <= num_layers:
+        raise ValueError(f"{stages} stages of {num_layers} layers, anchors {anchors}")
     ends = [depth * num_layers // stages for depth in range(stages + 1)]
     kinds = {max(kind for kind, anchor in enumerate(anchors) if anchor <= end) for end in ends}
     unread = {f"aggr_projs.{kind}.weight" for kind in range(len(anchors)) if kind not in kinds}

@@ -74,14 +74,15 @@ def _measured(target: Target, devices: tuple[str, ...], threads: int) -> Profile
 
 
 def _drafting_backends(target: Target) -> Iterator[tuple[str, dict[str, str]]]:
-    """Backends whose drafters have costs, with their options: each pipelined one with every number of stages."""
+    """Backends whose drafters have costs, with their options: each pipelined one with every number of equal stages."""
     from spdbench.cli.project.drafter_sizes import PIPELINE_METHODS, TREE_METHODS
 
     for name in TREE_METHODS:
         yield name, {}
     for name in PIPELINE_METHODS:
         for stages in range(2, target.config.num_layers + 1):
-            yield name, {"stages": str(stages), "executor": "inline"}
+            if target.config.num_layers % stages == 0:
+                yield name, {"stages": str(stages), "executor": "inline"}
 
 
 def _measure_drafter(
