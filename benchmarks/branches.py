@@ -2,10 +2,10 @@
 
 Why: a rejection empties the pipe. A row that has become deeper may know better than the first draft behind it
 (`redraft`), and the second choice may be right where the first was wrong (`draft_top_k`); rows cost time as well.
-Regimes: batch 1, greedy, the embedded model, trained heads: the shipped one, or `DIR/spd-N` or `DIR/spd` of `--drafters`; the
-benchmarks' four prompts, or the first `--limit` questions of a JSONL file (`--prompts`, the first of their `turns`).
-Settings take turns prompt by prompt. `inline` shows tokens a cycle; `process` times as well, where there is a
-processor a stage.
+Regimes: batch 1, greedy, the embedded model, trained heads: the shipped one, or `DIR/spd-N` or `DIR/spd` of
+`--drafters`; the benchmarks' four prompts, or the first `--limit` questions of a JSONL file (`--prompts`, the first of
+their `turns`). Settings take turns prompt by prompt. `inline` shows tokens a cycle; `process` times as well, where
+there is a processor a stage.
 Output: for each number of stages a table by depth: how often the first choice of a row of that depth is the target's
 next token, all in all, and where every choice less deep was wrong, for depths that lie before the verdict; then a table
 of settings: verdicts that accept, tokens a cycle, the formula, forwards of the target a cycle, ms a cycle, tokens/s,

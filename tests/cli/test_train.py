@@ -89,13 +89,21 @@ def drafter_of_a_run(method: str, model: Path, folder: Path, *words: str) -> tup
 def test_one_head_serves_every_number_of_stages_unless_there_is_one_for_it(
     data: Path, out: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder, words in ((out, ("-o", "stage_counts=3,2")), (out.with_name("two"), ("--stages", "2"))):
-        assert train("spd", data, folder, tiny_model, *words).code == 0
-    assert config_of(out)["stage_counts"] == [3, 2]
+    heads = {"any": ("-o", "stage_counts=3,2"), "three": ("--stages", "3"), "uneven": ("-o", "stage_layers=1,2,3")}
+    for name, words in heads.items():
+        assert train("spd", data, out.with_name(name), tiny_model, *words).code == 0
+    assert config_of(out.with_name("any"))["stage_counts"] == [3, 2]
     monkeypatch.setenv("SPDBENCH_DRAFTERS", str(out.parent))
-    for stages, expected in (("6", "new"), ("2", "two"), ("3", "new")):
-        assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", f"spd.stages={stages}")[0] == expected
-    assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", "spd.stage_layers=1,4,1")[0] == "new"
+    for asked, expected in (
+        ("stages=6", "any"),
+        ("stages=2", "any"),
+        ("stages=3", "three"),
+        ("stage_layers=1,2,3", "uneven"),
+        ("stage_layers=1,4,1", "any"),
+    ):
+        assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", f"spd.{asked}")[0] == expected
+    shutil.rmtree(out.with_name("any"))
+    assert drafter_of_a_run("spd", tiny_model, tmp_path, "-o", "spd.stages=3")[0] == "three"
 
 
 def test_an_interrupted_run_goes_on_and_a_finished_one_says_so(

@@ -53,3 +53,6 @@ def test_a_head_for_any_number_of_stages_reads_the_row_types_that_are_reached() 
     }
     assert kinds == {2: {0, 3, 5}, 3: {0, 2, 4, 5}, 5: {0, 1, 2, 3, 4, 5}}
     assert reached({**config, "stage_counts": None}, shapes, 2) == shapes
+    for wrong in ({"num_layers": None}, {"aggr_feature_bound": None}, {"num_layers": 1}):
+        with pytest.raises(ValueError, match="2 stages"):
+            reached({**config, **wrong}, shapes, 2)

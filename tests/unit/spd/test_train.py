@@ -162,24 +162,36 @@ def test_the_config_says_where_a_head_comes_from(teacher: Teacher, tmp_path: Pat
     assert config["acceptance_by_position"] == [0.5]
 
 
-def test_a_head_for_any_number_of_stages_fits_every_cut(decoder: Decoder, teacher: Teacher, tmp_path: Path) -> None:
-    recipe = spd(teacher, None, stage_counts="3,2")
-    recipe.write(tmp_path, ABOUT, "spdbench")
-    file = read_head(tmp_path)
-    assert file.config.num_stages == 3
-    answers = []
-    for counts in ((6,), (3, 3), (2, 2, 2), (1, 1, 1, 1, 1, 1), (4, 2), (1, 2, 1, 2)):
-        stages = split_by_counts(6, counts)
-        drafter = HeadDrafter(build_head(file, decoder, stages))
-        steps = generate(decoder, stages, drafter, tiny.greedy(tiny.PROMPT, 24))
-        answers.append([token for step in steps for token in step.token_ids])
-    assert answers == answers[:1] * len(answers)
+@pytest.mark.parametrize("counts", [(6,), (3, 3), (2, 2, 2), (1, 1, 1, 1, 1, 1), (4, 2), (1, 2, 1, 2)])
+def test_a_head_for_any_number_of_stages_drafts_for_every_cut(
+    decoder: Decoder, teacher: Teacher, tmp_path: Path, counts: tuple[int, ...]
+) -> None:
+    """It learned in others, and reads the row types by the layers that tokens have passed."""
+    recipe = spd(teacher, None, stage_counts="3,2", layers=2)
+    plan = FeaturePlan(recipe._plans[0].anchors, split_by_counts(6, counts), any_stages=True)
+    states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
+    tables = angles(decoder.rotary, torch.arange(len(IDS)))
+    for fill in range(1, len(counts) + 1):
+        with torch.no_grad():
+            rows = recipe.module(plan, states, *tables, fill)[0][0]
+            logits = torch.nn.functional.linear(teacher.normed(rows), recipe._head)
+        expected = decoders_logits(recipe, plan, decoder, tmp_path, 12, fill)
+        torch.testing.assert_close(logits[12], expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(InputError, match="is for one number of stages; give --stages in place of"):
         recipe.require_layout("spd-v11")
 
 
+@pytest.mark.parametrize("value", [[], [0], ["2"], "2", 2])
+def test_stage_counts_that_are_none_are_one_message(teacher: Teacher, tmp_path: Path, value: object) -> None:
+    spd(teacher, None, stage_counts="3,2").write(tmp_path, ABOUT, "spdbench")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "stage_counts": value}))
+    with pytest.raises(InputError, match=r"config\.stage_counts"):
+        read_head(tmp_path)
+
+
 def test_a_head_goes_on_with_more_anchors_as_it_was(decoder: Decoder, teacher: Teacher) -> None:
-    former, wider = spd(teacher, 3, layers=2), spd(teacher, None, stage_counts="3,2", layers=2)
+    former, wider = spd(teacher, 3, layers=2), spd(teacher, None, stage_counts="3,6", layers=2)
     weights = former.module.state_dict()
     wider._module.load_state_dict(wider._module.widened(weights, former._plans[0].anchors))
     states = {index: state[None] for index, state in hidden_states(decoder, IDS).items()}
@@ -188,6 +200,26 @@ def test_a_head_goes_on_with_more_anchors_as_it_was(decoder: Decoder, teacher: T
         for fill in (1, 2, 3):
             found = [each.module(each._plans[0], states, *tables, fill)[0] for each in (former, wider)]
             torch.testing.assert_close(*found)
+        first, last = (wider._module._first_rows(states, range(6)), former._module._first_rows(states, range(4)))
+    for kind, before in enumerate((0, 0, 1, 1, 2, 3)):  # anchors 0 to 4 and 6, of which the former has the even ones
+        torch.testing.assert_close(first[kind], last[before])
+    with pytest.raises(ValueError, match="are not all among"):
+        former._module.widened(wider.module.state_dict(), wider._module.anchors)
+
+
+def test_several_pipelines_are_learned_in_turn_and_judged_together(decoder: Decoder, teacher: Teacher) -> None:
+    recipe, text = spd(teacher, None, stage_counts="6,2"), batch(decoder, IDS)
+    torch.manual_seed(3)
+    drawn = [recipe.loss(text)[1] for _ in range(24)]
+    assert {each["stages"] for each in drawn} == {2, 6}
+    assert all(1 <= each["fill"] <= each["stages"] for each in drawn)
+    both = recipe.acceptance(text)
+    each = []
+    for plan in recipe._plans:
+        recipe._plans = (plan,)
+        each.append(recipe.acceptance(text))
+    assert both.judged == (2 * each[0].judged[0],)
+    assert both.accepted == (each[0].accepted[0] + each[1].accepted[0],)
 
 
 def batch(decoder: Decoder, ids: list[int], *, answers_from: int = 4, padding: int = 3) -> Batch:
@@ -240,9 +272,15 @@ def test_rows_of_all_depths_can_be_trained_and_are_reported(decoder: Decoder, te
         ({"anchors": "1,2"}, 3, "must begin with 0"),
         ({"init_layers": "6"}, 3, "expected 1 of the layers 0 to 5"),
         ({"layers": 7}, 3, "the model has 6 layers"),
-        ({"stage_counts": "2,3"}, 3, "stage_counts: is given in place of --stages"),
+        ({"stage_counts": "2,3"}, 3, "stage_counts=2,3: is given in place of --stages"),
         ({"stage_counts": "2,3", "stage_layers": "3,3"}, None, "and of -o stage_layers"),
-        ({"stage_counts": "2,4"}, None, "cannot be split into 4"),
+        (
+            {"stage_counts": "2,4"},
+            None,
+            "stage_counts=2,4: expected numbers of equal stages, which divide the model's 6",
+        ),
+        ({"stage_counts": ""}, None, "expected numbers of equal stages"),
+        ({"stage_counts": "0"}, None, "expected numbers of equal stages"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(

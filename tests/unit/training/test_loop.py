@@ -133,6 +133,16 @@ def test_loss_falls_and_the_log_records_it(run: Run) -> None:
     assert run.log[0] == {"seed": 0}
 
 
+@pytest.mark.parametrize(("from_scratch", "fits"), [(True, 1), (False, 0)])
+def test_weights_that_are_given_are_not_fitted_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, from_scratch: bool, fits: int
+) -> None:
+    fitted: list[SPDRecipe] = []
+    monkeypatch.setattr(SPDRecipe, "fit", lambda self, _batches: fitted.append(self))
+    run(run.recipe(), from_scratch=from_scratch)
+    assert len(fitted) == fits
+
+
 def test_a_killed_run_resumes_to_the_same_curve_and_weights(run: Run, whole: Run, teacher: Teacher) -> None:
     torch.manual_seed(5)
     with pytest.raises(KilledError):
