@@ -157,17 +157,22 @@ def with_interval(metrics: Mapping[str, Any], name: str, form: str) -> str:
 
 
 def learning(logs: Path) -> str:
-    """Held-out acceptance of the first draft, and expected drafts in a row, at every evaluation."""
-    rows = []
+    """Held-out acceptance of the first draft, and expected drafts in a row, at every evaluation: of each run of
+    training, which holds out conversations of its own, a table."""
+    header = ["drafter", "tokens seen", "first draft accepted", "tokens a round, as a chain"]
+    runs = [logs, *sorted(path for path in logs.iterdir() if path.is_dir())]
+    tables = [tabulate(list(curves(run)), header, tablefmt="github", disable_numparse=True) for run in runs]
+    return "\n\n".join(tables) + "\n"
+
+
+def curves(logs: Path) -> Iterator[list[str]]:
     for file in sorted(logs.glob("*.jsonl")):
         tokens = 0
         for line in file.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             tokens += entry.get("tokens", entry.get("learned_before", 0))
             if rates := entry.get("acceptance"):
-                rows.append([file.stem, f"{tokens:,}", f"{rates[0]:.1%}", f"{1 + expected_length(rates):.2f}"])
-    header = ["drafter", "tokens seen", "first draft accepted", "tokens a round, as a chain"]
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True) + "\n"
+                yield [file.stem, f"{tokens:,}", f"{rates[0]:.1%}", f"{1 + expected_length(rates):.2f}"]
 
 
 if __name__ == "__main__":

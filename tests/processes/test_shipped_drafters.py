@@ -14,10 +14,10 @@ from spdbench.judge.results.schema import Result, read_result
 from spdbench.models.checkpoints.folders import cache_folder, drafter_folders
 
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
-LOGS = Path(__file__).parents[2] / "results" / "training"
+LOGS = Path(__file__).parents[2] / "results" / "training" / "second"
 FOLDERS = sorted(path.parent for path in SHIPPED.glob("*/config.json"))
 MAX_BYTES = 45_000_000
-LABELS = ("vanilla", "eagle", "medusa", "spd", "ppsd")
+LABELS = ("vanilla", "eagle", "medusa", "spd", "spd-5", "ppsd")
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 def test_all_are_present_and_small() -> None:
     assert drafter_folders()[-1] == SHIPPED
-    assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd-2", "spd-3"]
+    assert [folder.name for folder in FOLDERS] == ["eagle3", "medusa", "ppsd-3", "spd"]
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= MAX_BYTES
 
 
@@ -46,7 +46,7 @@ def test_each_names_its_model_data_and_training(folder: Path) -> None:
 def test_all_were_trained_on_the_same_data_for_as_many_tokens() -> None:
     logs = [log_of(folder) for folder in FOLDERS]
     settings = [log[0] for log in logs]
-    same = ("model_sha256", "data_sha256", "epochs", "lr", "batch_tokens", "seed")
+    same = ("model_sha256", "data_sha256", "learned_before", "conversations", "epochs", "lr", "batch_tokens", "seed")
     assert all(each[key] == settings[0][key] for each in settings for key in same)
     assert len({sum(line.get("tokens", 0) for line in log[1:]) for log in logs}) == 1
 
@@ -56,7 +56,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
     if not list((cache_folder() / "models").glob("SmolLM2*")):
         pytest.skip("the embedded model is not in the cache: run `python -m spdbench.models`")
     folder = tmp_path_factory.mktemp("shipped")
-    words = [word for label in LABELS for word in ("-b", label)]
+    words = [word for label in LABELS for word in ("-b", "spd-5=spd" if label == "spd-5" else label)]
+    words += ["-o", "spd-5.stages=5", "-o", "spd-5.executor=inline"]
     more = ["--limit", "3", "--max-new-tokens", "32", "--results", str(folder)]
     done = subprocess.run(
         [sys.executable, "-m", "spdbench", "run", "quick", *words, *more],
