@@ -18,6 +18,12 @@ from spdbench.cli.exports.requests import Export
 from spdbench.errors import InputError, first_problem
 from spdbench.input_files import BOM, json_rows, parse_json, read_input
 
+OTHERS = {
+    "the result of `vllm bench serve` or of SGLang's bench_serving": {"request_throughput", "mean_ttft_ms"},
+    "the profile of genai-perf": {"experiments", "service_kind"},
+    "the summary of llmperf": {"results_num_completed_requests"},
+}
+"""Reports that are told by their keys and not read."""
 EXPECTED = "expected the report of `guidellm run --output kind=json`, or aiperf's profile_export.jsonl"
 
 
@@ -56,4 +62,10 @@ def _read(path: Path) -> list[Export]:
         return read_guidellm(where, report)
     if isinstance(report, Mapping) and "input_config" in report:
         raise InputError(f"{path}: is aiperf's summary, which holds no single requests; import profile_export.jsonl")
+    for what, keys in OTHERS.items():
+        if isinstance(report, Mapping) and keys <= report.keys():
+            raise InputError(
+                f"{path}: is {what}, which is not read; {EXPECTED}. Or measure the server: `spdbench run quick "
+                "-b NAME=openai -o NAME.base_url=URL`"
+            )
     raise InputError(f"{path}: is no export; {EXPECTED}")
