@@ -227,6 +227,8 @@ class ProfileCosts:
                 "the profile has layers behind one length of context alone, so that the keys and values of a longer "
                 "one, and of further requests at once, are taken as free"
             )
+        if self.profile.message_s(1.0) is None:
+            found.append("the profile has no messages between devices: a pipeline's are taken as free")
         return found
 
     def layer_s(self, rows: float, requests: int = 1) -> float | None:
@@ -273,7 +275,8 @@ class ProfileCosts:
             return 0.0
         if drafter.sha256 is None and drafter.trained_tokens is None:  # it has no weights: a look-up on the host
             return part_seconds(result, "draft")
-        tree = "chain" if "chain" in result.head.backend.chosen.get("tree", "") else "dynamic"
+        words = result.head.backend.chosen.get("tree", "")
+        tree = "beside" if "beside" in words else "chain" if "chain" in words else "dynamic"
         for kind in (tree, "chain", "dynamic"):
             found = self._by_levels(drafter.method, kind, (drafter.sha256 or drafter.id)[:12])
             if found is not None and len(found.rows) == 1:  # the heads of Medusa, each for a level

@@ -303,6 +303,13 @@ def test_further_requests_read_their_own_keys_and_values(recorded: Recorded, mon
     assert any("one length of context alone" in note for note in project(recorded, flat, setting(3)).notes)
 
 
+def test_a_profile_without_messages_says_that_they_are_taken_as_free(recorded: Recorded) -> None:
+    profile = make_profile()
+    alone = profile.model_copy(update={"seconds": {k: s for k, s in profile.seconds.items() if "message" not in k}})
+    said = [project(recorded, ProfileCosts(each, recorded), setting(3)).notes for each in (profile, alone)]
+    assert [any("no messages between devices" in note for note in notes) for notes in said] == [False, True]
+
+
 def test_the_frontier_has_what_nothing_beats() -> None:
     fast, cheap, both = Load("a", 1, 2, 1.0, 2.0), Load("b", 1, 1, 2.0, 1.0), Load("c", 1, 2, 2.0, 2.0)
     assert frontier([fast, cheap, both, replace(both, requests=2)]) == [fast, cheap, replace(both, requests=2)]
