@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -170,12 +171,12 @@ class Eagle(DraftVerify):
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
         accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
         costs = self._row_costs(largest)
-        chain_s, beside_s, grown_s = self._drafts_seconds(costs(1))
-        best = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s, largest - 1)
+        chain_s, beside_s, grown_s = (partial(self._draft_costs, *pair, costs(1)) for pair in self._timed_trees())
+        best = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s(), largest - 1)
         chain_levels, grows = best.num_levels, False
         if self._decoder.takes_trees:
-            beside = choose_tree(accuracies, costs, beside_s, largest - 1, one_row_a_level=True)
-            grown = choose_tree(accuracies, costs, grown_s, largest - 1)
+            beside = choose_tree(accuracies, costs, beside_s(), largest - 1, one_row_a_level=True)
+            grown = choose_tree(accuracies, costs, grown_s(), largest - 1)
             best = max((best, beside, grown), key=lambda tree: tree.speedup)  # the first of equal ones
             grows = best is grown
         levels, num_nodes = best.num_levels, len(best.paths) + 1
@@ -194,19 +195,17 @@ class Eagle(DraftVerify):
         self._chosen = {"tree": words, **self._chosen}
         return DynamicTreeBuilder(levels, top_k, num_nodes)
 
-    def _drafts_seconds(self, forward_s: float) -> list[Callable[[int], float]]:
-        """Seconds of drafting by number of levels, of chains, of chains with a second choice beside them, and of trees
-        that grow, where a forward of one row takes `forward_s`."""
+    def _timed_trees(self) -> list[tuple[TreeBuilder, TreeBuilder]]:
+        """A shallow and a deep tree of each kind: chains, chains with a second choice beside them, trees that grow."""
         from spdbench.decoding.tree import chain_paths
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
         device = self._decoder.device
-        pairs: list[tuple[TreeBuilder, TreeBuilder]] = [
+        return [
             (chain_builder(1, device), chain_builder(CHAIN_DEPTH, device)),
             (StaticTreeBuilder([(0,), (1,)], device), StaticTreeBuilder([*chain_paths(CHAIN_DEPTH), (1,)], device)),
             (DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)),
         ]
-        return [self._draft_costs(shallow, deep, forward_s) for shallow, deep in pairs]
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder, forward_s: float) -> Callable[[int], float]:
         """Seconds of drafting by number of levels where a forward of one row takes `forward_s`, by two builders of one
