@@ -30,6 +30,7 @@ from tabulate import tabulate
 from benchmarks.shared import sides
 from spdbench.judge.comparison.compare import Row, Table, compare
 from spdbench.judge.loaded import read_results
+from spdbench.models.checkpoints.weights import sha256_of_files
 from spdbench.render.export import to_csv
 from spdbench.training.loop import expected_length
 
@@ -84,11 +85,11 @@ def main() -> None:
 
 
 def hold(chosen: argparse.Namespace) -> None:
-    """Exits if `--results` holds runs with other settings."""
+    """Exits if `--results` holds runs with other settings or drafters."""
     kept = ("limit", "sampled_limit", "max_new_tokens", "drafters", "stages")
-    sides.require_same_settings(
-        {name: getattr(chosen, name) for name in kept}, chosen.results / "settings.txt", "--results"
-    )
+    weights = [path for name in DRAFTERS if (path := chosen.drafters / name / "model.safetensors").exists()]
+    settings = {name: getattr(chosen, name) for name in kept} | {"weights": sha256_of_files(weights)}
+    sides.require_same_settings(settings, chosen.results / "settings.txt", "--results")
 
 
 def measured(suite: str, temperature: float, chosen: argparse.Namespace) -> list[Path]:
@@ -162,7 +163,8 @@ def learning(logs: Path) -> str:
     header = ["drafter", "tokens seen", "first draft accepted", "tokens a round, as a chain"]
     runs = [logs, *sorted(path for path in logs.iterdir() if path.is_dir())]
     tables = [tabulate(list(curves(run)), header, tablefmt="github", disable_numparse=True) for run in runs]
-    return "\n\n".join(tables) + "\n"
+    titles = [f"Run {number}, on the conversations that it held out:" for number in range(1, len(runs) + 1)]
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables, strict=True)) + "\n"
 
 
 def curves(logs: Path) -> Iterator[list[str]]:

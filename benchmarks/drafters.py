@@ -14,7 +14,8 @@ each other.
         --budget SECONDS                     # for each drafter, in place of --epochs
         --features FOLDER                    # keeps there what the target computes, 8 KB a token, for later runs
         --features-budget SECONDS            # drafters learn from what there is by then
-        --judge                              # trains nothing: acceptance of the drafters in --out on what is held out
+        --judge                              # trains nothing: acceptance of those in --out on what --data holds out
+                                             # (with the --more of the run whose --features are read)
 
 With `--store-again int8` (or `bfloat16`) it trains nothing: the folders in `--out` are rewritten so.
 """

@@ -72,8 +72,8 @@ def best_paths(accuracies: Sequence[Sequence[float]], num_nodes: int) -> list[tu
     return found[1:]  # without the root
 
 
-def paths_beside_a_chain(accuracies: Sequence[Sequence[float]]) -> list[tuple[Path, float]]:
-    """All paths that turn from the first choices at their last token at most, with their probabilities, most probable
+def chain_with_alternatives(accuracies: Sequence[Sequence[float]]) -> list[tuple[Path, float]]:
+    """All paths that differ from the first choices in their last token at most, with their probabilities, most probable
     first; parents come before children."""
     found, reached = [], 1.0
     for level, by_rank in enumerate(accuracies):
@@ -105,12 +105,12 @@ def choose_tree(
     """Of the best trees of each depth and of 1 to `largest` drafts the one with the most tokens a second.
 
     `draft_seconds(levels)` is the time of drafting so many levels, one at least. With `one_row_a_level` only first
-    choices go on: a chain with further choices beside it, for which a drafter computes no more rows than for the chain.
+    choices go on: a chain with alternatives, for which a drafter computes no more rows than for the chain.
     """
     best = Choice((), 0.0)
     for depth in range(1, len(accuracies) + 1):
         some, expected = accuracies[:depth], 1.0
-        ranked = paths_beside_a_chain(some)[:largest] if one_row_a_level else best_paths(some, largest)
+        ranked = chain_with_alternatives(some)[:largest] if one_row_a_level else best_paths(some, largest)
         for count, (_, probability) in enumerate(ranked, 1):
             expected += probability
             paths = tuple(path for path, _ in ranked[:count])

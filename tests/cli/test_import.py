@@ -375,6 +375,10 @@ def test_a_report_that_cannot_be_read_is_one_line(tmp_path: Path, change: Change
             '{"backend": "vllm", "request_throughput": 2.5, "mean_ttft_ms": 30.1, "ttfts": [0.03]}',
             "is the result of `vllm bench serve` or of SGLang's bench_serving, which is not read",
         ),
+        (
+            '{"request_throughput": 2.5, "mean_ttft_ms": 30}\n{"request_throughput": 2.4, "mean_ttft_ms": 31}\n',
+            "SGLang",
+        ),
         ('{"service_kind": "openai", "experiments": []}', "the profile of genai-perf, which is not read"),
         ('{"input_config": {}}', "aiperf's summary, which holds no single requests; import profile_export.jsonl"),
         ('{"metadata": {}, "metrics": {}}', "line 1: cannot be read: lacks "),

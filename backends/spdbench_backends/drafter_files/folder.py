@@ -88,13 +88,14 @@ def find_drafter(model: ModelFiles, method: str, stages: int | None, cut: Sequen
 
     With `stages` it drafts for a pipeline of so many, cut into `cut` layers each where these are not equal (none where
     the cut is not known yet). Of the drafters in a folder those for this cut come first, then those for any number of
-    stages, then those for another cut into as many.
+    stages; where no folder has one of these, those for another cut into as many.
 
     Raises:
         InputError: there is none; names what was looked for and where.
     """
+    of_other_cuts: list[Path] = []
     for folder in drafter_folders():
-        found: dict[Path, int] = {}
+        for_any: list[Path] = []
         for path in sorted(folder.glob("*/config.json")):
             try:
                 config = read_config(path.parent, method)
@@ -102,12 +103,18 @@ def find_drafter(model: ModelFiles, method: str, stages: int | None, cut: Sequen
                 continue
             if (config.get("method"), config.get("model_sha256")) != (method, model.sha256):
                 continue
-            if stages is None or is_for_any_stages(config):
-                found[path.parent] = 0 if stages is None else 1
+            if stages is None:
+                return path.parent
+            if is_for_any_stages(config):
+                for_any.append(path.parent)
+            elif config.get("num_stages") == stages and config.get("stage_layers") == (cut and list(cut)):
+                return path.parent
             elif config.get("num_stages") == stages:
-                found[path.parent] = 0 if config.get("stage_layers") == (cut and list(cut)) else 2
-        if found:
-            return min(found, key=lambda each: found[each])  # the first of equal ones
+                of_other_cuts.append(path.parent)
+        if for_any:
+            return for_any[0]
+    if of_other_cuts:
+        return of_other_cuts[0]
     many = f" with {stages} stages" if stages else ""
     raise InputError(
         f"--drafter auto: no trained {method} drafter{many} for {model.id} is installed (looked in $SPDBENCH_DRAFTERS, "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from spdbench.console import say
+from spdbench.console import counted, say
 from spdbench.types import GenerationRequest
 from spdbench_backends.drafting import DraftVerify
 from spdbench_backends.local import GraphOptions
@@ -171,13 +171,13 @@ class Eagle(DraftVerify):
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
         accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
         costs = self._row_costs(largest)
-        chain_s, beside_s, grown_s = (partial(self._draft_costs, *pair, costs(1)) for pair in self._timed_trees())
+        chain_s, branching_s, grown_s = (partial(self._draft_costs, *pair, costs(1)) for pair in self._timed_trees())
         best = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s(), largest - 1)
         chain_levels, grows = best.num_levels, False
-        if self._decoder.takes_trees:
-            beside = choose_tree(accuracies, costs, beside_s(), largest - 1, one_row_a_level=True)
+        if self._decoder.takes_trees and largest > 2:
+            branching = choose_tree(accuracies, costs, branching_s(), largest - 1, one_row_a_level=True)
             grown = choose_tree(accuracies, costs, grown_s(), largest - 1)
-            best = max((best, beside, grown), key=lambda tree: tree.speedup)  # the first of equal ones
+            best = max((best, branching, grown), key=lambda tree: tree.speedup)  # the first of equal ones
             grows = best is grown
         levels, num_nodes = best.num_levels, len(best.paths) + 1
         if num_nodes == levels + 1:
@@ -185,10 +185,11 @@ class Eagle(DraftVerify):
             self._chosen = {"tree": f"chain, depth {levels}"}
             return chain_builder(levels, device)
         if self._decoder_to_capture() is None:
-            self._chain = chain_builder(levels, device)
-            self._chosen = {"with a temperature": f"chain, depth {levels}, drawn"}
+            self._chain = chain_builder(max(1, chain_levels), device)
+            self._chosen = {"with a temperature": f"chain, depth {self._chain.num_levels}, drawn"}
         if not grows:
-            self._chosen = {"tree": f"chain and {num_nodes - 1 - levels} beside it, depth {levels}", **self._chosen}
+            words = f"chain with {counted(num_nodes - 1 - levels, 'alternative')}, depth {levels}"
+            self._chosen = {"tree": words, **self._chosen}
             return StaticTreeBuilder(best.paths, device)
         top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
         words = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
@@ -196,14 +197,14 @@ class Eagle(DraftVerify):
         return DynamicTreeBuilder(levels, top_k, num_nodes)
 
     def _timed_trees(self) -> list[tuple[TreeBuilder, TreeBuilder]]:
-        """A shallow and a deep tree of each kind: chains, chains with a second choice beside them, trees that grow."""
-        from spdbench.decoding.tree import chain_paths
+        """A shallow and a deep tree of each kind: chains, chains with an alternative at each level, trees that grow."""
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
         device = self._decoder.device
+        both = [path for level in range(CHAIN_DEPTH) for path in ((*[0] * level, 0), (*[0] * level, 1))]
         return [
             (chain_builder(1, device), chain_builder(CHAIN_DEPTH, device)),
-            (StaticTreeBuilder([(0,), (1,)], device), StaticTreeBuilder([*chain_paths(CHAIN_DEPTH), (1,)], device)),
+            (StaticTreeBuilder(both[:2], device), StaticTreeBuilder(both, device)),
             (DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)),
         ]
 
@@ -227,7 +228,7 @@ class Eagle(DraftVerify):
             drafter = self._head_drafter(builder, TIMED_TOKENS, rounds)
             return self._seconds_to_draft(drafter, builder.num_levels, forward_s)
 
-        static = "chain" if is_chain(builder) else "beside"
+        static = "chain" if is_chain(builder) else "alternatives"
         kind = static if isinstance(builder, StaticTreeBuilder) else "dynamic"
         return self._draft_cost(kind, builder.num_levels, measure)
 

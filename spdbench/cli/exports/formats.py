@@ -23,7 +23,7 @@ OTHERS = {
     "the profile of genai-perf": {"experiments", "service_kind"},
     "the summary of llmperf": {"results_num_completed_requests"},
 }
-"""Reports that are told by their keys and not read."""
+"""Reports that are recognised by their keys, of which a file may hold several, and not read."""
 EXPECTED = "expected the report of `guidellm run --output kind=json`, or aiperf's profile_export.jsonl"
 
 
@@ -50,6 +50,7 @@ def _read(path: Path) -> list[Export]:
         line = parse_json(first)
     except ValueError:
         line = None
+    _refuse_others(path, line)
     try:
         if isinstance(line, Mapping) and "metadata" in line and {"metrics", "error"} & line.keys():
             return [read_aiperf(path, list(json_rows(raw, where)))]
@@ -58,14 +59,19 @@ def _read(path: Path) -> list[Export]:
         raise
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
+    _refuse_others(path, report)
     if isinstance(report, Mapping) and "benchmarks" in report:
         return read_guidellm(where, report)
     if isinstance(report, Mapping) and "input_config" in report:
         raise InputError(f"{path}: is aiperf's summary, which holds no single requests; import profile_export.jsonl")
+    raise InputError(f"{path}: is no export; {EXPECTED}")
+
+
+def _refuse_others(path: Path, report: object) -> None:
+    """Raises `InputError` for a report of another tool, which says what to do instead."""
     for what, keys in OTHERS.items():
         if isinstance(report, Mapping) and keys <= report.keys():
             raise InputError(
                 f"{path}: is {what}, which is not read; {EXPECTED}. Or measure the server: `spdbench run quick "
                 "-b NAME=openai -o NAME.base_url=URL`"
             )
-    raise InputError(f"{path}: is no export; {EXPECTED}")

@@ -46,7 +46,7 @@ def drafter_sizes(target: Target, sizes: Sizes) -> Iterator[DrafterSize]:
             with suppress(InputError, TypeError, ValueError):  # `run` names what is wrong with a config
                 config = read_json(file)
                 if isinstance(config, dict) and config.get("model_sha256") == target.files.sha256:
-                    yield from _sizes_of(file.parent, config, target)
+                    yield from list(_sizes_of(file.parent, config, target))  # all of them, or none
                     found.add(config.get("method"))
     block = float(target.config.hidden_size**2 * sizes.itemsize)
     for method in {*TREE_METHODS.values(), *PIPELINE_METHODS.values()} - found:

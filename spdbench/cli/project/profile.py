@@ -74,15 +74,14 @@ def _measured(target: Target, devices: tuple[str, ...], threads: int) -> Profile
 
 
 def _drafting_backends(target: Target) -> Iterator[tuple[str, dict[str, str]]]:
-    """Backends whose drafters have costs, with their options: each pipelined one with every number of equal stages."""
+    """Backends whose drafters have costs, with their options: each pipelined one with every number of stages."""
     from spdbench.cli.project.drafter_sizes import PIPELINE_METHODS, TREE_METHODS
 
     for name in TREE_METHODS:
         yield name, {}
     for name in PIPELINE_METHODS:
         for stages in range(2, target.config.num_layers + 1):
-            if target.config.num_layers % stages == 0:
-                yield name, {"stages": str(stages), "executor": "inline"}
+            yield name, {"stages": str(stages), "executor": "inline"}
 
 
 def _measure_drafter(
@@ -92,7 +91,7 @@ def _measure_drafter(
     from spdbench.backend import BackendContext, find_backend, parse_options
 
     backend = find_backend(name)
-    with suppress(InputError):  # no trained drafter for this model, or none of so many stages
+    with suppress(InputError):  # no trained drafter for this model, or none of so many stages, or they are not equal
         made = backend(
             parse_options(name, backend.Options, options), BackendContext(name, target, "auto", devices, threads, 0)
         )

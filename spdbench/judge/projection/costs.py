@@ -276,7 +276,7 @@ class ProfileCosts:
         if drafter.sha256 is None and drafter.trained_tokens is None:  # it has no weights: a look-up on the host
             return part_seconds(result, "draft")
         words = result.head.backend.chosen.get("tree", "")
-        tree = "beside" if "beside" in words else "chain" if "chain" in words else "dynamic"
+        tree = "alternatives" if "alternative" in words else "chain" if "chain" in words else "dynamic"
         for kind in (tree, "chain", "dynamic"):
             found = self._by_levels(drafter.method, kind, (drafter.sha256 or drafter.id)[:12])
             if found is not None and len(found.rows) == 1:  # the heads of Medusa, each for a level

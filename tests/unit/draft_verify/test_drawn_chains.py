@@ -106,7 +106,7 @@ def test_all_else_is_picked(target: Target, name: str, options: dict[str, str], 
     assert proposed(target, started(target, name, options), sampling, 9).drawn is None
 
 
-@pytest.mark.parametrize("words", ["dynamic", "chain and"])
+@pytest.mark.parametrize("words", ["dynamic", "chain with"])
 def test_an_automatic_tree_gives_way_to_a_drawn_chain_as_deep(
     target: Target, monkeypatch: pytest.MonkeyPatch, words: str
 ) -> None:
