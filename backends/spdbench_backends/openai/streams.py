@@ -29,6 +29,7 @@ ENDS_WITH_USAGE = "its answers end with their usage alone"
 WORDS = re.compile(r"(\[[\w\s]+\])?[\w\s.,:;!?/+-]*")
 OF_ANSWERS = frozenset({"choices", "usage", "error", "errors", "detail"})
 OK = 200
+LOST_LATER = "its connections are lost after whole answers, which is ignored"
 STAY_OPEN = "its streams stay open after the answers, so each request takes longer than its answer"
 Notice = Callable[[str, str], None]
 """Says something odd of a server once, with an example, which may be empty."""
@@ -99,8 +100,7 @@ def read_chunks(
     except BrokenError as error:
         if not is_whole():
             raise
-        is_silent = isinstance(error, SilentError)
-        notice(STAY_OPEN if is_silent else "its connections are lost after whole answers, which is ignored", "")
+        notice(STAY_OPEN if isinstance(error, SilentError) else LOST_LATER, "")
     if is_counted and not word:
         habits.add(ENDS_WITH_USAGE)
     elif not word or word in not_ends - FINISHES.keys():

@@ -59,8 +59,8 @@ class SPDTrainOptions(PipelineTrainOptions):
     all_depths: float = Field(0.0, ge=0, description="weight of the same loss on rows of all other depths")
     stage_counts: Counted = Field(
         None,
-        description="one head for pipelines of any number of equal stages, that learns in pipelines of these, e.g. "
-        "2,3,5; in place of --stages",
+        description="in place of --stages: one head for pipelines of any number of stages, that learns in pipelines of "
+        "these, e.g. 2,3,5, and drafts for the first number where a run names none",
     )
 
 
