@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ TWO_LAYERS = {"layers": "2", "init_layers": "27,29", **IN_8_BITS}
 SHIPPED = (  # the longest training first
     Drafter("spd", "spd", None, {"stage_counts": "2,3,5,10", **TWO_LAYERS}),
     Drafter("ppsd-3", "ppsd", 3, TWO_LAYERS),
-    Drafter("eagle3", "eagle3", None, IN_8_BITS),
+    Drafter("eagle3", "eagle3", None, {"unrolled": "0.3", **IN_8_BITS}),
     Drafter("medusa", "medusa", None, IN_8_BITS),
 )
 MEASURED = tuple(Drafter(f"spd-{stages}", "spd", stages, TWO_LAYERS) for stages in (2, 3, 5, 6, 10))
@@ -102,7 +103,9 @@ def main() -> None:
     arguments.add_argument(
         "--more", type=Path, help="conversations that drafters of --start have not learned; some are held out"
     )
-    arguments.add_argument("--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="of --more, at most")
+    arguments.add_argument(
+        "--held-out-tokens", type=int, default=HELD_OUT_TOKENS, help="of --more, and of --data then, at most"
+    )
     arguments.add_argument("--features", type=Path, help="a folder that keeps what the target computes")
     arguments.add_argument("--features-budget", type=float, default=float("inf"), help="seconds")
     arguments.add_argument("--features-dtype", default=DTYPE, help="float32 where a processor lacks bfloat16")
@@ -165,14 +168,16 @@ def train_all(drafters: Sequence[Drafter], folder: Path, chosen: argparse.Namesp
 def split(lengths: Sequence[int], num_first: int, chosen: argparse.Namespace) -> tuple[list[int], list[int]]:
     """Indices to learn from and held out.
 
-    Drafters to go on from have learned the first `num_first`, those of --data; what was held out of these stays unseen.
-    With --more, others are held out now.
+    Drafters to go on from have learned the first `num_first`, those of --data, but for what was held out of these. With
+    --more, up to --held-out-tokens of both are held out.
     """
     learned, held = split_held_out(lengths[:num_first], HELD_OUT_SHARE, chosen.seed, HELD_OUT_TOKENS)
     if chosen.judge or not chosen.more:
         return learned, held
-    more, held = split_held_out(lengths[num_first:], HELD_OUT_SHARE, chosen.seed, chosen.held_out_tokens)
-    return [*learned, *(num_first + index for index in more)], [num_first + index for index in held]
+    more, held_more = split_held_out(lengths[num_first:], HELD_OUT_SHARE, chosen.seed, chosen.held_out_tokens)
+    ends = accumulate(lengths[index] for index in held)
+    held = [index for index, end in zip(held, ends, strict=True) if end <= chosen.held_out_tokens]
+    return [*learned, *(num_first + index for index in more)], [*held, *(num_first + index for index in held_more)]
 
 
 def together(count: int, work: Callable[[int], None]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from spdbench.models.interface import TargetDecoder
+from spdbench.models.layer_ops import argmax
 from spdbench.training.recipe import Batch
 from spdbench.training.tokens import TokenSequence
 
@@ -116,6 +117,6 @@ class Features:
             hidden_SM = decoder.embed(decoder.ids(sequence.ids))
             cache = decoder.new_cache(len(sequence.ids))
             hidden_SM, states = decoder.forward(hidden_SM, 0, cache, hidden_indices=self._kinds)
-            argmax = [decoder.logits(rows).argmax(dim=-1) for rows in torch.split(hidden_SM, LOGIT_ROWS)]
+            best = [argmax(decoder.logits(rows)) for rows in torch.split(hidden_SM, LOGIT_ROWS)]
         stacked = torch.stack([states[kind] for kind in self._kinds], dim=1)
-        return stacked.to("cpu", torch.bfloat16), torch.cat(argmax).to("cpu", torch.int32)
+        return stacked.to("cpu", torch.bfloat16), torch.cat(best).to("cpu", torch.int32)

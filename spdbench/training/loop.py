@@ -69,7 +69,7 @@ class Training:
         self._last_save = self._began
         self._params = [p for p in recipe.module.parameters() if p.requires_grad]
         self._device = self._params[0].device
-        self._optimizer = torch.optim.AdamW(self._params, lr=plan.rate, betas=BETAS, weight_decay=DECAY)
+        self._optimizer = torch.optim.AdamW(self._params, lr=plan.rate, betas=BETAS, weight_decay=DECAY, fused=True)
         self.state = State()
         self._settled: checkpoint.Generators | None = None
         """The generators when weights, `state` and log last agreed; None while one of them is ahead of the others."""

@@ -25,10 +25,17 @@ def test_what_was_held_out_of_the_first_data_is_never_learned() -> None:
     assert set(learned) | set(held) == set(range(40))
     later_learned, later_held = split(LENGTHS, 40, chosen())
     assert set(later_learned) & set(range(40)) == set(learned)
-    assert len(later_held) == 1  # a twentieth of the twenty new ones
-    assert set(later_held) <= set(range(40, 60))
-    assert set(later_learned) | set(later_held) | set(held) == set(range(60))
+    assert later_held[:-1] == held  # 80 tokens, all of them
+    assert later_held[-1] in range(40, 60)  # a twentieth of the twenty new ones
+    assert set(later_learned) | set(later_held) == set(range(60))
     assert split(LENGTHS, 40, chosen(more=False)) == (learned, held)
+
+
+def test_of_what_was_held_out_no_more_tokens_are_judged_than_asked_for() -> None:
+    fewer = Namespace(judge=False, more=True, seed=0, held_out_tokens=40)
+    learned, held = split(LENGTHS, 40, fewer)
+    assert len(held) == 2  # one of each
+    assert len(learned) == 57  # the other of the first data's two is not learned either
 
 
 @pytest.fixture(scope="module")
