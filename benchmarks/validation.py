@@ -58,7 +58,7 @@ from spdbench.types import GenerationRequest, Sampling, Span
 SLEEPING_STAGES, SLEEPING_DRAFTER = (2, 3, 5, 10), "oracle:0.7"
 LAYER_S, DRAFT_S = 4e-3, 20e-3
 STAGES = {2: "auto", 3: "auto", 5: "oracle:0.6", 6: "oracle:0.6", 10: "oracle:0.6"}
-"""Number of stages -> drafter; trained ones ship for two and three."""
+"""Number of stages -> drafter; the trained head is used for two and three."""
 IN_PROCESSES: dict[str, tuple[int, dict[str, str]]] = {
     "2 stages, drafter in the first one's process": (2, {"drafting": "first_stage"}),
     "2 stages, drafter and head in the first one's process": (2, {"drafting": "first_stage", "head": "drafter"}),

@@ -49,7 +49,10 @@ OWN_DEVICES_NOTE = (
     "device as fast as {baseline}'s; 'at most' where no time of drafts or messages was recorded. Its interval is over "
     "prompts alone."
 )
-IDEAL_NOTE = "ideal: the speed-up if drafting, messages and waiting cost nothing; without a pipeline it is tau."
+IDEAL_NOTE = (
+    "ideal: the speed-up if drafting, messages and waiting cost nothing and every cycle took as long as the heaviest "
+    "stage; without a pipeline it is tau."
+)
 ENERGY_NOTE = (
     "J/tok: what {counters} counted from before each request to after it, for each new token; what idled or ran at "
     "the same time on these devices is included."

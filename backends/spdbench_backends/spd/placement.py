@@ -42,7 +42,7 @@ class PipelineOptions(BackendOptions):
         description="process: a process for each stage; inline: all stages stepped in this process; "
         "streams: all stages in parallel on one GPU, captured in CUDA graphs (on a CPU a rehearsal); "
         "torchrun: a rank for each stage, also on other nodes, and rank 0 measures and drafts; "
-        "auto: streams where there is one GPU, else process for more than one stage",
+        "auto: streams where there is one GPU (inline with branches), else process for more than one stage",
     )
     context: int | None = Field(
         None, ge=64, le=2**20, description="streams: tokens of the longest sequence; default: 4096, or the model's own"

@@ -53,7 +53,7 @@ MAX_EMBEDDED_BYTES = 32 * 2**20
     cls=Option,
     type=OUTPUT,
     metavar="FILE",
-    help="Where to write. [default: report.html, or CHART.FORMAT]",
+    help="Where to write. [default: report.html, with --history history.html, or CHART.FORMAT]",
 )
 @click.option("--chart", type=click.Choice([*CHARTS, *HISTORY_CHARTS]), help="Write this chart alone.")
 @click.option("--format", "form", type=click.Choice(FORMATS), help="Of a chart. [default: what FILE ends in, else svg]")

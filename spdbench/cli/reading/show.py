@@ -29,7 +29,7 @@ def command(result: Path, prompt: str | None, turn: int, repeat: int) -> None:
 
     RESULT is a result of `spdbench run --keep-drafts`. PROMPT is a prompt's id; without it, the first answer with a
     rejected draft is shown. Then come the cycles around a rejection: which token is in which stage of a pipeline, and,
-    with `--trace`, what each lane did.
+    where the run had `--trace` as well, what each lane did.
     """
     head, runs = read_kept(result)
     if head.backend.kind == "autoregressive":

@@ -61,4 +61,4 @@ def goodput(runs: RunTable, limits: Mapping[str, float]) -> float | None:
 def note(limits: Mapping[str, float]) -> str:
     """What the figure means, for below a table."""
     words = ", ".join(f"{name} up to {1000 * limit:g} ms" for name, limit in limits.items())
-    return f"goodput: share of requests with {words}; one that failed is not among them."
+    return f"goodput: share of all requests with {words}; a failed one counts as not among these."
