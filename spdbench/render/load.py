@@ -9,7 +9,7 @@ from spdbench.judge.comparison.load import Level, Load, LoadConclusion
 from spdbench.judge.comparison.pairing import concurrency
 from spdbench.judge.metrics.stats import Interval
 from spdbench.render.columns import ACCEPTANCE, EMPTY, GOODPUT, LABEL, SPEEDUP, TAU, Column, harmless
-from spdbench.render.notes import notes
+from spdbench.render.notes import notes, provisional
 
 NOTE = (
     "at once: users who each ask again as soon as an answer is there; total: new tokens/s of the server, tok/s: of one "
@@ -22,17 +22,21 @@ WORDS: Mapping[str, str] = {"slower": "does not pay"}
 
 def sentences(found: LoadConclusion) -> list[str]:
     """What is concluded of a label, then what was measured at each level."""
-    return [harmless(f"{found.label}: {_verdict(found)}"), *(harmless(f"  {_measured(each)}") for each in found.levels)]
+    measured = (f"  {_measured(each, with_words=not found.disqualified_by)}" for each in found.levels)
+    return [harmless(f"{found.label}: {_verdict(found)}"), *map(harmless, measured)]
 
 
 def _verdict(found: LoadConclusion) -> str:
     first, last = found.levels[0].at_once, found.levels[-1].at_once
+    if found.disqualified_by:
+        return f"disqualified by {', '.join(found.disqualified_by)}"
+    doubts = provisional(found.doubts)
     if found.pays_up_to is None:
         text = _does_not_pay(found)
     elif found.pays_up_to == last:
-        return f"pays at every load measured, up to {last} requests at once"
+        return f"pays at every load measured, up to {last} requests at once{doubts}"
     else:
-        text = f"pays up to {found.pays_up_to} {_requests(found.pays_up_to)} at once"
+        text = f"pays up to {found.pays_up_to} {_requests(found.pays_up_to)} at once{doubts}"
     if found.break_even is None:
         return text
     low, high = found.break_even_interval
@@ -54,10 +58,10 @@ def _requests(number: int) -> str:
     return "request" if number == 1 else "requests"
 
 
-def _measured(level: Level) -> str:
-    words = WORDS.get(level.outcome, level.outcome)
-    speedup = "" if level.speedup is None else f"{_with_interval(level.speedup, level.interval, 'x')}, "
-    text = f"at {level.at_once}: {speedup}{words}"
+def _measured(level: Level, *, with_words: bool) -> str:
+    words = [WORDS.get(level.outcome, level.outcome)] if with_words or level.speedup is None else []
+    speedup = [] if level.speedup is None else [_with_interval(level.speedup, level.interval, "x")]
+    text = f"at {level.at_once}: {', '.join(speedup + words)}"
     if level.acceptance is None:
         return text
     tau = f"; tau {_with_interval(level.acceptance, level.acceptance_interval)}"

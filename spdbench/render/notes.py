@@ -3,7 +3,7 @@ what the columns mean. For terminal, Markdown, LaTeX."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import ceil
 
 from spdbench.console import counted
@@ -107,10 +107,14 @@ def _answer(found: Conclusion) -> str:
 
 def _provisional(found: Conclusion) -> str:
     """` (provisional: busy machine)`. A verdict against a label depends on few of the doubts."""
-    doubts = found.doubts if found.outcome == "pays" else set(found.doubts) & DOUBTS_OF_SLOWER
-    if found.disqualified_by or found.outcome not in ("pays", "slower") or not doubts:
+    if found.disqualified_by or found.outcome not in ("pays", "slower"):
         return ""
-    return f" (provisional: {', '.join(DOUBT_WORDS.get(name, name) for name in doubts)})"
+    return provisional(found.doubts if found.outcome == "pays" else set(found.doubts) & DOUBTS_OF_SLOWER)
+
+
+def provisional(doubts: Collection[str]) -> str:
+    """` (provisional: busy machine)`; nothing without doubts."""
+    return f" (provisional: {', '.join(DOUBT_WORDS.get(name, name) for name in doubts)})" if doubts else ""
 
 
 def _with_own_devices(own: OwnDevices) -> str:

@@ -30,7 +30,9 @@ class ProfileOptions(TargetOptions):
     datasheet: str | None = option(
         "--from", click.Choice([*DEVICES]), None, "Compute from this device's datasheet instead of measuring here."
     )
-    out: Path | None = option("-o --out", OUTPUT, "FILE", "Where to write it. What was measured is kept in the cache too.")
+    out: Path | None = option(
+        "-o --out", OUTPUT, "FILE", "Where to write it. What was measured is kept in the cache too."
+    )
     force: bool = flag("--force", "Replace a file that is there already.")
 
 

@@ -43,7 +43,9 @@ class TrainOptions(TargetOptions):
     epochs: float | None = option(
         "--epochs", POSITIVE, "N", "Rounds over the data. [default: 3; as many as --budget allows]"
     )
-    layout: str = option("--format", None, "NAME", "Layout of the files: spdbench, or one that the method published.", "spdbench")
+    layout: str = option(
+        "--format", None, "NAME", "Layout of the files: spdbench, or one that the method published.", "spdbench"
+    )
     lr: float = option("--lr", POSITIVE, None, "Learning rate.", 1e-3)
     options: tuple[str, ...] = keyed("-o", "KEY=VALUE", "An option of the method.", KEY_VALUE)
     seed: int = option("--seed", WHOLE, None, "Of first weights, the order of the data, and what is held out.", 0)

@@ -18,7 +18,15 @@ from spdbench.judge.comparison.context import length_of
 from spdbench.judge.comparison.pairing import Outputs, Pair, differences, machine, pair, workload
 from spdbench.judge.loaded import LoadedResult, read_results, real_path
 from spdbench.judge.metrics.dialects import metric_name
-from spdbench.judge.metrics.flags import disqualifies, diverged, interval_is_noisy, make_flag, noisy
+from spdbench.judge.metrics.flags import (
+    disqualifies,
+    diverged,
+    few_prompts,
+    has_few_prompts,
+    interval_is_noisy,
+    make_flag,
+    noisy,
+)
 from spdbench.judge.metrics.goodput import goodput
 from spdbench.judge.metrics.goodput import note as goodput_note
 from spdbench.judge.results.schema import Flag, Result
@@ -289,6 +297,8 @@ def _row(
     compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}
     compared |= {"goodput": goodput(own.runs, limits)} if limits else {}
     flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
+    if part and part.keys and has_few_prompts(part.num_prompts) and all(flag.name != "few_prompts" for flag in flags):
+        flags.append(few_prompts(part.num_prompts, "that the baseline answered too"))
     if value and interval and interval_is_noisy(value, interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", value, interval))
     metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
@@ -336,14 +346,14 @@ def _pair_flags(pairing: Pair) -> Iterator[Flag]:
             yield diverged(outputs.num_compared - outputs.num_identical, outputs.num_compared, classified=False)
 
 
-def _has_few_prompts(row: Row) -> bool:
+def _few(row: Row) -> bool:
     return any(flag.name == "few_prompts" for flag in row.flags)
 
 
 def _mark_best(rows: Sequence[Row]) -> list[Row]:
     """Marks the largest speed-up whose interval lies above 1, unless it is disqualified or of few prompts. Often there
     is none."""
-    fit = [row for row in rows if row.difference_shown and not (row.disqualified or _has_few_prompts(row))]
+    fit = [row for row in rows if row.difference_shown and not (row.disqualified or _few(row))]
     best = max(fit, key=lambda row: row.metrics["speedup"], default=None)
     if best is None or best.metrics["speedup"] <= 1:
         return list(rows)

@@ -1,7 +1,12 @@
-"""Results split by the length of the context, in place of the prompts' categories."""
+"""Results split by the length of the context, in place of the prompts' categories.
+
+Servers count the tokens of one prompt differently, or not at all, so the first result that counts those of a prompt
+counts for all.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,18 +15,31 @@ from spdbench.judge.results.table import COLUMN
 
 SMALLEST = 256
 """Shorter contexts are one group: what attention costs in them does not show."""
-UNKNOWN = "context unknown (failed)"
+UNKNOWN = "context unknown"
 
 
 def by_context(results: Sequence[LoadedResult]) -> list[LoadedResult]:
     """`results`, whose runs have as their category the length of the prompt that was fed in, earlier turns included: in
     groups from one power of two to the next."""
-    found = []
+    lengths: dict[object, int] = {}
     for result in results:
         tokens = result.runs.sums[:, COLUMN["prompt_tokens"]].tolist()
-        groups = [UNKNOWN if failed else group_of(int(n)) for n, failed in zip(tokens, result.runs.failed, strict=True)]
+        for prompt, count, failed in zip(_prompts(result), tokens, result.runs.failed, strict=True):
+            if count and not failed:
+                lengths.setdefault(prompt, int(count))
+    found = []
+    for result in results:
+        groups = [
+            UNKNOWN if failed or prompt not in lengths else group_of(lengths[prompt])
+            for prompt, failed in zip(_prompts(result), result.runs.failed, strict=True)
+        ]
         found.append(replace(result, runs=replace(result.runs, categories=groups)))
     return found
+
+
+def _prompts(result: LoadedResult) -> list[object]:
+    """What was asked in each run: equal for those that pair."""
+    return list(zip(result.runs.keys, result.runs.prompt_sha256, strict=True))
 
 
 def group_of(num_tokens: int) -> str:
@@ -34,7 +52,5 @@ def group_of(num_tokens: int) -> str:
 
 def length_of(group: str) -> int:
     """The least length in a group, to sort by; 0 for the name of a category."""
-    word = group.removeprefix("context from ")
-    if word == group:
-        return 0
-    return int(word.removesuffix("k")) * (1024 if word.endswith("k") else 1)
+    found = re.fullmatch(r"context from (\d+)(k?)", group)
+    return int(found[1]) * (1024 if found[2] else 1) if found else 0

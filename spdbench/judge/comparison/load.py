@@ -8,7 +8,7 @@ from math import exp, log
 
 from spdbench.judge.comparison.compare import Row, Table
 from spdbench.judge.comparison.pairing import concurrency, machine, work_at_any_load
-from spdbench.judge.conclusion import SpeedupOutcome, outcome_of
+from spdbench.judge.conclusion import Conclusion, SpeedupOutcome, conclusions, outcome_of
 from spdbench.judge.metrics.stats import Interval
 
 
@@ -49,13 +49,16 @@ class LoadConclusion:
     """What the levels say of one label: `pays_up_to` is the largest at which, as at all below it, the interval of its
     speed-up lies above 1, None if there is none. `break_even` is the number of requests at once at which the speed-up
     would be 1, between two measured levels; its interval comes from those of the speed-up. None stands for a number
-    outside of the levels."""
+    outside of the levels. `disqualified_by` and `doubts` are those of any level; a label that is disqualified pays at
+    none."""
 
     label: str
     levels: tuple[Level, ...]
     pays_up_to: int | None
     break_even: float | None
     break_even_interval: tuple[float | None, float | None]
+    disqualified_by: tuple[str, ...]
+    doubts: tuple[str, ...]
 
 
 def loads(tables: Sequence[Table]) -> list[Load]:
@@ -73,7 +76,11 @@ def conclude(load: Load) -> list[LoadConclusion]:
         for row in table.rows:
             if row.category is None and not row.is_baseline and table.baseline is not None:
                 rows.setdefault(row.label, []).append((row, table))
-    return [_conclude(label, [_level(row, table) for row, table in found]) for label, found in rows.items()]
+    of_levels = [{each.label: each for each in conclusions(table)} for table in load.tables]
+    return [
+        _conclude([_level(row, table) for row, table in found], [each[label] for each in of_levels if label in each])
+        for label, found in rows.items()
+    ]
 
 
 def _level(row: Row, table: Table) -> Level:
@@ -94,10 +101,11 @@ def _level(row: Row, table: Table) -> Level:
     )
 
 
-def _conclude(label: str, levels: Sequence[Level]) -> LoadConclusion:
+def _conclude(levels: Sequence[Level], of_levels: Sequence[Conclusion]) -> LoadConclusion:
+    disqualified_by = tuple(dict.fromkeys(name for each in of_levels for name in each.disqualified_by))
     paying = [level.at_once for level in levels]
     for place, level in enumerate(levels):
-        if level.outcome != "pays":
+        if level.outcome != "pays" or disqualified_by:
             paying = paying[:place]
             break
     known = [level for level in levels if level.speedup is not None]
@@ -109,7 +117,15 @@ def _conclude(label: str, levels: Sequence[Level]) -> LoadConclusion:
         for end in (0, 1)
     )
     estimate = break_even([level.at_once for level in known], [level.speedup or 1.0 for level in known])
-    return LoadConclusion(label, tuple(levels), paying[-1] if paying else None, estimate, (low, high))
+    return LoadConclusion(
+        label=of_levels[0].label,
+        levels=tuple(levels),
+        pays_up_to=paying[-1] if paying else None,
+        break_even=estimate,
+        break_even_interval=(low, high),
+        disqualified_by=disqualified_by,
+        doubts=tuple(dict.fromkeys(name for each in of_levels for name in each.doubts)),
+    )
 
 
 def break_even(levels: Sequence[int], speedups: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics import stats
@@ -120,6 +121,12 @@ class Pair:
         )
 
     @property
+    def counts_of_rounds(self) -> tuple[str, str]:
+        """The candidate's columns of drafts accepted and of verify rounds: a server's are what it reports."""
+        reported = steps_of(self.candidate.head.backend) == "reported"
+        return ("reported_accepted", "reported_rounds") if reported else ("accepted", "steps")
+
+    @property
     def is_strict(self) -> bool:
         """True where nothing excuses a difference: greedy in float32, by the model itself."""
         head = self.candidate.head
@@ -170,21 +177,26 @@ class Pair:
         return stats.spread_of_log_ratio(self.keys, *sides)
 
     def break_even(self) -> tuple[float | None, stats.Interval | None]:
-        """The acceptance length at which the candidate would be as fast as the baseline, and its 95 % interval: the
-        time of a verify round over the baseline's time for a token. None where no draft was accepted, or drafts are
-        those of a pipeline, which verifies in every cycle."""
-        kind = steps_of(self.candidate.head.backend)
-        if kind not in ("draft_verify", "reported"):
+        """The acceptance length at which the candidate would be as fast as the baseline, and its 95 % interval: its own
+        over the speed-up, on the same runs. None where no draft was accepted, or drafts are those of a pipeline, which
+        verifies in every cycle."""
+        if steps_of(self.candidate.head.backend) not in ("draft_verify", "reported"):
             return None, None
-        rounds, accepted = ("reported_rounds", "reported_accepted") if kind == "reported" else ("steps", "accepted")
+        accepted, rounds = self.counts_of_rounds
         old, new = self.baseline.runs, self.candidate.runs
         keys = [key for key in self.keys if new.sums[new.row_of[key], COLUMN[rounds]] > 0]
-        base, own = old.columns(keys, "decode_s", "decode_tokens"), new.columns(keys, "decode_s", rounds)
-        totals = np.hstack([base, own]).sum(axis=0)
-        if not totals.all() or not new.columns(keys, accepted).any():
+        drafts = new.columns(keys, accepted, rounds)
+        if not drafts[:, 0].any():
             return None, None
-        value = (totals[2] / totals[3]) / (totals[0] / totals[1])
-        return float(value), stats.ratio_interval(keys, base, own)
+        columns = np.hstack([drafts, old.rates(keys), new.rates(keys)])
+
+        def needed(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+            taken, verified, base_tokens, base_s, tokens, seconds = totals
+            speedup = stats.divide(stats.divide(tokens, seconds), stats.divide(base_tokens, base_s))
+            return stats.divide(stats.divide(taken + verified, verified), speedup)
+
+        value = float(needed(columns.sum(axis=0)))
+        return (value, stats.interval_of(keys, columns, needed)) if np.isfinite(value) else (None, None)
 
     def outputs(self) -> Outputs:
         return Outputs(len(self.keys), len(self.keys) - len(self.with_other_ids))

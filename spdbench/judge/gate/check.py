@@ -107,7 +107,7 @@ def judge(
     case = _case(candidate, together, old, candidates, baselines)
     findings = list(_findings(case, gates, limits))
     for category in case.pair.categories if by_category else ():
-        parts = _findings(case.part(category), gates, limits, of_all=False)
+        parts = _findings(case.part(category), gates, limits, of=candidate)
         findings += [replace(part, category=category, decides=False) for part in parts]
     notes = tuple(_notes(case, gates, limits))
     return Judgement(candidate.label, candidate.file, old[0].file, candidate.head, tuple(findings), notes)
@@ -129,13 +129,17 @@ def _case(
     return _Case(comparisons, tuple(peers) if is_newest else None, decides_alone=not is_reference)
 
 
-def _findings(case: _Case, gates: Sequence[Gate], limits: Limits, *, of_all: bool = True) -> Iterator[Finding]:
+def _findings(
+    case: _Case, gates: Sequence[Gate], limits: Limits, *, of: LoadedResult | None = None
+) -> Iterator[Finding]:
+    """`of` is the whole candidate, if `case` is a part of it: what was calibrated of the whole goes for its parts."""
+    of_all = of is None
     yield from complete(case.pair, gates[0], of_all=of_all)
     found: list[Finding] = []
     if "exact" in gates:
         found += exact(case.pair, limits.max_acceptance_drop)
     if "timing" in gates and case.peers is not None:
-        allowed = partial(limits.slowdown, case.pair.candidate)
+        allowed = partial(limits.slowdown, of or case.pair.candidate)
         found += timing([case.comparisons, *case.peers], allowed, decides_alone=case.decides_alone)
     for each in found:
         if of_all or each.metric != "real_divergences":

@@ -12,7 +12,8 @@ decoding is a regression anywhere.
 | ids equal, steps not        | improved if acceptance, what was accepted and steps are no worse and     |
 |                             | one is better, else regression; it holds once the baseline is renewed    |
 
-Of an engine that gives text alone neither is known; `served.py` judges what is. docs/metrics.md, "Losslessness".
+Of an engine that gives text alone neither is known, and a server's ids depend on what else it answers at the time:
+`served.py` judges these. docs/metrics.md, "Losslessness".
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def exact(pair: Pair, max_acceptance_drop: float) -> Iterator[Finding]:
     may change by, where ids may differ; where they may not, it is 0."""
     if not pair.keys:
         return
-    if not pair.knows_ids:
-        if pair.baseline.knows_ids or pair.candidate.knows_ids:
+    served_by_both = pair.baseline.is_served and pair.candidate.is_served
+    if served_by_both or not pair.knows_ids:
+        if not served_by_both and (pair.baseline.knows_ids or pair.candidate.knows_ids):
             reason = "ids are known of one of the two only: the other is of an engine that gives text alone; "
             reason += "use --gate timing"
             yield Finding("exact", "identical_outputs", "not comparable", reason)

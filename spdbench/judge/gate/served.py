@@ -1,6 +1,6 @@
-"""The exact gate for engines that give text alone, such as servers: acceptance, scores and lengths, with intervals.
+"""The exact gate for servers and engines that give text alone: acceptance, scores and lengths, with intervals.
 
-Which tokens such an engine chose is unknown, and equal texts are no fair test of it: requests that share a batch round
+Equal texts, or ids where a server lists them, are no fair test of such an engine: requests that share a batch round
 differently, so that a tie falls the other way and takes the rest of an answer with it. What is known of acceptance and
 quality is therefore judged by its size AND its 95 % interval. With s the share that may be lost:
 
@@ -15,6 +15,7 @@ quality is therefore judged by its size AND its 95 % interval. With s the share 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,22 +40,27 @@ def served(pair: Pair, max_drop: float) -> Iterator[Finding]:
 
 def _texts(pair: Pair) -> Finding:
     num, differ = len(pair.keys), len(pair.with_other_ids)
-    if not pair.knows_texts:
+    if not (pair.knows_texts or pair.knows_ids):
         return Finding("exact", "identical_outputs", "pass", "texts are unknown", decides=False)
     reason = (
-        "every text is the baseline's" if not differ else f"{differ} of {num} texts differ, which alone is no fault"
+        "every answer is the baseline's" if not differ else f"{differ} of {num} answers differ, which alone is no fault"
     )
     return Finding("exact", "identical_outputs", "pass", reason, num, num - differ, decides=False)
 
 
 def _acceptance(pair: Pair, max_drop: float) -> Finding:
-    known = [bool(table.columns(pair.keys, "reported_rounds").all()) for table in _tables(pair)]
-    if all(known):
-        return _by_interval("acceptance_length", pair, ("reported_accepted", "reported_rounds"), max_drop, plus=1)
-    if not any(known):
+    """On the requests of which both know rounds: an answer of one token has none, and a server's counts may be unknown
+    of a few."""
+    accepted, rounds = pair.counts_of_rounds
+    known = [table.columns(pair.keys, rounds)[:, 0] > 0 for table in _tables(pair)]
+    both = tuple(key for key, *side in zip(pair.keys, *known, strict=True) if all(side))
+    if both:
+        of_both = replace(pair, keys=both)
+        return _by_interval("acceptance_length", of_both, (accepted, rounds), max_drop, plus=1)
+    if not np.any(known):
         return Finding("exact", "acceptance_length", "pass", UNKNOWN, decides=False)
-    which = "the baseline's run" if known[1] else "this run"
-    return Finding("exact", "acceptance_length", "not comparable", f"unknown of some requests of {which}: {UNKNOWN}")
+    which = "the baseline's run" if known[1].any() else "this run"
+    return Finding("exact", "acceptance_length", "not comparable", f"unknown of the requests of {which}: {UNKNOWN}")
 
 
 def _by_interval(name: str, pair: Pair, columns: tuple[str, str], max_drop: float, plus: int = 0) -> Finding:

@@ -76,13 +76,16 @@ class Comparison(NamedTuple):
 def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_alone: bool) -> Iterator[Finding]:
     """Findings on new results of one label on one machine, each compared with its baselines, the newest first:
     with those of this machine that lack no run that one of the new has. Without plain decoding anywhere, tokens/s
-    decide if `decides_alone`."""
+    decide if `decides_alone`. Later turns count where all have them: an answer may end otherwise, and then the next
+    turn has another prompt."""
     first = news[0]
     keys = max((comparisons[0].pair.keys for comparisons in news), key=len)
     if not keys:
         return
+    first_turn = min(turn for _, turn, _ in keys)
+    needed = {key for key in keys if key[1] == first_turn}
     near = [[each for each in comparisons if _other_machine(each.pair) is None] for comparisons in news]
-    used = [full for some in near if (full := [each for each in some if set(each.pair.keys) >= set(keys)])]
+    used = [full for some in near if (full := [each for each in some if set(each.pair.keys) >= needed])]
     held = [over for some in used if (over := [each for each in some if each.plain is not None])]
     if not used:
         metric = SPEED if all(each.plain is None for each in first) else SPEEDUP

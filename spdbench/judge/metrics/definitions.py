@@ -43,12 +43,12 @@ def _by_devices(backend: BackendRecord, _read_bandwidth: float | None) -> float 
 
 def requests_at_once(backend: BackendRecord, _read_bandwidth: float | None = None) -> int:
     """How many requests were under way at once; only servers are measured with more than one."""
-    at_once: int = backend.options.get("concurrency", 1)
-    return at_once
+    at_once = backend.options.get("concurrency")
+    return at_once if isinstance(at_once, int) and at_once > 0 else 1  # a package may have an option of that name
 
 
 def _share_of_bandwidth(backend: BackendRecord, read_bandwidth: float | None) -> float | None:
-    return sum(backend.lane_bytes) / read_bandwidth if read_bandwidth else None
+    return sum(backend.lane_bytes) / read_bandwidth if read_bandwidth and any(backend.lane_bytes) else None
 
 
 @dataclass(frozen=True)

@@ -163,14 +163,16 @@ def interval_of(
     """95 % interval of what `value` computes of the sums of `columns` [runs, K] over the runs `keys`: it is given the
     sums of all redrawn data sets as [K, resamples].
 
-    All columns of a cell are redrawn together, so that what a conversation does to all of them cancels. None with fewer
-    than two conversations, for one shows no spread.
+    All columns of a cell are redrawn together, so that what a conversation does to all of them cancels. Conversations
+    that add to no column count for nothing. None with fewer than two others, for one shows no spread.
     """
     conversations = [prompt for prompt, _, _ in keys]
-    num_conversations = len(set(conversations))
+    cells, sums = sum_cells(conversations, [repeat for _, _, repeat in keys], columns)
+    adding = np.isin(cells, cells[sums.any(axis=1)])
+    cells, sums = cells[adding], sums[adding]
+    num_conversations = len(np.unique(cells))
     if num_conversations < 2:
         return None
-    cells, sums = sum_cells(conversations, [repeat for _, _, repeat in keys], columns)
     return percentile_interval(value(resample_sums(cells, sums, resamples, seed).T), num_conversations)
 
 
@@ -205,9 +207,10 @@ def spread_of_log_ratio(
     A conversation with the share p of a column's sum moves the log of that sum by p, to first order, so that what C
     conversations add to the log of the ratio are the numbers C (p - p'), with both ratios' columns taken in turn; their
     deviation over sqrt(C) is the standard error. Source: the delta method, W. Cochran, "Sampling Techniques" (1977),
-    section 6.3. None with fewer than two conversations, or where a column sums to 0.
+    section 6.3. None with fewer than two conversations that add to a column, or where a column sums to 0.
     """
     _, sums = sum_cells([prompt for prompt, _, _ in keys], [0] * len(keys), np.hstack([first, second]))
+    sums = sums[sums.any(axis=1)]
     totals, num = sums.sum(axis=0), len(sums)
     if num < 2 or not totals.all():
         return None

@@ -61,13 +61,13 @@ def log_paces(seconds: Numbers, steps: Numbers, explained_by: Sequence[Numbers])
 def find_drift(paces: Numbers, askings: Sequence[object]) -> Drift | None:
     """The trend of `paces` [R] in order; None with fewer than 8 prompts.
 
-    Those with equal `askings` [R], neighbours, are repeats of one prompt, and count once.
+    Those with equal `askings` [R] are repeats of one prompt, and count once, in the first one's place.
     """
     if len(paces) < MIN_REQUESTS:
         return None
-    starts = _starts(askings)
-    if len(starts) < len(paces):
-        paces = np.array([np.median(part) for part in np.split(paces, starts[1:])])
+    repeats = _repeats(askings)
+    if len(repeats) < len(paces):
+        paces = np.array([np.median(paces[places]) for places in repeats])
     values = _blocks(paces)
     if len(values) < MIN_REQUESTS:
         return None
@@ -85,8 +85,10 @@ def find_outliers(paces: Numbers, askings: Sequence[object]) -> NDArray[np.bool_
     far = off > max(MAX_SCORE * MAD_TO_SIGMA * float(np.median(off)), log(FAR_RATIO))
     if not far.any():
         return far
-    parts = np.split(far, _starts(askings)[1:])
-    return np.concatenate([part & ~(len(part) > 1 and part.all()) for part in parts])
+    for places in _repeats(askings):
+        if len(places) > 1 and far[places].all():
+            far[places] = False
+    return far
 
 
 def theil_sen(places: Numbers, values: Numbers) -> float:
@@ -116,9 +118,12 @@ def _pairs(num: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return first, second
 
 
-def _starts(askings: Sequence[object]) -> list[int]:
-    """The places at which something else is asked than just before."""
-    return [place for place in range(len(askings)) if not place or askings[place] != askings[place - 1]]
+def _repeats(askings: Sequence[object]) -> list[list[int]]:
+    """The places of each thing that is asked, in the order in which they are first asked."""
+    found: dict[object, list[int]] = {}
+    for place, asking in enumerate(askings):
+        found.setdefault(asking, []).append(place)
+    return list(found.values())
 
 
 def _blocks(values: Numbers) -> Numbers:

@@ -409,4 +409,54 @@ def test_contexts_are_rows_from_short_to_long() -> None:
 
 def test_the_context_of_a_failed_run_is_unknown() -> None:
     [result] = by_context([eagle(runs=[*contexts(300), failed_run("p9")])])
-    assert result.runs.categories == ["context from 256", "context unknown (failed)"]
+    assert result.runs.categories == ["context from 256", "context unknown"]
+
+
+def test_contexts_pair_though_servers_count_tokens_differently_or_not_at_all() -> None:
+    def counted(n: int) -> list[Run]:
+        return [run.model_copy(update={"num_prompt_tokens": n}) for run in vanilla_runs()]
+
+    for own in (256, 0):
+        fast = [run.model_copy(update={"num_prompt_tokens": own}) for run in fast_runs()]
+        rows = only(compare(by_context([vanilla(runs=counted(255)), eagle(runs=fast)]), by_category=True)).rows
+        assert [row.category for row in rows[1::2]] == ["context under 256", None]
+        assert rows[1].metrics["speedup"] == pytest.approx(4.0)
+    unknown = by_context([vanilla(runs=counted(0))])
+    assert {*unknown[0].runs.categories} == {"context unknown"}
+
+
+def test_a_category_may_be_called_as_contexts_are() -> None:
+    runs = vanilla_runs(category="context from wiki")
+    rows = only(
+        compare([vanilla(runs=runs), eagle(runs=fast_runs(category="context from wiki"))], by_category=True)
+    ).rows
+    assert [row.category for row in rows[::2]] == ["context from wiki", None]
+
+
+def test_few_prompts_are_those_that_the_baseline_answered_too() -> None:
+    row = second([vanilla(runs=vanilla_runs(3)), eagle(runs=fast_runs(40))])
+    assert [flag.reason for flag in row.flags if flag.name == "few_prompts"] == [
+        "only 3 prompts that the baseline answered too"
+    ]
+    assert not row.best
+
+
+def test_a_category_of_few_prompts_has_no_best() -> None:
+    runs = [*vanilla_runs(10), *(make_run(vanilla_steps(9), prompt=f"r{i}", category="rare") for i in range(2))]
+    fast = [*fast_runs(10), *(make_run(chunk_steps([1, 4, 4]), prompt=f"r{i}", category="rare") for i in range(2))]
+    rows = only(compare([vanilla(runs=runs), eagle(runs=fast)], by_category=True)).rows
+    assert {(row.category, row.best) for row in rows[1::2]} == {("math", True), ("rare", False), (None, True)}
+
+
+def test_the_length_that_breaks_even_stands_to_tau_as_one_to_the_speedup() -> None:
+    """Drafts that were accepted beyond an answer's end are in tau, and in no speed."""
+    short = [make_run(chunk_steps([1, 5, 4], depth=4, step_ns=(40 + i) * MS), prompt=f"p{i}") for i in range(10)]
+    row = second([vanilla(), eagle(runs=short)])
+    assert row.metrics["break_even_length"] == pytest.approx(row.metrics["acceptance_length"] / row.metrics["speedup"])
+
+
+def test_an_engine_that_knows_no_bytes_is_not_called_slow() -> None:
+    backend = make_backend(label="vanilla").model_copy(update={"lane_bytes": [0]})
+    found = load(make_result(vanilla_runs(), backend), "v.json")
+    assert found.metrics["roofline_share"] is None
+    assert "slow_baseline" not in {flag.name for flag in found.flags}

@@ -114,3 +114,30 @@ def test_texts_of_servers_are_compared_where_ids_are_unknown() -> None:
     assert table.rows[1].outputs == (2, 1)
     [table] = compare([server("plain", None, None), server("drafted", None, None)], "plain")
     assert table.rows[1].outputs is None
+
+
+def test_a_label_that_is_disqualified_pays_at_no_load() -> None:
+    def other(result: LoadedResult) -> LoadedResult:
+        backend = result.head.backend.model_copy(update={"other_model": "another model in its server"})
+        return replace(result, head=result.head.model_copy(update={"backend": backend}))
+
+    results = [_result("plain", 1, 10.0), _result("plain", 4, 12.0)]
+    results += [other(_result("drafted", at_once, 5.0, tau=2.0)) for at_once in (1, 4)]
+    (found,) = loads(compare(results, "plain"))
+    (conclusion,) = conclude(found)
+    assert conclusion.pays_up_to is None
+    first, *levels = sentences(conclusion)
+    assert first == "drafted: disqualified by other_model"
+    assert not any("pays" in line for line in levels)
+
+
+def test_doubts_make_a_verdict_over_loads_provisional() -> None:
+    results = [_result("plain", at_once, 10.0) for at_once in (1, 4)]
+    apart = [_result("drafted", at_once, 5.0, tau=2.0) for at_once in (1, 4)]
+    results += [
+        replace(one, head=one.head.model_copy(update={"environment": {**one.head.environment, "x": 1}}))
+        for one in apart
+    ]
+    (found,) = loads(compare(results, "plain"))
+    (conclusion,) = conclude(found)
+    assert sentences(conclusion)[0].endswith("up to 4 requests at once (provisional: measured apart)")

@@ -22,7 +22,7 @@ from spdbench.judge.gate.calibration import (
 )
 from spdbench.judge.loaded import LoadedResult
 from spdbench.judge.metrics.stats import t_quantile
-from tests.builders import MS, failed_run
+from tests.builders import MS, failed_run, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import drafted_runs, eagle, plain, plain_runs
 
 SPEEDS = (1.00, 0.98, 1.01, 1.03, 0.97, 1.00)
@@ -142,3 +142,11 @@ def test_what_is_no_calibration_is_refused_in_a_line(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse_calibration(text)
     assert "\n" not in str(caught.value)
+
+
+def test_later_turns_whose_prompts_differ_do_not_count() -> None:
+    """A first answer that ended otherwise is part of the next turn's prompt."""
+    found = runs(*SPEEDS)
+    turns = [make_run(vanilla_steps(8), prompt="p0", turn=1, prompt_sha256=f"{i:064x}") for i in range(len(SPEEDS))]
+    plainly = [plain([*plain_runs(), turn], environment=found[0].head.environment) for turn in turns]
+    assert {each.num_answers for each in calibrate(plainly).thresholds} == {11}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from spdbench.judge.gate.counterpart import reference
 from spdbench.judge.gate.verdict import GateVerdict, Judgement
 from spdbench.judge.loaded import LoadedResult
-from spdbench.judge.results.schema import Divergence, Drafts
-from tests.builders import MS, make_run, vanilla_steps
+from spdbench.judge.results.schema import Divergence, Drafts, Run
+from tests.builders import MS, chunk_steps, make_run, vanilla_steps
 from tests.unit.judge.gate.gates import eagle, finding, judged, only
 
 SERVED: dict[str, Any] = {"unknown": ["drafts", "forwards", "devices", "ids"], "other_model": "m in its server"}
@@ -18,10 +19,15 @@ ROUNDS = 10
 
 
 def server(
-    *accepted: int, text: str = "An answer", score: float | None = None, num_prompts: int = 12, **more: Any
+    *accepted: int,
+    text: str = "An answer",
+    score: float | None = None,
+    num_prompts: int = 12,
+    also: Sequence[Run] = (),
+    **more: Any,
 ) -> LoadedResult:
     """Prompts whose rounds accepted as many drafts; the last number goes for all that follow."""
-    runs = []
+    runs = list(also)
     for i in range(num_prompts):
         drafts = None
         if accepted:
@@ -146,3 +152,27 @@ def test_a_real_difference_from_the_plain_server_is_a_regression() -> None:
 
 def test_ids_on_one_side_alone_compare_with_nothing() -> None:
     assert exact(server(20), eagle()).verdict == "not comparable"
+
+
+def test_an_answer_of_one_token_has_no_rounds_and_takes_none_of_the_others_from_the_gate() -> None:
+    none = Drafts(rounds=0, judged=None, accepted=0, source="its response")
+    short = [make_run(vanilla_steps(1), prompt="short", output_ids=[], text="A", drafts=none)]
+    for now, before in ((server(0, also=short), server(20, also=short)), (server(0, also=short), server(20))):
+        assert finding(exact(now, before), "acceptance_length").verdict == "regression"
+
+
+def test_a_server_that_lists_ids_is_judged_by_size_and_interval_as_well() -> None:
+    """Its answers end elsewhere from run to run; that alone is no fault, and scores count."""
+
+    def one(score: float, *rounds: int) -> LoadedResult:
+        runs = [
+            make_run(chunk_steps([1, *[3] * count], depth=4), prompt=f"p{i}", score=score)
+            for i, count in enumerate(rounds)
+        ]
+        return eagle(runs, temperature=0.8, **{**SERVED, "unknown": ["forwards", "devices"]})
+
+    before, now = one(0.9, *range(4, 16)), one(0.9, *range(14, 2, -1))
+    judgement = exact(now, before)
+    assert judgement.verdict == "pass"
+    assert not finding(judgement, "num_new_tokens").decides
+    assert finding(exact(one(0.0, *range(4, 16)), before), "score").verdict == "regression"

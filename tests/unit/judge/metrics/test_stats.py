@@ -153,3 +153,16 @@ def test_intervals_of_double_ratios_cover_about_as_often_as_they_say() -> None:
         low, high = stats.ratio_interval(keys, *sides, resamples=500, seed=trial) or (0, 0)
         hits += low <= 0.5 / 0.55 <= high
     assert 0.93 <= hits / trials < 1.0
+
+
+def test_conversations_that_add_nothing_show_no_spread() -> None:
+    """Answers of one token have no decode time."""
+    keys = [(f"p{index}", 0, 0) for index in range(13)]
+    one, two = np.zeros((13, 2)), np.zeros((13, 2))
+    one[0], two[0] = (50, 1.0), (50, 0.4)
+    assert stats.ratio_interval(keys, one, two) is None
+    one[1], two[1] = (50, 1.0), (50, 0.5)
+    found = stats.ratio_interval(keys, one, two)
+    assert found == stats.ratio_interval(keys[:2], one[:2], two[:2])
+    assert found is not None
+    assert found[0] < 2.2 < found[1]

@@ -171,3 +171,11 @@ def test_ten_thousand_requests_take_no_more_memory_than_pairs_of_blocks() -> Non
     assert found is not None
     assert found.change == pytest.approx(np.exp(0.2) - 1, abs=0.01)
     assert not find_outliers(paces, list(range(10_000))).any()
+
+
+def test_repeats_are_told_where_others_were_measured_between_them() -> None:
+    """Several requests at once are kept in the order in which they end."""
+    slow = [run(i, 20.0 if i == 5 else 10.0, repeat=repeat) for repeat in range(3) for i in range(NUM)]
+    assert "outliers" not in flags(slow)
+    few = [run(i, 10.0 + i, repeat=repeat) for repeat in range(5) for i in range(7)]
+    assert "drift" not in flags(few)
