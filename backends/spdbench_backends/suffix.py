@@ -55,7 +55,7 @@ class Suffix(Lookup):
         options = self._options
         drafter = SuffixDrafter(options.num_tokens, options.row_cost, self._decoder)
         if options.earlier_answers:
-            if self._last is not None:
+            if self._last is not None and self._last[1].num_new:
                 prompt_ids = self._last[0].prompt_ids
                 self._earlier[prompt_ids] = self._last[1].ids[-self._last[1].num_new :]
             # An answer to the same prompt would give this one away: that is no draft but a copy.

@@ -94,6 +94,8 @@ def _synthetic(kind: Literal["oracle", "forced"], text: str, acceptance: str) ->
     else:
         value, title = [_number(word) for word in acceptance.split(",")], text
     if isinstance(value, list):
+        if not value:
+            raise ValueError("the list of rates is empty")
         rates, num_levels = tuple(map(_rate, value)), 0
         title = title or f"{kind}:{','.join(f'{rate:.4g}' for rate in rates)}"
     else:

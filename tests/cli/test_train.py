@@ -6,12 +6,13 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from spdbench.judge.results.schema import read_result
+from spdbench.judge.results.schema import Result, read_result
 from tests import tiny
 from tests.cli.run_helpers import Said, spdbench, write_suite
 
@@ -77,13 +78,17 @@ def test_a_trained_drafter_is_found_by_auto_and_measured(
 
 def drafter_of_a_run(method: str, model: Path, folder: Path, *words: str) -> tuple[str, int | None]:
     """Which drafter a short run found, and how many tokens it has learned."""
+    drafter = short_run(method, model, folder, *words).drafter
+    assert drafter is not None
+    return drafter.id, drafter.trained_tokens
+
+
+def short_run(method: str, model: Path, folder: Path, *words: str) -> Result:
     words = ("-b", "vanilla", "-b", method, "-o", f"{method}.executor=inline", "--max-new-tokens", "8", *words)
     common = ("-m", model, "--dtype", "float32", "--results", folder / "results", "--threads", "1", "--limit", "1")
     said = spdbench("run", write_suite(folder), *common, *words)
     assert said.code == 0, said.err
-    drafter = read_result(folder / "results" / f"mini__{method}__tiny-llama.json").drafter
-    assert drafter is not None
-    return drafter.id, drafter.trained_tokens
+    return read_result(folder / "results" / f"mini__{method}__tiny-llama.json")
 
 
 def test_one_head_serves_every_number_of_stages_unless_there_is_one_for_it(
@@ -352,3 +357,51 @@ def test_a_new_run_keeps_the_drafter_of_a_finished_one(data: Path, out: Path, ti
     assert "is kept there, as config.json.old, model.safetensors.old" in " ".join(said.err.split())
     assert (out / "model.safetensors.old").read_bytes() == former
     assert (out / "model.safetensors").read_bytes() != former
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_the_former_drafter(
+    data: Path, out: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spdbench_backends.eagle import train as eagle_training
+
+    assert train("eagle3", data, out, tiny_model).code == 0
+    former = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "train.jsonl"}
+
+    def full(_file: Any, directory: Path, _layout: str) -> None:
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(eagle_training, "write_eagle", full)
+        for more in ((), ("--resume",)):
+            said = train("eagle3", data, out, tiny_model, "--seed", "5", *more)
+            assert said.code == 2
+            assert "make room, then the same command with --resume" in said.err
+            assert {name: (out / name).read_bytes() for name in former} == former
+    assert train("eagle3", data, out, tiny_model, "--seed", "5", "--resume").code == 0
+    assert (out / "model.safetensors.old").read_bytes() == former["model.safetensors"]
+    assert (out / "model.safetensors").read_bytes() != former["model.safetensors"]
+
+
+def test_conversations_are_held_out_with_all_their_turns() -> None:
+    """A template that changes earlier answers makes a sequence of each turn."""
+    from spdbench.cli.train.session import _data
+    from spdbench.training.tokens import TokenSequence
+
+    grouped = [[TokenSequence((i,) * 9, (True,) * 9)] * (1 + i % 3) for i in range(40)]
+    options: Any = SimpleNamespace(held_out=0.2, seed=1)
+    found = _data(grouped, options)
+    conversations = [i for i, group in enumerate(grouped) for _ in group]
+    learned, held = ({conversations[index] for index in side} for side in (found.learned, found.held_out))
+    assert len(held) == 8
+    assert not learned & held
+    assert sorted((*found.learned, *found.held_out)) == list(range(len(conversations)))
+
+
+def test_ppsd_runs_on_the_uneven_stages_that_it_was_trained_for(data: Path, out: Path, tiny_model: Path) -> None:
+    said = train("ppsd", data, out, tiny_model, "-o", "stage_layers=1,2,3")
+    assert said.code == 0, said.err
+    words, folder = ("--drafter", str(out)), out.parents[1]
+    assert short_run("ppsd", tiny_model, folder, *words).backend.stage_layers == [1, 2, 3]
+    balanced = short_run("ppsd", tiny_model, folder, *words, "-o", "ppsd.stage_layers=auto").backend.stage_layers
+    assert (balanced[0], sum(balanced)) == (1, 6)

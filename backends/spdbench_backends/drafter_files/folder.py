@@ -75,7 +75,7 @@ class DrafterFile(Generic[C]):
         """What a result says of the drafter; `kind` is that of the user's choice, e.g. `random`."""
         untrained = kind == "random"
         return DrafterInfo(
-            "random" if untrained else self.path.name,
+            "random" if untrained else self.path.resolve().name,
             method,
             synthetic=False,
             sha256=self.sha256 or None,

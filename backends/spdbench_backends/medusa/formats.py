@@ -189,7 +189,7 @@ def _check_accuracies(path: Path, config: MedusaConfig, num_heads: int) -> None:
     if by_head and len(by_head) != num_heads:
         raise InputError(f"{path}/config.json: head_accuracies are of {len(by_head)} heads, but there are {num_heads}")
     for k, ranks in enumerate(by_head):
-        if not ranks or not all(0.0 <= rank <= 1.0 for rank in ranks) or sum(ranks) > 1.0 + 1e-6:
+        if not ranks or not all(0.0 <= rank <= 1.0 for rank in ranks) or sum(ranks) > 1.0 + 1e-6 * len(ranks):
             raise InputError(
                 f"{path}/config.json: head_accuracies.{k}: expected one number or more from 0 to 1, which are shares "
                 "of a whole"

@@ -2,7 +2,7 @@
 decoder layers over stage 0's output, then a final norm and a head, by default the target's own.
 
     config.json         method, version, hidden_size, vocab_size, exit_layer, num_layers; model_sha256, num_stages,
-                        trained_tokens
+                        stage_layers where stages are uneven, trained_tokens
     model.safetensors   layers.I.* as in a target's checkpoint; norm.weight and lm_head.weight if they are its own;
                         matrices may be in 8 bits
 """
@@ -40,6 +40,7 @@ class ExitConfig(DrafterConfig):
     exit_layer: int = Field(ge=1)
     num_layers: int = Field(ge=1, le=MAX_LAYERS)
     num_stages: int | None = Field(None, ge=1)
+    stage_layers: list[int] | None = None
 
 
 ExitFile = DrafterFile[ExitConfig]

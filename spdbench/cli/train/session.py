@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +74,11 @@ def train(options: TrainOptions, started: float) -> None:
     made_by = (conversations.header or {}).get("model", {}).get("sha256", target.files.sha256)
     if made_by != target.files.sha256:
         say(f"NOTE: {options.data} holds what another model said; a drafter learns best from its own model.")
-    sequences = _sequences(conversations, target, options)
+    grouped = _sequences(conversations, target, options)
+    sequences, data = [sequence for group in grouped for sequence in group], _data(grouped, options)
     torch.manual_seed(options.seed)
-    recipe, features = _prepared(recipe_class, recipe_options, target, sequences, options)
-    data, plan = _data(sequences, options), _plan(options)
+    recipe, features = _prepared(recipe_class, recipe_options, target, sequences, data, options)
+    plan = _plan(options)
     if not options.resume and checkpoint.set_aside(options.out):
         say(
             f"An unfinished run is set aside as {checkpoint.ASIDE} until this one has finished; --resume would have "
@@ -138,20 +141,22 @@ def _target(options: TrainOptions) -> Target:
     return target
 
 
-def _sequences(conversations: Conversations, target: Target, options: TrainOptions) -> list[TokenSequence]:
+def _sequences(conversations: Conversations, target: Target, options: TrainOptions) -> list[list[TokenSequence]]:
+    """The sequences of each conversation that has any: one, or one a turn where a template changes earlier turns."""
     chat = chat_format(target, options)
     length, eos_ids = min(options.max_length, target.config.max_positions), target.eos_ids
     end_id = ending_token(chat, eos_ids)
-    sequences: list[TokenSequence] = []
+    grouped: list[list[TokenSequence]] = []
     skipped = list(conversations.skipped)
     for place, messages in zip(conversations.places, conversations.messages, strict=True):
         try:
-            sequences += tokenised(messages, chat, end_id, length)
+            if sequences := list(tokenised(messages, chat, end_id, length)):
+                grouped.append(sequences)
         except ConversationRefusedError as error:  # many templates refuse two turns of one role in a row
             skipped.append(f"{options.data} {place}: {error}")
         except InputError as error:
             raise InputError(f"{options.data} {place}: {error}") from None
-    if skipped and not sequences:
+    if skipped and not grouped:
         raise InputError(skipped[-1])
     if skipped:
         say(skipped_note(f"--data {options.data}", skipped, len(conversations.places) + len(conversations.skipped)))
@@ -161,12 +166,12 @@ def _sequences(conversations: Conversations, target: Target, options: TrainOptio
             "(reasoning_content), which are not learned; their answers are."
         )
     report_joined(chat, conversations.messages)
-    if len(sequences) < 2:
+    if len(grouped) < 2:
         raise InputError(
-            f"{options.data}: {len(sequences)} conversations have an answer within {length} tokens; at least 2 are "
+            f"{options.data}: {len(grouped)} conversations have an answer within {length} tokens; at least 2 are "
             "needed, one of them to judge by"
         )
-    return sequences
+    return grouped
 
 
 def _identity(options: TrainOptions, recipe_options: RecipeOptions, target: Target, data_sha256: str) -> dict[str, Any]:
@@ -190,11 +195,13 @@ def _prepared(
     recipe_options: RecipeOptions,
     target: Target,
     sequences: list[TokenSequence],
+    data: Data,
     options: TrainOptions,
 ) -> tuple[Recipe, Features]:
     ends = target.ends
     config = ends.config
-    draft_ids_U = most_frequent_tokens(sequences, options.draft_vocab, config.vocab_size, target.eos_ids)
+    learned = [sequences[index] for index in data.learned]
+    draft_ids_U = most_frequent_tokens(learned, options.draft_vocab, config.vocab_size, target.eos_ids)
     recipe = recipe_class(recipe_options, Teacher(ends), draft_ids_U, options.stages)
     recipe.require_layout(options.layout)
     require_memory(training_bytes(recipe.module, config, options.batch_tokens), target.device, "training")
@@ -222,10 +229,17 @@ def _keep(features: Features, options: TrainOptions) -> None:
         )
 
 
-def _data(sequences: list[TokenSequence], options: TrainOptions) -> Data:
-    lengths = [len(sequence.ids) for sequence in sequences]
-    share, most = (0.05, MAX_HELD_OUT_TOKENS) if options.held_out is None else (options.held_out, sum(lengths))
-    return Data(lengths, *split_held_out(lengths, share, options.seed, most))
+def _data(grouped: list[list[TokenSequence]], options: TrainOptions) -> Data:
+    """Whole conversations are held out."""
+    lengths = [[len(sequence.ids) for sequence in group] for group in grouped]
+    ends = list(accumulate(map(len, lengths)))
+    sums = [sum(group) for group in lengths]
+    share, most = (0.05, MAX_HELD_OUT_TOKENS) if options.held_out is None else (options.held_out, sum(sums))
+    learned, held_out = (
+        [index for group in side for index in range(ends[group] - len(lengths[group]), ends[group])]
+        for side in split_held_out(sums, share, options.seed, most)
+    )
+    return Data([length for group in lengths for length in group], learned, held_out)
 
 
 def _plan(options: TrainOptions) -> Plan:
@@ -256,8 +270,11 @@ def _finish(
         seed=options.seed,
         acceptance_by_position=state.best_rates,
     )
-    _keep_former(options.out)
-    recipe.write(options.out, about, options.layout)
+    with tempfile.TemporaryDirectory(dir=options.out, prefix=".drafter-") as fresh:
+        recipe.write(Path(fresh), about, options.layout)  # a full disk leaves the former drafter as it is
+        _keep_former(options.out)
+        for path in sorted(Path(fresh).iterdir(), reverse=True):
+            path.replace(options.out / path.name)
     mark_finished(options.out, options.layout)
     checkpoint.remove(options.out)
     rates = ", ".join(f"{rate:.1%}" for rate in state.best_rates)

@@ -103,9 +103,9 @@ def verdicts_by_position(table: RunTable, rows: Rows, steps: Steps) -> tuple[NDA
     chosen = _decode_steps(table, rows)
     judged, accepted = table.steps[JUDGED], table.steps[ACCEPTED]
     if steps == "pipeline":
-        given = np.flatnonzero(chosen & (judged > 0))
+        given = np.flatnonzero(chosen & ((judged > 0) | (table.steps[EMITTED] > 0)))
         run = np.repeat(np.arange(len(rows)), table.num_steps)[given]
-        return _verdicts_since_flush(run, accepted[given].astype(np.int64))
+        return _verdicts_since_flush(run, judged[given] > 0, accepted[given].astype(np.int64))
     if steps == "draft_verify":
         most = int(judged[chosen].max(initial=0))
         return _reaching(judged[chosen], most), _reaching(accepted[chosen], most)
@@ -114,13 +114,17 @@ def verdicts_by_position(table: RunTable, rows: Rows, steps: Steps) -> tuple[NDA
 
 
 def _verdicts_since_flush(
-    run: NDArray[np.int64], accepted: NDArray[np.int64]
+    run: NDArray[np.int64], judged: NDArray[np.bool_], accepted: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """From each verdict's run and whether it accepted."""
-    place = np.arange(len(run))
+    """From cycles with a verdict or a token: their run, whether there was a verdict, and whether it accepted.
+
+    The pipe is flushed by a token that is no accepted draft, also where there was no draft to reject.
+    """
     after_flush = np.ones(len(run), dtype=np.bool_)
     after_flush[1:] = (run[1:] != run[:-1]) | (accepted[:-1] == 0)
-    position = place - np.maximum.accumulate(np.where(after_flush, place, 0))
+    before = np.cumsum(judged) - judged
+    position = (before - np.maximum.accumulate(np.where(after_flush, before, 0)))[judged]
+    accepted = accepted[judged]
     size = int(position.max(initial=-1)) + 1
     accepted_at = np.zeros(size, dtype=np.int64)
     np.add.at(accepted_at, position, accepted)

@@ -221,3 +221,10 @@ def test_a_length_beyond_the_drafts_depth_is_an_error(tiny_model: Path) -> None:
     synthetic = synthetic_drafts(parse_drafter("forced:tau=4.5"), 0, decoder, tiny.greedy(PROMPT, 12))
     with pytest.raises(InputError, match="needs drafts of 4 tokens at least, and this backend drafts 3"):
         SyntheticDrafter(synthetic, chain_builder(3, decoder.device), decoder.device)
+
+
+def test_an_empty_list_of_rates_is_refused_with_its_file(tmp_path: Path) -> None:
+    golden = tmp_path / "golden.yaml"
+    golden.write_text("eagle3: []\n")
+    with pytest.raises(InputError, match=r"golden.yaml#eagle3: oracle needs .*the list of rates is empty"):
+        parse_drafter(f"oracle:{golden}#eagle3")

@@ -263,3 +263,12 @@ def test_many_runs_take_little_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60_000_000, "40 MB are the bootstrap's, whatever the number of runs; a run adds some 10 kB"
+
+
+def test_a_flush_without_a_draft_begins_positions_anew() -> None:
+    """A node whose drafts had no room gives a token, and none of them a verdict."""
+    cycles = [(1, 0, 0), (1, 1, 1), (1, 0, 0), (0, 0, 0), (1, 1, 1), (1, 1, 0)]
+    emitted, judged, accepted = zip(*cycles, strict=True)
+    steps = make_steps(emitted, drafted=judged, judged=judged, accepted=accepted)
+    found = overall([make_run(steps)], SPD)
+    assert found["acceptance_by_position"] == [1.0, 0.0]
