@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+import click
+
 CLEAR = "\r\033[K"
 """Removes what is in the terminal's current line, such as a progress bar."""
 MAX_CHARS = 8000
@@ -29,6 +31,17 @@ def printable(text: str, *, one_line: bool = False) -> str:
     if text.isprintable():
         return text
     return "".join(char if char in kept or not _is_obeyed(char) else _escape(char) for char in text)
+
+
+def wrapped(text: str, width: int, indent: str) -> str:
+    """`text` with its own lines and their indentation kept, as code and lists need them; long lines go on below."""
+    found = []
+    for line in text.split("\n"):
+        words = line.lstrip(" \t")
+        whole = indent + line[: len(line) - len(words)]
+        fits = len(whole) + len(words) <= width
+        found.append((whole + words).rstrip() if fits else click.wrap_text(words, width, whole, whole))
+    return "\n".join(found)
 
 
 def counted(number: int, what: str) -> str:

@@ -264,7 +264,7 @@ class StubServer:
                 self.write(handler, b'data: {"choices": [{"del')
             self.write(handler, b"")
         elif self.fault == "endless_line":
-            self.write(handler, b"data: " + b"x" * (3 * 2**20))
+            self.write(handler, b"data: " + b"x" * (17 * 2**20))
         elif self.fault is not None and self.fault in ENDLESS:
             while not self._released.wait(0.02):
                 self.write(handler, ENDLESS[self.fault])

@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if path.name == PROJECT_FILE and b"spdbench" not in content:
         return None  # another project's, right or wrong
     try:
-        return tomllib.loads(content.decode("utf-8"))
+        return tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not TOML ({error})") from None
 

@@ -9,7 +9,6 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +20,7 @@ from spdbench.cli.completion import complete_backends, complete_suites
 from spdbench.cli.files import show_text
 from spdbench.cli.options import PATH
 from spdbench.cli.parameters import Argument, Option
-from spdbench.console import printable
+from spdbench.console import printable, wrapped
 from spdbench.errors import InputError, SpdbenchError, did_you_mean
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2))
     else:
         text = "".join(f"{printable(line)}\n" for part in lines for line in part.split("\n"))
-        show_text(text, partial(click.echo, nl=False))
+        show_text(text)
 
 
 @click.command("backends", short_help="List installed backends and their options.")
@@ -88,7 +87,7 @@ def _suite_text(suite: SuiteListing) -> str:
 
 def _prompt_text(prompt: Mapping[str, Any]) -> str:
     given = [f"[{message['role']}] {message['content']}" for message in prompt["context"]]
-    texts = (click.wrap_text(text, 80, "    ", "    ", preserve_paragraphs=True) for text in [*given, *prompt["turns"]])
+    texts = (wrapped(text, 80, "    ") for text in [*given, *prompt["turns"]])
     return "\n".join([f"{prompt['id']}  ({prompt['category']})", *texts])
 
 

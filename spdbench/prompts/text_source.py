@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated
 
 from pydantic import Field
@@ -59,10 +60,15 @@ class TextSource(Source):
         return Loaded(tuple(prompts), self.title)
 
 
+SPACE = re.compile(r"\s")
+LONGEST_WORD = 100
+"""Characters in which a word that is cut ends; text without spaces so near has no words to keep whole."""
+
+
 def _piece(text: str, size: int, place: float) -> str:
     """About `size` characters of `text`, of whole words, from that part of the text on; 0 is its beginning."""
     start = int((len(text) - size) * place)
     piece = text[start : start + size]
-    if start and not text[start - 1].isspace():  # the first word is cut
-        piece = piece.lstrip().partition(" ")[2] or piece
+    if start and not text[start - 1].isspace() and (end := SPACE.search(piece, 0, LONGEST_WORD)):
+        piece = piece[end.end() :]  # the first word is cut
     return piece.strip() or piece

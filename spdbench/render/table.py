@@ -48,6 +48,8 @@ Format = Literal["table", "github", "latex", "csv", "json"]
 FORMATS: tuple[str, ...] = get_args(Format)
 MORE = "`spdbench compare --details` adds {}."
 MIN_LABEL_WIDTH = 12
+NARROWEST = 20
+"""A terminal may say that it has no columns (`COLUMNS=0`)."""
 STYLES: dict[SpeedupOutcome, str] = {"pays": "bold green", "slower": "red"}
 
 
@@ -109,7 +111,7 @@ def _load_to_terminal(load: Load, console: Console) -> Iterator[RenderableType]:
 
 def _indented(line: str, console: Console, style: str) -> Text:
     """`line`, with what does not fit its first line indented below."""
-    return Text(fill(line, console.width, subsequent_indent="  ", break_on_hyphens=False), style=style)
+    return Text(fill(line, max(console.width, NARROWEST), subsequent_indent="  ", break_on_hyphens=False), style=style)
 
 
 def _table_and_notes(table: Table, console: Console, *, details: bool) -> Iterator[RenderableType]:

@@ -52,7 +52,7 @@ def test_names_with_line_breaks_and_control_characters_are_shown_in_one_line(
     file = edited(tmp_path, "vanilla", prompt_id=name, category="c\nd", text="It is\x9b\u202e 7.")
     assert run(["answers", str(file), "--prompt", name]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("a\\nb\\r\\x1b[2J\\x9bm\\u2028c (c\\nd), turn 1\n  vanilla: ")
+    assert shown.startswith("a\\nb\\r\\x1b[2J\\x9bm\\u2028c (c\\nd), turn 0\n  vanilla: ")
     assert run(["answers", str(file), "--prompt", name, "--json"]) == 0
     line = capsys.readouterr().out
     assert line.isascii()

@@ -319,3 +319,9 @@ def test_help_and_completion_work_whatever_the_file_holds(
     assert capsys.readouterr().out
     assert run(["run", "quick", "-m", "--help"]) == run(["suites", "--json"]) == 2
     assert "spdbench.toml: is not TOML" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_before_the_file_is_no_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert TYPO in error_of("\ufeff[compare]\ndetials = true", "spdbench.toml", tmp_path, monkeypatch, capsys)

@@ -16,8 +16,8 @@ import pytest
 from spdbench.backend import find_backend
 from spdbench.cli.run.settings import run_table
 from spdbench.cli.sweep.best import lower_is_better, require_metric
-from spdbench.cli.sweep.points import read_sweep
-from spdbench.cli.sweep.progress import SweepLog
+from spdbench.cli.sweep.points import Point, read_sweep
+from spdbench.cli.sweep.progress import Outcome, SweepLog, open_log
 from spdbench.errors import InputError
 from spdbench.judge.comparison.compare import compare
 from spdbench.judge.loaded import load
@@ -360,3 +360,35 @@ def test_engine_that_is_not_installed(
     assert said.code == 2
     assert f"--on {engine}: needs {package}: " in said.err
     assert f"pip install '{package}>=" in said.err
+
+
+def test_addresses_of_servers_get_into_no_file(sweep: dict[str, Any], tmp_path: Path) -> None:
+    def named(*urls: str) -> list[Point]:
+        fixed = {
+            **sweep["fixed"],
+            "backends": ["plain=openai"],
+            "options": {"plain.base_url": "http://10.1.2.3:8000/v1"},
+        }
+        grid = {"options.plain.base_url": list(urls)} if urls else {"options.plain.retries": [0, 1]}
+        return read_sweep(write(tmp_path, {"name": "served", "fixed": fixed, "grid": grid}))[1]
+
+    first = named("http://10.1.2.4:8000/v1", "http://10.1.2.5:8000/v1")
+    assert [dict(point.settings) for point in first] == [{"options.plain.base_url": f"server {n}"} for n in (1, 2)]
+    assert all("plain.base_url=http://10.1.2" in " ".join(point.words) for point in first)
+    moved = named("http://10.9.9.9:8000/v1", "http://10.9.9.8:8000/v1")
+    assert [point.name for point in moved] == [point.name for point in first]
+    assert len({point.name for point in (*first, *named())}) == 4
+    with open_log(tmp_path / "log") as log:
+        log.record(Outcome(first[0], 1))
+    text = (tmp_path / "log" / "points.jsonl").read_text()
+    assert "10.1.2" not in text + "".join(point.name for point in first)
+    assert "base_url=***" in text
+
+
+def test_a_mapping_of_options_is_an_axis_for_each(sweep: dict[str, Any], tmp_path: Path) -> None:
+    del sweep["grid"]
+    sweep["points"] = [{"options": {"spd.stages": stages}, "drafters": "oracle:0.5"} for stages in (2, 3)]
+    nested = read_sweep(write(tmp_path, sweep))[1]
+    sweep["points"] = [{"options.spd.stages": stages, "drafters": "oracle:0.5"} for stages in (2, 3)]
+    flat = read_sweep(write(tmp_path, sweep))[1]
+    assert [dict(point.settings) for point in nested] == [dict(point.settings) for point in flat]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdbench.console import CLEAR, MAX_CHARS, can_redraw, hide_notes, printable, say
+from spdbench.console import CLEAR, MAX_CHARS, can_redraw, hide_notes, printable, say, wrapped
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,10 @@ def test_hidden_notes_leave_errors_and_end_with_their_context(capsys: pytest.Cap
         say("a third note")
     say("the last note")
     assert capsys.readouterr().err == "an error\nanother note\nthe last note\n"
+
+
+def test_wrapped_text_keeps_its_lines() -> None:
+    assert wrapped("def f(x):\n    return x\n\n1. one\n2. two", 80, "  ") == (
+        "  def f(x):\n      return x\n\n  1. one\n  2. two"
+    )
+    assert wrapped("  a long line that goes on", 16, "> ") == ">   a long line\n>   that goes on"

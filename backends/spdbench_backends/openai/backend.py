@@ -297,6 +297,8 @@ class OpenAI:
             say(f"NOTE: {self._context.label}: {one_line(': '.join(filter(None, [oddity, example])))}.")
 
     def _error_of_refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
+        if refusal.status not in BUSY and self._endpoint.learns_from(refusal):
+            return exchange.repeat_later(str(refusal), None)
         if refusal.status not in BUSY:
             error = str(describe_refusal(self._context.label, self._endpoint.model, refusal))
             is_permanent = refusal.status in PERMANENT

@@ -94,6 +94,7 @@ class Endpoint:
         self._notice = notice
         self._habits: set[str] = set()
         self._limit = LIMIT
+        self._takes_top_p_of_1 = True
         self._retries = retries
         self._tokenizer = tokenizer
         self.template = {"chat_template_kwargs": dict(template_args)} if template_args else {}
@@ -117,11 +118,20 @@ class Endpoint:
             **extras,
         }
         if not sampling.greedy:
-            body |= {"top_p": sampling.top_p, "seed": request.seed % MAX_SEED}
+            body |= {"top_p": sampling.top_p} if sampling.top_p < 1 or self._takes_top_p_of_1 else {}
+            body |= {"seed": request.seed % MAX_SEED}
             body |= {"top_k": sampling.top_k} if sampling.top_k else {}
         if self.prompt_form == "messages":
             return body | self.template | {"messages": [dict(message) for message in request.messages]}
         return body | {"prompt": self.prompt(request)}
+
+    def learns_from(self, refusal: RefusedError) -> bool:
+        """True if the same request is worth another try: without a `top_p` of 1, which TGI refuses. To others it is
+        sent, as vLLM would take the one of the model's config in its place."""
+        if not self._takes_top_p_of_1 or "top_p" not in refusal.message:
+            return False
+        self._takes_top_p_of_1 = False
+        return True
 
     def stream(self, connection: Connection, body: Mapping[str, Any]) -> Iterator[Chunk]:
         """The chunks of the answer. A chunk with content restarts the server's time limit.

@@ -122,7 +122,6 @@ class Exchange:
 
 
 def retry_wait_s(tries: int, requested_s: float | None) -> float:
-    """How long to wait before the next try: as the server requests, else twice as long each time; limited."""
-    if requested_s is None:
-        return min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**tries)
-    return min(MAX_REQUESTED_WAIT_S, requested_s)
+    """How long to wait before the next try: twice as long each time, or longer if the server requests it; limited."""
+    own_s = min(MAX_WAIT_S, FIRST_WAIT_S * 2.0**tries)
+    return max(own_s, min(MAX_REQUESTED_WAIT_S, requested_s or 0.0))

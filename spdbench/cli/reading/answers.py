@@ -12,7 +12,7 @@ import click
 from spdbench.cli.files import result_paths, show_text, write_stdout
 from spdbench.cli.options import argument, complete_files, flag, option, takes
 from spdbench.cli.reading.trace import find_text, read_kept
-from spdbench.console import printable
+from spdbench.console import printable, wrapped
 from spdbench.errors import InputError, did_you_mean
 
 Key = tuple[str, int, int]
@@ -99,8 +99,8 @@ def _read(options: AnswersOptions) -> Iterator[Answer]:
 def _block(answers: list[Answer]) -> str:
     """The answers of all labels to one turn."""
     first = answers[0]
-    repeat = f", repeat {first.repeat + 1}" if first.repeat else ""
-    lines = [_line(f"{first.prompt_id} ({first.category}), turn {first.turn + 1}{repeat}")]
+    repeat = f", repeat {first.repeat}" if first.repeat else ""
+    lines = [_line(f"{first.prompt_id} ({first.category}), turn {first.turn}{repeat}")]
     labels: dict[str, str] = {}  # text -> the label that gave it first
     for answer in answers:
         facts: list[Any] = [f"{answer.num_new_tokens} tokens", answer.finish_reason]
@@ -112,7 +112,7 @@ def _block(answers: list[Answer]) -> str:
             lines.append(_line(f"    as {labels[answer.text]}"))
         else:
             labels[answer.text] = answer.label
-            lines.append(click.wrap_text(answer.text or "(empty)", WIDTH, "    ", "    ", preserve_paragraphs=True))
+            lines.append(wrapped(answer.text or "(empty)", WIDTH, "    "))
     return "".join(printable(line) + "\n" for text in lines for line in text.split("\n"))
 
 

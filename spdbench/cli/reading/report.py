@@ -167,16 +167,23 @@ def _only_table(tables: Sequence[Table]) -> Table:
 
 def _page(tables: Sequence[Table], paths: Sequence[Path], out: Path) -> bytes:
     """The page of one comparison, or of several suites or loads that differ in nothing else."""
+    from spdbench.input_files import MAX_UNPACKED_BYTES
     from spdbench.judge.comparison.load import loads
     from spdbench.judge.comparison.summary import summaries
     from spdbench.render.report import load_page, page, suites_page
 
+    sources = _sources(paths)
+    if (size := sum(len(file.raw) for file in sources)) > MAX_UNPACKED_BYTES:
+        raise InputError(
+            f"results of {size >> 20} MiB are more than a page holds ({MAX_UNPACKED_BYTES >> 20} MiB). Report fewer of "
+            "them, or measure without --trace"
+        )
     for summary in summaries(tables):
         if len(summary.tables) == len(tables):
-            return suites_page.to_html(summary, _sources(paths)).encode()
+            return suites_page.to_html(summary, sources).encode()
     if len(tables) > 1 and len(found := loads(tables)) == 1:
-        return load_page.to_html(found[0], _sources(paths)).encode()
-    return page.to_html(_only_table(tables), _sources(paths), out.name).encode()
+        return load_page.to_html(found[0], sources).encode()
+    return page.to_html(_only_table(tables), sources, out.name).encode()
 
 
 def _drawn(chart: Chart[Shown], shown: Shown, form: ImageFormat, style: str | None) -> bytes:

@@ -35,6 +35,8 @@ OWN = {"results", "name", "resume", "quiet", "events"}
 KEYS = [name for name in SETTINGS if name not in OWN]
 MOST_POINTS = 10_000
 LONGEST_SLUG = 60
+ADDRESS = re.compile(r"(?:^|(?<=[.]))base_url=.*", re.DOTALL)
+"""Where a server is, in an option's word."""
 
 
 class SweepFile(BaseModel):
@@ -129,7 +131,16 @@ def _combinations(path: Path, file: SweepFile) -> Iterator[tuple[str, Settings]]
     for number, listed in enumerate(file.points or [{}]):
         where = f"points.{number}" if file.points else "grid"
         for combination in itertools.product(*file.grid.values()):
-            yield where, {**listed, **dict(zip(file.grid, combination, strict=True))}
+            yield where, {**_flat(listed), **_flat(dict(zip(file.grid, combination, strict=True)))}
+
+
+def _flat(settings: Settings) -> Settings:
+    """A mapping of `options` as single settings `options.LABEL.KEY`."""
+    nested = settings.get("options")
+    if not isinstance(nested, dict):
+        return settings
+    others = {key: value for key, value in settings.items() if key != "options"}
+    return {**others, **{f"options.{key}": value for key, value in nested.items()}}
 
 
 class _Reader:
@@ -139,6 +150,7 @@ class _Reader:
     def __init__(self, fixed: Settings, defaults: Settings) -> None:
         self._fixed = fixed
         self._defaults = defaults
+        self._addresses: dict[str, str] = {}
         self._suites: dict[tuple[str, Any], tuple[str, str, str | None]] = {}
         self._backend = cache(find_backend)  # which looks through all installed packages
 
@@ -164,11 +176,19 @@ class _Reader:
         if self._defaults:
             settings = self._with_defaults(settings, options, given, drafters)
         words = tuple(run_words(where, settings))
-        digest = hashlib.sha256("\0".join([*words, sha256]).encode()).hexdigest()[:8]
+        own = {key: self._without_address(key, value) for key, value in own.items()}
+        hashed = [*(ADDRESS.sub("", word) for word in words), *(own[key] for key in own if ADDRESS.search(f"{key}="))]
+        digest = hashlib.sha256("\0".join([*hashed, sha256]).encode()).hexdigest()[:8]
         slug = re.sub(r"[^A-Za-z0-9.+-]+", "-", "-".join(f"{_last(key)}-{value}" for key, value in own.items()))
         name = f"{slug[:LONGEST_SLUG].strip('-') or 'point'}_{digest}"
         model, devices = options.model or model, options.devices or ()
         return Point(name, own, settings, words, suite_name, tuple(labels), model, devices)
+
+    def _without_address(self, key: str, value: Any) -> Any:
+        """`server 1` for the first address of a server that the points name, and so on: addresses get into no file."""
+        if not ADDRESS.search(f"{key}="):
+            return value
+        return self._addresses.setdefault(str(value), f"server {len(self._addresses) + 1}")
 
     def _with_defaults(
         self,

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from spdbench.cli.sweep.points import Point
+from spdbench.cli.sweep.points import ADDRESS, Point
 from spdbench.console import say
 from spdbench.errors import InputError
 from spdbench.input_files import parse_json
@@ -86,7 +86,12 @@ class SweepLog:
     def record(self, outcome: Outcome) -> None:
         point = outcome.point
         keys = [result.head.run_key for result in point_results(self._folder, point)]
-        line = {"name": point.name, "exit_code": outcome.exit_code, "run_keys": keys, "words": point.words}
+        line = {
+            "name": point.name,
+            "exit_code": outcome.exit_code,
+            "run_keys": keys,
+            "words": [ADDRESS.sub("base_url=***", word) for word in point.words],
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._last[point.name] = line

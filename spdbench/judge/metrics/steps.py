@@ -122,7 +122,7 @@ def _verdicts_since_flush(
     """
     after_flush = np.ones(len(run), dtype=np.bool_)
     after_flush[1:] = (run[1:] != run[:-1]) | (accepted[:-1] == 0)
-    before = np.cumsum(judged) - judged
+    before: NDArray[np.int64] = np.cumsum(judged) - judged
     position = (before - np.maximum.accumulate(np.where(after_flush, before, 0)))[judged]
     accepted = accepted[judged]
     size = int(position.max(initial=-1)) + 1

@@ -721,3 +721,31 @@ def test_log_probabilities_of_the_next_token_are_asked_by_id(
 
 def test_a_server_that_applies_its_own_template_reports_no_log_probabilities(backend: Make) -> None:
     assert loaded(backend()).next_logits((1, 2, 3), ()) is None
+
+
+@pytest.mark.parametrize("key", ["x", "none", "EMPTY"])
+def test_a_key_that_stands_for_none_is_not_cut_out_of_answers(
+    server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    made = loaded(backend())
+    server.inserted = [b'{"choices": [{"delta": {"content": " def f(x): none or EMPTY"}}]}']
+    assert "def f(x): none or EMPTY" in str(run(made).report.text)
+
+
+def test_a_server_that_refuses_a_top_p_of_one_is_asked_without_it(server: StubServer, backend: Make) -> None:
+    """As TGI does, which takes numbers below 1."""
+    made = loaded(backend())
+    server.refuses = {"top_p"}
+    request = ask(20, Sampling(0.7, top_p=1.0))
+    made.prepare(request)
+    with pytest.raises(TryAgainError):
+        clocked(made, request)
+    assert run(made, request).finish_reason == "eos"
+    assert "top_p" not in server.asked[-1]
+    with pytest.raises(PromptFailedError, match="top_p is not supported"):
+        run(made, ask(20, Sampling(0.7, top_p=0.9)))
+
+
+def test_a_server_that_asks_for_no_wait_is_not_pressed() -> None:
+    assert [exchanges.retry_wait_s(tries, 0.0) for tries in range(3)] == [0.5, 1.0, 2.0]

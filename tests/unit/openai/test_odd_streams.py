@@ -490,7 +490,7 @@ def test_a_line_ends_once_wherever_its_pieces_are_cut() -> None:
 
 def test_an_event_of_many_lines_has_an_end(server: StubServer, backend: Make) -> None:
     made = loaded(backend())
-    server.inserted = [b"{" + b"\ndata: " + b"\ndata: ".join([b"x" * 2**19] * 3)]
+    server.inserted = [b"{" + b"\ndata: " + b"\ndata: ".join([b"x" * 2**23] * 3)]
     with pytest.raises(PromptFailedError, match="an event without end"):
         run(made)
 

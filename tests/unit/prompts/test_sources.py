@@ -19,6 +19,7 @@ from spdbench.prompts.hub import choose_files, parquet_splits
 from spdbench.prompts.rows import SourceUnavailable
 from spdbench.prompts.source import Loaded, Place, Source
 from spdbench.prompts.sources import HubSource, LmEvalSource, PackageSource, PathSource
+from spdbench.prompts.text_source import _piece
 from spdbench.types import Prompt
 from tests.stub_hub import StubHub
 
@@ -504,3 +505,10 @@ def test_lm_eval_task_whose_template_fails_is_an_error(monkeypatch: pytest.Monke
     task.config.doc_to_choice = ["a"]  # and the stub has no method to look it up with
     monkeypatch.setattr(LmEvalSource, "_tasks", lambda *_: [("x", task)])
     assert broken(LmEvalSource(lm_eval="x")).startswith("lm_eval x/0: cannot be made into a prompt (AttributeError: ")
+
+
+def test_pieces_of_a_text_have_the_length_asked_for_where_spaces_are_rare() -> None:
+    text = "".join("\u6f22" * 900 + " word" for _ in range(20))
+    for place in (0.1, 0.35, 0.6, 0.95):
+        assert 3950 <= len(_piece(text, 4000, place)) <= 4000
+    assert _piece("one two three four five", 14, 0.6) == "three four"

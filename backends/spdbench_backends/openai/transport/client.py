@@ -39,6 +39,7 @@ MAX_CHUNK_BYTES = 2**40
 MAX_BODY_BYTES = 2**24
 SWITCHING, OK = 101, 200
 """Statuses between these are interim: another answer follows."""
+MIN_KEY_LENGTH = 8
 HIDDEN = "***"
 ZIPPED = frozenset({"gzip", "x-gzip", "deflate"})
 """Encodings of bodies that are read although they are not asked for."""
@@ -54,7 +55,8 @@ class Server:
         self.address = address
         self._key = key
         quoted = json.dumps(key)[1:-1]
-        self._forms_of_key = sorted({key, quoted, quoted.replace("/", r"\/")} - {""}, key=len, reverse=True)
+        forms = {key, quoted, quoted.replace("/", r"\/")} if len(key) >= MIN_KEY_LENGTH else set[str]()
+        self._forms_of_key = sorted(forms, key=len, reverse=True)
         self.timeout_s = timeout_s
         self._sockets: set[socket.socket] = set()
         self._lock = Lock()
@@ -92,7 +94,8 @@ class Server:
         return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
 
     def without_key(self, text: str) -> str:
-        """Text from the server with `***` for the key, plain or as JSON escapes it. Halves of surrogate pairs, which
+        """Text from the server with `***` for the key, plain or as JSON escapes it, but for one so short that words of
+        an answer may hold it (`none`, as people give servers without keys). Halves of surrogate pairs, which
         cannot be written to a file, are joined where both are there; `?` stands for others."""
         for form in self._forms_of_key:
             text = text.replace(form, HIDDEN)

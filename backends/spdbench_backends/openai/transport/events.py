@@ -14,7 +14,8 @@ from spdbench_backends.openai.transport.errors import MALFORMED, BrokenError, Lo
 
 PADDING = re.compile(rb"\A(?:\xef\xbb\xbf|\0)+")
 """Byte order marks and NUL bytes before a line, which belong to no event."""
-MAX_LINE_BYTES = 2**20
+MAX_LINE_BYTES = 2**24
+"""vLLM puts the ids of the whole prompt into the first line."""
 LINE_END = re.compile(rb"\r\n|\r|\n")
 FIELD = re.compile(rb"(?:data|event|id|retry|error)?:")
 """How lines of a stream begin; `:` alone begins a comment."""

@@ -89,6 +89,9 @@
     });
   };
 
+  // A date is no number, though it begins like one; changes are written with a minus sign.
+  const numberIn = (text) => (/^\d{4}-\d\d-\d\d/.test(text) ? NaN : parseFloat(text.replace("\u2212", "-")));
+
   const sortBy = (header) => {
     const row = header.parentElement;
     const body = header.closest("table").tBodies[0];
@@ -97,7 +100,7 @@
     const key = (line) => line.cells[column].textContent.trim();
     const lines = [...body.rows].sort((first, second) => {
       const [a, b] = [key(first), key(second)];
-      const [x, y] = [parseFloat(a), parseFloat(b)];
+      const [x, y] = [numberIn(a), numberIn(b)];
       if (Number.isNaN(x) !== Number.isNaN(y)) return Number.isNaN(x) ? 1 : -1; // what is no number comes last
       return (Number.isNaN(x) ? a.localeCompare(b) : x - y) * (down ? -1 : 1);
     });
