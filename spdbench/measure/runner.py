@@ -147,6 +147,8 @@ class Runner:
                 todo = [prompt for prompt in block if not self._is_complete(prompt, [candidate])]
                 if todo:
                     self._run_in_parallel(candidate, todo, width)
+        for candidate in candidates:
+            self._score_all(candidate)
 
     def _run_in_parallel(self, candidate: Candidate, prompts: Sequence[Prompt], width: int) -> None:
         """One candidate, with `width` users who answer `prompts` between them."""
@@ -287,8 +289,8 @@ class Runner:
         # Backends that share this process have no memory of their own, and that of a server is unknown.
         if len(self.candidates) == 1 and (devices := self._first.known_devices) is not None:
             run = run.model_copy(update={"peak_memory_bytes": peak_memory_bytes(devices)})
-        if self._score is not None and run.finish_reason != "error":
-            run = run.model_copy(update={"score": self._score(turn.prompt, turn.turn, self._answer(run))})
+        if concurrency_of(candidate.backend) == 1:  # else a user that waits for the score would lighten the load
+            run = self._scored(run, turn.prompt)
         with self._lock:
             candidate.journal.append(run)
             self._observer.finished(candidate.label, run)
@@ -296,6 +298,19 @@ class Runner:
                 self._observer.crashed(candidate.label, run, trace)
         if lost is not None:
             raise lost
+
+    def _scored(self, run: Run, prompt: Prompt) -> Run:
+        if self._score is None or run.finish_reason == "error":
+            return run
+        return run.model_copy(update={"score": self._score(prompt, run.turn, self._answer(run))})
+
+    def _score_all(self, candidate: Candidate) -> None:
+        """Scores what was measured under load, also by an earlier process, and adds these runs once more."""
+        prompts = {prompt.id: prompt for prompt in self.workload.prompts}
+        for key in list(candidate.journal.offsets) if self._score is not None else ():
+            run = candidate.journal.run(key)
+            if run.score is None and (scored := self._scored(run, prompts[run.prompt_id])).score is not None:
+                candidate.journal.append(scored)
 
     def _least_disturbed(self, candidate: Candidate, turn: RequestTurn) -> tuple[Run, str]:
         """The run of one request, and its traceback if it crashed. What the machine disturbed is measured again, up to

@@ -237,7 +237,7 @@ COLUMNS = (
         "ideal",
         _metric("ideal_speedup", ".2f", where=_is_pipeline),
         leave_out=5,
-        meaning="speed-up with a device per stage if nothing waited",
+        meaning="speed-up with a device per stage and cycles as long as the heaviest stage",
     ),
     Column("TTFT\ns", _metric("ttft_s", ".3f"), leave_out=8, meaning="time to first token"),
     GOODPUT,

@@ -14,15 +14,22 @@ from spdbench.judge.results.schema import Result, read_result
 from spdbench.models.checkpoints.folders import cache_folder, drafter_folders
 
 SHIPPED = Path(__file__).parents[2] / "spdbench" / "drafters"
-LOGS = Path(__file__).parents[2] / "results" / "training" / "second"
+LOGS = Path(__file__).parents[2] / "results" / "training" / "third"
+FORMER_LOGS = LOGS.with_name("second")
 FOLDERS = sorted(path.parent for path in SHIPPED.glob("*/config.json"))
 MAX_BYTES = 45_000_000
 LABELS = ("vanilla", "eagle", "medusa", "spd", "spd-5", "ppsd")
 
 
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    text = (LOGS / f"{folder.name}.jsonl").read_text(encoding="utf-8")
+def log_of(folder: Path, logs: Path = LOGS) -> list[dict[str, Any]]:
+    text = (logs / f"{folder.name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def best_tokens(log: list[dict[str, Any]]) -> int:
+    """How many tokens the best weights of a training have learned from, those before it included."""
+    place = max(place for place, line in enumerate(log) if line.get("best"))
+    return sum(line.get("tokens", line.get("learned_before", 0)) for line in log[:place])
 
 
 def test_all_are_present_and_small() -> None:
@@ -38,7 +45,7 @@ def test_each_names_its_model_data_and_training(folder: Path) -> None:
     assert config["model_sha256"] == first["model_sha256"]
     assert config["data_sha256"] == first["data_sha256"]
     assert config["version"] == {"spd": 11}.get(config["method"], 1)
-    assert config["trained_tokens"] >= 500_000
+    assert config["trained_tokens"] == best_tokens([first, *steps])
     best = [step["acceptance"] for step in steps if step.get("best")][-1]
     assert config["acceptance_by_position"] == pytest.approx(best)
 
@@ -46,8 +53,10 @@ def test_each_names_its_model_data_and_training(folder: Path) -> None:
 def test_all_were_trained_on_the_same_data_for_as_many_tokens() -> None:
     logs = [log_of(folder) for folder in FOLDERS]
     settings = [log[0] for log in logs]
-    same = ("model_sha256", "data_sha256", "learned_before", "conversations", "epochs", "lr", "batch_tokens", "seed")
+    same = ("model_sha256", "data_sha256", "conversations", "epochs", "lr", "batch_tokens", "seed")
     assert all(each[key] == settings[0][key] for each in settings for key in same)
+    former = [best_tokens(log_of(folder, FORMER_LOGS)) for folder in FOLDERS]
+    assert [each["learned_before"] for each in settings] == former  # they go on from the best weights of the run before
     assert len({sum(line.get("tokens", 0) for line in log[1:]) for log in logs}) == 1
 
 

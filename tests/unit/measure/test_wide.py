@@ -70,6 +70,26 @@ def test_a_finished_wide_run_is_not_run_again(tmp_path: Path) -> None:
     assert wide.requests == []
 
 
+def test_answers_under_load_are_scored_when_nobody_is_measured(tmp_path: Path) -> None:
+    """Also those that an earlier process measured, and was ended before it scored them."""
+    bench, measured = Bench(tmp_path, Wide(), prompts=MANY), list[int]()
+
+    def killed(*_: Any) -> float:
+        measured.append(len(bench.journals[0]))
+        if len(measured) == 2:
+            raise BackendLostError("killed")
+        return 0.5
+
+    bench.runner._score = killed
+    with pytest.raises(BackendLostError, match="killed"):
+        bench.run()
+    assert measured == [12, 12]
+    bench.close()
+    again = Bench(tmp_path, wide := Wide(), prompts=MANY, resume=True, score=lambda *_: 0.25)
+    assert sorted({run.key: run.score for run in again.run()}.values()) == [0.25] * 11 + [0.5]
+    assert wide.requests == []
+
+
 class Lost(Wide):
     """Its server is gone after three requests, while others wait for an answer that never comes."""
 
