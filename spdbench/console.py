@@ -38,7 +38,7 @@ def wrapped(text: str, width: int, indent: str) -> str:
     found = []
     for line in text.split("\n"):
         words = line.lstrip(" \t")
-        whole = indent + line[: len(line) - len(words)]
+        whole = (indent + line[: len(line) - len(words)])[: width // 2]
         fits = len(whole) + len(words) <= width
         found.append((whole + words).rstrip() if fits else click.wrap_text(words, width, whole, whole))
     return "\n".join(found)

@@ -65,8 +65,8 @@ class Drafting(LocalBackend, ABC, Generic[D]):
 
     def prepare(self, request: GenerationRequest) -> None:
         """Makes a synthetic drafter, which decodes the answer first. What other drafters do for a request is timed."""
-        assert self._choice is not None
-        self._prepared = (request, self._new_drafter(request)) if self._choice.is_synthetic else None
+        is_synthetic = self._info is not None and self._info.synthetic
+        self._prepared = (request, self._new_drafter(request)) if is_synthetic else None
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         prepared, self._prepared = self._prepared, None

@@ -42,6 +42,11 @@ class Recycling(Lookup):
     class Options(WeighedOptions):
         nodes: int = Field(24, ge=1, le=256, description="nodes of the static tree, drafted at most")
         depth: int = Field(6, ge=1, le=16, description="its levels")
+        earlier_answers: bool = Field(
+            False,
+            description="also look at earlier answers of the run, with --repeats those to the same prompt, so that "
+            "acceptance says little; results then depend on the order of prompts",
+        )
         top_k: int = Field(4, ge=1, le=16, description="successors that are kept of each token")
 
     _options: Options

@@ -145,10 +145,14 @@ class Runner:
         for number, block in enumerate(self.workload.blocks(width)):
             for candidate in candidates if gives_context or number % 2 == 0 else candidates[::-1]:
                 todo = [prompt for prompt in block if not self._is_complete(prompt, [candidate])]
-                if todo:
+                if not todo:
+                    continue
+                try:
                     self._run_in_parallel(candidate, todo, width)
-        for candidate in candidates:
-            self._score_all(candidate)
+                except BackendLostError:  # the run ends with what it has
+                    self._score_all(candidates)
+                    raise
+        self._score_all(candidates)
 
     def _run_in_parallel(self, candidate: Candidate, prompts: Sequence[Prompt], width: int) -> None:
         """One candidate, with `width` users who answer `prompts` between them."""
@@ -277,7 +281,8 @@ class Runner:
                             raise
 
     def _run_request(self, candidate: Candidate, turn: RequestTurn) -> None:
-        """Measures and scores one request, and adds it to the candidate's journal."""
+        """Measures one request, scores it unless others are measured at the time, and adds it to the candidate's
+        journal."""
         lost: BackendLostError | None = None
         try:
             run, trace = self._least_disturbed(candidate, turn)
@@ -304,13 +309,16 @@ class Runner:
             return run
         return run.model_copy(update={"score": self._score(prompt, run.turn, self._answer(run))})
 
-    def _score_all(self, candidate: Candidate) -> None:
+    def _score_all(self, candidates: Sequence[Candidate]) -> None:
         """Scores what was measured under load, also by an earlier process, and adds these runs once more."""
+        if self._score is None:
+            return
         prompts = {prompt.id: prompt for prompt in self.workload.prompts}
-        for key in list(candidate.journal.offsets) if self._score is not None else ():
-            run = candidate.journal.run(key)
-            if run.score is None and (scored := self._scored(run, prompts[run.prompt_id])).score is not None:
-                candidate.journal.append(scored)
+        for candidate in candidates:
+            for key in list(candidate.journal.offsets):
+                run = candidate.journal.run(key)
+                if run.score is None and (scored := self._scored(run, prompts[run.prompt_id])).score is not None:
+                    candidate.journal.append(scored)
 
     def _least_disturbed(self, candidate: Candidate, turn: RequestTurn) -> tuple[Run, str]:
         """The run of one request, and its traceback if it crashed. What the machine disturbed is measured again, up to

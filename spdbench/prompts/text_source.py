@@ -69,6 +69,6 @@ def _piece(text: str, size: int, place: float) -> str:
     """About `size` characters of `text`, of whole words, from that part of the text on; 0 is its beginning."""
     start = int((len(text) - size) * place)
     piece = text[start : start + size]
-    if start and not text[start - 1].isspace() and (end := SPACE.search(piece, 0, LONGEST_WORD)):
+    if start and not text[start - 1].isspace() and (end := SPACE.search(piece, 0, min(LONGEST_WORD, size // 4))):
         piece = piece[end.end() :]  # the first word is cut
     return piece.strip() or piece

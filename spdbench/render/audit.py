@@ -80,7 +80,7 @@ def _table(audits: Sequence[BackendAudit]) -> RichTable:
 
 def _cells(label: str, each: PromptDivergence) -> list[str]:
     found = each.divergence
-    turn = f" turn {each.turn + 1}" if each.turn else ""
+    turn = f" turn {each.turn}" if each.turn else ""
     logits = EMPTY
     if found.expected_logit is not None and found.found_logit is not None:
         logits = f"{found.expected_logit:.6g} {found.found_logit:.6g}"

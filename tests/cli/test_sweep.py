@@ -379,7 +379,12 @@ def test_addresses_of_servers_get_into_no_file(sweep: dict[str, Any], tmp_path: 
     assert [point.name for point in moved] == [point.name for point in first]
     assert len({point.name for point in (*first, *named())}) == 4
     with open_log(tmp_path / "log") as log:
-        log.record(Outcome(first[0], 1))
+        log.record(Outcome(first[0], 0))
+        assert not log.is_done(first[0])  # as there is no result
+        with pytest.raises(InputError, match="with servers at other addresses"):
+            log.is_done(moved[0])
+    with open_log(tmp_path / "log") as log, pytest.raises(InputError, match="with servers at other addresses"):
+        log.is_done(moved[0])
     text = (tmp_path / "log" / "points.jsonl").read_text()
     assert "10.1.2" not in text + "".join(point.name for point in first)
     assert "base_url=***" in text

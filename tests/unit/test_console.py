@@ -107,4 +107,5 @@ def test_wrapped_text_keeps_its_lines() -> None:
     assert wrapped("def f(x):\n    return x\n\n1. one\n2. two", 80, "  ") == (
         "  def f(x):\n      return x\n\n  1. one\n  2. two"
     )
+    assert wrapped(" " * 90 + "return value", 40, "") == " " * 20 + "return value"
     assert wrapped("  a long line that goes on", 16, "> ") == ">   a long line\n>   that goes on"

@@ -75,7 +75,7 @@ class DrafterFile(Generic[C]):
         """What a result says of the drafter; `kind` is that of the user's choice, e.g. `random`."""
         untrained = kind == "random"
         return DrafterInfo(
-            "random" if untrained else self.path.resolve().name,
+            "random" if untrained else Path(os.path.abspath(self.path)).name,
             method,
             synthetic=False,
             sha256=self.sha256 or None,
@@ -291,7 +291,8 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     if name.endswith(".safetensors"):
         (folder / name).write_bytes(save(own))
     else:
-        torch.save(own, folder / name)
+        with (folder / name).open("wb") as file:  # a full disk is an `OSError`, and torch's own error otherwise
+            torch.save(own, file)
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return folder
 

@@ -170,6 +170,8 @@ class OpenAI:
                 counter = Counter(self._way, request.max_new_tokens, whole=self._whole, end=self._end_of(request))
                 yield from exchange.steps(chunks, counter)
         except RefusedError as refusal:
+            if exchange.tries <= max(1, self._options.retries) and self._endpoint.learns_from(refusal, request):
+                raise exchange.repeat_later(str(refusal), None) from None
             raise self._error_of_refusal(refusal, exchange) from None
         except UnreachableError as error:
             raise self._error_of_unreachable(error, exchange) from None
@@ -297,8 +299,6 @@ class OpenAI:
             say(f"NOTE: {self._context.label}: {one_line(': '.join(filter(None, [oddity, example])))}.")
 
     def _error_of_refusal(self, refusal: RefusedError, exchange: Exchange) -> Exception:
-        if refusal.status not in BUSY and self._endpoint.learns_from(refusal):
-            return exchange.repeat_later(str(refusal), None)
         if refusal.status not in BUSY:
             error = str(describe_refusal(self._context.label, self._endpoint.model, refusal))
             is_permanent = refusal.status in PERMANENT

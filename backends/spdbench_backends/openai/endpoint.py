@@ -125,10 +125,11 @@ class Endpoint:
             return body | self.template | {"messages": [dict(message) for message in request.messages]}
         return body | {"prompt": self.prompt(request)}
 
-    def learns_from(self, refusal: RefusedError) -> bool:
-        """True if the same request is worth another try: without a `top_p` of 1, which TGI refuses. To others it is
-        sent, as vLLM would take the one of the model's config in its place."""
-        if not self._takes_top_p_of_1 or "top_p" not in refusal.message:
+    def learns_from(self, refusal: RefusedError, request: GenerationRequest) -> bool:
+        """True if the request is worth another try: without a `top_p` of 1, which TGI refuses. To others it is sent, as
+        vLLM would take the one of the model's config in its place."""
+        sampling = request.sampling
+        if sampling.greedy or sampling.top_p < 1 or "top_p" not in refusal.message:
             return False
         self._takes_top_p_of_1 = False
         return True

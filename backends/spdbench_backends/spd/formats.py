@@ -298,4 +298,5 @@ def random_head(target: Decoder, stages: tuple[range, ...], seed: int, num_layer
 
 def write_published(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """A head as a version 11 file, which has to hold its `lm_head.weight`."""
-    torch.save({"state_dict": dict(tensors), "config": dict(config)}, file)
+    with file.open("wb") as handle:  # a full disk is an `OSError`, and torch's own error otherwise
+        torch.save({"state_dict": dict(tensors), "config": dict(config)}, handle)

@@ -203,8 +203,10 @@ class Pipelined(Placed):
                     raise InputError(f"stages={options.stages}: stage_layers names {len(options.stage_layers)} stages.")
                 return split_by_counts(num_layers, options.stage_layers)
             num_stages = options.stages or drafters_stages or usual_stages(num_layers)
-            if options.stage_layers == "auto" and drafters_stages is None:
-                return self._balanced(num_stages)  # of a drafter that was read `_choose_layout` balances what fits
+            # Of a drafter for so many stages `_choose_layout` balances as far as that one fits.
+            is_for_these = num_stages == drafters_stages and (trained_cut is not None or num_layers % num_stages == 0)
+            if options.stage_layers == "auto" and not is_for_these:
+                return self._balanced(num_stages)
             if trained_cut is not None and len(trained_cut) == num_stages:
                 return trained_cut
             return split_evenly(num_layers, num_stages)

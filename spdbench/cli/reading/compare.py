@@ -112,10 +112,11 @@ def compare_results(
 
     chosen = None if baseline is None else find_baseline(baseline, loaded)
     if by == "context":
-        split = by_context(loaded)
+        others = [chosen] if isinstance(chosen, LoadedResult) and chosen not in loaded else []
+        split = by_context([*loaded, *others])
         if isinstance(chosen, LoadedResult):
-            chosen = split[loaded.index(chosen)] if chosen in loaded else by_context([chosen])[0]
-        loaded = split
+            chosen = split[[*loaded, *others].index(chosen)]
+        loaded = split[: len(loaded)]
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
     limits = None if goodput is None else parse_limits(goodput)
     return compare(loaded, chosen, by_category=by is not None, dialects=dialects, limits=limits)

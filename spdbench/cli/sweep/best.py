@@ -19,7 +19,7 @@ from spdbench.judge.results.table import PARTS
 Found = tuple[float, Row, Point]
 OF_COMPARISONS = ("speedup", "speedup_per_device", "speedup_spread", "break_even_length")
 """Metrics of a result next to its baseline; all others are a result's own."""
-NO_NUMBER = re.compile(r"_ci$|_by_|^outliers$|^is_")
+NO_NUMBER = re.compile(r"_ci$|_by_|^disturbed_by$|^outliers$|^is_")
 """Metrics that are intervals, lists or facts, of which none is the best."""
 
 LOSSES = {*PARTS} - {"useful"} | {"break_even_length", "slow_clock", "bubble_ratio"}

@@ -7,9 +7,12 @@ that line. The file is locked while a sweep works, so that a second one cannot m
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +24,8 @@ from spdbench.judge.loaded import LoadedResult, read_results
 from spdbench.output_files import try_lock, write_obstacle
 
 LOG = "points.jsonl"
+SALT = 16
+"""Characters."""
 TRIES = 3
 """On a cluster, for a point whose node was lost."""
 
@@ -61,6 +66,11 @@ def point_results(folder: Path, point: Point) -> list[LoadedResult]:
         return []
 
 
+def _slow_hash(text: str, salt: str) -> str:
+    """There are so few addresses that all could be tried, if a hash took no time."""
+    return salt + hashlib.scrypt(text.encode(), salt=salt.encode(), n=2**14, r=8, p=1, dklen=16).hex()
+
+
 class SweepLog:
     """The lines of `points.jsonl`, and new ones."""
 
@@ -68,6 +78,8 @@ class SweepLog:
         self._folder = folder
         self._file = file
         self._last: dict[str, dict[str, Any]] = {}
+        self._salt = secrets.token_hex(8)
+        self._hash_of = cache(_slow_hash)
         file.seek(0)
         for line in file:
             try:
@@ -80,8 +92,18 @@ class SweepLog:
         found = self._last.get(point.name)
         if found is None or found.get("exit_code") != 0:
             return False
+        if (servers := found.get("servers")) and servers != self._hash_of_servers(point, str(servers)):
+            raise InputError(
+                f"{self._folder}: the point {point.name} was measured with servers at other addresses, which its files "
+                "do not hold; give another --results"
+            )
         keys = [result.head.run_key for result in point_results(self._folder, point)]
         return bool(keys) and keys == found.get("run_keys")
+
+    def _hash_of_servers(self, point: Point, salt: str) -> str | None:
+        """What tells the addresses of a point's servers from others, with its salt in front; None without any."""
+        addresses = "\0".join(word for word in point.words if ADDRESS.search(word))
+        return self._hash_of(addresses, salt[:SALT]) if addresses else None
 
     def record(self, outcome: Outcome) -> None:
         point = outcome.point
@@ -91,6 +113,7 @@ class SweepLog:
             "exit_code": outcome.exit_code,
             "run_keys": keys,
             "words": [ADDRESS.sub("base_url=***", word) for word in point.words],
+            "servers": self._hash_of_servers(point, self._salt),
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

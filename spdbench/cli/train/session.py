@@ -52,6 +52,7 @@ from spdbench.training.tokens import TokenSequence, ending_token, most_frequent_
 
 EPOCHS = 3.0
 MAX_HELD_OUT_TOKENS = 20_000
+FRESH = ".drafter-"
 SHARE_OF_DISK = 0.5
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 MAY_DIFFER = ("data", "out", "feature_cache", "layout", "resume")
@@ -270,12 +271,14 @@ def _finish(
         seed=options.seed,
         acceptance_by_position=state.best_rates,
     )
-    with tempfile.TemporaryDirectory(dir=options.out, prefix=".drafter-") as fresh:
-        recipe.write(Path(fresh), about, options.layout)  # a full disk leaves the former drafter as it is
+    for left in options.out.glob(f"{FRESH}*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=options.out, prefix=FRESH) as fresh:
+        recipe.write(Path(fresh), about, options.layout)
+        mark_finished(options.out, options.layout)  # what follows needs no room: the former drafter is safe until then
         _keep_former(options.out)
         for path in sorted(Path(fresh).iterdir(), reverse=True):
             path.replace(options.out / path.name)
-    mark_finished(options.out, options.layout)
     checkpoint.remove(options.out)
     rates = ", ".join(f"{rate:.1%}" for rate in state.best_rates)
     say(

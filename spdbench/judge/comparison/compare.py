@@ -297,8 +297,8 @@ def _row(
     compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}
     compared |= {"goodput": goodput(own.runs, limits)} if limits else {}
     flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
-    if part and part.keys and has_few_prompts(part.num_prompts) and all(flag.name != "few_prompts" for flag in flags):
-        flags.append(few_prompts(part.num_prompts, "that the baseline answered too"))
+    if part and part.keys and has_few_prompts(timed := part.num_timed_prompts) and not _are_few(flags):
+        flags.append(few_prompts(timed, "of more than one token that the baseline answered too"))
     if value and interval and interval_is_noisy(value, interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", value, interval))
     metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric
@@ -346,14 +346,14 @@ def _pair_flags(pairing: Pair) -> Iterator[Flag]:
             yield diverged(outputs.num_compared - outputs.num_identical, outputs.num_compared, classified=False)
 
 
-def _few(row: Row) -> bool:
-    return any(flag.name == "few_prompts" for flag in row.flags)
+def _are_few(flags: Sequence[Flag]) -> bool:
+    return any(flag.name == "few_prompts" for flag in flags)
 
 
 def _mark_best(rows: Sequence[Row]) -> list[Row]:
     """Marks the largest speed-up whose interval lies above 1, unless it is disqualified or of few prompts. Often there
     is none."""
-    fit = [row for row in rows if row.difference_shown and not (row.disqualified or _few(row))]
+    fit = [row for row in rows if row.difference_shown and not (row.disqualified or _are_few(row.flags))]
     best = max(fit, key=lambda row: row.metrics["speedup"], default=None)
     if best is None or best.metrics["speedup"] <= 1:
         return list(rows)

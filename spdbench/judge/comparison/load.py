@@ -49,8 +49,8 @@ class LoadConclusion:
     """What the levels say of one label: `pays_up_to` is the largest at which, as at all below it, the interval of its
     speed-up lies above 1, None if there is none. `break_even` is the number of requests at once at which the speed-up
     would be 1, between two measured levels; its interval comes from those of the speed-up. None stands for a number
-    outside of the levels. `disqualified_by` and `doubts` are those of any level; a label that is disqualified pays at
-    none."""
+    outside of the levels. `disqualified_by` is what disqualifies it at any level, where it pays at none; `doubts` are
+    those of the levels at which it pays."""
 
     label: str
     levels: tuple[Level, ...]
@@ -124,7 +124,7 @@ def _conclude(levels: Sequence[Level], of_levels: Sequence[Conclusion]) -> LoadC
         break_even=estimate,
         break_even_interval=(low, high),
         disqualified_by=disqualified_by,
-        doubts=tuple(dict.fromkeys(name for each in of_levels for name in each.doubts)),
+        doubts=tuple(dict.fromkeys(name for each in of_levels[: len(paying)] for name in each.doubts)),
     )
 
 

@@ -121,12 +121,6 @@ class Pair:
         )
 
     @property
-    def counts_of_rounds(self) -> tuple[str, str]:
-        """The candidate's columns of drafts accepted and of verify rounds: a server's are what it reports."""
-        reported = steps_of(self.candidate.head.backend) == "reported"
-        return ("reported_accepted", "reported_rounds") if reported else ("accepted", "steps")
-
-    @property
     def is_strict(self) -> bool:
         """True where nothing excuses a difference: greedy in float32, by the model itself."""
         head = self.candidate.head
@@ -148,6 +142,12 @@ class Pair:
     def num_prompts(self) -> int:
         """Conversations with a run that pairs."""
         return len({prompt for prompt, _, _ in self.keys})
+
+    @property
+    def num_timed_prompts(self) -> int:
+        """Of these, conversations that have a speed on either side: answers of one token have none."""
+        rates = self.baseline.runs.rates(self.keys) + self.candidate.runs.rates(self.keys)
+        return len({key[0] for key, row in zip(self.keys, rates, strict=True) if row.any()})
 
     @property
     def num_dropped(self) -> int:
@@ -182,7 +182,7 @@ class Pair:
         verifies in every cycle."""
         if steps_of(self.candidate.head.backend) not in ("draft_verify", "reported"):
             return None, None
-        accepted, rounds = self.counts_of_rounds
+        accepted, rounds = columns_of_rounds(self.candidate)
         old, new = self.baseline.runs, self.candidate.runs
         keys = [key for key in self.keys if new.sums[new.row_of[key], COLUMN[rounds]] > 0]
         drafts = new.columns(keys, accepted, rounds)
@@ -210,6 +210,12 @@ class Pair:
     def part(self, category: str) -> Pair:
         """The runs of one category."""
         return pair(self.baseline.part(category), self.candidate.part(category))
+
+
+def columns_of_rounds(result: LoadedResult) -> tuple[str, str]:
+    """The columns of drafts accepted and of verify rounds: a server's are what it reports."""
+    reported = steps_of(result.head.backend) == "reported"
+    return ("reported_accepted", "reported_rounds") if reported else ("accepted", "steps")
 
 
 def pair(baseline: LoadedResult, candidate: LoadedResult) -> Pair:

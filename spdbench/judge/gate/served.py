@@ -20,7 +20,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from spdbench.judge.comparison.pairing import Pair
+from spdbench.judge.comparison.pairing import Pair, columns_of_rounds
 from spdbench.judge.gate.verdict import Finding, GateVerdict
 from spdbench.judge.metrics import stats
 from spdbench.judge.results.table import RunTable
@@ -32,9 +32,8 @@ def served(pair: Pair, max_drop: float) -> Iterator[Finding]:
     """Findings on the runs that pair; `max_drop` is the share that acceptance and score may fall by."""
     yield _texts(pair)
     yield _acceptance(pair, max_drop)
-    if all(each.metrics["score"] is not None for each in (pair.baseline, pair.candidate)):
-        yield _by_interval("score", pair, ("score", "scored"), max_drop)
-    found = _by_interval("num_new_tokens", pair, ("new_tokens", "runs"), max_drop)
+    yield from _scores(pair, max_drop)
+    found = _by_interval("num_new_tokens", pair, (("new_tokens", "runs"),) * 2, max_drop)
     yield Finding("exact", "num_new_tokens", "pass", "an answer, on average", found.before, found.now, decides=False)
 
 
@@ -51,21 +50,48 @@ def _texts(pair: Pair) -> Finding:
 def _acceptance(pair: Pair, max_drop: float) -> Finding:
     """On the requests of which both know rounds: an answer of one token has none, and a server's counts may be unknown
     of a few."""
-    accepted, rounds = pair.counts_of_rounds
-    known = [table.columns(pair.keys, rounds)[:, 0] > 0 for table in _tables(pair)]
-    both = tuple(key for key, *side in zip(pair.keys, *known, strict=True) if all(side))
-    if both:
-        of_both = replace(pair, keys=both)
-        return _by_interval("acceptance_length", of_both, (accepted, rounds), max_drop, plus=1)
+    columns = columns_of_rounds(pair.baseline), columns_of_rounds(pair.candidate)
+    known = [
+        table.columns(pair.keys, rounds)[:, 0] > 0 for table, (_, rounds) in zip(_tables(pair), columns, strict=True)
+    ]
     if not np.any(known):
         return Finding("exact", "acceptance_length", "pass", UNKNOWN, decides=False)
-    which = "the baseline's run" if known[1].any() else "this run"
-    return Finding("exact", "acceptance_length", "not comparable", f"unknown of the requests of {which}: {UNKNOWN}")
+    longer = [table.columns(pair.keys, "decode_tokens")[:, 0] > 0 for table in _tables(pair)]
+    asked, both = np.any(longer, axis=0), np.all(known, axis=0)
+    if 2 * both.sum() < asked.sum():
+        which = "the baseline's run" if known[0].sum() < known[1].sum() else "this run"
+        reason = f"known of {both.sum()} of {asked.sum()} requests of both, and of fewest in {which}: {UNKNOWN}"
+        return Finding("exact", "acceptance_length", "not comparable", reason)
+    found = _by_interval("acceptance_length", _only(pair, both), columns, max_drop, plus=1)
+    return found if both.sum() >= asked.sum() else _of_some(found, int(both.sum()), int(asked.sum()))
 
 
-def _by_interval(name: str, pair: Pair, columns: tuple[str, str], max_drop: float, plus: int = 0) -> Finding:
-    """The finding on `plus` + the ratio of sums of two columns, by the table above."""
-    sides = [_columns(table, pair, columns, plus) for table in _tables(pair)]
+def _scores(pair: Pair, max_drop: float) -> Iterator[Finding]:
+    """On the requests that are scored on both sides."""
+    scored = [table.columns(pair.keys, "scored")[:, 0] > 0 for table in _tables(pair)]
+    both = np.all(scored, axis=0)
+    if both.any():
+        found = _by_interval("score", _only(pair, both), (("score", "scored"),) * 2, max_drop)
+        yield found if np.array_equal(scored[0], scored[1]) else _of_some(found, int(both.sum()), int(np.any(scored, axis=0).sum()))
+    elif np.any(scored):
+        which = "the baseline's run" if scored[1].any() else "this run"
+        yield Finding("exact", "score", "not comparable", f"{which} has no scores of these answers")
+
+
+def _only(pair: Pair, chosen: NDArray[np.bool_]) -> Pair:
+    return replace(pair, keys=tuple(key for key, kept in zip(pair.keys, chosen, strict=True) if kept))
+
+
+def _of_some(found: Finding, num: int, num_all: int) -> Finding:
+    return replace(found, reason=f"{found.reason} (on {num} of {num_all} requests)")
+
+
+def _by_interval(
+    name: str, pair: Pair, columns: tuple[tuple[str, str], tuple[str, str]], max_drop: float, plus: int = 0
+) -> Finding:
+    """The finding on `plus` + the ratio of sums of two columns, those of the baseline and of this run, by the table
+    above."""
+    sides = [_columns(table, pair, names, plus) for table, names in zip(_tables(pair), columns, strict=True)]
     before, now = (float(side[:, 0].sum() / side[:, 1].sum()) for side in sides)
     interval = stats.ratio_interval(pair.keys, *sides)
     change = now / before if before else None

@@ -82,10 +82,8 @@ def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_al
     keys = max((comparisons[0].pair.keys for comparisons in news), key=len)
     if not keys:
         return
-    first_turn = min(turn for _, turn, _ in keys)
-    needed = {key for key in keys if key[1] == first_turn}
     near = [[each for each in comparisons if _other_machine(each.pair) is None] for comparisons in news]
-    used = [full for some in near if (full := [each for each in some if set(each.pair.keys) >= needed])]
+    used = [full for some in near if (full := [each for each in some if _has_all(each.pair, keys)])]
     held = [over for some in used if (over := [each for each in some if each.plain is not None])]
     if not used:
         metric = SPEED if all(each.plain is None for each in first) else SPEEDUP
@@ -98,6 +96,14 @@ def timing(news: Sequence[Sequence[Comparison]], allowed: Allowed, *, decides_al
         yield _finding(SPEEDUP, [plain, own], allowed(SPEEDUP, len(held), len(held[0])), decides=True)
     own = [[each.pair for each in comparisons] for comparisons in used]
     yield _finding(SPEED, [own], allowed(SPEED, len(used), len(used[0])), decides=not held and decides_alone)
+
+
+def _has_all(pair: Pair, keys: Sequence[RunKey]) -> bool:
+    """True if `pair` lacks none of the runs `keys`, but for later turns that both answered to other prompts."""
+    lacking = set(keys) - set(pair.keys)
+    first_turn = min(turn for _, turn, _ in keys)
+    answered = set(pair.baseline.runs.answered) & set(pair.candidate.runs.answered)
+    return all(key in answered and key[1] > first_turn for key in lacking)
 
 
 def _other_machine(pair: Pair) -> str | None:

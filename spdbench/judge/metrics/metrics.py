@@ -191,10 +191,9 @@ class Metrics(Mapping[str, Any]):
         columns = {name: column[paced] for name, column in columns.items()}
         context = columns["prompt_tokens"] + columns["new_tokens"] / 2
         width = columns["forwards"] / columns["steps"]
-        names = [name for name, chosen in zip(self._conversations, paced, strict=True) if chosen]
         return _Paces(
             log_paces(columns["decode_s"], columns["steps"], [context, width]),
-            list(zip(names, columns["prompt_tokens"].tolist(), strict=True)),
+            [self.runs.keys[row][:2] for row in np.flatnonzero(self._rows)[paced]],
         )
 
     @cached_property

@@ -57,7 +57,7 @@ def test_each_divergence_has_a_row_with_its_numbers() -> None:
     text = to_terminal("An audit", [made], Console(width=160))
     first, second = [line for line in text.splitlines() if line.startswith("mine  ")]
     assert first.split() == ["mine", "q1", "7", "cat", "dog", "2.5", "2.25", "0.25", "0.5", "near", "tie"]
-    assert second.split()[:5] == ["mine", "q2", "turn", "2", "3"]
+    assert second.split()[:5] == ["mine", "q2", "turn", "1", "3"]
     assert second.rstrip().endswith("REAL")
     assert "floor of widths 1 and 4." in text
     assert "q2: one output ends where the other goes on." in text

@@ -723,14 +723,14 @@ def test_a_server_that_applies_its_own_template_reports_no_log_probabilities(bac
     assert loaded(backend()).next_logits((1, 2, 3), ()) is None
 
 
-@pytest.mark.parametrize("key", ["x", "none", "EMPTY"])
+@pytest.mark.parametrize("key", ["x", "none", "EMPTY", "placeholder"])
 def test_a_key_that_stands_for_none_is_not_cut_out_of_answers(
     server: StubServer, backend: Make, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     made = loaded(backend())
-    server.inserted = [b'{"choices": [{"delta": {"content": " def f(x): none or EMPTY"}}]}']
-    assert "def f(x): none or EMPTY" in str(run(made).report.text)
+    server.inserted = [b'{"choices": [{"delta": {"content": " def f(x): none or EMPTY placeholder"}}]}']
+    assert "def f(x): none or EMPTY placeholder" in str(run(made).report.text)
 
 
 def test_a_server_that_refuses_a_top_p_of_one_is_asked_without_it(server: StubServer, backend: Make) -> None:

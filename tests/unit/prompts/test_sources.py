@@ -511,4 +511,5 @@ def test_pieces_of_a_text_have_the_length_asked_for_where_spaces_are_rare() -> N
     text = "".join("\u6f22" * 900 + " word" for _ in range(20))
     for place in (0.1, 0.35, 0.6, 0.95):
         assert 3950 <= len(_piece(text, 4000, place)) <= 4000
+    assert len(_piece("\u6f22" * 90 + " " + "\u6f22" * 99, 96, 0.01)) > 90
     assert _piece("one two three four five", 14, 0.6) == "three four"

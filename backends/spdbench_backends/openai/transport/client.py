@@ -39,7 +39,8 @@ MAX_CHUNK_BYTES = 2**40
 MAX_BODY_BYTES = 2**24
 SWITCHING, OK = 101, 200
 """Statuses between these are interim: another answer follows."""
-MIN_KEY_LENGTH = 8
+MIN_KEY_LENGTH, LONGEST_WORD = 8, 16
+"""A shorter key, or one of letters alone, is taken for a word that stands for none (`none`, `placeholder`)."""
 HIDDEN = "***"
 ZIPPED = frozenset({"gzip", "x-gzip", "deflate"})
 """Encodings of bodies that are read although they are not asked for."""
@@ -55,7 +56,8 @@ class Server:
         self.address = address
         self._key = key
         quoted = json.dumps(key)[1:-1]
-        forms = {key, quoted, quoted.replace("/", r"\/")} if len(key) >= MIN_KEY_LENGTH else set[str]()
+        is_word = len(key) < MIN_KEY_LENGTH or (key.isalpha() and len(key) < LONGEST_WORD)
+        forms = set[str]() if is_word else {key, quoted, quoted.replace("/", r"\/")}
         self._forms_of_key = sorted(forms, key=len, reverse=True)
         self.timeout_s = timeout_s
         self._sockets: set[socket.socket] = set()
@@ -94,8 +96,8 @@ class Server:
         return {"Content-Type": "application/json", "Accept": "text/event-stream, application/json", **key}
 
     def without_key(self, text: str) -> str:
-        """Text from the server with `***` for the key, plain or as JSON escapes it, but for one so short that words of
-        an answer may hold it (`none`, as people give servers without keys). Halves of surrogate pairs, which
+        """Text from the server with `***` for the key, plain or as JSON escapes it, but for a word that
+        people give servers without keys (`none`), which answers may hold. Halves of surrogate pairs, which
         cannot be written to a file, are joined where both are there; `?` stands for others."""
         for form in self._forms_of_key:
             text = text.replace(form, HIDDEN)

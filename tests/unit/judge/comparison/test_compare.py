@@ -436,7 +436,7 @@ def test_a_category_may_be_called_as_contexts_are() -> None:
 def test_few_prompts_are_those_that_the_baseline_answered_too() -> None:
     row = second([vanilla(runs=vanilla_runs(3)), eagle(runs=fast_runs(40))])
     assert [flag.reason for flag in row.flags if flag.name == "few_prompts"] == [
-        "only 3 prompts that the baseline answered too"
+        "only 3 prompts of more than one token that the baseline answered too"
     ]
     assert not row.best
 
@@ -460,3 +460,10 @@ def test_an_engine_that_knows_no_bytes_is_not_called_slow() -> None:
     found = load(make_result(vanilla_runs(), backend), "v.json")
     assert found.metrics["roofline_share"] is None
     assert "slow_baseline" not in {flag.name for flag in found.flags}
+
+
+def test_prompts_of_one_token_show_no_speed_and_do_not_count() -> None:
+    short = [make_run(vanilla_steps(1), prompt=f"s{i}") for i in range(11)]
+    row = second([vanilla(runs=[*vanilla_runs(2), *short]), eagle(runs=[*fast_runs(2), *short])])
+    assert "few_prompts" in {flag.name for flag in row.flags}
+    assert not row.best

@@ -141,3 +141,15 @@ def test_doubts_make_a_verdict_over_loads_provisional() -> None:
     (found,) = loads(compare(results, "plain"))
     (conclusion,) = conclude(found)
     assert sentences(conclusion)[0].endswith("up to 4 requests at once (provisional: measured apart)")
+
+
+def test_doubts_of_levels_at_which_it_does_not_pay_are_no_doubts_of_the_others() -> None:
+    def apart(one: LoadedResult) -> LoadedResult:
+        return replace(one, head=one.head.model_copy(update={"environment": {**one.head.environment, "x": 1}}))
+
+    results = [_result("plain", at_once, 10.0) for at_once in (1, 4)]
+    results += [_result("drafted", 1, 5.0, tau=2.0), apart(_result("drafted", 4, 25.0, tau=2.0))]
+    (found,) = loads(compare(results, "plain"))
+    (conclusion,) = conclude(found)
+    assert "provisional" not in sentences(conclusion)[0]
+    assert conclusion.pays_up_to == 1

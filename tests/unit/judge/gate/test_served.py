@@ -169,10 +169,41 @@ def test_a_server_that_lists_ids_is_judged_by_size_and_interval_as_well() -> Non
             make_run(chunk_steps([1, *[3] * count], depth=4), prompt=f"p{i}", score=score)
             for i, count in enumerate(rounds)
         ]
-        return eagle(runs, temperature=0.8, **{**SERVED, "unknown": ["forwards", "devices"]})
+        return eagle(runs, temperature=0.8, **{**SERVED, "unknown": ["drafts", "forwards", "devices"]})
 
     before, now = one(0.9, *range(4, 16)), one(0.9, *range(14, 2, -1))
     judgement = exact(now, before)
     assert judgement.verdict == "pass"
     assert not finding(judgement, "num_new_tokens").decides
     assert finding(exact(one(0.0, *range(4, 16)), before), "score").verdict == "regression"
+
+
+def test_what_one_side_does_not_know_is_not_judged_by_the_little_that_is_left() -> None:
+    """A server that stopped to report drafts of most requests, and a run that was ended before it scored."""
+    unknown = [run.model_copy(update={"drafts": None}) for run in server_runs(20, 12, None)[3:]]
+    lost = [*server_runs(20, 3, None), *unknown]
+    found = finding(exact(eagle(lost, **SERVED), server(20)), "acceptance_length")
+    assert found.verdict == "not comparable"
+    assert "known of 3 of 12 requests of both, and of fewest in this run" in found.reason
+    scored = finding(exact(server(20), server(20, score=0.9)), "score")
+    assert scored.verdict == "not comparable"
+    part = [*server_runs(20, 6, 0.9), *server_runs(20, 12, None)[6:]]
+    some = finding(exact(eagle(part, **SERVED), server(20, score=0.9)), "score")
+    assert (some.verdict, some.before, some.now) == ("pass", 0.9, 0.9)
+    assert some.reason.endswith("(on 6 of 12 requests)")
+
+
+def server_runs(accepted: int, num: int, score: float | None) -> list[Run]:
+    drafts = Drafts(rounds=ROUNDS, judged=None, accepted=accepted, source="its response")
+    return [
+        make_run(vanilla_steps(30), prompt=f"p{i}", output_ids=[], text=f"An answer {i}", drafts=drafts, score=score)
+        for i in range(num)
+    ]
+
+
+def test_counts_of_a_baseline_are_in_its_own_columns() -> None:
+    """One that reports its drafts, next to one whose steps say them."""
+    steps = [make_run(chunk_steps([1, *[3] * 10], depth=2), prompt=f"p{i}", text=f"An answer {i}") for i in range(12)]
+    now = eagle(steps, **{**SERVED, "unknown": ["forwards", "devices", "ids"]})
+    assert finding(exact(now, server(20)), "acceptance_length").before == 3.0
+    assert finding(exact(now, server(20)), "acceptance_length").now == 3.0
