@@ -72,7 +72,8 @@ def _scores(pair: Pair, max_drop: float) -> Iterator[Finding]:
     both = np.all(scored, axis=0)
     if both.any():
         found = _by_interval("score", _only(pair, both), (("score", "scored"),) * 2, max_drop)
-        yield found if np.array_equal(scored[0], scored[1]) else _of_some(found, int(both.sum()), int(np.any(scored, axis=0).sum()))
+        some = np.any(scored, axis=0)
+        yield found if np.array_equal(both, some) else _of_some(found, int(both.sum()), int(some.sum()))
     elif np.any(scored):
         which = "the baseline's run" if scored[1].any() else "this run"
         yield Finding("exact", "score", "not comparable", f"{which} has no scores of these answers")
