@@ -133,7 +133,7 @@ def test_goodput_is_a_column_and_a_note() -> None:
     rows = list(csv.DictReader(io.StringIO(compare(VANILLA, SPD, "--goodput", "e2el:1e9", "--format", "csv").stdout)))
     assert all(0 < float(row["goodput"]) <= 1 for row in rows)
     said = compare(VANILLA, SPD, "--goodput", "ttft:500,tpot:50", "--format", "github").stdout
-    assert "goodput: share of requests with ttft up to 500 ms, tpot up to 50 ms" in said
+    assert "goodput: share of all requests with ttft up to 500 ms, tpot up to 50 ms" in said
     assert re.search(r"\| +goodput +\|", said)
     assert "unknown time" in refusal(VANILLA, "--goodput", "itl:5")
 
