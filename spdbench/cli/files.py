@@ -115,13 +115,16 @@ def require_free_output(out: Path, inputs: Sequence[Path], *, force: bool, optio
 
 def write_stdout(content: str | bytes) -> None:
     """`content` to stdout, flushed, so that a full disk is noticed here; a closed pipe (`| head`) is no error."""
-    if isinstance(content, str):
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        content = content.encode(encoding, "replace").decode(encoding)
     try:
-        click.echo(content, nl=False)
+        click.echo(encodable(content) if isinstance(content, str) else content, nl=False)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def encodable(text: str) -> str:
+    """`text` with `?` for what the encoding of stdout lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def show_text(text: str, write: Callable[[str], None] = write_stdout) -> None:

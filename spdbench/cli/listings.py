@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import click
 
 from spdbench.cli.completion import complete_backends, complete_suites
-from spdbench.cli.files import show_text
+from spdbench.cli.files import encodable, show_text
 from spdbench.cli.options import PATH
 from spdbench.cli.parameters import Argument, Option
 from spdbench.console import printable, wrapped
@@ -39,7 +39,7 @@ def print_facts(facts: Any, lines: Iterable[str], as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=2))
     else:
         text = "".join(f"{printable(line)}\n" for part in lines for line in part.split("\n"))
-        show_text(text)
+        show_text(text, lambda shown: click.echo(encodable(shown), nl=False))  # whose closed pipe ends the command
 
 
 @click.command("backends", short_help="List installed backends and their options.")

@@ -235,6 +235,13 @@ def test_an_early_closed_pipe_ends_as_other_tools_do() -> None:
     assert (done.returncode, done.stderr) == (entry.BROKEN_PIPE, "")
 
 
+def test_listings_are_written_where_the_encoding_is_narrow() -> None:
+    command = [sys.executable, "-m", "spdbench", "suites"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
 @pytest.mark.parametrize("command", ["backends", "suites", "env"])
 def test_a_full_stdout_is_one_message(command: str) -> None:
