@@ -7,9 +7,8 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import fill
 from typing import TextIO
-
-import click
 
 CLEAR = "\r\033[K"
 """Removes what is in the terminal's current line, such as a progress bar."""
@@ -40,7 +39,9 @@ def wrapped(text: str, width: int, indent: str) -> str:
         words = line.lstrip(" \t")
         whole = (indent + line[: len(line) - len(words)])[: width // 2]
         fits = len(whole) + len(words) <= width
-        found.append((whole + words).rstrip() if fits else click.wrap_text(words, width, whole, whole))
+        found.append(
+            (whole + words).rstrip() if fits else fill(words, width, initial_indent=whole, subsequent_indent=whole)
+        )
     return "\n".join(found)
 
 
