@@ -70,8 +70,9 @@ class Drafting(LocalBackend, ABC, Generic[D]):
 
     def generate(self, request: GenerationRequest) -> Iterator[Step]:
         prepared, self._prepared = self._prepared, None
-        is_ready = prepared is not None and prepared[0] is request
-        return self._decode(request, prepared[1] if prepared and is_ready else self._new_drafter(request))
+        if prepared is not None and prepared[0] is request:
+            return self._decode(request, prepared[1])
+        return self._decode(request, self._new_drafter(request))
 
     def _read_drafter(
         self,

@@ -112,10 +112,10 @@ def compare_results(
 
     chosen = None if baseline is None else find_baseline(baseline, loaded)
     if by == "context":
-        others = [chosen] if isinstance(chosen, LoadedResult) and chosen not in loaded else []
-        split = by_context([*loaded, *others])
+        whole = [*loaded, *([chosen] if isinstance(chosen, LoadedResult) and chosen not in loaded else [])]
+        split = by_context(whole)
         if isinstance(chosen, LoadedResult):
-            chosen = split[[*loaded, *others].index(chosen)]
+            chosen = split[whole.index(chosen)]
         loaded = split[: len(loaded)]
     dialects = DIALECTS if dialect == "all" else (dialect,) if dialect else ()
     limits = None if goodput is None else parse_limits(goodput)

@@ -22,7 +22,6 @@ from spdbench.judge.metrics.flags import (
     disqualifies,
     diverged,
     few_prompts,
-    has_few_prompts,
     interval_is_noisy,
     make_flag,
     noisy,
@@ -297,8 +296,8 @@ def _row(
     compared |= {metric: measured[metric] for metric in map(metric_name, dialects)}
     compared |= {"goodput": goodput(own.runs, limits)} if limits else {}
     flags = [*result.flags, *(_pair_flags(pairing) if pairing else ())]
-    if part and part.keys and has_few_prompts(timed := part.num_timed_prompts) and not _are_few(flags):
-        flags.append(few_prompts(timed, "of more than one token that the baseline answered too"))
+    if part and part.keys and not _are_few(flags):
+        flags += few_prompts(part.num_timed_prompts, "with a speed to compare with the baseline's")
     if value and interval and interval_is_noisy(value, interval) and all(flag.name != "noisy" for flag in flags):
         flags.append(noisy("the speed-up", value, interval))
     metrics = ChainMap(compared, cast("dict[str, Any]", measured))  # a copy would work out every metric

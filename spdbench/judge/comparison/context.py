@@ -24,22 +24,17 @@ def by_context(results: Sequence[LoadedResult]) -> list[LoadedResult]:
     lengths: dict[object, int] = {}
     for result in results:
         tokens = result.runs.sums[:, COLUMN["prompt_tokens"]].tolist()
-        for prompt, count, failed in zip(_prompts(result), tokens, result.runs.failed, strict=True):
+        for prompt, count, failed in zip(result.runs.asked, tokens, result.runs.failed, strict=True):
             if count and not failed:
                 lengths.setdefault(prompt, int(count))
     found = []
     for result in results:
         groups = [
             UNKNOWN if failed or prompt not in lengths else group_of(lengths[prompt])
-            for prompt, failed in zip(_prompts(result), result.runs.failed, strict=True)
+            for prompt, failed in zip(result.runs.asked, result.runs.failed, strict=True)
         ]
         found.append(replace(result, runs=replace(result.runs, categories=groups)))
     return found
-
-
-def _prompts(result: LoadedResult) -> list[object]:
-    """What was asked in each run: equal for those that pair."""
-    return list(zip(result.runs.keys, result.runs.prompt_sha256, strict=True))
 
 
 def group_of(num_tokens: int) -> str:

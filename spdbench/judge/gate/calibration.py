@@ -136,22 +136,18 @@ def _check(results: Sequence[LoadedResult], groups: Sequence[Sequence[LoadedResu
                 "fewest. Run the same code that often, with a --name or --results of its own each time."
             )
         first_turn = min((turn for each in group for _, turn, _ in each.runs.keys), default=0)
-        prompts = {frozenset(pair for pair in _prompts(each) if pair[0][1] == first_turn) for each in group}
+        prompts = {frozenset(pair for pair in each.runs.asked if pair[0][1] == first_turn) for each in group}
         if len(prompts) > 1 or any(each.runs.failed.any() for each in group):
             raise NotComparableError(
                 f"--calibrate: the results of the label '{group[0].label}' are not of the same prompts, all answered"
             )
 
 
-def _prompts(result: LoadedResult) -> list[tuple[RunKey, str]]:
-    return list(zip(result.runs.keys, result.runs.prompt_sha256, strict=True))
-
-
 def _thresholds(group: Sequence[LoadedResult], results: Sequence[LoadedResult]) -> Iterator[Threshold]:
     """For the speed-up, where each run has plain decoding too; and for tokens/s. Of later turns, whose prompts hold the
     answers before them, those that were the same in all runs count."""
-    in_all = set.intersection(*(set(_prompts(each)) for each in group))
-    keys = [key for key, prompt in _prompts(group[0]) if (key, prompt) in in_all]
+    in_all = set.intersection(*(set(each.runs.asked) for each in group))
+    keys = [key for key, prompt in group[0].runs.asked if (key, prompt) in in_all]
     rates = [_rate(each, keys) for each in group]
     references = ((each, reference(each, results)) for each in group)
     plain = [other for each, other in references if other is not None and other is not each]

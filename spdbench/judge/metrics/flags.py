@@ -175,17 +175,13 @@ def _sample_flags(overall: Mapping[str, Any]) -> Iterator[Flag]:
         yield make_flag("contradicted", f"{reason} other: the tokens that it lists count, where it lists them")
     if 2 * overall["num_truncated"] > num_runs:
         yield make_flag("truncated", f"{overall['num_truncated']} of {num_runs} outputs were cut by the token limit")
-    if has_few_prompts(num_prompts):
-        yield few_prompts(num_prompts, "with an answer")
+    yield from few_prompts(num_prompts, "with an answer")
 
 
-def has_few_prompts(num_prompts: int) -> bool:
-    return num_prompts < FEW_PROMPTS
-
-
-def few_prompts(num_prompts: int, which: str) -> Flag:
-    """The flag for fewer prompts than a speed-up can be told from; `which` says of what kind they are."""
-    return make_flag("few_prompts", f"only {counted(num_prompts, 'prompt')} {which}")
+def few_prompts(num_prompts: int, which: str) -> Iterator[Flag]:
+    """The flag, where there are fewer prompts than a speed-up can be told from; `which` says of what kind they are."""
+    if num_prompts < FEW_PROMPTS:
+        yield make_flag("few_prompts", f"only {counted(num_prompts, 'prompt')} {which}")
 
 
 def _speed_flags(overall: Mapping[str, Any], backend: BackendRecord) -> Iterator[Flag]:

@@ -99,6 +99,11 @@ class RunTable:
         return {key: row for row, key in enumerate(self.keys)}
 
     @cached_property
+    def asked(self) -> list[tuple[RunKey, str]]:
+        """Each run's key, and the hash of its prompt: both are equal of runs that pair."""
+        return list(zip(self.keys, self.prompt_sha256, strict=True))
+
+    @cached_property
     def answered(self) -> list[RunKey]:
         """The runs that did not fail."""
         return [key for key, failed in zip(self.keys, self.failed, strict=True) if not failed]

@@ -436,7 +436,7 @@ def test_a_category_may_be_called_as_contexts_are() -> None:
 def test_few_prompts_are_those_that_the_baseline_answered_too() -> None:
     row = second([vanilla(runs=vanilla_runs(3)), eagle(runs=fast_runs(40))])
     assert [flag.reason for flag in row.flags if flag.name == "few_prompts"] == [
-        "only 3 prompts of more than one token that the baseline answered too"
+        "only 3 prompts with a speed to compare with the baseline's"
     ]
     assert not row.best
 
