@@ -195,6 +195,24 @@ def test_table_sorts_both_ways(browser: Any, pages: dict[str, Path]) -> None:
     assert len(set(orders[0])) > 2
 
 
+def test_a_history_sorts_by_date_and_changes_by_size(browser: Any, pages: dict[str, Path]) -> None:
+    opened(browser, pages["history"])
+    table = "document.querySelectorAll('table.sortable')[0]"
+    headers = browser.execute_script(
+        f"return [...{table}.querySelectorAll('thead th')].map((th) => th.textContent.trim())"
+    )
+    found: dict[str, list[str]] = {}
+    for number, name in enumerate(headers):
+        browser.execute_script(f"{table}.querySelectorAll('thead th button')[{number}].click()")
+        rows = f"return [...{table}.tBodies[0].rows].map((row) => row.cells[{number}].textContent.trim())"
+        found[name] = browser.execute_script(rows)
+    assert found["run"] == sorted(found["run"])
+    assert len(set(found["run"])) > 2
+    changes = [float(cell.replace("\N{MINUS SIGN}", "-").rstrip("%")) for cell in found["change"] if "%" in cell]
+    assert changes == sorted(changes)
+    assert min(changes) < 0 < max(changes)
+
+
 def test_click_on_a_prompt_opens_its_answers_as_text(browser: Any, pages: dict[str, Path]) -> None:
     opened(browser, pages["hostile"])
     browser.execute_script("document.querySelector('#prompts').scrollIntoView({block: 'center'});")
