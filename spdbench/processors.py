@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -134,3 +135,13 @@ def _text(file: Path) -> str | None:
         return file.read_text(encoding="ascii", errors="replace")
     except OSError:
         return None
+
+
+@cache
+def may_use_amx() -> bool:
+    """Asks the system for the tiles of Intel's AMX, which a process needs leave for (Linux: arch_prctl(2),
+    ARCH_REQ_XCOMP_PERM); false where there are none."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    granted: int = ctypes.CDLL(None).syscall(158, 0x1023, 18)
+    return granted == 0

@@ -116,6 +116,13 @@ def llvm_function(builder: Any, name: str, kind: Any) -> Any:
     return builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Fetches the cache line at the address: for reading (0), into all levels of cache (3), as data (1)."""
+    pointer = ir.IntType(8).as_pointer()
+    function = llvm_function(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]))
+    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, value) for value in (0, 3, 1))])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def pointer_to(_typing: Any, address: Any, index: Any, like: Any) -> Any:  # noqa: ARG001
     """A pointer to number `index` of an array at `address`, whose numbers have the type of `like`."""

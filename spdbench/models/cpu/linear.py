@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spdbench.models.cpu.worker_pool import GemmTask, TaskKind, kind_word, worker_pool
+from spdbench.models.cpu.worker_pool import AMX_STEPS, GemmTask, TaskKind, kind_word, worker_pool
+from spdbench.processors import may_use_amx
 
 PACKED_DTYPES = torch.bfloat16, torch.float32
 BLOCK = 16
@@ -75,13 +76,14 @@ class PlainLinear:
 
 
 class PackedLinear:
-    """The weight in blocks of 16 outputs, `[N / 16, K / 2, 16, 2]` in bfloat16 or 8 bits and `[N / 16, K, 16, 1]` in
-    float32. In 8 bits `scale` is a float32 for each output, with as many zeros behind them as fill the last block."""
+    """The weight in blocks of 16 outputs: `[N / 16, K / 2, 16, 2]` in bfloat16, `[N / 16, K / 2, 2, 16]` in 8 bits, and
+    `[N / 16, K, 16, 1]` in float32. In 8 bits `scale` is a float32 for each output, with as many zeros behind them as
+    fill the last block."""
 
     def __init__(self, packed: Tensor, num_outputs: int, bias_N: Tensor | None, scale: Tensor | None = None) -> None:
         self.packed, self.bias, self.scale = packed, bias_N, scale
         self.dtype = packed.dtype if scale is None else torch.bfloat16
-        num_inputs = packed.shape[1] * packed.shape[3]
+        num_inputs = packed[0].numel() // BLOCK
         self.shape = num_outputs, num_inputs
         beside = sum(each.nbytes for each in (bias_N, scale) if each is not None)
         self.nbytes = num_outputs * num_inputs * packed.itemsize + beside
@@ -90,7 +92,9 @@ class PackedLinear:
         self._pool = pool
         scale_at, bias_at = (0 if each is None else each.data_ptr() for each in (scale, bias_N))
         num_steps = num_inputs * packed.itemsize * BLOCK // LINE_BYTES
-        sizes = num_outputs, num_steps, num_inputs * self.dtype.itemsize
+        fills_tiles = packed.dtype == torch.bfloat16 and num_steps % AMX_STEPS == 0
+        self.uses_amx = fills_tiles and may_use_amx()
+        sizes = num_outputs, num_steps, num_inputs * self.dtype.itemsize, int(self.uses_amx)
         self._kind, self._fixed = kind_word(TaskKind.GEMM, self.dtype), (packed.data_ptr(), scale_at, bias_at, *sizes)
 
     @classmethod
@@ -99,10 +103,11 @@ class PackedLinear:
         num_outputs, num_inputs = weight_NK.shape
         together = 2 if weight_NK.dtype == torch.bfloat16 else 1
         numbers_NK = weight_NK if scale_N is None else in_8_bits(weight_NK, scale_N)
-        packed = new_pages((-(-num_outputs // BLOCK), num_inputs // together, BLOCK, together), numbers_NK.dtype)
         missing = -num_outputs % BLOCK
         padded_NK = functional.pad(numbers_NK, (0, 0, 0, missing)) if missing else numbers_NK.contiguous()
-        packed.copy_(padded_NK.view(-1, BLOCK, packed.shape[1], together).transpose(1, 2))
+        in_steps = _in_steps(padded_NK.view(-1, BLOCK, num_inputs // together, together))
+        packed = new_pages(tuple(in_steps.shape), numbers_NK.dtype)
+        packed.copy_(in_steps)
         scale = None if scale_N is None else functional.pad(scale_N, (0, missing))
         return cls(packed, num_outputs, None if bias_N is None else bias_N.contiguous(), scale)
 
@@ -113,8 +118,13 @@ class PackedLinear:
         return self._multiply(rows_SK, other_SN.contiguous())
 
     def plain(self) -> Tensor:
-        numbers = self.packed.transpose(1, 2).reshape(-1, self.shape[1])
+        numbers = self.numbers()
         return (numbers if self.scale is None else from_8_bits(numbers, self.scale))[: self.shape[0]]
+
+    def numbers(self) -> Tensor:
+        """What is packed, in the weight's order: `[N, K]` with the rows that fill the last block."""
+        packed = self.packed if self.scale is None else self.packed.transpose(2, 3)
+        return packed.transpose(1, 2).reshape(-1, self.shape[1])
 
     def _multiply(self, rows_SK: Tensor, *others: Tensor) -> Tensor:
         rows_SK = rows_SK.contiguous()
@@ -126,6 +136,12 @@ class PackedLinear:
         task = GemmTask(self._kind, num_rows, *self._fixed, rows_SK.data_ptr(), out.data_ptr(), other_at)
         self._pool.run(task, rows_SK, out, *others)
         return out
+
+
+def _in_steps(blocks: Tensor) -> Tensor:
+    """`[blocks, outputs, steps, together]` in the order of `PackedLinear`."""
+    stepwise = blocks.transpose(1, 2)
+    return stepwise.transpose(2, 3) if blocks.dtype == torch.int8 else stepwise
 
 
 def linear(weight_NK: Tensor, bias_N: Tensor | None = None, scale_N: Tensor | None = None) -> Linear:

@@ -7,10 +7,14 @@ from front to back and prefetched. The 16 sums of up to 16 rows, a tile, stay in
 register, so a row's result has the same bits whatever rows are next to it. As long as the processor waits for memory,
 one row or eight cost the same; how long that holds depends on the processor (benchmarks/README.md).
 
-Rows of bfloat16 can be multiplied with weights in 8 bits, which lie in pairs as those in bfloat16 do and have a scale
-for each output. In the loop they are widened once for all rows of a tile; the scale is applied to the sums. Each
-addition to a sum waits for the one before it, which with half as many bytes takes longer than reading them. Even and
-odd pairs therefore have sums of their own, whatever the number of rows, and a tile has half as many rows.
+Rows of bfloat16 can be multiplied with weights in 8 bits, which have a scale for each output. Of the pairs of a step
+the 16 first numbers lie before the 16 second ones. In the loop they are widened once for all rows of a tile; the scale
+is applied to the sums. Each addition to a sum waits for the one before it, which with half as many bytes takes longer
+than reading them. Even and odd pairs therefore have sums of their own, whatever the number of rows, and a tile has half
+as many rows.
+
+Where the processor has AMX, weights in bfloat16 that fill its tiles are multiplied by it, whatever the number of rows:
+it adds in an order of its own, and one row has to get the same bits as many.
 
 Shapes: S rows, K inputs, N outputs.
 """
@@ -24,6 +28,15 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from spdbench.models.cpu.amx import (
+    AMX_BLOCKS,
+    AMX_ROWS,
+    AMX_SUMS_BYTES,
+    HAS_AMX,
+    configure_amx,
+    release_amx,
+    sum_with_amx,
+)
 from spdbench.models.cpu.claims import FEATURES, begin_writing, end_writing
 from spdbench.models.cpu.compile import (
     I32,
@@ -34,6 +47,7 @@ from spdbench.models.cpu.compile import (
     llvm_function,
     narrow,
     pointer_to,
+    prefetch,
     stack_memory,
     widen,
 )
@@ -53,7 +67,7 @@ TOO_FEW_ROWS = 0 if "avx512f" in FEATURES else 3
 """A last tile of fewer rows takes as long as one of four, since each sum waits for itself: two tiles share them."""
 MAX_SCALED_ROWS = max(count for count in TILE_ROWS if 2 * count <= MAX_TILE_ROWS)
 """The most rows of a tile where weights are in 8 bits: each output has two sums."""
-_sums_memory = stack_memory(4 * WIDTH * MAX_TILE_ROWS)
+_sums_memory = stack_memory(max(4 * WIDTH * MAX_TILE_ROWS, AMX_SUMS_BYTES * AMX_BLOCKS))
 
 _FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
 Numbers = Literal["float32", "bfloat16", "int8"]
@@ -122,7 +136,7 @@ def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) 
         for r in range(tile_rows)
     ]
     if numbers == "int8":
-        _prefetch(builder, scale)
+        prefetch(builder, scale)
     before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("store")
     builder.branch(loop)
     builder.position_at_end(loop)
@@ -131,7 +145,7 @@ def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) 
     totals = [[builder.phi(_FLOATS) for _ in chains] for _ in range(tile_rows)]
     weight_at = builder.add(weight, builder.mul(step, ir.Constant(I64, BLOCK_STEP_BYTES)))
     factors = _load_factors(builder, weight_at, numbers)
-    _prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
+    prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
     offset = builder.mul(step, ir.Constant(I64, 4 * len(chains)))
     found = [list(sums_of_row) for sums_of_row in totals]
     for chain in chains:
@@ -168,13 +182,6 @@ def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-def _prefetch(builder: Any, address: Any) -> None:
-    """For reading (0), into all levels of cache (3), as data (1)."""
-    pointer = ir.IntType(8).as_pointer()
-    function = llvm_function(builder, "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32]))
-    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, value) for value in (0, 3, 1))])
-
-
 def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
 
@@ -191,18 +198,18 @@ def _load_factors(builder: Any, address: Any, numbers: Numbers) -> list[tuple[An
 
 
 def _widen_pairs(builder: Any, address: Any) -> tuple[Any, ...]:
-    """16 pairs in 8 bits as factors: such whole numbers are bfloat16 without rounding."""
-    if MULTIPLIES_PAIRS:
-        twice = 2 * WIDTH
-        whole = _load(builder, address, ir.VectorType(ir.IntType(8), twice), twice)
-        floats = builder.sitofp(builder.sext(whole, ir.VectorType(I32, twice)), ir.VectorType(ir.FloatType(), twice))
-        halves = builder.bitcast(floats, ir.VectorType(ir.IntType(16), 2 * twice))
-        upper = ir.Constant(ir.VectorType(I32, twice), [2 * number + 1 for number in range(twice)])
-        return (builder.bitcast(builder.shuffle_vector(halves, halves, upper), _WORDS),)
-    pairs = builder.sext(_load(builder, address, ir.VectorType(ir.IntType(16), WIDTH), 2 * WIDTH), _WORDS)
-    byte, rest = (ir.Constant(_WORDS, [bits] * WIDTH) for bits in (8, 24))
-    first, second = builder.ashr(builder.shl(pairs, rest), rest), builder.ashr(pairs, byte)
-    return builder.sitofp(first, _FLOATS), builder.sitofp(second, _FLOATS)
+    """16 pairs in 8 bits as factors: such whole numbers are bfloat16 without rounding, so the lower half of their bits
+    as float32 is 0. Shifting the upper half down is two fast instructions on every processor; picking the upper halves
+    out of a register of 16-bit numbers is a hundred where LLVM knows such numbers as floats (avx512fp16)."""
+    whole = (
+        _load(builder, builder.add(address, ir.Constant(I64, at)), ir.VectorType(ir.IntType(8), WIDTH), WIDTH)
+        for at in (0, WIDTH)
+    )
+    first, second = (builder.sitofp(builder.sext(numbers, _WORDS), _FLOATS) for numbers in whole)
+    if not MULTIPLIES_PAIRS:
+        return first, second
+    lower = builder.lshr(builder.bitcast(first, _WORDS), ir.Constant(_WORDS, [16] * WIDTH))
+    return (builder.or_(lower, builder.bitcast(second, _WORDS)),)
 
 
 def _add_product(builder: Any, total: Any, factor: Any, word: Any, numbers: Numbers, *, first: bool) -> Any:
@@ -273,6 +280,9 @@ def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, tok
     """The outputs of the blocks `begin` to `end` of `task`, of numbers of the type of `like`. `status` and `token`: see
     `claims.begin_writing`."""
     sums_at = _sums_memory()
+    if HAS_AMX and task.uses_amx != 0:
+        _multiply_with_amx(task, begin, end, sums_at, like, status, token)
+        return
     sums = carray(pointer_to(sums_at, 0, F(0)), (MAX_TILE_ROWS, WIDTH))
     tile_rows = MAX_TILE_ROWS if task.scale == 0 else MAX_SCALED_ROWS
     for block in range(begin, end):
@@ -291,3 +301,33 @@ def multiply_blocks(task: Any, begin: int, end: int, like: Any, status: int, tok
                 return
             _store_outputs(task, first_row, count, block * WIDTH, sums, like)
             end_writing(status, token)
+
+
+@inner
+def _multiply_with_amx(task: Any, begin: int, end: int, sums_at: int, like: Any, status: int, token: int) -> None:
+    """`multiply_blocks` for a weight that fills AMX's tiles."""
+    block_bytes = task.num_steps * BLOCK_STEP_BYTES
+    configured = 0
+    block = begin
+    while block < end:
+        count = AMX_BLOCKS if end - block >= AMX_BLOCKS else 1
+        weight = task.weight + block * block_bytes
+        for first_row in range(0, task.num_rows, AMX_ROWS):
+            num_rows = min(AMX_ROWS, task.num_rows - first_row)
+            if num_rows != configured:
+                configure_amx(num_rows)
+                configured = num_rows
+            rows = task.rows + first_row * task.row_bytes
+            if count == 1:
+                sum_with_amx(weight, block_bytes, rows, task.row_bytes, task.num_steps, sums_at, 1)
+            else:
+                sum_with_amx(weight, block_bytes, rows, task.row_bytes, task.num_steps, sums_at, AMX_BLOCKS)
+            if not begin_writing(status, token):
+                release_amx()
+                return
+            for part in range(count):
+                sums = carray(pointer_to(sums_at + part * AMX_SUMS_BYTES, 0, F(0)), (AMX_ROWS, WIDTH))
+                _store_outputs(task, first_row, num_rows, (block + part) * WIDTH, sums, like)
+            end_writing(status, token)
+        block += count
+    release_amx()

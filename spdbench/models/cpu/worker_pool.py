@@ -25,6 +25,8 @@ SPIN_LIMIT = 50_000
 """How often a worker looks for a task before it goes to sleep: about a millisecond."""
 CALLER = -1
 """The index of the calling thread; workers count from 0."""
+AMX_STEPS = 16
+"""Steps of a packed weight that a tile of Intel's AMX holds."""
 LINE_WORDS = 8
 """A cache line in words of 8 bytes."""
 
@@ -41,7 +43,7 @@ class TaskKind(IntEnum):
 
 class GemmTask(NamedTuple):
     """Rows times a packed weight, plus `bias` and `other` where these are not 0. Addresses first, then sizes. A weight
-    with a `scale` is in 8 bits; else `scale` is 0."""
+    with a `scale` is in 8 bits; else `scale` is 0. `uses_amx` is 1 for a weight that `amx` multiplies."""
 
     kind: int
     num_rows: int
@@ -51,6 +53,7 @@ class GemmTask(NamedTuple):
     num_outputs: int
     num_steps: int
     row_bytes: int
+    uses_amx: int
     rows: int
     out: int
     other: int

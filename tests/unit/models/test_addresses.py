@@ -115,7 +115,7 @@ def test_gemm(weights: torch.dtype, outputs: int, has_bias: bool) -> None:
 
     def task(at: Mapping[str, Tensor]) -> GemmTask:
         places = {name: at[name].data_ptr() for name in arrays}
-        sizes = outputs, width * weights.itemsize // 4, width * dtype.itemsize
+        sizes = outputs, width * weights.itemsize // 4, width * dtype.itemsize, int(weight.uses_amx)
         given = (
             weight.packed.data_ptr(),
             0 if weight.scale is None else weight.scale.data_ptr(),

@@ -77,7 +77,7 @@ class Caller:
         assert isinstance(weight, PackedLinear)
         self.expected = weight(self.rows)
         self.out = torch.full_like(self.expected, float("nan"))
-        sizes = (weight.packed.data_ptr(), 0, 0, 3200, 64, 256)
+        sizes = (weight.packed.data_ptr(), 0, 0, 3200, 64, 256, 0)
         task = GemmTask(
             kind_word(TaskKind.GEMM, torch.float32), 3, *sizes, self.rows.data_ptr(), self.out.data_ptr(), 0
         )

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from spdbench.models.cpu import linear as linear_module
 from spdbench.models.cpu.linear import Linear, PackedLinear, PlainLinear, linear, row_scales
+from spdbench.processors import may_use_amx
 from tests.tiny import tensor
 
 ROOT = Path(__file__).parents[3]
@@ -66,7 +67,7 @@ def test_weights_in_8_bits(rows: int, with_bias: bool) -> None:
     assert isinstance(multiply, PackedLinear)
     assert multiply.packed.dtype == torch.int8
     assert multiply.scale is not None
-    numbers = multiply.packed.transpose(1, 2).reshape(-1, 40)
+    numbers = multiply.numbers()
     assert numbers[:41].abs().amax(dim=1).eq(127).all()
     exact = numbers * multiply.scale[:, None]
     x, other = (tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (40, 41))
@@ -80,7 +81,7 @@ def test_numbers_of_8_bits_come_through_bfloat16_unchanged() -> None:
     numbers = torch.arange(-128, 128, dtype=torch.int8).expand(50, 256)
     scale_N = torch.rand(50, generator=torch.Generator().manual_seed(0)) ** 9
     found = PackedLinear.pack(linear_module.from_8_bits(numbers, scale_N), None, scale_N)
-    assert torch.equal(found.packed.transpose(1, 2).reshape(-1, 256)[:50], numbers)
+    assert torch.equal(found.numbers()[:50], numbers)
     assert torch.equal(found.plain(), linear_module.from_8_bits(numbers, scale_N))
     assert found.nbytes == 50 * 256 + 64 * 4
     odd = linear(numbers[:, :6].bfloat16(), None, torch.ones(50))
@@ -144,6 +145,61 @@ def test_rows_that_do_not_fit_are_refused() -> None:
     for rows in (tensor(1, 8), tensor(1, 16, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="do not fit a weight"):
             multiply(rows)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (83, 576), (576, 1536)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_amx_multiplies_as_other_instructions_do(
+    shape: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not may_use_amx():
+        pytest.skip("needs a processor with AMX")
+    weight, bias = tensor(*shape, dtype=torch.bfloat16), tensor(shape[0], dtype=torch.bfloat16, seed=2)
+    x, other = (tensor(rows, size, dtype=torch.bfloat16, seed=size) for size in (shape[1], shape[0]))
+    multiply = linear(weight, bias)
+    monkeypatch.setattr(linear_module, "may_use_amx", lambda: False)
+    without = linear(weight, bias)
+    assert isinstance(multiply, PackedLinear)
+    assert isinstance(without, PackedLinear)
+    assert (multiply.uses_amx, without.uses_amx) == (True, False)
+    sums = functional.linear(x.float(), weight.float(), bias.float())
+    for found in (multiply, without):
+        torch.testing.assert_close(found(x).float(), sums, rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(found.plus(x, other).float(), other.float() + sums, rtol=2**-8, atol=1e-3)
+
+
+def test_weights_that_do_not_fill_tiles_do_without_amx() -> None:
+    for shape, dtype in (((48, 40), torch.bfloat16), ((48, 64), torch.float32)):
+        found = linear(tensor(*shape, dtype=dtype))
+        assert isinstance(found, PackedLinear)
+        assert not found.uses_amx
+    found = in_8_bits(48, 64)
+    assert isinstance(found, PackedLinear)
+    assert not found.uses_amx
+
+
+def test_numbers_of_8_bits_stay_in_wide_registers(tmp_path: Path) -> None:
+    """On processors with 16-bit floats they went through general registers one by one, which took ten times as long."""
+    if platform.machine() != "x86_64":
+        pytest.skip("needs an x86 processor")
+    code = (
+        "from numba import cfunc, types\n"
+        "from spdbench.models.cpu.native import NUM_ARGUMENTS\n"
+        "from spdbench.models.cpu.parallel_for import parallel_for\n"
+        "signature = types.void(*[types.int64] * NUM_ARGUMENTS['parallel_for'])\n"
+        "print(cfunc(signature)(parallel_for)._library.get_asm_str())"
+    )
+    wide = "avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vbmi,+avx512bf16,+avx512fp16"
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": f"+sse2,+sse4.2,+avx,+avx2,+fma,+bmi,+bmi2,+popcnt,+64bit,+cx8,+{wide}",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    instructions = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("\t")]
+    assert instructions.count("vdpbf16ps") > 10
+    assert instructions.count("vpextrw") < 10
 
 
 def test_processors_without_wide_registers_are_served_too(tmp_path: Path) -> None:
