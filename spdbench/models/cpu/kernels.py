@@ -20,14 +20,9 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from spdbench.models.attention_context import NO_TREE
-from spdbench.models.cpu.claims import begin_writing, end_writing
 from spdbench.models.cpu.compile import (
     F,
-    allocate,
-    compiled,
     exponential,
-    free,
     in_order,
     inner,
     narrow,
@@ -132,133 +127,6 @@ def rotate_rows(
 
 
 @inner
-def _softmax(scores: Any, count: int) -> None:
-    """The first `count` scores become weights that sum to one."""
-    largest, total = MINUS_INFINITY, F(0)
-    for i in range(count):
-        largest = max(largest, scores[i])
-    for i in range(count):
-        scores[i] = exponential(scores[i] - largest)
-        total += scores[i]
-    for i in range(count):
-        scores[i] /= total
-
-
-@in_order
-def _add_weighted_values(weights: Any, values_TD: Any, slots: Any, count: int, out_D: Any) -> None:
-    """The weighted sum of the values in `slots`, added to `out_D`, four at a time to pass over `out_D` less often.
-
-    Four slots in a row, which is all of a chain, have a loop of their own: with addresses that rise by a constant the
-    compiler vectorises it. Both loops add in the same order.
-    """
-    size = out_D.shape[0]
-    fours = count // 4 * 4
-    for i in range(0, fours, 4):
-        a, b, c, e = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        t = np.int64(slots[i])
-        if np.int64(slots[i + 3]) - t == 3:
-            for d in range(size):
-                out_D[d] += (
-                    a * widen(values_TD[t, d])
-                    + b * widen(values_TD[t + 1, d])
-                    + c * widen(values_TD[t + 2, d])
-                    + e * widen(values_TD[t + 3, d])
-                )
-        else:
-            for d in range(size):
-                out_D[d] += (
-                    a * widen(values_TD[slots[i], d])
-                    + b * widen(values_TD[slots[i + 1], d])
-                    + c * widen(values_TD[slots[i + 2], d])
-                    + e * widen(values_TD[slots[i + 3], d])
-                )
-    for i in range(fours, count):
-        for d in range(size):
-            out_D[d] += weights[i] * widen(values_TD[slots[i], d])
-
-
-@inner
-def _find_visible(row: int, slot: int, num_rows: int, depth: int, visible_SW: Any, window: int, slots: Any) -> int:
-    """Puts the slots that a row sees into `slots`, in rising order, and returns how many there are.
-
-    A tree's slots are the last W before `slot` + `num_rows`, and `depth` counts from the first of them; a chain's row
-    sees every slot up to its own. A window cuts off what is too far back in either case.
-    """
-    is_tree = visible_SW.shape[0] > 0
-    stop = slot + num_rows - visible_SW.shape[1] if is_tree else slot + row + 1
-    first = stop if is_tree else slot
-    begin = min(max(0, first + depth + 1 - window), stop) if window > 0 else 0
-    count = stop - begin
-    for i in range(count):
-        slots[i] = np.uintp(begin + i)
-    if is_tree:
-        for j in range(visible_SW.shape[1]):
-            if visible_SW[row, j]:
-                slots[count] = np.uintp(stop + j)
-                count += 1
-    return count
-
-
-@inner
-def attend_heads(
-    queries: Any,
-    keys_KTD: Any,
-    values_KTD: Any,
-    slot: int,
-    depths_S: Any,
-    visible_SW: Any,
-    window: int,
-    out: Any,
-    begin: int,
-    end: int,
-    status: int,
-    token: int,
-) -> None:
-    """Attention of the new rows in the slots from `slot` on, for the heads `begin` to `end`, counted row after row.
-    `status` and `token`: see `claims.begin_writing`.
-
-    `queries` and `out` are `[S, H D]`. Row s is `depths_S[s]` positions behind the first new slot, or behind a tree's
-    first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows; without a tree (`visible_SW` is
-    empty) itself and all slots before it. With `window` > 0 it sees so many positions, its own included.
-    """
-    num_kv, _, size = keys_KTD.shape
-    num_rows = depths_S.shape[0]
-    num_heads = queries.shape[1] // size
-    group = num_heads // num_kv
-    scale = F(1) / np.sqrt(F(size))
-    # The slots that a row sees, 8 bytes each; then their scores, the query and what is attended to, in float32.
-    num_slots = slot + num_rows
-    memory = allocate(12 * num_slots + 8 * size)
-    slots = carray(pointer_to(memory, 0, np.uintp(0)), num_slots)
-    scores = carray(pointer_to(memory + 8 * num_slots, 0, F(0)), num_slots)
-    query_D = carray(pointer_to(memory + 12 * num_slots, 0, F(0)), size)
-    attended_D = carray(pointer_to(memory + 12 * num_slots + 4 * size, 0, F(0)), size)
-    row, count = -1, 0
-    for unit in range(begin, end):
-        s, h = unit // num_heads, unit % num_heads
-        if s != row:
-            row = s
-            count = _find_visible(s, slot, num_rows, depths_S[s], visible_SW, window, slots)
-        k, at = h // group, h * size
-        for d in range(size):
-            query_D[d] = widen(queries[s, at + d]) * scale
-            attended_D[d] = F(0)
-        for i in range(count):
-            score = F(0)
-            for d in range(size):
-                score += query_D[d] * widen(keys_KTD[k, slots[i], d])
-            scores[i] = score
-        _softmax(scores, count)
-        _add_weighted_values(scores, values_KTD[k], slots, count, attended_D)
-        if not begin_writing(status, token):
-            break
-        for d in range(size):
-            out[s, at + d] = narrow(attended_D[d], out[s, at + d])
-        end_writing(status, token)
-    free(memory)
-
-
-@inner
 def _argmax(logits_SV: Any, out_S: Any) -> None:
     """Of every row the index of its greatest number, the first of several; as in torch, NaN counts as the greatest."""
     num_rows, size = logits_SV.shape
@@ -299,28 +167,3 @@ def argmax(logits_at: int, num_rows: int, size: int, out_at: int, is_float: int)
         _argmax(carray(pointer_to(logits_at, 0, F(0)), (num_rows, size)), out_S)
     else:
         _argmax(carray(pointer_to(logits_at, 0, np.uint16(0)), (num_rows, size)), out_S)
-
-
-@compiled
-def attend_in_slots(
-    qkv: Any,
-    q_norm_D: Any,
-    k_norm_D: Any,
-    eps: float,
-    lengths_B: Any,
-    cos_PD: Any,
-    sin_PD: Any,
-    keys_BKTD: Any,
-    values_BKTD: Any,
-    window: int,
-    queries: Any,
-    out: Any,
-) -> None:
-    """`rotate_rows` and attention for one row in each of B caches, of which row b's is `lengths_B[b]` long."""
-    num_heads = queries.shape[1] // keys_BKTD.shape[3]
-    for b in range(lengths_B.shape[0]):
-        row, length, keys, values = slice(b, b + 1), lengths_B[b], keys_BKTD[b], values_BKTD[b]
-        rotate_rows(
-            qkv[row], q_norm_D, k_norm_D, eps, lengths_B[row], cos_PD, sin_PD, keys, values, length, queries[row], 0, 1
-        )
-        attend_heads(queries[row], keys, values, length, NO_DEPTH, NO_TREE, window, out[row], 0, num_heads, 0, 0)

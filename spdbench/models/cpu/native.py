@@ -23,7 +23,19 @@ from typing import Any, NamedTuple
 from spdbench.models.checkpoints.folders import optional_cache_folder
 from spdbench.output_files import cached_file
 
-MODULES = ("amx", "claims", "compile", "kernels", "native_build", "packed_gemm", "parallel_for", "worker_pool")
+MODULES = (
+    "amx",
+    "attention",
+    "claims",
+    "compile",
+    "head_vectors",
+    "kernels",
+    "native_build",
+    "packed_gemm",
+    "parallel_for",
+    "vectors",
+    "worker_pool",
+)
 """Their sources decide what the machine code is."""
 NUM_ARGUMENTS = {"parallel_for": 6, "argmax": 5}
 """The functions; all arguments are whole numbers of 8 bytes, and none returns anything."""

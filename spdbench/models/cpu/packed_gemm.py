@@ -38,28 +38,24 @@ from spdbench.models.cpu.amx import (
     sum_with_amx,
 )
 from spdbench.models.cpu.claims import FEATURES, begin_writing, end_writing
-from spdbench.models.cpu.compile import (
-    I32,
-    I64,
-    F,
-    in_order,
-    inner,
-    llvm_function,
-    narrow,
-    pointer_to,
-    prefetch,
-    stack_memory,
-    widen,
+from spdbench.models.cpu.compile import I32, I64, F, in_order, inner, narrow, pointer_to, prefetch, stack_memory, widen
+from spdbench.models.cpu.vectors import (
+    FLOATS,
+    MULTIPLIES_PAIRS,
+    WIDTH,
+    WORDS,
+    add_pair_products,
+    add_products,
+    load,
+    pair_factors,
+    splat,
+    zeros,
 )
 
-WIDTH = 16
-"""Outputs of a block: a register of float32 where registers are widest, more registers elsewhere."""
 BLOCK_STEP_BYTES = 64
 """What a block holds of one step: 16 float32, 16 pairs of bfloat16, or twice 16 pairs in 8 bits."""
 PREFETCH_BYTES = 4096
 """How far ahead of its use a weight is prefetched."""
-MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
-"""The processor has an instruction for pairs of bfloat16."""
 TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4, 6)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
@@ -69,22 +65,8 @@ MAX_SCALED_ROWS = max(count for count in TILE_ROWS if 2 * count <= MAX_TILE_ROWS
 """The most rows of a tile where weights are in 8 bits: each output has two sums."""
 _sums_memory = stack_memory(max(4 * WIDTH * MAX_TILE_ROWS, AMX_SUMS_BYTES * AMX_BLOCKS))
 
-_FLOATS, _WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)
 Numbers = Literal["float32", "bfloat16", "int8"]
 """What a weight consists of."""
-
-
-class _BFloat(ir.types.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -142,27 +124,29 @@ def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) 
     builder.position_at_end(loop)
     step = builder.phi(I64)
     step.add_incoming(ir.Constant(I64, 0), before)
-    totals = [[builder.phi(_FLOATS) for _ in chains] for _ in range(tile_rows)]
+    totals = [[builder.phi(FLOATS) for _ in chains] for _ in range(tile_rows)]
     weight_at = builder.add(weight, builder.mul(step, ir.Constant(I64, BLOCK_STEP_BYTES)))
     factors = _load_factors(builder, weight_at, numbers)
     prefetch(builder, builder.add(weight_at, ir.Constant(I64, PREFETCH_BYTES)))
     offset = builder.mul(step, ir.Constant(I64, 4 * len(chains)))
     found = [list(sums_of_row) for sums_of_row in totals]
+    add = add_products if numbers == "float32" else add_pair_products
     for chain in chains:
         # All rows with one factor, then all with the next, so that no more than one needs a register.
         for part, factor in enumerate(factors[chain]):
             for at, sums_of_row in zip(row_at, found, strict=True):
                 word_at = builder.add(builder.add(at, offset), ir.Constant(I64, 4 * chain))
                 word = builder.load(builder.inttoptr(word_at, I32.as_pointer()), typ=I32)
-                sums_of_row[chain] = _add_product(builder, sums_of_row[chain], factor, word, numbers, first=part == 0)
+                of_row = _row_factors(builder, word, numbers)[part]
+                sums_of_row[chain] = add(builder, sums_of_row[chain], of_row, factor)
     for total, end in zip(joined(*totals), joined(*found), strict=True):
-        total.add_incoming(ir.Constant(_FLOATS, [0.0] * WIDTH), before)
+        total.add_incoming(zeros(), before)
         total.add_incoming(end, loop)
     following = builder.add(step, ir.Constant(I64, 1))
     step.add_incoming(following, loop)
     builder.cbranch(builder.icmp_signed("<", following, num_steps), loop, after)
     builder.position_at_end(after)
-    scales = _load(builder, scale, _FLOATS, 4) if numbers == "int8" else None
+    scales = load(builder, scale, FLOATS, 4) if numbers == "int8" else None
     for r, sums_of_row in enumerate(totals):
         sums_at = builder.add(sums, ir.Constant(I64, 4 * WIDTH * r))
         found, *others = (total.incomings[1][0] for total in sums_of_row)
@@ -170,7 +154,7 @@ def _build_tile(builder: Any, arguments: Any, tile_rows: int, numbers: Numbers) 
             found = builder.fadd(found, other)
         # A product of its own, which is never contracted with the summand that follows it.
         found = found if scales is None else builder.fmul(found, scales)
-        builder.store(found, builder.inttoptr(sums_at, _FLOATS.as_pointer()), align=4)
+        builder.store(found, builder.inttoptr(sums_at, FLOATS.as_pointer()), align=4)
 
 
 def _num_chains(numbers: Numbers) -> int:
@@ -182,18 +166,14 @@ def _smaller(builder: Any, a: Any, b: Any) -> Any:
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-def _load(builder: Any, address: Any, kind: Any, align: int) -> Any:
-    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
-
-
 def _load_factors(builder: Any, address: Any, numbers: Numbers) -> list[tuple[Any, ...]]:
-    """A step's weights for each sum, as `_add_product` takes them: 16 float32; or 16 pairs of bfloat16, in two vectors
-    of float32 where no instruction multiplies pairs."""
+    """A step's weights for each sum: 16 float32; or 16 pairs of bfloat16, in two vectors of float32 where no
+    instruction multiplies pairs."""
     if numbers == "float32":
-        return [(_load(builder, address, _FLOATS, BLOCK_STEP_BYTES),)]
+        return [(load(builder, address, FLOATS, BLOCK_STEP_BYTES),)]
     if numbers == "bfloat16":
-        weights = _load(builder, address, _WORDS, BLOCK_STEP_BYTES)
-        return [(weights,) if MULTIPLIES_PAIRS else (_half(builder, weights, True), _half(builder, weights, False))]
+        weights = load(builder, address, WORDS, BLOCK_STEP_BYTES)
+        return [pair_factors(builder, weights)]
     return [_widen_pairs(builder, builder.add(address, ir.Constant(I64, at))) for at in (0, 2 * WIDTH)]
 
 
@@ -202,44 +182,20 @@ def _widen_pairs(builder: Any, address: Any) -> tuple[Any, ...]:
     as float32 is 0. Shifting the upper half down is two fast instructions on every processor; picking the upper halves
     out of a register of 16-bit numbers is a hundred where LLVM knows such numbers as floats (avx512fp16)."""
     whole = (
-        _load(builder, builder.add(address, ir.Constant(I64, at)), ir.VectorType(ir.IntType(8), WIDTH), WIDTH)
+        load(builder, builder.add(address, ir.Constant(I64, at)), ir.VectorType(ir.IntType(8), WIDTH), WIDTH)
         for at in (0, WIDTH)
     )
-    first, second = (builder.sitofp(builder.sext(numbers, _WORDS), _FLOATS) for numbers in whole)
+    first, second = (builder.sitofp(builder.sext(numbers, WORDS), FLOATS) for numbers in whole)
     if not MULTIPLIES_PAIRS:
         return first, second
-    lower = builder.lshr(builder.bitcast(first, _WORDS), ir.Constant(_WORDS, [16] * WIDTH))
-    return (builder.or_(lower, builder.bitcast(second, _WORDS)),)
+    lower = builder.lshr(builder.bitcast(first, WORDS), ir.Constant(WORDS, [16] * WIDTH))
+    return (builder.or_(lower, builder.bitcast(second, WORDS)),)
 
 
-def _add_product(builder: Any, total: Any, factor: Any, word: Any, numbers: Numbers, *, first: bool) -> Any:
-    """16 sums `total`, and to each the product of a row's number, or pair of numbers, `word` with its own weight. Where
-    no instruction multiplies pairs, `factor` has their `first` or second weights, and the sums need both."""
-    words = builder.shuffle_vector(
-        builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, ir.Constant(I32, 0)),
-        ir.Constant(_WORDS, ir.Undefined),
-        ir.Constant(_WORDS, [0] * WIDTH),
-    )
-    if numbers == "float32":
-        return _multiply_add(builder, builder.bitcast(words, _FLOATS), factor, total)
-    if MULTIPLIES_PAIRS:
-        pairs = ir.VectorType(_BFloat(), 2 * WIDTH)
-        kind = ir.FunctionType(_FLOATS, [_FLOATS, pairs, pairs])
-        function = llvm_function(builder, "llvm.x86.avx512bf16.dpbf16ps.512", kind)
-        return builder.call(function, [total, builder.bitcast(words, pairs), builder.bitcast(factor, pairs)])
-    return _multiply_add(builder, _half(builder, words, first), factor, total)
-
-
-def _multiply_add(builder: Any, some: Any, others: Any, total: Any) -> Any:
-    function = llvm_function(builder, f"llvm.fma.v{WIDTH}f32", ir.FunctionType(_FLOATS, [_FLOATS] * 3))
-    return builder.call(function, [some, others, total])
-
-
-def _half(builder: Any, words: Any, first: bool) -> Any:
-    """The first or the second bfloat16 of each pair, as float32."""
-    if first:
-        return builder.bitcast(builder.shl(words, ir.Constant(_WORDS, [16] * WIDTH)), _FLOATS)
-    return builder.bitcast(builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * WIDTH)), _FLOATS)
+def _row_factors(builder: Any, word: Any, numbers: Numbers) -> tuple[Any, ...]:
+    """A row's number, or pair of numbers, for all 16 outputs, in the places of `_load_factors`."""
+    words = splat(builder, word)
+    return (builder.bitcast(words, FLOATS),) if numbers == "float32" else pair_factors(builder, words)
 
 
 @in_order
@@ -310,7 +266,8 @@ def _multiply_with_amx(task: Any, begin: int, end: int, sums_at: int, like: Any,
     configured = 0
     block = begin
     while block < end:
-        count = AMX_BLOCKS if end - block >= AMX_BLOCKS else 1
+        rest = end - block
+        count = AMX_BLOCKS if rest >= AMX_BLOCKS else 2 if rest >= 2 else 1
         weight = task.weight + block * block_bytes
         for first_row in range(0, task.num_rows, AMX_ROWS):
             num_rows = min(AMX_ROWS, task.num_rows - first_row)
@@ -320,6 +277,8 @@ def _multiply_with_amx(task: Any, begin: int, end: int, sums_at: int, like: Any,
             rows = task.rows + first_row * task.row_bytes
             if count == 1:
                 sum_with_amx(weight, block_bytes, rows, task.row_bytes, task.num_steps, sums_at, 1)
+            elif count == 2:
+                sum_with_amx(weight, block_bytes, rows, task.row_bytes, task.num_steps, sums_at, 2)
             else:
                 sum_with_amx(weight, block_bytes, rows, task.row_bytes, task.num_steps, sums_at, AMX_BLOCKS)
             if not begin_writing(status, token):

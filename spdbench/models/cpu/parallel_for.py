@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from spdbench.models.cpu.amx import AMX_ROWS
+from spdbench.models.cpu.attention import attend_heads
 from spdbench.models.cpu.claims import IDLE, TAKEN, begin_writing, end_writing, fetch_add, load, pause, replace, store
 from spdbench.models.cpu.compile import F, float_from_bits, inner, pointer_to, record_at
-from spdbench.models.cpu.kernels import attend_heads, gate_rows, norm_rows, rotate_rows
+from spdbench.models.cpu.kernels import gate_rows, norm_rows, rotate_rows
 from spdbench.models.cpu.packed_gemm import BLOCK_STEP_BYTES, multiply_blocks, num_blocks
 from spdbench.models.cpu.worker_pool import (
     CALLER,
@@ -179,8 +181,16 @@ def _run_chunk(task: int, chunk: int, chunk_size: int, status: int, token: int) 
 def _chunk_size(task: int, num_workers: int) -> Any:
     """How many units of the task one chunk has: a small piece of work, so that little is lost with a chunk that has to
     be done twice, and at least `CHUNKS_PER_THREAD` chunks a thread."""
-    wanted = CHUNKS_PER_THREAD * (num_workers + 1)
-    return max(1, min(_num_units(task) // wanted, PIECE_BYTES // max(1, _unit_bytes(task))))
+    threads, units = num_workers + 1, _num_units(task)
+    size = max(1, min(units // (CHUNKS_PER_THREAD * threads), PIECE_BYTES // max(1, _unit_bytes(task))))
+    if load(task) // 2 == ATTENTION_KIND:
+        attention = record_at(task, ATTENTION)
+        group = attention.num_heads // attention.num_kv_heads  # heads that read the same values
+        if size >= group or units >= group * threads:
+            size = max(1, size // group) * group
+    elif size > 1 and load(task) // 2 == GEMM_KIND:
+        size = size // 2 * 2  # blocks that AMX sums together
+    return size
 
 
 @inner
@@ -189,10 +199,11 @@ def _unit_bytes(task: int) -> Any:
     which = load(task) // 2
     if which == GEMM_KIND:
         gemm = record_at(task, GEMM)
-        return gemm.num_steps * BLOCK_STEP_BYTES * max(4, gemm.num_rows) // 4
+        rows_at_once = AMX_ROWS if gemm.uses_amx != 0 else 4
+        return gemm.num_steps * BLOCK_STEP_BYTES * max(rows_at_once, gemm.num_rows) // rows_at_once
     if which == ATTENTION_KIND:
         attention = record_at(task, ATTENTION)
-        return (load(attention.slot_at) + attention.num_rows) * attention.head_dim * 8
+        return (load(attention.slot_at) + attention.num_rows) * attention.head_dim * 2
     return 0
 
 

@@ -60,8 +60,8 @@ class GemmTask(NamedTuple):
 
 
 class AttentionTask(NamedTuple):
-    """The attention of `kernels.attend_heads`. `slot_at` is the address of the first new slot's number; `tree_width` is
-    0 for a chain, `window` is 0 where there is none."""
+    """The attention of `attention.attend_heads`. `slot_at` is the address of the first new slot's number; `tree_width`
+    is 0 for a chain, `window` is 0 where there is none."""
 
     kind: int
     num_rows: int

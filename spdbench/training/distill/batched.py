@@ -128,7 +128,7 @@ class _CpuAttention:
     """
 
     def __init__(self, geometry: Geometry, rotary: Rotary, keys: Tensor, values: Tensor) -> None:
-        from spdbench.models.cpu.kernels import attend_in_slots
+        from spdbench.models.cpu.attention import attend_in_slots
 
         _, num_slots, _, capacity, head_dim = keys.shape
         self._attend: Any = attend_in_slots
