@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from statistics import median
 from time import perf_counter
 
 import torch
@@ -31,22 +30,21 @@ RANK_DECAY = 0.25
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them. More rows are
-    taken to cost no less than fewer: a median that says so is noise, which would pay for drafts with time that nobody
-    gains."""
+    """The least times of rounds that take the row counts in turn: what else the machine does only adds to them, and on a
+    shared one may double them for a second. More rows are taken to cost no less than fewer: times that say so are noise,
+    which would pay for drafts with time that nobody gains."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
     times: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(ROUNDS + 1):  # the first warms up, and its times are the largest
+    for _ in range(ROUNDS + 1):  # the first warms up
         for count in counts:
             began = perf_counter()
             hidden, _ = decoder.forward(decoder.embed(decoder.ids([0] * count)), CONTEXT, cache)
             argmax(decoder.logits(hidden)).tolist()
             times[count].append(perf_counter() - began)
             cache.rollback(CONTEXT)
-    medians = (median(times[count][1:]) for count in counts)
-    return RowCosts(tuple(counts), tuple(accumulate(medians, max)))
+    return RowCosts(tuple(counts), tuple(accumulate((min(times[count]) for count in counts), max)))
 
 
 def assumed_accuracies(by_level: Sequence[float], num_levels: int, num_ranks: int) -> list[list[float]]:

@@ -21,7 +21,7 @@ from spdbench.models.checkpoints.config import ModelConfig
 from spdbench.models.cpu.linear import Linear, PackedLinear, linear
 from spdbench.models.cpu.recorded_forward import MAX_ROWS, RecordedLayers, can_record
 from spdbench.models.interface import CancelledForwardError
-from spdbench.models.kv_cache import HybridCache, KVCache
+from spdbench.models.kv_cache import HybridCache, KeptMemory, KVCache
 from spdbench.models.layer_ops import Geometry, LayerOps, NormWeight, ops_by_rows
 from spdbench.models.layers import LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
@@ -113,6 +113,8 @@ class Decoder:
         layers = self.layers if layers is None else layers
         heads = self.geometry.num_kv_heads, self.geometry.head_dim
         recurrent = self._recurrent(layers)
+        if not recurrent and self._recorded is not None:
+            return self._kept_memory.new_cache(layers, capacity)
         if not recurrent:
             return KVCache(layers, *heads, capacity, self.dtype, self.device)
         assert self.config.recurrent is not None
@@ -167,6 +169,10 @@ class Decoder:
         """Replays passes of a few rows; None where that cannot be done."""
         ops = self._ops_for(1)
         return RecordedLayers(self.weights, ops, self.rotary) if can_record(self.weights.values(), ops) else None
+
+    @cached_property
+    def _kept_memory(self) -> KeptMemory:
+        return KeptMemory(self.geometry.num_kv_heads, self.geometry.head_dim, self.dtype, self.device)
 
     @cached_property
     def _ops_for(self) -> Callable[[int], LayerOps]:

@@ -18,6 +18,8 @@ H value heads, E value head size.
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -29,12 +31,31 @@ from spdbench.models.checkpoints.config import RecurrentSizes
 from spdbench.models.torch_utils import array, to_device
 
 
-class KVCache:
-    """Keys and values of the layers `layers`, room for `capacity` slots, batch 1.
+class CacheMemory:
+    """Memory for keys and values of some layers, `capacity` slots each, and the forward passes that were recorded over
+    it (`cpu.recorded_forward`)."""
 
-    `length` slots are valid; `recorded` holds forward passes over this cache (`cpu.recorded_forward`). A forward pass
-    calls `write` once a layer and `advance` once at its end, so that all layers agree; `rollback` forgets the newest
-    slots without touching memory.
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (num_layers, num_kv_heads, capacity, head_dim)
+        self.capacity = capacity
+        with torch.inference_mode(False):  # whoever comes next may write to it in either mode
+            self.keys = torch.empty(shape, dtype=dtype, device=device)
+            self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.recorded: OrderedDict[Any, object] = OrderedDict()
+
+    @cached_property
+    def arrays(self) -> list[tuple[Any, Any]]:
+        """A layer's keys and values, `[K, T, D]` each, as numpy arrays."""
+        return list(zip(array(self.keys), array(self.values), strict=True))
+
+
+class KVCache:
+    """Keys and values of the layers `layers`, room for `capacity` slots, batch 1; in `memory`, where it is given.
+
+    `length` slots are valid. A forward pass calls `write` once a layer and `advance` once at its end, so that all
+    layers agree; `rollback` forgets the newest slots without touching memory.
     """
 
     def __init__(
@@ -45,25 +66,25 @@ class KVCache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: CacheMemory | None = None,
     ) -> None:
+        memory = memory or CacheMemory(len(layers), num_kv_heads, head_dim, capacity, dtype, device)
         self.layers = layers
         self.capacity = capacity
         self.length = 0
-        self.recorded: dict[Any, object] = {}
+        self.memory = memory
         self._row_of = {layer: row for row, layer in enumerate(layers)}
-        shape = (len(layers), num_kv_heads, capacity, head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
+        self._keys, self._values = memory.keys, memory.values
 
     def room(self, layer: int, num_rows: int) -> tuple[int, Any, Any]:
-        """For a kernel that writes S new rows itself: the first free slot, and keys and values of all slots,
-        `[K, capacity, D]` each, as numpy arrays."""
+        """For a kernel that writes S new rows itself: the first free slot; keys and values of all slots, `[K, T, D]`
+        each, as numpy arrays."""
         self._check(num_rows)
-        return self.length, *self._arrays[self._row_of[layer]]
+        return self.length, *self.memory.arrays[self._row_of[layer]]
 
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """For callers that write to slots of their choice: keys and values of all slots, valid or not,
-        `[K, capacity, D]` each."""
+        `[K, T, D]` each."""
         row = self._row_of[layer]
         return self._keys[row], self._values[row]
 
@@ -99,10 +120,34 @@ class KVCache:
         if self.length + num_rows > self.capacity:
             raise IndexError(f"KV cache of {self.capacity} slots cannot hold {self.length + num_rows}")
 
-    @cached_property
-    def _arrays(self) -> list[tuple[Any, Any]]:
-        keys, values = array(self._keys), array(self._values)
-        return [(keys[row], values[row]) for row in range(len(self.layers))]
+
+CAPACITY_STEP = 256
+"""Memory that is kept has a multiple of so many slots, so that it serves requests of other lengths as well."""
+
+
+def whole_steps(capacity: int) -> int:
+    """At least so many slots, a multiple of `CAPACITY_STEP`."""
+    return -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
+
+
+class KeptMemory:
+    """Memory of caches that are gone, one for each range of layers, for those of the next requests: what was recorded
+    over it need not be recorded again, which takes about as long as a forward pass."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._heads, self._kind = (num_kv_heads, head_dim), (dtype, device)
+        self._kept: dict[Sequence[int], CacheMemory] = {}
+
+    def new_cache(self, layers: Sequence[int], capacity: int) -> KVCache:
+        """An empty cache, whose memory comes back here when the last reference to it is gone."""
+        memory = self._kept.pop(layers, None)
+        if memory is not None and memory.capacity < capacity:
+            memory = None  # freed before there is more
+        if memory is None:
+            memory = CacheMemory(len(layers), *self._heads, whole_steps(capacity), *self._kind)
+        cache = KVCache(layers, *self._heads, capacity, *self._kind, memory)
+        weakref.finalize(cache, self._kept.__setitem__, layers, memory).atexit = False
+        return cache
 
 
 class HybridCache(KVCache):

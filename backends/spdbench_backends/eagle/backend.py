@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spdbench.decoding.speculate import Drafter
     from spdbench.decoding.tree_builder import TreeBuilder
     from spdbench_backends.eagle.captured import CapturedRounds
+    from spdbench_backends.eagle.drafter import Rounds
     from spdbench_backends.eagle.formats import EagleFile
     from spdbench_backends.eagle.head import EagleWeights
 
@@ -69,6 +70,7 @@ class Eagle(DraftVerify):
     _options: Options
     _weights: EagleWeights | None = None
     _rounds: CapturedRounds | None = None
+    _last_rounds: Rounds | None = None
     _chain: TreeBuilder | None = None
     """What drafts with a temperature, where a chain that is drawn takes the place of the chosen tree."""
 
@@ -239,10 +241,21 @@ class Eagle(DraftVerify):
         return self._head_drafter(builder, capacity, self._rounds if fits else None)
 
     def _head_drafter(self, builder: TreeBuilder, capacity: int, captured: CapturedRounds | None) -> Drafter:
-        from spdbench_backends.eagle.drafter import EagleDrafter, Rounds
+        from spdbench_backends.eagle.drafter import EagleDrafter
 
-        rounds = captured or Rounds(self._loaded(self._weights), builder, capacity)
-        return EagleDrafter(self._context.target.ends, rounds)
+        return EagleDrafter(self._context.target.ends, captured or self._rounds_for(builder, capacity))
+
+    def _rounds_for(self, builder: TreeBuilder, capacity: int) -> Rounds:
+        """Those of the last request where they do, as their steps are recorded; a request follows the other."""
+        from spdbench.models.kv_cache import whole_steps
+        from spdbench_backends.eagle.drafter import Rounds
+
+        kept = self._last_rounds
+        if kept is None or kept.builder is not builder or kept.capacity < capacity:
+            self._last_rounds = kept = None  # freed before there is more
+            kept = Rounds(self._loaded(self._weights), builder, whole_steps(capacity))
+        self._last_rounds = kept
+        return kept
 
     def _capture_rounds(self, builder: TreeBuilder, capacity: int) -> CapturedRounds:
         from spdbench_backends.eagle.captured import CapturedRounds

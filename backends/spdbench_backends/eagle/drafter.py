@@ -28,7 +28,7 @@ class Rounds:
     replays them."""
 
     def __init__(self, weights: EagleWeights, builder: TreeBuilder, capacity: int) -> None:
-        self.weights, self.builder = weights, builder
+        self.weights, self.builder, self.capacity = weights, builder, capacity
         # A builder feeds at most all of its levels but the last, each as wide as the whole tree could be.
         self._tree_slots = builder.num_levels * builder.max_nodes
         self._module = EagleModule(weights, capacity + self._tree_slots)

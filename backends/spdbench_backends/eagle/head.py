@@ -186,10 +186,11 @@ class EagleModule(EagleHead):
         return step.logits, step.states
 
     def _record(self, given_SF: Tensor, embedded_SM: Tensor, tree_width: int | None) -> RecordedRows[_Step]:
-        given_SF, embedded_SM = torch.zeros_like(given_SF), torch.zeros_like(embedded_SM)
+        with torch.inference_mode(False):
+            given_SF, embedded_SM = (torch.zeros(each.shape, dtype=each.dtype) for each in (given_SF, embedded_SM))
         return RecordedRows(
             self.weights.rotary,
-            self.cache,
+            self.cache.memory,
             len(embedded_SM),
             tree_width,
             lambda context, _: self._step(given_SF, embedded_SM, context),

@@ -22,7 +22,7 @@ from spdbench.models.attention_context import AttentionContext, TreeRows
 from spdbench.models.cpu.linear import PackedLinear
 from spdbench.models.cpu.worker_pool import Recording, task_words, worker_pool
 from spdbench.models.interface import CancelledForwardError
-from spdbench.models.kv_cache import KVCache
+from spdbench.models.kv_cache import CacheMemory, KVCache
 from spdbench.models.layer_ops import LayerOps
 from spdbench.models.layers import LayerWeights, layer_forward
 from spdbench.models.rotary import Rotary
@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 MAX_ROWS = 32
 """More rows take so long that their tasks do not matter, and each number of rows has buffers of its own."""
+MAX_RECORDINGS = 16
+"""How many a memory keeps, those used last: trees that are cut short at a request's end have many shapes."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,18 @@ def _is_recordable(layer: LayerWeights) -> bool:
 
 
 class RecordedRows(Generic[T]):
-    """What `compute` does with S rows, recorded and replayed wherever in `cache` the rows are. `out` is what it
-    returned: tensors that a replay overwrites."""
+    """What `compute` does with S rows, recorded and replayed wherever in the caches of one memory the rows are. `out`
+    is what it returned: tensors that a replay overwrites."""
 
     def __init__(
         self,
         rotary: Rotary,
-        cache: KVCache,
+        memory: CacheMemory,
         num_rows: int,
         tree_width: int | None,
         compute: Callable[[AttentionContext, Recording], T],
     ) -> None:
-        """`tree_width` is W of a tree's rows, None for a chain's."""
+        """`compute` reads and writes `memory`; `tree_width` is W of a tree's rows, None for a chain's."""
         rows = None
         if tree_width is not None:
             visible_SW = torch.zeros(num_rows, tree_width, dtype=torch.bool)
@@ -74,8 +76,8 @@ class RecordedRows(Generic[T]):
         pool = worker_pool()
         assert pool is not None
         self._pool = pool
-        # Behind the cache's last slot, so that the tables of angles never have to grow.
-        self._context = AttentionContext(rotary, cache.capacity, num_rows, rows)
+        # Behind the last slot, so that the tables of angles never have to grow.
+        self._context = AttentionContext(rotary, memory.capacity, num_rows, rows)
         self._angles = self._context.angle_arrays
         with pool.recording() as recording:
             self.out = compute(self._context, recording)
@@ -96,7 +98,7 @@ class RecordedRows(Generic[T]):
 
 
 class RecordedForward:
-    """The pass of one `shape` over one cache, of rows like `like_SM`."""
+    """The pass of one `shape` over the caches of one memory, of rows like `like_SM`."""
 
     def __init__(
         self,
@@ -107,8 +109,9 @@ class RecordedForward:
         shape: Shape,
         like_SM: Tensor,
     ) -> None:
-        self._cache, self._shape, self._ops = cache, shape, ops
-        self._given_SM = torch.zeros(like_SM.shape, dtype=like_SM.dtype)
+        self._shape = shape
+        with torch.inference_mode(False):
+            self._given_SM = torch.zeros(like_SM.shape, dtype=like_SM.dtype)
         self._states: dict[int, Tensor] = {}
         self._ends: list[int] = []
 
@@ -121,10 +124,15 @@ class RecordedForward:
                     self._states[layer + 1] = hidden_SM
             return hidden_SM
 
-        self._rows = RecordedRows(rotary, cache, shape.num_rows, shape.tree_width, compute)
+        self._rows = RecordedRows(rotary, cache.memory, shape.num_rows, shape.tree_width, compute)
 
     def run(
-        self, hidden_SM: Tensor, start: int, tree: TreeRows | None, cancelled: Callable[[], bool] | None
+        self,
+        hidden_SM: Tensor,
+        start: int,
+        cache: KVCache,
+        tree: TreeRows | None,
+        cancelled: Callable[[], bool] | None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The last layer's output and the states, in memory of their own.
 
@@ -132,7 +140,7 @@ class RecordedForward:
             CancelledForwardError: `cancelled`, called before each layer, returned true.
         """
         shape, rows = self._shape, self._rows
-        rows.place(self._cache.room(shape.layers.start, shape.num_rows)[0], start, tree)
+        rows.place(cache.room(shape.layers.start, shape.num_rows)[0], start, tree)
         self._given_SM.copy_(hidden_SM)
         if cancelled is None:
             rows.run()
@@ -145,7 +153,8 @@ class RecordedForward:
 
 
 class RecordedLayers:
-    """Passes through any range of some layers, each recorded when it is first needed and kept with its cache."""
+    """Passes through any range of some layers, each recorded when it is first needed and kept with its cache's
+    memory."""
 
     def __init__(self, weights: Mapping[int, LayerWeights], ops: LayerOps, rotary: Rotary) -> None:
         self._weights, self._ops, self._rotary = weights, ops, rotary
@@ -163,10 +172,13 @@ class RecordedLayers:
         """As `Decoder.forward`, but for hidden state 0."""
         tree_width = None if tree is None else tree.visible_SW.shape[1]
         shape = Shape(layers, len(hidden_SM), tree_width, frozenset(hidden_indices))
-        recorded = cache.recorded.get(shape)
+        kept = cache.memory.recorded
+        recorded = kept.pop(shape, None)
         if not isinstance(recorded, RecordedForward):
             recorded = RecordedForward(self._weights, self._ops, self._rotary, cache, shape, hidden_SM)
-            cache.recorded[shape] = recorded
-        found = recorded.run(hidden_SM, start, tree, cancelled)
+        kept[shape] = recorded  # the last one is the one used last
+        if len(kept) > MAX_RECORDINGS:
+            kept.popitem(last=False)
+        found = recorded.run(hidden_SM, start, cache, tree, cancelled)
         cache.advance(len(hidden_SM))
         return found

@@ -32,23 +32,26 @@ def loud(file: EagleFile, **config: Any) -> EagleFile:
 
 
 def rotated(x_SHD: Tensor, positions: Tensor) -> Tensor:
-    angles = torch.outer(positions.float(), 10_000.0 ** -(torch.arange(0, SIZE, 2) / SIZE))
+    angles = torch.outer(positions.double(), 10_000.0 ** -(torch.arange(0, SIZE, 2) / SIZE))
     cos, sin = torch.cat([angles.cos()] * 2, -1)[:, None], torch.cat([angles.sin()] * 2, -1)[:, None]
     low, high = x_SHD.chunk(2, dim=-1)
     return x_SHD * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 def reference(file: EagleFile, target: Decoder, inputs: list[Tensor], ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Logits and state of the last of some rows, each with its own feature of draft width or of target width."""
-    weights, config, eagle3 = file.tensors, file.config, file.is_eagle3
+    """Logits and state of the last of some rows, each with its own feature of draft width or of target width; in
+    float64, so that what is compared with it has all of the tolerance for its own rounding."""
+    weights = {name: tensor.double() for name, tensor in file.tensors.items()}
+    config, eagle3 = file.config, file.is_eagle3
     assert target.embeddings_VM is not None
     assert target.head is not None
+    targets_head = target.head.plain().double()
 
     def norm(x: Tensor, name: str) -> Tensor:
         return rms_norm(x, x.shape[-1:], weights[name], EPS)
 
     features = []
-    for feature in inputs:
+    for feature in (each.double() for each in inputs):
         if eagle3 and feature.shape[-1] == weights["fc.weight"].shape[1]:
             if "fc_norm.0.weight" in weights:
                 feature = torch.cat(
@@ -60,7 +63,7 @@ def reference(file: EagleFile, target: Decoder, inputs: list[Tensor], ids: list[
         features.append(feature)
     feature_SM, embedded_SM = (
         torch.stack(features),
-        weights.get("embed_tokens.weight", target.embeddings_VM)[ids].float(),
+        weights.get("embed_tokens.weight", target.embeddings_VM)[ids].double(),
     )
     p = "layers.0."
     if eagle3:
@@ -95,15 +98,15 @@ def reference(file: EagleFile, target: Decoder, inputs: list[Tensor], ids: list[
         residual = hidden + linear(gated, weights[p + "mlp.down_proj.weight"])
     last = residual[-1:]
     if not eagle3:
-        return linear(last, target.head.plain()), last
+        return linear(last, targets_head), last
     out = norm(last, "norm.weight")
-    return linear(out, weights.get("lm_head.weight", target.head.plain())), out if config.norm_output else last
+    return linear(out, weights.get("lm_head.weight", targets_head)), out if config.norm_output else last
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     """Within 1e-5 of the largest number: sums are rounded on that scale."""
     scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double() / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 def variants() -> list[Any]:

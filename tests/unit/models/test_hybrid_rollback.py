@@ -6,11 +6,12 @@ step says is compared, against a decoder that never goes back, and planted mista
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -54,15 +55,24 @@ class Copies:
         self.rollback(mark + len(chosen))
 
 
+T = TypeVar("T")
+
+
 def copy_of(cache: KVCache) -> KVCache:
     """Another cache of the same content, in memory of its own: nothing is recorded in it, and no array is shared."""
-    found = copy(cache)
-    for name, value in vars(cache).items():
+    found, found.memory = _copy_of_tensors(cache), _copy_of_tensors(cache.memory)
+    found.memory.recorded = OrderedDict()
+    found._keys, found._values = found.memory.keys, found.memory.values
+    return found
+
+
+def _copy_of_tensors(of: T) -> T:
+    found = copy(of)
+    for name, value in vars(of).items():
         if isinstance(value, Tensor):
             setattr(found, name, value.clone())
-        elif isinstance(getattr(type(cache), name, None), cached_property):
+        elif isinstance(getattr(type(of), name, None), cached_property):
             delattr(found, name)
-    found.recorded = {}
     return found
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from spdbench.decoding.tree import from_paths
 from spdbench.models import decoder as decoder_module
 from spdbench.models.attention_context import TreeRows
-from spdbench.models.cpu.recorded_forward import MAX_ROWS
+from spdbench.models.cpu.recorded_forward import MAX_RECORDINGS, MAX_ROWS
 from spdbench.models.decoder import Decoder
 from spdbench.models.interface import CancelledForwardError
+from spdbench.models.kv_cache import KVCache
 from spdbench.models.layer_ops import has_cpu_kernels
 from tests import tiny
 
@@ -70,8 +71,40 @@ def test_a_pass_is_recorded_once_for_each_shape(decoder: Decoder) -> None:
     with torch.inference_mode():
         for count in (1, 2, 1, 1, 2, MAX_ROWS + 1):
             decoder.forward(decoder.embed(decoder.ids([30] * count)), cache.length, cache)
-    assert len(cache.recorded) == 2
+    assert len(cache.memory.recorded) == 2
     assert cache.length == 7 + MAX_ROWS + 1
+
+
+def test_the_next_request_has_the_memory_and_the_recorded_passes_of_the_last(decoder: Decoder) -> None:
+    def answer(cache: KVCache) -> Tensor:
+        ids = decoder.ids([30, 31, 32])
+        return torch.cat([decoder.forward(decoder.embed(ids[:, None][i]), i, cache)[0] for i in range(3)])
+
+    with torch.inference_mode():
+        cache, beside = decoder.new_cache(40), decoder.new_cache(40)
+        memory, expected = cache.memory, answer(cache)
+        assert beside.memory is not memory
+        recorded = dict(memory.recorded)
+        assert recorded
+        del cache
+        following = decoder.new_cache(60)
+        assert following.memory is memory
+        assert following.length == 0
+        assert torch.equal(answer(following), expected)
+        assert dict(memory.recorded) == recorded
+        assert torch.equal(answer(beside), expected)
+        del following
+        assert decoder.new_cache(memory.capacity + 1).memory is not memory  # the old one is freed, as it is too small
+        assert decoder.new_cache(40, range(2)).memory is not memory
+
+
+def test_passes_that_were_not_used_for_long_are_forgotten(decoder: Decoder) -> None:
+    cache = decoder.new_cache(1000)
+    with torch.inference_mode():
+        for count in (1, *range(2, MAX_RECORDINGS + 2), 1):
+            decoder.forward(decoder.embed(decoder.ids([30] * count)), cache.length, cache)
+    rows = [shape.num_rows for shape in cache.memory.recorded]
+    assert rows == [*range(3, MAX_RECORDINGS + 2), 1]
 
 
 def test_a_pass_that_is_cancelled_leaves_the_cache_as_it_was(decoder: Decoder) -> None:
