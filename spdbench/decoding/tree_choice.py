@@ -30,9 +30,9 @@ RANK_DECAY = 0.25
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """The least times of rounds that take the row counts in turn: what else the machine does only adds to them, and on a
-    shared one may double them for a second. More rows are taken to cost no less than fewer: times that say so are noise,
-    which would pay for drafts with time that nobody gains."""
+    """The least times of rounds that take the row counts in turn: what else the machine does only adds to them, and on
+    a shared one may double them for a second. More rows are taken to cost no less than fewer: times that say so are
+    noise, which would pay for drafts with time that nobody gains."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
