@@ -1,9 +1,9 @@
-"""The kernels of a decoder layer between two matrix multiplications, for a few rows on a CPU: norm, gate, rotary,
-attention; and the argmax over logits.
+"""The kernels of a decoder layer between two matrix multiplications, for a few rows on a CPU: norm, gate and
+rotary (`attention` has the rest); and the argmax over logits.
 
 A matrix multiplication over one row takes tens of microseconds; each torch operator next to it costs several more, and
 a layer has some twenty-five of them. Each kernel does the same arithmetic in one pass over memory. `parallel_for` cuts
-them by rows, and attention by heads as well.
+them by rows, and attention by heads.
 
 A row's result has the same bits alone, in a chain or on a branch of a tree: what a row reads is taken in the same order
 by the same instructions, whatever rows are next to it. So a draft is verified by exactly what decoding one token at a

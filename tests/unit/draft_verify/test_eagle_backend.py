@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ from spdbench.decoding.autoregressive import decode
 from spdbench.decoding.tree_builder import StaticTreeBuilder, TreeBuilder, chain_builder, is_chain
 from spdbench.decoding.tree_choice import ROW_COUNTS
 from spdbench.errors import InputError
+from spdbench.models.kv_cache import CAPACITY_STEP
 from spdbench.models.target import Target
 from spdbench.profiles.profile import RowCosts
+from spdbench.types import GenerationRequest, Sampling
 from spdbench_backends.eagle.backend import Eagle
+from spdbench_backends.eagle.head import EagleModule
 from tests import tiny
 
 
@@ -144,6 +148,32 @@ def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch:
     assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
     seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
     assert eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device), 1.0)(6) == 5.0
+
+
+def test_a_request_drafts_with_the_recorded_steps_of_the_last(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(length: int, num_new: int) -> list[int]:
+        prompt = tuple(range(30, 30 + length))
+        request = GenerationRequest(prompt, (), num_new, Sampling(), 0, frozenset())
+        return [token for step in eagle.generate(request) for token in step.token_ids]
+
+    made: list[object] = []
+    record = EagleModule._record
+
+    def counted(module: EagleModule, *given: Any) -> Any:
+        made.append(module)
+        return record(module, *given)
+
+    monkeypatch.setattr(EagleModule, "_record", counted)
+    eagle = load(target, {"tree": "chain"}, "random")
+    first = answer(8, 12)
+    count = len(made)
+    assert count > 0
+    assert answer(8, 12) == first
+    assert len(made) == count
+    long = answer(12, CAPACITY_STEP)
+    assert len(made) > count  # a longer one needs more memory
+    assert answer(8, 12) == first
+    assert answer(12, CAPACITY_STEP) == long
 
 
 def test_the_static_tree_is_no_deeper_than_it_is(target: Target) -> None:

@@ -183,11 +183,15 @@ def test_numbers_of_8_bits_stay_in_wide_registers(tmp_path: Path) -> None:
     if platform.machine() != "x86_64":
         pytest.skip("needs an x86 processor")
     code = (
+        "import numpy as np\n"
         "from numba import cfunc, types\n"
-        "from spdbench.models.cpu.native import NUM_ARGUMENTS\n"
-        "from spdbench.models.cpu.parallel_for import parallel_for\n"
-        "signature = types.void(*[types.int64] * NUM_ARGUMENTS['parallel_for'])\n"
-        "print(cfunc(signature)(parallel_for)._library.get_asm_str())"
+        "from spdbench.models.cpu.compile import record_at\n"
+        "from spdbench.models.cpu.packed_gemm import multiply_blocks\n"
+        "from spdbench.models.cpu.parallel_for import GEMM\n"
+        "@cfunc(types.void(types.int64))\n"
+        "def multiply(task):\n"
+        "    multiply_blocks(record_at(task, GEMM), 0, 1, np.uint16(0), 0, 0)\n"
+        "print(multiply._library.get_asm_str())"
     )
     wide = "avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vbmi,+avx512bf16,+avx512fp16"
     environment = {
