@@ -226,7 +226,7 @@ class DraftVerify(Drafting["Drafter"]):
             return measure_row_costs(timed, largest).seconds
 
         keys = [make_key("forward", graphs=self._graphs, rows=count) for count in counts]
-        return RowCosts(tuple(counts), tuple(self._stored.seconds(keys, measure)))
+        return RowCosts.rising(counts, self._stored.seconds(keys, measure))
 
     def _draft_cost(self, tree: str, num_levels: int, measure: Callable[[], float]) -> float:
         """Seconds of one draft of `num_levels` levels in a tree of that kind."""

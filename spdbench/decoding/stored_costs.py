@@ -23,7 +23,7 @@ from spdbench.models.checkpoints.folders import cache_folder
 from spdbench.models.cpu.native import source_digest
 from spdbench.models.target import Target
 from spdbench.output_files import replaced_file, try_lock
-from spdbench.processors import cpu_model, usable_cores
+from spdbench.processors import cpu_model, may_use_amx, usable_cores
 from spdbench.profiles.profile import ModelShape, Profile, read_profile
 
 
@@ -56,8 +56,8 @@ class StoredCosts:
     def _machine(self) -> str:
         """12 hex digits over what makes costs comparable."""
         device, kernels = self._target.device, self._target.decoder.kernels
-        sources = source_digest() if device.type == "cpu" else ""
-        same = [device_name(device), usable_cores(), self._threads, torch.__version__, kernels, sources]
+        sources, amx = (source_digest(), may_use_amx()) if device.type == "cpu" else ("", False)
+        same = [device_name(device), usable_cores(), self._threads, torch.__version__, kernels, sources, amx]
         return hashlib.sha256(json.dumps(same).encode()).hexdigest()[:12]
 
     def empty(self) -> Profile:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -20,7 +20,8 @@ from spdbench.models.layer_ops import argmax
 from spdbench.profiles.profile import RowCosts
 
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-ROUNDS = 5
+ROUNDS, ROUNDS_S = range(5, 16), 2.0
+"""How often forwards are timed: within these seconds, but at least and at most so many times."""
 CONTEXT = 128
 MAX_AUTO_NODES = 32
 """Of a tree that a backend chooses for itself, the root included."""
@@ -30,21 +31,26 @@ RANK_DECAY = 0.25
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """The least times of rounds that take the row counts in turn: what else the machine does only adds to them, and on
-    a shared one may double them for a second. More rows are taken to cost no less than fewer: times that say so are
-    noise, which would pay for drafts with time that nobody gains."""
+    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them. More rows are
+    taken to cost no less than fewer: a median that says so is noise, which would pay for drafts with time that nobody
+    gains."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
-    times: dict[int, list[float]] = {count: [] for count in counts}
-    for _ in range(ROUNDS + 1):  # the first warms up
-        for count in counts:
-            began = perf_counter()
-            hidden, _ = decoder.forward(decoder.embed(decoder.ids([0] * count)), CONTEXT, cache)
-            argmax(decoder.logits(hidden)).tolist()
-            times[count].append(perf_counter() - began)
-            cache.rollback(CONTEXT)
-    return RowCosts(tuple(counts), tuple(accumulate((min(times[count]) for count in counts), max)))
+
+    def measure(count: int) -> float:
+        began = perf_counter()
+        hidden, _ = decoder.forward(decoder.embed(decoder.ids([0] * count)), CONTEXT, cache)
+        argmax(decoder.logits(hidden)).tolist()
+        seconds = perf_counter() - began
+        cache.rollback(CONTEXT)
+        return seconds
+
+    rounds = [[measure(count) for count in counts]]  # warms up, and its times are the largest
+    while len(rounds) <= ROUNDS.start or (len(rounds) < ROUNDS.stop and sum(map(sum, rounds)) < ROUNDS_S):
+        rounds.append([measure(count) for count in counts])
+    medians = map(median, zip(*rounds[1:], strict=True))
+    return RowCosts.rising(counts, medians)
 
 
 def assumed_accuracies(by_level: Sequence[float], num_levels: int, num_ranks: int) -> list[list[float]]:

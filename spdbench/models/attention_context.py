@@ -22,8 +22,8 @@ class TreeRows:
     """New rows that belong to a tree.
 
     `depths_S` says how many positions each row is behind the first slot of the tree. `visible_SW` says which of the
-    last W slots it sees: W = S where the whole tree is new, more where older slots belong to it as well. Every slot
-    before those is visible to all rows.
+    last W slots it sees, its own at least: W = S where the whole tree is new, more where older slots belong to it as
+    well. Every slot before those is visible to all rows.
     """
 
     depths_S: Tensor

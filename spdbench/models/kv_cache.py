@@ -121,8 +121,9 @@ class KVCache:
             raise IndexError(f"KV cache of {self.capacity} slots cannot hold {self.length + num_rows}")
 
 
-CAPACITY_STEP = 256
-"""Memory that is kept has a multiple of so many slots, so that it serves requests of other lengths as well."""
+CAPACITY_STEP = 1000
+"""Memory that is kept has a multiple of so many slots, so that it serves longer requests as well. What no token was
+written to takes no place; a power of two would put all heads' first slots on the same lines of a processor's caches."""
 
 
 def whole_steps(capacity: int) -> int:

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -53,6 +54,11 @@ class RowCosts:
 
     rows: tuple[int, ...]
     seconds: tuple[float, ...]
+
+    @classmethod
+    def rising(cls, rows: Iterable[int], seconds: Iterable[float]) -> RowCosts:
+        """Those of measured `seconds`, of which noise may have made some smaller than those of fewer rows."""
+        return cls(tuple(rows), tuple(accumulate(seconds, max)))
 
     def __call__(self, num_rows: float) -> float:
         if len(self.rows) == 1:

@@ -22,6 +22,8 @@ from spdbench.models.cpu.compile import I64, inner, llvm_function
 FEATURES = frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
 if config.CPU_FEATURES is not None:  # numba compiles for another processor than this one
     FEATURES = frozenset(word[1:] for word in config.CPU_FEATURES.split(",") if word.startswith("+"))
+elif not config.ENABLE_AVX:
+    FEATURES = frozenset(name for name in FEATURES if not name.startswith("avx"))
 
 WRITING = 1 << 62
 """In a worker's status: its results are being stored."""

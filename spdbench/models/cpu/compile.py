@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from spdbench.models.cpu.native import source_digest
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,10 +40,13 @@ def compiled(function: Function, fastmath: Collection[str] = RELAXED, *, entry: 
     """
     flags: dict[str, Any] = {"fastmath": set(fastmath), "error_model": "numpy", "nogil": True, "forceinline": not entry}
     try:
-        machine_code: Function = njit(cache=entry, **flags)(function)
+        machine_code: Any = njit(cache=entry, **flags)(function)
+        if entry:  # numba looks at the date of this function's file alone, not at those of what is inlined into it
+            index = machine_code._cache._cache_file
+            index._source_stamp = index._source_stamp, source_digest()
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         machine_code = njit(**flags)(function)
-    return machine_code
+    return cast(Function, machine_code)
 
 
 inner = partial(compiled, entry=False)

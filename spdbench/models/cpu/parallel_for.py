@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from spdbench.models.cpu.amx import AMX_ROWS
+from spdbench.models.cpu.amx import AMX_ROWS, HAS_AMX
 from spdbench.models.cpu.attention import attend_heads
 from spdbench.models.cpu.claims import IDLE, TAKEN, begin_writing, end_writing, fetch_add, load, pause, replace, store
 from spdbench.models.cpu.compile import F, float_from_bits, inner, pointer_to, record_at
@@ -199,7 +199,7 @@ def _unit_bytes(task: int) -> Any:
     which = load(task) // 2
     if which == GEMM_KIND:
         gemm = record_at(task, GEMM)
-        rows_at_once = AMX_ROWS if gemm.uses_amx != 0 else 4
+        rows_at_once = AMX_ROWS if HAS_AMX and gemm.uses_amx != 0 else 4
         return gemm.num_steps * BLOCK_STEP_BYTES * max(rows_at_once, gemm.num_rows) // rows_at_once
     if which == ATTENTION_KIND:
         attention = record_at(task, ATTENTION)

@@ -211,6 +211,7 @@ class Stage:
         self._read_roots()  # answers of one token bring roots and no batches, and would fill the pipe up
         self._spans.clear()
         self._root, self._greedy = header.root, bool(header.flag)
+        self._cache = None  # the new one has its memory
         cache = decoder.new_cache(header.value, spec.layers, self._num_snapshots)
         if spec.is_first:
             rows_SM = decoder.embed(decoder.ids(np.frombuffer(payload, np.int64).tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 from math import prod
 
@@ -86,7 +86,28 @@ def test_more_rows_are_taken_to_cost_no_less_than_fewer(
 ) -> None:
     """A clock by which two rows take half of the time of one."""
     seconds = {1: 4.0, 2: 2.0, 3: 5.0, 4: 1.0}
-    ticks = iter(tick for _ in range(ROUNDS + 1) for rows in seconds for tick in (0.0, seconds[rows]))
+    ticks = iter(tick for _ in range(ROUNDS.start + 1) for rows in seconds for tick in (0.0, seconds[rows]))
     monkeypatch.setattr("spdbench.decoding.tree_choice.perf_counter", lambda: next(ticks))
     costs = measure_row_costs(tiny.load(tiny_model).own_decoder, 4)
     assert [costs(rows) for rows in (1, 2, 3, 4)] == [4.0, 4.0, 5.0, 5.0]
+
+
+def test_short_forwards_are_timed_often_and_a_slow_start_does_not_count(
+    tiny_model: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock by which the first seven rounds take twice as long as those after them."""
+    num_rounds = 0
+
+    def ticks() -> Iterator[float]:
+        nonlocal num_rounds
+        while True:
+            slow = 2.0 if num_rounds < 8 else 1.0
+            for rows in (1, 2, 3, 4):
+                yield from (0.0, 0.001 * rows * slow)
+            num_rounds += 1
+
+    clock = ticks()
+    monkeypatch.setattr("spdbench.decoding.tree_choice.perf_counter", lambda: next(clock))
+    costs = measure_row_costs(tiny.load(tiny_model).own_decoder, 4)
+    assert num_rounds == ROUNDS.stop - 1  # the last round's end was not asked for
+    assert [costs(rows) for rows in (1, 2, 3, 4)] == pytest.approx([0.001, 0.002, 0.003, 0.004])

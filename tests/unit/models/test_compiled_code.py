@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+config = pytest.importorskip("numba").config
+compile_module = pytest.importorskip("spdbench.models.cpu.compile")
 
 SCRIPT = """
 import hashlib
@@ -30,6 +36,33 @@ for dtype in (torch.float32, torch.bfloat16):
             found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
 print(found.hexdigest())
 """
+
+
+MODULE = """
+from spdbench.models.cpu.compile import compiled
+@compiled
+def one_more(number):
+    return number + 1
+"""
+
+
+def test_an_entry_is_compiled_anew_when_what_it_inlines_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba's cache looks at the date of the entry's own file."""
+    (tmp_path / "entry.py").write_text(MODULE)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def loaded_from_disk() -> bool:
+        sys.modules.pop("entry", None)
+        entry = importlib.import_module("entry").one_more
+        assert entry(1) == 2
+        return bool(entry.stats.cache_hits)
+
+    assert [loaded_from_disk(), loaded_from_disk()] == [False, True]
+    monkeypatch.setattr(compile_module, "source_digest", lambda: "other sources")
+    assert [loaded_from_disk(), loaded_from_disk()] == [False, True]
 
 
 def test_fresh_code_and_code_from_disk_round_alike(tmp_path: Path) -> None:
