@@ -31,9 +31,9 @@ RANK_DECAY = 0.25
 
 @torch.inference_mode()
 def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> RowCosts:
-    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them. More rows are
-    taken to cost no less than fewer: a median that says so is noise, which would pay for drafts with time that nobody
-    gains."""
+    """Medians over rounds that take the row counts in turn, so that a slow moment affects all of them: up and down, as
+    after many rows a processor may be slow for a while. More rows are taken to cost no less than fewer: medians that
+    say so are noise, which would pay for drafts with time that nobody gains."""
     counts = [count for count in ROW_COUNTS if count <= largest]
     cache = decoder.new_cache(CONTEXT + largest, num_snapshots=largest)
     decoder.forward(decoder.embed(decoder.ids([0] * CONTEXT)), 0, cache)
@@ -48,7 +48,8 @@ def measure_row_costs(decoder: TargetDecoder, largest: int = ROW_COUNTS[-1]) -> 
 
     rounds = [[measure(count) for count in counts]]  # warms up, and its times are the largest
     while len(rounds) <= ROUNDS.start or (len(rounds) < ROUNDS.stop and sum(map(sum, rounds)) < ROUNDS_S):
-        rounds.append([measure(count) for count in counts])
+        step = -1 if len(rounds) % 2 else 1
+        rounds.append([measure(count) for count in counts[::step]][::step])
     medians = map(median, zip(*rounds[1:], strict=True))
     return RowCosts.rising(counts, medians)
 

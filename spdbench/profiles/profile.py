@@ -17,7 +17,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -57,8 +56,16 @@ class RowCosts:
 
     @classmethod
     def rising(cls, rows: Iterable[int], seconds: Iterable[float]) -> RowCosts:
-        """Those of measured `seconds`, of which noise may have made some smaller than those of fewer rows."""
-        return cls(tuple(rows), tuple(accumulate(seconds, max)))
+        """Those of measured `seconds`, where each run that falls, which is noise, has its mean (isotonic regression by
+        pooling adjacent violators; Ayer et al. 1955, doi:10.1214/aoms/1177728423)."""
+        runs: list[tuple[float, int]] = []
+        for each in seconds:
+            mean, length = each, 1
+            while runs and runs[-1][0] > mean:
+                before, count = runs.pop()
+                mean, length = (before * count + mean * length) / (count + length), count + length
+            runs.append((mean, length))
+        return cls(tuple(rows), tuple(mean for mean, length in runs for _ in range(length)))
 
     def __call__(self, num_rows: float) -> float:
         if len(self.rows) == 1:

@@ -86,10 +86,11 @@ def test_more_rows_are_taken_to_cost_no_less_than_fewer(
 ) -> None:
     """A clock by which two rows take half of the time of one."""
     seconds = {1: 4.0, 2: 2.0, 3: 5.0, 4: 1.0}
-    ticks = iter(tick for _ in range(ROUNDS.start + 1) for rows in seconds for tick in (0.0, seconds[rows]))
+    rounds = [seconds, *[list(seconds)[::-1], seconds] * ROUNDS.start]  # up and down
+    ticks = iter(tick for counts in rounds for rows in counts for tick in (0.0, seconds[rows]))
     monkeypatch.setattr("spdbench.decoding.tree_choice.perf_counter", lambda: next(ticks))
     costs = measure_row_costs(tiny.load(tiny_model).own_decoder, 4)
-    assert [costs(rows) for rows in (1, 2, 3, 4)] == [4.0, 4.0, 5.0, 5.0]
+    assert [costs(rows) for rows in (1, 2, 3, 4)] == [3.0, 3.0, 3.0, 3.0]
 
 
 def test_short_forwards_are_timed_often_and_a_slow_start_does_not_count(
@@ -102,7 +103,7 @@ def test_short_forwards_are_timed_often_and_a_slow_start_does_not_count(
         nonlocal num_rounds
         while True:
             slow = 2.0 if num_rounds < 8 else 1.0
-            for rows in (1, 2, 3, 4):
+            for rows in (4, 3, 2, 1) if num_rounds % 2 else (1, 2, 3, 4):
                 yield from (0.0, 0.001 * rows * slow)
             num_rounds += 1
 
