@@ -213,6 +213,23 @@ def argmax(logits: Tensor) -> Tensor:
     return ids_S if logits.dim() == 2 else ids_S[0]
 
 
+def top_k(logits_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The log-probabilities `[S, count]` of the likeliest tokens, in float32, and their ids, the likeliest first; on a
+    CPU by a kernel of one thread, for the reason that `argmax` gives, and of equal ones the first."""
+    if not has_cpu_kernels(logits_SV.dtype, logits_SV.device):
+        best = logits_SV.topk(count, dim=-1)
+        return best.values.float() - logits_SV.float().logsumexp(dim=-1, keepdim=True), best.indices
+    functions = native_functions()
+    assert functions is not None
+    rows_SV = logits_SV.contiguous()
+    num_rows, size = rows_SV.shape
+    values_SK, ids_SK = torch.empty(num_rows, count), torch.empty(num_rows, count, dtype=torch.long)
+    totals_S = torch.empty(num_rows)
+    out = values_SK.data_ptr(), ids_SK.data_ptr(), totals_S.data_ptr()
+    functions.top_k(rows_SV.data_ptr(), num_rows, size, count, *out, logits_SV.dtype == torch.float32)
+    return values_SK - (values_SK[:, :1] + totals_S[:, None].log()), ids_SK
+
+
 def next_tokens(logits: Tensor) -> Tensor:
     """`argmax`, but `NOT_NUMBERS` for a row that holds NaN, after which nothing that follows would mean anything."""
     best = argmax(logits)

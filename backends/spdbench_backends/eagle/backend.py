@@ -207,7 +207,7 @@ class Eagle(DraftVerify):
         return [
             (chain_builder(1, device), chain_builder(CHAIN_DEPTH, device)),
             (StaticTreeBuilder(both[:2], device), StaticTreeBuilder(both, device)),
-            (DynamicTreeBuilder(1, 2, total_tokens=3), DynamicTreeBuilder(CHAIN_DEPTH, 2, total_tokens=8)),
+            (DynamicTreeBuilder(1, 4, total_tokens=5), DynamicTreeBuilder(CHAIN_DEPTH, 4, total_tokens=12)),
         ]
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder, forward_s: float) -> Callable[[int], float]:

@@ -18,7 +18,7 @@ from spdbench.decoding.tree_builder import Candidates, TreeBuilder, is_chain
 from spdbench.decoding.verify import Draft
 from spdbench.models.attention_context import TreeRows
 from spdbench.models.decoder import Decoder
-from spdbench.models.layer_ops import argmax
+from spdbench.models.layer_ops import argmax, top_k
 from spdbench.models.torch_utils import one_thread
 from spdbench_backends.eagle.head import EagleHead, EagleModule, EagleWeights
 
@@ -119,9 +119,8 @@ class HeadProposer:
         if count == 1:
             best_S1 = argmax(logits_SU)[:, None]
             return Candidates(torch.zeros_like(best_S1, dtype=torch.float32), to_target(best_S1))
-        best = logits_SU.topk(count, dim=-1)
-        scores = best.values.float() - logits_SU.float().logsumexp(dim=-1, keepdim=True)
-        return Candidates(scores, to_target(best.indices))
+        scores_SK, ids_SK = top_k(logits_SU, count)
+        return Candidates(scores_SK, to_target(ids_SK))
 
     def _draw(self, logits_U: Tensor, sampler: Sampler) -> Candidates:
         draft = Draft.from_logits(logits_U, sampler).in_target(self._head.weights.vocabulary)

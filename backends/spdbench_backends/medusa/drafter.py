@@ -29,6 +29,7 @@ from spdbench.models.checkpoints.layer_tensors import ExpectedTensors
 from spdbench.models.cpu.linear import Linear
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
 from spdbench.models.decoder import Decoder
+from spdbench.models.layer_ops import top_k
 from spdbench.models.torch_utils import one_thread
 from spdbench_backends.drafter_files.tensors import (
     TargetTensors,
@@ -179,7 +180,7 @@ def draft_tree(
     levels = min(max_levels, builder.num_levels)
     logits_KU = weights.logits(target.normed(hidden_1M), levels)
     with one_thread():
-        best_Kk = logits_KU.topk(builder.num_ranks, dim=-1).indices
+        _, best_Kk = top_k(logits_KU, builder.num_ranks)
     return builder.build_tree(_ByLevel(weights.vocabulary.to_target(best_Kk)), root_1, levels)
 
 

@@ -1,5 +1,5 @@
 """The kernels of a decoder layer between two matrix multiplications, for a few rows on a CPU: norm, gate and
-rotary (`attention` has the rest); and the argmax over logits.
+rotary (`attention` has the rest); and the argmax and the best of logits.
 
 A matrix multiplication over one row takes tens of microseconds; each torch operator next to it costs several more, and
 a layer has some twenty-five of them. Each kernel does the same arithmetic in one pass over memory. `parallel_for` cuts
@@ -167,3 +167,43 @@ def argmax(logits_at: int, num_rows: int, size: int, out_at: int, is_float: int)
         _argmax(carray(pointer_to(logits_at, 0, F(0)), (num_rows, size)), out_S)
     else:
         _argmax(carray(pointer_to(logits_at, 0, np.uint16(0)), (num_rows, size)), out_S)
+
+
+@inner
+def _top_k(logits_SV: Any, values_SK: Any, ids_SK: Any, totals_S: Any) -> None:
+    """Of every row the K greatest numbers, the greatest first and of equal ones the first, with their indices; and the
+    sum of all e^(x - the greatest). A row that has fewer than K numbers above minus infinity ends with indices 0."""
+    num_rows, size = logits_SV.shape
+    last = values_SK.shape[1] - 1
+    for s in range(num_rows):
+        values_SK[s, :] = MINUS_INFINITY
+        ids_SK[s, :] = 0
+        for begin in range(0, size, LANES):
+            end, least, is_any = min(begin + LANES, size), values_SK[s, last], np.int32(0)
+            for v in range(begin, end):
+                is_any |= np.int32(widen(logits_SV[s, v]) > least)
+            if is_any:  # in few parts of a row; only these are looked at one by one
+                for v in range(begin, end):
+                    value, at = widen(logits_SV[s, v]), last
+                    if value > values_SK[s, last]:
+                        while at > 0 and value > values_SK[s, at - 1]:
+                            values_SK[s, at], ids_SK[s, at] = values_SK[s, at - 1], ids_SK[s, at - 1]
+                            at -= 1
+                        values_SK[s, at], ids_SK[s, at] = value, v
+        total = F(0)
+        for v in range(size):
+            total += exponential(widen(logits_SV[s, v]) - values_SK[s, 0])
+        totals_S[s] = total
+
+
+def top_k(
+    logits_at: int, num_rows: int, size: int, count: int, values_at: int, ids_at: int, totals_at: int, is_float: int
+) -> None:
+    """`_top_k` of rows at an address, in float32 if `is_float`, else in bfloat16; values and totals are in float32."""
+    values_SK = carray(pointer_to(values_at, 0, F(0)), (num_rows, count))
+    ids_SK = carray(pointer_to(ids_at, 0, np.int64(0)), (num_rows, count))
+    totals_S = carray(pointer_to(totals_at, 0, F(0)), num_rows)
+    if is_float:
+        _top_k(carray(pointer_to(logits_at, 0, F(0)), (num_rows, size)), values_SK, ids_SK, totals_S)
+    else:
+        _top_k(carray(pointer_to(logits_at, 0, np.uint16(0)), (num_rows, size)), values_SK, ids_SK, totals_S)

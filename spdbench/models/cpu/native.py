@@ -37,7 +37,7 @@ MODULES = (
     "worker_pool",
 )
 """Their sources decide what the machine code is."""
-NUM_ARGUMENTS = {"parallel_for": 6, "argmax": 5}
+NUM_ARGUMENTS = {"parallel_for": 6, "argmax": 5, "top_k": 8}
 """The functions; all arguments are whole numbers of 8 bytes, and none returns anything."""
 NEVER_CALLED = ("numba_gil_ensure", "numba_gil_release", "NRT_MemInfo_call_dtor")
 """What numba's code for errors names. Without numba LLVM must have an address for it, else it links nothing at all."""
@@ -48,10 +48,11 @@ Objects = Mapping[str, tuple[str, bytes]]
 
 
 class NativeFunctions(NamedTuple):
-    """Called without the interpreter's lock; see `parallel_for.parallel_for` and `kernels.argmax`."""
+    """Called without the interpreter's lock; see `parallel_for.parallel_for`, `kernels.argmax` and `kernels.top_k`."""
 
     parallel_for: Callable[[int, int, int, int, int, int], None]
     argmax: Callable[[int, int, int, int, int], None]
+    top_k: Callable[[int, int, int, int, int, int, int, int], None]
 
 
 @cache
