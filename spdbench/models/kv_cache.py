@@ -122,8 +122,9 @@ class KVCache:
 
 
 CAPACITY_STEP = 1000
-"""Memory that is kept has a multiple of so many slots, so that it serves longer requests as well. What no token was
-written to takes no place; a power of two would put all heads' first slots on the same lines of a processor's caches."""
+"""Memory that is kept has a multiple of so many slots, so that it serves longer requests as well. Small pages that no
+token was written to take no place. A power of two would put all heads' first slots on the same lines of a processor's
+caches."""
 
 
 def whole_steps(capacity: int) -> int:

@@ -214,9 +214,13 @@ def argmax(logits: Tensor) -> Tensor:
 
 
 def top_k(logits_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities `[S, count]` of the likeliest tokens, in float32, and their ids, the likeliest first; on a
-    CPU by a kernel of one thread, for the reason that `argmax` gives, and of equal ones the first."""
-    if not has_cpu_kernels(logits_SV.dtype, logits_SV.device):
+    """The log-probabilities `[S, count]` of the likeliest tokens, in float32, and their ids, the likeliest first; by a
+    kernel of one thread where there is one, for the reason that `argmax` gives, and then of equal ones the first.
+
+    Raises:
+        RuntimeError: there are fewer tokens than `count`.
+    """
+    if count > logits_SV.shape[-1] or not has_cpu_kernels(logits_SV.dtype, logits_SV.device):
         best = logits_SV.topk(count, dim=-1)
         return best.values.float() - logits_SV.float().logsumexp(dim=-1, keepdim=True), best.indices
     functions = native_functions()

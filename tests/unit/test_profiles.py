@@ -68,6 +68,13 @@ def test_noise_makes_no_cost_negative_beyond_what_was_measured() -> None:
     assert steep(1920) == 39.0
 
 
+def test_costs_that_fall_with_more_rows_have_their_mean() -> None:
+    costs = RowCosts.rising([1, 2, 3, 4, 6, 8], [5.0, 3.0, 4.0, 6.0, 7.0, 6.0])
+    assert costs == RowCosts((1, 2, 3, 4, 6, 8), (4.0, 4.0, 4.0, 6.0, 6.5, 6.5))
+    assert RowCosts.rising(costs.rows, costs.seconds) == costs
+    assert RowCosts.rising([1, 2], [1.0, 2.0]) == RowCosts((1, 2), (1.0, 2.0))
+
+
 def test_the_share_of_keys_and_values_is_what_grows_with_the_context() -> None:
     assert make_profile().attention_s(1, 50) == pytest.approx(0.5)  # 2 s for 200 tokens more
     assert make_profile({"layer context=100 rows=1": 1.0}).attention_s(1, 50) == 0.0

@@ -171,7 +171,7 @@ class Eagle(DraftVerify):
         if not self._decoder.takes_trees:
             largest = depth + 1
         by_level = (file.config.acceptance_by_position if file is not None else choice.rates) or (ASSUMED_ACCURACY,)
-        accuracies = assumed_accuracies(by_level, depth, 1 if self._weights is None else 4)
+        accuracies = assumed_accuracies(by_level, depth, self._num_ranks)
         costs = self._row_costs(largest)
         chain_s, branching_s, grown_s = (partial(self._draft_costs, *pair, costs(1)) for pair in self._timed_trees())
         best = choose_tree([ranks[:1] for ranks in accuracies], costs, chain_s(), largest - 1)
@@ -193,21 +193,27 @@ class Eagle(DraftVerify):
             words = f"chain with {counted(num_nodes - 1 - levels, 'alternative')}, depth {levels}"
             self._chosen = {"tree": words, **self._chosen}
             return StaticTreeBuilder(best.paths, device)
-        top_k = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
+        widest = max(sum(len(path) == level for path in best.paths) for level in range(1, levels + 1))
+        top_k = widest if self._weights is None else min(widest, self._weights.vocabulary.size)
         words = f"dynamic, depth {levels}, top_k {top_k}, total_tokens {num_nodes}"
         self._chosen = {"tree": words, **self._chosen}
         return DynamicTreeBuilder(levels, top_k, num_nodes)
+
+    @property
+    def _num_ranks(self) -> int:
+        """How many candidates of a row a tree that is chosen may have."""
+        return 1 if self._weights is None else min(4, self._weights.vocabulary.size)
 
     def _timed_trees(self) -> list[tuple[TreeBuilder, TreeBuilder]]:
         """A shallow and a deep tree of each kind: chains, chains with an alternative at each level, trees that grow."""
         from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, chain_builder
 
-        device = self._decoder.device
-        both = [path for level in range(CHAIN_DEPTH) for path in ((*[0] * level, 0), (*[0] * level, 1))]
+        device, width = self._decoder.device, self._num_ranks
+        both = [(*[0] * level, rank) for level in range(CHAIN_DEPTH) for rank in range(min(2, width))]
         return [
             (chain_builder(1, device), chain_builder(CHAIN_DEPTH, device)),
-            (StaticTreeBuilder(both[:2], device), StaticTreeBuilder(both, device)),
-            (DynamicTreeBuilder(1, 4, total_tokens=5), DynamicTreeBuilder(CHAIN_DEPTH, 4, total_tokens=12)),
+            (StaticTreeBuilder(both[: min(2, width)], device), StaticTreeBuilder(both, device)),
+            (DynamicTreeBuilder(1, width, total_tokens=1 + width), DynamicTreeBuilder(CHAIN_DEPTH, width, 3 * width)),
         ]
 
     def _draft_costs(self, shallow: TreeBuilder, deep: TreeBuilder, forward_s: float) -> Callable[[int], float]:

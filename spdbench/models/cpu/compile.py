@@ -7,6 +7,7 @@ even once at the end. Importing this module needs numba.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -42,8 +43,9 @@ def compiled(function: Function, fastmath: Collection[str] = RELAXED, *, entry: 
     try:
         machine_code: Any = njit(cache=entry, **flags)(function)
         if entry:  # numba looks at the date of this function's file alone, not at those of what is inlined into it
-            index = machine_code._cache._cache_file
-            index._source_stamp = index._source_stamp, source_digest()
+            with suppress(AttributeError):  # NUMBA_DISABLE_JIT, or a numba that keeps its files otherwise
+                index = machine_code._cache._cache_file
+                index._source_stamp = index._source_stamp, source_digest()
     except RuntimeError:  # neither the package's folder nor the user's cache can be written
         machine_code = njit(**flags)(function)
     return cast(Function, machine_code)

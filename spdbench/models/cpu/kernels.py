@@ -172,7 +172,8 @@ def argmax(logits_at: int, num_rows: int, size: int, out_at: int, is_float: int)
 @inner
 def _top_k(logits_SV: Any, values_SK: Any, ids_SK: Any, totals_S: Any) -> None:
     """Of every row the K greatest numbers, the greatest first and of equal ones the first, with their indices; and the
-    sum of all e^(x - the greatest). A row that has fewer than K numbers above minus infinity ends with indices 0."""
+    sum of all e^(x - the greatest). A row that has fewer than K numbers above minus infinity, as NaN is not, ends with
+    indices 0."""
     num_rows, size = logits_SV.shape
     last = values_SK.shape[1] - 1
     for s in range(num_rows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import torch
 
 from spdbench.backend import BackendContext, parse_options
 from spdbench.decoding.autoregressive import decode
-from spdbench.decoding.tree_builder import StaticTreeBuilder, TreeBuilder, chain_builder, is_chain
+from spdbench.decoding.drafter_choice import parse_drafter
+from spdbench.decoding.sampling import DraftVocabulary
+from spdbench.decoding.tree_builder import DynamicTreeBuilder, StaticTreeBuilder, TreeBuilder, chain_builder, is_chain
 from spdbench.decoding.tree_choice import ROW_COUNTS
 from spdbench.errors import InputError
+from spdbench.models.cpu.linear import linear
 from spdbench.models.kv_cache import CAPACITY_STEP
 from spdbench.models.target import Target
 from spdbench.profiles.profile import RowCosts
@@ -148,6 +152,28 @@ def test_levels_behind_the_first_cost_what_they_add(target: Target, monkeypatch:
     assert [costs(levels) for levels in (1, 2, 6)] == [5.0, 6.0, 10.0]
     seconds[4] = 1.0  # as after a slow moment: no number of levels takes less than one
     assert eagle._draft_costs(chain_builder(1, target.device), chain_builder(4, target.device), 1.0)(6) == 5.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_head_of_a_few_tokens_has_no_more_candidates(
+    target: Target, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Further rows cost nothing here, so the widest tree that there is gets chosen."""
+    eagle = load(target, {}, "random")
+    weights = eagle._weights
+    assert weights is not None
+    known = DraftVocabulary(weights.vocabulary.vocab_size, torch.arange(30, 30 + size))
+    eagle._weights = replace(weights, vocabulary=known, head=linear(weights.head.plain()[:size].clone()))
+    monkeypatch.setenv("SPDBENCH_PROFILES", os.environ["SPDBENCH_PROFILES"] + f"-{size}")
+    monkeypatch.setattr(Eagle, "_row_costs", lambda _, largest: RowCosts((1, largest), (1.0, 1.0)))
+    eagle._builder = builder = eagle._choose_by_cost(parse_drafter("random"), None)
+    request = GenerationRequest(tuple(range(30, 38)), (), 12, Sampling(), 0, frozenset())
+    assert sum(len(step.token_ids) for step in eagle.generate(request)) == 12
+    if isinstance(builder, DynamicTreeBuilder):
+        assert builder.top_k <= size
+    else:
+        assert isinstance(builder, StaticTreeBuilder)
+        assert builder.num_ranks <= size
 
 
 def test_a_request_drafts_with_the_recorded_steps_of_the_last(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spdbench.models.layer_ops import argmax, top_k
+from spdbench.models.layer_ops import argmax, has_cpu_kernels, top_k
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -42,7 +42,23 @@ def test_the_best_and_their_log_probabilities(dtype: torch.dtype, shape: tuple[i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_equal_ones_the_first_are_the_best(dtype: torch.dtype) -> None:
+    if not has_cpu_kernels(dtype, torch.device("cpu")):
+        pytest.skip("there are no compiled kernels here")
     logits = torch.zeros(2, 300, dtype=dtype)
     logits[0, [7, 130, 299]] = 1.0
     logits[1, [298, 70, 3]] = torch.tensor([3.0, 2.0, 2.0], dtype=dtype)
     assert top_k(logits, 5)[1].tolist() == [[7, 130, 299, 0, 1], [298, 3, 70, 0, 1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_more_than_all_tokens_are_an_error(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="out of range"):
+        top_k(torch.zeros(2, 3, dtype=dtype), 4)
+
+
+def test_not_numbers_are_no_candidates_of_the_compiled_kernel() -> None:
+    if not has_cpu_kernels(torch.float32, torch.device("cpu")):
+        pytest.skip("there are no compiled kernels here")
+    scores, ids = top_k(torch.tensor([[1.0, torch.nan, 3.0, 2.0]]), 3)
+    assert ids.tolist() == [[2, 3, 0]]
+    assert scores.isnan().all()
