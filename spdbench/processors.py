@@ -143,5 +143,8 @@ def may_use_amx() -> bool:
     ARCH_REQ_XCOMP_PERM); false where there are none."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    granted: int = ctypes.CDLL(None).syscall(158, 0x1023, 18)
+    try:
+        granted: int = ctypes.CDLL(None).syscall(158, 0x1023, 18)
+    except (AttributeError, OSError):  # a C library without it
+        return False
     return granted == 0

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from spdbench import processors
-from spdbench.processors import control_groups, cpu_quota, limiting_group, usable_cores, usable_processors
+from spdbench.processors import control_groups, cpu_quota, limiting_group, may_use_amx, usable_cores, usable_processors
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +82,24 @@ def test_groups_are_those_of_the_controller_and_all_around_them(tmp_path: Path) 
     write(tmp_path, own="4:memory:/m/n\n3:cpuset,cpu:/c")
     assert list(control_groups("memory"))[:3] == [tmp_path / "memory" / part for part in ("m/n", "m", "")]
     assert tmp_path / "cpu" / "c" in control_groups("cpu")
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "answer", "granted"),
+    [
+        ("linux", "x86_64", lambda *_: 0, True),
+        ("linux", "x86_64", lambda *_: -1, False),
+        ("linux", "x86_64", None, False),
+        ("linux", "aarch64", lambda *_: 0, False),
+        ("darwin", "x86_64", lambda *_: 0, False),
+    ],
+    ids=["granted", "refused", "no such call", "another processor", "another system"],
+)
+def test_amx_is_used_where_the_system_grants_it(
+    system: str, machine: str, answer: Any, granted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace() if answer is None else SimpleNamespace(syscall=answer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert may_use_amx.__wrapped__() is granted
