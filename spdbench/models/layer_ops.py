@@ -23,7 +23,7 @@ from spdbench.models.cpu.native import native_functions
 from spdbench.models.delta_net import DeltaNet, delta_net
 from spdbench.models.kv_cache import HybridCache, KVCache
 from spdbench.models.rotary import apply_rotary
-from spdbench.models.torch_utils import array
+from spdbench.models.torch_utils import array, one_thread
 
 COMPILED_DTYPES = torch.bfloat16, torch.float32
 COMPILED_ROWS = 64
@@ -221,8 +221,9 @@ def top_k(logits_SV: Tensor, count: int) -> tuple[Tensor, Tensor]:
         RuntimeError: there are fewer tokens than `count`.
     """
     if count > logits_SV.shape[-1] or not has_cpu_kernels(logits_SV.dtype, logits_SV.device):
-        best = logits_SV.topk(count, dim=-1)
-        return best.values.float() - logits_SV.float().logsumexp(dim=-1, keepdim=True), best.indices
+        with one_thread():
+            best = logits_SV.topk(count, dim=-1)
+            return best.values.float() - logits_SV.float().logsumexp(dim=-1, keepdim=True), best.indices
     functions = native_functions()
     assert functions is not None
     rows_SV = logits_SV.contiguous()

@@ -30,7 +30,6 @@ from spdbench.models.cpu.linear import Linear
 from spdbench.models.cuda.captured_function import CapturedFunction, CudaGraphs
 from spdbench.models.decoder import Decoder
 from spdbench.models.layer_ops import top_k
-from spdbench.models.torch_utils import one_thread
 from spdbench_backends.drafter_files.tensors import (
     TargetTensors,
     draft_vocabulary,
@@ -179,8 +178,7 @@ def draft_tree(
     """One round: a tree after the token `root_1`, which the target chose from `hidden_1M`."""
     levels = min(max_levels, builder.num_levels)
     logits_KU = weights.logits(target.normed(hidden_1M), levels)
-    with one_thread():
-        _, best_Kk = top_k(logits_KU, builder.num_ranks)
+    _, best_Kk = top_k(logits_KU, builder.num_ranks)
     return builder.build_tree(_ByLevel(weights.vocabulary.to_target(best_Kk)), root_1, levels)
 
 

@@ -17,7 +17,15 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from spdbench.models.cpu.claims import FEATURES
-from spdbench.models.cpu.compile import I64, inner, llvm_function, pointer_to, prefetch, stack_memory
+from spdbench.models.cpu.compile import (
+    I64,
+    PREFETCH_BYTES,
+    inner,
+    llvm_function,
+    pointer_to,
+    prefetch,
+    stack_memory,
+)
 from spdbench.models.cpu.worker_pool import AMX_STEPS
 
 HAS_AMX = "amx-bf16" in FEATURES
@@ -29,8 +37,6 @@ AMX_SUMS_BYTES = TILE_BYTES
 AMX_BLOCKS = 4
 """Blocks whose sums are in tiles at the same time: an addition to a sum waits for the one before it, and rows are read
 once for all blocks."""
-PREFETCH_BYTES = 4096
-"""How far ahead of its use a weight is prefetched."""
 ROWS_TILE, WEIGHT_TILES = AMX_BLOCKS, range(AMX_BLOCKS + 1, 8)
 """Of the eight tiles the first hold sums, one rows, and the rest weights in turns."""
 FOUR_WIDTHS = 0x0040_0040_0040_0040

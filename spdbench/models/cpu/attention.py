@@ -56,9 +56,15 @@ def _find_visible(row: int, slot: int, num_rows: int, depth: int, visible_SW: An
 
 
 @inner
-def _plain_scores(query_D: Any, keys_TD: Any, slots: Any, count: int, scores: Any) -> None:
-    """What `score_slots` computes, for heads of any size."""
+def _score_keys(query_D: Any, keys_TD: Any, slots: Any, count: int, scores: Any) -> None:
+    """The products of a query with the keys of the first `count` slots; `slots` and `scores` have room for whole steps
+    of `SLOTS_AT_ONCE`."""
     size = query_D.shape[0]
+    if size % CHUNK == 0:
+        for i in range(0, count, SLOTS_AT_ONCE):
+            to = scores[i:].ctypes.data
+            score_slots(query_D.ctypes.data, keys_TD.ctypes.data, slots[i:].ctypes.data, size, to, query_D[0])
+        return
     for i in range(count):
         score = F(0)
         for d in range(size):
@@ -80,7 +86,7 @@ def _exponentials(scores: Any, count: int, scale: float) -> Any:
 
 @in_order
 def _plain_values(weights: Any, values_TD: Any, slots: Any, count: int, total: Any, sums_D: Any, out_D: Any) -> None:
-    """What `add_values` computes, for heads of any size; `sums_D` is memory in float32."""
+    """What `add_values` computes for one head, for heads of any size; `sums_D` is memory in float32."""
     size = out_D.shape[0]
     for d in range(size):
         sums_D[d] = F(0)
@@ -89,6 +95,34 @@ def _plain_values(weights: Any, values_TD: Any, slots: Any, count: int, total: A
             sums_D[d] += weights[i] * widen(values_TD[slots[i], d])
     for d in range(size):
         out_D[d] = narrow(sums_D[d] / total, out_D[d])
+
+
+@inner
+def _weigh_values(
+    weights: Any, values_TD: Any, slots: Any, count: int, totals: Any, sums_D: Any, out: Any, num_heads: int
+) -> None:
+    """For the first `num_heads` heads of `weights`, `totals` and `out` `[H, D]`, the mean of the slots' values by the
+    head's weights; `sums_D` is memory in float32."""
+    size, like = out.shape[1], out[0, 0]
+    if size % CHUNK != 0:
+        for j in range(num_heads):
+            _plain_values(weights[j], values_TD, slots, count, totals[j], sums_D, out[j])
+        return
+    at, slots_at, weights_at, head_bytes = (
+        values_TD.ctypes.data,
+        slots.ctypes.data,
+        weights.ctypes.data,
+        weights.strides[0],
+    )
+    totals_at, out_at = totals.ctypes.data, out.ctypes.data
+    if num_heads == 1:
+        add_values(at, slots_at, count, size, weights_at, head_bytes, totals_at, out_at, 1, like)
+    elif num_heads == 2:
+        add_values(at, slots_at, count, size, weights_at, head_bytes, totals_at, out_at, 2, like)
+    elif num_heads == 3:
+        add_values(at, slots_at, count, size, weights_at, head_bytes, totals_at, out_at, 3, like)
+    else:
+        add_values(at, slots_at, count, size, weights_at, head_bytes, totals_at, out_at, 4, like)
 
 
 @inner
@@ -113,24 +147,21 @@ def attend_heads(
     first slot; of the last W slots, the tree's, it sees those that `visible_SW` allows; without a tree (`visible_SW` is
     empty) itself and all slots before it. With `window` > 0 it sees so many positions, its own included.
     """
-    num_kv, capacity, size = keys_KTD.shape
+    num_kv, _, size = keys_KTD.shape
     num_rows = depths_S.shape[0]
     num_heads = queries.shape[1] // size
     group = num_heads // num_kv
     scale = F(1) / np.sqrt(F(size))
-    in_vectors = size % CHUNK == 0
-    like, itemsize = queries[0, 0], queries.itemsize
-    # The slots that a row sees, 8 bytes each; then, for some heads, scores, totals, and what is attended to.
+    # The slots that a row sees, 8 bytes each; then, for some heads, scores, totals, sums, and what is attended to.
     most = (slot + num_rows + SLOTS_AT_ONCE - 1) // SLOTS_AT_ONCE * SLOTS_AT_ONCE
-    scores_at, totals_at, sums_at, attended_at = 8 * most, (8 + 4 * HEADS_AT_ONCE) * most, 0, 0
-    sums_at = totals_at + 4 * HEADS_AT_ONCE
-    attended_at = sums_at + 4 * size
-    memory = allocate(attended_at + 4 * HEADS_AT_ONCE * size)
+    memory = allocate(8 * most + 4 * (HEADS_AT_ONCE * (most + 1 + size) + size))
     slots = carray(pointer_to(memory, 0, np.uintp(0)), most)
-    scores = carray(pointer_to(memory + scores_at, 0, F(0)), (HEADS_AT_ONCE, most))
-    totals = carray(pointer_to(memory + totals_at, 0, F(0)), HEADS_AT_ONCE)
-    sums_D = carray(pointer_to(memory + sums_at, 0, F(0)), size)
-    attended = carray(pointer_to(memory + attended_at, 0, like), HEADS_AT_ONCE * size)
+    numbers = memory + 8 * most
+    scores = carray(pointer_to(numbers, 0, F(0)), (HEADS_AT_ONCE, most))
+    totals = carray(pointer_to(numbers, HEADS_AT_ONCE * most, F(0)), HEADS_AT_ONCE)
+    sums_D = carray(pointer_to(numbers, HEADS_AT_ONCE * (most + 1), F(0)), size)
+    attended_at = numbers + 4 * (HEADS_AT_ONCE * (most + 1) + size)
+    attended = carray(pointer_to(attended_at, 0, queries[0, 0]), (HEADS_AT_ONCE, size))
     row, count, unit = -1, 0, begin
     while unit < end:
         s, h = unit // num_heads, unit % num_heads
@@ -141,56 +172,18 @@ def attend_heads(
                 slots[i] = slots[count - 1]  # scored with the last ones, for nothing
         k, at = h // group, h * size
         some = min(HEADS_AT_ONCE, min(end - unit, group - h % group))
-        keys_at = keys_KTD.ctypes.data + k * capacity * size * itemsize
-        values_at = values_KTD.ctypes.data + k * capacity * size * itemsize
         for j in range(some):
-            if in_vectors:
-                query_at = queries.ctypes.data + (s * num_heads + h + j) * size * itemsize
-                for i in range(0, count, SLOTS_AT_ONCE):
-                    score_at = memory + scores_at + 4 * (j * most + i)
-                    score_slots(query_at, keys_at, memory + 8 * i, size, score_at, like)
-            else:
-                query_D = queries[s, at + j * size : at + (j + 1) * size]
-                _plain_scores(query_D, keys_KTD[k], slots, count, scores[j])
+            _score_keys(queries[s, at + j * size : at + (j + 1) * size], keys_KTD[k], slots, count, scores[j])
             totals[j] = _exponentials(scores[j], count, scale)
-        if in_vectors:
-            _add_values(values_at, memory, count, size, scores_at, most, totals_at, attended_at, some, like)
-        else:
-            for j in range(some):
-                out_D = attended[j * size : (j + 1) * size]
-                _plain_values(scores[j], values_KTD[k], slots, count, totals[j], sums_D, out_D)
+        _weigh_values(scores, values_KTD[k], slots, count, totals, sums_D, attended, some)
         if not begin_writing(status, token):
             break
-        for d in range(some * size):
-            out[s, at + d] = attended[d]
+        for j in range(some):
+            for d in range(size):
+                out[s, at + j * size + d] = attended[j, d]
         end_writing(status, token)
         unit += some
     free(memory)
-
-
-@inner
-def _add_values(
-    values_at: int,
-    memory: int,
-    count: int,
-    size: int,
-    scores_at: int,
-    most: int,
-    totals_at: int,
-    attended_at: int,
-    num_heads: int,
-    like: Any,
-) -> None:
-    """`add_values` for up to `HEADS_AT_ONCE` heads. Places are counted from `memory` on, where the slots are."""
-    weights, totals, out = memory + scores_at, memory + totals_at, memory + attended_at
-    if num_heads == 1:
-        add_values(values_at, memory, count, size, weights, 4 * most, totals, out, 1, like)
-    elif num_heads == 2:
-        add_values(values_at, memory, count, size, weights, 4 * most, totals, out, 2, like)
-    elif num_heads == 3:
-        add_values(values_at, memory, count, size, weights, 4 * most, totals, out, 3, like)
-    else:
-        add_values(values_at, memory, count, size, weights, 4 * most, totals, out, 4, like)
 
 
 @compiled

@@ -29,6 +29,8 @@ LN2_HIGH, LN2_LOW = F(0.693359375), F(-2.12194440e-4)
 MIN_EXPONENT, MAX_EXPONENT = F(-87.0), F(88.0)
 
 CACHE_LINE = 64
+PREFETCH_BYTES = 4096
+"""How far ahead of its use a weight is prefetched."""
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 

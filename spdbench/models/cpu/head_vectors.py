@@ -18,10 +18,10 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from spdbench.models.cpu.claims import FEATURES
 from spdbench.models.cpu.compile import I64
 from spdbench.models.cpu.vectors import (
     FLOATS,
+    HAS_WIDE_REGISTERS,
     WIDTH,
     WORDS,
     add_pair_products,
@@ -34,7 +34,7 @@ from spdbench.models.cpu.vectors import (
     zeros,
 )
 
-HAS_WIDE_REGISTERS = "avx512f" in FEATURES
+FLOAT = ir.FloatType()
 SLOTS_AT_ONCE = 16 if HAS_WIDE_REGISTERS else 4
 """Slots that are scored together, whose sums fill half of the registers."""
 HEADS_AT_ONCE = 4 if HAS_WIDE_REGISTERS else 2
@@ -148,60 +148,62 @@ def add_values(  # type: ignore[no-untyped-def]
     totals are float32."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        values_at, slots_at, slot_count, head_size, weights_at, bytes_of_head, totals_at, out_at, _, _ = arguments
-        in_pairs = like == types.uint16
-        heads = range(num_heads.literal_value)
+        values_at, slots_at, slot_count, head_size, weights_at, head_bytes, totals_at, out_at, _, _ = arguments
+        in_pairs, heads = like == types.uint16, range(num_heads.literal_value)
         itemsize = 2 if in_pairs else 4
-        row_bytes = _times(builder, head_size, itemsize)
-        parts = range(0, SUMMED_AT_ONCE * itemsize, 4 * WIDTH)
-        vectors_of_part = 2 if in_pairs else 1
+        row_bytes, chunk_bytes = _times(builder, head_size, itemsize), SUMMED_AT_ONCE * itemsize
+        weight_at = [builder.add(weights_at, _times(builder, head_bytes, head)) for head in heads]
 
         def add_chunk(chunk: Any, _: list[Any]) -> list[Any]:
-            offset = _times(builder, chunk, SUMMED_AT_ONCE * itemsize)
+            offset = _times(builder, chunk, chunk_bytes)
             chunk_at = builder.add(values_at, offset)
 
             def add_slot(index: Any, sums: list[Any]) -> list[Any]:
-                at = _slot_at(builder, chunk_at, slots_at, index, row_bytes)
-                vectors: list[Any] = []
-                for part in parts:
-                    part_at = builder.add(at, ir.Constant(I64, part))
-                    if in_pairs:
-                        vectors += halves(builder, load(builder, part_at, WORDS, itemsize))
-                    else:
-                        vectors.append(load(builder, part_at, FLOATS, itemsize))
-                found = []
-                for head in heads:
-                    weight_at = builder.add(weights_at, _times(builder, bytes_of_head, head))
-                    word = load(builder, builder.add(weight_at, _times(builder, index, 4)), ir.FloatType(), 4)
-                    weight = splat(builder, word)
-                    of_head = sums[head * len(vectors) : (head + 1) * len(vectors)]
-                    found += [
-                        add_products(builder, total, weight, vector)
-                        for total, vector in zip(of_head, vectors, strict=True)
-                    ]
-                return found
+                vectors = _chunk_vectors(builder, _slot_at(builder, chunk_at, slots_at, index, row_bytes), in_pairs)
+                weights = (load(builder, builder.add(at, _times(builder, index, 4)), FLOAT, 4) for at in weight_at)
+                wide = (splat(builder, weight) for weight in weights)
+                products = ((weight, vector) for weight in wide for vector in vectors)
+                return [add_products(builder, total, *pair) for total, pair in zip(sums, products, strict=True)]
 
-            per_head = len(parts) * vectors_of_part
-            sums = _loop(builder, slot_count, [zeros()] * (len(heads) * per_head), add_slot)
-            for head in heads:
-                total_at = builder.add(totals_at, ir.Constant(I64, 4 * head))
-                total = splat(builder, load(builder, total_at, ir.FloatType(), 4))
-                means = [builder.fdiv(each, total) for each in sums[head * per_head : (head + 1) * per_head]]
+            sums = _loop(builder, slot_count, [zeros()] * (len(heads) * SUMMED_AT_ONCE // WIDTH), add_slot)
+            for head, of_head in zip(heads, _parts(sums, len(heads)), strict=True):
+                total = load(builder, builder.add(totals_at, ir.Constant(I64, 4 * head)), FLOAT, 4)
+                means = [builder.fdiv(each, splat(builder, total)) for each in of_head]
                 head_at = builder.add(builder.add(out_at, _times(builder, row_bytes, head)), offset)
-                for number, part in enumerate(parts):
-                    some = means[number * vectors_of_part : (number + 1) * vectors_of_part]
-                    stored = _rounded_pairs(builder, *some) if in_pairs else some[0]
-                    part_at = builder.add(head_at, ir.Constant(I64, part))
-                    builder.store(stored, builder.inttoptr(part_at, stored.type.as_pointer()), align=itemsize)
+                _store_chunk(builder, head_at, means, in_pairs)
             return []
 
-        _loop(builder, builder.sdiv(head_size, ir.Constant(I64, SUMMED_AT_ONCE)), [], add_chunk)
+        _loop(builder, builder.sdiv(row_bytes, ir.Constant(I64, chunk_bytes)), [], add_chunk)
         return ir.Constant(I64, 0)
 
     return (
         types.int64(values, slots, num_slots, size, weights, weight_bytes, totals, out, num_heads, like),
         build,
     )
+
+
+def _parts(vectors: list[Any], count: int) -> list[list[Any]]:
+    """The vectors in so many parts of equal length."""
+    length = len(vectors) // count
+    return [vectors[length * part : length * (part + 1)] for part in range(count)]
+
+
+def _chunk_vectors(builder: Any, address: Any, in_pairs: bool) -> list[Any]:
+    """`SUMMED_AT_ONCE` numbers in float32: as they lie, or of each 16 pairs the first ones, then the second ones."""
+    vectors: list[Any] = []
+    for part in range(0, SUMMED_AT_ONCE * (2 if in_pairs else 4), 4 * WIDTH):
+        at = builder.add(address, ir.Constant(I64, part))
+        vectors += halves(builder, load(builder, at, WORDS, 2)) if in_pairs else [load(builder, at, FLOATS, 4)]
+    return vectors
+
+
+def _store_chunk(builder: Any, address: Any, vectors: list[Any], in_pairs: bool) -> None:
+    """Stores vectors in the order of `_chunk_vectors`, rounded where numbers lie in pairs."""
+    if in_pairs:
+        vectors = [_rounded_pairs(builder, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    for number, vector in enumerate(vectors):
+        at = builder.add(address, ir.Constant(I64, 4 * WIDTH * number))
+        builder.store(vector, builder.inttoptr(at, vector.type.as_pointer()), align=2 if in_pairs else 4)
 
 
 def _rounded_pairs(builder: Any, first: Any, second: Any) -> Any:

@@ -37,10 +37,23 @@ from spdbench.models.cpu.amx import (
     release_amx,
     sum_with_amx,
 )
-from spdbench.models.cpu.claims import FEATURES, begin_writing, end_writing
-from spdbench.models.cpu.compile import I32, I64, F, in_order, inner, narrow, pointer_to, prefetch, stack_memory, widen
+from spdbench.models.cpu.claims import begin_writing, end_writing
+from spdbench.models.cpu.compile import (
+    I32,
+    I64,
+    PREFETCH_BYTES,
+    F,
+    in_order,
+    inner,
+    narrow,
+    pointer_to,
+    prefetch,
+    stack_memory,
+    widen,
+)
 from spdbench.models.cpu.vectors import (
     FLOATS,
+    HAS_WIDE_REGISTERS,
     MULTIPLIES_PAIRS,
     WIDTH,
     WORDS,
@@ -54,12 +67,10 @@ from spdbench.models.cpu.vectors import (
 
 BLOCK_STEP_BYTES = 64
 """What a block holds of one step: 16 float32, 16 pairs of bfloat16, or twice 16 pairs in 8 bits."""
-PREFETCH_BYTES = 4096
-"""How far ahead of its use a weight is prefetched."""
-TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if "avx512f" in FEATURES else (1, 2, 4, 6)
+TILE_ROWS = (1, 2, 4, 6, 8, 12, 16) if HAS_WIDE_REGISTERS else (1, 2, 4, 6)
 """Numbers of rows that have a loop of their own; the sums of the most rows just fit the registers."""
 MAX_TILE_ROWS = TILE_ROWS[-1]
-TOO_FEW_ROWS = 0 if "avx512f" in FEATURES else 3
+TOO_FEW_ROWS = 0 if HAS_WIDE_REGISTERS else 3
 """A last tile of fewer rows takes as long as one of four, since each sum waits for itself: two tiles share them."""
 MAX_SCALED_ROWS = max(count for count in TILE_ROWS if 2 * count <= MAX_TILE_ROWS)
 """The most rows of a tile where weights are in 8 bits: each output has two sums."""

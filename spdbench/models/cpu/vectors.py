@@ -16,6 +16,7 @@ from spdbench.models.cpu.compile import I32, llvm_function
 
 WIDTH = 16
 """Numbers of a vector: a register of float32 where registers are widest, more registers elsewhere."""
+HAS_WIDE_REGISTERS = "avx512f" in FEATURES
 MULTIPLIES_PAIRS = "avx512bf16" in FEATURES
 """The processor has an instruction for pairs of bfloat16."""
 FLOATS, WORDS = ir.VectorType(ir.FloatType(), WIDTH), ir.VectorType(I32, WIDTH)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,9 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
-    return {family: tiny.make_model(root / family, family) for family in MODELS}
+    # With the usual small weights one layer of this family makes a difference 150 times as large: rounding would show.
+    changes: dict[str, dict[str, Any]] = {"qwen3_5_moe_text": {"initializer_range": 0.1}}
+    return {family: tiny.make_model(root / family, family, **changes.get(family, {})) for family in MODELS}
 
 
 def reference(folder: Path) -> torch.nn.Module:
@@ -99,11 +102,9 @@ def test_hidden_states_are_those_of_transformers(folders: dict[str, Path], famil
         torch.testing.assert_close(ours[layer], theirs[layer + 1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoder.normed(ours[5]), theirs[6], rtol=1e-4, atol=1e-4)  # theirs is behind the norm
     for index in range(6):
-        # The layers alone keep to 1e-4, see above; this model's layer 3 makes a difference 150 times as large.
-        bound = 1e-3 if "qwen3_5_moe" in family and index >= 4 else 1e-4
-        torch.testing.assert_close(states[index], theirs[index], rtol=bound, atol=bound)
+        torch.testing.assert_close(states[index], theirs[index], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states[6], hidden)  # before the final norm, unlike transformers' last one
-    torch.testing.assert_close(decoder.logits(hidden), found.logits[0], rtol=bound, atol=bound)
+    torch.testing.assert_close(decoder.logits(hidden), found.logits[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", MODELS)
